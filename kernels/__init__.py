@@ -1,0 +1,5 @@
+"""Operations that P streams add to a model, one folder for each, with its torch reference."""
+
+from parscale.kernels.aggregate import aggregate
+
+__all__ = ["aggregate"]

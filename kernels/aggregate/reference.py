@@ -1,0 +1,27 @@
+"""The weighted sum over streams in plain torch: what the fused kernel is held against."""
+
+import torch
+
+
+def aggregate_reference(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Softmax over streams, smoothing, weighted sum (Chen et al., arXiv 2505.10475, section 3.2).
+
+    Runs in float32 (float64 inputs stay float64) and casts down once, at the end.
+
+    Args:
+        x: hidden states of the streams, ``(P, N, H)``.
+        logits: ``(N, P)``.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+
+    Returns:
+        ``(N, H)`` in the dtype of ``x``.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = stream_weights(logits, smoothing, dtype)  # (N, P)
+    return torch.einsum("pnh,np->nh", x.to(dtype), weights).to(x.dtype)
+
+
+def stream_weights(logits: torch.Tensor, smoothing: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The smoothed weights ``(..., P)`` of ``logits (..., P)``, in at least float32."""
+    weights = torch.softmax(logits, dim=-1, dtype=dtype or torch.promote_types(logits.dtype, torch.float32))
+    return weights * (1 - smoothing) + smoothing / logits.shape[-1]

@@ -1,0 +1,43 @@
+"""Parallel streams for any Hugging Face causal language model.
+
+    from parscale import wrap
+
+    model = wrap(AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B"), num_streams=4)
+
+Importing this package imports neither torch nor transformers: each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parscale.config import ParScaleConfig
+    from parscale.errors import UnsupportedModelError
+    from parscale.loading import load
+    from parscale.wrapping import unwrap, wrap
+
+__version__ = "0.1.0"
+
+__all__ = ["ParScaleConfig", "UnsupportedModelError", "__version__", "load", "unwrap", "wrap"]
+
+_HOMES = {
+    "ParScaleConfig": "parscale.config",
+    "UnsupportedModelError": "parscale.errors",
+    "load": "parscale.loading",
+    "unwrap": "parscale.wrapping",
+    "wrap": "parscale.wrapping",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

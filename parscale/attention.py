@@ -1,0 +1,184 @@
+"""The prefix in attention: one function that every attention layer of a wrapped model calls.
+
+transformers looks its attention function up by ``config._attn_implementation``. A wrapped model's attention layers see
+their configuration through :class:`AttentionConfig`, which answers ``"parscale_sdpa"`` for ``"sdpa"`` and so on, and
+under those names :func:`prefix_attention` is registered. It puts the prefix in front of keys and values, makes room for
+it in the mask, and hands over to the backbone's own function. Everything else in the model (mask creation,
+``generate``, ``set_attn_implementation``) goes on seeing the true name.
+
+Rulings: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
+
+Shapes: R = P*B rows, stream-major; S query tokens; K keys in sight before the prefix; G key/value heads; D head size;
+T prefix tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from parscale.flash import flash_with_prefix
+from parscale.kernels.prefix_attention import decode_attention
+
+if TYPE_CHECKING:
+    from parscale.streams import ParScaleState
+
+NAME_PREFIX = "parscale_"
+
+
+class AttentionConfig:
+    """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
+
+    Args:
+        config: the backbone's configuration object.
+        state: the streams of the model that the layer belongs to.
+    """
+
+    def __init__(self, config: Any, state: ParScaleState) -> None:
+        object.__setattr__(self, "backbone", config)
+        object.__setattr__(self, "state", state)
+
+    @property
+    def _attn_implementation(self) -> str:
+        name = NAME_PREFIX + (self.backbone._attn_implementation or "eager")
+        if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
+            AttentionInterface.register(name, prefix_attention)
+        return name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "backbone":  # before the state of an unpickled object is set
+            raise AttributeError(name)
+        return getattr(self.backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.backbone, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_attention_config, (), {"backbone": self.backbone, "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _new_attention_config() -> AttentionConfig:
+    return AttentionConfig.__new__(AttentionConfig)
+
+
+class _BackboneView:
+    """An attention layer with the backbone's own configuration, for functions that read the name from it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.config = module.config.backbone  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over ``[prefix of stream p | cache | new tokens]``, by the backbone's own implementation.
+
+    Args:
+        module: the attention layer; its ``config`` is an :class:`AttentionConfig`.
+        query: ``(R, heads, S, D)``.
+        key: ``(R, G, K, D)``, after the cache's update.
+        value: ``(R, G, K, D)``; its head size may differ from the key's (MLA).
+        attention_mask: what the backbone's implementation expects for K keys.
+        **kwargs: passed on (``scaling``, ``dropout``, ``sliding_window``, ...).
+
+    Returns:
+        ``(R, S, heads, D)``, and the attention weights ``(R, heads, S, T + K)`` where the implementation has them.
+    """
+    state: ParScaleState = module.config.state  # type: ignore[union-attr, assignment]
+    name = module.config.backbone._attn_implementation or "eager"  # type: ignore[union-attr]
+    backbone = _backbone_function(module, name)
+    if state.recorder is not None:
+        state.recorder(module, key, value)
+    streams = state.in_flight
+    flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
+    # a flash-attention function reads the implementation's name from the layer's configuration
+    view = _BackboneView(module) if flash else module
+    if streams is None or streams.key_name not in module._parameters:
+        return backbone(view, query, key, value, attention_mask, **kwargs)
+
+    prefix_k = getattr(module, streams.key_name)  # (P, G, T, D)
+    prefix_v = getattr(module, streams.value_name)
+    if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
+        prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
+    if flash:
+        return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
+    if isinstance(attention_mask, BlockMask) or name == "flex_attention":
+        keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
+        mask = state.extended_mask(attention_mask, prefix_k.shape[2], query.shape[0])
+        return backbone(module, query, keys, values, mask, **kwargs)
+    return _dense_attention(
+        backbone, name, module, query, key, value, prefix_k, prefix_v, attention_mask, state, **kwargs
+    )
+
+
+def _dense_attention(
+    backbone: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    name: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    state: ParScaleState,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For ``eager``, ``sdpa`` and functions of their contract: a mask over ``(S, K)``, or none."""
+    T, S = prefix_k.shape[2], query.shape[2]
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and name != "eager" and causal and S > 1:
+        # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+        # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.
+        keys, values = prepend(prefix_k, key[:, :, :S]), prepend(prefix_v, value[:, :, :S])
+        queries = nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
+        output, weights = backbone(module, queries, keys, values, None, **kwargs)
+        return output[:, T:], weights
+    mask = state.extended_mask(attention_mask, T, query.shape[0])
+    if name == "sdpa" and S == 1 and not any(kwargs.get(x) for x in ("dropout", "softcap", "position_bias")):
+        output = decode_attention(query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"))
+        return output.transpose(1, 2), None  # (R, 1, heads, D)
+    return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
+
+
+def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Puts each stream's prefix ``(P, G, T, D)`` in front of its rows ``(P*B, G, K, D)``, in one copy."""
+    P = prefix.shape[0]
+    rows = states.unflatten(0, (P, -1))  # (P, B, G, K, D)
+    prefix = prefix.to(states.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1)  # (P, B, G, T, D)
+    return torch.cat([prefix, rows], dim=3).flatten(0, 1)  # (P*B, G, T + K, D)
+
+
+def _backbone_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """The function that the layer would have called without streams."""
+    if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(
+        f"{type(module).__name__} has no attention function for attn_implementation={name!r}; "
+        "choose another with model.set_attn_implementation(...)."
+    )

@@ -1,0 +1,101 @@
+"""How a set of streams is described: the fields of ``config.json`` and the arguments of :func:`parscale.wrap`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+INITS = ("context", "random")
+
+# Field names in a ``config.json``. The first three are those of the released checkpoints; a released config
+# without the smoothing means 0.01, the default of the released code's configuration class.
+NUM_STREAMS, PREFIX_LENGTH, SMOOTHING = "parscale_n", "parscale_n_tokens", "parscale_attn_smooth"
+INIT, SEED = "parscale_init", "parscale_seed"
+RELEASED_SMOOTHING = 0.01
+RELEASED_PREFIX_LENGTH = 48
+
+
+@dataclasses.dataclass
+class ParScaleConfig:
+    """One set of P streams (Chen et al., arXiv 2505.10475).
+
+    Args:
+        num_streams: P, the number of copies of the input that run through the backbone. 1 is the plain backbone.
+        prefix_length: T, learned key/value pairs in front of each attention layer, per stream.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, the floor under the aggregation weights, in [0, 1].
+        init: how prefixes and aggregator start: ``"context"`` (keys and values of real text) or ``"random"``.
+        seed: seed of the draws; ``None`` draws from torch's global generator.
+
+    Raises:
+        ValueError: a field is of the wrong type or out of range.
+    """
+
+    num_streams: int = dataclasses.field(default=4, metadata={"help": "P, the number of parallel streams; at least 1."})
+    prefix_length: int = dataclasses.field(default=48, metadata={"help": "T, prefix tokens per stream; at least 1."})
+    smoothing: float = dataclasses.field(default=0.1, metadata={"help": "Epsilon of the weights, between 0 and 1."})
+    init: str = dataclasses.field(default="context", metadata={"help": f"How streams start: one of {INITS}."})
+    seed: int | None = dataclasses.field(default=None, metadata={"help": "Seed of the draws; None: torch's state."})
+
+    def __post_init__(self) -> None:
+        self.num_streams = _integer("num_streams", self.num_streams, minimum=1)
+        self.prefix_length = _integer("prefix_length", self.prefix_length, minimum=1)
+        if isinstance(self.smoothing, bool) or not isinstance(self.smoothing, numbers.Real):
+            raise ValueError(f"smoothing must be a number between 0 and 1, got {self.smoothing!r}.")
+        self.smoothing = float(self.smoothing)
+        if not (math.isfinite(self.smoothing) and 0.0 <= self.smoothing <= 1.0):
+            raise ValueError(f"smoothing must be between 0 and 1, got {self.smoothing}; the paper uses 0.1.")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
+        if self.seed is not None:
+            self.seed = _integer("seed", self.seed, minimum=0)
+
+    def to_fields(self) -> dict[str, Any]:
+        """The fields to write into a ``config.json``, under the released names."""
+        return {
+            NUM_STREAMS: self.num_streams,
+            PREFIX_LENGTH: self.prefix_length,
+            SMOOTHING: self.smoothing,
+            INIT: self.init,
+            SEED: self.seed,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ParScaleConfig:
+        """Reads the fields that :meth:`to_fields` or the released code wrote.
+
+        Args:
+            fields: contents of a ``config.json``; other keys are ignored, but an unknown ``parscale_*`` key warns,
+                since a newer version may have written it.
+
+        Raises:
+            ValueError: ``parscale_n`` is missing, or a field is of the wrong type or out of range.
+        """
+        if NUM_STREAMS not in fields:
+            raise ValueError(f"The config has no {NUM_STREAMS!r}: it does not describe a ParScale model.")
+        known = {NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED}
+        unknown = sorted(key for key in fields if key.startswith("parscale_") and key not in known)
+        if unknown:
+            warnings.warn(
+                f"Ignoring unknown fields {', '.join(unknown)} of the config: "
+                "a newer version of parscale may have written them.",
+                stacklevel=2,
+            )
+        return cls(
+            num_streams=fields[NUM_STREAMS],
+            prefix_length=fields.get(PREFIX_LENGTH, RELEASED_PREFIX_LENGTH),
+            smoothing=fields.get(SMOOTHING, RELEASED_SMOOTHING),
+            init=fields.get(INIT, "random"),
+            seed=fields.get(SEED),
+        )
+
+
+def _integer(name: str, value: Any, *, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    return int(value)

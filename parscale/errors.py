@@ -1,0 +1,5 @@
+"""Errors that parscale raises on its own account."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot carry streams: it is no Hugging Face model, or no attention was found in it."""

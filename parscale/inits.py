@@ -1,0 +1,129 @@
+"""How a new set of streams starts.
+
+============ =====================================================================================================
+``random``   prefixes drawn independently from a normal of the backbone's ``initializer_range``
+``context``  each stream's prefix is the keys and values of a different text of T tokens, at positions -T..-1
+both         aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
+============ =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from parscale.layers import backbone_only, cuda_devices, has_learned_positions, input_device
+from parscale.streams import ParScaleState, StreamSet
+
+
+def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
+    """Fills the tensors of a new set of streams, by its ``config.init`` and ``config.seed``.
+
+    Args:
+        state: of the wrapped model.
+        streams: a set whose parameters exist.
+        calibration: token ids ``(P, T)``, for ``"context"``; without it the backbone samples them itself.
+
+    Raises:
+        ValueError: ``"context"`` for a model on the meta device.
+    """
+    tensors = state.tensors(streams)
+    std = getattr(state.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator]
+    with torch.no_grad(), _seeded(streams.config.seed, state.model):
+        if streams.config.init == "context" and tensors:
+            _fill_with_context(state, streams, calibration)
+        for name, parameter in tensors.items():
+            is_prefix = name.endswith(("prefix_k", "prefix_v"))
+            if name.endswith("aggregate_layer.0.weight") or (is_prefix and streams.config.init == "random"):
+                parameter.normal_(0.0, std)
+
+
+def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
+    """Reads the texts with the backbone and keeps the keys and values that attention sees."""
+    T = streams.config.prefix_length
+    if next(iter(state.tensors(streams).values())).is_meta:
+        raise ValueError(
+            "init='context' runs the backbone, which has no weights on the meta device: use init='random'."
+        )
+    positions = torch.arange(-T, 0)[None]
+    if has_learned_positions(state.decoder):
+        warnings.warn(
+            f"{type(state.model).__name__} has learned positions, so init='context' is an approximation: the texts "
+            f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
+            stacklevel=2,
+        )
+        positions = positions + T
+    elif len(state.layers) < state.model.config.get_text_config().num_hidden_layers:  # type: ignore[operator]
+        warnings.warn(
+            f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init='context' "
+            "is an approximation.",
+            stacklevel=2,
+        )
+    if calibration is None:
+        calibration = _sample_texts(state, streams)
+    device = input_device(state.model)
+
+    def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        for name, states in ((streams.key_name, key), (streams.value_name, value)):
+            prefix = module._parameters[name]
+            prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
+
+    with backbone_only(state):
+        state.recorder = record
+        try:
+            state.decoder(input_ids=calibration.to(device), position_ids=positions.to(device), use_cache=False)
+        finally:
+            state.recorder = None
+
+
+def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
+    """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
+    P, T = streams.config.num_streams, streams.config.prefix_length
+    model: Any = state.model
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    start = torch.randint(vocabulary, (P, 1)).to(input_device(model))
+    plain = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
+    )
+    with backbone_only(state):
+        return model.generate(start, attention_mask=torch.ones_like(start), generation_config=plain)[:, -T:]
+
+
+def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
+    """Refuses a calibration that the set cannot read.
+
+    Raises:
+        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside ``init="random"``.
+    """
+    if calibration is None:
+        return
+    P, T = streams.config.num_streams, streams.config.prefix_length
+    if streams.config.init != "context":
+        raise ValueError(
+            f"calibration is read by init='context' only, got init={streams.config.init!r}: leave one out."
+        )
+    if not isinstance(calibration, torch.Tensor) or calibration.dtype.is_floating_point or calibration.shape != (P, T):
+        given = tuple(calibration.shape) if isinstance(calibration, torch.Tensor) else type(calibration).__name__
+        raise ValueError(
+            f"calibration must be token ids of shape (num_streams, prefix_length) = ({P}, {T}), got {given}."
+        )
+    vocabulary = state.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
+        raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
+    """Draws in this block come from ``seed``; the caller's random state is as before afterwards. None: no change."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        torch.manual_seed(seed)
+        yield

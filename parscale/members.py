@@ -1,0 +1,230 @@
+"""What a wrapped model can do beside what its class can: each function becomes a method of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.config import ParScaleConfig
+from parscale.kernels.aggregate import stream_weights
+from parscale.streams import ParScaleState, StreamSet
+
+
+def add_streams(
+    model: Any,
+    name: str,
+    num_streams: int | ParScaleConfig = 4,
+    *,
+    prefix_length: int = 48,
+    smoothing: float = 0.1,
+    init: str = "context",
+    seed: int | None = None,
+    calibration: torch.Tensor | None = None,
+) -> None:
+    """Adds a further set of streams on the same backbone, inactive and frozen until ``set_streams(name)``.
+
+    Args:
+        name: of the set; letters, digits, ``-`` and ``_``.
+        num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
+        prefix_length: as :func:`parscale.wrap`, like all further arguments.
+
+    Raises:
+        ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
+    """
+    from parscale.wrapping import add
+
+    if isinstance(num_streams, ParScaleConfig):
+        config = num_streams
+    else:
+        config = ParScaleConfig(num_streams, prefix_length, smoothing, init, seed)
+    add(model.parscale, name, config, calibration=calibration)
+
+
+def set_streams(model: Any, name: str | None) -> None:
+    """Chooses the active set of streams; ``None`` is the plain backbone.
+
+    Only the active set trains: the one that was active is frozen, the chosen one is not.
+
+    Raises:
+        ValueError: there is no set of that name.
+    """
+    state: ParScaleState = model.parscale
+    chosen = _find(state, name)
+    if chosen is not state.active:
+        _freeze(state, state.active, True)
+        _freeze(state, chosen, False)
+    _activate(state, chosen)
+
+
+@contextlib.contextmanager
+def use_streams(model: Any, name: str | None) -> Iterator[Any]:
+    """``with model.use_streams(name):`` runs a block with another set, or with ``None``, the plain backbone.
+
+    Which parameters train stays as it is outside the block.
+
+    Raises:
+        ValueError: there is no set of that name.
+    """
+    state: ParScaleState = model.parscale
+    previous, chosen = state.active, _find(state, name)
+    _activate(state, chosen)
+    try:
+        yield model
+    finally:
+        _activate(state, previous)
+
+
+def freeze_backbone(model: Any) -> None:
+    """Only the active streams' parameters train from here on.
+
+    Raises:
+        ValueError: no streams with parameters are active, so nothing would train.
+    """
+    state: ParScaleState = model.parscale
+    if state.active is None or state.active.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
+    model.requires_grad_(False)
+    _freeze(state, state.active, False)
+
+
+def print_trainable_parameters(model: Any) -> None:
+    """Prints how many parameters train, of how many, in per cent, and what they are."""
+    state: ParScaleState = model.parscale
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    prefixes = aggregator = 0
+    for streams in state.sets.values():
+        for name, parameter in state.tensors(streams).items():
+            count = parameter.numel() if parameter.requires_grad else 0
+            if ".aggregate_layer." in f".{name}":
+                aggregator += count
+            else:
+                prefixes += count
+    share = 100 * trained / total if total else 0.0
+    print(
+        f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f} "
+        f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, backbone: {trained - prefixes - aggregator:,})"
+    )
+
+
+@dataclasses.dataclass
+class StreamReport:
+    """What the streams of a model do on some text.
+
+    Args:
+        losses: mean next-token loss of each stream alone, nats, ``(P,)``.
+        weights: aggregation weights, ``(B, S, P)``.
+        entropy: of the weights at each token, nats, ``(B, S)``; ``log(P)`` where all streams count the same.
+        correlation: over tokens, of the streams' token losses, ``(P, P)``.
+    """
+
+    losses: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+    correlation: torch.Tensor
+
+
+@torch.no_grad()
+def stream_report(
+    model: Any, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+) -> StreamReport:
+    """Each stream's loss, the weights they are mixed by, and how much their errors have in common.
+
+    Args:
+        input_ids: ``(B, S)``.
+        labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
+        **kwargs: passed to the model (``attention_mask``, ...).
+
+    Raises:
+        ValueError: no streams are active.
+    """
+    state: ParScaleState = model.parscale
+    streams = state.active
+    if streams is None or streams.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
+    P = streams.num_streams
+    captured: list[torch.Tensor] = []
+    aggregator = state.aggregator(streams)
+    hook = state.decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    state.aggregating = False  # the head then sees every stream's hidden states
+    try:
+        logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
+    finally:
+        state.aggregating = True
+        hook.remove()
+    weights = stream_weights(aggregator.logits(captured[0]), streams.config.smoothing)  # (B, S, P)
+    labels = input_ids if labels is None else labels
+    targets = labels[:, 1:].to(logits.device).repeat(P, 1)  # (P*B, S - 1)
+    token_losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
+    )
+    counted = (targets[: labels.shape[0]] != -100).flatten()  # (B * (S - 1),)
+    token_losses = token_losses.view(P, -1)[:, counted]
+    return StreamReport(
+        losses=token_losses.mean(dim=1),
+        weights=weights,
+        entropy=-torch.special.xlogy(weights, weights).sum(-1),
+        correlation=torch.corrcoef(token_losses),
+    )
+
+
+def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Writes a full checkpoint: backbone and active streams; see :func:`parscale.saving.save_full`."""
+    from parscale.saving import save_full
+
+    save_full(model, save_directory, **kwargs)
+
+
+def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
+    """Writes the active streams only; see :func:`parscale.saving.save_streams`."""
+    from parscale.saving import save_streams as save
+
+    save(model, save_directory)
+
+
+def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+    """Moves the cache's rows with the beams, in every stream (``generate`` counts B rows, the cache has P*B).
+
+    Args:
+        past_key_values: the cache.
+        beam_idx: ``(B,)``, the row that each row continues.
+    """
+    P, B = model.num_streams, beam_idx.shape[0]
+    rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
+    own = getattr(type(model), "_reorder_cache", None)
+    if own is not None:
+        return own(past_key_values, rows)
+    past_key_values.reorder_cache(rows)
+    return past_key_values
+
+
+def static_cache_init_shape(model: Any) -> None:
+    """Tells ``generate`` to let a static cache take its number of rows from the first keys: P*B, not B."""
+
+
+def _find(state: ParScaleState, name: str | None) -> StreamSet | None:
+    if name is None:
+        return None
+    if name not in state.sets:
+        known = ", ".join(map(repr, state.sets)) or "none"
+        raise ValueError(f"There is no set of streams {name!r}; there are: {known}, and None for the plain backbone.")
+    return state.sets[name]
+
+
+def _freeze(state: ParScaleState, streams: StreamSet | None, frozen: bool) -> None:
+    for parameter in state.tensors(streams).values() if streams is not None else ():
+        parameter.requires_grad_(not frozen)
+
+
+def _activate(state: ParScaleState, streams: StreamSet | None) -> None:
+    state.active = streams
+    state.model.num_streams = 1 if streams is None else streams.num_streams  # type: ignore[assignment]
+    if streams is not None:
+        for field, value in streams.config.to_fields().items():
+            setattr(state.model.config, field, value)

@@ -1,0 +1,257 @@
+"""What a wrapped model carries: its sets of streams, and the two hooks on the backbone that run them.
+
+input_ids (B, S)
+  -> copied to P streams, stream-major            (P*B, S)       before the backbone's forward
+  -> the backbone, unchanged, sees a batch of P*B
+  -> final norm                                   (P*B, S, H)
+  -> aggregator                                   (B, S, H)      after it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from parscale.aggregator import Aggregator
+from parscale.config import ParScaleConfig
+from parscale.masks import extend_block_mask, extend_dense_mask
+
+DEFAULT = "default"
+
+# Arguments of a backbone that have one row for each sequence.
+ROW_ARGUMENTS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "per_layer_inputs",
+)
+
+
+@dataclasses.dataclass
+class AttentionLayer:
+    """An attention layer that carries a prefix, and what its keys and values look like.
+
+    Args:
+        name: its name in the model.
+        module: the layer.
+        key_heads: G.
+        key_size: D of the keys.
+        value_size: D of the values (another one in MLA).
+        dtype: of its keys.
+        device: of its keys.
+    """
+
+    name: str
+    module: nn.Module
+    key_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class StreamSet:
+    """One named set of streams. Its tensors are parameters of the backbone's modules, under names of its own.
+
+    Args:
+        name: ``"default"`` keeps the released names; another set adds ``@name`` to each.
+        config: its numbers.
+    """
+
+    def __init__(self, name: str, config: ParScaleConfig) -> None:
+        self.name = name
+        self.config = config
+        suffix = "" if name == DEFAULT else f"@{name}"
+        self.key_name, self.value_name = f"prefix_k{suffix}", f"prefix_v{suffix}"
+        self.aggregator_name = f"aggregate_layer{suffix}"
+
+    @property
+    def num_streams(self) -> int:
+        """P."""
+        return self.config.num_streams
+
+
+class ParScaleState:
+    """Everything that wrapping adds to a model beside the tensors.
+
+    Args:
+        model: the wrapped model.
+        decoder: the backbone, whose rows are copied and mixed.
+        decoder_name: its name in the model.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, decoder_name: str) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.decoder_name = decoder_name
+        self.layers: list[AttentionLayer] = []
+        self.sets: dict[str, StreamSet] = {}
+        self.active: StreamSet | None = None
+        # The set that the forward pass under way (or recomputed under checkpointing) runs with. None: the backbone.
+        self.in_flight: StreamSet | None = None
+        self.recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
+        self.aggregating = True
+        self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
+        self._positional = list(inspect.signature(decoder.forward).parameters)
+        self._masks: dict[int, tuple[Any, Any]] = {}
+        self.hooks = [
+            decoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
+            decoder.register_forward_hook(self._mix_streams),
+        ]
+
+    # -- tensors
+
+    def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
+        """The set's parameters by their released names in the model, whatever the set is called."""
+        if streams.num_streams == 1:
+            return {}
+        tensors = {}
+        for layer in self.layers:
+            tensors[f"{layer.name}.prefix_k"] = layer.module._parameters[streams.key_name]
+            tensors[f"{layer.name}.prefix_v"] = layer.module._parameters[streams.value_name]
+        root = f"{self.decoder_name}.aggregate_layer" if self.decoder_name else "aggregate_layer"
+        for name, parameter in self.aggregator(streams).named_parameters():
+            tensors[f"{root}.{name}"] = parameter
+        return tensors  # type: ignore[return-value]
+
+    def aggregator(self, streams: StreamSet) -> Aggregator:
+        """The set's aggregator."""
+        return self.decoder._modules[streams.aggregator_name]  # type: ignore[return-value]
+
+    def trainability(self) -> dict[nn.Parameter, bool]:
+        """Whether each parameter of each set trains."""
+        return {p: p.requires_grad for streams in self.sets.values() for p in self.tensors(streams).values()}
+
+    # -- the way of the data
+
+    def _copy_to_streams(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the backbone: every row P times, stream-major (row ``p*B + b``)."""
+        self._masks.clear()
+        streams = self.active
+        if streams is not None and streams.num_streams == 1:
+            streams = None
+        self.in_flight = streams
+        if module.training and torch.is_grad_enabled():
+            self._recompute_with_own_set(module)
+        arguments = dict(zip(self._positional, args, strict=False)) | kwargs
+        self._check_cache(arguments.get("past_key_values"))
+        if streams is None:
+            return None
+        rows = arguments.get("input_ids")
+        if rows is None:
+            rows = arguments.get("inputs_embeds")
+        if rows is None:  # the backbone says what it misses
+            return None
+        for name in ROW_ARGUMENTS:
+            if arguments.get(name) is not None:
+                arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
+        names = self._positional[: len(args)]
+        return tuple(arguments.pop(name) for name in names), arguments
+
+    def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` too."""
+        self._masks.clear()
+        streams = self.in_flight
+        if streams is None or not self.aggregating:
+            return output
+        mixed = self.aggregator(streams)(output[0])
+        if isinstance(output, tuple):
+            return (mixed, *output[1:])
+        output.last_hidden_state = mixed
+        if getattr(output, "hidden_states", None):
+            output.hidden_states = (*output.hidden_states[:-1], mixed)
+        return output
+
+    def extended_mask(
+        self, mask: torch.Tensor | BlockMask | None, prefix_length: int, num_rows: int
+    ) -> torch.Tensor | BlockMask | None:
+        """The mask with room for the prefix; made once for all layers that share it."""
+        if mask is None:
+            return None
+        if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
+            return extend_dense_mask(mask, prefix_length)  # the compiler shares it
+        if id(mask) not in self._masks:
+            if isinstance(mask, BlockMask):
+                extended: Any = extend_block_mask(mask, prefix_length, num_rows)
+            else:
+                extended = extend_dense_mask(mask, prefix_length)
+            self._masks[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
+        return self._masks[id(mask)][1]
+
+    def _check_cache(self, cache: Any) -> None:
+        """A cache belongs to the set that filled it."""
+        if cache is None or torch.compiler.is_compiling():
+            return
+        name = None if self.in_flight is None else self.in_flight.name
+        filled_by = getattr(cache, "parscale_streams", name)
+        if filled_by != name:
+            raise ValueError(
+                f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
+                "backbone). Start with a new cache after switching."
+            )
+        with contextlib.suppress(AttributeError):  # a tuple, in old models
+            cache.parscale_streams = name
+
+    # -- checkpointing
+
+    def _recompute_with_own_set(self, module: nn.Module) -> None:
+        """Makes layers that are recomputed in the backward pass use the set that their forward pass used."""
+        for layer in module.modules():
+            function = layer.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Checkpoint):
+                layer._gradient_checkpointing_func = _Checkpoint(function, self)
+
+    def stop_checkpointing(self) -> None:
+        """Gives the layers their own checkpointing function back."""
+        for layer in self.decoder.modules():
+            function = layer.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, _Checkpoint):
+                layer._gradient_checkpointing_func = function.function
+
+    @contextlib.contextmanager
+    def running(self, streams: StreamSet | None) -> Iterator[None]:
+        """Attention layers called in this block use ``streams``."""
+        previous, self.in_flight = self.in_flight, streams
+        try:
+            yield
+        finally:
+            self.in_flight = previous
+
+
+class _Checkpoint:
+    """A checkpointing function that carries the set of streams from the forward pass to the recomputation."""
+
+    def __init__(self, function: Callable[..., Any], state: ParScaleState) -> None:
+        self.function = function
+        self.state = state
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(functools.partial(self._run, self.state.in_flight, function), *args, **kwargs)
+
+    def _run(self, streams: StreamSet | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.state.running(streams):
+            return function(*args, **kwargs)
+
+
+def _copy_rows(name: str, value: Any, B: int, P: int) -> Any:
+    if isinstance(value, dict):  # masks by layer type
+        return {key: _copy_rows(name, item, B, P) for key, item in value.items()}
+    if not isinstance(value, torch.Tensor) or value.ndim < 2:
+        return value
+    dim = 1 if name == "position_ids" and value.ndim == 3 else 0  # multimodal positions are (3, B, S)
+    if value.shape[dim] != B:  # one row for all
+        return value
+    return torch.cat([value] * P, dim=dim)

@@ -1,0 +1,235 @@
+"""``wrap`` and ``unwrap``: a Hugging Face model gets P streams in place, and loses them again."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale import members
+from parscale.aggregator import Aggregator
+from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SMOOTHING, ParScaleConfig
+from parscale.inits import check_calibration, initialize
+from parscale.layers import attach_attention, check_model, detach_attention, own_config
+from parscale.peft import keep_streams_trainable
+from parscale.streams import DEFAULT, ParScaleState, StreamSet
+
+MEMBERS: dict[str, Callable[..., Any]] = {
+    "add_streams": members.add_streams,
+    "set_streams": members.set_streams,
+    "use_streams": members.use_streams,
+    "freeze_backbone": members.freeze_backbone,
+    "print_trainable_parameters": members.print_trainable_parameters,
+    "stream_report": members.stream_report,
+    "save_pretrained": members.save_pretrained,
+    "save_streams": members.save_streams,
+    "_reorder_cache": members.reorder_cache,
+    "_get_static_cache_init_shape": members.static_cache_init_shape,
+}
+
+
+def wrap(
+    model: Any,
+    num_streams: int | ParScaleConfig = 4,
+    *,
+    prefix_length: int = 48,
+    smoothing: float = 0.1,
+    init: str = "context",
+    seed: int | None = None,
+    calibration: torch.Tensor | None = None,
+) -> Any:
+    """Gives a Hugging Face causal language model P parallel streams, in place.
+
+    The model keeps its class, its methods and its names; ``generate``, ``Trainer``, ``save_pretrained``, PEFT and
+    ``torch.compile`` work as before. Its dtype, its device and whether it trains stay its own. The set of streams made
+    here is called ``"default"``. Method: Chen et al., arXiv 2505.10475.
+
+    Args:
+        model: a ``transformers.PreTrainedModel`` with a language-model head.
+        num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
+        prefix_length: T, learned key/value pairs per stream in each attention layer.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+        init: ``"context"`` or ``"random"``; see :mod:`parscale.inits`.
+        seed: seed of the draws; ``None`` draws from torch's state.
+        calibration: token ids ``(P, T)`` that ``"context"`` reads; without it the backbone samples them.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: a number out of range, a ``calibration`` that does not fit, or a model that is wrapped already.
+        UnsupportedModelError: not a Hugging Face model, or one in which no attention was found.
+    """
+    if isinstance(num_streams, ParScaleConfig):
+        config = num_streams
+    else:
+        config = ParScaleConfig(num_streams, prefix_length, smoothing, init, seed)
+    state = attach(model)
+    try:
+        add(state, DEFAULT, config, calibration=calibration)
+        members.set_streams(model, DEFAULT)
+    except BaseException:
+        detach(state)
+        raise
+    return model
+
+
+def unwrap(model: Any) -> Any:
+    """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    detach(state_of(model))
+    return model
+
+
+def state_of(model: Any) -> ParScaleState:
+    """The streams of a wrapped model.
+
+    Raises:
+        ValueError: the model is not wrapped.
+    """
+    state = getattr(model, "parscale", None)
+    if not isinstance(state, ParScaleState) or state.model is not model:
+        raise ValueError(f"This {type(model).__name__} is not wrapped: parscale.wrap(model) gives it streams.")
+    return state
+
+
+def attach(model: Any) -> ParScaleState:
+    """Everything of wrapping but the tensors: hooks, members, a configuration of its own.
+
+    Raises:
+        ValueError: the model is wrapped already.
+        UnsupportedModelError: as :func:`wrap`.
+    """
+    if isinstance(getattr(model, "parscale", None), ParScaleState):
+        raise ValueError(
+            f"This {type(model).__name__} is wrapped already: add_streams(name, ...) adds a further set of streams, "
+            "parscale.unwrap(model) takes them off."
+        )
+    decoder = check_model(model)
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    own_config(model)
+    state = ParScaleState(model, decoder, name)
+    try:
+        attach_attention(state)
+    except BaseException:
+        detach(state)
+        raise
+    model.parscale = state
+    for member, function in MEMBERS.items():
+        setattr(model, member, functools.partial(function, model))
+    model.num_streams = 1
+    keep_streams_trainable()
+    return state
+
+
+def detach(state: ParScaleState) -> None:
+    """Undoes :func:`attach`, and removes all sets."""
+    model = state.model
+    for streams in list(state.sets.values()):
+        remove(state, streams)
+    for hook in state.hooks:
+        hook.remove()
+    detach_attention(state)
+    state.stop_checkpointing()
+    for member in ("parscale", "num_streams", *MEMBERS):
+        model.__dict__.pop(member, None)
+    for field in (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED):
+        model.config.__dict__.pop(field, None)  # type: ignore[union-attr]
+
+
+def add(
+    state: ParScaleState,
+    name: str,
+    config: ParScaleConfig,
+    *,
+    calibration: torch.Tensor | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> StreamSet:
+    """Adds a set of streams, inactive and frozen.
+
+    Args:
+        state: of the model, from :func:`attach` or :func:`state_of`.
+        name: of the set; letters, digits, ``-`` and ``_``.
+        config: its numbers.
+        calibration: as :func:`wrap`.
+        tensors: its values by their released names in the model (as :meth:`ParScaleState.tensors` gives them), from
+            a checkpoint; without them the set starts by ``config.init``.
+
+    Raises:
+        ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
+    if name in state.sets:
+        raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
+    streams = StreamSet(name, config)
+    check_calibration(state, streams, calibration)
+    state.sets[name] = streams
+    try:
+        _make_parameters(state, streams)
+        if tensors is None:
+            initialize(state, streams, calibration)
+        else:
+            _fill(state, streams, tensors)
+    except BaseException:
+        remove(state, streams)
+        raise
+    for parameter in state.tensors(streams).values():
+        parameter.requires_grad_(False)
+    return streams
+
+
+def remove(state: ParScaleState, streams: StreamSet) -> None:
+    """Removes a set and its parameters."""
+    if state.active is streams:
+        state.active = None
+    for layer in state.layers:
+        layer.module._parameters.pop(streams.key_name, None)
+        layer.module._parameters.pop(streams.value_name, None)
+    state.decoder._modules.pop(streams.aggregator_name, None)
+    state.sets.pop(streams.name, None)
+
+
+def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
+    P, T = streams.config.num_streams, streams.config.prefix_length
+    if P == 1:
+        return
+    for layer in state.layers:
+        for name, size in ((streams.key_name, layer.key_size), (streams.value_name, layer.value_size)):
+            prefix = torch.zeros(P, layer.key_heads, T, size, dtype=layer.dtype, device=layer.device)
+            layer.module.register_parameter(name, nn.Parameter(prefix))
+    aggregator = Aggregator(
+        P, state.hidden_size, streams.config.smoothing, dtype=state.hidden_dtype, device=state.hidden_device
+    )
+    aggregator.train(state.decoder.training)
+    state.decoder.add_module(streams.aggregator_name, aggregator)
+
+
+def _fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:
+    own = state.tensors(streams)
+    problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
+    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The streams do not fit this {type(state.model).__name__}: {'; '.join(problems[:3])}{more}. "
+            "They belong to a backbone of another size, or the checkpoint is damaged."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
