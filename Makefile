@@ -1,0 +1,67 @@
+# Everything here does its own set-up: it needs Python 3.11 to 3.13 and make, and nothing installed before.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+CODE := parscale kernels checkpoints scaling_laws
+ALL_CODE := $(CODE) $(wildcard examples benchmarks tests)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
+.PHONY: help setup quickstart test unit lint format typecheck bench gpu-check build clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Create .venv with the pinned versions; the other targets do this by themselves
+
+# torch comes first and by its pinned version, so that no other package's range chooses one.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+		|| { echo "parscale needs Python 3.11, 3.12 or 3.13; name one as in: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(READY) ## Convert, post-train and compare a small model on this machine; a few minutes
+	rm -rf build/quickstart
+	$(BIN)/parscale quickstart --output build/quickstart
+
+test: lint typecheck unit ## Everything that has to pass: lint, types, tests
+
+unit: $(READY) ## The tests alone; JOBS of them at once
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu"
+
+lint: $(READY) ## Look for faults of style
+	$(BIN)/ruff check $(ALL_CODE)
+	$(BIN)/ruff format --check $(ALL_CODE)
+
+format: $(READY) ## Repair what can be repaired by a program
+	$(BIN)/ruff check --fix $(ALL_CODE)
+	$(BIN)/ruff format $(ALL_CODE)
+
+# mypy does not read setuptools' map from parscale.kernels to kernels/ and so on: it gets a tree of links laid out as installed.
+typecheck: $(READY) ## Check types
+	@rm -rf build/types && mkdir -p build/types/parscale
+	@ln -s $(CURDIR)/parscale/* $(addprefix $(CURDIR)/,$(filter-out parscale,$(CODE))) build/types/parscale/
+	cd build/types && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p parscale
+
+bench: $(READY) ## Measure what the streams cost on this machine, into benchmarks/results/
+	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead.json
+
+gpu-check: $(READY) ## The GPU tests and benchmarks; under ten minutes on one GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make gpu-check needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }
+	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead-gpu.json
+
+build: $(READY) ## The wheel and the source distribution, into dist/
+	rm -rf build/lib dist
+	$(BIN)/python -m build
+
+clean: ## Remove what was built, but not .venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find $(ALL_CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

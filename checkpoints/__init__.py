@@ -1,0 +1,1 @@
+"""Checkpoints: conversion from and to other formats, and post-training."""

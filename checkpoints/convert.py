@@ -1,0 +1,129 @@
+"""Conversion: a causal language model's checkpoint is read, gets parallel streams, and is saved with its tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from parscale import ParScaleConfig, wrap
+from parscale.checkpoints.describe import PLAIN, kind_of
+from parscale.checkpoints.reading import find_tokenizer, load_plain, read_documents, require_tokenizer
+from parscale.checkpoints.text import Document
+from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.writing import staged
+
+
+def convert(
+    source: str,
+    output: str | Path,
+    config: ParScaleConfig,
+    *,
+    calibration_files: Sequence[Path] = (),
+    streams_only: bool = False,
+) -> dict[str, Any]:
+    """Give a saved model P streams and save it, in the dtype that it was saved in.
+
+    Args:
+        source: the backbone's folder, or its name on the Hugging Face Hub.
+        output: the folder to write, new or empty; it appears only when it is whole.
+        config: the streams. A seed makes what is random repeatable.
+        calibration_files: text files for `init="context"`: each stream starts from a different piece of
+            `config.prefix_length` tokens, spread evenly over the text. Without them the backbone samples the texts.
+        streams_only: write the streams and the backbone's name instead of a full checkpoint.
+
+    Returns:
+        A report that can be written as JSON: what was read and written, how many parameters it has, how many bytes it
+        takes on disk, and the seconds it took.
+
+    Raises:
+        ValueError: `source` is damaged or has streams already, `output` holds something, a number is out of range, or
+            there is too little calibration text.
+        OSError: there is no such source, or the output cannot be written.
+    """
+    start = time.perf_counter()
+    if calibration_files and config.init != "context":
+        raise ValueError(f"Calibration text is for init 'context', and init is {config.init!r}; leave one of them out.")
+    documents = read_documents(calibration_files)
+    _require_new(Path(output))
+    if (kind := kind_of(Checkpoint(source))) != PLAIN:
+        raise ValueError(
+            f"{source} has streams already ({kind}); give a plain model, such as the backbone it is made of."
+        )
+    with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG) as folder:
+        tokenizer = find_tokenizer(source)
+        calibration = None
+        if documents:
+            calibration = calibration_ids(
+                documents, require_tokenizer(tokenizer, source), config.num_streams, config.prefix_length
+            )
+        model = load_plain(source)
+        backbone_parameters = _count(model.parameters())
+        wrap(model, config, calibration=calibration)
+        if streams_only:
+            model.save_streams(folder)
+        else:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    streams = model.parscale.tensors(model.parscale.active)
+    prefixes = _count(tensor for name, tensor in streams.items() if name.rpartition(".")[2] in ("prefix_k", "prefix_v"))
+    return {
+        "source": source,
+        "output": str(output),
+        "kind": STREAMS_ONLY if streams_only else FULL,
+        "backbone": type(model).__name__,
+        "num_streams": config.num_streams,
+        "prefix_length": config.prefix_length,
+        "smoothing": config.smoothing,
+        "init": config.init,
+        "calibration": [name for name, _ in documents],
+        "seed": config.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenizer": tokenizer is not None,
+        "parameters": {
+            "backbone": backbone_parameters,
+            "prefixes": prefixes,
+            "aggregator": _count(streams.values()) - prefixes,
+        },
+        "bytes": size,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def calibration_ids(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, num_streams: int, prefix_length: int
+) -> torch.Tensor:
+    """Token ids `(P, T)`: P pieces of the documents' tokens, one document after another, spread evenly over them.
+
+    Raises:
+        ValueError: there are fewer than P * T tokens.
+    """
+    texts = [text for _, text in documents]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)  # (N,)
+    needed = num_streams * prefix_length
+    if len(ids) < needed:
+        raise ValueError(
+            f"The calibration text holds {len(ids)} tokens, and {num_streams} streams of {prefix_length} tokens need "
+            f"{needed}; give more text, fewer streams or a shorter prefix."
+        )
+    step = len(ids) // num_streams
+    return torch.stack([ids[stream * step :][:prefix_length] for stream in range(num_streams)])
+
+
+def _require_new(output: Path) -> None:
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
+    elif output.exists():
+        raise ValueError(f"The output {output} is a file; give a folder that is new or empty.")
+
+
+def _count(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,115 @@
+"""What a checkpoint is, read from its configuration and from the heads of its files: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
+from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint, read_json
+from parscale.headers import StoredTensor
+
+PLAIN = "plain backbone"  # beside the two kinds of parscale.folders
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def describe(path_or_repo: str) -> dict[str, Any]:
+    """What a checkpoint is, as a report that can be written as JSON.
+
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub, of which the weights are then fetched.
+
+    Returns:
+        `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `backbone` (its class, type and name), the numbers of
+        the active streams, `dtype`, `parameters` by where they are, and `further_streams` by name.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it is not there.
+    """
+    checkpoint = Checkpoint(path_or_repo)
+    kind = kind_of(checkpoint)
+    fields = checkpoint.read_json(CONFIG if kind in (FULL, PLAIN) else STREAMS_CONFIG)
+    tensors = checkpoint.weights() if kind in (FULL, PLAIN) else checkpoint.streams()
+    if kind == PLAIN:
+        name, streams = None, ParScaleConfig(num_streams=1)
+    else:
+        name, streams = fields.get(SET_NAME if kind == FULL else "name", "default"), ParScaleConfig.from_fields(fields)
+    return {
+        "checkpoint": path_or_repo,
+        "kind": kind,
+        "backbone": _backbone(fields, kind),
+        "active_streams": name,
+        **_streams(streams),
+        "dtype": _dtype(tensors),
+        "parameters": _parameters(tensors),
+        "further_streams": {other: _further(checkpoint.inside(other)) for other in fields.get(SETS, [])},
+    }
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """`"full"`, `"streams only"` or `"plain backbone"`.
+
+    Raises:
+        OSError: there is no such checkpoint.
+    """
+    config = checkpoint.file(CONFIG)
+    if config is not None:
+        fields = read_json(config)
+        of_streams = NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX)
+        if not of_streams and checkpoint.file(STREAMS_CONFIG) is None:
+            return PLAIN
+    return checkpoint.kind()
+
+
+def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    if kind not in (FULL, PLAIN):
+        return {
+            "class": fields.get("backbone_class"),
+            "model_type": fields.get("backbone_model_type"),
+            "name": fields.get("base_model_name_or_path"),
+        }
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second
+
+    model_type = str(fields.get("model_type")).removesuffix(TYPE_SUFFIX)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    name = classes[0] if isinstance(classes, tuple) else classes
+    return {"class": name, "model_type": model_type, "name": "in this folder"}
+
+
+def _streams(streams: ParScaleConfig) -> dict[str, Any]:
+    if streams.num_streams == 1:
+        return {"num_streams": 1, "prefix_length": None, "smoothing": None, "init": None, "seed": None}
+    return {
+        "num_streams": streams.num_streams,
+        "prefix_length": streams.prefix_length,
+        "smoothing": streams.smoothing,
+        "init": streams.init,
+        "seed": streams.seed,
+    }
+
+
+def _further(checkpoint: Checkpoint) -> dict[str, Any]:
+    streams = ParScaleConfig.from_fields(checkpoint.read_json(STREAMS_CONFIG))
+    return {**_streams(streams), "parameters": _parameters(checkpoint.streams())}
+
+
+def _parameters(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+    counts = {"backbone": 0, "prefixes": 0, "aggregator": 0}
+    for name, tensor in tensors.items():
+        if name.endswith((".prefix_k", ".prefix_v")):
+            counts["prefixes"] += tensor.numel
+        elif "aggregate_layer." in name:
+            counts["aggregator"] += tensor.numel
+        else:
+            counts["backbone"] += tensor.numel
+    return counts
+
+
+def _dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The dtype of most of the numbers."""
+    numbers: Counter[str] = Counter()
+    for tensor in tensors.values():
+        numbers[_DTYPES.get(tensor.dtype, tensor.dtype)] += tensor.numel
+    return numbers.most_common(1)[0][0] if numbers else None

@@ -1,0 +1,132 @@
+"""Reading what a user names: checkpoints with their tokenizers, and text files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from parscale import load
+from parscale.checkpoints.describe import PLAIN, kind_of
+from parscale.checkpoints.text import Document
+from parscale.folders import CONFIG, Checkpoint
+
+STREAMS_OFF = "off"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
+
+
+def open_checkpoint(
+    checkpoint: str, *, streams: str | None = None, device: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """Load a checkpoint for use, not for training, with its tokenizer if it has one.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face Hub; with streams, or a plain model.
+        streams: the set of streams to switch to, or `"off"` for the plain backbone; by default the active set.
+        device: where to put the model; by default on a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such set of streams or device, or the checkpoint is damaged.
+        OSError: there is no such checkpoint.
+    """
+    place = _device(device)
+    if kind_of(Checkpoint(checkpoint)) == PLAIN:
+        if streams not in (None, STREAMS_OFF):
+            raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; leave the set out.")
+        model = load_plain(checkpoint)
+    else:
+        model = load(checkpoint)
+        if streams is not None:
+            model.set_streams(None if streams == STREAMS_OFF else streams)
+    return model.to(place).eval(), find_tokenizer(checkpoint)
+
+
+def load_plain(source: str) -> Any:
+    """A causal language model without streams, in the dtype that it was saved in.
+
+    Raises:
+        ValueError: its files are damaged or do not fit its configuration, or it needs code of its own.
+    """
+    checkpoint = Checkpoint(source)
+    if checkpoint.folder is not None:
+        checkpoint.weights()  # damage is found here, before any weight is allocated
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:  # of tensors in other shapes than the configuration says
+        raise ValueError(f"The weights of {source} do not fit its {CONFIG}: {error}") from error
+    except Exception as error:  # whatever a configuration without sense leads to
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"No model can be made of {source}, its {CONFIG} is damaged ({problem}).") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{source} lacks {_few(missing)}: it is damaged, or no {type(model).__name__}.")
+    if unknown := sorted(report["unexpected_keys"]):
+        warnings.warn(f"{source} holds {_few(unknown)}, which a {type(model).__name__} does not use.", stacklevel=2)
+    return model
+
+
+def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that belongs to a checkpoint, or None if its folder has none.
+
+    Raises:
+        ValueError: the tokenizer cannot be read.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"The tokenizer of {checkpoint} cannot be read: {error}") from error
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, checkpoint: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, once it is known that there is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint} holds no tokenizer; put the files of the backbone's tokenizer beside it.")
+    return tokenizer
+
+
+def read_documents(files: Sequence[Path]) -> list[Document]:
+    """Each file as a document: its name as given, and its text.
+
+    Raises:
+        ValueError: a file does not exist, is a folder, or is not text in UTF-8.
+    """
+    documents = []
+    for path in files:
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"{path} {problem}; give a text file.")
+        try:
+            documents.append((str(path), path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: byte {error.start} cannot be read.") from error
+    return documents
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"There is no device {device!r} here; give cpu, or a GPU that torch sees.") from error
+    return place

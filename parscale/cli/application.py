@@ -1,0 +1,117 @@
+"""The application: its commands, and what becomes of an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from parscale import __version__
+from parscale.cli.convert import convert
+from parscale.cli.cost import cost
+from parscale.cli.evaluate import evaluate
+from parscale.cli.generate import generate
+from parscale.cli.info import info
+from parscale.cli.law import app as law
+from parscale.cli.options import ListOptionCommand
+from parscale.cli.quickstart import quickstart
+
+app = typer.Typer(
+    name="parscale",
+    help="Parallel streams for any Hugging Face causal language model.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
+    "convert": convert,
+    "info": info,
+    "generate": generate,
+    "eval": evaluate,
+    "cost": cost,
+}
+for name, command in COMMANDS.items():
+    app.command(name, cls=ListOptionCommand)(command)
+app.add_typer(law, name="law")
+
+SHOW_TRACEBACK = "--traceback"
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"parscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option(SHOW_TRACEBACK, help="Show where in the program an error arose, not only what is wrong.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; `run` reads `--traceback` itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: 0, 2 for bad input, 130 when interrupted.
+
+    Bad input is reported as one line on standard error. Any other exception is a fault of the program and keeps its
+    traceback.
+    """
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """As `main`, but returns the exit code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            # Without "standalone" typer hands its own errors on instead of printing them over several lines.
+            command = typer.main.get_command(app)
+            code = command.main(arguments or ["--help"], prog_name="parscale", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line = _bad_input(error)
+        if line is None:
+            raise
+        if SHOW_TRACEBACK in arguments[:1]:
+            traceback.print_exc()
+        print(f"parscale: {line}", file=sys.stderr)
+        return BAD_INPUT
+    if code == INTERRUPTED:
+        print("parscale: interrupted.", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _bad_input(error: Exception) -> str | None:
+    """What to tell the user in one line, or None when the error is not the user's."""
+    if hasattr(error, "format_message"):  # typer's usage errors; the class has moved between its versions
+        message = " ".join(str(error.format_message()).split())
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "parscale"
+        return f"{message.rstrip('.')}. Try '{command} --help'."
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    print(f"parscale: warning: {' '.join(str(message).split())}", file=sys.stderr)

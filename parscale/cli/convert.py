@@ -1,0 +1,45 @@
+"""`parscale convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parscale.cli.options import Files, Json, Seed
+from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="The backbone: a folder, or a name on the Hugging Face Hub.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    num_streams: Annotated[int, typer.Option(help="P, the number of parallel streams.")],
+    prefix_length: Annotated[int, typer.Option(help="T, prefix tokens for each stream and layer.")] = 48,
+    smoothing: Annotated[float, typer.Option(help="The share of the weights that is spread evenly, 0 to 1.")] = 0.1,
+    init: Annotated[
+        str | None, typer.Option(help="How prefixes start: 'context', from text, or 'random'. Default: see the README.")
+    ] = None,
+    calibration: Annotated[
+        Files | None, typer.Option(help="Text files that the 'context' prefixes are read from.", metavar="FILE...")
+    ] = None,
+    streams_only: Annotated[
+        bool, typer.Option("--streams-only", help="Write the streams and the backbone's name, not its weights.")
+    ] = False,
+    seed: Seed = None,
+    json: Json = False,
+) -> None:
+    """Recycle a checkpoint: give a causal language model P parallel streams and save it."""
+    from parscale.checkpoints.convert import convert as convert_checkpoint
+    from parscale.config import ParScaleConfig
+
+    quiet_libraries()
+    chosen_init = {} if init is None else {"init": init}
+    config = ParScaleConfig(
+        num_streams=num_streams, prefix_length=prefix_length, smoothing=smoothing, seed=seed, **chosen_init
+    )
+    with waiting(f"Converting {source}"):
+        report = convert_checkpoint(
+            source, output, config, calibration_files=calibration or (), streams_only=streams_only
+        )
+    (print_json if json else print_figures)(report)

@@ -1,0 +1,137 @@
+"""`parscale cost`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parscale.cli.law import LAW_HELP, print_rows, read_law
+from parscale.cli.options import Json
+from parscale.cli.output import print_json, quiet_hub
+
+GIB = 2**30
+
+
+def cost(
+    config_or_checkpoint: Annotated[
+        str, typer.Argument(help="A config.json, a checkpoint's folder, or its name on the Hugging Face Hub.")
+    ],
+    num_streams: Annotated[list[int], typer.Option(min=1, help="P, the number of streams.", metavar="P...")],
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts at a time.", metavar="B...")],
+    input_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 256,
+    output_length: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 256,
+    hardware: Annotated[
+        str, typer.Option(help="The device, such as a100-80gb, h100, rtx-4090 or cpu-desktop.")
+    ] = "a100-80gb",
+    hardware_file: Annotated[
+        Path | None, typer.Option(help="A CSV file with devices of your own, columns as the package's hardware.csv.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; weights also int8, fp8, int4.")] = "bfloat16",
+    method: Annotated[str, typer.Option(help="'roofline', or 'paper' to count as the paper did.")] = "roofline",
+    overhead: Annotated[
+        float, typer.Option(min=0, help="Seconds for each layer of each step that kernels take to start.")
+    ] = 0.0,
+    law: Annotated[str, typer.Option(help="What streams are worth: " + LAW_HELP)] = "stack",
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it into this file: .png, .pdf or .svg.", metavar="FILE.png")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Count memory and time of generation, and compare with the plain model of equal loss."""
+    from parscale.scaling_laws import cost as count
+    from parscale.scaling_laws import read_hardware, read_shape, versus
+
+    devices = read_hardware(hardware_file) if hardware_file is not None else {}
+    shape = read_shape(_config_file(config_or_checkpoint))
+    work: dict[str, Any] = {"input_length": input_length, "output_length": output_length, "dtype": dtype}
+    work |= {"hardware": devices.get(hardware, hardware), "method": method, "overhead": overhead}
+    fitted = read_law(law)
+    costs, rows = {}, []
+    for streams in dict.fromkeys(num_streams):
+        for batch in dict.fromkeys(batch_size):
+            item = costs[streams, batch] = count(shape, num_streams=streams, batch_size=batch, **work)
+            row: dict[str, Any] = {
+                "streams": streams,
+                "batch_size": batch,
+                "memory_gib": item.memory_bytes / GIB,
+                "seconds": item.seconds,
+                "prefill_seconds": item.prefill_seconds,
+                "fits": item.fits,
+            }
+            if streams > 1:
+                comparison = versus(fitted, shape, num_streams=streams, batch_size=batch, **work)
+                row["memory_vs_dense"] = comparison.ratio("memory_bytes")
+                row["seconds_vs_dense"] = comparison.ratio("seconds")
+            rows.append(row)
+    crossovers = _crossovers(fitted, shape, [count for count in dict.fromkeys(num_streams) if count > 1], work)
+    if plot is not None:
+        from parscale.scaling_laws import plots
+
+        plots.save(plots.cost_curves(costs), plot)
+    notes = list(next(iter(costs.values())).notes)
+    if json:
+        for row, item in zip(rows, costs.values(), strict=True):
+            row |= {"memory": item.memory, "time": item.time}
+        named = {"model": config_or_checkpoint, "params": shape.params(), "hardware": hardware}
+        named |= {"input_length": input_length, "output_length": output_length, "dtype": dtype, "method": method}
+        print_json(named | {"costs": rows, "crossovers": crossovers, "notes": notes})
+        return
+    print_rows(rows)
+    typer.echo("vs dense: divided by the cost of the plain, wider model that the law predicts to have the same loss.")
+    for crossover in crossovers:
+        typer.echo(_sentence(crossover))
+    for note in notes:
+        typer.echo(note)
+
+
+def _crossovers(fitted: Any, shape: Any, streams: list[int], work: dict[str, Any]) -> list[dict[str, Any]]:
+    from parscale.scaling_laws import crossover
+
+    return [
+        {
+            "streams": count,
+            "slower_from_batch_size": crossover(fitted, shape, num_streams=count, quantity="seconds", **work),
+            "larger_from_batch_size": crossover(fitted, shape, num_streams=count, quantity="memory_bytes", **work),
+        }
+        for count in streams
+    ]
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    def since(batch: int | None, word: str) -> str:
+        return f"{word} from batch {batch} on" if batch is not None else f"never {word}"
+
+    slower, larger = found["slower_from_batch_size"], found["larger_from_batch_size"]
+    return (
+        f"P = {found['streams']}: {since(slower, 'slower')} and {since(larger, 'larger')} than the model of equal loss."
+    )
+
+
+def _config_file(source: str) -> Path:
+    """The `config.json` that a user names; of streams only, their backbone's. An `OSError` or `ValueError` says there
+    is none.
+    """
+    from parscale.folders import CONFIG, STREAMS_CONFIG, Checkpoint
+
+    if Path(source).is_file():
+        return Path(source)
+    if re.search(r"\.json$", source):
+        raise FileNotFoundError(
+            f"There is no file {source}; give a config.json, a checkpoint's folder or its name on the Hub."
+        )
+    quiet_hub()
+    checkpoint = Checkpoint(source)
+    config = checkpoint.file(CONFIG)
+    if config is not None:
+        return config
+    if checkpoint.file(STREAMS_CONFIG) is None:
+        raise FileNotFoundError(
+            f"There is no {CONFIG} at {source}; give a config.json, a checkpoint's folder or its name on the Hub."
+        )
+    backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
+    if not backbone:
+        raise ValueError(f"{source} holds streams only and names no backbone; give the backbone's config.json.")
+    return _config_file(str(backbone))

@@ -1,0 +1,44 @@
+"""`parscale generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from parscale.cli.options import Checkpoint, Device, Seed, Streams
+from parscale.cli.output import quiet_libraries, waiting
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    streams: Streams = None,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Continue a text, and print it as it is written."""
+    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+
+    quiet_libraries()
+    with waiting(f"Loading {checkpoint}"):
+        model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
+    tokenizer = require_tokenizer(tokenizer, checkpoint)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("The prompt holds no token. Give --prompt some text.")
+
+    from transformers import TextStreamer, set_seed
+
+    if seed is not None:
+        set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],  # by name: some tokenizers also return what not every model takes
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )

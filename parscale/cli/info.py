@@ -1,0 +1,14 @@
+"""`parscale info`."""
+
+from __future__ import annotations
+
+from parscale.cli.options import Checkpoint, Json
+from parscale.cli.output import print_figures, print_json, quiet_hub
+
+
+def info(checkpoint: Checkpoint, json: Json = False) -> None:
+    """Say what a checkpoint is: backbone, streams, sizes, how it was made. Reads no weights."""
+    from parscale.checkpoints.describe import describe
+
+    quiet_hub()
+    (print_json if json else print_figures)(describe(checkpoint))

@@ -1,0 +1,212 @@
+"""`parscale law`: fit the scaling law, predict from it, plot it."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parscale.cli.options import Json, ListOptionCommand
+from parscale.cli.output import print_figures, print_json
+
+if TYPE_CHECKING:
+    from parscale.scaling_laws import ParallelScalingLaw, Points
+
+app = typer.Typer(help="The scaling law: fit it to runs, predict from it, plot it.")
+
+CORPORA = ("stack", "pile")
+SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+LAW_HELP = "'stack' or 'pile' for a published one, a CSV file of runs to fit, or a JSON file from 'law fit --json'."
+
+
+def size(text: str) -> float:
+    """A number of parameters, such as 1.6e9, 1600000000 or 1.6B; `BadParameter` for anything else."""
+    letter = text[-1:].upper()
+    try:
+        value = float(text[:-1]) * SUFFIXES[letter] if letter in SUFFIXES else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no size; give a number such as 1.6e9 or 1.6B") from None
+    return value
+
+
+Runs = Annotated[
+    str,
+    typer.Argument(
+        help="Runs: a CSV file with the columns params, streams, loss; or 'stack' or 'pile', the published ones.",
+        metavar="FILE.csv",
+    ),
+]
+Plot = Annotated[Path | None, typer.Option(help="Also draw it into this file: .png, .pdf or .svg.", metavar="FILE.png")]
+Bootstrap = Annotated[int, typer.Option(min=0, help="Resampled data sets behind the intervals; 0 for no intervals.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the resampling.")]
+
+
+@app.command("fit", cls=ListOptionCommand)
+def fit(
+    file: Runs,
+    plot: Plot = None,
+    form: Annotated[
+        str, typer.Option(help="log, rho, power, dense; with a column tokens also joint, joint-both.")
+    ] = "log",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also predict held-out sizes and held-out P with each form.")
+    ] = False,
+    bootstrap: Bootstrap = 1000,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Fit the law to finished runs: E, A, alpha and k with 90 % intervals, and what the runs do not settle."""
+    from parscale.scaling_laws import compare as compare_forms
+    from parscale.scaling_laws import fit_form
+
+    points, tokens = _runs(file, with_tokens=form.startswith("joint"))
+    if plot is not None and form != "log":
+        raise ValueError(f"--plot draws the form log, not {form}; leave one of the two out")
+    fitted = fit_form(form, *points, tokens, bootstrap=bootstrap, seed=seed)
+    figures: dict[str, Any] = {"runs": file, "points": len(points.losses), "form": form, **fitted.values}
+    figures |= {"r2": fitted.r2, "huber": fitted.huber, "intervals": fitted.intervals, "notes": list(fitted.notes)}
+    if compare:
+        figures["comparison"] = [
+            {"form": row.form, "r2": row.r2, "size_error": row.size_error, "streams_error": row.streams_error}
+            for row in compare_forms(*points)
+        ]
+    if plot is not None:
+        from parscale.scaling_laws import plots
+
+        plots.save(plots.measured_and_predicted(read_law(file, bootstrap=0), points), plot)
+    if json:
+        print_json(without_nan(figures))
+        return
+    rows, notes = figures.pop("comparison", None), figures.pop("notes")
+    print_figures(figures)
+    if rows:
+        print_rows(rows)
+    for note in notes:
+        typer.echo(note)
+
+
+@app.command("predict", cls=ListOptionCommand)
+def predict(
+    law: Annotated[str, typer.Argument(help=LAW_HELP)],
+    params: Annotated[
+        list[float],
+        typer.Option(parser=size, help="N: non-embedding parameters with the streams' own, as 1.6e9 or 1.6B."),
+    ],
+    streams: Annotated[list[int], typer.Option(min=1, help="P, the number of streams.")],
+    bootstrap: Bootstrap = 1000,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Predict the loss of each size with each number of streams, and the plain model that is worth as much."""
+    fitted = read_law(law, bootstrap=bootstrap, seed=seed)
+    rows = []
+    for number in params:
+        for count in streams:
+            row = {"params": number, "streams": count, "loss": float(fitted.predict(number, count))}
+            if fitted.draws is not None:
+                row["low"], row["high"] = (float(end) for end in fitted.predict_interval(number, count))
+            rows.append(row | {"equivalent_params": float(fitted.equivalent_params(number, count))})
+    if json:
+        print_json(without_nan({"law": fitted.to_dict(), "predictions": rows}))
+    else:
+        print_rows(rows)
+
+
+@app.command("plot")
+def plot(
+    law: Annotated[str, typer.Argument(help=LAW_HELP)],
+    output: Annotated[Path, typer.Argument(help="The file to write: .png, .pdf or .svg.")],
+    kind: Annotated[str, typer.Option(help="contours, measured or isoloss.")] = "contours",
+    bootstrap: Bootstrap = 200,
+    seed: Seed = 0,
+) -> None:
+    """Draw the law: loss over size and P, runs against predictions, or curves of equal loss."""
+    from parscale.scaling_laws import plots
+
+    if kind not in ("contours", "measured", "isoloss"):
+        raise ValueError(f"--kind is {kind!r}; give contours, measured or isoloss")
+    points = None if law.endswith(".json") else _runs(law)[0]
+    fitted = read_law(law, bootstrap=bootstrap if kind == "isoloss" else 0, seed=seed)
+    if kind == "isoloss":
+        figure = plots.isoloss(fitted)
+    elif kind == "contours":
+        figure = plots.contours(fitted, points)
+    elif points is not None:
+        figure = plots.measured_and_predicted(fitted, points)
+    else:
+        raise ValueError(
+            "--kind measured draws runs, and a law from a JSON file has none; give the CSV file of its runs"
+        )
+    plots.save(figure, output)
+
+
+def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:
+    """Runs that a user names, and their training tokens if asked for."""
+    from parscale.scaling_laws import data
+
+    if source in CORPORA and not Path(source).exists():
+        if with_tokens:
+            raise ValueError(
+                f"the published runs of {source} all have 42B tokens; a joint form needs several numbers of tokens"
+            )
+        return data.published(source), None
+    columns = (*data.COLUMNS, "tokens") if with_tokens else data.COLUMNS
+    table = data.read_csv(source, columns)
+    points = data.check_points(table["params"], table["streams"], table["loss"], table.get("tokens"))
+    return points, table.get("tokens")
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a column for each name in any of the rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def without_nan(figures: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(figures, Mapping):
+        return {name: without_nan(value) for name, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [without_nan(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScalingLaw:
+    """The law that a user names: a published corpus, a CSV file of runs, or a JSON file that `law fit --json` printed.
+
+    Raises `OSError` when there is no such file and `ValueError` when it holds no law and no runs to fit one to.
+    """
+    from parscale.scaling_laws import ParallelScalingLaw, fit
+
+    if not source.endswith(".json"):
+        return fit(*_runs(source)[0], bootstrap=bootstrap, seed=seed)
+    try:
+        contents = json_module.loads(Path(source).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json_module.JSONDecodeError):
+        contents = None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{source} is no law; give a file that 'parscale law fit --json' printed")
+    try:
+        return ParallelScalingLaw.from_dict(contents)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None

@@ -1,0 +1,61 @@
+"""What several commands share: options, and list options that take several values after one name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run, such as cpu or cuda:1. Default: a GPU if there is one.")
+]
+Streams = Annotated[
+    str | None,
+    typer.Option(help="The set of streams to use, by name, or 'off' for the plain backbone. Default: the active set."),
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repeatable.")]
+Files = list[Path]
+
+
+class ListOptionCommand(TyperCommand):
+    """A command whose list options take several values after one name, as in `--data a.txt b.txt`.
+
+    `--data a.txt --data b.txt` is understood too. While a positional argument is still missing, what follows the
+    first value is taken as that argument: `--data a.txt CHECKPOINT` and `CHECKPOINT --data a.txt` mean the same.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Split the arguments as typer does, after each further value of a list got its option's name."""
+        return super().parse_args(ctx, repeat_list_options(args, self.params))
+
+
+def repeat_list_options(arguments: Sequence[str], parameters: Iterable[Any]) -> list[str]:
+    """`["--data", "a", "b"]` as `["--data", "a", "--data", "b"]` for each parameter that takes several values."""
+    options = {name: parameter for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    positional_left = sum(parameter.param_type_name == "argument" for parameter in parameters)
+    result: list[str] = []
+    values_of: str | None = None  # the list option that a further value belongs to
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*result, argument, *rest]
+        if argument.startswith("-") and argument != "-":
+            name, equals, _ = argument.partition("=")
+            option = options.get(name)
+            values_of = name if option is not None and option.multiple else None
+            result.append(argument)
+            if option is not None and not option.is_flag and not equals:
+                result.extend(value for value in [next(rest, None)] if value is not None)
+        elif positional_left:
+            positional_left -= 1
+            result.append(argument)
+        elif values_of is not None:
+            result += [values_of, argument]
+        else:
+            result.append(argument)
+    return result

@@ -1,0 +1,73 @@
+"""How commands print: figures as a table or as JSON, and libraries kept quiet."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging import CRITICAL
+from typing import Any
+
+
+def print_json(figures: Mapping[str, Any]) -> None:
+    """One JSON object on standard output, indented."""
+    json.dump(figures, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def print_figures(figures: Mapping[str, Any]) -> None:
+    """One aligned line for each figure; a nested mapping's lines are indented beneath its name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in figures.items():
+        label = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            table.add_row(label, "")
+            for inner_name, inner in value.items():
+                table.add_row("  " + inner_name.replace("_", " "), _show(inner))
+        else:
+            table.add_row(label, _show(value))
+    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal's standard error that something is under way."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(what)):
+        yield
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and hints of transformers, and the Hub's, which mix with what a command prints."""
+    from transformers.utils import logging
+
+    quiet_hub()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def quiet_hub() -> None:
+    """Silence the Hugging Face Hub's lines about attempts to reach it; that they failed is said by the error."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity(CRITICAL)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_show(item) for item in value) or "-"
+    return str(value)

@@ -1,0 +1,29 @@
+"""`parscale quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parscale.cli.options import Json
+from parscale.cli.output import print_json, quiet_libraries
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option(help="The folder to write, new or empty: models, figures and plot.")] = Path(
+        "parscale-quickstart"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Makes what is random repeatable.")] = 0,
+    json: Json = False,
+) -> None:
+    """Convert, post-train, compare and try a small model that this package carries; offline, in a few minutes."""
+    from rich.console import Console
+
+    from parscale.checkpoints.quickstart import run
+
+    quiet_libraries()
+    report = run(output, seed=seed, console=Console(stderr=json))
+    if json:
+        print_json(report)

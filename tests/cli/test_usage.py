@@ -1,0 +1,187 @@
+"""What every command has in common: help, one line for a mistake, exit codes."""
+
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import typer
+from safetensors import SafetensorError
+
+from parscale.cli import application
+from parscale.cli.application import run
+from parscale.cli.options import repeat_list_options
+
+COMMANDS = {"quickstart", "convert", "info", "generate", "eval"}
+
+
+def parscale(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "parscale", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_help_lists_the_commands(tmp_path):
+    result = parscale("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert all(f" {command} " in result.stdout for command in COMMANDS)
+
+
+def test_no_argument_shows_the_help(capsys):
+    assert run([]) == 0
+    assert "convert" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_each_command_has_help(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert f"parscale {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    import parscale
+
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"parscale {parscale.__version__}\n"
+
+
+def test_help_is_immediate(tmp_path):
+    """Half a second is promised; the best of five runs, since other tests run beside this one."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        parscale("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["info"], "Missing argument"),
+        (["info", "a", "b"], "unexpected extra argument"),
+        (["convert", "a", "b"], "Missing option '--num-streams'"),
+        (["convert", "a", "b", "--num-streams", "many"], "'--num-streams'"),
+        (["convert", "a", "b", "--streams", "4"], "No such option: --streams"),
+        (["generate", "a", "--prompt", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
+        (["generate", "a", "--prompt", "x", "--temperature", "-1"], "'--temperature'"),
+        (["eval", "a"], "Missing option '--data'"),
+        (["eval", "a", "--data"], "Option '--data' requires an argument"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, complaint, capsys):
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("parscale: ")
+    assert complaint in printed.err
+    assert "--help'" in printed.err
+
+
+def broken(error: BaseException) -> None:
+    raise error
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A command line whose only command raises what it is given."""
+
+    def install(error: BaseException) -> None:
+        failing_app = typer.Typer()
+        failing_app.callback()(application.common)
+        failing_app.command("fail")(lambda: broken(error))
+        monkeypatch.setattr(application, "app", failing_app)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("too\n  many\nstreams"), "too many streams"),
+        (OSError("no such\nmodel"), "no such model"),
+        (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device."),
+        (SafetensorError("HeaderTooLarge"), "HeaderTooLarge"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_bad_input_is_one_line(error, line, failing, capsys):
+    failing(error)
+    assert run(["fail"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"parscale: {line}\n"
+    assert printed.out == ""
+
+
+def test_traceback_on_request(failing, capsys):
+    failing(ValueError("too many"))
+    assert run(["--traceback", "fail"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(failing):
+    failing(KeyError("a fault"))
+    with pytest.raises(KeyError, match="a fault"):
+        run(["fail"])
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    failing_app = typer.Typer()
+    failing_app.callback()(application.common)
+    failing_app.command("warn")(lambda: warnings.warn("mind\n the gap", stacklevel=1))
+    monkeypatch.setattr(application, "app", failing_app)
+    assert run(["warn"]) == 0
+    assert capsys.readouterr().err == "parscale: warning: mind the gap\n"
+
+
+def test_interrupted(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert run(["fail"]) == 130
+    assert capsys.readouterr().err == "parscale: interrupted.\n"
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    command = f"{sys.executable} -m parscale --help | head -c 1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+class Parameter:
+    def __init__(self, names: list[str], *, multiple: bool = False, is_flag: bool = False) -> None:
+        self.opts = names
+        self.secondary_opts: list[str] = []
+        self.multiple = multiple
+        self.is_flag = is_flag
+        self.param_type_name = "option" if names[0].startswith("-") else "argument"
+
+
+PARAMETERS = [
+    Parameter(["checkpoint"]),
+    Parameter(["--data", "-d"], multiple=True),
+    Parameter(["--size"]),
+    Parameter(["--json"], is_flag=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        ("C --data a b c", "C --data a --data b --data c"),
+        ("C --data a b --size 3 --json", "C --data a --data b --size 3 --json"),
+        ("C -d a b", "C -d a -d b"),
+        ("C --data=a b", "C --data=a --data b"),
+        ("--data a C", "--data a C"),
+        ("--data a C b", "--data a C --data b"),
+        ("--size 3 C --data a b", "--size 3 C --data a --data b"),
+        ("--json C --data a", "--json C --data a"),
+        ("C --json b", "C --json b"),
+        ("C --data a -- b", "C --data a -- b"),
+        ("C --data -", "C --data -"),
+        ("C --unknown x", "C --unknown x"),
+        ("C --data", "C --data"),
+    ],
+)
+def test_list_options_take_several_values(given, understood):
+    assert repeat_list_options(given.split(), PARAMETERS) == understood.split()

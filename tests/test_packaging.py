@@ -1,0 +1,248 @@
+"""What is installed, what importing it costs, and who imports whom."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Where each package's source lies; the longest name that fits a module wins.
+ROOMS = {
+    "parscale": ROOT / "parscale",
+    "parscale.kernels": ROOT / "kernels",
+    "parscale.checkpoints": ROOT / "checkpoints",
+    "parscale.scaling_laws": ROOT / "scaling_laws",
+}
+
+
+def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> str:
+    """Run Python outside the repository with nothing of ours on its path, and return what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for package, folder in ROOMS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(parts[:-1] if parts[-1] == "__init__" else parts)])] = path
+    return found
+
+
+def imported_when_run(path: Path, *, also_inside_functions: bool) -> set[str]:
+    """The names that a module's import statements ask for, without those for type checkers."""
+    names = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not also_inside_functions:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        waiting.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def test_package_list_is_complete():
+    folders = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders
+
+
+def test_every_folder_of_modules_is_a_package():
+    lonely = {path.parent for path in modules().values() if not (path.parent / "__init__.py").exists()}
+    assert not lonely - {ROOT / "scaling_laws" / "notebooks"}
+
+
+def test_package_directories_are_mapped():
+    mapped = PROJECT["tool"]["setuptools"]["package-dir"]
+    assert {name: ROOT / folder for name, folder in mapped.items()} == ROOMS
+
+
+def test_root_is_not_on_the_path():
+    """With it there, `import kernels` would find our folder in place of the Hugging Face package of that name."""
+    assert ROOT not in {Path(entry or os.getcwd()).resolve() for entry in sys.path}
+
+
+def test_version_is_the_package_version():
+    import parscale
+
+    assert parscale.__version__ == PROJECT["project"]["version"]
+
+
+def test_import_is_lazy(tmp_path):
+    script = "import sys, parscale, parscale.cli; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert python("-c", script, cwd=tmp_path).strip() == "set()"
+
+
+def test_scaling_laws_import_no_torch(tmp_path):
+    script = "import sys, parscale.scaling_laws; print({'torch', 'transformers'} & set(sys.modules))"
+    assert python("-c", script, cwd=tmp_path).strip() == "set()"
+
+
+def test_every_name_is_found_and_listed():
+    import parscale
+
+    for name in parscale.__all__:
+        assert getattr(parscale, name) is not None
+        assert name in dir(parscale)
+    with pytest.raises(AttributeError, match="no attribute 'wrapp'"):
+        parscale.wrapp  # noqa: B018
+
+
+@pytest.mark.parametrize(("room", "allowed"), [("kernels", {"kernels"}), ("scaling_laws", {"scaling_laws"})])
+def test_lower_rooms_import_nothing_above(room, allowed):
+    for name, path in modules().items():
+        if name.startswith(f"parscale.{room}"):
+            ours = {asked for asked in imported_when_run(path, also_inside_functions=True) if is_ours(asked)}
+            above = {asked for asked in ours if asked.split(".")[1] not in allowed}
+            assert not above, f"{name} imports {above}"
+
+
+def test_the_core_imports_neither_checkpoints_nor_the_command_line():
+    """Only the command line stands above everything; it imports inside its commands."""
+    above = ("parscale.checkpoints", "parscale.scaling_laws", "parscale.cli")
+    for name, path in modules().items():
+        if name.startswith(above) or name == "parscale.__main__":
+            continue
+        asked = {asked for asked in imported_when_run(path, also_inside_functions=True) if asked.startswith(above)}
+        assert not asked, f"{name} imports {asked}"
+
+
+def test_checkpoints_import_no_command_line():
+    for name, path in modules().items():
+        if name.startswith(("parscale.checkpoints", "parscale.scaling_laws")) and not name.endswith(".cli"):
+            asked = imported_when_run(path, also_inside_functions=True)
+            assert not [name for name in asked if name.startswith(("parscale.cli", "typer"))], name
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("parscale.") and name != "parscale.__version__"
+
+
+def test_imports_are_declared():
+    """What a module imports at its top comes with a plain install; an extra's packages only inside functions."""
+    project = PROJECT["project"]
+    declared = {distribution_name(requirement) for requirement in project["dependencies"]}
+    extras = {distribution_name(entry) for entries in project["optional-dependencies"].values() for entry in entries}
+    for name, path in modules().items():
+        if path.parent != ROOT / "scaling_laws" / "notebooks":
+            assert third_party(imported_when_run(path, also_inside_functions=False)) <= declared, name
+            assert third_party(imported_when_run(path, also_inside_functions=True)) <= declared | extras, name
+
+
+def distribution_name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0].replace("-", "_")
+
+
+def third_party(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"parscale"}
+
+
+def test_the_small_model_is_whole_and_small():
+    files = {path.name: path.stat().st_size for path in (ROOT / "parscale" / "small_model").iterdir()}
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    assert files.keys() == weights | {"tokenizer.json", "tokenizer_config.json"}
+    assert sum(files.values()) <= 8 * 10**6
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    """The source distribution and the wheel that is built from it."""
+    output = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(ROOT)]
+    # Built from a copy, since building leaves files beside the source.
+    copy = tmp_path_factory.mktemp("source") / "parscale"
+    command[-1] = str(copy)
+    copy_source(copy)
+    subprocess.run(command, check=True, capture_output=True, cwd=output)
+    return next(output.glob("*.tar.gz")), next(output.glob("*.whl"))
+
+
+def copy_source(target: Path) -> None:
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "golden", "results")
+    shutil.copytree(ROOT, target, ignore=unwanted)
+
+
+def expected_files() -> set[str]:
+    """What belongs into the package: its modules and its data."""
+    files = set()
+    for name, path in modules().items():
+        if path.parent == ROOT / "scaling_laws" / "notebooks":
+            continue
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        files.add(f"{package.replace('.', '/')}/{path.name}")
+    for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            for path in ROOMS[package].glob(pattern):
+                files.add(f"{package.replace('.', '/')}/{path.relative_to(ROOMS[package]).as_posix()}")
+    return files
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(distributions):
+    _, wheel = distributions
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == expected_files()
+    assert "parscale/py.typed" in names
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_the_source_and_nothing_else(distributions):
+    source, _ = distributions
+    with tarfile.open(source) as archive:
+        inside = {PurePosixPath(*PurePosixPath(entry.name).parts[1:]) for entry in archive if entry.isfile()}
+    folders = {path.parts[0] for path in inside if len(path.parts) > 1}
+    assert folders == {"parscale", "kernels", "checkpoints", "scaling_laws", "parscale.egg-info"}
+    loose = {str(path) for path in inside if len(path.parts) == 1}
+    assert loose == {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
+    sources = {str(path) for path in inside if len(path.parts) > 1 and path.parts[0] != "parscale.egg-info"}
+    assert len(sources) == len(expected_files())
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_where_it_is_installed(distributions, tmp_path):
+    """In an environment of its own, which borrows only the dependencies of this one."""
+    _, wheel = distributions
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    executable = str(environment / "bin" / "python")
+    site = Path(python("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    own_site = next(environment.glob("lib/python*/site-packages"))
+    (own_site / "dependencies.pth").write_text(f"{site}\n")  # a plain entry: the links of that folder are not followed
+    install = [
+        "-m",
+        "pip",
+        "--python",
+        executable,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--force-reinstall",
+    ]
+    python(*install, "--target", str(own_site), str(wheel), cwd=tmp_path)
+    where = python(
+        "-c", "import parscale.kernels; print(parscale.kernels.__file__)", cwd=tmp_path, executable=executable
+    )
+    assert Path(where.strip()).is_relative_to(environment)
+    assert "quickstart" in python("-m", "parscale", "--help", cwd=tmp_path, executable=executable)
+    carried = own_site / "parscale" / "small_model"
+    assert "plain backbone" in python("-m", "parscale", "info", str(carried), cwd=tmp_path, executable=executable)
