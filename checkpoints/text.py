@@ -1,0 +1,81 @@
+"""Text that is at hand wherever Python is: its standard library's source, split by file and packed into blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Document = tuple[str, str]  # (name relative to the standard library's folder, text)
+
+HELD_OUT_PERCENT = 5
+# Installed packages; test suites, which some distributions leave out; code pages, which are tables or near-copies.
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+# Written by a program: the build's settings and pydoc's copy of the language reference.
+EXCLUDED_NAMES = ("config-*/*", "_sysconfigdata*", "_sysconfig_vars*", "pydoc_data/topics.py")
+
+
+def standard_library_files() -> list[Path]:
+    """The hand-written `.py` files of the running Python's standard library, sorted by their name within it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted((path for path in root.rglob("*.py") if path.is_file() and _is_wanted(path)), key=_relative_name)
+
+
+def is_held_out(relative_name: str) -> bool:
+    """Whether a file, by its name such as `"json/decoder.py"`, belongs to the held-out 5 %.
+
+    Depends on the name alone, so that a file is on the same side in every version of Python.
+    """
+    digest = hashlib.sha256(relative_name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
+
+
+def split() -> tuple[list[Document], list[Document]]:
+    """The training and the held-out documents, in the order of their names; of equal texts only the first is kept."""
+    train: list[Document] = []
+    held_out: list[Document] = []
+    seen: set[str] = set()
+    for path in standard_library_files():
+        with tokenize.open(path) as file:  # honours a file's declared encoding
+            text = file.read()
+        if text.strip() and text not in seen:
+            seen.add(text)
+            name = _relative_name(path)
+            (held_out if is_held_out(name) else train).append((name, text))
+    return train, held_out
+
+
+def pack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> np.ndarray:
+    """Token ids `(n, sequence_length)`: the documents one after another, each followed by the end-of-text token.
+
+    Blocks start and end anywhere in a document. What is left at the end and does not fill a block is dropped.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-text token to put between documents; set tokenizer.eos_token.")
+    stream: list[int] = []
+    for _, text in documents:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream.append(tokenizer.eos_token_id)
+    count = len(stream) // sequence_length
+    return np.array(stream[: count * sequence_length], dtype=np.int64).reshape(count, sequence_length)
+
+
+def _relative_name(path: Path) -> str:
+    return path.relative_to(sysconfig.get_path("stdlib")).as_posix()
+
+
+def _is_wanted(path: Path) -> bool:
+    name = _relative_name(path)
+    in_excluded_folder = not EXCLUDED_FOLDERS.isdisjoint(name.split("/")[:-1])
+    return not in_excluded_folder and not any(fnmatchcase(name, pattern) for pattern in EXCLUDED_NAMES)
