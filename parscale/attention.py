@@ -14,6 +14,9 @@ T prefix tokens.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -26,12 +29,44 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
-from parscale.kernels.prefix_attention import decode_attention
+from parscale.kernels.prefix_attention import causal_attention, decode_attention
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
 
 NAME_PREFIX = "parscale_"
+
+CONTINUOUS_BATCHING = (
+    "Continuous batching and its paged attention do not run with streams: they pack all requests into one row and "
+    "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone."
+)
+
+
+class _BothNames(str):
+    """The true name of an implementation, under which a dictionary finds the function with the prefix.
+
+    Some layers (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) make a mask of their own ``if self.config._attn_implementation
+    in ("eager", "sdpa")``. torch.compile cannot trace such a string, so only those layers get it.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or NAME_PREFIX + str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(NAME_PREFIX + str(self))
+
+
+@functools.cache
+def _compares_names(cls: type) -> bool:
+    """Whether a layer of this class does something else under ``"sdpa"`` than under a name that it does not know."""
+    try:
+        sources = [inspect.getsource(base) for base in cls.__mro__ if base not in (nn.Module, object)]
+    except (OSError, TypeError):  # typed into an interpreter
+        return False
+    return any(re.search(r"""_attn_implementation (in \(|not in \(|[=!]= ["']sdpa)""", source) for source in sources)
 
 
 class AttentionConfig:
@@ -40,18 +75,28 @@ class AttentionConfig:
     Args:
         config: the backbone's configuration object.
         state: the streams of the model that the layer belongs to.
+        layer: the layer's class.
     """
 
-    def __init__(self, config: Any, state: ParScaleState) -> None:
+    def __init__(self, config: Any, state: ParScaleState, layer: type) -> None:
         object.__setattr__(self, "backbone", config)
         object.__setattr__(self, "state", state)
+        object.__setattr__(self, "compared", _compares_names(layer))
+        object.__setattr__(self, "lender", None)
+
+    def borrow(self, lender: nn.Module) -> None:
+        """From here on the layer has the prefix of ``lender``, whose keys and values it takes."""
+        object.__setattr__(self, "lender", lender)
 
     @property
     def _attn_implementation(self) -> str:
-        name = NAME_PREFIX + (self.backbone._attn_implementation or "eager")
+        true_name = self.backbone._attn_implementation or "eager"
+        if self.state.in_flight is None and self.state.recorder is None:  # the plain backbone, as if never wrapped
+            return true_name
+        name = NAME_PREFIX + true_name
         if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
             AttentionInterface.register(name, prefix_attention)
-        return name
+        return _BothNames(true_name) if self.compared else name
 
     def __getattr__(self, name: str) -> Any:
         if name == "backbone":  # before the state of an unpickled object is set
@@ -62,7 +107,7 @@ class AttentionConfig:
         setattr(self.backbone, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new_attention_config, (), {"backbone": self.backbone, "state": self.state}
+        return _new_attention_config, (), dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -76,11 +121,11 @@ class _BackboneView:
     """An attention layer with the backbone's own configuration, for functions that read the name from it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self.layer = module
         self.config = module.config.backbone  # type: ignore[union-attr]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.layer, name)
 
 
 def prefix_attention(
@@ -113,11 +158,16 @@ def prefix_attention(
     flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
-    if streams is None or streams.key_name not in module._parameters:
+    owner = module if module.config.lender is None else module.config.lender  # type: ignore[union-attr]
+    if streams is None or streams.key_name not in owner._parameters:
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
-    prefix_k = getattr(module, streams.key_name)  # (P, G, T, D)
-    prefix_v = getattr(module, streams.value_name)
+    if name.startswith("paged|") or kwargs.get("cache") is not None:
+        raise ValueError(CONTINUOUS_BATCHING)
+    prefix_k = getattr(owner, streams.key_name)  # (P, G, T, D)
+    prefix_v = getattr(owner, streams.value_name)
+    if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
         prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
     if flash:
@@ -148,15 +198,24 @@ def _dense_attention(
     T, S = prefix_k.shape[2], query.shape[2]
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    # what only the backbone's own function knows
+    special = kwargs.get("dropout") or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))
     if attention_mask is None and name != "eager" and causal and S > 1:
-        # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+        if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
+            # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+            key, value = key[:, :, :S], value[:, :, :S]
+        if name == "sdpa" and query.is_cpu and key.shape[-1] == value.shape[-1] and not special:
+            output = causal_attention(query, key, value, prefix_k, prefix_v, scaling=kwargs.get("scaling"))
+            return output.transpose(1, 2), None  # (R, S, heads, D)
         # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.
-        keys, values = prepend(prefix_k, key[:, :, :S]), prepend(prefix_v, value[:, :, :S])
+        keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         queries = nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
         output, weights = backbone(module, queries, keys, values, None, **kwargs)
         return output[:, T:], weights
     mask = state.extended_mask(attention_mask, T, query.shape[0])
-    if name == "sdpa" and S == 1 and not any(kwargs.get(x) for x in ("dropout", "softcap", "position_bias")):
+    if name == "sdpa" and S == 1 and not special:
         output = decode_attention(query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"))
         return output.transpose(1, 2), None  # (R, 1, heads, D)
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
@@ -174,6 +233,15 @@ def _backbone_function(module: nn.Module, name: str) -> Callable[..., tuple[torc
     """The function that the layer would have called without streams."""
     if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
         return ALL_ATTENTION_FUNCTIONS[name]
+    return eager_function(module, name)
+
+
+def eager_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """The function of a layer's own file, which runs under ``"eager"``.
+
+    Raises:
+        ValueError: there is none; the message has ``name``, the implementation that was asked for.
+    """
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:

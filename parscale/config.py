@@ -15,6 +15,9 @@ INITS = ("context", "random")
 # without the smoothing means 0.01, the default of the released code's configuration class.
 NUM_STREAMS, PREFIX_LENGTH, SMOOTHING = "parscale_n", "parscale_n_tokens", "parscale_attn_smooth"
 INIT, SEED = "parscale_init", "parscale_seed"
+# Of a full checkpoint only: the active set's name, if not "default" (null: no set is active), and the further sets'.
+SET_NAME, SETS = "parscale_name", "parscale_sets"
+SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 RELEASED_SMOOTHING = 0.01
 RELEASED_PREFIX_LENGTH = 48
 
@@ -52,6 +55,8 @@ class ParScaleConfig:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if self.seed is not None:
             self.seed = _integer("seed", self.seed, minimum=0)
+            if self.seed >= 2**64:
+                raise ValueError(f"seed must be below 2**64, got {self.seed}.")
 
     def to_fields(self) -> dict[str, Any]:
         """The fields to write into a ``config.json``, under the released names."""
@@ -76,7 +81,7 @@ class ParScaleConfig:
         """
         if NUM_STREAMS not in fields:
             raise ValueError(f"The config has no {NUM_STREAMS!r}: it does not describe a ParScale model.")
-        known = {NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED}
+        known = {NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, SET_NAME, SETS}
         unknown = sorted(key for key in fields if key.startswith("parscale_") and key not in known)
         if unknown:
             warnings.warn(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -30,12 +31,12 @@ def flash_with_prefix(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Calls ``backbone`` with the prefix ``(P, G, T, D)`` in front of the keys and values.
 
-    A layer with a sliding window that T + K tokens exceed runs through ``sdpa`` with an explicit mask instead: no
-    flash-attention interface leaves the prefix out of its window.
+    A layer with a sliding window that T + K tokens exceed runs through ``sdpa`` (or ``eager``, with caps or sinks) with
+    an explicit mask instead: no flash-attention interface leaves the prefix out of its window.
 
     Args:
         backbone: transformers' flash-attention function.
-        module: the attention layer, with the backbone's own configuration.
+        module: the attention layer, with the backbone's own configuration; ``module.layer`` is the layer itself.
         query: ``(P*B, heads, S, D)``.
         key: ``(P*B, G, K, D)``.
         value: ``(P*B, G, K, Dv)``.
@@ -48,18 +49,23 @@ def flash_with_prefix(
     """
     from parscale.attention import prepend
 
-    T, K = prefix_k.shape[2], key.shape[2]
+    P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
+    if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    K, B = key.shape[2], query.shape[0] // P
     boundaries = None
-    if attention_mask is None and query.shape[2] == K:
-        boundaries = document_boundaries(kwargs, prefix_k.shape[0], K, rows=query.shape[0])
+    if attention_mask is None:
+        boundaries = document_boundaries(kwargs, B, S, K)
+    if boundaries is not None and B > 1:  # they count through all rows of a stream
+        query, key, value = (x.unflatten(0, (P, B)).transpose(1, 2).flatten(2, 3) for x in (query, key, value))
+        output, _ = flash_with_prefix(backbone, module, query, key, value, prefix_k, prefix_v, None, **kwargs)
+        return output.unflatten(1, (B, S)).flatten(0, 1), None
+    longest = K if boundaries is None else int(torch.diff(boundaries).max())
     window = kwargs.get("sliding_window")
-    if window is not None and window < T + K:
-        mask = _windowed_mask(query, K, window, attention_mask, boundaries, kwargs.get("is_causal"), module)
+    if window is not None and window < T + longest:
+        mask = _windowed_mask(query, K, window, attention_mask, boundaries, kwargs.pop("is_causal", None), module)
         mask = nn.functional.pad(mask, (T, 0), value=True)  # (P*B or 1, 1, S, T + K)
-        for name in ("sliding_window", "is_causal"):
-            kwargs.pop(name, None)
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
+        return _with_mask(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, kwargs)
     if boundaries is not None:
         return _packed(backbone, module, query, key, value, prefix_k, prefix_v, boundaries, kwargs)
     if attention_mask is not None:
@@ -67,23 +73,29 @@ def flash_with_prefix(
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), attention_mask, **kwargs)
 
 
-def document_boundaries(kwargs: dict[str, Any], P: int, K: int, rows: int) -> torch.Tensor | None:
-    """Where documents packed in a single row begin and end: ``(documents + 1,)``, or ``None`` if there is one.
+def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch.Tensor | None:
+    """Where packed documents begin and end, counted through a stream's rows, ``(documents + 1,)``; ``None`` for one.
 
-    As transformers' own flash path does, reads ``cu_seq_lens_k`` where a collator gives it and positions that restart
-    otherwise, and only for a batch of one row.
+    As transformers' own flash path does, reads ``cu_seq_lens_k`` where a collator gives it; and positions that restart,
+    for a batch of one row only.
+
+    Raises:
+        ValueError: ``cu_seq_lens_k`` beside a cache.
     """
-    if rows != P:  # B > 1
-        return None
     if kwargs.get("cu_seq_lens_k") is not None:
+        if S != K:
+            raise ValueError(
+                f"cu_seq_lens_k describes documents of new tokens only, but there are {S} of them and {K} keys: with "
+                "streams, packed documents run without a cache. Pass use_cache=False, or one row for each document."
+            )
         return kwargs["cu_seq_lens_k"]
     positions = kwargs.get("position_ids")
-    if positions is None or positions.ndim != 2 or positions.shape[1] != K:
+    if B != 1 or S != K or positions is None or positions.ndim != 2 or positions.shape[1] != S:
         return None
     starts = (positions[0, 1:] - positions[0, :-1] != 1).nonzero().flatten() + 1
     if not len(starts):
         return None
-    ends = starts.new_tensor([K])
+    ends = starts.new_tensor([S])
     return torch.cat([starts.new_zeros(1), starts, ends]).to(torch.int32)
 
 
@@ -124,6 +136,28 @@ def _packed(
     queries = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, P * S, D)
     output, _ = backbone(module, queries, joined(prefix_k, key), joined(prefix_v, value), None, **kwargs)
     return output.reshape(P, S, *output.shape[2:]), None
+
+
+def _with_mask(
+    module: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
+    from parscale.attention import eager_function
+
+    # as flash-attention does where float32 would meet half-precision weights
+    dtype = get_target_dtype(query, module) or query.dtype
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        function = eager_function(module.layer, module.config._attn_implementation)
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    output, _ = function(module, query, keys, values, mask, **kwargs)
+    return output, None
 
 
 def _windowed_mask(

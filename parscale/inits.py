@@ -71,8 +71,9 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
 
     def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         for name, states in ((streams.key_name, key), (streams.value_name, value)):
-            prefix = module._parameters[name]
-            prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
+            prefix = module._parameters.get(name)
+            if prefix is not None:  # a layer that borrows its keys has none
+                prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
     with backbone_only(state):
         state.recorder = record

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention import AttentionConfig
@@ -29,6 +30,11 @@ def check_model(model: Any) -> nn.Module:
             f"wrap takes a loaded Hugging Face model (a transformers.PreTrainedModel), got {given}: "
             "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder with a decoder: streams are for models that only decode, whose "
+            "whole input passes through one backbone (AutoModelForCausalLM)."
+        )
     decoder = model.get_decoder()
     if not isinstance(decoder, nn.Module) or decoder is model or model.get_output_embeddings() is None:
         raise UnsupportedModelError(
@@ -38,21 +44,22 @@ def check_model(model: Any) -> nn.Module:
     return decoder
 
 
+def held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
+    """Each module that holds a configuration, and the object that it holds."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [(module, module.__dict__["config"]) for module in modules if "config" in module.__dict__]
+
+
 def own_config(model: PreTrainedModel) -> None:
     """Gives the model a configuration object that no other model holds.
 
     Every module of the model that held the old object, or one of its parts, holds the new one.
     """
-    old = model.config
-    new = copy.deepcopy(old)
-    replacement = {id(old): new}
-    for name in getattr(old, "sub_configs", {}):
-        if isinstance(getattr(old, name, None), PreTrainedConfig):
-            replacement[id(getattr(old, name))] = getattr(new, name)
-    for module in model.modules():
-        held = module.__dict__.get("config")
-        if id(held) in replacement:
-            module.config = replacement[id(held)]  # type: ignore[assignment]
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module, held in held_configs(model):
+        if isinstance(held, PreTrainedConfig) and id(held) in copies:  # the object itself, or a part of it
+            module.config = copies[id(held)]  # type: ignore[assignment]
 
 
 def attach_attention(state: ParScaleState) -> None:
@@ -64,14 +71,19 @@ def attach_attention(state: ParScaleState) -> None:
     names = {id(module): name for name, module in state.model.named_modules()}
     candidates = [module for module in state.decoder.modules() if _looks_up_attention(module)]
     for module in candidates:
-        module.config = AttentionConfig(module.config, state)  # type: ignore[assignment, arg-type]
+        module.config = AttentionConfig(module.config, state, type(module))  # type: ignore[assignment, arg-type]
     found: dict[int, AttentionLayer] = {}
+    seen: list[tuple[nn.Module, torch.Tensor]] = []
 
     def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        layer = AttentionLayer(
+        lender = next((other for other, keys in seen if _same_keys(keys, key)), None)
+        if lender is not None:  # a layer that borrows another's keys (Gemma 3n, Gemma 4) borrows its prefix
+            module.config.borrow(lender)  # type: ignore[union-attr, operator]
+            return
+        seen.append((module, key))
+        found[id(module)] = AttentionLayer(
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )
-        found.setdefault(id(module), layer)
 
     if candidates:
         state.recorder = record
@@ -80,7 +92,7 @@ def attach_attention(state: ParScaleState) -> None:
         finally:
             state.recorder = None
     for module in candidates:
-        if id(module) not in found:
+        if id(module) not in found and module.config.lender is None:  # type: ignore[union-attr]
             module.config = module.config.backbone  # type: ignore[union-attr, assignment]
     if not found:
         raise UnsupportedModelError(
@@ -94,8 +106,15 @@ def attach_attention(state: ParScaleState) -> None:
 
 def detach_attention(state: ParScaleState) -> None:
     """Gives the attention layers their plain configuration back."""
-    for layer in state.layers:
-        layer.module.config = layer.module.config.backbone  # type: ignore[union-attr, assignment]
+    for module in state.decoder.modules():
+        if isinstance(module.__dict__.get("config"), AttentionConfig):
+            module.config = module.config.backbone  # type: ignore[union-attr, assignment]
+
+
+def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
+    if keys.device == other.device:
+        return keys is other
+    return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
 
 
 def _looks_up_attention(module: nn.Module) -> bool:
@@ -105,8 +124,11 @@ def _looks_up_attention(module: nn.Module) -> bool:
 
 
 def _run_two_tokens(state: ParScaleState) -> None:
-    with backbone_only(state):
-        ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(state.model))
+    device = input_device(state.model)
+    # transformers looks at positions and masks as if they had values, but not at those of fake tensors
+    fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "meta" else contextlib.nullcontext()
+    with backbone_only(state), fake:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         hidden = state.decoder(input_ids=ids, use_cache=False)[0]  # (1, 2, H)
     state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
 

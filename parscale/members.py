@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from parscale.attention import CONTINUOUS_BATCHING
 from parscale.config import ParScaleConfig
 from parscale.kernels.aggregate import stream_weights
 from parscale.streams import ParScaleState, StreamSet
@@ -49,7 +52,8 @@ def add_streams(
 def set_streams(model: Any, name: str | None) -> None:
     """Chooses the active set of streams; ``None`` is the plain backbone.
 
-    Only the active set trains: the one that was active is frozen, the chosen one is not.
+    Only the active set trains: the one that was active is frozen, the chosen one is not. A forward pass that ran
+    before still gives its gradients to the set that it ran with.
 
     Raises:
         ValueError: there is no set of that name.
@@ -64,20 +68,25 @@ def set_streams(model: Any, name: str | None) -> None:
 
 @contextlib.contextmanager
 def use_streams(model: Any, name: str | None) -> Iterator[Any]:
-    """``with model.use_streams(name):`` runs a block with another set, or with ``None``, the plain backbone.
+    """``with model.use_streams(name):`` is :func:`set_streams` for a block.
 
-    Which parameters train stays as it is outside the block.
+    After it, everything is as before: the active set, which parameters train, what the configuration records.
 
     Raises:
         ValueError: there is no set of that name.
     """
     state: ParScaleState = model.parscale
-    previous, chosen = state.active, _find(state, name)
-    _activate(state, chosen)
+    previous, trained = state.active, state.trainability()
+    recorded = {field: value for field, value in vars(model.config).items() if field.startswith("parscale_")}
+    set_streams(model, name)
     try:
         yield model
     finally:
         _activate(state, previous)
+        for parameter, trains in trained.items():
+            _train(parameter, trains)
+        for field, value in recorded.items():
+            setattr(model.config, field, value)
 
 
 def freeze_backbone(model: Any) -> None:
@@ -208,6 +217,17 @@ def static_cache_init_shape(model: Any) -> None:
     """Tells ``generate`` to let a static cache take its number of rows from the first keys: P*B, not B."""
 
 
+def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Raises:
+        ValueError: streams are active: continuous batching packs all requests into one row with one cache.
+    """
+    if model.num_streams > 1:
+        raise ValueError(CONTINUOUS_BATCHING)
+    return type(model).init_continuous_batching(model, *args, **kwargs)
+
+
 def _find(state: ParScaleState, name: str | None) -> StreamSet | None:
     if name is None:
         return None
@@ -219,7 +239,25 @@ def _find(state: ParScaleState, name: str | None) -> StreamSet | None:
 
 def _freeze(state: ParScaleState, streams: StreamSet | None, frozen: bool) -> None:
     for parameter in state.tensors(streams).values() if streams is not None else ():
-        parameter.requires_grad_(not frozen)
+        _train(parameter, not frozen)
+
+
+def _train(parameter: nn.Parameter, trains: bool) -> None:
+    """Freezes a parameter or not, without taking the gradient from a forward pass that is not differentiated yet.
+
+    autograd drops what comes back for a parameter that was frozen meanwhile; a hook delivers it.
+    """
+    hooks = (parameter._backward_hooks or {}).values()
+    if parameter.requires_grad and not trains and not any(getattr(hook, "func", None) is _deliver for hook in hooks):
+        parameter.register_hook(functools.partial(_deliver, weakref.ref(parameter)))
+    parameter.requires_grad_(trains)
+
+
+def _deliver(reference: weakref.ReferenceType[nn.Parameter], gradient: torch.Tensor) -> None:
+    parameter = reference()
+    if parameter is not None and not parameter.requires_grad:
+        gradient = gradient.detach()
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 
 def _activate(state: ParScaleState, streams: StreamSet | None) -> None:

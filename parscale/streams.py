@@ -34,8 +34,13 @@ ROW_ARGUMENTS = (
     "position_ids",
     "token_type_ids",
     "mm_token_type_ids",
+    "moe_mm_token_type_ids",
     "per_layer_inputs",
+    "ple_input_ids",
+    "visual_pos_masks",
 )
+# One tensor for each layer, with one row for each image token of the batch, in the order of the rows.
+IMAGE_TOKENS = "deepstack_visual_embeds"
 
 
 @dataclasses.dataclass
@@ -100,6 +105,7 @@ class ParScaleState:
         self.active: StreamSet | None = None
         # The set that the forward pass under way (or recomputed under checkpointing) runs with. None: the backbone.
         self.in_flight: StreamSet | None = None
+        self.in_flight_trains: list[tuple[nn.Parameter, bool]] = []  # which of its parameters do, for checkpointing
         self.recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
         self.aggregating = True
         self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
@@ -124,6 +130,32 @@ class ParScaleState:
         for name, parameter in self.aggregator(streams).named_parameters():
             tensors[f"{root}.{name}"] = parameter
         return tensors  # type: ignore[return-value]
+
+    def names(self, streams: StreamSet) -> dict[str, str]:
+        """The set's names in the model's ``state_dict`` by the released ones."""
+        if streams.num_streams == 1:
+            return {}
+        names = {}
+        for layer in self.layers:
+            names[f"{layer.name}.prefix_k"] = f"{layer.name}.{streams.key_name}"
+            names[f"{layer.name}.prefix_v"] = f"{layer.name}.{streams.value_name}"
+        root = f"{self.decoder_name}." if self.decoder_name else ""
+        for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
+            names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
+        return names
+
+    def load_into_active(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Before ``load_state_dict``: the released names of a saved checkpoint mean the active set.
+
+        A checkpoint that the Trainer loads back has the set that was active under the released names. A model's own
+        ``state_dict()`` has every set under its own, and is left as it is.
+        """
+        names = {} if self.active is None else self.names(self.active)
+        if any(prefix + name in state_dict for name in names.values()):
+            return
+        for released, name in names.items():
+            if prefix + released in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + released)
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The set's aggregator."""
@@ -158,6 +190,8 @@ class ParScaleState:
         for name in ROW_ARGUMENTS:
             if arguments.get(name) is not None:
                 arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
+        if arguments.get(IMAGE_TOKENS) is not None:
+            arguments[IMAGE_TOKENS] = [torch.cat([states] * streams.num_streams) for states in arguments[IMAGE_TOKENS]]
         names = self._positional[: len(args)]
         return tuple(arguments.pop(name) for name in names), arguments
 
@@ -167,12 +201,20 @@ class ParScaleState:
         streams = self.in_flight
         if streams is None or not self.aggregating:
             return output
-        mixed = self.aggregator(streams)(output[0])
+        last = output[0]
+        mixed = self.aggregator(streams)(last)
+
+        def with_mixed(states: Any) -> Any:
+            """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""
+            if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
+                return (*states[:-1], mixed)
+            return states
+
         if isinstance(output, tuple):
-            return (mixed, *output[1:])
+            return (mixed, *map(with_mixed, output[1:]))
         output.last_hidden_state = mixed
         if getattr(output, "hidden_states", None):
-            output.hidden_states = (*output.hidden_states[:-1], mixed)
+            output.hidden_states = with_mixed(output.hidden_states)
         return output
 
     def extended_mask(
@@ -183,36 +225,40 @@ class ParScaleState:
             return None
         if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
             return extend_dense_mask(mask, prefix_length)  # the compiler shares it
-        if id(mask) not in self._masks:
+        entry = self._masks.get(id(mask))
+        if entry is None:
             if isinstance(mask, BlockMask):
                 extended: Any = extend_block_mask(mask, prefix_length, num_rows)
             else:
                 extended = extend_dense_mask(mask, prefix_length)
-            self._masks[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
-        return self._masks[id(mask)][1]
+            entry = self._masks[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
+        return entry[1]
 
     def _check_cache(self, cache: Any) -> None:
         """A cache belongs to the set that filled it."""
-        if cache is None or torch.compiler.is_compiling():
+        if cache is None or isinstance(cache, tuple):  # a tuple, in old models
             return
         name = None if self.in_flight is None else self.in_flight.name
         filled_by = getattr(cache, "parscale_streams", name)
-        if filled_by != name:
+        if filled_by != name and int(cache.get_seq_length()) > 0:
             raise ValueError(
                 f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
                 "backbone). Start with a new cache after switching."
             )
-        with contextlib.suppress(AttributeError):  # a tuple, in old models
-            cache.parscale_streams = name
+        cache.parscale_streams = name
 
     # -- checkpointing
 
     def _recompute_with_own_set(self, module: nn.Module) -> None:
         """Makes layers that are recomputed in the backward pass use the set that their forward pass used."""
+        checkpointing = False
         for layer in module.modules():
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, _Checkpoint):
                 layer._gradient_checkpointing_func = _Checkpoint(function, self)
+            checkpointing |= function is not None
+        tensors = self.tensors(self.in_flight) if checkpointing and self.in_flight is not None else {}
+        self.in_flight_trains = [(parameter, parameter.requires_grad) for parameter in tensors.values()]
 
     def stop_checkpointing(self) -> None:
         """Gives the layers their own checkpointing function back."""
@@ -222,13 +268,18 @@ class ParScaleState:
                 layer._gradient_checkpointing_func = function.function
 
     @contextlib.contextmanager
-    def running(self, streams: StreamSet | None) -> Iterator[None]:
-        """Attention layers called in this block use ``streams``."""
+    def running(self, streams: StreamSet | None, trains: list[tuple[nn.Parameter, bool]]) -> Iterator[None]:
+        """Attention layers called in this block use ``streams``, whose parameters train as ``trains`` says."""
         previous, self.in_flight = self.in_flight, streams
+        changed = [parameter for parameter, trained in trains if parameter.requires_grad is not trained]
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
         try:
             yield
         finally:
             self.in_flight = previous
+            for parameter in changed:
+                parameter.requires_grad_(not parameter.requires_grad)
 
 
 class _Checkpoint:
@@ -239,11 +290,27 @@ class _Checkpoint:
         self.state = state
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(functools.partial(self._run, self.state.in_flight, function), *args, **kwargs)
+        trains = self.state.in_flight_trains
+        if any(flag for _, flag in trains) and not any(getattr(x, "requires_grad", False) for x in args):
+            # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
+            args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
+        run = functools.partial(self._run, self.state.in_flight, trains, function)
+        return self.function(run, *args, **kwargs)
 
-    def _run(self, streams: StreamSet | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.state.running(streams):
+    def _run(
+        self,
+        streams: StreamSet | None,
+        trains: list[tuple[nn.Parameter, bool]],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        with self.state.running(streams, trains):
             return function(*args, **kwargs)
+
+
+def _is_differentiable(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def _copy_rows(name: str, value: Any, B: int, P: int) -> Any:

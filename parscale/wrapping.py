@@ -12,9 +12,10 @@ from torch import nn
 
 from parscale import members
 from parscale.aggregator import Aggregator
-from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SMOOTHING, ParScaleConfig
+from parscale.auto import register_backbone
+from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SET_PATTERN, SMOOTHING, ParScaleConfig
 from parscale.inits import check_calibration, initialize
-from parscale.layers import attach_attention, check_model, detach_attention, own_config
+from parscale.layers import attach_attention, check_model, detach_attention, held_configs, own_config
 from parscale.peft import keep_streams_trainable
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 
@@ -29,6 +30,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "save_streams": members.save_streams,
     "_reorder_cache": members.reorder_cache,
     "_get_static_cache_init_shape": members.static_cache_init_shape,
+    "init_continuous_batching": members.init_continuous_batching,
 }
 
 
@@ -68,12 +70,17 @@ def wrap(
         config = num_streams
     else:
         config = ParScaleConfig(num_streams, prefix_length, smoothing, init, seed)
-    state = attach(model)
+    configs = held_configs(model)
+    state = None
     try:
+        state = attach(model)
         add(state, DEFAULT, config, calibration=calibration)
         members.set_streams(model, DEFAULT)
     except BaseException:
-        detach(state)
+        if state is not None:
+            detach(state)
+        for module, held in configs:
+            module.config = held
         raise
     return model
 
@@ -128,7 +135,9 @@ def attach(model: Any) -> ParScaleState:
     for member, function in MEMBERS.items():
         setattr(model, member, functools.partial(function, model))
     model.num_streams = 1
+    state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
     keep_streams_trainable()
+    register_backbone(model.config.model_type)
     return state
 
 
@@ -168,7 +177,7 @@ def add(
     Raises:
         ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
         raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
     if name in state.sets:
         raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")

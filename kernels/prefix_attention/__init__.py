@@ -1,5 +1,6 @@
-"""Attention of one new token over its stream's prefix and the cache, without joining the two."""
+"""Attention over a stream's prefix and the real tokens, without joining the two."""
 
+from parscale.kernels.prefix_attention.causal import causal_attention, causal_attention_reference
 from parscale.kernels.prefix_attention.reference import decode_attention
 
-__all__ = ["decode_attention"]
+__all__ = ["causal_attention", "causal_attention_reference", "decode_attention"]

@@ -1,6 +1,12 @@
 """Decode attention in plain torch: prefix and cache are read where they lie, only their scores are joined."""
 
+from collections.abc import Sequence
+
 import torch
+
+# Half-precision keys and values are raised to single precision in pieces of this many numbers, which stay in the cache
+# of a processor and in the pool of its allocator.
+PIECE = 2**20
 
 
 def decode_attention(
@@ -14,6 +20,9 @@ def decode_attention(
     scaling: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention of one token per row over ``[prefix of stream p | cache]``.
+
+    On a CPU, half-precision tensors are multiplied in float32: the result is as exact as that of torch's own attention,
+    and is there sooner. On other devices, their products are rounded to their own dtype before the softmax.
 
     Args:
         query: ``(P*B, heads, 1, D)``, stream-major rows.
@@ -31,20 +40,32 @@ def decode_attention(
     (R, heads, _, D), (P, G, T, _) = query.shape, prefix_k.shape
     B, n = R // P, heads // G
     scaling = D**-0.5 if scaling is None else scaling
-    grouped = (query * scaling).view(R, G, n, D)  # the queries of a key/value head as its rows
+    exact = torch.promote_types(query.dtype, torch.float32)
+    dtype = exact if query.is_cpu else query.dtype  # of the products
+    piece = None
+    if key.dtype != dtype and not torch.compiler.is_compiling():
+        piece = max(1, PIECE // (R * G * D))
+
+    def pieces(states: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
+        return (states,) if piece is None else states.split(piece, dim)
+
+    grouped = (query.to(dtype) * scaling).view(R, G, n, D)  # the queries of a key/value head as its rows
     by_stream = grouped.unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, D)  # (P, B, G, n, D) -> ...
-    prefix_scores = torch.matmul(by_stream, prefix_k.to(query.dtype).transpose(-1, -2))  # (P, G, B*n, T)
-    prefix_scores = prefix_scores.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, T)
-    scores = torch.cat([prefix_scores, torch.matmul(grouped, key.transpose(-1, -2))], dim=-1)  # (R, G, n, T + K)
+    scores = torch.matmul(by_stream, prefix_k.to(dtype).transpose(-1, -2))  # (P, G, B*n, T)
+    parts = [scores.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, T)]
+    parts += [torch.matmul(grouped, keys.to(dtype).transpose(-1, -2)) for keys in pieces(key, 2)]
+    scores = torch.cat(parts, dim=-1)  # (R, G, n, T + K)
     if mask is not None:
-        mask = mask.expand(R, heads, 1, -1).view(R, G, n, -1) if mask.shape[1] != 1 else mask
+        mask = mask.expand(R, heads, 1, -1).reshape(R, G, n, -1) if mask.shape[1] != 1 else mask
         if mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    prefix_weights, weights = weights[..., :T], weights[..., T:]
-    prefix_weights = prefix_weights.unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, T)
-    output = torch.matmul(prefix_weights, prefix_v.to(query.dtype))  # (P, G, B*n, Dv)
+    weights = torch.softmax(scores, dim=-1, dtype=exact).to(dtype)
+
+    by_stream = weights[..., :T].unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, T)
+    output = torch.matmul(by_stream, prefix_v.to(dtype))  # (P, G, B*n, Dv)
     output = output.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, -1)
-    return (output + torch.matmul(weights, value)).view(R, heads, 1, -1)
+    for part, values in zip(pieces(weights[..., T:], -1), pieces(value, 2), strict=True):
+        output = output + torch.matmul(part, values.to(dtype))
+    return output.view(R, heads, 1, -1).to(query.dtype)

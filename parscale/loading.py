@@ -1,0 +1,266 @@
+"""Loading: ``parscale.load``, and what ``AutoModelForCausalLM`` does with a full checkpoint.
+
+A full checkpoint is a folder of the backbone's own format with the active set of streams among its tensors. For Qwen2
+it is the format of the released ``ParScale/*`` checkpoints:
+
+- ``config.json``: the backbone's, with ``model_type: <backbone>_parscale``, ``parscale_n`` (P), ``parscale_n_tokens``
+  (T), ``parscale_attn_smooth`` (without it, 0.01), and, with more than one set, ``parscale_name`` and
+  ``parscale_sets``;
+- ``model.safetensors`` or shards: ``<attention>.prefix_k`` and ``.prefix_v`` of ``(P, G, T, D)``, and
+  ``<decoder>.aggregate_layer.{0,2}.{weight,bias}``, beside the backbone's tensors;
+- ``modeling_parscale.py``: for ``trust_remote_code=True``;
+- a streams-only folder for each further set, by its name.
+
+A streams-only checkpoint is ``streams.safetensors`` with those tensors and ``parscale_config.json`` with P, T, the
+smoothing, the backbone's name and what is needed to see whether another one fits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from parscale import members
+from parscale.auto import backbone_config, config_class
+from parscale.checks import check_fit, check_size, check_streams, configuration_of, differences, numbers, set_names
+from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SMOOTHING, ParScaleConfig
+from parscale.folders import CONFIG, FULL, HUB_ARGUMENTS, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint
+from parscale.headers import StoredTensor
+from parscale.saving import FORMAT_VERSION
+from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.wrapping import add, attach, detach
+
+_STREAM_TENSORS = (r"\.prefix_[kv]$", r"(^|\.)aggregate_layer\.")
+_STREAMS_FIELDS = {
+    *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers"),
+    *("base_model_name_or_path", "format_version", "name", "version"),
+    *(NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED),
+}
+# How transformers says that the tensors are not those that it expects.
+_REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
+_patching = threading.Lock()
+
+
+def load(
+    path_or_repo: str | os.PathLike[str],
+    *,
+    backbone: Any = None,
+    dtype: Any = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Reads a checkpoint with streams: a full one, also a released ``ParScale/*`` one, or streams only.
+
+    The set that was active when it was saved is active; further sets of a full checkpoint come back inactive. No code
+    from the checkpoint runs, and nothing is unpickled.
+
+    Args:
+        path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
+        backbone: for streams only, in place of the backbone that they name: a folder, a name on the Hub, or a model,
+            which is wrapped in place. Streams of its own that a folder has are left out.
+        dtype: as saved unless given: a ``torch.dtype`` or its name.
+        device_map: as in ``from_pretrained``.
+        attn_implementation: as in ``from_pretrained``.
+        revision: of the repository: a branch, a tag or a commit.
+
+    Returns:
+        The wrapped model, of the backbone's own class, in eval mode.
+
+    Raises:
+        ValueError: it is not a ParScale checkpoint, is damaged, or does not fit the backbone.
+        OSError: a folder or a file is not there (``FileNotFoundError``) or cannot be read.
+    """
+    checkpoint = Checkpoint(path_or_repo, revision=revision)
+    options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    options = {key: value for key, value in options.items() if value is not None}
+    if checkpoint.kind() == FULL:
+        if backbone is not None:
+            raise ValueError(f"{checkpoint} has a backbone of its own: leave out backbone=, which is for streams only.")
+        return _load_full(checkpoint, _full_config(checkpoint), **options)
+    return _load_streams(checkpoint, backbone, options)
+
+
+def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: Any, **kwargs: Any) -> Any:
+    """Reads a full checkpoint, with the arguments of ``from_pretrained``.
+
+    Args:
+        path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
+        config: its configuration, from ``AutoConfig``.
+        *model_args: for the backbone's class.
+        **kwargs: for the backbone's ``from_pretrained``.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or ``use_safetensors=False``.
+        OSError: a folder or a file is not there or cannot be read.
+    """
+    checkpoint = Checkpoint(path_or_repo, **{key: kwargs.get(key) for key in HUB_ARGUMENTS})
+    return _load_full(checkpoint, config, *model_args, **kwargs)
+
+
+def _full_config(checkpoint: Checkpoint) -> Any:
+    model_type = checkpoint.read_json(CONFIG).get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"{CONFIG} of {checkpoint} has no model_type: it is damaged.")
+    config_class(model_type.removesuffix(TYPE_SUFFIX))  # says so if transformers does not know it
+    with configuration_of(checkpoint):
+        return AutoConfig.from_pretrained(checkpoint.name, trust_remote_code=False, **checkpoint.hub)
+
+
+def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: Any) -> Any:
+    streams = numbers(checkpoint, vars(config))
+    name, further = set_names(checkpoint, vars(config))
+    tensors = checkpoint.weights(kwargs.get("variant"))
+    stored = {key: tensor for key, tensor in tensors.items() if re.search("|".join(_STREAM_TENSORS), key)}
+    check_streams(checkpoint, streams, stored)
+    sets = {other: _read_streams(checkpoint.inside(other)) for other in further}
+    with_info = kwargs.pop("output_loading_info", False)
+    model, info = _load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
+    state = attach(model)
+    if name is not None:
+        add(state, name, streams, tensors=_values(model, streams, stored))
+    for other, (other_config, other_tensors) in sets.items():
+        add(state, other, other_config, tensors=_values(model, other_config, other_tensors))
+    members.set_streams(model, name)
+    return (model, info) if with_info else model
+
+
+def _load_backbone(
+    checkpoint: Checkpoint, config: Any, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The plain backbone of a full checkpoint, by its class's own ``from_pretrained``, and that one's report."""
+    if kwargs.setdefault("use_safetensors", True) is False:
+        raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
+    plain = backbone_config(config)
+    plain.__dict__.pop("transformers_weights", None)  # would name other files than those that were looked at
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)]
+    cls = classes[0] if isinstance(classes, tuple) else classes
+    plain.architectures = [cls.__name__]
+    if getattr(plain, "quantization_config", None) is None:
+        check_size(checkpoint, cls, plain, tensors)
+    with _streams_expected(cls):
+        try:
+            model, info = cls.from_pretrained(
+                checkpoint.name, *model_args, config=plain, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if re.search(_REPORTS, str(error)) is None:
+                raise
+            found = "; ".join(differences(checkpoint, cls, plain, tensors)[:3]) or str(error)
+            raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {found}.") from error
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*_STREAM_TENSORS}
+    problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+    problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
+    if problems and not kwargs.get("ignore_mismatched_sizes"):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The tensors of {checkpoint} are not those of a {cls.__name__}: {'; '.join(problems[:3])}{more}. "
+            "The checkpoint is damaged: copy or save it again."
+        )
+    return model, info
+
+
+def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]) -> Any:
+    fields = checkpoint.read_json(STREAMS_CONFIG)
+    streams, stored = _read_streams(checkpoint)
+    name = fields.get("name", DEFAULT)
+    if isinstance(backbone, PreTrainedModel):
+        if options:
+            raise ValueError(f"backbone is a model that is loaded already: leave out {', '.join(options)}.")
+        check_fit(checkpoint, fields, backbone.config)
+        model = backbone
+    elif backbone is None or isinstance(backbone, str | os.PathLike):
+        model = _named_backbone(checkpoint, fields, backbone, options)
+    else:
+        raise ValueError(f"backbone is a folder, a name on the Hub or a model, got {type(backbone).__name__}.")
+    state = attach(model)
+    try:
+        add(state, name, streams, tensors=_values(model, streams, stored))
+    except BaseException:
+        detach(state)
+        raise
+    members.set_streams(model, name)
+    return model
+
+
+def _named_backbone(
+    checkpoint: Checkpoint, fields: Mapping[str, Any], given: str | os.PathLike[str] | None, options: dict[str, Any]
+) -> Any:
+    """The backbone that was given by name or that the streams name, without streams of its own."""
+    name = fields.get("base_model_name_or_path") if given is None else os.fspath(given)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{checkpoint} does not name its backbone: give it as backbone=, a folder or a model.")
+    if given is None and name == ".." and checkpoint.folder is not None:
+        name = os.path.normpath(checkpoint.folder / name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"The backbone {name} of {checkpoint} cannot be read; give backbone=, a folder or a model. ({error})"
+        ) from error
+    check_fit(checkpoint, fields, config)
+    if NUM_STREAMS in vars(config):
+        base = Checkpoint(name)
+        return _load_backbone(base, config, base.weights(), **options)[0]
+    return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def _read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:
+    """Numbers and tensors of a streams-only checkpoint."""
+    fields = checkpoint.read_json(STREAMS_CONFIG)
+    unknown = sorted(fields.keys() - _STREAMS_FIELDS)
+    if unknown or fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        warnings.warn(
+            f"{STREAMS_CONFIG} of {checkpoint} was written by another version of parscale "
+            f"({fields.get('version', 'unknown')}); ignored: {', '.join(unknown) or 'nothing'}.",
+            stacklevel=2,
+        )
+    streams = numbers(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})
+    stored = checkpoint.streams()
+    check_streams(checkpoint, streams, stored)
+    return streams, stored
+
+
+def _values(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a set by their released names in the model."""
+    state: ParScaleState = model.parscale
+    names = {_stored_name(model, name, stored): name for name in state.names(StreamSet(DEFAULT, config))}
+    values = {}
+    for file in {tensor.file for tensor in stored.values()}:
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name, tensor in stored.items() if tensor.file == file):
+                values[names.get(name, name)] = tensors.get_tensor(name)
+    return values
+
+
+def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
+    """What a tensor is called in a file: some classes save their modules under other names than they have."""
+    if name in stored:
+        return name
+    return next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
+
+
+@contextmanager
+def _streams_expected(cls: Any) -> Iterator[None]:
+    """In this block the class's ``from_pretrained`` does not complain of the streams' tensors."""
+    attribute = "_keys_to_ignore_on_load_unexpected"
+    with _patching:
+        own = cls.__dict__.get(attribute)
+        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *_STREAM_TENSORS])
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(cls, attribute)
+            else:
+                setattr(cls, attribute, own)
