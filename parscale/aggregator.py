@@ -26,9 +26,11 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows of it."""
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
 
 

@@ -120,20 +120,20 @@ def _new_attention_config() -> AttentionConfig:
 class _BackboneView:
     """An attention layer with the backbone's own configuration, for functions that read the name from it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.layer = module
-        self.config = module.config.backbone  # type: ignore[union-attr]
+        self.config = module.config.backbone
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
 
 def prefix_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
+    attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over ``[prefix of stream p | cache | new tokens]``, by the backbone's own implementation.
@@ -149,8 +149,8 @@ def prefix_attention(
     Returns:
         ``(R, S, heads, D)``, and the attention weights ``(R, heads, S, T + K)`` where the implementation has them.
     """
-    state: ParScaleState = module.config.state  # type: ignore[union-attr, assignment]
-    name = module.config.backbone._attn_implementation or "eager"  # type: ignore[union-attr]
+    state: ParScaleState = module.config.state
+    name = module.config.backbone._attn_implementation or "eager"
     backbone = _backbone_function(module, name)
     if state.recorder is not None:
         state.recorder(module, key, value)
@@ -158,7 +158,7 @@ def prefix_attention(
     flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
-    owner = module if module.config.lender is None else module.config.lender  # type: ignore[union-attr]
+    owner = module if module.config.lender is None else module.config.lender
     if streams is None or streams.key_name not in owner._parameters:
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
@@ -184,7 +184,7 @@ def prefix_attention(
 def _dense_attention(
     backbone: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     name: str,
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

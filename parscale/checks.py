@@ -94,6 +94,29 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
             )
 
 
+def check_counts(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuses numbers of layers, labels and so on that are absurd, before a configuration class counts up to them.
+
+    Args:
+        checkpoint: a full one.
+        fields: of its ``config.json``, or of a part of it.
+        tensors: in the checkpoint's files.
+
+    Raises:
+        ValueError: names the field.
+    """
+    held = sum(tensor.numel for tensor in tensors.values())
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            check_counts(checkpoint, value, tensors)
+        elif isinstance(value, int) and re.search(r"^(num|n|d|max_window)_|_(layers?|size|dim)$", key):
+            if value > (max(len(tensors), 2**10) if "layer" in key else max(held, 2**24)):
+                raise ValueError(
+                    f"{CONFIG} of {checkpoint} says {key} = {value}, and its files hold {held} numbers in "
+                    f"{len(tensors)} tensors: it is damaged."
+                )
+
+
 def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuses a configuration that describes a far larger model than the files hold, before it is allocated.
 
@@ -106,9 +129,6 @@ def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[s
     Raises:
         ValueError: it does, or it describes no model at all.
     """
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(tensors):
-        raise ValueError(f"{CONFIG} of {checkpoint} says {layers} layers, and there are {len(tensors)} tensors.")
     model = _on_meta(checkpoint, cls, config)
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(tensor.numel for tensor in tensors.values())
@@ -130,13 +150,18 @@ def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[
 
 
 @contextmanager
-def configuration_of(checkpoint: Checkpoint) -> Iterator[None]:
-    """Whatever goes wrong in this block, where a class reads a configuration, is the configuration's fault."""
+def configuration_of(checkpoint: Checkpoint, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """In this block a class reads a configuration: what goes wrong there is the configuration's fault.
+
+    Args:
+        checkpoint: whose configuration it is.
+        faults: the errors that a configuration can cause there; of these, not those that are the machine's.
+    """
     try:
         yield
     except (OSError, ImportError, MemoryError):
         raise
-    except Exception as error:
+    except faults as error:
         raise ValueError(
             f"{CONFIG} of {checkpoint} does not describe a model: it is damaged, or needs another version of "
             f"transformers ({type(error).__name__}: {error})."

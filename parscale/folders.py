@@ -159,8 +159,14 @@ class Checkpoint:
         return read_header(path)
 
     def inside(self, name: str) -> Checkpoint:
-        """The checkpoint in a sub-folder."""
+        """The checkpoint in a sub-folder.
+
+        Raises:
+            FileNotFoundError: there is no such sub-folder.
+        """
         if self.folder is not None:
+            if not (self.folder / name).is_dir():
+                raise FileNotFoundError(f"{self} has no folder {name}, which it names: copy or save it again.")
             return Checkpoint(self.folder / name)
         above = self.hub.get("subfolder")
         return Checkpoint(self.name, **self.hub | {"subfolder": f"{above}/{name}" if above else name})

@@ -89,6 +89,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored_tensor(path: Path, name: str, entry: Any, held: int) -> StoredTensor:
+    dtype: Any
+    shape: Any
+    offsets: Any
     dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
     if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"The header of {path} does not describe {name} as a tensor: {str(entry)[:200]}.")

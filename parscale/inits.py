@@ -18,7 +18,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from parscale.layers import backbone_only, cuda_devices, has_learned_positions, input_device
+from parscale.layers import (
+    backbone_only,
+    cuda_devices,
+    has_learned_positions,
+    input_device,
+    number_of_attention_layers,
+)
 from parscale.streams import ParScaleState, StreamSet
 
 
@@ -34,7 +40,8 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
         ValueError: ``"context"`` for a model on the meta device.
     """
     tensors = state.tensors(streams)
-    std = getattr(state.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator]
+    config = state.model.config.get_text_config()
+    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # init_std: OPT
     with torch.no_grad(), _seeded(streams.config.seed, state.model):
         if streams.config.init == "context" and tensors:
             _fill_with_context(state, streams, calibration)
@@ -51,15 +58,21 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
         raise ValueError(
             "init='context' runs the backbone, which has no weights on the meta device: use init='random'."
         )
+    config = state.model.config.get_text_config()
     positions = torch.arange(-T, 0)[None]
     if has_learned_positions(state.decoder):
+        if config.max_position_embeddings < T:
+            raise ValueError(
+                f"{type(state.model).__name__} has {config.max_position_embeddings} positions, so init='context' "
+                f"cannot read {T} tokens: choose a prefix_length of at most that, or init='random'."
+            )
         warnings.warn(
             f"{type(state.model).__name__} has learned positions, so init='context' is an approximation: the texts "
             f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
             stacklevel=2,
         )
         positions = positions + T
-    elif len(state.layers) < state.model.config.get_text_config().num_hidden_layers:  # type: ignore[operator]
+    elif number_of_attention_layers(state) < config.num_hidden_layers:
         warnings.warn(
             f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init='context' "
             "is an approximation.",
@@ -69,18 +82,61 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
         calibration = _sample_texts(state, streams)
     device = input_device(state.model)
 
+    recorded: list[nn.Module] = []
+
     def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        if key.shape[2] != T:
+            raise ValueError(
+                f"{type(state.model).__name__} attends to keys that do not stand for one token each, so "
+                "init='context' cannot keep them as a prefix: use init='random'."
+            )
+        recorded.append(module)
         for name, states in ((streams.key_name, key), (streams.value_name, value)):
             prefix = module._parameters.get(name)
             if prefix is not None:  # a layer that borrows its keys has none
                 prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
-    with backbone_only(state):
-        state.recorder = record
-        try:
-            state.decoder(input_ids=calibration.to(device), position_ids=positions.to(device), use_cache=False)
-        finally:
-            state.recorder = None
+    def read(positions: torch.Tensor) -> None:
+        with backbone_only(state):
+            state.recorder = record
+            try:
+                ids = calibration.to(device, torch.long)
+                state.decoder(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+            finally:
+                state.recorder = None
+
+    read(positions)
+    if not all(prefix.isfinite().all() for prefix in state.tensors(streams).values()):
+        # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see a
+        # negative one
+        recorded.clear()
+        with _rotation_moved(state.decoder, -T):
+            read(positions + T)
+    if len(recorded) > len(set(recorded)):
+        warnings.warn(
+            f"{type(state.model).__name__} runs some attention layers more than once, with one prefix for all runs: "
+            "init='context' is an approximation.",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def _rotation_moved(decoder: nn.Module, by: int) -> Iterator[None]:
+    """Rotary embeddings see positions that are further on than the rest of the backbone does."""
+
+    def move(x: Any) -> Any:
+        return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
+
+    def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
+
+    rotary = [module for module in decoder.modules() if "Rotary" in type(module).__name__]
+    hooks = [module.register_forward_pre_hook(moved, with_kwargs=True) for module in rotary]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
@@ -88,12 +144,17 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     P, T = streams.config.num_streams, streams.config.prefix_length
     model: Any = state.model
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    start = torch.randint(vocabulary, (P, 1)).to(input_device(model))
+    start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
     plain = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
     )
-    with backbone_only(state):
-        return model.generate(start, attention_mask=torch.ones_like(start), generation_config=plain)[:, -T:]
+    own = model.generation_config  # what it asks for (beams, stop strings, ...) is meant for its user's texts
+    try:
+        model.generation_config = plain
+        with backbone_only(state):
+            return model.generate(start, attention_mask=torch.ones_like(start))[:, -T:]
+    finally:
+        model.generation_config = own
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
@@ -109,12 +170,17 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
         raise ValueError(
             f"calibration is read by init='context' only, got init={streams.config.init!r}: leave one out."
         )
-    if not isinstance(calibration, torch.Tensor) or calibration.dtype.is_floating_point or calibration.shape != (P, T):
-        given = tuple(calibration.shape) if isinstance(calibration, torch.Tensor) else type(calibration).__name__
+    given = type(calibration).__name__
+    if isinstance(calibration, torch.Tensor):
+        given = f"{calibration.dtype} of shape {tuple(calibration.shape)}"
+        kind = calibration.dtype
+        integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    if not isinstance(calibration, torch.Tensor) or not integers or calibration.shape != (P, T):
         raise ValueError(
-            f"calibration must be token ids of shape (num_streams, prefix_length) = ({P}, {T}), got {given}."
+            "calibration must be token ids, a tensor of integers of shape (num_streams, prefix_length) = "
+            f"({P}, {T}), got {given}."
         )
-    vocabulary = state.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = state.model.get_input_embeddings().weight.shape[0]
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
         raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")
 

@@ -35,7 +35,10 @@ def check_model(model: Any) -> nn.Module:
             f"{type(model).__name__} is an encoder with a decoder: streams are for models that only decode, whose "
             "whole input passes through one backbone (AutoModelForCausalLM)."
         )
-    decoder = model.get_decoder()
+    decoder = model.get_decoder()  # finds it by the names of attributes
+    if decoder is model or not isinstance(decoder, PreTrainedModel):  # under another name, or that of the head
+        children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        decoder = children[0] if len(children) == 1 else decoder
     if not isinstance(decoder, nn.Module) or decoder is model or model.get_output_embeddings() is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head behind a backbone of its own: streams are mixed "
@@ -59,7 +62,7 @@ def own_config(model: PreTrainedModel) -> None:
     copy.deepcopy(model.config, copies)
     for module, held in held_configs(model):
         if isinstance(held, PreTrainedConfig) and id(held) in copies:  # the object itself, or a part of it
-            module.config = copies[id(held)]  # type: ignore[assignment]
+            module.config = copies[id(held)]
 
 
 def attach_attention(state: ParScaleState) -> None:
@@ -71,14 +74,14 @@ def attach_attention(state: ParScaleState) -> None:
     names = {id(module): name for name, module in state.model.named_modules()}
     candidates = [module for module in state.decoder.modules() if _looks_up_attention(module)]
     for module in candidates:
-        module.config = AttentionConfig(module.config, state, type(module))  # type: ignore[assignment, arg-type]
+        module.config = AttentionConfig(module.config, state, type(module))
     found: dict[int, AttentionLayer] = {}
     seen: list[tuple[nn.Module, torch.Tensor]] = []
 
-    def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         lender = next((other for other, keys in seen if _same_keys(keys, key)), None)
         if lender is not None:  # a layer that borrows another's keys (Gemma 3n, Gemma 4) borrows its prefix
-            module.config.borrow(lender)  # type: ignore[union-attr, operator]
+            module.config.borrow(lender)
             return
         seen.append((module, key))
         found[id(module)] = AttentionLayer(
@@ -92,8 +95,8 @@ def attach_attention(state: ParScaleState) -> None:
         finally:
             state.recorder = None
     for module in candidates:
-        if id(module) not in found and module.config.lender is None:  # type: ignore[union-attr]
-            module.config = module.config.backbone  # type: ignore[union-attr, assignment]
+        if id(module) not in found and module.config.lender is None:
+            module.config = module.config.backbone
     if not found:
         raise UnsupportedModelError(
             f"No attention was found in {type(state.model).__name__}: none of its layers takes its attention function "
@@ -108,7 +111,12 @@ def detach_attention(state: ParScaleState) -> None:
     """Gives the attention layers their plain configuration back."""
     for module in state.decoder.modules():
         if isinstance(module.__dict__.get("config"), AttentionConfig):
-            module.config = module.config.backbone  # type: ignore[union-attr, assignment]
+            module.config = module.config.backbone
+
+
+def number_of_attention_layers(state: ParScaleState) -> int:
+    """How many layers attend to a prefix, their own or one that they borrow."""
+    return sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.decoder.modules())
 
 
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
@@ -133,12 +141,12 @@ def _run_two_tokens(state: ParScaleState) -> None:
     state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: Any) -> torch.device:
     """Where the model takes its token ids: the device of its embeddings, or the one that they are fetched to."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    hook = getattr(embeddings, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
+    embeddings = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
     return next(embeddings.parameters()).device
 
 
@@ -147,7 +155,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
     """The plain backbone, in eval mode, without gradients and without touching the caller's random state."""
     training = [module for module in state.decoder.modules() if module.training]
     active, state.active = state.active, None
-    experts = contextlib.nullcontext()
+    experts: Any = contextlib.nullcontext()
     if any(p.is_meta for p in state.decoder.parameters(recurse=True)):
         experts = _experts_without_data_dependence(state.model)
     try:
@@ -160,13 +168,13 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             module.training = True
 
 
-def cuda_devices(model: nn.Module) -> list[int]:
+def cuda_devices(model: Any) -> list[int]:
     """Indices of the CUDA devices that hold parameters of the model."""
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 @contextlib.contextmanager
-def _experts_without_data_dependence(model: nn.Module) -> Iterator[None]:
+def _experts_without_data_dependence(model: Any) -> Iterator[None]:
     """On the meta device a mixture of experts runs in the form whose shapes do not depend on the routing."""
     previous = getattr(model.config, "_experts_implementation", None)
     if previous is None:

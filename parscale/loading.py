@@ -17,12 +17,13 @@ smoothing, the backbone's name and what is needed to see whether another one fit
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,16 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from parscale import members
 from parscale.auto import backbone_config, config_class
-from parscale.checks import check_fit, check_size, check_streams, configuration_of, differences, numbers, set_names
+from parscale.checks import (
+    check_counts,
+    check_fit,
+    check_size,
+    check_streams,
+    configuration_of,
+    differences,
+    numbers,
+    set_names,
+)
 from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SMOOTHING, ParScaleConfig
 from parscale.folders import CONFIG, FULL, HUB_ARGUMENTS, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
@@ -46,6 +56,8 @@ _STREAMS_FIELDS = {
     *("base_model_name_or_path", "format_version", "name", "version"),
     *(NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED),
 }
+# What a field of the wrong type makes transformers raise when it looks at it.
+_FAULTS = (ArithmeticError, AttributeError, LookupError)
 # How transformers says that the tensors are not those that it expects.
 _REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
 _patching = threading.Lock()
@@ -109,10 +121,12 @@ def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: An
 
 
 def _full_config(checkpoint: Checkpoint) -> Any:
-    model_type = checkpoint.read_json(CONFIG).get("model_type")
+    fields = checkpoint.read_json(CONFIG)
+    model_type = fields.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"{CONFIG} of {checkpoint} has no model_type: it is damaged.")
     config_class(model_type.removesuffix(TYPE_SUFFIX))  # says so if transformers does not know it
+    check_counts(checkpoint, fields, checkpoint.weights())
     with configuration_of(checkpoint):
         return AutoConfig.from_pretrained(checkpoint.name, trust_remote_code=False, **checkpoint.hub)
 
@@ -123,10 +137,12 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
     tensors = checkpoint.weights(kwargs.get("variant"))
     stored = {key: tensor for key, tensor in tensors.items() if re.search("|".join(_STREAM_TENSORS), key)}
     check_streams(checkpoint, streams, stored)
+    check_counts(checkpoint, vars(config), tensors)
     sets = {other: _read_streams(checkpoint.inside(other)) for other in further}
     with_info = kwargs.pop("output_loading_info", False)
     model, info = _load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
-    state = attach(model)
+    with configuration_of(checkpoint, (*_FAULTS, TypeError)):
+        state = attach(model)
     if name is not None:
         add(state, name, streams, tensors=_values(model, streams, stored))
     for other, (other_config, other_tensors) in sets.items():
@@ -148,20 +164,22 @@ def _load_backbone(
     plain.architectures = [cls.__name__]
     if getattr(plain, "quantization_config", None) is None:
         check_size(checkpoint, cls, plain, tensors)
-    with _streams_expected(cls):
+    tolerant = kwargs.get("ignore_mismatched_sizes", False)
+    with _streams_expected(cls), nullcontext([]) if tolerant else _report_kept() as reports:
         try:
-            model, info = cls.from_pretrained(
-                checkpoint.name, *model_args, config=plain, output_loading_info=True, **kwargs
-            )
+            with configuration_of(checkpoint, _FAULTS):
+                model, info = cls.from_pretrained(
+                    checkpoint.name, *model_args, config=plain, output_loading_info=True, **checkpoint.hub | kwargs
+                )
         except RuntimeError as error:
             if re.search(_REPORTS, str(error)) is None:
                 raise
-            found = "; ".join(differences(checkpoint, cls, plain, tensors)[:3]) or str(error)
-            raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {found}.") from error
+            found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
+            raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*_STREAM_TENSORS}
     problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
-    if problems and not kwargs.get("ignore_mismatched_sizes"):
+    if problems and not tolerant:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
             f"The tensors of {checkpoint} are not those of a {cls.__name__}: {'; '.join(problems[:3])}{more}. "
@@ -248,6 +266,25 @@ def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
     if name in stored:
         return name
     return next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
+
+
+@contextmanager
+def _report_kept() -> Iterator[list[str]]:
+    """In this block transformers' table of tensors that do not fit goes into a list: an error will say it in a line."""
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            reports.append(record.getMessage())
+        return not is_report
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep)
 
 
 @contextmanager

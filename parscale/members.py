@@ -262,7 +262,7 @@ def _deliver(reference: weakref.ReferenceType[nn.Parameter], gradient: torch.Ten
 
 def _activate(state: ParScaleState, streams: StreamSet | None) -> None:
     state.active = streams
-    state.model.num_streams = 1 if streams is None else streams.num_streams  # type: ignore[assignment]
+    state.model.num_streams = 1 if streams is None else streams.num_streams
     if streams is not None:
         for field, value in streams.config.to_fields().items():
             setattr(state.model.config, field, value)

@@ -30,4 +30,4 @@ def keep_streams_trainable() -> None:
             parameter.requires_grad_(trains)
 
     freeze_but_streams.keeps_streams = True  # type: ignore[attr-defined]
-    BaseTuner._mark_only_adapters_as_trainable = freeze_but_streams
+    setattr(BaseTuner, "_mark_only_adapters_as_trainable", freeze_but_streams)  # noqa: B010

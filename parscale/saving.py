@@ -55,13 +55,14 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
         )
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
-    further = {} if kwargs.get("state_dict") == {} else _further_sets(state, kwargs.get("state_dict"))
+    without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
+    further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     if not kwargs.get("is_main_process", True):  # takes part in gathering; the main process writes
         with tempfile.TemporaryDirectory() as nowhere, _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, nowhere, **kwargs)
         return
     stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
-    with staged(save_directory, last=CONFIG, replaces=stale) as work:
+    with staged(save_directory, last=CONFIG, replaces=lambda name: not without_weights and stale(name)) as work:
         with _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, work, **kwargs)
         if (work / CONFIG).exists():

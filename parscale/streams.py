@@ -58,7 +58,7 @@ class AttentionLayer:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     key_heads: int
     key_size: int
     value_size: int
@@ -96,7 +96,7 @@ class ParScaleState:
         decoder_name: its name in the model.
     """
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, decoder_name: str) -> None:
+    def __init__(self, model: Any, decoder: Any, decoder_name: str) -> None:
         self.model = model
         self.decoder = decoder
         self.decoder_name = decoder_name
@@ -114,6 +114,7 @@ class ParScaleState:
         self.hooks = [
             decoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
             decoder.register_forward_hook(self._mix_streams),
+            model.register_forward_hook(self._join_router_logits),
         ]
 
     # -- tensors
@@ -129,7 +130,7 @@ class ParScaleState:
         root = f"{self.decoder_name}.aggregate_layer" if self.decoder_name else "aggregate_layer"
         for name, parameter in self.aggregator(streams).named_parameters():
             tensors[f"{root}.{name}"] = parameter
-        return tensors  # type: ignore[return-value]
+        return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""
@@ -159,7 +160,7 @@ class ParScaleState:
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The set's aggregator."""
-        return self.decoder._modules[streams.aggregator_name]  # type: ignore[return-value]
+        return self.decoder._modules[streams.aggregator_name]
 
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set trains."""
@@ -199,7 +200,11 @@ class ParScaleState:
         """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` too."""
         self._masks.clear()
         streams = self.in_flight
-        if streams is None or not self.aggregating:
+        if streams is None:
+            return output
+        if getattr(output, "router_logits", None):
+            output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
+        if not self.aggregating:
             return output
         last = output[0]
         mixed = self.aggregator(streams)(last)
@@ -215,6 +220,14 @@ class ParScaleState:
         output.last_hidden_state = mixed
         if getattr(output, "hidden_states", None):
             output.hidden_states = with_mixed(output.hidden_states)
+        return output
+
+    def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the whole model: a mixture of experts' router logits by layer again, ``(P*B*S, E)``."""
+        streams = self.in_flight
+        if streams is not None and getattr(output, "router_logits", None):
+            P, pieces = streams.num_streams, output.router_logits
+            output.router_logits = tuple(torch.cat(pieces[i : i + P]) for i in range(0, len(pieces), P))
         return output
 
     def extended_mask(
@@ -252,6 +265,7 @@ class ParScaleState:
     def _recompute_with_own_set(self, module: nn.Module) -> None:
         """Makes layers that are recomputed in the backward pass use the set that their forward pass used."""
         checkpointing = False
+        layer: Any
         for layer in module.modules():
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, _Checkpoint):
@@ -311,6 +325,15 @@ class _Checkpoint:
 
 def _is_differentiable(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:
+    """Each layer's ``(P*B*S, E)`` as P pieces ``(B*S, E)``.
+
+    The load-balancing loss is taken with the caller's mask, which has B rows. It sums over layers and tokens alike, so
+    that it takes the pieces for as many layers, and counts the real tokens of all streams.
+    """
+    return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
 
 
 def _copy_rows(name: str, value: Any, B: int, P: int) -> Any:

@@ -153,7 +153,7 @@ def detach(state: ParScaleState) -> None:
     for member in ("parscale", "num_streams", *MEMBERS):
         model.__dict__.pop(member, None)
     for field in (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED):
-        model.config.__dict__.pop(field, None)  # type: ignore[union-attr]
+        model.config.__dict__.pop(field, None)
 
 
 def add(

@@ -1,10 +1,14 @@
 """The public function: validates, then calls the chosen implementation."""
 
-from typing import Literal
+from __future__ import annotations
 
 import torch
 
 from parscale.kernels.aggregate.reference import aggregate_reference
+from parscale.kernels.dispatch import Impl, runs_fused
+
+MAX_FUSED_STREAMS = 64
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def aggregate(
@@ -12,26 +16,43 @@ def aggregate(
     logits: torch.Tensor,
     smoothing: float,
     *,
-    impl: Literal["auto", "reference"] = "auto",
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Mixes P streams by a smoothed softmax.
 
+    Both implementations compute in float32, float64 tensors in float64, and cast once, at the end.
+
     Args:
-        x: hidden states of the streams, ``(P, N, H)``.
+        x: hidden states of the streams, ``(P, N, H)``, any strides.
         logits: one row for each token, ``(N, P)``.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, in [0, 1].
-        impl: ``"reference"`` is plain torch; ``"auto"`` picks the fastest implementation for the tensors' device.
+        impl: ``"reference"`` is plain torch, differentiable any number of times. ``"fused"`` is one Triton kernel
+            forward and one backward, differentiable once, for up to 64 streams. ``"auto"`` is ``"fused"`` on CUDA and
+            ROCm devices where Triton is installed, and ``"reference"`` elsewhere and for more streams.
 
     Returns:
         ``(N, H)`` in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes do not fit, or an unknown ``impl``.
+        ValueError: shapes do not fit, an unknown ``impl``, or ``"fused"`` where it cannot run.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl must be 'auto' or 'reference', got {impl!r}.")
     if x.ndim != 3 or logits.ndim != 2 or logits.shape != (x.shape[1], x.shape[0]):
         raise ValueError(
             f"aggregate takes x (P, N, H) and logits (N, P), got {tuple(x.shape)} and {tuple(logits.shape)}."
         )
+    if runs_fused(impl, x, _obstacle(x, logits)):
+        from parscale.kernels.aggregate.fused import aggregate_op
+
+        return aggregate_op(x, logits, smoothing)
     return aggregate_reference(x, logits, smoothing)
+
+
+def _obstacle(x: torch.Tensor, logits: torch.Tensor) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    if not 1 <= x.shape[0] <= MAX_FUSED_STREAMS:
+        return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {x.shape[0]}"
+    if x.dtype not in FLOATS or logits.dtype not in FLOATS:
+        return f"it takes float16, bfloat16, float32 or float64, got {x.dtype} and {logits.dtype}"
+    if x.device != logits.device:
+        return f"x is on {x.device} and the logits are on {logits.device}"
+    return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json as json_module
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from parscale.cli.output import print_figures, print_json
 
 if TYPE_CHECKING:
     from parscale.scaling_laws import ParallelScalingLaw, Points
+    from parscale.scaling_laws.sweep import Report, Run
 
 app = typer.Typer(help="The scaling law: fit it to runs, predict from it, plot it.")
 
@@ -142,6 +144,61 @@ def plot(
             "--kind measured draws runs, and a law from a JSON file has none; give the CSV file of its runs"
         )
     plots.save(figure, output)
+
+
+@app.command("sweep")
+def sweep(
+    output: Annotated[Path, typer.Argument(help="The folder of the sweep; what it holds already is not done again.")],
+    preset: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores) or gpu (tens of minutes).")] = "smoke",
+    source: Annotated[
+        str, typer.Option(help="The text: stdlib, packages (all installed Python source) or a data set's name.")
+    ] = "stdlib",
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: one for each GPU.")] = None,
+    json: Json = False,
+) -> None:
+    """Train small models over sizes and P on real text, then fit the law to them."""
+    from parscale import wrap
+    from parscale.cli.output import quiet_libraries
+    from parscale.scaling_laws import fit_form
+    from parscale.scaling_laws.sweep import PRESETS, RUNS
+    from parscale.scaling_laws.sweep import sweep as train_all
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}")
+    quiet_libraries()
+    runs = PRESETS[preset](source)
+    with _progress(runs) as report:
+        rows = train_all(runs, output, wrap, workers=workers, report=report)
+    columns = zip(*((row.params, row.streams, row.loss) for row in rows), strict=True)
+    fitted = fit_form("log", *columns, bootstrap=1000)
+    figures: dict[str, Any] = {"runs": str(output / RUNS), "points": len(rows), **fitted.values, "r2": fitted.r2}
+    figures |= {"intervals": fitted.intervals, "profile": fitted.profile_intervals(), "notes": list(fitted.notes)}
+    if json:
+        print_json(without_nan(figures))
+    else:
+        notes = figures.pop("notes")
+        print_figures(figures)
+        for note in notes:
+            typer.echo(note)
+
+
+@contextmanager
+def _progress(runs: Sequence[Run]) -> Iterator[Report]:
+    """A bar over all runs on standard error, by the arithmetic that each takes."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    weights = {run: run.layers * run.hidden**2 * run.streams * run.tokens for run in runs}
+    shares = dict.fromkeys(runs, 0.0)
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(f"{len(runs)} runs", total=sum(weights.values()))
+
+        def report(run: Run, share: float) -> None:
+            shares[run] = share
+            title = f"width {run.hidden}, P = {run.streams}"
+            progress.update(bar, completed=sum(weights[one] * shares[one] for one in runs), description=title)
+
+        yield report
 
 
 def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:

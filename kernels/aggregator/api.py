@@ -1,0 +1,79 @@
+"""The public function: validates, then calls the chosen implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from parscale.kernels.aggregate.api import MAX_FUSED_STREAMS
+from parscale.kernels.aggregator.reference import aggregator_reference
+from parscale.kernels.dispatch import Impl, runs_fused
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def aggregator(
+    hidden: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    smoothing: float,
+    *,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
+
+    As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation makes no rearranged copy of ``hidden``
+    and rounds nothing between the first projection's sum and the result: sums, SiLU, softmax and mixture are float32.
+
+    Args:
+        hidden: the streams' hidden states, ``(P*B, S, H)``, stream-major rows.
+        weight1: ``(H, H*P)``, column ``h*P + p`` for hidden index h of stream p.
+        bias1: ``(H,)``.
+        weight2: ``(P, H)``.
+        bias2: ``(P,)``.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, in [0, 1].
+        impl: ``"reference"`` is plain torch. ``"fused"`` takes tensors of one dtype (float16, bfloat16 or float32), up
+            to 64 streams and no autocast, and is differentiable once. ``"auto"`` is ``"fused"`` on CUDA and ROCm
+            devices where Triton is installed and the tensors are such, and ``"reference"`` elsewhere.
+
+    Returns:
+        ``(B, S, H)`` in the dtype of ``hidden``.
+
+    Raises:
+        ValueError: shapes do not fit, an unknown ``impl``, or ``"fused"`` where it cannot run.
+    """
+    tensors = (hidden, weight1, bias1, weight2, bias2)
+    P, H = weight2.shape[0], hidden.shape[-1]
+    expected = ((H, H * P), (H,), (P, H), (P,))
+    if hidden.ndim != 3 or any(x.shape != shape for x, shape in zip(tensors[1:], expected, strict=True)):
+        raise ValueError(
+            "aggregator takes hidden (P*B, S, H), weight1 (H, H*P), bias1 (H,), weight2 (P, H) and bias2 (P,), got "
+            + ", ".join(str(tuple(x.shape)) for x in tensors)
+            + "."
+        )
+    if hidden.shape[0] % P:
+        raise ValueError(f"hidden has {hidden.shape[0]} rows, which is no multiple of the {P} streams.")
+    if runs_fused(impl, hidden, _obstacle(*tensors)):
+        from parscale.kernels.aggregator.fused import aggregator_op
+
+        x = hidden.unflatten(0, (P, -1)).flatten(1, 2)  # (P, B*S, H)
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        out = aggregator_op(x, weight1, bias1, weight2, bias2, smoothing, save)[0]
+        return out.unflatten(0, (hidden.shape[0] // P, hidden.shape[1]))
+    return aggregator_reference(*tensors, smoothing)
+
+
+def _obstacle(*tensors: torch.Tensor) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    P = tensors[-1].shape[0]
+    if not 1 <= P <= MAX_FUSED_STREAMS:
+        return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {P}"
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1 or tensors[0].dtype not in FLOATS:
+        return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"
+    if len({x.device for x in tensors}) > 1:
+        return "the tensors are on different devices"
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return "autocast is on"
+    return None

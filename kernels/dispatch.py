@@ -1,0 +1,54 @@
+"""Which implementation of an operation runs: one rule for all of them, without importing Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal, get_args
+
+import torch
+
+Impl = Literal["auto", "fused", "reference"]
+
+
+def triton_is_installed() -> bool:
+    """Whether ``import triton`` would find something."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # something on the way forbids it
+        return False
+
+
+TRITON = triton_is_installed()
+
+
+def runs_fused(impl: str, x: torch.Tensor, obstacle: str | None = None) -> bool:
+    """Whether the Triton kernels take these tensors.
+
+    Args:
+        impl: ``"reference"`` never; ``"auto"`` for tensors on a CUDA or ROCm device, if Triton is installed and nothing
+            is in the way; ``"fused"`` always, or an error.
+        x: one of the operation's tensors; they share a device.
+        obstacle: why the kernels cannot take these arguments, if they cannot.
+
+    Raises:
+        ValueError: an unknown ``impl``, or ``"fused"`` where it cannot run; the message says why.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be 'auto', 'fused' or 'reference', got {impl!r}.")
+    if impl == "reference":
+        return False
+    if impl == "auto":
+        return TRITON and x.is_cuda and obstacle is None
+    if not TRITON:
+        obstacle = "Triton is not installed"
+    elif obstacle is None and not x.is_cuda and not _interpreted():
+        obstacle = f"the tensors are on {x.device}, and the kernels need a CUDA or ROCm device"
+    if obstacle is not None:
+        raise ValueError(f"impl='fused' cannot run here: {obstacle}. Use impl='auto' or impl='reference'.")
+    return True
+
+
+def _interpreted() -> bool:
+    from parscale.kernels.launch import INTERPRETED
+
+    return INTERPRETED

@@ -1,0 +1,50 @@
+"""Decode attention by one softmax over the joined keys: every option, no haste."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def decode_attention_joined(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    length: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """As :func:`parscale.kernels.prefix_attention.decode_attention`, on a copy of the cache; what it is held against."""
+    (R, heads, _, D), (P, G, T, _) = query.shape, prefix_k.shape
+    B, K, device = R // P, key.shape[2], query.device
+    joined = []
+    for prefix, states in ((prefix_k, key), (prefix_v, value)):
+        rows = torch.cat([prefix.repeat_interleave(B, 0).to(states.dtype), states], dim=2)  # (R, G, T + K, D)
+        joined.append(rows.repeat_interleave(heads // G, 1))  # (R, heads, T + K, D)
+    keys, values = joined
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ keys.transpose(-1, -2)).to(dtype) * (D**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        mask = with_room(mask, T, K)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if length is not None:
+        hidden = torch.arange(K, device=device) >= length.reshape(-1, 1, 1, 1)  # (R or 1, 1, 1, K)
+        scores = scores.masked_fill(nn.functional.pad(hidden, (T, 0)), float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(R, -1, 1, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : T + K].nan_to_num(0.0)  # nothing in sight: nothing
+    return (weights.to(values.dtype) @ values).to(query.dtype)
+
+
+def with_room(mask: torch.Tensor, T: int, K: int) -> torch.Tensor:
+    """A mask over the cache alone as one over prefix and cache, open over the prefix."""
+    if mask.shape[-1] != K:
+        return mask
+    return nn.functional.pad(mask, (T, 0), value=mask.dtype == torch.bool)

@@ -1,0 +1,81 @@
+"""Triton kernels on a machine without a GPU: a file of tests runs once more in a process of its own, interpreted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of kernels need a device, unless they are being interpreted."""
+    for item in items:
+        if item.get_closest_marker("kernel") is None or INTERPRETED:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or the interpreter"))
+
+
+@pytest.fixture
+def device():
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        found = empty(*args, **kwargs)
+        return found.fill_(float("nan")) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def interpret():
+    """Runs the tests of kernels in a file by Triton's interpreter."""
+
+    def run(file):
+        if INTERPRETED:
+            pytest.skip("already inside the interpreter")
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", file]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+        assert " passed" in result.stdout
+        assert " skipped" not in result.stdout
+
+    return run
+
+
+@pytest.fixture
+def assert_as_exact():
+    """A kernel's results err at most twice as much as the reference's in the same precision, and one rounding.
+
+    The one rounding is for references that are exact by chance; float32 results, where a sum's order decides, get four,
+    and float64 ones, whose reference is the standard itself, eight. The interpreter truncates what it stores in
+    bfloat16, which errs by up to two roundings to nearest.
+    """
+
+    def check(fused, reference, exact):
+        assert fused.dtype == reference.dtype
+        assert fused.shape == reference.shape == exact.shape
+        if exact.numel() == 0:
+            return
+        roundings = {torch.float32: 4, torch.float64: 8}.get(fused.dtype, 1)
+        fused, reference, unit = fused.double().cpu(), reference.double().cpu(), torch.finfo(fused.dtype).eps
+        exact = exact.cpu()
+        assert fused.isfinite().all()
+        norm = exact.square().mean().sqrt()
+        own, allowed = ((x - exact).square().mean().sqrt() for x in (fused, reference))
+        assert own <= 2 * allowed + roundings * unit * norm + torch.finfo(torch.float64).tiny, (
+            f"{own:.3g} against {allowed:.3g}"
+        )
+
+    return check

@@ -1,0 +1,358 @@
+"""Loading: through parscale.load and through transformers' own AutoModelForCausalLM, onto devices, from the Hub."""
+
+import copy
+import io
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from parscale import load, unwrap, wrap
+
+IDS = torch.arange(18).remainder(17).view(2, 9) + 3
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def wrapped(zoo):
+    return zoo.Case(zoo.FAMILIES["llama"], "sdpa").wrapped(4)
+
+
+@pytest.fixture
+def folder(wrapped, tmp_path):
+    """A full checkpoint of ``wrapped``."""
+    wrapped.save_pretrained(tmp_path / "full")
+    return tmp_path / "full"
+
+
+@pytest.fixture(params=[load, AutoModelForCausalLM.from_pretrained], ids=["load", "auto"])
+def read(request):
+    return request.param
+
+
+# -- both ways
+
+
+def test_the_class_and_the_configuration_are_the_backbones(folder, wrapped, read, zoo):
+    model = read(folder)
+    assert type(model) is LlamaForCausalLM
+    assert type(model.config) is LlamaConfig
+    assert model.config.model_type == "llama"
+    assert not model.training
+    assert (model.config.parscale_n, model.config.parscale_n_tokens) == (4, zoo.T)
+    zoo.close(logits_of(model), logits_of(wrapped), 1e-5)
+    zoo.close(logits_of(unwrap(model)), logits_of(zoo.FAMILIES["llama"].build("sdpa")), 1e-5)
+    leftover = {"auto_map", "parscale_n", "parscale_sets", "parscale_name"}
+    assert not leftover & model.config.to_dict().keys()
+
+
+def test_nothing_is_complained_of(folder, read, caplog, recwarn):
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            read(folder)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert not caplog.records
+    assert not [warning for warning in recwarn if "parscale" in str(warning.message)]
+
+
+def test_a_class_is_left_as_it_was(folder, read):
+    before = dict(vars(LlamaForCausalLM))
+    model = read(folder)
+    assert dict(vars(LlamaForCausalLM)) == before
+    assert model._keys_to_ignore_on_load_unexpected == set()
+
+
+def test_dtype(folder, read):
+    assert {p.dtype for p in read(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in read(folder, dtype="float64").parameters()} == {torch.float64}
+    assert {p.dtype for p in read(folder).parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="dtype"):
+        load(folder, dtype="no dtype")
+
+
+def test_attention_implementation(folder, wrapped, read, zoo):
+    model = read(folder, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    zoo.close(logits_of(model), logits_of(wrapped), 1e-4)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_map(folder, wrapped, read, device_map, zoo):
+    zoo.close(logits_of(read(folder, device_map=device_map)), logits_of(wrapped), 1e-5)
+
+
+def test_the_meta_device(folder, wrapped, read):
+    model = read(folder, device_map="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in wrapped.named_parameters()}
+
+
+def test_a_layer_on_the_disk(folder, wrapped, tmp_path, zoo):
+    """Its weights are on the meta device between calls; its prefix is not. It is saved whole again."""
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places["model.layers.0"] = "disk"
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    assert not any(parameter.is_meta for parameter in model.parscale.tensors(model.parscale.active).values())
+    for _ in range(2):
+        zoo.close(logits_of(model), logits_of(wrapped), 1e-5)
+    model.save_pretrained(tmp_path / "again")
+    zoo.close(logits_of(load(tmp_path / "again")), logits_of(wrapped), 1e-5)
+
+
+def test_a_quantized_backbone(folder, wrapped, zoo):
+    pytest.importorskip("optimum.quanto")
+    quantization = transformers.QuantoConfig(weights="int8")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "QLinear"
+    zoo.close(logits_of(model), logits_of(wrapped), 0.1)
+
+
+def test_copies_and_pickles(folder, wrapped):
+    model = load(folder)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    restored = torch.load(buffer, weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restored):
+        assert other.parscale.model is other
+        assert torch.equal(logits_of(other), logits_of(model))
+        other.add_streams("code", 2, prefix_length=2, init="random")
+        other.set_streams("code")
+        unwrap(other)
+        assert not other._load_state_dict_pre_hooks
+    assert model.num_streams == 4
+
+
+# -- AutoConfig and AutoModelForCausalLM
+
+
+def test_autoconfig_is_the_backbones_and_more(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert isinstance(config, LlamaConfig)
+    assert (config.model_type, config.parscale_n, config.hidden_size) == ("llama_parscale", 4, 32)
+    assert type(pickle.loads(pickle.dumps(config))) is type(config)
+    config.save_pretrained(folder)
+    assert load(folder).num_streams == 4
+    assert AutoConfig.for_model("llama_parscale", hidden_size=8).hidden_size == 8
+    assert AutoConfig.for_model("opt_parscale", hidden_size=8).model_type == "opt_parscale"
+
+
+def test_other_fields_through_the_configuration(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, parscale_attn_smooth=0.5, use_cache=False)
+    assert model.parscale.active.config.smoothing == 0.5
+    assert model.config.use_cache is False
+
+
+def test_a_model_from_a_configuration_alone(folder):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert type(model) is LlamaForCausalLM
+    assert model.num_streams == 4
+    assert logits_of(model).isfinite().all()
+
+
+def test_the_loading_report(folder):
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_other_tasks_do_not_take_it_for_the_plain_backbone(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    assert type(config) not in transformers.MODEL_MAPPING
+    assert type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def test_a_subfolder(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path / "a" / "b")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", subfolder="b")
+    assert model.num_streams == 4
+
+
+WITHOUT_PARSCALE = """
+import sys, warnings
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, released = sys.argv[1:]
+for read in (AutoModelForCausalLM.from_pretrained, AutoConfig.from_pretrained):
+    for path in (folder, released):
+        try:
+            read(path)
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+        else:
+            raise AssertionError("a plain backbone was loaded")
+assert "parscale" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers."), type(model)
+assert model.num_streams == 4
+assert AutoModelForCausalLM.from_pretrained(released).num_streams == 2
+sys.modules["parscale.auto"] = None
+for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+    del sys.modules[name]
+try:
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("copied", folder + "/modeling_parscale.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+except ImportError as error:
+    assert "pip install --upgrade parscale" in str(error), error
+else:
+    raise AssertionError("it was imported without the package")
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_did_not_import_parscale(folder, tmp_path):
+    """Without remote code it fails and says so; with it, it works; without the package, it says what to install."""
+    released = Path(__file__).parents[1] / "golden" / "p2-theta1e6"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_PARSCALE, str(folder), str(released)]
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("done\n")
+
+
+# -- the Hub
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A cache as the Hub's client leaves it: a repository ``org/model`` of two revisions, its files links to blobs."""
+    cache = tmp_path / "cache"
+    repository = cache / "models--org--model"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    golden = Path(__file__).parents[1] / "golden"
+    for number, (branch, source) in enumerate([("main", folder), ("other", golden / "p2-tied-smooth")]):
+        commit = str(number) * 40
+        (repository / "refs" / branch).write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        for path in [path for path in source.rglob("*") if path.is_file()]:
+            blob = repository / "blobs" / f"{branch}-{path.parent.name}-{path.name}"
+            blob.write_bytes(path.read_bytes())
+            link = snapshot / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for module in ("transformers.utils.hub.TRANSFORMERS_CACHE", "transformers.utils.hub.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(module, str(cache), raising=False)
+    return cache
+
+
+def test_a_name_on_the_hub(hub, wrapped, read, zoo):
+    zoo.close(logits_of(read("org/model")), logits_of(wrapped), 1e-5)
+    assert read("org/model", revision="other").config.tie_word_embeddings
+
+
+def test_a_snapshot_in_the_cache(hub, wrapped, read, zoo):
+    """A folder of links to files outside it."""
+    zoo.close(logits_of(read(hub / "models--org--model" / "snapshots" / ("0" * 40))), logits_of(wrapped), 1e-5)
+
+
+def test_further_sets_on_the_hub(wrapped, folder, request, zoo):
+    wrapped.add_streams("code", 2, prefix_length=2, init="random")
+    zoo.fill_streams(wrapped, name="code")
+    wrapped.save_pretrained(folder)
+    request.getfixturevalue("hub")
+    model = load("org/model")
+    model.set_streams("code")
+    wrapped.set_streams("code")
+    zoo.close(logits_of(model), logits_of(wrapped), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["org/nothing", "nothing"])
+def test_a_name_that_the_hub_does_not_have(hub, name):
+    with pytest.raises(FileNotFoundError, match=f"no folder {name}, and the Hugging Face Hub"):
+        load(name)
+
+
+# -- streams only
+
+
+def test_a_backbone_that_is_given_as_a_model_takes_no_options(wrapped, zoo, tmp_path):
+    wrapped.save_streams(tmp_path)
+    with pytest.raises(ValueError, match="loaded already: leave out dtype"):
+        load(tmp_path, backbone=zoo.FAMILIES["llama"].build(), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="wrapped already"):
+        load(tmp_path, backbone=wrapped)
+    with pytest.raises(ValueError, match="got int"):
+        load(tmp_path, backbone=3)
+
+
+def test_a_full_checkpoint_takes_no_backbone(folder, zoo):
+    with pytest.raises(ValueError, match="leave out backbone="):
+        load(folder, backbone=zoo.FAMILIES["llama"].build())
+
+
+def test_streams_from_a_newer_version_warn(wrapped, zoo, tmp_path):
+    wrapped.save_streams(tmp_path)
+    path = tmp_path / "parscale_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2, "twist": 1, "version": "9.1"}))
+    with pytest.warns(UserWarning, match=r"another version of parscale \(9.1\); ignored: twist"):
+        load(tmp_path, backbone=zoo.FAMILIES["llama"].build())
+
+
+def test_a_full_checkpoint_from_a_newer_version_warns(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parscale_twist": 1}))
+    with pytest.warns(UserWarning, match="parscale_twist"):
+        load(folder)
+
+
+def test_no_smoothing_in_the_configuration_means_the_released_default(folder):
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["parscale_attn_smooth"]
+    path.write_text(json.dumps(fields))
+    assert load(folder).parscale.active.config.smoothing == 0.01
+
+
+# -- backbones that transformers does not know
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_backbone_of_the_users_own(zoo, tmp_path):
+    """Once its class is registered, as for any model; before, the error says so."""
+    torch.manual_seed(0)
+    model = wrap(OwnForCausalLM(OwnConfig(**zoo.COMMON)), 2, prefix_length=3, init="random")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"knows no model_type 'own_llama'.*AutoConfig.register"):
+        load(tmp_path)
+    AutoConfig.register("own_llama", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+    for loaded in (load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(loaded) is OwnForCausalLM
+        zoo.close(logits_of(loaded), logits_of(model), 1e-5)
+
+
+def test_a_subclass_comes_back_as_the_class_of_its_type(zoo, tmp_path):
+    class Tuned(LlamaForCausalLM):
+        pass
+
+    model = wrap(Tuned(LlamaConfig(**zoo.COMMON)), 2, prefix_length=3, init="random")
+    model.save_pretrained(tmp_path)
+    assert type(load(tmp_path)) is LlamaForCausalLM

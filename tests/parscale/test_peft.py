@@ -1,0 +1,177 @@
+"""PEFT on a wrapped model: adapters on the backbone, streams that stay as trainable as they were."""
+
+import pytest
+import torch
+from torch import nn
+
+import parscale
+from parscale import UnsupportedModelError
+
+peft = pytest.importorskip("peft")
+
+FEW = pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "gpt2", "gpt_neox", "qwen3_moe", "deepseek_v3"], indirect=True
+)
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def is_stream(name):
+    return "prefix_" in name or "aggregate_layer" in name
+
+
+def is_adapter(name):
+    return "lora_" in name
+
+
+def adapted(model, **changes):
+    return peft.get_peft_model(model, peft.LoraConfig(**LORA | changes))
+
+
+@torch.no_grad()
+def logits_of(model, ids, **arguments):
+    return model(input_ids=ids, **arguments).logits
+
+
+@FEW
+def test_adapters_on_the_backbone_streams_beside_them(family, zoo):
+    model, ids = family.wrapped(), zoo.token_ids()
+    expected = logits_of(model, ids)
+    tuned = adapted(model)
+    names = [name for name, _ in tuned.named_parameters()]
+    assert not any("aggregate_layer" in name and is_adapter(name) for name in names)
+    assert any(is_adapter(name) for name in names)
+    assert any(is_stream(name) for name in names)
+    for name, parameter in tuned.named_parameters():
+        assert parameter.requires_grad is (is_adapter(name) or is_stream(name)), name
+    zoo.close(logits_of(tuned.eval(), ids), expected, 1e-6)  # a fresh adapter does nothing
+
+
+@FEW
+def test_a_training_step_moves_adapters_and_streams_only(family, zoo):
+    model, ids = adapted(family.wrapped()).train(), zoo.token_ids()
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, tensor in model.named_parameters():
+        moved = not torch.equal(tensor, before[name])
+        if "lora_A" in name:  # which get a gradient once lora_B is not zero
+            continue
+        assert moved is (is_stream(name) or is_adapter(name)), name
+
+
+@FEW
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_under_an_adapter(family, zoo, reentrant):
+    ids, found = zoo.token_ids(), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # of the adapter
+        model = adapted(family.wrapped()).train()
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name:
+                tensor.data.normal_(0, 0.1)
+        if checkpointing:
+            enable = getattr(model.base_model.model, "activation_checkpointing_enable", None)
+            (enable or model.base_model.model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert any(is_stream(name) for name in found[0])
+    assert any(is_adapter(name) for name in found[0])
+    for name, gradient in found[0].items():
+        zoo.close(found[1][name], gradient, 5e-6 * max(1.0, gradient.abs().max().item()))
+
+
+@FEW
+def test_inactive_sets_stay_frozen(family, zoo):
+    model = family.wrapped()
+    model.add_streams("more", 2, prefix_length=3, init="random")
+    tuned = adapted(model)
+    for name, parameter in tuned.named_parameters():
+        assert parameter.requires_grad is ((is_adapter(name) or is_stream(name)) and "@more" not in name), name
+    model.set_streams("more")
+    for name, parameter in tuned.named_parameters():
+        assert parameter.requires_grad is (is_adapter(name) or (is_stream(name) and "@more" in name)), name
+
+
+@FEW
+def test_members_are_reached_through_the_adapter(family, zoo, capsys):
+    model, ids = family.wrapped(), zoo.token_ids()
+    plain = logits_of(family.plain(), ids)
+    tuned = adapted(model).eval()
+    assert tuned.num_streams == zoo.P
+    with tuned.use_streams(None):
+        zoo.close(logits_of(tuned, ids), plain, 1e-6)
+        assert tuned.num_streams == 1
+    assert tuned.stream_report(ids).weights.shape == (zoo.B, zoo.S, zoo.P)
+    model.print_trainable_parameters()
+    line = capsys.readouterr().out
+    trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+    streams = sum(parameter.numel() for name, parameter in tuned.named_parameters() if is_stream(name))
+    assert f"trainable params: {trained:,} " in line
+    assert f"backbone: {trained - streams:,})" in line  # the adapter's
+
+
+@FEW
+def test_merging_and_removing_the_adapter(family, zoo):
+    model, ids = family.wrapped(), zoo.token_ids()
+    before = logits_of(model, ids)
+    torch.manual_seed(0)
+    tuned = adapted(model).eval()
+    for name, tensor in tuned.named_parameters():
+        if "lora_B" in name:
+            tensor.data.normal_(0, 0.1)
+    expected = logits_of(tuned, ids)
+    assert (expected - before).abs().max() > 1e-3
+    with tuned.disable_adapter():
+        zoo.close(logits_of(tuned, ids), before, 1e-6)
+    merged = tuned.merge_and_unload()
+    assert merged is model
+    assert merged.num_streams == zoo.P
+    zoo.close(logits_of(merged, ids), expected, 5e-5)  # weights of size 1 are rounded once more
+
+
+def test_models_that_are_not_wrapped_are_as_before(zoo):
+    parscale.wrap(zoo.FAMILIES["llama"].build(), 2, prefix_length=3, init="random")  # the hook into PEFT is in place
+    tuned = adapted(zoo.FAMILIES["llama"].build())
+    assert all(parameter.requires_grad is is_adapter(name) for name, parameter in tuned.named_parameters())
+    sequential = adapted(nn.Sequential(nn.Linear(2, 2)), target_modules=["0"], task_type=None)
+    assert all(parameter.requires_grad is is_adapter(name) for name, parameter in sequential.named_parameters())
+    unwrapped = parscale.wrap(zoo.FAMILIES["llama"].build(), 2, prefix_length=3, init="random")
+    tuned = adapted(parscale.unwrap(unwrapped))
+    assert all(parameter.requires_grad is is_adapter(name) for name, parameter in tuned.named_parameters())
+
+
+def test_the_other_order_is_refused(zoo):
+    tuned = adapted(zoo.FAMILIES["llama"].build())
+    trains = [parameter.requires_grad for parameter in tuned.parameters()]
+    with pytest.raises(UnsupportedModelError, match=r"got PeftModelForCausalLM.*wrap before get_peft_model"):
+        parscale.wrap(tuned, 2)
+    assert [parameter.requires_grad for parameter in tuned.parameters()] == trains
+
+
+@pytest.mark.parametrize("trained_before", [True, False])
+def test_streams_that_were_frozen_on_purpose_stay_frozen(zoo, trained_before):
+    model = parscale.wrap(zoo.FAMILIES["llama"].build(), 2, prefix_length=3, init="random")
+    for name, parameter in model.named_parameters():
+        if is_stream(name):
+            parameter.requires_grad_(trained_before)
+    tuned = adapted(model)
+    assert all(p.requires_grad is trained_before for name, p in tuned.named_parameters() if is_stream(name))
+
+
+def test_adapters_saved_and_loaded_hold_no_streams(zoo, tmp_path):
+    case, ids = zoo.Case(zoo.FAMILIES["llama"], "sdpa"), zoo.token_ids()
+    torch.manual_seed(0)
+    tuned = adapted(case.wrapped()).eval()
+    for name, tensor in tuned.named_parameters():
+        if "lora_B" in name:
+            tensor.data.normal_(0, 0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert not any(is_stream(name) for name in file.keys())  # noqa: SIM118
+    again = peft.PeftModel.from_pretrained(case.wrapped(), tmp_path / "adapter", is_trainable=True).eval()
+    zoo.close(logits_of(again, ids), logits_of(tuned, ids), 1e-6)
+    assert all(p.requires_grad is (is_adapter(n) or is_stream(n)) for n, p in again.named_parameters())

@@ -1,0 +1,245 @@
+"""Backbones that do something of their own: images among the text, layers that borrow keys, three kinds of position."""
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+import parscale
+
+TOLERANCE = 2e-4  # as in test_context.py
+IMAGE = 92
+PIXELS = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+@torch.no_grad()
+def logits_of(model, ids, **arguments):
+    return model(input_ids=ids, **arguments).logits
+
+
+def force(model, p):
+    last = next(module for name, module in model.named_modules() if name.endswith("aggregate_layer"))[2]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.fill_(-1e4)[p] = 1e4
+
+
+def gemma3_with_images(zoo):
+    text = zoo.COMMON | zoo.FAMILIES["gemma3"].options | {"sliding_window": 64}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=PIXELS,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=90,
+        eoi_token_index=91,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def qwen3_vl(zoo):
+    text = zoo.COMMON | {"head_dim": 8, "rope_parameters": zoo.ROPE | {"mrope_section": [2, 1, 1]}}
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = transformers.Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=93,
+        vision_start_token_id=90,
+        vision_end_token_id=91,
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def gemma3n(zoo):
+    kinds = ["sliding_attention", "full_attention"] * 3
+    config = transformers.Gemma3nTextConfig(
+        **zoo.COMMON | {"num_hidden_layers": 6},
+        head_dim=8,
+        num_kv_shared_layers=3,
+        sliding_window=64,
+        layer_types=kinds,
+        vocab_size_per_layer_input=zoo.VOCABULARY,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 6,
+    )
+    return transformers.Gemma3nForCausalLM(config)
+
+
+def gemma4(zoo):
+    config = transformers.Gemma4TextConfig(
+        **zoo.COMMON | {"num_hidden_layers": 4},
+        head_dim=8,
+        global_head_dim=16,
+        num_kv_shared_layers=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=zoo.VOCABULARY,
+        hidden_size_per_layer_input=8,
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
+def ministral3(zoo):
+    """Scales its queries by the logarithm of their position, which a negative one has none of."""
+    return transformers.Ministral3ForCausalLM(transformers.Ministral3Config(**zoo.COMMON, head_dim=8))
+
+
+def llama4(zoo):
+    """Attends within chunks; and ``get_decoder`` does not find its backbone."""
+    config = transformers.Llama4TextConfig(
+        **zoo.COMMON, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=64
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
+def modernbert(zoo):
+    """Calls its head ``decoder``."""
+    options = {name: value for name, value in zoo.COMMON.items() if name != "num_key_value_heads"}
+    return transformers.ModernBertDecoderForCausalLM(
+        transformers.ModernBertDecoderConfig(**options, local_attention=64)
+    )
+
+
+def diffllama(zoo):
+    """Calls attention twice in each layer, with the same keys and other values."""
+    return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**zoo.COMMON))
+
+
+def build(make, zoo):
+    """The same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            model = make(zoo)
+        except AttributeError as error:  # an older transformers
+            pytest.skip(str(error))
+        zoo.randomize(model)
+    return model.eval()
+
+
+def picture_inputs(make, zoo, rows):
+    """Ids ``(rows, 9)`` with an image of four tokens in each row and what else the model wants, after a text if given."""
+    ids = zoo.token_ids(rows).clamp(max=89)
+    ids[:, 1] = 90
+    ids[:, 2:6] = IMAGE
+    pixels = torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def arguments(text=None):
+        whole = ids if text is None else torch.cat([text.expand(rows, -1), ids], dim=1)
+        if make is gemma3_with_images:
+            return {"input_ids": whole, "pixel_values": pixels, "token_type_ids": (whole == IMAGE).long()}
+        grid = torch.tensor([[1, 4, 4]] * rows)
+        patches = (
+            pixels.repeat(1, 1, 2, 2).unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(rows * 16, -1)
+        )
+        return {
+            "input_ids": whole,
+            "pixel_values": patches,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (whole == IMAGE).long(),
+        }
+
+    return arguments
+
+
+@pytest.mark.parametrize("make", [gemma3_with_images, qwen3_vl])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_images_among_the_text(make, rows, zoo):
+    """Each stream by itself is the backbone that reads a text, then text and image; and rows keep their own image."""
+    plain, model, arguments = build(make, zoo), build(make, zoo), picture_inputs(make, zoo, rows)
+    texts = zoo.token_ids(3, 6, seed=8).clamp(max=89)
+    parscale.wrap(model, 3, prefix_length=6, smoothing=0.0, init="context", calibration=texts)
+    for p, text in enumerate(texts):
+        force(model, p)
+        zoo.close(
+            logits_of(model, **arguments_of(arguments())),
+            logits_of(plain, **arguments_of(arguments(text)))[:, 6:],
+            TOLERANCE,
+        )
+    zoo.fill_streams(model)
+    other = arguments()
+    other["pixel_values"] = other["pixel_values"] + 1.0
+    assert (logits_of(model, **arguments_of(other)) - logits_of(model, **arguments_of(arguments()))).abs().max() > 1e-2
+    model.set_streams(None)
+    assert torch.equal(logits_of(model, **arguments_of(arguments())), logits_of(plain, **arguments_of(arguments())))
+
+
+def arguments_of(arguments):
+    return {"ids" if name == "input_ids" else name: value for name, value in arguments.items()}
+
+
+@pytest.mark.parametrize("make", [ministral3, llama4, modernbert])
+def test_backbones_with_a_way_of_their_own(make, zoo):
+    plain, model = build(make, zoo), build(make, zoo)
+    texts, ids = zoo.token_ids(3, 6, seed=8), zoo.token_ids()
+    parscale.wrap(model, 3, prefix_length=6, smoothing=0.0, init="context", calibration=texts)
+    for p, text in enumerate(texts):
+        force(model, p)
+        expected = logits_of(plain, torch.cat([text.expand(zoo.B, -1), ids], dim=1))[:, 6:]
+        zoo.close(logits_of(model, ids), expected, TOLERANCE)
+    parscale.unwrap(model)
+    assert torch.equal(logits_of(model, ids), logits_of(plain, ids))
+
+
+def test_one_prefix_for_two_runs_of_attention_is_an_approximation(zoo):
+    model = build(diffllama, zoo)
+    with pytest.warns(UserWarning, match="more than once.*approximation"):
+        parscale.wrap(model, 2, prefix_length=6, init="context", seed=0)
+    assert logits_of(model, zoo.token_ids()).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [gemma3n, gemma4])
+def test_a_layer_that_borrows_keys_borrows_their_prefix(make, zoo):
+    plain, model = build(make, zoo), build(make, zoo)
+    texts, ids = zoo.token_ids(3, 6, seed=8), zoo.token_ids()
+    parscale.wrap(model, 3, prefix_length=6, smoothing=0.0, init="context", calibration=texts)
+    owners = {name.split(".self_attn.")[0] for name, _ in model.named_parameters() if "prefix_" in name}
+    assert len(owners) == model.config.num_hidden_layers - model.config.num_kv_shared_layers
+    for p, text in enumerate(texts):
+        force(model, p)
+        expected = logits_of(plain, torch.cat([text.expand(zoo.B, -1), ids], dim=1))[:, 6:]
+        zoo.close(logits_of(model, ids), expected, TOLERANCE)
+    zoo.fill_streams(model)
+    full, cache = logits_of(model, ids), DynamicCache(config=model.config)
+    decoded = [logits_of(model, piece, past_key_values=cache) for piece in ids.split([3, 1, 1, 4], dim=1)]
+    zoo.close(torch.cat(decoded, dim=1), full, 2e-5)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad.any() for name, parameter in model.named_parameters() if "prefix_" in name)
+    parscale.unwrap(model).eval()
+    assert torch.equal(logits_of(model, ids), logits_of(plain, ids))
+    assert not any(type(module.__dict__.get("config")).__name__ == "AttentionConfig" for module in model.modules())
+
+
+def test_every_part_of_a_configuration_is_the_models_own(zoo):
+    plain = build(gemma3_with_images, zoo)
+    model = transformers.Gemma3ForConditionalGeneration(plain.config).eval()
+    assert model.config is plain.config
+    parscale.wrap(model, 2, prefix_length=3, init="random")
+    assert model.config is not plain.config
+    assert model.config.text_config is not plain.config.text_config
+    assert model.get_decoder().config is model.config.text_config
+    model.set_attn_implementation("eager")
+    assert plain.config.text_config._attn_implementation == "sdpa"
+    assert not hasattr(plain.config, "parscale_n")
+    assert model.config.parscale_n == 2

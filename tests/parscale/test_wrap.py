@@ -1,0 +1,367 @@
+"""Wrapping takes nothing from a model: what it is, what it was, what a failed attempt leaves, and what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import parscale
+from parscale import ParScaleConfig, UnsupportedModelError
+
+RECORDED = {"parscale_n", "parscale_n_tokens", "parscale_attn_smooth", "parscale_init", "parscale_seed"}
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(input_ids=ids).logits
+
+
+def snapshot(model):
+    """All that can be seen of a model but its weights' values."""
+    return {
+        "type": type(model),
+        "forward": type(model).forward,
+        "config": model.config.to_dict(),
+        "configs": [id(module.__dict__.get("config")) for module in model.modules()],
+        "names": [name for name, _ in model.named_parameters()],
+        "trains": [parameter.requires_grad for parameter in model.parameters()],
+        "modules": [name for name, _ in model.named_modules()],
+        "buffers": [name for name, _ in model.named_buffers()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "training": [module.training for module in model.modules()],
+        "hooks": [
+            len(hooks)
+            for module in model.modules()
+            for name, hooks in sorted(module.__dict__.items())
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+        ],
+        "state": sorted(model.state_dict()),
+    }
+
+
+def test_it_is_the_same_object_of_the_same_class(family, zoo):
+    model = family.plain()
+    before, forward = type(model), model.forward
+    wrapped = parscale.wrap(model, 2, prefix_length=3, init="random")
+    assert wrapped is model
+    assert type(model) is before
+    assert isinstance(model, transformers.PreTrainedModel)
+    assert model.forward == forward
+    assert model.num_streams == 2
+    assert not model.training
+    added = [name for name, _ in model.named_parameters() if "prefix_" in name or "aggregate_layer" in name]
+    layers = family.family.attention_layers or range(model.config.num_hidden_layers)
+    assert len(added) == 2 * len(layers) + 4
+
+
+@pytest.mark.parametrize("off", ["num_streams=1", "unwrap", "set_streams(None)", "use_streams(None)"])
+def test_without_streams_the_backbone_is_itself_to_the_last_bit(case, zoo, off):
+    ids, plain = zoo.token_ids(), case.plain()
+    expected = logits_of(plain, ids)
+    if off == "num_streams=1":
+        model = parscale.wrap(case.plain(), 1)
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+        fields = model.config.to_dict()
+        assert {name: value for name, value in fields.items() if name not in RECORDED} == plain.config.to_dict()
+        assert model.num_streams == 1
+    else:
+        model = case.wrapped()
+        assert not torch.equal(logits_of(model, ids), expected)
+    if off == "unwrap":
+        assert parscale.unwrap(model) is model
+        assert snapshot(model) | {"configs": None} == snapshot(plain) | {"configs": None}
+        assert model.config.to_dict() == plain.config.to_dict()
+    elif off == "set_streams(None)":
+        model.set_streams(None)
+        assert model.num_streams == 1
+    if off == "use_streams(None)":
+        with model.use_streams(None):
+            assert model.num_streams == 1
+            assert torch.equal(logits_of(model, ids), expected)
+        assert model.num_streams == zoo.P
+        assert not torch.equal(logits_of(model, ids), expected)
+    else:
+        assert torch.equal(logits_of(model, ids), expected)
+
+
+def test_wrapping_again_after_unwrapping(family, zoo):
+    model, ids = family.wrapped(), zoo.token_ids()
+    expected = logits_of(model, ids)
+    parscale.wrap(parscale.unwrap(model), zoo.P, prefix_length=zoo.T, init="random")
+    zoo.fill_streams(model)
+    assert torch.equal(logits_of(model, ids), expected)
+
+
+def test_the_configuration_says_what_was_done(family):
+    model = parscale.wrap(family.plain(), 2, prefix_length=3, smoothing=0.25, init="random", seed=7)
+    assert model.config.parscale_n == 2
+    assert model.config.parscale_n_tokens == 3
+    assert model.config.parscale_attn_smooth == 0.25
+    assert model.config.to_dict().keys() >= RECORDED
+    assert ParScaleConfig.from_fields(model.config.to_dict()) == ParScaleConfig(2, 3, 0.25, "random", 7)
+    assert model.config.model_type == family.plain().config.model_type
+
+
+def test_a_configuration_object_in_place_of_numbers(family, zoo):
+    config = ParScaleConfig(2, 3, 0.25, "random", 7)
+    one = parscale.wrap(family.plain(), config)
+    other = parscale.wrap(family.plain(), 2, prefix_length=3, smoothing=0.25, init="random", seed=7)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert one.parscale.active.config == config
+
+
+def test_two_models_from_one_configuration_object(case, zoo):
+    config, ids = case.family.config(case.attention), zoo.token_ids()
+    name = type(case.plain()).__name__
+    first, second = (getattr(transformers, name)(config).eval() for _ in range(2))
+    shared, fields = first.config is second.config, second.config.to_dict()
+    expected = logits_of(second, ids)
+    parscale.wrap(first, 3, prefix_length=4, init="random")
+    first.config.use_cache = False
+    assert second.config.to_dict() == fields
+    assert not hasattr(second.config, "parscale_n")
+    assert torch.equal(logits_of(second, ids), expected)
+    parscale.wrap(second, 2, prefix_length=5, init="random")
+    assert (first.config.parscale_n, second.config.parscale_n) == (3, 2)
+    assert first.num_streams == 3
+    assert shared  # or this test would test nothing
+    parscale.unwrap(first)
+    assert second.config.parscale_n == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_new_parameters_have_the_models_dtype(family, zoo, dtype):
+    model = parscale.wrap(family.plain(dtype=dtype), 2, prefix_length=3, init="random")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    logits = logits_of(model, zoo.token_ids())
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_whether_it_trains_stays(family, training):
+    model = family.plain().train(training)
+    parscale.wrap(model, 2, prefix_length=3, init="random")
+    assert all(module.training is training for module in model.modules())
+    model.train(not training)
+    assert model.get_decoder().aggregate_layer.training is not training
+
+
+def test_frozen_parameters_stay_frozen(family):
+    model = family.plain().requires_grad_(False)
+    parscale.wrap(model, 2, prefix_length=3, init="random")
+    assert all(p.requires_grad is ("prefix_" in n or "aggregate_layer" in n) for n, p in model.named_parameters())
+
+
+# -- copies
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_is_a_model_of_its_own(family, zoo, how):
+    model, ids = family.wrapped(), zoo.token_ids()
+    model.add_streams("other", 2, prefix_length=2, init="random")
+    zoo.fill_streams(model, name="other", seed=5)
+    expected = logits_of(model, ids)
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits_of(twin, ids), expected)
+    twin.set_streams("other")
+    assert (twin.num_streams, model.num_streams) == (2, zoo.P)
+    assert torch.equal(logits_of(model, ids), expected)
+    assert twin.config.parscale_n == 2
+    assert model.config.parscale_n == zoo.P
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+    parscale.unwrap(twin)
+    assert torch.equal(logits_of(model, ids), expected)
+    assert model.num_streams == zoo.P
+
+
+# -- the meta device
+
+
+def test_meta_device(family, zoo):
+    with torch.device("meta"):
+        model = family.family.build(family.attention)
+    parscale.wrap(model, 2, prefix_length=3, init="random")
+    solid = parscale.wrap(family.plain(), 2, prefix_length=3, init="random")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    shapes = {name: tensor.shape for name, tensor in solid.named_parameters()}
+    assert {name: tensor.shape for name, tensor in model.named_parameters()} == shapes
+    with pytest.raises(ValueError, match=r"meta device.*init='random'"):
+        model.add_streams("other", 2, prefix_length=3, init="context")
+    assert {name: tensor.shape for name, tensor in model.named_parameters()} == shapes
+
+
+# -- what is refused
+
+BAD_NUMBERS = {
+    "num_streams": (0, -1, True, False, "4", 2.0, None, float("nan"), float("inf"), [2], 1 + 0j),
+    "prefix_length": (0, -3, True, "48", 48.0, None, float("nan"), float("inf")),
+    "smoothing": (-0.1, 1.1, float("nan"), float("inf"), True, "0.1", None, 0.1j, [0.1]),
+    "init": ("zeros", "Random", "", None, 1, True),
+    "seed": (-1, 1.5, "1", True, float("nan"), 2**64),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_NUMBERS.items() for value in values])
+def test_bad_numbers(zoo, name, value):
+    model = zoo.FAMILIES["llama"].build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=name) as error:
+        parscale.wrap(model, **{name: value})
+    assert not isinstance(error.value, UnsupportedModelError)
+    assert repr(value) in str(error.value) or str(value) in str(error.value)
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match=name):
+        ParScaleConfig(**{name: value})
+    parscale.wrap(model, 1)
+    with pytest.raises(ValueError, match=name):
+        model.add_streams("other", **{"num_streams": 2} | {name: value})
+    assert list(model.parscale.sets) == ["default"]
+
+
+NUMBERS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.complex_numbers(),
+    st.binary(max_size=2),
+)
+
+
+@given(num_streams=NUMBERS, prefix_length=NUMBERS, smoothing=NUMBERS, seed=NUMBERS)
+def test_a_configuration_holds_what_is_allowed_or_raises(num_streams, prefix_length, smoothing, seed):
+    try:
+        config = ParScaleConfig(num_streams, prefix_length, smoothing, "random", seed)
+    except ValueError:
+        return
+    assert type(config.num_streams) is int
+    assert type(config.prefix_length) is int
+    assert type(config.smoothing) is float
+    assert config.num_streams >= 1
+    assert config.prefix_length >= 1
+    assert 0 <= config.smoothing <= 1
+    assert seed is None or 0 <= config.seed < 2**64
+
+
+def test_wrapped_twice(family, zoo):
+    model, ids = family.wrapped(), zoo.token_ids()
+    expected, before = logits_of(model, ids), snapshot(model)
+    with pytest.raises(ValueError, match=r"wrapped already.*add_streams.*unwrap"):
+        parscale.wrap(model, 2, init="random")
+    assert snapshot(model) == before
+    assert torch.equal(logits_of(model, ids), expected)
+
+
+def test_unwrapping_what_is_not_wrapped(family):
+    with pytest.raises(ValueError, match=r"not wrapped.*parscale\.wrap"):
+        parscale.unwrap(family.plain())
+
+
+@pytest.mark.parametrize(
+    "thing", [None, "Qwen/Qwen2.5-0.5B", transformers.LlamaForCausalLM, nn.Linear(2, 2), 3, nn.Module()], ids=repr
+)
+def test_what_is_not_a_model(thing):
+    with pytest.raises(UnsupportedModelError, match=r"takes a loaded Hugging Face model.*got.*from_pretrained"):
+        parscale.wrap(thing, 2)
+    with pytest.raises(ValueError, match="not wrapped"):
+        parscale.unwrap(thing)
+
+
+def small(name, **options):
+    common = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return getattr(transformers, f"{name}Config")(**common | sizes | options)
+
+
+REFUSED = {
+    "a backbone without a head": lambda: transformers.LlamaModel(small("Llama")),
+    "a classifier": lambda: transformers.LlamaForSequenceClassification(small("Llama")),
+    "no attention": lambda: transformers.MambaForCausalLM(small("Mamba", state_size=4)),
+    "no attention, newer": lambda: transformers.Mamba2ForCausalLM(
+        small("Mamba2", num_heads=4, head_dim=16, state_size=8, n_groups=1)
+    ),
+    "attention of its own": lambda: transformers.BloomForCausalLM(small("Bloom", n_layer=2, n_head=4)),
+    "attention of its own, too": lambda: transformers.FalconForCausalLM(small("Falcon")),
+    "an encoder and a decoder": lambda: transformers.BartForConditionalGeneration(
+        small(
+            "Bart", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4
+        )
+    ),
+    "an encoder and a decoder, older": lambda: transformers.T5ForConditionalGeneration(
+        small("T5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_models_that_cannot_carry_streams(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    before, weights = snapshot(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match=type(model).__name__) as error:
+        parscale.wrap(model, 2, prefix_length=3, init="random")
+    assert len(str(error.value)) > 80  # says why, and what to do
+    assert snapshot(model) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_without_a_causal_head_says_which_class_has_one():
+    with pytest.raises(UnsupportedModelError, match=r"LlamaModel has no language-model head.*AutoModelForCausalLM"):
+        parscale.wrap(REFUSED["a backbone without a head"](), 2)
+
+
+@pytest.mark.parametrize("failure", ["calibration", "in the backbone", "in the init", "interrupted"])
+def test_a_failed_attempt_leaves_nothing(family, zoo, failure, monkeypatch):
+    model, ids, arguments, error = family.plain(), zoo.token_ids(), {}, ValueError
+    model.config.parscale_n = 17  # whatever it held before, it holds again
+    before, expected = snapshot(model), logits_of(model, ids)
+    if failure == "calibration":
+        arguments = {"calibration": torch.zeros(2, 5, dtype=torch.long)}
+    elif failure == "in the backbone":
+        error = RuntimeError
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(model.get_decoder(), "forward", broken)
+    else:
+        error = KeyboardInterrupt if failure == "interrupted" else RuntimeError
+
+        def fails(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("parscale.wrapping.initialize", fails)
+    with pytest.raises(error):
+        parscale.wrap(model, 2, prefix_length=3, **arguments)
+    monkeypatch.undo()
+    assert snapshot(model) == before
+    assert torch.equal(logits_of(model, ids), expected)
+
+
+# -- torch.compile
+
+
+@pytest.mark.parametrize("case", ["llama-eager", "llama-sdpa"], indirect=True)
+def test_a_training_forward_compiles_as_one_graph(case, zoo):
+    model, ids = case.wrapped().train(), zoo.token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        zoo.close(parameter.grad, expected[name], 2e-5)
