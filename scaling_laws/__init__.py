@@ -1,0 +1,38 @@
+"""The parallel scaling law: its fit, its cost model and the published points. Nothing here imports torch."""
+
+from parscale.scaling_laws.configs import read_shape
+from parscale.scaling_laws.costs import Cost, cost
+from parscale.scaling_laws.data import Points, published, read_points
+from parscale.scaling_laws.fitting import Fit, fit, fit_form
+from parscale.scaling_laws.hardware import Hardware, known_hardware, read_hardware
+from parscale.scaling_laws.holdout import compare, leave_one_out
+from parscale.scaling_laws.law import ParallelScalingLaw
+from parscale.scaling_laws.plan import Plan, frontier, optimal
+from parscale.scaling_laws.shapes import ModelShape, published_models
+from parscale.scaling_laws.worth import crossover, dense_equivalent, versus
+
+__all__ = [
+    "Cost",
+    "Fit",
+    "Hardware",
+    "ModelShape",
+    "ParallelScalingLaw",
+    "Plan",
+    "Points",
+    "compare",
+    "cost",
+    "crossover",
+    "dense_equivalent",
+    "fit",
+    "fit_form",
+    "frontier",
+    "known_hardware",
+    "leave_one_out",
+    "optimal",
+    "published",
+    "published_models",
+    "read_hardware",
+    "read_points",
+    "read_shape",
+    "versus",
+]

@@ -1,0 +1,201 @@
+"""Reading a model's shape from its `config.json`, whatever its architecture calls things.
+
+Tested against transformers' own models: exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their
+sparse versions, Gemma, OLMo, Cohere, GLM, Granite, Phi, DeepSeek, GPT-2, OPT, NeoX and others; within some per cent
+for families that add something of their own; an estimate for those with other layers than attention, which `cost`
+says in its notes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parscale.scaling_laws.shapes import PREFIX_LENGTH, ModelShape
+
+# Families whose MLP is one matrix up and one down; all others gate, with two up and one down.
+UNGATED = {
+    "apertus", "arcee", "bart", "biogpt", "bloom", "codegen", "cpmant", "ctrl", "falcon", "gpt-sw3", "gpt2",
+    "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat", "nemotron",
+    "openai-gpt", "opt", "persimmon", "phi", "starcoder2", "xglm",
+}  # fmt: skip
+# Families that share the output matrix with the embedding unless the configuration denies it.
+TIED = {
+    "biogpt", "bloom", "cohere", "cohere2", "ctrl", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2",
+    "gpt_bigcode", "gpt_neo", "mpt", "openai-gpt", "opt", "starcoder2", "xglm",
+}  # fmt: skip
+# Families whose projections all carry biases, and those where only queries, keys and values do.
+ALL_BIASED = {"bart", "biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2", "xglm"}
+QKV_BIASED = {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"}
+LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt"}
+
+NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"),
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "active": ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "num_selected_experts"),
+}
+
+
+def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of a `config.json`: from its path, from its folder's path, or as they are.
+
+    Raises `FileNotFoundError` for a path where there is none and `ValueError` for a file that is no JSON object.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        contents = None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is no configuration; give the path of a model's config.json, or of its folder")
+    return contents
+
+
+def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
+    """The shape in a `config.json` (its path, its folder's path or its contents), of any architecture with attention.
+
+    Raises as `read_config`, and `ValueError` when a size that is needed is missing or cannot be right, naming it.
+    """
+    contents = read_config(config)
+    outer = contents
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):  # multimodal: the language part
+        if isinstance(contents.get(key), dict):
+            contents = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **contents[key]}
+    name = str(contents.get("model_type") or outer.get("model_type") or "").removesuffix("_parscale")
+    number = _Reader(contents, name)
+    hidden, layers, heads = (number.needed(key) for key in ("hidden", "layers", "heads"))
+    vocab = number.needed("vocab_size")
+    head_dim = number.optional("head_dim", "kv_channels", "attention_head_dim") or hidden / heads
+    kv_heads = _kv_heads(number, name, heads)
+    latent = number.optional("kv_lora_rank")
+    rope = number.optional("qk_rope_head_dim") if latent else 0
+    if latent:
+        head_dim, kv_heads = number.optional("qk_nope_head_dim") + rope, heads
+    kinds = _layer_kinds(contents, layers)
+    window = number.optional("sliding_window") if contents.get("use_sliding_window", True) else 0
+    attention = sum(("attention" in kind or "hybrid" in kind) and "linear" not in kind for kind in kinds)
+    if not attention:
+        raise ValueError(
+            f"no layer of {name!r} keeps keys and values, and the streams' prefixes are keys and values; give a "
+            "model with attention"
+        )
+    return ModelShape(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=(number.optional("v_head_dim") if latent else 0) or head_dim,
+        intermediate=number.optional(*NAMES["intermediate"]) or 4 * hidden,
+        vocab=vocab,
+        gated=name not in UNGATED,
+        tied=_flag(contents, "tie_word_embeddings", name in TIED),
+        attention_layers=attention,
+        query_rank=number.optional("q_lora_rank") if latent else 0,
+        kv_rank=latent,
+        rope_dim=rope,
+        window=window,
+        window_layers=sum("sliding" in kind or "chunked" in kind for kind in kinds) if window else 0,
+        **_experts(number, contents, layers),
+        biases="all"
+        if name in ALL_BIASED
+        else "qkv"
+        if name in QKV_BIASED or contents.get("attention_bias")
+        else "none",
+        norms_per_layer=4 if name.startswith(("gemma2", "gemma3", "glm4", "olmo2")) and name != "glm4_moe" else 2,
+        positions=number.optional("max_position_embeddings", "n_positions") if name in LEARNED_POSITIONS else 0,
+        prefix_length=number.optional("parscale_n_tokens") or PREFIX_LENGTH,
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Whole numbers of a configuration under any of several names."""
+
+    contents: Mapping[str, Any]
+    model: str
+
+    def optional(self, *names: str) -> int:
+        """The first of `names` that is given; 0 when none is."""
+        for name in names:
+            value = self.contents.get(name)
+            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+                value = round(sum(value) / len(value))  # one for each layer: count with their mean
+            if value is None or isinstance(value, bool):
+                continue
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(
+                    f"the configuration of {self.model!r} has {name} = {value!r}; it must be a whole number of at "
+                    "least 0"
+                )
+            return value
+        return 0
+
+    def needed(self, key: str) -> int:
+        """As `optional`; `ValueError` when there is none or it is 0."""
+        names = NAMES.get(key, (key,))
+        value = self.optional(*names)
+        if not value:
+            raise ValueError(
+                f"the configuration of {self.model!r} has no {' or '.join(names)}; the cost cannot be counted "
+                "without it"
+            )
+        return value
+
+
+def _kv_heads(number: _Reader, name: str, heads: int) -> int:
+    multi_query = number.contents.get("multi_query") and not number.contents.get("new_decoder_architecture")
+    if multi_query and name in ("falcon", "gpt_bigcode"):
+        return 1
+    kv_heads = number.optional("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num") or heads
+    if heads % kv_heads and not isinstance(number.contents.get("num_key_value_heads"), list):
+        raise ValueError(
+            f"the configuration of {name!r} has {heads} heads and {kv_heads} key/value heads; the first must be a "
+            "multiple of the second"
+        )
+    return kv_heads
+
+
+def _layer_kinds(contents: Mapping[str, Any], layers: int) -> list[str]:
+    kinds = contents.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        return [str(kind) for kind in kinds]
+    if contents.get("sliding_window") and contents.get("use_sliding_window", True):
+        return ["sliding_attention"] * layers
+    return ["full_attention"] * layers
+
+
+def _experts(number: _Reader, contents: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    experts = number.optional(*NAMES["experts"])
+    if experts < 2:
+        return {}
+    inner = number.optional("moe_intermediate_size", "expert_dim") or number.optional(*NAMES["intermediate"])
+    shared = number.optional("shared_expert_intermediate_size") or inner * number.optional(
+        "n_shared_experts", "num_shared_experts"
+    )
+    listed: Iterable[int] = contents.get("mlp_only_layers") or ()
+    step = number.optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
+    first = number.optional("first_k_dense_replace", "moe_layer_start_index")
+    sparse = [i for i in range(layers) if i >= first and i not in set(listed) and (i + 1) % step == 0]
+    return {
+        "experts": experts,
+        "active_experts": number.optional(*NAMES["active"]) or 1,
+        "expert_intermediate": inner,
+        "shared_intermediate": shared,
+        "sparse_layers": len(sparse),
+    }
+
+
+def _flag(contents: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = contents.get(name)
+    return default if value is None else bool(value)

@@ -1,0 +1,109 @@
+"""Real text for a sweep: Python source that is at hand, or a data set by name, as bytes.
+
+A token is a byte of UTF-8, so no tokenizer stands between two sweeps; each document ends with a zero byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+VOCABULARY_SIZE = 256
+END_OF_TEXT = 0
+HELD_OUT_PERCENT = 5
+SOURCES = ("stdlib", "packages")
+_EXCLUDED = {"site-packages", "dist-packages", "__pycache__", "idle_test", "tests", "test", "encodings"}
+_LARGEST_FILE = 1 << 20  # larger ones are tables that a program wrote
+
+
+class Corpus(NamedTuple):
+    """Documents one after another, as bytes."""
+
+    train: NDArray[np.uint8]
+    held_out: NDArray[np.uint8]
+
+
+def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corpus:
+    """Text to train on and text to measure loss on; a document is on the same side in every sweep.
+
+    source: `"stdlib"`, the source of Python's standard library (some 10 MB); `"packages"`, that and the source of every
+    installed package (hundreds of MB beside PyTorch); any other name is a data set of the `datasets` package, whose
+    column `text` or `content` is read. Of equal documents only the first is kept. max_bytes: stop after so many.
+
+    Raises `ValueError` for a data set that cannot be read or has no such column.
+    """
+    documents = python_files(source) if source in SOURCES else _data_set(source)
+    sides: dict[bool, list[bytes]] = {False: [], True: []}
+    seen: set[bytes] = set()
+    total = 0
+    for name, text in documents:
+        digest = hashlib.sha256(text).digest()
+        if digest in seen or not text.strip():
+            continue
+        seen.add(digest)
+        sides[_is_held_out(name)].append(text + bytes([END_OF_TEXT]))
+        total += len(text) + 1
+        if max_bytes is not None and total >= max_bytes:
+            break
+    train, held_out = (np.frombuffer(b"".join(sides[side]), dtype=np.uint8) for side in (False, True))
+    if not train.size or not held_out.size:
+        raise ValueError(f"{source} has too little text to hold some of it out; give a larger source")
+    return Corpus(train, held_out)
+
+
+def python_files(source: str) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of Python source files, sorted by name: of the standard library, and for `"packages"` also of
+    what is installed. Test suites and what is no UTF-8 are left out.
+    """
+    roots = [("stdlib", Path(sysconfig.get_path("stdlib")))]
+    if source == "packages":
+        installed = dict.fromkeys(Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
+        roots += [("site-packages", path) for path in installed]
+    for label, root in roots:
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if not _EXCLUDED.isdisjoint(relative.parts[:-1]) or not 0 < path.stat().st_size <= _LARGEST_FILE:
+                continue
+            text = path.read_bytes()
+            if _is_text(text):
+                yield f"{label}/{relative.as_posix()}", text
+
+
+def blocks(text: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """The text cut into `(n, length)`; what is left at the end is dropped."""
+    count = text.size // length
+    return text[: count * length].reshape(count, length)
+
+
+def _data_set(name: str) -> Iterable[tuple[str, bytes]]:
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # the package raises many kinds, also for a name that does not exist
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        raise ValueError(
+            f"no text source {name!r}: give {', '.join(SOURCES)} or the name of a data set that can be read ({reason})"
+        ) from error
+    for index, row in enumerate(rows):
+        text = row.get("text", row.get("content"))
+        if not isinstance(text, str):
+            raise ValueError(f"the data set {name!r} has no column text or content; it has {', '.join(map(str, row))}")
+        yield f"{name}/{index}", text.encode()
+
+
+def _is_text(text: bytes) -> bool:
+    try:
+        return "\0" not in text.decode()
+    except UnicodeDecodeError:
+        return False
+
+
+def _is_held_out(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100 < HELD_OUT_PERCENT

@@ -1,0 +1,147 @@
+"""What generation costs: memory and time, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from parscale.scaling_laws import paper, roofline
+from parscale.scaling_laws.configs import read_shape
+from parscale.scaling_laws.hardware import Hardware, find_hardware
+from parscale.scaling_laws.roofline import Workload
+from parscale.scaling_laws.shapes import ModelShape
+
+METHODS = ("roofline", "paper")
+DTYPES = {
+    "float32": (32, 32),
+    "bfloat16": (16, 16),
+    "float16": (16, 16),
+    "int8": (16, 8),
+    "fp8": (16, 8),
+    "int4": (16, 4.5),
+}
+"""Bits of activations and cache, and of weights; of 4-bit weights with their scales. 8 and 4 bits are for weights
+only.
+"""
+
+Config = str | Path | Mapping[str, Any] | ModelShape
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Memory and time of generating for one batch."""
+
+    memory_bytes: float
+    """At the peak."""
+    seconds: float
+    """From prompts to the last token."""
+    memory: dict[str, float]
+    """`memory_bytes` by what it holds."""
+    time: dict[str, float]
+    """`seconds` by operation."""
+    prefill_seconds: float
+    decode_seconds: float
+    params: float
+    """N, non-embedding parameters with those of the streams."""
+    fits: bool
+    """Whether it fits into the device's memory."""
+    hardware: str
+    """The device's name."""
+    method: str
+    notes: tuple[str, ...] = ()
+    """What was counted only approximately, in sentences."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self) | {"notes": list(self.notes)}
+
+
+def cost(
+    config: Config,
+    *,
+    num_streams: int,
+    batch_size: int,
+    input_length: int,
+    output_length: int,
+    hardware: str | Hardware = "a100-80gb",
+    method: str = "roofline",
+    dtype: str = "bfloat16",
+    overhead: float = 0.0,
+) -> Cost:
+    """Memory in bytes and time in seconds of generating `output_length` tokens for `batch_size` prompts of
+    `input_length` tokens.
+
+    config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; of any architecture with attention.
+    hardware: a name from `data/hardware.csv` or a `Hardware`.
+    method: `"roofline"` counts how this package runs (see `roofline`); `"paper"` counts as arXiv 2505.10475 did, with
+    its efficiencies and its omissions (see `paper`), in 16 bits and without `overhead`.
+    dtype: one of `DTYPES`. overhead: seconds for each layer of each step that are neither arithmetic nor traffic,
+    such as starting kernels; 0 is the ideal.
+
+    Raises `FileNotFoundError` for a path where there is nothing and `ValueError`, naming what is allowed, for numbers
+    out of range, unknown names and a configuration that lacks what is needed.
+    """
+    counts = {
+        "num_streams": num_streams,
+        "batch_size": batch_size,
+        "input_length": input_length,
+        "output_length": output_length,
+    }
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; give one of {', '.join(METHODS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"no dtype {dtype!r}; give one of {', '.join(DTYPES)}")
+    if not 0 <= overhead < float("inf"):
+        raise ValueError(f"overhead is {overhead!r}; it must be at least 0 seconds")
+    device = find_hardware(hardware)
+    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    bits, weight_bits = DTYPES[dtype]
+    work = Workload(num_streams, batch_size, input_length, output_length, bits, weight_bits)
+    if method == "paper":
+        _refuse_what_the_paper_did_not_count(shape, dtype, overhead)
+        memory, (time, prefill, decode) = paper.memory(shape, work), paper.seconds(shape, work, device)
+    else:
+        memory, (time, prefill, decode) = roofline.memory(shape, work), roofline.seconds(shape, work, device, overhead)
+    total = sum(memory.values())
+    return Cost(
+        memory_bytes=total,
+        seconds=sum(time.values()),
+        memory=memory,
+        time=time,
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+        params=shape.params(num_streams),
+        fits=total <= device.memory_gb * 1e9,
+        hardware=device.name,
+        method=method,
+        notes=_notes(shape),
+    )
+
+
+def _refuse_what_the_paper_did_not_count(shape: ModelShape, dtype: str, overhead: float) -> None:
+    if shape.experts or shape.kv_rank or not shape.gated or shape.head_dim * shape.heads != shape.hidden:
+        raise ValueError(
+            "the paper's count is for dense models with a gated MLP and heads of hidden size / heads, and "
+            f"{shape.name!r} is none; "
+            'use method="roofline"'
+        )
+    if dtype not in ("bfloat16", "float16") or overhead:
+        raise ValueError(
+            f"the paper's count knows 16 bits and no overhead, not dtype {dtype!r} and overhead {overhead:g}; use "
+            'method="roofline"'
+        )
+
+
+def _notes(shape: ModelShape) -> tuple[str, ...]:
+    stateful = shape.layers - shape.attention_layers
+    if not stateful:
+        return ()
+    return (
+        f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted as if they were "
+        "attention, their states as nothing.",
+    )

@@ -1,0 +1,179 @@
+"""The published points, and reading and checking points of one's own."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+CORPORA = ("stack", "pile")
+COLUMNS = ("params", "streams", "loss")
+
+
+class Points(NamedTuple):
+    """Final losses of trained models, one entry for each run; each array is `(n,)`."""
+
+    params: Array
+    """Non-embedding parameters, those that the streams add included."""
+    streams: Array
+    """P, the number of parallel streams."""
+    losses: Array
+    """Final loss in nats per token."""
+
+
+def published(corpus: str) -> Points:
+    """The 24 published points of `"stack"` (Stack-V2-Python) or `"pile"`: six sizes times P = 1, 2, 4, 8, each
+    trained on 42B tokens.
+
+    Source: `parametric_fit.py` of the code released with arXiv 2505.10475. Raises `ValueError` for another name.
+    """
+    if corpus not in CORPORA:
+        raise ValueError(f"no published corpus {corpus!r}; give one of {', '.join(map(repr, CORPORA))}")
+    rows = list(data_rows(f"{corpus}.csv"))
+    columns = ([float(row[name]) for row in rows] for name in COLUMNS)
+    return Points(*(np.array(column) for column in columns))
+
+
+def data_rows(name: str) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file that comes with the package; lines that start with `#` give its source and are skipped."""
+    text = (files(__package__) / "data" / name).read_text(encoding="utf-8")
+    yield from csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def read_csv(path: str | Path, columns: Sequence[str] = COLUMNS) -> dict[str, Array]:
+    """Reads the named columns of a CSV file with a header; other columns, blank lines and lines that start with `#`
+    are skipped.
+
+    Returns one array `(n,)` for each name. Raises `FileNotFoundError` when there is no such file and `ValueError`,
+    naming the line, when a column is missing or an entry is no finite number.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip() and not line.startswith("#")]
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{path} is not a text file; give a CSV file with the columns {_listed(columns)}"
+            ) from None
+    if not lines:
+        raise ValueError(
+            f"{path} is empty; it needs a header with the columns {_listed(columns)} and one row for each run"
+        )
+    header = [name.strip() for name in next(csv.reader([lines[0][1]]))]
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {_listed(missing)}; it has {_listed(header)}; "
+            f"name its columns {_listed(columns)} (non-embedding parameters, P, nats per token)"
+        )
+    rows: list[list[float]] = []
+    for number, line in lines[1:]:
+        cells = dict(zip(header, next(csv.reader([line])), strict=False))
+        rows.append([_number(cells.get(name, ""), name, f"{path}, line {number}") for name in columns])
+    table = np.array(rows).reshape(len(rows), len(columns))
+    return {name: table[:, index] for index, name in enumerate(columns)}
+
+
+def read_points(path: str | Path) -> Points:
+    """Reads runs from a CSV file with the columns `params`, `streams`, `loss`; raises as `read_csv` and
+    `check_points` do.
+    """
+    table = read_csv(path)
+    return check_points(*(table[name] for name in COLUMNS))
+
+
+def check_points(params: ArrayLike, streams: ArrayLike, losses: ArrayLike, tokens: ArrayLike | None = None) -> Points:
+    """The three as flat float arrays of one length; with `tokens`, only a run with the same tokens too is a repeated
+    one.
+
+    Raises `ValueError`, naming the point and what is allowed, for lengths that differ, entries that are no finite
+    numbers, sizes or losses that are not positive, a P that is no whole number of at least 1, and rows that are given
+    twice.
+    """
+    points = Points(
+        positive("params", params, "non-embedding parameters"),
+        positive("streams", streams, "P"),
+        positive("losses", losses, "nats per token"),
+    )
+    columns = dict(zip(points._fields, points, strict=True))
+    if tokens is not None:
+        columns["tokens"] = positive("tokens", tokens, "training tokens")
+    if len({array.size for array in columns.values()}) != 1:
+        sizes = ", ".join(f"{array.size} {name}" for name, array in columns.items())
+        raise ValueError(f"got {sizes}; give one of each for every run")
+    wrong = np.flatnonzero((points.streams < 1) | (points.streams != np.floor(points.streams)))
+    if wrong.size:
+        raise ValueError(
+            f"streams of point {wrong[0] + 1} is {points.streams[wrong[0]]:g}; P is a whole number of streams, 1 for "
+            "the plain model"
+        )
+    no_repeats(np.stack(list(columns.values()), axis=1))
+    return points
+
+
+def positive(name: str, values: ArrayLike, meaning: str) -> Array:
+    """`values` as a flat float array; `ValueError` for an entry that is no finite positive number."""
+    try:
+        array = np.asarray(values, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers ({meaning}); got {values!r}") from None
+    wrong = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
+    if wrong.size:
+        raise ValueError(
+            f"{name} of point {wrong[0] + 1} is {array[wrong[0]]:g}; every one must be finite and above 0 ({meaning}): "
+            "correct the point or leave it out"
+        )
+    return array
+
+
+def no_repeats(rows: Array) -> None:
+    """`ValueError` when two rows of `(n, columns)` are the same to the last digit."""
+    seen: dict[tuple[float, ...], int] = {}
+    for index, row in enumerate(map(tuple, rows.tolist())):
+        if row in seen:
+            raise ValueError(
+                f"points {seen[row] + 1} and {index + 1} are the same in every digit "
+                f"({', '.join(f'{value:g}' for value in row)}); "
+                "a row given twice would count twice: leave one out (a repeated run has a loss of its own)"
+            )
+        seen[row] = index
+
+
+def size_groups(points: Points) -> NDArray[np.int64]:
+    """Which backbone each point belongs to, `(n,)`, 0 for the smallest.
+
+    Streams add parameters, so one backbone has a different size at each P. Where every P has equally many different
+    sizes they are matched by rank; otherwise sizes within 5 % of their neighbour are one backbone.
+    """
+    by_streams = {streams: np.unique(points.params[points.streams == streams]) for streams in np.unique(points.streams)}
+    if len({sizes.size for sizes in by_streams.values()}) == 1:
+        ranks = [np.searchsorted(by_streams[p], n) for n, p in zip(points.params, points.streams, strict=True)]
+        return np.array(ranks, dtype=np.int64)
+    order = np.argsort(points.params, kind="stable")
+    steps = np.diff(np.log(points.params[order])) > math.log(1.05)
+    groups = np.empty(points.params.size, dtype=np.int64)
+    groups[order] = np.concatenate([[0], np.cumsum(steps)])
+    return groups
+
+
+def _number(text: str, column: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{where}: {column} is {text.strip() or 'empty'!r}; give a finite number, or leave the row out"
+        )
+    return value
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

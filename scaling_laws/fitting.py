@@ -1,0 +1,197 @@
+"""Fitting a law to runs: least Huber loss of log loss, from a grid of starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from parscale.scaling_laws.data import Array, Points, check_points, positive, size_groups
+from parscale.scaling_laws.forms import FORMS, Form
+from parscale.scaling_laws.intervals import Optimum, bootstrap, corrected_percentiles, profile
+from parscale.scaling_laws.law import Interval, ParallelScalingLaw
+from parscale.scaling_laws.solve import Problem, solve
+
+LEVEL = 0.9
+"""Coverage that the intervals aim at."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A form with fitted parameters."""
+
+    form: Form
+    values: dict[str, float]
+    """The parameters by name."""
+    r2: float
+    """Share of the losses' variance that the fit explains."""
+    huber: float
+    """Summed Huber loss of log loss."""
+    intervals: dict[str, Interval] | None
+    """90 % bootstrap interval of each parameter; None without a bootstrap."""
+    draws: Array | None = field(repr=False)
+    """`(bootstrap, p)` parameters of each draw, in the form's order; None without a bootstrap."""
+    notes: tuple[str, ...]
+    """What the runs do not settle, in sentences."""
+    optimum: Optimum = field(repr=False)
+    """The problem that was solved, for `profile_intervals`."""
+
+    def predict(self, params: ArrayLike, streams: ArrayLike, tokens: ArrayLike | None = None) -> Array:
+        """Loss `(n,)` in nats per token; `tokens` for a form that has a term in them."""
+        columns = [np.ravel(np.asarray(params, dtype=np.float64))]
+        if self.form.uses_tokens:
+            if tokens is None:
+                raise ValueError(f"the form {self.form.name!r} predicts from training tokens too; give tokens")
+            columns.append(np.ravel(np.asarray(tokens, dtype=np.float64)))
+        count, *columns = np.broadcast_arrays(np.ravel(np.asarray(streams, dtype=np.float64)), *columns)
+        return self.form.predict(self.optimum.theta[None], np.stack(columns, axis=1), count)[0]
+
+    def profile_intervals(self, level: float = LEVEL) -> dict[str, Interval]:
+        """Profile-likelihood interval of each parameter; see `intervals.profile`."""
+        return profile(self.optimum, level)
+
+
+def fit(
+    params: ArrayLike, streams: ArrayLike, losses: ArrayLike, *, bootstrap: int = 0, seed: int = 0
+) -> ParallelScalingLaw:
+    """Fits `L(N, P) = E + (A / (N * (k*ln P + 1)))**alpha` to finished runs.
+
+    Least sum of Huber losses (delta 1e-3) of log loss, solved from a grid of starts, as arXiv 2505.10475 does it.
+
+    params: non-embedding parameters, those that the streams add included. streams: P. losses: nats per token. All of
+    one shape.
+    bootstrap: how many resampled data sets to refit for `intervals` and `draws`; 1000 take about a second. seed: its
+    seed.
+
+    Raises `ValueError` for points that cannot be right (see `check_points`), for fewer than four, and when all have
+    one P (k could be anything) or one size (alpha could be).
+    """
+    points = check_points(params, streams, losses)
+    result = fit_form("log", *points, bootstrap=bootstrap, seed=seed)
+    return ParallelScalingLaw(
+        **result.values,
+        r2=result.r2,
+        huber=result.huber,
+        intervals=result.intervals,
+        draws=result.draws,
+        notes=result.notes,
+    )
+
+
+def fit_form(
+    form: str | Form,
+    params: ArrayLike,
+    streams: ArrayLike,
+    losses: ArrayLike,
+    tokens: ArrayLike | None = None,
+    *,
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> Fit:
+    """Fits any of `FORMS`, by name, in the same way as `fit`; the joint ones need `tokens`, the training tokens of
+    each run.
+
+    Raises as `fit` does, and for an unknown form, for missing `tokens` and for runs that were all trained on as many
+    tokens.
+    """
+    if isinstance(form, str):
+        if form not in FORMS:
+            raise ValueError(f"no form {form!r}; give one of {', '.join(FORMS)}")
+        form = FORMS[form]
+    problem = _problem(form, params, streams, losses, tokens)
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap is the number of resampled data sets, 0 for none; got {bootstrap}")
+    optimum = _solve(problem)
+    names = form.parameters
+    natural = optimum.natural(optimum.theta)
+    draws = intervals = None
+    if bootstrap:
+        draws, intervals = _resample(optimum, bootstrap, seed)
+    errors = problem.losses - np.exp(optimum.fitted)
+    spread = ((problem.losses - problem.losses.mean()) ** 2).sum()
+    return Fit(
+        form=form,
+        values=dict(zip(names, natural.tolist(), strict=True)),
+        r2=float(1 - (errors**2).sum() / spread) if spread > 0 else float("nan"),
+        huber=optimum.value,
+        intervals=intervals,
+        draws=draws,
+        notes=_notes(problem, optimum, intervals),
+        optimum=optimum,
+    )
+
+
+def _problem(form: Form, params: ArrayLike, streams: ArrayLike, losses: ArrayLike, tokens: ArrayLike | None) -> Problem:
+    if not form.uses_tokens:
+        points = check_points(params, streams, losses)
+        sizes = points.params[:, None]
+    else:
+        if tokens is None:
+            raise ValueError(
+                f"the form {form.name!r} has a term in training tokens; give tokens, one number for each run"
+            )
+        points = check_points(params, streams, losses, tokens)
+        trained = positive("tokens", tokens, "training tokens")
+        sizes = np.stack([points.params, trained], axis=1)
+        if np.unique(trained).size == 1:
+            raise ValueError(
+                f"every run was trained on {trained[0]:g} tokens, so what tokens are worth (beta) could be anything; "
+                "add runs with other numbers of tokens, or fit a form without tokens"
+            )
+    _check_identifiable(form, points)
+    return Problem(form, sizes, points.streams, points.losses)
+
+
+def _check_identifiable(form: Form, points: Points) -> None:
+    needed = len(form.parameters)
+    if points.losses.size < needed:
+        raise ValueError(
+            f"{points.losses.size} points for {needed} parameters ({', '.join(form.parameters)}): at least {needed} "
+            "runs are needed, "
+            "and more for intervals"
+        )
+    if form.uses_streams and np.unique(points.streams).size == 1:
+        raise ValueError(
+            f"all points have P = {points.streams[0]:g}, so what a stream is worth (k) could be anything; add runs "
+            "at another P, "
+            'or fit the form "dense", which has no k'
+        )
+    if max(np.unique(points.params[points.streams == p]).size for p in np.unique(points.streams)) == 1:
+        raise ValueError(
+            "no P has runs at two sizes, so how fast loss falls with size (alpha) could be anything; add runs of "
+            "other sizes at one P"
+        )
+
+
+def _solve(problem: Problem) -> Optimum:
+    starts = problem.form.starts(problem.sizes, problem.streams, problem.losses)
+    theta, values = solve(problem, starts)
+    best = int(np.argmin(values))
+    return Optimum(problem, theta[best], float(values[best]))
+
+
+def _resample(optimum: Optimum, draws: int, seed: int) -> tuple[Array, dict[str, Interval]]:
+    thetas = bootstrap(optimum, draws, seed)
+    low, high = corrected_percentiles(thetas, optimum.theta, LEVEL, optimum.freedom)
+    ends = np.stack([optimum.natural(low), optimum.natural(high)], axis=1)
+    intervals = {name: (float(a), float(b)) for name, (a, b) in zip(optimum.problem.form.parameters, ends, strict=True)}
+    return optimum.natural(thetas), intervals
+
+
+def _notes(problem: Problem, optimum: Optimum, intervals: dict[str, Interval] | None) -> tuple[str, ...]:
+    notes = []
+    points = Points(problem.sizes[:, 0], problem.streams, problem.losses)
+    sizes = np.unique(size_groups(points)).size
+    if sizes < 3:
+        notes.append(
+            f"{sizes} sizes cannot tell E, A and alpha apart by themselves: these rest on the assumed shape in P; "
+            "add a third size."
+        )
+    if np.exp(optimum.theta[0]) < 1e-3 * problem.losses.min():
+        notes.append("E came out as 0: these runs show no floor; predictions for larger models are a plain power law.")
+    for name in ("k", "m", "gamma"):
+        low = intervals.get(name, (1.0, 1.0))[0] if intervals else 1.0
+        if low <= 0:
+            notes.append(f"The interval of {name} holds 0: these runs do not show that streams help.")
+    return tuple(notes)

@@ -1,0 +1,92 @@
+"""The table of devices, which anyone can extend."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from parscale.scaling_laws.data import data_rows
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device, as a row of `data/hardware.csv` describes it."""
+
+    name: str
+    label: str
+    memory_gb: float
+    """Memory in 10^9 bytes."""
+    bandwidth_gbs: float
+    """Peak memory bandwidth in 10^9 bytes per second."""
+    tflops_16bit: float
+    """Peak dense arithmetic on 16-bit numbers, 10^12 operations per second."""
+    tflops_32bit: float
+    """The same on 32-bit numbers."""
+    flops_efficiency: float = 0.7
+    """Share of the peak arithmetic that is reached."""
+    bandwidth_efficiency: float = 0.9
+    """Share of the peak bandwidth that is reached."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[2:]:
+            value, top = getattr(self, field.name), 1 if field.name.endswith("efficiency") else float("inf")
+            if not 0 < value <= top:
+                allowed = "above 0 and at most 1" if top == 1 else "above 0"
+                raise ValueError(f"{field.name} of {self.name!r} is {value:g}; it must be {allowed}")
+
+    def flops(self, bits: int) -> float:
+        """Operations per second that are reached on numbers of `bits` bits: 32, or 16 and fewer."""
+        return (self.tflops_32bit if bits == 32 else self.tflops_16bit) * 1e12 * self.flops_efficiency
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that are reached."""
+        return self.bandwidth_gbs * 1e9 * self.bandwidth_efficiency
+
+
+def read_hardware(path: str | Path) -> dict[str, Hardware]:
+    """Devices by name from a CSV file with the columns of `data/hardware.csv`.
+
+    Raises `FileNotFoundError`, or `ValueError` for columns that are missing and entries that are no positive numbers.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return _devices(csv.DictReader(line for line in file if not line.startswith("#")), str(path))
+
+
+@cache
+def known_hardware() -> Mapping[str, Hardware]:
+    """The devices that come with the package, by name."""
+    return _devices(data_rows("hardware.csv"), "hardware.csv")
+
+
+def find_hardware(hardware: str | Hardware) -> Hardware:
+    """The device itself, or the known one of that name; `ValueError` for another name."""
+    if isinstance(hardware, Hardware):
+        return hardware
+    if hardware not in known_hardware():
+        raise ValueError(
+            f"no hardware {hardware!r}; give one of {', '.join(known_hardware())}, or one of your own (Hardware, "
+            "read_hardware)"
+        )
+    return known_hardware()[hardware]
+
+
+def _devices(rows: Iterable[Mapping[str, str]], source: str) -> dict[str, Hardware]:
+    devices = {}
+    fields = dataclasses.fields(Hardware)
+    for row in rows:
+        missing = [field.name for field in fields if not row.get(field.name) and field.default is dataclasses.MISSING]
+        if missing:
+            raise ValueError(
+                f"{source}: {row.get('name') or 'a row'} has no {', '.join(missing)}; every device needs it"
+            )
+        try:
+            numbers = {field.name: float(row[field.name]) for field in fields[2:] if row.get(field.name)}
+        except ValueError as error:
+            raise ValueError(f"{source}: {row['name']}: {error}; everything but name and label is a number") from None
+        devices[row["name"]] = Hardware(row["name"], row["label"], **numbers)
+    return devices

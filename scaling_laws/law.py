@@ -1,0 +1,117 @@
+"""The parallel scaling law itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from parscale.scaling_laws.data import Array
+from parscale.scaling_laws.intervals import corrected_percentiles
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ParallelScalingLaw:
+    """`L(N, P) = E + (A / (N * (k*ln P + 1)))**alpha`, arXiv 2505.10475.
+
+    N: non-embedding parameters, those that the streams add included. P: streams. L: nats per token. `fit` makes one
+    from runs; one with known parameters is `ParallelScalingLaw(E=0.6912, A=1.131e7, alpha=0.1894, k=0.3935)`.
+    """
+
+    E: float
+    """Loss that no size removes, nats per token."""
+    A: float
+    """Scale, in parameters."""
+    alpha: float
+    """How fast the rest falls with size."""
+    k: float
+    """What a stream is worth: P streams act like `k*ln(P) + 1` times the parameters."""
+    r2: float = math.nan
+    """Share of the losses' variance that the fit explains."""
+    huber: float = math.nan
+    """Summed Huber loss (delta 1e-3) of log loss at the optimum."""
+    intervals: dict[str, Interval] | None = None
+    """From the bootstrap: for each of E, A, alpha, k the ends of its 90 % interval; None without one."""
+    draws: Array | None = field(default=None, repr=False, compare=False)
+    """`(bootstrap, 4)`: E, A, alpha, k of each bootstrap draw; None without one."""
+    notes: tuple[str, ...] = ()
+    """What these runs do not settle, in sentences."""
+
+    def predict(self, params: ArrayLike, streams: ArrayLike) -> Any:
+        """Loss in nats per token at each `(params, streams)`, which broadcast; a float for two numbers.
+
+        Raises `ValueError` for params that are not above 0 and streams below 1.
+        """
+        size, count = _checked(params, streams)
+        return self.E + (self.A / (size * self._gain(count))) ** self.alpha
+
+    def equivalent_params(self, params: ArrayLike, streams: ArrayLike) -> Any:
+        """Parameters of the plain model with the same predicted loss: `N * (k*ln P + 1)`. Shapes and errors as
+        `predict`.
+        """
+        size, count = _checked(params, streams)
+        return size * self._gain(count)
+
+    def params_for(self, loss: float, streams: float = 1) -> float:
+        """Parameters at which a model with `streams` streams is predicted to reach `loss`; `ValueError` for a loss at
+        or below E.
+        """
+        if not loss > self.E:
+            raise ValueError(
+                f"no size reaches loss {loss:g}: this law's floor is E = {self.E:g}; ask for a loss above it"
+            )
+        _checked(1, streams)
+        return float(self.A * (loss - self.E) ** (-1 / self.alpha) / self._gain(np.float64(streams)))
+
+    def predict_interval(self, params: ArrayLike, streams: ArrayLike, level: float = 0.9) -> tuple[Any, Any]:
+        """Ends of the bootstrap's interval for the predicted loss (not for a new run, whose own noise comes on top).
+
+        Shapes as `predict`. Raises `ValueError` for a law without bootstrap draws.
+        """
+        if self.draws is None:
+            raise ValueError("this law has no bootstrap draws to make an interval from; fit it with bootstrap=1000")
+        size, count = np.broadcast_arrays(*_checked(params, streams))
+        floor, scale, exponent, gain = (self.draws[:, [column]] for column in range(4))
+        flat, flat_count = size.reshape(1, -1), count.reshape(1, -1)
+        losses = floor + (scale / (flat * (gain * np.log(flat_count) + 1))) ** exponent
+        low, high = corrected_percentiles(losses, np.asarray(self.predict(flat[0], flat_count[0])), level)
+        return low.reshape(size.shape)[()], high.reshape(size.shape)[()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `parscale law fit --json` prints: parameters, quality, intervals and notes."""
+        result: dict[str, Any] = {name: getattr(self, name) for name in ("E", "A", "alpha", "k", "r2", "huber")}
+        result = {name: value if math.isfinite(value) else None for name, value in result.items()}
+        result["intervals"] = {name: list(ends) for name, ends in self.intervals.items()} if self.intervals else None
+        result["notes"] = list(self.notes)
+        return result
+
+    @classmethod
+    def from_dict(cls, contents: Mapping[str, Any]) -> ParallelScalingLaw:
+        """The law that `to_dict` wrote; `ValueError` when E, A, alpha or k is missing or no finite number."""
+        values: dict[str, Any] = {name: contents.get(name) for name in ("E", "A", "alpha", "k")}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"a law has numbers for E, A, alpha and k; {name} is {value!r}")
+        for name in ("r2", "huber"):
+            values[name] = math.nan if contents.get(name) is None else contents[name]
+        intervals = contents.get("intervals")
+        values["intervals"] = {name: (low, high) for name, (low, high) in intervals.items()} if intervals else None
+        return cls(**values, notes=tuple(contents.get("notes") or ()))
+
+    def _gain(self, streams: Any) -> Any:
+        return self.k * np.log(streams) + 1
+
+
+def _checked(params: ArrayLike, streams: ArrayLike) -> tuple[Array, Array]:
+    size, count = np.asarray(params, dtype=np.float64), np.asarray(streams, dtype=np.float64)
+    if not (np.isfinite(size) & (size > 0)).all():
+        raise ValueError(f"params must be finite and above 0 (non-embedding parameters); got {params!r}")
+    if not (np.isfinite(count) & (count >= 1)).all():
+        raise ValueError(f"streams must be at least 1, the plain model; got {streams!r}")
+    return size, count

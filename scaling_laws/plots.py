@@ -1,0 +1,230 @@
+"""Plots of the law, of runs against it, and of costs; each returns a matplotlib figure that no window or global state
+holds.
+
+Colours are told apart by people with any colour vision and in print; sizes suit one column of a paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from parscale.scaling_laws.costs import Config, Cost, cost
+from parscale.scaling_laws.data import Points
+from parscale.scaling_laws.law import ParallelScalingLaw
+from parscale.scaling_laws.plan import Plan
+
+GIB = 2**30
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+
+
+def measured_and_predicted(law: ParallelScalingLaw, points: Points) -> Figure:
+    """Left: loss over N, one curve for each P, with the runs. Right: measured against predicted, and the errors in
+    per cent.
+    """
+    figure, (left, right) = _figure(2)
+    span = np.geomspace(points.params.min() / 1.15, points.params.max() * 1.15, 200)
+    for index, streams in enumerate(np.unique(points.streams)):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        chosen = points.streams == streams
+        left.plot(span, law.predict(span, streams), color=colour, linewidth=1)
+        left.plot(
+            points.params[chosen], points.losses[chosen], marker, color=colour, markersize=4, label=f"P = {streams:g}"
+        )
+        predicted = law.predict(points.params[chosen], streams)
+        right.plot(predicted, 100 * (points.losses[chosen] / predicted - 1), marker, color=colour, markersize=4)
+    left.set(ylabel="loss (nats per token)")
+    _size_axis(left)
+    left.set_title(f"E = {law.E:.4g}, A = {law.A:.4g}, alpha = {law.alpha:.4g}, k = {law.k:.4g}", fontsize=8)
+    left.legend(frameon=False)
+    right.axhline(0, color="0.5", linewidth=0.8)
+    right.set(
+        xlabel="predicted loss",
+        ylabel="measured - predicted (%)",
+        title=f"R² = {law.r2:.4f}" if np.isfinite(law.r2) else "",
+    )
+    return figure
+
+
+def contours(law: ParallelScalingLaw, points: Points | None = None, *, streams: float = 16) -> Figure:
+    """Loss over (N, P) as contours, with the runs if given; N spans theirs, or 0.3B to 10B."""
+    figure, (axes,) = _figure(1)
+    low, high = (float(points.params.min()) / 1.3, float(points.params.max()) * 1.3) if points else (3e8, 1e10)
+    top = max(streams, float(points.streams.max()) if points else 1.0)
+    size, count = np.meshgrid(np.geomspace(low, high, 120), np.geomspace(1, top, 120))
+    loss = law.predict(size, count)
+    drawn = axes.contourf(size, count, loss, levels=20, cmap="viridis_r")
+    figure.colorbar(drawn, ax=axes, label="predicted loss (nats per token)")
+    lines = axes.contour(size, count, loss, levels=8, colors="white", linewidths=0.6)
+    axes.clabel(lines, fmt="%.3f", fontsize=6)
+    if points:
+        axes.plot(points.params, points.streams, "k.", markersize=4, label="runs")
+        axes.legend(frameon=True, loc="upper right")
+    _size_axis(axes)
+    _stream_axis(axes, top)
+    return figure
+
+
+def isoloss(law: ParallelScalingLaw, params: Sequence[float] = (5e8, 1e9, 2e9, 4e9), *, streams: float = 16) -> Figure:
+    """Curves of equal loss: for each plain model of `params`, the smaller models that reach its loss with P streams;
+    with bootstrap draws, their 90 % bands.
+    """
+    figure, (axes,) = _figure(1)
+    count = np.geomspace(1, streams, 100)
+    for colour, size in zip(COLOURS, params, strict=False):
+        axes.plot(
+            size / (law.k * np.log(count) + 1),
+            count,
+            color=colour,
+            label=f"{short(size)} plain: {law.predict(size, 1):.3f}",
+        )
+        if law.draws is not None:
+            low, high = np.quantile(size / (law.draws[:, [3]] * np.log(count) + 1), [0.05, 0.95], axis=0)
+            axes.fill_betweenx(count, low, high, color=colour, alpha=0.2, linewidth=0)
+    _size_axis(axes)
+    _stream_axis(axes, streams)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def cost_bars(costs: Mapping[str, Cost]) -> Figure:
+    """Memory and time of each named cost, stacked by where they go."""
+    figure, (left, right) = _figure(2)
+    for axes, attribute, unit, label in ((left, "memory", GIB, "memory (GiB)"), (right, "time", 1.0, "time (s)")):
+        parts = list(dict.fromkeys(name for item in costs.values() for name in getattr(item, attribute)))
+        bottom = np.zeros(len(costs))
+        for index, part in enumerate(parts):
+            heights = np.array([getattr(item, attribute).get(part, 0.0) for item in costs.values()]) / unit
+            axes.bar(
+                list(costs), heights, bottom=bottom, color=COLOURS[index % len(COLOURS)], label=part.replace("_", " ")
+            )
+            bottom += heights
+        axes.set_ylabel(label)
+        axes.tick_params(axis="x", labelrotation=45 if len(costs) > 4 else 0)
+        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def cost_curves(costs: Mapping[tuple[int, int], Cost]) -> Figure:
+    """Memory and time over batch size, one curve for each P; keys are (P, batch size)."""
+    figure, (left, right) = _figure(2)
+    for index, streams in enumerate(sorted({key[0] for key in costs})):
+        batches = sorted(batch for count, batch in costs if count == streams)
+        style: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 4,
+        }
+        left.plot(
+            batches, [costs[streams, batch].memory_bytes / GIB for batch in batches], label=f"P = {streams}", **style
+        )
+        right.plot(batches, [costs[streams, batch].seconds for batch in batches], **style)
+    for axes, label in ((left, "memory (GiB)"), (right, "time (s)")):
+        axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
+        ticks = sorted({batch for _, batch in costs})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(axes.yaxis)
+    left.legend(frameon=False)
+    return figure
+
+
+def pareto(
+    law: ParallelScalingLaw,
+    configs: Mapping[str, Config],
+    streams: Sequence[int] = (1, 2, 4, 8),
+    **workload: Any,
+) -> Figure:
+    """Predicted loss over memory and over time: a line through all sizes for each P; the front is its lower left edge.
+
+    `workload` as for `cost`.
+    """
+    figure, (left, right) = _figure(2)
+    for index, count in enumerate(streams):
+        costs = [cost(config, num_streams=count, **workload) for config in configs.values()]
+        losses = [law.predict(item.params, count) for item in costs]
+        style: dict[str, Any] = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 4,
+        }
+        left.plot([item.memory_bytes / GIB for item in costs], losses, label=f"P = {count}", **style)
+        right.plot([item.seconds for item in costs], losses, **style)
+    left.set(xscale="log", xlabel="memory (GiB)", ylabel="predicted loss (nats per token)")
+    right.set(xscale="log", xlabel="time (s)")
+    for axes in (left, right):
+        _plain_numbers(axes.xaxis)
+    left.legend(frameon=False)
+    return figure
+
+
+def plan_curve(plans: Sequence[Plan]) -> Figure:
+    """Predicted loss and size of the best model at each P within one budget (`plan.frontier`)."""
+    figure, (left, right) = _figure(2)
+    streams = [plan.streams for plan in plans]
+    left.plot(streams, [plan.loss for plan in plans], "o-", color=COLOURS[0])
+    right.plot(streams, [plan.params / 1e9 for plan in plans], "s-", color=COLOURS[1])
+    for axes, label in ((left, "predicted loss (nats per token)"), (right, "parameters N (10⁹)")):
+        axes.set(xlabel="streams P", ylabel=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(streams, [str(count) for count in streams])
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure; the ending (`.png`, `.pdf`, `.svg`) says as what. Nothing half-written is left when that
+    fails.
+    """
+    path = Path(path)
+    if not path.suffix:
+        raise ValueError(f"{path} has no ending to say what to write; give .png, .pdf or .svg")
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=200)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(3.6 * panels, 2.9), layout="constrained")
+    return figure, [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+
+
+def _size_axis(axes: Axes) -> None:
+    axes.set(xscale="log", xlabel="non-embedding parameters N")
+    _plain_numbers(axes.xaxis)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def short(value: float) -> str:
+    """A number of parameters as people say it: 1.57e9 is 1.57B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _plain_numbers(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _stream_axis(axes: Axes, top: float) -> None:
+    axes.set_ylabel("streams P")
+    axes.set_yscale("log", base=2)
+    ticks = [2**power for power in range(int(np.log2(top)) + 1)]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])

@@ -1,0 +1,183 @@
+"""Memory and time of generation, counted operation by operation.
+
+Each operation takes the longer of its arithmetic at the device's reachable rate and its memory traffic at the
+reachable bandwidth; operations follow each other. What is counted is how `parscale` runs: B sequences become P*B
+rows; prefixes lie once in memory, whatever the batch; the aggregator, the output matrix and the logits are never P
+times; the prefill computes logits of the last token only. Not counted: the time to start kernels (give `overhead`),
+copies of a fragmented allocator, sampling.
+
+Shapes: n = rows * tokens of a step. `bits` is 16 or 32 for activations and the cache, `weight_bits` may be fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from parscale.scaling_laws.data import Array
+from parscale.scaling_laws.hardware import Hardware
+from parscale.scaling_laws.shapes import ModelShape
+
+Split = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of generate: B prompts of one length, all answered at one length."""
+
+    streams: int
+    batch: int
+    input_length: int
+    output_length: int
+    bits: int = 16
+    weight_bits: float = 16
+
+    @property
+    def rows(self) -> int:
+        """P*B."""
+        return self.streams * self.batch
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one kind of operation does in one step: arithmetic operations and bytes moved, each a number or one for
+    each step.
+    """
+
+    name: str
+    flops: float | Array
+    bytes: float | Array
+
+
+def memory(shape: ModelShape, work: Workload) -> Split:
+    """Bytes at the peak, which is at the end of generation or in the prefill, by what they hold."""
+    number, weight = work.bits / 8, work.weight_bits / 8
+    length = work.input_length + work.output_length - 1  # the last token's keys and values are never asked for
+    streamed = work.streams > 1
+    tokens = work.rows * work.input_length
+    query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
+    attention = query + shape.kv_per_token + value
+    inner = (shape.mlp_matrices - 1) * max(
+        shape.intermediate, shape.active_experts * shape.expert_intermediate + shape.shared_intermediate
+    )
+    gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output beside the residual stream
+    return {
+        "weights": (shape.backbone_params + shape.embedding_params) * weight,
+        "prefixes": shape.prefix_params(work.streams) * number,
+        "aggregator": shape.aggregator_params(work.streams) * number,
+        "kv_cache": work.rows * shape.kv_per_token * number * _kept_tokens(shape, length),
+        "activations": number * tokens * (shape.hidden + max(attention, inner, gathered))
+        + 4 * work.batch * shape.vocab,
+    }
+
+
+def seconds(shape: ModelShape, work: Workload, device: Hardware, overhead: float = 0.0) -> tuple[Split, float, float]:
+    """Time by operation, the prefill's time and the decoding's, all in seconds.
+
+    The prefill yields the first token, so there are `output_length - 1` decoding steps. overhead: seconds for each
+    layer of each step that no operation accounts for.
+    """
+    prefill = _price(_step(shape, work, work.input_length, np.zeros(1)), work, device)
+    steps = work.output_length - 1
+    contexts = work.input_length + np.arange(1.0, work.output_length) - 1
+    decode = _price(_step(shape, work, 1, contexts), work, device) if steps else {}
+    total = {name: prefill[name] + decode.get(name, 0.0) for name in prefill}
+    first, later = sum(prefill.values()), sum(decode.values())
+    if overhead:
+        total["overhead"] = overhead * shape.layers * (1 + steps)
+        first += overhead * shape.layers
+        later += overhead * shape.layers * steps
+    return total, first, later
+
+
+def _price(operations: list[Operation], work: Workload, device: Hardware) -> Split:
+    rate, bandwidth = device.flops(work.bits), device.bandwidth
+    return {
+        operation.name: float(
+            np.sum(np.maximum(np.asarray(operation.flops) / rate, np.asarray(operation.bytes) / bandwidth))
+        )
+        for operation in operations
+    }
+
+
+def _step(shape: ModelShape, work: Workload, tokens: int, contexts: Array) -> list[Operation]:
+    """Operations of steps that each take `tokens` new tokens a row onto `contexts` earlier ones; arrays are
+    `(steps,)`.
+    """
+    h, n = shape.hidden, work.rows * tokens
+    number, weight = work.bits / 8, work.weight_bits / 8
+    query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
+    once = np.ones_like(contexts)
+    seen, loaded = _attended(shape, tokens, contexts)
+    prefix = shape.prefix_length * shape.attention_layers if work.streams > 1 else 0
+    projections = shape.layers * (
+        shape.attention_params * weight + number * n * (2 * h + query + shape.kv_per_token + value)
+    )
+    scores = work.rows * (seen + tokens * prefix)
+    cached = work.rows * loaded + work.streams * prefix
+    operations = [
+        Operation("projections", once * 2 * n * shape.layers * shape.attention_params, once * projections),
+        Operation(
+            "attention",
+            2 * scores * (query + value),
+            number * (cached * shape.kv_per_token + n * shape.attention_layers * (query + value)),
+        ),
+        _mlp(shape, work, n, once),
+        Operation("norms", once * 10 * n * h * shape.layers, once * 10 * n * h * shape.layers * number),
+        Operation(
+            "embedding_and_head",
+            once * 2 * work.batch * shape.vocab * h,
+            once * (shape.vocab * h * weight + work.batch * shape.vocab * number + 2 * n * h * number),
+        ),
+    ]
+    if work.streams > 1:
+        merged = work.batch * tokens
+        operations.append(
+            Operation(
+                "aggregator",
+                once * 2 * merged * (shape.aggregator_params(work.streams) + work.streams * h),
+                once * number * (shape.aggregator_params(work.streams) + merged * h * (2 * work.streams + 3)),
+            )
+        )
+    return operations
+
+
+def _mlp(shape: ModelShape, work: Workload, n: float, once: Array) -> Operation:
+    """Dense layers and layers with experts; of the experts, those that n tokens are expected to meet are loaded."""
+    number, weight = work.bits / 8, work.weight_bits / 8
+    dense = shape.layers - shape.sparse_layers
+    flops = dense * shape.dense_mlp_params
+    loaded = dense * shape.dense_mlp_params
+    inner = dense * shape.mlp_matrices * shape.intermediate
+    if shape.sparse_layers:
+        met = shape.experts * (1 - (1 - shape.active_experts / shape.experts) ** n)
+        flops += shape.sparse_layers * (shape.active_experts * shape.expert_params + shape.shared_params)
+        loaded += shape.sparse_layers * (met * shape.expert_params + shape.shared_params)
+        width = shape.active_experts * shape.expert_intermediate + shape.shared_intermediate
+        inner += shape.sparse_layers * shape.mlp_matrices * width
+    traffic = loaded * weight + number * n * (2 * shape.layers * shape.hidden + inner)
+    return Operation("mlp", once * 2 * n * flops, once * traffic)
+
+
+def _attended(shape: ModelShape, tokens: int, contexts: Array) -> tuple[Array, Array]:
+    """Per row and summed over layers: pairs of a new token and a token it sees, and tokens whose keys and values are
+    read.
+    """
+    full = shape.attention_layers - shape.window_layers
+    pairs = tokens * contexts + tokens * (tokens + 1) / 2
+    kept = contexts + tokens
+    if not shape.window_layers:
+        return full * pairs, full * kept
+    window = shape.window
+    near = np.clip(window - contexts, 0, tokens)  # new tokens whose view does not reach the window's edge
+    narrow = near * contexts + near * (near + 1) / 2 + (tokens - near) * window
+    return full * pairs + shape.window_layers * narrow, full * kept + shape.window_layers * np.minimum(
+        kept, window + tokens - 1
+    )
+
+
+def _kept_tokens(shape: ModelShape, length: int) -> int:
+    """Tokens whose keys and values are kept, summed over layers."""
+    full = shape.attention_layers - shape.window_layers
+    return full * length + shape.window_layers * min(length, shape.window or length)

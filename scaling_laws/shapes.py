@@ -1,0 +1,169 @@
+"""A model's shape, and how many parameters follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from parscale.scaling_laws.data import data_rows
+
+PREFIX_LENGTH = 48
+"""T, the prefix tokens of each stream, where a configuration does not give them."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What parameters, memory and time are counted from. Sizes in elements."""
+
+    name: str
+    """The configuration's `model_type`."""
+    layers: int
+    hidden: float
+    """H. May be fractional in a scaled shape (`scaled`)."""
+    heads: int
+    kv_heads: int
+    """G."""
+    head_dim: float
+    """D, of queries and keys."""
+    value_dim: float
+    """Of values."""
+    intermediate: float
+    """Inner size of a dense MLP."""
+    vocab: int
+    gated: bool
+    tied: bool
+    """Whether the output matrix is the embedding."""
+    attention_layers: int
+    """Layers that keep keys and values; the others (linear attention, state space) keep a state that does not grow."""
+    query_rank: int = 0
+    """Rank of a low-rank query projection; 0 for a full one."""
+    kv_rank: int = 0
+    """Rank of multi-head latent attention; 0 without it."""
+    rope_dim: int = 0
+    """With latent attention: the part of `head_dim` that carries positions."""
+    window: int = 0
+    """Tokens that a layer with a sliding window keeps; 0 without one."""
+    window_layers: int = 0
+    """How many of `attention_layers` have that window."""
+    experts: int = 0
+    """Routed experts in a sparse layer; 0 for a dense model."""
+    active_experts: int = 0
+    """Routed experts that each token passes."""
+    expert_intermediate: float = 0
+    shared_intermediate: float = 0
+    """Inner size of the experts that every token passes."""
+    sparse_layers: int = 0
+    """Layers with experts."""
+    biases: str = "none"
+    """`"none"`, `"qkv"` or `"all"`."""
+    norms_per_layer: int = 2
+    positions: int = 0
+    """Rows of a learned position table."""
+    prefix_length: int = PREFIX_LENGTH
+    """T."""
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices in an MLP: 3 when gated, 2 otherwise."""
+        return 3 if self.gated else 2
+
+    @property
+    def attention_params(self) -> float:
+        """Matrices and biases of one layer's attention."""
+        h, query, key, value = (
+            self.hidden,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.kv_heads * self.value_dim,
+        )
+        total = self.query_rank * (h + query) if self.query_rank else h * query
+        if self.kv_rank:
+            unrotated = self.head_dim - self.rope_dim
+            total += h * (self.kv_rank + self.rope_dim) + self.kv_rank * self.heads * (unrotated + self.value_dim)
+        else:
+            total += h * (key + value)
+        total += self.heads * self.value_dim * h
+        total += {"none": 0, "qkv": query + key + value, "all": query + key + value + h}[self.biases]
+        return total
+
+    @property
+    def dense_mlp_params(self) -> float:
+        """One dense MLP."""
+        return self.mlp_matrices * self.hidden * self.intermediate + (self.hidden + self.intermediate) * (
+            self.biases == "all"
+        )
+
+    @property
+    def expert_params(self) -> float:
+        """One routed expert."""
+        return self.mlp_matrices * self.hidden * self.expert_intermediate
+
+    @property
+    def shared_params(self) -> float:
+        """What every token passes in a sparse layer: shared experts and the router."""
+        return self.mlp_matrices * self.hidden * self.shared_intermediate + self.hidden * self.experts
+
+    @property
+    def embedding_params(self) -> float:
+        """Embedding, output matrix if it is another one, learned positions."""
+        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.positions)
+
+    @property
+    def backbone_params(self) -> float:
+        """Non-embedding parameters without streams: the law's N at P = 1."""
+        norms = (self.norms_per_layer * self.layers + 1) * self.hidden * (2 if self.biases == "all" else 1)
+        dense = (self.layers - self.sparse_layers) * self.dense_mlp_params
+        sparse = self.sparse_layers * (self.experts * self.expert_params + self.shared_params)
+        return self.layers * self.attention_params + dense + sparse + norms
+
+    @property
+    def kv_per_token(self) -> float:
+        """Keys and values of one token in one attention layer."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def prefix_params(self, streams: int) -> float:
+        """The prefixes of P streams: `attention layers * P * G * T * (D of keys + D of values)`; 0 at P = 1."""
+        return self.attention_layers * streams * self.prefix_length * self.kv_per_token if streams > 1 else 0
+
+    def aggregator_params(self, streams: int) -> float:
+        """`P*H*H + H` and `H*P + P`; 0 at P = 1."""
+        return streams * self.hidden**2 + self.hidden + (self.hidden + 1) * streams if streams > 1 else 0
+
+    def params(self, streams: int = 1) -> float:
+        """N, non-embedding parameters with those of P streams."""
+        return self.backbone_params + self.prefix_params(streams) + self.aggregator_params(streams)
+
+    def scaled(self, width: float) -> ModelShape:
+        """The same model `width` times as wide: hidden, head and MLP sizes grow, the numbers of layers, heads and
+        experts stay.
+        """
+        names = ("hidden", "head_dim", "value_dim", "intermediate", "expert_intermediate", "shared_intermediate")
+        return dataclasses.replace(self, **{name: getattr(self, name) * width for name in names})
+
+    def scaled_to(self, params: float) -> ModelShape:
+        """The same model widened or narrowed until it has `params` non-embedding parameters (found to a part in
+        10^12).
+        """
+        low, high = 1e-4, 1e4
+        for _ in range(100):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if self.scaled(middle).backbone_params < params else (low, middle)
+        return self.scaled((low * high) ** 0.5)
+
+
+def published_models() -> dict[str, dict[str, Any]]:
+    """The six configurations behind the published points by name (`"0.5B"` to `"4.4B"`), as the contents of a
+    `config.json`.
+    """
+    common = {
+        "model_type": "qwen2",
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    }
+    sizes = ("hidden_size", "intermediate_size")
+    return {row["name"]: common | {size: int(row[size]) for size in sizes} for row in data_rows("models.csv")}

@@ -1,0 +1,317 @@
+"""A sweep of one's own: small models trained over sizes and P on real text, one row for each run, then a fit.
+
+Each model is a Qwen2 of bytes, trained from nothing with its streams, on one pass over the same text in the same order;
+its loss is that of held-out text. A folder holds `runs.csv`, a row for each finished run, in the columns that
+`parscale law fit` reads. Started again it does what is missing.
+
+What gives a model its streams is handed in, as `wrap`: this room knows nothing of the model. `parscale law sweep` hands
+in `parscale.wrap`. torch and transformers are imported when a run starts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parscale.scaling_laws.corpus import VOCABULARY_SIZE, Corpus, blocks, read_corpus
+
+Wrap = Callable[..., Any]
+Report = Callable[["Run", float], None]
+RUNS = "runs.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train."""
+
+    hidden: int
+    """Width; heads are 16 or 32 wide, and the MLP is 8/3 as wide as the model."""
+    layers: int
+    streams: int
+    tokens: int
+    """Training tokens, bytes of text."""
+    seed: int = 0
+    sequence_length: int = 256
+    batch_size: int = 8
+    """Sequences in a step."""
+    prefix_length: int = 8
+    learning_rate: float = 4e-3
+    """At its peak, for a width of 64; it falls as the inverse width."""
+    source: str = "stdlib"
+    """Where the text is from; see `read_corpus`."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return max(1, self.tokens // (self.sequence_length * self.batch_size))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run: what a fit needs, what it was, and what it took."""
+
+    params: int
+    """Non-embedding parameters, those of the streams included."""
+    streams: int
+    loss: float
+    """On held-out text, nats per byte."""
+    tokens: int
+    hidden: int
+    layers: int
+    seed: int
+    sequence_length: int
+    batch_size: int
+    prefix_length: int
+    learning_rate: float
+    source: str
+    seconds: float
+    device: str
+
+    def run(self) -> Run:
+        """The run that this is the row of."""
+        return Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
+
+
+def plan(
+    sizes: Iterable[tuple[int, int]], streams: Iterable[int], tokens: int, seeds: Iterable[int] = (0,), **settings: Any
+) -> list[Run]:
+    """Every size, as (hidden, layers), with every P and seed; the cheapest first."""
+    seeds, streams = tuple(seeds), tuple(streams)
+    runs = [Run(h, depth, p, tokens, seed, **settings) for h, depth in sizes for p in streams for seed in seeds]
+    return sorted(runs, key=lambda run: run.layers * run.hidden**2 * run.streams)
+
+
+PRESETS: dict[str, Callable[[str], list[Run]]] = {
+    "smoke": lambda source: plan(
+        [(32, 2), (48, 2), (64, 2), (96, 2)],
+        (1, 2, 4),
+        400_000,
+        seeds=(0, 1),
+        sequence_length=128,
+        batch_size=16,
+        source=source,
+    ),
+    "gpu": lambda source: plan(
+        [(128, 6), (192, 6), (256, 8), (384, 8), (512, 8)],
+        (1, 2, 4, 8),
+        32_000_000,
+        seeds=(0, 1),
+        batch_size=64,
+        sequence_length=512,
+        prefix_length=48,
+        learning_rate=6e-3,
+        source=source,
+    ),
+}
+"""`smoke`: 24 runs of 0.02 to 0.3 million parameters, minutes on two CPU cores; `gpu`: forty of 1 to 25 million."""
+
+
+def sweep(
+    runs: Sequence[Run],
+    folder: str | Path,
+    wrap: Wrap,
+    *,
+    workers: int | None = None,
+    report: Report | None = None,
+) -> list[Row]:
+    """Trains what is missing of `runs` and returns the rows of all, in their order; `folder/runs.csv` grows with each.
+
+    wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`. workers: runs at a time, spread over the
+    GPUs; default: one for each, or one. report: called with a run and the share of it that is done.
+
+    Raises `ValueError` for runs whose text would be too short or that differ in their source, and for a damaged
+    `runs.csv`.
+    """
+    sources = {run.source for run in runs}
+    if len(sources) != 1:
+        raise ValueError(f"one sweep reads one text; these runs name {', '.join(sorted(sources)) or 'none'}")
+    folder = Path(folder)
+    done = {row.run(): row for row in read_rows(folder / RUNS)}
+    missing = [run for run in runs if run not in done]
+    for run in runs:
+        if report is not None and run in done:
+            report(run, 1.0)
+    if missing:
+        corpus = read_corpus(sources.pop())
+        longest = max(run.tokens for run in missing)
+        if corpus.train.size < longest:
+            raise ValueError(
+                f"the text has {corpus.train.size:,} bytes to train on and a run wants {longest:,}: give fewer tokens "
+                "or a larger source, such as packages"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in _train_all(missing, corpus, wrap, workers, report):
+            done[row.run()] = row
+            write_rows(folder / RUNS, done.values())
+    return [done[run] for run in runs]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a `runs.csv`; none if there is no such file. `ValueError` when it is damaged."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, cells in enumerate(csv.DictReader(file), 2):
+            try:
+                rows.append(Row(**{field.name: kinds[str(field.type)](cells[field.name]) for field in fields(Row)}))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(
+                    f"{path}, line {number} is no row of a sweep; delete the line, and its run is done again"
+                ) from None
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes all rows; the file is the old one or the new one, never half of it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text.getvalue(), encoding="utf-8")
+    partial.replace(path)
+
+
+def _train_all(
+    runs: Sequence[Run], corpus: Corpus, wrap: Wrap, workers: int | None, report: Report | None
+) -> Iterable[Row]:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    workers = workers or max(1, gpus)
+    devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
+    if workers == 1:
+        for run in runs:
+            yield train(run, corpus, wrap, devices[0], report)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = get_context("spawn")
+    waiting = context.Queue()
+    for index in range(workers):
+        waiting.put(devices[index % len(devices)])
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(waiting, corpus, threads)) as pool:
+        futures = {pool.submit(_train_in_worker, run, wrap): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                if report is not None:
+                    report(futures[future], 1.0)
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(waiting: Any, corpus: Corpus, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    _worker.update(device=waiting.get(), corpus=corpus)
+
+
+def _train_in_worker(run: Run, wrap: Wrap) -> Row:
+    return train(run, _worker["corpus"], wrap, _worker["device"], None)
+
+
+def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Report | None = None) -> Row:
+    """Trains one model from nothing and measures it; repeatable on one kind of device.
+
+    AdamW, learning rate up over a twentieth of the steps and down to zero along a cosine. On a GPU in bfloat16.
+    """
+    import torch
+
+    started = time.perf_counter()
+    torch.manual_seed(run.seed)
+    model = wrap(_new_model(run), run.streams, prefix_length=run.prefix_length, init="random", seed=run.seed)
+    model = model.to(device).train()
+    embedding = model.get_input_embeddings().weight.numel()
+    params = sum(parameter.numel() for parameter in model.parameters()) - embedding
+    rate = run.learning_rate * 64 / run.hidden
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    warmup = max(1, run.steps // 20)
+    text = blocks(corpus.train, run.sequence_length)
+    order = np.random.default_rng(run.seed).permutation(len(text))
+    autocast = torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=device != "cpu")
+    for step in range(run.steps):
+        at = step / max(1, run.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * at)))
+        batch = _batch(text, order[step * run.batch_size : (step + 1) * run.batch_size], device)
+        with autocast:
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if report is not None:
+            report(run, (step + 1) / run.steps)
+    with autocast:
+        held_out = evaluate(model, corpus, run, device)
+    if not math.isfinite(held_out):
+        raise ValueError(f"{run} did not train: its loss is {held_out}; give it a lower learning rate")
+    kept = {field.name: getattr(run, field.name) for field in fields(Run)}
+    return Row(params=params, loss=held_out, seconds=round(time.perf_counter() - started, 2), device=device, **kept)
+
+
+def evaluate(model: Any, corpus: Corpus, run: Run, device: str, *, limit: int = 200_000) -> float:
+    """Mean loss, nats per byte, on the first `limit` bytes of held-out text, the same for every run."""
+    import torch
+
+    model.eval()
+    text = blocks(corpus.held_out[:limit], run.sequence_length)
+    if not len(text):
+        raise ValueError(
+            f"the held-out text has {corpus.held_out.size:,} bytes, fewer than a sequence of {run.sequence_length}: "
+            "give a larger source"
+        )
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(text), 2 * run.batch_size):
+            batch = _batch(text, np.arange(start, min(start + 2 * run.batch_size, len(text))), device)
+            total += float(model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch)
+    return total / len(text)
+
+
+def _batch(text: NDArray[np.uint8], rows: NDArray[np.int64], device: str) -> Any:
+    import torch
+
+    return torch.from_numpy(text[rows].astype(np.int64)).to(device)
+
+
+def _new_model(run: Run) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    head = 16 if run.hidden < 128 else 32
+    config = Qwen2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=run.hidden,
+        intermediate_size=8 * round(run.hidden / 3),
+        num_hidden_layers=run.layers,
+        num_attention_heads=run.hidden // head,
+        num_key_value_heads=1,
+        max_position_embeddings=run.sequence_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)

@@ -1,0 +1,166 @@
+"""`parscale law` and `parscale cost`."""
+
+import json
+import math
+
+import pytest
+
+from parscale.cli.application import run
+from parscale.scaling_laws import cost, fit, published, published_models
+
+
+@pytest.fixture
+def runs_csv(tmp_path):
+    path = tmp_path / "runs.csv"
+    rows = zip(*published("stack"), strict=True)
+    path.write_text("params,streams,loss\n" + "".join(f"{n:.0f},{p:.0f},{loss}\n" for n, p, loss in rows))
+    return path
+
+
+@pytest.fixture
+def config_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(published_models()["1.6B"]))
+    return path
+
+
+def test_fit_prints_json_and_draws(runs_csv, tmp_path, capsys):
+    arguments = ["law", "fit", str(runs_csv), "--json", "--bootstrap", "50", "--compare"]
+    assert run([*arguments, "--plot", str(tmp_path / "fit.png")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    law = fit(*published("stack"), bootstrap=50)
+    assert (printed["E"], printed["k"]) == pytest.approx((law.E, law.k))
+    assert printed["intervals"]["k"] == pytest.approx(list(law.intervals["k"]))
+    assert printed["points"] == 24
+    assert printed["comparison"][0]["form"] == "log"
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fit_prints_a_table(runs_csv, capsys):
+    assert run(["law", "fit", str(runs_csv), "--bootstrap", "0", "--compare"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.393457" in printed
+    assert "streams error" in printed
+
+
+def test_fit_of_another_form_and_with_tokens(runs_csv, tmp_path, capsys):
+    assert run(["law", "fit", "pile", "--form", "rho", "--bootstrap", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rho"] == pytest.approx(0.899, abs=5e-4)
+    path = tmp_path / "joint.csv"
+    lines = ["params,streams,tokens,loss"]
+    for n in (1e7, 3e7, 1e8):
+        for d in (1e9, 4e9, 16e9):
+            for p in (1, 2, 4):
+                loss = 0.7 + (1e7 / (n * (0.4 * math.log(p) + 1))) ** 0.2 + (5e8 / d) ** 0.3
+                lines.append(f"{n:.0f},{p},{d:.0f},{loss}")
+    path.write_text("\n".join(lines))
+    assert run(["law", "fit", str(path), "--form", "joint", "--bootstrap", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["beta"] == pytest.approx(0.3, rel=1e-2)
+
+
+def test_predict_from_runs_from_a_fit_and_from_a_published_law(runs_csv, tmp_path, capsys):
+    assert run(["law", "fit", str(runs_csv), "--json", "--bootstrap", "20"]) == 0
+    fitted = tmp_path / "law.json"
+    fitted.write_text(capsys.readouterr().out)
+    law = fit(*published("stack"))
+    for source in (str(runs_csv), str(fitted), "stack"):
+        arguments = ["law", "predict", source, "--params", "1.6B", "3e9", "--streams", "1", "8", "--bootstrap", "20"]
+        assert run([*arguments, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["predictions"]
+        assert [(row["params"], row["streams"]) for row in rows] == [(1.6e9, 1), (1.6e9, 8), (3e9, 1), (3e9, 8)]
+        assert rows[1]["loss"] == pytest.approx(law.predict(1.6e9, 8))
+        assert rows[1]["equivalent_params"] == pytest.approx(law.equivalent_params(1.6e9, 8))
+        assert ("low" in rows[1]) == (source != str(fitted))
+        assert run(arguments) == 0
+        assert "equivalent params" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["contours", "measured", "isoloss"])
+def test_plot_draws(runs_csv, tmp_path, kind):
+    output = tmp_path / "law.png"
+    assert run(["law", "plot", str(runs_csv), str(output), "--kind", kind, "--bootstrap", "10"]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_prints_json_and_draws(config_json, tmp_path, capsys):
+    arguments = ["cost", str(config_json), "--num-streams", "1", "8", "--batch-size", "1", "8"]
+    assert run([*arguments, "--json", "--plot", str(tmp_path / "cost.png")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = cost(published_models()["1.6B"], num_streams=8, batch_size=8, input_length=256, output_length=256)
+    row = printed["costs"][-1]
+    assert (row["streams"], row["batch_size"]) == (8, 8)
+    assert row["seconds"] == pytest.approx(expected.seconds)
+    assert row["memory"] == pytest.approx(expected.memory)
+    assert printed["crossovers"][0]["slower_from_batch_size"] == pytest.approx(11, abs=1)
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_says_where_streams_lose(config_json, capsys):
+    arguments = ["cost", str(config_json.parent), "--num-streams", "8", "--batch-size", "1", "--hardware", "h100"]
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "P = 8: slower from batch 15 on and larger from batch 18 on than the model of equal loss." in printed
+
+
+def test_cost_takes_devices_from_a_file_and_counts_as_the_paper(config_json, tmp_path, capsys):
+    table = tmp_path / "mine.csv"
+    table.write_text("name,label,memory_gb,bandwidth_gbs,tflops_16bit,tflops_32bit\nmine,Mine,1,100,10,5\n")
+    arguments = ["cost", str(config_json), "--num-streams", "1", "--batch-size", "1", "--json"]
+    assert run([*arguments, "--hardware", "mine", "--hardware-file", str(table)]) == 0
+    assert json.loads(capsys.readouterr().out)["costs"][0]["fits"] is False
+    lengths = ["--input-length", "64", "--output-length", "64"]
+    assert run([*arguments, *lengths, "--method", "paper"]) == 0
+    expected = cost(
+        published_models()["1.6B"], num_streams=1, batch_size=1, input_length=64, output_length=64, method="paper"
+    )
+    assert json.loads(capsys.readouterr().out)["costs"][0]["seconds"] == pytest.approx(expected.seconds)
+
+
+def test_cost_reads_a_checkpoint_of_streams_only(config_json, tmp_path, capsys):
+    folder = tmp_path / "streams"
+    folder.mkdir()
+    (folder / "parscale_config.json").write_text(json.dumps({"base_model_name_or_path": str(config_json.parent)}))
+    assert run(["cost", str(folder), "--num-streams", "2", "--batch-size", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] == 1_571_472_384
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["law", "fit", "none.csv"], "none.csv: No such file or directory."),
+        (["law", "fit", "bad.csv"], "bad.csv has no column loss; it has params, streams"),
+        (["law", "fit", "one.csv"], "all points have P = 2, so what a stream is worth (k) could be anything"),
+        (["law", "fit", "stack", "--form", "cubic"], "no form 'cubic'"),
+        (["law", "fit", "stack", "--form", "joint"], "a joint form needs several numbers of tokens"),
+        (["law", "fit", "stack", "--form", "rho", "--plot", "x.png"], "--plot draws the form log, not rho"),
+        (["law", "fit", "stack", "--bootstrap", "0", "--plot", "x"], "x has no ending to say what to write"),
+        (
+            ["law", "predict", "stack", "--params", "big", "--streams", "1"],
+            "'big' is no size; give a number such as 1.6e9",
+        ),
+        (["law", "predict", "stack", "--params", "-1", "--streams", "1"], "params must be finite and above 0"),
+        (["law", "predict", "stack", "--params", "1B", "--streams", "0"], "'--streams'"),
+        (
+            ["law", "predict", "config.json", "--params", "1B", "--streams", "1"],
+            "a law has numbers for E, A, alpha and k",
+        ),
+        (["law", "plot", "stack", "x.png", "--kind", "pie"], "--kind is 'pie'; give contours, measured or isoloss"),
+        (["law", "plot", "stack", "x.png", "--nothing"], "No such option: --nothing"),
+        (["law", "sing"], "No such command 'sing'"),
+        (["cost", "none.json", "--num-streams", "1", "--batch-size", "1"], "There is no file none.json"),
+        (["cost", "config.json", "--num-streams", "0", "--batch-size", "1"], "'--num-streams'"),
+        (["cost", "config.json", "--num-streams", "1", "--batch-size", "1", "--hardware", "x"], "no hardware 'x'"),
+        (["cost", "bad.csv", "--num-streams", "1", "--batch-size", "1"], "bad.csv is no configuration"),
+        (["cost", "config.json", "--num-streams", "1"], "Missing option '--batch-size'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, complaint, config_json, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.csv").write_text("params,streams\n1,1\n")
+    (tmp_path / "one.csv").write_text("params,streams,loss\n1e8,2,2\n2e8,2,1.9\n4e8,2,1.8\n8e8,2,1.7\n")
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert complaint in printed.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "config.json", "one.csv"]

@@ -1,0 +1,156 @@
+"""The sweep: what it plans, that it resumes, and that its rows can be fitted. Models here train for a few steps."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parscale import wrap
+from parscale.scaling_laws import corpus as corpora
+from parscale.scaling_laws import read_points, sweep
+from parscale.scaling_laws.corpus import Corpus, read_corpus
+from parscale.scaling_laws.sweep import PRESETS, RUNS, Run, plan, read_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny_plan(**change):
+    settings = {"sequence_length": 16, "batch_size": 2, "prefix_length": 2} | change
+    return plan([(16, 1), (32, 1), (48, 1)], (1, 2), 64, **settings)
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    text = np.frombuffer(b"def f(x):\n    return x + 1\n\n" * 100, dtype=np.uint8)
+    monkeypatch.setattr(sweep, "read_corpus", lambda source: Corpus(text, text[:200]))
+    return Corpus(text, text[:200])
+
+
+def test_a_sweep_leaves_rows_that_can_be_fitted_and_resumes(small_corpus, tmp_path):
+    runs = tiny_plan()
+    trained = []
+
+    def counting_wrap(model, streams, **settings):
+        trained.append((model.config.hidden_size, streams))
+        assert settings == {"prefix_length": 2, "init": "random", "seed": 0}
+        return wrap(model, streams, **settings)
+
+    shares = []
+    rows = sweep.sweep(runs[:4], tmp_path / "s", counting_wrap, report=lambda run, share: shares.append(share))
+    assert [row.run() for row in rows] == runs[:4]
+    assert shares == [0.5, 1.0] * 4
+    rows = sweep.sweep(runs, tmp_path / "s", counting_wrap)
+    assert trained == [(run.hidden, run.streams) for run in runs]  # none twice
+    assert read_rows(tmp_path / "s" / RUNS) == rows
+    points = read_points(tmp_path / "s" / RUNS)
+    assert points.losses.tolist() == [row.loss for row in rows]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {RUNS}
+
+
+def test_parameters_are_counted_without_the_embedding_and_with_the_streams(small_corpus):
+    """H = 32, one layer, 2 heads and 1 key/value head of 16, MLP 88, T = 2; biases on queries, keys and values."""
+    runs = plan([(32, 1)], (1, 2), 64, sequence_length=16, prefix_length=2)
+    plain, streams = (sweep.train(run, small_corpus, wrap) for run in runs)
+    layer = 32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32 + 3 * 32 * 88 + 2 * 32
+    assert plain.params == layer + 32
+    assert streams.params == plain.params + (2 * 32 * 32 + 32 + 32 * 2 + 2) + 2 * 2 * 2 * 16
+    assert plain.seconds > 0
+    assert plain.device == "cpu"
+
+
+def test_training_is_repeatable_and_learns(small_corpus):
+    run = Run(32, 1, 2, 12_800, sequence_length=32, batch_size=4, prefix_length=2)
+    longer = Corpus(np.tile(small_corpus.train, 8), small_corpus.held_out)
+    first, again = sweep.train(run, longer, wrap), sweep.train(run, longer, wrap)
+    other = sweep.train(dataclasses.replace(run, seed=1), longer, wrap)
+    assert first.loss == again.loss != other.loss
+    assert first.loss < 0.5 * np.log(256)
+
+
+@pytest.mark.slow
+def test_workers_do_the_same_runs(small_corpus, tmp_path):
+    runs = tiny_plan()[:3]
+    alone = sweep.sweep(runs, tmp_path / "a", wrap)
+    together = sweep.sweep(runs, tmp_path / "b", wrap, workers=2)
+    assert [row.loss for row in together] == pytest.approx([row.loss for row in alone], rel=1e-4)
+
+
+def test_an_interrupted_sweep_keeps_what_is_finished(small_corpus, tmp_path):
+    def wrap_twice(model, streams, **settings):
+        if (tmp_path / RUNS).exists() and len(read_rows(tmp_path / RUNS)) == 2:
+            raise KeyboardInterrupt
+        return wrap(model, streams, **settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(tiny_plan(), tmp_path, wrap_twice)
+    assert len(read_rows(tmp_path / RUNS)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [RUNS]
+
+
+def test_impossible_sweeps_are_refused_by_name(small_corpus, tmp_path):
+    with pytest.raises(ValueError, match="one sweep reads one text; these runs name packages, stdlib"):
+        sweep.sweep([Run(16, 1, 1, 64), Run(16, 1, 1, 64, source="packages")], tmp_path, wrap)
+    with pytest.raises(ValueError, match="the text has 2,800 bytes to train on and a run wants 9,999: give fewer"):
+        sweep.sweep([Run(16, 1, 1, 9999)], tmp_path, wrap)
+    (tmp_path / RUNS).write_text("params,streams,loss\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"runs.csv, line 2 is no row of a sweep; delete the line"):
+        sweep.sweep(tiny_plan(), tmp_path, wrap)
+    with pytest.raises(ValueError, match="the held-out text has 200 bytes, fewer than a sequence of 256"):
+        sweep.train(Run(16, 1, 1, 256), small_corpus, wrap)
+    with pytest.raises(ValueError, match="did not train: its loss is nan; give it a lower learning rate"):
+        sweep.train(Run(16, 1, 1, 512, 0, 16, 2, learning_rate=1e30), small_corpus, wrap)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_can_be_fitted(name):
+    """Three sizes and three P at least, and runs that the default text is long enough for or that say otherwise."""
+    runs = PRESETS[name]("stdlib")
+    assert len({run.hidden for run in runs}) >= 3
+    assert len({run.streams for run in runs}) >= 3
+    assert len(set(runs)) == len(runs)
+    work = [run.layers * run.hidden**2 * run.streams for run in runs]
+    assert work == sorted(work)
+
+
+def test_the_standard_library_is_read_once_and_split():
+    text = read_corpus("stdlib", max_bytes=2_000_000)
+    assert 1_900_000 < text.train.size + text.held_out.size < 3_100_000
+    assert 0.01 < text.held_out.size / text.train.size < 0.15
+    again = read_corpus("stdlib", max_bytes=2_000_000)
+    assert (again.train == text.train).all()
+
+
+def test_equal_documents_count_once_and_some_are_held_out(monkeypatch):
+    documents = [(f"a/{index}.py", b"x = %d\n" % (index % 50)) for index in range(200)]
+    monkeypatch.setattr(corpora, "python_files", lambda source: iter(documents))
+    text = read_corpus("packages")
+    whole = text.train.tobytes() + text.held_out.tobytes()
+    assert whole.count(b"\0") == 50
+    assert all(whole.count(b"x = %d\n" % index) == 1 for index in range(50))
+
+
+def test_installed_packages_are_more_than_the_standard_library():
+    files = corpora.python_files("packages")
+    labels = {name.split("/")[0] for name, _ in files}
+    assert labels == {"stdlib", "site-packages"}
+
+
+def test_unreadable_data_sets_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"no text source './none': give stdlib, packages or the name of a data set"):
+        read_corpus("./none")
+
+
+def test_a_local_data_set_is_read(tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join(f"line {index}" for index in range(200)))
+    text = read_corpus(str(tmp_path))
+    assert b"line 7" in text.train.tobytes() + text.held_out.tobytes()
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "scaling_law.py")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "slower from batch 11 on" in result.stdout
