@@ -18,16 +18,22 @@ if TYPE_CHECKING:
 Document = tuple[str, str]  # (name relative to the standard library's folder, text)
 
 HELD_OUT_PERCENT = 5
-# Installed packages; test suites, which some distributions leave out; code pages, which are tables or near-copies.
-EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-# Written by a program: the build's settings and pydoc's copy of the language reference.
-EXCLUDED_NAMES = ("config-*/*", "_sysconfigdata*", "_sysconfig_vars*", "pydoc_data/topics.py")
+# Test suites, which some distributions leave out. Installed packages; code pages, which are tables or near-copies.
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "encodings", "__pycache__"}
+# Written by a program: the build's settings, the copy of the language reference that `help` shows, a table of letters.
+EXCLUDED_NAMES = ("config-*/*", "_sysconfigdata*", "_sysconfig_vars*", "pydoc_data/topics.py", "re/_casefix.py")
 
 
-def standard_library_files() -> list[Path]:
-    """The hand-written `.py` files of the running Python's standard library, sorted by their name within it."""
+def standard_library_files(*, tests: bool = False) -> list[Path]:
+    """The hand-written `.py` files of the running Python's standard library, sorted by their name within it.
+
+    Args:
+        tests: its test suites instead of itself; some distributions leave them out.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted((path for path in root.rglob("*.py") if path.is_file() and _is_wanted(path)), key=_relative_name)
+    wanted = (path for path in root.rglob("*.py") if path.is_file() and _is_wanted(path, tests))
+    return sorted(wanted, key=_relative_name)
 
 
 def is_held_out(relative_name: str) -> bool:
@@ -39,18 +45,27 @@ def is_held_out(relative_name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
-def split() -> tuple[list[Document], list[Document]]:
-    """The training and the held-out documents, in the order of their names; of equal texts only the first is kept."""
+def split(*, with_tests: bool = False) -> tuple[list[Document], list[Document]]:
+    """The training and the held-out documents, in the order of their names; of equal texts only the first is kept.
+
+    Args:
+        with_tests: the library's test suites, where they are installed, join the training documents. The held-out
+            ones stay the same.
+    """
     train: list[Document] = []
     held_out: list[Document] = []
     seen: set[str] = set()
-    for path in standard_library_files():
-        with tokenize.open(path) as file:  # honours a file's declared encoding
-            text = file.read()
+    tests = set(standard_library_files(tests=True)) if with_tests else set()
+    for path in [*standard_library_files(), *sorted(tests)]:
+        try:
+            with tokenize.open(path) as file:  # honours a file's declared encoding
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):  # broken on purpose, in a test suite
+            continue
         if text.strip() and text not in seen:
             seen.add(text)
             name = _relative_name(path)
-            (held_out if is_held_out(name) else train).append((name, text))
+            (held_out if is_held_out(name) and path not in tests else train).append((name, text))
     return train, held_out
 
 
@@ -75,7 +90,9 @@ def _relative_name(path: Path) -> str:
     return path.relative_to(sysconfig.get_path("stdlib")).as_posix()
 
 
-def _is_wanted(path: Path) -> bool:
+def _is_wanted(path: Path, tests: bool) -> bool:
     name = _relative_name(path)
-    in_excluded_folder = not EXCLUDED_FOLDERS.isdisjoint(name.split("/")[:-1])
-    return not in_excluded_folder and not any(fnmatchcase(name, pattern) for pattern in EXCLUDED_NAMES)
+    folders = set(name.split("/")[:-1])
+    if folders & EXCLUDED_FOLDERS or bool(folders & TEST_FOLDERS) is not tests:
+        return False
+    return not any(fnmatchcase(name, pattern) for pattern in EXCLUDED_NAMES)

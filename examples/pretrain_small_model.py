@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -95,6 +96,8 @@ def as_dataset(documents: list[Document], tokenizer: Qwen2Tokenizer) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument("--start-from", type=Path, help="an earlier result, whose training (and tokenizer) goes on")
+    parser.add_argument("--tests", action="store_true", help="train on the library's test suites too, if installed")
     parser.add_argument("--minutes", type=float, default=70, help="how long to train")
     parser.add_argument("--batch-size", type=int, default=4, help=f"blocks of {SEQUENCE_LENGTH} tokens in a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak")
@@ -104,10 +107,14 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    train_documents, held_out_documents = split()
-    tokenizer = train_tokenizer(train_documents)
+    train_documents, held_out_documents = split(with_tests=args.tests)
+    if args.start_from is None:
+        tokenizer = train_tokenizer(train_documents)
+        model = new_model(tokenizer.eos_token_id)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.start_from)
+        model = Qwen2ForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
     train_set, held_out_set = as_dataset(train_documents, tokenizer), as_dataset(held_out_documents, tokenizer)
-    model = new_model(tokenizer.eos_token_id)
     print(f"training on {len(train_documents)} files, {len(train_set) * SEQUENCE_LENGTH:,} tokens")
     print(f"held out: {len(held_out_documents)} files, {len(held_out_set) * SEQUENCE_LENGTH:,} tokens")
 

@@ -1,0 +1,236 @@
+"""What each Triton kernel takes on each GPU architecture, compiled here, without a GPU.
+
+The host functions run on tensors without data, their launches are recorded, and exactly these are compiled: the table
+shows the configurations that ship.
+
+    python benchmarks/kernels.py --output benchmarks/results/kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes
+MODULES = ("aggregate", "aggregator", "prefix_attention")
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What users run: a name, and a call of the host functions."""
+    fused = importlib.import_module("parscale.kernels.aggregate.fused")
+    for P, H, dtype in (
+        (2, 896, torch.bfloat16),
+        (4, 2048, torch.float16),
+        (8, 1536, torch.bfloat16),
+        (8, 1536, torch.float32),
+        (8, 1536, torch.float64),
+        (5, 1000, torch.bfloat16),
+        (64, 1536, torch.bfloat16),
+    ):
+        x, logits, gradient = (empty(*size, dtype=dtype) for size in ((P, 4096, H), (4096, P), (4096, H)))
+        name = f"aggregate P={P} H={H} {str(dtype)[6:]}"
+        yield name, lambda x=x, logits=logits: fused.forward(x, logits, 0.1)
+        yield name, lambda x=x, logits=logits, gradient=gradient: fused.backward(gradient, x, logits, 0.1)
+    fused = importlib.import_module("parscale.kernels.aggregator.fused")
+    for P, N, H, dtype in (
+        (8, 1, 1536, torch.bfloat16),
+        (4, 32, 2048, torch.float16),
+        (8, 8, 1536, torch.float32),
+        (5, 1, 1000, torch.bfloat16),
+        (2, 4096, 896, torch.bfloat16),
+        (8, 4096, 1536, torch.bfloat16),
+        (4, 16384, 2048, torch.float16),
+        (8, 4096, 1536, torch.float32),
+    ):
+        x, *weights = (empty(*size, dtype=dtype) for size in ((P, N, H), (H, H * P), (H,), (P, H), (P,)))
+        name = f"aggregator P={P} N={N} H={H} {str(dtype)[6:]}"
+        for save in (False, True):
+            yield name, lambda x=x, weights=weights, save=save: fused.forward(x, *weights, 0.1, save)
+    fused = importlib.import_module("parscale.kernels.prefix_attention.fused")
+    for P, B, G, n, D, V, K, dtype, kind in (
+        (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "boolean"),
+        (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "none"),
+        (8, 1, 2, 8, 96, 96, 4096, torch.float32, "boolean"),
+        (4, 8, 8, 4, 64, 64, 1000, torch.float16, "additive"),
+        (4, 8, 8, 8, 64, 64, 1000, torch.bfloat16, "sinks"),
+        (4, 1, 8, 4, 128, 128, 4096, torch.bfloat16, "boolean"),
+        (4, 1, 16, 1, 192, 128, 4096, torch.bfloat16, "additive"),
+        (2, 1, 8, 2, 256, 256, 4096, torch.bfloat16, "softcap"),
+        (2, 1, 1, 32, 256, 256, 4096, torch.float32, "per head"),
+        (8, 64, 8, 4, 128, 128, 4096, torch.bfloat16, "boolean"),
+    ):
+        sizes = ((P * B, G * n, 1, D), (P * B, G, K, D), (P * B, G, K, V), (P, G, 48, D), (P, G, 48, V))
+        tensors = [empty(*size, dtype=dtype) for size in sizes]
+        mask = None if kind == "none" else empty(P * B, 1, 1, K, dtype=torch.bool if kind == "boolean" else dtype)
+        mask = empty(P * B, G * n, 1, K + 48, dtype=torch.bool) if kind == "per head" else mask
+        sinks, length = (empty(G * n, dtype=dtype), empty(1, dtype=torch.int64)) if kind == "sinks" else (None, None)
+        softcap = 50.0 if kind == "softcap" else None
+        name = f"decode P={P} B={B} G={G} n={n} D={D} V={V} {str(dtype)[6:]} {kind}"
+
+        def call(tensors=tensors, mask=mask, length=length, sinks=sinks, D=D, softcap=softcap):  # type: ignore[no-untyped-def]
+            fused.decode(*tensors, mask, length, sinks, D**-0.5, softcap)
+
+        yield name, call
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Launches are noted and not run; the host functions think that they are on ``target``."""
+    launches: list[Launch] = []
+    undo = []
+    for name in MODULES:
+        try:
+            module = importlib.import_module(f"parscale.kernels.{name}.fused")
+        except ModuleNotFoundError:
+            continue
+        replacements: dict[str, Any] = {
+            "launch": lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta)),
+            "on_hip": lambda: target.startswith("gfx"),
+            "on_blackwell": lambda device: target == "sm_100",
+        }
+        for attribute, replacement in replacements.items():
+            if hasattr(module, attribute):
+                undo.append((module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, replacement)
+    try:
+        yield launches
+    finally:
+        for module, attribute, value in undo:
+            setattr(module, attribute, value)
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton's own launcher would compile for these arguments, and its options."""
+    kernel, args, meta = launch
+    options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta} | {"enable_fp_fusion": True}
+    named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in meta.items() if k not in options}
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = named[name]
+        if name in constant or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(launch: Launch, target: GPUTarget) -> dict[str, Any]:
+    """Registers of a thread, shared memory and spilled memory (bytes of a thread), warps."""
+    src, options = source(launch)
+    compiled = triton.compile(src, target=target, options=options)
+    found = {"warps": compiled.metadata.num_warps, "shared_bytes": compiled.metadata.shared}
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+
+        def number(pattern: str) -> int:
+            return int(re.search(pattern + r":?\s+(\d+)", text).group(1))  # type: ignore[union-attr]
+
+        spills = 4 * (number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count"))
+        return found | {"registers": number(r"\.vgpr_count"), "spilled_bytes": spills}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    spills = 0
+    if usage["STACK"] + usage["LOCAL"]:  # a stack frame need not be for spills: the assembler tells them apart
+        arch = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)  # type: ignore[union-attr]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.ptx"
+            path.write_text(compiled.asm["ptx"])
+            command = [str(get_ptxas(target.arch).path), "-v", f"--gpu-name={arch}", "-o", f"{path}.o", str(path)]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+    return found | {"registers": usage["REG"], "spilled_bytes": spills}
+
+
+def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
+    """One row for each launch of each case and each target."""
+    rows = []
+    for target in targets:
+        seen = set()
+        with recorded(target) as launches:
+            for case, call in cases():
+                if only in case:
+                    launches.clear()
+                    call()
+                    for launch in launches:
+                        key = (launch[0].__name__, str(source(launch)[0].__dict__), str(launch[2]))
+                        if key in seen:
+                            continue
+                        seen.add(key)
+                        row = {"target": target, "case": case, "kernel": launch[0].__name__}
+                        rows.append(row | resources(launch, TARGETS[target]))
+                        print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    columns = list(rows[0])
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(str(row[column]) for column in columns) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; a Markdown table goes beside it")
+    args = parser.parse_args()
+    rows = measure(args.targets, args.only)
+    if args.output is None:
+        print(table(rows))
+    else:
+        result = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Train the streams of a frozen backbone with the Hugging Face Trainer, and save them.
+
+The text is the source of Python's standard library. Prefixes want a far higher learning rate than weights do.
+
+    python examples/train_with_trainer.py --steps 200 --output trained
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from parscale import load, wrap
+from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints.text import pack, split
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(small_model_path()))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--files", type=int, default=20, help="how many files of the standard library to train on")
+    parser.add_argument("--output", help="folder for the trained model")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    blocks = torch.from_numpy(pack(split()[0][: args.files], tokenizer, args.sequence_length))
+    model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
+    model.freeze_backbone()  # leave this line out to train everything
+    model.print_trainable_parameters()
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            warmup_steps=2,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in blocks])
+        trainer.train()
+
+    if args.output:
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
+        print(f"load({args.output!r}) has {load(args.output).num_streams} streams")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Each example runs as a program, quickly, and says what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {
+    "wrap_and_generate": ["--max-new-tokens", "5"],
+    "train_with_trainer": ["--steps", "2", "--sequence-length", "32", "--files", "3"],
+    "switch_streams": [],
+    "load_released": ["--max-new-tokens", "5"],
+    "lora": ["--steps", "2"],
+}
+PROMISES = {
+    "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
+    "train_with_trainer": "backbone: 0)",
+    "switch_streams": "the backbone's logits to the last bit: True",
+    "load_released": "Qwen2ForCausalLM: P = 4, T = 48",
+    "lora": "loaded again, the same logits: True",
+}
+
+
+def run(name: str, *arguments: str, folder: Path) -> str:
+    """An example's standard output; it runs in an empty folder, offline."""
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == ARGUMENTS.keys() | {"pretrain_small_model"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_example(name, tmp_path):
+    assert PROMISES[name] in run(name, *ARGUMENTS[name], folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_saved_and_read_again(tmp_path):
+    printed = run("train_with_trainer", *ARGUMENTS["train_with_trainer"], "--output", "trained", folder=tmp_path)
+    assert "load('trained') has 4 streams" in printed
+    printed = run("load_released", "trained", *ARGUMENTS["load_released"], folder=tmp_path)
+    assert "P = 4, T = 48, torch.float32" in printed

@@ -1,0 +1,38 @@
+"""The README's Python runs as it stands, in one namespace and an empty folder; its figures are those on file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(BLOCKS) > 5
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(BLOCKS):
+        exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parallel", "wide-streams"]
+
+
+def test_the_figures_of_the_quickstart_are_those_on_file():
+    report = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    for entry in report["comparisons"]:
+        assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in README
+    for figures in report["models"].values():
+        assert all(f"{loss:.4f}" in README for loss in figures["loss"].values())
+
+
+def test_the_folders_and_examples_are_listed():
+    listed = README.partition("## What is where")[2]
+    for path in ROOT.glob("examples/*.py"):
+        assert path.name in listed
+    for folder in ("parscale", "kernels", "checkpoints", "scaling_laws", "examples", "benchmarks", "tests"):
+        assert f"\n    {folder}/ " in listed
