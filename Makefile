@@ -55,8 +55,8 @@ bench: $(READY) ## Measure what the streams cost on this machine, into benchmark
 gpu-check: $(READY) ## The GPU tests and benchmarks; under ten minutes on one GPU
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make gpu-check needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }
-	$(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead-gpu.json
+	$(BIN)/pytest -n 8 -m gpu
+	$(BIN)/python benchmarks/gpu_check.py --output benchmarks/results/gpu.json
 
 build: $(READY) ## The wheel and the source distribution, into dist/
 	rm -rf build/lib dist

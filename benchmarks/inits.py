@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-2, 3e-2])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-2])
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     backbone = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    texts = standard_texts(3500)
+    texts = standard_texts()
     blocks = pack(texts.train, tokenizer, SEQUENCE_LENGTH)
 
     def measure(model: Any) -> dict[str, Any]:

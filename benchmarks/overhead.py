@@ -140,12 +140,12 @@ def ratio(one: Step, plain: Step, repeats: int, device: str) -> dict[str, float]
     }
 
 
-def peak_bytes(kind: str, what: str, P: int, B: int, S: int, released: Path | None, device: str) -> int:
-    """Peak memory above what the interpreter and its libraries take, of one step after another."""
+def peak_bytes(kind: str, P: int, B: int, S: int, released: Path | None, device: str) -> int:
+    """Peak memory above what the interpreter and its libraries take, of one training step after another."""
     small = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    STEPS[what](kind, build(kind, P, released, device, SHAPE | small), torch.zeros(B, S, dtype=int).to(device), P)()
+    train(kind, build(kind, P, released, device, SHAPE | small), torch.zeros(B, S, dtype=int).to(device), P)()
     before = _peak_resident()
-    step = STEPS[what](kind, build(kind, P, released, device), torch.randint(SHAPE["vocab_size"], (B, S)).to(device), P)
+    step = train(kind, build(kind, P, released, device), torch.randint(SHAPE["vocab_size"], (B, S)).to(device), P)
     for _ in range(2):
         step()
     if device == "cuda":
@@ -171,16 +171,16 @@ def measure(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 found = ratio(make(kind, model, ids, P), make("plain", plain, ids, P), repeats, args.device)
                 rows.append({"model": kind, "what": what, "P": P, "S": S, "B": args.batch_size} | found)
                 print(f"{kind:9} {what:8} P={P} S={S:5}  ratio {found['ratio']:.3f}", file=sys.stderr)
-            for what in ("prefill", "train"):
-                peaks = [_peak_in_process(name, what, P, S, args) for name in (kind, "plain")]
+            if args.device == "cuda" or Path("/proc/self/status").exists():
+                peaks = [_peak_in_process(name, P, S, args) for name in (kind, "plain")]
                 found = {"ratio": peaks[0] / peaks[1], "bytes": peaks[0], "plain_bytes": peaks[1]}
-                rows.append({"model": kind, "what": f"{what} memory", "P": P, "S": S, "B": args.batch_size} | found)
-                print(f"{kind:9} {what:8} P={P} S={S:5}  memory {found['ratio']:.3f}", file=sys.stderr)
+                rows.append({"model": kind, "what": "train memory", "P": P, "S": S, "B": args.batch_size} | found)
+                print(f"{kind:9} memory   P={P} S={S:5}  ratio {found['ratio']:.3f}", file=sys.stderr)
     return rows
 
 
-def _peak_in_process(kind: str, what: str, P: int, S: int, args: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, "--peak", kind, what, "--streams", str(P), "--lengths", str(S)]
+def _peak_in_process(kind: str, P: int, S: int, args: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--peak", kind, "--streams", str(P), "--lengths", str(S)]
     command += ["--batch-size", str(args.batch_size), "--device", args.device, "--threads", str(args.threads)]
     if args.released is not None:
         command += ["--released", str(args.released)]
@@ -200,13 +200,12 @@ def main() -> None:
     parser.add_argument("--released", type=Path, help="folder of the released modeling code")
     parser.add_argument("--released-python", help="Python of an environment with transformers 4.51")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--kind", default="parscale", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
-        kind, what = args.peak
-        print(peak_bytes(kind, what, args.streams[0], args.batch_size, args.lengths[0], args.released, args.device))
+        print(peak_bytes(args.peak, args.streams[0], args.batch_size, args.lengths[0], args.released, args.device))
         return
     released, args.released = args.released, args.released if args.kind == "released" else None
     rows = measure(args.kind, args)

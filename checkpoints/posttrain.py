@@ -25,7 +25,8 @@ class Recipe:
         tokens: how many to train on; rounded down to whole steps.
         batch_size: blocks in a step.
         streams_learning_rate: of prefixes and aggregator, at its peak. They want a far higher one than the backbone.
-        backbone_learning_rate: of everything else that trains, at its peak.
+        backbone_learning_rate: of everything else that trains, at its peak. A backbone whose own training ended with a
+            small one is set back for a while by a large one.
         warmup: the share of the run in which the learning rate rises; after it, it falls in a straight line to zero.
         seconds: how long it may take. Where this ends the run before all tokens are seen, the learning rate has
             followed the clock, and is zero then too.
@@ -34,8 +35,8 @@ class Recipe:
 
     tokens: int
     batch_size: int = 4
-    streams_learning_rate: float = 1e-2
-    backbone_learning_rate: float = 3e-4
+    streams_learning_rate: float = 3e-2
+    backbone_learning_rate: float = 3e-5
     warmup: float = 0.05
     seconds: float = float("inf")
     seed: int = 0

@@ -59,19 +59,21 @@ class Settings:
         window: tokens in a window of the evaluation; the small model was pretrained at this length.
         streams_learning_rate: of prefixes and aggregator.
         backbone_learning_rate: of everything else.
-        held_out_characters: from each held-out document's beginning, how many are measured.
+        code_characters: from each held-out file's beginning, how many are measured.
+        prose_characters: the same of each topic.
         new_tokens: how many each model writes.
     """
 
     num_streams: int = 4
     prefix_length: int = 48
-    tokens: int = 300_000
-    seconds: float = 100.0
+    tokens: int = 250_000
+    seconds: float = 110.0
     sequence_length: int = 256
     window: int = 512
-    streams_learning_rate: float = 1e-2
-    backbone_learning_rate: float = 3e-4
-    held_out_characters: int = 3500
+    streams_learning_rate: float = 3e-2
+    backbone_learning_rate: float = 3e-5
+    code_characters: int = 3500
+    prose_characters: int = 1000
     new_tokens: int = 80
 
 
@@ -130,7 +132,7 @@ def run(
         backbone: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         if torch.cuda.is_available():
             backbone.to("cuda")
-        texts = texts or standard_texts(settings.held_out_characters)
+        texts = texts or standard_texts(settings.code_characters, settings.prose_characters)
         console.print(
             f"A {type(backbone).__name__} of {backbone.num_parameters():,} parameters gets P = {settings.num_streams} "
             f"streams. It trains on {len(texts.train)} files, and is measured on {len(texts.measured[CODE])} others."
@@ -163,7 +165,7 @@ def run(
     return report
 
 
-def standard_texts(held_out_characters: int) -> Texts:
+def standard_texts(code_characters: int = 3500, prose_characters: int = 1000) -> Texts:
     """The standard library's files and pydoc's topics; of the measured ones only so many characters each."""
     from pydoc_data.topics import topics
 
@@ -171,8 +173,8 @@ def standard_texts(held_out_characters: int) -> Texts:
     return Texts(
         train,
         {
-            CODE: [(name, text[:held_out_characters]) for name, text in held_out],
-            PROSE: [(name, text[:held_out_characters]) for name, text in sorted(topics.items())],
+            CODE: [(name, text[:code_characters]) for name, text in held_out],
+            PROSE: [(name, text[:prose_characters]) for name, text in sorted(topics.items())],
         },
     )
 

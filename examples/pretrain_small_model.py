@@ -2,10 +2,12 @@
 
 Trains a byte-level BPE tokenizer and a Qwen2 model of 3.3 million parameters from nothing, for as many minutes as it
 is given: the learning rate falls to zero with the clock, so a slow machine sees fewer tokens and still ends with a
-finished model. The shipped one took 70 minutes on two CPU cores; needs `parscale[train]`. Started again after an
-interruption, it goes on from its last checkpoint, which lies in `OUTPUT-checkpoints`.
+finished model. Needs `parscale[train]`. Started again after an interruption, it goes on from its last checkpoint,
+which lies in `OUTPUT-checkpoints`. The shipped model was trained in two such runs, on a busy two-core machine:
 
-    python examples/pretrain_small_model.py --output small_model --minutes 70 --bf16 --compile
+    python examples/pretrain_small_model.py --output first --minutes 70 --batch-size 8 --learning-rate 3e-3 --bf16
+    python examples/pretrain_small_model.py --start-from first --tests --output small_model --minutes 26 \\
+        --batch-size 8 --learning-rate 1e-3 --bf16
 """
 
 from __future__ import annotations
@@ -147,6 +149,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
 
     loss = trainer.evaluate()["eval_loss"]
+    model.config.use_cache = True  # the Trainer turns it off
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -38,7 +38,7 @@ def main() -> None:
             output_dir=folder,
             max_steps=args.steps,
             per_device_train_batch_size=4,
-            learning_rate=1e-2,
+            learning_rate=3e-2,
             warmup_steps=2,
             logging_steps=5,
             save_strategy="no",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
-from parscale.kernels import aggregate
+from parscale.kernels import aggregate, aggregator
 from parscale.kernels.aggregate import stream_weights
 
 
@@ -68,7 +70,10 @@ class Aggregator(nn.Sequential):
         return stream_weights(self.logits(hidden), self.smoothing)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mixes ``(P*B, S, H)``, stream-major, into ``(B, S, H)``."""
+        """Mixes ``(P*B, S, H)``, stream-major, into ``(B, S, H)``; on a GPU by fused kernels."""
+        first, last = self[0], self[2]
+        if hidden.is_cuda and _is_untouched(first) and _is_untouched(last):
+            return aggregator(hidden, first.weight, first.bias, last.weight, last.bias, self.smoothing)
         logits = self.logits(hidden)  # (B, S, P)
         mixed = aggregate(
             hidden.reshape(self.num_streams, -1, hidden.shape[-1]),  # (P, B*S, H)
@@ -76,3 +81,9 @@ class Aggregator(nn.Sequential):
             self.smoothing,
         )
         return mixed.unflatten(0, logits.shape[:2])  # (B, S, H)
+
+
+def _is_untouched(layer: nn.Module) -> TypeGuard[Projection]:
+    """Whether calling a layer does no more than its projection: no hook, no offloading, nothing in its place."""
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is Projection and not hooks and "forward" not in layer.__dict__

@@ -12,7 +12,7 @@ import copy
 import os
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from parscale.folders import TYPE_SUFFIX
@@ -31,8 +31,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As ``PreTrainedConfig.from_dict``, of :func:`config_class`."""
-        return config_class(cls.backbone_type).from_dict(config_dict, **kwargs)
+        """As ``PreTrainedConfig.from_dict``, of :func:`config_class`.
+
+        In memory ``model_type`` is the backbone's, by which transformers finds tokenizers and much else; the class, and
+        what it writes, has the checkpoint's.
+        """
+        return config_class(cls.backbone_type).from_dict(config_dict | {"model_type": cls.backbone_type}, **kwargs)
 
 
 def register_backbone(model_type: str) -> None:
@@ -58,8 +62,9 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
         name = f"{backbone.__name__.removesuffix('Config')}ParScaleConfig"
         made: Any = type(name, (backbone,), {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__})
         globals()[name] = made  # where pickle looks for it
-        CONFIG_MAPPING.register(made.model_type, made, exist_ok=True)
         AutoModelForCausalLM.register(made, ParScaleForCausalLM, exist_ok=True)
+        if backbone in TOKENIZER_MAPPING:
+            TOKENIZER_MAPPING.register(made, TOKENIZER_MAPPING[backbone], exist_ok=True)
         _CLASSES[model_type] = made
     return _CLASSES[model_type]
 

@@ -106,15 +106,16 @@ def check_counts(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Map
         ValueError: names the field.
     """
     held = sum(tensor.numel for tensor in tensors.values())
-    for key, value in fields.items():
+    for key, value in ((str(key), value) for key, value in fields.items()):  # labels are by number
         if isinstance(value, dict):
             check_counts(checkpoint, value, tensors)
-        elif isinstance(value, int) and re.search(r"^(num|n|d|max_window)_|_(layers?|size|dim)$", key):
-            if value > (max(len(tensors), 2**10) if "layer" in key else max(held, 2**24)):
-                raise ValueError(
-                    f"{CONFIG} of {checkpoint} says {key} = {value}, and its files hold {held} numbers in "
-                    f"{len(tensors)} tensors: it is damaged."
-                )
+            continue
+        most = max(len(tensors), 2**10) if "layer" in key else max(held, 2**24)
+        if isinstance(value, int) and value > most and re.search(r"^(num|n|d)_|_(layers?|size|dim)$", key):
+            raise ValueError(
+                f"{CONFIG} of {checkpoint} says {key} = {value}, and its files hold {held} numbers in {len(tensors)} "
+                "tensors: it is damaged."
+            )
 
 
 def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
@@ -170,7 +171,7 @@ def configuration_of(checkpoint: Checkpoint, faults: tuple[type[Exception], ...]
 
 def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any) -> Any:
     """The backbone that the configuration describes, without weights."""
-    config = backbone_config(config)
-    config._attn_implementation = "eager"  # the one that needs nothing installed
     with configuration_of(checkpoint), torch.device("meta"):
+        config = backbone_config(config)
+        config._attn_implementation = "eager"  # the one that needs nothing installed
         return cls(config)

@@ -58,6 +58,24 @@ class ParScaleConfig:
             if self.seed >= 2**64:
                 raise ValueError(f"seed must be below 2**64, got {self.seed}.")
 
+    @classmethod
+    def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
+        """The arguments of :func:`parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
+
+        Raises:
+            ValueError: a field is of the wrong type or out of range, or is given beside a configuration.
+        """
+        if not isinstance(num_streams, ParScaleConfig):
+            return cls(num_streams, **others)
+        default = cls()
+        for name, value in others.items():
+            if value != getattr(default, name):
+                raise ValueError(
+                    f"A ParScaleConfig stands in place of all numbers, so {name}={value!r} beside it has no place: "
+                    f"write ParScaleConfig({name}={value!r}, ...)."
+                )
+        return dataclasses.replace(num_streams)
+
     def to_fields(self) -> dict[str, Any]:
         """The fields to write into a ``config.json``, under the released names."""
         return {

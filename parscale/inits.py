@@ -27,6 +27,8 @@ from parscale.layers import (
 )
 from parscale.streams import ParScaleState, StreamSet
 
+USER = 5  # frames from a warning here to the caller of wrap or add_streams
+
 
 def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
     """Fills the tensors of a new set of streams, by its ``config.init`` and ``config.seed``.
@@ -69,14 +71,14 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
         warnings.warn(
             f"{type(state.model).__name__} has learned positions, so init='context' is an approximation: the texts "
             f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
-            stacklevel=2,
+            stacklevel=USER,
         )
         positions = positions + T
     elif number_of_attention_layers(state) < config.num_hidden_layers:
         warnings.warn(
             f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init='context' "
             "is an approximation.",
-            stacklevel=2,
+            stacklevel=USER,
         )
     if calibration is None:
         calibration = _sample_texts(state, streams)
@@ -116,7 +118,7 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
         warnings.warn(
             f"{type(state.model).__name__} runs some attention layers more than once, with one prefix for all runs: "
             "init='context' is an approximation.",
-            stacklevel=2,
+            stacklevel=USER,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,7 +153,10 @@ def input_device(model: Any) -> torch.device:
 
 @contextlib.contextmanager
 def backbone_only(state: ParScaleState) -> Iterator[None]:
-    """The plain backbone, in eval mode, without gradients and without touching the caller's random state."""
+    """The plain backbone, in eval mode, without gradients and without touching the caller's random state.
+
+    Nothing is compiled for it: FlexAttention, which transformers compiles for each length, takes seconds to do so.
+    """
     training = [module for module in state.decoder.modules() if module.training]
     active, state.active = state.active, None
     experts: Any = contextlib.nullcontext()
@@ -160,7 +164,12 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         experts = _experts_without_data_dependence(state.model)
     try:
         state.decoder.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(state.model)), experts:
+        own_draws, uncompiled = (
+            torch.random.fork_rng(cuda_devices(state.model)),
+            torch.compiler.set_stance("force_eager"),
+        )
+        with torch.no_grad(), own_draws, experts, uncompiled, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:
         state.active = active

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
@@ -28,21 +28,18 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
     own_rows, heads, S, K = mask.shape
     device = mask.kv_num_blocks.device
     inner = mask.mask_mod
-    own_row = torch.arange(num_rows, device=device) % own_rows  # the row of ``mask`` that each row takes
 
-    # torch 2.13 compiles some forms of these indices, such as ``(kv - T).clamp(min=0)``, to C++ that is none.
     def with_prefix(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return (kv < prefix_length) | inner(b, h, q, (kv + (K - prefix_length)) % K)
+        return (kv < prefix_length) | inner(b % own_rows, h, q, (kv - prefix_length).clamp(min=0))
 
-    def with_prefix_and_rows(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return with_prefix(own_row[b], h, q, kv)
+    shape = None if own_rows == 1 else num_rows, None if heads == 1 else heads, S, prefix_length + K
+    if device.type != "cpu":
+        return create_block_mask(with_prefix, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE, _compile=True)
 
-    return create_block_mask(
-        with_prefix if own_rows == num_rows else with_prefix_and_rows,
-        None if own_rows == 1 else num_rows,
-        None if heads == 1 else heads,
-        S,
-        prefix_length + K,
-        device=device,
-        BLOCK_SIZE=mask.BLOCK_SIZE,
-    )
+    # For some lengths torch 2.13 turns computed indices, like these, into C++ that does not compile.
+    dense = create_mask(with_prefix, *shape, device=device)  # (R or 1, heads or 1, S, T + K)
+
+    def look_up(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return dense[0 if own_rows == 1 else b, 0 if heads == 1 else h, q, kv]
+
+    return create_block_mask(look_up, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)

@@ -42,10 +42,9 @@ def add_streams(
     """
     from parscale.wrapping import add
 
-    if isinstance(num_streams, ParScaleConfig):
-        config = num_streams
-    else:
-        config = ParScaleConfig(num_streams, prefix_length, smoothing, init, seed)
+    config = ParScaleConfig.from_arguments(
+        num_streams, prefix_length=prefix_length, smoothing=smoothing, init=init, seed=seed
+    )
     add(model.parscale, name, config, calibration=calibration)
 
 

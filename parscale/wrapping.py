@@ -66,10 +66,9 @@ def wrap(
         ValueError: a number out of range, a ``calibration`` that does not fit, or a model that is wrapped already.
         UnsupportedModelError: not a Hugging Face model, or one in which no attention was found.
     """
-    if isinstance(num_streams, ParScaleConfig):
-        config = num_streams
-    else:
-        config = ParScaleConfig(num_streams, prefix_length, smoothing, init, seed)
+    config = ParScaleConfig.from_arguments(
+        num_streams, prefix_length=prefix_length, smoothing=smoothing, init=init, seed=seed
+    )
     configs = held_configs(model)
     state = None
     try:

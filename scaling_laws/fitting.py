@@ -190,6 +190,11 @@ def _notes(problem: Problem, optimum: Optimum, intervals: dict[str, Interval] | 
         )
     if np.exp(optimum.theta[0]) < 1e-3 * problem.losses.min():
         notes.append("E came out as 0: these runs show no floor; predictions for larger models are a plain power law.")
+    values = dict(zip(problem.form.parameters, optimum.theta, strict=True))
+    if problem.form.name == "log" and 1 + values["k"] * np.log(problem.streams.max()) < 1e-2:
+        notes.append("k came out as low as it can be: at the largest P these runs are far worse than the law can say.")
+    if not 1e-3 < values["alpha"] < 10:
+        notes.append(f"alpha came out as {values['alpha']:.3g}: these runs show no power law in size.")
     for name in ("k", "m", "gamma"):
         low = intervals.get(name, (1.0, 1.0))[0] if intervals else 1.0
         if low <= 0:

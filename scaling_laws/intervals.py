@@ -105,14 +105,14 @@ def profile(optimum: Optimum, level: float = 0.9) -> dict[str, tuple[float, floa
     """
     form = optimum.problem.form
     limit = stats.f.ppf(level, 1, optimum.freedom)
-    covariance = _covariance(optimum)
+    spread, ridge = _search_scale(optimum)
     columns = np.repeat(np.arange(len(form.parameters)), 2)
     sides = np.tile([-1.0, 1.0], len(form.parameters))
-    reach = sides * np.sqrt(np.diag(covariance))[columns]
+    reach = sides * spread[columns]
     offsets = np.concatenate([[0.0], np.geomspace(0.25, 200, 16)]) * reach[:, None]
     settled = np.ones(len(columns), dtype=bool)
     for _ in range(4):  # each time the step in which the profile rises through the limit for the last time, cut finer
-        inside = _likelihood_ratio(optimum, columns, offsets, covariance) <= limit
+        inside = _likelihood_ratio(optimum, columns, offsets, ridge) <= limit
         inside[:, 0] = True
         last = offsets.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
         settled &= last < offsets.shape[1] - 1
@@ -120,17 +120,17 @@ def profile(optimum: Optimum, level: float = 0.9) -> dict[str, tuple[float, floa
         rows = np.arange(len(columns))
         offsets = np.linspace(offsets[rows, last], offsets[rows, last + 1], 6, axis=1)
     ends = np.where(settled, optimum.theta[columns] + offsets[:, 0], sides * np.inf).reshape(-1, 2)
-    ends = np.where(np.array(form.logarithmic)[:, None], np.exp(ends), ends)
+    with np.errstate(over="ignore"):
+        ends = np.where(np.array(form.logarithmic)[:, None], np.exp(ends), ends)
     return {name: (float(low), float(high)) for name, (low, high) in zip(form.parameters, ends, strict=True)}
 
 
-def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Array, covariance: Array) -> Array:
+def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Array, ridge: Array) -> Array:
     """F statistic for parameter `columns[i]` held at each of `offsets[i]` from the optimum, `(len(columns), m)`;
     infinite where no law is possible.
     """
     problem, theta = optimum.problem, optimum.theta
-    direction = covariance[columns] / np.diag(covariance)[columns, None]
-    straight = theta + offsets[:, :, None] * direction[:, None]  # along the ridge, as far as it is straight
+    straight = theta + offsets[:, :, None] * ridge[columns][:, None]  # along the ridge, as far as it is straight
     unit = np.eye(theta.size)[columns]
     aside = theta + offsets[:, :, None] * unit[:, None]
     starts = np.concatenate([straight, aside]).reshape(-1, theta.size)
@@ -149,12 +149,18 @@ def _dispersion(optimum: Optimum) -> float:
     return max(float((force**2).sum() / optimum.freedom / inner), 1e-300)
 
 
-def _covariance(optimum: Optimum) -> Array:
-    """Approximate covariance of `theta`, `(p, p)`, from the slopes of log loss; only sets the scale and direction of
-    the search.
+def _search_scale(optimum: Optimum) -> tuple[Array, Array]:
+    """Where a search for an interval's end starts: each parameter's approximate standard error `(p,)`, and how the
+    others go with it, `(p, p)`. From the slopes of log loss at the optimum; where these settle nothing, a step of 1
+    alone.
     """
     problem = optimum.problem
     values, slopes = problem.form.log_terms(optimum.theta[None], problem.sizes, problem.streams)
     shares = np.exp(values - np.logaddexp.reduce(values, axis=2)[:, :, None])
     jacobian = np.einsum("snm,snmp->snp", shares, slopes)[0]
-    return np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-14) * max(optimum.noise, 1e-9) ** 2
+    covariance = np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-14) * max(optimum.noise, 1e-9) ** 2
+    variance = np.diag(covariance)
+    settled = np.isfinite(variance) & (variance > 1e-24)
+    spread = np.sqrt(np.where(settled, variance, 1.0))
+    ridge = np.where(settled[:, None], covariance / np.where(settled, variance, 1.0)[:, None], np.eye(variance.size))
+    return np.minimum(spread, 10.0), np.clip(ridge, -1e3, 1e3)

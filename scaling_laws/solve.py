@@ -64,12 +64,15 @@ def solve(
     per_problem = problem.streams.size * (len(problem.form.terms) + 1) * starts.shape[1]
     parts = max(1, int(np.ceil(starts.shape[0] * per_problem / CHUNK)))
     thetas, values = [], []
-    for rows in np.array_split(np.arange(starts.shape[0]), parts):
-        batch = _Batch(problem, observed[rows], movable[rows], delta)
-        theta, _ = batch.descend(starts[rows], robust_steps, exact=False, tolerance=1e-5)
-        theta, value = batch.descend(theta, newton_steps, exact=True, tolerance=tolerance)
-        thetas.append(theta)
-        values.append(value)
+    with np.errstate(
+        all="ignore"
+    ):  # a step may leave what numbers can hold; its loss is then infinite, and it is refused
+        for rows in np.array_split(np.arange(starts.shape[0]), parts):
+            batch = _Batch(problem, observed[rows], movable[rows], delta)
+            theta, _ = batch.descend(starts[rows], robust_steps, exact=False, tolerance=1e-5)
+            theta, value = batch.descend(theta, newton_steps, exact=True, tolerance=tolerance)
+            thetas.append(theta)
+            values.append(value)
     return np.concatenate(thetas), np.concatenate(values)
 
 
@@ -115,10 +118,9 @@ class _Batch:
     def objective(self, theta: Array, rows: NDArray[np.int64]) -> Array:
         """Summed Huber loss `(S,)`; infinite where `theta` is no law."""
         problem = self.problem
-        with np.errstate(all="ignore"):
-            values, _ = problem.form.log_terms(theta, problem.sizes, problem.streams)
-            log_loss, _ = _log_sum_exp(values)
-            total = huber(log_loss - self.observed[rows], self.delta).sum(axis=1)
+        values, _ = problem.form.log_terms(theta, problem.sizes, problem.streams)
+        log_loss, _ = _log_sum_exp(values)
+        total = huber(log_loss - self.observed[rows], self.delta).sum(axis=1)
         return np.where(problem.form.feasible(theta, problem.streams) & np.isfinite(total), total, np.inf)
 
     def derivatives(self, theta: Array, rows: NDArray[np.int64], *, exact: bool) -> tuple[Array, Array, Array]:

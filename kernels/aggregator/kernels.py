@@ -173,7 +173,7 @@ def many_rows_kernel(
     p_rows = p_x + tl.minimum(o_n, N - 1)[:, None] * s_xn  # beyond the last row: the last row, and no mask
     p_columns = p_weight + tl.minimum(o_j, H - 1)[None, :] * H
     blocks = tl.cdiv(H, BH)
-    size_p = tl.full([], 0, tl.int64) + H * H.to(tl.int64)
+    size_p = tl.full([], 1, tl.int64) * H * H
     b_sum = tl.zeros([BN, BJ], dtype=tl.float32)
     for k in range(P * blocks):
         o_stream = (k // blocks).to(tl.int64)

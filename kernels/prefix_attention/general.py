@@ -19,7 +19,7 @@ def decode_attention_joined(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.prefix_attention.decode_attention`, on a copy of the cache; what it is held against."""
+    """As :func:`parscale.kernels.prefix_attention.decode_attention`, on a copy of the cache: its measure."""
     (R, heads, _, D), (P, G, T, _) = query.shape, prefix_k.shape
     B, K, device = R // P, key.shape[2], query.device
     joined = []

@@ -80,7 +80,10 @@ def cost(
         print_json(named | {"costs": rows, "crossovers": crossovers, "notes": notes})
         return
     print_rows(rows)
-    typer.echo("vs dense: divided by the cost of the plain, wider model that the law predicts to have the same loss.")
+    if crossovers:
+        typer.echo(
+            "vs dense: divided by the cost of the plain, wider model that the law predicts to have the same loss."
+        )
     for crossover in crossovers:
         typer.echo(_sentence(crossover))
     for note in notes:
@@ -88,26 +91,29 @@ def cost(
 
 
 def _crossovers(fitted: Any, shape: Any, streams: list[int], work: dict[str, Any]) -> list[dict[str, Any]]:
+    """From which batch size, and with one prompt from which length of it, streams cost more than the rival."""
     from parscale.scaling_laws import crossover
 
-    return [
-        {
-            "streams": count,
-            "slower_from_batch_size": crossover(fitted, shape, num_streams=count, quantity="seconds", **work),
-            "larger_from_batch_size": crossover(fitted, shape, num_streams=count, quantity="memory_bytes", **work),
-        }
-        for count in streams
-    ]
+    found = []
+    for count in streams:
+        row: dict[str, Any] = {"streams": count}
+        for word, quantity in (("slower", "seconds"), ("larger", "memory_bytes")):
+            for axis in ("batch_size", "input_length"):
+                row[f"{word}_from_{axis}"] = crossover(
+                    fitted, shape, num_streams=count, quantity=quantity, along=axis, **work
+                )
+        found.append(row)
+    return found
 
 
 def _sentence(found: dict[str, Any]) -> str:
-    def since(batch: int | None, word: str) -> str:
-        return f"{word} from batch {batch} on" if batch is not None else f"never {word}"
+    def since(word: str, axis: str, what: str) -> str:
+        start = found[f"{word}_from_{axis}"]
+        return f"never {word}" if start is None else f"{word} from {what.format(start)} on"
 
-    slower, larger = found["slower_from_batch_size"], found["larger_from_batch_size"]
-    return (
-        f"P = {found['streams']}: {since(slower, 'slower')} and {since(larger, 'larger')} than the model of equal loss."
-    )
+    batches = " and ".join(since(word, "batch_size", "batch {}") for word in ("slower", "larger"))
+    lengths = " and ".join(since(word, "input_length", "{} prompt tokens") for word in ("slower", "larger"))
+    return f"P = {found['streams']}: {batches} than the model of equal loss; at batch 1, {lengths}."
 
 
 def _config_file(source: str) -> Path:

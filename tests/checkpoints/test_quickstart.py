@@ -23,7 +23,6 @@ SETTINGS = Settings(
     tokens=6 * 4 * 16,
     sequence_length=16,
     window=32,
-    held_out_characters=200,
     new_tokens=6,
 )
 TEXTS = Texts(
@@ -207,7 +206,7 @@ def test_an_output_that_holds_something_is_refused_before_any_work(tmp_path):
 
 
 def test_standard_texts_are_cut_and_disjoint():
-    texts = quickstart.standard_texts(100)
+    texts = quickstart.standard_texts(100, 100)
     trained = {name for name, _ in texts.train}
     assert not trained & {name for name, _ in texts.measured[CODE]}
     assert len(texts.measured[CODE]) > 20

@@ -113,3 +113,14 @@ def test_packing_refuses_a_tokenizer_without_an_end_of_text(tokenizer):
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="eos_token"):
         pack([("a", "abc")], without, 4)
+
+
+def test_test_suites_join_the_training_side_only(documents):
+    train, held_out = documents
+    with_tests, held_out_again = split(with_tests=True)
+    assert held_out_again == held_out
+    assert with_tests[: len(train)] == train
+    further = {name for name, _ in with_tests[len(train) :]}
+    suites = {path.as_posix() for path in standard_library_files(tests=True)}
+    assert all(any(path.endswith(name) for path in suites) for name in further)
+    assert all({"test", "tests", "idle_test"} & set(name.split("/")) for name in further)

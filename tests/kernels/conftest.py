@@ -58,9 +58,10 @@ def interpret():
 def assert_as_exact():
     """A kernel's results err at most twice as much as the reference's in the same precision, and one rounding.
 
-    The one rounding is for references that are exact by chance; float32 results, where a sum's order decides, get four,
-    and float64 ones, whose reference is the standard itself, eight. The interpreter truncates what it stores in
-    bfloat16, which errs by up to two roundings to nearest.
+    Of fewer than 64 numbers, too small a sample to tell two from three, four times as much. The one rounding is for
+    references that are exact by chance; float32 results, where a sum's order decides, get four, and float64 ones, whose
+    reference is the standard itself, eight. The interpreter truncates what it stores in bfloat16, which errs by up to
+    two roundings to nearest.
     """
 
     def check(fused, reference, exact):
@@ -74,7 +75,8 @@ def assert_as_exact():
         assert fused.isfinite().all()
         norm = exact.square().mean().sqrt()
         own, allowed = ((x - exact).square().mean().sqrt() for x in (fused, reference))
-        assert own <= 2 * allowed + roundings * unit * norm + torch.finfo(torch.float64).tiny, (
+        factor = 2 if exact.numel() >= 64 else 4
+        assert own <= factor * allowed + roundings * unit * norm + torch.finfo(torch.float64).tiny, (
             f"{own:.3g} against {allowed:.3g}"
         )
 

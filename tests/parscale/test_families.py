@@ -40,6 +40,11 @@ def test_cached_decoding_is_the_full_forward(case, zoo, chunks):
     assert cache.get_seq_length() == zoo.S  # real tokens only
 
 
+def padded(case):
+    """The recurrent layers of Qwen3-Next round padded rows otherwise: its plain backbone is 5e-5 off."""
+    return TOLERANCE if case.family.attention_layers is None else 1e-4
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_real_token(case, zoo, side):
     model, ids, short = case.wrapped(), zoo.token_ids(), 6
@@ -48,11 +53,11 @@ def test_padding_changes_no_real_token(case, zoo, side):
     ids = ids.where(mask.bool(), 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = logits_of(model, input_ids=ids, attention_mask=mask, position_ids=positions)
-    zoo.close(logits[0], logits_of(model, input_ids=ids[:1])[0], TOLERANCE)
+    zoo.close(logits[0], logits_of(model, input_ids=ids[:1])[0], padded(case))
     real = mask[1].bool()
-    zoo.close(logits[1, real], logits_of(model, input_ids=ids[1:, real])[0], TOLERANCE)
+    zoo.close(logits[1, real], logits_of(model, input_ids=ids[1:, real])[0], padded(case))
     expected = case.reference(model).logits(ids, positions, padding=mask)
-    zoo.close(logits[mask.bool()], expected[mask.bool()], TOLERANCE)
+    zoo.close(logits[mask.bool()], expected[mask.bool()], padded(case))
 
 
 def test_padded_decoding_is_the_unpadded_run(case, zoo):
@@ -73,8 +78,8 @@ def test_padded_decoding_is_the_unpadded_run(case, zoo):
             )
         )
     decoded = torch.cat(pieces, dim=1)
-    zoo.close(decoded[0], logits_of(model, input_ids=ids[:1])[0], TOLERANCE)
-    zoo.close(decoded[1, -short:], logits_of(model, input_ids=ids[1:, -short:])[0], TOLERANCE)
+    zoo.close(decoded[0], logits_of(model, input_ids=ids[:1])[0], padded(case))
+    zoo.close(decoded[1, -short:], logits_of(model, input_ids=ids[1:, -short:])[0], padded(case))
 
 
 def test_packed_documents_are_separate_runs(case, zoo):
@@ -106,19 +111,18 @@ def custom_masks(zoo, case, config):
 @pytest.mark.parametrize("rows", ["each row its own", "one for all"])
 def test_custom_masks(case, zoo, rows):
     """Four-dimensional masks reach attention as they are, with room for the prefix; against the reference."""
-    if case.family.attention_layers is not None:
-        pytest.skip("a mask over pairs of tokens means nothing to recurrent layers")
     model, ids = case.wrapped(), zoo.token_ids()
     allowed = custom_masks(zoo, case, model.config)
     allowed = allowed if rows == "each row its own" else allowed[:1]
     additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     positions = torch.arange(zoo.S)[None].expand(zoo.B, -1)
-    results = [logits_of(model, input_ids=ids, attention_mask=additive, position_ids=positions)]
-    if case.attention == "sdpa":  # the eager functions of the backbones add their mask, so take no booleans
-        results.append(logits_of(model, input_ids=ids, attention_mask=allowed, position_ids=positions))
+    # the eager functions of the backbones add their mask, so take no booleans
+    masks = [additive, allowed] if case.attention == "sdpa" else [additive]
+    if case.family.attention_layers is not None:  # a mask over pairs of tokens means nothing to recurrent layers
+        masks = [{"full_attention": mask, "linear_attention": None} for mask in masks]
     expected = case.reference(model).logits(ids, positions, mask=allowed)
-    for logits in results:
-        zoo.close(logits, expected, TOLERANCE)
+    for mask in masks:
+        zoo.close(logits_of(model, input_ids=ids, attention_mask=mask, position_ids=positions), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["gemma2-eager", "gemma3-sdpa", "qwen3-sdpa", "gpt_oss-eager"], indirect=True)

@@ -144,7 +144,8 @@ def test_copies_and_pickles(folder, wrapped):
 def test_autoconfig_is_the_backbones_and_more(folder):
     config = AutoConfig.from_pretrained(folder)
     assert isinstance(config, LlamaConfig)
-    assert (config.model_type, config.parscale_n, config.hidden_size) == ("llama_parscale", 4, 32)
+    assert (type(config).model_type, config.model_type) == ("llama_parscale", "llama")
+    assert (config.parscale_n, config.hidden_size) == (4, 32)
     assert type(pickle.loads(pickle.dumps(config))) is type(config)
     config.save_pretrained(folder)
     assert load(folder).num_streams == 4
@@ -175,6 +176,20 @@ def test_other_tasks_do_not_take_it_for_the_plain_backbone(folder):
     assert type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     assert type(config) not in transformers.MODEL_MAPPING
     assert type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def test_the_tokenizer_is_the_one_that_the_backbone_has(zoo, tmp_path):
+    """transformers chooses it by the type of the model too, and sometimes against what the folder says."""
+    letters = {letter: number for number, letter in enumerate(["<unk>", "<s>", "</s>", "▁", *"abc"])}
+    for family in ("llama", "mistral", "qwen2"):
+        model = zoo.Case(zoo.FAMILIES[family]).wrapped(2)
+        model.save_pretrained(tmp_path / "full" / family)
+        unwrap(model).save_pretrained(tmp_path / "plain" / family)
+        classes = []
+        for kind in ("full", "plain"):
+            transformers.LlamaTokenizer(vocab=letters, merges=[]).save_pretrained(tmp_path / kind / family)
+            classes.append(type(transformers.AutoTokenizer.from_pretrained(tmp_path / kind / family)))
+        assert classes[0] is classes[1]
 
 
 def test_a_subfolder(wrapped, tmp_path):

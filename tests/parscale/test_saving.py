@@ -56,7 +56,7 @@ def wrapped(zoo):
 def test_every_family_comes_back_bit_for_bit(family, num_streams, tmp_path):
     model = family.wrapped(num_streams)
     model.save_pretrained(tmp_path / "saved")
-    loaded = load(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", attn_implementation=family.attention)
     assert type(loaded) is type(model)
     assert loaded.num_streams == num_streams
     assert loaded.config.model_type == model.config.model_type
@@ -179,7 +179,7 @@ def test_a_full_folder(wrapped, tmp_path):
     ]
     layers = [f"model.layers.{i}.self_attn.prefix_{x}" for i in range(2) for x in "kv"]
     aggregator = [f"model.aggregate_layer.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")]
-    backbone = [name for name in unwrap(load(tmp_path / "saved")).state_dict()]
+    backbone = list(unwrap(load(tmp_path / "saved")).state_dict())
     assert names_in(tmp_path / "saved")["model.safetensors"] == sorted(backbone + layers + aggregator)
     assert names_in(tmp_path / "saved" / "code")["streams.safetensors"] == sorted(layers + aggregator)
     assert names_in(tmp_path / "saved" / "one")["streams.safetensors"] == []
@@ -533,7 +533,7 @@ def test_configuration_and_tokenizer_beside_it_are_found(wrapped, tmp_path):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
     wrapped.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).model_type == "llama_parscale"
+    assert AutoConfig.from_pretrained(tmp_path).parscale_n == 4
     generator = transformers.pipeline("text-generation", model=str(tmp_path))
     assert generator.model.num_streams == 4
     assert generator.tokenizer("a b a")["input_ids"] == [3, 4, 3]

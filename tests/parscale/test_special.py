@@ -139,7 +139,7 @@ def build(make, zoo):
 
 
 def picture_inputs(make, zoo, rows):
-    """Ids ``(rows, 9)`` with an image of four tokens in each row and what else the model wants, after a text if given."""
+    """Ids ``(rows, 9)`` with an image of four tokens in each row, after a text if given, and what else is needed."""
     ids = zoo.token_ids(rows).clamp(max=89)
     ids[:, 1] = 90
     ids[:, 2:6] = IMAGE

@@ -1,5 +1,7 @@
 """The fit: the paper's digits, an optimum no worse than the released code's, exact derivatives, and what it refuses."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -280,3 +282,29 @@ def test_no_floor_is_noted():
     losses = (1e8 / points.params / (0.3 * np.log(points.streams) + 1)) ** 0.2
     law = fit(points.params, points.streams, losses)
     assert any("E came out as 0" in note for note in law.notes)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.1, 1.0, 5.0]))
+def test_runs_that_follow_no_law_neither_crash_nor_warn(seed, spread):
+    """Losses without any order: there is an answer with finite parameters, and its intervals hold it."""
+    generator = np.random.default_rng(seed)
+    params, streams = 10 ** generator.uniform(5, 10, 10), generator.choice([1, 2, 4, 8], 10)
+    params[:2], streams[:3] = [1e6, 3e6], [1, 1, 2]
+    losses = np.exp(generator.normal(0, spread, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fit_form("log", params, streams, losses, bootstrap=5)
+        intervals = result.profile_intervals()
+    assert np.isfinite(list(result.values.values())).all()
+    for name, (low, high) in intervals.items():
+        assert low <= result.values[name] * (1 + np.sign(result.values[name]) * 1e-6) + 1e-9
+        assert high >= result.values[name] * (1 - np.sign(result.values[name]) * 1e-6) - 1e-9
+
+
+def test_runs_beyond_the_law_are_noted():
+    points = published("stack")
+    hurt = np.where(points.streams == 8, 10.0, points.losses)
+    assert any("k came out as low as it can be" in note for note in fit(points.params, points.streams, hurt).notes)
+    rising = fit(points.params, points.streams, 2 * (points.params / 1e9) ** 0.05)
+    assert any("these runs show no power law in size" in note for note in rising.notes)

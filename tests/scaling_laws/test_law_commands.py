@@ -3,10 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from parscale.cli.application import run
-from parscale.scaling_laws import cost, fit, published, published_models
+from parscale.scaling_laws import cost, fit, published, published_models, read_points, sweep
+from parscale.scaling_laws.corpus import Corpus
 
 
 @pytest.fixture
@@ -99,7 +101,8 @@ def test_cost_says_where_streams_lose(config_json, capsys):
     arguments = ["cost", str(config_json.parent), "--num-streams", "8", "--batch-size", "1", "--hardware", "h100"]
     assert run(arguments) == 0
     printed = capsys.readouterr().out
-    assert "P = 8: slower from batch 15 on and larger from batch 18 on than the model of equal loss." in printed
+    assert "P = 8: slower from batch 15 on and larger from batch 18 on than the model of equal loss;" in printed
+    assert "at batch 1, slower from 4537 prompt tokens on" in printed
 
 
 def test_cost_takes_devices_from_a_file_and_counts_as_the_paper(config_json, tmp_path, capsys):
@@ -124,6 +127,19 @@ def test_cost_reads_a_checkpoint_of_streams_only(config_json, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["params"] == 1_571_472_384
 
 
+def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
+    text = np.frombuffer(b"def f(x):\n    return x + 1\n\n" * 100, dtype=np.uint8)
+    settings = {"sequence_length": 16, "batch_size": 2, "prefix_length": 2}
+    monkeypatch.setattr(sweep, "read_corpus", lambda source: Corpus(text, text[:200]))
+    runs = sweep.plan([(16, 1), (32, 1), (48, 1)], (1, 2), 64, **settings)
+    monkeypatch.setitem(sweep.PRESETS, "tiny", lambda source: runs)
+    assert run(["law", "sweep", str(tmp_path / "s"), "--preset", "tiny", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["points"] == 6
+    assert printed["k"] == pytest.approx(fit(*read_points(tmp_path / "s" / "runs.csv")).k)
+    assert printed["profile"].keys() == {"E", "A", "alpha", "k"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -146,6 +162,7 @@ def test_cost_reads_a_checkpoint_of_streams_only(config_json, tmp_path, capsys):
         ),
         (["law", "plot", "stack", "x.png", "--kind", "pie"], "--kind is 'pie'; give contours, measured or isoloss"),
         (["law", "plot", "stack", "x.png", "--nothing"], "No such option: --nothing"),
+        (["law", "sweep", "s", "--preset", "huge"], "--preset is 'huge'; give one of smoke, gpu"),
         (["law", "sing"], "No such command 'sing'"),
         (["cost", "none.json", "--num-streams", "1", "--batch-size", "1"], "There is no file none.json"),
         (["cost", "config.json", "--num-streams", "0", "--batch-size", "1"], "'--num-streams'"),

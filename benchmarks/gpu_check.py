@@ -1,0 +1,411 @@
+"""Every figure that needs a GPU, in under ten minutes: ceilings, exactness at full size, each kernel against its floor,
+decoding with a 1.8B-shaped model, and what a training step costs beside the plain backbone's.
+
+    python benchmarks/gpu_check.py --output benchmarks/results/gpu.json
+    python benchmarks/gpu_check.py --dry-run      # tiny sizes on any device, the figures mean nothing
+
+A floor is the larger of two times: the bytes that must move, each input read and each output written once, at the
+measured bandwidth of a copy; and the operations, two for each multiplication with its addition, at the measured rate of
+a large bfloat16 product. ``of_floor`` is the floor's time over the measured one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from parscale import wrap
+from parscale.kernels import aggregate, aggregator
+from parscale.kernels.prefix_attention import decode_attention
+
+MODEL = {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8320,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+TINY_MODEL = MODEL | {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+Call = Callable[[], Any]
+
+
+class Bench:
+    """Sizes, device and clock.
+
+    Args:
+        dry: tiny sizes on the CPU.
+    """
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+        self.device = "cpu" if dry else "cuda"
+        self.impl = "auto"
+        self.rows: list[dict[str, Any]] = []
+        self.ceilings: dict[str, float] = {}
+
+    def size(self, full: int, tiny: int) -> int:
+        return tiny if self.dry else full
+
+    def seconds(self, call: Call, repeats: int = 30) -> float:
+        """Median time of one call on the device, after warming up, with a cold cache."""
+        if self.dry:
+            call()
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        for _ in range(3):
+            call()
+        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=self.device)
+        times = []
+        for _ in range(repeats):
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times)
+
+    def graphed(self, call: Call) -> Call:
+        """The call as a CUDA graph, so that launching from Python is not what is measured."""
+        if self.dry:
+            return call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def add(self, what: str, **found: Any) -> None:
+        self.rows.append({"what": what} | found)
+        text = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in found.items())
+        print(f"{what:24} {text}", file=sys.stderr, flush=True)
+
+    def floor(self, moved_bytes: float, operations: float = 0.0) -> float:
+        """Seconds."""
+        return max(moved_bytes / self.ceilings["bytes_per_second"], operations / self.ceilings["operations_per_second"])
+
+
+def randn(bench: Bench, *size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*size, device=bench.device) * scale).to(dtype)
+
+
+def ceilings(bench: Bench) -> None:
+    """Bandwidth of a copy, bytes read and written, and the rate of a product of random bfloat16 matrices."""
+    source = torch.empty(bench.size(2 * 2**30, 2**16), dtype=torch.int8, device=bench.device).random_()
+    target = torch.empty_like(source)
+    bench.ceilings["bytes_per_second"] = 2 * source.numel() / bench.seconds(lambda: target.copy_(source))
+    M = bench.size(8192, 64)
+    a, b = randn(bench, M, M), randn(bench, M, M)
+    bench.ceilings["operations_per_second"] = 2 * M**3 / bench.seconds(lambda: a @ b)
+    bench.add("ceilings", **bench.ceilings)
+
+
+def aggregator_tensors(bench: Bench, P: int, N: int, H: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    scales = (((P, N, H), 1.0), ((H, H * P), (H * P) ** -0.5), ((H,), 1.0), ((P, H), H**-0.5), ((P,), 1.0))
+    return [randn(bench, *size, dtype=dtype, scale=scale) for size, scale in scales]
+
+
+def exactness(bench: Bench) -> None:
+    """Relative errors against float64 at full size: of the fused kernels, and of torch in the same precision."""
+    P, N, H = 8, bench.size(4096, 40), bench.size(1536, 32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, w1, b1, w2, b2 = aggregator_tensors(bench, P, N, H, dtype)
+        logits, gradient = randn(bench, N, P, dtype=dtype), randn(bench, N, H, dtype=dtype)
+        K, D = bench.size(4096, 20), bench.size(96, 8)
+        sizes = ((P, 16, 1, D), (P, 2, K, D), (P, 2, K, D), (P, 2, 48, D), (P, 2, 48, D))
+        states = [randn(bench, *size, dtype=dtype) for size in sizes]
+
+        def mix(x: torch.Tensor, logits: torch.Tensor, impl: Any) -> torch.Tensor:
+            return aggregate(x, logits, 0.1, impl=impl)
+
+        def whole(*tensors: Any) -> torch.Tensor:
+            *tensors, impl = tensors
+            return aggregator(*tensors, 0.1, impl=impl)[0]
+
+        def few(*tensors: Any) -> torch.Tensor:
+            x, *weights, impl = tensors
+            return aggregator(x[:, :8], *weights, 0.1, impl=impl)[0]
+
+        def attend(*tensors: Any) -> torch.Tensor:
+            *tensors, impl = tensors
+            return decode_attention(*tensors, None, impl=impl)
+
+        cases: dict[str, tuple[Any, list[torch.Tensor], Any]] = {
+            "aggregate": (mix, [x, logits], gradient),
+            "aggregator": (whole, [x, w1, b1, w2, b2], gradient),
+            "aggregator, 8 rows": (few, [x, w1, b1, w2, b2], gradient[:8]),
+            "decode attention": (attend, states, None),
+        }
+        for name, (function, tensors, grad) in cases.items():
+            results = []
+            for impl, to in ((bench.impl, dtype), ("reference", dtype), ("reference", torch.float64)):
+                own = [t.to(to).requires_grad_(grad is not None) for t in (u.detach() for u in tensors)]
+                out = function(*own, impl)
+                grads = () if grad is None else torch.autograd.grad(out, own, grad.to(to))
+                results.append([out.detach(), *grads])
+            for which, fused, reference, exact in zip(("forward", *"abcde"), *results, strict=False):
+                norm = exact.norm().item()
+                errors = [(t.double() - exact).norm().item() / norm for t in (fused, reference)]
+                which = which if which == "forward" else f"gradient {'abcde'.index(which)}"
+                ok = errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
+                kind = str(dtype)[6:]
+                bench.add(f"error {name}", of=which, dtype=kind, fused=errors[0], torch=errors[1], ok=ok)
+
+
+def kernels(bench: Bench) -> None:
+    """Each kernel against its floor, eager torch and torch.compile, in bfloat16."""
+    P, H = 8, bench.size(1536, 32)
+
+    def compare(what: str, floor: float, call: Callable[[Any], Any], **sizes: Any) -> None:
+        fused = bench.seconds(bench.graphed(lambda: call(bench.impl)))
+        eager = bench.seconds(bench.graphed(lambda: call("reference")))
+        found: dict[str, Any] = {"seconds": fused, "floor": floor, "of_floor": floor / fused, "eager_seconds": eager}
+        if not bench.dry:
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda: call("reference"), fullgraph=True)
+            compiled()
+            found["compiled_seconds"] = bench.seconds(bench.graphed(compiled))
+        bench.add(what, **sizes, **found)
+
+    with torch.no_grad():
+        for N in [bench.size(n, 8) for n in (4096, 16384)]:
+            tensors = aggregator_tensors(bench, P, N, H, torch.bfloat16)
+            x, logits = tensors[0], randn(bench, N, P)
+            moved = 2 * (P * N * H + N * H + N * P)
+            compare("aggregate", bench.floor(moved), lambda impl, x=x, y=logits: aggregate(x, y, 0.1, impl=impl), N=N)
+            moved = 2 * (P * N * H + N * H + P * H * H)
+            floor = bench.floor(moved, 2.0 * N * P * H * H)
+            compare("aggregator", floor, lambda impl, t=tensors: aggregator(*t, 0.1, impl=impl), N=N)
+            if not bench.dry:
+                from parscale.kernels.aggregator.fused import forward
+
+                for product in ("triton", "cublas"):
+                    call = bench.graphed(lambda t=tensors, p=product: forward(*t, 0.1, False, product=p))
+                    bench.add("aggregator product", N=N, by=product, seconds=bench.seconds(call), floor=floor)
+        for N in (1, 8):
+            tensors = aggregator_tensors(bench, P, N, H, torch.bfloat16)
+            floor = bench.floor(2 * (P * N * H + N * H + P * H * H))
+            compare("aggregator", floor, lambda impl, t=tensors: aggregator(*t, 0.1, impl=impl), N=N)
+        D, G, heads = bench.size(96, 8), 2, 16
+        for B, K in ((1, bench.size(4096, 20)), (8, bench.size(4096, 20))):
+            sizes = ((P * B, heads, 1, D), (P * B, G, K, D), (P * B, G, K, D), (P, G, 48, D), (P, G, 48, D))
+            states = [randn(bench, *size) for size in sizes]
+            mask = torch.ones(P * B, 1, 1, 48 + K, dtype=torch.bool, device=bench.device)
+            floor = bench.floor(2.0 * sum(t.numel() for t in states) + mask.numel())
+
+            def attend(impl: Any, states: Any = states, mask: Any = mask) -> Any:
+                if impl == bench.impl:
+                    return decode_attention(*states, mask, impl=impl)
+                query, key, value, prefix_k, prefix_v = states
+                rows = key.shape[0] // P
+                key, value = (
+                    torch.cat([prefix.repeat_interleave(rows, 0), s], 2)
+                    for prefix, s in ((prefix_k, key), (prefix_v, value))
+                )
+                return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+
+            compare("decode attention", floor, attend, B=B, K=K)
+
+
+def backward(bench: Bench) -> None:
+    """Forward and backward of ``aggregate`` and the whole aggregator, in bfloat16, with launches from Python."""
+    P, N, H = 8, bench.size(4096, 8), bench.size(1536, 32)
+    tensors = [t.requires_grad_() for t in aggregator_tensors(bench, P, N, H, torch.bfloat16)]
+    logits, gradient = randn(bench, N, P).requires_grad_(), randn(bench, N, H)
+
+    def mix(impl: Any) -> Any:
+        return torch.autograd.grad(aggregate(tensors[0], logits, 0.1, impl=impl), (tensors[0], logits), gradient)
+
+    def whole(impl: Any) -> Any:
+        return torch.autograd.grad(aggregator(*tensors, 0.1, impl=impl)[0], tensors, gradient)
+
+    moved = 2 * (P * N * H + N * H) + 2 * (2 * P * N * H + N * H)
+    floors = {"aggregate": bench.floor(moved), "aggregator": bench.floor(moved, 6.0 * N * P * H * H)}
+    for name, function in (("aggregate", mix), ("aggregator", whole)):
+        fused, eager = (bench.seconds(lambda f=function, i=i: f(i)) for i in (bench.impl, "reference"))
+        of_floor = floors[name] / fused
+        bench.add(f"{name}, both ways", N=N, seconds=fused, floor=floors[name], of_floor=of_floor, eager_seconds=eager)
+
+
+def model_of(bench: Bench, P: int) -> Any:
+    torch.manual_seed(0)
+    shape = TINY_MODEL if bench.dry else MODEL
+    config = transformers.Qwen2Config(**shape, attn_implementation="sdpa", dtype=torch.bfloat16)
+    with torch.device(bench.device):
+        model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
+    return wrap(model, P, init="random", seed=0) if P > 1 else model
+
+
+def captured_step(bench: Bench, model: Any, length: int) -> Call:
+    """One decoding step after ``length`` tokens with a static cache, compiled, as a CUDA graph."""
+    # every replay appends a token: room for those that warm up and those that are timed
+    cache = transformers.StaticCache(config=model.config, max_cache_len=length + 128)
+    ids = torch.randint(0, 64, (1, length), device=bench.device)
+    model(ids, past_key_values=cache, use_cache=True)
+    position = torch.tensor([[length]], device=bench.device)
+
+    def step() -> Any:
+        return model(ids[:, :1], position_ids=position, past_key_values=cache, use_cache=True).logits
+
+    return bench.graphed(step if bench.dry else torch.compile(step))
+
+
+def decoding(bench: Bench) -> None:
+    """The captured step and the whole of ``generate``, P = 1 and 8, batch 1, beside what the weights alone need."""
+    length, tokens = bench.size(512, 8), bench.size(64, 4)
+    first: dict[str, float] = {}
+    for P in (1, 8):
+        model = model_of(bench, P).eval()
+        weights = 2 * sum(p.numel() for p in model.parameters())
+        found: dict[str, Any] = {"P": P, "weights_floor": bench.floor(weights)}
+        with torch.no_grad():
+            found["step_seconds"] = bench.seconds(captured_step(bench, model, length))
+            ids = torch.randint(0, 64, (1, length), device=bench.device)
+            options = {} if bench.dry else {"cache_implementation": "static"}
+
+            def generate(new: int, model: Any = model, ids: Any = ids, options: Any = options) -> float:
+                start = time.perf_counter()
+                model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+                if not bench.dry:
+                    torch.cuda.synchronize()
+                return time.perf_counter() - start
+
+            generate(tokens)  # compiles
+            long, short = (statistics.median(generate(n) for _ in range(3)) for n in (tokens, 2))
+            found["generate_seconds_per_token"] = (long - short) / (tokens - 2)
+        found["step_of_weights_floor"] = found["step_seconds"] / found["weights_floor"]
+        for name in ("step_seconds", "generate_seconds_per_token"):
+            first.setdefault(name, found[name])
+            found[f"{name}_to_P1"] = found[name] / first[name]
+        bench.add("decoding", **found)
+        del model
+
+
+def training(bench: Bench) -> None:
+    """A training step beside the plain backbone's at batch P*B with B rows of loss, in bfloat16."""
+    P, S = 4, bench.size(1024, 8)
+    times = {}
+    for streams in (P, 1):
+        model = model_of(bench, streams).train()
+        ids = torch.randint(0, 64, (1, S), device=bench.device)
+
+        def step(model: Any = model, ids: Any = ids, streams: int = streams) -> None:
+            model.zero_grad()
+            if streams > 1:
+                logits = model(ids).logits
+            else:
+                logits = model.lm_head(model.model(ids.repeat(P, 1))[0][:1])
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+
+        times[streams] = bench.seconds(step, repeats=9)
+        del model
+    bench.add("training", P=P, S=S, seconds=times[P], plain_seconds=times[1], ratio=times[P] / times[1])
+
+
+PARTS = {f.__name__: f for f in (ceilings, exactness, kernels, backward, decoding, training)}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The share of its floor that each kernel reaches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [row for row in rows if "of_floor" in row]
+    names = [row["what"] + "".join(f", {k} {row[k]}" for k in ("N", "B", "K") if k in row) for row in chosen]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(names) + 1))
+    axes.barh(names, [100 * row["of_floor"] for row in chosen], label="fused")
+    for key, mark in (("eager_seconds", "|"), ("compiled_seconds", "x")):
+        found = [(name, 100 * row["floor"] / row[key]) for name, row in zip(names, chosen, strict=True) if key in row]
+        if found:
+            axes.plot([x for _, x in found], [name for name, _ in found], mark, color="black", label=key[:-8])
+    axes.set(xlabel="per cent of the floor's speed", xlim=(0, 105))
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def run(bench: Bench, only: list[str]) -> Iterator[str]:
+    """Every part, and the names of those that failed; a part that fails does not take the others with it."""
+    for name, part in PARTS.items():
+        if name in only or name == "ceilings":
+            try:
+                part(bench)
+            except Exception as error:
+                if bench.dry:
+                    raise
+                bench.add("failed", part=name, error=f"{type(error).__name__}: {error}"[:500])
+                yield name
+            if not bench.dry:
+                torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that everything runs")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to run")
+    parser.add_argument("--output", type=Path, help="JSON file for the results; a plot goes beside it")
+    args = parser.parse_args()
+    if not args.dry_run and not torch.cuda.is_available():
+        sys.exit("gpu_check needs a CUDA or ROCm device, and torch sees none; --dry-run needs none.")
+    bench = Bench(args.dry_run)
+    start = time.perf_counter()
+    failed = list(run(bench, args.only))
+    wrong = [row for row in bench.rows if row.get("ok") is False]
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    result = {
+        "device": "dry run" if args.dry_run else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": version,
+        "transformers": transformers.__version__,
+        "seconds": time.perf_counter() - start,
+        "ceilings": bench.ceilings,
+        "rows": bench.rows,
+    }
+    text = json.dumps(result, indent=1)
+    if args.output is None:
+        print(text)
+    else:
+        args.output.write_text(text + "\n")
+        plot(bench.rows, args.output.with_suffix(".png"))
+    if failed or (wrong and not args.dry_run):
+        sys.exit(f"Failed: {', '.join(failed) or 'none'}; {len(wrong)} errors above twice torch's own.")
+
+
+if __name__ == "__main__":
+    main()
