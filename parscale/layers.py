@@ -164,10 +164,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         experts = _experts_without_data_dependence(state.model)
     try:
         state.decoder.eval()
-        own_draws, uncompiled = (
-            torch.random.fork_rng(cuda_devices(state.model)),
-            torch.compiler.set_stance("force_eager"),
-        )
+        own_draws = torch.random.fork_rng(cuda_devices(state.model))
+        uncompiled = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), own_draws, experts, uncompiled, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield

@@ -23,7 +23,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -165,7 +165,7 @@ def _load_backbone(
     if getattr(plain, "quantization_config", None) is None:
         check_size(checkpoint, cls, plain, tensors)
     tolerant = kwargs.get("ignore_mismatched_sizes", False)
-    with _streams_expected(cls), nullcontext([]) if tolerant else _report_kept() as reports:
+    with _streams_expected(cls), _report_kept(shown=tolerant) as reports:
         try:
             with configuration_of(checkpoint, _FAULTS):
                 model, info = cls.from_pretrained(
@@ -269,15 +269,15 @@ def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
 
 
 @contextmanager
-def _report_kept() -> Iterator[list[str]]:
+def _report_kept(*, shown: bool) -> Iterator[list[str]]:
     """In this block transformers' table of tensors that do not fit goes into a list: an error will say it in a line."""
     reports: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in record.getMessage()
-        if is_report:
-            reports.append(record.getMessage())
-        return not is_report
+        if shown or "LOAD REPORT" not in record.getMessage():
+            return True
+        reports.append(record.getMessage())
+        return False
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(keep)

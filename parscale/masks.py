@@ -34,12 +34,20 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
 
     shape = None if own_rows == 1 else num_rows, None if heads == 1 else heads, S, prefix_length + K
     if device.type != "cpu":
-        return create_block_mask(with_prefix, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE, _compile=True)
+        # compiled, as transformers' own: otherwise all (S, T + K) are there at once
+        return torch.compile(create_block_mask)(with_prefix, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
-    # For some lengths torch 2.13 turns computed indices, like these, into C++ that does not compile.
-    dense = create_mask(with_prefix, *shape, device=device)  # (R or 1, heads or 1, S, T + K)
+    # Compiled for a CPU by torch 2.13, a function with more than a few sizes in it becomes C++ that is none, once they
+    # are dynamic: this one has only its table's.
+    dense = create_mask(with_prefix, *shape, device=device).expand(num_rows, -1, -1, -1)  # (R, heads or 1, S, T + K)
+    if heads == 1:
+        dense = dense[:, 0]  # (R, S, T + K)
 
     def look_up(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return dense[0 if own_rows == 1 else b, 0 if heads == 1 else h, q, kv]
+        return dense[b, q, kv]
 
-    return create_block_mask(look_up, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
+    def look_up_by_head(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return dense[b, h, q, kv]
+
+    function = look_up if heads == 1 else look_up_by_head
+    return create_block_mask(function, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)

@@ -138,6 +138,13 @@ def test_copies_and_pickles(folder, wrapped):
     assert model.num_streams == 4
 
 
+def test_the_type_of_the_backbone_is_enough(folder, wrapped, zoo):
+    """As in a folder that the backbone's own save_pretrained wrote."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama"}))
+    zoo.close(logits_of(load(folder)), logits_of(wrapped), 1e-5)
+
+
 # -- AutoConfig and AutoModelForCausalLM
 
 

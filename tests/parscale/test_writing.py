@@ -1,0 +1,164 @@
+"""How folders are written: an older save is replaced as a whole, and what fails changes nothing."""
+
+import copy
+import errno
+import resource
+
+import pytest
+import torch
+
+from parscale import load, unwrap, wrap
+
+IDS = torch.arange(18).remainder(17).view(2, 9) + 3
+
+
+@torch.no_grad()
+def logits_of(model):
+    """Exactly: weights that are read from a file in place lie where matrix products may round in another order."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def tiny(zoo):
+    """Makes a small Llama, the same at every call."""
+    return zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain
+
+
+@pytest.fixture
+def wrapped(zoo):
+    """A small Llama with four streams and two further sets, the last of one stream."""
+    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").wrapped(4)
+    model.add_streams("code", 2, prefix_length=3, init="random", smoothing=0.2)
+    zoo.fill_streams(model, seed=5, name="code")
+    model.add_streams("one", 1)
+    return model
+
+
+def test_an_older_save_is_replaced_and_other_files_stay(wrapped, tiny, tmp_path):
+    wrapped.save_pretrained(tmp_path, max_shard_size="30KB")
+    (tmp_path / "optimizer.pt").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "streams.safetensors").write_text("mine")
+    model = wrap(tiny(), 2, prefix_length=3, init="random")
+    model.save_pretrained(tmp_path)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_parscale.py",
+        "notes/streams.safetensors",
+        "optimizer.pt",
+    ]
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    wrapped.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(wrapped))
+
+
+def test_folders_above_are_made(wrapped, tmp_path):
+    wrapped.save_streams(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c" / "streams.safetensors").exists()
+
+
+def test_a_relative_path(wrapped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrapped.save_pretrained("saved")
+    assert torch.equal(logits_of(load("saved")), logits_of(wrapped))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(params=["save_pretrained", "save_streams"])
+def save(request):
+    return request.param
+
+
+@pytest.fixture(params=["a new folder", "an existing folder"])
+def output(request, save, tiny, tmp_path):
+    if request.param == "an existing folder":
+        getattr(wrap(tiny(), 2, init="random"), save)(tmp_path / "output")
+    return tmp_path / "output"
+
+
+def test_a_full_disk_changes_nothing(wrapped, save, output, tmp_path):
+    """The operating system refuses files of more than a few KB."""
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"Nothing was saved: File too large; free some space.*output"):
+            getattr(wrapped, save)(output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_at_the_end_changes_nothing(wrapped, save, output, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    before = contents(tmp_path)
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left on device; free some space"):
+        getattr(wrapped, save)(output)
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.EIO, "broken"), KeyboardInterrupt()], ids=["error", "interrupted"])
+def test_an_unfinished_move_is_undone(wrapped, save, output, stop, tmp_path, monkeypatch):
+    """Each of the moves fails once."""
+    from parscale import writing
+
+    for number in range(1, 20):
+        before, moves = contents(tmp_path), 0
+
+        def move(source, destination, replace=writing.os.replace, last=number):
+            nonlocal moves
+            moves += 1
+            if moves == last:
+                raise stop
+            replace(source, destination)
+
+        output.mkdir(exist_ok=True)
+        monkeypatch.setattr(writing.os, "replace", move)
+        try:
+            getattr(wrapped, save)(output)
+        except (OSError, KeyboardInterrupt):
+            monkeypatch.undo()
+            assert contents(tmp_path) == before
+        else:
+            monkeypatch.undo()
+            break
+    assert number > 2
+    assert torch.equal(load_again(output, wrapped), logits_of(wrapped))
+
+
+def load_again(folder, model):
+    if (folder / "config.json").exists():
+        return logits_of(load(folder))
+    backbone = unwrap(copy.deepcopy(model))
+    return logits_of(load(folder, backbone=backbone))
+
+
+def test_a_folder_that_cannot_be_written(wrapped, save, output, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    before = contents(tmp_path)
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied; give a folder that can be written.*output"):
+        getattr(wrapped, save)(output)
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
+
+
+def test_a_file_in_place_of_the_folder(wrapped, save, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file: give a folder"):
+        getattr(wrapped, save)(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
