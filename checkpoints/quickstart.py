@@ -67,7 +67,7 @@ class Settings:
     num_streams: int = 4
     prefix_length: int = 48
     tokens: int = 250_000
-    seconds: float = 110.0
+    seconds: float = 120.0
     sequence_length: int = 256
     window: int = 512
     streams_learning_rate: float = 3e-2
@@ -223,8 +223,9 @@ def _rows(
             seconds=settings.seconds,
             seed=seed,
         )
-        with _progress(TITLES[name], console) as on_step:
+        with _progress(f"training: {TITLES[name]}", console) as on_step:
             training = post_train(model, blocks, recipe, bf16=bf16, on_step=on_step)
+        console.print(f"{TITLES[name]}: {training.tokens:,} tokens in {training.seconds:.0f} seconds", highlight=False)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         rows[name] = Row(measure(model), write(model, tokenizer, settings.new_tokens), trained, training)
         seen = training.tokens
@@ -250,7 +251,7 @@ def _figures(name: str, row: Row) -> dict[str, Any]:
 
 @contextmanager
 def _progress(title: str, console: Console) -> Iterator[Any]:
-    """A bar while something runs; yields what takes the share that is done."""
-    with Progress(console=console, transient=True) as progress:
+    """A bar on a terminal while something runs; yields what takes the share that is done."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=1.0)
         yield lambda share: progress.update(task, completed=share)

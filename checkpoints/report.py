@@ -67,15 +67,24 @@ def sentences(report: Report) -> list[str]:
 
 
 def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Save a figure: smoothed training losses over tokens, and the paired differences with their intervals."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Save a figure: training losses, the same less those of the last row, and the paired differences with intervals.
+
+    All rows see the same batches in the same order, so between rows the difference from step to step is a fair one.
+    """
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 4))
+    last = list(training_losses)[-1]
     for name, losses in training_losses.items():
-        width = max(1, len(losses) // 20)
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        tokens = np.linspace(0, report["models"][name]["trained_tokens"], len(losses) + 1)[width:]
-        left.plot(tokens, smooth, label=report["models"][name]["title"])
-    left.set(title="Training loss, running mean", xlabel="tokens", ylabel="nats per token")
+        steps = min(len(losses), len(training_losses[last]))
+        width = max(1, steps // 8)
+        tokens = report["models"][name]["trained_tokens"] / len(losses) * np.arange(width, steps + 1) / 1000
+        kernel = np.ones(width) / width
+        title = report["models"][name]["title"]
+        left.plot(tokens, np.convolve(losses[:steps], kernel, mode="valid"), label=title)
+        differences = np.subtract(losses[:steps], training_losses[last][:steps])
+        middle.plot(tokens, np.convolve(differences, kernel, mode="valid"), label=title)
+    left.set(title="Training loss, running mean", xlabel="thousand tokens", ylabel="nats per token")
+    middle.set(title=f"The same, less {report['models'][last]['title']}", xlabel="thousand tokens")
     left.legend()
 
     labels = []

@@ -43,7 +43,7 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
             own ``save_pretrained`` takes, but for ``distributed_checkpoint``.
 
     Raises:
-        ValueError: ``distributed_checkpoint=True``, or weights on the meta device.
+        ValueError: ``distributed_checkpoint=True``, or streams on the meta device.
         OSError: the folder is a file, cannot be written, or the disk is full.
     """
     state: ParScaleState = model.parscale
@@ -55,6 +55,9 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
         )
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
+    elif state.active is not None:
+        for name, tensor in state.tensors(state.active).items():
+            _check_values(name, tensor)
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     if not kwargs.get("is_main_process", True):  # takes part in gathering; the main process writes
@@ -232,11 +235,15 @@ def _tensors(
         values = dict(state.tensors(streams))
     tensors = {}
     for name, value in values.items():
-        if value.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values to save: load or initialise it first.")
+        _check_values(name, value)
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded by FSDP
         tensors[name] = whole.detach().cpu().contiguous()
     return tensors
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values to save: load or initialise it first.")
 
 
 _PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "private", "commit_message", "create_pr", "revision")

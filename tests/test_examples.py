@@ -14,12 +14,14 @@ ARGUMENTS = {
     "switch_streams": [],
     "load_released": ["--max-new-tokens", "5"],
     "lora": ["--steps", "2"],
+    "scaling_law": [],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
     "train_with_trainer": "backbone: 0)",
     "switch_streams": "the backbone's logits to the last bit: True",
     "load_released": "Qwen2ForCausalLM: P = 4, T = 48",
+    "scaling_law": "Each stream: k = 0.39",
     "lora": "loaded again, the same logits: True",
 }
 

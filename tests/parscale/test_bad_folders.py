@@ -30,7 +30,7 @@ def backbone(**changes):
     return LlamaForCausalLM(LlamaConfig(**SIZES | changes))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """A full checkpoint, the same in shards, its streams alone, and the plain backbone."""
     root = tmp_path_factory.mktemp("originals")

@@ -309,8 +309,9 @@ def test_streams_on_the_meta_device(tiny, tmp_path):
     with torch.device("meta"):
         model = tiny()
     wrap(model, 2, init="random")
-    with pytest.raises(ValueError, match="meta device"):
-        model.save_streams(tmp_path / "streams")
+    for save in (model.save_streams, model.save_pretrained):
+        with pytest.raises(ValueError, match="meta device"):
+            save(tmp_path / "streams")
     assert not list(tmp_path.iterdir())
 
 
