@@ -214,7 +214,7 @@ def _dense_attention(
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
         output, weights = backbone(module, queries, keys, values, None, **kwargs)
         return output[:, T:], weights
-    mask = state.extended_mask(attention_mask, T, query.shape[0])
+    mask: Any = state.extended_mask(attention_mask, T, query.shape[0])
     if name == "sdpa" and S == 1 and not special:
         output = decode_attention(query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"))
         return output.transpose(1, 2), None  # (R, 1, heads, D)

@@ -48,7 +48,7 @@ class Run:
     """Sequences in a step."""
     prefix_length: int = 8
     learning_rate: float = 4e-3
-    """At its peak, for a width of 64; it falls as the inverse width."""
+    """At its peak, up to a width of 64; beyond, it falls as the inverse width."""
     source: str = "stdlib"
     """Where the text is from; see `read_corpus`."""
 
@@ -243,7 +243,7 @@ def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Rep
     model = model.to(device).train()
     embedding = model.get_input_embeddings().weight.numel()
     params = sum(parameter.numel() for parameter in model.parameters()) - embedding
-    rate = run.learning_rate * 64 / run.hidden
+    rate = run.learning_rate * min(1.0, 64 / run.hidden)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

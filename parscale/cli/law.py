@@ -77,7 +77,7 @@ def fit(
             for row in compare_forms(*points)
         ]
     if plot is not None:
-        from parscale.scaling_laws import plots
+        import parscale.scaling_laws.plots as plots
 
         plots.save(plots.measured_and_predicted(read_law(file, bootstrap=0), points), plot)
     if json:
@@ -127,7 +127,7 @@ def plot(
     seed: Seed = 0,
 ) -> None:
     """Draw the law: loss over size and P, runs against predictions, or curves of equal loss."""
-    from parscale.scaling_laws import plots
+    import parscale.scaling_laws.plots as plots
 
     if kind not in ("contours", "measured", "isoloss"):
         raise ValueError(f"--kind is {kind!r}; give contours, measured or isoloss")

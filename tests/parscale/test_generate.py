@@ -1,7 +1,11 @@
 """``generate`` in all its ways, against loops by hand that run the whole text anew for every token, with no cache."""
 
+import itertools
+
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -54,7 +58,7 @@ def greedy(model, ids, steps=STEPS, change=lambda ids, logits: logits):
 def test_greedy(name, zoo):
     model, ids = make(zoo, name), zoo.token_ids()
     expected = greedy(model, ids)
-    assert all(len(row.unique()) > 3 for row in expected[:, zoo.S :])
+    assert len(expected[:, zoo.S :].unique()) > 5
     assert torch.equal(generate(model, ids), expected)
     assert torch.equal(generate(model, ids, use_cache=False), expected)
     with model.use_streams(None):  # and the streams have a say
@@ -129,6 +133,8 @@ def test_beams_that_sample_are_the_same_without_a_cache(llama, zoo):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 def test_assisted_decoding_as_target(name, draft, zoo):
     """The text is the target's own; the draft has another P, or no streams, or is a search in the prompt."""
+    if zoo.FAMILIES[name].window and draft != "prompt" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("an older transformers cannot take drafted tokens back from a sliding cache")
     model, ids = make(zoo, name), zoo.token_ids(rows=1)
     expected = greedy(model, ids, steps=12)
     if draft == "prompt":
@@ -341,11 +347,12 @@ def test_switching_sets_between_texts(name, cache, zoo):
     for other, P in (("other", zoo.P), ("two", 2)):  # of the same shape, and of another
         model.add_streams(other, P, prefix_length=3, init="random")
         zoo.fill_streams(model, seed=P + 5, name=other)
-    expected = {}
+    expected, logits = {}, []
     for chosen in ("default", "other", "two", None):
         with model.use_streams(chosen):
             expected[chosen] = greedy(model, ids)
-    assert len({tuple(text.flatten().tolist()) for text in expected.values()}) == 4
+            logits.append(next_logits(model, ids))
+    assert all((a - b).abs().max() > 0.1 for a, b in itertools.combinations(logits, 2))
     for chosen in ("default", "two", "other", None, "default", "other", None):
         model.set_streams(chosen)
         for arguments in ({}, {"max_new_tokens": 3}, {"num_beams": 2}):
