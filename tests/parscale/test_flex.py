@@ -185,6 +185,7 @@ def test_compiled(zoo):
     torch._dynamo.reset()
     case, model = make(zoo, "llama")
     reference = case.reference(model)
+    reference.plain.set_attn_implementation("eager")  # torch aborts where a mask of scores is compiled on one thread
     for length in (9, 7):
         ids, padding, positions = padded(zoo, length)
         logits = logits_of(model, ids, attention_mask=padding, position_ids=positions, use_cache=False)
