@@ -1,0 +1,108 @@
+"""``torch.compile(fullgraph=True)`` with a static cache: one graph, the same numbers, and no more graphs than needed."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StaticCache
+
+import parscale
+
+STEPS = 6
+TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
+# dense, grouped queries, sliding windows, soft caps, learned positions, latent attention, fused projections
+NAMES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "deepseek_v3"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def make(zoo, name, **changes):
+    family = zoo.FAMILIES[name]
+    return zoo.Case(family, family.attention[-1]).wrapped(**changes)
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def along(run, model, ids, prompt=4, length=16):
+    """Logits of a prompt and of one token after another, by ``run``, into a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    pieces = ids.split([prompt] + [1] * (ids.shape[1] - prompt), dim=1)
+    return torch.cat([run(input_ids=piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decoding(name, zoo):
+    """Each is one graph; further tokens make no other."""
+    model, ids = make(zoo, name), zoo.token_ids()
+    expected = along(model, model, ids)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    zoo.close(along(compiled, model, ids[:, :7]), expected[:, :7], TOLERANCE)
+    made = graphs()
+    assert 0 < made <= 3  # prompt, first token, and a length that became dynamic
+    zoo.close(along(compiled, model, ids), expected, TOLERANCE)
+    assert graphs() == made
+
+
+def test_switching_sets_between_compiled_calls(zoo):
+    """A set is a part of what was compiled: another one compiles anew, and the first is found again."""
+    model, ids = make(zoo, "llama"), zoo.token_ids()
+    model.add_streams("other", 2, prefix_length=3, init="random")
+    zoo.fill_streams(model, seed=9, name="other")
+    compiled, expected = torch.compile(model, fullgraph=True, backend="aot_eager"), {}
+    for name in ("default", "other", None):
+        model.set_streams(name)
+        expected[name] = along(model, model, ids)
+        zoo.close(along(compiled, model, ids), expected[name], TOLERANCE)
+    assert not torch.allclose(expected["default"], expected["other"], atol=1e-2)
+    made = graphs()
+    for name in ("other", "default", None):
+        model.set_streams(name)
+        zoo.close(along(compiled, model, ids), expected[name], TOLERANCE)
+    assert graphs() == made
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_generate_compiles_its_decoding(name, zoo):
+    """As it does by itself on a GPU with a static cache, left padding included. Its beam search never compiles."""
+    model, ids = make(zoo, name), zoo.token_ids()
+    padding = torch.tensor([[1] * zoo.S, [0] * 3 + [1] * (zoo.S - 3)])
+    arguments = {"attention_mask": padding, "max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
+    arguments |= {"eos_token_id": None, "cache_implementation": "static"}
+    expected = model.generate(ids * padding, **arguments)
+    assert graphs() == 0
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    assert torch.equal(model.generate(ids * padding, **arguments, compile_config=config), expected)
+    assert 0 < graphs() <= 2
+
+
+@pytest.mark.slow
+def test_by_inductor(zoo):
+    """Torch's own backend, with code made for this machine."""
+    model, ids = make(zoo, "llama"), zoo.token_ids()
+    expected = along(model, model, ids)
+    zoo.close(along(torch.compile(model, fullgraph=True), model, ids), expected, TOLERANCE)
+
+
+def test_what_was_compiled_before_wrapping(zoo):
+    """Hooks and attention that came later are seen."""
+    family = zoo.FAMILIES["llama"]
+    plain, ids = zoo.Case(family, "sdpa").plain(), zoo.token_ids()
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(input_ids=ids).logits
+        model = parscale.wrap(plain, zoo.P, prefix_length=zoo.T)
+        zoo.fill_streams(model)
+        after = compiled(input_ids=ids).logits
+        zoo.close(after, model(input_ids=ids).logits, TOLERANCE)
+        assert not torch.allclose(before, after, atol=1e-2)
+        parscale.unwrap(model)
+        assert torch.equal(compiled(input_ids=ids).logits, before)
