@@ -100,7 +100,10 @@ class Checkpoint:
             return self.folder / name if (self.folder / name).is_file() else None
         try:
             return Path(hf_hub_download(self.name, name, **{k: v for k, v in self.hub.items() if k != "proxies"}))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        except LocalEntryNotFoundError:  # no answer: asking for the next file would wait as long again
+            self.hub["local_files_only"] = True
+            return None
+        except EntryNotFoundError:
             return None
         except (HfHubHTTPError, HFValidationError) as error:
             raise FileNotFoundError(

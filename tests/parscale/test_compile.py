@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)`` with a static cache: one graph, the same numbers, and no more graphs than needed."""
+"""``torch.compile(fullgraph=True)`` with a static cache: one graph, the same numbers, and no graph too many."""
 
 import pytest
 import torch

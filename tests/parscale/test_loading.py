@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, unwrap, wrap
@@ -303,6 +304,20 @@ def test_further_sets_on_the_hub(wrapped, folder, request, zoo):
 def test_a_name_that_the_hub_does_not_have(hub, name):
     with pytest.raises(FileNotFoundError, match=f"no folder {name}, and the Hugging Face Hub"):
         load(name)
+
+
+def test_without_a_connection_the_hub_is_asked_once(monkeypatch):
+    """Each question waits for several tries of huggingface_hub."""
+    asked = []
+
+    def unanswered(repo, name, local_files_only=False):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("parscale.folders.hf_hub_download", unanswered)
+    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+        load("org/model")
+    assert asked == [False] + [True] * (len(asked) - 1)
 
 
 # -- streams only
