@@ -21,7 +21,18 @@ def triton_is_installed() -> bool:
 TRITON = triton_is_installed()
 
 
-def runs_fused(impl: str, x: torch.Tensor, obstacle: str | None = None) -> bool:
+def check_impl(impl: Impl, name: str = "impl") -> Impl:
+    """Gives back a known way to run an operation; ``name`` is the argument that gave it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if impl not in get_args(Impl):
+        raise ValueError(f"{name} must be 'auto', 'fused' or 'reference', got {impl!r}.")
+    return impl
+
+
+def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool:
     """Whether the Triton kernels take these tensors.
 
     Args:
@@ -33,9 +44,7 @@ def runs_fused(impl: str, x: torch.Tensor, obstacle: str | None = None) -> bool:
     Raises:
         ValueError: an unknown ``impl``, or ``"fused"`` where it cannot run; the message says why.
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be 'auto', 'fused' or 'reference', got {impl!r}.")
-    if impl == "reference":
+    if check_impl(impl) == "reference":
         return False
     if impl == "auto":
         return TRITON and x.is_cuda and obstacle is None

@@ -9,6 +9,7 @@ from torch import nn
 
 from parscale.kernels import aggregate, aggregator
 from parscale.kernels.aggregate import stream_weights
+from parscale.kernels.dispatch import Impl
 
 
 class Projection(nn.Module):
@@ -69,16 +70,22 @@ class Aggregator(nn.Sequential):
         """The aggregation weights ``(B, S, P)``, in at least float32, that :meth:`forward` uses."""
         return stream_weights(self.logits(hidden), self.smoothing)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mixes ``(P*B, S, H)``, stream-major, into ``(B, S, H)``; on a GPU by fused kernels."""
+    def forward(self, hidden: torch.Tensor, impl: Impl = "auto") -> torch.Tensor:
+        """Mixes ``(P*B, S, H)``, stream-major, into ``(B, S, H)``; on a GPU by fused kernels.
+
+        Args:
+            hidden: the streams' final hidden states.
+            impl: ``"reference"`` for plain torch, ``"fused"`` for the kernels or an error.
+        """
         first, last = self[0], self[2]
-        if hidden.is_cuda and _is_untouched(first) and _is_untouched(last):
-            return aggregator(hidden, first.weight, first.bias, last.weight, last.bias, self.smoothing)
+        if (hidden.is_cuda or impl == "fused") and _is_untouched(first) and _is_untouched(last):
+            return aggregator(hidden, first.weight, first.bias, last.weight, last.bias, self.smoothing, impl=impl)
         logits = self.logits(hidden)  # (B, S, P)
         mixed = aggregate(
             hidden.reshape(self.num_streams, -1, hidden.shape[-1]),  # (P, B*S, H)
             logits.flatten(0, 1),  # (B*S, P)
             self.smoothing,
+            impl=impl,
         )
         return mixed.unflatten(0, logits.shape[:2])  # (B, S, H)
 

@@ -29,7 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
-from parscale.kernels.prefix_attention import causal_attention, decode_attention
+from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -204,7 +204,7 @@ def _dense_attention(
         if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
-        if name == "sdpa" and query.is_cpu and key.shape[-1] == value.shape[-1] and not special:
+        if name == "sdpa" and not special and is_mergeable(query, key, value, state.kernels):
             output = causal_attention(query, key, value, prefix_k, prefix_v, scaling=kwargs.get("scaling"))
             return output.transpose(1, 2), None  # (R, S, heads, D)
         # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.
@@ -216,7 +216,9 @@ def _dense_attention(
         return output[:, T:], weights
     mask: Any = state.extended_mask(attention_mask, T, query.shape[0])
     if name == "sdpa" and S == 1 and not special:
-        output = decode_attention(query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"))
+        output = decode_attention(
+            query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"), impl=state.kernels
+        )
         return output.transpose(1, 2), None  # (R, 1, heads, D)
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 

@@ -46,6 +46,7 @@ from parscale.checks import (
 from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SMOOTHING, ParScaleConfig
 from parscale.folders import CONFIG, FULL, HUB_ARGUMENTS, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
+from parscale.kernels.dispatch import Impl, check_impl
 from parscale.saving import FORMAT_VERSION
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.wrapping import add, attach, detach
@@ -71,6 +72,7 @@ def load(
     device_map: Any = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    kernels: Impl = "auto",
 ) -> Any:
     """Reads a checkpoint with streams: a full one, also a released ``ParScale/*`` one, or streams only.
 
@@ -85,6 +87,7 @@ def load(
         device_map: as in ``from_pretrained``.
         attn_implementation: as in ``from_pretrained``.
         revision: of the repository: a branch, a tag or a commit.
+        kernels: as in :func:`parscale.wrap`.
 
     Returns:
         The wrapped model, of the backbone's own class, in eval mode.
@@ -93,14 +96,18 @@ def load(
         ValueError: it is not a ParScale checkpoint, is damaged, or does not fit the backbone.
         OSError: a folder or a file is not there (``FileNotFoundError``) or cannot be read.
     """
+    check_impl(kernels, "kernels")
     checkpoint = Checkpoint(path_or_repo, revision=revision)
     options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     options = {key: value for key, value in options.items() if value is not None}
     if checkpoint.kind() == FULL:
         if backbone is not None:
             raise ValueError(f"{checkpoint} has a backbone of its own: leave out backbone=, which is for streams only.")
-        return _load_full(checkpoint, _full_config(checkpoint), **options)
-    return _load_streams(checkpoint, backbone, options)
+        model = _load_full(checkpoint, _full_config(checkpoint), **options)
+    else:
+        model = _load_streams(checkpoint, backbone, options)
+    model.parscale.kernels = kernels
+    return model
 
 
 def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from parscale.aggregator import Aggregator
 from parscale.config import ParScaleConfig
+from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 
 DEFAULT = "default"
@@ -94,12 +95,14 @@ class ParScaleState:
         model: the wrapped model.
         decoder: the backbone, whose rows are copied and mixed.
         decoder_name: its name in the model.
+        kernels: how the operations of :mod:`parscale.kernels` run, their ``impl``.
     """
 
-    def __init__(self, model: Any, decoder: Any, decoder_name: str) -> None:
+    def __init__(self, model: Any, decoder: Any, decoder_name: str, kernels: Impl = "auto") -> None:
         self.model = model
         self.decoder = decoder
         self.decoder_name = decoder_name
+        self.kernels = kernels
         self.layers: list[AttentionLayer] = []
         self.sets: dict[str, StreamSet] = {}
         self.active: StreamSet | None = None
@@ -207,7 +210,7 @@ class ParScaleState:
         if not self.aggregating:
             return output
         last = output[0]
-        mixed = self.aggregator(streams)(last)
+        mixed = self.aggregator(streams)(last, impl=self.kernels)
 
         def with_mixed(states: Any) -> Any:
             """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""

@@ -15,6 +15,7 @@ from parscale.aggregator import Aggregator
 from parscale.auto import register_backbone
 from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SET_PATTERN, SMOOTHING, ParScaleConfig
 from parscale.inits import check_calibration, initialize
+from parscale.kernels.dispatch import Impl, check_impl
 from parscale.layers import attach_attention, check_model, detach_attention, held_configs, own_config
 from parscale.peft import keep_streams_trainable
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
@@ -43,6 +44,7 @@ def wrap(
     init: str = "context",
     seed: int | None = None,
     calibration: torch.Tensor | None = None,
+    kernels: Impl = "auto",
 ) -> Any:
     """Gives a Hugging Face causal language model P parallel streams, in place.
 
@@ -58,6 +60,8 @@ def wrap(
         init: ``"context"`` or ``"random"``; see :mod:`parscale.inits`.
         seed: seed of the draws; ``None`` draws from torch's state.
         calibration: token ids ``(P, T)`` that ``"context"`` reads; without it the backbone samples them.
+        kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
+            ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
     Returns:
         The same object.
@@ -72,7 +76,7 @@ def wrap(
     configs = held_configs(model)
     state = None
     try:
-        state = attach(model)
+        state = attach(model, kernels)
         add(state, DEFAULT, config, calibration=calibration)
         members.set_streams(model, DEFAULT)
     except BaseException:
@@ -109,11 +113,15 @@ def state_of(model: Any) -> ParScaleState:
     return state
 
 
-def attach(model: Any) -> ParScaleState:
+def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     """Everything of wrapping but the tensors: hooks, members, a configuration of its own.
 
+    Args:
+        model: as :func:`wrap`.
+        kernels: as :func:`wrap`.
+
     Raises:
-        ValueError: the model is wrapped already.
+        ValueError: the model is wrapped already, or an unknown ``kernels``.
         UnsupportedModelError: as :func:`wrap`.
     """
     if isinstance(getattr(model, "parscale", None), ParScaleState):
@@ -121,10 +129,11 @@ def attach(model: Any) -> ParScaleState:
             f"This {type(model).__name__} is wrapped already: add_streams(name, ...) adds a further set of streams, "
             "parscale.unwrap(model) takes them off."
         )
+    check_impl(kernels, "kernels")
     decoder = check_model(model)
     name = next(name for name, module in model.named_modules() if module is decoder)
     own_config(model)
-    state = ParScaleState(model, decoder, name)
+    state = ParScaleState(model, decoder, name, kernels)
     try:
         attach_attention(state)
     except BaseException:

@@ -1,7 +1,8 @@
 """Causal attention over ``[prefix of stream p | new tokens]``, for prefill and training without padding.
 
-The two parts run apart and are merged by their log-sum-exp: nothing is joined, and nothing is kept for the backward
-pass beside what plain causal attention keeps.
+The two parts run apart, each by torch's own flash attention, and are merged by their log-sum-exp. The prefix is not
+copied for the rows of a stream, the causal part stays causal, and nothing is kept for the backward pass beside what
+plain causal attention keeps.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from parscale.kernels.dispatch import Impl
+
+HALVES = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
 
 
 def causal_attention_reference(
@@ -28,12 +31,36 @@ def causal_attention_reference(
     scaling: float | None = None,
 ) -> torch.Tensor:
     """As :func:`causal_attention`, by one softmax over the joined keys; what the merged form is held against."""
-    T, S = prefix_k.shape[2], query.shape[2]
-    keys, values = (torch.cat([_by_row(p, key.shape[0]), x], dim=2) for p, x in ((prefix_k, key), (prefix_v, value)))
+    T, S, B = prefix_k.shape[2], query.shape[2], query.shape[0] // prefix_k.shape[0]
+    keys, values = (
+        torch.cat([prefix.repeat_interleave(B, 0), states], dim=2)
+        for prefix, states in ((prefix_k, key), (prefix_v, value))
+    )
     visible = torch.ones(S, T + S, dtype=torch.bool, device=query.device).tril(T)
     return nn.functional.scaled_dot_product_attention(
         query, keys, values, attn_mask=visible, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: Impl = "auto") -> bool:
+    """Whether :func:`causal_attention` takes these tensors: whether torch's flash attention does, and may.
+
+    On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
+    bfloat16, heads of up to 256 numbers, in steps of 8, unless ``torch.nn.attention.sdpa_kernel`` forbids it.
+    """
+    if impl == "reference" or key.shape[-1] != value.shape[-1]:
+        return False
+    if query.is_cpu:
+        return True
+    dtype, size = _autocast_dtype(query), query.shape[-1]
+    if not query.is_cuda or dtype not in HALVES or size % 8 or size > LARGEST_HEAD:
+        return False
+    return _flash_runs(query.device)
+
+
+@torch.compiler.assume_constant_result
+def _flash_runs(device: torch.device) -> bool:
+    return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_properties(device).major >= 8
 
 
 def causal_attention(
@@ -45,10 +72,10 @@ def causal_attention(
     *,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Each token attends to its stream's whole prefix and to the tokens up to itself. For CPU tensors.
+    """Each token attends to its stream's whole prefix and to the tokens up to itself.
 
     Args:
-        query: ``(P*B, heads, S, D)``, stream-major rows.
+        query: ``(P*B, heads, S, D)``, stream-major rows; tensors that :func:`is_mergeable` takes.
         key: ``(P*B, G, S, D)``; ``heads`` is a multiple of G (grouped queries).
         value: ``(P*B, G, S, D)``.
         prefix_k: ``(P, G, T, D)``, shared by the B rows of each stream.
@@ -58,11 +85,16 @@ def causal_attention(
     Returns:
         ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor.
     """
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = _autocast_dtype(query)
     tensors = (x.to(dtype) for x in (query, key, value, prefix_k, prefix_v))
     return _CausalAttention.apply(*tensors, scaling)
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -71,32 +103,60 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, scaling: Any) -> Any:
-        keys, values = _by_row(prefix_k, query.shape[0]), _by_row(prefix_v, query.shape[0])
-        output, lse = _flash(query, key, value, 0.0, True, scale=scaling)  # (R, heads, S, D), (R, heads, S)
-        prefix_output, prefix_lse = _flash(query, keys, values, 0.0, False, scale=scaling)
+        P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
+        output, lse, *random = _flash(query, key, value, True, scaling)  # (R, heads, S, D), (R, heads, S)
+        prefix_output, prefix_lse, *prefix_random = _flash(_by_stream(query, P), prefix_k, prefix_v, False, scaling)
+        prefix_output, prefix_lse = _by_row(prefix_output, B), _by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
         share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
         output.lerp_(prefix_output, share.to(output.dtype))
-        ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, torch.logaddexp(lse, prefix_lse))
+        lse = torch.logaddexp(lse, prefix_lse).contiguous()
+        ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random, *prefix_random)
         ctx.scaling = scaling
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Any) -> Any:
-        query, key, value, prefix_k, prefix_v, output, lse = ctx.saved_tensors
-        keys, values = _by_row(prefix_k, query.shape[0]), _by_row(prefix_v, query.shape[0])
+        query, key, value, prefix_k, prefix_v, output, lse, *random = ctx.saved_tensors
+        P, B, half = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0], len(random) // 2
         d_query, d_key, d_value = _flash_backward(
-            gradient, query, key, value, output, lse, 0.0, True, scale=ctx.scaling
+            gradient, query, key, value, output, lse, random[:half], True, ctx.scaling
         )
-        d_prefix_query, d_keys, d_values = _flash_backward(
-            gradient, query, keys, values, output, lse, 0.0, False, scale=ctx.scaling
+        gradient, queries, output = (_by_stream(x, P) for x in (gradient, query, output))
+        lse = _by_stream(lse.unsqueeze(-1), P).squeeze(-1).contiguous()  # (P, heads, B*S)
+        d_queries, d_prefix_k, d_prefix_v = _flash_backward(
+            gradient, queries, prefix_k, prefix_v, output, lse, random[half:], False, ctx.scaling
         )
-        P = prefix_k.shape[0]
-        d_prefix_k, d_prefix_v = (d.unflatten(0, (P, -1)).sum(1) for d in (d_keys, d_values))  # (P, B, G, T, D)
-        return d_query.add_(d_prefix_query), d_key, d_value, d_prefix_k, d_prefix_v, None
+        return d_query + _by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v, None
 
 
-def _by_row(prefix: torch.Tensor, rows: int) -> torch.Tensor:
-    """``(P, G, T, D)`` as ``(P*B, G, T, D)``."""
-    P = prefix.shape[0]
-    return prefix.unsqueeze(1).expand(-1, rows // P, -1, -1, -1).flatten(0, 1)
+def _by_stream(x: torch.Tensor, P: int) -> torch.Tensor:
+    """``(P*B, heads, S, D)`` as ``(P, heads, B*S, D)``: all rows of a stream meet the same prefix."""
+    return x.transpose(1, 2).unflatten(0, (P, -1)).flatten(1, 2).transpose(1, 2)  # over (P, B, S, heads, D)
+
+
+def _by_row(x: torch.Tensor, B: int) -> torch.Tensor:
+    """``(P, heads, B*S, D)`` as ``(P*B, heads, S, D)``."""
+    return x.transpose(1, 2).unflatten(1, (B, -1)).flatten(0, 1).transpose(1, 2)  # over (P, B, S, heads, D)
+
+
+def _flash(query: Any, key: Any, value: Any, causal: bool, scaling: float | None) -> tuple[torch.Tensor, ...]:
+    """Output ``(R, heads, S, D)`` and log-sum-exp ``(R, heads, S)``; on a GPU, two tensors that dropout would need."""
+    if query.is_cpu:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scaling)
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scaling)
+    output, lse, _, _, _, _, seed, offset, _ = found
+    return output, lse, seed, offset
+
+
+def _flash_backward(
+    gradient: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, random: Any, causal: bool, scaling: Any
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of query, key and value."""
+    tensors = (gradient, query, key, value, output, lse)
+    if query.is_cpu:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, causal, scale=scaling)
+    sizes = (None, None, query.shape[2], key.shape[2])  # no rows of different lengths
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *tensors, *sizes, 0.0, causal, *random, scale=scaling
+    )

@@ -1,0 +1,155 @@
+"""Causal attention merged from two runs of torch's flash attention: on a CPU, and as it is called on a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference, is_mergeable
+from parscale.kernels.prefix_attention.causal import _flash_runs
+
+aten = torch.ops.aten
+NAMES = ["query", "key", "value", "prefix_k", "prefix_v"]
+
+
+def inputs(P=2, B=3, heads=4, G=2, S=5, T=3, D=8, dtype=torch.float64, device="cpu", joined=False):
+    """As attention layers make them, ``(R, S, heads, D)`` transposed; with ``joined``, slices of one projection."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    if joined:
+        states = draw(P * B, S, heads + 2 * G, D).transpose(1, 2).split([heads, G, G], dim=1)
+    else:
+        states = [draw(P * B, S, n, D).transpose(1, 2) for n in (heads, G, G)]
+    return [*states, draw(P, G, T, D), draw(P, G, T, D)]
+
+
+def gradients(function, tensors):
+    own = [x.detach().requires_grad_() for x in tensors]
+    output = function(*own, scaling=0.3)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [output, *torch.autograd.grad(output, own, gradient.to(output))]
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "of one projection"])
+@pytest.mark.parametrize("size", [{}, {"B": 1}, {"P": 1}, {"S": 1}, {"T": 1}, {"G": 4}, {"S": 70, "T": 48}], ids=str)
+def test_output_and_gradients(size, joined):
+    tensors = inputs(**size, joined=joined)
+    expected = gradients(causal_attention_reference, tensors)
+    for name, own, other in zip(["output", *NAMES], gradients(causal_attention, tensors), expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_is_as_exact_as_torch(dtype):
+    """Mean errors against float64, beside those of torch's attention over the joined keys in the same precision."""
+    tensors = inputs(P=2, B=2, S=40, T=16, D=32, dtype=dtype)
+    exact = gradients(causal_attention_reference, [x.double() for x in tensors])
+    own, theirs = gradients(causal_attention, tensors), gradients(causal_attention_reference, tensors)
+    for name, a, b, truth in zip(["output", *NAMES], own, theirs, exact, strict=True):
+        assert a.dtype == dtype
+        errors = [(x.double() - truth).abs().mean().item() for x in (a, b)]
+        assert errors[0] <= 2 * errors[1], (name, errors)
+
+
+def test_under_compile(monkeypatch):
+    """In one graph, with the question to the device that a GPU's tensors raise."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+
+    def asks_first(query, key, value, *prefix, scaling):
+        assert is_mergeable(query, key, value)
+        assert _flash_runs(query.device)
+        return causal_attention(query, key, value, *prefix, scaling=scaling)
+
+    torch.compiler.reset()
+    compiled = torch.compile(asks_first, fullgraph=True, backend="aot_eager")
+    for own, other in zip(gradients(compiled, inputs()), gradients(causal_attention, inputs()), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+# -- the operators of a GPU, which has other ones, and gives two tensors for dropout
+
+
+class Elsewhere(torch.Tensor):
+    """On a CPU, but does not say so."""
+
+    is_cpu = False
+
+
+@pytest.fixture
+def operators():
+    """Stands in for the GPU's operators, through torch's dispatcher and under their schemas; notes each call."""
+    calls = []
+
+    def forward(query, key, value, dropout=0.0, causal=False, debug=False, *, scale=None):
+        calls.append(("forward", query.shape, key.shape, causal))
+        tensors = (x.as_subclass(torch.Tensor) for x in (query, key, value))
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(*tensors, dropout, causal, scale=scale)
+        empty, seed = torch.empty(0), torch.tensor([query.shape[2], key.shape[2]])
+        return output, lse, empty, empty, query.shape[2], key.shape[2], seed, torch.tensor(causal), empty
+
+    def backward(*arguments, scale=None):
+        gradient, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset = arguments
+        calls.append(("backward", query.shape, key.shape, causal))
+        assert (cum_q, cum_k) == (None, None)
+        assert seed.tolist() == [max_q, max_k] == [query.shape[2], key.shape[2]]
+        assert bool(offset) is causal
+        assert lse.is_contiguous()
+        tensors = (x.as_subclass(torch.Tensor) for x in (gradient, query, key, value, output, lse))
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, dropout, causal, scale=scale)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
+    library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")
+    yield calls
+    library._destroy()
+
+
+def test_by_the_operators_of_a_gpu(operators):
+    def elsewhere(*tensors, scaling):
+        return causal_attention(*(x.as_subclass(Elsewhere) for x in tensors), scaling=scaling).as_subclass(torch.Tensor)
+
+    for own, other in zip(gradients(elsewhere, inputs()), gradients(causal_attention, inputs()), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+    causal, prefix = ((6, 4, 5, 8), (6, 2, 5, 8), True), ((2, 4, 15, 8), (2, 2, 3, 8), False)
+    expected = [(way, *part) for way in ("forward", "backward") for part in (causal, prefix)]
+    assert [(name, tuple(q), tuple(k), is_causal) for name, q, k, is_causal in operators] == expected
+
+
+def test_shapes_by_torchs_own_description_of_the_operators():
+    """Their implementation for tensors without data: the call binds, and grouped keys keep their shape."""
+    tensors = [x.requires_grad_() for x in inputs(dtype=torch.bfloat16, device="meta")]
+    output = causal_attention(*tensors)
+    assert output.shape == tensors[0].shape
+    output.backward(torch.empty_like(output))
+    assert [x.grad.shape for x in tensors] == [x.shape for x in tensors]
+    assert {x.grad.dtype for x in tensors} == {torch.bfloat16}
+
+
+def test_which_tensors_it_takes(monkeypatch):
+    def mergeable(major=9, allowed=True, D=64, value_size=None, impl="auto", autocast=None, **options):
+        dtype, device = options.get("dtype", torch.bfloat16), options.get("device", "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+        monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: allowed)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast is not None)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: autocast)
+        with FakeTensorMode():
+            query, value = (torch.empty(2, 2, 3, size, dtype=dtype, device=device) for size in (D, value_size or D))
+            return is_mergeable(query, query, value, impl)
+
+    assert mergeable()
+    assert mergeable(dtype=torch.float16, D=256)
+    assert mergeable(device="cpu", dtype=torch.float64, D=7)
+    assert not mergeable(impl="reference")
+    assert not mergeable(impl="reference", device="cpu")
+    assert not mergeable(value_size=32)  # latent attention
+    assert not mergeable(dtype=torch.float32)
+    assert mergeable(dtype=torch.float32, autocast=torch.bfloat16)
+    assert not mergeable(D=20)
+    assert not mergeable(D=264)
+    assert not mergeable(major=7)
+    assert not mergeable(allowed=False)
+    assert not mergeable(device="meta")

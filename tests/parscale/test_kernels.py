@@ -1,0 +1,85 @@
+"""The one argument that chooses how the streams' operations run."""
+
+import pytest
+import torch
+
+import parscale
+from parscale.kernels import dispatch
+
+IMPL = ["auto", "reference"]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What each operation was told, in the order of the calls."""
+    told = []
+
+    def note(name, function):
+        def noted(*args, **kwargs):
+            told.append((name, kwargs.get("impl", args[3] if name == "is_mergeable" else None)))
+            return function(*args, **kwargs)
+
+        return noted
+
+    for module, name in (
+        ("attention", "is_mergeable"),
+        ("attention", "decode_attention"),
+        ("aggregator", "aggregate"),
+    ):
+        target = getattr(__import__(f"parscale.{module}", fromlist=[module]), name)
+        monkeypatch.setattr(f"parscale.{module}.{name}", note(name, target))
+    return told
+
+
+def make(zoo, impl):
+    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
+    parscale.wrap(model, zoo.P, prefix_length=zoo.T, init="random", kernels=impl)
+    zoo.fill_streams(model)
+    return model
+
+
+@torch.no_grad()
+def steps(model, ids):
+    """Logits of a prompt, then of one more token."""
+    output = model(ids[:, :-1], use_cache=True)
+    return torch.cat([output.logits, model(ids[:, -1:], past_key_values=output.past_key_values).logits], dim=1)
+
+
+@pytest.mark.parametrize("impl", IMPL)
+def test_every_operation_is_told(impl, seen, zoo):
+    model, ids = make(zoo, impl), zoo.token_ids()
+    steps(model, ids)
+    layers = model.config.num_hidden_layers
+    prompt, token = [("is_mergeable", impl)] * layers, [("decode_attention", impl)] * layers
+    assert seen == [*prompt, ("aggregate", impl), *token, ("aggregate", impl)]
+
+
+def test_the_numbers_are_the_same(zoo, tmp_path):
+    family, ids = zoo.FAMILIES["llama"], zoo.token_ids()
+    models = [make(zoo, impl) for impl in IMPL]
+    models[0].save_pretrained(tmp_path / "full")
+    models[0].save_streams(tmp_path / "streams")
+    models.append(parscale.load(tmp_path / "full", kernels="reference", attn_implementation="sdpa"))
+    models.append(parscale.load(tmp_path / "streams", backbone=zoo.Case(family, "sdpa").plain(), kernels="reference"))
+    assert [model.parscale.kernels for model in models] == ["auto", *["reference"] * 3]
+    expected = steps(models[0], ids)
+    for model in models[1:]:
+        zoo.close(steps(model, ids), expected, 2e-5)
+    assert "kernels" not in (tmp_path / "full" / "config.json").read_text()
+
+
+def test_kernels_that_cannot_run_are_an_error(zoo, monkeypatch):
+    """Nothing falls back in silence."""
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    model = make(zoo, "fused")
+    with pytest.raises(ValueError, match=r"impl='fused' cannot run here: .* need a CUDA or ROCm device"):
+        model(zoo.token_ids())
+
+
+def test_an_unknown_choice(zoo, tmp_path):
+    plain = zoo.FAMILIES["llama"].build()
+    with pytest.raises(ValueError, match="kernels must be 'auto', 'fused' or 'reference', got 'triton'"):
+        parscale.wrap(plain, 2, kernels="triton")
+    assert not hasattr(plain, "parscale")
+    with pytest.raises(ValueError, match="kernels must be 'auto', 'fused' or 'reference', got 'triton'"):
+        parscale.load(tmp_path, kernels="triton")
