@@ -153,3 +153,20 @@ def test_which_tensors_it_takes(monkeypatch):
     assert not mergeable(major=7)
     assert not mergeable(allowed=False)
     assert not mergeable(device="meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "size", [{"B": 1}, {"B": 2, "G": 4}, {"B": 2, "G": 1, "S": 129}, {"T": 200, "D": 128}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype, size):
+    tensors = inputs(**{"P": 4, "S": 300, "T": 48, "D": 64, "dtype": dtype} | size)
+    exact = gradients(causal_attention_reference, [x.double() for x in tensors])
+    tensors = [x.cuda() for x in tensors]
+    assert is_mergeable(*tensors[:3])
+    own, theirs = gradients(causal_attention, tensors), gradients(causal_attention_reference, tensors)
+    for name, a, b, truth in zip(["output", *NAMES], own, theirs, exact, strict=True):
+        errors = [(x.double().cpu() - truth).abs().mean().item() for x in (a, b)]
+        assert errors[0] <= 2 * errors[1], (name, errors)

@@ -212,6 +212,41 @@ def test_predictions_refuse_impossible_models(params, streams, message):
             ask(params, streams)
 
 
+def test_a_law_by_which_streams_hurt_says_where_it_ends():
+    """1 - 0.5*ln P is 0 at P = e^2."""
+    law = ParallelScalingLaw(E=0.7, A=1e7, alpha=0.2, k=-0.5)
+    assert law.equivalent_params(1e9, 4) == pytest.approx(1e9 * (1 - np.log(2)))
+    for ask in (law.predict, law.equivalent_params):
+        with pytest.raises(ValueError, match=r"k = -0.5, by which 8 streams leave nothing .* ask for P below 7.39"):
+            ask(1e9, [1, 8])
+    with pytest.raises(ValueError, match=r"ask for P below 7\.39"):
+        law.params_for(0.8, 8)
+
+
+def test_draws_by_which_streams_hurt_leave_an_interval():
+    """Of two kinds of draws one ends before P = 16: the interval reaches up without bound, and holds no NaN."""
+    draws = np.array([[0.7, 1e7, 0.2, 0.1], [0.7, 1e7, 0.2, -0.5]] * 10)
+    low, high = ParallelScalingLaw(0.7, 1e7, 0.2, 0.0, draws=draws).predict_interval(1e9, 16)
+    assert low == pytest.approx(0.7 + (0.01 / (1 + 0.1 * np.log(16))) ** 0.2)
+    assert high > 1e10
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    streams=st.sets(st.integers(1, 64), min_size=2, max_size=5),
+    alpha=st.floats(0.05, 1.5),
+    k=st.floats(-0.2, 5),
+)
+def test_any_streams_up_to_64_recover_the_law(streams, alpha, k):
+    """Whole numbers in lists, as people give them."""
+    truth = ParallelScalingLaw(0.7, 1e7, alpha, k)
+    grid = [(n, p) for p in sorted(streams) for n in (10**7, 4 * 10**7, 2 * 10**8, 10**9)]
+    params, counts = [n for n, _ in grid], [p for _, p in grid]
+    law = fit(params, counts, truth.predict(params, counts).tolist())
+    np.testing.assert_allclose(law.predict(params, counts), truth.predict(params, counts), rtol=1e-7)
+    assert law.k == pytest.approx(k, abs=1e-3)
+
+
 def test_a_law_survives_its_dictionary():
     law = fit(*published("stack"), bootstrap=20)
     assert ParallelScalingLaw.from_dict(law.to_dict()) == law
@@ -234,6 +269,7 @@ def runs(params, streams):
         (([1e8, 2e8, 4e8], [1, 2, 1], [3.0, 2.0, 1.5]), "3 points for 4 parameters.*at least 4 runs are needed"),
         (runs([1e8, 2e8, 4e8, 8e8], [4]), r"all points have P = 4, so what a stream is worth \(k\) could be anything"),
         (runs([1e8], [1, 2, 4, 8]), r"no P has runs at two sizes, so how fast .* \(alpha\) could be anything"),
+        (([1e8, 2e8, 4e8, 8e8], [1, 1, 2, 2], [2.5] * 4), "every run has loss 2.5, so there is nothing to explain"),
         (([1e8, 1.01e8, 1.02e8, 1.03e8], [1, 2, 3, 4], [2.0, 1.9, 1.8, 1.7]), r"no P has runs at two sizes"),
         (([1e8, 2e8, 1e8, 1e8], [1, 1, 2, 1], [3.0, 2.0, 1.5, 3.0]), "points 1 and 4 are the same in every digit"),
         (([1e8, 2e8, 4e8, 8e8], [1, 1, 2, 2], [3.0, 2.0, 1.5, -1.0]), "losses of point 4 is -1"),
@@ -254,6 +290,8 @@ def test_other_forms_refuse_what_they_lack():
         fit_form("joint", params, streams, losses, [1e9] * 6)
     with pytest.raises(ValueError, match="bootstrap is the number of resampled data sets, 0 for none; got -1"):
         fit(params, streams, losses, bootstrap=-1)
+    with pytest.raises(ValueError, match=r"bootstrap is the number of resampled data sets, 0 for none; got 2\.5"):
+        fit(params, streams, losses, bootstrap=2.5)
     with pytest.raises(ValueError, match="4 points for 4 parameters leave nothing to measure the noise by"):
         fit(*runs([1e8, 4e8], [1, 2]), bootstrap=10)
 
@@ -269,12 +307,20 @@ def test_two_sizes_are_noted():
     assert fit(*published("stack")).notes == ()
 
 
-def test_streams_that_do_not_show_are_noted():
+@pytest.mark.parametrize(
+    ("k", "note"),
+    [
+        (0.0, "interval of k holds 0: these runs do not show that streams help"),
+        (-0.2, "interval of k lies below 0: in these runs the streams did worse than as many parameters"),
+    ],
+)
+def test_streams_that_do_not_help_are_noted(k, note):
     points = published("stack")
-    truth = ParallelScalingLaw(0.7, 1e7, 0.2, 0.0)
+    truth = ParallelScalingLaw(0.7, 1e7, 0.2, k)
     noise = np.exp(np.random.default_rng(0).normal(0, 2e-3, 24))
     law = fit(points.params, points.streams, truth.predict(points.params, points.streams) * noise, bootstrap=100)
-    assert any("interval of k holds 0: these runs do not show that streams help" in note for note in law.notes)
+    assert len(law.notes) == 1
+    assert note in law.notes[0]
 
 
 def test_no_floor_is_noted():

@@ -115,6 +115,17 @@ def test_presets_can_be_fitted(name):
     assert work == sorted(work)
 
 
+def test_the_committed_rows_are_those_of_the_preset():
+    """Each run once, none left out, and parameters as a model of that shape has them."""
+    rows = read_rows(ROOT / "scaling_laws" / "data" / "sweep_smoke.csv")
+    assert [row.run() for row in rows] == PRESETS["smoke"]("stdlib")
+    for row in rows:
+        plain = next(one.params for one in rows if one.hidden == row.hidden and one.streams == 1)
+        hidden, p = row.hidden, row.streams
+        added = p * hidden**2 + hidden + hidden * p + p + row.layers * 2 * p * row.prefix_length * 16
+        assert row.params == plain + (added if p > 1 else 0)
+
+
 def test_the_standard_library_is_read_once_and_split():
     text = read_corpus("stdlib", max_bytes=2_000_000)
     assert 1_900_000 < text.train.size + text.held_out.size < 3_100_000
