@@ -2,18 +2,16 @@
 
 The backbone's ``lm_head`` and loss run on B rows only, as ParScale's do. Prefill, decoding and training steps of both
 models alternate in one process, and the median of the ratios of neighbouring steps counts, so that a busy machine
-slows both. Peak memory comes from one process for each model. The released code needs an environment with
-transformers 4.51, whose Python is named beside its folder; it is then held against the plain backbone there.
+slows both. Peak memory comes from one process for each model. The released code, where its folder is named, is held
+against the plain backbone in the same way.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
-    python benchmarks/overhead.py --released FOLDER --released-python PYTHON
+    python benchmarks/overhead.py --released FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from released import load_released
 
 SHAPE = {
     "vocab_size": 8192,
@@ -47,15 +46,16 @@ def build(kind: str, P: int, released: Path | None, device: str, shape: dict[str
     torch.manual_seed(0)
     if kind == "released":
         assert released is not None
-        package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("released", None, is_package=True))
-        package.__path__ = [str(released)]
-        sys.modules["released"] = package
-        modeling = importlib.import_module("released.modeling_qwen2_parscale")
-        configuration = importlib.import_module("released.configuration_qwen2_parscale")
-        config = configuration.Qwen2ParScaleConfig(
-            **shape, parscale_n=P, parscale_n_tokens=48, parscale_attn_smooth=0.1, attn_implementation="sdpa"
+        config_class, model_class = load_released(released)
+        config = config_class(
+            **shape,
+            rope_theta=1e4,
+            parscale_n=P,
+            parscale_n_tokens=48,
+            parscale_attn_smooth=0.1,
+            attn_implementation="sdpa",
         )
-        model = modeling.Qwen2ParScaleForCausalLM(config)
+        model = model_class(config)
         for name, parameter in model.named_parameters():
             if "prefix_" in name:  # the released code leaves them uninitialised
                 torch.nn.init.normal_(parameter, 0, 0.02)
@@ -88,9 +88,12 @@ def prefill(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
 
 def decode(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
     """One token after ``ids``; the cache grows with every call."""
-    cache = transformers.DynamicCache()
+    cache: Any = transformers.DynamicCache()
     with torch.inference_mode():
-        forward(kind, model.eval(), ids, P, cache)
+        if kind == "released":  # which makes its own
+            cache = model.eval()(ids, use_cache=True).past_key_values
+        else:
+            forward(kind, model.eval(), ids, P, cache)
 
     def step() -> None:
         with torch.inference_mode():
@@ -198,23 +201,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--released", type=Path, help="folder of the released modeling code")
-    parser.add_argument("--released-python", help="Python of an environment with transformers 4.51")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--peak", metavar="MODEL", help=argparse.SUPPRESS)
-    parser.add_argument("--kind", default="parscale", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
         print(peak_bytes(args.peak, args.streams[0], args.batch_size, args.lengths[0], args.released, args.device))
         return
-    released, args.released = args.released, args.released if args.kind == "released" else None
-    rows = measure(args.kind, args)
-    if released is not None and args.kind == "parscale":
-        command = [args.released_python, __file__, "--kind", "released", "--released", str(released)]
-        command += ["--streams", *map(str, args.streams), "--lengths", *map(str, args.lengths)]
-        command += ["--batch-size", str(args.batch_size), "--repeats", str(args.repeats), "--device", args.device]
-        command += ["--threads", str(args.threads)]
-        rows += json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)["rows"]
+    kinds = ["parscale"] if args.released is None else ["parscale", "released"]
+    rows = [row for kind in kinds for row in measure(kind, args)]
     result = {
         "processor": _processor() if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": args.threads,
