@@ -18,14 +18,14 @@ from typing import Any, TypedDict
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import cache_utils, modeling_rope_utils
+from transformers import cache_utils
 
 
 class LossKwargs(TypedDict, total=False):
     """Arguments of a loss function; the released code inherits from it."""
 
 
-def default_rope(config: Any, device: Any, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
+def default_rope(config: Any, device: Any = None, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
     """Inverse frequencies ``(D/2,)`` of plain rotary embeddings, and the factor on them."""
     size = config.hidden_size // config.num_attention_heads
     return config.rope_theta ** (-torch.arange(0, size, 2, device=device).float() / size), 1.0
@@ -69,13 +69,14 @@ def load_released(folder: Path) -> tuple[Any, Any]:
         return configuration.Qwen2ParScaleConfig, modeling.Qwen2ParScaleForCausalLM
     configuration.Qwen2ParScaleConfig.pad_token_id = None  # what was the default
     transformers.utils.LossKwargs = LossKwargs
-    modeling_rope_utils.ROPE_INIT_FUNCTIONS["default"] = default_rope
     own, cache_utils.DynamicCache = cache_utils.DynamicCache, ListCache
     try:
         modeling = importlib.import_module("released.modeling_qwen2_parscale")
     finally:
         cache_utils.DynamicCache = own
         del transformers.utils.LossKwargs
+    modeling.ROPE_INIT_FUNCTIONS = {"default": default_rope}
+    modeling.Qwen2RotaryEmbedding.compute_default_rope_parameters = staticmethod(default_rope)
     modeling.Qwen2ParScaleForCausalLM._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     return configuration.Qwen2ParScaleConfig, modeling.Qwen2ParScaleForCausalLM
 

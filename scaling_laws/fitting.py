@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from parscale.scaling_laws.data import Array, Points, check_points, positive, size_groups
 from parscale.scaling_laws.forms import FORMS, Form
-from parscale.scaling_laws.intervals import Optimum, bootstrap, corrected_percentiles, profile
-from parscale.scaling_laws.law import Interval, ParallelScalingLaw
+from parscale.scaling_laws.intervals import Interval, Optimum, bootstrap, calibrated_limits, f_limits, profile
+from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.solve import Problem, solve
 
 LEVEL = 0.9
@@ -29,7 +30,9 @@ class Fit:
     huber: float
     """Summed Huber loss of log loss."""
     intervals: dict[str, Interval] | None
-    """90 % bootstrap interval of each parameter; None without a bootstrap."""
+    """90 % interval of each parameter, a profile with the limits of `calibrated_limits`; None without a
+    bootstrap.
+    """
     draws: Array | None = field(repr=False)
     """`(bootstrap, p)` parameters of each draw, in the form's order; None without a bootstrap."""
     notes: tuple[str, ...]
@@ -48,8 +51,10 @@ class Fit:
         return self.form.predict(self.optimum.theta[None], np.stack(columns, axis=1), count)[0]
 
     def profile_intervals(self, level: float = LEVEL) -> dict[str, Interval]:
-        """Profile-likelihood interval of each parameter; see `intervals.profile`."""
-        return profile(self.optimum, level)
+        """Profile-likelihood interval of each parameter with the limits of the F distribution; see
+        `intervals.profile`.
+        """
+        return profile(self.optimum, f_limits(self.optimum, level))
 
 
 def fit(
@@ -65,7 +70,7 @@ def fit(
     seed.
 
     Raises `ValueError` for points that cannot be right (see `check_points`), for fewer than four, and when all have
-    one P (k could be anything) or one size (alpha could be).
+    one P (k could be anything), one size (alpha could be) or one loss.
     """
     points = check_points(params, streams, losses)
     result = fit_form("log", *points, bootstrap=bootstrap, seed=seed)
@@ -100,7 +105,7 @@ def fit_form(
             raise ValueError(f"no form {form!r}; give one of {', '.join(FORMS)}")
         form = FORMS[form]
     problem = _problem(form, params, streams, losses, tokens)
-    if bootstrap < 0:
+    if not isinstance(bootstrap, Integral) or bootstrap < 0:
         raise ValueError(f"bootstrap is the number of resampled data sets, 0 for none; got {bootstrap}")
     optimum = _solve(problem)
     names = form.parameters
@@ -157,6 +162,10 @@ def _check_identifiable(form: Form, points: Points) -> None:
             "at another P, "
             'or fit the form "dense", which has no k'
         )
+    if np.ptp(points.losses) == 0:
+        raise ValueError(
+            f"every run has loss {points.losses[0]:g}, so there is nothing to explain; add runs whose losses differ"
+        )
     if max(np.unique(points.params[points.streams == p]).size for p in np.unique(points.streams)) == 1:
         raise ValueError(
             "no P has runs at two sizes, so how fast loss falls with size (alpha) could be anything; add runs of "
@@ -172,11 +181,9 @@ def _solve(problem: Problem) -> Optimum:
 
 
 def _resample(optimum: Optimum, draws: int, seed: int) -> tuple[Array, dict[str, Interval]]:
-    thetas = bootstrap(optimum, draws, seed)
-    low, high = corrected_percentiles(thetas, optimum.theta, LEVEL, optimum.freedom)
-    ends = np.stack([optimum.natural(low), optimum.natural(high)], axis=1)
-    intervals = {name: (float(a), float(b)) for name, (a, b) in zip(optimum.problem.form.parameters, ends, strict=True)}
-    return optimum.natural(thetas), intervals
+    resampled = bootstrap(optimum, draws, seed)
+    intervals = profile(optimum, calibrated_limits(optimum, resampled, LEVEL))
+    return optimum.natural(resampled.theta), intervals
 
 
 def _notes(problem: Problem, optimum: Optimum, intervals: dict[str, Interval] | None) -> tuple[str, ...]:
@@ -196,7 +203,12 @@ def _notes(problem: Problem, optimum: Optimum, intervals: dict[str, Interval] | 
     if not 1e-3 < values["alpha"] < 10:
         notes.append(f"alpha came out as {values['alpha']:.3g}: these runs show no power law in size.")
     for name in ("k", "m", "gamma"):
-        low = intervals.get(name, (1.0, 1.0))[0] if intervals else 1.0
-        if low <= 0:
+        low, high = intervals.get(name, (1.0, 1.0)) if intervals else (1.0, 1.0)
+        if high < 0:
+            notes.append(
+                f"The interval of {name} lies below 0: in these runs the streams did worse than as many parameters, "
+                "their own counted, in a plain model."
+            )
+        elif low <= 0:
             notes.append(f"The interval of {name} holds 0: these runs do not show that streams help.")
     return tuple(notes)

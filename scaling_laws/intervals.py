@@ -1,8 +1,11 @@
-"""Honest intervals: a seeded bootstrap and profile likelihood, both for the batched fit of `solve`."""
+"""Honest intervals: profile likelihood, with the limits of a seeded bootstrap or of the F distribution, for the batched
+fit of `solve`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +13,8 @@ from scipy import stats
 
 from parscale.scaling_laws.data import Array
 from parscale.scaling_laws.solve import DELTA, Problem, solve
+
+Interval = tuple[float, float]
 
 TOLERANCE = 1e-8
 """Relative, of the Huber loss at an optimum that only an interval's end depends on."""
@@ -55,8 +60,20 @@ class Optimum:
         return np.where(self.problem.form.logarithmic, np.exp(np.minimum(theta, 700)), theta)
 
 
-def bootstrap(optimum: Optimum, draws: int, seed: int) -> Array:
-    """Refits `draws` data sets with new noise on the fitted law; `theta` of each, `(draws, p)`.
+@dataclass(frozen=True)
+class Resampled:
+    """B data sets with new noise on a fitted law, each fitted again."""
+
+    log_losses: Array
+    """`(B, n)`."""
+    theta: Array
+    """Parameters of each, `(B, p)`."""
+    values: Array
+    """Summed Huber loss of each, `(B,)`."""
+
+
+def bootstrap(optimum: Optimum, draws: int, seed: int) -> Resampled:
+    """Refits `draws` data sets with new noise on the fitted law.
 
     The runs stay where they are and their noise is drawn anew: a residual of either sign, widened for the degrees of
     freedom that the fit used up, smoothed with as much normal noise. (Drawing whole runs instead can lose a size or a
@@ -73,7 +90,28 @@ def bootstrap(optimum: Optimum, draws: int, seed: int) -> Array:
     coarse = [solve(problem, np.tile(start, (draws, 1)), log_losses=log_losses, newton_steps=0) for start in origins]
     winner = np.argmin([value for _, value in coarse], axis=0)
     starts = np.stack([theta for theta, _ in coarse])[winner, np.arange(draws)]
-    return solve(problem, starts, log_losses=log_losses, robust_steps=0, tolerance=TOLERANCE)[0]
+    return Resampled(log_losses, *solve(problem, starts, log_losses=log_losses, robust_steps=0, tolerance=TOLERANCE))
+
+
+def calibrated_limits(optimum: Optimum, resampled: Resampled, level: float) -> Array:
+    """How far the likelihood ratio of `profile` may rise for each parameter, `(p,)`, so that a share `level` of the
+    resampled data sets would have their true value, the optimum's, within their own interval; never less than
+    `f_limits`, which is right while the law is straight over an interval.
+
+    Percentiles of the draws would miss the truth on one side where the law bends, as A does along the valley in which
+    E, A and alpha trade off; the ratio does not care how a parameter is written.
+    """
+    problem, (draws, number) = optimum.problem, resampled.theta.shape
+    fitted = np.log(problem.form.predict(resampled.theta, problem.sizes, problem.streams))
+    dispersion = _dispersion(resampled.log_losses - fitted, optimum.freedom)
+    limits = np.empty(number)
+    for column in range(number):
+        free = np.ones((draws, number), dtype=bool)
+        free[:, column] = False
+        start = np.tile(optimum.theta, (draws, 1))
+        _, held = solve(problem, start, log_losses=resampled.log_losses, free=free, tolerance=TOLERANCE)
+        limits[column] = np.quantile(2 * (held - resampled.values) / dispersion, level)
+    return np.maximum(limits, f_limits(optimum, level))
 
 
 def corrected_percentiles(
@@ -95,16 +133,21 @@ def corrected_percentiles(
     return ends[0], ends[1]
 
 
-def profile(optimum: Optimum, level: float = 0.9) -> dict[str, tuple[float, float]]:
+def f_limits(optimum: Optimum, level: float) -> Array:
+    """The F distribution's limits for `profile`, `(p,)`, exact for a straight law with normal noise."""
+    return np.full(optimum.theta.size, stats.f.ppf(level, 1, optimum.freedom))
+
+
+def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
     """Profile-likelihood interval of each parameter, `(low, high)`; an end that the runs do not settle is infinite (0
     for E and A).
 
     A parameter is held at ever more distant values while all others are fitted again; the interval ends where the
     Huber loss has risen by more than chance explains. The rise is measured in units of Huber's own dispersion
-    (Schrader and Hettmansperger, Biometrika 67, 1980) with normal noise, and compared with the F distribution.
+    (Schrader and Hettmansperger, Biometrika 67, 1980) with normal noise, and compared with `limits` `(p,)`: of
+    `f_limits` or `calibrated_limits`.
     """
     form = optimum.problem.form
-    limit = stats.f.ppf(level, 1, optimum.freedom)
     spread, ridge = _search_scale(optimum)
     columns = np.repeat(np.arange(len(form.parameters)), 2)
     sides = np.tile([-1.0, 1.0], len(form.parameters))
@@ -112,7 +155,7 @@ def profile(optimum: Optimum, level: float = 0.9) -> dict[str, tuple[float, floa
     offsets = np.concatenate([[0.0], np.geomspace(0.25, 200, 16)]) * reach[:, None]
     settled = np.ones(len(columns), dtype=bool)
     for _ in range(4):  # each time the step in which the profile rises through the limit for the last time, cut finer
-        inside = _likelihood_ratio(optimum, columns, offsets, ridge) <= limit
+        inside = _likelihood_ratio(optimum, columns, offsets, ridge) <= limits[columns, None]
         inside[:, 0] = True
         last = offsets.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
         settled &= last < offsets.shape[1] - 1
@@ -137,16 +180,17 @@ def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Arr
     movable = np.tile(np.repeat(unit == 0, offsets.shape[1], axis=0), (2, 1))
     _, values = solve(problem, starts, free=movable, tolerance=TOLERANCE)
     best = values.reshape(2, *offsets.shape).min(axis=0)
-    return 2 * (best - optimum.value) / _dispersion(optimum)
+    return 2 * (best - optimum.value) / _dispersion(optimum.residuals, optimum.freedom)
 
 
-def _dispersion(optimum: Optimum) -> float:
-    """What twice the rise of the Huber loss is measured in: mean square of its derivative over the mean of its second
-    one.
+def _dispersion(residuals: Array, freedom: int) -> Any:
+    """What twice the rise of the Huber loss is measured in, for residuals `(..., n)`: mean square of its derivative
+    over the mean of its second one.
     """
-    force = np.clip(optimum.residuals, -DELTA, DELTA)
-    inner = 2 * stats.norm.cdf(DELTA / max(optimum.noise, 1e-300)) - 1
-    return max(float((force**2).sum() / optimum.freedom / inner), 1e-300)
+    force = np.clip(residuals, -DELTA, DELTA)
+    noise = np.sqrt((residuals**2).sum(axis=-1) / freedom)
+    inner = 2 * stats.norm.cdf(DELTA / np.maximum(noise, 1e-300)) - 1
+    return np.maximum((force**2).sum(axis=-1) / freedom / inner, 1e-300)
 
 
 def _search_scale(optimum: Optimum) -> tuple[Array, Array]:

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from parscale.scaling_laws.data import Array
-from parscale.scaling_laws.intervals import corrected_percentiles
-
-Interval = tuple[float, float]
+from parscale.scaling_laws.intervals import Interval, corrected_percentiles
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,9 @@ class ParallelScalingLaw:
     huber: float = math.nan
     """Summed Huber loss (delta 1e-3) of log loss at the optimum."""
     intervals: dict[str, Interval] | None = None
-    """From the bootstrap: for each of E, A, alpha, k the ends of its 90 % interval; None without one."""
+    """For each of E, A, alpha, k the ends of its 90 % interval, by the bootstrap; None without one. An end that the
+    runs do not settle is infinite.
+    """
     draws: Array | None = field(default=None, repr=False, compare=False)
     """`(bootstrap, 4)`: E, A, alpha, k of each bootstrap draw; None without one."""
     notes: tuple[str, ...] = ()
@@ -46,7 +46,8 @@ class ParallelScalingLaw:
     def predict(self, params: ArrayLike, streams: ArrayLike) -> Any:
         """Loss in nats per token at each `(params, streams)`, which broadcast; a float for two numbers.
 
-        Raises `ValueError` for params that are not above 0 and streams below 1.
+        Raises `ValueError` for params that are not above 0, streams below 1 and, with k below 0, streams so many that
+        the law ends.
         """
         size, count = _checked(params, streams)
         return self.E + (self.A / (size * self._gain(count))) ** self.alpha
@@ -79,15 +80,20 @@ class ParallelScalingLaw:
         size, count = np.broadcast_arrays(*_checked(params, streams))
         floor, scale, exponent, gain = (self.draws[:, [column]] for column in range(4))
         flat, flat_count = size.reshape(1, -1), count.reshape(1, -1)
-        losses = floor + (scale / (flat * (gain * np.log(flat_count) + 1))) ** exponent
+        left = np.maximum(gain * np.log(flat_count) + 1, 1e-100)  # nothing is left where a draw's k is far below 0
+        losses = floor + (scale / (flat * left)) ** exponent
         low, high = corrected_percentiles(losses, np.asarray(self.predict(flat[0], flat_count[0])), level)
         return low.reshape(size.shape)[()], high.reshape(size.shape)[()]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `parscale law fit --json` prints: parameters, quality, intervals and notes."""
+        """Parameters, quality, intervals (None for an infinite end) and notes, as JSON can hold them."""
         result: dict[str, Any] = {name: getattr(self, name) for name in ("E", "A", "alpha", "k", "r2", "huber")}
         result = {name: value if math.isfinite(value) else None for name, value in result.items()}
-        result["intervals"] = {name: list(ends) for name, ends in self.intervals.items()} if self.intervals else None
+        result["intervals"] = None
+        if self.intervals:
+            result["intervals"] = {
+                name: [end if math.isfinite(end) else None for end in ends] for name, ends in self.intervals.items()
+            }
         result["notes"] = list(self.notes)
         return result
 
@@ -101,11 +107,24 @@ class ParallelScalingLaw:
         for name in ("r2", "huber"):
             values[name] = math.nan if contents.get(name) is None else contents[name]
         intervals = contents.get("intervals")
-        values["intervals"] = {name: (low, high) for name, (low, high) in intervals.items()} if intervals else None
+        values["intervals"] = None
+        if intervals:
+            values["intervals"] = {
+                name: (-math.inf if low is None else low, math.inf if high is None else high)
+                for name, (low, high) in intervals.items()
+            }
         return cls(**values, notes=tuple(contents.get("notes") or ()))
 
     def _gain(self, streams: Any) -> Any:
-        return self.k * np.log(streams) + 1
+        """What P streams multiply the parameters by; `ValueError` where that is not above 0."""
+        gain = self.k * np.log(streams) + 1
+        if not (gain > 0).all():
+            worst = float(np.max(streams))
+            raise ValueError(
+                f"this law has k = {self.k:g}, by which {worst:g} streams leave nothing of a model "
+                f"(k*ln P + 1 = {self.k * math.log(worst) + 1:.2g}); ask for P below {math.exp(-1 / self.k):.3g}"
+            )
+        return gain
 
 
 def _checked(params: ArrayLike, streams: ArrayLike) -> tuple[Array, Array]:

@@ -87,8 +87,8 @@ def isoloss(law: ParallelScalingLaw, params: Sequence[float] = (5e8, 1e9, 2e9, 4
             label=f"{short(size)} plain: {law.predict(size, 1):.3f}",
         )
         if law.draws is not None:
-            low, high = np.quantile(size / (law.draws[:, [3]] * np.log(count) + 1), [0.05, 0.95], axis=0)
-            axes.fill_betweenx(count, low, high, color=colour, alpha=0.2, linewidth=0)
+            low, high = np.quantile(law.draws[:, [3]] * np.log(count) + 1, [0.05, 0.95], axis=0)
+            axes.fill_betweenx(count, size / high, size / np.maximum(low, 0.01), color=colour, alpha=0.2, linewidth=0)
     _size_axis(axes)
     _stream_axis(axes, streams)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
@@ -118,11 +118,7 @@ def cost_curves(costs: Mapping[tuple[int, int], Cost]) -> Figure:
     figure, (left, right) = _figure(2)
     for index, streams in enumerate(sorted({key[0] for key in costs})):
         batches = sorted(batch for count, batch in costs if count == streams)
-        style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 4,
-        }
+        style = _style(index)
         left.plot(
             batches, [costs[streams, batch].memory_bytes / GIB for batch in batches], label=f"P = {streams}", **style
         )
@@ -151,11 +147,7 @@ def pareto(
     for index, count in enumerate(streams):
         costs = [cost(config, num_streams=count, **workload) for config in configs.values()]
         losses = [law.predict(item.params, count) for item in costs]
-        style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 4,
-        }
+        style = _style(index)
         left.plot([item.memory_bytes / GIB for item in costs], losses, label=f"P = {count}", **style)
         right.plot([item.seconds for item in costs], losses, **style)
     left.set(xscale="log", xlabel="memory (GiB)", ylabel="predicted loss (nats per token)")
@@ -200,6 +192,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _style(index: int) -> dict[str, Any]:
+    """Colour and marker of the curve with this index."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
 
 

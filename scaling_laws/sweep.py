@@ -95,12 +95,13 @@ def plan(
 
 PRESETS: dict[str, Callable[[str], list[Run]]] = {
     "smoke": lambda source: plan(
-        [(32, 2), (48, 2), (64, 2), (96, 2)],
+        [(16, 2), (32, 2), (48, 2), (64, 2)],
         (1, 2, 4),
-        400_000,
+        1_000_000,
         seeds=(0, 1),
         sequence_length=128,
-        batch_size=16,
+        batch_size=4,
+        learning_rate=8e-3,
         source=source,
     ),
     "gpu": lambda source: plan(
@@ -115,7 +116,7 @@ PRESETS: dict[str, Callable[[str], list[Run]]] = {
         source=source,
     ),
 }
-"""`smoke`: 24 runs of 0.02 to 0.3 million parameters, minutes on two CPU cores; `gpu`: forty of 1 to 25 million."""
+"""`smoke`: 24 runs of 6 to 104 thousand parameters, minutes on two CPU cores; `gpu`: forty of 1 to 25 million."""
 
 
 def sweep(
@@ -233,7 +234,8 @@ def _train_in_worker(run: Run, wrap: Wrap) -> Row:
 def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Report | None = None) -> Row:
     """Trains one model from nothing and measures it; repeatable on one kind of device.
 
-    AdamW, learning rate up over a twentieth of the steps and down to zero along a cosine. On a GPU in bfloat16.
+    Weights start from a normal of standard deviation `hidden**-0.5`. AdamW, learning rate up over a twentieth of the
+    steps and down to zero along a cosine. On a GPU in bfloat16.
     """
     import torch
 
@@ -311,6 +313,7 @@ def _new_model(run: Run) -> Any:
         num_key_value_heads=1,
         max_position_embeddings=run.sequence_length,
         tie_word_embeddings=True,
+        initializer_range=run.hidden**-0.5,
         bos_token_id=None,
         eos_token_id=0,
     )

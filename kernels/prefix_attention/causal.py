@@ -58,7 +58,7 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
     return _flash_runs(query.device)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _flash_runs(device: torch.device) -> bool:
     return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_properties(device).major >= 8
 
