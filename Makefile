@@ -50,13 +50,13 @@ typecheck: $(READY) ## Check types
 	cd build/types && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p parscale
 
 bench: $(READY) ## Measure what the streams cost on this machine, into benchmarks/results/
-	$(BIN)/python benchmarks/overhead.py --output benchmarks/results/overhead.json
+	$(BIN)/python benchmarks/overhead.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/overhead.json
 
-gpu-check: $(READY) ## The GPU tests and benchmarks; under ten minutes on one GPU
+gpu-check: $(READY) ## The GPU tests and benchmarks; RELEASED=FOLDER times the released code too
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "make gpu-check needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }
 	$(BIN)/pytest -n 8 -m gpu
-	$(BIN)/python benchmarks/gpu_check.py --output benchmarks/results/gpu.json
+	$(BIN)/python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json
 
 build: $(READY) ## The wheel and the source distribution, into dist/
 	rm -rf build/lib dist

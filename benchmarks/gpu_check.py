@@ -2,7 +2,8 @@
 decoding with a 1.8B-shaped model, and what a training step costs beside the plain backbone's.
 
     python benchmarks/gpu_check.py --output benchmarks/results/gpu.json
-    python benchmarks/gpu_check.py --dry-run      # tiny sizes on any device, the figures mean nothing
+    python benchmarks/gpu_check.py --released FOLDER   # the released code's decoding step beside it
+    python benchmarks/gpu_check.py --dry-run           # tiny sizes on any device, the figures mean nothing
 
 A floor is the larger of two times: the bytes that must move, each input read and each output written once, at the
 measured bandwidth of a copy; and the operations, two for each multiplication with its addition, at the measured rate of
@@ -22,10 +23,11 @@ from typing import Any
 
 import torch
 import transformers
+from released import load_released
 
 from parscale import wrap
 from parscale.kernels import aggregate, aggregator
-from parscale.kernels.prefix_attention import decode_attention
+from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference, decode_attention
 
 MODEL = {
     "vocab_size": 151936,
@@ -53,10 +55,12 @@ class Bench:
 
     Args:
         dry: tiny sizes on the CPU.
+        released: the folder of the released code, if it is at hand.
     """
 
-    def __init__(self, dry: bool) -> None:
+    def __init__(self, dry: bool, released: Path | None = None) -> None:
         self.dry = dry
+        self.released = released
         self.device = "cpu" if dry else "cuda"
         self.impl = "auto"
         self.rows: list[dict[str, Any]] = []
@@ -131,6 +135,19 @@ def aggregator_tensors(bench: Bench, P: int, N: int, H: int, dtype: torch.dtype)
     return [randn(bench, *size, dtype=dtype, scale=scale) for size, scale in scales]
 
 
+def prefill_tensors(bench: Bench, S: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Query, key and value ``(P*B, heads or G, S, D)`` of a projection, and both prefixes ``(P, G, 48, D)``."""
+    P, B, heads, G, D = 4, 2, 16, 2, bench.size(96, 8)
+    states = [randn(bench, P * B, S, n, D, dtype=dtype).transpose(1, 2) for n in (heads, G, G)]
+    return [*states, *(randn(bench, P, G, 48, D, dtype=dtype) for _ in range(2))]
+
+
+def prefill_operations(tensors: list[torch.Tensor]) -> float:
+    """Of the forward pass: two products over the causal half and over the prefix."""
+    R, heads, S, D = tensors[0].shape
+    return 4.0 * R * heads * D * S * (S / 2 + tensors[3].shape[2])
+
+
 def exactness(bench: Bench) -> None:
     """Relative errors against float64 at full size: of the fused kernels, and of torch in the same precision."""
     P, N, H = 8, bench.size(4096, 40), bench.size(1536, 32)
@@ -156,12 +173,19 @@ def exactness(bench: Bench) -> None:
             *tensors, impl = tensors
             return decode_attention(*tensors, None, impl=impl)
 
+        def read(*tensors: Any) -> torch.Tensor:
+            *tensors, impl = tensors
+            return (causal_attention_reference if impl == "reference" else causal_attention)(*tensors)
+
+        prefill = prefill_tensors(bench, bench.size(1024, 16), dtype)
         cases: dict[str, tuple[Any, list[torch.Tensor], Any]] = {
             "aggregate": (mix, [x, logits], gradient),
             "aggregator": (whole, [x, w1, b1, w2, b2], gradient),
             "aggregator, 8 rows": (few, [x, w1, b1, w2, b2], gradient[:8]),
             "decode attention": (attend, states, None),
         }
+        if dtype != torch.float32:  # which torch's flash attention does not take on a GPU
+            cases["prefill attention"] = (read, prefill, randn(bench, *prefill[0].shape, dtype=dtype))
         for name, (function, tensors, grad) in cases.items():
             results = []
             for impl, to in ((bench.impl, dtype), ("reference", dtype), ("reference", torch.float64)):
@@ -231,10 +255,25 @@ def kernels(bench: Bench) -> None:
                 return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
             compare("decode attention", floor, attend, B=B, K=K)
+        for S in (bench.size(1024, 16), bench.size(4096, 32)):
+            states = prefill_tensors(bench, S)
+            floor = bench.floor(2.0 * sum(t.numel() for t in states), prefill_operations(states))
+
+            def read(impl: Any, states: Any = states) -> Any:
+                return (causal_attention_reference if impl == "reference" else causal_attention)(*states)
+
+            compare("prefill attention", floor, read, S=S)
+            plain = bench.graphed(lambda states=states: causal_without_prefix(*states[:3]))
+            bench.add("causal attention without prefix", S=S, seconds=bench.seconds(plain))
+
+
+def causal_without_prefix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What the backbone does."""
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def backward(bench: Bench) -> None:
-    """Forward and backward of ``aggregate`` and the whole aggregator, in bfloat16, with launches from Python."""
+    """Forward and backward of ``aggregate``, aggregator and prefill attention, in bfloat16, launched from Python."""
     P, N, H = 8, bench.size(4096, 8), bench.size(1536, 32)
     tensors = [t.requires_grad_() for t in aggregator_tensors(bench, P, N, H, torch.bfloat16)]
     logits, gradient = randn(bench, N, P).requires_grad_(), randn(bench, N, H)
@@ -251,6 +290,20 @@ def backward(bench: Bench) -> None:
         fused, eager = (bench.seconds(lambda f=function, i=i: f(i)) for i in (bench.impl, "reference"))
         of_floor = floors[name] / fused
         bench.add(f"{name}, both ways", N=N, seconds=fused, floor=floors[name], of_floor=of_floor, eager_seconds=eager)
+    for S in (bench.size(1024, 16), bench.size(4096, 32)):
+        states = [t.requires_grad_() for t in prefill_tensors(bench, S)]
+        gradient = torch.ones_like(states[0])
+        floor = bench.floor(0.0, 3.5 * prefill_operations(states))  # five products backward, two forward
+        ways = {"seconds": (causal_attention, 5), "eager_seconds": (causal_attention_reference, 5)}
+        ways["plain_seconds"] = (causal_without_prefix, 3)
+        found = {}
+        for name, (function, n) in ways.items():
+
+            def both(f: Any = function, own: Any = states[:n], gradient: Any = gradient) -> Any:
+                return torch.autograd.grad(f(*own), own, gradient)
+
+            found[name] = bench.seconds(both)
+        bench.add("prefill attention, both ways", S=S, floor=floor, of_floor=floor / found["seconds"], **found)
 
 
 def model_of(bench: Bench, P: int) -> Any:
@@ -305,6 +358,26 @@ def decoding(bench: Bench) -> None:
             found[f"{name}_to_P1"] = found[name] / first[name]
         bench.add("decoding", **found)
         del model
+    if bench.released is not None:
+        seconds = released_step(bench, length)
+        faster = {f"{name}_faster": seconds / found[name] for name in ("step_seconds", "generate_seconds_per_token")}
+        bench.add("decoding by the released code", P=8, step_seconds=seconds, **faster)
+
+
+def released_step(bench: Bench, length: int) -> float:
+    """Seconds of one decoding step of the released code, P = 8, as it runs: from Python, with a cache that grows."""
+    config_class, model_class = load_released(bench.released)
+    shape = TINY_MODEL if bench.dry else MODEL
+    config = config_class(**shape, rope_theta=1e4, parscale_n=8, parscale_n_tokens=48, attn_implementation="sdpa")
+    with torch.device(bench.device):
+        model = model_class(config).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 64, (1, length), device=bench.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prefix_" in name:  # the released code leaves them as it finds them
+                parameter.normal_(0, 0.02)
+        cache = model(ids, use_cache=True).past_key_values
+        return bench.seconds(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True))
 
 
 def training(bench: Bench) -> None:
@@ -371,12 +444,13 @@ def run(bench: Bench, only: list[str]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that everything runs")
+    parser.add_argument("--released", type=Path, help="folder of the released modeling code, to time it too")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to run")
     parser.add_argument("--output", type=Path, help="JSON file for the results; a plot goes beside it")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("gpu_check needs a CUDA or ROCm device, and torch sees none; --dry-run needs none.")
-    bench = Bench(args.dry_run)
+    bench = Bench(args.dry_run, args.released)
     start = time.perf_counter()
     failed = list(run(bench, args.only))
     wrong = [row for row in bench.rows if row.get("ok") is False]
