@@ -30,6 +30,17 @@ def test_the_figures_of_the_quickstart_are_those_on_file():
         assert all(f"{loss:.4f}" in README for loss in figures["loss"].values())
 
 
+def test_the_figures_of_the_overhead_are_those_on_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())["rows"]
+    ratios = {(row["P"], row["S"], row["model"], row["what"]): f"{row['ratio']:.2f}" for row in rows}
+    for P, S in sorted({key[:2] for key in ratios}):
+        cells = []
+        for what in ("prefill", "decode", "train", "train memory"):
+            released = ratios.get((P, S, "released", what))
+            cells.append(ratios[P, S, "parscale", what] + (f" ({released})" if released else ""))
+        assert f"| {P} | {S} | {' | '.join(cells)} |" in README
+
+
 def test_the_folders_and_examples_are_listed():
     listed = README.partition("## What is where")[2]
     for path in ROOT.glob("examples/*.py"):
