@@ -9,6 +9,7 @@ says in its notes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,15 @@ NAMES = {
 def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The contents of a `config.json`: from its path, from its folder's path, or as they are.
 
-    Raises `FileNotFoundError` for a path where there is none and `ValueError` for a file that is no JSON object.
+    A configuration object of transformers, which has a `to_dict`, is taken for its contents. Raises `FileNotFoundError`
+    for a path where there is none and `ValueError` for a file that is no JSON object and for what is no path.
     """
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
     if isinstance(config, Mapping):
         return dict(config)
+    if not isinstance(config, str | os.PathLike):
+        raise ValueError(f"a configuration is the path of a config.json or its contents, got {type(config).__name__}")
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:

@@ -112,3 +112,11 @@ def test_paths_and_folders_are_read_and_others_refused(tmp_path):
         read_shape(tmp_path / "list.json")
     with pytest.raises(FileNotFoundError):
         read_shape(tmp_path / "none" / "config.json")
+    for wrong, kind in ((None, "NoneType"), ([], "list"), (8, "int")):
+        with pytest.raises(ValueError, match=f"the path of a config.json or its contents, got {kind}"):
+            read_shape(wrong)
+
+
+def test_a_models_own_configuration_object_is_read():
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=3)
+    assert read_shape(config) == read_shape(config.to_dict())
