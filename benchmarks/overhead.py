@@ -3,7 +3,7 @@
 The backbone's ``lm_head`` and loss run on B rows only, as ParScale's do. Prefill, decoding and training steps of both
 models, with the same tensors, alternate in one process, and the fastest of each counts: whatever else a machine does
 only adds time, and the ratio at P = 1, where both do the same, shows what is left of it. Peak memory comes from one
-process for each model. The released code, where its folder is named, is held against the plain backbone in the same way.
+process for each model. The released code, where its folder is named, is held against the plain backbone likewise.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
     python benchmarks/overhead.py --released FOLDER
