@@ -102,7 +102,7 @@ model(ids, labels=ids).loss.backward()
 assert model.eval().generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 8)
 states = [torch.ones(2, 1, n, 4) for n in (1, 6, 6, 3, 3)]
 for operation in (
-    lambda: aggregate(torch.ones(2, 3, 4), torch.ones(3, 2), impl="fused"),
+    lambda: aggregate(torch.ones(2, 3, 4), torch.ones(3, 2), 0.1, impl="fused"),
     lambda: aggregator(
         torch.ones(2, 3, 4), torch.ones(4, 8), torch.ones(4), torch.ones(2, 4), torch.ones(2), 0.1, impl="fused"
     ),
