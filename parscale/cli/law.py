@@ -245,7 +245,9 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.5g}" if abs(value) >= 1e-3 else f"{value:.3g}"  # times of small models stay narrow
 
 
 def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScalingLaw:
