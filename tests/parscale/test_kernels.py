@@ -72,7 +72,7 @@ def test_kernels_that_cannot_run_are_an_error(zoo, monkeypatch):
     """Nothing falls back in silence."""
     monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
     model = make(zoo, "fused")
-    with pytest.raises(ValueError, match=r"impl='fused' cannot run here: .* need a CUDA or ROCm device"):
+    with pytest.raises(ValueError, match=r"impl='fused' cannot run here: (the tensors are on cpu|Triton is not)"):
         model(zoo.token_ids())
 
 
