@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import processor
 
 from parscale import wrap
 from parscale.scaling_laws import Cost, Hardware, cost, dense_equivalent, fit, published, published_models, read_shape
@@ -166,14 +166,8 @@ def measure(config: Config, streams: int, batch: int, options: argparse.Namespac
 
 
 def machine(device: str) -> dict[str, Any]:
-    name = platform.processor()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        found = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = found[0] if found else name
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),

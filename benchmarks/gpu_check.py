@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from released import load_released
+from released import released_model
 
 from parscale import wrap
 from parscale.kernels import aggregate, aggregator
@@ -366,16 +366,10 @@ def decoding(bench: Bench) -> None:
 
 def released_step(bench: Bench, length: int) -> float:
     """Seconds of one decoding step of the released code, P = 8, as it runs: from Python, with a cache that grows."""
-    config_class, model_class = load_released(bench.released)
-    shape = TINY_MODEL if bench.dry else MODEL
-    config = config_class(**shape, rope_theta=1e4, parscale_n=8, parscale_n_tokens=48, attn_implementation="sdpa")
     with torch.device(bench.device):
-        model = model_class(config).to(torch.bfloat16).eval()
+        model = released_model(bench.released, TINY_MODEL if bench.dry else MODEL, P=8).to(torch.bfloat16).eval()
     ids = torch.randint(0, 64, (1, length), device=bench.device)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "prefix_" in name:  # the released code leaves them as it finds them
-                parameter.normal_(0, 0.02)
         cache = model(ids, use_cache=True).past_key_values
         return bench.seconds(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True))
 

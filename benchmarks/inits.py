@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from machine import processor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
@@ -39,13 +39,6 @@ def calibration(start: str, blocks: torch.Tensor, seed: int) -> torch.Tensor | N
         return None
     rows = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:P]
     return blocks[rows, :T]
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

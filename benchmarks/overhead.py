@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import transformers
-from released import load_released
+from machine import processor
+from released import released_model
 
 # As wide beside its width and its vocabulary as models are; streams still add five times the share of a real model's
 # parameters, since it has a fifth of the layers.
@@ -47,20 +48,7 @@ def build(kind: str, P: int, released: Path | None, device: str, shape: dict[str
     torch.manual_seed(0)
     if kind == "released":
         assert released is not None
-        config_class, model_class = load_released(released)
-        config = config_class(
-            **shape,
-            rope_theta=1e4,
-            parscale_n=P,
-            parscale_n_tokens=48,
-            parscale_attn_smooth=0.1,
-            attn_implementation="sdpa",
-        )
-        model = model_class(config)
-        for name, parameter in model.named_parameters():
-            if "prefix_" in name:  # the released code leaves them uninitialised
-                torch.nn.init.normal_(parameter, 0, 0.02)
-        return model.to(device)
+        return released_model(released, shape, P).to(device)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape, attn_implementation="sdpa"))
     if kind == "parscale":
         from parscale import wrap
@@ -218,7 +206,7 @@ def main() -> None:
     kinds = ["parscale"] if args.released is None else ["parscale", "released"]
     rows = [row for kind in kinds for row in measure(kind, args)]
     result = {
-        "processor": _processor() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "processor": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": args.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -231,13 +219,6 @@ def main() -> None:
         print(text)
     else:
         args.output.write_text(text + "\n")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -81,6 +81,23 @@ def load_released(folder: Path) -> tuple[Any, Any]:
     return configuration.Qwen2ParScaleConfig, modeling.Qwen2ParScaleForCausalLM
 
 
+def released_model(folder: Path, shape: dict[str, Any], P: int) -> Any:
+    """A random model of the released code, of the paper's prefix length and smoothing, on the default device.
+
+    Args:
+        folder: as :func:`load_released`.
+        shape: the arguments of a ``Qwen2Config``.
+        P: streams.
+    """
+    config_class, model_class = load_released(folder)
+    streams = {"parscale_n": P, "parscale_n_tokens": 48, "parscale_attn_smooth": 0.1}
+    model = model_class(config_class(**shape, **streams, rope_theta=1e4, attn_implementation="sdpa"))
+    for name, parameter in model.named_parameters():
+        if "prefix_" in name:  # the released code leaves them uninitialised
+            torch.nn.init.normal_(parameter, 0, 0.02)
+    return model
+
+
 @torch.no_grad()
 def check(folder: Path, vectors: Path) -> None:
     """Logits within 5e-5 and the same greedy tokens, from every checkpoint of ``vectors``."""
