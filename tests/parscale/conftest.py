@@ -238,6 +238,22 @@ def zoo() -> ModuleType:
     return sys.modules[__name__]
 
 
+@pytest.fixture
+def tiny(zoo: ModuleType) -> Any:
+    """Makes a small Llama, the same at every call."""
+    return zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain
+
+
+@pytest.fixture
+def wrapped(zoo: ModuleType) -> Any:
+    """A small Llama with four streams and two further sets, the last of one stream."""
+    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").wrapped(4)
+    model.add_streams("code", 2, prefix_length=3, init="random", smoothing=0.2)
+    zoo.fill_streams(model, seed=5, name="code")
+    model.add_streams("one", 1)
+    return model
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Case:
     """Each family, under ``sdpa`` where it supports that."""

@@ -29,22 +29,6 @@ def names_in(folder):
     return files
 
 
-@pytest.fixture
-def tiny(zoo):
-    """Makes a small Llama, the same at every call."""
-    return zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain
-
-
-@pytest.fixture
-def wrapped(zoo):
-    """A small Llama with four streams and two further sets, the last of one stream."""
-    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").wrapped(4)
-    model.add_streams("code", 2, prefix_length=3, init="random", smoothing=0.2)
-    zoo.fill_streams(model, seed=5, name="code")
-    model.add_streams("one", 1)
-    return model
-
-
 # -- round trips
 
 

@@ -20,22 +20,6 @@ def logits_of(model):
     return model.eval()(IDS).logits
 
 
-@pytest.fixture
-def tiny(zoo):
-    """Makes a small Llama, the same at every call."""
-    return zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain
-
-
-@pytest.fixture
-def wrapped(zoo):
-    """A small Llama with four streams and two further sets, the last of one stream."""
-    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").wrapped(4)
-    model.add_streams("code", 2, prefix_length=3, init="random", smoothing=0.2)
-    zoo.fill_streams(model, seed=5, name="code")
-    model.add_streams("one", 1)
-    return model
-
-
 def test_an_older_save_is_replaced_and_other_files_stay(wrapped, tiny, tmp_path):
     wrapped.save_pretrained(tmp_path, max_shard_size="30KB")
     (tmp_path / "optimizer.pt").write_text("mine")
