@@ -10,6 +10,7 @@ from torch import nn
 from parscale.kernels import aggregate, aggregator
 from parscale.kernels.aggregate import stream_weights
 from parscale.kernels.dispatch import Impl
+from parscale.parallel import local
 
 
 class Projection(nn.Module):
@@ -30,7 +31,7 @@ class Projection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, local(self.weight), local(self.bias))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of it."""
@@ -79,7 +80,8 @@ class Aggregator(nn.Sequential):
         """
         first, last = self[0], self[2]
         if (hidden.is_cuda or impl == "fused") and _is_untouched(first) and _is_untouched(last):
-            return aggregator(hidden, first.weight, first.bias, last.weight, last.bias, self.smoothing, impl=impl)
+            w1, b1, w2, b2 = (local(x) for x in (first.weight, first.bias, last.weight, last.bias))
+            return aggregator(hidden, w1, b1, w2, b2, self.smoothing, impl=impl)
         logits = self.logits(hidden)  # (B, S, P)
         mixed = aggregate(
             hidden.reshape(self.num_streams, -1, hidden.shape[-1]),  # (P, B*S, H)

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
 from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
+from parscale.parallel import local
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -153,7 +154,7 @@ def prefix_attention(
     name = module.config.backbone._attn_implementation or "eager"
     backbone = _backbone_function(module, name)
     if state.recorder is not None:
-        state.recorder(module, key, value)
+        state.record(module, key, value)
     streams = state.in_flight
     flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
     # a flash-attention function reads the implementation's name from the layer's configuration
@@ -164,8 +165,8 @@ def prefix_attention(
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k = getattr(owner, streams.key_name)  # (P, G, T, D)
-    prefix_v = getattr(owner, streams.value_name)
+    prefix_k = local(getattr(owner, streams.key_name))  # (P, G, T, D)
+    prefix_v = local(getattr(owner, streams.value_name))
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size

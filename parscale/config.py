@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-INITS = ("context", "random")
+TEXT_INITS = ("context", "documents")  # those that read a text for each stream
+INITS = (*TEXT_INITS, "random")
 
 # Field names in a ``config.json``. The first three are those of the released checkpoints; a released config
 # without the smoothing means 0.01, the default of the released code's configuration class.
@@ -30,7 +31,8 @@ class ParScaleConfig:
         num_streams: P, the number of copies of the input that run through the backbone. 1 is the plain backbone.
         prefix_length: T, learned key/value pairs in front of each attention layer, per stream.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, the floor under the aggregation weights, in [0, 1].
-        init: how prefixes and aggregator start: ``"context"`` (keys and values of real text) or ``"random"``.
+        init: how prefixes and aggregator start: ``"documents"`` (keys and values of texts that have come to their end),
+            ``"context"`` (of texts as they are) or ``"random"``; see :mod:`parscale.inits`.
         seed: seed of the draws; ``None`` draws from torch's global generator.
 
     Raises:
@@ -40,7 +42,7 @@ class ParScaleConfig:
     num_streams: int = dataclasses.field(default=4, metadata={"help": "P, the number of parallel streams; at least 1."})
     prefix_length: int = dataclasses.field(default=48, metadata={"help": "T, prefix tokens per stream; at least 1."})
     smoothing: float = dataclasses.field(default=0.1, metadata={"help": "Epsilon of the weights, between 0 and 1."})
-    init: str = dataclasses.field(default="context", metadata={"help": f"How streams start: one of {INITS}."})
+    init: str = dataclasses.field(default="documents", metadata={"help": f"How streams start: one of {INITS}."})
     seed: int | None = dataclasses.field(default=None, metadata={"help": "Seed of the draws; None: torch's state."})
 
     def __post_init__(self) -> None:

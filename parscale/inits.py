@@ -1,10 +1,14 @@
 """How a new set of streams starts.
 
-============ =====================================================================================================
-``random``   prefixes drawn independently from a normal of the backbone's ``initializer_range``
-``context``  each stream's prefix is the keys and values of a different text of T tokens, at positions -T..-1
-both         aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
-============ =====================================================================================================
+============= ====================================================================================================
+``random``    prefixes drawn independently from a normal of the backbone's ``initializer_range``
+``context``   each stream's prefix is the keys and values of a different text of T tokens, at positions -T..-1
+``documents`` the same, with the end-of-text token in place of each text's last, so that the input begins a new document
+all           aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
+============= ====================================================================================================
+
+The end-of-text token is the model's ``eos_token_id``, the first where there are several. Where a model has none in its
+vocabulary, and where T is 1, which has no room for a text beside it, ``documents`` is ``context``.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from parscale.config import TEXT_INITS
 from parscale.layers import (
     backbone_only,
     cuda_devices,
@@ -25,6 +30,7 @@ from parscale.layers import (
     input_device,
     number_of_attention_layers,
 )
+from parscale.parallel import whole_shape
 from parscale.streams import ParScaleState, StreamSet
 
 USER = 5  # frames from a warning here to the caller of wrap or add_streams
@@ -36,53 +42,58 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
     Args:
         state: of the wrapped model.
         streams: a set whose parameters exist.
-        calibration: token ids ``(P, T)``, for ``"context"``; without it the backbone samples them itself.
+        calibration: token ids ``(P, T)``, for ``"documents"`` and ``"context"``; without it the backbone samples them
+            itself.
 
     Raises:
-        ValueError: ``"context"`` for a model on the meta device.
+        ValueError: an init that reads texts, for a model on the meta device.
     """
     tensors = state.tensors(streams)
     config = state.model.config.get_text_config()
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # init_std: OPT
     with torch.no_grad(), _seeded(streams.config.seed, state.model):
-        if streams.config.init == "context" and tensors:
-            _fill_with_context(state, streams, calibration)
+        if streams.config.init in TEXT_INITS and tensors:
+            _fill_with_texts(state, streams, calibration)
         for name, parameter in tensors.items():
             is_prefix = name.endswith(("prefix_k", "prefix_v"))
             if name.endswith("aggregate_layer.0.weight") or (is_prefix and streams.config.init == "random"):
                 parameter.normal_(0.0, std)
 
 
-def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
+def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
     """Reads the texts with the backbone and keeps the keys and values that attention sees."""
-    T = streams.config.prefix_length
+    T, init = streams.config.prefix_length, streams.config.init
     if next(iter(state.tensors(streams).values())).is_meta:
         raise ValueError(
-            "init='context' runs the backbone, which has no weights on the meta device: use init='random'."
+            f"init={init!r} runs the backbone, which has no weights on the meta device: use init='random'."
         )
     config = state.model.config.get_text_config()
     positions = torch.arange(-T, 0)[None]
     if has_learned_positions(state.decoder):
         if config.max_position_embeddings < T:
             raise ValueError(
-                f"{type(state.model).__name__} has {config.max_position_embeddings} positions, so init='context' "
+                f"{type(state.model).__name__} has {config.max_position_embeddings} positions, so init={init!r} "
                 f"cannot read {T} tokens: choose a prefix_length of at most that, or init='random'."
             )
         warnings.warn(
-            f"{type(state.model).__name__} has learned positions, so init='context' is an approximation: the texts "
+            f"{type(state.model).__name__} has learned positions, so init={init!r} is an approximation: the texts "
             f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
             stacklevel=USER,
         )
         positions = positions + T
     elif number_of_attention_layers(state) < config.num_hidden_layers:
         warnings.warn(
-            f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init='context' "
+            f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init={init!r} "
             "is an approximation.",
             stacklevel=USER,
         )
     if calibration is None:
         calibration = _sample_texts(state, streams)
     device = input_device(state.model)
+    calibration = calibration.to(device, torch.long)
+    end = _end_of_text(state.model)
+    if init == "documents" and T > 1 and end is not None:
+        calibration = torch.cat([calibration[:, :-1], torch.full_like(calibration[:, -1:], end)], dim=1)  # (P, T)
 
     recorded: list[nn.Module] = []
 
@@ -90,7 +101,7 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
         if key.shape[2] != T:
             raise ValueError(
                 f"{type(state.model).__name__} attends to keys that do not stand for one token each, so "
-                "init='context' cannot keep them as a prefix: use init='random'."
+                f"init={init!r} cannot keep them as a prefix: use init='random'."
             )
         recorded.append(module)
         for name, states in ((streams.key_name, key), (streams.value_name, value)):
@@ -102,8 +113,7 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
         with backbone_only(state):
             state.recorder = record
             try:
-                ids = calibration.to(device, torch.long)
-                state.decoder(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+                state.decoder(input_ids=calibration, position_ids=positions.to(device), use_cache=False)
             finally:
                 state.recorder = None
 
@@ -117,7 +127,7 @@ def _fill_with_context(state: ParScaleState, streams: StreamSet, calibration: to
     if len(recorded) > len(set(recorded)):
         warnings.warn(
             f"{type(state.model).__name__} runs some attention layers more than once, with one prefix for all runs: "
-            "init='context' is an approximation.",
+            f"init={init!r} is an approximation.",
             stacklevel=USER,
         )
 
@@ -145,7 +155,7 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
     P, T = streams.config.num_streams, streams.config.prefix_length
     model: Any = state.model
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
     start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
     plain = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
@@ -159,6 +169,16 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
         model.generation_config = own
 
 
+def _end_of_text(model: Any) -> int | None:
+    """The token that ends a document; None if the model names none in its vocabulary."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        ends = getattr(config, "eos_token_id", None)
+        end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+        if isinstance(end, int) and 0 <= end < whole_shape(model.get_input_embeddings().weight)[0]:
+            return end
+    return None
+
+
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
     """Refuses a calibration that the set cannot read.
 
@@ -168,9 +188,10 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
     if calibration is None:
         return
     P, T = streams.config.num_streams, streams.config.prefix_length
-    if streams.config.init != "context":
+    if streams.config.init not in TEXT_INITS:
         raise ValueError(
-            f"calibration is read by init='context' only, got init={streams.config.init!r}: leave one out."
+            f"calibration is read by init={' or '.join(map(repr, TEXT_INITS))} only, got "
+            f"init={streams.config.init!r}: leave one out."
         )
     given = type(calibration).__name__
     if isinstance(calibration, torch.Tensor):
@@ -182,7 +203,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
             "calibration must be token ids, a tensor of integers of shape (num_streams, prefix_length) = "
             f"({P}, {T}), got {given}."
         )
-    vocabulary = state.model.get_input_embeddings().weight.shape[0]
+    vocabulary = whole_shape(state.model.get_input_embeddings().weight)[0]
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
         raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention import AttentionConfig
 from parscale.errors import UnsupportedModelError
+from parscale.parallel import each_module_gathered, tensor_parallel_mesh
 from parscale.streams import AttentionLayer, ParScaleState
 
 
@@ -106,6 +107,23 @@ def attach_attention(state: ParScaleState) -> None:
             "cannot be wrapped."
         )
     state.layers = list(found.values())
+    mesh = tensor_parallel_mesh(state.model)
+    if mesh is not None:
+        _count_heads_of_all_devices(state, mesh)
+
+
+def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
+    """Finds the layers whose heads are split over the mesh, by comparing them with the same model in one piece."""
+    config = copy.deepcopy(state.model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model: Any = type(state.model)(config)
+    undivided = ParScaleState(model, model.get_submodule(state.decoder_name), state.decoder_name)
+    attach_attention(undivided)
+    heads = {layer.name: layer.key_heads for layer in undivided.layers}
+    for layer in state.layers:
+        if layer.key_heads != heads[layer.name]:
+            layer.key_heads, layer.mesh = heads[layer.name], mesh
 
 
 def detach_attention(state: ParScaleState) -> None:
@@ -166,7 +184,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         state.decoder.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), own_draws, experts, uncompiled, warnings.catch_warnings():
+        pieces = each_module_gathered(state.model)
+        with torch.no_grad(), own_draws, experts, uncompiled, pieces, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:

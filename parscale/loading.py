@@ -73,6 +73,8 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     kernels: Impl = "auto",
+    tp_plan: str | Mapping[str, str] | None = None,
+    distributed_config: Any = None,
 ) -> Any:
     """Reads a checkpoint with streams: a full one, also a released ``ParScale/*`` one, or streams only.
 
@@ -88,6 +90,9 @@ def load(
         attn_implementation: as in ``from_pretrained``.
         revision: of the repository: a branch, a tag or a commit.
         kernels: as in :func:`parscale.wrap`.
+        tp_plan: splits each layer over all processes that ``torchrun`` started: ``"auto"`` by the plan that
+            transformers has for the backbone, or a plan of that form. With one process, nothing is split.
+        distributed_config: as in ``from_pretrained``, in place of ``tp_plan``; for tensor parallelism only.
 
     Returns:
         The wrapped model, of the backbone's own class, in eval mode.
@@ -99,6 +104,9 @@ def load(
     check_impl(kernels, "kernels")
     checkpoint = Checkpoint(path_or_repo, revision=revision)
     options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    if tp_plan is not None and distributed_config is not None:
+        raise ValueError("distributed_config has a tp_plan of its own: give one of the two.")
+    options["distributed_config"] = distributed_config if tp_plan is None else _tensor_parallel(tp_plan)
     options = {key: value for key, value in options.items() if value is not None}
     if checkpoint.kind() == FULL:
         if backbone is not None:
@@ -108,6 +116,15 @@ def load(
         model = _load_streams(checkpoint, backbone, options)
     model.parscale.kernels = kernels
     return model
+
+
+def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if not isinstance(tp_plan, Mapping) and tp_plan != "auto":
+        raise ValueError(f"tp_plan is 'auto' or a dictionary of names and styles, got {tp_plan!r}.")
+    plan = dict(tp_plan) if isinstance(tp_plan, Mapping) else None
+    return DistributedConfig(tp_size=int(os.environ.get("WORLD_SIZE", "1")), tp_plan=plan)
 
 
 def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -216,6 +233,28 @@ def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]
         raise
     members.set_streams(model, name)
     return model
+
+
+def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+    """Adds a further set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
+
+    Args:
+        model: wrapped, of the backbone that the streams were made for.
+        path_or_repo: a folder that ``save_streams`` wrote, or the name of a repository on the Hugging Face Hub.
+        name: of the set in this model; by default the one that it was saved under.
+
+    Raises:
+        ValueError: the folder is no streams-only checkpoint or damaged, its streams do not fit the model, or there is a
+            set of that name.
+        OSError: a folder or a file is not there or cannot be read.
+    """
+    checkpoint = Checkpoint(path_or_repo)
+    if checkpoint.kind() == FULL:
+        raise ValueError(f"{checkpoint} has a backbone of its own: load_streams takes what save_streams has written.")
+    fields = checkpoint.read_json(STREAMS_CONFIG)
+    streams, stored = _read_streams(checkpoint)
+    check_fit(checkpoint, fields, model.config)
+    add(model.parscale, name or fields.get("name", DEFAULT), streams, tensors=_values(model, streams, stored))
 
 
 def _named_backbone(

@@ -14,7 +14,10 @@ def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
         mask: boolean (True: attend), or additive floats (0: attend).
         prefix_length: T.
     """
-    return nn.functional.pad(mask, (prefix_length, 0), value=mask.dtype == torch.bool)
+    if mask.dtype != torch.bool:
+        return nn.functional.pad(mask, (prefix_length, 0))
+    # not padded with True: of that, fused with the making of the mask, torch 2.13 makes C++ for CPUs that is none
+    return torch.cat([mask.new_ones(*mask.shape[:-1], prefix_length), mask], dim=-1)
 
 
 def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> BlockMask:

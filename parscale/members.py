@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import nn
 from parscale.attention import CONTINUOUS_BATCHING
 from parscale.config import ParScaleConfig
 from parscale.kernels.aggregate import stream_weights
+from parscale.parallel import reshard, whole_shape
 from parscale.streams import ParScaleState, StreamSet
 
 
@@ -26,7 +28,7 @@ def add_streams(
     *,
     prefix_length: int = 48,
     smoothing: float = 0.1,
-    init: str = "context",
+    init: str = "documents",
     seed: int | None = None,
     calibration: torch.Tensor | None = None,
 ) -> None:
@@ -60,6 +62,7 @@ def set_streams(model: Any, name: str | None) -> None:
     state: ParScaleState = model.parscale
     chosen = _find(state, name)
     if chosen is not state.active:
+        reshard(model)
         _freeze(state, state.active, True)
         _freeze(state, chosen, False)
     _activate(state, chosen)
@@ -75,12 +78,14 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
         ValueError: there is no set of that name.
     """
     state: ParScaleState = model.parscale
+    reshard(model)
     previous, trained = state.active, state.trainability()
     recorded = {field: value for field, value in vars(model.config).items() if field.startswith("parscale_")}
     set_streams(model, name)
     try:
         yield model
     finally:
+        reshard(model)
         _activate(state, previous)
         for parameter, trains in trained.items():
             _train(parameter, trains)
@@ -97,6 +102,7 @@ def freeze_backbone(model: Any) -> None:
     state: ParScaleState = model.parscale
     if state.active is None or state.active.num_streams == 1:
         raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
+    reshard(model)
     model.requires_grad_(False)
     _freeze(state, state.active, False)
 
@@ -104,12 +110,13 @@ def freeze_backbone(model: Any) -> None:
 def print_trainable_parameters(model: Any) -> None:
     """Prints how many parameters train, of how many, in per cent, and what they are."""
     state: ParScaleState = model.parscale
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = {parameter: math.prod(whole_shape(parameter)) for parameter in model.parameters()}
+    total = sum(sizes.values())
+    trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     prefixes = aggregator = 0
     for streams in state.sets.values():
         for name, parameter in state.tensors(streams).items():
-            count = parameter.numel() if parameter.requires_grad else 0
+            count = sizes[parameter] if parameter.requires_grad else 0
             if ".aggregate_layer." in f".{name}":
                 aggregator += count
             else:
@@ -157,16 +164,20 @@ def stream_report(
     if streams is None or streams.num_streams == 1:
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
     P = streams.num_streams
-    captured: list[torch.Tensor] = []
     aggregator = state.aggregator(streams)
-    hook = state.decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    captured: list[torch.Tensor] = []
+
+    def weigh(module: nn.Module, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
+        captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
+
+    hook = state.decoder.register_forward_hook(weigh)
     state.aggregating = False  # the head then sees every stream's hidden states
     try:
         logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
     finally:
         state.aggregating = True
         hook.remove()
-    weights = stream_weights(aggregator.logits(captured[0]), streams.config.smoothing)  # (B, S, P)
+    weights = captured[0]
     labels = input_ids if labels is None else labels
     targets = labels[:, 1:].to(logits.device).repeat(P, 1)  # (P*B, S - 1)
     token_losses = nn.functional.cross_entropy(
@@ -194,6 +205,13 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     from parscale.saving import save_streams as save
 
     save(model, save_directory)
+
+
+def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+    """Adds a set of streams that was saved, inactive until chosen; see :func:`parscale.loading.add_saved_streams`."""
+    from parscale.loading import add_saved_streams
+
+    add_saved_streams(model, path_or_repo, name)
 
 
 def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from parscale import __version__
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, TYPE_SUFFIX, read_json
+from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.writing import staged
 
@@ -35,6 +36,10 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
 
     The backbone is written by its own class, with everything that its ``save_pretrained`` does. A folder that exists
     keeps its other files; an older checkpoint in it is replaced. If it fails, the folder is as it was.
+
+    In a distributed run the first process writes. Where the model's tensors are spread over the processes, all of them
+    call this together, and the folder holds whole tensors; with ``state_dict``, gathered before, the first one may
+    call it alone.
 
     Args:
         model: a wrapped model.
@@ -53,6 +58,7 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
             "A model with streams is saved whole: leave out distributed_checkpoint=True (and pass a gathered "
             "state_dict=, or let the Trainer do it)."
         )
+    together = kwargs.get("state_dict") is None and is_sharded(model)
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
     elif state.active is not None:
@@ -60,10 +66,39 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
             _check_values(name, tensor)
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
-    if not kwargs.get("is_main_process", True):  # takes part in gathering; the main process writes
+    beside = None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        beside = _tensors(state, _active(state), kwargs.get("state_dict"))
+    if together:
+        kwargs["state_dict"] = gathered_state_dict(model)
+    with together_at_the_end() if together else nullcontext():
+        if kwargs.get("is_main_process", True) and is_writer():
+            _write_full(model, save_directory, further, beside, push, without_weights, kwargs)
+            return
+        # takes part in gathering; the main process writes
         with tempfile.TemporaryDirectory() as nowhere, _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, nowhere, **kwargs)
-        return
+
+
+def _write_full(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    further: dict[str, dict[str, torch.Tensor]],
+    beside: dict[str, torch.Tensor] | None,
+    push: dict[str, Any],
+    without_weights: bool,
+    kwargs: dict[str, Any],
+) -> None:
+    """Writes the folder of :func:`save_full`.
+
+    Args:
+        further: the further sets' tensors.
+        beside: the active set's, where the class writes its adapters alone.
+        push: what to do on the Hub.
+        without_weights: somebody else writes them.
+        kwargs: for the class's own ``save_pretrained``.
+    """
+    state: ParScaleState = model.parscale
     stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
     with staged(save_directory, last=CONFIG, replaces=lambda name: not without_weights and stale(name)) as work:
         with _under_released_names(state, kwargs.get("state_dict")):
@@ -73,8 +108,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
             shutil.copy(REMOTE_CODE, work)
             for name, tensors in further.items():
                 _write_streams(work / name, model, state.sets[name], tensors, "..")
-        elif getattr(model, "_hf_peft_config_loaded", False):  # the class has written adapters only
-            _write_streams(work, model, _active(state), _tensors(state, _active(state)), _backbone_name(model))
+        elif beside is not None:
+            _write_streams(work, model, _active(state), beside, _backbone_name(model))
         written = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
     if push.get("push_to_hub"):
         _push(Path(save_directory), written, push)
@@ -83,7 +118,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     """Writes the active set of streams and the name of the backbone: a few MB.
 
-    A folder that exists keeps its other files. If it fails, the folder is as it was.
+    A folder that exists keeps its other files. If it fails, the folder is as it was. In a distributed run the first
+    process writes; where the model is spread over the processes, all of them call this together.
 
     Args:
         model: a wrapped model.
@@ -98,9 +134,11 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     config = Path(save_directory, CONFIG)
     if config.is_file() and NUM_STREAMS in read_json(config):
         raise ValueError(f"{save_directory} holds a full checkpoint: save the streams alone in another folder.")
-    tensors = _tensors(state, streams)
-    with staged(save_directory, last=STREAMS_CONFIG) as work:
-        _write_streams(work, model, streams, tensors, _backbone_name(model))
+    with together_at_the_end() if is_sharded(model) else nullcontext():
+        tensors = _tensors(state, streams)
+        if is_writer():
+            with staged(save_directory, last=STREAMS_CONFIG) as work:
+                _write_streams(work, model, streams, tensors, _backbone_name(model))
 
 
 @contextmanager
@@ -236,8 +274,7 @@ def _tensors(
     tensors = {}
     for name, value in values.items():
         _check_values(name, value)
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded by FSDP
-        tensors[name] = whole.detach().cpu().contiguous()
+        tensors[name] = whole(value).detach().cpu().contiguous()
     return tensors
 
 

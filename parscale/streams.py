@@ -24,6 +24,7 @@ from parscale.aggregator import Aggregator
 from parscale.config import ParScaleConfig
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
+from parscale.parallel import gather_heads
 
 DEFAULT = "default"
 
@@ -56,6 +57,7 @@ class AttentionLayer:
         value_size: D of the values (another one in MLA).
         dtype: of its keys.
         device: of its keys.
+        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
     """
 
     name: str
@@ -65,6 +67,7 @@ class AttentionLayer:
     value_size: int
     dtype: torch.dtype
     device: torch.device
+    mesh: Any = None
 
 
 class StreamSet:
@@ -168,6 +171,14 @@ class ParScaleState:
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set trains."""
         return {p: p.requires_grad for streams in self.sets.values() for p in self.tensors(streams).values()}
+
+    def record(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Shows the recorder an attention layer's keys and values, those of all devices."""
+        assert self.recorder is not None
+        mesh = next((layer.mesh for layer in self.layers if layer.module is module), None)
+        if mesh is not None:
+            key, value = gather_heads(key, mesh), gather_heads(value, mesh)
+        self.recorder(module, key, value)
 
     # -- the way of the data
 

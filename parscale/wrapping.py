@@ -17,6 +17,7 @@ from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SET_PATTERN,
 from parscale.inits import check_calibration, initialize
 from parscale.kernels.dispatch import Impl, check_impl
 from parscale.layers import attach_attention, check_model, detach_attention, held_configs, own_config
+from parscale.parallel import check_takes_parameters, distribute_streams, share_random_state, tensor_parallel_mesh
 from parscale.peft import keep_streams_trainable
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 
@@ -29,6 +30,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "stream_report": members.stream_report,
     "save_pretrained": members.save_pretrained,
     "save_streams": members.save_streams,
+    "load_streams": members.load_streams,
     "_reorder_cache": members.reorder_cache,
     "_get_static_cache_init_shape": members.static_cache_init_shape,
     "init_continuous_batching": members.init_continuous_batching,
@@ -41,7 +43,7 @@ def wrap(
     *,
     prefix_length: int = 48,
     smoothing: float = 0.1,
-    init: str = "context",
+    init: str = "documents",
     seed: int | None = None,
     calibration: torch.Tensor | None = None,
     kernels: Impl = "auto",
@@ -53,13 +55,14 @@ def wrap(
     here is called ``"default"``. Method: Chen et al., arXiv 2505.10475.
 
     Args:
-        model: a ``transformers.PreTrainedModel`` with a language-model head.
+        model: a ``transformers.PreTrainedModel`` with a language-model head. It may be split by tensor parallelism, or
+            partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
         prefix_length: T, learned key/value pairs per stream in each attention layer.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        init: ``"context"`` or ``"random"``; see :mod:`parscale.inits`.
+        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.inits`.
         seed: seed of the draws; ``None`` draws from torch's state.
-        calibration: token ids ``(P, T)`` that ``"context"`` reads; without it the backbone samples them.
+        calibration: token ids ``(P, T)`` that all but ``"random"`` read; without it the backbone samples them.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -131,6 +134,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         )
     check_impl(kernels, "kernels")
     decoder = check_model(model)
+    check_takes_parameters(model)
     name = next(name for name, module in model.named_modules() if module is decoder)
     own_config(model)
     state = ParScaleState(model, decoder, name, kernels)
@@ -191,6 +195,10 @@ def add(
         raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
     streams = StreamSet(name, config)
     check_calibration(state, streams, calibration)
+    check_takes_parameters(state.model)
+    mesh = tensor_parallel_mesh(state.model)
+    if mesh is not None and config.seed is None:
+        share_random_state(mesh)
     state.sets[name] = streams
     try:
         _make_parameters(state, streams)
@@ -198,6 +206,8 @@ def add(
             initialize(state, streams, calibration)
         else:
             _fill(state, streams, tensors)
+        if mesh is not None:
+            distribute_streams(state, streams, mesh)
     except BaseException:
         remove(state, streams)
         raise

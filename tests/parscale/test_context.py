@@ -229,7 +229,9 @@ def test_texts_that_cannot_be_read(family, zoo, bad):
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_texts_beside_a_random_start(family, zoo):
-    with pytest.raises(ValueError, match=r"calibration is read by init='context' only, got init='random'"):
+    with pytest.raises(
+        ValueError, match=r"calibration is read by init='context' or 'documents' only, got init='random'"
+    ):
         parscale.wrap(family.plain(), 3, prefix_length=12, init="random", calibration=texts(zoo))
 
 

@@ -281,3 +281,37 @@ def test_stream_report_after_an_error(model, zoo):
         model.stream_report(ids + zoo.VOCABULARY)
     assert torch.equal(logits_of(model, ids), expected)
     assert model.stream_report(ids).weights.shape == (zoo.B, zoo.S, zoo.P)
+
+
+def test_saved_sets_come_onto_one_model(tiny, tmp_path):
+    """Two sets, each saved by a model of its own, on one backbone that is wrapped already."""
+    ids = torch.arange(9)[None] + 3
+    expected = {}
+    for name, P in (("narrow", 2), ("wide", 5)):
+        model = parscale.wrap(tiny(), 1)
+        model.add_streams(name, P, prefix_length=3, init="random", seed=P)
+        model.set_streams(name)
+        expected[name] = model.eval()(ids).logits
+        model.save_streams(tmp_path / name)
+    model = parscale.load(tmp_path / "narrow", backbone=tiny()).eval()
+    model.load_streams(tmp_path / "wide")
+    assert (model.num_streams, list(model.parscale.sets)) == (2, ["narrow", "wide"])
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "@wide" in name)
+    for name in expected:
+        model.set_streams(name)
+        assert torch.equal(model(ids).logits, expected[name])
+    model.load_streams(tmp_path / "wide", "again")
+    model.set_streams("again")
+    assert torch.equal(model(ids).logits, expected["wide"])
+    with pytest.raises(ValueError, match="There is a set of streams 'wide' already: choose another name"):
+        model.load_streams(tmp_path / "wide")
+    model.save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match="has a backbone of its own: load_streams takes what save_streams"):
+        model.load_streams(tmp_path / "full")
+
+
+def test_saved_streams_of_another_backbone(tiny, tmp_path):
+    other = parscale.wrap(tiny(hidden_size=48), 2, init="random")
+    other.save_streams(tmp_path)
+    with pytest.raises(ValueError, match="hidden"):
+        parscale.wrap(tiny(), 1).load_streams(tmp_path, "other")
