@@ -9,6 +9,7 @@ from parscale.scaling_laws.holdout import compare, leave_one_out
 from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.plan import Plan, frontier, optimal
 from parscale.scaling_laws.shapes import ModelShape, published_models
+from parscale.scaling_laws.training_memory import TrainingMemory, known_backbones, training_memory
 from parscale.scaling_laws.worth import crossover, dense_equivalent, versus
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ParallelScalingLaw",
     "Plan",
     "Points",
+    "TrainingMemory",
     "compare",
     "cost",
     "crossover",
@@ -26,6 +28,7 @@ __all__ = [
     "fit",
     "fit_form",
     "frontier",
+    "known_backbones",
     "known_hardware",
     "leave_one_out",
     "optimal",
@@ -34,5 +37,6 @@ __all__ = [
     "read_hardware",
     "read_points",
     "read_shape",
+    "training_memory",
     "versus",
 ]

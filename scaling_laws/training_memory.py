@@ -1,0 +1,313 @@
+"""What training takes of each GPU's memory, counted: for planning a run before renting the machines.
+
+Counted for decoders with a gated MLP and RMSNorm (Llama, Mistral, Qwen2, Qwen3, Granite, Gemma), without norms that
+other families add, trained on sequences without padding by AdamW, fused, with 32-bit states and 32-bit masters of what
+trains. Attention is `sdpa`: flash attention, whose backward pass keeps queries, keys, values, output and log-sum-exp
+and no scores (Dao et al., arXiv 2205.14135); `eager` keeps the scores too. n = P*B*S tokens pass the layers, b = B*S
+the head. Kept for the backward pass, in bytes, where a computed number has c (such counts: Korthikanti et al., arXiv
+2205.05198):
+
+    a layer's norms       8*n*(H + 1), and more for their weights' gradients and the matrices' inputs where these train
+    its attention         c*n*(2*heads*D + 2*G*D) + 4*n*heads
+    Qwen3's norms there   4*n*(heads + G)*(D + 1), and c*n*(heads + G)*D for their weights' gradients
+    its MLP               c*n*3*I, and c*n*I for the last matrix's input
+    final norm            4*(n*H + n)
+    aggregator, P > 1     2*c*n*H + 2*c*b*H + (4 + c)*b*P
+    head                  4*b*V, the log-probabilities; never P times
+
+Inputs of matrices are kept only where these train; a frozen backbone lets gradients pass without them, and in its first
+layer nothing before the attention needs any. With checkpointing each layer keeps its input alone, c*n*H or 4*n*H, and
+one layer at a time is computed again. Outside the count: the device's context, communication buffers of NCCL, a
+fragmented allocator, and the data loader. Tests hold the count against the tensors that
+transformers' Llama, Qwen2 and Qwen3 keep (equal) and against the peak of bytes alive (to 2 %), on a CPU; on a GPU the
+fused aggregator keeps less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from parscale.scaling_laws.configs import read_shape
+from parscale.scaling_laws.costs import DTYPES, Config
+from parscale.scaling_laws.data import data_rows
+from parscale.scaling_laws.hardware import Hardware, find_hardware
+from parscale.scaling_laws.shapes import ModelShape
+
+TRAINS = ("streams", "everything", "lora")
+SHARDINGS = ("none", "fsdp")
+QUERY_KEY_NORMS = ("qwen3",)  # model types that normalise each head's queries and keys
+MASTER = 4  # bytes of a number that trains, of its gradient, and of each of AdamW's two states
+CACHED_LAYERS = 2  # of FSDP: the layer that runs and the one that is fetched meanwhile
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What training takes of each GPU at its peak, in bytes."""
+
+    memory_bytes: float
+    memory: dict[str, float]
+    """`memory_bytes` by what it holds:
+
+    weights: in 32 bits where they train. gradients, optimizer: of what trains. copies: trained and 32-bit weights in 16
+    bits, as autocast makes them. gathered: FSDP's layers that are whole at the time, with their gradients; for copies
+    of the model on several GPUs (DDP), the buckets in which gradients are exchanged. activations: what is kept for the
+    backward pass. workspace: what else is alive at the peak: the logits' gradient, or one layer's gradients and, with
+    checkpointing, its activations.
+    """
+    params: float
+    """All there are, embedding, streams and adapters included."""
+    trained_params: float
+    fits: bool
+    """Whether it fits into the device's memory, of which nothing is set aside."""
+    hardware: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is counted. Bytes: c of a computed number, r of the residual stream, stored of a frozen weight."""
+
+    shape: ModelShape
+    P: int
+    B: int
+    S: int
+    trains: str
+    rank: int
+    c: int
+    r: int
+    stored: float
+    casts: bool
+    checkpointing: bool
+
+    @property
+    def n(self) -> int:
+        return self.P * self.B * self.S
+
+    @property
+    def b(self) -> int:
+        return self.B * self.S
+
+    @property
+    def everything(self) -> bool:
+        return self.trains == "everything"
+
+    @property
+    def lora(self) -> bool:
+        return self.trains == "lora"
+
+
+def training_memory(
+    config: Config,
+    *,
+    num_streams: int,
+    batch_size: int,
+    sequence_length: int,
+    prefix_length: int | None = None,
+    gpus: int = 1,
+    sharding: str = "none",
+    trains: str = "streams",
+    lora_rank: int = 16,
+    dtype: str = "bfloat16",
+    frozen_dtype: str | None = None,
+    checkpointing: bool = False,
+    hardware: str | Hardware = "a100-80gb",
+) -> TrainingMemory:
+    """Bytes that training with `num_streams` streams takes on each GPU, at the peak of a step's second micro-batch.
+
+    config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; a decoder with a gated MLP.
+    batch_size: sequences on each GPU at once, before they are copied to the streams. prefix_length: T; the
+    configuration's own, or 48.
+    sharding: `"none"` (every GPU holds everything) or `"fsdp"` (parameters, gradients and states are divided among the
+    GPUs, and a decoder layer is gathered at a time).
+    trains: `"streams"`, `"everything"`, or `"lora"`: streams and adapters of rank `lora_rank` on all of the layers'
+    matrices.
+    dtype: `"bfloat16"` computes under autocast, `"float32"` without. frozen_dtype: in which frozen weights lie, one of
+    `costs.DTYPES`, by default `dtype`; 8 and 4 bits are for the layers' matrices, and the rest has 16.
+    checkpointing: of activations, by layer. hardware: for `fits`.
+
+    Raises `FileNotFoundError` for a path where there is nothing and `ValueError`, naming what is allowed, for numbers
+    out of range, unknown names, a model of another kind, and P = 1 where only streams would train.
+    """
+    counts = {"num_streams": num_streams, "batch_size": batch_size, "sequence_length": sequence_length, "gpus": gpus}
+    counts |= {"lora_rank": lora_rank} | ({} if prefix_length is None else {"prefix_length": prefix_length})
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    frozen = dtype if frozen_dtype is None else frozen_dtype
+    for name, chosen, allowed in (
+        ("trains", trains, TRAINS),
+        ("sharding", sharding, SHARDINGS),
+        ("dtype", dtype, ("bfloat16", "float32")),
+        ("frozen_dtype", frozen, tuple(DTYPES)),
+    ):
+        if chosen not in allowed:
+            raise ValueError(f"no {name} {chosen!r}; give one of {', '.join(allowed)}")
+    if num_streams == 1 and trains == "streams":
+        raise ValueError("with num_streams 1 there are no streams to train; give trains='everything' or 'lora'")
+    if dtype == "float32" and trains != "everything" and frozen != "float32":
+        raise ValueError(f"frozen_dtype is {frozen!r} and dtype 'float32'; give dtype='bfloat16', or frozen float32")
+    device = find_hardware(hardware)
+    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    if shape.experts or shape.kv_rank or not shape.gated or shape.attention_layers != shape.layers:
+        raise ValueError(
+            f"training is counted for decoders with a gated MLP in every layer, and {shape.name!r} is none"
+        )
+    if prefix_length is not None:
+        shape = dataclasses.replace(shape, prefix_length=prefix_length)
+    c = 2 if dtype == "bfloat16" else 4
+    whole = trains == "everything" or frozen == "float32"
+    run = _Run(
+        shape=shape,
+        P=num_streams,
+        B=batch_size,
+        S=sequence_length,
+        trains=trains,
+        rank=lora_rank if trains == "lora" else 0,
+        c=c,
+        r=c if sharding == "fsdp" else 4 if whole else 2,
+        stored=4 if whole else DTYPES[frozen][1] / 8,
+        casts=c == 2 and sharding == "none",
+        checkpointing=checkpointing,
+    )
+    backbone = shape.backbone_params + shape.embedding_params
+    added = shape.prefix_params(run.P) + shape.aggregator_params(run.P) + _lora_params(run)
+    trained = added + (backbone if run.everything else 0)
+    shards = gpus if sharding == "fsdp" else 1
+    kept, copies, workspace = _activations(run)
+    memory = {
+        "weights": (_stored_bytes(run) + MASTER * trained) / shards,
+        "gradients": MASTER * trained / shards,
+        "optimizer": 2 * MASTER * trained / shards,
+        "copies": copies,
+        "gathered": _gathered(run) if sharding == "fsdp" else MASTER * trained if gpus > 1 else 0.0,
+        "activations": kept,
+        "workspace": workspace,
+    }
+    total = sum(memory.values())
+    return TrainingMemory(total, memory, backbone + added, trained, total <= device.memory_gb * 1e9, device.name)
+
+
+def known_backbones() -> dict[str, dict[str, Any]]:
+    """Shapes of released models by name (`data/backbones.csv`), as the contents of a `config.json`."""
+    backbones: dict[str, dict[str, Any]] = {}
+    for row in data_rows("backbones.csv"):
+        name, kind, tied = (row.pop(key) for key in ("name", "model_type", "tie_word_embeddings"))
+        sizes = {key: int(value) for key, value in row.items()}
+        backbones[name] = {"model_type": kind, "tie_word_embeddings": tied == "true", **sizes}
+    return backbones
+
+
+def _matrices(shape: ModelShape) -> list[tuple[float, float]]:
+    """Inputs and outputs of one layer's seven matrices."""
+    h, query, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return [(h, query), (h, kv), (h, kv), (query, h)] + [(h, shape.intermediate)] * 2 + [(shape.intermediate, h)]
+
+
+def _matrix_params(shape: ModelShape) -> float:
+    return sum(inputs * outputs for inputs, outputs in _matrices(shape))
+
+
+def _lora_params(run: _Run) -> float:
+    return run.shape.layers * run.rank * sum(inputs + outputs for inputs, outputs in _matrices(run.shape))
+
+
+def _stored_bytes(run: _Run) -> float:
+    """Of the frozen backbone."""
+    if run.everything:
+        return 0.0
+    shape = run.shape
+    matrices = shape.layers * _matrix_params(shape)
+    rest = shape.backbone_params + shape.embedding_params - matrices
+    return matrices * run.stored + rest * max(run.stored, 2)
+
+
+def _gathered(run: _Run) -> float:
+    """Under FSDP: the root (embedding, head, aggregator), two layers, and the gradients of root and one layer."""
+    shape = run.shape
+    trained_layer = shape.prefix_params(run.P) / shape.layers + _lora_params(run) / shape.layers
+    layer = (shape.backbone_params - shape.hidden) / shape.layers
+    root = shape.embedding_params + shape.hidden
+    trained_root = shape.aggregator_params(run.P)
+    if run.everything:
+        trained_layer, trained_root, frozen_layer, frozen_root = trained_layer + layer, trained_root + root, 0.0, 0.0
+    else:
+        matrices = _matrix_params(shape)
+        frozen_layer = matrices * run.stored + (layer - matrices) * max(run.stored, 2)
+        frozen_root = root * max(run.stored, 2)
+    weights = run.c * trained_root + frozen_root + CACHED_LAYERS * (run.c * trained_layer + frozen_layer)
+    return weights + run.c * (trained_root + trained_layer)
+
+
+def _activations(run: _Run) -> tuple[float, float, float]:
+    """Bytes kept for the backward pass, bytes of weights' copies, and bytes of what else is alive at the peak."""
+    shape, n, b = run.shape, run.n, run.b
+    layer, first = _layer(run)
+    final_norm, mixing, head_copies = _head(run)
+    layer_copies = _layer_copies(run)
+    logits, residual, inner = 4 * b * shape.vocab, run.r * n * shape.hidden, run.c * n * shape.intermediate
+    ids = 8 * b + (8 * n if run.everything else 0)
+    kept, copies, again = final_norm + mixing + ids, head_copies, 0.0
+    if run.checkpointing:
+        kept += shape.layers * residual
+        again = layer + layer_copies - (residual if run.r == 4 else 0)  # its input is there already
+    else:
+        kept += first + (shape.layers - 1) * layer + 2 * run.S * shape.head_dim * run.r  # and cosines and sines
+        copies += shape.layers * layer_copies
+    moments: list[float] = [2 * logits]  # the loss: gradients of log-probabilities and of logits
+    freed = mixing + head_copies
+    moments.append((16 if run.r == 4 else 20) * n * shape.hidden - freed)  # final norm: gradients and products, fp32
+    gradients = 3 * inner + residual - (0 if run.trains == "streams" else inner)
+    moments.append(again + gradients - freed - final_norm)  # the last layer's MLP
+    if run.checkpointing and run.everything:  # the forward pass's end, when autocast forgets the copies that it made
+        moments.append(shape.layers * layer_copies + (run.c * b * shape.vocab + logits if run.casts else 0))
+    return kept, copies, max(moments)
+
+
+def _layer(run: _Run) -> tuple[float, float]:
+    """Bytes that a layer keeps, and the first one."""
+    shape, n, c = run.shape, run.n, run.c
+    h, inner = shape.hidden, shape.intermediate
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norm: float = 4 * n * (h + 1)
+    attention = c * n * (2 * query + 2 * kv) + 4 * n * shape.heads
+    mlp = 3 * c * n * inner
+    into_attention, into_mlp, others = 0.0, 0.0, 0.0
+    if run.everything:
+        norm += run.r * n * h
+        apart = run.r != c  # each matrix then has a copy of its own
+        into_attention, into_mlp = c * n * h * (3 if apart else 1), c * n * h * (2 if apart else 1)
+        others = c * n * inner
+    elif run.lora:
+        into_attention, into_mlp = c * n * h * (3 if run.casts else 1), c * n * h * (2 if run.casts else 1)
+        others = c * n * (inner + 7 * run.rank + (query if run.casts else 0))
+    heads_norms = 0.0
+    if shape.name in QUERY_KEY_NORMS:
+        heads_norms = n * (shape.heads + shape.kv_heads) * (4 * shape.head_dim + 4)
+        heads_norms += c * n * (query + kv) if run.everything else 0
+    layer = 2 * norm + attention + heads_norms + mlp + into_attention + into_mlp + others
+    without_gradient = {"streams": norm + heads_norms, "lora": norm, "everything": 0.0}[run.trains]
+    return layer, layer - without_gradient
+
+
+def _layer_copies(run: _Run) -> float:
+    """Bytes of a layer's weights in 16 bits, where autocast makes them of 32."""
+    if not run.casts:
+        return 0.0
+    shape = run.shape
+    matrices = _matrix_params(shape) if run.everything or run.stored == 4 else 0.0
+    return 2 * (matrices + (shape.prefix_params(run.P) + _lora_params(run)) / shape.layers)
+
+
+def _head(run: _Run) -> tuple[float, float, float]:
+    """Bytes kept by the final norm, by aggregator and head, and of their weights' copies."""
+    shape, n, b, c, P = run.shape, run.n, run.b, run.c, run.P
+    h = shape.hidden
+    final_norm = 4 * n * (h + 1) + (run.r * n * h if run.everything else 0)
+    kept = 4 * b * shape.vocab + (c * b * h if run.everything else 0)
+    copies = 2 * shape.vocab * h if run.everything or run.stored == 4 else 0
+    if P > 1:
+        kept += 2 * c * n * h + 2 * c * b * h + (4 + c) * b * P
+        copies += 2 * (P * h * h + h * P)
+    return final_norm, kept, copies if run.casts else 0
