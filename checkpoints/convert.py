@@ -14,6 +14,7 @@ from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.describe import PLAIN, kind_of
 from parscale.checkpoints.reading import find_tokenizer, load_plain, read_documents, require_tokenizer
 from parscale.checkpoints.text import Document
+from parscale.config import TEXT_INITS
 from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.writing import staged
 
@@ -32,7 +33,7 @@ def convert(
         source: the backbone's folder, or its name on the Hugging Face Hub.
         output: the folder to write, new or empty; it appears only when it is whole.
         config: the streams. A seed makes what is random repeatable.
-        calibration_files: text files for `init="context"`: each stream starts from a different piece of
+        calibration_files: text files for every init but `"random"`: each stream starts from a different piece of
             `config.prefix_length` tokens, spread evenly over the text. Without them the backbone samples the texts.
         streams_only: write the streams and the backbone's name instead of a full checkpoint.
 
@@ -46,8 +47,9 @@ def convert(
         OSError: there is no such source, or the output cannot be written.
     """
     start = time.perf_counter()
-    if calibration_files and config.init != "context":
-        raise ValueError(f"Calibration text is for init 'context', and init is {config.init!r}; leave one of them out.")
+    if calibration_files and config.init not in TEXT_INITS:
+        readers = " or ".join(map(repr, TEXT_INITS))
+        raise ValueError(f"Calibration text is for init {readers}, and init is {config.init!r}; leave one of them out.")
     documents = read_documents(calibration_files)
     _require_new(Path(output))
     if (kind := kind_of(Checkpoint(source))) != PLAIN:

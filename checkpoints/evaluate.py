@@ -50,7 +50,9 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
+    """A piece of a document: which document of those given, and its token ids."""
+
     document: int
     ids: list[int]
 
@@ -78,12 +80,12 @@ def evaluate(
     Raises:
         ValueError: a number is out of range, or no document has two tokens.
     """
-    length = _checked_length(model, sequence_length)
+    length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
     texts = [text for _, text in documents]
     encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-    windows = [_Window(index, ids) for index, whole in enumerate(encoded) for ids in _cut(whole, length)]
+    windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in cut_into_windows(whole, length)]
     if not windows:
         raise ValueError("No document has two tokens, and at least one must: the first token is not predicted.")
 
@@ -91,8 +93,8 @@ def evaluate(
     sums = [0.0] * len(encoded)
     counts = [0] * len(encoded)
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
-    with _evaluating(model), torch.inference_mode():
-        for batch in _with_progress_bar(batches, progress):
+    with evaluating(model), torch.inference_mode():
+        for batch in with_progress_bar(batches, progress):
             for window, loss in zip(batch, _losses(model, [window.ids for window in batch]), strict=True):
                 sums[window.document] += loss
                 counts[window.document] += len(window.ids) - 1
@@ -108,7 +110,12 @@ def evaluate(
     return Evaluation(loss, perplexity, tokens, length, by_document)
 
 
-def _checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
+def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
+    """The tokens in a window or sequence: as given, or 1024, or as many as the model has positions for.
+
+    Raises:
+        ValueError: it is below 2, or the model has fewer positions.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if sequence_length is None:
         return int(min(DEFAULT_SEQUENCE_LENGTH, positions))
@@ -118,7 +125,7 @@ def _checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     return sequence_length
 
 
-def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
+def cut_into_windows(ids: list[int], length: int) -> Iterator[list[int]]:
     """Windows of at most `length` ids that overlap by one; none from fewer than two ids."""
     for start in range(0, len(ids) - 1, length - 1):
         yield ids[start : start + length]
@@ -143,7 +150,8 @@ def _losses(model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In this block the model is in eval mode."""
     was_training = model.training
     model.eval()
     try:
@@ -152,7 +160,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _with_progress_bar(batches: list[list[_Window]], shown: bool) -> Iterator[list[_Window]]:
+def with_progress_bar(batches: list[list[Window]], shown: bool) -> Iterator[list[Window]]:
+    """The batches, with a progress bar on standard error if it is wanted."""
     if not shown:
         yield from batches
         return

@@ -45,8 +45,13 @@ def open_checkpoint(
     return model.to(place).eval(), find_tokenizer(checkpoint)
 
 
-def load_plain(source: str) -> Any:
-    """A causal language model without streams, in the dtype that it was saved in.
+def load_plain(source: str, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """A causal language model without streams.
+
+    Args:
+        source: a folder, or a name on the Hugging Face Hub.
+        dtype: as saved unless given.
+        **options: for `from_pretrained`.
 
     Raises:
         ValueError: its files are damaged or do not fit its configuration, or it needs code of its own.
@@ -56,7 +61,7 @@ def load_plain(source: str) -> Any:
         checkpoint.weights()  # damage is found here, before any weight is allocated
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", trust_remote_code=False, output_loading_info=True
+            source, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -14,12 +14,14 @@ import typer
 from parscale import __version__
 from parscale.cli.convert import convert
 from parscale.cli.cost import cost
+from parscale.cli.diagnose import diagnose
 from parscale.cli.evaluate import evaluate
 from parscale.cli.generate import generate
 from parscale.cli.info import info
 from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
 from parscale.cli.quickstart import quickstart
+from parscale.cli.train import train
 
 app = typer.Typer(
     name="parscale",
@@ -31,9 +33,11 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "convert": convert,
+    "train": train,
     "info": info,
     "generate": generate,
     "eval": evaluate,
+    "diagnose": diagnose,
     "cost": cost,
 }
 for name, command in COMMANDS.items():

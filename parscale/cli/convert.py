@@ -18,10 +18,10 @@ def convert(
     prefix_length: Annotated[int, typer.Option(help="T, prefix tokens for each stream and layer.")] = 48,
     smoothing: Annotated[float, typer.Option(help="The share of the weights that is spread evenly, 0 to 1.")] = 0.1,
     init: Annotated[
-        str | None, typer.Option(help="How prefixes start: 'context', from text, or 'random'. Default: see the README.")
+        str | None, typer.Option(help="How prefixes start: 'documents' or 'context', from text, or 'random'.")
     ] = None,
     calibration: Annotated[
-        Files | None, typer.Option(help="Text files that the 'context' prefixes are read from.", metavar="FILE...")
+        Files | None, typer.Option(help="Text files that the prefixes are read from.", metavar="FILE...")
     ] = None,
     streams_only: Annotated[
         bool, typer.Option("--streams-only", help="Write the streams and the backbone's name, not its weights.")

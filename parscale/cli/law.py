@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parscale.cli.options import Json, ListOptionCommand
+from parscale.cli.options import Json, ListOptionCommand, size
 from parscale.cli.output import print_figures, print_json
 
 if TYPE_CHECKING:
@@ -21,19 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The scaling law: fit it to runs, predict from it, plot it.")
 
 CORPORA = ("stack", "pile")
-SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 LAW_HELP = "'stack' or 'pile' for a published one, a CSV file of runs to fit, or a JSON file from 'law fit --json'."
-
-
-def size(text: str) -> float:
-    """A number of parameters, such as 1.6e9, 1600000000 or 1.6B; `BadParameter` for anything else."""
-    letter = text[-1:].upper()
-    try:
-        value = float(text[:-1]) * SUFFIXES[letter] if letter in SUFFIXES else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no size; give a number such as 1.6e9 or 1.6B") from None
-    return value
-
 
 Runs = Annotated[
     str,

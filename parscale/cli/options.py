@@ -22,6 +22,27 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repe
 Files = list[Path]
 
 
+SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def size(text: str) -> float:
+    """A number of parameters, such as 1.6e9, 1600000000 or 1.6B; `BadParameter` for anything else."""
+    letter = text[-1:].upper()
+    try:
+        value = float(text[:-1]) * SUFFIXES[letter] if letter in SUFFIXES else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no size; give a number such as 1.6e9 or 1.6B") from None
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number, such as 20000000, 2e7 or 20M; `BadParameter` for anything else."""
+    value = size(text)
+    if not value.is_integer():
+        raise typer.BadParameter(f"{text!r} is no whole number; give one such as 20000000 or 20M")
+    return int(value)
+
+
 class ListOptionCommand(TyperCommand):
     """A command whose list options take several values after one name, as in `--data a.txt b.txt`.
 

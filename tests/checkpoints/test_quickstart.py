@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from parscale import load
 from parscale.checkpoints import quickstart
@@ -35,15 +34,11 @@ TEXTS = Texts(
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
+def backbone(byte_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "backbone"
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"<end>": len(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
     config = Qwen2Config(
-        vocab_size=len(alphabet) + 1,
+        vocab_size=len(byte_tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -51,7 +46,7 @@ def backbone(tmp_path_factory):
         num_key_value_heads=2,
         max_position_embeddings=64,
         bos_token_id=None,
-        eos_token_id=len(alphabet),
+        eos_token_id=byte_tokenizer.eos_token_id,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from parscale.checkpoints.text import is_held_out, pack, split, standard_library_files
@@ -13,13 +12,9 @@ def documents():
     return split()
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token for each byte, and the end of text as number 256."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate([*alphabet, "<eos>"])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+@pytest.fixture
+def tokenizer(byte_tokenizer):
+    return byte_tokenizer
 
 
 def test_files_are_hand_written_library_source():
@@ -90,11 +85,11 @@ def test_packing_ends_each_document_with_the_end_of_text(tokenizer):
         "a",
         "b",
         "c",
-        "<eos>",
-        "<eos>",
+        "<end>",
+        "<end>",
         "d",
         "e",
-        "<eos>",
+        "<end>",
     ]
 
 

@@ -127,7 +127,7 @@ def refused(capsys, tmp_path, *arguments: object, complaint: str) -> None:
         (["--num-streams", 2, "--prefix-length", 0], "prefix_length must be at least 1, got 0"),
         (["--num-streams", 2, "--smoothing", 1.5], "smoothing must be between 0 and 1, got 1.5"),
         (["--num-streams", 2, "--smoothing", "nan"], "smoothing must be between 0 and 1, got nan"),
-        (["--num-streams", 2, "--init", "zeros"], "init must be one of 'context', 'random', got 'zeros'"),
+        (["--num-streams", 2, "--init", "zeros"], "init must be one of 'context', 'documents', 'random', got 'zeros'"),
         (["--num-streams", 2, "--seed", -1], "'--seed'"),
         (["--num-streams", 2, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
     ],

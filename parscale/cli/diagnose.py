@@ -1,0 +1,61 @@
+"""`parscale diagnose`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parscale.cli.options import Checkpoint, Device, Files, Json, Streams
+from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
+
+
+def diagnose(
+    checkpoint: Checkpoint,
+    data: Annotated[Files, typer.Option(help="Text files, each one document.", metavar="FILE...")],
+    streams: Streams = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens the model sees at once. Default: 1024, or fewer if it takes fewer.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows in a batch; each has logits for every stream.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it into this file: .png, .pdf or .svg.", metavar="FILE.png")
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Say whether the streams differ at all: their losses alone, what they have in common, how they are weighed."""
+    from parscale.checkpoints.diagnose import diagnose as diagnose_documents
+    from parscale.checkpoints.diagnose import plot_diagnosis, require_plot_path, sentences
+    from parscale.checkpoints.reading import open_checkpoint, read_documents, require_tokenizer
+
+    quiet_libraries()
+    if plot is not None:
+        require_plot_path(plot)
+    documents = read_documents(data)
+    with waiting(f"Loading {checkpoint}"):
+        model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
+    tokenizer = require_tokenizer(tokenizer, checkpoint)
+    result = diagnose_documents(
+        model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, progress=True
+    )
+    if plot is not None:
+        plot_diagnosis(result, plot)
+    if json:
+        print_json({"checkpoint": checkpoint, **result.to_dict(), "sentences": sentences(result)})
+        return
+    print_figures(
+        {
+            "checkpoint": checkpoint,
+            "streams": result.streams,
+            "loss_of_each_stream": result.losses.tolist(),
+            "loss_of_the_mixture": result.mixture_loss,
+            "mean_correlation": result.mean_correlation,
+            "mean_weights": result.mean_weights.tolist(),
+            "tokens": result.tokens,
+            "sequence_length": result.sequence_length,
+        }
+    )
+    for sentence in sentences(result):
+        typer.echo(sentence)

@@ -1,0 +1,37 @@
+"""Tiny checkpoints to train, and runs in processes of their own."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from parscale import wrap
+
+TEXT = "".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(60))
+
+
+@pytest.fixture(scope="session")
+def full(backbone, tmp_path_factory):
+    """A full checkpoint of three streams; tests only read it."""
+    return _save(backbone, tmp_path_factory.mktemp("trained") / "full", "save_pretrained")
+
+
+@pytest.fixture(scope="session")
+def streams_only(backbone, tmp_path_factory):
+    """The same streams alone."""
+    return _save(backbone, tmp_path_factory.mktemp("trained") / "streams", "save_streams")
+
+
+def _save(backbone, folder, how):
+    model = LlamaForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16)
+    wrap(model, 3, prefix_length=4, init="random", seed=1)
+    getattr(model, how)(folder)
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """Some text, about 2,000 tokens."""
+    path = tmp_path / "text.py"
+    path.write_text(TEXT)
+    return path

@@ -1,0 +1,82 @@
+"""`parscale train`."""
+
+import json
+
+import pytest
+
+from parscale import load
+from parscale.cli.application import BAD_INPUT, INTERRUPTED, run
+
+SIZES = ["--tokens", "0.192K", "--sequence-length", "16", "--batch-size", "4"]
+
+
+def test_trains_and_reports(two_sets, text_file, tmp_path, capsys):
+    arguments = ["train", str(two_sets), "--data", str(text_file), str(text_file), "--output", str(tmp_path / "run")]
+    assert run([*arguments, *SIZES, "--freeze-backbone", "--eval-data", f"code={text_file}", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tokens"] == 192
+    assert report["data"] == [str(text_file)] * 2
+    assert report["losses"].keys() == {"code"}
+    assert report["losses"]["code"].keys() == {"backbone", "before", "after"}
+    model = load(tmp_path / "run")
+    assert model.num_streams == 3
+    assert set(model.parscale.sets) == {"default", "other"}
+
+    assert run([*arguments, *SIZES, "--freeze-backbone", "--eval-data", f"code={text_file}"]) == BAD_INPUT
+    assert capsys.readouterr().err.count("\n") == 1
+    assert run([*arguments, *SIZES, "--freeze-backbone", "--eval-data", f"code={text_file}", "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "has finished before; nothing was left to do" in printed
+    assert f"after {report['losses']['code']['after']:.4f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "gone.txt"], "gone.txt does not exist"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--data", "binary.txt"], "binary.txt is not text in UTF-8"),
+        (["--data", "lines.jsonl"], "lines.jsonl, line 2, is not JSON"),
+        (["--data", "columns.jsonl"], "has no column 'text'; it has: 'body'"),
+        (["--data", "short.txt"], "The data holds 6 tokens, fewer than one sequence of 16"),
+        (["--data", "short.txt", "--eval-data", "a.txt", "b/a.txt"], "Two texts to measure on are called 'a'"),
+        (["--data", "short.txt", "--quantize", "int8"], "A quantized backbone cannot train"),
+        ([], "Missing option '--data'"),
+        (["--data", "short.txt", "--tokens", "1.5"], "'1.5' is no whole number; give one such as 20000000 or 20M"),
+        (["--data", "short.txt", "--tokens", "many"], "'many' is no size"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(two_sets, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    for name, contents in {
+        "empty.txt": b"",
+        "binary.txt": b"\x80\x81",
+        "lines.jsonl": b'{"text": "a"}\nnot JSON\n',
+        "columns.jsonl": b'{"body": "a"}\n',
+        "short.txt": b"short",
+    }.items():
+        (tmp_path / name).write_bytes(contents)
+    sizes = ["--sequence-length", "16", "--batch-size", "4"]
+    assert run(["train", str(two_sets), "--output", "run", *sizes, *arguments]) == BAD_INPUT
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, monkeypatch, capsys):
+    from parscale.checkpoints.trainer import Interruption
+
+    step_end = Interruption.on_step_end
+
+    def asked(self, *args, **kwargs):
+        self.asked = True
+        step_end(self, *args, **kwargs)
+
+    monkeypatch.setattr(Interruption, "on_step_end", asked)
+    arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
+    assert run(arguments) == INTERRUPTED
+    assert "checkpoint-1; --resume goes on from there" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run([*arguments, "--resume"]) == 0
