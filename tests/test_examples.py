@@ -12,17 +12,23 @@ ARGUMENTS = {
     "wrap_and_generate": ["--max-new-tokens", "5"],
     "train_with_trainer": ["--steps", "2", "--sequence-length", "32", "--files", "3"],
     "switch_streams": [],
+    "post_train": ["--tokens", "512", "--sequence-length", "64"],
     "load_released": ["--max-new-tokens", "5"],
     "lora": ["--steps", "2"],
     "scaling_law": [],
+    "sft_chat_model": ["--steps", "2", "--max-new-tokens", "5"],
+    "streams_for_each_p": ["--steps", "2", "--sequence-length", "64"],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
     "train_with_trainer": "backbone: 0)",
     "switch_streams": "the backbone's logits to the last bit: True",
+    "post_train": "P = 4, 460,036 parameters were trained",
     "load_released": "Qwen2ForCausalLM: P = 4, T = 48",
     "scaling_law": "Each stream: k = 0.39",
     "lora": "loaded again, the same logits: True",
+    "sft_chat_model": "Qwen2ForCausalLM with 4 streams answers:\nuser: How do I open a file?\nassistant: ",
+    "streams_for_each_p": "each set loaded as it was trained: True",
 }
 
 

@@ -1,0 +1,56 @@
+"""Recycle a checkpoint from Python: convert it, post-train its streams on text, and look at what that has changed.
+
+The same from the command line is `parscale convert` and `parscale train`; under `torchrun` or `accelerate launch` it
+runs on many devices.
+
+    python examples/post_train.py --tokens 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from parscale import ParScaleConfig, load
+from parscale.checkpoints.convert import convert
+from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints.text import split
+from parscale.checkpoints.train import TrainSettings, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(small_model_path()))
+    parser.add_argument("--num-streams", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        texts = dict(zip(("train", "held-out"), split(), strict=True))  # this Python's standard library
+        for name, documents in texts.items():
+            lines = (json.dumps({"text": text}) for _, text in documents)
+            (work / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+        convert(args.model, work / "converted", ParScaleConfig(args.num_streams, seed=0))
+        settings = TrainSettings(
+            data=[str(work / "train.jsonl")],
+            eval_data={"held-out": str(work / "held-out.jsonl")},
+            eval_tokens=20_000,
+            tokens=args.tokens,
+            sequence_length=args.sequence_length,
+            batch_size=4,
+            freeze_backbone=True,
+        )
+        report = train(str(work / "converted"), work / "trained", settings)
+
+        for moment, loss in report["losses"]["held-out"].items():
+            print(f"{moment:>9}: {loss:.4f} nats per token")
+        print(f"P = {load(work / 'trained').num_streams}, {report['trained_parameters']:,} parameters were trained")
+
+
+if __name__ == "__main__":
+    main()
