@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
             checkpoint = str(work / f"converted-{P}")
             if not Path(checkpoint).exists():
                 config = ParScaleConfig(P, seed=args.seed)
-                convert(source, checkpoint, config, calibration_files=[calibration] if config.init == "context" else [])
+                convert(source, checkpoint, config, calibration_files=[calibration])
         report = train(
             checkpoint,
             run,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -116,6 +118,31 @@ def _quantized(checkpoint: str, quantize: str, dtype: torch.dtype | None, option
     options = options | {"quantization_config": _quantization(quantize), "dtype": dtype or "auto"}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
+    with _four_bits_with_gradients() if quantize == "nf4" else contextlib.nullcontext():
+        return _load_quantized(checkpoint, options)
+
+
+@contextlib.contextmanager
+def _four_bits_with_gradients() -> Iterator[None]:
+    """In this block bitsandbytes makes layers that can be differentiated on a CPU.
+
+    By itself it packs a layer's weights anew, where the processor has bfloat16 instructions, when the layer first runs
+    in eval mode, and gives no gradient from then on, also in train mode, without a word (0.50).
+    """
+    from bitsandbytes.nn import modules
+
+    own = getattr(modules, "has_avx512bf16", None)
+    if own is None:
+        yield
+        return
+    modules.has_avx512bf16 = lambda: False
+    try:
+        yield
+    finally:
+        modules.has_avx512bf16 = own
+
+
+def _load_quantized(checkpoint: str, options: dict[str, Any]) -> Any:
     if kind_of(Checkpoint(checkpoint)) != STREAMS_ONLY:
         return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
     backbone = Checkpoint(checkpoint).read_json(STREAMS_CONFIG).get("base_model_name_or_path")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import platform
 import time
 import warnings
@@ -22,6 +23,7 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from parscale import __version__
 from parscale.checkpoints.card import TextLosses, TrainingFacts, model_card
@@ -192,7 +194,8 @@ def train(
         Interrupted: a signal ended the run, after a checkpoint.
     """
     console = console or Console(stderr=True)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    state = PartialState(cpu=on_cpu)
     run = Run(output)
     if state.is_main_process:
         run.check(resume=resume)
@@ -256,7 +259,7 @@ def train(
         max_grad_norm=1.0,
         bf16=bf16,
         torch_compile=settings.compile,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         save_strategy="steps",
@@ -301,6 +304,7 @@ def train(
     sizes = [(math.prod(whole_shape(p)), p.requires_grad) for p in trainer.bare_model().parameters()]
     parameters, trained_parameters = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
     if state.is_main_process:
         report = described | {
             "output": str(output),

@@ -40,6 +40,11 @@ def trains_streams_only(model: Any) -> bool:
     return bool(trained) and all(any(part in name for part in STREAM_PARAMETERS) for name in trained)
 
 
+def trains_everything(model: Any) -> bool:
+    """Whether the backbone itself trains."""
+    return not is_adapted(model) and not trains_streams_only(model)
+
+
 def has_streams(model: Any) -> bool:
     """Whether streams are active in a model that has no adapter on it."""
     return getattr(model, "num_streams", 1) > 1

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from parscale.checkpoints.packing import IGNORED
 from parscale.checkpoints.posttrain import STREAM_PARAMETERS
 from parscale.checkpoints.runs import SAVING, Run
-from parscale.checkpoints.trained import load_trained, save_trained
+from parscale.checkpoints.trained import load_trained, save_trained, trains_everything
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar
@@ -151,6 +151,8 @@ class StreamsTrainer(Trainer):
         folder, writes = Path(str(output_dir or self.args.output_dir)), self.args.should_save
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
+        if self.is_deepspeed_enabled and not writes and trains_everything(self.bare_model()):
+            return  # the main process alone has the gathered state_dict
         save_trained(self.bare_model(), folder, state_dict, is_main_process=writes)
         if writes:
             self.tokenizer.save_pretrained(folder)

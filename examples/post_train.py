@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--num-streams", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--eval-tokens", type=int, default=20_000)
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +40,7 @@ def main() -> None:
         settings = TrainSettings(
             data=[str(work / "train.jsonl")],
             eval_data={"held-out": str(work / "held-out.jsonl")},
-            eval_tokens=20_000,
+            eval_tokens=args.eval_tokens,
             tokens=args.tokens,
             sequence_length=args.sequence_length,
             batch_size=4,

@@ -12,7 +12,7 @@ ARGUMENTS = {
     "wrap_and_generate": ["--max-new-tokens", "5"],
     "train_with_trainer": ["--steps", "2", "--sequence-length", "32", "--files", "3"],
     "switch_streams": [],
-    "post_train": ["--tokens", "512", "--sequence-length", "64"],
+    "post_train": ["--tokens", "512", "--sequence-length", "64", "--eval-tokens", "500"],
     "load_released": ["--max-new-tokens", "5"],
     "lora": ["--steps", "2"],
     "scaling_law": [],

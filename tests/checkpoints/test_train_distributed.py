@@ -132,6 +132,20 @@ def test_fsdp2(full, settings, one, tmp_path, kind):
         assert_same(tmp_path / f"{name}-from-two", one / name)
 
 
+def test_zero3(full, settings, one, tmp_path):
+    pytest.importorskip("deepspeed")
+    ways = {name: WAYS[name] for name in ("everything", "streams")}
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGURATIONS / "zero3.json"),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "DS_ACCELERATOR": "cpu",
+    }
+    launch(2, [request(full, tmp_path / name, settings | way) for name, way in ways.items()], **environment)
+    for name in ways:
+        assert_same(tmp_path / name, one / name)
+
+
 def test_a_batch_that_the_processes_cannot_share(full, settings, tmp_path):
     with pytest.raises(AssertionError, match="must be a multiple of the 2 processes"):
         launch(2, [request(full, tmp_path / "run", settings | {"batch_size": 3})])
