@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,8 +130,7 @@ def _four_bits_with_gradients() -> Iterator[None]:
     By itself it packs a layer's weights anew, where the processor has bfloat16 instructions, when the layer first runs
     in eval mode, and gives no gradient from then on, also in train mode, without a word (0.50).
     """
-    from bitsandbytes.nn import modules
-
+    modules: Any = importlib.import_module("bitsandbytes.nn.modules")
     own = getattr(modules, "has_avx512bf16", None)
     if own is None:
         yield

@@ -1,6 +1,7 @@
 """What is installed, what importing it costs, and who imports whom."""
 
 import ast
+import importlib.metadata
 import os
 import re
 import shutil
@@ -246,3 +247,10 @@ def test_the_wheel_runs_where_it_is_installed(distributions, tmp_path):
     assert "quickstart" in python("-m", "parscale", "--help", cwd=tmp_path, executable=executable)
     carried = own_site / "parscale" / "small_model"
     assert "plain backbone" in python("-m", "parscale", "info", str(carried), cwd=tmp_path, executable=executable)
+
+
+def test_no_script_hides_a_package():
+    """A script's own folder comes first on its path: `benchmarks/kernels.py` would hide Hugging Face's package."""
+    installed = set(importlib.metadata.packages_distributions()) | {"kernels"} | set(sys.stdlib_module_names)
+    for folder in ("benchmarks", "examples"):
+        assert not {path.stem for path in (ROOT / folder).glob("*.py")} & installed

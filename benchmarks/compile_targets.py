@@ -3,7 +3,7 @@
 The host functions run on tensors without data, their launches are recorded, and exactly these are compiled: the table
 shows the configurations that ship.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels.json
+    python benchmarks/compile_targets.py --output benchmarks/results/kernels.json
 """
 
 from __future__ import annotations
