@@ -19,7 +19,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
     namespace: dict[str, object] = {}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parallel", "wide-streams"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "corpus.txt", "parallel", "trained", "wide-streams"]
 
 
 def test_the_figures_of_the_quickstart_are_those_on_file():
