@@ -27,6 +27,7 @@ from parscale import ParScaleConfig
 from parscale.checkpoints.compare import compare
 from parscale.checkpoints.convert import convert
 from parscale.checkpoints.evaluate import Evaluation, evaluate
+from parscale.checkpoints.posttrain import faster_in_bf16
 from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
 from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
 from parscale.checkpoints.small_model import small_model_path
@@ -130,6 +131,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
                 learning_rate=None if kind == FROZEN else args.backbone_rate,
                 streams_learning_rate=args.streams_rate,
                 freeze_backbone=kind == FROZEN,
+                bf16=faster_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
                 seed=args.seed,
             ),
             resume=True,

@@ -200,7 +200,7 @@ def _rows(
     """Train and measure the four models, and save the two with streams."""
     blocks = pack(texts.train, tokenizer, settings.sequence_length)
     calibration = calibration_ids(texts.train, tokenizer, settings.num_streams, settings.prefix_length)
-    config = ParScaleConfig(settings.num_streams, settings.prefix_length, init="context", seed=seed)
+    config = ParScaleConfig(settings.num_streams, settings.prefix_length, seed=seed)
 
     def measure(model: Any) -> dict[str, Evaluation]:
         return {

@@ -40,11 +40,6 @@ def trains_streams_only(model: Any) -> bool:
     return bool(trained) and all(any(part in name for part in STREAM_PARAMETERS) for name in trained)
 
 
-def trains_everything(model: Any) -> bool:
-    """Whether the backbone itself trains."""
-    return not is_adapted(model) and not trains_streams_only(model)
-
-
 def has_streams(model: Any) -> bool:
     """Whether streams are active in a model that has no adapter on it."""
     return getattr(model, "num_streams", 1) > 1
@@ -53,7 +48,7 @@ def has_streams(model: Any) -> bool:
 def save_trained(
     model: Any, folder: Path, state_dict: dict[str, Any] | None = None, *, is_main_process: bool = True
 ) -> None:
-    """Writes what trains; every process calls it, and the main one writes.
+    """Writes what trains. Where the model is in parts, every process calls it; the main one writes.
 
     Args:
         model: wrapped or plain, or an adapted one of either.
@@ -62,14 +57,15 @@ def save_trained(
         is_main_process: whether this process is the one that writes.
     """
     if is_adapted(model):
-        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main_process)
+        if is_main_process:
+            model.save_pretrained(folder, state_dict=state_dict)
         base = model.get_base_model()
         if has_streams(base):
             base.save_streams(folder)
     elif trains_streams_only(model):
         model.save_streams(folder)
-    else:
-        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main_process)
+    elif is_main_process:
+        model.save_pretrained(folder, state_dict=state_dict)
 
 
 def load_trained(model: Any, folder: Path) -> None:

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from parscale.checkpoints.packing import IGNORED
 from parscale.checkpoints.posttrain import STREAM_PARAMETERS
 from parscale.checkpoints.runs import SAVING, Run
-from parscale.checkpoints.trained import load_trained, save_trained, trains_everything
+from parscale.checkpoints.trained import load_trained, save_trained, trains_streams_only
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar
@@ -141,21 +141,27 @@ class StreamsTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; where FSDP's checkpoints are sharded, the last one holds the whole model too."""
-        super().save_model(output_dir, _internal_call)
+        """As the Trainer's; every process takes part where the model is in parts.
+
+        Where FSDP's checkpoints are sharded, only the last one holds the model as a folder too.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
         is_last = self.state.global_step >= self.state.max_steps
-        if is_last and self.is_fsdp_enabled and not _saves_whole_models(self.accelerator):
-            self._save(output_dir)
+        if self.is_fsdp_enabled and not is_last and not _saves_whole_models(self.accelerator):
+            return
+        state_dict = None
+        if not trains_streams_only(self.bare_model()):
+            state_dict = self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model)
+        self._save(output_dir, state_dict)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder, writes = Path(str(output_dir or self.args.output_dir)), self.args.should_save
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-        if self.is_deepspeed_enabled and not writes and trains_everything(self.bare_model()):
-            return  # the main process alone has the gathered state_dict
-        save_trained(self.bare_model(), folder, state_dict, is_main_process=writes)
-        if writes:
             self.tokenizer.save_pretrained(folder)
+        save_trained(self.bare_model(), folder, state_dict, is_main_process=writes)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
@@ -241,6 +247,11 @@ class Watch(TrainerCallback):
             if prefix in (BACKBONE, TEXT) and rest.endswith("_nats_per_token"):
                 line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
                 self._write(line | {"text": rest.removesuffix("_nats_per_token"), f"{prefix}_loss": value})
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The mean over the steps of this process; None if there was none."""
+        return round(self.steps * self.tokens_per_step / self.seconds, 1) if self.seconds else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the bar."""

@@ -81,6 +81,7 @@ def run(arguments: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who call them
             # Without "standalone" typer hands its own errors on instead of printing them over several lines.
             command = typer.main.get_command(app)
             code = command.main(arguments or ["--help"], prog_name="parscale", standalone_mode=False)

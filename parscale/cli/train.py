@@ -55,7 +55,7 @@ def train(
         typer.Option(help="Text to measure on, as FILE or NAME=FILE; each is reported apart.", metavar="FILE..."),
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between measurements. Default: a tenth.")] = None,
-    eval_tokens: Annotated[int, typer.Option(help="How many of each text are measured, at most.")] = 200_000,
+    eval_tokens: Annotated[int, typer.Option(help="How many of each text are measured, at most.")] = 50_000,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: a tenth.")] = None,
     keep_checkpoints: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
     resume: Annotated[

@@ -18,6 +18,7 @@ def main():
     helpers = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = helpers
     spec.loader.exec_module(helpers)
+    helpers.load_on_cpus()
     (helpers.zero3_on_cpus if "ACCELERATE_USE_DEEPSPEED" in os.environ else helpers.fsdp_on_cpus)()
     for run in json.loads(sys.argv[1]):
         train(run["checkpoint"], Path(run["output"]), TrainSettings(**run["settings"]), resume=run["resume"])

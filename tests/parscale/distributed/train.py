@@ -160,13 +160,17 @@ def zero3_on_cpus() -> None:
     accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 
-def keep_on_cpu(storage: Any, location: str) -> Any:
-    return storage if location.startswith("cpu:") else None
+def load_on_cpus() -> None:
+    """Makes torch.load know "cpu:0", where transformers 5.16 asks for the optimizer's state."""
+
+    def keep(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(0, lambda storage: None, keep)
 
 
 def main() -> None:
-    # transformers 5.16 asks for the optimizer's state on "cpu:0", which torch.load does not know by itself
-    torch.serialization.register_package(0, lambda storage: None, keep_on_cpu)
+    load_on_cpus()
     root, names = Path(sys.argv[1]), sys.argv[2:]
     (zero3_on_cpus if RUNS[names[0]].kind == "zero3" else fsdp_on_cpus)()
     for name in names:
