@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,13 @@ def test_the_code_runs(tmp_path, monkeypatch):
     namespace: dict[str, object] = {}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "corpus.txt", "parallel", "trained", "wide-streams"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "converted",
+        "corpus.txt",
+        "parallel",
+        "trained",
+        "wide-streams",
+    ]
 
 
 def test_the_figures_of_the_quickstart_are_those_on_file():
@@ -47,3 +55,20 @@ def test_the_folders_and_examples_are_listed():
         assert path.name in listed
     for folder in ("parscale", "kernels", "checkpoints", "scaling_laws", "examples", "benchmarks", "tests"):
         assert f"\n    {folder}/ " in listed
+
+
+def test_the_figures_of_the_starts_are_those_on_file():
+    script = ROOT / "benchmarks" / "inits.py"
+    table = subprocess.run([sys.executable, script, "--table"], capture_output=True, text=True, check=True).stdout
+    rows = re.findall(r'^\| (?:Qwen2|GPT-NeoX), `"\w+"`.*$', README, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for row in rows:
+        before, _, code, prose, _ = [cell.strip() for cell in row.split("|")][2:-1]
+        assert all(f"| {figure} |" in table for figure in (before, code, prose)), row
+
+
+def test_the_figures_of_the_memory_are_those_on_file():
+    table = (ROOT / "benchmarks" / "results" / "training_memory.md").read_text()
+    rows = re.findall(r"^\| (?:Qwen2.5-3B|Llama-3.1-\w+) \|.*$", README, flags=re.MULTILINE)
+    assert len(rows) == 6
+    assert all(row in table for row in rows)
