@@ -72,3 +72,15 @@ def test_the_figures_of_the_memory_are_those_on_file():
     rows = re.findall(r"^\| (?:Qwen2.5-3B|Llama-3.1-\w+) \|.*$", README, flags=re.MULTILINE)
     assert len(rows) == 6
     assert all(row in table for row in rows)
+
+
+def test_the_figures_of_recycling_are_those_on_file():
+    runs = json.loads((ROOT / "benchmarks" / "results" / "recycle.json").read_text())["runs"]
+    assert [run["num_streams"] for run in runs] == [1, 2, 4, 8, 4]
+    for run in runs:
+        shown = ["against untouched"]
+        if run["kind"] == "streams and backbone":
+            shown.append("against backbone alone")
+        for baseline in shown:
+            for found in run[baseline].values():
+                assert f"{found['difference']:+.4f} ({found['low']:+.4f}, {found['high']:+.4f})" in README

@@ -35,3 +35,11 @@ def text_file(tmp_path):
     path = tmp_path / "text.py"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory):
+    """A file of 30 short sentences, about 800 tokens."""
+    path = tmp_path_factory.mktemp("sentences") / "text.txt"
+    path.write_text("".join(f"Sentence {number} of a text.\n" for number in range(30)))
+    return path

@@ -38,18 +38,11 @@ def checkpoint(full, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("resume") / "text.txt"
-    path.write_text("".join(f"Sentence {number} of a text.\n" for number in range(30)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def options(data):
+def options(sentences):
     """More steps than one round of the data has; the last of the two rounds is cut."""
     return {
-        "data": [str(data)],
-        "eval_data": {"same": str(data)},
+        "data": [str(sentences)],
+        "eval_data": {"same": str(sentences)},
         "tokens": STEPS * 4 * 32,
         "sequence_length": 32,
         "batch_size": 4,

@@ -21,18 +21,10 @@ WAYS = {"everything": {}, "streams": {"freeze_backbone": True}, "lora": {"lora_r
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    text = folder / "text.txt"
-    text.write_text("".join(f"Sentence {number} of a text.\n" for number in range(30)))
-    return text
-
-
-@pytest.fixture(scope="module")
-def settings(data):
+def settings(sentences):
     return {
-        "data": [str(data)],
-        "eval_data": {"same": str(data)},
+        "data": [str(sentences)],
+        "eval_data": {"same": str(sentences)},
         "tokens": STEPS * 4 * 32,
         "sequence_length": 32,
         "batch_size": 4,
