@@ -32,8 +32,8 @@ quickstart: $(READY) ## Convert, post-train and compare a small model on this ma
 
 test: lint typecheck unit ## Everything that has to pass: lint, types, tests
 
-unit: $(READY) ## The tests alone; JOBS of them at once
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu"
+unit: $(READY) ## The tests alone, on the CPU; JOBS of them at once
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu"
 
 lint: $(READY) ## Look for faults of style
 	$(BIN)/ruff check $(ALL_CODE)

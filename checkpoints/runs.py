@@ -68,7 +68,7 @@ class Run:
                 before = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}); start in a new folder.") from error
-            changed = [key for key in settings | before if settings.get(key) != before.get(key)]
+            changed = [key for key in settings | before if _placed(settings.get(key)) != _placed(before.get(key))]
             if changed:
                 found = "; ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in changed)
                 raise ValueError(f"The run in {self.folder} was started with other settings: {found}.")
@@ -148,6 +148,17 @@ class Run:
         """What the run wrote down at its end, or None while it has not ended."""
         path = self.folder / REPORT
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _placed(value: Any) -> Any:
+    """A setting with each path in it made absolute, so that a file is the same by whatever name."""
+    if isinstance(value, str):
+        return os.path.abspath(value) if os.path.exists(value) else value
+    if isinstance(value, list):
+        return [_placed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _placed(item) for key, item in value.items()}
+    return value
 
 
 def write_manifest(folder: Path) -> None:

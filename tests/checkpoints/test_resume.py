@@ -258,6 +258,13 @@ def test_other_data_are_refused(stopped, checkpoint, options, tmp_path):
         train(str(checkpoint), stopped, TrainSettings(**options | {"data": [str(other)]}), resume=True)
 
 
+def test_the_same_files_by_other_names(stopped, checkpoint, options, whole, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    data = [os.path.relpath(name) for name in options["data"]]
+    train(checkpoint.name, stopped, TrainSettings(**options | {"data": data}), resume=True)
+    assert_same(stopped, whole[False][0])
+
+
 def test_how_the_batch_is_divided_may_change(stopped, checkpoint, options, whole):
     """To the last bit it need not be the same then."""
     (stopped / "checkpoint-6" / MANIFEST).unlink()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -256,6 +257,25 @@ def test_in_bfloat16(full, text_file, tmp_path):
     stored = load_file(tmp_path / "run" / "checkpoint-5" / "streams.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     assert {p.dtype for p in load(tmp_path / "run").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
+def test_on_a_gpu(full, text_file, tmp_path, frozen):
+    """In bfloat16 by itself; begun again from a checkpoint on the way it is the same run."""
+    chosen = settings(text_file, bf16=None, freeze_backbone=frozen, save_every=2)
+    report = train(str(full), tmp_path / "run", chosen)
+    assert report["bf16"]
+    losses = losses_of(tmp_path / "run")
+    assert losses == pytest.approx(by_hand(full, text_file, frozen=frozen)[0], rel=0.03)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for path in [*(tmp_path / "again").glob("*.json"), tmp_path / "again" / "model.safetensors"]:
+        if path.name != "run.json":
+            path.unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoint-5")
+    train(str(full), tmp_path / "again", chosen, resume=True)
+    assert losses_of(tmp_path / "again") == pytest.approx(losses, rel=1e-3)
 
 
 def test_compiled(full, text_file, tmp_path):
