@@ -1,16 +1,20 @@
-"""A tokenizer of single bytes, and a tiny checkpoint with it, for all tests."""
+"""A tokenizer of single bytes, and a tiny checkpoint with it, for all tests.
+
+Imports stand inside: what this module imports, pytest's controlling process does too, and prints when all is over.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer() -> PreTrainedTokenizerBase:
+def byte_tokenizer() -> Any:
     """One token for each byte, and the end of text as number 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"<end>": len(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -21,6 +25,9 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def backbone(byte_tokenizer, tmp_path_factory) -> Path:
     """A Llama of two layers in bfloat16 and a tokenizer of single bytes; tests only read it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("tiny") / "backbone"
     byte_tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

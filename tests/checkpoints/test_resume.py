@@ -56,25 +56,29 @@ def options(sentences):
 
 
 class Server:
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint, log):
+        self.log = log
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(checkpoint)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
 
     def __call__(self, checkpoint, output, options, *, resume=False, **more):
         request = {"checkpoint": str(checkpoint), "output": str(output), "settings": options, "resume": resume} | more
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         while not (line := self.process.stdout.readline()).startswith("answer:"):
-            assert line, "the server has gone"
-        return json.loads(line.removeprefix("answer:"))
+            assert line, self.log.read_text()
+        answer = json.loads(line.removeprefix("answer:"))
+        assert answer["code"] != 1, self.log.read_text()
+        return answer
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint):
-    server = Server(checkpoint)
+def server(checkpoint, tmp_path_factory):
+    server = Server(checkpoint, tmp_path_factory.mktemp("server") / "errors.log")
     yield server
     server.process.stdin.close()
     server.process.wait()
