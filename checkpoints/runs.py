@@ -137,6 +137,11 @@ class Run:
         beside.write_text(kept, encoding="utf-8")
         os.replace(beside, path)
 
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        """Writes one line of `metrics.jsonl`."""
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         path = self.folder / METRICS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import threading
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from parscale.checkpoints.packing import IGNORED
 from parscale.checkpoints.posttrain import STREAM_PARAMETERS
 from parscale.checkpoints.runs import SAVING, Run
-from parscale.checkpoints.trained import load_trained, save_trained, trains_streams_only
+from parscale.checkpoints.trained import has_streams, load_trained, save_trained, trains_streams_only
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar
@@ -121,7 +121,7 @@ class StreamsTrainer(Trainer):
             if self.is_world_process_zero():
                 self.run.publish(self._staging / f"checkpoint-{step}", step, keep=self.keep)
             self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             if not _is_about_writing(error):
                 raise
             raise OSError(self._not_written(step, error)) from error
@@ -201,7 +201,7 @@ class Watch(TrainerCallback):
         if trainer is None or not trainer.eval_dataset or state.global_step:
             return
         model = trainer.bare_model()
-        if getattr(model, "num_streams", 1) > 1:
+        if has_streams(model):
             with model.use_streams(None):
                 trainer.evaluate(metric_key_prefix=BACKBONE)
 
@@ -231,7 +231,7 @@ class Watch(TrainerCallback):
             "learning_rates": rates,
             "tokens_per_second": round(self.tokens_per_step / self._last, 1) if self._last else None,
         }
-        self._write(line)
+        self.run.add_metrics(line)
         text = f"loss {line['loss']:.4f}  {line['tokens']:,} tokens  {line['tokens_per_second']:,.0f}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, description=text)
@@ -246,7 +246,7 @@ class Watch(TrainerCallback):
             prefix, _, rest = key.partition("_")
             if prefix in (BACKBONE, TEXT) and rest.endswith("_nats_per_token"):
                 line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
-                self._write(line | {"text": rest.removesuffix("_nats_per_token"), f"{prefix}_loss": value})
+                self.run.add_metrics(line | {"text": rest.removesuffix("_nats_per_token"), f"{prefix}_loss": value})
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -262,10 +262,6 @@ class Watch(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _write(self, line: dict[str, Any]) -> None:
-        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 class Interruption(TrainerCallback):
@@ -312,8 +308,7 @@ def _saves_whole_models(accelerator: Any) -> bool:
 @contextlib.contextmanager
 def _streams_count_as_adapter(model: Any) -> Iterator[None]:
     """In this block the Trainer takes a quantized backbone, which it takes under an adapter only, under streams too."""
-    quantized = getattr(model, "is_quantized", False) and getattr(model, "num_streams", 1) > 1
-    if not quantized:
+    if not (getattr(model, "is_quantized", False) and has_streams(model)):
         yield
         return
     before = getattr(model, "_hf_peft_config_loaded", False)
@@ -338,7 +333,7 @@ def _nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _is_about_writing(error: Exception) -> bool:
-    """Whether an error came from a disk; torch raises a RuntimeError of its own."""
-    return isinstance(error, OSError) or any(
+    """Whether an error came from a disk; torch and safetensors raise errors of their own."""
+    return isinstance(error, (OSError, SafetensorError)) or any(
         word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "No space left", "write")
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+import transformers.modeling_utils
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -310,3 +311,20 @@ def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
                 assert list(file.keys())
     train(str(checkpoint), copy, TrainSettings(**chosen), resume=True)
     assert_same(copy, whole[False][0])
+
+
+def test_a_full_disk_that_safetensors_speaks_of(backbone, options, tmp_path, monkeypatch):
+    """A plain model is written by transformers itself, and the error comes as safetensors raises it."""
+    save, calls = transformers.modeling_utils.safe_save_file, []
+
+    def fail_at_the_second(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail_at_the_second)
+    with pytest.raises(OSError, match=r"after 2 steps could not be written .*checkpoint-1 is whole\. Make room"):
+        train(str(backbone), tmp_path / "run", TrainSettings(**options))
+    assert Run(tmp_path / "run").steps() == [1]
+    assert not list((tmp_path / "run").glob(".*"))
