@@ -17,6 +17,7 @@ from parscale.checkpoints.text import Document
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 TABLES = (".parquet", ".arrow")
+LOOKED_AT = 8  # documents, of each source, before anything long begins
 SHUFFLE_BUFFER = 10_000  # documents, of a dataset that is streamed
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _FILE_SUFFIXES = {".txt", ".md", ".py", ".json", ".csv", ".gz", ".zst", ".zip"}
@@ -64,18 +65,6 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
     if streaming:
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return Source(name, lambda: _rows(name, rows, text_column))
-
-
-def first_documents(source: Source, count: int = 8) -> list[Document]:
-    """The first documents, read so that faults of a source are found before anything long begins.
-
-    Raises:
-        ValueError: something is wrong with them, or there is none.
-    """
-    documents = list(islice(source, count))
-    if not documents:
-        raise ValueError(f"{source.name} holds no text.")
-    return documents
 
 
 def _folder(folder: Path, text_column: str, streaming: bool) -> Source:
@@ -202,5 +191,6 @@ def open_sources(
     """
     sources = [open_source(name, text_column=text_column, streaming=streaming, seed=seed) for name in names]
     for source in sources:
-        first_documents(source)
+        if not list(islice(source, LOOKED_AT)):
+            raise ValueError(f"{source.name} holds no text.")
     return sources

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.checkpoints.evaluate import Window, checked_length, cut_into_windows, evaluating, with_progress_bar
+from parscale.checkpoints.evaluate import checked_length, evaluating, padded, windows_of, with_progress_bar
 from parscale.checkpoints.text import Document
 
 # From which mean correlation of token losses on streams are said to differ hardly, or little.
@@ -125,10 +125,7 @@ def diagnose(
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
-    texts = [text for _, text in documents]
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-    windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in cut_into_windows(whole, length)]
-    windows.sort(key=lambda window: -len(window.ids))
+    windows = windows_of(documents, tokenizer, length)
     if sum(len(window.ids) - 1 for window in windows) < 2:
         raise ValueError("No document has three tokens, and a correlation needs two predictions; give more text.")
 
@@ -183,9 +180,7 @@ class _Sums:
 
 def _measure(model: Any, batch: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of each window of n + 1 ids: token losses `(P + 1, n)`, the mixture's last, and weights `(n, P)`."""
-    longest = max(len(ids) for ids in batch)
-    padded = [ids + [0] * (longest - len(ids)) for ids in batch]  # what follows a causal model does not see
-    input_ids = torch.tensor(padded, device=model.device)  # (B, S)
+    input_ids = padded(batch, model.device)  # (B, S)
     with _streams_and_mixture(model) as captured:
         logits = model(input_ids=input_ids, use_cache=False).logits  # ((P + 1)*B, S, V)
     logits = logits.unflatten(0, (-1, len(batch)))  # (P + 1, B, S, V)

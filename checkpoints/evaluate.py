@@ -83,15 +83,12 @@ def evaluate(
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
-    texts = [text for _, text in documents]
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-    windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in cut_into_windows(whole, length)]
+    windows = windows_of(documents, tokenizer, length)
     if not windows:
         raise ValueError("No document has two tokens, and at least one must: the first token is not predicted.")
 
-    windows.sort(key=lambda window: -len(window.ids))  # a batch then holds windows of like length
-    sums = [0.0] * len(encoded)
-    counts = [0] * len(encoded)
+    sums = [0.0] * len(documents)
+    counts = [0] * len(documents)
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     with evaluating(model), torch.inference_mode():
         for batch in with_progress_bar(batches, progress):
@@ -125,20 +122,29 @@ def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     return sequence_length
 
 
-def cut_into_windows(ids: list[int], length: int) -> Iterator[list[int]]:
+def windows_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Window]:
+    """The documents' windows of at most `length` ids, the longest first: a batch then holds windows of like length."""
+    texts = [text for _, text in documents]
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in _cut(whole, length)]
+    return sorted(windows, key=lambda window: -len(window.ids))
+
+
+def padded(batch: Sequence[list[int]], device: torch.device) -> torch.Tensor:
+    """Windows as one tensor `(B, S)`, padded on the right: what follows, a causal model's tokens never see."""
+    longest = max(len(ids) for ids in batch)
+    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch], device=device)
+
+
+def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
     """Windows of at most `length` ids that overlap by one; none from fewer than two ids."""
     for start in range(0, len(ids) - 1, length - 1):
         yield ids[start : start + length]
 
 
 def _losses(model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
-    """Each window's summed loss in nats.
-
-    Shorter windows are padded on the right, and no mask is needed: a causal model's real tokens never see what follows.
-    """
-    longest = max(len(ids) for ids in batch)
-    padded = [ids + [0] * (longest - len(ids)) for ids in batch]
-    input_ids = torch.tensor(padded, device=model.device)  # (B, S)
+    """Each window's summed loss in nats."""
+    input_ids = padded(batch, model.device)  # (B, S)
     logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
     sums = []
     for row, ids in enumerate(batch):  # one row at a time: a float32 copy of all logits may be large

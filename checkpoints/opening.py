@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
-from parscale.checkpoints.describe import PLAIN, describe, kind_of
-from parscale.checkpoints.reading import load_plain
+from parscale.checkpoints.describe import describe, kind_of
+from parscale.checkpoints.reading import load_any
 from parscale.checkpoints.trained import has_streams
 from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
@@ -72,15 +72,9 @@ def open_for_training(
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if quantize is not None:
         model = _quantized(checkpoint, quantize, dtype, options)
-    elif kind_of(Checkpoint(checkpoint)) == PLAIN:
-        model = load_plain(checkpoint, dtype=dtype, **options)
     else:
-        model = load(checkpoint, dtype=dtype, **options)
-    if trains == EVERYTHING:
-        model.requires_grad_(True)
-        if has_streams(model):
-            _freeze_further_sets(model)
-    elif has_streams(model):
+        model = load_any(checkpoint, dtype=dtype, **options)
+    if trains != EVERYTHING and has_streams(model):  # as it is loaded, all but inactive sets trains
         model.freeze_backbone()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -91,14 +85,6 @@ def open_for_training(
     if trains == LORA:
         model = _with_adapter(model, lora_rank or 8)
     return model.train()
-
-
-def _freeze_further_sets(model: Any) -> None:
-    state = model.parscale
-    for streams in state.sets.values():
-        if streams is not state.active:
-            for parameter in state.tensors(streams).values():
-                parameter.requires_grad_(False)
 
 
 def _with_adapter(model: Any, rank: int) -> Any:

@@ -8,7 +8,7 @@ is predicted from the end of another document.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -104,8 +104,8 @@ class Blocks(Dataset[Row]):
 
     def fingerprint(self) -> str:
         """A digest of tokens and document boundaries."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
-        digest.update(np.ascontiguousarray(self.positions).tobytes())
+        digest = hashlib.sha256(self.ids.tobytes())
+        digest.update(self.positions.tobytes())
         return digest.hexdigest()
 
 
@@ -142,13 +142,12 @@ class Streamed(IterableDataset[Row]):
     def __iter__(self) -> Iterator[Row]:
         left = self.count
         while left:
-            documents = (document for source in self.sources for document in source)
             found = False
-            for block in islice(pack(self.encode(documents), self.sequence_length), left):
+            for block in islice(pack(self.encode(documents_of(self.sources)), self.sequence_length), left):
                 found, left = True, left - 1
                 yield as_row(block)
             if not found:
-                raise too_few(sum(map(len, self.encode(d for s in self.sources for d in s))), self.sequence_length)
+                raise too_few(self.sources, self.encode, self.sequence_length)
 
 
 def as_row(block: Block) -> Row:
@@ -157,8 +156,14 @@ def as_row(block: Block) -> Row:
     return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
 
 
-def too_few(tokens: int, sequence_length: int) -> ValueError:
+def documents_of(sources: Sequence[Source]) -> Iterator[Document]:
+    """The documents of all sources, one source after another."""
+    return (document for source in sources for document in source)
+
+
+def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) -> ValueError:
     """The error for less text than one block."""
+    tokens = sum(map(len, encode(documents_of(sources))))
     return ValueError(
         f"The data holds {tokens:,} tokens, fewer than one sequence of {sequence_length:,}; give more text, or a "
         "smaller sequence length."
@@ -183,15 +188,3 @@ def keeps_documents_apart(model: Any, vocabulary: int) -> bool:
         model.train(was_training)
     scale = max(1.0, float(alone.abs().max()))
     return bool((packed - alone).abs().max() < 0.02 * scale)
-
-
-Progress = Callable[[int], None]
-
-
-def counted(encoded: Iterable[list[int]], report: Progress) -> Iterator[list[int]]:
-    """The same documents, while `report` learns how many tokens have passed."""
-    total = 0
-    for ids in encoded:
-        total += len(ids)
-        report(total)
-        yield ids

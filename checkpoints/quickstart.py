@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +17,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from parscale import ParScaleConfig, __version__, wrap
+from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.compare import compare
 from parscale.checkpoints.convert import calibration_ids
 from parscale.checkpoints.evaluate import Evaluation, evaluate
+from parscale.checkpoints.finishing import versions
 from parscale.checkpoints.posttrain import Recipe, TrainingRun, faster_in_bf16, post_train
 from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
@@ -149,12 +148,7 @@ def run(
             ],
             "settings": asdict(settings) | {"seed": seed, "training_dtype": "bfloat16" if bf16 else "float32"},
             "prompt": PROMPT,
-            "versions": {
-                "parscale": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "threads": torch.get_num_threads(),
             "output": str(output),
         }

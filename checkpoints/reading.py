@@ -34,15 +34,29 @@ def open_checkpoint(
         OSError: there is no such checkpoint.
     """
     place = _device(device)
-    if kind_of(Checkpoint(checkpoint)) == PLAIN:
-        if streams not in (None, STREAMS_OFF):
-            raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; leave the set out.")
-        model = load_plain(checkpoint)
-    else:
-        model = load(checkpoint)
-        if streams is not None:
-            model.set_streams(None if streams == STREAMS_OFF else streams)
+    is_plain = kind_of(Checkpoint(checkpoint)) == PLAIN
+    if is_plain and streams not in (None, STREAMS_OFF):
+        raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; leave the set out.")
+    model = load_any(checkpoint)
+    if not is_plain and streams is not None:
+        model.set_streams(None if streams == STREAMS_OFF else streams)
     return model.to(place).eval(), find_tokenizer(checkpoint)
+
+
+def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """A checkpoint's model, wrapped or plain as it is.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face Hub; with streams, or a plain model.
+        dtype: as saved unless given.
+        **options: for `parscale.load` or `from_pretrained`.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: there is no such checkpoint.
+    """
+    read = load_plain if kind_of(Checkpoint(checkpoint)) == PLAIN else load
+    return read(checkpoint, dtype=dtype, **options)
 
 
 def load_plain(source: str, *, dtype: torch.dtype | None = None, **options: Any) -> Any:

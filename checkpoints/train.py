@@ -17,15 +17,25 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from parscale.checkpoints.data import Source, open_source, open_sources
+from parscale.checkpoints.data import Source, open_sources
 from parscale.checkpoints.evaluate import checked_length
 from parscale.checkpoints.finishing import finish, losses_by_text, versions
 from parscale.checkpoints.opening import check_trainable, open_for_training
-from parscale.checkpoints.packing import Blocks, Encoder, Shuffled, Streamed, keeps_documents_apart, pack, too_few
+from parscale.checkpoints.packing import (
+    Blocks,
+    Encoder,
+    Shuffled,
+    Streamed,
+    documents_of,
+    keeps_documents_apart,
+    pack,
+    too_few,
+)
 from parscale.checkpoints.reading import find_tokenizer, require_tokenizer
 from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
@@ -149,7 +159,8 @@ def _sources(settings: TrainSettings) -> tuple[list[Source], dict[str, Source]]:
     """What to train on, and what to measure on by name, opened and looked into."""
     column = settings.text_column
     sources = open_sources(settings.data, text_column=column, streaming=settings.streaming, seed=settings.seed)
-    return sources, {name: open_source(source, text_column=column) for name, source in settings.eval_data.items()}
+    texts = open_sources([*settings.eval_data.values()], text_column=column)
+    return sources, dict(zip(settings.eval_data, texts, strict=True))
 
 
 def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
@@ -179,14 +190,14 @@ def _vocabulary(model: Any) -> int:
 
 def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
     """Makes the run's folder ready on one process, for all; the checkpoint to go on from, if there is one."""
+    found: list[Path | None] = [None]
     if state.is_main_process:
         run.begin(described, resume=resume)
-    state.wait_for_everyone()
-    newest = run.newest_checkpoint() if resume else None
-    state.wait_for_everyone()
-    if state.is_main_process:
+        newest = run.newest_checkpoint() if resume else None  # reads all of it
         run.keep_metrics(-1 if newest is None else int(newest.name.rpartition("-")[2]))
-    return newest
+        found = [newest]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
@@ -239,16 +250,9 @@ def _training_rows(
         assert settings.tokens is not None
         steps = _steps(settings.tokens, per_step, settings, length)
         return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, None
-    lengths: list[int] = []
-
-    def encoded() -> Any:
-        for ids in encode(document for source in sources for document in source):
-            lengths.append(len(ids))
-            yield ids
-
-    blocks = Blocks(pack(encoded(), length), length)
+    blocks = Blocks(pack(encode(documents_of(sources)), length), length)
     if not len(blocks):
-        raise too_few(sum(lengths), length)
+        raise too_few(sources, encode, length)
     tokens = len(blocks) * length if settings.tokens is None else settings.tokens
     steps = _steps(tokens, per_step, settings, length)
     return Shuffled(blocks, steps * settings.batch_size, settings.seed), steps, blocks.fingerprint()

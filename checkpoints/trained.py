@@ -20,10 +20,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from parscale import load
-from parscale.checkpoints.describe import PLAIN, kind_of
+from parscale.checkpoints.describe import kind_of
 from parscale.checkpoints.posttrain import STREAM_PARAMETERS
-from parscale.checkpoints.reading import load_plain
+from parscale.checkpoints.reading import load_any
 from parscale.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
 
 ADAPTER = "adapter_model.safetensors"
@@ -41,7 +40,7 @@ def trains_streams_only(model: Any) -> bool:
 
 
 def has_streams(model: Any) -> bool:
-    """Whether streams are active in a model that has no adapter on it."""
+    """Whether streams are active in a model, also under an adapter."""
     return getattr(model, "num_streams", 1) > 1
 
 
@@ -78,9 +77,9 @@ def load_trained(model: Any, folder: Path) -> None:
         if not has_streams(model):
             return
     if (folder / STREAMS).exists() and not (folder / CONFIG).exists():
-        _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS))
+        _load_streams(model, folder)
     else:
-        other = _open(str(folder), dtype=torch.float32)
+        other = load_any(str(folder), dtype=torch.float32)
         _copy(dict(model.named_parameters()), dict(other.named_parameters()))
 
 
@@ -92,13 +91,13 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
         trained: a folder that :func:`save_trained` wrote.
         output: the folder to save in; each tensor has the dtype that it has in `checkpoint`.
     """
-    model = _open(checkpoint)
+    model = load_any(checkpoint)
     if (trained / ADAPTER).exists():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(trained)).merge_and_unload()
         if has_streams(model):
-            _copy(model.parscale.tensors(model.parscale.active), load_file(trained / STREAMS))
+            _load_streams(model, trained)
     else:
         load_trained(model, trained)
     if kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
@@ -107,10 +106,8 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
         model.save_pretrained(output)
 
 
-def _open(folder: str, dtype: torch.dtype | None = None) -> Any:
-    if kind_of(Checkpoint(folder)) != PLAIN:
-        return load(folder, dtype=dtype)
-    return load_plain(folder, dtype=dtype)
+def _load_streams(model: Any, folder: Path) -> None:
+    _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS))
 
 
 @torch.no_grad()
