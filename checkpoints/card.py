@@ -19,7 +19,7 @@ CARD = "README.md"
 # What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
 NOT_UPLOADED = ("checkpoint-[0-9]*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
 TRAINED = {
-    "streams": "the streams (prefixes and aggregator); the backbone was frozen",
+    "streams": "the streams and their aggregator; the backbone was frozen",
     "everything": "streams and backbone",
     "lora": "the streams, and a LoRA adapter, which was merged into the frozen backbone",
 }
@@ -54,9 +54,10 @@ class TrainingFacts:
         backbone_class: such as `"Qwen2ForCausalLM"`.
         backbone: the backbone's name on the Hub, or its path; None if it is not known.
         num_streams: P.
-        prefix_length: T.
+        prefix_length: T; None where streams have none.
         smoothing: of the aggregation weights.
         init: how the streams started; None if it is not known.
+        transform: what makes them differ.
         trains: `"streams"`, `"everything"` or `"lora"`.
         trained_parameters: how many were trained.
         parameters: how many there are, streams and backbone.
@@ -80,9 +81,10 @@ class TrainingFacts:
     backbone_class: str
     backbone: str | None
     num_streams: int
-    prefix_length: int
+    prefix_length: int | None
     smoothing: float
     init: str | None
+    transform: str
     trains: str
     trained_parameters: int
     parameters: int
@@ -214,7 +216,11 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
     share = 100 * facts.trained_parameters / facts.parameters
     return [
         ("P, streams", str(facts.num_streams)),
-        ("T, prefix tokens of each stream and layer", str(facts.prefix_length)),
+        ("what makes them differ", _code(facts.transform)),
+        (
+            "T, tokens of each stream's prefix or prompt",
+            "-" if facts.prefix_length is None else str(facts.prefix_length),
+        ),
         ("smoothing", f"{facts.smoothing:g}"),
         ("streams started", "-" if facts.init is None else _code(facts.init)),
         ("trained", TRAINED[facts.trains]),

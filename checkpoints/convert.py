@@ -14,8 +14,9 @@ from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.describe import PLAIN, kind_of
 from parscale.checkpoints.reading import find_tokenizer, load_plain, read_documents, require_tokenizer
 from parscale.checkpoints.text import Document
-from parscale.config import TEXT_INITS
+from parscale.config import LORA, TEXT_INITS
 from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.writing import staged
 
 
@@ -33,8 +34,9 @@ def convert(
         source: the backbone's folder, or its name on the Hugging Face Hub.
         output: the folder to write, new or empty; it appears only when it is whole.
         config: the streams. A seed makes what is random repeatable.
-        calibration_files: text files for every init but `"random"`: each stream starts from a different piece of
-            `config.prefix_length` tokens, spread evenly over the text. Without them the backbone samples the texts.
+        calibration_files: text files for every init but `"random"`, where streams start from text: each from a
+            different piece of `config.prefix_length` tokens, spread evenly over the text. Without them the backbone
+            samples the texts.
         streams_only: write the streams and the backbone's name instead of a full checkpoint.
 
     Returns:
@@ -47,7 +49,7 @@ def convert(
         OSError: there is no such source, or the output cannot be written.
     """
     start = time.perf_counter()
-    if calibration_files and config.init not in TEXT_INITS:
+    if calibration_files and config.init not in (None, *TEXT_INITS):
         readers = " or ".join(map(repr, TEXT_INITS))
         raise ValueError(f"Calibration text is for init {readers}, and init is {config.init!r}; leave one of them out.")
     documents = read_documents(calibration_files)
@@ -73,25 +75,27 @@ def convert(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    streams = model.parscale.tensors(model.parscale.active)
-    prefixes = _count(tensor for name, tensor in streams.items() if name.rpartition(".")[2] in ("prefix_k", "prefix_v"))
+    active = model.parscale.active
+    streams = model.parscale.tensors(active)
+    differing = _count(tensor for name, tensor in streams.items() if part_of(name) == TRANSFORM_PART)
     return {
         "source": source,
         "output": str(output),
         "kind": STREAMS_ONLY if streams_only else FULL,
         "backbone": type(model).__name__,
         "num_streams": config.num_streams,
-        "prefix_length": config.prefix_length,
+        "transform": config.transform,
+        **({"rank": config.rank} if config.transform == LORA else {"prefix_length": config.prefix_length}),
         "smoothing": config.smoothing,
-        "init": config.init,
+        "init": active.config.init,
         "calibration": [name for name, _ in documents],
         "seed": config.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,
         "parameters": {
             "backbone": backbone_parameters,
-            "prefixes": prefixes,
-            "aggregator": _count(streams.values()) - prefixes,
+            LABELS[config.transform]: differing,
+            "aggregator": _count(streams.values()) - differing,
         },
         "bytes": size,
         "seconds": round(time.perf_counter() - start, 3),

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
+from parscale.config import LORA, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint, read_json
 from parscale.headers import StoredTensor
+from parscale.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
 
 PLAIN = "plain backbone"  # beside the two kinds of parscale.folders
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -43,7 +44,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         "active_streams": name,
         **_streams(streams),
         "dtype": _dtype(tensors),
-        "parameters": _parameters(tensors),
+        "parameters": _parameters(tensors, streams.transform),
         "further_streams": {other: _further(checkpoint.inside(other)) for other in fields.get(SETS, [])},
     }
 
@@ -80,10 +81,13 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _streams(streams: ParScaleConfig) -> dict[str, Any]:
     if streams.num_streams == 1:
-        return {"num_streams": 1, "prefix_length": None, "smoothing": None, "init": None, "seed": None}
+        of_streams = ("transform", "prefix_length", "smoothing", "init", "seed")
+        return {"num_streams": 1, **dict.fromkeys(of_streams)}
+    low_rank = streams.transform == LORA
     return {
         "num_streams": streams.num_streams,
-        "prefix_length": streams.prefix_length,
+        "transform": streams.transform,
+        **({"rank": streams.rank} if low_rank else {"prefix_length": streams.prefix_length}),
         "smoothing": streams.smoothing,
         "init": streams.init,
         "seed": streams.seed,
@@ -92,19 +96,14 @@ def _streams(streams: ParScaleConfig) -> dict[str, Any]:
 
 def _further(checkpoint: Checkpoint) -> dict[str, Any]:
     streams = ParScaleConfig.from_fields(checkpoint.read_json(STREAMS_CONFIG))
-    return {**_streams(streams), "parameters": _parameters(checkpoint.streams())}
+    return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 
-def _parameters(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
-    counts = {"backbone": 0, "prefixes": 0, "aggregator": 0}
+def _parameters(tensors: Mapping[str, StoredTensor], transform: str) -> dict[str, int]:
+    counts = {None: 0, TRANSFORM_PART: 0, AGGREGATOR_PART: 0}
     for name, tensor in tensors.items():
-        if name.endswith((".prefix_k", ".prefix_v")):
-            counts["prefixes"] += tensor.numel
-        elif "aggregate_layer." in name:
-            counts["aggregator"] += tensor.numel
-        else:
-            counts["backbone"] += tensor.numel
-    return counts
+        counts[part_of(name)] += tensor.numel
+    return {"backbone": counts[None], LABELS[transform]: counts[TRANSFORM_PART], "aggregator": counts[AGGREGATOR_PART]}
 
 
 def _dtype(tensors: Mapping[str, StoredTensor]) -> str | None:

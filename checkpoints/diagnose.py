@@ -207,7 +207,7 @@ def _streams_and_mixture(model: Any) -> Iterator[list[torch.Tensor]]:
         output.last_hidden_state = torch.cat([hidden, aggregator(hidden, impl=state.kernels)])
         return output
 
-    hook = state.decoder.register_forward_hook(append_mixture)  # runs after the streams' own
+    hook = state.backbone.register_forward_hook(append_mixture)  # runs after the streams' own
     state.aggregating = False
     try:
         yield captured

@@ -13,8 +13,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-# In a name, what tells the parameters of streams from those of the backbone.
-STREAM_PARAMETERS = ("prefix_k", "prefix_v", "aggregate_layer")
+from parscale.naming import part_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Recipe:
     Attributes:
         tokens: how many to train on; rounded down to whole steps.
         batch_size: blocks in a step.
-        streams_learning_rate: of prefixes and aggregator, at its peak. They want a far higher one than the backbone.
+        streams_learning_rate: of the streams, at its peak. They want a far higher one than the backbone.
         backbone_learning_rate: of everything else that trains, at its peak. A backbone whose own training ended with a
             small one is set back for a while by a large one.
         warmup: the share of the run in which the learning rate rises; after it, it falls in a straight line to zero.
@@ -88,7 +87,7 @@ def post_train(
     """Train what is trainable in a model, in place; it stays on the device that the Trainer puts it on.
 
     Args:
-        model: wrapped or plain, in float32. `freeze_backbone()` before leaves prefixes and aggregator to train.
+        model: wrapped or plain, in float32. `freeze_backbone()` before leaves the streams to train.
         blocks: token ids `(n, sequence_length)`, as `parscale.checkpoints.text.pack` makes them; they are shuffled,
             and shuffled anew when all have been seen.
         recipe: how much, how fast and in which order.
@@ -146,7 +145,7 @@ def _parameter_groups(model: PreTrainedModel, recipe: Recipe) -> list[dict[str, 
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            of_streams = any(part in name for part in STREAM_PARAMETERS)
+            of_streams = part_of(name) is not None
             rate = recipe.streams_learning_rate if of_streams else recipe.backbone_learning_rate
             groups.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]

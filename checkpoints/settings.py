@@ -26,7 +26,7 @@ class TrainSettings:
         micro_batch_size: sequences that a device takes at once; by default its whole share of the batch.
         learning_rate: at its peak, of all that trains and is not of streams: by default 3e-5, of an adapter 2e-4. With
             a frozen backbone, of the streams.
-        streams_learning_rate: of prefixes and aggregator, at its peak; by default 1e-2.
+        streams_learning_rate: of the streams, at its peak; by default 1e-2.
         weight_decay: of the backbone's matrices.
         warmup: the share of steps in which the learning rate rises; after it, it is constant.
         decay: the share of steps at the end in which it falls to zero.

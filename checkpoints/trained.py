@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from parscale.checkpoints.describe import kind_of
-from parscale.checkpoints.posttrain import STREAM_PARAMETERS
 from parscale.checkpoints.reading import load_any
 from parscale.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
+from parscale.naming import part_of
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -36,7 +36,7 @@ def is_adapted(model: Any) -> bool:
 def trains_streams_only(model: Any) -> bool:
     """Whether nothing but parameters of streams trains."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return bool(trained) and all(any(part in name for part in STREAM_PARAMETERS) for name in trained)
+    return bool(trained) and all(part_of(name) for name in trained)
 
 
 def has_streams(model: Any) -> bool:

@@ -23,9 +23,9 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, Train
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from parscale.checkpoints.packing import IGNORED
-from parscale.checkpoints.posttrain import STREAM_PARAMETERS
 from parscale.checkpoints.runs import SAVING, Run
 from parscale.checkpoints.trained import has_streams, load_trained, save_trained, trains_streams_only
+from parscale.naming import part_of
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar
@@ -90,7 +90,7 @@ class StreamsTrainer(Trainer):
         for name, parameter in trained.named_parameters():
             if not parameter.requires_grad:
                 continue
-            of_streams = any(part in name for part in STREAM_PARAMETERS)
+            of_streams = part_of(name) is not None
             decays = not of_streams and name in decaying
             mesh = getattr(parameter, "device_mesh", None)  # one kernel call cannot take parameters of several
             settings = {

@@ -1,21 +1,42 @@
-"""Makes ``AutoConfig`` and ``AutoModelForCausalLM`` read full checkpoints; importing this module is enough.
+"""Makes ``AutoConfig`` and ``AutoModel...`` read full checkpoints; importing this module is enough.
 
-A full checkpoint of a Llama says ``model_type: llama_parscale``. Under that name, and the like for every causal
-language model that transformers knows, a recipe is registered; the configuration class that it stands for, a subclass
-of the backbone's, is made when the first such checkpoint is read. The model that comes out is of the backbone's own
-class, and wrapped.
+A full checkpoint of a Llama says ``model_type: llama_parscale``. Under that name, and the like for every model that
+transformers knows, a recipe is registered; the configuration class that it stands for, a subclass of the backbone's, is
+made when the first such checkpoint is read. The model that comes out is of the backbone's own class, and wrapped.
+
+Which class that is, ``architectures`` says: ``BertForMaskedLM`` with streams is ``BertParScaleForMaskedLM``. All causal
+language models end in ``ParScaleForCausalLM``, as the released ones do, and the class is transformers' choice.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    TOKENIZER_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
 
 from parscale.folders import TYPE_SUFFIX
+
+INFIX = "ParScale"  # in the name of a full checkpoint's class
+CAUSAL_LM = f"{INFIX}ForCausalLM"
+AUTO_CLASSES: dict[str, Any] = {
+    name: auto
+    for name, auto in vars(modeling_auto).items()
+    if name.startswith("AutoModel") and isinstance(getattr(auto, "_model_mapping", None), Mapping)
+}
 
 
 class Recipe:
@@ -59,10 +80,12 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
                 "backbone has to be registered first (AutoConfig.register and AutoModelForCausalLM.register)."
             )
         backbone = CONFIG_MAPPING[model_type]
-        name = f"{backbone.__name__.removesuffix('Config')}ParScaleConfig"
-        made: Any = type(name, (backbone,), {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__})
-        globals()[name] = made  # where pickle looks for it
-        AutoModelForCausalLM.register(made, ParScaleForCausalLM, exist_ok=True)
+        class_name = f"{backbone.__name__.removesuffix('Config')}ParScaleConfig"
+        made: Any = type(class_name, (backbone,), {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__})
+        globals()[class_name] = made  # where pickle looks for it
+        for name, auto in AUTO_CLASSES.items():
+            if backbone in auto._model_mapping:
+                auto.register(made, _READERS[name], exist_ok=True)
         if backbone in TOKENIZER_MAPPING:
             TOKENIZER_MAPPING.register(made, TOKENIZER_MAPPING[backbone], exist_ok=True)
         _CLASSES[model_type] = made
@@ -80,6 +103,57 @@ def backbone_config(config: Any) -> Any:
     return plain
 
 
+def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
+    """What a full checkpoint calls the model's class, and by which of transformers' ``AutoModel...`` it is read.
+
+    Returns:
+        ``BertParScaleForMaskedLM``, and of the ``AutoModel...`` the class that stands for it in this module.
+    """
+    cls, config = type(model), type(model.config)
+    name = cls.__name__.removeprefix("FSDP")
+    cls = next((base for base in cls.__mro__ if base.__name__ == name), cls)
+    autos = [auto for auto, kind in AUTO_CLASSES.items() if cls in _classes(kind, config)]
+    if "AutoModelForCausalLM" in autos or not autos:
+        stem = re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", name)
+        return f"{stem}{CAUSAL_LM}", {"AutoModelForCausalLM": ParScaleForCausalLM.__name__}
+    return re.sub(r"(EncoderModel|Model|For[A-Z]\w*)?$", rf"{INFIX}\1", name, count=1), dict.fromkeys(
+        autos, ParScaleModel.__name__
+    )
+
+
+def backbone_class(config: Any, plain: Any) -> Any:
+    """The class of a full checkpoint's backbone.
+
+    Args:
+        config: the checkpoint's.
+        plain: the backbone's own, as :func:`backbone_config` gives it.
+
+    Raises:
+        ValueError: transformers knows none.
+    """
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    cls = None if str(name).endswith(CAUSAL_LM) else class_named(str(name).replace(INFIX, "", 1))
+    if cls is None and type(plain) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        cls = _classes(AutoModelForCausalLM, type(plain))[0]
+    if cls is None:
+        raise ValueError(f"transformers knows no class for model_type {plain.model_type!r} and architecture {name!r}.")
+    return cls
+
+
+def class_named(name: Any) -> Any:
+    """A model class of transformers by its name; ``None`` if there is none."""
+    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
+
+
+def _classes(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
+    """The classes that an ``AutoModel...`` may make of a configuration."""
+    if config not in auto._model_mapping:
+        return ()
+    classes = auto._model_mapping[config]
+    return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
+
+
 class ParScaleModelConfig:
     """What a full checkpoint's ``auto_map`` names as its configuration; reads any of them."""
 
@@ -94,8 +168,10 @@ class ParScaleModelConfig:
         """Nothing: this class is never saved as code."""
 
 
-class ParScaleForCausalLM:
-    """What ``AutoModelForCausalLM`` finds for a full checkpoint; makes a wrapped model of the backbone's own class."""
+class ParScaleModel:
+    """What an ``AutoModel...`` finds for a full checkpoint; makes a wrapped model of the backbone's own class."""
+
+    auto = ""  # the name of the one that it stands in; "" for any, as in an ``auto_map``
 
     @classmethod
     def from_pretrained(
@@ -105,8 +181,26 @@ class ParScaleForCausalLM:
         from parscale.loading import load_full
 
         if config is None:
-            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        plain = backbone_config(config)
+        backbone = backbone_class(config, plain)
+        if cls.auto and backbone not in _classes(AUTO_CLASSES[cls.auto], type(plain)):
+            readers = [name for name, auto in AUTO_CLASSES.items() if backbone in _classes(auto, type(plain))]
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {backbone.__name__} with streams, which {cls.auto} does not "
+                f"read: use {' or '.join(readers) or 'parscale.load'}."
+            )
         return load_full(pretrained_model_name_or_path, config, *model_args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: this class is never saved as code."""
+
+
+class ParScaleForCausalLM(ParScaleModel):
+    """The same for ``AutoModelForCausalLM``."""
+
+    auto = "AutoModelForCausalLM"
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -118,11 +212,11 @@ class ParScaleForCausalLM:
         streams.init = "random"  # new weights have nothing to say
         return wrap(AutoModelForCausalLM.from_config(backbone_config(config), **kwargs), streams)
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: this class is never saved as code."""
-
 
 _CLASSES: dict[str, type[PreTrainedConfig]] = {}
-for _model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+_READERS = {
+    name: type(f"{INFIX}{name.removeprefix('Auto')}", (ParScaleModel,), {"auto": name, "__module__": __name__})
+    for name in AUTO_CLASSES
+} | {"AutoModelForCausalLM": ParScaleForCausalLM}
+for _model_type in {t for auto in AUTO_CLASSES.values() for t in auto._model_mapping._model_mapping}:
     register_backbone(_model_type)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from parscale.auto import backbone_config
-from parscale.config import NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
+from parscale.config import LORA, NUM_STREAMS, PREFIX, PROMPT, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
 from parscale.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
 from parscale.streams import DEFAULT
+
+_PARTS = {PREFIX: ("prefix_k", "prefix_v"), PROMPT: ("prompt",), LORA: ("stream_down", "stream_up")}
 
 
 def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
@@ -53,7 +55,8 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
     if P == 1 and stored:
         raise ValueError(f"{checkpoint} has {min(stored)}, and one stream ({NUM_STREAMS} = 1) has no such tensor.")
     if P > 1 and not stored:
-        raise ValueError(f"{checkpoint} should hold {P} streams, and has no prefix_k, prefix_v or aggregate_layer.")
+        parts = ", ".join(_PARTS[streams.transform])
+        raise ValueError(f"{checkpoint} should hold {P} streams, and has no {parts} or aggregate_layer.")
     for name, tensor in stored.items():
         shape = tensor.shape
         if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
@@ -62,6 +65,12 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
             wanted = f"({P}, heads, {T}, head size)"
         elif name.endswith("aggregate_layer.2.weight") and (len(shape) != 2 or shape[0] != P):
             wanted = f"({P}, hidden size)"
+        elif name.endswith("prompt") and (len(shape) != 3 or shape[:2] != (P, T)):
+            wanted = f"({P}, {T}, hidden size)"
+        elif name.endswith("stream_down") and (len(shape) != 3 or shape[:2] != (P, streams.rank)):
+            wanted = f"({P}, {streams.rank}, inputs)"
+        elif name.endswith("stream_up") and (len(shape) != 3 or shape[::2] != (P, streams.rank)):
+            wanted = f"({P}, outputs, {streams.rank})"
         else:
             continue
         raise ValueError(f"{name} of {checkpoint} is {shape}, and its configuration says {wanted}.")

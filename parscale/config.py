@@ -11,11 +11,15 @@ from typing import Any
 
 TEXT_INITS = ("context", "documents")  # those that read a text for each stream
 INITS = (*TEXT_INITS, "random")
+PREFIX, PROMPT, LORA = "prefix", "prompt", "lora"
+TRANSFORMS = (PREFIX, PROMPT, LORA)
 
 # Field names in a ``config.json``. The first three are those of the released checkpoints; a released config
 # without the smoothing means 0.01, the default of the released code's configuration class.
 NUM_STREAMS, PREFIX_LENGTH, SMOOTHING = "parscale_n", "parscale_n_tokens", "parscale_attn_smooth"
 INIT, SEED = "parscale_init", "parscale_seed"
+TRANSFORM, RANK = "parscale_transform", "parscale_rank"  # without the first, "prefix"
+FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK)
 # Of a full checkpoint only: the active set's name, if not "default" (null: no set is active), and the further sets'.
 SET_NAME, SETS = "parscale_name", "parscale_sets"
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -29,11 +33,16 @@ class ParScaleConfig:
 
     Args:
         num_streams: P, the number of copies of the input that run through the backbone. 1 is the plain backbone.
-        prefix_length: T, learned key/value pairs in front of each attention layer, per stream.
+        prefix_length: T, learned key/value pairs in front of each attention layer, or learned embeddings in front of
+            the input (``"prompt"``), per stream. ``"lora"`` has none.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, the floor under the aggregation weights, in [0, 1].
-        init: how prefixes and aggregator start: ``"documents"`` (keys and values of texts that have come to their end),
-            ``"context"`` (of texts as they are) or ``"random"``; see :mod:`parscale.inits`.
+        init: how the streams start: ``"documents"`` (from texts that have come to their end), ``"context"`` (from texts
+            as they are) or ``"random"``; see :mod:`parscale.inits`. ``None``: ``"documents"`` where the model writes
+            text and the streams can be made of it, else ``"random"``.
         seed: seed of the draws; ``None`` draws from torch's global generator.
+        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` or ``"lora"``; see
+            :mod:`parscale.transforms`.
+        rank: r of the low-rank matrices; of ``"lora"`` only.
 
     Raises:
         ValueError: a field is of the wrong type or out of range.
@@ -42,8 +51,10 @@ class ParScaleConfig:
     num_streams: int = dataclasses.field(default=4, metadata={"help": "P, the number of parallel streams; at least 1."})
     prefix_length: int = dataclasses.field(default=48, metadata={"help": "T, prefix tokens per stream; at least 1."})
     smoothing: float = dataclasses.field(default=0.1, metadata={"help": "Epsilon of the weights, between 0 and 1."})
-    init: str = dataclasses.field(default="documents", metadata={"help": f"How streams start: one of {INITS}."})
+    init: str | None = dataclasses.field(default=None, metadata={"help": f"How streams start: one of {INITS}."})
     seed: int | None = dataclasses.field(default=None, metadata={"help": "Seed of the draws; None: torch's state."})
+    transform: str = dataclasses.field(default=PREFIX, metadata={"help": f"One of {TRANSFORMS}."})
+    rank: int = dataclasses.field(default=8, metadata={"help": "r, of the transform 'lora'; at least 1."})
 
     def __post_init__(self) -> None:
         self.num_streams = _integer("num_streams", self.num_streams, minimum=1)
@@ -53,8 +64,13 @@ class ParScaleConfig:
         self.smoothing = float(self.smoothing)
         if not (math.isfinite(self.smoothing) and 0.0 <= self.smoothing <= 1.0):
             raise ValueError(f"smoothing must be between 0 and 1, got {self.smoothing}; the paper uses 0.1.")
-        if self.init not in INITS:
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, got {self.transform!r}.")
+        self.rank = _integer("rank", self.rank, minimum=1)
+        if self.init is not None and self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
+        if self.init in TEXT_INITS and self.transform == LORA:
+            raise ValueError(f"init={self.init!r} makes streams of texts, and transform='lora' has none: leave it out.")
         if self.seed is not None:
             self.seed = _integer("seed", self.seed, minimum=0)
             if self.seed >= 2**64:
@@ -80,13 +96,18 @@ class ParScaleConfig:
 
     def to_fields(self) -> dict[str, Any]:
         """The fields to write into a ``config.json``, under the released names."""
-        return {
+        fields = {
             NUM_STREAMS: self.num_streams,
             PREFIX_LENGTH: self.prefix_length,
             SMOOTHING: self.smoothing,
             INIT: self.init,
             SEED: self.seed,
         }
+        if self.transform != PREFIX:  # which a released checkpoint does not name
+            fields[TRANSFORM] = self.transform
+        if self.transform == LORA:
+            fields[RANK] = self.rank
+        return fields
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ParScaleConfig:
@@ -101,7 +122,7 @@ class ParScaleConfig:
         """
         if NUM_STREAMS not in fields:
             raise ValueError(f"The config has no {NUM_STREAMS!r}: it does not describe a ParScale model.")
-        known = {NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, SET_NAME, SETS}
+        known = {*FIELDS, SET_NAME, SETS}
         unknown = sorted(key for key in fields if key.startswith("parscale_") and key not in known)
         if unknown:
             warnings.warn(
@@ -115,6 +136,8 @@ class ParScaleConfig:
             smoothing=fields.get(SMOOTHING, RELEASED_SMOOTHING),
             init=fields.get(INIT, "random"),
             seed=fields.get(SEED),
+            transform=fields.get(TRANSFORM, PREFIX),
+            rank=fields.get(RANK, cls.rank),
         )
 
 

@@ -1,8 +1,10 @@
 """How a new set of streams starts.
 
 ============= ====================================================================================================
-``random``    prefixes drawn independently from a normal of the backbone's ``initializer_range``
-``context``   each stream's prefix is the keys and values of a different text of T tokens, at positions -T..-1
+``random``    prefixes or prompts drawn independently from a normal of the backbone's ``initializer_range``; for
+              ``transform="lora"`` the streams are the backbone itself, and differ as soon as they train
+``context``   each stream has read a different text of T tokens: its prefix is the text's keys and values, at positions
+              -T..-1, or its prompt the text's embeddings
 ``documents`` the same, with the end-of-text token in place of each text's last, so that the input begins a new document
 all           aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
 ============= ====================================================================================================
@@ -14,26 +16,25 @@ vocabulary, and where T is 1, which has no room for a text beside it, ``document
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from parscale.config import TEXT_INITS
-from parscale.layers import (
-    backbone_only,
-    cuda_devices,
-    has_learned_positions,
-    input_device,
-    number_of_attention_layers,
-)
+from parscale.backbones import backbone_only, cuda_devices, input_device, writes_text
+from parscale.config import LORA, TEXT_INITS, ParScaleConfig
+from parscale.layers import has_learned_positions
 from parscale.parallel import whole_shape
-from parscale.streams import ParScaleState, StreamSet
 
-USER = 5  # frames from a warning here to the caller of wrap or add_streams
+if TYPE_CHECKING:
+    from parscale.streams import ParScaleState, StreamSet
+
+
+def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
+    """How streams start where nobody chose: from texts, if the model writes them and streams can start from them."""
+    return "documents" if writes_text(state.model) and config.transform != LORA else "random"
 
 
 def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
@@ -48,107 +49,38 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
     Raises:
         ValueError: an init that reads texts, for a model on the meta device.
     """
-    tensors = state.tensors(streams)
+    if streams.num_streams == 1:
+        return
     config = state.model.config.get_text_config()
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # init_std: OPT
     with torch.no_grad(), _seeded(streams.config.seed, state.model):
-        if streams.config.init in TEXT_INITS and tensors:
-            _fill_with_texts(state, streams, calibration)
-        for name, parameter in tensors.items():
-            is_prefix = name.endswith(("prefix_k", "prefix_v"))
-            if name.endswith("aggregate_layer.0.weight") or (is_prefix and streams.config.init == "random"):
-                parameter.normal_(0.0, std)
+        if streams.config.init in TEXT_INITS:
+            streams.transform.read(_texts(state, streams, calibration))
+        else:
+            streams.transform.draw(std)
+        first, *_ = state.aggregator(streams).parameters()
+        first.normal_(0.0, std)
 
 
-def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
-    """Reads the texts with the backbone and keeps the keys and values that attention sees."""
+def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> torch.Tensor:
+    """The texts that the streams start from, token ids ``(P, T)``."""
     T, init = streams.config.prefix_length, streams.config.init
     if next(iter(state.tensors(streams).values())).is_meta:
         raise ValueError(
             f"init={init!r} runs the backbone, which has no weights on the meta device: use init='random'."
         )
-    config = state.model.config.get_text_config()
-    positions = torch.arange(-T, 0)[None]
-    if has_learned_positions(state.decoder):
-        if config.max_position_embeddings < T:
-            raise ValueError(
-                f"{type(state.model).__name__} has {config.max_position_embeddings} positions, so init={init!r} "
-                f"cannot read {T} tokens: choose a prefix_length of at most that, or init='random'."
-            )
-        warnings.warn(
-            f"{type(state.model).__name__} has learned positions, so init={init!r} is an approximation: the texts "
-            f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
-            stacklevel=USER,
+    positions = getattr(state.model.config.get_text_config(), "max_position_embeddings", None)
+    if has_learned_positions(state.backbone) and positions is not None and positions < T:
+        raise ValueError(
+            f"{type(state.model).__name__} has {positions} positions, so init={init!r} cannot read {T} tokens: choose "
+            "a prefix_length of at most that, or init='random'."
         )
-        positions = positions + T
-    elif number_of_attention_layers(state) < config.num_hidden_layers:
-        warnings.warn(
-            f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init={init!r} "
-            "is an approximation.",
-            stacklevel=USER,
-        )
-    if calibration is None:
-        calibration = _sample_texts(state, streams)
-    device = input_device(state.model)
-    calibration = calibration.to(device, torch.long)
+    texts = _sample_texts(state, streams) if calibration is None else calibration
+    texts = texts.to(input_device(state.model), torch.long)
     end = _end_of_text(state.model)
     if init == "documents" and T > 1 and end is not None:
-        calibration = torch.cat([calibration[:, :-1], torch.full_like(calibration[:, -1:], end)], dim=1)  # (P, T)
-
-    recorded: list[nn.Module] = []
-
-    def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        if key.shape[2] != T:
-            raise ValueError(
-                f"{type(state.model).__name__} attends to keys that do not stand for one token each, so "
-                f"init={init!r} cannot keep them as a prefix: use init='random'."
-            )
-        recorded.append(module)
-        for name, states in ((streams.key_name, key), (streams.value_name, value)):
-            prefix = module._parameters.get(name)
-            if prefix is not None:  # a layer that borrows its keys has none
-                prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
-
-    def read(positions: torch.Tensor) -> None:
-        with backbone_only(state):
-            state.recorder = record
-            try:
-                state.decoder(input_ids=calibration, position_ids=positions.to(device), use_cache=False)
-            finally:
-                state.recorder = None
-
-    read(positions)
-    if not all(prefix.isfinite().all() for prefix in state.tensors(streams).values()):
-        # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see a
-        # negative one
-        recorded.clear()
-        with _rotation_moved(state.decoder, -T):
-            read(positions + T)
-    if len(recorded) > len(set(recorded)):
-        warnings.warn(
-            f"{type(state.model).__name__} runs some attention layers more than once, with one prefix for all runs: "
-            f"init={init!r} is an approximation.",
-            stacklevel=USER,
-        )
-
-
-@contextlib.contextmanager
-def _rotation_moved(decoder: nn.Module, by: int) -> Iterator[None]:
-    """Rotary embeddings see positions that are further on than the rest of the backbone does."""
-
-    def move(x: Any) -> Any:
-        return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
-
-    def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
-
-    rotary = [module for module in decoder.modules() if "Rotary" in type(module).__name__]
-    hooks = [module.register_forward_pre_hook(moved, with_kwargs=True) for module in rotary]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        texts = torch.cat([texts[:, :-1], torch.full_like(texts[:, -1:], end)], dim=1)  # (P, T)
+    return texts
 
 
 def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
@@ -180,11 +112,17 @@ def _end_of_text(model: Any) -> int | None:
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
-    """Refuses a calibration that the set cannot read.
+    """Refuses a calibration that the set cannot read, and a start from texts of a model that has none.
 
     Raises:
-        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside ``init="random"``.
+        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside ``init="random"``; or an
+            init that reads texts, for a model that does not write them.
     """
+    if streams.config.init in TEXT_INITS and not writes_text(state.model):
+        raise ValueError(
+            f"init={streams.config.init!r} starts streams from texts that a causal language model reads and writes, "
+            f"which {type(state.model).__name__} is not: leave it out, or use init='random'."
+        )
     if calibration is None:
         return
     P, T = streams.config.num_streams, streams.config.prefix_length

@@ -1,52 +1,47 @@
-"""Finds the attention layers of a model, and what their keys and values look like, by running it on two tokens."""
+"""Finds the attention layers of a model, and what their keys and values look like, by running it briefly."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import sys
-import warnings
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention import AttentionConfig
-from parscale.errors import UnsupportedModelError
-from parscale.parallel import each_module_gathered, tensor_parallel_mesh
-from parscale.streams import AttentionLayer, ParScaleState
+from parscale.backbones import run_briefly
+from parscale.parallel import tensor_parallel_mesh
+
+if TYPE_CHECKING:
+    from parscale.streams import ParScaleState
 
 
-def check_model(model: Any) -> nn.Module:
-    """The backbone whose rows are copied: ``model.get_decoder()``.
+@dataclasses.dataclass
+class AttentionLayer:
+    """An attention layer that carries a prefix, and what its keys and values look like.
 
-    Raises:
-        UnsupportedModelError: not a Hugging Face model, or one without a separate backbone.
+    Args:
+        name: its name in the model.
+        module: the layer.
+        key_heads: G.
+        key_size: D of the keys.
+        value_size: D of the values (another one in MLA).
+        dtype: of its keys.
+        device: of its keys.
+        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
     """
-    if not isinstance(model, PreTrainedModel):
-        given = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise UnsupportedModelError(
-            f"wrap takes a loaded Hugging Face model (a transformers.PreTrainedModel), got {given}: "
-            "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder with a decoder: streams are for models that only decode, whose "
-            "whole input passes through one backbone (AutoModelForCausalLM)."
-        )
-    decoder = model.get_decoder()  # finds it by the names of attributes
-    if decoder is model or not isinstance(decoder, PreTrainedModel):  # under another name, or that of the head
-        children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-        decoder = children[0] if len(children) == 1 else decoder
-    if not isinstance(decoder, nn.Module) or decoder is model or model.get_output_embeddings() is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head behind a backbone of its own: streams are mixed "
-            "between the two. Use the causal-LM class of this architecture (AutoModelForCausalLM)."
-        )
-    return decoder
+
+    name: str
+    module: Any
+    key_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+    mesh: Any = None
 
 
 def held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
@@ -70,11 +65,13 @@ def own_config(model: PreTrainedModel) -> None:
 def attach_attention(state: ParScaleState) -> None:
     """Shows the attention layers their configuration through :class:`AttentionConfig`, and records the layers.
 
+    A model of which none takes its attention function from transformers' registry is left with ``state.layers`` empty.
+
     Raises:
-        UnsupportedModelError: no layer takes its attention function from transformers' registry.
+        UnsupportedModelError: the backbone is none that streams run on.
     """
     names = {id(module): name for name, module in state.model.named_modules()}
-    candidates = [module for module in state.decoder.modules() if _looks_up_attention(module)]
+    candidates = [module for part in state.parts for module in part.modules() if _looks_up_attention(module)]
     for module in candidates:
         module.config = AttentionConfig(module.config, state, type(module))
     found: dict[int, AttentionLayer] = {}
@@ -90,22 +87,15 @@ def attach_attention(state: ParScaleState) -> None:
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )
 
-    if candidates:
-        state.recorder = record
-        try:
-            _run_two_tokens(state)
-        finally:
-            state.recorder = None
+    state.recorder = record
+    try:
+        hidden = run_briefly(state)
+    finally:
+        state.recorder = None
+    state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
-    if not found:
-        raise UnsupportedModelError(
-            f"No attention was found in {type(state.model).__name__}: none of its layers takes its attention function "
-            "from transformers' registry (ALL_ATTENTION_FUNCTIONS), where streams put their prefix. Models without "
-            "keys and values (Mamba, RWKV), and old ones with attention code of their own (Bloom, Falcon, GPT-J), "
-            "cannot be wrapped."
-        )
     state.layers = list(found.values())
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None:
@@ -118,7 +108,7 @@ def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         model: Any = type(state.model)(config)
-    undivided = ParScaleState(model, model.get_submodule(state.decoder_name), state.decoder_name)
+    undivided = type(state)(model)
     attach_attention(undivided)
     heads = {layer.name: layer.key_heads for layer in undivided.layers}
     for layer in state.layers:
@@ -128,14 +118,15 @@ def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
 
 def detach_attention(state: ParScaleState) -> None:
     """Gives the attention layers their plain configuration back."""
-    for module in state.decoder.modules():
-        if isinstance(module.__dict__.get("config"), AttentionConfig):
-            module.config = module.config.backbone
+    for part in state.parts:
+        for module in part.modules():
+            if isinstance(module.__dict__.get("config"), AttentionConfig):
+                module.config = module.config.backbone
 
 
 def number_of_attention_layers(state: ParScaleState) -> int:
     """How many layers attend to a prefix, their own or one that they borrow."""
-    return sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.decoder.modules())
+    return sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.backbone.modules())
 
 
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
@@ -150,72 +141,9 @@ def _looks_up_attention(module: nn.Module) -> bool:
     return any(hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
 
 
-def _run_two_tokens(state: ParScaleState) -> None:
-    device = input_device(state.model)
-    # transformers looks at positions and masks as if they had values, but not at those of fake tensors
-    fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "meta" else contextlib.nullcontext()
-    with backbone_only(state), fake:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        hidden = state.decoder(input_ids=ids, use_cache=False)[0]  # (1, 2, H)
-    state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
-
-
-def input_device(model: Any) -> torch.device:
-    """Where the model takes its token ids: the device of its embeddings, or the one that they are fetched to."""
-    embeddings = model.get_input_embeddings()
-    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    return next(embeddings.parameters()).device
-
-
-@contextlib.contextmanager
-def backbone_only(state: ParScaleState) -> Iterator[None]:
-    """The plain backbone, in eval mode, without gradients and without touching the caller's random state.
-
-    Nothing is compiled for it: FlexAttention, which transformers compiles for each length, takes seconds to do so.
-    """
-    training = [module for module in state.decoder.modules() if module.training]
-    active, state.active = state.active, None
-    experts: Any = contextlib.nullcontext()
-    if any(p.is_meta for p in state.decoder.parameters(recurse=True)):
-        experts = _experts_without_data_dependence(state.model)
-    try:
-        state.decoder.eval()
-        own_draws = torch.random.fork_rng(cuda_devices(state.model))
-        uncompiled = torch.compiler.set_stance("force_eager")
-        pieces = each_module_gathered(state.model)
-        with torch.no_grad(), own_draws, experts, uncompiled, pieces, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-            yield
-    finally:
-        state.active = active
-        for module in training:
-            module.training = True
-
-
-def cuda_devices(model: Any) -> list[int]:
-    """Indices of the CUDA devices that hold parameters of the model."""
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
-@contextlib.contextmanager
-def _experts_without_data_dependence(model: Any) -> Iterator[None]:
-    """On the meta device a mixture of experts runs in the form whose shapes do not depend on the routing."""
-    previous = getattr(model.config, "_experts_implementation", None)
-    if previous is None:
-        yield
-        return
-    model.config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        model.config._experts_implementation = previous
-
-
-def has_learned_positions(decoder: nn.Module) -> bool:
+def has_learned_positions(backbone: nn.Module) -> bool:
     """Whether positions are an embedding table (GPT-2, OPT), which has no entry for a negative position."""
     return any(
         isinstance(module, nn.Embedding) and ("position" in name or name.split(".")[-1] == "wpe")
-        for name, module in decoder.named_modules()
+        for name, module in backbone.named_modules()
     )

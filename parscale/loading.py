@@ -6,8 +6,9 @@ it is the format of the released ``ParScale/*`` checkpoints:
 - ``config.json``: the backbone's, with ``model_type: <backbone>_parscale``, ``parscale_n`` (P), ``parscale_n_tokens``
   (T), ``parscale_attn_smooth`` (without it, 0.01), and, with more than one set, ``parscale_name`` and
   ``parscale_sets``;
-- ``model.safetensors`` or shards: ``<attention>.prefix_k`` and ``.prefix_v`` of ``(P, G, T, D)``, and
-  ``<decoder>.aggregate_layer.{0,2}.{weight,bias}``, beside the backbone's tensors;
+- ``model.safetensors`` or shards: ``<attention>.prefix_k`` and ``.prefix_v`` of ``(P, G, T, D)`` (or what another
+  transform has, which ``parscale_transform`` then names), and ``<backbone>.aggregate_layer.{0,2}.{weight,bias}``,
+  beside the backbone's tensors;
 - ``modeling_parscale.py``: for ``trust_remote_code=True``;
 - a streams-only folder for each further set, by its name.
 
@@ -28,11 +29,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from parscale import members
-from parscale.auto import backbone_config, config_class
+from parscale.auto import backbone_class, backbone_config, class_named, config_class
 from parscale.checks import (
     check_counts,
     check_fit,
@@ -43,19 +44,19 @@ from parscale.checks import (
     numbers,
     set_names,
 )
-from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SMOOTHING, ParScaleConfig
+from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
 from parscale.folders import CONFIG, FULL, HUB_ARGUMENTS, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
 from parscale.kernels.dispatch import Impl, check_impl
+from parscale.naming import PATTERNS, part_of
 from parscale.saving import FORMAT_VERSION
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.wrapping import add, attach, detach
 
-_STREAM_TENSORS = (r"\.prefix_[kv]$", r"(^|\.)aggregate_layer\.")
 _STREAMS_FIELDS = {
     *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers"),
     *("base_model_name_or_path", "format_version", "name", "version"),
-    *(NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED),
+    *FIELDS,
 }
 # What a field of the wrong type makes transformers raise when it looks at it.
 _FAULTS = (ArithmeticError, AttributeError, LookupError)
@@ -159,7 +160,7 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
     streams = numbers(checkpoint, vars(config))
     name, further = set_names(checkpoint, vars(config))
     tensors = checkpoint.weights(kwargs.get("variant"))
-    stored = {key: tensor for key, tensor in tensors.items() if re.search("|".join(_STREAM_TENSORS), key)}
+    stored = {key: tensor for key, tensor in tensors.items() if part_of(key)}
     check_streams(checkpoint, streams, stored)
     check_counts(checkpoint, vars(config), tensors)
     sets = {other: _read_streams(checkpoint.inside(other)) for other in further}
@@ -183,8 +184,7 @@ def _load_backbone(
         raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
     plain = backbone_config(config)
     plain.__dict__.pop("transformers_weights", None)  # would name other files than those that were looked at
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)]
-    cls = classes[0] if isinstance(classes, tuple) else classes
+    cls = backbone_class(config, plain)
     plain.architectures = [cls.__name__]
     if getattr(plain, "quantization_config", None) is None:
         check_size(checkpoint, cls, plain, tensors)
@@ -200,7 +200,7 @@ def _load_backbone(
                 raise
             found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
             raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
-    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*_STREAM_TENSORS}
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*PATTERNS}
     problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
     if problems and not tolerant:
@@ -276,7 +276,8 @@ def _named_backbone(
     if NUM_STREAMS in vars(config):
         base = Checkpoint(name)
         return _load_backbone(base, config, base.weights(), **options)[0]
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    cls = class_named(fields.get("backbone_class"))
+    return (AutoModelForCausalLM if cls is None else cls).from_pretrained(name, **options)
 
 
 def _read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:
@@ -298,7 +299,7 @@ def _read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Sto
 def _values(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors of a set by their released names in the model."""
     state: ParScaleState = model.parscale
-    names = {_stored_name(model, name, stored): name for name in state.names(StreamSet(DEFAULT, config))}
+    names = {_stored_name(model, name, stored): name for name in state.names(StreamSet(state, DEFAULT, config))}
     values = {}
     for file in {tensor.file for tensor in stored.values()}:
         with safe_open(file, "pt") as tensors:
@@ -339,7 +340,7 @@ def _streams_expected(cls: Any) -> Iterator[None]:
     attribute = "_keys_to_ignore_on_load_unexpected"
     with _patching:
         own = cls.__dict__.get(attribute)
-        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *_STREAM_TENSORS])
+        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *PATTERNS])
         try:
             yield
         finally:

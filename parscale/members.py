@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from parscale.attention import CONTINUOUS_BATCHING
-from parscale.config import ParScaleConfig
+from parscale.backbones import writes_text
+from parscale.config import FIELDS, PREFIX, ParScaleConfig
 from parscale.kernels.aggregate import stream_weights
+from parscale.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.parallel import reshard, whole_shape
 from parscale.streams import ParScaleState, StreamSet
 
@@ -28,9 +30,11 @@ def add_streams(
     *,
     prefix_length: int = 48,
     smoothing: float = 0.1,
-    init: str = "documents",
+    init: str | None = None,
     seed: int | None = None,
     calibration: torch.Tensor | None = None,
+    transform: str = PREFIX,
+    rank: int = 8,
 ) -> None:
     """Adds a further set of streams on the same backbone, inactive and frozen until ``set_streams(name)``.
 
@@ -45,7 +49,13 @@ def add_streams(
     from parscale.wrapping import add
 
     config = ParScaleConfig.from_arguments(
-        num_streams, prefix_length=prefix_length, smoothing=smoothing, init=init, seed=seed
+        num_streams,
+        prefix_length=prefix_length,
+        smoothing=smoothing,
+        init=init,
+        seed=seed,
+        transform=transform,
+        rank=rank,
     )
     add(model.parscale, name, config, calibration=calibration)
 
@@ -89,6 +99,8 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
         _activate(state, previous)
         for parameter, trains in trained.items():
             _train(parameter, trains)
+        for field in FIELDS:
+            model.config.__dict__.pop(field, None)
         for field, value in recorded.items():
             setattr(model.config, field, value)
 
@@ -113,18 +125,16 @@ def print_trainable_parameters(model: Any) -> None:
     sizes = {parameter: math.prod(whole_shape(parameter)) for parameter in model.parameters()}
     total = sum(sizes.values())
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
-    prefixes = aggregator = 0
+    counts = dict.fromkeys([LABELS[streams.config.transform] for streams in state.sets.values()], 0) | {"aggregator": 0}
     for streams in state.sets.values():
         for name, parameter in state.tensors(streams).items():
-            count = sizes[parameter] if parameter.requires_grad else 0
-            if ".aggregate_layer." in f".{name}":
-                aggregator += count
-            else:
-                prefixes += count
+            label = LABELS[streams.config.transform] if part_of(name) == TRANSFORM_PART else "aggregator"
+            counts[label] += sizes[parameter] if parameter.requires_grad else 0
+    counts["backbone"] = trained - sum(counts.values())
     share = 100 * trained / total if total else 0.0
     print(
         f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f} "
-        f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, backbone: {trained - prefixes - aggregator:,})"
+        f"({', '.join(f'{label}: {count:,}' for label, count in counts.items())})"
     )
 
 
@@ -157,12 +167,14 @@ def stream_report(
         **kwargs: passed to the model (``attention_mask``, ...).
 
     Raises:
-        ValueError: no streams are active.
+        ValueError: no streams are active, or the model is no causal language model.
     """
     state: ParScaleState = model.parscale
     streams = state.active
     if streams is None or streams.num_streams == 1:
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
+    if not writes_text(model):
+        raise ValueError(f"stream_report measures losses of the next token, which {type(model).__name__} has not.")
     P = streams.num_streams
     aggregator = state.aggregator(streams)
     captured: list[torch.Tensor] = []
@@ -170,7 +182,7 @@ def stream_report(
     def weigh(module: nn.Module, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
         captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
 
-    hook = state.decoder.register_forward_hook(weigh)
+    hook = state.backbone.register_forward_hook(weigh)
     state.aggregating = False  # the head then sees every stream's hidden states
     try:
         logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
@@ -281,5 +293,7 @@ def _activate(state: ParScaleState, streams: StreamSet | None) -> None:
     state.active = streams
     state.model.num_streams = 1 if streams is None else streams.num_streams
     if streams is not None:
+        for field in FIELDS:
+            state.model.config.__dict__.pop(field, None)
         for field, value in streams.config.to_fields().items():
             setattr(state.model.config, field, value)

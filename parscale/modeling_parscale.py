@@ -4,11 +4,11 @@ This file lies in every full checkpoint that parscale saves.
 """
 
 try:
-    from parscale.auto import ParScaleForCausalLM, ParScaleModelConfig
+    from parscale.auto import ParScaleForCausalLM, ParScaleModel, ParScaleModelConfig
 except ImportError as error:
     raise ImportError(
         "This checkpoint has parallel streams (ParScale), which the Python package parscale reads. "
         "Install it, or a newer version of it: pip install --upgrade parscale"
     ) from error
 
-__all__ = ["ParScaleForCausalLM", "ParScaleModelConfig"]
+__all__ = ["ParScaleForCausalLM", "ParScaleModel", "ParScaleModelConfig"]

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from parscale import __version__
+from parscale.auto import class_in_checkpoints
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, TYPE_SUFFIX, read_json
 from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
@@ -25,10 +26,6 @@ from parscale.writing import staged
 
 FORMAT_VERSION = 1
 REMOTE_CODE = Path(__file__).with_name("modeling_parscale.py")
-AUTO_MAP = {
-    "AutoConfig": f"{REMOTE_CODE.stem}.ParScaleModelConfig",
-    "AutoModelForCausalLM": f"{REMOTE_CODE.stem}.ParScaleForCausalLM",
-}
 
 
 def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -183,15 +180,11 @@ def _mark(path: Path, model: Any) -> None:
     if config["model_type"] == "qwen2":
         _add_released_fields(config)
     config["model_type"] += TYPE_SUFFIX
-    config["architectures"] = [architecture(type(model).__name__)]
-    config["auto_map"] = AUTO_MAP
+    architecture, readers = class_in_checkpoints(model)
+    config["architectures"] = [architecture]
+    readers = {"AutoConfig": "ParScaleModelConfig", **readers}
+    config["auto_map"] = {auto: f"{REMOTE_CODE.stem}.{name}" for auto, name in readers.items()}
     _write_json(path, config)
-
-
-def architecture(class_name: str) -> str:
-    """``Qwen2ForCausalLM`` as ``Qwen2ParScaleForCausalLM``, ``GPT2LMHeadModel`` as ``GPT2ParScaleForCausalLM``."""
-    stem = re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", class_name.removeprefix("FSDP"))
-    return f"{stem}ParScaleForCausalLM"
 
 
 def _add_released_fields(config: dict[str, Any]) -> None:

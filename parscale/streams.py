@@ -1,16 +1,15 @@
-"""What a wrapped model carries: its sets of streams, and the two hooks on the backbone that run them.
+"""What a wrapped model carries: its sets of streams, and the hooks on the backbone that run them.
 
 input_ids (B, S)
   -> copied to P streams, stream-major            (P*B, S)       before the backbone's forward
-  -> the backbone, unchanged, sees a batch of P*B
+  -> the backbone, unchanged, sees a batch of P*B                what differs between streams: parscale.transforms
   -> final norm                                   (P*B, S, H)
-  -> aggregator                                   (B, S, H)      after it
+  -> aggregator                                   (B, S, H)      after it, or before the backbone pools
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -21,10 +20,15 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from parscale.aggregator import Aggregator
+from parscale.backbones import find_backbone
 from parscale.config import ParScaleConfig
 from parscale.kernels.dispatch import Impl
+from parscale.layers import AttentionLayer
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.parallel import gather_heads
+from parscale.transforms import make_transform
+from parscale.transforms.lora import Linear
+from parscale.transforms.prompt import CACHES, is_empty
 
 DEFAULT = "default"
 
@@ -40,50 +44,36 @@ ROW_ARGUMENTS = (
     "per_layer_inputs",
     "ple_input_ids",
     "visual_pos_masks",
+    "pixel_values",
+    "bool_masked_pos",
+    "input_features",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
 )
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")  # the first given one counts the rows
 # One tensor for each layer, with one row for each image token of the batch, in the order of the rows.
 IMAGE_TOKENS = "deepstack_visual_embeds"
-
-
-@dataclasses.dataclass
-class AttentionLayer:
-    """An attention layer that carries a prefix, and what its keys and values look like.
-
-    Args:
-        name: its name in the model.
-        module: the layer.
-        key_heads: G.
-        key_size: D of the keys.
-        value_size: D of the values (another one in MLA).
-        dtype: of its keys.
-        device: of its keys.
-        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
-    """
-
-    name: str
-    module: Any
-    key_heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-    device: torch.device
-    mesh: Any = None
 
 
 class StreamSet:
     """One named set of streams. Its tensors are parameters of the backbone's modules, under names of its own.
 
     Args:
+        state: of the model.
         name: ``"default"`` keeps the released names; another set adds ``@name`` to each.
         config: its numbers.
     """
 
-    def __init__(self, name: str, config: ParScaleConfig) -> None:
+    def __init__(self, state: ParScaleState, name: str, config: ParScaleConfig) -> None:
         self.name = name
         self.config = config
-        suffix = "" if name == DEFAULT else f"@{name}"
-        self.key_name, self.value_name = f"prefix_k{suffix}", f"prefix_v{suffix}"
-        self.aggregator_name = f"aggregate_layer{suffix}"
+        self.key_name, self.value_name = self.own_name("prefix_k"), self.own_name("prefix_v")
+        self.aggregator_name = self.own_name("aggregate_layer")
+        self.transform = make_transform(state, self)
+
+    def own_name(self, released: str) -> str:
+        """What the set calls a parameter, or the aggregator, in the module that holds it."""
+        return released if self.name == DEFAULT else f"{released}@{self.name}"
 
     @property
     def num_streams(self) -> int:
@@ -95,18 +85,22 @@ class ParScaleState:
     """Everything that wrapping adds to a model beside the tensors.
 
     Args:
-        model: the wrapped model.
-        decoder: the backbone, whose rows are copied and mixed.
-        decoder_name: its name in the model.
+        model: the model to wrap.
         kernels: how the operations of :mod:`parscale.kernels` run, their ``impl``.
+
+    Raises:
+        UnsupportedModelError: it has no backbone that streams run on.
     """
 
-    def __init__(self, model: Any, decoder: Any, decoder_name: str, kernels: Impl = "auto") -> None:
+    def __init__(self, model: Any, kernels: Impl = "auto") -> None:
         self.model = model
-        self.decoder = decoder
-        self.decoder_name = decoder_name
+        self.backbone: Any
+        self.encoder: Any
+        self.backbone, self.encoder = find_backbone(model)
+        self.backbone_name = next(name for name, module in model.named_modules() if module is self.backbone)
         self.kernels = kernels
         self.layers: list[AttentionLayer] = []
+        self.linears: list[Linear] = []  # found when a set asks for them
         self.sets: dict[str, StreamSet] = {}
         self.active: StreamSet | None = None
         # The set that the forward pass under way (or recomputed under checkpointing) runs with. None: the backbone.
@@ -115,13 +109,24 @@ class ParScaleState:
         self.recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
         self.aggregating = True
         self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
-        self._positional = list(inspect.signature(decoder.forward).parameters)
+        self.positional = list(inspect.signature(self.backbone.forward).parameters)
         self._masks: dict[int, tuple[Any, Any]] = {}
+        self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None  # what a pooler was given, and its mixture
         self.hooks = [
-            decoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
-            decoder.register_forward_hook(self._mix_streams),
+            self.backbone.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
+            self.backbone.register_forward_hook(self._mix_streams),
             model.register_forward_hook(self._join_router_logits),
         ]
+        if self.encoder is not None:
+            self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+        pooler = getattr(self.backbone, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
+
+    @property
+    def parts(self) -> list[Any]:
+        """The backbone and the encoder before it, if there is one."""
+        return [self.backbone] if self.encoder is None else [self.encoder, self.backbone]
 
     # -- tensors
 
@@ -129,24 +134,22 @@ class ParScaleState:
         """The set's parameters by their released names in the model, whatever the set is called."""
         if streams.num_streams == 1:
             return {}
-        tensors = {}
-        for layer in self.layers:
-            tensors[f"{layer.name}.prefix_k"] = layer.module._parameters[streams.key_name]
-            tensors[f"{layer.name}.prefix_v"] = layer.module._parameters[streams.value_name]
-        root = f"{self.decoder_name}.aggregate_layer" if self.decoder_name else "aggregate_layer"
+        places = streams.transform.places()
+        tensors = {p.released_name: p.module._parameters[streams.own_name(p.name)] for p in places}
+        root = f"{self.backbone_name}." if self.backbone_name else ""
         for name, parameter in self.aggregator(streams).named_parameters():
-            tensors[f"{root}.{name}"] = parameter
-        return tensors
+            tensors[f"{root}aggregate_layer.{name}"] = parameter
+        return tensors  # type: ignore[return-value]
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""
         if streams.num_streams == 1:
             return {}
         names = {}
-        for layer in self.layers:
-            names[f"{layer.name}.prefix_k"] = f"{layer.name}.{streams.key_name}"
-            names[f"{layer.name}.prefix_v"] = f"{layer.name}.{streams.value_name}"
-        root = f"{self.decoder_name}." if self.decoder_name else ""
+        for place in streams.transform.places():
+            path = f"{place.path}." if place.path else ""
+            names[place.released_name] = f"{path}{streams.own_name(place.name)}"
+        root = f"{self.backbone_name}." if self.backbone_name else ""
         for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
             names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
         return names
@@ -166,7 +169,7 @@ class ParScaleState:
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The set's aggregator."""
-        return self.decoder._modules[streams.aggregator_name]
+        return self.backbone._modules[streams.aggregator_name]
 
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set trains."""
@@ -185,56 +188,85 @@ class ParScaleState:
     def _copy_to_streams(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the backbone: every row P times, stream-major (row ``p*B + b``)."""
+        """Before the backbone, or its encoder: every row P times, stream-major (row ``p*B + b``)."""
         self._masks.clear()
+        self._pooled = None
         streams = self.active
         if streams is not None and streams.num_streams == 1:
             streams = None
         self.in_flight = streams
         if module.training and torch.is_grad_enabled():
             self._recompute_with_own_set(module)
-        arguments = dict(zip(self._positional, args, strict=False)) | kwargs
-        self._check_cache(arguments.get("past_key_values"))
+        positional = self.positional if module is self.backbone else list(inspect.signature(module.forward).parameters)
+        arguments = dict(zip(positional, args, strict=False)) | kwargs
+        for name in CACHES:
+            self._check_cache(arguments.get(name))
         if streams is None:
             return None
-        rows = arguments.get("input_ids")
-        if rows is None:
-            rows = arguments.get("inputs_embeds")
+        rows = next((arguments[name] for name in INPUTS if arguments.get(name) is not None), None)
         if rows is None:  # the backbone says what it misses
             return None
+        if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
+            raise ValueError(
+                f"transformers' {type(module).__name__} goes on from its state with one row only, and "
+                f"{streams.num_streams} streams are as many rows: use_cache=False."
+            )
         for name in ROW_ARGUMENTS:
             if arguments.get(name) is not None:
                 arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
         if arguments.get(IMAGE_TOKENS) is not None:
             arguments[IMAGE_TOKENS] = [torch.cat([states] * streams.num_streams) for states in arguments[IMAGE_TOKENS]]
-        names = self._positional[: len(args)]
-        return tuple(arguments.pop(name) for name in names), arguments
+        if module is self.backbone:
+            arguments = streams.transform.before(arguments)
+        return (), arguments
+
+    def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
+        if self.in_flight is None or not self.aggregating:
+            return None
+        mixed = self._mixture(self.in_flight, self.in_flight.transform.before_pooling(args[0]))
+        self._pooled = (args[0], mixed)
+        return (mixed, *args[1:])
 
     def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` too."""
+        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` and ``pooler_output`` too."""
         self._masks.clear()
         streams = self.in_flight
         if streams is None:
             return output
+        unpooled, output = output[0], streams.transform.after(output)
         if getattr(output, "router_logits", None):
             output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
         if not self.aggregating:
             return output
         last = output[0]
-        mixed = self.aggregator(streams)(last, impl=self.kernels)
+        if self._pooled is not None and self._pooled[0] is unpooled:
+            mixed = self._pooled[1]
+        else:
+            mixed = self._mixture(streams, last)
+        self._pooled = None
 
         def with_mixed(states: Any) -> Any:
             """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""
             if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
                 return (*states[:-1], mixed)
+            if getattr(states, "shape", None) == (last.shape[0], last.shape[2]):  # those of one token, as they are
+                return self._mixture(streams, streams.transform.before_pooling(states))
             return states
 
         if isinstance(output, tuple):
             return (mixed, *map(with_mixed, output[1:]))
         output.last_hidden_state = mixed
-        if getattr(output, "hidden_states", None):
-            output.hidden_states = with_mixed(output.hidden_states)
+        for name in ("hidden_states", "pooler_output"):
+            if getattr(output, name, None) is not None:
+                output[name] = with_mixed(output[name])
         return output
+
+    def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
+        """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
+        if hidden.ndim == 2:
+            return self.aggregator(streams)(hidden[:, None], impl=self.kernels)[:, 0]
+        return self.aggregator(streams)(hidden, impl=self.kernels)
 
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the whole model: a mixture of experts' router logits by layer again, ``(P*B*S, E)``."""
@@ -263,11 +295,11 @@ class ParScaleState:
 
     def _check_cache(self, cache: Any) -> None:
         """A cache belongs to the set that filled it."""
-        if cache is None or isinstance(cache, tuple):  # a tuple, in old models
+        if cache is None or isinstance(cache, tuple | list):  # of a model's own kind
             return
         name = None if self.in_flight is None else self.in_flight.name
         filled_by = getattr(cache, "parscale_streams", name)
-        if filled_by != name and int(cache.get_seq_length()) > 0:
+        if filled_by != name and not is_empty(cache):
             raise ValueError(
                 f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
                 "backbone). Start with a new cache after switching."
@@ -290,7 +322,7 @@ class ParScaleState:
 
     def stop_checkpointing(self) -> None:
         """Gives the layers their own checkpointing function back."""
-        for layer in self.decoder.modules():
+        for layer in (layer for part in self.parts for layer in part.modules()):
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if isinstance(function, _Checkpoint):
                 layer._gradient_checkpointing_func = function.function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -13,10 +14,11 @@ from torch import nn
 from parscale import members
 from parscale.aggregator import Aggregator
 from parscale.auto import register_backbone
-from parscale.config import INIT, NUM_STREAMS, PREFIX_LENGTH, SEED, SET_PATTERN, SMOOTHING, ParScaleConfig
-from parscale.inits import check_calibration, initialize
+from parscale.backbones import find_backbone
+from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
+from parscale.inits import check_calibration, default_init, initialize
 from parscale.kernels.dispatch import Impl, check_impl
-from parscale.layers import attach_attention, check_model, detach_attention, held_configs, own_config
+from parscale.layers import attach_attention, detach_attention, held_configs, own_config
 from parscale.parallel import check_takes_parameters, distribute_streams, share_random_state, tensor_parallel_mesh
 from parscale.peft import keep_streams_trainable
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
@@ -43,26 +45,33 @@ def wrap(
     *,
     prefix_length: int = 48,
     smoothing: float = 0.1,
-    init: str = "documents",
+    init: str | None = None,
     seed: int | None = None,
     calibration: torch.Tensor | None = None,
+    transform: str = PREFIX,
+    rank: int = 8,
     kernels: Impl = "auto",
 ) -> Any:
-    """Gives a Hugging Face causal language model P parallel streams, in place.
+    """Gives a Hugging Face model P parallel streams, in place.
 
     The model keeps its class, its methods and its names; ``generate``, ``Trainer``, ``save_pretrained``, PEFT and
     ``torch.compile`` work as before. Its dtype, its device and whether it trains stay its own. The set of streams made
     here is called ``"default"``. Method: Chen et al., arXiv 2505.10475.
 
     Args:
-        model: a ``transformers.PreTrainedModel`` with a language-model head. It may be split by tensor parallelism, or
-            partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards.
+        model: a ``transformers.PreTrainedModel``: a causal language model, also with images; an encoder of text or
+            images; or an encoder with a decoder (see :mod:`parscale.backbones`). It may be split by tensor parallelism,
+            or partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
         prefix_length: T, learned key/value pairs per stream in each attention layer.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.inits`.
+        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.inits`. By default the first for causal
+            language models, and the last where there are no texts to start from.
         seed: seed of the draws; ``None`` draws from torch's state.
         calibration: token ids ``(P, T)`` that all but ``"random"`` read; without it the backbone samples them.
+        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` (also for models without keys and values)
+            or ``"lora"``; see :mod:`parscale.transforms`.
+        rank: of ``"lora"``.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -71,10 +80,17 @@ def wrap(
 
     Raises:
         ValueError: a number out of range, a ``calibration`` that does not fit, or a model that is wrapped already.
-        UnsupportedModelError: not a Hugging Face model, or one in which no attention was found.
+        UnsupportedModelError: not a Hugging Face model, or one in which the transform has no place, such as a prefix
+            where no attention was found.
     """
     config = ParScaleConfig.from_arguments(
-        num_streams, prefix_length=prefix_length, smoothing=smoothing, init=init, seed=seed
+        num_streams,
+        prefix_length=prefix_length,
+        smoothing=smoothing,
+        init=init,
+        seed=seed,
+        transform=transform,
+        rank=rank,
     )
     configs = held_configs(model)
     state = None
@@ -133,11 +149,10 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
             "parscale.unwrap(model) takes them off."
         )
     check_impl(kernels, "kernels")
-    decoder = check_model(model)
+    find_backbone(model)
     check_takes_parameters(model)
-    name = next(name for name, module in model.named_modules() if module is decoder)
     own_config(model)
-    state = ParScaleState(model, decoder, name, kernels)
+    state = ParScaleState(model, kernels)
     try:
         attach_attention(state)
     except BaseException:
@@ -164,7 +179,7 @@ def detach(state: ParScaleState) -> None:
     state.stop_checkpointing()
     for member in ("parscale", "num_streams", *MEMBERS):
         model.__dict__.pop(member, None)
-    for field in (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED):
+    for field in FIELDS:
         model.config.__dict__.pop(field, None)
 
 
@@ -193,10 +208,14 @@ def add(
         raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
     if name in state.sets:
         raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
-    streams = StreamSet(name, config)
+    streams = StreamSet(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
+    if config.num_streams > 1:
+        streams.transform.places()  # says so if there are none
     check_calibration(state, streams, calibration)
     check_takes_parameters(state.model)
     mesh = tensor_parallel_mesh(state.model)
+    if mesh is not None and config.transform != PREFIX:
+        raise ValueError(f"A tensor-parallel model takes transform={PREFIX!r} only, got {config.transform!r}.")
     if mesh is not None and config.seed is None:
         share_random_state(mesh)
     state.sets[name] = streams
@@ -208,6 +227,8 @@ def add(
             _fill(state, streams, tensors)
         if mesh is not None:
             distribute_streams(state, streams, mesh)
+        if config.num_streams > 1:
+            streams.transform.attach()
     except BaseException:
         remove(state, streams)
         raise
@@ -220,26 +241,26 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     """Removes a set and its parameters."""
     if state.active is streams:
         state.active = None
-    for layer in state.layers:
-        layer.module._parameters.pop(streams.key_name, None)
-        layer.module._parameters.pop(streams.value_name, None)
-    state.decoder._modules.pop(streams.aggregator_name, None)
+    if streams.num_streams > 1:
+        streams.transform.detach()
+        for place in streams.transform.places():
+            place.module._parameters.pop(streams.own_name(place.name), None)
+    state.backbone._modules.pop(streams.aggregator_name, None)
     state.sets.pop(streams.name, None)
 
 
 def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
-    P, T = streams.config.num_streams, streams.config.prefix_length
+    P = streams.num_streams
     if P == 1:
         return
-    for layer in state.layers:
-        for name, size in ((streams.key_name, layer.key_size), (streams.value_name, layer.value_size)):
-            prefix = torch.zeros(P, layer.key_heads, T, size, dtype=layer.dtype, device=layer.device)
-            layer.module.register_parameter(name, nn.Parameter(prefix))
+    for place in streams.transform.places():
+        zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
+        place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
     aggregator = Aggregator(
         P, state.hidden_size, streams.config.smoothing, dtype=state.hidden_dtype, device=state.hidden_device
     )
-    aggregator.train(state.decoder.training)
-    state.decoder.add_module(streams.aggregator_name, aggregator)
+    aggregator.train(state.backbone.training)
+    state.backbone.add_module(streams.aggregator_name, aggregator)
 
 
 def _fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:

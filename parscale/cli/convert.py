@@ -15,17 +15,19 @@ def convert(
     source: Annotated[str, typer.Argument(help="The backbone: a folder, or a name on the Hugging Face Hub.")],
     output: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
     num_streams: Annotated[int, typer.Option(help="P, the number of parallel streams.")],
-    prefix_length: Annotated[int, typer.Option(help="T, prefix tokens for each stream and layer.")] = 48,
+    prefix_length: Annotated[int, typer.Option(help="T, tokens of the prefix or the prompt.")] = 48,
     smoothing: Annotated[float, typer.Option(help="The share of the weights that is spread evenly, 0 to 1.")] = 0.1,
     init: Annotated[
-        str | None, typer.Option(help="How prefixes start: 'documents' or 'context', from text, or 'random'.")
+        str | None, typer.Option(help="How streams start: 'documents' or 'context', from text, or 'random'.")
     ] = None,
     calibration: Annotated[
-        Files | None, typer.Option(help="Text files that the prefixes are read from.", metavar="FILE...")
+        Files | None, typer.Option(help="Text files that the streams start from.", metavar="FILE...")
     ] = None,
     streams_only: Annotated[
         bool, typer.Option("--streams-only", help="Write the streams and the backbone's name, not its weights.")
     ] = False,
+    transform: Annotated[str, typer.Option(help="What makes streams differ: 'prefix', 'prompt' or 'lora'.")] = "prefix",
+    rank: Annotated[int, typer.Option(help="Of the transform 'lora'.")] = 8,
     seed: Seed = None,
     json: Json = False,
 ) -> None:
@@ -34,9 +36,14 @@ def convert(
     from parscale.config import ParScaleConfig
 
     quiet_libraries()
-    chosen_init = {} if init is None else {"init": init}
     config = ParScaleConfig(
-        num_streams=num_streams, prefix_length=prefix_length, smoothing=smoothing, seed=seed, **chosen_init
+        num_streams=num_streams,
+        prefix_length=prefix_length,
+        smoothing=smoothing,
+        init=init,
+        seed=seed,
+        transform=transform,
+        rank=rank,
     )
     with waiting(f"Converting {source}"):
         report = convert_checkpoint(

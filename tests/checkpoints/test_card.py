@@ -21,6 +21,7 @@ FACTS = TrainingFacts(
     prefix_length=37,
     smoothing=0.125,
     init="context",
+    transform="prefix",
     trains="streams",
     trained_parameters=3_456_789,
     parameters=497_456_789,
@@ -87,7 +88,7 @@ def test_every_fact_is_stated():
     assert "# me/parallel-qwen\n" in text
     assert "`Qwen/Qwen2.5-0.5B` (Qwen2ForCausalLM) with 6 parallel streams" in text
     assert rows["P, streams"] == ["6"]
-    assert rows["T, prefix tokens of each stream and layer"] == ["37"]
+    assert rows["T, tokens of each stream's prefix or prompt"] == ["37"]
     assert rows["smoothing"] == ["0.125"]
     assert rows["streams started"] == ["`context`"]
     assert "the backbone was frozen" in rows["trained"][0]

@@ -180,10 +180,11 @@ def test_the_loading_report(folder):
 
 
 def test_other_tasks_do_not_take_it_for_the_plain_backbone(folder):
-    config = AutoConfig.from_pretrained(folder)
-    assert type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    assert type(config) not in transformers.MODEL_MAPPING
-    assert type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    for auto in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM with streams.*use AutoModelForCausalLM"):
+            auto.from_pretrained(folder)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        transformers.AutoModelForMaskedLM.from_pretrained(folder)
 
 
 def test_the_tokenizer_is_the_one_that_the_backbone_has(zoo, tmp_path):

@@ -1,0 +1,100 @@
+"""What a transform has to do: name its parameters, start them, and act before, in and after the backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from parscale.streams import ParScaleState, StreamSet
+
+
+@dataclasses.dataclass
+class Place:
+    """Where one parameter of a set of streams lives, and what it is like.
+
+    Args:
+        path: the module's name in the model.
+        module: the module.
+        name: of the parameter in it, as in a checkpoint; a set that is not the default one adds its own name.
+        shape: P first.
+        dtype: of the parameter.
+        device: of the parameter.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def released_name(self) -> str:
+        """Its name in a checkpoint."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+class Transform:
+    """How the P copies of a row come to differ. One object for each set of streams.
+
+    Args:
+        state: of the wrapped model.
+        streams: the set.
+    """
+
+    reads_texts = True  # whether streams can start from texts
+
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
+        self.state = state
+        self.streams = streams
+
+    def places(self) -> list[Place]:
+        """Where its parameters live.
+
+        Raises:
+            UnsupportedModelError: the model has no place for them.
+        """
+        raise NotImplementedError
+
+    def attach(self) -> None:
+        """Once its parameters exist: what it hangs into the model."""
+
+    def detach(self) -> None:
+        """Undoes :meth:`attach`."""
+
+    def read(self, texts: torch.Tensor) -> None:
+        """Starts each stream from a text.
+
+        Args:
+            texts: token ids ``(P, T)``, on the device of the model's input.
+        """
+        raise NotImplementedError
+
+    def draw(self, std: float) -> None:
+        """Starts the streams at random, from torch's global state.
+
+        Args:
+            std: of the backbone's own initialisation.
+        """
+        for parameter in self.parameters():
+            parameter.normal_(0.0, std)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Its parameters, in the order of :meth:`places`."""
+        return [getattr(place.module, self.streams.own_name(place.name)) for place in self.places()]
+
+    def before(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The backbone's arguments, which have P*B rows, as the backbone shall see them."""
+        return arguments
+
+    def before_pooling(self, states: torch.Tensor) -> torch.Tensor:
+        """The final hidden states ``(P*B, S, H)`` that a pooler inside the backbone is given, as it shall see them."""
+        return states
+
+    def after(self, output: Any) -> Any:
+        """The backbone's output, with P*B rows, before the streams are mixed."""
+        return output

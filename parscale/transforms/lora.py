@@ -1,0 +1,115 @@
+"""``lora``: a low-rank difference of its own for each stream in each linear layer.
+
+    y = W x + up_p (down_p x)         down (P, r, in), up (P, out, r)
+
+for a row of stream p, in one batched product over the streams (Hu et al., arXiv 2106.09685, with alpha = r). ``down``
+starts as in that paper's code and ``up`` at zero, so that each stream begins as the backbone itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from parscale.backbones import backbone_only, run_briefly
+from parscale.errors import UnsupportedModelError
+from parscale.transforms.base import Place, Transform
+
+ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each
+_EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens that were routed to them, whatever row they are of
+
+
+class LoraTransform(Transform):
+    """``stream_down`` and ``stream_up`` on each linear layer of the backbone that runs on whole rows."""
+
+    reads_texts = False
+
+    def __init__(self, state: Any, streams: Any) -> None:
+        super().__init__(state, streams)
+        self._hooks: list[Any] = []
+
+    def places(self) -> list[Place]:
+        """Two on each linear layer."""
+        P, r = self.streams.config.num_streams, self.streams.config.rank
+        if not self.state.linears:
+            self.state.linears = _find_linears(self.state)
+        return [
+            Place(layer.path, layer.module, name, shape, self.state.hidden_dtype, layer.device)
+            for layer in self.state.linears
+            for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
+        ]
+
+    def attach(self) -> None:
+        """A hook on each linear layer."""
+        self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.state.linears]
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def draw(self, std: float) -> None:
+        """``down`` uniform in +-1/sqrt(in), ``up`` zero."""
+        for place, parameter in zip(self.places(), self.parameters(), strict=True):
+            if place.name == "stream_down":
+                bound = 1 / math.sqrt(place.shape[-1])
+                parameter.uniform_(-bound, bound)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """After a linear layer: ``(P*B, ..., out)``, or ``(P*B*S, out)``, and the streams' differences."""
+        if self.state.in_flight is not self.streams:
+            return output
+        down = getattr(module, self.streams.own_name("stream_down"))
+        up = getattr(module, self.streams.own_name("stream_up"))
+        P, x = down.shape[0], args[0].to(down.dtype)
+        low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
+        difference = torch.bmm(low, up.mT)  # (P, N, out)
+        return output + difference.reshape(output.shape).to(output.dtype)
+
+
+class Linear:
+    """A linear layer that runs on whole rows: its name in the model, itself, its sizes and its device."""
+
+    def __init__(self, path: str, module: nn.Module, in_size: int, out_size: int, device: torch.device) -> None:
+        self.path, self.module, self.in_size, self.out_size, self.device = path, module, in_size, out_size, device
+
+
+def _find_linears(state: Any) -> list[Linear]:
+    """The linear layers that a forward pass calls with one or more items of each row, row after row."""
+    found: dict[int, Linear] = {}
+    paths = {id(module): path for path, module in state.model.named_modules()}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        x = args[0] if args else None
+        if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return
+        if x.shape[:-1] == output.shape[:-1] and x.ndim > 1 and x.shape[0] % ROWS == 0:
+            layer = Linear(paths[id(module)], module, x.shape[-1], output.shape[-1], output.device)
+            found.setdefault(id(module), layer)
+
+    modules = {id(module): module for part in state.parts for module in part.modules()}
+    pooler = getattr(state.backbone, "pooler", None)  # sees the streams mixed
+    mixed = {id(module) for module in pooler.modules()} if isinstance(pooler, nn.Module) else set()
+    linears = [
+        module
+        for i, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D) and i not in mixed and not _EXPERT.search(paths[i])
+    ]
+    hooks = [module.register_forward_hook(record) for module in linears]
+    try:
+        with backbone_only(state):
+            run_briefly(state, rows=ROWS)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise UnsupportedModelError(
+            f"No linear layer was found in {type(state.model).__name__}, so transform='lora' has no place in it."
+        )
+    return list(found.values())

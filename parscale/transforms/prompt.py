@@ -1,0 +1,258 @@
+"""``prompt``: learned embeddings in front of those of the input (Lester et al., arXiv 2104.08691), for each stream.
+
+They run through the backbone as tokens do, so any model with an embedding of token ids can have them, also one without
+keys and values (Mamba, RWKV). A row ``[padding | tokens]`` becomes ``[padding | prompt | tokens]``, so that a layer
+which carries a state along meets no padding between the two; the prompt has positions 0..T-1 and the tokens those from
+T on. The backbone's output has the tokens alone. The cache holds the prompt too, and counts tokens. Of documents that
+are packed into one row, each gets the prompt in front of it.
+
+Windows and chunks hide the prompt from tokens that are far from it, as they would hide a text there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import Cache, StaticCache
+
+from parscale.errors import UnsupportedModelError
+from parscale.transforms.base import Place, Transform
+
+CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
+TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "visual_pos_masks")  # (R, S), zero for text
+
+
+class PromptTransform(Transform):
+    """``prompt`` ``(P, T, H)`` on the backbone."""
+
+    def __init__(self, state: Any, streams: Any) -> None:
+        super().__init__(state, streams)
+        self._index: torch.Tensor | None = (
+            None  # (R, S), where the tokens of the pass under way stand; None: everywhere
+        )
+        self._cache: Any = None  # of the pass under way
+
+    def places(self) -> list[Place]:
+        """One, on the backbone."""
+        state, config = self.state, self.streams.config
+        embeddings = None if state.encoder is not None else _embeddings(state.backbone)
+        if embeddings is None or "inputs_embeds" not in state.positional:
+            raise UnsupportedModelError(
+                f"transform='prompt' needs a backbone that reads token ids or their embeddings, and "
+                f"{type(state.backbone).__name__} of {type(state.model).__name__} does not, or not alone: use "
+                "transform='prefix' or transform='lora'."
+            )
+        width = embeddings.weight.shape[-1]
+        shape = (config.num_streams, config.prefix_length, width)
+        return [Place(state.backbone_name, state.backbone, "prompt", shape, state.hidden_dtype, state.hidden_device)]
+
+    def read(self, texts: torch.Tensor) -> None:
+        """The embeddings of the texts."""
+        self.parameters()[0].copy_(_embeddings(self.state.backbone)(texts))  # (P, T) -> (P, T, H)
+
+    def before(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Puts the prompt in front of the tokens, in the first pass of a cache, and moves positions and masks."""
+        T, P = self.streams.config.prefix_length, self.streams.config.num_streams
+        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+        begins = is_empty(cache)
+        if isinstance(cache, StaticCache):
+            raise ValueError(
+                "A static cache has no room for the tokens of transform='prompt': use a dynamic one (leave out "
+                "cache_implementation)."
+            )
+        if isinstance(cache, Cache):
+            cache.__dict__.pop("get_seq_length", None)  # the backbone counts the prompt
+        self._cache = cache
+        embeds = arguments.get("inputs_embeds")
+        if embeds is None:
+            embeds = _embeddings(self.state.backbone)(arguments.pop("input_ids"))  # (R, S, H)
+        arguments = {name: value for name, value in arguments.items() if name != "input_ids"}
+        R, S = embeds.shape[:2]
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if begins and mask is None and positions is not None and _restarts(positions):
+            return arguments | self._packed(embeds, positions)
+        padding = _leading_zeros(mask) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None  # (R,)
+        self._index = None
+        if begins:
+            prompt = self.parameters()[0].to(embeds.dtype).to(embeds.device)  # (P, T, H)
+            prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
+            embeds = _insert(prompt, embeds, padding)
+            columns = torch.arange(S, device=embeds.device).expand(R, -1)
+            self._index = columns + (T if padding is None else T * (columns >= padding[:, None]))
+            for name in TOKENS:
+                if arguments.get(name) is not None:
+                    value = arguments[name]
+                    arguments[name] = _insert(value.new_zeros(value.shape[0], T), value, padding)
+        arguments["inputs_embeds"] = embeds
+        if mask is not None:
+            arguments["attention_mask"] = _extended(mask, T, begins, padding)
+        if positions is not None:
+            arguments["position_ids"] = self._positions(positions, begins, padding)
+        return arguments
+
+    def _packed(self, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows ``(R, S, H)`` of several documents, whose positions start anew: each gets the prompt in front of it.
+
+        The rows are then as long as the one of most documents, and end in what no token sees.
+        """
+        T, prompt = self.streams.config.prefix_length, self.parameters()[0].to(embeds.dtype)
+        (R, S), P = embeds.shape[:2], prompt.shape[0]
+        positions = positions.expand(R, -1)
+        first = torch.ones_like(positions[:, :1], dtype=torch.bool)
+        starts = torch.cat([first, positions.diff(dim=-1) != 1], dim=-1)  # (R, S)
+        document = starts.cumsum(-1)  # from 1
+        length = S + T * int(document.max())
+        self._index = torch.arange(S, device=embeds.device) + T * document  # (R, S), where the tokens stand
+        # where the prompt's tokens do, (R, S, T), one place beyond the end for the tokens that begin nothing
+        places = (self._index - T)[..., None] + torch.arange(T, device=embeds.device)
+        places = places.where(starts[..., None], length)
+        source = torch.zeros(R, length + 1, dtype=torch.long, device=embeds.device)  # of prompt and tokens, one by one
+        moved = torch.arange(length + 1, device=embeds.device).repeat(R, 1)  # positions; those of the end begin anew
+        moved -= self._index[:, -1:] + 1
+        source.scatter_(1, self._index, torch.arange(S, device=embeds.device).expand(R, -1) + T)
+        moved.scatter_(1, self._index, positions + T)
+        own = torch.arange(T, device=embeds.device).expand(R, S, -1).flatten(1)
+        source.scatter_(1, places.flatten(1), own)
+        moved.scatter_(1, places.flatten(1), own)
+        both = torch.cat([prompt.repeat_interleave(R // P, dim=0), embeds], dim=1)  # (R, T + S, H)
+        return {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
+
+    def _positions(self, positions: torch.Tensor, begins: bool, padding: torch.Tensor | None) -> torch.Tensor:
+        """Positions ``([3,] R or 1, S)`` moved by T, behind those of the prompt."""
+        T = self.streams.config.prefix_length
+        if not begins:
+            return positions + T
+        own = torch.arange(T, device=positions.device).expand(*positions.shape[:-1], -1)
+        if padding is None or positions.ndim == 3:
+            return torch.cat([own, positions + T], dim=-1)
+        rows = padding.shape[0]
+        return _insert(own.expand(rows, -1), positions.expand(rows, -1) + T, padding)
+
+    def before_pooling(self, states: torch.Tensor) -> torch.Tensor:
+        """Those of the tokens."""
+        if states.ndim == 2:
+            raise ValueError(
+                f"{type(self.state.backbone).__name__} pools its first token, which is one of the prompt: use another "
+                "transform."
+            )
+        return states if self._index is None else _gather(states, self._index)
+
+    def after(self, output: Any) -> Any:
+        """Takes the prompt's places out of what has one for each token, and lets the cache count tokens."""
+        index, T = self._index, self.streams.config.prefix_length
+        for cache in (self._cache, *(output if isinstance(output, tuple) else output.values())):
+            if isinstance(cache, Cache):
+                cache.get_seq_length = functools.partial(_length_without, T, cache)  # type: ignore[method-assign]
+        self._index = self._cache = None
+        if index is None:
+            return output
+        whole = output[0].shape[1]  # T + S
+
+        def tokens(states: Any) -> Any:
+            if isinstance(states, tuple | list) and states and not isinstance(states, Cache):
+                return type(states)(map(tokens, states))
+            if not isinstance(states, torch.Tensor) or states.ndim < 2:
+                return states
+            if states.shape[0] == index.shape[0] and states.ndim == 3 and states.shape[1] == whole:
+                return _gather(states, index)
+            if states.ndim == 4 and states.shape[2] == whole:  # attention weights (R, heads, T + S, T + S)
+                return (
+                    _gather(states.transpose(1, 2).flatten(2), index).unflatten(2, states.shape[1::2]).transpose(1, 2)
+                )
+            if states.ndim == 2 and states.shape[0] == index.shape[0] * whole:  # router logits
+                return _gather(states.unflatten(0, (-1, whole)), index).flatten(0, 1)
+            return states
+
+        if isinstance(output, tuple):
+            return tokens(output)
+        for name in ("last_hidden_state", "hidden_states", "attentions", "router_logits"):
+            if output.get(name) is not None:
+                output[name] = tokens(output[name])
+        return output
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether nothing was read with a cache: with ``None``, a new one, or one that was reset."""
+    if cache is None:
+        return True
+    if not isinstance(cache, Cache):  # of a model's own kind (RWKV, xLSTM)
+        return not getattr(cache, "seqlen_offset", True)
+    try:
+        return int(type(cache).get_seq_length(cache)) == 0
+    except ValueError:  # no layer has keys and values
+        return not cache.has_previous_state()
+
+
+def _restarts(positions: torch.Tensor) -> bool:
+    """Whether positions ``(R or 1, S)`` are those of several documents in one row.
+
+    Raises:
+        ValueError: that is not known while torch compiles.
+    """
+    if positions.ndim != 2 or positions.shape[-1] == 1:
+        return False
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "While torch compiles, transform='prompt' cannot see whether position_ids start anew: leave them out, or "
+            "give an attention_mask."
+        )
+    return bool((positions.diff(dim=-1) != 1).any())
+
+
+def _length_without(prompt_length: int, cache: Cache, layer_idx: int = 0) -> int:
+    """``cache.get_seq_length()`` for those outside the backbone: of the tokens alone."""
+    length: int = type(cache).get_seq_length(cache, layer_idx)
+    return max(length - prompt_length, 0)
+
+
+def _embeddings(backbone: Any) -> Any:
+    try:
+        embeddings = backbone.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embeddings if getattr(embeddings, "weight", None) is not None and embeddings.weight.ndim == 2 else None
+
+
+def _leading_zeros(mask: torch.Tensor) -> torch.Tensor:
+    """How many zeros each row ``(R, K)`` begins with, ``(R,)``."""
+    return (mask.cumsum(-1) == 0).sum(-1)
+
+
+def _insert(new: torch.Tensor, old: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Rows ``old`` ``(R, K, ...)`` with ``new`` ``(R, T, ...)`` behind their first ``padding`` ``(R,)`` entries."""
+    both = torch.cat([new, old], dim=1)  # (R, T + K, ...)
+    if padding is None:
+        return both
+    T, place = new.shape[1], torch.arange(both.shape[1], device=both.device)[None]  # (1, T + K)
+    start = padding.to(both.device)[:, None]  # (R, 1)
+    index = torch.where(place < start, place + T, torch.where(place < start + T, place - start, place))  # (R, T + K)
+    return _gather(both, index)
+
+
+def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of ``(R, K, ...)`` the entries ``index`` ``(R, S)`` of each row."""
+    index = index.to(states.device).reshape(*index.shape, *[1] * (states.ndim - 2))
+    return states.gather(1, index.expand(-1, -1, *states.shape[2:]))
+
+
+def _extended(mask: Any, prompt_length: int, begins: bool, padding: torch.Tensor | None) -> Any:
+    """A mask over tokens as one over prompt and tokens; the prompt is read causally and seen by every token."""
+    if isinstance(mask, dict):
+        return {
+            kind: None if one is None else _extended(one, prompt_length, begins, None) for kind, one in mask.items()
+        }
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"transform='prompt' takes a mask as a tensor, got {type(mask).__name__}: use sdpa or eager.")
+    T = prompt_length
+    if mask.ndim == 2:
+        return _insert(mask.new_ones(mask.shape[0], T), mask, padding)
+    is_open, closed = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    wide = torch.cat([mask.new_full((*mask.shape[:-1], T), is_open), mask], dim=-1)  # (R, 1, S, T + K)
+    if not begins:
+        return wide
+    own = mask.new_full((*mask.shape[:-2], T, wide.shape[-1]), closed)  # (R, 1, T, T + K)
+    causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+    own[..., :T] = own[..., :T].masked_fill(causal, is_open)
+    return torch.cat([own, wide], dim=-2)
