@@ -69,6 +69,40 @@ def qwen3_vl(zoo):
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+def qwen2_vl(zoo, stem="Qwen2VL"):
+    text = zoo.COMMON | {"rope_parameters": zoo.ROPE | {"mrope_section": [2, 1, 1]}}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1, "spatial_merge_size": 2}
+    if stem == "Qwen2VL":
+        vision |= {"embed_dim": 16, "hidden_size": 32}
+    else:
+        vision |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 32, "window_size": 16}
+        vision |= {"fullatt_block_indexes": [1]}
+    config = getattr(transformers, f"{stem}Config")(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=93,
+        vision_start_token_id=90,
+        vision_end_token_id=91,
+    )
+    return getattr(transformers, f"{stem}ForConditionalGeneration")(config)
+
+
+def qwen2_5_vl(zoo):
+    return qwen2_vl(zoo, "Qwen2_5_VL")
+
+
+def llava(zoo):
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**zoo.COMMON),
+        vision_config=transformers.CLIPVisionConfig(**PIXELS | {"num_hidden_layers": 2}),
+        image_token_index=IMAGE,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 def gemma3n(zoo):
     kinds = ["sliding_attention", "full_attention"] * 3
     config = transformers.Gemma3nTextConfig(
@@ -147,6 +181,8 @@ def picture_inputs(make, zoo, rows):
 
     def arguments(text=None):
         whole = ids if text is None else torch.cat([text.expand(rows, -1), ids], dim=1)
+        if make is llava:
+            return {"input_ids": whole, "pixel_values": pixels}
         if make is gemma3_with_images:
             return {"input_ids": whole, "pixel_values": pixels, "token_type_ids": (whole == IMAGE).long()}
         grid = torch.tensor([[1, 4, 4]] * rows)
@@ -163,9 +199,9 @@ def picture_inputs(make, zoo, rows):
     return arguments
 
 
-@pytest.mark.parametrize("make", [gemma3_with_images, qwen3_vl])
+@pytest.mark.parametrize("make", [gemma3_with_images, llava, qwen2_vl, qwen2_5_vl, qwen3_vl])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_images_among_the_text(make, rows, zoo):
+def test_images_among_the_text(make, rows, zoo, tmp_path):
     """Each stream by itself is the backbone that reads a text, then text and image; and rows keep their own image."""
     plain, model, arguments = build(make, zoo), build(make, zoo), picture_inputs(make, zoo, rows)
     texts = zoo.token_ids(3, 6, seed=8).clamp(max=89)
@@ -181,6 +217,13 @@ def test_images_among_the_text(make, rows, zoo):
     other = arguments()
     other["pixel_values"] = other["pixel_values"] + 1.0
     assert (logits_of(model, **arguments_of(other)) - logits_of(model, **arguments_of(arguments()))).abs().max() > 1e-2
+    expected = logits_of(model, **arguments_of(arguments()))
+    generated = model.generate(**arguments(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert torch.equal(generated[:, 9], expected[:, -1].index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1))
+    model.save_pretrained(tmp_path)
+    again = parscale.load(tmp_path)
+    assert type(again) is type(model)
+    zoo.close(logits_of(again, **arguments_of(arguments())), expected, 1e-6)
     model.set_streams(None)
     assert torch.equal(logits_of(model, **arguments_of(arguments())), logits_of(plain, **arguments_of(arguments())))
 

@@ -1,0 +1,275 @@
+"""The three transforms on one recycled model: parameters, loss after the same tokens, and speed.
+
+The small model that the package carries gets P streams by each transform, and trains on the standard library's source,
+with its backbone frozen or not, at each of the learning rates named. Loss is measured on files that are held out and on
+prose; differences from the untouched backbone are paired by document. Runs that the results file has already are not
+repeated.
+
+Speed is that of a training step (the backbone frozen), of reading a text and of decoding a token, each held against the
+plain backbone at batch P*B in the same process: the fastest of alternating turns counts.
+
+    python benchmarks/transforms.py --seeds 0 --rates 1e-3 3e-3 1e-2 3e-2
+    python benchmarks/transforms.py --seeds 0 1 2 --rates-of prefix=1e-2 prompt=3e-2 lora=3e-3
+    python benchmarks/transforms.py --speed
+    python benchmarks/transforms.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+from machine import processor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from parscale import wrap
+from parscale.checkpoints.compare import compare
+from parscale.checkpoints.convert import calibration_ids
+from parscale.checkpoints.evaluate import evaluate
+from parscale.checkpoints.posttrain import Recipe, faster_in_bf16, post_train
+from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
+from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints.text import pack
+
+P, T, RANK = 4, 48, 8
+TRANSFORMS = ("prefix", "prompt", "lora")
+SEQUENCE_LENGTH, WINDOW, BATCH_SIZE = 256, 512, 4
+CODE_CHARACTERS, PROSE_CHARACTERS = 2500, 600
+BACKBONE_RATE = 1e-4
+TURNS = 15
+
+
+class Lab:
+    """The backbone, its text, and how the streams of a seed start."""
+
+    def __init__(self) -> None:
+        self.backbone = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(small_model_path())
+        texts = standard_texts()
+        self.training = list(texts.train)
+        self.blocks = pack(self.training, self.tokenizer, SEQUENCE_LENGTH)
+        cut = {CODE: CODE_CHARACTERS, PROSE: PROSE_CHARACTERS}
+        self.measured = {
+            kind: [(name, text[: cut[kind]]) for name, text in texts.measured[kind]] for kind in (CODE, PROSE)
+        }
+
+    def wrapped(self, transform: str, seed: int) -> Any:
+        """A copy of the backbone with P streams; those that start from texts have the same."""
+        model = copy.deepcopy(self.backbone)
+        texts = None
+        if transform != "lora":
+            shift = seed * 7
+            texts = calibration_ids(self.training[shift:] + self.training[:shift], self.tokenizer, P, T)
+        return wrap(model, P, prefix_length=T, transform=transform, rank=RANK, seed=seed, calibration=texts)
+
+    def losses(self, model: Any) -> dict[str, Any]:
+        return {
+            kind: evaluate(model, self.tokenizer, documents, sequence_length=WINDOW)
+            for kind, documents in self.measured.items()
+        }
+
+
+def train(lab: Lab, untouched: dict[str, Any], key: dict[str, Any]) -> dict[str, Any]:
+    """One run: its losses, and their differences from the untouched backbone's."""
+    model = lab.wrapped(key["transform"], key["seed"])
+    if key["trains"] == "streams":
+        model.freeze_backbone()
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    before = lab.losses(model)
+    recipe = Recipe(
+        tokens=key["tokens"],
+        batch_size=BATCH_SIZE,
+        streams_learning_rate=key["rate"],
+        backbone_learning_rate=BACKBONE_RATE,
+        seed=key["seed"],
+    )
+    run = post_train(model, lab.blocks, recipe, bf16=faster_in_bf16(torch.device("cpu")))
+    after = lab.losses(model)
+    return key | {
+        "before": {kind: asdict(compare(before[kind], untouched[kind])) for kind in before},
+        "after": {kind: asdict(compare(after[kind], untouched[kind])) for kind in after},
+        "by_document": {kind: [document.loss for document in after[kind].documents] for kind in after},
+        "seconds": run.seconds,
+    }
+
+
+# -- speed
+
+
+def turns(steps: Sequence[Callable[[], None]], count: int) -> list[float]:
+    """The fastest of each step's turns, in seconds; the steps take turns."""
+    best = [float("inf")] * len(steps)
+    for _ in range(count):
+        for i, step in enumerate(steps):
+            start = time.perf_counter()
+            step()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def training_step(model: Any, ids: torch.Tensor, rows: int) -> Callable[[], None]:
+    """Forward and backward on ``ids`` ``(B, S)``; a plain model's on ``rows`` copies, with head and loss for B."""
+
+    def step() -> None:
+        model.zero_grad()
+        hidden = model.model(ids.repeat(rows, 1), use_cache=False)[0][: len(ids)]
+        logits = model.lm_head(hidden[:, :-1]).flatten(0, 1)
+        cross_entropy(logits, ids[:, 1:].flatten()).backward()
+
+    return step
+
+
+def reading(model: Any, ids: torch.Tensor, rows: int) -> Callable[[], None]:
+    @torch.no_grad()
+    def step() -> None:
+        model.lm_head(model.model(ids.repeat(rows, 1), use_cache=False)[0][: len(ids), -1])
+
+    return step
+
+
+def decoding(model: Any, ids: torch.Tensor, rows: int) -> Callable[[], None]:
+    """Sixteen tokens after ``ids``."""
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model.model(ids.repeat(rows, 1), past_key_values=cache)
+
+    @torch.no_grad()
+    def step() -> None:
+        own = copy.deepcopy(cache)
+        for _ in range(16):
+            model.lm_head(model.model(ids[:, :1].repeat(rows, 1), past_key_values=own)[0][: len(ids)])
+
+    return step
+
+
+def speeds(lab: Lab) -> dict[str, dict[str, float]]:
+    """Each transform's times as ratios to the plain backbone's at batch P*B."""
+    ids = torch.from_numpy(lab.blocks[:BATCH_SIZE])  # (B, S)
+    ratios: dict[str, dict[str, float]] = {}
+    for transform in TRANSFORMS:
+        model = lab.wrapped(transform, 0)
+        plain = copy.deepcopy(lab.backbone)
+        for parameter in plain.parameters():  # a frozen backbone is differentiated through, for what lies below
+            parameter.requires_grad_(False)
+        plain.enable_input_require_grads()
+        model.freeze_backbone()
+        ratios[transform] = {}
+        for name, make, given in (
+            ("training", training_step, ids),
+            ("reading", reading, ids),
+            ("decoding", decoding, ids[:1]),
+        ):
+            ours, base = turns([make(model, given, 1), make(plain, given, P)], TURNS)
+            ratios[transform][name] = ours / base
+        print(transform, ratios[transform], flush=True)
+    return ratios
+
+
+# -- results
+
+
+def sizes(lab: Lab) -> dict[str, int]:
+    """How many parameters each transform has, without the aggregator, which all share."""
+    return {transform: parameters_of(lab.wrapped(transform, 0)) for transform in TRANSFORMS}
+
+
+def parameters_of(model: Any) -> int:
+    model.freeze_backbone()
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "aggregate_layer" not in name
+    )
+
+
+def best_rate(results: dict[str, Any], transform: str, trains: str) -> float:
+    """The learning rate of the lowest loss on code, over the seeds that all rates have."""
+    runs = [run for run in results["runs"] if run["transform"] == transform and run["trains"] == trains]
+    rates = {run["rate"] for run in runs}
+    return min(rates, key=lambda rate: fmean(run["after"][CODE]["difference"] for run in runs if run["rate"] == rate))
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| transform | trains | parameters | rate | code | prose | training | reading | decoding |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for trains in ("streams", "everything"):
+        for transform in TRANSFORMS:
+            rate = best_rate(results, transform, trains)
+            runs = [
+                run
+                for run in results["runs"]
+                if (run["transform"], run["trains"], run["rate"]) == (transform, trains, rate)
+            ]
+            cells = []
+            for kind in (CODE, PROSE):
+                found = [run["after"][kind]["difference"] for run in runs]
+                spread = f" ({min(found):+.4f} to {max(found):+.4f})" if len(found) > 1 else ""
+                cells.append(f"{fmean(found):+.4f}{spread}")
+            speed = results["speed"][transform]
+            cells += [f"{speed[name]:.2f}" for name in ("training", "reading", "decoding")]
+            size = f"{results['parameters'][transform]:,}"
+            lines.append(f"| `{transform}` | {trains} | {size} | {rate:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "transforms.json")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="for every transform")
+    parser.add_argument("--rates-of", nargs="*", default=[], metavar="TRANSFORM=RATE")
+    parser.add_argument("--trains", choices=["streams", "everything"], default="streams")
+    parser.add_argument("--tokens", type=int, default=60_000)
+    parser.add_argument("--speed", action="store_true", help="measure speed, on a machine that does nothing else")
+    parser.add_argument("--table", action="store_true", help="print the table of the README")
+    args = parser.parse_args()
+    results = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
+    if args.table:
+        print(table(results))
+        return
+    lab = Lab()
+    results |= {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "streams": {"P": P, "T": T, "rank": RANK},
+        "parameters": sizes(lab),
+    }
+    if args.speed:
+        results["speed"] = speeds(lab)
+    untouched = lab.losses(lab.backbone)
+    results["untouched"] = {kind: result.loss for kind, result in untouched.items()}
+    pairs = [(transform, rate) for transform in TRANSFORMS for rate in args.rates]
+    pairs += [(name, float(rate)) for name, rate in (pair.split("=") for pair in args.rates_of)]
+    for seed in args.seeds:
+        for transform, rate in pairs:
+            key = {"transform": transform, "rate": rate, "seed": seed, "trains": args.trains, "tokens": args.tokens}
+            if any(key.items() <= run.items() for run in results["runs"]):
+                continue
+            run = train(lab, untouched, key)
+            results["runs"].append(run)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
+            shown = ", ".join(
+                f"{kind} {run['before'][kind]['difference']:+.4f} -> {run['after'][kind]['difference']:+.4f}"
+                for kind in (CODE, PROSE)
+            )
+            print(f"{transform} {rate:g} seed {seed} {args.trains}: {shown} in {run['seconds']:.0f} s", flush=True)
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
