@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +17,34 @@ def print_json(figures: Mapping[str, Any]) -> None:
     """One JSON object on standard output, indented."""
     json.dump(figures, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def require_new_file(path: Path) -> None:
+    """Check a file's path, before measuring what shall go into it.
+
+    Raises:
+        ValueError: it is a folder, or its folder does not exist or cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file to write.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to put {path.name} in; make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"The folder {path.parent} cannot be written; give a file in another one.")
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """One JSON object as a file, indented; it is there whole or not at all, and replaces an older one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:
