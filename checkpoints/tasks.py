@@ -88,6 +88,7 @@ def evaluate_tasks(
                 num_fewshot=num_fewshot,
                 limit=limit,
                 batch_size=batch_size,
+                device=str(model.device),
                 task_manager=manager,
                 log_samples=False,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,

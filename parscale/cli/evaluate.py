@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams
-from parscale.cli.output import print_figures, print_json, quiet_libraries, require_new_file, waiting, write_json
+from parscale.cli.output import print_figures, print_json, quiet_libraries, require_writable, waiting, write_json
 
 
 def evaluate(
@@ -60,9 +60,9 @@ def evaluate(
     if bool(data) == bool(tasks):
         raise ValueError("Give either --data FILE... or --tasks NAME..., one of the two. Try 'parscale eval --help'.")
     if data and (given := [name for name, is_given in of_tasks.items() if is_given]):
-        raise ValueError(f"{', '.join(given)} is for --tasks; leave it out. Try 'parscale eval --help'.")
+        raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
     if output is not None:
-        require_new_file(output)
+        require_writable(output)
     documents = read_documents(data or [])
     with waiting(f"Loading {checkpoint}"):
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
@@ -85,16 +85,16 @@ def evaluate(
         figures["parscale"]["checkpoint"] = checkpoint
     else:
         figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size)
-    if output is not None:
-        write_json(output, figures)
     if json:
         print_json(figures)
     elif tasks:
         _print_scores(figures)
     else:
-        figures = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
-        del figures["parscale"]
-        print_figures(figures | {"documents": len(figures["documents"])})
+        shown = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
+        del shown["parscale"]
+        print_figures(shown | {"documents": len(figures["documents"])})
+    if output is not None:
+        write_json(output, figures)
 
 
 def _measure(
@@ -134,12 +134,13 @@ def _print_scores(figures: dict[str, Any]) -> None:
 
     print_figures(figures["parscale"])
     typer.echo()
-    table = Table("task", "examples", "metric", "filter", box=None, padding=(0, 2, 0, 0))
-    table.add_column("value", justify="right")
-    table.add_column("standard error", justify="right")
+    table = Table("task", "metric", "filter", box=None, padding=(0, 2, 0, 0))
+    for column in ("value", "standard error", "questions", "examples before each"):
+        table.add_column(column, justify="right")
     for task, metric, answer_filter, value, error in scores(figures):
-        examples = figures["n-shot"].get(task, "")
-        table.add_row(
-            task, str(examples), metric, answer_filter, f"{value:.4f}", "-" if error is None else f"{error:.4f}"
-        )
+        asked = figures["n-samples"].get(task)  # a group has none
+        questions = "" if asked is None else f"{asked['effective']:,} of {asked['original']:,}"
+        standard_error = "-" if error is None else f"{error:.4f}"
+        examples = str(figures["n-shot"].get(task, ""))
+        table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
     Console(highlight=False, markup=False, soft_wrap=True).print(table)

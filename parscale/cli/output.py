@@ -19,18 +19,19 @@ def print_json(figures: Mapping[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
-def require_new_file(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Check a file's path, before measuring what shall go into it.
 
     Raises:
-        ValueError: it is a folder, or its folder does not exist or cannot be written.
+        ValueError: it is a folder, or its folder does not exist.
+        OSError: nothing can be written in its folder.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file to write.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to put {path.name} in; make it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"The folder {path.parent} cannot be written; give a file in another one.")
+    with _beside(path) as beside:
+        beside.touch()
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
@@ -39,10 +40,19 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
+    with _beside(path) as beside:
         beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path in the same folder, where nothing is left; errors name the path that was given."""
+    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
