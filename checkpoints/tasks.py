@@ -77,7 +77,7 @@ def evaluate_tasks(
         raise ValueError(f"Tasks need the package lm-eval: pip install 'parscale[eval]'. ({error})") from error
 
     with contextlib.redirect_stdout(sys.stderr), evaluating(model):
-        manager = _task_manager(tasks, include_path, model.name_or_path, confirm_run_unsafe_code)
+        manager = _task_manager(tasks, include_path, model.name_or_path or "", confirm_run_unsafe_code)
         names = _known(tasks, manager)
         with _quiet("lm_eval.models.huggingface"):  # it warns of being given a model and not a name
             lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
@@ -103,7 +103,7 @@ def evaluate_tasks(
 
 
 def stamp(model: Any, **versions: str) -> dict[str, Any]:
-    """What a result was measured on: `checkpoint` (the name it was loaded by), streams and versions.
+    """What a result was measured with: the model's streams, and versions.
 
     Args:
         model: wrapped or plain.
@@ -116,7 +116,6 @@ def stamp(model: Any, **versions: str) -> dict[str, Any]:
     state = getattr(model, "parscale", None)
     active = None if state is None else state.active
     return {
-        "checkpoint": model.name_or_path,
         "num_streams": 1 if active is None else active.num_streams,
         "streams": STREAMS_OFF if active is None else active.name,
         "versions": {"parscale": __version__, "torch": version("torch"), "transformers": version("transformers")}

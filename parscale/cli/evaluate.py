@@ -82,7 +82,7 @@ def evaluate(
             include_path=include_path,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
-        figures["parscale"]["checkpoint"] = checkpoint
+        figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
     else:
         figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size)
     if json:
@@ -122,7 +122,7 @@ def _measure(
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],
-        "parscale": stamp(model) | {"checkpoint": checkpoint},
+        "parscale": {"checkpoint": checkpoint} | stamp(model),
     }
 
 

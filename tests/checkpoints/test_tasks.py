@@ -217,7 +217,6 @@ def test_what_tasks_print_goes_to_standard_error(tokenizer, tmp_path, capsys):
 def test_stamp():
     model = build(4)
     assert stamp(model, lm_eval="1") == {
-        "checkpoint": str(small_model_path()),
         "num_streams": 4,
         "streams": "default",
         "versions": {name: version(name) for name in ("parscale", "torch", "transformers")} | {"lm_eval": "1"},
@@ -268,13 +267,16 @@ def test_without_lm_eval(tokenizer, monkeypatch):
         evaluate_tasks(build(None), tokenizer, FILES)
 
 
-def test_recipes():
+def test_recipes(caplog):
     """Each is a group by its file's name, of tasks that lm-eval knows, and hides none of lm-eval's own."""
-    own, with_recipes = TaskManager(), TaskManager(include_path=RECIPES)
-    recipes = {path.stem for path in RECIPES.iterdir()}
-    assert recipes == {"general", "math", "code"} == set(with_recipes.all_tasks) - set(own.all_tasks)
-    for name in recipes:
-        group = GroupConfig(**with_recipes.task_index[name].cfg)
+    manager = TaskManager(include_path=RECIPES)
+    assert "overrides" not in caplog.text
+    recipes = {path.stem: path for path in RECIPES.iterdir()}
+    assert recipes.keys() == {"general", "math", "code"}
+    for name, path in recipes.items():
+        entry = manager.task_index[name]
+        assert entry.yaml_path == path
+        group = GroupConfig(**entry.cfg)
         assert group.group == name
         assert group.task
-        assert set(group.task) <= set(own.all_groups) | set(own.all_subtasks)
+        assert set(group.task) <= {*manager.all_groups, *manager.all_subtasks} - recipes.keys()

@@ -112,8 +112,7 @@ def test_tasks(two_sets, capsys, streams, tmp_path):
 
 
 def test_tasks_as_text(two_sets, capsys):
-    arguments = ["--tasks", "next_line", "--include-path", str(TASKS), "--num-fewshot", "0", "--limit", "3"]
-    assert run(["eval", str(two_sets), *arguments]) == 0
+    assert run(["eval", str(two_sets), "--tasks", NEXT_LINE, "--num-fewshot", "0", "--limit", "3"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["num", "streams", "3"] in lines
     assert ["streams", "default"] in lines
