@@ -10,6 +10,8 @@ import typer
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams
 from parscale.cli.output import print_figures, print_json, quiet_libraries, require_writable, waiting, write_json
 
+WIDEST = 1000  # columns of a table; it takes what it needs
+
 
 def evaluate(
     checkpoint: Checkpoint,
@@ -136,11 +138,11 @@ def _print_scores(figures: dict[str, Any]) -> None:
     typer.echo()
     table = Table("task", "metric", "filter", box=None, padding=(0, 2, 0, 0))
     for column in ("value", "standard error", "questions", "examples before each"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for task, metric, answer_filter, value, error in scores(figures):
         asked = figures["n-samples"].get(task)  # a group has none
         questions = "" if asked is None else f"{asked['effective']:,} of {asked['original']:,}"
         standard_error = "-" if error is None else f"{error:.4f}"
         examples = str(figures["n-shot"].get(task, ""))
         table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Console(highlight=False, markup=False, soft_wrap=True, width=WIDEST).print(table)  # lines are never cut

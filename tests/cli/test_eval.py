@@ -112,12 +112,14 @@ def test_tasks(two_sets, capsys, streams, tmp_path):
 
 
 def test_tasks_as_text(two_sets, capsys):
-    assert run(["eval", str(two_sets), "--tasks", NEXT_LINE, "--num-fewshot", "0", "--limit", "3"]) == 0
+    arguments = ["--tasks", NEXT_LINE, PROSE, "--num-fewshot", "0", "--limit", "3"]
+    assert run(["eval", str(two_sets), *arguments]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["num", "streams", "3"] in lines
     assert ["streams", "default"] in lines
     (acc,) = [line for line in lines if line[:2] == ["next_line", "acc"]]
     assert acc[-4:] == ["3", "of", "11", "0"]
+    assert ["prose", "word_perplexity", "none"] in [line[:3] for line in lines]
 
 
 def test_tasks_of_streams_only_and_plain_checkpoints(two_sets, backbone, capsys, tmp_path):
