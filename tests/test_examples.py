@@ -18,6 +18,7 @@ ARGUMENTS = {
     "scaling_law": [],
     "sft_chat_model": ["--steps", "2", "--max-new-tokens", "5"],
     "streams_for_each_p": ["--steps", "2", "--sequence-length", "64"],
+    "generate_code_samples": ["--max-new-tokens", "5"],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
@@ -29,6 +30,7 @@ PROMISES = {
     "lora": "loaded again, the same logits: True",
     "sft_chat_model": "Qwen2ForCausalLM with 4 streams answers:\nuser: How do I open a file?\nassistant: ",
     "streams_for_each_p": "each set loaded as it was trained: True",
+    "generate_code_samples": r'{"task_id": "Example/0", "solution": "def double(x):\n    \"\"\"Return twice x.\"\"\"\n',
 }
 
 

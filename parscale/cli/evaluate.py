@@ -2,38 +2,119 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams
-from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
+from parscale.cli.output import print_figures, print_json, quiet_libraries, require_writable, waiting, write_json
+
+WIDEST = 1000  # columns of a table; it takes what it needs
 
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Files, typer.Option(help="Text files, each one document.", metavar="FILE...")],
+    data: Annotated[Files | None, typer.Option(help="Text files, each one document.", metavar="FILE...")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm-eval, by name, pattern or YAML file; or general, math, code: the paper's benchmarks.",
+            metavar="NAME...",
+        ),
+    ] = None,
     streams: Streams = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once. Default: 1024, or fewer if it takes fewer.")
+        int | None,
+        typer.Option(
+            help="Tokens the model sees at once. Default: as many as it takes, with --data not more than 1024."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in a batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="With --tasks: questions of each at most, or a share below 1; to try out.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder of your own task files.", metavar="DIR")
+    ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="With --tasks: run the code that the model writes.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write all figures into this file, as JSON.", metavar="FILE")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Measure loss (nats per token) and perplexity on text."""
-    from parscale.checkpoints.evaluate import evaluate as evaluate_documents
+    """Measure loss (nats per token) and perplexity on text, or run lm-eval's tasks."""
     from parscale.checkpoints.reading import open_checkpoint, read_documents, require_tokenizer
 
     quiet_libraries()
-    documents = read_documents(data)
+    of_tasks = {
+        "--num-fewshot": num_fewshot is not None,
+        "--limit": limit is not None,
+        "--include-path": include_path is not None,
+        "--confirm-run-unsafe-code": confirm_run_unsafe_code,
+    }
+    if bool(data) == bool(tasks):
+        raise ValueError("Give either --data FILE... or --tasks NAME..., one of the two. Try 'parscale eval --help'.")
+    if data and (given := [name for name, is_given in of_tasks.items() if is_given]):
+        raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
+    if output is not None:
+        require_writable(output)
+    documents = read_documents(data or [])
     with waiting(f"Loading {checkpoint}"):
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
     tokenizer = require_tokenizer(tokenizer, checkpoint)
+
+    if tasks:
+        from parscale.checkpoints.tasks import evaluate_tasks
+
+        figures = evaluate_tasks(
+            model,
+            tokenizer,
+            tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            include_path=include_path,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+        figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
+    else:
+        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size)
+    if json:
+        print_json(figures)
+    elif tasks:
+        _print_scores(figures)
+    else:
+        shown = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
+        del shown["parscale"]
+        print_figures(shown | {"documents": len(figures["documents"])})
+    if output is not None:
+        write_json(output, figures)
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    documents: list[tuple[str, str]],
+    checkpoint: str,
+    streams: str | None,
+    sequence_length: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    from parscale.checkpoints.evaluate import evaluate as evaluate_documents
+    from parscale.checkpoints.tasks import stamp
+
     result = evaluate_documents(
         model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, progress=True
     )
-    figures = {
+    return {
         "checkpoint": checkpoint,
         "streams": "off" if streams == "off" else getattr(model, "num_streams", 1),
         "loss": result.loss,
@@ -43,9 +124,25 @@ def evaluate(
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],
+        "parscale": {"checkpoint": checkpoint} | stamp(model),
     }
-    if json:
-        print_json(figures)
-    else:
-        figures = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
-        print_figures(figures | {"documents": len(result.documents)})
+
+
+def _print_scores(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from parscale.checkpoints.tasks import scores
+
+    print_figures(figures["parscale"])
+    typer.echo()
+    table = Table("task", "metric", "filter", box=None, padding=(0, 2, 0, 0))
+    for column in ("value", "standard error", "questions", "examples before each"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for task, metric, answer_filter, value, error in scores(figures):
+        asked = figures["n-samples"].get(task)  # a group has none
+        questions = "" if asked is None else f"{asked['effective']:,} of {asked['original']:,}"
+        standard_error = "-" if error is None else f"{error:.4f}"
+        examples = str(figures["n-shot"].get(task, ""))
+        table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
+    Console(highlight=False, markup=False, soft_wrap=True, width=WIDEST).print(table)  # lines are never cut

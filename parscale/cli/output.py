@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +17,44 @@ def print_json(figures: Mapping[str, Any]) -> None:
     """One JSON object on standard output, indented."""
     json.dump(figures, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def require_writable(path: Path) -> None:
+    """Check a file's path, before measuring what shall go into it.
+
+    Raises:
+        ValueError: it is a folder, or its folder does not exist.
+        OSError: nothing can be written in its folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file to write.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to put {path.name} in; make it first.")
+    with _beside(path) as beside:
+        beside.touch()
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """One JSON object as a file, indented; it is there whole or not at all, and replaces an older one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with _beside(path) as beside:
+        beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path in the same folder, where nothing is left; errors name the path that was given."""
+    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:

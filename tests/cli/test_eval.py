@@ -1,14 +1,23 @@
-"""`parscale eval`: the figures are those of `evaluate`."""
+"""`parscale eval`: the figures are those of `evaluate` and `evaluate_tasks`, and of lm-eval's own command."""
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 import parscale
 from parscale.checkpoints.evaluate import evaluate
+from parscale.checkpoints.tasks import evaluate_tasks, scores
 from parscale.cli.application import run
+
+TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
+NEXT_LINE, PROSE, REST_OF_LINE = (str(TASKS / f"{name}.yaml") for name in ("next_line", "prose", "rest_of_line"))
 
 
 def measure(capsys, *arguments: object) -> dict:
@@ -75,3 +84,184 @@ def test_bad_input(two_sets, text_file, capsys, options, complaint):
     assert complaint in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("streams", [None, "off", "other"])
+def test_tasks(two_sets, capsys, streams, tmp_path):
+    model, tokenizer = parscale.load(two_sets), AutoTokenizer.from_pretrained(two_sets)
+    if streams is not None:
+        model.set_streams(None if streams == "off" else streams)
+    expected = evaluate_tasks(model, tokenizer, [NEXT_LINE, PROSE], limit=2, batch_size=4)
+    option = [] if streams is None else ["--streams", streams]
+    capsys.readouterr()
+    options = [*option, "--limit", 2, "--batch-size", 4, "--output", tmp_path / "results.json"]
+    figures = measure(capsys, two_sets, "--tasks", NEXT_LINE, PROSE, *options)
+    assert scores(figures) == scores(expected)
+    assert figures["parscale"] == expected["parscale"] | {"checkpoint": str(two_sets)}
+    assert figures["parscale"]["streams"] == (streams or "default")
+    assert figures["parscale"]["num_streams"] == {None: 3, "off": 1, "other": 2}[streams]
+    assert figures["n-samples"]["prose"] == {"original": 5, "effective": 2}
+    assert json.loads((tmp_path / "results.json").read_text()) == figures
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_tasks_as_text(two_sets, capsys):
+    arguments = ["--tasks", NEXT_LINE, PROSE, "--num-fewshot", "0", "--limit", "3"]
+    assert run(["eval", str(two_sets), *arguments]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["num", "streams", "3"] in lines
+    assert ["streams", "default"] in lines
+    (acc,) = [line for line in lines if line[:2] == ["next_line", "acc"]]
+    assert acc[-4:] == ["3", "of", "11", "0"]
+    assert ["prose", "word_perplexity", "none"] in [line[:3] for line in lines]
+
+
+def test_tasks_of_streams_only_and_plain_checkpoints(two_sets, backbone, capsys, tmp_path):
+    parscale.load(two_sets, dtype="bfloat16").save_streams(tmp_path / "streams")
+    AutoTokenizer.from_pretrained(two_sets).save_pretrained(tmp_path / "streams")
+    fields = json.loads((tmp_path / "streams" / "parscale_config.json").read_text())
+    fields["base_model_name_or_path"] = str(backbone)
+    (tmp_path / "streams" / "parscale_config.json").write_text(json.dumps(fields))
+    plain = measure(capsys, backbone, "--tasks", PROSE)
+    off = measure(capsys, tmp_path / "streams", "--tasks", PROSE, "--streams", "off")
+    on = measure(capsys, tmp_path / "streams", "--tasks", PROSE)
+    assert scores(plain) == scores(off) != scores(on)
+    assert [figures["parscale"]["num_streams"] for figures in (plain, off, on)] == [1, 1, 3]
+
+
+def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
+    figures = measure(capsys, two_sets, "--data", text_file, "--output", tmp_path / "results.json")
+    assert figures["parscale"] | {"versions": None} == {
+        "checkpoint": str(two_sets),
+        "num_streams": 3,
+        "streams": "default",
+        "versions": None,
+    }
+    assert json.loads((tmp_path / "results.json").read_text()) == figures
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--tasks", "helaswag"], "knows no task 'helaswag'; did you mean hellaswag"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml is no file"),
+        (["--limit", "0"], "limit is 0, and must be a number of questions, or a share of them"),
+        (["--limit", "1.5"], "limit is 1.5, and must be"),
+        (["--batch-size", "0"], "batch_size is 0, and must be at least 1"),
+        (["--num-fewshot", "-1"], "num_fewshot is -1, and must be at least 0"),
+        (["--include-path", "nowhere"], "There is no folder nowhere"),
+        (["--sequence-length", "129"], "sequence_length is 129, and must be between 2 and the model's 128 positions"),
+        (["--streams", "nothing"], "There is no set of streams 'nothing'"),
+        (["--output", "nowhere/results.json"], "There is no folder nowhere"),
+        (["--output", "."], ". is a folder"),
+        (["--output", "/proc/results.json"], "/proc/results.json: cannot be written"),
+    ],
+)
+def test_bad_input_for_tasks(two_sets, capsys, options, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tasks = [] if "--tasks" in options else ["--tasks", PROSE]
+    assert run(["eval", str(two_sets), *tasks, *options]) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_need_a_tokenizer(two_sets, capsys, tmp_path):
+    parscale.load(two_sets).save_pretrained(tmp_path)
+    assert run(["eval", str(tmp_path), "--tasks", PROSE]) == 2
+    assert f"{tmp_path} holds no tokenizer" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_is_printed(two_sets, text_file, capsys, tmp_path, monkeypatch):
+    """The folder may vanish while the model runs."""
+    monkeypatch.setattr("parscale.cli.evaluate.require_writable", lambda path: None)
+    output = tmp_path / "gone" / "results.json"
+    assert run(["eval", str(two_sets), "--data", str(text_file), "--json", "--output", str(output)]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["loss"] > 0
+    assert f"{output}: cannot be written (No such file or directory)" in printed.err
+
+
+def lm_eval(*arguments, start="from lm_eval.__main__ import cli_evaluate; cli_evaluate()", cwd):
+    """lm-eval's own command in a process that has not imported parscale."""
+    return subprocess.run(
+        [sys.executable, "-c", start, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_the_stock_command_says_the_same(two_sets, capsys, tmp_path):
+    """`lm_eval --model hf` reads a full folder by its remote code."""
+    tasks = ("next_line", "prose", "rest_of_line")
+    finished = lm_eval(
+        *("--model", "hf", "--model_args", f"pretrained={two_sets},trust_remote_code=True", "--device", "cpu"),
+        *("--tasks", ",".join(tasks), "--include_path", TASKS, "--batch_size", 8, "--output_path", "stock.json"),
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stderr
+    (written,) = tmp_path.glob("stock*.json")
+    stock = json.loads(written.read_text())
+    ours = measure(capsys, two_sets, "--tasks", *tasks, "--include-path", TASKS)
+    assert {task for task, *_ in scores(ours)} == set(tasks)
+    assert [row[:3] for row in scores(stock)] == [row[:3] for row in scores(ours)]
+    assert [value for *_, value, _ in scores(stock)] == pytest.approx(
+        [value for *_, value, _ in scores(ours)], rel=1e-6
+    )
+    for name in ("versions", "n-shot", "n-samples", "higher_is_better"):
+        assert stock[name] == ours[name]
+
+
+@pytest.mark.slow
+def test_the_stock_command_without_parscale_says_what_to_install(two_sets, tmp_path):
+    blocked = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "parscale":
+            raise ModuleNotFoundError("No module named 'parscale'", name="parscale")
+
+sys.meta_path.insert(0, Blocker())
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+    model = f"pretrained={two_sets},trust_remote_code=True"
+    finished = lm_eval("--model", "hf", "--model_args", model, "--tasks", "arc_easy", start=blocked, cwd=tmp_path)
+    assert finished.returncode != 0
+    assert "pip install --upgrade parscale" in finished.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_interrupted(two_sets, tmp_path):
+    """While questions run: exit code 130, one line, no file."""
+    (tmp_path / "documents.py").write_text((TASKS / "documents.py").read_text())
+    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "word " * 200_000}) + "\n")
+    (tmp_path / "prose.yaml").write_text(Path(PROSE).read_text())
+    before = sorted(tmp_path.iterdir())
+    arguments = ["eval", two_sets, "--tasks", "prose.yaml", "--batch-size", "1", "--output", "results.json", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parscale", *map(str, arguments), "--device", "cpu"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    seen = b""
+    while b"Running loglikelihood" not in seen:
+        piece = os.read(process.stderr.fileno(), 4096)
+        assert piece, seen.decode()
+        seen += piece
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == b""
+    assert rest.decode().splitlines()[-1] == "parscale: interrupted."
+    assert sorted(tmp_path.iterdir()) == before

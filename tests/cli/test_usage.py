@@ -66,7 +66,9 @@ def test_help_is_immediate(tmp_path):
         (["convert", "a", "b", "--streams", "4"], "No such option: --streams"),
         (["generate", "a", "--prompt", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["generate", "a", "--prompt", "x", "--temperature", "-1"], "'--temperature'"),
-        (["eval", "a"], "Missing option '--data'"),
+        (["eval", "a"], "Give either --data FILE... or --tasks NAME..., one of the two"),
+        (["eval", "a", "--data", "b", "--tasks", "c"], "Give either --data FILE... or --tasks NAME..., one of the two"),
+        (["eval", "a", "--data", "b", "--limit", "3"], "Only --tasks takes --limit"),
         (["eval", "a", "--data"], "Option '--data' requires an argument"),
     ],
 )
