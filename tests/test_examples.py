@@ -19,6 +19,8 @@ ARGUMENTS = {
     "sft_chat_model": ["--steps", "2", "--max-new-tokens", "5"],
     "streams_for_each_p": ["--steps", "2", "--sequence-length", "64"],
     "generate_code_samples": ["--max-new-tokens", "5"],
+    "three_transforms": [],
+    "classify_and_translate": [],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
@@ -30,6 +32,8 @@ PROMISES = {
     "lora": "loaded again, the same logits: True",
     "sft_chat_model": "Qwen2ForCausalLM with 4 streams answers:\nuser: How do I open a file?\nassistant: ",
     "streams_for_each_p": "each set loaded as it was trained: True",
+    "three_transforms": "MambaForCausalLM with 4 streams wrote 5 tokens",
+    "classify_and_translate": "T5ForConditionalGeneration: logits (2, 5, 100), the same when loaded again: True",
     "generate_code_samples": r'{"task_id": "Example/0", "solution": "def double(x):\n    \"\"\"Return twice x.\"\"\"\n',
 }
 
