@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from parscale.cache_seam import rotary_tables, tables_moved
 from parscale.config import TEXT_INITS
 from parscale.layers import (
     backbone_only,
@@ -69,7 +70,16 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
         )
     config = state.model.config.get_text_config()
     positions = torch.arange(-T, 0)[None]
-    if has_learned_positions(state.decoder):
+    tables = rotary_tables(state)
+    if tables:
+        shortest = min(len(held[name]) for held, name in tables)
+        if shortest <= T:
+            raise ValueError(
+                f"{type(state.model).__name__} rotates keys by a table of {shortest} positions, so init={init!r} "
+                f"cannot read {T} tokens: choose a smaller prefix_length, or init='random'."
+            )
+        positions = positions + T
+    elif has_learned_positions(state.decoder):
         if config.max_position_embeddings < T:
             raise ValueError(
                 f"{type(state.model).__name__} has {config.max_position_embeddings} positions, so init={init!r} "
@@ -110,7 +120,7 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
                 prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
     def read(positions: torch.Tensor) -> None:
-        with backbone_only(state):
+        with backbone_only(state), tables_moved(tables, T):
             state.recorder = record
             try:
                 state.decoder(input_ids=calibration, position_ids=positions.to(device), use_cache=False)

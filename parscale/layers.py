@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention import AttentionConfig
+from parscale.cache_seam import attach_caches
 from parscale.errors import UnsupportedModelError
 from parscale.parallel import each_module_gathered, tensor_parallel_mesh
 from parscale.streams import AttentionLayer, ParScaleState
@@ -71,7 +72,8 @@ def attach_attention(state: ParScaleState) -> None:
     """Shows the attention layers their configuration through :class:`AttentionConfig`, and records the layers.
 
     Raises:
-        UnsupportedModelError: no layer takes its attention function from transformers' registry.
+        UnsupportedModelError: no layer takes its attention function from transformers' registry, or its keys and
+            values from a cache.
     """
     names = {id(module): name for name, module in state.model.named_modules()}
     candidates = [module for module in state.decoder.modules() if _looks_up_attention(module)]
@@ -99,14 +101,14 @@ def attach_attention(state: ParScaleState) -> None:
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
-    if not found:
+    state.layers = list(found.values()) or attach_caches(state, _run_two_tokens)
+    if not state.layers:
         raise UnsupportedModelError(
             f"No attention was found in {type(state.model).__name__}: none of its layers takes its attention function "
-            "from transformers' registry (ALL_ATTENTION_FUNCTIONS), where streams put their prefix. Models without "
-            "keys and values (Mamba, RWKV), and old ones with attention code of their own (Bloom, Falcon, GPT-J), "
-            "cannot be wrapped."
+            "from transformers' registry (ALL_ATTENTION_FUNCTIONS), or its keys and values from a cache "
+            "(Cache.update), where streams put their prefix. Models without keys and values (Mamba, RWKV), and old "
+            "ones that attend without such a cache (GPT-1, XLNet, Reformer), cannot be wrapped."
         )
-    state.layers = list(found.values())
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None:
         _count_heads_of_all_devices(state, mesh)
@@ -135,7 +137,8 @@ def detach_attention(state: ParScaleState) -> None:
 
 def number_of_attention_layers(state: ParScaleState) -> int:
     """How many layers attend to a prefix, their own or one that they borrow."""
-    return sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.decoder.modules())
+    by_registry = sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.decoder.modules())
+    return by_registry or len(state.layers)
 
 
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
@@ -214,8 +217,8 @@ def _experts_without_data_dependence(model: Any) -> Iterator[None]:
 
 
 def has_learned_positions(decoder: nn.Module) -> bool:
-    """Whether positions are an embedding table (GPT-2, OPT), which has no entry for a negative position."""
+    """Whether positions are a table (GPT-2, OPT, XGLM), which has no entry for a negative position."""
     return any(
-        isinstance(module, nn.Embedding) and ("position" in name or name.split(".")[-1] == "wpe")
+        (isinstance(module, nn.Embedding) and "position" in name) or name.split(".")[-1] in ("wpe", "embed_positions")
         for name, module in decoder.named_modules()
     )

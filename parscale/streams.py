@@ -35,6 +35,7 @@ ROW_ARGUMENTS = (
     "attention_mask",
     "position_ids",
     "token_type_ids",
+    "langs",
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
     "per_layer_inputs",
