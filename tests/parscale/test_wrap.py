@@ -302,8 +302,8 @@ REFUSED = {
     "no attention, newer": lambda: transformers.Mamba2ForCausalLM(
         small("Mamba2", num_heads=4, head_dim=16, state_size=8, n_groups=1)
     ),
-    "attention of its own": lambda: transformers.BloomForCausalLM(small("Bloom", n_layer=2, n_head=4)),
-    "attention of its own, too": lambda: transformers.FalconForCausalLM(small("Falcon")),
+    "attention without a cache": lambda: transformers.OpenAIGPTLMHeadModel(small("OpenAIGPT", n_layer=2, n_head=4)),
+    "attention with memories": lambda: transformers.XLNetLMHeadModel(small("XLNet", n_layer=2, n_head=4, d_inner=48)),
     "an encoder and a decoder": lambda: transformers.BartForConditionalGeneration(
         small(
             "Bart", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4
