@@ -89,6 +89,7 @@ class CachedAttention:
         self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in self.parameters)
         self.trial: Prefix | None = None  # a prefix that belongs to no set, to see whether the layer takes one
+        # names of tables of who may see whom, (1, 1, N, N), true where the row's token sees the column's
         self.tables = [name for name, buffer in module._buffers.items() if _is_causal_table(buffer)]
         self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
         if self.tables:
@@ -141,7 +142,7 @@ class CachedAttention:
         extended = None if mask is None else self._extended_mask(mask, T, R, hides=implementation == "eager")
         if mask is None and name and S > 1 and implementation == "sdpa":
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
-            K = S if cache is None else cache.get_mask_sizes(S, 0)[0]
+            K = S if cache is None else cache.get_mask_sizes(S, getattr(self.module, "layer_idx", 0))[0]
             extended = torch.ones(S, T + K, dtype=torch.bool, device=prefix_k.device).tril(T)[None, None]
         if alibi is not None:
             own = _alibi_of_prefix(self.module, alibi.shape[0] // R if alibi.ndim == 3 else alibi.shape[1], T, alibi)
@@ -157,7 +158,9 @@ class CachedAttention:
         if extended is not None:
             arguments[name] = extended
         for table in self.tables:
-            self.module.__dict__[table] = _CausalTable(self.module._buffers[table], T)
+            whole = self.module._buffers[table]
+            assert whole is not None
+            self.module.__dict__[table] = _CausalTable(whole, T)
 
     def _extended_mask(self, mask: torch.Tensor, T: int, rows: int, *, hides: bool) -> torch.Tensor:
         """The mask with T open columns in front.
@@ -274,10 +277,11 @@ def attach_caches(state: ParScaleState, run: Callable[[ParScaleState], None]) ->
     state.hooks += [hook for attention, _ in hooked for hook in attention.hooks]
     try:
         for attention, layer in hooked:
-            attention.trial = tuple(
+            keys, values = (
                 torch.zeros(1, layer.key_heads, 1, size, dtype=layer.dtype, device=layer.device)
                 for size in (layer.key_size, layer.value_size)
             )
+            attention.trial = keys, values
         if hooked:
             run(state)
     except Exception as error:
