@@ -99,6 +99,7 @@ class CachedAttention:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the layer: its cache, masks and biases with the prefix. Nothing for the plain backbone."""
+        self.after(module, args, None)  # an interrupted call ends without its hook
         prefix, recording = self._prefix(), self.state.recorder is not None
         if prefix is None and not recording:
             return None
@@ -135,7 +136,7 @@ class CachedAttention:
     def _make_room(self, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
         """Extends each mask and each bias among the arguments, in place, by T columns in front."""
         T, D = prefix_k.shape[2:]
-        R, S = next(x for x in arguments.values() if isinstance(x, torch.Tensor)).shape[:2]
+        R, S = arguments[self.parameters[0]].shape[:2]  # of the hidden states
         implementation = self.state.decoder.config._attn_implementation
         name = next((name for name in MASK_ARGUMENTS if name in self.parameters), "")
         mask, alibi, bias = (arguments.get(x) for x in (name, "alibi", "position_bias"))

@@ -90,7 +90,7 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
             f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
             stacklevel=USER,
         )
-        positions = positions + T
+        positions = (positions + T).expand(streams.num_streams, -1)  # XLM wants them for each row
     elif number_of_attention_layers(state) < config.num_hidden_layers:
         warnings.warn(
             f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init={init!r} "

@@ -217,8 +217,8 @@ def _experts_without_data_dependence(model: Any) -> Iterator[None]:
 
 
 def has_learned_positions(decoder: nn.Module) -> bool:
-    """Whether positions are a table (GPT-2, OPT, XGLM), which has no entry for a negative position."""
-    return any(
+    """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
+    return hasattr(decoder, "pos_encoding") or any(
         (isinstance(module, nn.Embedding) and "position" in name) or name.split(".")[-1] in ("wpe", "embed_positions")
         for name, module in decoder.named_modules()
     )

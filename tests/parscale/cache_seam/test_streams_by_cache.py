@@ -1,5 +1,6 @@
 """Attention that is an architecture's own and reads a cache: what streams compute there, cached, padded, generated."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -58,12 +59,36 @@ def test_each_stream_has_read_its_text(kind, zoo):
 
 
 @pytest.mark.parametrize(
-    "kind", ["gpt_neo", "xglm", "megatron-bert", "rembert", "big_bird", "mvp", "trocr"], indirect=True
+    "kind", ["gpt_neo", "xglm", "megatron-bert", "rembert", "big_bird", "mvp", "trocr", "xlm"], indirect=True
 )
 def test_where_reading_a_text_is_an_approximation_it_says_so(kind, zoo):
     with pytest.warns(UserWarning, match="learned positions.*approximation"):
         model = parscale.wrap(kind.plain(), P, prefix_length=12)
     assert logits_of(model, zoo.token_ids()).isfinite().all()
+
+
+def test_so_it_does_for_a_table_that_the_registry_seam_meets(zoo, kinds):
+    """CTRL, whose table a negative position would read from its end."""
+    ctrl = dataclasses.replace(
+        kinds["gptj"],
+        model_type="ctrl",
+        options={"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 64},
+    )
+    with pytest.warns(UserWarning, match="learned positions.*approximation"):
+        parscale.wrap(ctrl.plain(), P, prefix_length=12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "message"),
+    [
+        ("gptj", 64, "rotates keys by a table of 64 positions.*64 tokens.*smaller prefix_length"),
+        ("cpmant", 12, "keys that do not stand for one token each.*init='random'"),
+    ],
+    indirect=["kind"],
+)
+def test_texts_that_cannot_be_read(kind, length, message):
+    with pytest.raises(ValueError, match=message):
+        parscale.wrap(kind.plain(), P, prefix_length=length, init="context")
 
 
 # -- caches, padding, generation
