@@ -303,7 +303,9 @@ REFUSED = {
         small("Mamba2", num_heads=4, head_dim=16, state_size=8, n_groups=1)
     ),
     "attention without a cache": lambda: transformers.OpenAIGPTLMHeadModel(small("OpenAIGPT", n_layer=2, n_head=4)),
-    "attention with memories": lambda: transformers.XLNetLMHeadModel(small("XLNet", n_layer=2, n_head=4, d_inner=48)),
+    "attention with memories": lambda: transformers.XLNetLMHeadModel(
+        small("XLNet", d_model=32, n_layer=2, n_head=4, d_inner=48)
+    ),
     "an encoder and a decoder": lambda: transformers.BartForConditionalGeneration(
         small(
             "Bart", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4
