@@ -14,6 +14,7 @@ T prefix tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -41,6 +42,31 @@ CONTINUOUS_BATCHING = (
     "Continuous batching and its paged attention do not run with streams: they pack all requests into one row and "
     "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone."
 )
+
+
+@dataclasses.dataclass
+class AttentionLayer:
+    """An attention layer that carries a prefix, and what its keys and values look like.
+
+    Args:
+        name: its name in the model.
+        module: the layer.
+        key_heads: G.
+        key_size: D of the keys.
+        value_size: D of the values (another one in MLA).
+        dtype: of its keys.
+        device: of its keys.
+        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
+    """
+
+    name: str
+    module: Any
+    key_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+    mesh: Any = None
 
 
 class _BothNames(str):

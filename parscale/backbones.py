@@ -139,7 +139,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
 
     Nothing is compiled for it: FlexAttention, which transformers compiles for each length, takes seconds to do so.
     """
-    training = [module for part in state.parts for module in part.modules() if module.training]
+    training = {module: module.training for part in state.parts for module in part.modules()}
     active, state.active = state.active, None
     experts: Any = contextlib.nullcontext()
     if any(p.is_meta for p in state.backbone.parameters()):
@@ -155,8 +155,9 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             yield
     finally:
         state.active = active
-        for module in training:
-            module.training = True
+        for module in (module for part in state.parts for module in part.modules()):
+            # one that is new was chosen as the backbone first ran on a short text (BigBird's attention)
+            module.training = training.get(module, training[state.backbone])
 
 
 def cuda_devices(model: Any) -> list[int]:

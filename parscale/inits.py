@@ -25,7 +25,6 @@ from transformers import GenerationConfig
 
 from parscale.backbones import backbone_only, cuda_devices, input_device, writes_text
 from parscale.config import LORA, TEXT_INITS, ParScaleConfig
-from parscale.layers import has_learned_positions
 from parscale.parallel import whole_shape
 
 if TYPE_CHECKING:
@@ -69,11 +68,11 @@ def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor |
         raise ValueError(
             f"init={init!r} runs the backbone, which has no weights on the meta device: use init='random'."
         )
-    positions = getattr(state.model.config.get_text_config(), "max_position_embeddings", None)
-    if has_learned_positions(state.backbone) and positions is not None and positions < T:
+    most = streams.transform.longest_text()
+    if most is not None and most < T:
         raise ValueError(
-            f"{type(state.model).__name__} has {positions} positions, so init={init!r} cannot read {T} tokens: choose "
-            "a prefix_length of at most that, or init='random'."
+            f"{type(state.model).__name__} has {most} positions for a text, so init={init!r} cannot read {T} tokens: "
+            "choose a prefix_length of at most that, or init='random'."
         )
     texts = _sample_texts(state, streams) if calibration is None else calibration
     texts = texts.to(input_device(state.model), torch.long)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,37 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from parscale.attention import AttentionConfig
+from parscale.attention import AttentionConfig, AttentionLayer
 from parscale.backbones import run_briefly
+from parscale.cache_seam import attach_caches
+from parscale.errors import UnsupportedModelError
 from parscale.parallel import tensor_parallel_mesh
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
-
-
-@dataclasses.dataclass
-class AttentionLayer:
-    """An attention layer that carries a prefix, and what its keys and values look like.
-
-    Args:
-        name: its name in the model.
-        module: the layer.
-        key_heads: G.
-        key_size: D of the keys.
-        value_size: D of the values (another one in MLA).
-        dtype: of its keys.
-        device: of its keys.
-        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
-    """
-
-    name: str
-    module: Any
-    key_heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-    device: torch.device
-    mesh: Any = None
 
 
 def held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
@@ -65,7 +41,8 @@ def own_config(model: PreTrainedModel) -> None:
 def attach_attention(state: ParScaleState) -> None:
     """Shows the attention layers their configuration through :class:`AttentionConfig`, and records the layers.
 
-    A model of which none takes its attention function from transformers' registry is left with ``state.layers`` empty.
+    Where none takes its attention function from transformers' registry, those that read a cache are hooked
+    (:mod:`parscale.cache_seam`). Where none does either, ``state.without_layers`` says why.
 
     Raises:
         UnsupportedModelError: the backbone is none that streams run on.
@@ -96,7 +73,10 @@ def attach_attention(state: ParScaleState) -> None:
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
-    state.layers = list(found.values())
+    try:
+        state.layers = list(found.values()) or attach_caches(state)
+    except UnsupportedModelError as error:
+        state.without_layers = str(error)
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None:
         _count_heads_of_all_devices(state, mesh)
@@ -126,7 +106,8 @@ def detach_attention(state: ParScaleState) -> None:
 
 def number_of_attention_layers(state: ParScaleState) -> int:
     """How many layers attend to a prefix, their own or one that they borrow."""
-    return sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.backbone.modules())
+    by_registry = sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.backbone.modules())
+    return by_registry or len(state.layers)
 
 
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
@@ -142,8 +123,8 @@ def _looks_up_attention(module: nn.Module) -> bool:
 
 
 def has_learned_positions(backbone: nn.Module) -> bool:
-    """Whether positions are an embedding table (GPT-2, OPT), which has no entry for a negative position."""
-    return any(
-        isinstance(module, nn.Embedding) and ("position" in name or name.split(".")[-1] == "wpe")
+    """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
+    return hasattr(backbone, "pos_encoding") or any(
+        (isinstance(module, nn.Embedding) and "position" in name) or name.split(".")[-1] in ("wpe", "embed_positions")
         for name, module in backbone.named_modules()
     )

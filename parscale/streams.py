@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from parscale.aggregator import Aggregator
+from parscale.attention import AttentionLayer
 from parscale.backbones import find_backbone
 from parscale.config import ParScaleConfig
 from parscale.kernels.dispatch import Impl
-from parscale.layers import AttentionLayer
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.parallel import gather_heads
 from parscale.transforms import make_transform
@@ -39,6 +39,7 @@ ROW_ARGUMENTS = (
     "attention_mask",
     "position_ids",
     "token_type_ids",
+    "langs",
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
     "per_layer_inputs",
@@ -100,6 +101,7 @@ class ParScaleState:
         self.backbone_name = next(name for name, module in model.named_modules() if module is self.backbone)
         self.kernels = kernels
         self.layers: list[AttentionLayer] = []
+        self.without_layers = ""  # why there are none
         self.linears: list[Linear] = []  # found when a set asks for them
         self.sets: dict[str, StreamSet] = {}
         self.active: StreamSet | None = None

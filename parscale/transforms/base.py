@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from parscale.layers import has_learned_positions
+
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState, StreamSet
 
@@ -46,8 +48,6 @@ class Transform:
         streams: the set.
     """
 
-    reads_texts = True  # whether streams can start from texts
-
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         self.state = state
         self.streams = streams
@@ -65,6 +65,14 @@ class Transform:
 
     def detach(self) -> None:
         """Undoes :meth:`attach`."""
+
+    def longest_text(self) -> int | None:
+        """How many tokens a text may have that streams start from; ``None``: any number."""
+        if not has_learned_positions(self.state.backbone):
+            return None
+        config = self.state.model.config.get_text_config()
+        names = ("max_position_embeddings", "max_target_positions")  # the latter: Whisper
+        return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
 
     def read(self, texts: torch.Tensor) -> None:
         """Starts each stream from a text.

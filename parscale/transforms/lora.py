@@ -27,8 +27,6 @@ _EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens that were route
 class LoraTransform(Transform):
     """``stream_down`` and ``stream_up`` on each linear layer of the backbone that runs on whole rows."""
 
-    reads_texts = False
-
     def __init__(self, state: Any, streams: Any) -> None:
         super().__init__(state, streams)
         self._hooks: list[Any] = []

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from parscale.backbones import backbone_only
+from parscale.cache_seam import rotary_tables, tables_moved
 from parscale.errors import UnsupportedModelError
 from parscale.layers import has_learned_positions, number_of_attention_layers
 from parscale.transforms.base import Place, Transform
@@ -29,16 +30,17 @@ class PrefixTransform(Transform):
         """Two on each attention layer that has keys and values of its own."""
         P, T = self.streams.config.num_streams, self.streams.config.prefix_length
         if not self.state.layers:
-            raise UnsupportedModelError(
-                f"No attention was found in {type(self.state.model).__name__}: none of its layers takes its attention "
-                "function from transformers' registry (ALL_ATTENTION_FUNCTIONS), where streams put their prefix. "
-                "transform='prompt' and transform='lora' work without it."
-            )
+            raise UnsupportedModelError(f"{self.state.without_layers} transform='prompt' and 'lora' work without it.")
         return [
             Place(layer.name, layer.module, name, (P, layer.key_heads, T, size), layer.dtype, layer.device)
             for layer in self.state.layers
             for name, size in (("prefix_k", layer.key_size), ("prefix_v", layer.value_size))
         ]
+
+    def longest_text(self) -> int | None:
+        """As many tokens as there are positions; a table that rotates keys has to hold the first token's too."""
+        tables = [len(held[name]) - 1 for held, name in rotary_tables(self.state)]
+        return min(tables) if tables else super().longest_text()
 
     def read(self, texts: torch.Tensor) -> None:
         """Reads the texts with the backbone, at positions -T..-1, and keeps the keys and values that attention sees."""
@@ -46,13 +48,16 @@ class PrefixTransform(Transform):
         init, name = streams.config.init, type(state.model).__name__
         config = state.model.config.get_text_config()
         positions = torch.arange(-T, 0)[None]
-        if has_learned_positions(state.backbone):
+        tables = rotary_tables(state)
+        if tables:
+            positions = positions + T
+        elif has_learned_positions(state.backbone):
             warnings.warn(
                 f"{name} has learned positions, so init={init!r} is an approximation: the texts "
                 f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
                 stacklevel=USER,
             )
-            positions = positions + T
+            positions = (positions + T).expand(streams.num_streams, -1)  # XLM wants them for each row
         elif number_of_attention_layers(state) < config.num_hidden_layers:
             warnings.warn(
                 f"{name} has layers without keys and values, which forget the texts: init={init!r} "
@@ -74,7 +79,7 @@ class PrefixTransform(Transform):
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
         def run(positions: torch.Tensor) -> None:
-            with backbone_only(state):
+            with backbone_only(state), tables_moved(tables, T):
                 state.recorder = record
                 try:
                     state.backbone(input_ids=texts, position_ids=positions.to(texts.device), use_cache=False)

@@ -408,6 +408,6 @@ def test_wrong_arguments(tiny, options, message):
 
 def test_a_model_without_attention_says_what_works(zoo):
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES | OPTIONS["mamba"]))
-    with pytest.raises(parscale.UnsupportedModelError, match="transform='prompt' and transform='lora' work without it"):
+    with pytest.raises(parscale.UnsupportedModelError, match="transform='prompt' and 'lora' work without it"):
         parscale.wrap(model, 2)
     assert not hasattr(model, "parscale")

@@ -302,10 +302,9 @@ REFUSED = {
     "no attention, newer": lambda: transformers.Mamba2ForCausalLM(
         small("Mamba2", num_heads=4, head_dim=16, state_size=8, n_groups=1)
     ),
-    "attention of its own": lambda: transformers.BloomForCausalLM(small("Bloom", n_layer=2, n_head=4)),
-    "attention of its own, too": lambda: transformers.FalconForCausalLM(small("Falcon")),
-    "no backbone of its own": lambda: transformers.XLMWithLMHeadModel(
-        transformers.XLMConfig(vocab_size=96, emb_dim=32, n_layers=2, n_heads=4, pad_index=0)
+    "attention without a cache": lambda: transformers.OpenAIGPTLMHeadModel(small("OpenAIGPT", n_layer=2, n_head=4)),
+    "attention with memories": lambda: transformers.XLNetLMHeadModel(
+        small("XLNet", d_model=32, n_layer=2, n_head=4, d_inner=48)
     ),
     "sound as it is": lambda: transformers.Wav2Vec2Model(
         small("Wav2Vec2", conv_dim=[16], conv_stride=[5], conv_kernel=[10], num_conv_pos_embedding_groups=2)
