@@ -1,0 +1,482 @@
+"""Which causal language model classes of transformers take streams: tiny random models held to what wrapping promises.
+
+    python benchmarks/support.py --output docs/architectures.md --jobs 2
+
+writes the table, and the same for programs beside the other results. Float32, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+import parscale
+
+TRANSFORMS = ("prefix",)  # what makes the streams differ: the values of wrap's argument ``transform``
+RESULTS = Path(__file__).with_name("results") / "support.json"
+P, T, B = 3, 4, 2
+TEXT = 6  # tokens of a stream that starts as a text
+PIECES = ((4, 1, 1, 3), (5, 1, 1, 1, 1))  # tokens at a time, with a cache; the second where the first is too much
+NEW_TOKENS = 5
+TOLERANCE = 2e-5  # of the largest logit
+CONTEXT_TOLERANCE = 2e-4
+POWER = 1e-3  # by which streams have to change the logits
+SUPPORTED, NOT, NOT_BUILT = "supported", "not", "cannot be built"
+
+
+def _tiny_models() -> ModuleType:
+    """The script beside this one: scripts are no package."""
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_models = sys.modules.get("tiny_models") or _tiny_models()
+
+
+class BrokenPromiseError(Exception):
+    """A promise that a model does not keep."""
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What was found for a class under one transform.
+
+    Args:
+        verdict: ``"supported"``, ``"not"`` or ``"cannot be built"``.
+        reason: why it is not.
+        without: kinds of layers that have no prefix.
+        context: whether a stream that starts as a text is the backbone that reads the text: ``"exact"``,
+            ``"approximate"``, or ``"refused"``; with ``", without a warning"`` where wrap should have given one.
+        notes: what the plain backbone itself does not do.
+    """
+
+    verdict: str
+    reason: str = ""
+    without: list[str] = dataclasses.field(default_factory=list)
+    context: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def examine(name: str, transform: str = "prefix") -> Verdict:
+    """Builds a tiny model of a class and holds it to the promises.
+
+    Args:
+        name: of the class.
+        transform: as in ``wrap``.
+    """
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    tiny = tiny_models.Tiny(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            plain = tiny.build()
+            logits(plain, ids())
+        except Exception as error:  # whatever it is, it is not parscale's
+            return Verdict(NOT_BUILT, one_line(error))
+        verdict = Verdict(SUPPORTED)
+        try:
+            Examination(tiny, plain, transform, verdict).run()
+        except (BrokenPromiseError, parscale.UnsupportedModelError) as error:
+            verdict.verdict, verdict.reason = NOT, str(error)
+        except Exception as error:
+            verdict.verdict, verdict.reason = NOT, f"{type(error).__name__}: {one_line(error)}"
+    return verdict
+
+
+class Examination:
+    """The promises, one method for each.
+
+    Args:
+        tiny: the class.
+        plain: a model of it.
+        transform: as in ``wrap``.
+        verdict: to which notes are added.
+    """
+
+    def __init__(self, tiny: Any, plain: Any, transform: str, verdict: Verdict) -> None:
+        self.tiny, self.plain, self.verdict = tiny, plain, verdict
+        self.options = {} if transform == "prefix" else {"transform": transform}
+        self.ids = ids()
+        self.expected = logits(plain, self.ids)
+
+    def run(self) -> None:
+        """All of them, the cheap ones first."""
+        self.one_stream_is_the_backbone()
+        model = self.tiny.build()
+        parscale.wrap(model, P, prefix_length=T, init="random", seed=0, **self.options)
+        fill_streams(model)
+        self.streams_matter(model)
+        self.cached_is_full(model)
+        self.generates(model)
+        self.loads_what_it_saved(model)
+        self.gradients_reach_every_stream(model)
+        self.equal_streams_are_one(model)
+        if not self.options:
+            self.verdict.without = layers_without_prefix(model)
+        parscale.unwrap(model)
+        if not torch.equal(logits(model, self.ids), self.expected):
+            raise BrokenPromiseError("after unwrap, the logits are not the backbone's to the last bit")
+        if not self.options:
+            self.verdict.context = self.context()
+
+    def one_stream_is_the_backbone(self) -> None:
+        """P = 1: the same logits to the last bit, no new parameters."""
+        model = self.tiny.build()
+        names = [name for name, _ in model.named_parameters()]
+        parscale.wrap(model, 1, **self.options)
+        if [name for name, _ in model.named_parameters()] != names:
+            raise BrokenPromiseError("P = 1 adds parameters")
+        if not torch.equal(logits(model, self.ids), self.expected):
+            raise BrokenPromiseError("P = 1 changes the logits")
+
+    def streams_matter(self, model: Any) -> None:
+        """Streams that differ give other logits than the backbone, and each gives its own."""
+        mixed = logits(model, self.ids)
+        if mixed.shape != self.expected.shape:
+            raise BrokenPromiseError(f"the logits are {tuple(mixed.shape)}, not {tuple(self.expected.shape)}")
+        if not mixed.isfinite().all():
+            raise BrokenPromiseError("the logits are not finite")
+        if difference(mixed, self.expected) < POWER:
+            raise BrokenPromiseError(f"streams change the logits by {difference(mixed, self.expected):.0e} only")
+
+    def cached_is_full(self, model: Any) -> None:
+        """All tokens at once, and in pieces with the cache that the model makes, as well as the backbone does it."""
+        own = {sizes: cached(self.plain, self.ids, sizes) for sizes in PIECES}
+        errors = {sizes: difference(found, self.expected) for sizes, found in own.items() if found is not None}
+        if not errors:
+            self.verdict.notes.append("no cache")
+            return
+        sizes = next(
+            (sizes for sizes, error in errors.items() if error <= TOLERANCE), min(errors, key=errors.__getitem__)
+        )
+        if errors[sizes] > TOLERANCE:
+            self.verdict.notes.append("with a cache, its own logits are others")
+        elif sizes != PIECES[0]:
+            self.verdict.notes.append("its cache takes one token at a time")
+        pieces = cached(model, self.ids, sizes)
+        if pieces is None:
+            raise BrokenPromiseError("with streams, the model makes no cache")
+        allowed = max(TOLERANCE, 3 * errors[sizes])
+        check(pieces, logits(model, self.ids), "in pieces, with a cache, the logits", allowed)
+
+    def generates(self, model: Any) -> None:
+        """Greedy tokens with the cache and without."""
+        try:
+            same = torch.equal(generated(self.plain, self.ids, True), generated(self.plain, self.ids, False))
+        except Exception:  # its own, whatever it is
+            self.verdict.notes.append("its own `generate` fails on text alone")
+            return
+        with_cache, without = generated(model, self.ids, True), generated(model, self.ids, False)
+        if not same:
+            self.verdict.notes.append("with a cache, its own `generate` writes something else")
+        elif not torch.equal(with_cache, without):
+            raise BrokenPromiseError("generate writes something else with a cache than without")
+
+    def loads_what_it_saved(self, model: Any) -> None:
+        """A full checkpoint, and the streams alone."""
+        expected = logits(model, self.ids)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            check(logits(parscale.load(folder), self.ids), expected, "after saving and loading, the logits", 1e-6)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_streams(folder)
+            loaded = parscale.load(folder, backbone=self.tiny.build())
+            check(logits(loaded, self.ids), expected, "with streams saved alone, the logits", 1e-6)
+
+    def gradients_reach_every_stream(self, model: Any) -> None:
+        """In training, every tensor of every stream has a gradient that is not zero."""
+        model.train()
+        output = model(input_ids=self.ids, labels=self.ids)
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten())
+        loss.backward()
+        for name, parameter in stream_parameters(model):
+            gradient = parameter.grad
+            if gradient is None or not gradient.isfinite().all():
+                raise BrokenPromiseError(f"{name} has no gradient")
+            if not all(part.any() for part in ([gradient] if "aggregate_layer" in name else gradient)):
+                raise BrokenPromiseError(f"the gradient of {name} is zero")
+        model.zero_grad()
+        model.eval()
+
+    def equal_streams_are_one(self, model: Any) -> None:
+        """Streams with the same tensors mix to one of them, whatever the aggregator and however many."""
+        model.add_streams("pair", 2, prefix_length=T, init="random", seed=1, **self.options)
+        own = {name.split("@")[0]: parameter for name, parameter in stream_parameters(model) if "@" not in name}
+        with torch.no_grad():
+            for name, parameter in stream_parameters(model):
+                if "aggregate_layer" not in name:
+                    parameter.copy_(own[name.split("@")[0]][:1].expand_as(parameter))
+        three = logits(model, self.ids)
+        fill_aggregator(model, seed=7)
+        check(logits(model, self.ids), three, "with equal streams and another aggregator, the logits")
+        model.set_streams("pair")
+        check(logits(model, self.ids), three, "with two equal streams in place of three, the logits")
+        model.set_streams("default")
+
+    def context(self) -> str:
+        """A stream that starts as a text, alone, against the backbone that reads the text first."""
+        plain, model = self.tiny.build(window=48), self.tiny.build(window=48)
+        texts = ids(2, TEXT, seed=8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                parscale.wrap(model, 2, prefix_length=TEXT, smoothing=0.0, init="context", calibration=texts)
+            except ValueError as error:
+                if "init='context'" not in str(error):
+                    raise
+                return "refused"
+        warned = any("approximation" in str(warning.message) for warning in caught)
+        error = 0.0
+        for p, text in enumerate(texts):
+            choose_stream(model, p)
+            read = logits(plain, torch.cat([text.expand(B, -1), self.ids], dim=1))[:, TEXT:]
+            error = max(error, difference(logits(model, self.ids), read))
+        if error <= CONTEXT_TOLERANCE:
+            return "exact, with a warning" if warned else "exact"
+        return "approximate" if warned else "approximate, without a warning"
+
+
+def ids(rows: int = B, length: int = sum(PIECES[0]), seed: int = 2) -> torch.Tensor:
+    """Random token ids ``(rows, length)``, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, tiny_models.FIRST_SPECIAL, (rows, length), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens).logits
+
+
+@torch.no_grad()
+def cached(model: Any, tokens: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+    """The logits of all tokens, some at a time; None for a model that makes no cache."""
+    pieces, cache = [], {}
+    for piece in tokens.split(sizes, dim=1):
+        output = model(input_ids=piece, use_cache=True, **cache)
+        cache = {name: output[name] for name in ALL_CACHE_NAMES if getattr(output, name, None) is not None}
+        if not cache:
+            return None
+        pieces.append(output.logits)
+    return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+def generated(model: Any, tokens: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    return model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
+    )
+
+
+def stream_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
+    """What wrapping added."""
+    pattern = re.compile(r"(^|\.)(prefix_[kv]|prompt|lora_[ab]|aggregate_layer)(@\w+)?(\.|$)")
+    return [(name, parameter) for name, parameter in model.named_parameters() if pattern.search(name)]
+
+
+def fill_streams(model: Any, seed: int = 1) -> None:
+    """Streams that differ and that matter: tensors of size 1, aggregation weights far from equal."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in stream_parameters(model):
+            if "aggregate_layer" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    fill_aggregator(model, seed)
+
+
+@torch.no_grad()
+def fill_aggregator(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in stream_parameters(model):
+        if "aggregate_layer" in name:
+            scale = 0.3 if parameter.ndim == 1 else 3.0 * parameter.shape[-1] ** -0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def choose_stream(model: Any, p: int) -> None:
+    """The aggregator gives stream p all weight."""
+    last = next(module for name, module in model.named_modules() if name.endswith("aggregate_layer"))[2]
+    last.weight.zero_()
+    last.bias.fill_(-1e4)[p] = 1e4
+
+
+def layers_without_prefix(model: Any) -> list[str]:
+    """Kinds of layers of which none has a prefix."""
+    names = [name for name, _ in stream_parameters(model) if name.endswith("prefix_k")]
+    stacks = {match[1]: model.get_submodule(match[1]) for name in names if (match := re.match(r"(.*?)\.\d+\.", name))}
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    with_prefix, without = set(), []
+    for stack, layers in stacks.items():
+        for i, layer in enumerate(layers):
+            kind = kinds[i] if len(kinds) == len(layers) else type(layer).__name__
+            if any(name.startswith(f"{stack}.{i}.") for name in names):
+                with_prefix.add(kind)
+            elif kind not in without:
+                without.append(kind)
+    return [kind for kind in without if kind not in with_prefix]
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the largest number that was expected."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    if found.shape != expected.shape:
+        raise BrokenPromiseError(f"{what} are {tuple(found.shape)}, not {tuple(expected.shape)}")
+    error = difference(found, expected)
+    if not error <= tolerance:
+        raise BrokenPromiseError(f"{what} are off by {error:.0e}")
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def examine_all(names: list[str], jobs: int) -> dict[str, dict[str, Verdict]]:
+    """Verdicts by class and transform.
+
+    Args:
+        names: of the classes.
+        jobs: how many at once.
+    """
+    tasks = [(name, transform) for name in names for transform in TRANSFORMS]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        verdicts = list(pool.map(examine, *zip(*tasks, strict=True)))
+    found: dict[str, dict[str, Verdict]] = {name: {} for name in names}
+    for (name, transform), verdict in zip(tasks, verdicts, strict=True):
+        found[name][transform] = verdict
+    return found
+
+
+def results(found: dict[str, dict[str, Verdict]]) -> dict[str, Any]:
+    """What goes into the file for programs."""
+    torch_version = str(torch.__version__).split("+")[0]
+    versions = {"parscale": parscale.__version__, "torch": torch_version, "transformers": transformers.__version__}
+    classes = {}
+    for name, verdicts in found.items():
+        fields = {
+            transform: {key: value for key, value in dataclasses.asdict(verdict).items() if value}
+            for transform, verdict in verdicts.items()
+        }
+        classes[name] = {"model_types": tiny_models.model_types(name), **fields}
+    return {"versions": versions, "classes": classes}
+
+
+def counts(classes: dict[str, Any], transform: str) -> dict[str, int]:
+    """Classes by verdict, of :func:`results`."""
+    verdicts = [fields[transform]["verdict"] for fields in classes.values()]
+    return {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT, NOT_BUILT)}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The table in Markdown, with what stands around it, from :func:`results`."""
+    classes, transforms = found["classes"], [x for x in TRANSFORMS if x in next(iter(found["classes"].values()))]
+    by_version = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [
+        "# Which architectures take streams",
+        "",
+        f"Made by `python benchmarks/support.py` with {by_version}.",
+        "",
+        "Every causal language model class of transformers (`AutoModelForCausalLM`) is built with about two layers",
+        "and random weights, wrapped, and held to what wrapping promises: P = 1 and `unwrap` give the backbone's",
+        "logits to the last bit; with a cache, the logits are those of one pass, and `generate` writes the same;",
+        "streams change the logits, and equal streams mix to one of them; each tensor of each stream has a gradient; a",
+        "saved folder, and saved streams, load to the same logits. Float32, on a CPU, to "
+        f"{TOLERANCE:.0e} of the largest logit.",
+        "",
+        f"| | {SUPPORTED} | {NOT} | {NOT_BUILT} |",
+        "|---|---|---|---|",
+    ]
+    for transform in transforms:
+        lines.append(f"| {transform} | " + " | ".join(map(str, counts(classes, transform).values())) + " |")
+    lines += [
+        "",
+        f"- **{', '.join(transforms)}**: what makes the streams differ. *yes*: every promise is kept; a number: the",
+        "  reason below.",
+        "- **without a prefix**: kinds of layers that have no keys and values to put a prefix in front of; there the",
+        "  streams differ by what reaches these layers.",
+        '- **context**: whether a stream that starts as a text (`init="context"`), by itself, is the backbone that',
+        f"  reads the text first. *exact*: to {CONTEXT_TOLERANCE:.0e}; *approximate*: it is not, and `wrap` says so;",
+        "  *refused*: `wrap` raises an error.",
+        "- **notes**: what the plain backbone itself does not do, so that it is not asked of the wrapped one.",
+        "",
+        f"| class | model types | {' | '.join(transforms)} | without a prefix | context | notes |",
+        "|---|---|" + "---|" * len(transforms) + "---|---|---|",
+    ]
+    reasons: list[str] = []
+    for name, fields in classes.items():
+        cells = []
+        for verdict in (fields[transform] for transform in transforms):
+            reason = verdict.get("reason", "").replace(name, "this class")
+            if reason and reason not in reasons:
+                reasons.append(reason)
+            cells.append(f"{verdict['verdict']} ({reasons.index(reason) + 1})" if reason else "yes")
+        types, kinds = (
+            ", ".join(f"`{kind}`" for kind in kinds)
+            for kinds in (fields["model_types"], fields[transforms[0]].get("without", []))
+        )
+        context, notes = fields[transforms[0]].get("context", ""), "; ".join(fields[transforms[0]].get("notes", []))
+        lines.append(f"| `{name}` | {types} | {' | '.join(cells)} | {kinds} | {context} | {notes} |")
+    lines += ["", "## Reasons", "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes, and nothing is written")
+    parser.add_argument("--output", type=Path, help="the page to write, and beside the other results the same as JSON")
+    parser.add_argument("--jobs", type=int, default=2, help="classes at once")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.only or ()) - set(tiny_models.names()))
+    if unknown:
+        parser.error(f"transformers {transformers.__version__} has no {', '.join(unknown)} for causal language models")
+    verdicts = examine_all(arguments.only or tiny_models.names(), arguments.jobs)
+    for name, by_transform in verdicts.items():
+        for transform, verdict in by_transform.items():
+            details = filter(None, [verdict.reason, *verdict.without, verdict.context, *verdict.notes])
+            print(f"{name} ({transform}): {verdict.verdict}", *details, sep="; ")
+    found = results(verdicts)
+    for transform in TRANSFORMS:
+        numbers = counts(found["classes"], transform)
+        print(transform, *(f"{number} {verdict}" for verdict, number in numbers.items()), sep=", ")
+    if arguments.output is not None and not arguments.only:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page(found), encoding="utf-8")
+        RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
