@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import re
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 import parscale
@@ -32,7 +34,13 @@ TRANSFORMS = ("prefix",)  # what makes the streams differ: the values of wrap's 
 RESULTS = Path(__file__).with_name("results") / "support.json"
 P, T, B = 3, 4, 2
 TEXT = 6  # tokens of a stream that starts as a text
-PIECES = ((4, 1, 1, 3), (5, 1, 1, 1, 1))  # tokens at a time, with a cache; the second where the first is too much
+# How tokens come with a cache: so many at a time, and whether with their positions. The first way counts in which the
+# plain backbone gives the same as in one pass.
+WAYS = {
+    ((4, 1, 1, 3), False): "",
+    ((5, 1, 1, 1, 1), False): "its cache takes one token at a time",
+    ((5, 1, 1, 1, 1), True): "with a cache, it has to be told the positions, as `generate` does",
+}
 NEW_TOKENS = 5
 TOLERANCE = 2e-5  # of the largest logit
 CONTEXT_TOLERANCE = 2e-4
@@ -162,23 +170,28 @@ class Examination:
             raise BrokenPromiseError(f"streams change the logits by {difference(mixed, self.expected):.0e} only")
 
     def cached_is_full(self, model: Any) -> None:
-        """All tokens at once, and in pieces with the cache that the model makes, as well as the backbone does it."""
-        own = {sizes: cached(self.plain, self.ids, sizes) for sizes in PIECES}
-        errors = {sizes: difference(found, self.expected) for sizes, found in own.items() if found is not None}
-        if not errors:
-            self.verdict.notes.append("no cache")
-            return
-        sizes = next(
-            (sizes for sizes, error in errors.items() if error <= TOLERANCE), min(errors, key=errors.__getitem__)
-        )
-        if errors[sizes] > TOLERANCE:
-            self.verdict.notes.append("with a cache, its own logits are others")
-        elif sizes != PIECES[0]:
-            self.verdict.notes.append("its cache takes one token at a time")
-        pieces = cached(model, self.ids, sizes)
+        """All tokens at once, and in pieces with a cache, in a way in which the plain backbone gives the same."""
+        errors = {}
+        for way in WAYS:
+            try:
+                own = cached(self.plain, self.ids, *way)
+            except TypeError:  # takes no positions
+                continue
+            if own is None:
+                self.verdict.notes.append("no cache")
+                return
+            errors[way] = difference(own, self.expected)
+            if errors[way] <= TOLERANCE:
+                break
+        else:
+            way = min(errors, key=errors.__getitem__)
+        note = WAYS[way] if errors[way] <= TOLERANCE else "with a cache, its own logits are others"
+        if note:
+            self.verdict.notes.append(note)
+        pieces = cached(model, self.ids, *way)
         if pieces is None:
             raise BrokenPromiseError("with streams, the model makes no cache")
-        allowed = max(TOLERANCE, 3 * errors[sizes])
+        allowed = max(TOLERANCE, 3 * errors[way])
         check(pieces, logits(model, self.ids), "in pieces, with a cache, the logits", allowed)
 
     def generates(self, model: Any) -> None:
@@ -208,11 +221,7 @@ class Examination:
     def gradients_reach_every_stream(self, model: Any) -> None:
         """In training, every tensor of every stream has a gradient that is not zero."""
         model.train()
-        output = model(input_ids=self.ids, labels=self.ids)
-        loss = getattr(output, "loss", None)
-        if loss is None:
-            loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten())
-        loss.backward()
+        loss_of(model, self.ids, own=takes_labels(self.plain, self.ids)).backward()
         for name, parameter in stream_parameters(model):
             gradient = parameter.grad
             if gradient is None or not gradient.isfinite().all():
@@ -260,7 +269,7 @@ class Examination:
         return "approximate" if warned else "approximate, without a warning"
 
 
-def ids(rows: int = B, length: int = sum(PIECES[0]), seed: int = 2) -> torch.Tensor:
+def ids(rows: int = B, length: int = 9, seed: int = 2) -> torch.Tensor:
     """Random token ids ``(rows, length)``, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, tiny_models.FIRST_SPECIAL, (rows, length), generator=generator)
@@ -272,15 +281,28 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cached(model: Any, tokens: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
-    """The logits of all tokens, some at a time; None for a model that makes no cache."""
-    pieces, cache = [], {}
+def cached(model: Any, tokens: torch.Tensor, sizes: tuple[int, ...], positions: bool = False) -> torch.Tensor | None:
+    """The logits of all tokens, some at a time; None for a model that neither makes nor takes a cache.
+
+    Args:
+        model: the model.
+        tokens: ``(B, S)``.
+        sizes: of the pieces.
+        positions: whether it is told at which positions a piece stands, as ``generate`` does.
+    """
+    pieces, cache, arguments, start = [], {}, {}, 0
     for piece in tokens.split(sizes, dim=1):
-        output = model(input_ids=piece, use_cache=True, **cache)
-        cache = {name: output[name] for name in ALL_CACHE_NAMES if getattr(output, name, None) is not None}
+        if positions:
+            arguments["position_ids"] = torch.arange(start, start + piece.shape[1])[None].expand(len(piece), -1)
+        output = model(input_ids=piece, use_cache=True, **arguments, **cache)
+        cache |= {name: output[name] for name in ALL_CACHE_NAMES if getattr(output, name, None) is not None}
+        if not cache and "past_key_values" in inspect.signature(model.forward).parameters:  # takes one, and gives none
+            cache = {"past_key_values": DynamicCache(config=model.config)}
+            output = model(input_ids=piece, use_cache=True, **arguments, **cache)
         if not cache:
             return None
         pieces.append(output.logits)
+        start += piece.shape[1]
     return torch.cat(pieces, dim=1)
 
 
@@ -295,6 +317,23 @@ def generated(model: Any, tokens: torch.Tensor, use_cache: bool) -> torch.Tensor
         use_cache=use_cache,
         pad_token_id=0,
     )
+
+
+@torch.no_grad()
+def takes_labels(model: Any, tokens: torch.Tensor) -> bool:
+    """Whether the model computes a loss from labels that are its input."""
+    try:
+        return getattr(model(input_ids=tokens, labels=tokens), "loss", None) is not None
+    except ValueError:  # some want labels of another shape
+        return False
+
+
+def loss_of(model: Any, tokens: torch.Tensor, own: bool) -> torch.Tensor:
+    """Next-token loss, the model's own or taken from its logits."""
+    if own:
+        return model(input_ids=tokens, labels=tokens).loss
+    found = model(input_ids=tokens).logits
+    return nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def stream_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:

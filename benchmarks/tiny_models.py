@@ -103,6 +103,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Mamba2ForCausalLM": {"num_heads": 8},
     "MellumForCausalLM": _WINDOWS,
     "MllamaForCausalLM": {"cross_attention_layers": [1], "num_hidden_layers": 3},
+    "MoshiForCausalLM": {"sliding_window": POSITIONS},  # its cache has the window, its mask has not
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
@@ -126,6 +127,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},  # sizes are rounded up to 64
     "XmodForCausalLM": {"default_language": "en_XX"},
+    "Zamba2ForCausalLM": {"time_step_min": 1e-9},  # a limit that one step with its cache does not keep
     "ZambaForCausalLM": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,

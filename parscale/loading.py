@@ -27,12 +27,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from parscale import members
-from parscale.auto import backbone_config, config_class
+from parscale.auto import backbone_config, config_class, register_backbone
 from parscale.checks import (
     check_counts,
     check_fit,
@@ -150,6 +151,7 @@ def _full_config(checkpoint: Checkpoint) -> Any:
     if not isinstance(model_type, str):
         raise ValueError(f"{CONFIG} of {checkpoint} has no model_type: it is damaged.")
     config_class(model_type.removesuffix(TYPE_SUFFIX))  # says so if transformers does not know it
+    register_backbone(model_type.removesuffix(TYPE_SUFFIX))
     check_counts(checkpoint, fields, checkpoint.weights())
     with configuration_of(checkpoint):
         return AutoConfig.from_pretrained(checkpoint.name, trust_remote_code=False, **checkpoint.hub)
@@ -183,8 +185,7 @@ def _load_backbone(
         raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
     plain = backbone_config(config)
     plain.__dict__.pop("transformers_weights", None)  # would name other files than those that were looked at
-    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)]
-    cls = classes[0] if isinstance(classes, tuple) else classes
+    cls = _model_class(checkpoint, plain)
     plain.architectures = [cls.__name__]
     if getattr(plain, "quantization_config", None) is None:
         check_size(checkpoint, cls, plain, tensors)
@@ -210,6 +211,23 @@ def _load_backbone(
             "The checkpoint is damaged: copy or save it again."
         )
     return model, info
+
+
+def _model_class(checkpoint: Checkpoint, config: Any) -> Any:
+    """The causal language model class of a backbone's configuration."""
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if classes is not None:
+        return classes[0] if isinstance(classes, tuple) else classes
+    # The configuration is a part of that of the model type (Emu3, Mllama, Musicgen): the class stands in the file.
+    names = config.architectures if isinstance(config.architectures, list) else []
+    for name in names:
+        cls = getattr(transformers, str(name).replace("ParScale", "", 1), None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is type(config):
+            return cls
+    raise ValueError(
+        f"{CONFIG} of {checkpoint} names no causal language model of transformers: there is none for model_type "
+        f"{config.model_type!r}, and architectures is {config.architectures!r}."
+    )
 
 
 def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]) -> Any:
