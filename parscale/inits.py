@@ -70,9 +70,10 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
     config = state.model.config.get_text_config()
     positions = torch.arange(-T, 0)[None]
     if has_learned_positions(state.decoder):
-        if config.max_position_embeddings < T:
+        number = getattr(config, "max_position_embeddings", None) or config.max_target_positions  # the latter: Whisper
+        if number < T:
             raise ValueError(
-                f"{type(state.model).__name__} has {config.max_position_embeddings} positions, so init={init!r} "
+                f"{type(state.model).__name__} has {number} positions, so init={init!r} "
                 f"cannot read {T} tokens: choose a prefix_length of at most that, or init='random'."
             )
         warnings.warn(
@@ -113,7 +114,8 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
         with backbone_only(state):
             state.recorder = record
             try:
-                state.decoder(input_ids=calibration, position_ids=positions.to(device), use_cache=False)
+                rows = positions.to(device).expand_as(calibration)  # some look their row's up (Qwen4)
+                state.decoder(input_ids=calibration, position_ids=rows, use_cache=False)
             finally:
                 state.recorder = None
 
@@ -155,7 +157,7 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
     P, T = streams.config.num_streams, streams.config.prefix_length
     model: Any = state.model
-    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
+    vocabulary = _vocabulary_size(model)
     start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
     plain = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
@@ -174,9 +176,14 @@ def _end_of_text(model: Any) -> int | None:
     for config in (model.config.get_text_config(), model.generation_config):
         ends = getattr(config, "eos_token_id", None)
         end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
-        if isinstance(end, int) and 0 <= end < whole_shape(model.get_input_embeddings().weight)[0]:
+        if isinstance(end, int) and 0 <= end < _vocabulary_size(model):
             return end
     return None
+
+
+def _vocabulary_size(model: Any) -> int:
+    """How many tokens the model knows; in each of its tables, where it has several (Musicgen)."""
+    return whole_shape(next(model.get_input_embeddings().parameters()))[0]
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
@@ -203,7 +210,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
             "calibration must be token ids, a tensor of integers of shape (num_streams, prefix_length) = "
             f"({P}, {T}), got {given}."
         )
-    vocabulary = whole_shape(state.model.get_input_embeddings().weight)[0]
+    vocabulary = _vocabulary_size(state.model)
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
         raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")
 
