@@ -30,9 +30,11 @@ from parscale.layers import (
     input_device,
     number_of_attention_layers,
 )
-from parscale.parallel import whole_shape
+from parscale.parallel import is_partitioned, whole_shape
 from parscale.streams import ParScaleState, StreamSet
 
+AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
+EXACT, FEW_BITS = 1e-3, 5e-2  # up to there they are the same: in float32, in the shorter formats
 USER = 5  # frames from a warning here to the caller of wrap or add_streams
 
 
@@ -67,26 +69,25 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
         raise ValueError(
             f"init={init!r} runs the backbone, which has no weights on the meta device: use init='random'."
         )
-    config = state.model.config.get_text_config()
+    name, config = type(state.model).__name__, state.model.config.get_text_config()
     positions = torch.arange(-T, 0)[None]
-    if has_learned_positions(state.decoder):
+    learned = has_learned_positions(state.decoder)
+    reason = ""  # why such a start could be an approximation
+    if learned:
         number = getattr(config, "max_position_embeddings", None) or config.max_target_positions  # the latter: Whisper
         if number < T:
             raise ValueError(
-                f"{type(state.model).__name__} has {number} positions, so init={init!r} "
-                f"cannot read {T} tokens: choose a prefix_length of at most that, or init='random'."
+                f"{name} has {number} positions, so init={init!r} cannot read {T} tokens: choose a prefix_length of at "
+                "most that, or init='random'."
             )
-        warnings.warn(
-            f"{type(state.model).__name__} has learned positions, so init={init!r} is an approximation: the texts "
-            f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
-            stacklevel=USER,
+        reason = (
+            f"{name} has learned positions, so init={init!r} is an approximation: the texts are read at positions "
+            f"0..{T - 1}, where the input's own tokens stand too."
         )
         positions = positions + T
     elif number_of_attention_layers(state) < config.num_hidden_layers:
-        warnings.warn(
-            f"{type(state.model).__name__} has layers without keys and values, which forget the texts: init={init!r} "
-            "is an approximation.",
-            stacklevel=USER,
+        reason = (
+            f"{name} has layers without keys and values, which forget the texts: init={init!r} is an approximation."
         )
     if calibration is None:
         calibration = _sample_texts(state, streams)
@@ -127,11 +128,45 @@ def _fill_with_texts(state: ParScaleState, streams: StreamSet, calibration: torc
         with _rotation_moved(state.decoder, -T):
             read(positions + T)
     if len(recorded) > len(set(recorded)):
-        warnings.warn(
-            f"{type(state.model).__name__} runs some attention layers more than once, with one prefix for all runs: "
-            f"init={init!r} is an approximation.",
-            stacklevel=USER,
+        reason = (
+            f"{name} runs some attention layers more than once, with one prefix for all runs: init={init!r} is an "
+            "approximation."
         )
+    error = None if learned else _error_alone(state, streams, calibration)
+    if error is not None and error > (FEW_BITS if state.hidden_dtype.itemsize < 4 else EXACT):
+        reason = reason or (
+            f"init={init!r} is an approximation for {name}: after the text, the hidden states of a stream differ by "
+            f"{error:.0%} from those of the backbone that reads it (it does not keep all of a text in its keys and "
+            "values, has positions that are not relative, or a window that ends within the text)."
+        )
+    elif error is not None:
+        reason = ""
+    if reason:
+        warnings.warn(reason, stacklevel=USER)
+
+
+def _error_alone(state: ParScaleState, streams: StreamSet, texts: torch.Tensor) -> float | None:
+    """How far each stream by itself is from the backbone that reads its text, on tokens that come after.
+
+    Returns:
+        The largest difference of hidden states, in units of the largest; None where the prefixes cannot run yet, since
+        their layers' heads or their values are spread over devices.
+    """
+    spread = any(layer.mesh is not None for layer in state.layers) or any(map(is_partitioned, state.model.parameters()))
+    if spread:
+        return None
+    P, T = texts.shape
+    tokens = texts.roll(1, dims=0)[:, :AFTERWARDS]  # (P, S)
+    with backbone_only(state):
+        read = state.decoder(input_ids=torch.cat([texts, tokens], dim=1), use_cache=False)[0][:, T:]  # (P, S, H)
+        state.active, state.aggregating = streams, False
+        try:
+            alone = state.decoder(input_ids=tokens, use_cache=False)[0]  # (P*P, S, H)
+        finally:
+            state.active, state.aggregating = None, True
+    each = torch.arange(P, device=alone.device)
+    alone = alone.unflatten(0, (P, P))[each, each]  # stream p on row p
+    return float((alone - read).abs().max() / read.abs().max())
 
 
 @contextlib.contextmanager
