@@ -215,7 +215,10 @@ def _experts_without_data_dependence(model: Any) -> Iterator[None]:
 
 def has_learned_positions(decoder: nn.Module) -> bool:
     """Whether positions are an embedding table (GPT-2, OPT), which has no entry for a negative position."""
+    for child in decoder.children():
+        if "text" in getattr(child, "input_modalities", "text") and has_learned_positions(child):
+            return True  # positions of images or sounds are another thing
     return any(
-        isinstance(module, nn.Embedding) and ("position" in name or name.split(".")[-1] == "wpe")
-        for name, module in decoder.named_modules()
+        isinstance(child, nn.Embedding) and ("position" in name or name == "wpe")
+        for name, child in decoder.named_children()
     )
