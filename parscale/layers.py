@@ -74,7 +74,7 @@ def attach_attention(state: ParScaleState) -> None:
         UnsupportedModelError: no layer takes its attention function from transformers' registry.
     """
     names = {id(module): name for name, module in state.model.named_modules()}
-    candidates = [module for module in state.decoder.modules() if _looks_up_attention(module)]
+    candidates = [module for module in dict.fromkeys(_modules(state.decoder)) if _looks_up_attention(module)]
     for module in candidates:
         module.config = AttentionConfig(module.config, state, type(module))
     found: dict[int, AttentionLayer] = {}
@@ -142,6 +142,17 @@ def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
     if keys.device == other.device:
         return keys is other
     return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
+
+
+def _modules(backbone: nn.Module) -> Iterator[Any]:
+    """Its modules, but for those of a further model in it with a head of its own.
+
+    Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
+    """
+    yield backbone
+    for child in backbone.children():
+        if not (isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None):
+            yield from _modules(child)
 
 
 def _looks_up_attention(module: nn.Module) -> bool:
