@@ -13,7 +13,6 @@ import os
 from typing import Any
 
 from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from parscale.folders import TYPE_SUFFIX
 
@@ -124,5 +123,5 @@ class ParScaleForCausalLM:
 
 
 _CLASSES: dict[str, type[PreTrainedConfig]] = {}
-for _model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+for _model_type in list(CONFIG_MAPPING):  # of parts too: Emu3's causal language model has its text part's type
     register_backbone(_model_type)
