@@ -219,7 +219,7 @@ class Examination:
             check(logits(loaded, self.ids), expected, "with streams saved alone, the logits", 1e-6)
 
     def gradients_reach_every_stream(self, model: Any) -> None:
-        """In training, every tensor of every stream has a gradient that is not zero."""
+        """In training, every tensor of every stream; and the last token sees each prefix token, window or not."""
         model.train()
         loss_of(model, self.ids, own=takes_labels(self.plain, self.ids)).backward()
         for name, parameter in stream_parameters(model):
@@ -230,6 +230,13 @@ class Examination:
                 raise BrokenPromiseError(f"the gradient of {name} is zero")
         model.zero_grad()
         model.eval()
+        if self.options:
+            return
+        model(input_ids=self.ids).logits[:, -1].square().sum().backward()
+        for name, parameter in stream_parameters(model):
+            if name.endswith("prefix_v") and not parameter.grad.any(-1).all():  # (P, heads, T)
+                raise BrokenPromiseError(f"the last token does not see all of {name}")
+        model.zero_grad()
 
     def equal_streams_are_one(self, model: Any) -> None:
         """Streams with the same tensors mix to one of them, whatever the aggregator and however many."""
@@ -452,9 +459,9 @@ def page(found: dict[str, Any]) -> str:
         "Every causal language model class of transformers (`AutoModelForCausalLM`) is built with about two layers",
         "and random weights, wrapped, and held to what wrapping promises: P = 1 and `unwrap` give the backbone's",
         "logits to the last bit; with a cache, the logits are those of one pass, and `generate` writes the same;",
-        "streams change the logits, and equal streams mix to one of them; each tensor of each stream has a gradient; a",
-        "saved folder, and saved streams, load to the same logits. Float32, on a CPU, to "
-        f"{TOLERANCE:.0e} of the largest logit.",
+        "streams change the logits, and equal streams mix to one of them; each tensor of each stream has a gradient,",
+        "and the last token sees every prefix token, whatever the window; a saved folder, and saved streams, load to",
+        f"the same logits. Float32, on a CPU, to {TOLERANCE:.0e} of the largest logit.",
         "",
         f"| | {SUPPORTED} | {NOT} | {NOT_BUILT} |",
         "|---|---|---|---|",

@@ -33,7 +33,7 @@ def test_a_class_keeps_its_verdict(name, transform):
     recorded, found = CLASSES[name][transform], support.examine(name, transform)
     if recorded["verdict"] == support.SUPPORTED:
         assert found.verdict == support.SUPPORTED, found.reason
-    if PINNED:
+    if PINNED and recorded["verdict"] != support.NOT_BUILT:
         stale = "make the table again: python benchmarks/support.py --output docs/architectures.md"
         assert found.verdict == recorded["verdict"], stale
         assert found.without == recorded.get("without", []), stale
