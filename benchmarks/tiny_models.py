@@ -34,6 +34,7 @@ SIZES: dict[str, int] = {
     r"(moe|expert|(moe_)?shared|shared_experts?)_(intermediate|ffn_hidden)_size|expert_ffn_hidden_size": 16,
     r"(.*_)?(intermediate|ffn_hidden|feed_forward)_size(_mlp)?|(.*_)?ffn_dim|n_inner|d_ff|dff|dim_ff|d_inner": 48,
     r"(.*_)?num_key_value_heads|num_kv_heads|kv_n_heads": 2,
+    r"index_n_heads": 16,  # few would often leave all tokens at 0, and which of them is chosen is chance
     r"mamba_(n|num)_heads": 8,
     r"(.*_)?(attention_heads|n_heads?|num_heads)(_per_layer)?|num_query_groups": HEADS,
     r"qk_rope_head_dim|rotary_dim": 4,
@@ -110,7 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "NemotronForCausalLM": {"head_dim": 8, "num_key_value_heads": 2},
     "Phi4MultimodalForCausalLM": {"audio_config": {"nemo_conv_channels": 16, "ext_pw_out_channel": 32}},
     "Qwen4ExpForCausalLM": {
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 4,
