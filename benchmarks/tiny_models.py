@@ -65,6 +65,7 @@ _GEMMA_3N = _SHARED_KEYS | {
 _ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "global_head_dim": 8}
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
+_NO_LIMIT = {"time_step_min": 1e-9}  # which one step with a cache does not keep
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
@@ -109,6 +110,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
     "NemotronForCausalLM": {"head_dim": 8, "num_key_value_heads": 2},
+    "NemotronHForCausalLM": _NO_LIMIT,
     "Phi4MultimodalForCausalLM": {"audio_config": {"nemo_conv_channels": 16, "ext_pw_out_channel": 32}},
     "Qwen4ExpForCausalLM": {
         "indexer_n_heads": 16,
@@ -128,7 +130,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},  # sizes are rounded up to 64
     "XmodForCausalLM": {"default_language": "en_XX"},
-    "Zamba2ForCausalLM": {"time_step_min": 1e-9},  # a limit that one step with its cache does not keep
+    "Zamba2ForCausalLM": _NO_LIMIT,
     "ZambaForCausalLM": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,

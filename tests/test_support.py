@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+
+import parscale
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "support.json").read_text())
@@ -14,26 +17,25 @@ CLASSES = RECORDED["classes"]
 PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
 
 
-def load_script():
-    """``benchmarks/support.py`` by its path: scripts are no package."""
-    spec = importlib.util.spec_from_file_location("support", ROOT / "benchmarks" / "support.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+def load_script(name):
+    """A script by its path, for the next one to import: ``benchmarks/`` is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-support = load_script()
-HERE = sorted(set(CLASSES) & set(support.tiny_models.names()))  # another transformers has others
+tiny_models, promises, support = map(load_script, ("tiny_models", "promises", "support"))
+HERE = sorted(set(CLASSES) & set(tiny_models.names()))  # another transformers has others
 
 
-@pytest.mark.parametrize("transform", support.TRANSFORMS)
+@pytest.mark.parametrize("transform", promises.TRANSFORMS)
 @pytest.mark.parametrize("name", HERE)
 def test_a_class_keeps_its_verdict(name, transform):
-    recorded, found = CLASSES[name][transform], support.examine(name, transform)
-    if recorded["verdict"] == support.SUPPORTED:
-        assert found.verdict == support.SUPPORTED, found.reason
-    if PINNED and recorded["verdict"] != support.NOT_BUILT:
+    recorded, found = CLASSES[name][transform], promises.examine(name, transform)
+    if recorded["verdict"] == promises.SUPPORTED:
+        assert found.verdict == promises.SUPPORTED, found.reason
+    if PINNED and recorded["verdict"] != promises.NOT_BUILT:
         stale = "make the table again: python benchmarks/support.py --output docs/architectures.md"
         assert found.verdict == recorded["verdict"], stale
         assert found.without == recorded.get("without", []), stale
@@ -42,7 +44,7 @@ def test_a_class_keeps_its_verdict(name, transform):
 
 @pytest.mark.skipif(not PINNED, reason="the table is of another transformers")
 def test_the_table_has_every_class():
-    assert sorted(CLASSES) == support.tiny_models.names()
+    assert sorted(CLASSES) == tiny_models.names()
     assert (ROOT / "docs" / "architectures.md").read_text() == support.page(RECORDED)
 
 
@@ -52,6 +54,12 @@ def switched_off(model):
 
 def frozen(model):
     next(parameter for name, parameter in model.named_parameters() if "prefix_v" in name).requires_grad_(False)
+
+
+def hidden(model):
+    """No token sees the first of a layer's prefix."""
+    values = next(parameter for name, parameter in model.named_parameters() if "prefix_v" in name)
+    values.register_hook(lambda gradient: gradient.index_fill(2, torch.tensor([0]), 0.0))
 
 
 def forgetful(model):
@@ -69,19 +77,20 @@ def unsaved(model):
     [
         (switched_off, "streams change the logits by 0e+00 only"),
         (frozen, "prefix_v has no gradient"),
+        (hidden, "the last token does not see all of model.layers.0.self_attn.prefix_v"),
         (forgetful, "in pieces, with a cache"),
         (unsaved, "after saving and loading"),
     ],
 )
 def test_a_broken_promise_is_seen(breaking, reason, monkeypatch):
     def wrap(model, num_streams, **options):
-        support_wrap(model, num_streams, **options)
+        own_wrap(model, num_streams, **options)
         if num_streams > 1:
             breaking(model)
         return model
 
-    support_wrap = support.parscale.wrap
-    monkeypatch.setattr(support.parscale, "wrap", wrap)
-    found = support.examine("LlamaForCausalLM")
-    assert found.verdict == support.NOT
+    own_wrap = parscale.wrap
+    monkeypatch.setattr(parscale, "wrap", wrap)
+    found = promises.examine("LlamaForCausalLM")
+    assert found.verdict == promises.NOT
     assert reason in found.reason
