@@ -11,7 +11,6 @@ from typing import Any
 
 import tiny_models
 import torch
-import transformers
 from torch import nn
 from transformers import DynamicCache
 from transformers.generation.utils import ALL_CACHE_NAMES
@@ -67,8 +66,6 @@ def examine(name: str, transform: str = "prefix") -> Verdict:
         name: of the class.
         transform: as in ``wrap``.
     """
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
     tiny = tiny_models.Tiny(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +73,7 @@ def examine(name: str, transform: str = "prefix") -> Verdict:
             plain = tiny.build()
             logits(plain, ids())
         except Exception as error:  # whatever it is, it is not parscale's
-            return Verdict(NOT_BUILT, one_line(error))
+            return Verdict(NOT_BUILT, f"transformers raises {type(error).__name__}: {one_line(error)}")
         verdict = Verdict(SUPPORTED)
         try:
             Examination(tiny, plain, transform, verdict).run()

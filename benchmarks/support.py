@@ -34,12 +34,19 @@ def examine_all(names: list[str], jobs: int) -> dict[str, dict[str, Verdict]]:
     """
     tasks = [(name, transform) for name in names for transform in TRANSFORMS]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=quiet) as pool:
         verdicts = list(pool.map(examine, *zip(*tasks, strict=True)))
     found: dict[str, dict[str, Verdict]] = {name: {} for name in names}
     for (name, transform), verdict in zip(tasks, verdicts, strict=True):
         found[name][transform] = verdict
     return found
+
+
+def quiet() -> None:
+    """One thread for each process, and nothing said by transformers."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def results(found: dict[str, dict[str, Verdict]]) -> dict[str, Any]:

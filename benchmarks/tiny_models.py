@@ -25,7 +25,7 @@ FIRST_SPECIAL = 80  # ids from here on may stand for images and the like
 # positive number. The first match counts.
 WINDOW = r"(sliding|local)_(window|attention)(_size)?|window_size|attention_(window|chunk)_size|index_topk"
 SIZES: dict[str, int] = {
-    WINDOW: 0,  # see ``configuration``
+    WINDOW: 0,  # the argument ``window`` of ``Tiny.config``
     r"(.*_)?vocab_size(_per_layer_input|_base)?|encoder_hash_byte_group_vocab|pronunciation_size": VOCABULARY,
     r"(original_)?max_(position_embeddings|source_positions|target_positions|seq_len)|n_positions|n_ctx": POSITIONS,
     r"context_length|model_max_length": POSITIONS,
@@ -267,6 +267,7 @@ def _small(name: str, value: Any, window: int, layers: list[int]) -> Any:
 
 
 def _by_layer(name: str) -> bool:
+    """Whether a list in a field has one entry for each layer."""
     return re.search(r"layer|types|pattern|attention_heads", name) is not None
 
 
