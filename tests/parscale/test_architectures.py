@@ -17,7 +17,7 @@ TEXT = 6
 spec = importlib.util.spec_from_file_location(
     "tiny_models", Path(__file__).parents[2] / "benchmarks" / "tiny_models.py"
 )
-tiny_models = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_models)
 
 
