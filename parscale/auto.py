@@ -19,7 +19,6 @@ from typing import Any
 import transformers
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -84,7 +83,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
         made: Any = type(class_name, (backbone,), {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__})
         globals()[class_name] = made  # where pickle looks for it
         for name, auto in AUTO_CLASSES.items():
-            if backbone in auto._model_mapping:
+            if backbone in auto._model_mapping or auto is AutoModelForCausalLM:
                 auto.register(made, _READERS[name], exist_ok=True)
         if backbone in TOKENIZER_MAPPING:
             TOKENIZER_MAPPING.register(made, TOKENIZER_MAPPING[backbone], exist_ok=True)
@@ -131,11 +130,13 @@ def backbone_class(config: Any, plain: Any) -> Any:
     Raises:
         ValueError: transformers knows none.
     """
-    name = next(iter(getattr(config, "architectures", None) or ()), "")
-    cls = None if str(name).endswith(CAUSAL_LM) else class_named(str(name).replace(INFIX, "", 1))
-    if cls is None and type(plain) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        cls = _classes(AutoModelForCausalLM, type(plain))[0]
-    if cls is None:
+    names = getattr(config, "architectures", None)
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    causal = _classes(AutoModelForCausalLM, type(plain))
+    if causal and (name.endswith(CAUSAL_LM) or not name):
+        return causal[0]
+    cls = class_named(name.replace(INFIX, "", 1))
+    if cls is None or cls.config_class is not type(plain):
         raise ValueError(f"transformers knows no class for model_type {plain.model_type!r} and architecture {name!r}.")
     return cls
 
@@ -184,11 +185,11 @@ class ParScaleModel:
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
         plain = backbone_config(config)
         backbone = backbone_class(config, plain)
-        if cls.auto and backbone not in _classes(AUTO_CLASSES[cls.auto], type(plain)):
-            readers = [name for name, auto in AUTO_CLASSES.items() if backbone in _classes(auto, type(plain))]
+        readers = [name for name, auto in AUTO_CLASSES.items() if backbone in _classes(auto, type(plain))]
+        if cls.auto and readers and cls.auto not in readers:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {backbone.__name__} with streams, which {cls.auto} does not "
-                f"read: use {' or '.join(readers) or 'parscale.load'}."
+                f"read: use {' or '.join(readers)}."
             )
         return load_full(pretrained_model_name_or_path, config, *model_args, **kwargs)
 
@@ -218,5 +219,5 @@ _READERS = {
     name: type(f"{INFIX}{name.removeprefix('Auto')}", (ParScaleModel,), {"auto": name, "__module__": __name__})
     for name in AUTO_CLASSES
 } | {"AutoModelForCausalLM": ParScaleForCausalLM}
-for _model_type in {t for auto in AUTO_CLASSES.values() for t in auto._model_mapping._model_mapping}:
+for _model_type in list(CONFIG_MAPPING):  # of parts too: Emu3's causal language model has its text part's type
     register_backbone(_model_type)

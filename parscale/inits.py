@@ -86,7 +86,7 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
     P, T = streams.config.num_streams, streams.config.prefix_length
     model: Any = state.model
-    vocabulary = whole_shape(model.get_input_embeddings().weight)[0]
+    vocabulary = _vocabulary_size(model)
     start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
     plain = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
@@ -105,9 +105,14 @@ def _end_of_text(model: Any) -> int | None:
     for config in (model.config.get_text_config(), model.generation_config):
         ends = getattr(config, "eos_token_id", None)
         end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
-        if isinstance(end, int) and 0 <= end < whole_shape(model.get_input_embeddings().weight)[0]:
+        if isinstance(end, int) and 0 <= end < _vocabulary_size(model):
             return end
     return None
+
+
+def _vocabulary_size(model: Any) -> int:
+    """How many tokens the model knows; in each of its tables, where it has several (Musicgen)."""
+    return whole_shape(next(model.get_input_embeddings().parameters()))[0]
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
@@ -140,7 +145,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
             "calibration must be token ids, a tensor of integers of shape (num_streams, prefix_length) = "
             f"({P}, {T}), got {given}."
         )
-    vocabulary = whole_shape(state.model.get_input_embeddings().weight)[0]
+    vocabulary = _vocabulary_size(state.model)
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
         raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,8 @@ def attach_attention(state: ParScaleState) -> None:
         UnsupportedModelError: the backbone is none that streams run on.
     """
     names = {id(module): name for name, module in state.model.named_modules()}
-    candidates = [module for part in state.parts for module in part.modules() if _looks_up_attention(module)]
+    modules = dict.fromkeys(module for part in state.parts for module in _modules(part))
+    candidates = [module for module in modules if _looks_up_attention(module)]
     for module in candidates:
         module.config = AttentionConfig(module.config, state, type(module))
     found: dict[int, AttentionLayer] = {}
@@ -116,6 +118,17 @@ def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
     return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
 
 
+def _modules(part: nn.Module) -> Iterator[Any]:
+    """Its modules, but for those of a further model in it with a head of its own.
+
+    Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
+    """
+    yield part
+    for child in part.children():
+        if not (isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None):
+            yield from _modules(child)
+
+
 def _looks_up_attention(module: nn.Module) -> bool:
     if isinstance(module, PreTrainedModel) or not isinstance(module.__dict__.get("config"), PreTrainedConfig):
         return False
@@ -124,7 +137,10 @@ def _looks_up_attention(module: nn.Module) -> bool:
 
 def has_learned_positions(backbone: nn.Module) -> bool:
     """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
+    for child in backbone.children():
+        if "text" in getattr(child, "input_modalities", "text") and has_learned_positions(child):
+            return True  # positions of images or sounds are another thing
     return hasattr(backbone, "pos_encoding") or any(
-        (isinstance(module, nn.Embedding) and "position" in name) or name.split(".")[-1] in ("wpe", "embed_positions")
-        for name, module in backbone.named_modules()
+        (isinstance(child, nn.Embedding) and "position" in name) or name in ("wpe", "embed_positions")
+        for name, child in backbone.named_children()
     )

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from parscale import members
-from parscale.auto import backbone_class, backbone_config, class_named, config_class
+from parscale.auto import backbone_class, backbone_config, class_named, config_class, register_backbone
 from parscale.checks import (
     check_counts,
     check_fit,
@@ -151,6 +151,7 @@ def _full_config(checkpoint: Checkpoint) -> Any:
     if not isinstance(model_type, str):
         raise ValueError(f"{CONFIG} of {checkpoint} has no model_type: it is damaged.")
     config_class(model_type.removesuffix(TYPE_SUFFIX))  # says so if transformers does not know it
+    register_backbone(model_type.removesuffix(TYPE_SUFFIX))
     check_counts(checkpoint, fields, checkpoint.weights())
     with configuration_of(checkpoint):
         return AutoConfig.from_pretrained(checkpoint.name, trust_remote_code=False, **checkpoint.hub)

@@ -18,8 +18,11 @@ from parscale.backbones import backbone_only
 from parscale.cache_seam import rotary_tables, tables_moved
 from parscale.errors import UnsupportedModelError
 from parscale.layers import has_learned_positions, number_of_attention_layers
+from parscale.parallel import is_partitioned
 from parscale.transforms.base import Place, Transform
 
+AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
+EXACT, FEW_BITS = 1e-3, 5e-2  # up to there they are the same: in float32, in the shorter formats
 USER = 5  # frames from a warning here to the caller of wrap or add_streams
 
 
@@ -46,24 +49,21 @@ class PrefixTransform(Transform):
         """Reads the texts with the backbone, at positions -T..-1, and keeps the keys and values that attention sees."""
         state, streams, T = self.state, self.streams, self.streams.config.prefix_length
         init, name = streams.config.init, type(state.model).__name__
-        config = state.model.config.get_text_config()
-        positions = torch.arange(-T, 0)[None]
+        positions = torch.arange(-T, 0)
         tables = rotary_tables(state)
-        if tables:
+        learned = not tables and has_learned_positions(state.backbone)
+        reason = ""  # why such a start could be an approximation
+        if learned:
+            reason = (
+                f"{name} has learned positions, so init={init!r} is an approximation: the texts are read at positions "
+                f"0..{T - 1}, where the input's own tokens stand too."
+            )
+        elif number_of_attention_layers(state) < state.model.config.get_text_config().num_hidden_layers:
+            reason = (
+                f"{name} has layers without keys and values, which forget the texts: init={init!r} is an approximation."
+            )
+        if tables or learned:
             positions = positions + T
-        elif has_learned_positions(state.backbone):
-            warnings.warn(
-                f"{name} has learned positions, so init={init!r} is an approximation: the texts "
-                f"are read at positions 0..{T - 1}, where the input's own tokens stand too.",
-                stacklevel=USER,
-            )
-            positions = (positions + T).expand(streams.num_streams, -1)  # XLM wants them for each row
-        elif number_of_attention_layers(state) < config.num_hidden_layers:
-            warnings.warn(
-                f"{name} has layers without keys and values, which forget the texts: init={init!r} "
-                "is an approximation.",
-                stacklevel=USER,
-            )
         recorded: list[nn.Module] = []
 
         def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -79,10 +79,11 @@ class PrefixTransform(Transform):
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
         def run(positions: torch.Tensor) -> None:
+            rows = positions.to(texts.device).expand_as(texts)  # some look their row's up (Qwen4, XLM)
             with backbone_only(state), tables_moved(tables, T):
                 state.recorder = record
                 try:
-                    state.backbone(input_ids=texts, position_ids=positions.to(texts.device), use_cache=False)
+                    state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
                 finally:
                     state.recorder = None
 
@@ -94,11 +95,45 @@ class PrefixTransform(Transform):
             with _rotation_moved(state.backbone, -T):
                 run(positions + T)
         if len(recorded) > len(set(recorded)):
-            warnings.warn(
+            reason = (
                 f"{name} runs some attention layers more than once, with one prefix for all runs: init={init!r} is an "
-                "approximation.",
-                stacklevel=USER,
+                "approximation."
             )
+        error = None if learned else self._error_alone(texts)
+        if error is not None and error <= (FEW_BITS if state.hidden_dtype.itemsize < 4 else EXACT):
+            reason = ""
+        elif error is not None and not reason:
+            reason = (
+                f"init={init!r} is an approximation for {name}: after the text, the hidden states of a stream differ "
+                f"by {error:.0%} from those of the backbone that reads it (it does not keep all of a text in its keys "
+                "and values, has positions that are not relative, or a window that ends within the text)."
+            )
+        if reason:
+            warnings.warn(reason, stacklevel=USER)
+
+    def _error_alone(self, texts: torch.Tensor) -> float | None:
+        """How far each stream by itself is from the backbone that reads its text, on tokens that come after.
+
+        Returns:
+            The largest difference of hidden states, in units of the largest; ``None`` where the prefixes cannot run
+            yet, since their layers' heads or their values are spread over devices.
+        """
+        state = self.state
+        if any(layer.mesh is not None for layer in state.layers) or any(map(is_partitioned, state.model.parameters())):
+            return None
+        P, T = texts.shape
+        tokens = texts.roll(1, dims=0)[:, :AFTERWARDS]  # (P, S)
+        with backbone_only(state):
+            both = torch.cat([texts, tokens], dim=1)
+            read = state.backbone(input_ids=both, use_cache=False)[0][:, T:]  # (P, S, H)
+            state.active, state.aggregating = self.streams, False
+            try:
+                alone = state.backbone(input_ids=tokens, use_cache=False)[0]  # (P*P, S, H)
+            finally:
+                state.active, state.aggregating = None, True
+        each = torch.arange(P, device=alone.device)
+        alone = alone.unflatten(0, (P, P))[each, each]  # stream p on row p
+        return float((alone - read).abs().max() / read.abs().max())
 
 
 @contextlib.contextmanager
