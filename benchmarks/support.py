@@ -63,10 +63,11 @@ def results(found: dict[str, dict[str, Verdict]]) -> dict[str, Any]:
     return {"versions": versions, "classes": classes}
 
 
-def counts(classes: dict[str, Any], transform: str) -> dict[str, int]:
-    """Classes by verdict, of :func:`results`."""
-    verdicts = [fields[transform]["verdict"] for fields in classes.values()]
-    return {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, NOT, NOT_BUILT)}
+def counts(classes: dict[str, Any], *transforms: str) -> dict[str, int]:
+    """Classes by verdict, of :func:`results`: the best one under any of the transforms."""
+    best = (SUPPORTED, NOT, NOT_BUILT)
+    verdicts = [min((fields[x]["verdict"] for x in transforms), key=best.index) for fields in classes.values()]
+    return {verdict: verdicts.count(verdict) for verdict in best}
 
 
 def page(found: dict[str, Any]) -> str:
@@ -88,8 +89,8 @@ def page(found: dict[str, Any]) -> str:
         f"| | {SUPPORTED} | {NOT} | {NOT_BUILT} |",
         "|---|---|---|---|",
     ]
-    for transform in transforms:
-        lines.append(f"| {transform} | " + " | ".join(map(str, counts(classes, transform).values())) + " |")
+    for label, chosen in [*((transform, [transform]) for transform in transforms), ("any of them", transforms)]:
+        lines.append(f"| {label} | " + " | ".join(map(str, counts(classes, *chosen).values())) + " |")
     lines += [
         "",
         f"- **{', '.join(transforms)}**: what makes the streams differ. *yes*: every promise is kept; a number: the",

@@ -123,6 +123,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "ReformerModelWithLMHead": {
+        "hash_seed": 0,  # else it hashes otherwise at each call
         "attn_layers": ["local", "lsh"],
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],

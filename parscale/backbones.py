@@ -26,7 +26,7 @@ from parscale.errors import UnsupportedModelError
 from parscale.parallel import each_module_gathered
 
 if TYPE_CHECKING:
-    from parscale.streams import ParScaleState
+    from parscale.streams import ParScaleState, StreamSet
 
 TEXT, IMAGES, AUDIO = "input_ids", "pixel_values", "input_features"  # a model's main input, in transformers' words
 
@@ -73,8 +73,16 @@ def writes_text(model: Any) -> bool:
     )
 
 
-def run_briefly(state: ParScaleState, rows: int = 1) -> torch.Tensor:
-    """Runs the plain backbone on two tokens in each row, or on an image, or on silence.
+def run_briefly(
+    state: ParScaleState, rows: int = 1, streams: StreamSet | None = None, *, gradients: bool = False
+) -> torch.Tensor:
+    """Runs the backbone on two tokens in each row, or on an image, or on silence.
+
+    Args:
+        state: of the model.
+        rows: how many.
+        streams: a set to run with; by default the plain backbone.
+        gradients: whether the result can be differentiated.
 
     Returns:
         Its final hidden states ``(rows, S, H)``.
@@ -86,7 +94,8 @@ def run_briefly(state: ParScaleState, rows: int = 1) -> torch.Tensor:
     # transformers looks at positions and masks as if they had values, but not at those of fake tensors
     fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "meta" else contextlib.nullcontext()
     arguments: dict[str, Any] = {}
-    with backbone_only(state), fake:
+    with backbone_only(state), fake, torch.set_grad_enabled(gradients):
+        state.active = streams
         if state.encoder is not None:
             arguments["encoder_hidden_states"] = state.encoder(**_input(state.encoder, rows, device))[0]
         arguments |= _input(state.backbone, rows, device)

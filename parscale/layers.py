@@ -49,7 +49,7 @@ def attach_attention(state: ParScaleState) -> None:
         UnsupportedModelError: the backbone is none that streams run on.
     """
     names = {id(module): name for name, module in state.model.named_modules()}
-    modules = dict.fromkeys(module for part in state.parts for module in _modules(part))
+    modules = dict.fromkeys(module for part in state.parts for module in inner_modules(part))
     candidates = [module for module in modules if _looks_up_attention(module)]
     for module in candidates:
         module.config = AttentionConfig(module.config, state, type(module))
@@ -118,7 +118,7 @@ def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
     return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
 
 
-def _modules(part: nn.Module) -> Iterator[Any]:
+def inner_modules(part: nn.Module) -> Iterator[Any]:
     """Its modules, but for those of a further model in it with a head of its own.
 
     Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
@@ -126,7 +126,7 @@ def _modules(part: nn.Module) -> Iterator[Any]:
     yield part
     for child in part.children():
         if not (isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None):
-            yield from _modules(child)
+            yield from inner_modules(child)
 
 
 def _looks_up_attention(module: nn.Module) -> bool:

@@ -231,7 +231,7 @@ class ParScaleState:
         return (mixed, *args[1:])
 
     def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` and ``pooler_output`` too."""
+        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` and what heads take too."""
         self._masks.clear()
         streams = self.in_flight
         if streams is None:
@@ -252,14 +252,17 @@ class ParScaleState:
             """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""
             if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
                 return (*states[:-1], mixed)
-            if getattr(states, "shape", None) == (last.shape[0], last.shape[2]):  # those of one token, as they are
+            shape = getattr(states, "shape", ())
+            if shape == (last.shape[0], last.shape[2]):  # those of one token, as they are
                 return self._mixture(streams, streams.transform.before_pooling(states))
+            if len(shape) == 3 and shape[::2] == (last.shape[0], last.shape[2]):  # those that foresee (ProphetNet)
+                return self._mixture(streams, states)
             return states
 
         if isinstance(output, tuple):
             return (mixed, *map(with_mixed, output[1:]))
         output.last_hidden_state = mixed
-        for name in ("hidden_states", "pooler_output"):
+        for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram"):
             if getattr(output, name, None) is not None:
                 output[name] = with_mixed(output[name])
         return output

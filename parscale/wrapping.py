@@ -19,7 +19,13 @@ from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
 from parscale.inits import check_calibration, default_init, initialize
 from parscale.kernels.dispatch import Impl, check_impl
 from parscale.layers import attach_attention, detach_attention, held_configs, own_config
-from parscale.parallel import check_takes_parameters, distribute_streams, share_random_state, tensor_parallel_mesh
+from parscale.parallel import (
+    check_takes_parameters,
+    distribute_streams,
+    is_partitioned,
+    share_random_state,
+    tensor_parallel_mesh,
+)
 from parscale.peft import keep_streams_trainable
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 
@@ -209,13 +215,16 @@ def add(
     if name in state.sets:
         raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
     streams = StreamSet(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
-    if config.num_streams > 1:
-        streams.transform.places()  # says so if there are none
     check_calibration(state, streams, calibration)
     check_takes_parameters(state.model)
     mesh = tensor_parallel_mesh(state.model)
-    if mesh is not None and config.transform != PREFIX:
-        raise ValueError(f"A tensor-parallel model takes transform={PREFIX!r} only, got {config.transform!r}.")
+    if config.transform != PREFIX and (mesh is not None or any(map(is_partitioned, state.model.parameters()))):
+        raise ValueError(
+            f"A model that is split by tensor parallelism or ZeRO-3 takes transform={PREFIX!r} only, got "
+            f"{config.transform!r}."
+        )
+    if config.num_streams > 1:
+        streams.transform.places()  # says so if there are none
     if mesh is not None and config.seed is None:
         share_random_state(mesh)
     state.sets[name] = streams

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from parscale.backbones import run_briefly
+from parscale.errors import UnsupportedModelError
 from parscale.layers import has_learned_positions
 
 if TYPE_CHECKING:
@@ -62,6 +64,20 @@ class Transform:
 
     def attach(self) -> None:
         """Once its parameters exist: what it hangs into the model."""
+
+    def try_out(self) -> None:
+        """Runs the backbone with the streams, to see whether it can.
+
+        Raises:
+            UnsupportedModelError: it cannot.
+        """
+        try:
+            run_briefly(self.state, streams=self.streams)
+        except Exception as error:  # whatever the backbone does with what it does not expect
+            raise UnsupportedModelError(
+                f"{type(self.state.model).__name__} does not run with transform={self.streams.config.transform!r} "
+                f"({type(error).__name__}: {' '.join(str(error).split())}): use another one."
+            ) from error
 
     def detach(self) -> None:
         """Undoes :meth:`attach`."""

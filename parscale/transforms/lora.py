@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from parscale.backbones import backbone_only, run_briefly
+from parscale.backbones import run_briefly
 from parscale.errors import UnsupportedModelError
+from parscale.layers import inner_modules
 from parscale.transforms.base import Place, Transform
 
 ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each
@@ -45,6 +46,7 @@ class LoraTransform(Transform):
     def attach(self) -> None:
         """A hook on each linear layer."""
         self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.state.linears]
+        self.try_out()
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -79,19 +81,26 @@ class Linear:
 
 
 def _find_linears(state: Any) -> list[Linear]:
-    """The linear layers that a forward pass calls with one or more items of each row, row after row."""
+    """The linear layers that a forward pass calls with one or more items of each row, row after row.
+
+    Those that the result does not depend on smoothly are left out, such as the ones that choose tokens to attend to.
+    """
     found: dict[int, Linear] = {}
+    probes: dict[int, torch.Tensor] = {}
     paths = {id(module): path for path, module in state.model.named_modules()}
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = args[0] if args else None
         if not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
-            return
-        if x.shape[:-1] == output.shape[:-1] and x.ndim > 1 and x.shape[0] % ROWS == 0:
-            layer = Linear(paths[id(module)], module, x.shape[-1], output.shape[-1], output.device)
-            found.setdefault(id(module), layer)
+            return output
+        if x.shape[:-1] != output.shape[:-1] or x.ndim < 2 or x.shape[0] % ROWS != 0:
+            return output
+        layer = Linear(paths[id(module)], module, x.shape[-1], output.shape[-1], output.device)
+        found.setdefault(id(module), layer)
+        probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        return output + probes.setdefault(id(module), probe)
 
-    modules = {id(module): module for part in state.parts for module in part.modules()}
+    modules = {id(module): module for part in state.parts for module in inner_modules(part)}
     pooler = getattr(state.backbone, "pooler", None)  # sees the streams mixed
     mixed = {id(module) for module in pooler.modules()} if isinstance(pooler, nn.Module) else set()
     linears = [
@@ -101,13 +110,19 @@ def _find_linears(state: Any) -> list[Linear]:
     ]
     hooks = [module.register_forward_hook(record) for module in linears]
     try:
-        with backbone_only(state):
-            run_briefly(state, rows=ROWS)
+        hidden = run_briefly(state, rows=ROWS, gradients=True)
     finally:
         for hook in hooks:
             hook.remove()
     if not found:
         raise UnsupportedModelError(
-            f"No linear layer was found in {type(state.model).__name__}, so transform='lora' has no place in it."
+            f"No linear layer was found in {type(state.model).__name__} that runs on whole rows, so transform='lora' "
+            "has no place in it."
         )
-    return list(found.values())
+    if not hidden.requires_grad:
+        raise UnsupportedModelError(
+            f"{type(state.model).__name__} differentiates its layers by code of its own (reversibly), which does not know "
+            "of transform='lora': use another one."
+        )
+    gradients = torch.autograd.grad(hidden.sum(), list(probes.values()), allow_unused=True)
+    return [layer for layer, gradient in zip(found.values(), gradients, strict=True) if gradient is not None]

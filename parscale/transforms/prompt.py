@@ -12,6 +12,8 @@ Windows and chunks hide the prompt from tokens that are far from it, as they wou
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +23,17 @@ from parscale.errors import UnsupportedModelError
 from parscale.transforms.base import Place, Transform
 
 CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
-TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "visual_pos_masks")  # (R, S), zero for text
+# With one entry for each token; the prompt's are the first one's for languages, else zero.
+LANGUAGES = "langs"
+TOKENS = (
+    LANGUAGES,
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "visual_pos_masks",
+    "ple_input_ids",
+    "per_layer_inputs",
+)
 
 
 class PromptTransform(Transform):
@@ -38,7 +50,8 @@ class PromptTransform(Transform):
         """One, on the backbone."""
         state, config = self.state, self.streams.config
         embeddings = None if state.encoder is not None else _embeddings(state.backbone)
-        if embeddings is None or "inputs_embeds" not in state.positional:
+        pairs = "target_mapping" in state.positional  # of tokens, who foresees whom (XLNet)
+        if embeddings is None or "inputs_embeds" not in state.positional or pairs:
             raise UnsupportedModelError(
                 f"transform='prompt' needs a backbone that reads token ids or their embeddings, and "
                 f"{type(state.backbone).__name__} of {type(state.model).__name__} does not, or not alone: use "
@@ -47,6 +60,10 @@ class PromptTransform(Transform):
         width = embeddings.weight.shape[-1]
         shape = (config.num_streams, config.prefix_length, width)
         return [Place(state.backbone_name, state.backbone, "prompt", shape, state.hidden_dtype, state.hidden_device)]
+
+    def attach(self) -> None:
+        """Hangs nothing into the model, but tries it."""
+        self.try_out()
 
     def read(self, texts: torch.Tensor) -> None:
         """The embeddings of the texts."""
@@ -63,19 +80,26 @@ class PromptTransform(Transform):
                 "cache_implementation)."
             )
         if isinstance(cache, Cache):
-            cache.__dict__.pop("get_seq_length", None)  # the backbone counts the prompt
+            for name in OUTSIDE:
+                cache.__dict__.pop(name, None)  # the backbone counts the prompt
         self._cache = cache
-        embeds = arguments.get("inputs_embeds")
-        if embeds is None:
-            embeds = _embeddings(self.state.backbone)(arguments.pop("input_ids"))  # (R, S, H)
-        arguments = {name: value for name, value in arguments.items() if name != "input_ids"}
-        R, S = embeds.shape[:2]
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        if begins and mask is None and positions is not None and _restarts(positions):
-            return arguments | self._packed(embeds, positions)
+        if not begins and isinstance(cache, Cache) and any(cache.is_sliding) and _is_made(mask):
+            raise ValueError(
+                f"{type(self.state.model).__name__} makes masks of its own for layers with a window, which do not know "
+                "of a prompt that has left it: with a cache, use transform='prefix' or 'lora'."
+            )
+        embeds = arguments.get("inputs_embeds")
+        if embeds is None and begins:
+            arguments |= self._inputs_of_layers(arguments["input_ids"])
+            embeds = _embeddings(self.state.backbone)(arguments["input_ids"])  # (R, S, H)
+        R, S = (arguments["input_ids"] if embeds is None else embeds).shape[:2]
+        if embeds is not None and begins and mask is None and positions is not None and _restarts(positions):
+            return {name: x for name, x in arguments.items() if name != "input_ids"} | self._packed(embeds, positions)
         padding = _leading_zeros(mask) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None  # (R,)
         self._index = None
-        if begins:
+        if embeds is not None and begins:
+            arguments.pop("input_ids", None)
             prompt = self.parameters()[0].to(embeds.dtype).to(embeds.device)  # (P, T, H)
             prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
             embeds = _insert(prompt, embeds, padding)
@@ -84,13 +108,25 @@ class PromptTransform(Transform):
             for name in TOKENS:
                 if arguments.get(name) is not None:
                     value = arguments[name]
-                    arguments[name] = _insert(value.new_zeros(value.shape[0], T), value, padding)
-        arguments["inputs_embeds"] = embeds
+                    own = value[:, :1] if name == LANGUAGES else torch.zeros_like(value[:, :1])
+                    arguments[name] = _insert(own.repeat_interleave(T, dim=1), value, padding)
+            arguments["inputs_embeds"] = embeds
         if mask is not None:
             arguments["attention_mask"] = _extended(mask, T, begins, padding)
         if positions is not None:
             arguments["position_ids"] = self._positions(positions, begins, padding)
         return arguments
+
+    def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of ids ``(R, S)``, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
+        names, backbone = self.state.positional, self.state.backbone
+        if "ple_input_ids" in names:
+            return {"ple_input_ids": ids}
+        if "per_layer_inputs" in names and getattr(backbone, "hidden_size_per_layer_input", None):
+            given = {"input_ids": ids, "inputs_embeds": None}
+            taken = inspect.signature(backbone.get_per_layer_inputs).parameters
+            return {"per_layer_inputs": backbone.get_per_layer_inputs(**{k: v for k, v in given.items() if k in taken})}
+        return {}
 
     def _packed(self, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows ``(R, S, H)`` of several documents, whose positions start anew: each gets the prompt in front of it.
@@ -144,11 +180,16 @@ class PromptTransform(Transform):
         index, T = self._index, self.streams.config.prefix_length
         for cache in (self._cache, *(output if isinstance(output, tuple) else output.values())):
             if isinstance(cache, Cache):
-                cache.get_seq_length = functools.partial(_length_without, T, cache)  # type: ignore[method-assign]
+                for name, method in OUTSIDE.items():
+                    setattr(cache, name, functools.partial(method, T, cache))
         self._index = self._cache = None
-        if index is None:
-            return output
+        if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
+            raise ValueError("it foresees several tokens at once, and those of a prompt among them")  # ProphetNet
         whole = output[0].shape[1]  # T + S
+        if (
+            index is None or whole < index.shape[1]
+        ):  # or the last tokens' alone, where no others are asked for (Gemma 4)
+            return output
 
         def tokens(states: Any) -> Any:
             if isinstance(states, tuple | list) and states and not isinstance(states, Cache):
@@ -205,6 +246,22 @@ def _length_without(prompt_length: int, cache: Cache, layer_idx: int = 0) -> int
     """``cache.get_seq_length()`` for those outside the backbone: of the tokens alone."""
     length: int = type(cache).get_seq_length(cache, layer_idx)
     return max(length - prompt_length, 0)
+
+
+def _mask_sizes_without(prompt_length: int, cache: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
+    """``cache.get_mask_sizes(...)`` for those outside the backbone: length and offset of the tokens alone."""
+    length, offset = type(cache).get_mask_sizes(cache, query_length, layer_idx)
+    start = max(offset - prompt_length, 0)
+    return max(offset + length - prompt_length - start, query_length), start
+
+
+# What a cache says of itself while no backbone runs.
+OUTSIDE: dict[str, Callable[..., Any]] = {"get_seq_length": _length_without, "get_mask_sizes": _mask_sizes_without}
+
+
+def _is_made(mask: Any) -> bool:
+    """Whether a mask is one over pairs of tokens, that somebody made, and not one over tokens."""
+    return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim > 2)
 
 
 def _embeddings(backbone: Any) -> Any:
