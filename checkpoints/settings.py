@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from parscale.checkpoints.opening import EVERYTHING, LORA, STREAMS
 
-STREAMS_RATE, BACKBONE_RATE, LORA_RATE = 1e-2, 3e-5, 2e-4
+STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
+BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class TrainSettings:
         micro_batch_size: sequences that a device takes at once; by default its whole share of the batch.
         learning_rate: at its peak, of all that trains and is not of streams: by default 3e-5, of an adapter 2e-4. With
             a frozen backbone, of the streams.
-        streams_learning_rate: of the streams, at its peak; by default 1e-2.
+        streams_learning_rate: of the streams, at its peak; by default 1e-2, of prompts 1e-3, of low-rank differences
+            3e-3.
         weight_decay: of the backbone's matrices.
         warmup: the share of steps in which the learning rate rises; after it, it is constant.
         decay: the share of steps at the end in which it falls to zero.
@@ -114,13 +116,16 @@ class TrainSettings:
         """`"streams"`, `"lora"` or `"everything"`."""
         return STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
 
-    @property
-    def rates(self) -> tuple[float, float]:
-        """The peak learning rates of the streams' parameters and of all others."""
+    def rates(self, transform: str) -> tuple[float, float]:
+        """The peak learning rates of the streams' parameters and of all others.
+
+        Args:
+            transform: what makes the streams differ.
+        """
         of_streams = self.streams_learning_rate
         if of_streams is None:
             given = self.learning_rate if self.trains == STREAMS else None
-            of_streams = STREAMS_RATE if given is None else given
+            of_streams = STREAMS_RATES[transform] if given is None else given
         rest = self.learning_rate
         if rest is None:
             rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE

@@ -105,7 +105,9 @@ def train(
         measured = {name: _measured_blocks(source, encode, length, settings) for name, source in texts.items()}
     micro = _micro_batch(settings, state.num_processes)
 
-    described = _described(checkpoint, settings, bf16, length, steps, digest)
+    active = model.parscale.active if hasattr(model, "parscale") else None
+    rates = settings.rates("prefix" if active is None else active.config.transform)
+    described = _described(checkpoint, settings, rates, bf16, length, steps, digest)
     newest = _begin(run, described, state, resume=resume)
     watch, interruption = Watch(run, settings.batch_size * length, console), Interruption()
     trainer = StreamsTrainer(
@@ -123,7 +125,7 @@ def train(
         ),
         run=run,
         tokenizer=tokenizer,
-        rates=settings.rates,
+        rates=rates,
         weight_decay=settings.weight_decay,
         keep=settings.keep_checkpoints,
         texts=measured,
@@ -292,10 +294,16 @@ def _micro_batch(settings: TrainSettings, processes: int) -> int:
 
 
 def _described(
-    checkpoint: str, settings: TrainSettings, bf16: bool, length: int, steps: int, digest: str | None
+    checkpoint: str,
+    settings: TrainSettings,
+    rates: tuple[float, float],
+    bf16: bool,
+    length: int,
+    steps: int,
+    digest: str | None,
 ) -> dict[str, Any]:
     """What a run is started with, as far as its result depends on it."""
-    of_streams, rest = settings.rates
+    of_streams, rest = rates
     return {
         "checkpoint": checkpoint,
         "trains": settings.trains,

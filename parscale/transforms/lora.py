@@ -119,10 +119,11 @@ def _find_linears(state: Any) -> list[Linear]:
             f"No linear layer was found in {type(state.model).__name__} that runs on whole rows, so transform='lora' "
             "has no place in it."
         )
-    if not hidden.requires_grad:
+    try:
+        gradients = torch.autograd.grad(hidden.sum(), list(probes.values()), allow_unused=True)
+    except RuntimeError as error:  # Reformer runs its layers again, backwards
         raise UnsupportedModelError(
-            f"{type(state.model).__name__} differentiates its layers by code of its own (reversibly), which does not know "
-            "of transform='lora': use another one."
-        )
-    gradients = torch.autograd.grad(hidden.sum(), list(probes.values()), allow_unused=True)
+            f"{type(state.model).__name__} differentiates its layers by code of its own, which does not know of "
+            f"transform='lora' ({error}): use another one."
+        ) from error
     return [layer for layer, gradient in zip(found.values(), gradients, strict=True) if gradient is not None]
