@@ -299,7 +299,7 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
 
 def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, AttentionLayer]]:
     names = {id(module): name for name, module in state.model.named_modules()}
-    takes_cache = [module for module in state.backbone.modules() if _takes_cache(module)]
+    takes_cache = [module for part in state.parts for module in part.modules() if _takes_cache(module)]
     candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
     found: dict[int, AttentionLayer] = {}
 

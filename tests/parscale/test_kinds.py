@@ -178,7 +178,9 @@ transformers.AttentionMaskInterface.register("by_hand", eager_mask)
 def expected_of(kind, model, **arguments):
     """The plain model's output where its backbone gives what the streams, run one by one, mix to."""
     plain, tensors, hidden = kind.plain(), tensors_of(model), []
-    plain.set_attn_implementation("by_hand")
+    for module in plain.modules():  # T5's encoder and decoder have configurations of their own
+        if "config" in module.__dict__:
+            module.config._attn_implementation = "by_hand"
     backbone = plain.get_submodule(model.parscale.backbone_name)
     pooler = getattr(backbone, "pooler", None)
     keep = backbone.register_forward_hook(lambda module, args, output: hidden.append(output[0].double()))
