@@ -1,4 +1,4 @@
-"""Conversion: a causal language model's checkpoint is read, gets parallel streams, and is saved with its tokenizer."""
+"""Conversion: a model's checkpoint is read, gets parallel streams, and is saved with its tokenizer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def convert(
             calibration = calibration_ids(
                 documents, require_tokenizer(tokenizer, source), config.num_streams, config.prefix_length
             )
-        model = load_plain(source)
+        model = load_plain(source, any_task=True)
         backbone_parameters = _count(model.parameters())
         wrap(model, config, calibration=calibration)
         if streams_only:

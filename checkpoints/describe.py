@@ -76,6 +76,10 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     model_type = str(fields.get("model_type")).removesuffix(TYPE_SUFFIX)
     classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     name = classes[0] if isinstance(classes, tuple) else classes
+    architectures = fields.get("architectures")
+    saved = architectures[0] if isinstance(architectures, list) and architectures else None
+    if isinstance(saved, str) and not saved.endswith("ParScaleForCausalLM"):
+        name = saved.replace("ParScale", "", 1)
     return {"class": name, "model_type": model_type, "name": "in this folder"}
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
 from parscale.checkpoints.describe import describe, kind_of
-from parscale.checkpoints.reading import load_any
+from parscale.checkpoints.reading import load_any, require_language_model
 from parscale.checkpoints.trained import has_streams
 from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
@@ -65,7 +65,7 @@ def open_for_training(
         The wrapped or plain model, with an adapter on it for `"lora"`.
 
     Raises:
-        ValueError: the checkpoint is damaged, or a package that is needed is missing.
+        ValueError: the checkpoint is damaged or no causal language model, or a package that is needed is missing.
         OSError: there is no such checkpoint.
     """
     dtype = None if keep_dtype and trains != EVERYTHING else torch.float32
@@ -74,6 +74,7 @@ def open_for_training(
         model = _quantized(checkpoint, quantize, dtype, options)
     else:
         model = load_any(checkpoint, dtype=dtype, **options)
+    require_language_model(model, checkpoint)
     if trains != EVERYTHING and has_streams(model):  # as it is loaded, all but inactive sets trains
         model.freeze_backbone()
     for parameter in model.parameters():

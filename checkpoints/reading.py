@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from parscale import load
+from parscale.auto import class_named
+from parscale.backbones import writes_text
 from parscale.checkpoints.describe import PLAIN, kind_of
 from parscale.checkpoints.text import Document
 from parscale.folders import CONFIG, Checkpoint
@@ -30,7 +32,7 @@ def open_checkpoint(
         device: where to put the model; by default on a GPU if there is one.
 
     Raises:
-        ValueError: there is no such set of streams or device, or the checkpoint is damaged.
+        ValueError: there is no such set of streams or device, or the checkpoint is damaged or no causal language model.
         OSError: there is no such checkpoint.
     """
     place = _device(device)
@@ -38,6 +40,7 @@ def open_checkpoint(
     if is_plain and streams not in (None, STREAMS_OFF):
         raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; leave the set out.")
     model = load_any(checkpoint)
+    require_language_model(model, checkpoint)
     if not is_plain and streams is not None:
         model.set_streams(None if streams == STREAMS_OFF else streams)
     return model.to(place).eval(), find_tokenizer(checkpoint)
@@ -59,12 +62,26 @@ def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: An
     return read(checkpoint, dtype=dtype, **options)
 
 
-def load_plain(source: str, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """A causal language model without streams.
+def require_language_model(model: Any, checkpoint: str) -> None:
+    """Refuses what does not read and write text, such as an encoder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not writes_text(model):
+        raise ValueError(
+            f"{checkpoint} holds a {type(model).__name__}, and this is for causal language models: use it from Python, "
+            "by parscale.load."
+        )
+
+
+def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool = False, **options: Any) -> Any:
+    """A model without streams.
 
     Args:
         source: a folder, or a name on the Hugging Face Hub.
         dtype: as saved unless given.
+        any_task: of the class that it was saved from, also an encoder; otherwise a causal language model.
         **options: for `from_pretrained`.
 
     Raises:
@@ -73,10 +90,10 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, **options: Any)
     checkpoint = Checkpoint(source)
     if checkpoint.folder is not None:
         checkpoint.weights()  # damage is found here, before any weight is allocated
+    reader: Any = _own_class(checkpoint) if any_task else AutoModelForCausalLM
+    options |= {} if reader is not AutoModelForCausalLM else {"trust_remote_code": False}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **options
-        )
+        loaded: Any = reader.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:  # of tensors in other shapes than the configuration says
@@ -90,6 +107,14 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, **options: Any)
     if unknown := sorted(report["unexpected_keys"]):
         warnings.warn(f"{source} holds {_few(unknown)}, which a {type(model).__name__} does not use.", stacklevel=2)
     return model
+
+
+def _own_class(checkpoint: Checkpoint) -> Any:
+    """The class that a plain checkpoint names, unless that is what ``AutoModelForCausalLM`` chooses."""
+    names = checkpoint.read_json(CONFIG).get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls = None if str(name).endswith(("ForCausalLM", "LMHeadModel")) else class_named(name)
+    return AutoModelForCausalLM if cls is None else cls
 
 
 def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:

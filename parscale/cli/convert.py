@@ -31,7 +31,7 @@ def convert(
     seed: Seed = None,
     json: Json = False,
 ) -> None:
-    """Recycle a checkpoint: give a causal language model P parallel streams and save it."""
+    """Recycle a checkpoint: give a model P parallel streams and save it."""
     from parscale.checkpoints.convert import convert as convert_checkpoint
     from parscale.config import ParScaleConfig
 

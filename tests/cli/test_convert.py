@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -262,3 +263,39 @@ def test_nothing_is_left_when_saving_stops(backbone, tmp_path, capsys, monkeypat
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert "interrupted" in printed or "No space left on device" in printed
+
+
+def test_an_encoder(tmp_path, capsys):
+    """Of the class that it was saved from; what is for text that it does not write says so."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    arguments = ["convert", str(tmp_path / "plain"), str(tmp_path / "wide"), "--num-streams", "2", "--json"]
+    assert run(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backbone"] == "BertForMaskedLM"
+    assert report["init"] == "random"
+    model, ids = parscale.load(tmp_path / "wide"), torch.arange(12).view(2, 6)
+    assert type(model) is transformers.BertForMaskedLM
+    with torch.no_grad(), model.use_streams(None):
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert run(["info", str(tmp_path / "wide"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backbone"]["class"] == "BertForMaskedLM"
+    (tmp_path / "text.txt").write_text("text")
+    for command in (["eval", "--data", str(tmp_path / "text.txt")], ["generate", "--prompt", "x"]):
+        assert run([command[0], str(tmp_path / "wide"), *command[1:]]) == 2
+        assert "holds a BertForMaskedLM, and this is for causal language models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("transform", ["prompt", "lora"])
+def test_transforms(backbone, tmp_path, capsys, transform):
+    arguments = ["--num-streams", "2", "--prefix-length", "4", "--transform", transform, "--rank", "3", "--json"]
+    assert convert(backbone, tmp_path / "wide", *arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["transform"] == transform
+    assert report["init"] == {"prompt": "documents", "lora": "random"}[transform]
+    assert report.get("prefix_length", report.get("rank")) == {"prompt": 4, "lora": 3}[transform]
+    active = parscale.load(tmp_path / "wide").parscale.active
+    own = sum(parameter.numel() for parameter in active.transform.parameters())
+    assert report["parameters"][{"prompt": "prompts", "lora": "low_rank"}[transform]] == own > 0
