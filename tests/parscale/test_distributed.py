@@ -113,12 +113,26 @@ def test_the_trainer_under_ddp_and_fsdp2(backbones):
 
 
 @pytest.mark.slow
+def test_prompts_and_low_rank_differences_under_ddp_and_fsdp2(backbones):
+    worker = imported("train")
+    one = {transform: worker.train(backbones, f"one-{transform}") for transform in ("prompt", "lora")}
+    runs = [f"{kind}-{transform}" for kind in ("ddp", "fsdp2") for transform in one]
+    launch(2, "train", backbones, *runs)
+    for run in runs:
+        kind, transform = run.split("-")
+        actual = check_run(backbones, run, one[transform], f"one-{transform}", steps=4)
+        assert actual["processes"] == 2
+        assert actual["sharded"] == (kind == "fsdp2")
+
+
+@pytest.mark.slow
 def test_tensor_parallelism(backbones):
     worker = imported("tensor_parallel")
     out = backbones / "tensor-parallel-1"
     expected = worker.run(backbones, out)
     launch(2, "tensor_parallel", backbones)
     actual = figures(backbones, "tensor-parallel-2")
+    assert "tensor parallelism or ZeRO-3 takes transform='prefix' only, got 'lora'" in actual.pop("refused")
     assert actual.keys() == expected.keys()
     assert [actual[f"{name} heads here"] for name in worker.BACKBONES] == [1, 1, 2]
     assert actual["all of them DTensors"]

@@ -79,6 +79,11 @@ def run(root: Path, out: Path) -> dict[str, Any]:
         figures["further set"] = loss_of(model)
     figures["all of them DTensors"] = all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
 
+    try:
+        model.add_streams("low-rank", 2, transform="lora")
+        model.set_streams("default")
+    except ValueError as error:
+        figures["refused"] = str(error)
     split = {"tp_plan": "auto"} if processes() > 1 else {}
     saved_by_one = root / "tensor-parallel-1"
     model = parscale.load(saved_by_one / "full", **split)
