@@ -41,10 +41,9 @@ class PromptTransform(Transform):
 
     def __init__(self, state: Any, streams: Any) -> None:
         super().__init__(state, streams)
-        self._index: torch.Tensor | None = (
-            None  # (R, S), where the tokens of the pass under way stand; None: everywhere
-        )
-        self._cache: Any = None  # of the pass under way
+        # Of the pass under way: where the tokens stand, (R, S), None for everywhere; and the cache.
+        self._index: torch.Tensor | None = None
+        self._cache: Any = None
 
     def places(self) -> list[Place]:
         """One, on the backbone."""
@@ -71,50 +70,58 @@ class PromptTransform(Transform):
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Puts the prompt in front of the tokens, in the first pass of a cache, and moves positions and masks."""
-        T, P = self.streams.config.prefix_length, self.streams.config.num_streams
-        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
-        begins = is_empty(cache)
-        if isinstance(cache, StaticCache):
+        T = self.streams.config.prefix_length
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        self._index, self._cache = None, next((arguments[x] for x in CACHES if arguments.get(x) is not None), None)
+        begins = is_empty(self._cache)
+        self._check_cache(mask, begins)
+        if isinstance(self._cache, Cache):
+            for name in OUTSIDE:
+                self._cache.__dict__.pop(name, None)  # the backbone counts the prompt
+        if begins:
+            return self._begin(arguments, mask, positions)
+        padding = _leading_zeros(mask)
+        moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
+        return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
+
+    def _check_cache(self, mask: Any, begins: bool) -> None:
+        if isinstance(self._cache, StaticCache):
             raise ValueError(
                 "A static cache has no room for the tokens of transform='prompt': use a dynamic one (leave out "
                 "cache_implementation)."
             )
-        if isinstance(cache, Cache):
-            for name in OUTSIDE:
-                cache.__dict__.pop(name, None)  # the backbone counts the prompt
-        self._cache = cache
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        if not begins and isinstance(cache, Cache) and any(cache.is_sliding) and _is_made(mask):
+        made = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim > 2)
+        if made and not begins and isinstance(self._cache, Cache) and any(self._cache.is_sliding):
             raise ValueError(
                 f"{type(self.state.model).__name__} makes masks of its own for layers with a window, which do not know "
                 "of a prompt that has left it: with a cache, use transform='prefix' or 'lora'."
             )
-        embeds = arguments.get("inputs_embeds")
-        if embeds is None and begins:
-            arguments |= self._inputs_of_layers(arguments["input_ids"])
-            embeds = _embeddings(self.state.backbone)(arguments["input_ids"])  # (R, S, H)
-        R, S = (arguments["input_ids"] if embeds is None else embeds).shape[:2]
-        if embeds is not None and begins and mask is None and positions is not None and _restarts(positions):
-            return {name: x for name, x in arguments.items() if name != "input_ids"} | self._packed(embeds, positions)
-        padding = _leading_zeros(mask) if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None  # (R,)
-        self._index = None
-        if embeds is not None and begins:
-            arguments.pop("input_ids", None)
-            prompt = self.parameters()[0].to(embeds.dtype).to(embeds.device)  # (P, T, H)
-            prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
-            embeds = _insert(prompt, embeds, padding)
-            columns = torch.arange(S, device=embeds.device).expand(R, -1)
-            self._index = columns + (T if padding is None else T * (columns >= padding[:, None]))
-            for name in TOKENS:
-                if arguments.get(name) is not None:
-                    value = arguments[name]
-                    own = value[:, :1] if name == LANGUAGES else torch.zeros_like(value[:, :1])
-                    arguments[name] = _insert(own.repeat_interleave(T, dim=1), value, padding)
-            arguments["inputs_embeds"] = embeds
+
+    def _begin(self, arguments: dict[str, Any], mask: Any, positions: torch.Tensor | None) -> dict[str, Any]:
+        """The arguments of a first pass: embeddings of prompt and tokens in place of ids."""
+        T, P = self.streams.config.prefix_length, self.streams.config.num_streams
+        arguments = dict(arguments)
+        ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
+        if embeds is None:
+            arguments |= self._inputs_of_layers(ids)
+            embeds = _embeddings(self.state.backbone)(ids)  # (R, S, H)
+        if mask is None and positions is not None and _restarts(positions):
+            return arguments | self._packed(embeds, positions)
+        padding, (R, S) = _leading_zeros(mask), embeds.shape[:2]
+        prompt = self.parameters()[0].to(embeds.dtype).to(embeds.device)  # (P, T, H)
+        prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
+        arguments["inputs_embeds"] = _insert(prompt, embeds, padding)
+        columns = torch.arange(S, device=embeds.device).expand(R, -1)
+        self._index = columns + (T if padding is None else T * (columns >= padding[:, None]))
+        for name in TOKENS:
+            if arguments.get(name) is not None:
+                value = arguments[name]
+                own = value[:, :1] if name == LANGUAGES else torch.zeros_like(value[:, :1])
+                arguments[name] = _insert(own.repeat_interleave(T, dim=1), value, padding)
         if mask is not None:
-            arguments["attention_mask"] = _extended(mask, T, begins, padding)
+            arguments["attention_mask"] = _extended(mask, T, True, padding)
         if positions is not None:
-            arguments["position_ids"] = self._positions(positions, begins, padding)
+            arguments["position_ids"] = self._positions(positions, padding)
         return arguments
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -155,11 +162,9 @@ class PromptTransform(Transform):
         both = torch.cat([prompt.repeat_interleave(R // P, dim=0), embeds], dim=1)  # (R, T + S, H)
         return {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
 
-    def _positions(self, positions: torch.Tensor, begins: bool, padding: torch.Tensor | None) -> torch.Tensor:
+    def _positions(self, positions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         """Positions ``([3,] R or 1, S)`` moved by T, behind those of the prompt."""
         T = self.streams.config.prefix_length
-        if not begins:
-            return positions + T
         own = torch.arange(T, device=positions.device).expand(*positions.shape[:-1], -1)
         if padding is None or positions.ndim == 3:
             return torch.cat([own, positions + T], dim=-1)
@@ -185,33 +190,38 @@ class PromptTransform(Transform):
         self._index = self._cache = None
         if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
             raise ValueError("it foresees several tokens at once, and those of a prompt among them")  # ProphetNet
-        whole = output[0].shape[1]  # T + S
-        if (
-            index is None or whole < index.shape[1]
-        ):  # or the last tokens' alone, where no others are asked for (Gemma 4)
+        whole = output[0].shape[1]  # T + S, or those of the last tokens, where no others are asked for (Gemma 4)
+        if index is None or whole < index.shape[1]:
             return output
-
-        def tokens(states: Any) -> Any:
-            if isinstance(states, tuple | list) and states and not isinstance(states, Cache):
-                return type(states)(map(tokens, states))
-            if not isinstance(states, torch.Tensor) or states.ndim < 2:
-                return states
-            if states.shape[0] == index.shape[0] and states.ndim == 3 and states.shape[1] == whole:
-                return _gather(states, index)
-            if states.ndim == 4 and states.shape[2] == whole:  # attention weights (R, heads, T + S, T + S)
-                return (
-                    _gather(states.transpose(1, 2).flatten(2), index).unflatten(2, states.shape[1::2]).transpose(1, 2)
-                )
-            if states.ndim == 2 and states.shape[0] == index.shape[0] * whole:  # router logits
-                return _gather(states.unflatten(0, (-1, whole)), index).flatten(0, 1)
-            return states
-
         if isinstance(output, tuple):
-            return tokens(output)
+            return _of_tokens(output, index, whole)
         for name in ("last_hidden_state", "hidden_states", "attentions", "router_logits"):
             if output.get(name) is not None:
-                output[name] = tokens(output[name])
+                output[name] = _of_tokens(output[name], index, whole)
         return output
+
+
+def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
+    """What has one entry for each token of the prompt and the text, without the prompt's.
+
+    Args:
+        states: hidden states ``(R, T + S, H)``, attention weights ``(R, heads, T + S, T + S)`` (of which columns stay),
+            router logits ``(R*(T + S), E)``, or a tuple of such for the layers; anything else comes back as it is.
+        index: ``(R, S)``, where the tokens stand.
+        whole: T + S.
+    """
+    if isinstance(states, tuple | list) and not isinstance(states, Cache):
+        return type(states)(_of_tokens(one, index, whole) for one in states)
+    if not isinstance(states, torch.Tensor):
+        return states
+    if states.ndim == 3 and states.shape[:2] == (index.shape[0], whole):
+        return _gather(states, index)
+    if states.ndim == 4 and states.shape[2] == whole:
+        rows = states.transpose(1, 2).flatten(2)  # (R, T + S, heads * (T + S))
+        return _gather(rows, index).unflatten(2, states.shape[1::2]).transpose(1, 2)
+    if states.ndim == 2 and states.shape[0] == index.shape[0] * whole:
+        return _gather(states.unflatten(0, (-1, whole)), index).flatten(0, 1)
+    return states
 
 
 def is_empty(cache: Any) -> bool:
@@ -259,11 +269,6 @@ def _mask_sizes_without(prompt_length: int, cache: Cache, query_length: int, lay
 OUTSIDE: dict[str, Callable[..., Any]] = {"get_seq_length": _length_without, "get_mask_sizes": _mask_sizes_without}
 
 
-def _is_made(mask: Any) -> bool:
-    """Whether a mask is one over pairs of tokens, that somebody made, and not one over tokens."""
-    return isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim > 2)
-
-
 def _embeddings(backbone: Any) -> Any:
     try:
         embeddings = backbone.get_input_embeddings()
@@ -272,8 +277,10 @@ def _embeddings(backbone: Any) -> Any:
     return embeddings if getattr(embeddings, "weight", None) is not None and embeddings.weight.ndim == 2 else None
 
 
-def _leading_zeros(mask: torch.Tensor) -> torch.Tensor:
-    """How many zeros each row ``(R, K)`` begins with, ``(R,)``."""
+def _leading_zeros(mask: Any) -> torch.Tensor | None:
+    """How many zeros each row of a mask ``(R, K)`` begins with, ``(R,)``; ``None`` for another mask or none."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
     return (mask.cumsum(-1) == 0).sum(-1)
 
 
