@@ -10,7 +10,7 @@ ALL_CODE := $(CODE) $(wildcard examples benchmarks tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit lint format typecheck bench gpu-check build clean
+.PHONY: help setup quickstart test unit lint format typecheck bench support gpu-check build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ typecheck: $(READY) ## Check types
 
 bench: $(READY) ## Measure what the streams cost on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/overhead.json
+
+support: $(READY) ## Examine every architecture, and write docs/architectures.md; two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/support.py --jobs $(JOBS) --output docs/architectures.md
 
 gpu-check: $(READY) ## The GPU tests and benchmarks; RELEASED=FOLDER times the released code too
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \

@@ -67,6 +67,29 @@ def test_the_figures_of_the_starts_are_those_on_file():
         assert all(f"| {figure} |" in table for figure in (before, code, prose)), row
 
 
+def test_the_figures_of_the_transforms_are_those_on_file():
+    script = ROOT / "benchmarks" / "transforms.py"
+    table = subprocess.run([sys.executable, script, "--table"], capture_output=True, text=True, check=True).stdout
+    assert table.strip() in README
+
+
+def test_the_counts_of_architectures_are_those_on_file():
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    (classes, built, some, prefix) = map(
+        int,
+        re.search(
+            r"of the (\d+) classes .*?, (\d+) can be\s+built .*?, and (\d+) of.*?; (\d+) by a prefix", README, re.S
+        ).groups(),
+    )
+    counts = {
+        row[0]: [int(cell) for cell in row[1:]]
+        for row in re.findall(r"^\| ([a-z ]+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.M)
+    }
+    assert sum(counts["prefix"]) == classes
+    assert sum(counts["prefix"][:2]) == built
+    assert (counts["any of them"][0], counts["prefix"][0]) == (some, prefix)
+
+
 def test_the_figures_of_the_memory_are_those_on_file():
     table = (ROOT / "benchmarks" / "results" / "training_memory.md").read_text()
     rows = re.findall(r"^\| (?:Qwen2.5-3B|Llama-3.1-\w+) \|.*$", README, flags=re.MULTILINE)
