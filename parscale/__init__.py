@@ -1,4 +1,4 @@
-"""Parallel streams for any Hugging Face causal language model.
+"""Parallel streams for any Hugging Face model.
 
     from parscale import wrap
 

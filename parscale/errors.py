@@ -2,4 +2,4 @@
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot carry streams: it is no Hugging Face model, or no attention was found in it."""
+    """The model cannot carry streams: it is no Hugging Face model, or has no place for what makes them differ."""

@@ -224,10 +224,14 @@ class ParScaleState:
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
-        if self.in_flight is None or not self.aggregating:
+        streams, states = self.in_flight, args[0]
+        if streams is None or not self.aggregating:
             return None
-        mixed = self._mixture(self.in_flight, self.in_flight.transform.before_pooling(args[0]))
-        self._pooled = (args[0], mixed)
+        if states.ndim == 3 and states.shape[1] == self.hidden_size != states.shape[2]:  # (P*B, H, S), of Swin
+            mixed = self._mixture(streams, streams.transform.before_pooling(states.mT)).mT
+        else:
+            mixed = self._mixture(streams, streams.transform.before_pooling(states))
+            self._pooled = (states, mixed)
         return (mixed, *args[1:])
 
     def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

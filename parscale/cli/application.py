@@ -25,7 +25,7 @@ from parscale.cli.train import train
 
 app = typer.Typer(
     name="parscale",
-    help="Parallel streams for any Hugging Face causal language model.",
+    help="Parallel streams for any Hugging Face model.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

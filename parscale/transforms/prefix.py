@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.backbones import backbone_only
+from parscale.backbones import backbone_only, writes_text
 from parscale.cache_seam import rotary_tables, tables_moved
 from parscale.errors import UnsupportedModelError
 from parscale.layers import has_learned_positions, number_of_attention_layers
@@ -39,6 +39,11 @@ class PrefixTransform(Transform):
             for layer in self.state.layers
             for name, size in (("prefix_k", layer.key_size), ("prefix_v", layer.value_size))
         ]
+
+    def attach(self) -> None:
+        """Hangs nothing into the model, but tries one that pools or decodes in ways of its own."""
+        if not writes_text(self.state.model):
+            self.try_out()
 
     def longest_text(self) -> int | None:
         """As many tokens as there are positions; a table that rotates keys has to hold the first token's too."""

@@ -25,6 +25,16 @@ SIZES = {
     "num_labels": 3,
 }
 PICTURES = {**SIZES, "image_size": 8, "patch_size": 4}
+SWIN = {
+    "image_size": 8,
+    "patch_size": 1,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "num_labels": 3,
+    "drop_path_rate": 0.0,
+}
 COMMON = {
     "vocab_size": 96,
     "d_model": 32,
@@ -120,6 +130,7 @@ KINDS = {
         Kind("ViTForImageClassification", "ViT", PICTURES, pictures, "AutoModelForImageClassification"),
         Kind("Dinov2Model", "Dinov2", PICTURES, pictures, "AutoModel"),
         Kind("Dinov2ForImageClassification", "Dinov2", PICTURES, pictures, "AutoModelForImageClassification"),
+        Kind("SwinForImageClassification", "Swin", SWIN, pictures, "AutoModelForImageClassification"),
         Kind("T5ForConditionalGeneration", "T5", T5, pair, "AutoModelForSeq2SeqLM"),
         Kind("BartForConditionalGeneration", "Bart", BART, pair, "AutoModelForSeq2SeqLM"),
         Kind("BartModel", "Bart", BART, pair, "AutoModel"),
@@ -203,7 +214,9 @@ def expected_of(kind, model, **arguments):
     def replace(module, args, output):
         output.last_hidden_state = mixed
         if output.get("pooler_output") is not None:
-            output.pooler_output = mixed[:, 0] if pooler is None else pooler(mixed)
+            averages = isinstance(pooler, nn.AdaptiveAvgPool1d)  # of Swin
+            pooled = mixed[:, 0] if pooler is None else pooler(mixed.mT).flatten(1) if averages else pooler(mixed)
+            output.pooler_output = pooled
         return output
 
     backbone.register_forward_hook(replace)
