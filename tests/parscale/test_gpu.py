@@ -46,6 +46,23 @@ def test_prefill_and_decoding_in_float32(name, zoo):
     zoo.close(along(model, zoo.token_ids()), along(exact, zoo.token_ids()), 1e-3)  # a GPU's float32 products
 
 
+@pytest.mark.parametrize("transform", ["prompt", "lora"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_other_transforms_in_float32(name, transform, zoo):
+    family = zoo.FAMILIES[name]
+    model = parscale.wrap(family.build("sdpa"), zoo.P, prefix_length=zoo.T, init="random", seed=0, transform=transform)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parscale.tensors(model.parscale.active).values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    exact = copy.deepcopy(model).double()
+    exact.parscale.kernels = "reference"
+    exact.config._experts_implementation = "eager"
+    model.to(DEVICE)
+    zoo.close(along(model, zoo.token_ids()), along(exact, zoo.token_ids()), 1e-3)
+    assert model.generate(zoo.token_ids().to(DEVICE), max_new_tokens=3, pad_token_id=0).shape[0] == zoo.B
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2"])
 def test_half_precision_errs_as_plain_torch_does(name, dtype, zoo):

@@ -393,6 +393,18 @@ def test_compiled_in_one_graph(zoo, transform):
         zoo.close(compiled(input_ids=ids, use_cache=False).logits, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("transform", ["prompt", "lora"])
+def test_on_the_meta_device(model_and_plain, transform):
+    solid, plain = model_and_plain
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+    for each in (model, solid):
+        parscale.wrap(each, 2, prefix_length=3, init="random", transform=transform)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    shapes = [{name: tensor.shape for name, tensor in each.named_parameters()} for each in (model, solid)]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
