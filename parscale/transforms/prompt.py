@@ -230,10 +230,18 @@ def is_empty(cache: Any) -> bool:
         return True
     if not isinstance(cache, Cache):  # of a model's own kind (RWKV, xLSTM)
         return not getattr(cache, "seqlen_offset", True)
-    try:
+    layers = getattr(cache, "layers", None)
+    if layers is None:  # of an encoder and a decoder
         return int(type(cache).get_seq_length(cache)) == 0
-    except ValueError:  # no layer has keys and values
-        return not cache.has_previous_state()
+    return not any(map(_is_filled, layers))
+
+
+def _is_filled(layer: Any) -> bool:
+    """Whether a layer of a cache has keys and values, or the state that a recurrent one carries along."""
+    carried = getattr(layer, "has_previous_state", False)
+    if any(carried.values()) if isinstance(carried, dict) else bool(carried):
+        return True
+    return hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0
 
 
 def _restarts(positions: torch.Tensor) -> bool:
