@@ -5,8 +5,8 @@ with its backbone frozen or not, at each of the learning rates named. Loss is me
 prose; differences from the untouched backbone are paired by document. Runs that the results file has already are not
 repeated.
 
-Speed is that of a training step (the backbone frozen), of reading a text and of decoding a token, each held against the
-plain backbone at batch P*B in the same process: the fastest of alternating turns counts.
+Speed is measured as in `overhead.py`: a training step, a prefill and the decoding of a token, each held against the
+plain backbone at batch P*B with the same tensors.
 
     python benchmarks/transforms.py --seeds 0 --rates 1e-3 3e-3 1e-2 3e-2
     python benchmarks/transforms.py --seeds 0 1 2 --rates-of prefix=1e-2 prompt=1e-3 lora=3e-3
@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -31,8 +29,8 @@ from typing import Any
 import torch
 import transformers
 from machine import processor
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from overhead import STEPS, ratio, share
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
 from parscale.checkpoints.compare import compare
@@ -110,71 +108,17 @@ def train(lab: Lab, untouched: dict[str, Any], key: dict[str, Any]) -> dict[str,
 # -- speed
 
 
-def turns(steps: Sequence[Callable[[], None]], count: int) -> list[float]:
-    """The fastest of each step's turns, in seconds; the steps take turns."""
-    best = [float("inf")] * len(steps)
-    for _ in range(count):
-        for i, step in enumerate(steps):
-            start = time.perf_counter()
-            step()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
-
-
-def training_step(model: Any, ids: torch.Tensor, rows: int) -> Callable[[], None]:
-    """Forward and backward on ``ids`` ``(B, S)``; a plain model's on ``rows`` copies, with head and loss for B."""
-
-    def step() -> None:
-        model.zero_grad()
-        hidden = model.model(ids.repeat(rows, 1), use_cache=False)[0][: len(ids)]
-        logits = model.lm_head(hidden[:, :-1]).flatten(0, 1)
-        cross_entropy(logits, ids[:, 1:].flatten()).backward()
-
-    return step
-
-
-def reading(model: Any, ids: torch.Tensor, rows: int) -> Callable[[], None]:
-    @torch.no_grad()
-    def step() -> None:
-        model.lm_head(model.model(ids.repeat(rows, 1), use_cache=False)[0][: len(ids), -1])
-
-    return step
-
-
-def decoding(model: Any, ids: torch.Tensor, rows: int) -> Callable[[], None]:
-    """Sixteen tokens after ``ids``."""
-    with torch.no_grad():
-        cache = DynamicCache(config=model.config)
-        model.model(ids.repeat(rows, 1), past_key_values=cache)
-
-    @torch.no_grad()
-    def step() -> None:
-        own = copy.deepcopy(cache)
-        for _ in range(16):
-            model.lm_head(model.model(ids[:, :1].repeat(rows, 1), past_key_values=own)[0][: len(ids)])
-
-    return step
-
-
 def speeds(lab: Lab) -> dict[str, dict[str, float]]:
-    """Each transform's times as ratios to the plain backbone's at batch P*B."""
+    """Each transform's times as ratios to the plain backbone's at batch P*B, everything trained, with its tensors."""
     ids = torch.from_numpy(lab.blocks[:BATCH_SIZE])  # (B, S)
     ratios: dict[str, dict[str, float]] = {}
     for transform in TRANSFORMS:
-        model = lab.wrapped(transform, 0)
-        plain = copy.deepcopy(lab.backbone)
-        for parameter in plain.parameters():  # a frozen backbone is differentiated through, for what lies below
-            parameter.requires_grad_(False)
-        plain.enable_input_require_grads()
-        model.freeze_backbone()
+        model, plain = lab.wrapped(transform, 0), copy.deepcopy(lab.backbone)
+        share(model, plain)
         ratios[transform] = {}
-        for name, make, given in (
-            ("training", training_step, ids),
-            ("reading", reading, ids),
-            ("decoding", decoding, ids[:1]),
-        ):
-            ours, base = turns([make(model, given, 1), make(plain, given, P)], TURNS)
-            ratios[transform][name] = ours / base
+        for name, given in (("train", ids), ("prefill", ids), ("decode", ids[:1])):
+            steps = [STEPS[name](kind, each, given, P) for kind, each in (("parscale", model), ("plain", plain))]
+            ratios[transform][name] = ratio(*steps, TURNS, "cpu")["ratio"]
         print(transform, ratios[transform], flush=True)
     return ratios
 
@@ -205,7 +149,7 @@ def best_rate(results: dict[str, Any], transform: str, trains: str) -> float:
 def table(results: dict[str, Any]) -> str:
     """Of each transform at its best rate: means over seeds, and the lowest and the highest of them."""
     lines = [
-        "| transform | trains | parameters | rate | code before | code after | prose after | step | read | decode |",
+        "| transform | trains | parameters | rate | code before | code after | prose after | step | prefill | decode |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for trains in ("streams", "everything"):
@@ -218,7 +162,7 @@ def table(results: dict[str, Any]) -> str:
                 found = [run[when][kind]["difference"] for run in runs]
                 cells.append(f"{fmean(found):+.4f} ({min(found):+.4f}, {max(found):+.4f})")
             speed = results["speed"][transform]
-            times = [f"{speed[name]:.2f}" for name in ("training", "reading", "decoding")]
+            times = [f"{speed[name]:.2f}" for name in ("train", "prefill", "decode")]
             cells += times if trains == "streams" else [""] * 3
             size = f"{results['parameters'][transform]:,}"
             lines.append(f"| `{transform}` | {trains} | {size} | {rate:g} | {' | '.join(cells)} |")

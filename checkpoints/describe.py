@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parscale.config import LORA, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
-from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint, read_json
+from parscale.folders import CAUSAL_LM, CONFIG, FULL, INFIX, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint, read_json
 from parscale.headers import StoredTensor
 from parscale.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
 
@@ -78,8 +78,8 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     name = classes[0] if isinstance(classes, tuple) else classes
     architectures = fields.get("architectures")
     saved = architectures[0] if isinstance(architectures, list) and architectures else None
-    if isinstance(saved, str) and not saved.endswith("ParScaleForCausalLM"):
-        name = saved.replace("ParScale", "", 1)
+    if isinstance(saved, str) and not saved.endswith(CAUSAL_LM):
+        name = saved.replace(INFIX, "", 1)
     return {"class": name, "model_type": model_type, "name": "in this folder"}
 
 

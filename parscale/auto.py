@@ -27,10 +27,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from parscale.folders import TYPE_SUFFIX
+from parscale.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
 
-INFIX = "ParScale"  # in the name of a full checkpoint's class
-CAUSAL_LM = f"{INFIX}ForCausalLM"
 AUTO_CLASSES: dict[str, Any] = {
     name: auto
     for name, auto in vars(modeling_auto).items()
@@ -111,7 +109,7 @@ def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
     cls, config = type(model), type(model.config)
     name = cls.__name__.removeprefix("FSDP")
     cls = next((base for base in cls.__mro__ if base.__name__ == name), cls)
-    autos = [auto for auto, kind in AUTO_CLASSES.items() if cls in _classes(kind, config)]
+    autos = _readers(cls, config)
     if "AutoModelForCausalLM" in autos or not autos:
         stem = re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", name)
         return f"{stem}{CAUSAL_LM}", {"AutoModelForCausalLM": ParScaleForCausalLM.__name__}
@@ -155,6 +153,11 @@ def _classes(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
 
 
+def _readers(cls: Any, config: type[PreTrainedConfig]) -> list[str]:
+    """The names of the ``AutoModel...`` that make a class of its configuration."""
+    return [name for name, auto in AUTO_CLASSES.items() if cls in _classes(auto, config)]
+
+
 class ParScaleModelConfig:
     """What a full checkpoint's ``auto_map`` names as its configuration; reads any of them."""
 
@@ -182,11 +185,12 @@ class ParScaleModel:
         from parscale.loading import load_full
 
         if config is None:
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         plain = backbone_config(config)
         backbone = backbone_class(config, plain)
-        readers = [name for name, auto in AUTO_CLASSES.items() if backbone in _classes(auto, type(plain))]
-        if cls.auto and readers and cls.auto not in readers:
+        readers = _readers(backbone, type(plain)) if cls.auto else []
+        if readers and cls.auto not in readers:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {backbone.__name__} with streams, which {cls.auto} does not "
                 f"read: use {' or '.join(readers)}."

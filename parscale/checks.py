@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from parscale.auto import backbone_config
-from parscale.config import LORA, NUM_STREAMS, PREFIX, PROMPT, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
+from parscale.config import NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
 from parscale.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
+from parscale.naming import PARAMETERS
 from parscale.streams import DEFAULT
-
-_PARTS = {PREFIX: ("prefix_k", "prefix_v"), PROMPT: ("prompt",), LORA: ("stream_down", "stream_up")}
 
 
 def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
@@ -55,7 +54,7 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
     if P == 1 and stored:
         raise ValueError(f"{checkpoint} has {min(stored)}, and one stream ({NUM_STREAMS} = 1) has no such tensor.")
     if P > 1 and not stored:
-        parts = ", ".join(_PARTS[streams.transform])
+        parts = ", ".join(PARAMETERS[streams.transform])
         raise ValueError(f"{checkpoint} should hold {P} streams, and has no {parts} or aggregate_layer.")
     for name, tensor in stored.items():
         shape = tensor.shape

@@ -27,6 +27,8 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
 FULL, STREAMS_ONLY = "full", "streams only"
 TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is the backbone's and this
+INFIX = "ParScale"  # in the name of a full checkpoint's class
+CAUSAL_LM = f"{INFIX}ForCausalLM"  # with which that of a causal language model ends
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

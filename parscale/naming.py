@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 
+from parscale.config import LORA, PREFIX, PROMPT
+
+# What a transform's parameters are called in the modules that hold them.
+PARAMETERS = {PREFIX: ("prefix_k", "prefix_v"), PROMPT: ("prompt",), LORA: ("stream_down", "stream_up")}
 TRANSFORM_PART, AGGREGATOR_PART = "transform", "aggregator"
+_NAMES = "|".join(name for names in PARAMETERS.values() for name in names)
 _PATTERNS = {
-    TRANSFORM_PART: re.compile(r"(^|\.)(prefix_[kv]|prompt|stream_down|stream_up)(@[\w-]+)?$"),
+    TRANSFORM_PART: re.compile(rf"(^|\.)({_NAMES})(@[\w-]+)?$"),
     AGGREGATOR_PART: re.compile(r"(^|\.)aggregate_layer(@[\w-]+)?\."),
 }
 PATTERNS = [pattern.pattern for pattern in _PATTERNS.values()]
 # What a set's transform has, by its name, in counts of parameters.
-LABELS = {"prefix": "prefixes", "prompt": "prompts", "lora": "low_rank"}
+LABELS = {PREFIX: "prefixes", PROMPT: "prompts", LORA: "low_rank"}
 
 
 def part_of(name: str) -> str | None:

@@ -119,7 +119,9 @@ class ParScaleState:
             self.backbone.register_forward_hook(self._mix_streams),
             model.register_forward_hook(self._join_router_logits),
         ]
+        self._encoder_positional: list[str] = []
         if self.encoder is not None:
+            self._encoder_positional = list(inspect.signature(self.encoder.forward).parameters)
             self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
         pooler = getattr(self.backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
@@ -136,12 +138,11 @@ class ParScaleState:
         """The set's parameters by their released names in the model, whatever the set is called."""
         if streams.num_streams == 1:
             return {}
-        places = streams.transform.places()
-        tensors = {p.released_name: p.module._parameters[streams.own_name(p.name)] for p in places}
+        tensors = streams.transform.tensors()
         root = f"{self.backbone_name}." if self.backbone_name else ""
         for name, parameter in self.aggregator(streams).named_parameters():
             tensors[f"{root}aggregate_layer.{name}"] = parameter
-        return tensors  # type: ignore[return-value]
+        return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""
@@ -199,7 +200,7 @@ class ParScaleState:
         self.in_flight = streams
         if module.training and torch.is_grad_enabled():
             self._recompute_with_own_set(module)
-        positional = self.positional if module is self.backbone else list(inspect.signature(module.forward).parameters)
+        positional = self.positional if module is self.backbone else self._encoder_positional
         arguments = dict(zip(positional, args, strict=False)) | kwargs
         for name in CACHES:
             self._check_cache(arguments.get(name))

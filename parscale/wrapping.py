@@ -14,7 +14,6 @@ from torch import nn
 from parscale import members
 from parscale.aggregator import Aggregator
 from parscale.auto import register_backbone
-from parscale.backbones import find_backbone
 from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
 from parscale.inits import check_calibration, default_init, initialize
 from parscale.kernels.dispatch import Impl, check_impl
@@ -155,11 +154,10 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
             "parscale.unwrap(model) takes them off."
         )
     check_impl(kernels, "kernels")
-    find_backbone(model)
-    check_takes_parameters(model)
-    own_config(model)
     state = ParScaleState(model, kernels)
     try:
+        own_config(model)
+        check_takes_parameters(model)
         attach_attention(state)
     except BaseException:
         detach(state)

@@ -107,9 +107,15 @@ class Transform:
         for parameter in self.parameters():
             parameter.normal_(0.0, std)
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Its parameters by their names in a checkpoint, in the order of :meth:`places`."""
+        return {
+            place.released_name: getattr(place.module, self.streams.own_name(place.name)) for place in self.places()
+        }
+
     def parameters(self) -> list[nn.Parameter]:
         """Its parameters, in the order of :meth:`places`."""
-        return [getattr(place.module, self.streams.own_name(place.name)) for place in self.places()]
+        return list(self.tensors().values())
 
     def before(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The backbone's arguments, which have P*B rows, as the backbone shall see them."""

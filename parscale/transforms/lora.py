@@ -8,6 +8,7 @@ starts as in that paper's code and ``up`` at zero, so that each stream begins as
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -30,6 +31,7 @@ class LoraTransform(Transform):
 
     def __init__(self, state: Any, streams: Any) -> None:
         super().__init__(state, streams)
+        self._down, self._up = streams.own_name("stream_down"), streams.own_name("stream_up")
         self._hooks: list[Any] = []
 
     def places(self) -> list[Place]:
@@ -65,19 +67,22 @@ class LoraTransform(Transform):
         """After a linear layer: ``(P*B, ..., out)``, or ``(P*B*S, out)``, and the streams' differences."""
         if self.state.in_flight is not self.streams:
             return output
-        down = getattr(module, self.streams.own_name("stream_down"))
-        up = getattr(module, self.streams.own_name("stream_up"))
+        down, up = getattr(module, self._down), getattr(module, self._up)
         P, x = down.shape[0], args[0].to(down.dtype)
         low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
         difference = torch.bmm(low, up.mT)  # (P, N, out)
         return output + difference.reshape(output.shape).to(output.dtype)
 
 
+@dataclasses.dataclass
 class Linear:
     """A linear layer that runs on whole rows: its name in the model, itself, its sizes and its device."""
 
-    def __init__(self, path: str, module: nn.Module, in_size: int, out_size: int, device: torch.device) -> None:
-        self.path, self.module, self.in_size, self.out_size, self.device = path, module, in_size, out_size, device
+    path: str
+    module: nn.Module
+    in_size: int
+    out_size: int
+    device: torch.device
 
 
 def _find_linears(state: Any) -> list[Linear]:

@@ -9,6 +9,12 @@ import parscale
 
 TOLERANCE = 2e-4  # as in test_context.py
 IMAGE = 92
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": 93,
+    "vision_start_token_id": 90,
+    "vision_end_token_id": 91,
+}
 PIXELS = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -61,10 +67,7 @@ def qwen3_vl(zoo):
     config = transformers.Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=93,
-        vision_start_token_id=90,
-        vision_end_token_id=91,
+        **QWEN_TOKENS,
     )
     return transformers.Qwen3VLForConditionalGeneration(config)
 
@@ -80,10 +83,7 @@ def qwen2_vl(zoo, stem="Qwen2VL"):
     config = getattr(transformers, f"{stem}Config")(
         text_config=text,
         vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=93,
-        vision_start_token_id=90,
-        vision_end_token_id=91,
+        **QWEN_TOKENS,
     )
     return getattr(transformers, f"{stem}ForConditionalGeneration")(config)
 
