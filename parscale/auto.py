@@ -78,8 +78,8 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
             )
         backbone = CONFIG_MAPPING[model_type]
         class_name = f"{backbone.__name__.removesuffix('Config')}ParScaleConfig"
-        made: Any = type(class_name, (backbone,), {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__})
-        globals()[class_name] = made  # where pickle looks for it
+        body = {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__, "__reduce__": _reduce}
+        made: Any = type(class_name, (backbone,), body)
         for name, auto in AUTO_CLASSES.items():
             if backbone in auto._model_mapping or auto is AutoModelForCausalLM:
                 auto.register(made, _READERS[name], exist_ok=True)
@@ -87,6 +87,17 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
             TOKENIZER_MAPPING.register(made, TOKENIZER_MAPPING[backbone], exist_ok=True)
         _CLASSES[model_type] = made
     return _CLASSES[model_type]
+
+
+def _reduce(config: Any) -> tuple[Any, ...]:
+    """How pickle writes a configuration: its class is made anew where it is read, which may be another process."""
+    backbone: Any = type(config).__mro__[1]
+    return _new_config, (backbone.model_type,), vars(config)
+
+
+def _new_config(model_type: str) -> Any:
+    cls = config_class(model_type)
+    return cls.__new__(cls)
 
 
 def backbone_config(config: Any) -> Any:

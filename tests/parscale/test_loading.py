@@ -161,6 +161,14 @@ def test_autoconfig_is_the_backbones_and_more(folder):
     assert AutoConfig.for_model("opt_parscale", hidden_size=8).model_type == "opt_parscale"
 
 
+def test_another_process_reads_a_pickled_configuration(folder):
+    """As servers hand it to their workers."""
+    program = "import pickle, sys; c = pickle.load(sys.stdin.buffer); print(type(c), c.parscale_n, c.model_type)"
+    pickled = pickle.dumps(AutoConfig.from_pretrained(folder))
+    read = subprocess.run([sys.executable, "-c", program], input=pickled, capture_output=True, check=True)
+    assert read.stdout.decode().strip() == "<class 'parscale.auto.LlamaParScaleConfig'> 4 llama"
+
+
 def test_other_fields_through_the_configuration(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, parscale_attn_smooth=0.5, use_cache=False)
     assert model.parscale.active.config.smoothing == 0.5
