@@ -122,11 +122,15 @@ def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
     cls = next((base for base in cls.__mro__ if base.__name__ == name), cls)
     autos = _readers(cls, config)
     if "AutoModelForCausalLM" in autos or not autos:
-        stem = re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", name)
-        return f"{stem}{CAUSAL_LM}", {"AutoModelForCausalLM": ParScaleForCausalLM.__name__}
+        return causal_lm_in_checkpoints(name), {"AutoModelForCausalLM": ParScaleForCausalLM.__name__}
     return re.sub(r"(EncoderModel|Model|For[A-Z]\w*)?$", rf"{INFIX}\1", name, count=1), dict.fromkeys(
         autos, ParScaleModel.__name__
     )
+
+
+def causal_lm_in_checkpoints(class_name: str) -> str:
+    """What a full checkpoint calls a causal language model: ``Qwen2ForCausalLM`` is ``Qwen2ParScaleForCausalLM``."""
+    return re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", class_name) + CAUSAL_LM
 
 
 def backbone_class(config: Any, plain: Any) -> Any:
