@@ -1,0 +1,173 @@
+"""Which checkpoints are served, and how: sets of streams, the released format, one stream, windows, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import parscale
+
+IDS = list(range(40, 75))
+
+
+def agrees(llm, serving, model, new=12):
+    """The first request computes the prompt; the second finds it in the cache."""
+    tokens, _ = serving.reference(model, IDS, new)
+    return [list(output.outputs[0].token_ids) for output in serving.greedy(llm, [IDS, IDS], new)] == [tokens, tokens]
+
+
+def model_of(folder, **arguments):
+    return parscale.load(folder, dtype=torch.float32, **arguments).eval()
+
+
+@pytest.fixture(scope="module")
+def two_sets(make_folder, fill, tmp_path_factory):
+    """Four streams, active, and two under another name and with another length."""
+    model = model_of(make_folder("Llama", 4))
+    model.add_streams("other", 2, prefix_length=5, smoothing=0.2, init="random")
+    model.set_streams("other")
+    fill(model)
+    model.set_streams("default")
+    folder = tmp_path_factory.mktemp("sets") / "two"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_set_by_its_name(two_sets, serving, name):
+    model = model_of(two_sets)
+    model.set_streams(name)
+    with serving.engine(two_sets, hf_overrides={"parscale_name": name}) as llm:
+        assert agrees(llm, serving, model)
+
+
+def test_no_such_set(two_sets, serving):
+    with pytest.raises(ValueError, match=r"no set of streams 'third', but 'default', 'other'.*--hf-overrides"):
+        with serving.engine(two_sets, hf_overrides={"parscale_name": "third"}):
+            pass
+
+
+def test_the_released_format(make_folder, serving, tmp_path):
+    """The configuration as the released code writes it: names of transformers 4, and no field that it does not know."""
+    folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "released")
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("rope_parameters", "dtype", "layer_types", "parscale_init", "parscale_seed", "head_dim"):
+        config.pop(field)
+    assert {"rope_theta", "torch_dtype", "parscale_n", "parscale_n_tokens"} <= config.keys()
+    config["parscale_attn"] = True
+    config["auto_map"] = {
+        "AutoConfig": "configuration_qwen2_parscale.Qwen2ParScaleConfig",
+        "AutoModelForCausalLM": "modeling_qwen2_parscale.Qwen2ParScaleForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_parscale.py").unlink()
+    with serving.engine(folder) as llm:
+        assert agrees(llm, serving, model_of(folder))
+
+
+def test_one_stream_is_vllms_own_class(make_folder, serving):
+    """So it costs nothing: neither a slot nor a class of parscale is in the way."""
+    with serving.engine(make_folder("Qwen2", 1)) as llm:
+        names = llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}")
+        assert names == ["vllm.model_executor.models.qwen2.Qwen2ForCausalLM"]
+        assert llm.llm_engine.vllm_config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("Mistral", {"sliding_window": 24}),
+        ("Mistral", {"sliding_window": 4096}),
+        ("Qwen3", {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 0}),
+    ],
+)
+def test_no_window_hides_the_prefix(make_folder, serving, family, fields):
+    """Neither a short one, nor one that is longer than the text but not than the text and the prefix."""
+    folder = make_folder(family, 2, **fields)
+    prompts = serving.prompts([1, 20, 23, 24, 25, 70, 300])
+    model = model_of(folder)
+    with serving.engine(folder, max_num_batched_tokens=64) as llm:
+        outputs = serving.greedy(llm, prompts, 8)
+        assert agrees(llm, serving, model)
+    for ids, output in zip(prompts, outputs, strict=True):
+        assert list(output.outputs[0].token_ids) == serving.reference(model, ids, 8)[0]
+
+
+def test_a_window_as_long_as_the_text(make_folder, serving):
+    """It hides no token, and must not hide the slots in front of the longest text."""
+    folder = make_folder("Mistral", 2, sliding_window=64)
+    with serving.engine(folder, max_model_len=64) as llm:
+        ids = serving.prompts([58])[0]
+        assert list(serving.greedy(llm, [ids], 6)[0].outputs[0].token_ids) == serving.reference(folder, ids, 6)[0]
+
+
+def test_tied_embeddings(make_folder, serving):
+    folder = make_folder("Qwen2", 2, tie_word_embeddings=True)
+    with serving.engine(folder) as llm:
+        assert agrees(llm, serving, model_of(folder))
+
+
+def test_compiled(make_folder, serving):
+    """As vLLM runs by default."""
+    folder = make_folder("Qwen3", 4)
+    with serving.engine(folder, enforce_eager=False) as llm:
+        assert agrees(llm, serving, model_of(folder))
+
+
+# -- What is refused, at the start
+
+
+def refused(serving, folder, match, **arguments):
+    with pytest.raises(ValueError, match=match):
+        with serving.engine(folder, **arguments):
+            pass
+
+
+def test_another_family(serving, make_folder):
+    folder = make_folder("GPTNeoX", 2)
+    refused(serving, folder, r"serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM.*transformers serve")
+
+
+@pytest.mark.parametrize("transform", ["prompt", "lora"])
+def test_another_transform(serving, tiny, tmp_path, transform):
+    model = tiny("Qwen2")
+    parscale.wrap(model, 2, prefix_length=4, transform=transform, init="random")
+    model.save_pretrained(tmp_path)
+    refused(serving, tmp_path, rf"transform='{transform}', and vLLM serves those of 'prefix' only")
+
+
+def test_a_number_of_streams_that_the_tensors_do_not_have(serving, make_folder, tmp_path):
+    folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 3}))
+    refused(serving, folder, r"aggregate_layer.2.weight of .* is \(4, 128\), and its configuration says \(3, hidden size\)")
+
+
+def test_streams_that_are_missing(serving, make_folder, tmp_path):
+    folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "prefix" not in name and "aggregate" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(serving, folder, "should hold 4 streams")
+
+
+def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):
+    model_of(make_folder("Qwen2", 2)).save_streams(tmp_path)
+    refused(serving, tmp_path, r"config\.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ({"runner": "pooling"}, "--runner pooling"),
+        ({"tensor_parallel_size": 3}, "divisible by tensor parallel size"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    ],
+)
+def test_settings_that_do_not_go_with_streams(serving, make_folder, arguments, match):
+    refused(serving, make_folder("Qwen2", 4), match, **arguments)

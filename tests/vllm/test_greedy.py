@@ -1,0 +1,40 @@
+"""vLLM answers what transformers answers, greedily, with the same log-probabilities."""
+
+import pytest
+import torch
+
+import parscale
+
+FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral"]
+LENGTHS = [1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 100, 127, 128, 129, *range(150, 501, 50), 600, 750, 999, 1000]
+NEW = 6
+
+
+def agree(serving, outputs, folder, new=NEW):
+    """Whether tokens are the same and their log-probabilities within 1e-4."""
+    model = parscale.load(folder, dtype=torch.float32).eval()
+    for output in outputs:
+        tokens, logprobs = serving.reference(model, list(output.prompt_token_ids), new)
+        answer = output.outputs[0]
+        assert list(answer.token_ids) == tokens, len(output.prompt_token_ids)
+        got = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
+        assert got == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_at_once(make_folder, serving, family, num_streams):
+    """32 requests of 1 to 1000 tokens; over the table, with and without prefix caching and small chunks."""
+    folder = make_folder(family, num_streams)
+    number = FAMILIES.index(family) + [1, 2, 4].index(num_streams)
+    caching, chunked = number % 2 == 0, number // 2 % 2 == 0
+    chunks = {"max_num_batched_tokens": 96} if chunked else {"enable_chunked_prefill": False}
+    prompts = serving.prompts(LENGTHS)
+    assert len(prompts) == 32
+    with serving.engine(folder, enable_prefix_caching=caching, max_num_seqs=32, **chunks) as llm:
+        outputs = serving.greedy(llm, prompts, NEW, logprobs=0)
+        again = serving.greedy(llm, prompts[-4:], NEW, logprobs=0)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    agree(serving, outputs, folder)
+    assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in outputs[-4:]]
+    assert [output.num_cached_tokens > 0 for output in again] == [caching] * 4
