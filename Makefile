@@ -5,12 +5,14 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 CODE := parscale kernels checkpoints scaling_laws
 ALL_CODE := $(CODE) $(wildcard examples benchmarks tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit lint format typecheck bench support gpu-check build clean
+.PHONY: help setup quickstart test unit test-vllm lint format typecheck bench support gpu-check build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +36,17 @@ test: lint typecheck unit ## Everything that has to pass: lint, types, tests
 
 unit: $(READY) ## The tests alone, on the CPU; JOBS of them at once
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu"
+
+# An environment of its own: vLLM pins torch and much else. --no-deps, since its list asks for packages of GPUs.
+$(VLLM_READY): pyproject.toml requirements-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --constraint constraints.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --no-deps --requirement requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for CPUs
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile tests/vllm
 
 lint: $(READY) ## Look for faults of style
 	$(BIN)/ruff check $(ALL_CODE)

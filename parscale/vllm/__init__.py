@@ -52,6 +52,6 @@ def register() -> None:
             refuse(
                 architecture,
                 reason
-                or f"parscale serves {', '.join(FAMILIES)} with streams by vLLM, and this checkpoint is {architecture}: "
+                or f"vLLM serves {', '.join(FAMILIES)} with streams, and this checkpoint is {architecture}: "
                 "`transformers serve --trust-remote-code` serves any.",
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -57,7 +57,7 @@ class StreamAttention(nn.Module):
         for prefix in (self.prefix_k, self.prefix_v):
             prefix.weight_loader = _load_heads
         layer_name = own.attn.layer_name
-        del vllm_config.compilation_config.static_forward_context[layer_name]  # its place in the cache is the next one's
+        del vllm_config.compilation_config.static_forward_context[layer_name]  # the next one takes its name and cache
         self.attn = Attention(
             P * own.num_heads,
             D,
@@ -162,7 +162,10 @@ class _ForCausalLM(nn.Module, SupportsQuant):
 
     backbone: type[nn.Module]
     hf_to_vllm_mapper = Qwen2Model.hf_to_vllm_mapper
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping: ClassVar = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()

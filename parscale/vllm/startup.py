@@ -50,7 +50,8 @@ def prepare(vllm_config: Any) -> None:
         check_streams(checkpoint, streams, tensors)
     if streams.num_streams == 1:
         if not is_active:
-            raise ValueError(f"The set {getattr(config, SET_NAME)!r} of {checkpoint} has one stream: serve the backbone.")
+            name = getattr(config, SET_NAME)
+            raise ValueError(f"The set {name!r} of {checkpoint} has one stream: serve the backbone itself.")
         plain = [name.replace(INFIX, "") for name in config.architectures]
         config.architectures = model.model_arch_config.architectures = plain
         return
@@ -92,9 +93,7 @@ def further_set(checkpoint: Checkpoint, config: Any) -> Checkpoint | None:
     return None if name == active else checkpoint.inside(name)
 
 
-def _chosen_set(
-    checkpoint: Checkpoint, name: Any
-) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
+def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
     """The numbers and tensors of a set of streams, and whether it is the active one of its folder."""
     fields = checkpoint.read_json(CONFIG)
     active, further = set_names(checkpoint, fields)

@@ -26,8 +26,8 @@ def window_backend(own: type[Any]) -> type[Any]:
         if issubclass(backend, own):
             return backend
     raise ValueError(
-        f"A sliding window and a prefix are served by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has chosen "
-        f"{own.get_name()}: give --attention-backend FLASH_ATTN, or a --max-model-len of no more than the window."
+        "A sliding window and a prefix are served by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has "
+        f"chosen {own.get_name()}: give --attention-backend FLASH_ATTN, or a --max-model-len not beyond the window."
     )
 
 

@@ -44,9 +44,8 @@ def test_a_set_by_its_name(two_sets, serving, name):
 
 
 def test_no_such_set(two_sets, serving):
-    with pytest.raises(ValueError, match=r"no set of streams 'third', but 'default', 'other'.*--hf-overrides"):
-        with serving.engine(two_sets, hf_overrides={"parscale_name": "third"}):
-            pass
+    match = r"no set of streams 'third', but 'default', 'other'.*--hf-overrides"
+    refused(serving, two_sets, match, hf_overrides={"parscale_name": "third"})
 
 
 def test_the_released_format(make_folder, serving, tmp_path):
@@ -146,14 +145,13 @@ def test_cut_into_pieces(make_folder, serving, monkeypatch):
 
 
 def refused(serving, folder, match, **arguments):
-    with pytest.raises(ValueError, match=match):
-        with serving.engine(folder, **arguments):
-            pass
+    with pytest.raises(ValueError, match=match), serving.engine(folder, **arguments):
+        pass
 
 
 def test_another_family(serving, make_folder):
     folder = make_folder("GPTNeoX", 2)
-    refused(serving, folder, r"serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM.*transformers serve")
+    refused(serving, folder, "serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM")
 
 
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
@@ -168,7 +166,7 @@ def test_a_number_of_streams_that_the_tensors_do_not_have(serving, make_folder, 
     folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 3}))
-    refused(serving, folder, r"aggregate_layer.2.weight of .* is \(4, 128\), and its configuration says \(3, hidden size\)")
+    refused(serving, folder, r"layer.2.weight of .* is \(4, 128\), and its configuration says \(3, hidden size\)")
 
 
 def test_streams_that_are_missing(serving, make_folder, tmp_path):

@@ -6,7 +6,8 @@ import torch
 import parscale
 
 FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral"]
-LENGTHS = [1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 100, 127, 128, 129, *range(150, 501, 50), 600, 750, 999, 1000]
+AROUND_BLOCKS = [n + d for n in (16, 32, 48, 64, 128) for d in (-1, 0, 1)]
+LENGTHS = [1, 2, 3, 5, 8, *AROUND_BLOCKS, 100, *range(150, 501, 50), 750, 999, 1000]
 NEW = 6
 
 

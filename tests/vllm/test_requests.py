@@ -112,7 +112,8 @@ def test_several_samples_of_one_prompt(llm, serving):
 def test_preempted_requests(folder, model, serving):
     """A cache too small for all: requests are thrown out and computed again, with the same answers."""
     prompts = serving.prompts([60, 61, 62, 63, 64, 65])
-    with serving.engine(folder, max_model_len=LONGEST, block_size=32, num_gpu_blocks_override=12, disable_log_stats=False) as llm:
+    small = {"max_model_len": LONGEST, "block_size": 32, "num_gpu_blocks_override": 12}
+    with serving.engine(folder, disable_log_stats=False, **small) as llm:
         outputs = serving.greedy(llm, prompts, 40)
         assert metric(llm, "num_preemptions") > 0
     for ids, output in zip(prompts, outputs, strict=True):
