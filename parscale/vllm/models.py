@@ -25,12 +25,12 @@ from vllm.model_executor.models.mistral import MistralModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.model_executor.utils import set_weight_attrs
 
 from parscale.aggregator import Aggregator
 from parscale.config import ParScaleConfig
-from parscale.folders import STREAMS
 from parscale.naming import part_of
-from parscale.vllm.startup import SLOTS, checkpoint_of, further_set
+from parscale.vllm.startup import SLOTS, checkpoint_of, further_streams
 from parscale.vllm.windows import window_backend
 
 
@@ -55,7 +55,7 @@ class StreamAttention(nn.Module):
             nn.Parameter(torch.zeros(P, G, T, D), requires_grad=False) for _ in ("keys", "values")
         )
         for prefix in (self.prefix_k, self.prefix_v):
-            prefix.weight_loader = _load_heads
+            set_weight_attrs(prefix, {"weight_loader": _load_heads})
         layer_name = own.attn.layer_name
         del vllm_config.compilation_config.static_forward_context[layer_name]  # the next one takes its name and cache
         self.attn = Attention(
@@ -105,6 +105,9 @@ def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
 
 class _Streams(nn.Module):
     """In front of a model of vLLM: its rows become P for each token, and are mixed after its final norm."""
+
+    layers: Any
+    embed_input_ids: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -171,7 +174,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         super().__init__()
         self.vllm_config = vllm_config
         config = vllm_config.model_config.hf_config
-        self.model = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model: Any = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -207,10 +210,10 @@ class _ForCausalLM(nn.Module, SupportsQuant):
             ValueError: a tensor has no place in the model.
         """
         checkpoint = checkpoint_of(self.vllm_config)
-        further = further_set(checkpoint, self.vllm_config.model_config.hf_config)
+        further = further_streams(checkpoint, self.vllm_config.model_config.hf_config)
         if further is not None:
             backbone = ((name, tensor) for name, tensor in weights if part_of(name) is None)
-            weights = chain(backbone, load_file(further.file(STREAMS)).items())
+            weights = chain(backbone, load_file(further).items())
         return AutoWeightsLoader(self).load_weights(weights)
 
 

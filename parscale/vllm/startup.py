@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from parscale.checks import check_streams, numbers, set_names
 from parscale.config import NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
-from parscale.folders import CONFIG, INFIX, STREAMS_CONFIG, Checkpoint
+from parscale.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint
 from parscale.headers import StoredTensor
 from parscale.naming import part_of
 from parscale.streams import DEFAULT
@@ -86,11 +87,11 @@ def checkpoint_of(vllm_config: Any) -> Checkpoint:
     )
 
 
-def further_set(checkpoint: Checkpoint, config: Any) -> Checkpoint | None:
-    """The sub-folder with the streams that ``config`` asks for; ``None`` if they are among the model's tensors."""
+def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
+    """The file with the streams that ``config`` asks for; ``None`` if they are among the model's tensors."""
     name = getattr(config, SET_NAME, DEFAULT)
     active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
-    return None if name == active else checkpoint.inside(name)
+    return None if name == active else checkpoint.inside(name).file(STREAMS)
 
 
 def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:

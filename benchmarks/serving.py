@@ -1,0 +1,213 @@
+"""What serving costs: vLLM with streams beside vLLM on the plain backbone, and beside transformers' `generate`.
+
+Every engine has a process of its own, all of them live, and take turns on the same prompts of random tokens, new ones
+in each turn, so that prefix caching finds only what all requests share. Of each engine the turn with the highest
+throughput counts, and the one with the shortest time to the first token. Requests come all at once; transformers gets
+a batch.
+
+    .venv-vllm/bin/python benchmarks/serving.py --output benchmarks/results/serving.json
+    .venv-vllm/bin/python benchmarks/serving.py --table benchmarks/results/serving.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from machine import processor
+from overhead import SHAPE
+
+PLAIN = "plain"  # the backbone, as vLLM's own class serves it
+
+
+def engines(streams: list[int]) -> list[tuple[str, str]]:
+    """Pairs of a program and a model."""
+    return [("vllm", PLAIN), *(("vllm", str(P)) for P in streams), *(("transformers", str(P)) for P in streams)]
+
+
+def save_models(folder: Path, streams: list[int], dtype: torch.dtype) -> None:
+    """One backbone, and the same with P streams for each P."""
+    import parscale
+
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).to(dtype)
+    model.save_pretrained(folder / PLAIN)
+    for P in streams:
+        parscale.wrap(model, P, init="random", seed=0)
+        model.save_pretrained(folder / str(P))
+        parscale.unwrap(model)
+
+
+class Vllm:
+    """vLLM's engine in this process."""
+
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        from vllm import LLM, SamplingParams
+
+        self.llm = LLM(
+            folder,
+            dtype=args.dtype,
+            max_model_len=2 * (args.prompt_tokens + args.new_tokens),
+            max_num_seqs=max(args.concurrency),
+            block_size=args.block_size,
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+        )
+        self.wanted = SamplingParams(temperature=0, ignore_eos=True, max_tokens=args.new_tokens, detokenize=False)
+
+    def answer(self, prompts: list[list[int]]) -> float:
+        """Mean seconds to the first token."""
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(requests, self.wanted, use_tqdm=False)
+        return sum(output.metrics.first_token_latency for output in outputs) / len(outputs)
+
+
+class Transformers:
+    """`generate` on a batch."""
+
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
+        import parscale
+
+        self.model = parscale.load(folder, dtype=getattr(torch, args.dtype)).eval()
+        self.new = args.new_tokens
+
+    def answer(self, prompts: list[list[int]]) -> float:
+        """Seconds to the first token."""
+        ids, times = torch.tensor(prompts), []
+
+        def remember(*_: Any) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(prompts), dtype=torch.bool)
+
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=self.new,
+                max_new_tokens=self.new,
+                pad_token_id=0,
+                stopping_criteria=[remember],
+            )
+        return times[0] - start
+
+
+def work(program: str, folder: str, args: argparse.Namespace) -> None:
+    """Answers lines of prompts on the standard input by lines of seconds, until there are no more."""
+    torch.set_num_threads(args.threads)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    engine = {"vllm": Vllm, "transformers": Transformers}[program](folder, args)
+    print("ready", file=out)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        first = engine.answer(json.loads(line))
+        print(json.dumps({"seconds": time.perf_counter() - start, "first": first}), file=out)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each engine and number of requests at once."""
+    best: dict[tuple[str, str, int], dict[str, float]] = {}
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(Path(folder), args.streams, getattr(torch, args.dtype))
+        workers = {}
+        for engine in engines(args.streams):
+            command = [sys.executable, __file__, *sys.argv[1:], "--work", engine[0], f"{folder}/{engine[1]}"]
+            workers[engine] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            assert workers[engine].stdout.readline() == "ready\n", engine
+        try:
+            for turn in range(args.turns + 1):
+                for number in args.concurrency:
+                    shape = (number, args.prompt_tokens)
+                    prompts = torch.randint(SHAPE["vocab_size"], shape, generator=generator).tolist()
+                    for engine in workers if turn % 2 else reversed(workers):
+                        workers[engine].stdin.write(json.dumps(prompts) + "\n")
+                        workers[engine].stdin.flush()
+                        found = json.loads(workers[engine].stdout.readline())
+                        print(f"{turn} {engine} {number:3} {found}", file=sys.stderr)
+                        if turn:  # the first is to warm up
+                            old = best.get((*engine, number), found)
+                            best[*engine, number] = {key: min(old[key], found[key]) for key in found}
+        finally:
+            for worker in workers.values():
+                worker.kill()
+    return [
+        {"program": program, "model": model, "concurrency": number, **found}
+        | {"tokens_per_second": number * args.new_tokens / found["seconds"]}
+        for (program, model, number), found in best.items()
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Throughput and time to the first token as ratios, in Markdown."""
+    rows = {(row["program"], row["model"], row["concurrency"]): row for row in result["rows"]}
+    lines = ["| P | requests at once | throughput / vLLM, plain | time to first token / vLLM, plain | throughput / "]
+    lines[0] += "transformers, same P | time to first token / transformers, same P |"
+    lines.append("|---|---|---|---|---|---|")
+    for P in result["streams"]:
+        for number in result["concurrency"]:
+            own = rows["vllm", str(P), number]
+            cells = []
+            for other in (rows["vllm", PLAIN, number], rows["transformers", str(P), number]):
+                cells.append(own["tokens_per_second"] / other["tokens_per_second"])
+                cells.append(own["first"] / other["first"])
+            lines.append(f"| {P} | {number} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4], help="values of P")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--block-size", type=int, help="tokens in a block of vLLM's cache; without it, vLLM's choice")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--table", type=Path, help="print the table of such a file")
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    if args.work:
+        work(*args.work, args)
+        return
+    import vllm
+
+    result = {
+        "processor": processor(),
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "vllm": vllm.__version__,
+        "shape": SHAPE,
+        **{name: getattr(args, name) for name in ("dtype", "block_size", "prompt_tokens", "new_tokens", "turns")},
+        "streams": args.streams,
+        "concurrency": args.concurrency,
+        "rows": measure(args),
+    }
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
