@@ -1,5 +1,9 @@
 """One request at a time: what the user is told counts the user's tokens only, and every kind of request is answered."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -120,10 +124,26 @@ def test_preempted_requests(folder, model, serving):
         assert list(output.outputs[0].token_ids) == serving.reference(model, ids, 40)[0]
 
 
-def test_guesses_from_the_prompt(folder, model, serving):
-    """Speculative decoding by n-grams of the text so far."""
-    ids = serving.prompts([20])[0] * 3
-    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with serving.engine(folder, max_model_len=LONGEST, speculative_config=guesses) as llm:
-        output = serving.greedy(llm, [ids], 30)[0]
-    assert list(output.outputs[0].token_ids) == serving.reference(model, ids, 30)[0]
+GUESSING = """
+import json, sys
+from vllm import LLM, SamplingParams
+folder, ids, longest, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=longest, skip_tokenizer_init=True,
+          speculative_config=guesses, disable_log_stats=False)
+wanted = SamplingParams(temperature=0, min_tokens=new, max_tokens=new, detokenize=False)
+out = llm.generate([{"prompt_token_ids": ids}], wanted, use_tqdm=False)[0].outputs[0]
+metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+print(json.dumps([list(out.token_ids), metrics["vllm:spec_decode_num_accepted_tokens"]]))
+"""
+
+
+def test_guesses_from_the_prompt(folder, model, serving, tmp_path):
+    """Speculative decoding by n-grams of the text so far; by itself, since vLLM does not start again beside numba."""
+    ids, new = serving.prompts([20])[0] * 3, 40
+    arguments = [folder, json.dumps(ids), LONGEST, new]
+    command = [sys.executable, "-c", GUESSING, *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    tokens, accepted = json.loads(done.stdout.splitlines()[-1])
+    assert tokens == serving.reference(model, ids, new)[0]
+    assert accepted > 0
