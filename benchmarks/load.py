@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -245,10 +244,16 @@ class Connection:
     """
 
     def __init__(self, url: str, api: str, fields: dict[str, Any], timeout: float, concurrency: int) -> None:
-        # A server may close a connection after an error: each request has its own, and goes through no proxy.
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
-        connections = httpx.AsyncClient(limits=limits, trust_env=False)
-        self.client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=timeout, http_client=connections)
+        self.client = AsyncOpenAI(
+            base_url=url,
+            api_key="none",
+            max_retries=0,
+            timeout=timeout,
+            # Straight to the server: through no proxy, and to no other machine that it might point to.
+            http_client=DefaultAsyncHttpxClient(trust_env=False, follow_redirects=False),
+            # A server may close a connection after an error, and the next request on it would fail too.
+            default_headers={"Connection": "close"},
+        )
         self.api = api
         self.fields = fields
         self.concurrency = concurrency
@@ -301,7 +306,7 @@ async def _ask(connection: Connection, prompt: str) -> Answer:
                 else:
                     answer.gaps.append(now - last)
                 last = now
-    except (OpenAIError, httpx.HTTPError, ValueError) as error:
+    except Exception as error:  # openai's, or the HTTP client's below it: it is counted, and the others go on
         answer.error = f"{type(error).__name__}: {getattr(error, 'body', None) or error}"  # the body says more
     answer.total = time.perf_counter() - start
     if answer.error is None and usage is None:
