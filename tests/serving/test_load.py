@@ -136,15 +136,15 @@ def test_a_result_counts_what_was_answered(load):
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
 def test_delays_are_measured(load, server, api):
-    """None is shorter than the server's; eight requests, four at a time, take less than half of one after another."""
+    """None is shorter than the server's; eight requests, four at a time, are sooner done than one after another."""
     result = load.measure(server.url, "m", requests=8, concurrency=4, prompt_tokens=30, max_tokens=10, api=api)
     assert (result.requests, result.done, result.failed, result.errors) == (8, 8, 0, {})
     assert (result.mean_prompt_tokens, result.output_tokens) == (30.0, 8 * PIECES * TOKENS_PER_PIECE)
     assert (result.first_token.count, result.between_tokens.count) == (8, 8 * (PIECES - 1))
-    assert FIRST <= result.first_token.p50 < FIRST + GAP
+    assert FIRST <= result.first_token.p50 < 1.5 * FIRST
     assert GAP * 0.9 <= result.between_tokens.mean < 2 * GAP
     assert WHOLE <= result.whole_answer.p50 < 1.5 * WHOLE
-    assert 2 * WHOLE <= result.seconds < 4 * WHOLE
+    assert 2 * WHOLE <= result.seconds < 6 * WHOLE
     assert result.requests_per_second == 8 / result.seconds
     assert server.most_in_flight == 4
 
