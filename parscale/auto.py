@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import os
 import re
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -54,6 +56,8 @@ class Recipe:
         In memory ``model_type`` is the backbone's, by which transformers finds tokenizers and much else; the class, and
         what it writes, has the checkpoint's.
         """
+        names = config_dict.get("architectures")
+        register_architecture(names[0] if isinstance(names, list) and names else None)
         return config_class(cls.backbone_type).from_dict(config_dict | {"model_type": cls.backbone_type}, **kwargs)
 
 
@@ -62,6 +66,24 @@ def register_backbone(model_type: str) -> None:
     name = model_type + TYPE_SUFFIX
     if name not in CONFIG_MAPPING:
         CONFIG_MAPPING.register(name, type(f"{model_type}_recipe", (Recipe,), {"backbone_type": model_type}))
+
+
+def register_architecture(name: Any) -> None:
+    """Lets ``getattr(transformers, name).from_pretrained(folder)`` read full checkpoints of this architecture.
+
+    ``transformers serve`` looks there for the class of a checkpoint, and not in its ``auto_map``. There may be more
+    than one such module: when ``transformers.processing_utils`` is imported it makes the package anew, and modules that
+    were imported before, the server's among them, keep the first.
+
+    Args:
+        name: as a checkpoint says it, ``"Qwen2ParScaleForCausalLM"``; anything else is passed over.
+    """
+    if not isinstance(name, str) or INFIX not in name:
+        return
+    held = [vars(module).get("transformers") for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    for package in (transformers, *held):
+        if isinstance(package, ModuleType) and package.__name__ == "transformers" and not hasattr(package, name):
+            setattr(package, name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
