@@ -28,7 +28,7 @@ from parscale.checkpoints.small_model import small_model_path
 
 ENGINES = {  # what `transformers serve` and `vllm serve` run
     "transformers": ["-m", "transformers.cli.transformers", "serve", "--trust-remote-code"],
-    "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--model"],
+    "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--gpu-memory-utilization", "0.5", "--model"],
 }
 
 

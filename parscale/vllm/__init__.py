@@ -20,23 +20,22 @@ FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
 }
-TESTED = ("0.32", "0.33")  # from, and below: the parts of vLLM that this is built on move with its minor versions
+TESTED = ("0.32",)  # minor versions: with them the parts of vLLM move that this is built on
 
 
 def register() -> None:
     """Makes full checkpoints known to transformers, and their classes to vLLM."""
     import vllm
-    from packaging.version import Version
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
 
     from parscale.auto import causal_lm_in_checkpoints
 
     reason = None
-    if not Version(TESTED[0]) <= Version(Version(vllm.__version__).base_version) < Version(TESTED[1]):
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
         reason = (
-            f"vLLM {vllm.__version__} is installed, and this version of parscale serves models with streams by "
-            f"{TESTED[0]} up to, not including, {TESTED[1]}: pip install 'parscale[vllm]'."
+            f"vLLM {vllm.__version__} is installed, and this version of parscale serves models with streams by vLLM "
+            f"{' and '.join(TESTED)}: pip install 'parscale[vllm]'."
         )
     names = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}
     for name in sorted(names | FAMILIES.keys()):

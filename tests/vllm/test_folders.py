@@ -1,6 +1,7 @@
 """Which checkpoints are served, and how: sets of streams, the released format, one stream, windows, what is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -152,6 +153,23 @@ def refused(serving, folder, match, **arguments):
 def test_another_family(serving, make_folder):
     folder = make_folder("GPTNeoX", 2)
     refused(serving, folder, "serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM")
+
+
+@pytest.mark.parametrize("version", ["0.31.5", "0.33.0", "1.2.3+cpu"])
+def test_another_version_of_vllm(serving, make_folder, monkeypatch, version):
+    import vllm
+
+    from parscale.vllm import register
+
+    try:
+        monkeypatch.setattr(vllm, "__version__", version)
+        register()
+        match = rf"vLLM {re.escape(version)} is installed, .* by vLLM 0.32: pip install"
+        refused(serving, make_folder("Qwen2", 4), match)
+        refused(serving, make_folder("Qwen2", 1), match)
+    finally:
+        monkeypatch.undo()
+        register()
 
 
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
