@@ -30,9 +30,11 @@ def held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
 def own_config(model: PreTrainedModel) -> None:
     """Gives the model a configuration object that no other model holds.
 
-    Every module of the model that held the old object, or one of its parts, holds the new one.
+    Every module of the model that held the old object, or one of its parts, holds the new one. What a quantizer says
+    there of the weights stays the quantizer's own object, which changes with them.
     """
-    copies: dict[int, Any] = {}
+    quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    copies: dict[int, Any] = {} if quantization is None else {id(quantization): quantization}
     copy.deepcopy(model.config, copies)
     for module, held in held_configs(model):
         if isinstance(held, PreTrainedConfig) and id(held) in copies:  # the object itself, or a part of it

@@ -158,6 +158,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     try:
         own_config(model)
         check_takes_parameters(model)
+        _decompress(model)
         attach_attention(state)
     except BaseException:
         detach(state)
@@ -170,6 +171,13 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     keep_streams_trainable()
     register_backbone(model.config.model_type)
     return state
+
+
+def _decompress(model: Any) -> None:
+    """What compressed-tensors does when a model is first called; here its backbone is called before it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and hasattr(model, "ct_decompress_hook"):
+        quantizer.compressor.decompress_model(model)
 
 
 def detach(state: ParScaleState) -> None:

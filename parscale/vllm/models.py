@@ -30,7 +30,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from parscale.aggregator import Aggregator
 from parscale.config import ParScaleConfig
 from parscale.naming import part_of
-from parscale.vllm.startup import SLOTS, checkpoint_of, further_streams
+from parscale.vllm.startup import SLOTS, checkpoint_of, further_streams, quantize_attention
 from parscale.vllm.windows import window_backend
 
 
@@ -173,6 +173,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.vllm_config = vllm_config
+        quantize_attention(vllm_config)
         config = vllm_config.model_config.hf_config
         self.model: Any = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(

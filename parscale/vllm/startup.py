@@ -12,7 +12,7 @@ from parscale.checks import check_streams, numbers, set_names
 from parscale.config import NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
 from parscale.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint
 from parscale.headers import StoredTensor
-from parscale.naming import part_of
+from parscale.naming import TRANSFORM_PART, part_of
 from parscale.streams import DEFAULT
 
 # In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
@@ -49,6 +49,7 @@ def prepare(vllm_config: Any) -> None:
     streams, tensors, is_active = _chosen_set(checkpoint, getattr(config, SET_NAME, DEFAULT))
     if vllm_config.load_config.load_format != "dummy":
         check_streams(checkpoint, streams, tensors)
+    _check_compressed(checkpoint, config)
     if streams.num_streams == 1:
         if not is_active:
             name = getattr(config, SET_NAME)
@@ -94,6 +95,21 @@ def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
     return None if name == active else checkpoint.inside(name).file(STREAMS)
 
 
+def quantize_attention(vllm_config: Any) -> None:
+    """Has vLLM quantize the layers of attention modules, which it would leave out for the prefix beside them.
+
+    Where the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all that
+    hold a tensor in floating point, ``self_attn`` with its ``prefix_k`` among them, and leaves out what is inside.
+    """
+    config = vllm_config.quant_config
+    given = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    listed = getattr(config, "modules_to_not_convert", None)
+    if listed and not given.get("modules_to_not_convert"):
+        names = [name for name in checkpoint_of(vllm_config).weights() if part_of(name) == TRANSFORM_PART]
+        holders = {name.rpartition(".")[0] for name in names}
+        config.modules_to_not_convert = [name for name in listed if name not in holders]
+
+
 def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
     """The numbers and tensors of a set of streams, and whether it is the active one of its folder."""
     fields = checkpoint.read_json(CONFIG)
@@ -119,9 +135,19 @@ def _has_window(vllm_config: Any) -> bool:
     return window is not None and window < vllm_config.model_config.max_model_len
 
 
+def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
+    """Refuses weights that vLLM would read for compressed ones, without a word."""
+    if (getattr(config, "quantization_config", None) or {}).get("quantization_status") == "decompressed":
+        raise ValueError(
+            f"{checkpoint} was saved after its weights had been decompressed, and vLLM reads compressed ones: call "
+            "model.hf_quantizer.compressor.compress_model(model) before save_pretrained."
+        )
+
+
 def _check_settings(vllm_config: Any) -> None:
     """Refuses what was not built for streams, where it could go wrong in silence."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     refused = {
         f"--runner {model.runner_type}": model.runner_type != "generate" or model.convert_type != "none",
         "--enable-prompt-embeds": model.enable_prompt_embeds,
@@ -133,6 +159,7 @@ def _check_settings(vllm_config: Any) -> None:
         "--speculative-config, but for the method 'ngram'": speculative is not None and speculative.method != "ngram",
         "Llama 4's scaling of the attention": getattr(model.hf_config, "llama_4_scaling", None) is not None,
         "dual chunk attention": getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
+        "a scale of the cache for each head": isinstance(scheme, dict) and scheme.get("strategy") == "attn_head",
     }
     given = [name for name, is_given in refused.items() if is_given]
     if given:
