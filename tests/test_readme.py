@@ -73,6 +73,13 @@ def test_the_figures_of_the_transforms_are_those_on_file():
     assert table.strip() in README
 
 
+def test_the_figures_of_serving_are_those_on_file():
+    script, results = ROOT / "benchmarks" / "serving.py", ROOT / "benchmarks" / "results" / "serving.json"
+    command = [sys.executable, script, "--table", results]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.strip() in README
+
+
 def test_the_counts_of_architectures_are_those_on_file():
     page = (ROOT / "docs" / "architectures.md").read_text()
     (classes, built, some, prefix) = map(

@@ -13,23 +13,17 @@ streams run in it:
 
 from __future__ import annotations
 
-# The classes of vLLM that are served with streams, and the modules of vllm.model_executor.models that hold them.
-FAMILIES = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-}
-TESTED = ("0.32",)  # minor versions: with them the parts of vLLM move that this is built on
+FAMILIES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+TESTED = ("0.32",)  # minor versions of vLLM: with them the parts of it move that this is built on
 
 
 def register() -> None:
-    """Makes full checkpoints known to transformers, and their classes to vLLM."""
+    """Makes full checkpoints known to transformers, and their classes to vLLM, to be served or refused."""
     import vllm
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from vllm import ModelRegistry
 
     from parscale.auto import causal_lm_in_checkpoints
+    from parscale.vllm.refusal import refuse
 
     reason = None
     if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
@@ -38,19 +32,12 @@ def register() -> None:
             f"{' and '.join(TESTED)}: pip install 'parscale[vllm]'."
         )
     names = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}
-    for name in sorted(names | FAMILIES.keys()):
+    for name in names.union(FAMILIES):
         architecture = causal_lm_in_checkpoints(name)
         if reason is None and name in FAMILIES:
             from parscale.vllm.startup import serve
 
-            ModelRegistry.register_model(architecture, f"parscale.vllm.models:{architecture}")
             serve(architecture)
         else:
-            from parscale.vllm.refusal import refuse
-
-            refuse(
-                architecture,
-                reason
-                or f"vLLM serves {', '.join(FAMILIES)} with streams, and this checkpoint is {architecture}: "
-                "`transformers serve --trust-remote-code` serves any.",
-            )
+            other = f"vLLM serves {', '.join(FAMILIES)} with streams, and this checkpoint is {architecture}: "
+            refuse(architecture, reason or other + "`transformers serve --trust-remote-code` serves any.")

@@ -47,7 +47,7 @@ class StreamAttention(nn.Module):
     def __init__(self, own: Any, streams: ParScaleConfig, num_slots: int, vllm_config: Any) -> None:
         super().__init__()
         P, G, T, D = streams.num_streams, own.num_kv_heads, streams.prefix_length, own.head_dim
-        self.num_streams, self.num_slots, self.head_dim = P, num_slots, D
+        self.num_slots, self.head_dim = num_slots, D
         self.sizes = [own.q_size, own.kv_size, own.kv_size]
         self.qkv_proj, self.o_proj, self.rotary_emb = own.qkv_proj, own.o_proj, own.rotary_emb
         self.q_norm, self.k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
@@ -100,7 +100,10 @@ def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
     num_heads, ranks = parameter.shape[1], get_tensor_model_parallel_world_size()
     copies = max(1, ranks // whole.shape[1])  # of each head, where there are fewer than processes
     first = get_tensor_model_parallel_rank() // copies * num_heads
-    parameter.data.copy_(whole[:, first : first + num_heads])
+    part = whole[:, first : first + num_heads]
+    if part.shape != parameter.shape:
+        raise ValueError(f"A prefix of the checkpoint is {tuple(whole.shape)} and does not fit the backbone's heads.")
+    parameter.data.copy_(part)
 
 
 class _Streams(nn.Module):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm import ModelRegistry
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from parscale.checks import check_streams, numbers, set_names
@@ -15,13 +17,16 @@ from parscale.headers import StoredTensor
 from parscale.naming import TRANSFORM_PART, part_of
 from parscale.streams import DEFAULT
 
+logger = init_logger("vllm.parscale")  # vLLM shows its own loggers' lines only
+
 # In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
 # is attended to apart.
 SLOTS = "prefix_slots"
 
 
 def serve(architecture: str) -> None:
-    """Has vLLM call :func:`prepare` for models of this architecture."""
+    """Makes an architecture of :mod:`parscale.vllm.models` known to vLLM, which then calls :func:`prepare` for it."""
+    ModelRegistry.register_model(architecture, f"parscale.vllm.models:{architecture}")
     MODELS_CONFIG_MAP[architecture] = _Prepared
 
 
@@ -63,6 +68,8 @@ def prepare(vllm_config: Any) -> None:
             f"{PREFIX!r} only: `transformers serve --trust-remote-code` serves any."
         )
     _check_settings(vllm_config)
+    where = "apart from the cache" if _has_window(vllm_config) else "in slots of the cache"
+    logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
     setattr(config, NUM_STREAMS, streams.num_streams)
     setattr(config, PREFIX_LENGTH, streams.prefix_length)
     setattr(config, SMOOTHING, streams.smoothing)

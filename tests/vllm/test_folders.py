@@ -187,6 +187,15 @@ def test_a_number_of_streams_that_the_tensors_do_not_have(serving, make_folder, 
     refused(serving, folder, r"layer.2.weight of .* is \(4, 128\), and its configuration says \(3, hidden size\)")
 
 
+def test_streams_of_another_backbone(serving, make_folder, tmp_path):
+    """One head of keys and values would be broadcast over both."""
+    folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    cut = {name: tensor[:, :1].contiguous() if "prefix" in name else tensor for name, tensor in tensors.items()}
+    save_file(cut, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(serving, folder, r"prefix .* is \(4, 1, 16, 32\) and does not fit the backbone's heads")
+
+
 def test_streams_that_are_missing(serving, make_folder, tmp_path):
     folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
     tensors = load_file(folder / "model.safetensors")

@@ -124,6 +124,20 @@ def test_preempted_requests(folder, model, serving):
         assert list(output.outputs[0].token_ids) == serving.reference(model, ids, 40)[0]
 
 
+def test_the_scheduler_of_gpus(folder, model, serving, monkeypatch):
+    """vLLM runs its asynchronous scheduler there, and not on CPUs; its slots are the same."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from parscale.vllm import scheduler
+
+    monkeypatch.setattr(scheduler, "_WithSlots", scheduler._AsyncWithSlots)
+    ids = serving.prompts([50], seed=9)[0]
+    with serving.engine(folder, max_model_len=LONGEST) as llm:
+        assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler, AsyncScheduler)
+        output = serving.greedy(llm, [ids], 8)[0]
+    assert (list(output.outputs[0].token_ids), output.prompt_token_ids) == (serving.reference(model, ids, 8)[0], ids)
+
+
 GUESSING = """
 import json, sys
 from vllm import LLM, SamplingParams
