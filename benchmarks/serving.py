@@ -157,8 +157,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """Throughput and time to the first token as ratios, in Markdown."""
     rows = {(row["program"], row["model"], row["concurrency"]): row for row in result["rows"]}
-    lines = ["| P | requests at once | tokens per second | first token | tokens per second | first token |"]
-    lines += ["| | | / plain vLLM | / plain vLLM | / generate | / generate |", "|---|---|---|---|---|---|"]
+    titles = ["P", "requests at once"]
+    titles += [f"{what}, to {other}" for other in ("plain vLLM", "`generate`") for what in ("tokens/s", "first token")]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for P in result["streams"]:
         for number in result["concurrency"]:
             own = rows["vllm", str(P), number]

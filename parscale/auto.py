@@ -145,14 +145,26 @@ def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
     autos = _readers(cls, config)
     if "AutoModelForCausalLM" in autos or not autos:
         return causal_lm_in_checkpoints(name), {"AutoModelForCausalLM": ParScaleForCausalLM.__name__}
-    return re.sub(r"(EncoderModel|Model|For[A-Z]\w*)?$", rf"{INFIX}\1", name, count=1), dict.fromkeys(
-        autos, ParScaleModel.__name__
-    )
+    return _with_infix(name), dict.fromkeys(autos, ParScaleModel.__name__)
 
 
 def causal_lm_in_checkpoints(class_name: str) -> str:
     """What a full checkpoint calls a causal language model: ``Qwen2ForCausalLM`` is ``Qwen2ParScaleForCausalLM``."""
     return re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", class_name) + CAUSAL_LM
+
+
+def _with_infix(class_name: str) -> str:
+    return re.sub(r"(EncoderModel|Model|For[A-Z]\w*)?$", rf"{INFIX}\1", class_name, count=1)
+
+
+def architectures_in_checkpoints() -> set[str]:
+    """What full checkpoints call the classes that transformers knows."""
+    found: set[str] = set()
+    for auto_name, auto in AUTO_CLASSES.items():
+        name = causal_lm_in_checkpoints if auto_name == "AutoModelForCausalLM" else _with_infix
+        for classes in auto._model_mapping._model_mapping.values():
+            found.update(map(name, [classes] if isinstance(classes, str) else classes))
+    return found
 
 
 def backbone_class(config: Any, plain: Any) -> Any:

@@ -20,9 +20,8 @@ TESTED = ("0.32",)  # minor versions of vLLM: with them the parts of it move tha
 def register() -> None:
     """Makes full checkpoints known to transformers, and their classes to vLLM, to be served or refused."""
     import vllm
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from parscale.auto import causal_lm_in_checkpoints
+    from parscale.auto import architectures_in_checkpoints, causal_lm_in_checkpoints
     from parscale.vllm.refusal import refuse
 
     reason = None
@@ -31,13 +30,11 @@ def register() -> None:
             f"vLLM {vllm.__version__} is installed, and this version of parscale serves models with streams by vLLM "
             f"{' and '.join(TESTED)}: pip install 'parscale[vllm]'."
         )
-    names = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}
-    for name in names.union(FAMILIES):
-        architecture = causal_lm_in_checkpoints(name)
-        if reason is None and name in FAMILIES:
-            from parscale.vllm.startup import serve
+    served = set() if reason else {causal_lm_in_checkpoints(name) for name in FAMILIES}
+    for architecture in architectures_in_checkpoints() - served:
+        other = f"vLLM serves {', '.join(FAMILIES)} with streams, and this checkpoint is {architecture}"
+        refuse(architecture, reason or f"{other}: `transformers serve --trust-remote-code` serves any language model.")
+    for architecture in served:
+        from parscale.vllm.startup import serve
 
-            serve(architecture)
-        else:
-            other = f"vLLM serves {', '.join(FAMILIES)} with streams, and this checkpoint is {architecture}: "
-            refuse(architecture, reason or other + "`transformers serve --trust-remote-code` serves any.")
+        serve(architecture)

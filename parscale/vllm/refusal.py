@@ -18,27 +18,33 @@ def refuse(architecture: str, reason: str) -> None:
         architecture: as in ``config.json``.
         reason: what to say.
     """
-
-    def refused(*args: Any, **kwargs: Any) -> None:
-        raise ValueError(reason)
-
-    ModelRegistry.register_model(architecture, type(architecture, (_Refused,), {"__init__": refused}))
+    ModelRegistry.register_model(architecture, f"{Refused.__module__}:{Refused.__name__}")
     try:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     except ImportError:  # of another version; then the model itself refuses, when it is made
         return
-    body = {"verify_and_update_config": staticmethod(refused)}
+
+    def verify_and_update_config(vllm_config: Any) -> None:
+        raise ValueError(reason)
+
+    body = {verify_and_update_config.__name__: staticmethod(verify_and_update_config)}
     MODELS_CONFIG_MAP[architecture] = type(architecture, (VerifyAndUpdateConfig,), body)
 
 
-class _Refused(nn.Module):
+class Refused(nn.Module):
     """What vLLM wants to see in a language model."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("This model, or this version of vLLM, is none that parscale serves with streams.")
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Never called."""
         raise NotImplementedError
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Never called."""
         raise NotImplementedError
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Never called."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.masking_utils import eager_mask
 
 import parscale
+from parscale.auto import architectures_in_checkpoints
 
 P, T, TOLERANCE = 3, 4, 2e-5  # as in test_families.py
 SIZES = {
@@ -301,6 +303,8 @@ def test_saved_and_loaded(kind, transform, tmp_path):
     model, arguments = wrapped(kind, transform), kind.inputs()
     expected = result_of(model, **arguments)
     model.save_pretrained(tmp_path / "full")
+    (name,) = json.loads((tmp_path / "full" / "config.json").read_text())["architectures"]
+    assert name in architectures_in_checkpoints()
     model.save_streams(tmp_path / "streams")
     parscale.unwrap(model).save_pretrained(tmp_path / "plain")
     for again in (

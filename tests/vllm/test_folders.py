@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 import parscale
 
@@ -153,6 +154,13 @@ def refused(serving, folder, match, **arguments):
 def test_another_family(serving, make_folder):
     folder = make_folder("GPTNeoX", 2)
     refused(serving, folder, "serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM")
+
+
+def test_another_kind_of_model(serving, tmp_path):
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=64, **size))
+    parscale.wrap(model, 2, prefix_length=4).save_pretrained(tmp_path)
+    refused(serving, tmp_path, "serves Qwen2ForCausalLM, .* this checkpoint is BertParScaleForMaskedLM")
 
 
 @pytest.mark.parametrize("version", ["0.31.5", "0.33.0", "1.2.3+cpu"])

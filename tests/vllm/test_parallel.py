@@ -2,17 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 import parscale
 
 
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [("Qwen2", {}), ("Mistral", {"sliding_window": 24, "num_key_value_heads": 1})],
-    ids=["heads shared out", "one head for both, with a window"],
-)
-def test_two_processes(make_folder, serving, family, fields):
-    folder = make_folder(family, 4, **fields)
+def test_two_processes(make_folder, serving):
+    folder = make_folder("Qwen2", 4)
     prompts = serving.prompts([1, 30, 200])
     model = parscale.load(folder, dtype=torch.float32).eval()
     with serving.engine(folder, tensor_parallel_size=2, max_num_batched_tokens=96) as llm:
@@ -23,3 +19,20 @@ def test_two_processes(make_folder, serving, family, fields):
         assert list(answer.token_ids) == tokens
         got = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
         assert got == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "processes", "expected"),
+    [(4, 1, [[0, 1, 2, 3]]), (4, 2, [[0, 1], [2, 3]]), (2, 4, [[0], [0], [1], [1]]), (1, 2, [[0], [0]])],
+)
+def test_the_prefixs_heads_are_shared_out(monkeypatch, heads, processes, expected):
+    """As those of the backbone: where there are fewer than processes, several have the same one."""
+    from parscale.vllm import models
+
+    whole = torch.arange(float(heads)).view(1, heads, 1, 1).expand(3, heads, 5, 2)
+    monkeypatch.setattr(models, "get_tensor_model_parallel_world_size", lambda: processes)
+    for rank, own in enumerate(expected):
+        monkeypatch.setattr(models, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        parameter = nn.Parameter(torch.zeros(3, len(own), 5, 2), requires_grad=False)
+        models._load_heads(parameter, whole)
+        assert torch.equal(parameter, whole[:, own])

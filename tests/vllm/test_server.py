@@ -125,6 +125,22 @@ def test_a_stream(client, expected):
     assert pieces[-1].usage.prompt_tokens == length
 
 
+def test_an_answer_of_a_given_form(client):
+    """Structured output."""
+    answer = complete(client, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert answer.choices[0].text in ("yes", "no")
+
+
+def test_the_prompt_again(client):
+    """`echo`, with the log-probability of each of the user's tokens."""
+    answer = complete(client, new=1, echo=True, logprobs=0)
+    assert answer.choices[0].text.startswith(TEXT)
+    logprobs = answer.choices[0].logprobs.token_logprobs
+    assert len(logprobs) == len(TEXT) + 1
+    assert logprobs[0] is None
+    assert all(value < 0 for value in logprobs[1:])
+
+
 def test_the_longest_text(client, url):
     """What the server says of itself, and takes, is the user's; the prefix takes none of it."""
     assert client.models.list().data[0].max_model_len == LONGEST
