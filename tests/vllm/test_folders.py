@@ -157,7 +157,7 @@ def test_another_family(serving, make_folder):
 
 
 def test_another_kind_of_model(serving, tmp_path):
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 1024}
     model = BertForMaskedLM(BertConfig(vocab_size=64, **size))
     parscale.wrap(model, 2, prefix_length=4).save_pretrained(tmp_path)
     refused(serving, tmp_path, "serves Qwen2ForCausalLM, .* this checkpoint is BertParScaleForMaskedLM")

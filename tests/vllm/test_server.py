@@ -65,9 +65,9 @@ def url(folder, tmp_path_factory):
         else:
             raise RuntimeError(f"no answer after 180 s:\n{log.read_text()[-4000:]}")
         yield url
+        assert "Traceback" not in log.read_text()
         process.send_signal(signal.SIGINT)
         process.wait(60)
-        assert "Traceback" not in log.read_text()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
