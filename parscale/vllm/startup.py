@@ -51,15 +51,15 @@ def prepare(vllm_config: Any) -> None:
     model = vllm_config.model_config
     config = model.hf_config
     checkpoint = checkpoint_of(vllm_config)
-    streams, tensors, is_active = _chosen_set(checkpoint, getattr(config, SET_NAME, DEFAULT))
+    name = getattr(config, SET_NAME, DEFAULT)
+    streams, tensors, is_active = _chosen_set(checkpoint, name)
     if vllm_config.load_config.load_format != "dummy":
         check_streams(checkpoint, streams, tensors)
     _check_compressed(checkpoint, config)
     if streams.num_streams == 1:
         if not is_active:
-            name = getattr(config, SET_NAME)
             raise ValueError(f"The set {name!r} of {checkpoint} has one stream: serve the backbone itself.")
-        plain = [name.replace(INFIX, "") for name in config.architectures]
+        plain = [architecture.replace(INFIX, "") for architecture in config.architectures]
         config.architectures = model.model_arch_config.architectures = plain
         return
     if streams.transform != PREFIX:
@@ -68,12 +68,13 @@ def prepare(vllm_config: Any) -> None:
             f"{PREFIX!r} only: `transformers serve --trust-remote-code` serves any."
         )
     _check_settings(vllm_config)
-    where = "apart from the cache" if _has_window(vllm_config) else "in slots of the cache"
+    has_window = _has_window(vllm_config)
+    where = "apart from the cache" if has_window else "in slots of the cache"
     logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
     setattr(config, NUM_STREAMS, streams.num_streams)
     setattr(config, PREFIX_LENGTH, streams.prefix_length)
     setattr(config, SMOOTHING, streams.smoothing)
-    if _has_window(vllm_config):
+    if has_window:
         setattr(config, SLOTS, 0)
         return
     setattr(config, SLOTS, streams.prefix_length)

@@ -31,14 +31,20 @@ def window_backend(own: type[Any]) -> type[Any]:
     )
 
 
-class CpuImpl(CPUAttentionBackendImpl):
-    """``prefix`` is set by the layer: keys and values ``(P, G, T, D)``."""
+class _Apart:
+    """In front of an implementation of vLLM's; ``prefix`` is set by the layer: keys and values ``(P, G, T, D)``."""
 
     prefix: tuple[torch.Tensor, torch.Tensor]
+    kv_cache_dtype: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _refuse_small_cache(self.kv_cache_dtype)
+        if self.kv_cache_dtype.startswith("fp8"):
+            raise ValueError("A sliding window and a prefix are served without --kv-cache-dtype fp8: leave it out.")
+
+
+class CpuImpl(_Apart, CPUAttentionBackendImpl):
+    """The keys that a request sees are gathered behind the prefix."""
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -97,14 +103,8 @@ class CpuBackend(CPUAttentionBackend):
         return CpuImpl
 
 
-class FlashImpl(FlashAttentionImpl):
-    """``prefix`` is set by the layer: keys and values ``(P, G, T, D)``."""
-
-    prefix: tuple[torch.Tensor, torch.Tensor]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _refuse_small_cache(self.kv_cache_dtype)
+class FlashImpl(_Apart, FlashAttentionImpl):
+    """Cache and prefix apart, merged by their log-sum-exp."""
 
     def forward(
         self,
@@ -178,8 +178,3 @@ def attend_to_prefix(
     N = query.shape[0]
     mixed = mixed.unflatten(1, (-1, N)).flatten(0, 1).transpose(0, 1)  # (N, P*heads, D)
     return mixed.contiguous(), scores.logsumexp(-1).unflatten(1, (-1, N)).flatten(0, 1)
-
-
-def _refuse_small_cache(dtype: str) -> None:
-    if dtype.startswith("fp8"):
-        raise ValueError("A sliding window and a prefix are served without --kv-cache-dtype fp8: leave it out.")
