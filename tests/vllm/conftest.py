@@ -50,7 +50,7 @@ def make_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def serving():
     """The functions of this file, for tests to call."""
-    return SimpleNamespace(engine=engine, greedy=greedy, prompts=prompts, reference=reference)
+    return SimpleNamespace(agree=agree, engine=engine, greedy=greedy, prompts=prompts, reference=reference)
 
 
 @pytest.fixture(scope="session")
@@ -155,3 +155,14 @@ def greedy(llm, all_ids, new, **arguments):
 
     wanted = SamplingParams(temperature=0, min_tokens=new, max_tokens=new, detokenize=False, **arguments)
     return llm.generate([{"prompt_token_ids": ids} for ids in all_ids], wanted, use_tqdm=False)
+
+
+def agree(outputs, folder, new):
+    """Asserts that vLLM's tokens are those of `generate`, and their log-probabilities within 1e-4."""
+    model = parscale.load(folder, dtype=torch.float32).eval()
+    for output in outputs:
+        tokens, logprobs = reference(model, list(output.prompt_token_ids), new)
+        answer = output.outputs[0]
+        assert list(answer.token_ids) == tokens, len(output.prompt_token_ids)
+        got = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
+        assert got == pytest.approx(logprobs, abs=1e-4)

@@ -1,25 +1,11 @@
 """vLLM answers what transformers answers, greedily, with the same log-probabilities."""
 
 import pytest
-import torch
-
-import parscale
 
 FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral"]
 AROUND_BLOCKS = [n + d for n in (16, 32, 48, 64, 128) for d in (-1, 0, 1)]
 LENGTHS = [1, 2, 3, 5, 8, *AROUND_BLOCKS, 100, *range(150, 501, 50), 750, 999, 1000]
 NEW = 6
-
-
-def agree(serving, outputs, folder, new=NEW):
-    """Whether tokens are the same and their log-probabilities within 1e-4."""
-    model = parscale.load(folder, dtype=torch.float32).eval()
-    for output in outputs:
-        tokens, logprobs = serving.reference(model, list(output.prompt_token_ids), new)
-        answer = output.outputs[0]
-        assert list(answer.token_ids) == tokens, len(output.prompt_token_ids)
-        got = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
-        assert got == pytest.approx(logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("num_streams", [1, 2, 4])
@@ -36,6 +22,6 @@ def test_many_at_once(make_folder, serving, family, num_streams):
         outputs = serving.greedy(llm, prompts, NEW, logprobs=0)
         again = serving.greedy(llm, prompts[-4:], NEW, logprobs=0)
     assert [output.prompt_token_ids for output in outputs] == prompts
-    agree(serving, outputs, folder)
+    serving.agree(outputs, folder, NEW)
     assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in outputs[-4:]]
     assert [output.num_cached_tokens > 0 for output in again] == [caching] * 4

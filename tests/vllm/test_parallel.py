@@ -4,21 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-import parscale
-
 
 def test_two_processes(make_folder, serving):
     folder = make_folder("Qwen2", 4)
     prompts = serving.prompts([1, 30, 200])
-    model = parscale.load(folder, dtype=torch.float32).eval()
     with serving.engine(folder, tensor_parallel_size=2, max_num_batched_tokens=96) as llm:
         outputs = serving.greedy(llm, prompts, 8, logprobs=0)
-    for ids, output in zip(prompts, outputs, strict=True):
-        tokens, logprobs = serving.reference(model, ids, 8)
-        answer = output.outputs[0]
-        assert list(answer.token_ids) == tokens
-        got = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
-        assert got == pytest.approx(logprobs, abs=1e-4)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    serving.agree(outputs, folder, 8)
 
 
 @pytest.mark.parametrize(
