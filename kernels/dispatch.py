@@ -57,6 +57,11 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
     return True
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; torch raises where it knows of none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def _interpreted() -> bool:
     from parscale.kernels.launch import INTERPRETED
 

@@ -6,7 +6,7 @@ import torch
 
 from parscale.kernels.aggregate.api import MAX_FUSED_STREAMS
 from parscale.kernels.aggregator.reference import aggregator_reference
-from parscale.kernels.dispatch import Impl, runs_fused
+from parscale.kernels.dispatch import Impl, autocasts, runs_fused
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -74,6 +74,6 @@ def _obstacle(*tensors: torch.Tensor) -> str | None:
         return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"
     if len({x.device for x in tensors}) > 1:
         return "the tensors are on different devices"
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    if autocasts(tensors[0]):
         return "autocast is on"
     return None

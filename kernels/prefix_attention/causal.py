@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from parscale.kernels.dispatch import Impl
+from parscale.kernels.dispatch import Impl, autocasts
 
 HALVES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
@@ -91,10 +91,7 @@ def causal_attention(
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -108,7 +105,8 @@ class _CausalAttention(torch.autograd.Function):
         prefix_output, prefix_lse, *prefix_random = _flash(_by_stream(query, P), prefix_k, prefix_v, False, scaling)
         prefix_output, prefix_lse = _by_row(prefix_output, B), _by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
         share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
-        output.lerp_(prefix_output, share.to(output.dtype))
+        # not in place, which torch before 2.12 forgets when it compiles the backward pass
+        output = output.lerp(prefix_output, share.to(output.dtype))
         lse = torch.logaddexp(lse, prefix_lse).contiguous()
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random, *prefix_random)
         ctx.scaling = scaling

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from parscale.kernels import aggregate
+from parscale.kernels import aggregate, aggregator
 from parscale.kernels.aggregate import stream_weights
 from parscale.kernels.aggregate.reference import aggregate_reference
 from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference
@@ -107,3 +107,10 @@ def test_causal_attention_is_its_definition(function, size, scaling):
 def test_gradients_of_causal_attention_in_float64(function):
     inputs = [x.requires_grad_() for x in attention_inputs(B=1, heads=2, G=1, S=3, T=2, D=4)]
     assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_tensors_without_data_have_shapes():
+    P, B, S, H = 3, 2, 5, 8
+    sizes = ((P * B, S, H), (H, H * P), (H,), (P, H), (P,))
+    assert aggregator(*(torch.empty(*size, device="meta") for size in sizes), 0.1).shape == (B, S, H)
+    assert aggregate(torch.empty(P, S, H, device="meta"), torch.empty(S, P, device="meta"), 0.1).shape == (S, H)
