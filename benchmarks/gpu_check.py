@@ -13,6 +13,7 @@ a large bfloat16 product. ``of_floor`` is the floor's time over the measured one
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -395,7 +396,7 @@ def training(bench: Bench) -> None:
     bench.add("training", P=P, S=S, seconds=times[P], plain_seconds=times[1], ratio=times[P] / times[1])
 
 
-PARTS = {f.__name__: f for f in (ceilings, exactness, kernels, backward, decoding, training)}
+PARTS = {f.__name__: f for f in (ceilings, exactness, kernels, decoding, training, backward)}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -420,19 +421,35 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def run(bench: Bench, only: list[str]) -> Iterator[str]:
-    """Every part, and the names of those that failed; a part that fails does not take the others with it."""
+def run(bench: Bench, only: list[str]) -> Iterator[str | None]:
+    """Every part, one after another: ``None``, or the name of one that failed and does not take the others with it."""
     for name, part in PARTS.items():
-        if name in only or name == "ceilings":
-            try:
-                part(bench)
-            except Exception as error:
-                if bench.dry:
-                    raise
-                bench.add("failed", part=name, error=f"{type(error).__name__}: {error}"[:500])
-                yield name
-            if not bench.dry:
-                torch.cuda.empty_cache()
+        if name not in only and name != "ceilings":
+            continue
+        failed = None
+        try:
+            part(bench)
+        except Exception as error:
+            if bench.dry:
+                raise
+            bench.add("failed", part=name, error=f"{type(error).__name__}: {error}"[:500])
+            failed = name
+        if not bench.dry:
+            torch.cuda.empty_cache()
+        yield failed
+
+
+def versions(dry: bool) -> dict[str, Any]:
+    """What was measured on."""
+    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+    return {
+        "device": "dry run" if dry else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": triton,
+        "transformers": transformers.__version__,
+    }
 
 
 def main() -> None:
@@ -445,32 +462,18 @@ def main() -> None:
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("gpu_check needs a CUDA or ROCm device, and torch sees none; --dry-run needs none.")
     bench = Bench(args.dry_run, args.released)
-    start = time.perf_counter()
-    failed = list(run(bench, args.only))
-    wrong = [row for row in bench.rows if row.get("ok") is False]
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = None
-    result = {
-        "device": "dry run" if args.dry_run else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "triton": version,
-        "transformers": transformers.__version__,
-        "seconds": time.perf_counter() - start,
-        "ceilings": bench.ceilings,
-        "rows": bench.rows,
-    }
-    text = json.dumps(result, indent=1)
+    start, failed = time.perf_counter(), []
+    for name in run(bench, args.only):
+        failed += [name] if name else []
+        found = {"seconds": time.perf_counter() - start, "ceilings": bench.ceilings, "rows": bench.rows}
+        text = json.dumps(versions(args.dry_run) | found, indent=1)
+        if args.output is not None:  # after each part, so that a run that is stopped leaves what it found
+            args.output.write_text(text + "\n")
     if args.output is None:
         print(text)
     else:
-        args.output.write_text(text + "\n")
         plot(bench.rows, args.output.with_suffix(".png"))
+    wrong = [row for row in bench.rows if row.get("ok") is False]
     if failed or (wrong and not args.dry_run):
         sys.exit(f"Failed: {', '.join(failed) or 'none'}; {len(wrong)} errors above twice torch's own.")
 
