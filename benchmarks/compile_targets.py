@@ -28,8 +28,10 @@ from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 MODULES = ("aggregate", "aggregator", "prefix_attention")
@@ -125,7 +127,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         replacements: dict[str, Any] = {
             "launch": lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta)),
             "on_hip": lambda: target.startswith("gfx"),
-            "on_blackwell": lambda device: target == "sm_100",
+            "on_hopper": lambda device: target == "sm_90",
         }
         for attribute, replacement in replacements.items():
             if hasattr(module, attribute):

@@ -57,9 +57,9 @@ def on_hip() -> bool:
     return torch.version.hip is not None
 
 
-def on_blackwell(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU of compute capability 10 or more."""
-    return device.type == "cuda" and not on_hip() and torch.cuda.get_device_capability(device)[0] >= 10
+def on_hopper(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU of compute capability 9: the only ones whose products take blocks of 128 x 256."""
+    return device.type == "cuda" and not on_hip() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def power_of_2(number: int) -> int:

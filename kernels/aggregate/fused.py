@@ -112,27 +112,36 @@ def backward_kernel(
     tl.store(p_dlogits + o_n * P + o_p, b_dlogits.to(p_dlogits.dtype.element_ty), mask=m_p)
 
 
+def forward_config(P: int, N: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks and warps of :func:`forward_kernel`."""
+    BH = min(512, power_of_2(H))
+    double = dtype == torch.float64
+    BN = min(power_of_2(N), max(1, (1024 if double else 2048) // BH))
+    return {"BN": BN, "BH": BH, "UNROLL": min(P, 2 if double else 8), "num_warps": 4}
+
+
+def backward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks and warps of :func:`backward_kernel`."""
+    tile = 4096 if dtype.itemsize == 2 else 2048  # numbers that a program holds
+    return {"BH": min(power_of_2(H), tile // power_of_2(P)), "num_warps": 4}
+
+
 def forward(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
     """``x (P, N, H)``, ``logits (N, P)`` -> ``(N, H)``; any strides."""
     P, N, H = x.shape
     out = torch.empty(N, H, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    BH = min(512, power_of_2(H))
-    double = x.dtype == torch.float64
-    BN = min(power_of_2(N), max(1, (1024 if double else 2048) // BH))
+    config = forward_config(P, N, H, x.dtype)
     launch(
         forward_kernel,
-        (triton.cdiv(N, BN), triton.cdiv(H, BH)),
+        (triton.cdiv(N, config["BN"]), triton.cdiv(H, config["BH"])),
         *(x, logits, out, N, H, *x.stride(), *logits.stride()),
         SMOOTHING=smoothing,
         P=P,
         BP=power_of_2(P),
-        BN=BN,
-        BH=BH,
         ACC=accumulator(x.dtype),
-        UNROLL=min(P, 2 if double else 8),
-        num_warps=4,
+        **config,
     )
     return out
 
@@ -146,18 +155,15 @@ def backward(
     dlogits = torch.empty(N, P, dtype=logits.dtype, device=x.device)
     if N == 0:
         return dx, dlogits
-    BP = power_of_2(P)
-    tile = 4096 if x.dtype.itemsize == 2 else 2048  # numbers that a program holds
     launch(
         backward_kernel,
         (N,),
         *(gradient, x, logits, dx, dlogits, N, H, *gradient.stride(), *x.stride(), *logits.stride()),
         SMOOTHING=smoothing,
         P=P,
-        BP=BP,
-        BH=min(power_of_2(H), tile // BP),
+        BP=power_of_2(P),
         ACC=accumulator(x.dtype),
-        num_warps=4,
+        **backward_config(P, H, x.dtype),
     )
     return dx, dlogits
 

@@ -27,20 +27,55 @@ from parscale.kernels.aggregator.kernels import (
     many_rows_kernel,
     split_weight_kernel,
 )
-from parscale.kernels.launch import launch, multiprocessors, on_blackwell, on_hip, operand, power_of_2
+from parscale.kernels.launch import launch, multiprocessors, on_hip, on_hopper, operand, power_of_2
 
 FEW_ROWS = 32
 Tensors = tuple[torch.Tensor, ...]
+
+
+def split_config(P: int) -> dict[str, int]:
+    """Block and warps of :func:`split_weight_kernel`."""
+    return {"BM": 4096 // power_of_2(P), "num_warps": 4}
+
+
+def few_rows_config(P: int, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks, warps and stages of :func:`few_rows_kernel`."""
+    # 256 columns of weight at a time, or a multiple of 16
+    BP = power_of_2(P)
+    BH = max(1, 16 // BP, (512 // dtype.itemsize) // BP)
+    return {"BJ": 16, "BH": BH, "num_warps": 4, "num_stages": 2 if on_hip() else 4}
+
+
+def finish_config(P: int, H: int) -> dict[str, int]:
+    """Block and warps of :func:`finish_kernel`."""
+    return {"BH": min(power_of_2(H), max(64, 4096 // power_of_2(P))), "num_warps": 8}
+
+
+def many_rows_config(N: int, H: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Blocks, warps and stages of :func:`many_rows_kernel`.
+
+    Of the blocks that this GPU takes without spilling, those that keep its processors busiest, the larger ones if in
+    doubt. ROCm lacks the shared memory for 256 columns, all but Hopper the registers.
+    """
+    columns = (256, 128) if on_hopper(device) else (128,)
+    processors = multiprocessors(device)
+
+    def time(BJ: int) -> float:
+        blocks = triton.cdiv(N, 128) * triton.cdiv(H, BJ)
+        # a block of half the size takes longer than half the time, since it reads more for each product
+        return triton.cdiv(blocks, processors) * BJ * (1.0 if BJ == 256 else 1.1)
+
+    blocks = {"BN": 128, "BJ": min(columns, key=time), "BH": 64 if dtype.itemsize == 2 else 32, "GROUP": 8}
+    return blocks | {"num_warps": 8, "num_stages": 2 if on_hip() else 3}
 
 
 def split_weight(weight: torch.Tensor, P: int) -> torch.Tensor:
     """``(H, H*P)`` -> ``(P, H, H)``, by stream, output feature, hidden feature."""
     H = weight.shape[0]
     split = torch.empty(P, H, H, dtype=weight.dtype, device=weight.device)
-    BP = power_of_2(P)
-    BM = 4096 // BP
-    grid = (triton.cdiv(H * H, BM),)
-    launch(split_weight_kernel, grid, weight.contiguous(), split, H * H, P=P, BP=BP, BM=BM, num_warps=4)
+    config = split_config(P)
+    grid = (triton.cdiv(H * H, config["BM"]),)
+    launch(split_weight_kernel, grid, weight.contiguous(), split, H * H, P=P, BP=power_of_2(P), **config)
     return split
 
 
@@ -91,11 +126,8 @@ def _few_rows(
     inner: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     P, N, H = x.shape
-    BP, BJ = power_of_2(P), 16
-    BN = max(16, power_of_2(N))
-    # 256 columns of weight at a time, or a multiple of 16
-    BH = max(1, 16 // BP, (512 // x.dtype.itemsize) // BP)
-    blocks, columns = triton.cdiv(H, BH), triton.cdiv(H, BJ)
+    BP, config = power_of_2(P), few_rows_config(P, x.dtype)
+    blocks, columns = triton.cdiv(H, config["BH"]), triton.cdiv(H, config["BJ"])
     splits = max(1, min(blocks, 4 * multiprocessors(x.device) // columns, 16))
     steps = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, steps)
@@ -106,12 +138,9 @@ def _few_rows(
         *(x, weight1.contiguous(), partial, N, H, steps, *x.stride()),
         P=P,
         BP=BP,
-        BN=BN,
-        BJ=BJ,
-        BH=BH,
+        BN=max(16, power_of_2(N)),
         DOT=operand(x.dtype),
-        num_warps=4,
-        num_stages=2 if on_hip() else 4,
+        **config,
     )
     out = torch.empty(N, H, dtype=x.dtype, device=x.device)
     logits = torch.empty(N, P, dtype=torch.float32, device=x.device)
@@ -124,24 +153,9 @@ def _few_rows(
         SAVE=inner.numel() > 0,
         P=P,
         BP=BP,
-        BH=min(power_of_2(H), max(64, 4096 // BP)),
-        num_warps=8,
+        **finish_config(P, H),
     )
     return out, inner, logits
-
-
-def many_rows_blocks(N: int, H: int, device: torch.device) -> tuple[int, int]:
-    """The block ``(BN, BJ)`` of the product that keeps the processors busiest, the larger one if in doubt."""
-    # with the larger one ROCm lacks shared memory, and Blackwell registers at the end
-    sizes = [(128, 128)] if on_hip() or on_blackwell(device) else [(128, 256), (128, 128)]
-    processors = multiprocessors(device)
-
-    def time(size: tuple[int, int]) -> float:
-        blocks = triton.cdiv(N, size[0]) * triton.cdiv(H, size[1])
-        # a block of half the size takes longer than half the time, since it reads more for each product
-        return triton.cdiv(blocks, processors) * size[0] * size[1] * (1.0 if size[1] == 256 else 1.1)
-
-    return min(sizes, key=time)
 
 
 def _many_rows(
@@ -154,25 +168,19 @@ def _many_rows(
 ) -> torch.Tensor:
     """The logits ``(N, P)``, float32; fills ``inner``."""
     P, N, H = x.shape
-    BN, BJ = many_rows_blocks(N, H, x.device)
-    BH = 64 if x.dtype.itemsize == 2 else 32
-    columns = triton.cdiv(H, BJ)
+    config = many_rows_config(N, H, x.dtype, x.device)
+    columns = triton.cdiv(H, config["BJ"])
     partial = torch.empty(columns, N, P, dtype=torch.float32, device=x.device)
     launch(
         many_rows_kernel,
-        (triton.cdiv(N, BN) * columns,),
+        (triton.cdiv(N, config["BN"]) * columns,),
         *(x, split_weight(weight1, P), bias1.contiguous(), weight2.contiguous(), inner, partial, N, H, *x.stride()),
         P=P,
         BP=max(16, power_of_2(P)),
-        BN=BN,
-        BJ=BJ,
-        BH=BH,
-        GROUP=8,
-        EVEN=H % BH == 0,
+        EVEN=H % config["BH"] == 0,
         SAVE=inner.numel() > 0,
         DOT=operand(x.dtype),
-        num_warps=8,
-        num_stages=2 if on_hip() else 3,
+        **config,
     )
     return partial.sum(0) + bias2
 

@@ -15,6 +15,16 @@ from parscale.kernels.prefix_attention.decode_kernels import merge_kernel, part_
 MAX_SPLITS = 64
 
 
+def part_config(BD: int, BV: int, dtype: torch.dtype) -> dict[str, int]:
+    """Block of tokens, warps and stages of :func:`part_kernel`."""
+    half = dtype.itemsize == 2
+    # keys and values of a block in 32 KiB, in 16 of float32, and a power of 2
+    BT = 1 << ((32768 if half else 16384) // ((BD + BV) * dtype.itemsize)).bit_length() - 1
+    BT = max(16, min(64 if on_hip() else 128, BT))
+    # float32 products keep their factors in registers
+    return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if on_hip() else 3}
+
+
 def decode(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -36,10 +46,8 @@ def decode(
     if out.numel() == 0:
         return out
     BM, BD, BV = max(16, power_of_2(n)), max(16, power_of_2(D)), max(16, power_of_2(V))
-    # keys and values of a block in 32 KiB, in 16 of float32, and a power of 2
-    BT = 1 << ((32768 if query.dtype.itemsize == 2 else 16384) // ((BD + BV) * query.dtype.itemsize)).bit_length() - 1
-    BT = max(16, min(64 if on_hip() else 128, BT))
-    blocks = triton.cdiv(T, BT) + triton.cdiv(K, BT)
+    config = part_config(BD, BV, query.dtype)
+    blocks = triton.cdiv(T, config["BT"]) + triton.cdiv(K, config["BT"])
     if splits is None:
         splits = 4 * multiprocessors(query.device) // (R * G)
     splits = max(1, min(splits, blocks, MAX_SPLITS))
@@ -69,7 +77,6 @@ def decode(
         D=D,
         V=V,
         BM=BM,
-        BT=BT,
         BD=BD,
         BV=BV,
         MASK=kind,
@@ -80,8 +87,7 @@ def decode(
         LENGTH=length is not None,
         WHOLE=whole,
         DOT=operand(query.dtype),
-        num_warps=4 if query.dtype.itemsize == 2 else 8,  # float32 products keep their factors in registers
-        num_stages=1 if on_hip() else 3,
+        **config,
     )
     if not whole:
         launch(
