@@ -103,7 +103,7 @@ class CachedAttention:
         prefix, recording = self._prefix(), self.state.recorder is not None
         if prefix is None and not recording:
             return None
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
         cache = arguments.get(self.cache_argument)
         if isinstance(cache, PrefixCache):  # handed on by the module around this one, which has no use for it
             cache = cache.cache

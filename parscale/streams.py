@@ -201,7 +201,7 @@ class ParScaleState:
         if module.training and torch.is_grad_enabled():
             self._recompute_with_own_set(module)
         positional = self.positional if module is self.backbone else self._encoder_positional
-        arguments = dict(zip(positional, args, strict=False)) | kwargs
+        arguments = dict(zip(positional[: len(args)], args, strict=True)) | kwargs
         for name in CACHES:
             self._check_cache(arguments.get(name))
         if streams is None:
@@ -305,7 +305,7 @@ class ParScaleState:
 
     def _check_cache(self, cache: Any) -> None:
         """A cache belongs to the set that filled it."""
-        if cache is None or isinstance(cache, tuple | list):  # of a model's own kind
+        if cache is None or isinstance(cache, (tuple, list)):  # of a model's own kind
             return
         name = None if self.in_flight is None else self.in_flight.name
         filled_by = getattr(cache, "parscale_streams", name)

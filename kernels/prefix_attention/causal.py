@@ -86,7 +86,9 @@ def causal_attention(
         ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor.
     """
     dtype = _autocast_dtype(query)
-    tensors = (x.to(dtype) for x in (query, key, value, prefix_k, prefix_v))
+    # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
+    prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
+    tensors = (x.to(dtype) for x in (query, key, value, *prefix))
     return _CausalAttention.apply(*tensors, scaling)
 
 

@@ -210,7 +210,7 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
         index: ``(R, S)``, where the tokens stand.
         whole: T + S.
     """
-    if isinstance(states, tuple | list) and not isinstance(states, Cache):
+    if isinstance(states, (tuple, list)) and not isinstance(states, Cache):
         return type(states)(_of_tokens(one, index, whole) for one in states)
     if not isinstance(states, torch.Tensor):
         return states

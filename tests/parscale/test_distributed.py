@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from parscale import load
@@ -64,6 +65,8 @@ def check_run(folder: Path, run: str, expected: dict[str, Any], reference: str, 
     actual = figures(folder, run)
     for name in ("losses", "norms"):
         assert len(actual[name]) == len(expected[name]) == 4
+        if name == "norms" and actual["sharded"] and Version(torch.__version__) < Version("2.11"):
+            continue  # under older torch the Trainer logs a sharded gradient's norm of the first process alone
         close(actual[name][-steps:], expected[name][-steps:])
     if "report" in actual:
         close(actual["report"], expected["report"])
