@@ -20,6 +20,8 @@ def _probe():
 # Triton's interpreter runs kernels on CPU tensors, for tests. Its bfloat16 products are wrong: tiles are raised first.
 INTERPRETED = not isinstance(_probe, JITFunction)
 
+WAVES = 4  # programs for each processor that splits of a sum aim at
+
 TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

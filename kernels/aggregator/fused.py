@@ -27,7 +27,7 @@ from parscale.kernels.aggregator.kernels import (
     many_rows_kernel,
     split_weight_kernel,
 )
-from parscale.kernels.launch import launch, multiprocessors, on_hip, on_hopper, operand, power_of_2
+from parscale.kernels.launch import WAVES, launch, multiprocessors, on_hip, on_hopper, operand, power_of_2
 
 FEW_ROWS = 32
 Tensors = tuple[torch.Tensor, ...]
@@ -128,7 +128,7 @@ def _few_rows(
     P, N, H = x.shape
     BP, config = power_of_2(P), few_rows_config(P, x.dtype)
     blocks, columns = triton.cdiv(H, config["BH"]), triton.cdiv(H, config["BJ"])
-    splits = max(1, min(blocks, 4 * multiprocessors(x.device) // columns, 16))
+    splits = max(1, min(blocks, WAVES * multiprocessors(x.device) // columns, 16))
     steps = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, steps)
     partial = torch.empty(splits, N, H, dtype=torch.float32, device=x.device)

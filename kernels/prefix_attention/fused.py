@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from parscale.kernels.launch import launch, multiprocessors, on_hip, operand, power_of_2
+from parscale.kernels.launch import WAVES, launch, multiprocessors, on_hip, operand, power_of_2
 from parscale.kernels.prefix_attention.decode_kernels import merge_kernel, part_kernel
 
 MAX_SPLITS = 64
@@ -49,7 +49,7 @@ def decode(
     config = part_config(BD, BV, query.dtype)
     blocks = triton.cdiv(T, config["BT"]) + triton.cdiv(K, config["BT"])
     if splits is None:
-        splits = 4 * multiprocessors(query.device) // (R * G)
+        splits = WAVES * multiprocessors(query.device) // (R * G)
     splits = max(1, min(splits, blocks, MAX_SPLITS))
     whole = splits == 1
     rows = 0 if whole else R * heads

@@ -21,7 +21,7 @@ KERNELS = {
     "part_kernel",
     "merge_kernel",
 }
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes
+SHARED_MEMORY = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
 
 
 @pytest.mark.slow
@@ -35,6 +35,6 @@ def test_compiles_without_spills(target, tmp_path):
     assert {row["kernel"] for row in rows} == KERNELS
     for row in rows:
         assert row["spilled_bytes"] == 0, row
-        assert row["shared_bytes"] <= SHARED_MEMORY[target], row
+        assert row["shared_bytes"] <= 1024 * SHARED_MEMORY[target], row
         assert row["registers"] <= 512 if target == "gfx942" else 255, row
     assert (tmp_path / "kernels.md").read_text().count("\n") == len(rows) + 2

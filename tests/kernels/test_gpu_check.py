@@ -1,6 +1,7 @@
-"""``make gpu-check``'s program, with tiny sizes and without a GPU: it runs through and writes what it promises."""
+"""The programs for a GPU, with tiny sizes and without one: they run through and write what they promise."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+def run(*arguments, script="gpu_check.py", **environment):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.mark.slow
@@ -35,6 +37,27 @@ def test_dry_run(tmp_path):
         if "prefill" not in row["what"]:  # which is merged on a CPU too; of all others, the reference runs
             assert row["fused"] == row["torch"]
     assert (tmp_path / "gpu.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_tuning(tmp_path):
+    """What ships is tried first, then others, which are right too; the host functions choose as before afterwards."""
+    pytest.importorskip("triton")
+    options = ("--dry-run", "--only", "N=1", "--output", str(tmp_path / "tune.json"))
+    result = run(*options, script="tune.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads((tmp_path / "tune.json").read_text())
+    assert {(row["by"], row["N"]) for row in found["products"]} == {
+        (by, N) for by in ("cublas", "cudnn") for N in (20, 40)
+    }
+    assert all(row["error"] < 0.01 for row in found["products"])
+    assert [subject["subject"] for subject in found["subjects"]] == ["aggregator, N=1", "aggregator's end, N=1"]
+    for subject in found["subjects"]:
+        assert subject["shipped"]["config"]["num_warps"] in (4, 8)
+        configs = [row["config"] for row in subject["rows"]]
+        assert len(configs) == subject["tried"] == 3
+        assert subject["shipped"] in subject["rows"]
+        assert len({json.dumps(config) for config in configs}) >= 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
