@@ -7,12 +7,14 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+OLDEST_VENV := .venv-oldest
+OLDEST_READY := $(OLDEST_VENV)/.ready
 CODE := parscale kernels checkpoints scaling_laws
 ALL_CODE := $(CODE) $(wildcard examples benchmarks tests)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit test-vllm lint format typecheck bench support gpu-check build clean
+.PHONY: help setup quickstart test unit test-vllm test-oldest lint format typecheck bench support gpu-check build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +49,17 @@ $(VLLM_READY): pyproject.toml requirements-vllm.txt
 
 test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for CPUs
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile tests/vllm
+
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt torch
+	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[dev]'
+	@touch $@
+
+# Without the tables of what each architecture and each compiler does, which are of the pinned versions.
+test-oldest: $(OLDEST_READY) ## The tests with the oldest versions that pyproject.toml allows; several GB to fetch
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest -n $(JOBS) -m "not gpu" \
+		--ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py
 
 lint: $(READY) ## Look for faults of style
 	$(BIN)/ruff check $(ALL_CODE)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -159,6 +163,20 @@ def distribution_name(requirement: str) -> str:
 
 def third_party(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"parscale"}
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """``make test-oldest`` installs the lower bounds of the package and of its extras."""
+    project = PROJECT["project"]
+    extras = [needed for name, needed in project["optional-dependencies"].items() if name not in ("all", "dev", "vllm")]
+    bounds = {}
+    for needed in itertools.chain(project["dependencies"], *extras):
+        requirement = Requirement(needed)
+        (bound,) = (specifier.version for specifier in requirement.specifier if specifier.operator == ">=")
+        bounds[canonicalize_name(requirement.name)] = Version(bound)
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = (line.split("==") for line in lines if not line.startswith("#"))
+    assert {canonicalize_name(name): Version(version) for name, version in pins} == bounds
 
 
 def test_the_small_model_is_whole_and_small():

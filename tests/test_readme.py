@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -57,9 +57,21 @@ def test_the_folders_and_examples_are_listed():
         assert f"\n    {folder}/ " in listed
 
 
-def test_the_figures_of_the_starts_are_those_on_file():
-    script = ROOT / "benchmarks" / "inits.py"
-    table = subprocess.run([sys.executable, script, "--table"], capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """What a program in ``benchmarks/`` prints with ``--table``."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, "--table", *map(str, arguments)])
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_figures_of_the_starts_are_those_on_file(table):
+    table = table("inits.py")
     rows = re.findall(r'^\| (?:Qwen2|GPT-NeoX), `"\w+"`.*$', README, flags=re.MULTILINE)
     assert len(rows) == 10
     for row in rows:
@@ -67,17 +79,12 @@ def test_the_figures_of_the_starts_are_those_on_file():
         assert all(f"| {figure} |" in table for figure in (before, code, prose)), row
 
 
-def test_the_figures_of_the_transforms_are_those_on_file():
-    script = ROOT / "benchmarks" / "transforms.py"
-    table = subprocess.run([sys.executable, script, "--table"], capture_output=True, text=True, check=True).stdout
-    assert table.strip() in README
+def test_the_figures_of_the_transforms_are_those_on_file(table):
+    assert table("transforms.py").strip() in README
 
 
-def test_the_figures_of_serving_are_those_on_file():
-    script, results = ROOT / "benchmarks" / "serving.py", ROOT / "benchmarks" / "results" / "serving.json"
-    command = [sys.executable, script, "--table", results]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert table.strip() in README
+def test_the_figures_of_serving_are_those_on_file(table):
+    assert table("serving.py", ROOT / "benchmarks" / "results" / "serving.json").strip() in README
 
 
 def test_the_counts_of_architectures_are_those_on_file():
