@@ -253,6 +253,7 @@ def test_interrupted(two_sets, tmp_path):
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
     seen = b""
     while b"Running loglikelihood" not in seen:
