@@ -107,7 +107,7 @@ class _CausalAttention(torch.autograd.Function):
         prefix_output, prefix_lse, *prefix_random = _flash(_by_stream(query, P), prefix_k, prefix_v, False, scaling)
         prefix_output, prefix_lse = _by_row(prefix_output, B), _by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
         share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
-        # not in place, which torch before 2.12 forgets when it compiles the backward pass
+        # not in place, which torch 2.11 forgets when it compiles the backward pass
         output = output.lerp(prefix_output, share.to(output.dtype))
         lse = torch.logaddexp(lse, prefix_lse).contiguous()
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random, *prefix_random)
