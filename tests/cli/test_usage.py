@@ -63,7 +63,7 @@ def test_help_is_immediate(tmp_path):
         (["info", "a", "b"], "unexpected extra argument"),
         (["convert", "a", "b"], "Missing option '--num-streams'"),
         (["convert", "a", "b", "--num-streams", "many"], "'--num-streams'"),
-        (["convert", "a", "b", "--streams", "4"], "No such option"),
+        (["convert", "a", "b", "--streams", "4"], "No such option: --streams"),
         (["generate", "a", "--prompt", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["generate", "a", "--prompt", "x", "--temperature", "-1"], "'--temperature'"),
         (["eval", "a"], "Give either --data FILE... or --tasks NAME..., one of the two"),

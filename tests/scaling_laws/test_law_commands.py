@@ -161,7 +161,7 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
             "a law has numbers for E, A, alpha and k",
         ),
         (["law", "plot", "stack", "x.png", "--kind", "pie"], "--kind is 'pie'; give contours, measured or isoloss"),
-        (["law", "plot", "stack", "x.png", "--nothing"], "No such option"),
+        (["law", "plot", "stack", "x.png", "--nothing"], "No such option: --nothing"),
         (["law", "sweep", "s", "--preset", "huge"], "--preset is 'huge'; give one of smoke, gpu"),
         (["law", "sing"], "No such command 'sing'"),
         (["cost", "none.json", "--num-streams", "1", "--batch-size", "1"], "There is no file none.json"),
