@@ -13,12 +13,12 @@ a large bfloat16 product. ``of_floor`` is the floor's time over the measured one
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from released import released_model
 
 from parscale import wrap
 from parscale.kernels import aggregate, aggregator
+from parscale.kernels.dispatch import TRITON
 from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference, decode_attention
 
 MODEL = {
@@ -421,33 +422,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def run(bench: Bench, only: list[str]) -> Iterator[str | None]:
-    """Every part, one after another: ``None``, or the name of one that failed and does not take the others with it."""
-    for name, part in PARTS.items():
-        if name not in only and name != "ceilings":
-            continue
-        failed = None
-        try:
-            part(bench)
-        except Exception as error:
-            if bench.dry:
-                raise
-            bench.add("failed", part=name, error=f"{type(error).__name__}: {error}"[:500])
-            failed = name
+def runs(bench: Bench, part: Callable[[Bench], None]) -> bool:
+    """Whether a part runs through; one that fails does not take the others with it."""
+    try:
+        part(bench)
+    except Exception as error:
+        if bench.dry:
+            raise
+        bench.add("failed", part=part.__name__, error=f"{type(error).__name__}: {error}"[:500])
+        return False
+    finally:
         if not bench.dry:
             torch.cuda.empty_cache()
-        yield failed
+    return True
 
 
 def versions(dry: bool) -> dict[str, Any]:
     """What was measured on."""
-    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     return {
         "device": "dry run" if dry else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "triton": triton,
+        "triton": importlib.import_module("triton").__version__ if TRITON else None,
         "transformers": transformers.__version__,
     }
 
@@ -463,8 +460,11 @@ def main() -> None:
         sys.exit("gpu_check needs a CUDA or ROCm device, and torch sees none; --dry-run needs none.")
     bench = Bench(args.dry_run, args.released)
     start, failed = time.perf_counter(), []
-    for name in run(bench, args.only):
-        failed += [name] if name else []
+    for name, part in PARTS.items():
+        if name not in args.only and name != "ceilings":
+            continue
+        if not runs(bench, part):
+            failed.append(name)
         found = {"seconds": time.perf_counter() - start, "ceilings": bench.ceilings, "rows": bench.rows}
         text = json.dumps(versions(args.dry_run) | found, indent=1)
         if args.output is not None:  # after each part, so that a run that is stopped leaves what it found
