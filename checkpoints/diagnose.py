@@ -202,17 +202,18 @@ def _streams_and_mixture(model: Any) -> Iterator[list[torch.Tensor]]:
     captured: list[torch.Tensor] = []
 
     def append_mixture(module: Any, args: Any, output: Any) -> Any:
+        if state.call.aggregating:  # another thread's pass
+            return output
         hidden = output.last_hidden_state  # (P*B, S, H)
         captured.append(aggregator.weights(hidden))
         output.last_hidden_state = torch.cat([hidden, aggregator(hidden, impl=state.kernels)])
         return output
 
     hook = state.backbone.register_forward_hook(append_mixture)  # runs after the streams' own
-    state.aggregating = False
     try:
-        yield captured
+        with state.unmixed():
+            yield captured
     finally:
-        state.aggregating = True
         hook.remove()
 
 

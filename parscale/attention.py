@@ -34,7 +34,7 @@ from parscale.kernels.prefix_attention import causal_attention, decode_attention
 from parscale.parallel import local
 
 if TYPE_CHECKING:
-    from parscale.streams import ParScaleState
+    from parscale.streams import ParScaleState, StreamSet
 
 NAME_PREFIX = "parscale_"
 
@@ -118,7 +118,8 @@ class AttentionConfig:
     @property
     def _attn_implementation(self) -> str:
         true_name = self.backbone._attn_implementation or "eager"
-        if self.state.in_flight is None and self.state.recorder is None:  # the plain backbone, as if never wrapped
+        call = self.state.call
+        if call.in_flight is None and call.recorder is None:  # the plain backbone, as if never wrapped
             return true_name
         name = NAME_PREFIX + true_name
         if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
@@ -179,20 +180,21 @@ def prefix_attention(
     state: ParScaleState = module.config.state
     name = module.config.backbone._attn_implementation or "eager"
     backbone = _backbone_function(module, name)
-    if state.recorder is not None:
+    call = state.call
+    if call.recorder is not None:
         state.record(module, key, value)
-    streams = state.in_flight
+    streams: StreamSet | None = call.in_flight
     flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
-    owner = module if module.config.lender is None else module.config.lender
-    if streams is None or streams.key_name not in owner._parameters:
+    owner = module if module.config.lender is None else state.running_copy(module.config.lender)
+    prefix_k = None if streams is None else getattr(owner, streams.key_name, None)  # (P, G, T, D)
+    if streams is None or prefix_k is None:
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k = local(getattr(owner, streams.key_name))  # (P, G, T, D)
-    prefix_v = local(getattr(owner, streams.value_name))
+    prefix_k, prefix_v = local(prefix_k), local(getattr(owner, streams.value_name))
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size

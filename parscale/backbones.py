@@ -94,8 +94,7 @@ def run_briefly(
     # transformers looks at positions and masks as if they had values, but not at those of fake tensors
     fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "meta" else contextlib.nullcontext()
     arguments: dict[str, Any] = {}
-    with backbone_only(state), fake, torch.set_grad_enabled(gradients):
-        state.active = streams
+    with backbone_only(state), fake, torch.set_grad_enabled(gradients), state.choosing(streams):
         if state.encoder is not None:
             arguments["encoder_hidden_states"] = state.encoder(**_input(state.encoder, rows, device))[0]
         arguments |= _input(state.backbone, rows, device)
@@ -149,7 +148,6 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
     Nothing is compiled for it: FlexAttention, which transformers compiles for each length, takes seconds to do so.
     """
     training = {module: module.training for part in state.parts for module in part.modules()}
-    active, state.active = state.active, None
     experts: Any = contextlib.nullcontext()
     if any(p.is_meta for p in state.backbone.parameters()):
         experts = _experts_without_data_dependence(state.model)
@@ -159,11 +157,11 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
         pieces = each_module_gathered(state.model)
-        with torch.no_grad(), own_draws, experts, uncompiled, pieces, warnings.catch_warnings():
+        plain = state.choosing(None)
+        with plain, torch.no_grad(), own_draws, experts, uncompiled, pieces, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:
-        state.active = active
         for module in (module for part in state.parts for module in part.modules()):
             # one that is new was chosen as the backbone first ran on a short text (BigBird's attention)
             module.training = training.get(module, training[state.backbone])

@@ -92,15 +92,14 @@ class CachedAttention:
         # names of tables of who may see whom, (1, 1, N, N), true where the row's token sees the column's
         self.tables = [name for name, buffer in module._buffers.items() if _is_causal_table(buffer)]
         self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
-        if self.tables:
-            self.hooks.append(module.register_forward_hook(self.after, always_call=True))
+        for name in self.tables:
+            module.__dict__[name] = _CausalTable(self, module, name)  # in front of the buffer, which stays
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the layer: its cache, masks and biases with the prefix. Nothing for the plain backbone."""
-        self.after(module, args, None)  # an interrupted call ends without its hook
-        prefix, recording = self._prefix(), self.state.recorder is not None
+        prefix, recording = self.prefix(module), self.state.call.recorder is not None
         if prefix is None and not recording:
             return None
         arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
@@ -110,30 +109,29 @@ class CachedAttention:
         cache = getattr(cache, "self_attention_cache", cache)
         arguments[self.cache_argument] = PrefixCache(cache, prefix, self._record if recording else None)
         if prefix is not None:
-            self._make_room(arguments, cache, prefix[0])
+            self._make_room(module, arguments, cache, prefix[0])
         names = self.parameters[: len(args)]
         return tuple(arguments.pop(name) for name in names), arguments
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the layer: its own tables again."""
-        for name in self.tables:
-            module.__dict__.pop(name, None)
-
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks and the tables off."""
         for hook in self.hooks:
             hook.remove()
+        for name in self.tables:
+            self.module.__dict__.pop(name, None)
 
-    def _prefix(self) -> Prefix | None:
+    def prefix(self, module: nn.Module) -> Prefix | None:
+        """What the pass under way puts in front of the keys and values of the layer, or of its replica ``module``."""
         streams = self.state.in_flight
-        if streams is None or streams.key_name not in self.module._parameters:
+        prefix_k = None if streams is None else getattr(module, streams.key_name, None)
+        if streams is None or prefix_k is None:
             return self.trial
-        return local(getattr(self.module, streams.key_name)), local(getattr(self.module, streams.value_name))
+        return local(prefix_k), local(getattr(module, streams.value_name))
 
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.state.record(self.module, key, value)
 
-    def _make_room(self, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
+    def _make_room(self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
         """Extends each mask and each bias among the arguments, in place, by T columns in front."""
         T, D = prefix_k.shape[2:]
         R, S = arguments[self.parameters[0]].shape[:2]  # of the hidden states
@@ -159,9 +157,9 @@ class CachedAttention:
         if extended is not None:
             arguments[name] = extended
         for table in self.tables:
-            whole = self.module._buffers[table]
-            assert whole is not None
-            self.module.__dict__[table] = _CausalTable(whole, T)
+            whole = module.__dict__[table]
+            if isinstance(whole, torch.Tensor):  # a replica on another device has it as an attribute
+                module.__dict__[table] = _CausalTable(self, module, table, whole)
 
     def _extended_mask(self, mask: torch.Tensor, T: int, rows: int, *, hides: bool) -> torch.Tensor:
         """The mask with T open columns in front.
@@ -205,22 +203,38 @@ class _BiasOfRows:
 
 
 class _CausalTable:
-    """A table of who may see whom, ``(1, 1, N, N)``, with T open columns in front (GPT-Neo's, with its window).
+    """A layer's table of who may see whom, ``(1, 1, N, N)``; for a pass with a prefix, with T open columns in front.
 
     Args:
-        table: true where the row's token sees the column's.
-        prefix_length: T.
+        attention: the layer's hooks, which know the prefix.
+        module: the layer, or its replica on another device.
+        name: of the table in it: true where the row's token sees the column's. GPT-Neo's has a window.
+        own: the table of a replica; by default the layer's buffer.
     """
 
-    def __init__(self, table: torch.Tensor, prefix_length: int) -> None:
-        self.table = table
-        self.prefix_length = prefix_length
+    def __init__(
+        self, attention: CachedAttention, module: nn.Module, name: str, own: torch.Tensor | None = None
+    ) -> None:
+        self.attention = attention
+        self.module = module
+        self.name = name
+        self.own = own
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
         """The piece ``(1, 1, S, T + K)``: rows are counted from the prefix's beginning, as the keys are."""
-        T, (heads, rows, columns) = self.prefix_length, index[1:]
-        piece = self.table[index[0], heads, rows.start - T : rows.stop - T, : columns.stop - T]
+        table = self.module._buffers[self.name] if self.own is None else self.own
+        assert table is not None
+        prefix = self.attention.prefix(self.module)
+        if prefix is None:
+            return table[index]
+        T, (heads, rows, columns) = prefix[0].shape[2], index[1:]
+        piece = table[index[0], heads, rows.start - T : rows.stop - T, : columns.stop - T]
         return extend_dense_mask(piece, T)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("attention", "module", "name", "own"):  # before the state of an unpickled object is set
+            raise AttributeError(name)
+        return getattr(self.module._buffers[self.name] if self.own is None else self.own, name)
 
 
 def _is_causal_table(buffer: torch.Tensor | None) -> bool:
@@ -309,11 +323,10 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
         )
 
     if candidates:
-        state.recorder = record
         try:
-            run_briefly(state)
+            with state.recording(record):
+                run_briefly(state)
         finally:
-            state.recorder = None
             for key, attention in candidates.items():
                 if key not in found:
                     attention.remove()

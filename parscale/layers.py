@@ -68,11 +68,8 @@ def attach_attention(state: ParScaleState) -> None:
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )
 
-    state.recorder = record
-    try:
+    with state.recording(record):
         hidden = run_briefly(state)
-    finally:
-        state.recorder = None
     state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
     for module in candidates:
         if id(module) not in found and module.config.lender is None:

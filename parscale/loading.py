@@ -32,7 +32,6 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from parscale import members
 from parscale.auto import backbone_class, backbone_config, class_named, config_class, register_backbone
 from parscale.checks import (
     check_counts,
@@ -44,6 +43,7 @@ from parscale.checks import (
     numbers,
     set_names,
 )
+from parscale.choosing import set_streams
 from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
 from parscale.folders import CONFIG, FULL, HUB_ARGUMENTS, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
@@ -173,7 +173,7 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
         add(state, name, streams, tensors=_values(model, streams, stored))
     for other, (other_config, other_tensors) in sets.items():
         add(state, other, other_config, tensors=_values(model, other_config, other_tensors))
-    members.set_streams(model, name)
+    set_streams(model, name)
     return (model, info) if with_info else model
 
 
@@ -232,7 +232,7 @@ def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]
     except BaseException:
         detach(state)
         raise
-    members.set_streams(model, name)
+    set_streams(model, name)
     return model
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
 import os
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,11 +12,12 @@ from torch import nn
 
 from parscale.attention import CONTINUOUS_BATCHING
 from parscale.backbones import writes_text
-from parscale.config import FIELDS, PREFIX, ParScaleConfig
+from parscale.choosing import freeze
+from parscale.config import PREFIX, ParScaleConfig
 from parscale.kernels.aggregate import stream_weights
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.parallel import reshard, whole_shape
-from parscale.streams import ParScaleState, StreamSet
+from parscale.streams import ParScaleState
 
 
 def add_streams(
@@ -60,51 +57,6 @@ def add_streams(
     add(model.parscale, name, config, calibration=calibration)
 
 
-def set_streams(model: Any, name: str | None) -> None:
-    """Chooses the active set of streams; ``None`` is the plain backbone.
-
-    Only the active set trains: the one that was active is frozen, the chosen one is not. A forward pass that ran
-    before still gives its gradients to the set that it ran with.
-
-    Raises:
-        ValueError: there is no set of that name.
-    """
-    state: ParScaleState = model.parscale
-    chosen = _find(state, name)
-    if chosen is not state.active:
-        reshard(model)
-        _freeze(state, state.active, True)
-        _freeze(state, chosen, False)
-    _activate(state, chosen)
-
-
-@contextlib.contextmanager
-def use_streams(model: Any, name: str | None) -> Iterator[Any]:
-    """``with model.use_streams(name):`` is :func:`set_streams` for a block.
-
-    After it, everything is as before: the active set, which parameters train, what the configuration records.
-
-    Raises:
-        ValueError: there is no set of that name.
-    """
-    state: ParScaleState = model.parscale
-    reshard(model)
-    previous, trained = state.active, state.trainability()
-    recorded = {field: value for field, value in vars(model.config).items() if field.startswith("parscale_")}
-    set_streams(model, name)
-    try:
-        yield model
-    finally:
-        reshard(model)
-        _activate(state, previous)
-        for parameter, trains in trained.items():
-            _train(parameter, trains)
-        for field in FIELDS:
-            model.config.__dict__.pop(field, None)
-        for field, value in recorded.items():
-            setattr(model.config, field, value)
-
-
 def freeze_backbone(model: Any) -> None:
     """Only the active streams' parameters train from here on.
 
@@ -116,7 +68,7 @@ def freeze_backbone(model: Any) -> None:
         raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
     reshard(model)
     model.requires_grad_(False)
-    _freeze(state, state.active, False)
+    freeze(state, state.active, False)
 
 
 def print_trainable_parameters(model: Any) -> None:
@@ -180,14 +132,14 @@ def stream_report(
     captured: list[torch.Tensor] = []
 
     def weigh(module: nn.Module, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
-        captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
+        if not state.call.aggregating:  # not another thread's pass
+            captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
 
     hook = state.backbone.register_forward_hook(weigh)
-    state.aggregating = False  # the head then sees every stream's hidden states
     try:
-        logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
+        with state.unmixed():  # the head then sees every stream's hidden states
+            logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
     finally:
-        state.aggregating = True
         hook.remove()
     weights = captured[0]
     labels = input_ids if labels is None else labels
@@ -255,45 +207,3 @@ def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     if model.num_streams > 1:
         raise ValueError(CONTINUOUS_BATCHING)
     return type(model).init_continuous_batching(model, *args, **kwargs)
-
-
-def _find(state: ParScaleState, name: str | None) -> StreamSet | None:
-    if name is None:
-        return None
-    if name not in state.sets:
-        known = ", ".join(map(repr, state.sets)) or "none"
-        raise ValueError(f"There is no set of streams {name!r}; there are: {known}, and None for the plain backbone.")
-    return state.sets[name]
-
-
-def _freeze(state: ParScaleState, streams: StreamSet | None, frozen: bool) -> None:
-    for parameter in state.tensors(streams).values() if streams is not None else ():
-        _train(parameter, not frozen)
-
-
-def _train(parameter: nn.Parameter, trains: bool) -> None:
-    """Freezes a parameter or not, without taking the gradient from a forward pass that is not differentiated yet.
-
-    autograd drops what comes back for a parameter that was frozen meanwhile; a hook delivers it.
-    """
-    hooks = (parameter._backward_hooks or {}).values()
-    if parameter.requires_grad and not trains and not any(getattr(hook, "func", None) is _deliver for hook in hooks):
-        parameter.register_hook(functools.partial(_deliver, weakref.ref(parameter)))
-    parameter.requires_grad_(trains)
-
-
-def _deliver(reference: weakref.ReferenceType[nn.Parameter], gradient: torch.Tensor) -> None:
-    parameter = reference()
-    if parameter is not None and not parameter.requires_grad:
-        gradient = gradient.detach()
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
-
-
-def _activate(state: ParScaleState, streams: StreamSet | None) -> None:
-    state.active = streams
-    state.model.num_streams = 1 if streams is None else streams.num_streams
-    if streams is not None:
-        for field in FIELDS:
-            state.model.config.__dict__.pop(field, None)
-        for field, value in streams.config.to_fields().items():
-            setattr(state.model.config, field, value)

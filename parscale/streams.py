@@ -22,15 +22,20 @@ from torch.nn.attention.flex_attention import BlockMask
 from parscale.aggregator import Aggregator
 from parscale.attention import AttentionLayer
 from parscale.backbones import find_backbone
+from parscale.calls import Block, Blocks, Call, Calls, innermost_block, opened
 from parscale.config import ParScaleConfig
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.parallel import gather_heads
+from parscale.trainability import use_outside_of_blocks
 from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
 
 DEFAULT = "default"
+REPLICA = (
+    "parscale_replica"  # what nn.DataParallel's copy of a backbone or an encoder carries: its original, and the set
+)
 
 # Arguments of a backbone that have one row for each sequence.
 ROW_ARGUMENTS = (
@@ -104,16 +109,11 @@ class ParScaleState:
         self.without_layers = ""  # why there are none
         self.linears: list[Linear] = []  # found when a set asks for them
         self.sets: dict[str, StreamSet] = {}
-        self.active: StreamSet | None = None
-        # The set that the forward pass under way (or recomputed under checkpointing) runs with. None: the backbone.
-        self.in_flight: StreamSet | None = None
-        self.in_flight_trains: list[tuple[nn.Parameter, bool]] = []  # which of its parameters do, for checkpointing
-        self.recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
-        self.aggregating = True
+        self.default: StreamSet | None = None  # the set that is active where no block chose one; None: the backbone
+        self.blocks = Blocks()
+        self.calls = Calls()
         self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
         self.positional = list(inspect.signature(self.backbone.forward).parameters)
-        self._masks: dict[int, tuple[Any, Any]] = {}
-        self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None  # what a pooler was given, and its mixture
         self.hooks = [
             self.backbone.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
             self.backbone.register_forward_hook(self._mix_streams),
@@ -123,9 +123,15 @@ class ParScaleState:
         if self.encoder is not None:
             self._encoder_positional = list(inspect.signature(self.encoder.forward).parameters)
             self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+        for part in self.parts:
+            part._replicate_for_data_parallel = functools.partial(self._replicate, part)
         pooler = getattr(self.backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
             self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the set that is active here."""
+        return self.__dict__ | {"default": self.active}
 
     @property
     def parts(self) -> list[Any]:
@@ -180,11 +186,74 @@ class ParScaleState:
 
     def record(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         """Shows the recorder an attention layer's keys and values, those of all devices."""
-        assert self.recorder is not None
+        recorder = self.call.recorder
+        assert recorder is not None
         mesh = next((layer.mesh for layer in self.layers if layer.module is module), None)
         if mesh is not None:
             key, value = gather_heads(key, mesh), gather_heads(value, mesh)
-        self.recorder(module, key, value)
+        recorder(module, key, value)
+
+    # -- copies on other devices
+
+    def _replicate(self, part: Any) -> Any:
+        """A copy for ``nn.DataParallel``, whose threads do not know of a block around their caller."""
+        replica = type(part)._replicate_for_data_parallel(part)
+        replica.__dict__.pop("_replicate_for_data_parallel", None)
+        replica.__dict__[REPLICA] = (part, self.active)
+        return replica
+
+    def running_copy(self, module: Any) -> Any:
+        """Of a module of the backbone, the one in the replica that this thread runs; itself where there is none."""
+        running = self.call.backbone
+        if running is None or running is self.backbone:
+            return module
+        name = next(name for name, other in self.backbone.named_modules() if other is module)
+        return running.get_submodule(name)
+
+    # -- which set runs
+
+    @property
+    def active(self) -> StreamSet | None:
+        """The set that a call runs with from here: the innermost block's, else the model's; None: the backbone."""
+        block = innermost_block(self)
+        return self.default if block is None else block.chosen
+
+    @property
+    def call(self) -> Call:
+        """The forward pass under way in this thread."""
+        return self.calls.call
+
+    @property
+    def in_flight(self) -> StreamSet | None:
+        """The set that the pass under way (or recomputed under checkpointing) runs with. None: the backbone."""
+        streams: StreamSet | None = self.call.in_flight
+        return streams
+
+    @contextlib.contextmanager
+    def choosing(self, streams: StreamSet | None) -> Iterator[None]:
+        """Calls in this block run with ``streams``. Which parameters train stays as it is."""
+        with opened(Block(self, streams)):
+            yield
+
+    @contextlib.contextmanager
+    def recording(self, recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+        """Calls in this block show ``recorder`` the keys and values of each attention layer."""
+        call = self.call
+        before, call.recorder = call.recorder, recorder
+        try:
+            yield
+        finally:
+            call.recorder = before
+
+    @contextlib.contextmanager
+    def unmixed(self) -> Iterator[None]:
+        """Calls in this block give the final hidden states of all streams, ``(P*B, S, H)``."""
+        call = self.call
+        before, call.aggregating = call.aggregating, False
+        try:
+            yield
+        finally:
+            call.aggregating = before
 
     # -- the way of the data
 
@@ -192,15 +261,20 @@ class ParScaleState:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the backbone, or its encoder: every row P times, stream-major (row ``p*B + b``)."""
-        self._masks.clear()
-        self._pooled = None
-        streams = self.active
+        call, (part, streams) = self.call, module.__dict__.get(REPLICA) or (module, self.active)
+        call.masks.clear()
+        call.pooled = None
         if streams is not None and streams.num_streams == 1:
             streams = None
-        self.in_flight = streams
-        if module.training and torch.is_grad_enabled():
-            self._recompute_with_own_set(module)
-        positional = self.positional if module is self.backbone else self._encoder_positional
+        call.in_flight = streams
+        if part is self.backbone:
+            call.backbone = module
+        if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                use_outside_of_blocks(self)
+            if module.training:
+                self._recompute_with_own_set(module)
+        positional = self.positional if part is self.backbone else self._encoder_positional
         arguments = dict(zip(positional[: len(args)], args, strict=True)) | kwargs
         for name in CACHES:
             self._check_cache(arguments.get(name))
@@ -219,39 +293,41 @@ class ParScaleState:
                 arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
         if arguments.get(IMAGE_TOKENS) is not None:
             arguments[IMAGE_TOKENS] = [torch.cat([states] * streams.num_streams) for states in arguments[IMAGE_TOKENS]]
-        if module is self.backbone:
+        if part is self.backbone:
             arguments = streams.transform.before(arguments)
         return (), arguments
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
-        streams, states = self.in_flight, args[0]
-        if streams is None or not self.aggregating:
+        call, states = self.call, args[0]
+        streams: StreamSet | None = call.in_flight
+        if streams is None or not call.aggregating:
             return None
         if states.ndim == 3 and states.shape[1] == self.hidden_size != states.shape[2]:  # (P*B, H, S), of Swin
             mixed = self._mixture(streams, streams.transform.before_pooling(states.mT)).mT
         else:
             mixed = self._mixture(streams, streams.transform.before_pooling(states))
-            self._pooled = (states, mixed)
+            call.pooled = (states, mixed)
         return (mixed, *args[1:])
 
     def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` and what heads take too."""
-        self._masks.clear()
-        streams = self.in_flight
+        call = self.call
+        call.masks.clear()
+        streams: StreamSet | None = call.in_flight
         if streams is None:
             return output
         unpooled, output = output[0], streams.transform.after(output)
         if getattr(output, "router_logits", None):
             output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
-        if not self.aggregating:
+        if not call.aggregating:
             return output
         last = output[0]
-        if self._pooled is not None and self._pooled[0] is unpooled:
-            mixed = self._pooled[1]
+        if call.pooled is not None and call.pooled[0] is unpooled:
+            mixed = call.pooled[1]
         else:
             mixed = self._mixture(streams, last)
-        self._pooled = None
+        call.pooled = None
 
         def with_mixed(states: Any) -> Any:
             """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""
@@ -274,9 +350,10 @@ class ParScaleState:
 
     def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
         """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
+        aggregator = self.call.backbone._modules[streams.aggregator_name]
         if hidden.ndim == 2:
-            return self.aggregator(streams)(hidden[:, None], impl=self.kernels)[:, 0]
-        return self.aggregator(streams)(hidden, impl=self.kernels)
+            return aggregator(hidden[:, None], impl=self.kernels)[:, 0]
+        return aggregator(hidden, impl=self.kernels)
 
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the whole model: a mixture of experts' router logits by layer again, ``(P*B*S, E)``."""
@@ -294,13 +371,14 @@ class ParScaleState:
             return None
         if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
             return extend_dense_mask(mask, prefix_length)  # the compiler shares it
-        entry = self._masks.get(id(mask))
+        masks = self.call.masks
+        entry = masks.get(id(mask))
         if entry is None:
             if isinstance(mask, BlockMask):
                 extended: Any = extend_block_mask(mask, prefix_length, num_rows)
             else:
                 extended = extend_dense_mask(mask, prefix_length)
-            entry = self._masks[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
+            entry = masks[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
         return entry[1]
 
     def _check_cache(self, cache: Any) -> None:
@@ -328,7 +406,7 @@ class ParScaleState:
                 layer._gradient_checkpointing_func = _Checkpoint(function, self)
             checkpointing |= function is not None
         tensors = self.tensors(self.in_flight) if checkpointing and self.in_flight is not None else {}
-        self.in_flight_trains = [(parameter, parameter.requires_grad) for parameter in tensors.values()]
+        self.call.trains = [(parameter, parameter.requires_grad) for parameter in tensors.values()]
 
     def stop_checkpointing(self) -> None:
         """Gives the layers their own checkpointing function back."""
@@ -338,16 +416,20 @@ class ParScaleState:
                 layer._gradient_checkpointing_func = function.function
 
     @contextlib.contextmanager
-    def running(self, streams: StreamSet | None, trains: list[tuple[nn.Parameter, bool]]) -> Iterator[None]:
-        """Attention layers called in this block use ``streams``, whose parameters train as ``trains`` says."""
-        previous, self.in_flight = self.in_flight, streams
+    def running(
+        self, streams: StreamSet | None, trains: list[tuple[nn.Parameter, bool]], backbone: Any
+    ) -> Iterator[None]:
+        """Layers of ``backbone`` called in this block use ``streams``, whose parameters train as ``trains`` says."""
+        call = self.call
+        previous = call.in_flight, call.backbone
+        call.in_flight, call.backbone = streams, backbone
         changed = [parameter for parameter, trained in trains if parameter.requires_grad is not trained]
         for parameter in changed:
             parameter.requires_grad_(not parameter.requires_grad)
         try:
             yield
         finally:
-            self.in_flight = previous
+            call.in_flight, call.backbone = previous
             for parameter in changed:
                 parameter.requires_grad_(not parameter.requires_grad)
 
@@ -360,22 +442,24 @@ class _Checkpoint:
         self.state = state
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        trains = self.state.in_flight_trains
+        call = self.state.call
+        trains = call.trains
         if any(flag for _, flag in trains) and not any(getattr(x, "requires_grad", False) for x in args):
             # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
             args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
-        run = functools.partial(self._run, self.state.in_flight, trains, function)
+        run = functools.partial(self._run, call.in_flight, trains, call.backbone, function)
         return self.function(run, *args, **kwargs)
 
     def _run(
         self,
         streams: StreamSet | None,
         trains: list[tuple[nn.Parameter, bool]],
+        backbone: Any,
         function: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        with self.state.running(streams, trains):
+        with self.state.running(streams, trains, backbone):
             return function(*args, **kwargs)
 
 

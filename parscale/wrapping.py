@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale import members
+from parscale import choosing, members
 from parscale.aggregator import Aggregator
 from parscale.auto import register_backbone
 from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
@@ -30,8 +30,8 @@ from parscale.streams import DEFAULT, ParScaleState, StreamSet
 
 MEMBERS: dict[str, Callable[..., Any]] = {
     "add_streams": members.add_streams,
-    "set_streams": members.set_streams,
-    "use_streams": members.use_streams,
+    "set_streams": choosing.set_streams,
+    "use_streams": choosing.use_streams,
     "freeze_backbone": members.freeze_backbone,
     "print_trainable_parameters": members.print_trainable_parameters,
     "stream_report": members.stream_report,
@@ -102,7 +102,7 @@ def wrap(
     try:
         state = attach(model, kernels)
         add(state, DEFAULT, config, calibration=calibration)
-        members.set_streams(model, DEFAULT)
+        choosing.set_streams(model, DEFAULT)
     except BaseException:
         if state is not None:
             detach(state)
@@ -166,7 +166,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     model.parscale = state
     for member, function in MEMBERS.items():
         setattr(model, member, functools.partial(function, model))
-    model.num_streams = 1
+    choosing.show_num_streams()
     state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
     keep_streams_trainable()
     register_backbone(model.config.model_type)
@@ -189,7 +189,9 @@ def detach(state: ParScaleState) -> None:
         hook.remove()
     detach_attention(state)
     state.stop_checkpointing()
-    for member in ("parscale", "num_streams", *MEMBERS):
+    for part in state.parts:
+        part.__dict__.pop("_replicate_for_data_parallel", None)
+    for member in ("parscale", *MEMBERS):
         model.__dict__.pop(member, None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)
@@ -254,8 +256,11 @@ def add(
 
 def remove(state: ParScaleState, streams: StreamSet) -> None:
     """Removes a set and its parameters."""
-    if state.active is streams:
-        state.active = None
+    if state.default is streams:
+        state.default = None
+    for block in state.blocks.innermost:
+        if block.chosen is streams:
+            block.chosen = None
     if streams.num_streams > 1:
         streams.transform.detach()
         for place in streams.transform.places():

@@ -85,12 +85,8 @@ class PrefixTransform(Transform):
 
         def run(positions: torch.Tensor) -> None:
             rows = positions.to(texts.device).expand_as(texts)  # some look their row's up (Qwen4, XLM)
-            with backbone_only(state), tables_moved(tables, T):
-                state.recorder = record
-                try:
-                    state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
-                finally:
-                    state.recorder = None
+            with backbone_only(state), tables_moved(tables, T), state.recording(record):
+                state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
 
         run(positions)
         if not all(prefix.isfinite().all() for prefix in self.parameters()):
@@ -131,11 +127,8 @@ class PrefixTransform(Transform):
         with backbone_only(state):
             both = torch.cat([texts, tokens], dim=1)
             read = state.backbone(input_ids=both, use_cache=False)[0][:, T:]  # (P, S, H)
-            state.active, state.aggregating = self.streams, False
-            try:
+            with state.choosing(self.streams), state.unmixed():
                 alone = state.backbone(input_ids=tokens, use_cache=False)[0]  # (P*P, S, H)
-            finally:
-                state.active, state.aggregating = None, True
         each = torch.arange(P, device=alone.device)
         alone = alone.unflatten(0, (P, P))[each, each]  # stream p on row p
         return float((alone - read).abs().max() / read.abs().max())

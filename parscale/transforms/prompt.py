@@ -39,12 +39,6 @@ TOKENS = (
 class PromptTransform(Transform):
     """``prompt`` ``(P, T, H)`` on the backbone."""
 
-    def __init__(self, state: Any, streams: Any) -> None:
-        super().__init__(state, streams)
-        # Of the pass under way: where the tokens stand, (R, S), None for everywhere; and the cache.
-        self._index: torch.Tensor | None = None
-        self._cache: Any = None
-
     def places(self) -> list[Place]:
         """One, on the backbone."""
         state, config = self.state, self.streams.config
@@ -72,26 +66,32 @@ class PromptTransform(Transform):
         """Puts the prompt in front of the tokens, in the first pass of a cache, and moves positions and masks."""
         T = self.streams.config.prefix_length
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        self._index, self._cache = None, next((arguments[x] for x in CACHES if arguments.get(x) is not None), None)
-        begins = is_empty(self._cache)
-        self._check_cache(mask, begins)
-        if isinstance(self._cache, Cache):
+        cache = next((arguments[x] for x in CACHES if arguments.get(x) is not None), None)
+        self.state.call.tokens, self.state.call.cache = None, cache
+        begins = is_empty(cache)
+        self._check_cache(cache, mask, begins)
+        if isinstance(cache, Cache):
             for name in OUTSIDE:
-                self._cache.__dict__.pop(name, None)  # the backbone counts the prompt
+                cache.__dict__.pop(name, None)  # the backbone counts the prompt
         if begins:
             return self._begin(arguments, mask, positions)
         padding = _leading_zeros(mask)
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
-    def _check_cache(self, mask: Any, begins: bool) -> None:
-        if isinstance(self._cache, StaticCache):
+    def _prompt(self) -> torch.Tensor:
+        """The prompt ``(P, T, H)`` of the backbone that runs."""
+        prompt: torch.Tensor = getattr(self.state.call.backbone, self.streams.own_name("prompt"))
+        return prompt
+
+    def _check_cache(self, cache: Any, mask: Any, begins: bool) -> None:
+        if isinstance(cache, StaticCache):
             raise ValueError(
                 "A static cache has no room for the tokens of transform='prompt': use a dynamic one (leave out "
                 "cache_implementation)."
             )
         made = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.ndim > 2)
-        if made and not begins and isinstance(self._cache, Cache) and any(self._cache.is_sliding):
+        if made and not begins and isinstance(cache, Cache) and any(cache.is_sliding):
             raise ValueError(
                 f"{type(self.state.model).__name__} makes masks of its own for layers with a window, which do not know "
                 "of a prompt that has left it: with a cache, use transform='prefix' or 'lora'."
@@ -104,15 +104,15 @@ class PromptTransform(Transform):
         ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
         if embeds is None:
             arguments |= self._inputs_of_layers(ids)
-            embeds = _embeddings(self.state.backbone)(ids)  # (R, S, H)
+            embeds = _embeddings(self.state.call.backbone)(ids)  # (R, S, H)
         if mask is None and positions is not None and _restarts(positions):
             return arguments | self._packed(embeds, positions)
         padding, (R, S) = _leading_zeros(mask), embeds.shape[:2]
-        prompt = self.parameters()[0].to(embeds.dtype).to(embeds.device)  # (P, T, H)
+        prompt = self._prompt().to(embeds.dtype).to(embeds.device)  # (P, T, H)
         prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
         arguments["inputs_embeds"] = _insert(prompt, embeds, padding)
         columns = torch.arange(S, device=embeds.device).expand(R, -1)
-        self._index = columns + (T if padding is None else T * (columns >= padding[:, None]))
+        self.state.call.tokens = columns + (T if padding is None else T * (columns >= padding[:, None]))
         for name in TOKENS:
             if arguments.get(name) is not None:
                 value = arguments[name]
@@ -126,7 +126,7 @@ class PromptTransform(Transform):
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of ids ``(R, S)``, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
-        names, backbone = self.state.positional, self.state.backbone
+        names, backbone = self.state.positional, self.state.call.backbone
         if "ple_input_ids" in names:
             return {"ple_input_ids": ids}
         if "per_layer_inputs" in names and getattr(backbone, "hidden_size_per_layer_input", None):
@@ -140,22 +140,23 @@ class PromptTransform(Transform):
 
         The rows are then as long as the one of most documents, and end in what no token sees.
         """
-        T, prompt = self.streams.config.prefix_length, self.parameters()[0].to(embeds.dtype)
+        T, prompt = self.streams.config.prefix_length, self._prompt().to(embeds.dtype)
         (R, S), P = embeds.shape[:2], prompt.shape[0]
         positions = positions.expand(R, -1)
         first = torch.ones_like(positions[:, :1], dtype=torch.bool)
         starts = torch.cat([first, positions.diff(dim=-1) != 1], dim=-1)  # (R, S)
         document = starts.cumsum(-1)  # from 1
         length = S + T * int(document.max())
-        self._index = torch.arange(S, device=embeds.device) + T * document  # (R, S), where the tokens stand
+        tokens = torch.arange(S, device=embeds.device) + T * document  # (R, S), where the tokens stand
+        self.state.call.tokens = tokens
         # where the prompt's tokens do, (R, S, T), one place beyond the end for the tokens that begin nothing
-        places = (self._index - T)[..., None] + torch.arange(T, device=embeds.device)
+        places = (tokens - T)[..., None] + torch.arange(T, device=embeds.device)
         places = places.where(starts[..., None], length)
         source = torch.zeros(R, length + 1, dtype=torch.long, device=embeds.device)  # of prompt and tokens, one by one
         moved = torch.arange(length + 1, device=embeds.device).repeat(R, 1)  # positions; those of the end begin anew
-        moved -= self._index[:, -1:] + 1
-        source.scatter_(1, self._index, torch.arange(S, device=embeds.device).expand(R, -1) + T)
-        moved.scatter_(1, self._index, positions + T)
+        moved -= tokens[:, -1:] + 1
+        source.scatter_(1, tokens, torch.arange(S, device=embeds.device).expand(R, -1) + T)
+        moved.scatter_(1, tokens, positions + T)
         own = torch.arange(T, device=embeds.device).expand(R, S, -1).flatten(1)
         source.scatter_(1, places.flatten(1), own)
         moved.scatter_(1, places.flatten(1), own)
@@ -178,16 +179,18 @@ class PromptTransform(Transform):
                 f"{type(self.state.backbone).__name__} pools its first token, which is one of the prompt: use another "
                 "transform."
             )
-        return states if self._index is None else _gather(states, self._index)
+        tokens: torch.Tensor | None = self.state.call.tokens
+        return states if tokens is None else _gather(states, tokens)
 
     def after(self, output: Any) -> Any:
         """Takes the prompt's places out of what has one for each token, and lets the cache count tokens."""
-        index, T = self._index, self.streams.config.prefix_length
-        for cache in (self._cache, *(output if isinstance(output, tuple) else output.values())):
+        call, T = self.state.call, self.streams.config.prefix_length
+        index: torch.Tensor | None = call.tokens
+        for cache in (call.cache, *(output if isinstance(output, tuple) else output.values())):
             if isinstance(cache, Cache):
                 for name, method in OUTSIDE.items():
                     setattr(cache, name, functools.partial(method, T, cache))
-        self._index = self._cache = None
+        call.tokens = call.cache = None
         if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
             raise ValueError("it foresees several tokens at once, and those of a prompt among them")  # ProphetNet
         whole = output[0].shape[1]  # T + S, or those of the last tokens, where no others are asked for (Gemma 4)
