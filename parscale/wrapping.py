@@ -166,6 +166,8 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     model.parscale = state
     for member, function in MEMBERS.items():
         setattr(model, member, functools.partial(function, model))
+    if state.encoder is not None and model.can_generate():
+        model.generate = functools.partial(members.generate, model)
     model.num_streams = 1
     state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
     keep_streams_trainable()
@@ -189,7 +191,7 @@ def detach(state: ParScaleState) -> None:
         hook.remove()
     detach_attention(state)
     state.stop_checkpointing()
-    for member in ("parscale", "num_streams", *MEMBERS):
+    for member in ("parscale", "num_streams", "generate", *MEMBERS):
         model.__dict__.pop(member, None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)
