@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _mark_of_result(func: Any, source: EncodedRows, args: Any, result: torch.Ten
 
 def marked(x: torch.Tensor, mark: Mark) -> EncodedRows:
     """The same tensor with a mark."""
-    rows = x.as_subclass(EncodedRows)  # type: ignore[arg-type]
+    rows = x.as_subclass(EncodedRows)
     rows.mark = mark
     return rows
 
@@ -126,12 +126,16 @@ def by_source(encoded: Any) -> Any:
     """Encoder outputs as ``generate`` takes them: one entry for each source, ``(B, S, P, ...)`` in place of P*B rows.
 
     Args:
-        encoded: a model's output, a tuple or a tensor; what is not marked, or not known to be ordered, stays as it is.
+        encoded: a model's output, a tuple or a tensor; what is not marked stays as it is.
+
+    Raises:
+        ValueError: rows were chosen or joined, so that their streams are not known.
     """
 
     def moved(value: Any) -> Any:
-        if not isinstance(value, EncodedRows) or value.mark.by_source or not value.mark.ordered or value.ndim < 2:
+        if not isinstance(value, EncodedRows) or value.mark.by_source:
             return value
+        _check_ordered(value, f"A tensor {tuple(value.shape)} in encoder_outputs")
         P = value.mark.num_streams
         rows = plain(value).unflatten(0, (P, -1)).movedim(0, 2)  # (P*B, S, ...) -> (B, S, P, ...)
         return marked(rows, dataclasses.replace(value.mark, by_source=True))
@@ -159,12 +163,7 @@ def rows_of_streams(part: Any, argument: str, value: EncodedRows, name: str | No
     """
     mark = value.mark
     given = f"{argument} {tuple(value.shape)} of {type(part).__name__}"
-    if not mark.ordered:
-        raise ValueError(
-            f"{given} was made from an encoder's output of {mark.num_streams} streams, (P*B, S, H), by choosing, "
-            "moving or joining its rows, so that their streams are not known: encode the sources that you want with "
-            "model.get_encoder()."
-        )
+    _check_ordered(value, given)
     if (mark.name, mark.num_streams) != (name, P):
         active = "the plain backbone is active" if name is None else f"{name!r} with P = {P} is active"
         raise ValueError(
@@ -181,6 +180,15 @@ def rows_of_streams(part: Any, argument: str, value: EncodedRows, name: str | No
             "one for each row (repeat_interleave(k, dim=0) repeats each source k times)."
         )
     return rows.flatten(0, 1)
+
+
+def _check_ordered(value: EncodedRows, given: str) -> None:
+    if not value.mark.ordered:
+        raise ValueError(
+            f"{given} was made from an encoder's output of {value.mark.num_streams} streams, (P*B, S, H), by choosing, "
+            "moving or joining its rows, so that their streams are not known: encode the sources that you want with "
+            "model.get_encoder()."
+        )
 
 
 def _map_output(function: Any, output: Any) -> Any:

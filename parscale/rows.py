@@ -14,7 +14,8 @@ import torch
 from parscale.encoded import EncodedRows, rows_of_streams
 from parscale.transforms.prompt import CACHES
 
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")  # the first given one counts the rows
+# The first given one counts the rows; a backbone's own main input does, too.
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "audio_input_ids")
 
 # For all rows of a batch, or of the streams' own P*B rows already.
 WHOLE = (
@@ -34,15 +35,23 @@ WHOLE = (
     "logits_to_keep",
     "num_items_in_batch",
 )
-# Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles.
-PACKED = ("deepstack_visual_embeds", "deepstack_features", "cross_attention_states")
+# Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles; sounds.
+PACKED = (
+    "deepstack_visual_embeds",
+    "deepstack_features",
+    "cross_attention_states",
+    "image_embeds",
+    "audio_input_ids",
+    "audio_input_ids_mask",
+)
 POSITIONS = "position_ids"
 ENCODED = ("encoder_hidden_states", "encoder_attention_mask")
 
 
-def first_input(arguments: dict[str, Any]) -> torch.Tensor | None:
-    """The first of :data:`INPUTS` that is given; ``None`` if none is."""
-    return next((arguments[name] for name in INPUTS if arguments.get(name) is not None), None)
+def first_input(part: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The first input of a backbone or its encoder that is given, whose rows are counted; ``None`` if none is."""
+    names = (*INPUTS, getattr(part, "main_input_name", INPUTS[0]))
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
 def check_plain(part: Any, arguments: dict[str, Any]) -> None:

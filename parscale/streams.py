@@ -187,7 +187,7 @@ class ParScaleState:
         if streams is None:
             check_plain(module, arguments)
             return None
-        rows = first_input(arguments)
+        rows = first_input(module, arguments)
         if rows is None:  # the backbone says what it misses
             return None
         if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
