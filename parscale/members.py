@@ -14,6 +14,7 @@ from parscale.attention import CONTINUOUS_BATCHING
 from parscale.backbones import writes_text
 from parscale.choosing import freeze
 from parscale.config import PREFIX, ParScaleConfig
+from parscale.encoded import by_source
 from parscale.kernels.aggregate import stream_weights
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.parallel import reshard, whole_shape
@@ -176,6 +177,24 @@ def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | N
     from parscale.loading import add_saved_streams
 
     add_saved_streams(model, path_or_repo, name)
+
+
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
+
+    Raises:
+        ValueError: streams are active and the assistant is a decoder alone, which would read this model's encoder.
+    """
+    if kwargs.get("encoder_outputs") is not None:
+        kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
+    assistant = kwargs.get("assistant_model")
+    if model.num_streams > 1 and assistant is not None and not assistant.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(assistant).__name__} has no encoder and would read that of {type(model).__name__}, whose output "
+            f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
+            "model.use_streams(None)."
+        )
+    return type(model).generate(model, *args, **kwargs)
 
 
 def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:

@@ -24,41 +24,18 @@ from parscale.attention import AttentionLayer
 from parscale.backbones import find_backbone
 from parscale.calls import Block, Blocks, Call, Calls, innermost_block, opened
 from parscale.config import ParScaleConfig
+from parscale.encoded import mark_output
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.parallel import gather_heads
+from parscale.rows import check_plain, copy_rows, first_input
 from parscale.trainability import use_outside_of_blocks
 from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
 
 DEFAULT = "default"
-REPLICA = (
-    "parscale_replica"  # what nn.DataParallel's copy of a backbone or an encoder carries: its original, and the set
-)
-
-# Arguments of a backbone that have one row for each sequence.
-ROW_ARGUMENTS = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "token_type_ids",
-    "langs",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "per_layer_inputs",
-    "ple_input_ids",
-    "visual_pos_masks",
-    "pixel_values",
-    "bool_masked_pos",
-    "input_features",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-)
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")  # the first given one counts the rows
-# One tensor for each layer, with one row for each image token of the batch, in the order of the rows.
-IMAGE_TOKENS = "deepstack_visual_embeds"
+REPLICA = "parscale_replica"  # on nn.DataParallel's copy of a backbone or an encoder: its original, and the set
 
 
 class StreamSet:
@@ -123,6 +100,7 @@ class ParScaleState:
         if self.encoder is not None:
             self._encoder_positional = list(inspect.signature(self.encoder.forward).parameters)
             self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+            self.hooks.append(self.encoder.register_forward_hook(self._mark_encoded))
         for part in self.parts:
             part._replicate_for_data_parallel = functools.partial(self._replicate, part)
         pooler = getattr(self.backbone, "pooler", None)
@@ -279,8 +257,9 @@ class ParScaleState:
         for name in CACHES:
             self._check_cache(arguments.get(name))
         if streams is None:
+            check_plain(module, arguments)
             return None
-        rows = next((arguments[name] for name in INPUTS if arguments.get(name) is not None), None)
+        rows = first_input(module, arguments)
         if rows is None:  # the backbone says what it misses
             return None
         if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
@@ -288,14 +267,15 @@ class ParScaleState:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
-        for name in ROW_ARGUMENTS:
-            if arguments.get(name) is not None:
-                arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
-        if arguments.get(IMAGE_TOKENS) is not None:
-            arguments[IMAGE_TOKENS] = [torch.cat([states] * streams.num_streams) for states in arguments[IMAGE_TOKENS]]
+        arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
         if part is self.backbone:
             arguments = streams.transform.before(arguments)
         return (), arguments
+
+    def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the encoder: its output says which streams made its P*B rows."""
+        streams = self.in_flight
+        return output if streams is None else mark_output(output, streams.name, streams.num_streams)
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
@@ -474,14 +454,3 @@ def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[
     that it takes the pieces for as many layers, and counts the real tokens of all streams.
     """
     return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
-
-
-def _copy_rows(name: str, value: Any, B: int, P: int) -> Any:
-    if isinstance(value, dict):  # masks by layer type
-        return {key: _copy_rows(name, item, B, P) for key, item in value.items()}
-    if not isinstance(value, torch.Tensor) or value.ndim < 2:
-        return value
-    dim = 1 if name == "position_ids" and value.ndim == 3 else 0  # multimodal positions are (3, B, S)
-    if value.shape[dim] != B:  # one row for all
-        return value
-    return torch.cat([value] * P, dim=dim)

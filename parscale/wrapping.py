@@ -167,6 +167,8 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     for member, function in MEMBERS.items():
         setattr(model, member, functools.partial(function, model))
     choosing.show_num_streams()
+    if state.encoder is not None and model.can_generate():
+        model.generate = functools.partial(members.generate, model)
     state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
     keep_streams_trainable()
     register_backbone(model.config.model_type)
@@ -191,7 +193,7 @@ def detach(state: ParScaleState) -> None:
     state.stop_checkpointing()
     for part in state.parts:
         part.__dict__.pop("_replicate_for_data_parallel", None)
-    for member in ("parscale", *MEMBERS):
+    for member in ("parscale", "generate", *MEMBERS):
         model.__dict__.pop(member, None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)
