@@ -63,7 +63,7 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def transforms_are_active() -> bool:
-    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, ``jvp``, ...) runs, for which torch has no public name.
+    """Whether a transform of ``torch.func`` runs (``grad``, ``vmap``, ``jvp``, ...); torch has no public name for that.
 
     They may differentiate any number of times, forward and backward, and map what they differentiate.
     """

@@ -219,9 +219,7 @@ class ParScaleState:
                 arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
         if arguments.get(IMAGE_TOKENS) is not None:
             arguments[IMAGE_TOKENS] = [torch.cat([states] * streams.num_streams) for states in arguments[IMAGE_TOKENS]]
-        if module is self.backbone:
-            arguments = streams.transform.before(arguments)
-        return (), arguments
+        return (), streams.transform.before(module, arguments)
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
