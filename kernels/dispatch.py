@@ -36,8 +36,8 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
     """Whether the Triton kernels take these tensors.
 
     Args:
-        impl: ``"reference"`` never; ``"auto"`` for tensors on a CUDA or ROCm device, if Triton is installed and nothing
-            is in the way; ``"fused"`` always, or an error.
+        impl: ``"reference"`` never; ``"auto"`` for tensors on a CUDA or ROCm device, if Triton is installed, nothing is
+            in the way and no transform of ``torch.func`` is active; ``"fused"`` always, or an error.
         x: one of the operation's tensors; they share a device.
         obstacle: why the kernels cannot take these arguments, if they cannot.
 
@@ -47,7 +47,7 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
     if check_impl(impl) == "reference":
         return False
     if impl == "auto":
-        return TRITON and x.is_cuda and obstacle is None
+        return TRITON and x.is_cuda and obstacle is None and not transforms_are_active()
     if not TRITON:
         obstacle = "Triton is not installed"
     elif obstacle is None and not x.is_cuda and not _interpreted():
@@ -60,6 +60,14 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; torch raises where it knows of none."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of ``torch.func`` runs (``grad``, ``vmap``, ``jvp``, ...); torch has no public name for that.
+
+    They may differentiate any number of times, forward and backward, and map what they differentiate.
+    """
+    return torch._C._are_functorch_transforms_active()
 
 
 def _interpreted() -> bool:

@@ -91,6 +91,7 @@ class CachedAttention:
         self.trial: Prefix | None = None  # a prefix that belongs to no set, to see whether the layer takes one
         # names of tables of who may see whom, (1, 1, N, N), true where the row's token sees the column's
         self.tables = [name for name, buffer in module._buffers.items() if _is_causal_table(buffer)]
+        self.rotation: tuple[dict[str, Any], str] | None = None  # the table behind RoFormer's sines and cosines
         self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
         for name in self.tables:
             module.__dict__[name] = _CausalTable(self, module, name)  # in front of the buffer, which stays
@@ -138,6 +139,8 @@ class CachedAttention:
         implementation = self.state.backbone.config._attn_implementation
         name = next((name for name in MASK_ARGUMENTS if name in self.parameters), "")
         mask, alibi, bias = (arguments.get(x) for x in (name, "alibi", "position_bias"))
+        if mask is not None and arguments.get("sinusoidal_pos") is not None:
+            arguments["sinusoidal_pos"] = self._rotation_of_rows(arguments["sinusoidal_pos"], mask)
         extended = None if mask is None else self._extended_mask(mask, T, R, hides=implementation == "eager")
         if mask is None and name and S > 1 and implementation == "sdpa":
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
@@ -177,6 +180,24 @@ class CachedAttention:
             assert isinstance(extended, torch.Tensor)
             return extended
         return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
+
+    def _rotation_of_rows(self, rotation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """RoFormer's sines and cosines ``(R, 1, S, D)``, by the places of each row's tokens behind its padding.
+
+        Args:
+            rotation: by their places in the row, ``(1, 1, S, D)``; gives the width of the table to look them up in.
+            mask: ``(R, 1, S, K)``, boolean (True: attend) or additive.
+        """
+        if self.rotation is None:
+            self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
+        if self.rotation is None:  # a table of anything else
+            return rotation
+        held, name = self.rotation
+        S, K = rotation.shape[-2], mask.shape[-1]
+        hidden = ~mask if mask.dtype == torch.bool else mask < 0
+        padding = _hidden_in_front(hidden)[:, None]  # (R, 1)
+        positions = (torch.arange(K - S, K, device=mask.device) - padding).clamp(min=0)  # (R, S)
+        return held[name][positions][:, None]
 
 
 class _BiasOfRows:
@@ -264,10 +285,15 @@ def _alibi_of_rows(bias: torch.Tensor, T: int, mask: torch.Tensor) -> torch.Tens
         mask: ``(R, 1, S, K)``, true where it hides.
     """
     K = mask.shape[-1]
-    padding = mask[:, 0, -1].long().cumprod(dim=-1).sum(dim=-1)  # (R,): keys in front that the last query does not see
+    padding = _hidden_in_front(mask)
     distance = torch.arange(K + T - 1, K - 1, -1, device=bias.device) - padding[:, None]  # (R, T), to the last key
     own = bias[..., -2:-1] * distance[:, None, None]  # (R, heads, 1, T)
     return torch.cat([own.to(bias.dtype), bias[..., -K:].expand(mask.shape[0], -1, -1, -1)], dim=-1)
+
+
+def _hidden_in_front(mask: torch.Tensor) -> torch.Tensor:
+    """How many keys in front the last query of each row does not see, ``(R,)``; the mask is true where it hides."""
+    return mask[:, 0, -1].long().cumprod(dim=-1).sum(dim=-1)
 
 
 def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
@@ -342,13 +368,18 @@ def _takes_cache(module: nn.Module) -> bool:
 # -- rotation by a table
 
 
-def rotary_tables(state: ParScaleState) -> list[tuple[dict[str, Any], str]]:
+def rotary_tables(state: ParScaleState, size: int | None = None) -> list[tuple[dict[str, Any], str]]:
     """Tables ``(N, D or less)`` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
+
+    Args:
+        state: of the model.
+        size: D; by default that of the attention layers.
 
     Returns:
         For each the dictionary of its module that holds it, and its name in that.
     """
-    size = max((layer.key_size for layer in state.layers), default=0)
+    if size is None:
+        size = max((layer.key_size for layer in state.layers), default=0)
     found = []
     for module_name, module in state.backbone.named_modules():
         for held in (module._buffers, module._parameters):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
@@ -18,6 +20,13 @@ def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
         return nn.functional.pad(mask, (prefix_length, 0))
     # not padded with True: of that, fused with the making of the mask, torch 2.13 makes C++ for CPUs that is none
     return torch.cat([mask.new_ones(*mask.shape[:-1], prefix_length), mask], dim=-1)
+
+
+def leading_zeros(mask: Any) -> torch.Tensor | None:
+    """How many zeros each row of a mask ``(R, K)`` begins with, ``(R,)``; ``None`` for another mask or none."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    return (mask.cumsum(-1) == 0).sum(-1)
 
 
 def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> BlockMask:

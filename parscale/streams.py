@@ -268,9 +268,7 @@ class ParScaleState:
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
         arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
-        if part is self.backbone:
-            arguments = streams.transform.before(arguments)
-        return (), arguments
+        return (), streams.transform.before(part, arguments)
 
     def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the encoder: its output says which streams made its P*B rows."""

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from parscale.kernels.dispatch import Impl, autocasts
+from parscale.kernels.dispatch import Impl, autocasts, transforms_are_active
 
 HALVES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
+
+TWICE = (
+    "Causal attention by torch's flash attention is differentiable once. For second derivatives, run the forward pass "
+    "within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or a model with attn_implementation='eager'."
+)
 
 
 def causal_attention_reference(
@@ -46,21 +50,22 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
     """Whether :func:`causal_attention` takes these tensors: whether torch's flash attention does, and may.
 
     On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
-    bfloat16, heads of up to 256 numbers, in steps of 8, unless ``torch.nn.attention.sdpa_kernel`` forbids it.
+    bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where ``torch.nn.attention.sdpa_kernel`` forbids flash
+    attention, or under a transform of ``torch.func``.
     """
-    if impl == "reference" or key.shape[-1] != value.shape[-1]:
+    if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
         return False
-    if query.is_cpu:
-        return True
     dtype, size = _autocast_dtype(query), query.shape[-1]
-    if not query.is_cuda or dtype not in HALVES or size % 8 or size > LARGEST_HEAD:
+    if not query.is_cpu and (not query.is_cuda or dtype not in HALVES or size % 8 or size > LARGEST_HEAD):
         return False
     return _flash_runs(query.device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _flash_runs(device: torch.device) -> bool:
-    return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_properties(device).major >= 8
+    if not torch.backends.cuda.flash_sdp_enabled():  # of CPUs as well
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_properties(device).major >= 8
 
 
 def causal_attention(
@@ -83,7 +88,8 @@ def causal_attention(
         scaling: factor on the scores; ``D ** -0.5`` if ``None``.
 
     Returns:
-        ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor.
+        ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor, and
+        a second time is a ``RuntimeError``.
     """
     dtype = _autocast_dtype(query)
     # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
@@ -115,19 +121,49 @@ class _CausalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Any) -> Any:
-        query, key, value, prefix_k, prefix_v, output, lse, *random = ctx.saved_tensors
-        P, B, half = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0], len(random) // 2
-        d_query, d_key, d_value = _flash_backward(
-            gradient, query, key, value, output, lse, random[:half], True, ctx.scaling
-        )
-        gradient, queries, output = (_by_stream(x, P) for x in (gradient, query, output))
-        lse = _by_stream(lse.unsqueeze(-1), P).squeeze(-1).contiguous()  # (P, heads, B*S)
-        d_queries, d_prefix_k, d_prefix_v = _flash_backward(
-            gradient, queries, prefix_k, prefix_v, output, lse, random[half:], False, ctx.scaling
-        )
-        return d_query + _by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v, None
+        if torch.is_grad_enabled():  # create_graph
+            return *_Gradients.apply(ctx.scaling, gradient, *ctx.saved_tensors), None
+        return *_gradients(ctx.scaling, gradient, *ctx.saved_tensors), None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a step of its own, which says that it is not differentiable.
+
+    torch's ``once_differentiable`` would not: a graph that asks for the gradients of chosen tensors passes it by, and
+    their second derivatives would lack what comes through here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scaling: Any, *tensors: Any) -> Any:
+        return _gradients(scaling, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(TWICE)
+
+
+def _gradients(
+    scaling: float | None,
+    gradient: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    prefix_k: Any,
+    prefix_v: Any,
+    output: Any,
+    lse: Any,
+    *random: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key, value and both parts of the prefix."""
+    P, B, half = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0], len(random) // 2
+    d_query, d_key, d_value = _flash_backward(gradient, query, key, value, output, lse, random[:half], True, scaling)
+    gradient, queries, output = (_by_stream(x, P) for x in (gradient, query, output))
+    lse = _by_stream(lse.unsqueeze(-1), P).squeeze(-1).contiguous()  # (P, heads, B*S)
+    d_queries, d_prefix_k, d_prefix_v = _flash_backward(
+        gradient, queries, prefix_k, prefix_v, output, lse, random[half:], False, scaling
+    )
+    return d_query + _by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v
 
 
 def _by_stream(x: torch.Tensor, P: int) -> torch.Tensor:

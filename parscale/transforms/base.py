@@ -117,8 +117,8 @@ class Transform:
         """Its parameters, in the order of :meth:`places`."""
         return list(self.tensors().values())
 
-    def before(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The backbone's arguments, which have P*B rows, as the backbone shall see them."""
+    def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the backbone or of the encoder before it, which have P*B rows, as it shall see them."""
         return arguments
 
     def before_pooling(self, states: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from parscale.cache_seam import rotary_tables, tables_moved
 from parscale.errors import UnsupportedModelError
 from parscale.layers import has_learned_positions, number_of_attention_layers
 from parscale.parallel import is_partitioned
+from parscale.positions import RowPositions
 from parscale.transforms.base import Place, Transform
 
 AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
@@ -28,6 +29,10 @@ USER = 5  # frames from a warning here to the caller of wrap or add_streams
 
 class PrefixTransform(Transform):
     """``prefix_k`` and ``prefix_v`` ``(P, G, T, D)`` on each attention layer."""
+
+    def __init__(self, state: Any, streams: Any) -> None:
+        super().__init__(state, streams)
+        self._row_positions = RowPositions(state)
 
     def places(self) -> list[Place]:
         """Two on each attention layer that has keys and values of its own."""
@@ -41,9 +46,18 @@ class PrefixTransform(Transform):
         ]
 
     def attach(self) -> None:
-        """Hangs nothing into the model, but tries one that pools or decodes in ways of its own."""
+        """Hooks what is around the backbone, and tries a model that pools or decodes in ways of its own."""
+        self._row_positions.attach()
         if not writes_text(self.state.model):
             self.try_out()
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        self._row_positions.detach()
+
+    def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """With the positions of each row's tokens, where the caller gives none."""
+        return self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
 
     def longest_text(self) -> int | None:
         """As many tokens as there are positions; a table that rotates keys has to hold the first token's too."""

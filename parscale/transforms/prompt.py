@@ -17,12 +17,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, StaticCache
 
 from parscale.errors import UnsupportedModelError
+from parscale.masks import leading_zeros
+from parscale.positions import RowPositions
 from parscale.transforms.base import Place, Transform
 
 CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
+FIRST_LENGTH = "parscale_first_length"  # what a cache says of itself: how many tokens its first pass had
 # With one entry for each token; the prompt's are the first one's for languages, else zero.
 LANGUAGES = "langs"
 TOKENS = (
@@ -38,6 +42,10 @@ TOKENS = (
 
 class PromptTransform(Transform):
     """``prompt`` ``(P, T, H)`` on the backbone."""
+
+    def __init__(self, state: Any, streams: Any) -> None:
+        super().__init__(state, streams)
+        self._row_positions = RowPositions(state)
 
     def places(self) -> list[Place]:
         """One, on the backbone."""
@@ -55,16 +63,22 @@ class PromptTransform(Transform):
         return [Place(state.backbone_name, state.backbone, "prompt", shape, state.hidden_dtype, state.hidden_device)]
 
     def attach(self) -> None:
-        """Hangs nothing into the model, but tries it."""
+        """Hooks what is around the backbone, and tries the model."""
+        self._row_positions.attach()
         self.try_out()
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        self._row_positions.detach()
 
     def read(self, texts: torch.Tensor) -> None:
         """The embeddings of the texts."""
         self.parameters()[0].copy_(_embeddings(self.state.backbone)(texts))  # (P, T) -> (P, T, H)
 
-    def before(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Puts the prompt in front of the tokens, in the first pass of a cache, and moves positions and masks."""
         T = self.streams.config.prefix_length
+        arguments = self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         cache = next((arguments[x] for x in CACHES if arguments.get(x) is not None), None)
         self.state.call.tokens, self.state.call.cache = None, cache
@@ -75,7 +89,11 @@ class PromptTransform(Transform):
                 cache.__dict__.pop(name, None)  # the backbone counts the prompt
         if begins:
             return self._begin(arguments, mask, positions)
-        padding = _leading_zeros(mask)
+        padding = leading_zeros(mask)
+        if (
+            mask is not None and padding is not None
+        ):  # the prompt stands in what the first pass read, also where that was padding alone
+            padding = padding.clamp(max=getattr(cache, FIRST_LENGTH, mask.shape[-1]))
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
@@ -107,7 +125,7 @@ class PromptTransform(Transform):
             embeds = _embeddings(self.state.call.backbone)(ids)  # (R, S, H)
         if mask is None and positions is not None and _restarts(positions):
             return arguments | self._packed(embeds, positions)
-        padding, (R, S) = _leading_zeros(mask), embeds.shape[:2]
+        padding, (R, S) = leading_zeros(mask), embeds.shape[:2]
         prompt = self._prompt().to(embeds.dtype).to(embeds.device)  # (P, T, H)
         prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
         arguments["inputs_embeds"] = _insert(prompt, embeds, padding)
@@ -188,6 +206,8 @@ class PromptTransform(Transform):
         index: torch.Tensor | None = call.tokens
         for cache in (call.cache, *(output if isinstance(output, tuple) else output.values())):
             if isinstance(cache, Cache):
+                if index is not None:
+                    setattr(cache, FIRST_LENGTH, index.shape[1])
                 for name, method in OUTSIDE.items():
                     setattr(cache, name, functools.partial(method, T, cache))
         call.tokens = call.cache = None
@@ -286,13 +306,6 @@ def _embeddings(backbone: Any) -> Any:
     except NotImplementedError:
         return None
     return embeddings if getattr(embeddings, "weight", None) is not None and embeddings.weight.ndim == 2 else None
-
-
-def _leading_zeros(mask: Any) -> torch.Tensor | None:
-    """How many zeros each row of a mask ``(R, K)`` begins with, ``(R,)``; ``None`` for another mask or none."""
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        return None
-    return (mask.cumsum(-1) == 0).sum(-1)
 
 
 def _insert(new: torch.Tensor, old: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:

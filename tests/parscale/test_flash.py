@@ -186,20 +186,23 @@ def test_with_a_cache(name, chunks, flash, zoo):
         zoo.close(torch.cat(pieces, dim=1), expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_padding(name, side, flash, zoo):
+def test_padding(name, side, given, flash, zoo):
     case, model = make(zoo, name)
     ids, padding = zoo.token_ids(), torch.ones(zoo.B, zoo.S, dtype=torch.long)
     (padding[1, :3] if side == "left" else padding[1, 6:]).zero_()
     positions = (padding.cumsum(-1) - 1).clamp(min=0)
     expected = case.reference(model).logits(ids, positions, padding=padding)
-    logits = logits_of(flash(model), ids, attention_mask=padding, position_ids=positions)
+    arguments = {"position_ids": positions} if given else {}
+    logits = logits_of(flash(model), ids, attention_mask=padding, **arguments)
     zoo.close(logits[padding.bool()], expected[padding.bool()], TOLERANCE)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_padded_decoding(name, flash, zoo):
+def test_padded_decoding(name, given, flash, zoo):
     case, model = make(zoo, name)
     ids, padding = zoo.token_ids(), torch.ones(zoo.B, zoo.S, dtype=torch.long)
     padding[1, :3] = 0
@@ -215,8 +218,8 @@ def test_padded_decoding(name, flash, zoo):
                 model,
                 ids[:, now],
                 attention_mask=padding[:, :end],
-                position_ids=positions[:, now],
                 past_key_values=cache,
+                **({"position_ids": positions[:, now]} if given else {}),
             )
         )
     zoo.close(torch.cat(pieces, dim=1)[padding.bool()], expected[padding.bool()], TOLERANCE)

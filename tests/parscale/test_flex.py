@@ -46,15 +46,17 @@ def test_forward(name, uncompiled, zoo):
     ids, padding, positions = padded(zoo)
     reference = case.reference(model)
     zoo.close(logits_of(model, ids), reference.logits(ids), TOLERANCE)
-    logits = logits_of(model, ids, attention_mask=padding, position_ids=positions)
     expected = reference.logits(ids, positions, padding=padding)
-    zoo.close(logits[padding.bool()], expected[padding.bool()], TOLERANCE)
+    for given in ({"position_ids": positions}, {}):
+        logits = logits_of(model, ids, attention_mask=padding, **given)
+        zoo.close(logits[padding.bool()], expected[padding.bool()], TOLERANCE)
     with model.use_streams(None):
         assert torch.equal(logits_of(model, ids), logits_of(case.plain(), ids))
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("name", NAMES)
-def test_with_a_cache(name, uncompiled, zoo):
+def test_with_a_cache(name, given, uncompiled, zoo):
     """A dynamic one: in a static one, transformers' own block masks read the length after it has grown."""
     case, model = make(zoo, name)
     ids, padding, positions = padded(zoo)
@@ -69,8 +71,8 @@ def test_with_a_cache(name, uncompiled, zoo):
                 model,
                 ids[:, now],
                 attention_mask=padding[:, :end],
-                position_ids=positions[:, now],
                 past_key_values=cache,
+                **({"position_ids": positions[:, now]} if given else {}),
             )
         )
     zoo.close(torch.cat(pieces, dim=1)[padding.bool()], expected[padding.bool()], TOLERANCE)

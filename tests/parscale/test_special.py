@@ -286,3 +286,42 @@ def test_every_part_of_a_configuration_is_the_models_own(zoo):
     assert plain.config.text_config._attn_implementation == "sdpa"
     assert not hasattr(plain.config, "parscale_n")
     assert model.config.parscale_n == 2
+
+
+def fuyu(zoo):
+    """Its outer module counts positions, padding or not."""
+    text = zoo.COMMON | {"num_key_value_heads": 4}
+    return transformers.FuyuForCausalLM(transformers.FuyuConfig(text_config=text, **text))
+
+
+@pytest.mark.parametrize("make", [gemma3_with_images, qwen2_vl, qwen3_vl, llava, fuyu], ids=lambda make: make.__name__)
+def test_left_padding_without_positions(make, zoo):
+    """Also where the module around the backbone makes its masks and its positions."""
+    model = build(make, zoo)
+    own = {"input_ids": zoo.token_ids()} if make is fuyu else picture_inputs(make, zoo, 2)()
+    ids, by_token = own["input_ids"], ("input_ids", "token_type_ids", "mm_token_type_ids")
+    front = torch.zeros(2, 3, dtype=torch.long)
+    padded = {k: torch.cat([front, v], dim=1) if k in by_token else v for k, v in own.items()}
+    padded["attention_mask"] = torch.cat([front, torch.ones_like(ids)], dim=1)
+
+    @torch.no_grad()
+    def difference():
+        return (
+            (model(**padded, use_cache=False).logits[:, 3:] - model(**own, use_cache=False).logits).abs().max().item()
+        )
+
+    assert difference() < 1e-5
+    parscale.wrap(model, zoo.P, prefix_length=zoo.T, init="random")
+    zoo.fill_streams(model)
+    assert difference() < 2e-5
+    if make in (qwen2_vl, qwen3_vl):  # whose own positions of a further token are those of the whole mask
+        return
+    with torch.no_grad():
+        alone, whole = (model(**x, use_cache=True) for x in (own, padded))
+        more = {"input_ids": zoo.token_ids(length=1)}
+        seen = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        after = [
+            model(**more, past_key_values=alone.past_key_values, attention_mask=seen[:, 3:]),
+            model(**more, past_key_values=whole.past_key_values, attention_mask=seen),
+        ]
+    zoo.close(after[1].logits, after[0].logits, 2e-5)

@@ -117,9 +117,19 @@ def test_cached_equals_full(kind, zoo, wrapped):
 @pytest.mark.parametrize("attended", ["full", "cached"])
 def test_left_padding(kind, attended, zoo, wrapped):
     kind.need_causality(zoo)
-    model = wrapped(kind)
     wide, mask = padded(zoo)
     given = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if kind.positions == "given" else {}
+    assert_padding_does_not_matter(wrapped(kind), attended, wide, mask, given, zoo)
+
+
+@pytest.mark.parametrize("kind", RELATIVE, indirect=True)
+@pytest.mark.parametrize("attended", ["full", "cached"])
+def test_left_padding_without_positions(kind, attended, zoo, wrapped):
+    kind.need_causality(zoo)
+    assert_padding_does_not_matter(wrapped(kind), attended, *padded(zoo), {}, zoo)
+
+
+def assert_padding_does_not_matter(model, attended, wide, mask, given, zoo):
     if attended == "full":
         logits = logits_of(model, wide, attention_mask=mask, **given)
     else:
