@@ -186,7 +186,7 @@ def prefix_attention(
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else module.config.lender
-    if streams is None or streams.key_name not in owner._parameters:
+    if streams is None or not hasattr(owner, streams.key_name):
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:

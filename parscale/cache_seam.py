@@ -126,7 +126,7 @@ class CachedAttention:
 
     def _prefix(self) -> Prefix | None:
         streams = self.state.in_flight
-        if streams is None or streams.key_name not in self.module._parameters:
+        if streams is None or not hasattr(self.module, streams.key_name):
             return self.trial
         return local(getattr(self.module, streams.key_name)), local(getattr(self.module, streams.value_name))
 
