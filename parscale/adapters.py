@@ -21,12 +21,13 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from parscale.parallel import is_partitioned, reshard, whole
+from parscale.peft_methods import check_method
 from parscale.streams import StreamSet, tensors_of
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ class AdapterStreams:
     Args:
         state: of the wrapped model, before its first adapter runs.
         first: the name of that adapter. It becomes the active one.
+        peft_config: its configuration.
     """
 
-    def __init__(self, state: ParScaleState, first: str) -> None:
+    def __init__(self, state: ParScaleState, first: str, peft_config: Any) -> None:
         self.state = state
+        self.configs = {first: peft_config}
         self.active: str | None = None
         self.disabled = False
         self._count = 0
@@ -85,17 +88,24 @@ class AdapterStreams:
             self.disabled = before
 
     def cover(self, streams: StreamSet) -> None:
-        """Gives a set copies for all adapters; the first one has the set itself."""
+        """Gives a set copies for all adapters; the first one has the set itself.
+
+        Raises:
+            ValueError: an adapter does not go with the set.
+        """
         if streams.num_streams == 1:
             return
+        for peft_config in self.configs.values():
+            check_method(peft_config, [streams.config.transform])
         own = next((name for name in self._copies if name is not None), None)
         for adapter, copies in self._copies.items():
             copies[streams.name] = streams if adapter == own else self._copy(streams, trains=adapter is not None)
 
-    def add(self, adapter: str) -> None:
+    def add(self, adapter: str, peft_config: Any) -> None:
         """Gives a new adapter copies of what is in use. It trains as that does, once it is active."""
         if adapter in self._copies:
             return
+        self.configs[adapter] = peft_config
         in_use = self._copies[None if self.disabled else self.active]
         self._trains[adapter] = self._flags()
         self._copies[adapter] = {name: self._copy(streams, trains=True) for name, streams in in_use.items()}
@@ -121,6 +131,7 @@ class AdapterStreams:
             self.activate(None)
         self._forget(self._copies.pop(adapter))
         self._trains.pop(adapter, None)
+        self.configs.pop(adapter)
 
     def keep(self, adapter: str | None) -> None:
         """Ends with the adapters: the sets get the values of one adapter's copies, and train as the active ones do."""

@@ -9,6 +9,7 @@ from parscale.config import LORA, PREFIX, PROMPT
 # What a transform's parameters are called in the modules that hold them.
 PARAMETERS = {PREFIX: ("prefix_k", "prefix_v"), PROMPT: ("prompt",), LORA: ("stream_down", "stream_up")}
 TRANSFORM_PART, AGGREGATOR_PART = "transform", "aggregator"
+AGGREGATOR = "aggregate_layer"
 COPY = "@@"  # in the names of a copy that belongs to an adapter, before its number
 _NAMES = "|".join(name for names in PARAMETERS.values() for name in names)
 _PATTERNS = {

@@ -18,7 +18,7 @@ from parscale.folders import STREAMS_CONFIG, Checkpoint
 from parscale.naming import part_of
 from parscale.parallel import is_sharded
 from parscale.patching import extend, extend_everywhere
-from parscale.peft_methods import check_method, has_prefix_cache
+from parscale.peft_methods import check_method, method_of
 from parscale.streams import ParScaleState
 
 DEFAULT_ADAPTER = "default"  # whose folder is the one that is given; the others' are inside
@@ -48,6 +48,7 @@ def extend_peft() -> None:
     extend(peft.PeftModel, "get_prompt", _get_prompt)
     # Every task's forward and generate enter it, and only it sees what goes to the layers.
     extend(peft.PeftModel, "_enable_peft_forward_hooks", _with_rows)
+    extend(peft.PolyModel, "_manage_pre_hooks", _with_tasks)
     extend(BaseTuner, "inject_adapter", _inject_adapter)  # transformers' own add_adapter comes here too
     extend(BaseTuner, "set_adapter", _set_adapter)
     extend(BaseTuner, "disable_adapter_layers", _disable_adapter_layers)
@@ -85,11 +86,15 @@ def _init(
 ) -> None:
     state = _state_of(model)
     if state is not None:
-        check_method(state, peft_config)
+        check_method(peft_config, _transforms(state))
     with _trainable_as_before(state):
         init(self, model, peft_config, adapter_name, *args, **kwargs)
     if state is not None:
-        _give_streams(state, adapter_name)
+        if state.adapters is None:
+            state.adapters = AdapterStreams(state, adapter_name, peft_config)
+        else:  # an earlier one on the same model
+            state.adapters.add(adapter_name, peft_config)
+            state.adapters.activate(adapter_name)
 
 
 def _add_adapter(
@@ -97,19 +102,15 @@ def _add_adapter(
 ) -> None:
     state = _state_of(self)
     if state is not None:
-        check_method(state, peft_config)
+        check_method(peft_config, _transforms(state))
     with _trainable_as_before(state):
         add_adapter(self, adapter_name, peft_config, *args, **kwargs)
     if state is not None and state.adapters is not None:  # else under way in __init__
-        state.adapters.add(adapter_name)
+        state.adapters.add(adapter_name, peft_config)
 
 
-def _give_streams(state: ParScaleState, adapter: str) -> None:
-    if state.adapters is None:
-        state.adapters = AdapterStreams(state, adapter)
-    else:
-        state.adapters.add(adapter)
-        state.adapters.activate(adapter)
+def _transforms(state: ParScaleState) -> set[str]:
+    return {streams.config.transform for streams in state.sets.values() if streams.num_streams > 1}
 
 
 def _inject_adapter(inject_adapter: Method, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
@@ -246,7 +247,7 @@ def _load_adapter(
 def _get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
     """As PEFT's own; keys and values have a row for each of the P*B rows that run, embeddings for each of the B."""
     state = _state_of(self)
-    if state is not None and state.active is not None and has_prefix_cache(self.active_peft_config):
+    if state is not None and state.active is not None and method_of(self.active_peft_config).fills_cache:
         batch_size = batch_size * state.active.num_streams
     return get_prompt(self, batch_size, *args, **kwargs)
 
@@ -266,6 +267,19 @@ def _with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator
     outside = {name: [row for row in rows for _ in range(beams)] for name, rows in given.items()}
     streams = _streams_of_rows(state, given.get("adapter_names"))
     with streams, enable(self, *args, **kwargs | repeated), _outside_backbone(state, self, outside):
+        yield
+
+
+@contextlib.contextmanager
+def _with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
+    """As PEFT's own, of Poly: the same for the tasks of the rows, ``(B,)``."""
+    state = _state_of(self)
+    if task_ids is None or state is None or state.active is None:
+        with manage(self, task_ids):
+            yield
+        return
+    repeated = task_ids.repeat(state.active.num_streams)  # (P*B,)
+    with manage(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}):
         yield
 
 

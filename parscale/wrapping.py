@@ -248,13 +248,13 @@ def add(
             distribute_streams(state, streams, mesh)
         if config.num_streams > 1:
             streams.transform.attach()
+        if state.adapters is not None:
+            state.adapters.cover(streams)
     except BaseException:
         remove(state, streams)
         raise
     for parameter in state.tensors(streams).values():
         parameter.requires_grad_(False)
-    if state.adapters is not None:
-        state.adapters.cover(streams)
     return streams
 
 
