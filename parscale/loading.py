@@ -18,6 +18,7 @@ smoothing, the backbone's name and what is needed to see whether another one fit
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -51,7 +52,7 @@ from parscale.kernels.dispatch import Impl, check_impl
 from parscale.naming import PATTERNS, part_of
 from parscale.saving import FORMAT_VERSION
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.wrapping import add, attach, detach
+from parscale.wrapping import add, attach, detach, fill
 
 _STREAMS_FIELDS = {
     *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers"),
@@ -256,6 +257,30 @@ def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: st
     streams, stored = _read_streams(checkpoint)
     check_fit(checkpoint, fields, model.config)
     add(model.parscale, name or fields.get("name", DEFAULT), streams, tensors=_values(model, streams, stored))
+
+
+def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
+    """Reads the values of a streams-only checkpoint into the active set.
+
+    Args:
+        model: wrapped, with streams of the same numbers as the checkpoint's.
+        checkpoint: the folder or repository.
+
+    Raises:
+        ValueError: it is damaged, no streams are active, or they are others than the checkpoint's.
+        OSError: a file cannot be read.
+    """
+    state: ParScaleState = model.parscale
+    saved, stored = _read_streams(checkpoint)
+    check_fit(checkpoint, checkpoint.read_json(STREAMS_CONFIG), model.config)
+    streams = state.active
+    ours = None if streams is None else streams.config
+    if streams is None or ours is None or dataclasses.replace(saved, init=ours.init, seed=ours.seed) != ours:
+        raise ValueError(
+            f"{checkpoint} holds streams ({saved}), and this model's are others ({ours or 'none active'}): wrap the "
+            "model with the same numbers, or parscale.load the folder with backbone= and put the adapter on that."
+        )
+    fill(state, streams, _values(model, saved, stored))
 
 
 def _named_backbone(

@@ -20,6 +20,7 @@ from parscale import __version__
 from parscale.auto import class_in_checkpoints
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, TYPE_SUFFIX, read_json
+from parscale.naming import is_copy
 from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.writing import staged
@@ -112,7 +113,9 @@ def _write_full(
         _push(Path(save_directory), written, push)
 
 
-def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
+def save_streams(
+    model: Any, save_directory: str | os.PathLike[str], *, state_dict: MutableMapping[str, Any] | None = None
+) -> None:
     """Writes the active set of streams and the name of the backbone: a few MB.
 
     A folder that exists keeps its other files. If it fails, the folder is as it was. In a distributed run the first
@@ -121,6 +124,7 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     Args:
         model: a wrapped model.
         save_directory: the folder; made if it does not exist.
+        state_dict: the model's, gathered before; then the first process may call this alone.
 
     Raises:
         ValueError: no streams are active, their tensors are on the meta device, or the folder holds a full checkpoint.
@@ -131,8 +135,8 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     config = Path(save_directory, CONFIG)
     if config.is_file() and NUM_STREAMS in read_json(config):
         raise ValueError(f"{save_directory} holds a full checkpoint: save the streams alone in another folder.")
-    with together_at_the_end() if is_sharded(model) else nullcontext():
-        tensors = _tensors(state, streams)
+    with together_at_the_end() if state_dict is None and is_sharded(model) else nullcontext():
+        tensors = _tensors(state, streams, state_dict)
         if is_writer():
             with staged(save_directory, last=STREAMS_CONFIG) as work:
                 _write_streams(work, model, streams, tensors, _backbone_name(model))
@@ -145,6 +149,9 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
     def rename(model: Any, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
         if prefix:
             return
+        in_use = set() if state.active is None else set(state.names(state.active).values())
+        for name in [name for name in state_dict if is_copy(name) and name not in in_use]:
+            state_dict.pop(name)
         for streams in state.sets.values():
             if streams is not state.active:
                 for name in state.names(streams).values():

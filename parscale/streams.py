@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,12 +28,16 @@ from parscale.config import ParScaleConfig
 from parscale.encoded import mark_output
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
+from parscale.naming import COPY
 from parscale.parallel import gather_heads
 from parscale.rows import check_plain, copy_rows, first_input
 from parscale.trainability import use_outside_of_blocks
 from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
+
+if TYPE_CHECKING:
+    from parscale.adapters import AdapterStreams
 
 DEFAULT = "default"
 REPLICA = "parscale_replica"  # on nn.DataParallel's copy of a backbone or an encoder: its original, and the set
@@ -45,18 +50,21 @@ class StreamSet:
         state: of the model.
         name: ``"default"`` keeps the released names; another set adds ``@name`` to each.
         config: its numbers.
+        copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
     """
 
-    def __init__(self, state: ParScaleState, name: str, config: ParScaleConfig) -> None:
+    def __init__(self, state: ParScaleState, name: str, config: ParScaleConfig, copy: int = 0) -> None:
         self.name = name
         self.config = config
+        self.copy = copy
         self.key_name, self.value_name = self.own_name("prefix_k"), self.own_name("prefix_v")
         self.aggregator_name = self.own_name("aggregate_layer")
         self.transform = make_transform(state, self)
 
     def own_name(self, released: str) -> str:
         """What the set calls a parameter, or the aggregator, in the module that holds it."""
-        return released if self.name == DEFAULT else f"{released}@{self.name}"
+        name = released if self.name == DEFAULT else f"{released}@{self.name}"
+        return f"{name}{COPY}{self.copy}" if self.copy else name
 
     @property
     def num_streams(self) -> int:
@@ -87,6 +95,7 @@ class ParScaleState:
         self.linears: list[Linear] = []  # found when a set asks for them
         self.sets: dict[str, StreamSet] = {}
         self.default: StreamSet | None = None  # the set that is active where no block chose one; None: the backbone
+        self.adapters: AdapterStreams | None = None  # while PEFT has adapters on the model
         self.blocks = Blocks()
         self.calls = Calls()
         self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
@@ -106,10 +115,16 @@ class ParScaleState:
         pooler = getattr(self.backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
             self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
+        ALIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the set that is active here."""
         return self.__dict__ | {"default": self.active}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        """A copy of a model is one too."""
+        self.__dict__.update(attributes)
+        ALIVE.add(self)
 
     @property
     def parts(self) -> list[Any]:
@@ -118,18 +133,24 @@ class ParScaleState:
 
     # -- tensors
 
+    def in_use(self, streams: StreamSet) -> StreamSet:
+        """The set, or the copy of it that the active adapter has."""
+        return streams if self.adapters is None else self.adapters.in_use(streams)
+
     def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
         """The set's parameters by their released names in the model, whatever the set is called."""
+        streams = self.in_use(streams)
         if streams.num_streams == 1:
             return {}
         tensors = streams.transform.tensors()
         root = f"{self.backbone_name}." if self.backbone_name else ""
-        for name, parameter in self.aggregator(streams).named_parameters():
+        for name, parameter in tensors_of(self.aggregator(streams)).items():
             tensors[f"{root}aggregate_layer.{name}"] = parameter
         return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""
+        streams = self.in_use(streams)
         if streams.num_streams == 1:
             return {}
         names = {}
@@ -156,7 +177,7 @@ class ParScaleState:
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The set's aggregator."""
-        return self.backbone._modules[streams.aggregator_name]
+        return self.backbone._modules[self.in_use(streams).aggregator_name]
 
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set trains."""
@@ -242,8 +263,8 @@ class ParScaleState:
         call, (part, streams) = self.call, module.__dict__.get(REPLICA) or (module, self.active)
         call.masks.clear()
         call.pooled = None
-        if streams is not None and streams.num_streams == 1:
-            streams = None
+        if streams is not None:
+            streams = self.in_use(streams) if streams.num_streams > 1 else None
         call.in_flight = streams
         if part is self.backbone:
             call.backbone = module
@@ -410,6 +431,14 @@ class ParScaleState:
             call.in_flight, call.backbone = previous
             for parameter in changed:
                 parameter.requires_grad_(not parameter.requires_grad)
+
+
+ALIVE: weakref.WeakSet[ParScaleState] = weakref.WeakSet()  # of all models, wrapped or copied
+
+
+def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Any]:
+    """A module's parameters by name; its buffers too, which an adapter's copy that never trains has in their place."""
+    return dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))
 
 
 class _Checkpoint:

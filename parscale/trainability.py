@@ -21,8 +21,9 @@ LOCK = threading.RLock()  # held while it is decided what trains
 
 
 def parameters_of(state: Any, streams: Any) -> list[nn.Parameter]:
-    """The parameters of a set; none for ``None``."""
-    return [] if streams is None else list(state.tensors(streams).values())
+    """The parameters of a set; none for ``None``, or while its tensors are buffers, which never train."""
+    tensors = {} if streams is None else state.tensors(streams)
+    return [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
 
 
 def decide_what_trains(state: Any) -> None:

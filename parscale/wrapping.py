@@ -25,8 +25,9 @@ from parscale.parallel import (
     share_random_state,
     tensor_parallel_mesh,
 )
-from parscale.peft import keep_streams_trainable
+from parscale.peft import extend_peft
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.trl import keep_reference
 
 MEMBERS: dict[str, Callable[..., Any]] = {
     "add_streams": members.add_streams,
@@ -170,7 +171,8 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     if state.encoder is not None and model.can_generate():
         model.generate = functools.partial(members.generate, model)
     state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
-    keep_streams_trainable()
+    extend_peft()
+    keep_reference()
     register_backbone(model.config.model_type)
     return state
 
@@ -185,6 +187,8 @@ def _decompress(model: Any) -> None:
 def detach(state: ParScaleState) -> None:
     """Undoes :func:`attach`, and removes all sets."""
     model = state.model
+    if state.adapters is not None:
+        state.adapters.drop()
     for streams in list(state.sets.values()):
         remove(state, streams)
     for hook in state.hooks:
@@ -243,11 +247,13 @@ def add(
         if tensors is None:
             initialize(state, streams, calibration)
         else:
-            _fill(state, streams, tensors)
+            fill(state, streams, tensors)
         if mesh is not None:
             distribute_streams(state, streams, mesh)
         if config.num_streams > 1:
             streams.transform.attach()
+        if state.adapters is not None:
+            state.adapters.cover(streams)
     except BaseException:
         remove(state, streams)
         raise
@@ -285,7 +291,12 @@ def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
     state.backbone.add_module(streams.aggregator_name, aggregator)
 
 
-def _fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:
+def fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives a set its values, by their released names.
+
+    Raises:
+        ValueError: tensors missing, too many or of another shape.
+    """
     own = state.tensors(streams)
     problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]

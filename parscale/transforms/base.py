@@ -62,8 +62,12 @@ class Transform:
         """
         raise NotImplementedError
 
-    def attach(self) -> None:
+    def hang(self) -> None:
         """Once its parameters exist: what it hangs into the model."""
+
+    def attach(self) -> None:
+        """:meth:`hang`, and whatever shows that the model runs with it."""
+        self.hang()
 
     def try_out(self) -> None:
         """Runs the backbone with the streams, to see whether it can.
@@ -80,7 +84,7 @@ class Transform:
             ) from error
 
     def detach(self) -> None:
-        """Undoes :meth:`attach`."""
+        """Undoes :meth:`hang`."""
 
     def longest_text(self) -> int | None:
         """How many tokens a text may have that streams start from; ``None``: any number."""

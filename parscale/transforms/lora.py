@@ -45,9 +45,13 @@ class LoraTransform(Transform):
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
 
-    def attach(self) -> None:
+    def hang(self) -> None:
         """A hook on each linear layer."""
         self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.state.linears]
+
+    def attach(self) -> None:
+        """A hook on each linear layer, tried out."""
+        self.hang()
         self.try_out()
 
     def detach(self) -> None:

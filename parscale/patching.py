@@ -1,0 +1,76 @@
+"""Extending functions of libraries that ask the model nothing about what they do to it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+Extension = Callable[..., Any]  # takes the function, then its arguments
+
+
+def extend(owner: Any, name: str, extension: Extension) -> None:
+    """Replaces a class's method or a module's function by ``extension(function, *its_arguments)``, once."""
+    function = getattr(owner, name)
+    if not _is_extended(function):
+        setattr(owner, name, _extended(function, extension))
+
+
+def extend_everywhere(owner: ModuleType, name: str, extension: Extension) -> None:
+    """:func:`extend` for a module's function, also under the names by which other modules have imported it."""
+    function = getattr(owner, name)
+    if _is_extended(function):
+        return
+    extended = _extended(function, extension)
+    for module in list(sys.modules.values()):
+        names = [key for key, value in list(getattr(module, "__dict__", {}).items()) if value is function]
+        for key in names:
+            setattr(module, key, extended)
+
+
+def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Calls ``act`` with a module: now if it is imported already, else once it is."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch(name, act))
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Finds one module as the other finders do, and acts after it has run."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.act = act
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_act(module: ModuleType) -> None:
+                run(module)
+                self.act(module)
+
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]
+        return spec
+
+
+def _extended(function: Callable[..., Any], extension: Extension) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def extended(*args: Any, **kwargs: Any) -> Any:
+        return extension(function, *args, **kwargs)
+
+    extended.extended_by_parscale = True  # type: ignore[attr-defined]
+    return extended
+
+
+def _is_extended(function: Any) -> bool:
+    return getattr(function, "extended_by_parscale", False)
