@@ -43,12 +43,16 @@ def find_backbone(model: Any) -> tuple[nn.Module, nn.Module | None]:
             f"wrap takes a loaded Hugging Face model (a transformers.PreTrainedModel), got {given}: "
             "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."
         )
-    backbone = model.get_decoder()  # finds it by the names of attributes
+    backbone, encoder = model.get_decoder(), None  # finds it by the names of attributes
     if getattr(model.config, "is_encoder_decoder", False):
         encoder = model.get_encoder()
-        if backbone.get_output_embeddings() is not None:  # a language model of its own, with its head
-            backbone = backbone.get_decoder()
-        if encoder is model or backbone is model or not isinstance(encoder, nn.Module):
+        if encoder is model or not isinstance(encoder, nn.Module):
+            encoder = None
+    if backbone is not model and has_head(backbone):  # a language model of its own, with its head (BLIP-2, Llama 4)
+        backbone, inner_encoder = find_backbone(backbone)
+        return backbone, encoder or inner_encoder
+    if getattr(model.config, "is_encoder_decoder", False):
+        if encoder is None or backbone is model:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is an encoder with a decoder, of which get_encoder() and get_decoder() do not "
                 "give both: streams need the two."
@@ -58,7 +62,7 @@ def find_backbone(model: Any) -> tuple[nn.Module, nn.Module | None]:
         children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
         reads = [child for child in children if model.main_input_name in inspect.signature(child.forward).parameters]
         backbone = reads[0] if len(reads) == 1 else model.base_model
-    if backbone is model and model.get_output_embeddings() is not None:
+    if backbone is model and has_head(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no backbone of its own behind its head, and streams are mixed between the "
             "two: use another class of this architecture, such as its base model (AutoModel)."
@@ -66,11 +70,14 @@ def find_backbone(model: Any) -> tuple[nn.Module, nn.Module | None]:
     return backbone, None
 
 
+def has_head(model: Any) -> bool:
+    """Whether the model is one with a language model's head, which follows its backbone."""
+    return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+
+
 def writes_text(model: Any) -> bool:
     """Whether the model is a causal language model, which reads a text and can go on with it."""
-    return (
-        bool(model.can_generate()) and not model.config.is_encoder_decoder and model.get_output_embeddings() is not None
-    )
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
 
 
 def run_briefly(
