@@ -57,8 +57,9 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
             streams.transform.read(_texts(state, streams, calibration))
         else:
             streams.transform.draw(std)
-        first, *_ = state.aggregator(streams).parameters()
-        first.normal_(0.0, std)
+        for part in state.mixed:
+            first, *_ = state.aggregator(streams, part).parameters()
+            first.normal_(0.0, std)
 
 
 def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> torch.Tensor:

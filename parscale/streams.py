@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from parscale.aggregator import Aggregator
 from parscale.attention import AttentionLayer
-from parscale.backbones import find_backbone
+from parscale.backbones import NOISE, Hidden, find_parts, masking_noise
 from parscale.config import ParScaleConfig
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
@@ -47,6 +47,7 @@ ROW_ARGUMENTS = (
     "visual_pos_masks",
     "pixel_values",
     "bool_masked_pos",
+    "noise",
     "input_features",
     "encoder_hidden_states",
     "encoder_attention_mask",
@@ -95,10 +96,12 @@ class ParScaleState:
 
     def __init__(self, model: Any, kernels: Impl = "auto") -> None:
         self.model = model
-        self.backbone: Any
-        self.encoder: Any
-        self.backbone, self.encoder = find_backbone(model)
-        self.backbone_name = next(name for name, module in model.named_modules() if module is self.backbone)
+        parts = find_parts(model)
+        self.backbone, self.encoder = parts.backbone, parts.encoder
+        self.mixed = [parts.backbone, *parts.towers]
+        names = {module: name for name, module in model.named_modules()}
+        self.backbone_name = names[self.backbone]
+        self.roots = [f"{names[part]}." if names[part] else "" for part in self.mixed]
         self.kernels = kernels
         self.layers: list[AttentionLayer] = []
         self.without_layers = ""  # why there are none
@@ -110,27 +113,25 @@ class ParScaleState:
         self.in_flight_trains: list[tuple[nn.Parameter, bool]] = []  # which of its parameters do, for checkpointing
         self.recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
         self.aggregating = True
-        self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
-        self.positional = list(inspect.signature(self.backbone.forward).parameters)
+        self.hidden: list[Hidden] = []  # states of each part that is mixed
+        self.positional = {part: list(inspect.signature(part.forward).parameters) for part in self.parts}
         self._masks: dict[int, tuple[Any, Any]] = {}
         self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None  # what a pooler was given, and its mixture
-        self.hooks = [
-            self.backbone.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
-            self.backbone.register_forward_hook(self._mix_streams),
-            model.register_forward_hook(self._join_router_logits),
-        ]
-        self._encoder_positional: list[str] = []
+        self._mixing: Any = self.backbone  # the part that runs
+        self.hooks = [model.register_forward_hook(self._join_router_logits)]
+        for part in self.mixed:
+            self.hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+            self.hooks.append(part.register_forward_hook(self._mix_streams))
+            pooler = getattr(part, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
         if self.encoder is not None:
-            self._encoder_positional = list(inspect.signature(self.encoder.forward).parameters)
             self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
-        pooler = getattr(self.backbone, "pooler", None)
-        if isinstance(pooler, nn.Module):
-            self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
 
     @property
     def parts(self) -> list[Any]:
-        """The backbone and the encoder before it, if there is one."""
-        return [self.backbone] if self.encoder is None else [self.encoder, self.backbone]
+        """The encoder before the backbone, if there is one, the backbone, and the towers beside it."""
+        return self.mixed if self.encoder is None else [self.encoder, *self.mixed]
 
     # -- tensors
 
@@ -139,9 +140,9 @@ class ParScaleState:
         if streams.num_streams == 1:
             return {}
         tensors = streams.transform.tensors()
-        root = f"{self.backbone_name}." if self.backbone_name else ""
-        for name, parameter in self.aggregator(streams).named_parameters():
-            tensors[f"{root}aggregate_layer.{name}"] = parameter
+        for root, part in zip(self.roots, self.mixed, strict=True):
+            for name, parameter in self.aggregator(streams, part).named_parameters():
+                tensors[f"{root}aggregate_layer.{name}"] = parameter
         return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
@@ -152,9 +153,9 @@ class ParScaleState:
         for place in streams.transform.places():
             path = f"{place.path}." if place.path else ""
             names[place.released_name] = f"{path}{streams.own_name(place.name)}"
-        root = f"{self.backbone_name}." if self.backbone_name else ""
-        for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
-            names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
+        for root in self.roots:
+            for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
+                names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
         return names
 
     def load_into_active(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -170,9 +171,10 @@ class ParScaleState:
             if prefix + released in state_dict:
                 state_dict[prefix + name] = state_dict.pop(prefix + released)
 
-    def aggregator(self, streams: StreamSet) -> Aggregator:
-        """The set's aggregator."""
-        return self.backbone._modules[streams.aggregator_name]
+    def aggregator(self, streams: StreamSet, part: Any = None) -> Aggregator:
+        """The set's aggregator of the backbone, or of another part that is mixed."""
+        part = self.backbone if part is None else part
+        return part._modules[streams.aggregator_name]
 
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set trains."""
@@ -200,8 +202,9 @@ class ParScaleState:
         self.in_flight = streams
         if module.training and torch.is_grad_enabled():
             self._recompute_with_own_set(module)
-        positional = self.positional if module is self.backbone else self._encoder_positional
-        arguments = dict(zip(positional[: len(args)], args, strict=True)) | kwargs
+        if module is not self.encoder:
+            self._mixing = module
+        arguments = dict(zip(self.positional[module][: len(args)], args, strict=True)) | kwargs
         for name in CACHES:
             self._check_cache(arguments.get(name))
         if streams is None:
@@ -214,6 +217,8 @@ class ParScaleState:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
+        if NOISE in self.positional[module] and arguments.get(NOISE) is None:
+            arguments[NOISE] = masking_noise(module, rows)
         for name in ROW_ARGUMENTS:
             if arguments.get(name) is not None:
                 arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
@@ -228,7 +233,8 @@ class ParScaleState:
         streams, states = self.in_flight, args[0]
         if streams is None or not self.aggregating:
             return None
-        if states.ndim == 3 and states.shape[1] == self.hidden_size != states.shape[2]:  # (P*B, H, S), of Swin
+        size = self.hidden[self.mixed.index(self._mixing)].size
+        if states.ndim == 3 and states.shape[1] == size != states.shape[2]:  # (P*B, H, S), of Swin
             mixed = self._mixture(streams, streams.transform.before_pooling(states.mT)).mT
         else:
             mixed = self._mixture(streams, streams.transform.before_pooling(states))
@@ -257,7 +263,9 @@ class ParScaleState:
             """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""
             if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
                 return (*states[:-1], mixed)
-            shape = getattr(states, "shape", ())
+            shape: tuple[int, ...] = getattr(states, "shape", ())
+            if NOISE in self.positional[module] and len(shape) == 2:  # of patches, the same for all streams
+                return states[: shape[0] // streams.num_streams]
             if shape == (last.shape[0], last.shape[2]):  # those of one token, as they are
                 return self._mixture(streams, streams.transform.before_pooling(states))
             if len(shape) == 3 and shape[::2] == (last.shape[0], last.shape[2]):  # those that foresee (ProphetNet)
@@ -267,16 +275,17 @@ class ParScaleState:
         if isinstance(output, tuple):
             return (mixed, *map(with_mixed, output[1:]))
         output.last_hidden_state = mixed
-        for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram"):
+        for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram", "mask", "ids_restore"):
             if getattr(output, name, None) is not None:
                 output[name] = with_mixed(output[name])
         return output
 
     def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
         """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
+        aggregator = self.aggregator(streams, self._mixing)
         if hidden.ndim == 2:
-            return self.aggregator(streams)(hidden[:, None], impl=self.kernels)[:, 0]
-        return self.aggregator(streams)(hidden, impl=self.kernels)
+            return aggregator(hidden[:, None], impl=self.kernels)[:, 0]
+        return aggregator(hidden, impl=self.kernels)
 
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the whole model: a mixture of experts' router logits by layer again, ``(P*B*S, E)``."""

@@ -27,6 +27,7 @@ from parscale.parallel import (
 )
 from parscale.peft import keep_streams_trainable
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.trial import try_whole_model
 
 MEMBERS: dict[str, Callable[..., Any]] = {
     "add_streams": members.add_streams,
@@ -244,6 +245,8 @@ def add(
             distribute_streams(state, streams, mesh)
         if config.num_streams > 1:
             streams.transform.attach()
+            if tensors is None:  # those of a checkpoint ran when it was made
+                try_whole_model(state, streams)
     except BaseException:
         remove(state, streams)
         raise
@@ -260,7 +263,8 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
         streams.transform.detach()
         for place in streams.transform.places():
             place.module._parameters.pop(streams.own_name(place.name), None)
-    state.backbone._modules.pop(streams.aggregator_name, None)
+    for part in state.mixed:
+        part._modules.pop(streams.aggregator_name, None)
     state.sets.pop(streams.name, None)
 
 
@@ -271,11 +275,10 @@ def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
     for place in streams.transform.places():
         zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
         place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
-    aggregator = Aggregator(
-        P, state.hidden_size, streams.config.smoothing, dtype=state.hidden_dtype, device=state.hidden_device
-    )
-    aggregator.train(state.backbone.training)
-    state.backbone.add_module(streams.aggregator_name, aggregator)
+    for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
+        aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
+        aggregator.train(part.training)
+        part.add_module(streams.aggregator_name, aggregator)
 
 
 def _fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:

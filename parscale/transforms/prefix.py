@@ -105,7 +105,7 @@ class PrefixTransform(Transform):
                 "approximation."
             )
         error = None if learned else self._error_alone(texts)
-        if error is not None and error <= (FEW_BITS if state.hidden_dtype.itemsize < 4 else EXACT):
+        if error is not None and error <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
             reason = ""
         elif error is not None and not reason:
             reason = (

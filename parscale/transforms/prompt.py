@@ -48,9 +48,10 @@ class PromptTransform(Transform):
     def places(self) -> list[Place]:
         """One, on the backbone."""
         state, config = self.state, self.streams.config
-        embeddings = None if state.encoder is not None else _embeddings(state.backbone)
-        pairs = "target_mapping" in state.positional  # of tokens, who foresees whom (XLNet)
-        if embeddings is None or "inputs_embeds" not in state.positional or pairs:
+        embeddings = _embeddings(state.backbone) if state.parts == [state.backbone] else None
+        names = state.positional[state.backbone]
+        pairs = "target_mapping" in names  # of tokens, who foresees whom (XLNet)
+        if embeddings is None or "inputs_embeds" not in names or pairs:
             raise UnsupportedModelError(
                 f"transform='prompt' needs a backbone that reads token ids or their embeddings, and "
                 f"{type(state.backbone).__name__} of {type(state.model).__name__} does not, or not alone: use "
@@ -58,7 +59,8 @@ class PromptTransform(Transform):
             )
         width = embeddings.weight.shape[-1]
         shape = (config.num_streams, config.prefix_length, width)
-        return [Place(state.backbone_name, state.backbone, "prompt", shape, state.hidden_dtype, state.hidden_device)]
+        _, dtype, device = state.hidden[0]
+        return [Place(state.backbone_name, state.backbone, "prompt", shape, dtype, device)]
 
     def attach(self) -> None:
         """Hangs nothing into the model, but tries it."""
@@ -126,7 +128,8 @@ class PromptTransform(Transform):
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of ids ``(R, S)``, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
-        names, backbone = self.state.positional, self.state.backbone
+        backbone = self.state.backbone
+        names = self.state.positional[backbone]
         if "ple_input_ids" in names:
             return {"ple_input_ids": ids}
         if "per_layer_inputs" in names and getattr(backbone, "hidden_size_per_layer_input", None):
