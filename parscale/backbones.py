@@ -103,15 +103,22 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
     """Encoders of a text and of something else, side by side in ``owner``: the one of text is the backbone."""
     inputs = inspect.signature(owner.forward).parameters
     children = [child for child in owner.children() if isinstance(child, PreTrainedModel)]
-    towers = [child for child in children if child.main_input_name in inputs and _reads(child, child.main_input_name)]
-    names = {child.main_input_name for child in towers}
+    towers = [child for child in children if main_input(child) in inputs]
+    names = {main_input(child) for child in towers}
     if len(towers) < 2 or len(names) < len(towers) or TEXT not in names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has encoders side by side, of which {len(towers)} were found that read an input "
             "of their own, and streams need all: wrap one of its encoders by itself, such as model.text_model."
         )
-    towers.sort(key=lambda tower: tower.main_input_name != TEXT)
-    return Parts(towers[0], towers=towers[1:])
+    towers.sort(key=lambda tower: main_input(tower) != TEXT)
+    backbones = [find_parts(tower).backbone for tower in towers]  # mixed where the tower alone would be
+    return Parts(backbones[0], towers=backbones[1:])
+
+
+def main_input(part: Any) -> str:
+    """What a part reads: what its class says that it does, or, where that is not so, the first of its arguments."""
+    name: str | None = getattr(part, "main_input_name", None)
+    return name if name is not None and _reads(part, name) else next(iter(inspect.signature(part.forward).parameters))
 
 
 def _reads(part: Any, name: str) -> bool:
@@ -171,7 +178,7 @@ def run_briefly(
 
 def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Something that a backbone or an encoder takes."""
-    name: Any = getattr(part, "main_input_name", None)
+    name = main_input(part)
     config: Any = getattr(part, "config", None)
     if name == TEXT:
         return {name: torch.zeros(rows, 2, dtype=torch.long, device=device)}

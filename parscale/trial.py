@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from parscale.backbones import TEXT, backbone_only, input_device, input_of, is_of_the_machine, one_line
+from parscale.backbones import TEXT, backbone_only, input_device, input_of, is_of_the_machine, main_input, one_line
 from parscale.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
 
 def _inputs(model: Any) -> Iterator[dict[str, Any]]:
     """Small inputs of the kinds that the model's signature names, the smallest first."""
-    device, names = input_device(model), inspect.signature(model.forward).parameters
+    device, names = input_device(model), {model.main_input_name, *inspect.signature(model.forward).parameters}
     options = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in names}
     pieces: dict[str, torch.Tensor] = {}
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.main_input_name in names.keys() - pieces.keys():
+        if isinstance(part, PreTrainedModel) and main_input(part) in names - pieces.keys():
             with contextlib.suppress(UnsupportedModelError, StopIteration):
                 pieces |= input_of(part, ROWS, device)
     others = {name: value for name, value in pieces.items() if name != TEXT}
