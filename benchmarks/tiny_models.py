@@ -68,6 +68,7 @@ _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
 _NO_LIMIT = {"time_step_min": 1e-9}  # which one step with a cache does not keep
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "Blip2ForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "BltForCausalLM": {"num_hidden_layers": LAYERS},  # transformers' cache asks for it
     "CohereCompassForCausalLM": _WINDOWS
@@ -97,6 +98,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "GotOcr2ForConditionalGeneration": {"vision_config": {"output_channels": 16, "mlp_dim": 48}},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"]},
     "HrmTextForCausalLM": {"num_hidden_layers": 1, "L_cycles": 1},
+    "InstructBlipForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "LagunaForCausalLM": _WINDOWS,
     "Lfm2ForCausalLM": _CONVOLUTIONS,

@@ -171,22 +171,24 @@ class AdapterStreams:
 
     def _tensors(self, streams: StreamSet) -> list[torch.Tensor]:
         """Those of exactly this set or copy."""
-        aggregator: nn.Module = self.state.backbone._modules[streams.aggregator_name]
-        return [*streams.transform.parameters(), *tensors_of(aggregator).values()]
+        aggregators = [part._modules[streams.aggregator_name] for part in self.state.mixed]
+        own = [tensor for aggregator in aggregators for tensor in tensors_of(aggregator).values()]
+        return [*streams.transform.parameters(), *own]
 
     def _copy(self, streams: StreamSet, *, trains: bool) -> StreamSet:
         """A frozen copy of a set or of a copy: of parameters where it may train later, else of buffers."""
         self._count += 1
-        made, backbone = StreamSet(self.state, streams.name, streams.config, self._count), self.state.backbone
+        made = StreamSet(self.state, streams.name, streams.config, self._count)
         for place in streams.transform.places():
             value: torch.Tensor = getattr(place.module, streams.own_name(place.name))
             _register(place.module, made.own_name(place.name), value, trains)
-        aggregator = copy.deepcopy(backbone._modules[streams.aggregator_name])
-        for module in aggregator.modules():
-            for name, value in tensors_of(module, recurse=False).items():
-                delattr(module, name)
-                _register(module, name, value, trains)
-        backbone.add_module(made.aggregator_name, aggregator)
+        for part in self.state.mixed:
+            aggregator = copy.deepcopy(part._modules[streams.aggregator_name])
+            for module in aggregator.modules():
+                for name, value in tensors_of(module, recurse=False).items():
+                    delattr(module, name)
+                    _register(module, name, value, trains)
+            part.add_module(made.aggregator_name, aggregator)
         made.transform.hang()
         return made
 
@@ -196,7 +198,8 @@ class AdapterStreams:
                 made.transform.detach()
                 for place in made.transform.places():
                     delattr(place.module, made.own_name(place.name))
-                delattr(self.state.backbone, made.aggregator_name)
+                for part in self.state.mixed:
+                    delattr(part, made.aggregator_name)
 
 
 def _register(module: nn.Module, name: str, value: torch.Tensor, trains: bool) -> None:

@@ -48,7 +48,8 @@ class Call:
     Args:
         in_flight: the set that it runs with. ``None``: the plain backbone.
         trains: the set's parameters, and whether they train; filled where layers are recomputed.
-        backbone: the backbone that runs: the model's, or a replica of it on another device.
+        part: what runs and is mixed: the backbone, or a tower beside it.
+        running: itself, or its replica on another device.
         recorder: is shown the keys and values of each attention layer.
         aggregating: whether the streams are mixed.
         masks: those made with room for the prefix, by the id of the mask that they extend.
@@ -60,7 +61,8 @@ class Call:
 
     in_flight: Any = None
     trains: list[tuple[nn.Parameter, bool]] = dataclasses.field(default_factory=list)
-    backbone: Any = None
+    part: Any = None
+    running: Any = None
     recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
     aggregating: bool = True
     masks: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)

@@ -57,8 +57,9 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
             streams.transform.read(_texts(state, streams, calibration))
         else:
             streams.transform.draw(std)
-        first, *_ = state.aggregator(streams).parameters()
-        first.normal_(0.0, std)
+        for aggregator in state.aggregators(streams):
+            first, *_ = aggregator.parameters()
+            first.normal_(0.0, std)
 
 
 def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention import AttentionConfig, AttentionLayer
-from parscale.backbones import run_briefly
+from parscale.backbones import Hidden, is_of_the_machine, one_line, run_briefly
 from parscale.cache_seam import attach_caches
 from parscale.errors import UnsupportedModelError
 from parscale.parallel import tensor_parallel_mesh
@@ -68,9 +68,17 @@ def attach_attention(state: ParScaleState) -> None:
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )
 
-    with state.recording(record):
-        hidden = run_briefly(state)
-    state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
+    try:
+        with state.recording(record):
+            state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
+    except Exception as error:  # whatever the backbone does with an input that is not the one it takes
+        if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+            raise
+        raise UnsupportedModelError(
+            f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on "
+            f"two tokens, an image of its size or silence, as streams need it to ({type(error).__name__}: "
+            f"{one_line(error)}): use another class of this architecture, if there is one."
+        ) from error
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone

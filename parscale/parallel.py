@@ -153,9 +153,10 @@ def distribute_streams(state: ParScaleState, streams: StreamSet, mesh: Any) -> N
     for layer in state.layers:
         for name in (streams.key_name, streams.value_name):
             _distribute(layer.module, name, mesh, Replicate() if layer.mesh is None else Shard(HEADS))
-    for module in state.aggregator(streams).modules():
-        for name in list(module._parameters):
-            _distribute(module, name, mesh, Replicate())
+    for aggregator in state.aggregators(streams):
+        for module in aggregator.modules():
+            for name in list(module._parameters):
+                _distribute(module, name, mesh, Replicate())
 
 
 def _distribute(module: nn.Module, name: str, mesh: Any, placement: Any) -> None:

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from parscale.aggregator import Aggregator
 from parscale.attention import AttentionLayer
-from parscale.backbones import find_backbone
+from parscale.backbones import NOISE, Hidden, find_parts, masking_noise
 from parscale.calls import Block, Blocks, Call, Calls, innermost_block, opened
 from parscale.config import ParScaleConfig
 from parscale.encoded import mark_output
@@ -85,10 +85,12 @@ class ParScaleState:
 
     def __init__(self, model: Any, kernels: Impl = "auto") -> None:
         self.model = model
-        self.backbone: Any
-        self.encoder: Any
-        self.backbone, self.encoder = find_backbone(model)
-        self.backbone_name = next(name for name, module in model.named_modules() if module is self.backbone)
+        parts = find_parts(model)
+        self.backbone, self.encoder = parts.backbone, parts.encoder
+        self.mixed = [parts.backbone, *parts.towers]
+        names = {module: name for name, module in model.named_modules()}
+        self.backbone_name = names[self.backbone]
+        self.roots = [f"{names[part]}." if names[part] else "" for part in self.mixed]
         self.kernels = kernels
         self.layers: list[AttentionLayer] = []
         self.without_layers = ""  # why there are none
@@ -98,23 +100,20 @@ class ParScaleState:
         self.adapters: AdapterStreams | None = None  # while PEFT has adapters on the model
         self.blocks = Blocks()
         self.calls = Calls()
-        self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
-        self.positional = list(inspect.signature(self.backbone.forward).parameters)
-        self.hooks = [
-            self.backbone.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True),
-            self.backbone.register_forward_hook(self._mix_streams),
-            model.register_forward_hook(self._join_router_logits),
-        ]
-        self._encoder_positional: list[str] = []
+        self.hidden: list[Hidden] = []  # states of each part that is mixed
+        self.positional = {part: list(inspect.signature(part.forward).parameters) for part in self.parts}
+        self.hooks = [model.register_forward_hook(self._join_router_logits)]
+        for part in self.mixed:
+            self.hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+            self.hooks.append(part.register_forward_hook(self._mix_streams))
+            pooler = getattr(part, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
         if self.encoder is not None:
-            self._encoder_positional = list(inspect.signature(self.encoder.forward).parameters)
             self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
             self.hooks.append(self.encoder.register_forward_hook(self._mark_encoded))
         for part in self.parts:
             part._replicate_for_data_parallel = functools.partial(self._replicate, part)
-        pooler = getattr(self.backbone, "pooler", None)
-        if isinstance(pooler, nn.Module):
-            self.hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
         ALIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,8 +127,8 @@ class ParScaleState:
 
     @property
     def parts(self) -> list[Any]:
-        """The backbone and the encoder before it, if there is one."""
-        return [self.backbone] if self.encoder is None else [self.encoder, self.backbone]
+        """The encoder before the backbone, if there is one, the backbone, and the towers beside it."""
+        return self.mixed if self.encoder is None else [self.encoder, *self.mixed]
 
     # -- tensors
 
@@ -143,9 +142,9 @@ class ParScaleState:
         if streams.num_streams == 1:
             return {}
         tensors = streams.transform.tensors()
-        root = f"{self.backbone_name}." if self.backbone_name else ""
-        for name, parameter in tensors_of(self.aggregator(streams)).items():
-            tensors[f"{root}aggregate_layer.{name}"] = parameter
+        for root, aggregator in zip(self.roots, self.aggregators(streams), strict=True):
+            for name, parameter in tensors_of(aggregator).items():
+                tensors[f"{root}aggregate_layer.{name}"] = parameter
         return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
@@ -157,9 +156,9 @@ class ParScaleState:
         for place in streams.transform.places():
             path = f"{place.path}." if place.path else ""
             names[place.released_name] = f"{path}{streams.own_name(place.name)}"
-        root = f"{self.backbone_name}." if self.backbone_name else ""
-        for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
-            names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
+        for root in self.roots:
+            for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
+                names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
         return names
 
     def load_into_active(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -175,9 +174,14 @@ class ParScaleState:
             if prefix + released in state_dict:
                 state_dict[prefix + name] = state_dict.pop(prefix + released)
 
+    def aggregators(self, streams: StreamSet) -> list[Aggregator]:
+        """The set's aggregators, one for each part that is mixed."""
+        name = self.in_use(streams).aggregator_name
+        return [part._modules[name] for part in self.mixed]
+
     def aggregator(self, streams: StreamSet) -> Aggregator:
-        """The set's aggregator."""
-        return self.backbone._modules[self.in_use(streams).aggregator_name]
+        """The set's aggregator of the backbone."""
+        return self.aggregators(streams)[0]
 
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set trains."""
@@ -203,10 +207,10 @@ class ParScaleState:
 
     def running_copy(self, module: Any) -> Any:
         """Of a module of the backbone, the one in the replica that this thread runs; itself where there is none."""
-        running = self.call.backbone
-        if running is None or running is self.backbone:
+        part, running = self.call.part, self.call.running
+        if running is part:
             return module
-        name = next(name for name, other in self.backbone.named_modules() if other is module)
+        name = next(name for name, other in part.named_modules() if other is module)
         return running.get_submodule(name)
 
     # -- which set runs
@@ -266,15 +270,14 @@ class ParScaleState:
         if streams is not None:
             streams = self.in_use(streams) if streams.num_streams > 1 else None
         call.in_flight = streams
-        if part is self.backbone:
-            call.backbone = module
+        if part is not self.encoder:
+            call.part, call.running = part, module
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 use_outside_of_blocks(self)
             if module.training:
                 self._recompute_with_own_set(module)
-        positional = self.positional if part is self.backbone else self._encoder_positional
-        arguments = dict(zip(positional[: len(args)], args, strict=True)) | kwargs
+        arguments = dict(zip(self.positional[part][: len(args)], args, strict=True)) | kwargs
         for name in CACHES:
             self._check_cache(arguments.get(name))
         if streams is None:
@@ -288,6 +291,8 @@ class ParScaleState:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
+        if NOISE in self.positional[part] and arguments.get(NOISE) is None:
+            arguments[NOISE] = masking_noise(module, rows)
         arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
         return (), streams.transform.before(part, arguments)
 
@@ -302,7 +307,8 @@ class ParScaleState:
         streams: StreamSet | None = call.in_flight
         if streams is None or not call.aggregating:
             return None
-        if states.ndim == 3 and states.shape[1] == self.hidden_size != states.shape[2]:  # (P*B, H, S), of Swin
+        size = self.hidden[self.mixed.index(call.part)].size
+        if states.ndim == 3 and states.shape[1] == size != states.shape[2]:  # (P*B, H, S), of Swin
             mixed = self._mixture(streams, streams.transform.before_pooling(states.mT)).mT
         else:
             mixed = self._mixture(streams, streams.transform.before_pooling(states))
@@ -332,7 +338,9 @@ class ParScaleState:
             """The layers' hidden states with the last of them mixed, unless the caller did not choose it."""
             if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
                 return (*states[:-1], mixed)
-            shape = getattr(states, "shape", ())
+            shape: tuple[int, ...] = getattr(states, "shape", ())
+            if NOISE in self.positional[call.part] and len(shape) == 2:  # of patches, the same for all streams
+                return states[: shape[0] // streams.num_streams]
             if shape == (last.shape[0], last.shape[2]):  # those of one token, as they are
                 return self._mixture(streams, streams.transform.before_pooling(states))
             if len(shape) == 3 and shape[::2] == (last.shape[0], last.shape[2]):  # those that foresee (ProphetNet)
@@ -342,14 +350,14 @@ class ParScaleState:
         if isinstance(output, tuple):
             return (mixed, *map(with_mixed, output[1:]))
         output.last_hidden_state = mixed
-        for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram"):
+        for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram", "mask", "ids_restore"):
             if getattr(output, name, None) is not None:
                 output[name] = with_mixed(output[name])
         return output
 
     def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
         """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
-        aggregator = self.call.backbone._modules[streams.aggregator_name]
+        aggregator = self.call.running._modules[streams.aggregator_name]
         if hidden.ndim == 2:
             return aggregator(hidden[:, None], impl=self.kernels)[:, 0]
         return aggregator(hidden, impl=self.kernels)
@@ -416,19 +424,19 @@ class ParScaleState:
 
     @contextlib.contextmanager
     def running(
-        self, streams: StreamSet | None, trains: list[tuple[nn.Parameter, bool]], backbone: Any
+        self, streams: StreamSet | None, trains: list[tuple[nn.Parameter, bool]], part: Any, running: Any
     ) -> Iterator[None]:
-        """Layers of ``backbone`` called in this block use ``streams``, whose parameters train as ``trains`` says."""
+        """Layers of ``part`` called in this block use ``streams``, whose parameters train as ``trains`` says."""
         call = self.call
-        previous = call.in_flight, call.backbone
-        call.in_flight, call.backbone = streams, backbone
+        previous = call.in_flight, call.part, call.running
+        call.in_flight, call.part, call.running = streams, part, running
         changed = [parameter for parameter, trained in trains if parameter.requires_grad is not trained]
         for parameter in changed:
             parameter.requires_grad_(not parameter.requires_grad)
         try:
             yield
         finally:
-            call.in_flight, call.backbone = previous
+            call.in_flight, call.part, call.running = previous
             for parameter in changed:
                 parameter.requires_grad_(not parameter.requires_grad)
 
@@ -454,19 +462,20 @@ class _Checkpoint:
         if any(flag for _, flag in trains) and not any(getattr(x, "requires_grad", False) for x in args):
             # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
             args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
-        run = functools.partial(self._run, call.in_flight, trains, call.backbone, function)
+        run = functools.partial(self._run, call.in_flight, trains, call.part, call.running, function)
         return self.function(run, *args, **kwargs)
 
     def _run(
         self,
         streams: StreamSet | None,
         trains: list[tuple[nn.Parameter, bool]],
-        backbone: Any,
+        part: Any,
+        running: Any,
         function: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        with self.state.running(streams, trains, backbone):
+        with self.state.running(streams, trains, part, running):
             return function(*args, **kwargs)
 
 

@@ -27,6 +27,7 @@ from parscale.parallel import (
 )
 from parscale.peft import extend_peft
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.trial import try_whole_model
 from parscale.trl import keep_reference
 
 MEMBERS: dict[str, Callable[..., Any]] = {
@@ -252,6 +253,8 @@ def add(
             distribute_streams(state, streams, mesh)
         if config.num_streams > 1:
             streams.transform.attach()
+            if tensors is None:  # those of a checkpoint ran when it was made
+                try_whole_model(state, streams)
         if state.adapters is not None:
             state.adapters.cover(streams)
     except BaseException:
@@ -273,7 +276,8 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
         streams.transform.detach()
         for place in streams.transform.places():
             place.module._parameters.pop(streams.own_name(place.name), None)
-    state.backbone._modules.pop(streams.aggregator_name, None)
+    for part in state.mixed:
+        part._modules.pop(streams.aggregator_name, None)
     state.sets.pop(streams.name, None)
 
 
@@ -284,11 +288,10 @@ def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
     for place in streams.transform.places():
         zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
         place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
-    aggregator = Aggregator(
-        P, state.hidden_size, streams.config.smoothing, dtype=state.hidden_dtype, device=state.hidden_device
-    )
-    aggregator.train(state.backbone.training)
-    state.backbone.add_module(streams.aggregator_name, aggregator)
+    for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
+        aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
+        aggregator.train(part.training)
+        part.add_module(streams.aggregator_name, aggregator)
 
 
 def fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from parscale.backbones import run_briefly
+from parscale.backbones import is_of_the_machine, one_line, run_briefly
 from parscale.errors import UnsupportedModelError
 from parscale.layers import has_learned_positions
 
@@ -78,9 +78,11 @@ class Transform:
         try:
             run_briefly(self.state, streams=self.streams)
         except Exception as error:  # whatever the backbone does with what it does not expect
+            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+                raise
             raise UnsupportedModelError(
                 f"{type(self.state.model).__name__} does not run with transform={self.streams.config.transform!r} "
-                f"({type(error).__name__}: {' '.join(str(error).split())}): use another one."
+                f"({type(error).__name__}: {one_line(error)}): use another one."
             ) from error
 
     def detach(self) -> None:

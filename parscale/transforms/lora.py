@@ -40,7 +40,7 @@ class LoraTransform(Transform):
         if not self.state.linears:
             self.state.linears = _find_linears(self.state)
         return [
-            Place(layer.path, layer.module, name, shape, self.state.hidden_dtype, layer.device)
+            Place(layer.path, layer.module, name, shape, self.state.hidden[0].dtype, layer.device)
             for layer in self.state.linears
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
@@ -110,8 +110,8 @@ def _find_linears(state: Any) -> list[Linear]:
         return output + probes.setdefault(id(module), probe)
 
     modules = {id(module): module for part in state.parts for module in inner_modules(part)}
-    pooler = getattr(state.backbone, "pooler", None)  # sees the streams mixed
-    mixed = {id(module) for module in pooler.modules()} if isinstance(pooler, nn.Module) else set()
+    poolers = [pooler for part in state.mixed if isinstance(pooler := getattr(part, "pooler", None), nn.Module)]
+    mixed = {id(module) for pooler in poolers for module in pooler.modules()}  # these see the streams mixed
     linears = [
         module
         for i, module in modules.items()
@@ -119,7 +119,7 @@ def _find_linears(state: Any) -> list[Linear]:
     ]
     hooks = [module.register_forward_hook(record) for module in linears]
     try:
-        hidden = run_briefly(state, rows=ROWS, gradients=True)
+        results = run_briefly(state, rows=ROWS, gradients=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -129,7 +129,8 @@ def _find_linears(state: Any) -> list[Linear]:
             "has no place in it."
         )
     try:
-        gradients = torch.autograd.grad(hidden.sum(), list(probes.values()), allow_unused=True)
+        total = torch.stack([hidden.sum().to(results[0].device) for hidden in results]).sum()
+        gradients = torch.autograd.grad(total, list(probes.values()), allow_unused=True)
     except RuntimeError as error:  # Reformer runs its layers again, backwards
         raise UnsupportedModelError(
             f"{type(state.model).__name__} differentiates its layers by code of its own, which does not know of "

@@ -39,6 +39,13 @@ class PrefixTransform(Transform):
         P, T = self.streams.config.num_streams, self.streams.config.prefix_length
         if not self.state.layers:
             raise UnsupportedModelError(f"{self.state.without_layers} transform='prompt' and 'lora' work without it.")
+        for part in self.state.mixed if len(self.state.mixed) > 1 else ():
+            inside = set(part.modules())
+            if not any(layer.module in inside for layer in self.state.layers):
+                raise UnsupportedModelError(
+                    f"No attention was found in {type(part).__name__} of {type(self.state.model).__name__}, so its "
+                    "streams would not differ: use transform='lora', or wrap the other encoder by itself."
+                )
         return [
             Place(layer.name, layer.module, name, (P, layer.key_heads, T, size), layer.dtype, layer.device)
             for layer in self.state.layers
@@ -115,7 +122,7 @@ class PrefixTransform(Transform):
                 "approximation."
             )
         error = None if learned else self._error_alone(texts)
-        if error is not None and error <= (FEW_BITS if state.hidden_dtype.itemsize < 4 else EXACT):
+        if error is not None and error <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
             reason = ""
         elif error is not None and not reason:
             reason = (

@@ -50,9 +50,10 @@ class PromptTransform(Transform):
     def places(self) -> list[Place]:
         """One, on the backbone."""
         state, config = self.state, self.streams.config
-        embeddings = None if state.encoder is not None else _embeddings(state.backbone)
-        pairs = "target_mapping" in state.positional  # of tokens, who foresees whom (XLNet)
-        if embeddings is None or "inputs_embeds" not in state.positional or pairs:
+        embeddings = _embeddings(state.backbone) if state.parts == [state.backbone] else None
+        names = state.positional[state.backbone]
+        pairs = "target_mapping" in names  # of tokens, who foresees whom (XLNet)
+        if embeddings is None or "inputs_embeds" not in names or pairs:
             raise UnsupportedModelError(
                 f"transform='prompt' needs a backbone that reads token ids or their embeddings, and "
                 f"{type(state.backbone).__name__} of {type(state.model).__name__} does not, or not alone: use "
@@ -60,7 +61,8 @@ class PromptTransform(Transform):
             )
         width = embeddings.weight.shape[-1]
         shape = (config.num_streams, config.prefix_length, width)
-        return [Place(state.backbone_name, state.backbone, "prompt", shape, state.hidden_dtype, state.hidden_device)]
+        _, dtype, device = state.hidden[0]
+        return [Place(state.backbone_name, state.backbone, "prompt", shape, dtype, device)]
 
     def attach(self) -> None:
         """Hooks what is around the backbone, and tries the model."""
@@ -99,7 +101,7 @@ class PromptTransform(Transform):
 
     def _prompt(self) -> torch.Tensor:
         """The prompt ``(P, T, H)`` of the backbone that runs."""
-        prompt: torch.Tensor = getattr(self.state.call.backbone, self.streams.own_name("prompt"))
+        prompt: torch.Tensor = getattr(self.state.call.running, self.streams.own_name("prompt"))
         return prompt
 
     def _check_cache(self, cache: Any, mask: Any, begins: bool) -> None:
@@ -122,7 +124,7 @@ class PromptTransform(Transform):
         ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
         if embeds is None:
             arguments |= self._inputs_of_layers(ids)
-            embeds = _embeddings(self.state.call.backbone)(ids)  # (R, S, H)
+            embeds = _embeddings(self.state.call.running)(ids)  # (R, S, H)
         if mask is None and positions is not None and _restarts(positions):
             return arguments | self._packed(embeds, positions)
         padding, (R, S) = leading_zeros(mask), embeds.shape[:2]
@@ -144,7 +146,7 @@ class PromptTransform(Transform):
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of ids ``(R, S)``, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
-        names, backbone = self.state.positional, self.state.call.backbone
+        names, backbone = self.state.positional[self.state.backbone], self.state.call.running
         if "ple_input_ids" in names:
             return {"ple_input_ids": ids}
         if "per_layer_inputs" in names and getattr(backbone, "hidden_size_per_layer_input", None):
