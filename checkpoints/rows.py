@@ -129,7 +129,7 @@ def _is_json(what: str) -> Iterator[None]:
         yield
     except RecursionError as error:
         raise ValueError(f"{what} not JSON that can be read: it is nested too deeply.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of a number of thousands of digits
         raise ValueError(f"{what} not JSON: {error}.") from error
 
 
@@ -183,7 +183,9 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             batches = map(reader.get_batch, range(reader.num_record_batches)) if start == _ARROW_FILE else reader
         for batch in batches:
             if column in names:
-                yield [{column: text} for text in batch.column(column).to_pylist()]
+                texts = batch.column(column)
+                texts.validate(full=True)  # without which offsets that are damaged end the process
+                yield [{column: text} for text in texts.to_pylist()]
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow has many kinds for damage, and Python one for text that is not UTF-8
