@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from parscale.checkpoints.files import shown
 from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 CARD = "README.md"
@@ -142,7 +143,8 @@ def model_card(facts: TrainingFacts) -> str:
         "## Citation",
         _fenced(CITATION, "bibtex"),
     ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"))
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return str(ModelCard(shown(text)))  # a name may hold a byte that is not UTF-8
 
 
 def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, token: str | None = None) -> str:

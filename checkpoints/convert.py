@@ -11,9 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
+from parscale.checkpoints.data import read_documents
 from parscale.checkpoints.describe import PLAIN, kind_of
-from parscale.checkpoints.reading import find_tokenizer, load_plain, read_documents, require_tokenizer
+from parscale.checkpoints.reading import find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.text import Document
+from parscale.checkpoints.tokens import encode, vocabulary_of
 from parscale.config import LORA, TEXT_INITS
 from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
@@ -26,6 +28,7 @@ def convert(
     config: ParScaleConfig,
     *,
     calibration_files: Sequence[Path] = (),
+    text_column: str = "text",
     streams_only: bool = False,
 ) -> dict[str, Any]:
     """Give a saved model P streams and save it, in the dtype that it was saved in.
@@ -37,6 +40,7 @@ def convert(
         calibration_files: text files for every init but `"random"`, where streams start from text: each from a
             different piece of `config.prefix_length` tokens, spread evenly over the text. Without them the backbone
             samples the texts.
+        text_column: what holds the text in rows of JSON, JSON Lines, CSV and tables.
         streams_only: write the streams and the backbone's name instead of a full checkpoint.
 
     Returns:
@@ -52,7 +56,7 @@ def convert(
     if calibration_files and config.init not in (None, *TEXT_INITS):
         readers = " or ".join(map(repr, TEXT_INITS))
         raise ValueError(f"Calibration text is for init {readers}, and init is {config.init!r}; leave one of them out.")
-    documents = read_documents(calibration_files)
+    documents = read_documents(calibration_files, text_column=text_column)
     _require_new(Path(output))
     if (kind := kind_of(Checkpoint(source))) != PLAIN:
         raise ValueError(
@@ -60,12 +64,16 @@ def convert(
         )
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG) as folder:
         tokenizer = find_tokenizer(source)
+        model = load_plain(source, any_task=True)
         calibration = None
         if documents:
             calibration = calibration_ids(
-                documents, require_tokenizer(tokenizer, source), config.num_streams, config.prefix_length
+                documents,
+                require_tokenizer(tokenizer, source),
+                config.num_streams,
+                config.prefix_length,
+                vocabulary=vocabulary_of(model),
             )
-        model = load_plain(source, any_task=True)
         backbone_parameters = _count(model.parameters())
         wrap(model, config, calibration=calibration)
         if streams_only:
@@ -103,15 +111,26 @@ def convert(
 
 
 def calibration_ids(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, num_streams: int, prefix_length: int
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_streams: int,
+    prefix_length: int,
+    *,
+    vocabulary: int | None = None,
 ) -> torch.Tensor:
     """Token ids `(P, T)`: P pieces of the documents' tokens, one document after another, spread evenly over them.
 
+    Args:
+        documents: pairs of a name and a text.
+        tokenizer: of the model.
+        num_streams: P.
+        prefix_length: T.
+        vocabulary: how many token ids the model knows; without it, ids are not checked.
+
     Raises:
-        ValueError: there are fewer than P * T tokens.
+        ValueError: there are fewer than P * T tokens, or as :func:`parscale.checkpoints.tokens.encode`.
     """
-    texts = [text for _, text in documents]
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = encode(documents, tokenizer, vocabulary, add_special_tokens=False)
     ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)  # (N,)
     needed = num_streams * prefix_length
     if len(ids) < needed:

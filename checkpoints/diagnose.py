@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluate import checked_length, evaluating, padded, windows_of, with_progress_bar
 from parscale.checkpoints.text import Document
+from parscale.checkpoints.tokens import vocabulary_of
 
 # From which mean correlation of token losses on streams are said to differ hardly, or little.
 HARDLY, LITTLE = 0.99, 0.9
@@ -125,7 +126,7 @@ def diagnose(
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
-    windows = windows_of(documents, tokenizer, length)
+    windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
     if sum(len(window.ids) - 1 for window in windows) < 2:
         raise ValueError("No document has three tokens, and a correlation needs two predictions; give more text.")
 

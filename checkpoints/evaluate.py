@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.text import Document
+from parscale.checkpoints.tokens import encode, vocabulary_of
 
 DEFAULT_SEQUENCE_LENGTH = 1024
 
@@ -78,12 +79,13 @@ def evaluate(
         progress: whether to show a progress bar on standard error.
 
     Raises:
-        ValueError: a number is out of range, or no document has two tokens.
+        ValueError: a number is out of range, no document has two tokens, a text holds half a character, or the
+            tokenizer gives an id that the model does not know.
     """
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
-    windows = windows_of(documents, tokenizer, length)
+    windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
     if not windows:
         raise ValueError("No document has two tokens, and at least one must: the first token is not predicted.")
 
@@ -122,10 +124,15 @@ def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     return sequence_length
 
 
-def windows_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Window]:
-    """The documents' windows of at most `length` ids, the longest first: a batch then holds windows of like length."""
-    texts = [text for _, text in documents]
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+def windows_of(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, vocabulary: int
+) -> list[Window]:
+    """The documents' windows of at most `length` ids, the longest first: a batch then holds windows of like length.
+
+    Raises:
+        ValueError: as :func:`parscale.checkpoints.tokens.encode`.
+    """
+    encoded = encode(documents, tokenizer, vocabulary)
     windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in _cut(whole, length)]
     return sorted(windows, key=lambda window: -len(window.ids))
 

@@ -76,7 +76,7 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
             f"{report['decay']:.0%}"
         ),
         data=tuple(report["data"]),
-        datasets=tuple(source.partition(":")[0] for source in report["data"] if not Path(source).exists()),
+        datasets=tuple(report["datasets"]),
         command=report["command"] or "parscale.checkpoints.train.train(...)",
         losses={
             name: TextLosses(found.get("backbone"), found.get("before"), found.get("after"))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.data import Source
 from parscale.checkpoints.text import Document
+from parscale.checkpoints.tokens import encode, require_known
 
 IGNORED = -100  # as a label: nothing is predicted there
 _DOCUMENTS_AT_ONCE = 64
@@ -43,20 +44,15 @@ class Encoder:
         """Token ids of one document after another.
 
         Raises:
-            ValueError: the tokenizer gives an id that the model does not know.
+            ValueError: the tokenizer gives an id that the model does not know, or a text holds half a character.
         """
         end = self.tokenizer.eos_token_id
         rest = iter(documents)
         while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
-            texts = [text for _, text in batch]
-            for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+            for ids in encode(batch, self.tokenizer):
                 if end is not None and (not ids or ids[-1] != end):
-                    ids = [*ids, end]
-                if ids and max(ids) >= self.vocabulary:
-                    raise ValueError(
-                        f"The tokenizer gives the token id {max(ids)}, and the model knows {self.vocabulary} ids: it "
-                        "is the tokenizer of another model. Put the model's own beside its weights."
-                    )
+                    ids.append(end)
+                require_known(ids, self.vocabulary)
                 yield ids
 
 
@@ -71,11 +67,12 @@ def pack(encoded: Iterable[list[int]], sequence_length: int, *, padding: int | N
     ids: list[int] = []
     positions: list[int] = []
     for document in encoded:
-        while document:
-            room = sequence_length - len(ids)
-            ids += document[:room]
-            positions += range(min(room, len(document)))
-            document = document[room:]
+        start = 0
+        while start < len(document):
+            piece = document[start : start + sequence_length - len(ids)]
+            ids += piece
+            positions += range(len(piece))
+            start += len(piece)
             if len(ids) == sequence_length:
                 yield np.array(ids, dtype=np.int32), np.array(positions, dtype=np.int32)
                 ids, positions = [], []

@@ -30,6 +30,7 @@ from parscale.checkpoints.posttrain import Recipe, TrainingRun, faster_in_bf16, 
 from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.text import Document, pack, split
+from parscale.checkpoints.tokens import vocabulary_of
 from parscale.writing import staged
 
 PROMPT = "def read_config(path):\n"
@@ -192,8 +193,11 @@ def _rows(
     console: Console,
 ) -> dict[str, Row]:
     """Train and measure the four models, and save the two with streams."""
-    blocks = pack(texts.train, tokenizer, settings.sequence_length)
-    calibration = calibration_ids(texts.train, tokenizer, settings.num_streams, settings.prefix_length)
+    vocabulary = vocabulary_of(backbone)
+    blocks = pack(texts.train, tokenizer, settings.sequence_length, vocabulary=vocabulary)
+    calibration = calibration_ids(
+        texts.train, tokenizer, settings.num_streams, settings.prefix_length, vocabulary=vocabulary
+    )
     config = ParScaleConfig(settings.num_streams, settings.prefix_length, seed=seed)
 
     def measure(model: Any) -> dict[str, Evaluation]:

@@ -1,4 +1,4 @@
-"""Reading what a user names: checkpoints with their tokenizers, and text files."""
+"""Reading what a user names: checkpoints with their tokenizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from parscale import load
 from parscale.auto import class_named
 from parscale.backbones import writes_text
 from parscale.checkpoints.describe import PLAIN, kind_of
-from parscale.checkpoints.text import Document
 from parscale.folders import CONFIG, Checkpoint
 
 STREAMS_OFF = "off"
@@ -141,24 +140,6 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, checkpoint: str
     if tokenizer is None:
         raise ValueError(f"{checkpoint} holds no tokenizer; put the files of the backbone's tokenizer beside it.")
     return tokenizer
-
-
-def read_documents(files: Sequence[Path]) -> list[Document]:
-    """Each file as a document: its name as given, and its text.
-
-    Raises:
-        ValueError: a file does not exist, is a folder, or is not text in UTF-8.
-    """
-    documents = []
-    for path in files:
-        if not path.is_file():
-            problem = "is a folder" if path.is_dir() else "does not exist"
-            raise ValueError(f"{path} {problem}; give a text file.")
-        try:
-            documents.append((str(path), path.read_text(encoding="utf-8")))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not text in UTF-8: byte {error.start} cannot be read.") from error
-    return documents
 
 
 def _few(names: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parscale import __version__
 from parscale.checkpoints.evaluate import checked_length, evaluating
 from parscale.checkpoints.reading import STREAMS_OFF
+from parscale.checkpoints.tokens import only_known_ids
 
 RECIPES = Path(__file__).with_name("recipes")
 _YAML = (".yaml", ".yml")
@@ -76,7 +77,7 @@ def evaluate_tasks(
     except ImportError as error:
         raise ValueError(f"Tasks need the package lm-eval: pip install 'parscale[eval]'. ({error})") from error
 
-    with contextlib.redirect_stdout(sys.stderr), evaluating(model):
+    with contextlib.redirect_stdout(sys.stderr), evaluating(model), only_known_ids(model):
         manager = _task_manager(tasks, include_path, model.name_or_path or "", confirm_run_unsafe_code)
         names = _known(tasks, manager)
         with _quiet("lm_eval.models.huggingface"):  # it warns of being given a model and not a name

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parscale.checkpoints.tokens import encode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -69,18 +71,34 @@ def split(*, with_tests: bool = False) -> tuple[list[Document], list[Document]]:
     return train, held_out
 
 
-def pack(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> np.ndarray:
+def pack(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    vocabulary: int | None = None,
+) -> np.ndarray:
     """Token ids `(n, sequence_length)`: the documents one after another, each followed by the end-of-text token.
 
     Blocks start and end anywhere in a document. What is left at the end and does not fill a block is dropped.
+
+    Args:
+        documents: pairs of a name and a text.
+        tokenizer: of the model.
+        sequence_length: of a block, in tokens.
+        vocabulary: how many token ids the model knows; without it, ids are not checked.
+
+    Raises:
+        ValueError: `sequence_length` is below 1, the tokenizer has no end-of-text token or gives an id that the model
+            does not know, or a text holds half a character.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-text token to put between documents; set tokenizer.eos_token.")
     stream: list[int] = []
-    for _, text in documents:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for document in documents:
+        stream += encode([document], tokenizer, vocabulary, add_special_tokens=False)[0]
         stream.append(tokenizer.eos_token_id)
     count = len(stream) // sequence_length
     return np.array(stream[: count * sequence_length], dtype=np.int64).reshape(count, sequence_length)

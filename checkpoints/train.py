@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from parscale.checkpoints.data import Source, open_sources
+from parscale.checkpoints.data import Source, open_sources, refuse_output_in_data
 from parscale.checkpoints.evaluate import checked_length
 from parscale.checkpoints.finishing import finish, losses_by_text, versions
 from parscale.checkpoints.opening import check_trainable, open_for_training
@@ -39,6 +39,7 @@ from parscale.checkpoints.packing import (
 from parscale.checkpoints.reading import find_tokenizer, require_tokenizer
 from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
+from parscale.checkpoints.tokens import vocabulary_of
 from parscale.checkpoints.trainer import Interruption, StreamsTrainer, Watch
 from parscale.parallel import whole_shape
 
@@ -95,11 +96,12 @@ def train(
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     check_trainable(checkpoint, settings.trains)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    refuse_output_in_data(output, [*settings.data, *settings.eval_data.values()])
     sources, texts = _sources(settings)
     set_seed(settings.seed)
     model = _model(checkpoint, settings, bf16)
     length = checked_length(model, settings.sequence_length)
-    encode = Encoder(tokenizer, _vocabulary(model))
+    encode = Encoder(tokenizer, vocabulary_of(model))
     with console.status("Reading the data"):
         rows, steps, digest = _training_rows(sources, encode, length, settings)
         measured = {name: _measured_blocks(source, encode, length, settings) for name, source in texts.items()}
@@ -149,6 +151,7 @@ def train(
             "versions": versions(),
             "command": command,
             "name": name or output.resolve().name,
+            "datasets": [source.dataset for source in sources if source.dataset is not None],
         }
         finish(checkpoint, run, steps, tokenizer, described | figures)
     trainer.accelerator.wait_for_everyone()
@@ -177,17 +180,13 @@ def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
         attn_implementation=settings.attn_implementation,
     )
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        apart = keeps_documents_apart(model, _vocabulary(model))
+        apart = keeps_documents_apart(model, vocabulary_of(model))
     if not apart:
         warnings.warn(
             f"{checkpoint} is a model in which documents that are packed into one sequence see each other.",
             stacklevel=3,
         )
     return model
-
-
-def _vocabulary(model: Any) -> int:
-    return whole_shape(model.get_input_embeddings().weight)[0]
 
 
 def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:

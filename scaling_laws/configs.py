@@ -8,14 +8,19 @@ says in its notes.
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parscale.scaling_laws.files import read_json, require_file
 from parscale.scaling_laws.shapes import PREFIX_LENGTH, ModelShape
+
+MOST_LAYERS = 100_000
+LARGEST = 10**12
+"""No number of a model's shape is above it."""
 
 # Families whose MLP is one matrix up and one down; all others gate, with two up and one down.
 UNGATED = {
@@ -57,12 +62,14 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a configuration is the path of a config.json or its contents, got {type(config).__name__}")
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
+    wanted = "the path of a model's config.json, or of its folder"
+    require_file(path, wanted)
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        contents = read_json(path, wanted)
+    except ValueError:
         contents = None
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} is no configuration; give the path of a model's config.json, or of its folder")
+        raise ValueError(f"{path} is no configuration; give {wanted}")
     return contents
 
 
@@ -72,6 +79,7 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
     Raises as `read_config`, and `ValueError` when a size that is needed is missing or cannot be right, naming it.
     """
     contents = read_config(config)
+    _require_finite(contents)
     outer = contents
     for key in ("text_config", "llm_config", "language_config", "thinker_config"):  # multimodal: the language part
         if isinstance(contents.get(key), dict):
@@ -79,6 +87,8 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
     name = str(contents.get("model_type") or outer.get("model_type") or "").removesuffix("_parscale")
     number = _Reader(contents, name)
     hidden, layers, heads = (number.needed(key) for key in ("hidden", "layers", "heads"))
+    if layers > MOST_LAYERS:
+        raise ValueError(f"the configuration of {name!r} has {layers:,} layers; give one of at most {MOST_LAYERS:,}")
     vocab = number.needed("vocab_size")
     head_dim = number.optional("head_dim", "kv_channels", "attention_head_dim") or hidden / heads
     kv_heads = _kv_heads(number, name, heads)
@@ -135,16 +145,16 @@ class _Reader:
         """The first of `names` that is given; 0 when none is."""
         for name in names:
             value = self.contents.get(name)
-            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+            if isinstance(value, list) and value and all(_is_size(item) for item in value):
                 value = round(sum(value) / len(value))  # one for each layer: count with their mean
             if value is None or isinstance(value, bool):
                 continue
-            if not isinstance(value, int) or value < 0:
+            if not _is_size(value):
                 raise ValueError(
-                    f"the configuration of {self.model!r} has {name} = {value!r}; it must be a whole number of at "
-                    "least 0"
+                    f"the configuration of {self.model!r} has {name} = {_brief(value)}; it must be a whole number of "
+                    f"at least 0 and at most {LARGEST:,}"
                 )
-            return value
+            return int(value)
         return 0
 
     def needed(self, key: str) -> int:
@@ -175,6 +185,10 @@ def _kv_heads(number: _Reader, name: str, heads: int) -> int:
 def _layer_kinds(contents: Mapping[str, Any], layers: int) -> list[str]:
     kinds = contents.get("layer_types")
     if isinstance(kinds, list) and kinds:
+        if len(kinds) != layers:
+            raise ValueError(
+                f"the configuration has {layers} layers and {len(kinds)} layer_types; it must name one for each"
+            )
         return [str(kind) for kind in kinds]
     if contents.get("sliding_window") and contents.get("use_sliding_window", True):
         return ["sliding_attention"] * layers
@@ -185,17 +199,23 @@ def _experts(number: _Reader, contents: Mapping[str, Any], layers: int) -> dict[
     experts = number.optional(*NAMES["experts"])
     if experts < 2:
         return {}
+    active = number.optional(*NAMES["active"]) or 1
+    if active > experts:
+        raise ValueError(f"each token passes {active} experts of {experts}; it must be at most all of them")
     inner = number.optional("moe_intermediate_size", "expert_dim") or number.optional(*NAMES["intermediate"])
     shared = number.optional("shared_expert_intermediate_size") or inner * number.optional(
         "n_shared_experts", "num_shared_experts"
     )
-    listed: Iterable[int] = contents.get("mlp_only_layers") or ()
+    dense = contents.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(_is_size(index) for index in dense):
+        raise ValueError(f"mlp_only_layers is {_brief(dense)}; it must be a list of layers, counted from 0")
+    listed = set(dense)
     step = number.optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
     first = number.optional("first_k_dense_replace", "moe_layer_start_index")
-    sparse = [i for i in range(layers) if i >= first and i not in set(listed) and (i + 1) % step == 0]
+    sparse = [i for i in range(layers) if i >= first and i not in listed and (i + 1) % step == 0]
     return {
         "experts": experts,
-        "active_experts": number.optional(*NAMES["active"]) or 1,
+        "active_experts": active,
         "expert_intermediate": inner,
         "shared_intermediate": shared,
         "sparse_layers": len(sparse),
@@ -205,3 +225,28 @@ def _experts(number: _Reader, contents: Mapping[str, Any], layers: int) -> dict[
 def _flag(contents: Mapping[str, Any], name: str, default: bool) -> bool:
     value = contents.get(name)
     return default if value is None else bool(value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _brief(value: Any) -> str:
+    """A value as an error shows it: a number of thousands of digits, or a long list, cut."""
+    if isinstance(value, int) and value > LARGEST:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _require_finite(contents: Any, name: str = "") -> None:
+    """`ValueError` for NaN anywhere, and for infinity where it is no open limit, as of time steps."""
+    waiting = [(name, contents)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.items()
+        elif isinstance(value, list | tuple):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, float) and not (math.isfinite(value) or (value > 0 and str(name).endswith("_limit"))):
+            raise ValueError(f"the configuration has {name} = {value}; it must be a finite number")

@@ -5,6 +5,7 @@ A token is a byte of UTF-8, so no tokenizer stands between two sweeps; each docu
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -70,7 +71,7 @@ def python_files(source: str) -> Iterator[tuple[str, bytes]]:
             relative = path.relative_to(root)
             if not _EXCLUDED.isdisjoint(relative.parts[:-1]) or not 0 < path.stat().st_size <= _LARGEST_FILE:
                 continue
-            text = path.read_bytes()
+            text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
             if _is_text(text):
                 yield f"{label}/{relative.as_posix()}", text
 
@@ -95,7 +96,12 @@ def _data_set(name: str) -> Iterable[tuple[str, bytes]]:
         text = row.get("text", row.get("content"))
         if not isinstance(text, str):
             raise ValueError(f"the data set {name!r} has no column text or content; it has {', '.join(map(str, row))}")
-        yield f"{name}/{index}", text.encode()
+        try:
+            yield f"{name}/{index}", text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the data set {name!r} holds half a character, {text[error.start]!a}, in row {index + 1}; correct it"
+            ) from error
 
 
 def _is_text(text: bytes) -> bool:

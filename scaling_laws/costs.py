@@ -27,6 +27,11 @@ DTYPES = {
 only.
 """
 
+MOST = 10**9
+"""Of streams, prompts and prompt tokens."""
+MOST_STEPS = 1 << 20
+"""Of tokens to generate, whose steps are counted one by one."""
+
 Config = str | Path | Mapping[str, Any] | ModelShape
 
 
@@ -93,6 +98,9 @@ def cost(
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        most = MOST_STEPS if name == "output_length" else MOST
+        if value > most:
+            raise ValueError(f"{name} is above {most:,}, beyond which nothing is counted; give a smaller one")
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; give one of {', '.join(METHODS)}")
     if dtype not in DTYPES:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from parscale.scaling_laws.files import number, read_table
+
 Array = NDArray[np.float64]
 
 CORPORA = ("stack", "pile")
@@ -49,34 +51,14 @@ def data_rows(name: str) -> Iterator[dict[str, str]]:
 
 
 def read_csv(path: str | Path, columns: Sequence[str] = COLUMNS) -> dict[str, Array]:
-    """Reads the named columns of a CSV file with a header; other columns, blank lines and lines that start with `#`
-    are skipped.
+    """Reads the named columns of a CSV file with a header, as `read_table` does; other columns are skipped.
 
     Returns one array `(n,)` for each name. Raises `FileNotFoundError` when there is no such file and `ValueError`,
-    naming the line, when a column is missing or an entry is no finite number.
+    naming the line, when a column is missing, a row has more or fewer cells than the header, or an entry is no finite
+    number.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip() and not line.startswith("#")]
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"{path} is not a text file; give a CSV file with the columns {_listed(columns)}"
-            ) from None
-    if not lines:
-        raise ValueError(
-            f"{path} is empty; it needs a header with the columns {_listed(columns)} and one row for each run"
-        )
-    header = [name.strip() for name in next(csv.reader([lines[0][1]]))]
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise ValueError(
-            f"{path} has no column {_listed(missing)}; it has {_listed(header)}; "
-            f"name its columns {_listed(columns)} (non-embedding parameters, P, nats per token)"
-        )
-    rows: list[list[float]] = []
-    for number, line in lines[1:]:
-        cells = dict(zip(header, next(csv.reader([line])), strict=False))
-        rows.append([_number(cells.get(name, ""), name, f"{path}, line {number}") for name in columns])
+    lines = read_table(path, columns, " (non-embedding parameters, P, nats per token)")
+    rows = [[number(cells[name], name, where) for name in columns] for where, cells in lines]
     table = np.array(rows).reshape(len(rows), len(columns))
     return {name: table[:, index] for index, name in enumerate(columns)}
 
@@ -161,19 +143,3 @@ def size_groups(points: Points) -> NDArray[np.int64]:
     groups = np.empty(points.params.size, dtype=np.int64)
     groups[order] = np.concatenate([[0], np.cumsum(steps)])
     return groups
-
-
-def _number(text: str, column: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(
-            f"{where}: {column} is {text.strip() or 'empty'!r}; give a finite number, or leave the row out"
-        )
-    return value
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)

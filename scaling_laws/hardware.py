@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from parscale.scaling_laws.data import data_rows
+from parscale.scaling_laws.files import read_table
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Hardware:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[2:]:
             value, top = getattr(self, field.name), 1 if field.name.endswith("efficiency") else float("inf")
-            if not 0 < value <= top:
-                allowed = "above 0 and at most 1" if top == 1 else "above 0"
+            if not (0 < value <= top and math.isfinite(value)):
+                allowed = "above 0 and at most 1" if top == 1 else "above 0 and finite"
                 raise ValueError(f"{field.name} of {self.name!r} is {value:g}; it must be {allowed}")
 
     def flops(self, bits: int) -> float:
@@ -51,10 +52,11 @@ class Hardware:
 def read_hardware(path: str | Path) -> dict[str, Hardware]:
     """Devices by name from a CSV file with the columns of `data/hardware.csv`.
 
-    Raises `FileNotFoundError`, or `ValueError` for columns that are missing and entries that are no positive numbers.
+    Raises `FileNotFoundError`, or `ValueError` for columns that are missing, entries that are no positive numbers, a
+    device that is given twice, and as `read_table` does.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return _devices(csv.DictReader(line for line in file if not line.startswith("#")), str(path))
+    needed = [field.name for field in dataclasses.fields(Hardware) if field.default is dataclasses.MISSING]
+    return _devices((cells for _, cells in read_table(path, needed)), str(path))
 
 
 @cache
@@ -76,7 +78,7 @@ def find_hardware(hardware: str | Hardware) -> Hardware:
 
 
 def _devices(rows: Iterable[Mapping[str, str]], source: str) -> dict[str, Hardware]:
-    devices = {}
+    devices: dict[str, Hardware] = {}
     fields = dataclasses.fields(Hardware)
     for row in rows:
         missing = [field.name for field in fields if not row.get(field.name) and field.default is dataclasses.MISSING]
@@ -88,5 +90,7 @@ def _devices(rows: Iterable[Mapping[str, str]], source: str) -> dict[str, Hardwa
             numbers = {field.name: float(row[field.name]) for field in fields[2:] if row.get(field.name)}
         except ValueError as error:
             raise ValueError(f"{source}: {row['name']}: {error}; everything but name and label is a number") from None
+        if row["name"] in devices:
+            raise ValueError(f"{source}: {row['name']} is given twice; leave one of the rows out")
         devices[row["name"]] = Hardware(row["name"], row["label"], **numbers)
     return devices

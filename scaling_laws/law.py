@@ -99,21 +99,24 @@ class ParallelScalingLaw:
 
     @classmethod
     def from_dict(cls, contents: Mapping[str, Any]) -> ParallelScalingLaw:
-        """The law that `to_dict` wrote; `ValueError` when E, A, alpha or k is missing or no finite number."""
+        """The law that `to_dict` wrote; `ValueError` when E, A, alpha or k is missing or no finite number, and for
+        anything else that `to_dict` does not write.
+        """
         values: dict[str, Any] = {name: contents.get(name) for name in ("E", "A", "alpha", "k")}
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not _is_number(value):
                 raise ValueError(f"a law has numbers for E, A, alpha and k; {name} is {value!r}")
         for name in ("r2", "huber"):
-            values[name] = math.nan if contents.get(name) is None else contents[name]
-        intervals = contents.get("intervals")
-        values["intervals"] = None
-        if intervals:
-            values["intervals"] = {
-                name: (-math.inf if low is None else low, math.inf if high is None else high)
-                for name, (low, high) in intervals.items()
-            }
-        return cls(**values, notes=tuple(contents.get("notes") or ()))
+            values[name] = contents.get(name)
+            if values[name] is None:
+                values[name] = math.nan
+            elif not _is_number(values[name]):
+                raise ValueError(f"{name} of a law is a number or null, got {values[name]!r}")
+        values["intervals"] = _intervals(contents.get("intervals"))
+        notes = contents.get("notes") or []
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ValueError(f"the notes of a law are a list of sentences, got {notes!r}")
+        return cls(**values, notes=tuple(notes))
 
     def _gain(self, streams: Any) -> Any:
         """What P streams multiply the parameters by; `ValueError` where that is not above 0."""
@@ -125,6 +128,26 @@ class ParallelScalingLaw:
                 f"(k*ln P + 1 = {self.k * math.log(worst) + 1:.2g}); ask for P below {math.exp(-1 / self.k):.3g}"
             )
         return gain
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _intervals(contents: Any) -> dict[str, Interval] | None:
+    """Intervals by the parameter's name, as `to_dict` writes them, with None for an infinite end."""
+    if not contents:
+        return None
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"the intervals of a law are given by its parameters' names, got {contents!r}")
+    intervals = {}
+    for name, ends in contents.items():
+        is_pair = isinstance(ends, list | tuple) and len(ends) == 2
+        if not is_pair or not all(end is None or _is_number(end) for end in ends):
+            raise ValueError(f"the interval of {name} in a law is two numbers, got {ends!r}")
+        low, high = ends
+        intervals[name] = (-math.inf if low is None else low, math.inf if high is None else high)
+    return intervals
 
 
 def _checked(params: ArrayLike, streams: ArrayLike) -> tuple[Array, Array]:

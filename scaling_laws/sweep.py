@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parscale.scaling_laws.corpus import VOCABULARY_SIZE, Corpus, blocks, read_corpus
+from parscale.scaling_laws.data import COLUMNS
+from parscale.scaling_laws.files import read_table
 
 Wrap = Callable[..., Any]
 Report = Callable[["Run", float], None]
@@ -133,7 +136,7 @@ def sweep(
     GPUs; default: one for each, or one. report: called with a run and the share of it that is done.
 
     Raises `ValueError` for runs whose text would be too short or that differ in their source, and for a damaged
-    `runs.csv`.
+    `runs.csv`; `ChildProcessError` when a worker is killed.
     """
     sources = {run.source for run in runs}
     if len(sources) != 1:
@@ -166,14 +169,11 @@ def read_rows(path: str | Path) -> list[Row]:
         return []
     kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     rows = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, cells in enumerate(csv.DictReader(file), 2):
-            try:
-                rows.append(Row(**{field.name: kinds[str(field.type)](cells[field.name]) for field in fields(Row)}))
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(
-                    f"{path}, line {number} is no row of a sweep; delete the line, and its run is done again"
-                ) from None
+    for where, cells in read_table(path, COLUMNS):
+        try:
+            rows.append(Row(**{field.name: kinds[str(field.type)](cells[field.name]) for field in fields(Row)}))
+        except (KeyError, ValueError):
+            raise ValueError(f"{where} is no row of a sweep; delete the line, and its run is done again") from None
     return rows
 
 
@@ -212,6 +212,11 @@ def _train_all(
                 if report is not None:
                     report(futures[future], 1.0)
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process of the sweep was killed, perhaps for want of memory; finished runs are kept: start the "
+                "sweep again, with fewer workers, and it goes on"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

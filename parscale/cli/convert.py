@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from parscale.cli.options import Files, Json, Seed
+from parscale.cli.options import Files, Json, Seed, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
 
 
@@ -21,8 +21,12 @@ def convert(
         str | None, typer.Option(help="How streams start: 'documents' or 'context', from text, or 'random'.")
     ] = None,
     calibration: Annotated[
-        Files | None, typer.Option(help="Text files that the streams start from.", metavar="FILE...")
+        Files | None,
+        typer.Option(
+            help="Text that the streams start from: text files, or files of rows, as for train.", metavar="FILE..."
+        ),
     ] = None,
+    text_column: TextColumn = "text",
     streams_only: Annotated[
         bool, typer.Option("--streams-only", help="Write the streams and the backbone's name, not its weights.")
     ] = False,
@@ -47,6 +51,11 @@ def convert(
     )
     with waiting(f"Converting {source}"):
         report = convert_checkpoint(
-            source, output, config, calibration_files=calibration or (), streams_only=streams_only
+            source,
+            output,
+            config,
+            calibration_files=calibration or (),
+            text_column=text_column,
+            streams_only=streams_only,
         )
     (print_json if json else print_figures)(report)

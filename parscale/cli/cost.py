@@ -122,7 +122,7 @@ def _config_file(source: str) -> Path:
     """
     from parscale.folders import CONFIG, STREAMS_CONFIG, Checkpoint
 
-    if Path(source).is_file():
+    if Path(source).exists() and not Path(source).is_dir():
         return Path(source)
     if re.search(r"\.json$", source):
         raise FileNotFoundError(

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Files, Json, Streams
+from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
 
 
 def diagnose(
     checkpoint: Checkpoint,
-    data: Annotated[Files, typer.Option(help="Text files, each one document.", metavar="FILE...")],
+    data: Annotated[
+        Files, typer.Option(help="Text files, each one document, or files of rows, as for train.", metavar="FILE...")
+    ],
+    text_column: TextColumn = "text",
     streams: Streams = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens the model sees at once. Default: 1024, or fewer if it takes fewer.")
@@ -26,14 +29,15 @@ def diagnose(
     json: Json = False,
 ) -> None:
     """Say whether the streams differ at all: their losses alone, what they have in common, how they are weighed."""
+    from parscale.checkpoints.data import read_documents
     from parscale.checkpoints.diagnose import diagnose as diagnose_documents
     from parscale.checkpoints.diagnose import plot_diagnosis, require_plot_path, sentences
-    from parscale.checkpoints.reading import open_checkpoint, read_documents, require_tokenizer
+    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
 
     quiet_libraries()
     if plot is not None:
         require_plot_path(plot)
-    documents = read_documents(data)
+    documents = read_documents(data, text_column=text_column)
     with waiting(f"Loading {checkpoint}"):
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
     tokenizer = require_tokenizer(tokenizer, checkpoint)

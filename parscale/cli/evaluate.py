@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Files, Json, Streams
+from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, require_writable, waiting, write_json
 
 WIDEST = 1000  # columns of a table; it takes what it needs
@@ -15,7 +15,10 @@ WIDEST = 1000  # columns of a table; it takes what it needs
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Files | None, typer.Option(help="Text files, each one document.", metavar="FILE...")] = None,
+    data: Annotated[
+        Files | None,
+        typer.Option(help="Text files, each one document, or files of rows, as for train.", metavar="FILE..."),
+    ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -23,6 +26,7 @@ def evaluate(
             metavar="NAME...",
         ),
     ] = None,
+    text_column: TextColumn = "text",
     streams: Streams = None,
     sequence_length: Annotated[
         int | None,
@@ -50,7 +54,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure loss (nats per token) and perplexity on text, or run lm-eval's tasks."""
-    from parscale.checkpoints.reading import open_checkpoint, read_documents, require_tokenizer
+    from parscale.checkpoints.data import read_documents
+    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
 
     quiet_libraries()
     of_tasks = {
@@ -65,7 +70,7 @@ def evaluate(
         raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
     if output is not None:
         require_writable(output)
-    documents = read_documents(data or [])
+    documents = read_documents(data or [], text_column=text_column)
     with waiting(f"Loading {checkpoint}"):
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
     tokenizer = require_tokenizer(tokenizer, checkpoint)

@@ -21,14 +21,17 @@ def generate(
 ) -> None:
     """Continue a text, and print it as it is written."""
     from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.tokens import require_known, require_text, vocabulary_of
 
     quiet_libraries()
+    prompt = require_text("The prompt", prompt).removeprefix("\ufeff")  # a byte-order mark, of a file that is pasted in
     with waiting(f"Loading {checkpoint}"):
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
     tokenizer = require_tokenizer(tokenizer, checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt holds no token. Give --prompt some text.")
+    require_known(inputs["input_ids"][0].tolist(), vocabulary_of(model))
 
     from transformers import TextStreamer, set_seed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -244,15 +243,18 @@ def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScali
     Raises `OSError` when there is no such file and `ValueError` when it holds no law and no runs to fit one to.
     """
     from parscale.scaling_laws import ParallelScalingLaw, fit
+    from parscale.scaling_laws.files import read_json, require_file
 
     if not source.endswith(".json"):
         return fit(*_runs(source)[0], bootstrap=bootstrap, seed=seed)
+    wanted = "a file that 'parscale law fit --json' printed"
+    require_file(source, wanted)
     try:
-        contents = json_module.loads(Path(source).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json_module.JSONDecodeError):
+        contents = read_json(source, wanted)
+    except ValueError:
         contents = None
     if not isinstance(contents, dict):
-        raise ValueError(f"{source} is no law; give a file that 'parscale law fit --json' printed")
+        raise ValueError(f"{source} is no law; give {wanted}")
     try:
         return ParallelScalingLaw.from_dict(contents)
     except ValueError as error:

@@ -20,6 +20,7 @@ Streams = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repeatable.")]
 Files = list[Path]
+TextColumn = Annotated[str, typer.Option(help="What holds the text in rows of data.")]
 
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}

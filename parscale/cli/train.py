@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Json, count
+from parscale.cli.options import Checkpoint, Json, TextColumn, count
 from parscale.cli.output import print_figures, print_json, quiet_libraries
 
 
@@ -18,7 +18,8 @@ def train(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Text files, folders, .jsonl or .parquet files, or datasets of the Hub, NAME or NAME:CONFIGURATION.",
+            help="Text files, folders, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), or datasets of the "
+            "Hub, NAME or NAME:CONFIGURATION.",
             metavar="FILE_OR_DATASET...",
         ),
     ],
@@ -61,7 +62,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
     ] = False,
-    text_column: Annotated[str, typer.Option(help="What holds the text in rows of data.")] = "text",
+    text_column: TextColumn = "text",
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read data while training, not beforehand; needs --tokens.")
     ] = False,

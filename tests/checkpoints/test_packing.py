@@ -106,6 +106,29 @@ def test_every_token_once_and_in_order(lengths, S, padded):
         assert (labels[positions > 0] == block_ids[positions > 0]).all()
 
 
+class Counted(list):
+    """A list that counts the elements that are copied out of it, and out of what was copied."""
+
+    copied = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        if not isinstance(place, slice):
+            return found
+        Counted.copied += len(found)
+        return Counted(found)
+
+
+@pytest.mark.parametrize("lengths", [[10_000], [1] * 3000, [7, 5000, 0, 1, 900]])
+@pytest.mark.parametrize("S", [2, 128])
+def test_packing_copies_every_token_once(lengths, S):
+    """Also of one long document, which a text file is."""
+    Counted.copied = 0
+    blocks = list(pack([Counted(range(length)) for length in lengths], S))
+    assert len(blocks) == sum(lengths) // S
+    assert Counted.copied == sum(lengths)
+
+
 def test_every_document_ends_with_the_end_of_text(byte_tokenizer):
     encode = Encoder(byte_tokenizer, 257)
     end = byte_tokenizer.eos_token_id

@@ -1,8 +1,11 @@
 """The sweep: what it plans, that it resumes, and that its rows can be fitted. Models here train for a few steps."""
 
 import dataclasses
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +91,46 @@ def test_an_interrupted_sweep_keeps_what_is_finished(small_corpus, tmp_path):
         sweep.sweep(tiny_plan(), tmp_path, wrap_twice)
     assert len(read_rows(tmp_path / RUNS)) == 2
     assert [path.name for path in tmp_path.iterdir()] == [RUNS]
+
+
+@pytest.mark.slow
+def test_killed_workers_are_said_and_finished_runs_are_kept(small_corpus, tmp_path):
+    def kill(run, share):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    with pytest.raises(ChildProcessError, match=r"a process of the sweep was killed.*finished runs are kept: start"):
+        sweep.sweep(tiny_plan(), tmp_path, wrap, workers=2, report=kill)
+    kept = {row.run() for row in read_rows(tmp_path / RUNS)}
+    assert 0 < len(kept) < 6
+    assert [row.run() for row in sweep.sweep(tiny_plan(), tmp_path, wrap)] == tiny_plan()
+
+
+def test_a_broken_pool_is_one_line(small_corpus, tmp_path, monkeypatch):
+    class Broken(ProcessPoolExecutor):
+        """Whose first process has ended before it did anything."""
+
+        def submit(self, *args):
+            future = Future()
+            future.set_exception(BrokenProcessPool("A process in the process pool was terminated abruptly"))
+            return future
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Broken)
+    with pytest.raises(ChildProcessError, match="with fewer workers, and it goes on"):
+        sweep.sweep(tiny_plan()[:2], tmp_path, wrap, workers=2)
+
+
+def test_byte_order_marks_are_no_text(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfx = 1\n")
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(corpora.python_files("stdlib")) == [("stdlib/a.py", b"x = 1\n")]
+
+
+def test_half_a_character_in_a_data_set_is_named(monkeypatch):
+    rows = [{"text": "whole"}, {"text": "cut \ud83d"}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: rows)
+    with pytest.raises(ValueError, match=r"the data set 'some' holds half a character, '.ud83d', in row 2; correct it"):
+        read_corpus("some")
 
 
 def test_impossible_sweeps_are_refused_by_name(small_corpus, tmp_path):

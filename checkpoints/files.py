@@ -1,0 +1,211 @@
+"""Files that a user names, opened as text: compressed or not, in the encoding that their first bytes tell."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+# A byte-order mark, and the encoding that takes it off again. That of UTF-32 begins like that of UTF-16.
+_ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_NO_FILES: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "is a folder"),
+    (stat.S_ISFIFO, "is a pipe"),
+    (stat.S_ISSOCK, "is a socket"),
+    (stat.S_ISCHR, "is a device"),
+    (stat.S_ISBLK, "is a device"),
+)
+
+
+def _zstandard(path: Path, mode: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(f"Reading {shown(path)} needs the package pyarrow: pip install 'parscale[train]'.") from error
+    return io.BufferedReader(_Raw(pyarrow.input_stream(path.open(mode), compression="zstd")))
+
+
+class _Raw(io.RawIOBase):
+    """A stream of pyarrow as one that Python can buffer."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Closes both."""
+        self.stream.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a buffer, as far as there is something left."""
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+_COMPRESSIONS: dict[str, tuple[str, Callable[[Path, str], Any]]] = {
+    ".gz": ("gzip", gzip.open),
+    ".bz2": ("bzip2", bz2.open),
+    ".xz": ("xz", lzma.open),
+    ".zst": ("zstandard", _zstandard),
+}
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    r"""A path, or text with paths, as it can be written: a byte 0xe9 that is not UTF-8 stands as `\udce9`."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+
+
+def suffix_of(path: Path) -> str:
+    """The ending that tells what a file holds, in lower case, without a compression's: `".json"` of `a.JSON.gz`."""
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix
+
+
+def require_file(path: Path) -> None:
+    """Refuses what is no file, before it is opened: a pipe would wait for a writer.
+
+    Raises:
+        ValueError: there is nothing, or a folder, a pipe, a device or a socket.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "is a link to nothing" if path.is_symlink() else "does not exist"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        problem = next((name for is_one, name in _NO_FILES if is_one(mode)), "is no file")
+    raise ValueError(f"{shown(path)} {problem}; give a text file.")
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, uncompressed where its name ends in `.gz`, `.bz2`, `.xz` or `.zst`.
+
+    Raises:
+        ValueError: it is no file, or its compression is damaged; also later, when it is read in the block.
+        OSError: it cannot be read.
+    """
+    require_file(path)
+    compression, opener = _COMPRESSIONS.get(path.suffix.lower(), ("", open))
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or not compression):
+            raise
+        raise ValueError(f"{shown(path)} is no whole {compression} file: {error}.") from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
+    """A file as text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is no part of the text.
+
+    Args:
+        path: of the file, as for `open_bytes`.
+        newline: as for `open`.
+
+    Raises:
+        ValueError: as `open_bytes`, or it is no such text; also later, when it is read in the block.
+        OSError: it cannot be read.
+    """
+    with open_bytes(path) as file:
+        encoding = encoding_of(file.read(4))
+    with open_bytes(path) as file, io.TextIOWrapper(file, encoding, newline=newline) as text:
+        try:
+            yield text
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{shown(path)} is not text in {_label(encoding)}: {error.reason}.") from error
+
+
+def read_text(path: Path) -> str:
+    """All of a file's text, with line breaks as `\\n`; arguments and errors as `open_text`."""
+    with open_bytes(path) as file:
+        contents = file.read()
+    encoding = encoding_of(contents)
+    try:
+        text = contents.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{shown(path)} is not text in {_label(encoding)}: byte {error.start} cannot be read."
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding that the first four bytes of a text tell; without a byte-order mark, UTF-8."""
+    return next((encoding for mark, encoding in _ENCODINGS if start.startswith(mark)), "utf-8")
+
+
+def is_text(path: Path, size: int = 8192) -> bool:
+    """Whether a file begins with text, by its first `size` bytes; raises as `open_bytes`."""
+    with open_bytes(path) as file:
+        start = file.read(size)
+    decoder = codecs.getincrementaldecoder(encoding_of(start))()
+    try:
+        return "\0" not in decoder.decode(start)  # a character that the end cuts is no fault
+    except UnicodeDecodeError:
+        return False
+
+
+def _label(encoding: str) -> str:
+    return encoding.removesuffix("-sig").upper()
+
+
+@dataclass(frozen=True)
+class Below:
+    """What lies below a folder, without what is hidden.
+
+    Attributes:
+        files: everything that is no folder, in the order of names.
+        folders: where they lie, by their real paths; the folder itself is the first.
+        again: links that lead to a folder which is among `folders` already.
+    """
+
+    files: list[Path]
+    folders: list[Path]
+    again: list[Path]
+
+
+def below(folder: Path) -> Below:
+    """Everything below a folder; links to folders are followed, and each folder is read once.
+
+    Raises:
+        OSError: a folder cannot be entered.
+    """
+    found = Below([], [], [])
+    seen: set[Path] = set()
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if not path.is_dir():
+            found.files.append(path)
+        elif (real := path.resolve()) in seen:
+            found.again.append(path)
+        else:
+            seen.add(real)
+            found.folders.append(real)
+            names = sorted((name for name in os.listdir(path) if not name.startswith(".")), reverse=True)
+            waiting += [path / name for name in names]
+    return found
