@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.data import read_documents
 from parscale.checkpoints.describe import PLAIN, kind_of
+from parscale.checkpoints.divergence import first_not_finite
 from parscale.checkpoints.reading import find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.text import Document
 from parscale.checkpoints.tokens import encode, vocabulary_of
 from parscale.config import LORA, TEXT_INITS
 from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
-from parscale.writing import staged
+from parscale.writing import require_new_folder, staged
 
 
 def convert(
@@ -50,19 +51,19 @@ def convert(
     Raises:
         ValueError: `source` is damaged or has streams already, `output` holds something, a number is out of range, or
             there is too little calibration text.
-        OSError: there is no such source, or the output cannot be written.
+        OSError: there is no such source, the output cannot be written, or another process writes it.
     """
     start = time.perf_counter()
     if calibration_files and config.init not in (None, *TEXT_INITS):
         readers = " or ".join(map(repr, TEXT_INITS))
         raise ValueError(f"Calibration text is for init {readers}, and init is {config.init!r}; leave one of them out.")
     documents = read_documents(calibration_files, text_column=text_column)
-    _require_new(Path(output))
+    require_new_folder(output)
     if (kind := kind_of(Checkpoint(source))) != PLAIN:
         raise ValueError(
             f"{source} has streams already ({kind}); give a plain model, such as the backbone it is made of."
         )
-    with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG) as folder:
+    with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)
         model = load_plain(source, any_task=True)
         calibration = None
@@ -76,6 +77,8 @@ def convert(
             )
         backbone_parameters = _count(model.parameters())
         wrap(model, config, calibration=calibration)
+        if (name := first_not_finite(model.parscale.tensors(model.parscale.active).items())) is not None:
+            raise ValueError(f"{name} would start with values that are not finite: {source} is damaged.")
         if streams_only:
             model.save_streams(folder)
         else:
@@ -140,14 +143,6 @@ def calibration_ids(
         )
     step = len(ids) // num_streams
     return torch.stack([ids[stream * step :][:prefix_length] for stream in range(num_streams)])
-
-
-def _require_new(output: Path) -> None:
-    if output.is_dir():
-        if any(output.iterdir()):
-            raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
-    elif output.exists():
-        raise ValueError(f"The output {output} is a file; give a folder that is new or empty.")
 
 
 def _count(tensors: Any) -> int:

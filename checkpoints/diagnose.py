@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parscale.checkpoints.evaluate import checked_length, evaluating, padded, windows_of, with_progress_bar
 from parscale.checkpoints.text import Document
 from parscale.checkpoints.tokens import vocabulary_of
+from parscale.writing import require_writable, staged_file
 
 # From which mean correlation of token losses on streams are said to differ hardly, or little.
 HARDLY, LITTLE = 0.99, 0.9
@@ -282,24 +283,20 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     entropy = f"entropy {diagnosis.mean_entropy:.3f} of at most {math.log(P):.3f}"
     right.set(title=f"Mean weights; {entropy}", xlabel="position in the window", ylabel="weight")
     right.legend(fontsize=8)
-    partial = Path(path).with_name(f".{Path(path).name}.partial{Path(path).suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged_file(path) as beside:
+        figure.savefig(beside, dpi=150)
 
 
 def require_plot_path(path: str | Path) -> None:
     """Check a plot's path, before measuring what it shall show.
 
     Raises:
-        ValueError: the ending is none of `PLOT_ENDINGS`, or the folder does not exist.
+        ValueError: the ending is none of `PLOT_ENDINGS`, it is no file, or its folder does not exist.
+        OSError: it cannot be written.
     """
     if Path(path).suffix not in PLOT_ENDINGS:
         raise ValueError(f"{path} does not end in {', '.join(PLOT_ENDINGS)}, which say what to draw.")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"There is no folder {Path(path).parent} to put {Path(path).name} in; make it first.")
+    require_writable(path)
 
 
 def _mean_of_pairs(matrix: np.ndarray) -> float:

@@ -19,7 +19,7 @@ from parscale.checkpoints.opening import LORA, STREAMS
 from parscale.checkpoints.runs import REPORT, Run
 from parscale.checkpoints.trained import put_together
 from parscale.checkpoints.trainer import BACKBONE, TEXT
-from parscale.folders import STREAMS_ONLY
+from parscale.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
 from parscale.writing import staged
 
 PLOT = "loss.png"
@@ -35,14 +35,15 @@ def finish(checkpoint: str, run: Run, steps: int, tokenizer: Any, report: dict[s
         tokenizer: of the model.
         report: what is written to `training.json`, and stated by the card.
     """
-    put_together(checkpoint, run.checkpoint(steps), run.folder)
-    tokenizer.save_pretrained(run.folder)
-    with staged(run.folder, last=REPORT) as work:
+    with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
+        put_together(checkpoint, run.checkpoint(steps), work)
+        tokenizer.save_pretrained(work)
         plot_metrics(run.metrics(), work / PLOT)
-        facts = _facts(run.folder, report)
+        facts = _facts(work, report)
         if facts is not None:
             (work / CARD).write_text(model_card(facts), encoding="utf-8")
-        (work / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(report, indent=2, allow_nan=False)
+        (work / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
 def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from parscale.checkpoints.divergence import DivergedError, StopWhenDiverged, first_not_finite
+from parscale.checkpoints.trainer import OneDeviceArguments
 from parscale.naming import part_of
 
 
@@ -96,6 +98,7 @@ def post_train(
 
     Raises:
         ValueError: there are fewer tokens or blocks than one step takes.
+        DivergedError: a loss or a gradient is not finite.
     """
     per_step = recipe.batch_size * blocks.shape[1]
     steps = recipe.tokens // per_step
@@ -108,7 +111,7 @@ def post_train(
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), betas=(0.9, 0.99), weight_decay=0.0)
     schedule = _Schedule(steps, recipe, on_step)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer makes its output folder, and here writes nothing to it
-        settings = TrainingArguments(
+        settings = OneDeviceArguments(
             output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=recipe.batch_size,
@@ -119,6 +122,7 @@ def post_train(
             dataloader_pin_memory=torch.cuda.is_available(),
             save_strategy="no",
             logging_steps=1,
+            logging_nan_inf_filter=False,
             disable_tqdm=True,
             report_to="none",
             seed=recipe.seed,
@@ -127,7 +131,7 @@ def post_train(
             model,
             settings,
             train_dataset=rows,
-            callbacks=[schedule],
+            callbacks=[StopWhenDiverged(), schedule],
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
         )
         trainer.remove_callback(PrinterCallback)
@@ -137,6 +141,8 @@ def post_train(
         finally:  # accelerate leaves autocast on the model's forward, which would then be used in evaluation too
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         seconds = time.perf_counter() - start
+    if (name := first_not_finite(model.named_parameters())) is not None:
+        raise DivergedError(f"After the last step, {name} holds values that are not finite; lower the learning rate.")
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return TrainingRun(losses, trainer.state.global_step * per_step, seconds)
 

@@ -31,7 +31,7 @@ from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.text import Document, pack, split
 from parscale.checkpoints.tokens import vocabulary_of
-from parscale.writing import staged
+from parscale.writing import require_new_folder, staged
 
 PROMPT = "def read_config(path):\n"
 CODE, PROSE = "held-out code", "prose"
@@ -124,9 +124,8 @@ def run(
     """
     start = time.perf_counter()
     settings, console = settings or Settings(), console or Console()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
-    with staged(output, last="report.json") as folder:
+    require_new_folder(output)
+    with staged(output, last="report.json", new=True) as folder:
         source = str(model_path or small_model_path())
         tokenizer = AutoTokenizer.from_pretrained(source)
         backbone: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -155,7 +154,7 @@ def run(
         }
         plot(report, {name: row.training.losses for name, row in rows.items() if row.training}, folder / "report.png")
         report["seconds"] = round(time.perf_counter() - start, 1)
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     print_report(report, console)
     return report
 

@@ -6,12 +6,14 @@ folder holds what :mod:`parscale.checkpoints.runs` says, and at the end a checkp
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from parscale.checkpoints.data import Source, open_sources, refuse_output_in_data
+from parscale.checkpoints.digests import checkpoint_digest, streamed_digest
+from parscale.checkpoints.divergence import StopWhenDiverged, require_finite
 from parscale.checkpoints.evaluate import checked_length
 from parscale.checkpoints.finishing import finish, losses_by_text, versions
 from parscale.checkpoints.opening import check_trainable, open_for_training
@@ -40,8 +44,10 @@ from parscale.checkpoints.reading import find_tokenizer, require_tokenizer
 from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
 from parscale.checkpoints.tokens import vocabulary_of
-from parscale.checkpoints.trainer import Interruption, StreamsTrainer, Watch
+from parscale.checkpoints.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
 from parscale.parallel import whole_shape
+
+REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
 
@@ -77,13 +83,30 @@ def train(
 
     Raises:
         ValueError: the data, the checkpoint or the settings do not fit; nothing has been written then.
-        OSError: something is missing or cannot be written; the last checkpoint stays whole.
+        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays whole.
+        OSError: something is missing or cannot be written, or another process goes on with the run; the last checkpoint
+            stays whole.
         Interrupted: a signal ended the run, after a checkpoint.
     """
-    console = console or Console(stderr=True)
+    run = Run(output)
+    try:
+        return _train_in(run, checkpoint, settings, resume, command, name, console or Console(stderr=True))
+    finally:
+        run.release()
+
+
+def _train_in(
+    run: Run,
+    checkpoint: str,
+    settings: TrainSettings,
+    resume: bool,
+    command: str | None,
+    name: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """As :func:`train`; the run's folder stays locked for this process until it is released."""
     on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     state = PartialState(cpu=on_cpu)
-    run = Run(output)
     if state.is_main_process:
         run.check(resume=resume)
     state.wait_for_everyone()
@@ -96,7 +119,7 @@ def train(
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     check_trainable(checkpoint, settings.trains)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
-    refuse_output_in_data(output, [*settings.data, *settings.eval_data.values()])
+    refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
     sources, texts = _sources(settings)
     set_seed(settings.seed)
     model = _model(checkpoint, settings, bf16)
@@ -106,16 +129,23 @@ def train(
         rows, steps, digest = _training_rows(sources, encode, length, settings)
         measured = {name: _measured_blocks(source, encode, length, settings) for name, source in texts.items()}
     micro = _micro_batch(settings, state.num_processes)
+    if torch.cuda.device_count() > 1 and state.num_processes == 1:
+        warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=3)
 
     active = model.parscale.active if hasattr(model, "parscale") else None
     rates = settings.rates("prefix" if active is None else active.config.transform)
-    described = _described(checkpoint, settings, rates, bf16, length, steps, digest)
+    described = _described(checkpoint, settings, rates, bf16, length, steps) | {
+        "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
+        "data_digest": digest,
+        "eval_digests": {name: blocks.fingerprint() for name, blocks in measured.items()},
+    }
     newest = _begin(run, described, state, resume=resume)
     watch, interruption = Watch(run, settings.batch_size * length, console), Interruption()
+    divergence = StopWhenDiverged(REMEDY, run.kept)
     trainer = StreamsTrainer(
         model,
-        TrainingArguments(
-            output_dir=str(output),
+        OneDeviceArguments(
+            output_dir=str(run.folder),
             bf16=bf16,
             use_cpu=on_cpu,
             per_device_train_batch_size=micro,
@@ -132,9 +162,10 @@ def train(
         keep=settings.keep_checkpoints,
         texts=measured,
         train_dataset=rows,
-        callbacks=[watch, interruption],
+        callbacks=[divergence, watch, interruption],
     )
     watch.trainer = interruption.trainer = trainer
+    divergence.scaled = getattr(trainer.accelerator, "scaler", None) is not None
     _train(trainer, run, newest, watch, interruption)
 
     sizes = [(math.prod(whole_shape(p)), p.requires_grad) for p in trainer.bare_model().parameters()]
@@ -142,7 +173,7 @@ def train(
     unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
     if state.is_main_process:
         figures = {
-            "output": str(output),
+            "output": str(run.folder),
             "trained_parameters": sum(size for size, trains in sizes if trains),
             "parameters": sum(size for size, _ in sizes),
             "losses": losses_by_text(run.metrics()),
@@ -150,14 +181,22 @@ def train(
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
             "command": command,
-            "name": name or output.resolve().name,
+            "name": name or run.folder.resolve().name,
             "datasets": [source.dataset for source in sources if source.dataset is not None],
         }
-        finish(checkpoint, run, steps, tokenizer, described | figures)
+        with _explained(run):
+            finish(checkpoint, run, steps, tokenizer, described | figures)
     trainer.accelerator.wait_for_everyone()
     report = run.report()
     assert report is not None
     return report | {"finished_before": False}
+
+
+def _one_of(devices: int) -> str:
+    return (
+        f"{devices} GPUs are here, and one of them is used; all of them take part with "
+        f"torchrun --nproc-per-node {devices} -m parscale train ..."
+    )
 
 
 def _sources(settings: TrainSettings) -> tuple[list[Source], dict[str, Source]]:
@@ -179,6 +218,7 @@ def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing,
         attn_implementation=settings.attn_implementation,
     )
+    require_finite(model, checkpoint)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         apart = keeps_documents_apart(model, vocabulary_of(model))
     if not apart:
@@ -227,8 +267,19 @@ def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
 def _train(trainer: StreamsTrainer, run: Run, newest: Path | None, watch: Watch, interruption: Interruption) -> None:
     """Trains to the last step, or says why not."""
     try:
-        with interruption.listening():
+        with interruption.listening(), _explained(run):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    finally:
+        watch.close()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
+
+
+@contextlib.contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Says how a run goes on whose disk is full."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -236,21 +287,19 @@ def _train(trainer: StreamsTrainer, run: Run, newest: Path | None, watch: Watch,
             f"The disk of {run.folder} is full. Make room there and go on with --resume; the last whole checkpoint is "
             f"{run.newest_checkpoint() or 'none, so that it will begin again'}."
         ) from error
-    finally:
-        watch.close()
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
 
 
 def _training_rows(
     sources: Sequence[Source], encode: Encoder, length: int, settings: TrainSettings
-) -> tuple[Shuffled | Streamed, int, str | None]:
-    """What to train on, in how many steps, and a digest of it where it is known beforehand."""
+) -> tuple[Shuffled | Streamed, int, str]:
+    """What to train on, in how many steps, and a digest of it; of streamed data, of its beginning."""
     per_step = settings.batch_size * length
     if settings.streaming:
         assert settings.tokens is not None
         steps = _steps(settings.tokens, per_step, settings, length)
-        return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, None
+        beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
+        digest = streamed_digest(beginning.fingerprint(), settings.data)
+        return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest
     blocks = Blocks(pack(encode(documents_of(sources)), length), length)
     if not len(blocks):
         raise too_few(sources, encode, length)
@@ -299,15 +348,13 @@ def _described(
     bf16: bool,
     length: int,
     steps: int,
-    digest: str | None,
 ) -> dict[str, Any]:
-    """What a run is started with, as far as its result depends on it."""
+    """What a run is started with, as far as its result depends on it; without the contents of what it reads."""
     of_streams, rest = rates
     return {
         "checkpoint": checkpoint,
         "trains": settings.trains,
         "data": list(settings.data),
-        "data_digest": digest,
         "text_column": settings.text_column,
         "eval_data": dict(settings.eval_data),
         "tokens": steps * settings.batch_size * length,

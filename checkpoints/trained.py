@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from parscale.checkpoints.describe import kind_of
+from parscale.checkpoints.divergence import first_not_finite
 from parscale.checkpoints.reading import load_any
 from parscale.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
 from parscale.naming import part_of
@@ -90,6 +91,9 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
         checkpoint: a full one, streams only, or a plain model, as it was before the run.
         trained: a folder that :func:`save_trained` wrote.
         output: the folder to save in; each tensor has the dtype that it has in `checkpoint`.
+
+    Raises:
+        ValueError: a trained value is too large for that dtype.
     """
     model = load_any(checkpoint)
     if (trained / ADAPTER).exists():
@@ -100,6 +104,12 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
             _load_streams(model, trained)
     else:
         load_trained(model, trained)
+    if (name := first_not_finite(model.named_parameters())) is not None:
+        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The trained values of {name} do not fit into {dtype}, in which {checkpoint} is saved; save that in "
+            f"bfloat16 or float32 and train it anew. In float32 they are in {trained}."
+        )
     if kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
         model.save_streams(output)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import signal
 import threading
@@ -16,20 +17,34 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from parscale.checkpoints.divergence import MEASURED, DivergedError, first_not_finite
 from parscale.checkpoints.packing import IGNORED
-from parscale.checkpoints.runs import SAVING, Run
+from parscale.checkpoints.runs import Run
 from parscale.checkpoints.trained import has_streams, load_trained, save_trained, trains_streams_only
 from parscale.naming import part_of
+from parscale.writing import disk_error
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar
 BACKBONE, TEXT = "backbone", "eval"  # prefixes of what is measured: without streams, and with them
+
+
+class OneDeviceArguments(TrainingArguments):
+    """The Trainer's arguments for one device in each process.
+
+    A process that sees several GPUs and was not started by a launcher uses one of them. The Trainer itself would
+    give each GPU a batch, and copy the model to them with `nn.DataParallel`.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses."""
+        return min(1, int(super().n_gpu))
 
 
 class StreamsTrainer(Trainer):
@@ -111,24 +126,42 @@ class StreamsTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        self._staging = self.run.folder / SAVING
+        self._require_finite_weights(step)
+        self._staging = self.run.saving
+        working = self.run.working() if self.is_world_process_zero() else contextlib.nullcontext()
         try:
-            if self.is_world_process_zero():
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self.run.publish(self._staging / f"checkpoint-{step}", step, keep=self.keep)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with self._explained(step), working, self._explained(step):
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    processes = self.accelerator.num_processes
+                    self.run.publish(self._staging / f"checkpoint-{step}", step, keep=self.keep, processes=processes)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._staging = None
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Says that a checkpoint could not be written, why, and how to go on; free space counts while it lies there."""
+        try:
+            yield
+        except Exception as error:
             if not _is_about_writing(error):
                 raise
             raise OSError(self._not_written(step, error)) from error
-        finally:
-            if self.is_world_process_zero():
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
+
+    def _require_finite_weights(self, step: int) -> None:
+        """Refuses to save a step that has made a weight infinite, on all processes together."""
+        trained = ((name, p) for name, p in self.bare_model().named_parameters() if p.requires_grad)
+        name = first_not_finite(trained)
+        found = torch.tensor(float(name is not None), device=self.accelerator.device)
+        if float(self.accelerator.reduce(found, reduction="sum")):
+            where = "a part of the model on another device" if name is None else name
+            raise DivergedError(
+                f"After step {step}, {where} holds values that are not finite; start anew with a smaller learning rate."
+                f"{self.run.kept()}"
+            )
 
     def _not_written(self, step: int, error: Exception) -> str:
         whole = self.run.newest_checkpoint()
@@ -227,7 +260,7 @@ class Watch(TrainerCallback):
             "step": state.global_step,
             "tokens": state.global_step * self.tokens_per_step,
             "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
+            "grad_norm": norm if (norm := logs.get("grad_norm")) is not None and math.isfinite(norm) else None,
             "learning_rates": rates,
             "tokens_per_second": round(self.tokens_per_step / self._last, 1) if self._last else None,
         }
@@ -236,7 +269,8 @@ class Watch(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, description=text)
         elif state.global_step % max(1, state.max_steps // LINES) == 0:
-            self.console.print(f"step {state.global_step} of {state.max_steps}  {text}", highlight=False)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self.console.print(f"step {state.global_step} of {state.max_steps}  {text}", highlight=False)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """One line for a text."""
@@ -244,9 +278,9 @@ class Watch(TrainerCallback):
             return
         for key, value in metrics.items():
             prefix, _, rest = key.partition("_")
-            if prefix in (BACKBONE, TEXT) and rest.endswith("_nats_per_token"):
+            if prefix in (BACKBONE, TEXT) and rest.endswith(MEASURED):
                 line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
-                self.run.add_metrics(line | {"text": rest.removesuffix("_nats_per_token"), f"{prefix}_loss": value})
+                self.run.add_metrics(line | {"text": rest.removesuffix(MEASURED), f"{prefix}_loss": value})
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -260,12 +294,17 @@ class Watch(TrainerCallback):
     def close(self) -> None:
         """Closes the bar, also after an error."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bar.stop()
             self._bar = None
 
 
 class Interruption(TrainerCallback):
-    """A signal to stop ends the run after the step under way, with a checkpoint; a second one ends it at once."""
+    """A signal to stop ends the run after the step under way, with a checkpoint; a second one ends it at once.
+
+    A terminal that closes sends SIGHUP, often twice and beside others: it never counts as a second signal. Where it is
+    ignored, as under `nohup`, it stays so.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -283,17 +322,21 @@ class Interruption(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In this block SIGINT and SIGTERM are heard, if it runs in the main thread."""
+        """In this block SIGINT, SIGTERM and SIGHUP are heard, if it runs in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked:
+            if self.asked and number != hangup:
                 raise KeyboardInterrupt
             self.asked = True
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            heard.append(hangup)
+        before = {number: signal.signal(number, ask) for number in heard}
         try:
             yield
         finally:
@@ -329,11 +372,12 @@ def _sums_by_row(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 
 def _nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
     sums = np.asarray(prediction.predictions).sum(axis=0)
-    return {"nats_per_token": float(sums[0] / sums[1])}
+    return {MEASURED.lstrip("_"): float(sums[0] / sums[1])}
 
 
 def _is_about_writing(error: Exception) -> bool:
-    """Whether an error came from a disk; torch and safetensors raise errors of their own."""
-    return isinstance(error, (OSError, SafetensorError)) or any(
-        word in str(error) for word in ("PytorchStreamWriter", "unexpected pos", "No space left", "write")
-    )
+    """Whether an error came from a disk and is not explained yet; libraries raise errors of their own for it."""
+    if disk_error(error) is not None:
+        return True
+    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "write")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

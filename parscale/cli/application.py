@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -79,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """As `main`, but returns the exit code."""
     try:
-        with warnings.catch_warnings():
+        with _ended_by_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who call them
             # Without "standalone" typer hands its own errors on instead of printing them over several lines.
@@ -100,8 +104,32 @@ def run(arguments: list[str]) -> int:
         print(f"parscale: {line}", file=sys.stderr)
         return BAD_INPUT
     if code == INTERRUPTED:
-        print("parscale: interrupted.", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("parscale: interrupted.", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """In this block SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing half-written."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for later in numbers:  # a terminal that closes sends several
+            signal.signal(later, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bad_input(error: Exception) -> str | None:

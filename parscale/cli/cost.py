@@ -11,6 +11,7 @@ import typer
 from parscale.cli.law import LAW_HELP, print_rows, read_law
 from parscale.cli.options import Json
 from parscale.cli.output import print_json, quiet_hub
+from parscale.writing import require_writable, staged_file
 
 GIB = 2**30
 
@@ -44,6 +45,8 @@ def cost(
     from parscale.scaling_laws import cost as count
     from parscale.scaling_laws import read_hardware, read_shape, versus
 
+    if plot is not None:
+        require_writable(plot)
     devices = read_hardware(hardware_file) if hardware_file is not None else {}
     shape = read_shape(_config_file(config_or_checkpoint))
     work: dict[str, Any] = {"input_length": input_length, "output_length": output_length, "dtype": dtype}
@@ -70,7 +73,8 @@ def cost(
     if plot is not None:
         from parscale.scaling_laws import plots
 
-        plots.save(plots.cost_curves(costs), plot)
+        with staged_file(plot) as beside:
+            plots.save(plots.cost_curves(costs), beside)
     notes = list(next(iter(costs.values())).notes)
     if json:
         for row, item in zip(rows, costs.values(), strict=True):

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
-from parscale.cli.output import print_figures, print_json, quiet_libraries, require_writable, waiting, write_json
+from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
+from parscale.writing import require_writable
 
 WIDEST = 1000  # columns of a table; it takes what it needs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from parscale.cli.options import Json, ListOptionCommand, size
 from parscale.cli.output import print_figures, print_json
+from parscale.writing import require_writable, require_writable_folder, staged_file
 
 if TYPE_CHECKING:
     from parscale.scaling_laws import ParallelScalingLaw, Points
@@ -55,6 +55,8 @@ def fit(
     points, tokens = _runs(file, with_tokens=form.startswith("joint"))
     if plot is not None and form != "log":
         raise ValueError(f"--plot draws the form log, not {form}; leave one of the two out")
+    if plot is not None:
+        require_writable(plot)
     fitted = fit_form(form, *points, tokens, bootstrap=bootstrap, seed=seed)
     figures: dict[str, Any] = {"runs": file, "points": len(points.losses), "form": form, **fitted.values}
     figures |= {"r2": fitted.r2, "huber": fitted.huber, "intervals": fitted.intervals, "notes": list(fitted.notes)}
@@ -66,9 +68,10 @@ def fit(
     if plot is not None:
         import parscale.scaling_laws.plots as plots
 
-        plots.save(plots.measured_and_predicted(read_law(file, bootstrap=0), points), plot)
+        with staged_file(plot) as beside:
+            plots.save(plots.measured_and_predicted(read_law(file, bootstrap=0), points), beside)
     if json:
-        print_json(without_nan(figures))
+        print_json(figures)
         return
     rows, notes = figures.pop("comparison", None), figures.pop("notes")
     print_figures(figures)
@@ -100,7 +103,7 @@ def predict(
                 row["low"], row["high"] = (float(end) for end in fitted.predict_interval(number, count))
             rows.append(row | {"equivalent_params": float(fitted.equivalent_params(number, count))})
     if json:
-        print_json(without_nan({"law": fitted.to_dict(), "predictions": rows}))
+        print_json({"law": fitted.to_dict(), "predictions": rows})
     else:
         print_rows(rows)
 
@@ -118,6 +121,7 @@ def plot(
 
     if kind not in ("contours", "measured", "isoloss"):
         raise ValueError(f"--kind is {kind!r}; give contours, measured or isoloss")
+    require_writable(output)
     points = None if law.endswith(".json") else _runs(law)[0]
     fitted = read_law(law, bootstrap=bootstrap if kind == "isoloss" else 0, seed=seed)
     if kind == "isoloss":
@@ -130,7 +134,8 @@ def plot(
         raise ValueError(
             "--kind measured draws runs, and a law from a JSON file has none; give the CSV file of its runs"
         )
-    plots.save(figure, output)
+    with staged_file(output) as beside:
+        plots.save(figure, beside)
 
 
 @app.command("sweep")
@@ -152,6 +157,7 @@ def sweep(
 
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}")
+    require_writable_folder(output)
     quiet_libraries()
     runs = PRESETS[preset](source)
     with _progress(runs) as report:
@@ -161,7 +167,7 @@ def sweep(
     figures: dict[str, Any] = {"runs": str(output / RUNS), "points": len(rows), **fitted.values, "r2": fitted.r2}
     figures |= {"intervals": fitted.intervals, "profile": fitted.profile_intervals(), "notes": list(fitted.notes)}
     if json:
-        print_json(without_nan(figures))
+        print_json(figures)
     else:
         notes = figures.pop("notes")
         print_figures(figures)
@@ -216,15 +222,6 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
-
-
-def without_nan(figures: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(figures, Mapping):
-        return {name: without_nan(value) for name, value in figures.items()}
-    if isinstance(figures, list | tuple):
-        return [without_nan(value) for value in figures]
-    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def _cell(value: Any) -> str:

@@ -3,58 +3,44 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
+from parscale.writing import staged_file
+
 
 def print_json(figures: Mapping[str, Any]) -> None:
     """One JSON object on standard output, indented."""
-    json.dump(figures, sys.stdout, indent=2)
-    sys.stdout.write("\n")
-
-
-def require_writable(path: Path) -> None:
-    """Check a file's path, before measuring what shall go into it.
-
-    Raises:
-        ValueError: it is a folder, or its folder does not exist.
-        OSError: nothing can be written in its folder.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a file to write.")
-    if not path.parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent} to put {path.name} in; make it first.")
-    with _beside(path) as beside:
-        beside.touch()
+    sys.stdout.write(_json(figures))
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
     """One JSON object as a file, indented; it is there whole or not at all, and replaces an older one.
 
     Raises:
+        ValueError: it is a folder, no regular file, or a link that leads nowhere.
         OSError: it cannot be written.
     """
-    with _beside(path) as beside:
-        beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+    with staged_file(path) as beside:
+        beside.write_text(_json(figures), encoding="utf-8")
 
 
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path in the same folder, where nothing is left; errors name the path that was given."""
-    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        yield beside
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
-    finally:
-        beside.unlink(missing_ok=True)
+def without_nan(figures: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(figures, Mapping):
+        return {name: without_nan(value) for name, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [without_nan(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+
+
+def _json(figures: Mapping[str, Any]) -> str:
+    return json.dumps(without_nan(figures), indent=2, allow_nan=False) + "\n"
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -122,7 +123,8 @@ def train(
     try:
         report = train_checkpoint(checkpoint, output, settings, resume=resume, command=command, name=push_to_hub)
     except Interrupted as interruption:
-        print(f"parscale: {interruption}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"parscale: {interruption}", file=sys.stderr)
         raise
     from accelerate import PartialState
 

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 
 from parscale import load
 from parscale.checkpoints.describe import describe
-from parscale.checkpoints.runs import MANIFEST, REMOVING, SAVING, Run, damage
+from parscale.checkpoints.runs import MANIFEST, Run, damage, write_manifest
 from parscale.checkpoints.train import TrainSettings, train
+from parscale.working import MARKER
 
 STEPS = 6
 INTERRUPTED = 130
@@ -156,7 +157,7 @@ def test_killed_at_a_file_operation(whole, server, checkpoint, options, tmp_path
     assert_same(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_to_stop(whole, server, checkpoint, options, tmp_path, name):
     """It ends after the step under way with a checkpoint, although none was due."""
     options = options | {"save_every": 100}
@@ -221,13 +222,53 @@ def test_without_a_whole_checkpoint_it_begins_again(stopped, checkpoint, options
 
 
 def test_what_a_kill_left_behind_is_cleared_away(stopped, checkpoint, options, whole):
-    for name in (SAVING, f"{REMOVING}-checkpoint-3", ".run-0123abcd"):
+    for name in (".checkpoint.parscale-working", ".parscale-working", "of-another-name"):
         (stopped / name).mkdir()
+        (stopped / name / MARKER).touch()
         (stopped / name / "file").write_text("half")
+    (stopped / ".run.json.parscale-working").mkdir()
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     train(str(checkpoint), stopped, TrainSettings(**options), resume=True)
+    assert not (stopped / "of-another-name").exists()
     assert_same(stopped, whole[False][0])
+
+
+def test_what_a_run_did_not_make_stays(stopped, checkpoint, options, whole, tmp_path):
+    """Whatever it is called: as checkpoints are, as what parscale works with is, or what a link leads to."""
+    (stopped / "checkpoint-6" / MANIFEST).unlink()
+    elsewhere = tmp_path / "elsewhere"
+    names = (".backup-20251128", ".savings", ".removing-soon", ".saving", "checkpoint-2", "checkpoint-4.old", "notes")
+    for folder in (*(stopped / name for name in names), elsewhere):
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        (folder / "inside").mkdir()
+    (stopped / ".parscale-link").symlink_to(elsewhere)
+    with pytest.warns(UserWarning, match="it is kept as") as warned:
+        train(str(checkpoint), stopped, TrainSettings(**options), resume=True)
+    for folder in (*(stopped / name for name in names), elsewhere, stopped / ".parscale-link"):
+        assert (folder / "thesis.txt").read_text() == "mine"
+        assert (folder / "inside").is_dir()
+    (aside,) = stopped.glob("checkpoint-6-*")  # what was in the way and may be somebody's
+    assert (aside / "optimizer.pt").exists()
+    assert any(f"it is kept as {aside}" in str(warning.message) for warning in warned)
+    assert contents(stopped)[1] == whole[False][0][1]
+
+
+@pytest.mark.parametrize(
+    "part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]
+)
+def test_a_checkpoint_without_a_part_is_not_whole(stopped, part):
+    """Also where its manifest agrees with what is there."""
+    manifest = json.loads((stopped / "checkpoint-6" / MANIFEST).read_text())
+    (stopped / "checkpoint-6" / part).unlink()
+    del manifest["files"][part]
+    (stopped / "checkpoint-6" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="checkpoint-6 is passed over: it lacks the "):
+        assert Run(stopped).newest_checkpoint() == stopped / "checkpoint-5"
+    (stopped / "checkpoint-5" / part).unlink()
+    with pytest.raises(RuntimeError, match="checkpoint-5 is no whole checkpoint: it lacks the "):
+        write_manifest(stopped / "checkpoint-5")
 
 
 def test_nothing_to_go_on_with_and_nothing_left_to_do(checkpoint, options, whole, tmp_path):

@@ -1,0 +1,162 @@
+"""Working folders: hidden folders in which one process writes what then moves to its place.
+
+A working folder holds the file :data:`MARKER`, which its process keeps locked. The lock ends with the process, also
+when that is killed; the folder is a leftover then, and the next process at this place clears it away. A folder without
+the marker belongs to somebody else, whatever its name, and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".parscale-working"
+MARKER = "made-by-parscale"
+_MARKS = b"A process of parscale writes in this folder. Once none does, the folder can be deleted.\n"
+BUSY = "another process writes there; wait until it has ended, or give another place"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_ATTEMPTS = 10
+
+
+class NotUndoneError(OSError):
+    """A change was undone in part only; the working folder stays, with what could not be put back."""
+
+
+@contextlib.contextmanager
+def working(place: Path, name: str = "") -> Iterator[Path]:
+    """Makes the working folder ``.NAME.parscale-working`` in ``place``, and removes it after the block.
+
+    Args:
+        place: an existing folder, on the disk that what is written will move to.
+        name: of what is written, so that no two processes write the same at one time.
+
+    Raises:
+        BlockingIOError: another process works there.
+        FileExistsError: something else has this name.
+        OSError: nothing can be written in ``place``.
+    """
+    folder = working_folder(place, name)
+    marker = _claim(folder)
+    try:
+        clear(folder)
+        yield folder
+    except NotUndoneError:
+        (folder / MARKER).unlink()  # from now on nothing clears it
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            if (folder / MARKER).exists():
+                _remove(folder)
+        os.close(marker)
+
+
+def working_folder(place: Path, name: str = "") -> Path:
+    """Where the working folder of :func:`working` lies."""
+    return place / (f".{name}{SUFFIX}" if name else SUFFIX)
+
+
+def lock(file: int, path: Path) -> None:
+    """Locks an open file for this process.
+
+    Args:
+        file: its descriptor, open for writing.
+        path: what the error is about.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(errno.EBUSY, BUSY, str(path)) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"The file system of {path} has no locks: let no second process write there.", stacklevel=3)
+
+
+def is_working_folder(folder: Path) -> bool:
+    """Whether a folder has the marker, or may have been left by a kill before the marker was in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / MARKER).is_file() or (folder.name.endswith(SUFFIX) and not any(folder.iterdir()))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the working folders in ``folder`` whose processes have ended."""
+    for entry in folder.iterdir():
+        if is_working_folder(entry):
+            with contextlib.suppress(BlockingIOError):
+                marker = _claim(entry)
+                try:
+                    _remove(entry)
+                finally:
+                    os.close(marker)
+
+
+def clear(folder: Path) -> None:
+    """Empties a working folder, but for its marker. What a link leads to stays as it is."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARKER:
+            entry.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """The marker goes last, so that what a kill leaves behind is known as a working folder."""
+    clear(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _claim(folder: Path) -> int:
+    """Makes a working folder, or takes over a leftover; returns the descriptor of its marker, locked."""
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        _require_ours(folder)
+        try:
+            marker = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # its process has just removed it
+            continue
+        try:
+            lock(marker, folder)
+            if _is_at(folder / MARKER, marker):
+                os.ftruncate(marker, 0)
+                os.write(marker, _MARKS)
+                return marker
+        except BaseException:
+            os.close(marker)
+            raise
+        os.close(marker)
+    raise BlockingIOError(errno.EBUSY, BUSY, str(folder))
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuses what has a working folder's name and is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if not is_working_folder(folder):
+            raise FileExistsError(
+                errno.EEXIST, "is in the way and was not made by parscale; move it elsewhere", str(folder)
+            )
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether an open file still lies at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
