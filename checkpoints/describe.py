@@ -6,8 +6,21 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.config import LORA, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
-from parscale.folders import CAUSAL_LM, CONFIG, FULL, INFIX, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint, read_json
+from parscale.config import LORA, NUM_STREAMS, ParScaleConfig
+from parscale.folders import (
+    BACKBONE,
+    CAUSAL_LM,
+    CONFIG,
+    FULL,
+    INFIX,
+    STREAMS_CONFIG,
+    TYPE_SUFFIX,
+    Checkpoint,
+    numbers,
+    read_json,
+    set_name,
+    set_names,
+)
 from parscale.headers import StoredTensor
 from parscale.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
 
@@ -33,10 +46,14 @@ def describe(path_or_repo: str) -> dict[str, Any]:
     kind = kind_of(checkpoint)
     fields = checkpoint.read_json(CONFIG if kind in (FULL, PLAIN) else STREAMS_CONFIG)
     tensors = checkpoint.weights() if kind in (FULL, PLAIN) else checkpoint.streams()
+    name: str | None = None
+    further: list[str] = []
     if kind == PLAIN:
-        name, streams = None, ParScaleConfig(num_streams=1)
+        streams = ParScaleConfig(num_streams=1)
+    elif kind == FULL:
+        (name, further), streams = set_names(checkpoint, fields), numbers(checkpoint, fields)
     else:
-        name, streams = fields.get(SET_NAME if kind == FULL else "name", "default"), ParScaleConfig.from_fields(fields)
+        name, streams = set_name(checkpoint, fields), numbers(checkpoint, fields)
     return {
         "checkpoint": path_or_repo,
         "kind": kind,
@@ -45,7 +62,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         **_streams(streams),
         "dtype": _dtype(tensors),
         "parameters": _parameters(tensors, streams.transform),
-        "further_streams": {other: _further(checkpoint.inside(other)) for other in fields.get(SETS, [])},
+        "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
     }
 
 
@@ -69,7 +86,7 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return {
             "class": fields.get("backbone_class"),
             "model_type": fields.get("backbone_model_type"),
-            "name": fields.get("base_model_name_or_path"),
+            "name": fields.get(BACKBONE),
         }
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second
 
@@ -99,7 +116,7 @@ def _streams(streams: ParScaleConfig) -> dict[str, Any]:
 
 
 def _further(checkpoint: Checkpoint) -> dict[str, Any]:
-    streams = ParScaleConfig.from_fields(checkpoint.read_json(STREAMS_CONFIG))
+    streams = numbers(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
     return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 

@@ -30,6 +30,7 @@ from parscale.checkpoints.posttrain import Recipe, TrainingRun, faster_in_bf16, 
 from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.text import Document, pack, split
+from parscale.pretrained import read_pretrained
 from parscale.writing import staged
 
 PROMPT = "def read_config(path):\n"
@@ -127,8 +128,8 @@ def run(
         raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
     with staged(output, last="report.json") as folder:
         source = str(model_path or small_model_path())
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        backbone: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = read_pretrained(AutoTokenizer, source)
+        backbone: Any = read_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
         if torch.cuda.is_available():
             backbone.to("cuda")
         texts = texts or standard_texts(settings.code_characters, settings.prose_characters)

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from parscale.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
+from parscale.pretrained import read_pretrained
 
 AUTO_CLASSES: dict[str, Any] = {
     name: auto
@@ -194,6 +195,15 @@ def class_named(name: Any) -> Any:
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
+def class_read_by(reader: Any, config: Any) -> Any:
+    """The class of the model that an ``AutoModel...``, or a class itself, makes of a configuration; ``None``: none."""
+    if not hasattr(reader, "_model_mapping"):
+        return reader
+    classes = {cls.__name__: cls for cls in _classes(reader, type(config))}
+    named = [name for name in getattr(config, "architectures", None) or () if name in classes]
+    return classes[named[0]] if named else next(iter(classes.values()), None)
+
+
 def _classes(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     """The classes that an ``AutoModel...`` may make of a configuration."""
     if config not in auto._model_mapping:
@@ -214,7 +224,7 @@ class ParScaleModelConfig:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As ``AutoConfig.from_pretrained``."""
         kwargs.pop("_from_auto", None)
-        return AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return read_pretrained(AutoConfig, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -235,7 +245,7 @@ class ParScaleModel:
 
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = read_pretrained(AutoConfig, pretrained_model_name_or_path, **hub)
         plain = backbone_config(config)
         backbone = backbone_class(config, plain)
         readers = _readers(backbone, type(plain)) if cls.auto else []

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from parscale.aggregator import Aggregator
 from parscale.attention import AttentionLayer
 from parscale.backbones import find_backbone
-from parscale.config import ParScaleConfig
+from parscale.config import DEFAULT_SET, ParScaleConfig
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.parallel import gather_heads
@@ -30,7 +30,7 @@ from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
 
-DEFAULT = "default"
+DEFAULT = DEFAULT_SET
 
 # Arguments of a backbone that have one row for each sequence.
 ROW_ARGUMENTS = (

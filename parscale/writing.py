@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError
+
+# The working folders of the blocks that are open, and where their files go.
+_PLACES: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar("places", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
@@ -36,6 +41,7 @@ def staged(
         raise NotADirectoryError(f"{target} is a file: give a folder to save in.")
     beside = target if target.is_dir() else next(folder for folder in target.parents if folder.exists())
     work = beside / f".{target.name}-{uuid.uuid4().hex[:8]}"
+    known = _PLACES.set({**_PLACES.get(), work: final_place(target)})
     try:
         with _explained(target):
             work.mkdir()
@@ -48,7 +54,16 @@ def staged(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(work, target)
     finally:
+        _PLACES.reset(known)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def final_place(path: str | os.PathLike[str]) -> Path:
+    """Where a path will be once no :func:`staged` block is open any more: outside of their folders, where it is."""
+    path = Path(os.path.abspath(path))
+    places = _PLACES.get()
+    above = next((folder for folder in (path, *path.parents) if folder in places), None)
+    return path if above is None else places[above] / path.relative_to(above)
 
 
 def _move_into(work: Path, target: Path, last: str, replaces: Callable[[str], bool]) -> None:
