@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,18 +13,13 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from transformers import PreTrainedConfig
 
 from parscale.auto import backbone_config
 from parscale.config import NUM_STREAMS, ParScaleConfig
 from parscale.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
 from parscale.naming import PARAMETERS
-from parscale.untrusted import brief
 
-_MOST_NUMBERS, _MOST_PARTS = 2**24, 2**10  # in a field, where the files do not hold more
-_COUNT = re.compile(r"^(num|n|d)_|_(layers?|size|dim)$")
-_PARTS = re.compile("layer")
 _REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
 
 
@@ -87,59 +79,6 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
                 f"The backbone does not fit {checkpoint}: its {field.removeprefix('backbone_')} is {value}, and the "
                 f"streams were made for {wanted} ({backbone}): give that one as backbone=."
             )
-
-
-def check_values(checkpoint: object, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor] | None) -> None:
-    """Refuses numbers that no model has, before a configuration class counts up to them or a model computes with them.
-
-    Args:
-        checkpoint: a full one or a plain backbone.
-        fields: of its ``config.json``, or the attributes of a configuration.
-        tensors: in the checkpoint's files; ``None`` if they are not known.
-
-    Raises:
-        ValueError: names the field.
-    """
-    held = sum(tensor.numel for tensor in tensors.values()) if tensors is not None else _MOST_NUMBERS
-    parts = len(tensors) if tensors is not None else _MOST_PARTS
-    for key, value in _values(fields):
-        problem = _problem(key, value, max(held, _MOST_NUMBERS), max(parts, _MOST_PARTS))
-        if problem and tensors is not None and value > 0:
-            problem = f"and its files hold {held} numbers in {parts} tensors"
-        if problem:
-            raise ValueError(f"{CONFIG} of {checkpoint} says {brief(key)} = {value}, {problem}: it is damaged.")
-
-
-def _problem(key: str, value: float, most_numbers: int, most_parts: int) -> str:
-    """What is wrong with the number of a field; nothing if it is sound."""
-    if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or "limit" not in key):
-        return "which is no number to compute with"
-    if "eps" in key and not 0 <= value < 1:
-        return "which should lie between 0 and 1"
-    if isinstance(value, int) and _COUNT.search(key):
-        if value < 0:
-            return "which cannot be negative"
-        if value > (most_parts if _PARTS.search(key) else most_numbers):
-            return "which is more than a model has"
-    return ""
-
-
-def _values(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a configuration, also in lists and parts of it, each under its field's name."""
-    waiting = [(str(key), value) for key, value in fields.items()]  # labels are by number
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, PreTrainedConfig):
-            value = vars(value)
-        if isinstance(value, Mapping):
-            if value.keys() == {"__float__"}:  # how transformers writes what JSON cannot say
-                with contextlib.suppress(TypeError, ValueError):
-                    yield key, float(value["__float__"])
-            waiting += [(str(inner), each) for inner, each in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(key, each) for each in value]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield key, value
 
 
 def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:

@@ -41,7 +41,7 @@ from parscale.auto import (
     config_class,
     register_backbone,
 )
-from parscale.checks import check_fit, check_size, check_streams, check_values, configuration_of, differences
+from parscale.checks import check_fit, check_size, check_streams, configuration_of, differences
 from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
 from parscale.folders import (
     BACKBONE_PATH,
@@ -62,6 +62,7 @@ from parscale.naming import PATTERNS, part_of
 from parscale.pretrained import read_pretrained, warn_of_adapter
 from parscale.saving import FORMAT_VERSION
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.values import check_values
 from parscale.wrapping import add, attach, detach
 
 _STREAMS_FIELDS = {
