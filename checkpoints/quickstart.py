@@ -30,6 +30,7 @@ from parscale.checkpoints.posttrain import Recipe, TrainingRun, faster_in_bf16, 
 from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.text import Document, pack, split
+from parscale.console import Terminal
 from parscale.pretrained import read_pretrained
 from parscale.writing import staged
 
@@ -123,7 +124,7 @@ def run(
         ValueError: `output` holds something, or there is too little text.
     """
     start = time.perf_counter()
-    settings, console = settings or Settings(), console or Console()
+    settings, console = settings or Settings(), console or Terminal()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
     with staged(output, last="report.json") as folder:

@@ -40,6 +40,7 @@ from parscale.checkpoints.reading import find_tokenizer, require_tokenizer
 from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
 from parscale.checkpoints.trainer import Interruption, StreamsTrainer, Watch
+from parscale.console import Terminal
 from parscale.parallel import whole_shape
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
@@ -79,7 +80,7 @@ def train(
         OSError: something is missing or cannot be written; the last checkpoint stays whole.
         Interrupted: a signal ended the run, after a checkpoint.
     """
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     state = PartialState(cpu=on_cpu)
     run = Run(output)

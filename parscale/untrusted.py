@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from parscale.terminal import shown
+
 _DEEPEST = 64  # levels; configurations have 4
 _LONGEST_INTEGER = 20  # digits; 2**64 has 20
 _SHOWN = 200  # characters of a foreign value in an error
@@ -36,8 +38,8 @@ def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, A
 
 
 def brief(value: object) -> str:
-    """A foreign value as an error shows it: its first 200 characters."""
-    text = str(value)
+    """A foreign value as an error shows it: its first 200 characters, those that a terminal shows."""
+    text = shown(str(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

@@ -129,10 +129,10 @@ def _measure(
 
 
 def _print_scores(figures: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from parscale.checkpoints.tasks import scores
+    from parscale.console import Terminal
 
     print_figures(figures["parscale"])
     typer.echo()
@@ -145,4 +145,4 @@ def _print_scores(figures: dict[str, Any]) -> None:
         standard_error = "-" if error is None else f"{error:.4f}"
         examples = str(figures["n-shot"].get(task, ""))
         table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
-    Console(highlight=False, markup=False, soft_wrap=True, width=WIDEST).print(table)  # lines are never cut
+    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut

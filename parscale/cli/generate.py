@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from parscale.cli.options import Checkpoint, Device, Seed, Streams
 from parscale.cli.output import quiet_libraries, waiting
+from parscale.terminal import raw_stream
 
 
 def generate(
@@ -19,7 +21,10 @@ def generate(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Continue a text, and print it as it is written."""
+    """Continue a text, and print it as it is written.
+
+    A file or a pipe gets the text as it is; a terminal is shown control characters as escapes.
+    """
     from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
 
     quiet_libraries()
@@ -30,7 +35,7 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt holds no token. Give --prompt some text.")
 
-    from transformers import TextStreamer, set_seed
+    from transformers import set_seed
 
     if seed is not None:
         set_seed(seed)
@@ -40,5 +45,18 @@ def generate(
         attention_mask=inputs["attention_mask"],  # by name: some tokenizers also return what not every model takes
         **sampling,
         max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=_streamer(tokenizer),
     )
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """What prints each piece of text once it is whole."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            stream = sys.stdout if sys.stdout.isatty() else raw_stream(sys.stdout)
+            stream.write(text + ("\n" if stream_end else ""))
+            stream.flush()
+
+    return Streamer(tokenizer, skip_special_tokens=True)
