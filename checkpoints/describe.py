@@ -23,6 +23,7 @@ from parscale.folders import (
 )
 from parscale.headers import StoredTensor
 from parscale.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
+from parscale.packed import stored_sizes
 
 PLAIN = "plain backbone"  # beside the two kinds of parscale.folders
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -61,7 +62,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         "active_streams": name,
         **_streams(streams),
         "dtype": _dtype(tensors),
-        "parameters": _parameters(tensors, streams.transform),
+        "parameters": _parameters(tensors, streams.transform, fields.get("quantization_config")),
         "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
     }
 
@@ -84,9 +85,8 @@ def kind_of(checkpoint: Checkpoint) -> str:
 def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind not in (FULL, PLAIN):
         return {
-            "class": fields.get("backbone_class"),
-            "model_type": fields.get("backbone_model_type"),
-            "name": fields.get(BACKBONE),
+            name: value if isinstance(value := fields.get(field), str) else None
+            for name, field in (("class", "backbone_class"), ("model_type", "backbone_model_type"), ("name", BACKBONE))
         }
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second
 
@@ -120,10 +120,10 @@ def _further(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 
-def _parameters(tensors: Mapping[str, StoredTensor], transform: str) -> dict[str, int]:
+def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: Any = None) -> dict[str, int]:
     counts = {None: 0, TRANSFORM_PART: 0, AGGREGATOR_PART: 0}
-    for name, tensor in tensors.items():
-        counts[part_of(name)] += tensor.numel
+    for name, size in stored_sizes(tensors, quantization).items():
+        counts[part_of(name)] += size
     return {"backbone": counts[None], LABELS[transform]: counts[TRANSFORM_PART], "aggregator": counts[AGGREGATOR_PART]}
 
 

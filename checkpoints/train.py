@@ -7,7 +7,6 @@ folder holds what :mod:`parscale.checkpoints.runs` says, and at the end a checkp
 from __future__ import annotations
 
 import errno
-import math
 import os
 import time
 import warnings
@@ -41,6 +40,7 @@ from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
 from parscale.checkpoints.trainer import Interruption, StreamsTrainer, Watch
 from parscale.console import Terminal
+from parscale.counting import parameter_sizes
 from parscale.parallel import whole_shape
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
@@ -136,14 +136,14 @@ def train(
     watch.trainer = interruption.trainer = trainer
     _train(trainer, run, newest, watch, interruption)
 
-    sizes = [(math.prod(whole_shape(p)), p.requires_grad) for p in trainer.bare_model().parameters()]
+    sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
     if state.is_main_process:
         figures = {
             "output": str(output),
-            "trained_parameters": sum(size for size, trains in sizes if trains),
-            "parameters": sum(size for size, _ in sizes),
+            "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
+            "parameters": sum(sizes.values()),
             "losses": losses_by_text(run.metrics()),
             "tokens_per_second": watch.tokens_per_second,
             "seconds": round(time.perf_counter() - start, 1),

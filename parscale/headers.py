@@ -40,6 +40,11 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     @property
+    def item_size(self) -> int:
+        """Bytes of one of its numbers; 1 where the format packs several into a byte."""
+        return _BYTES.get(self.dtype, 1)
+
+    @property
     def numel(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)

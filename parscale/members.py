@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -17,9 +16,10 @@ from torch import nn
 from parscale.attention import CONTINUOUS_BATCHING
 from parscale.backbones import writes_text
 from parscale.config import FIELDS, PREFIX, ParScaleConfig
+from parscale.counting import parameter_sizes
 from parscale.kernels.aggregate import stream_weights
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
-from parscale.parallel import reshard, whole_shape
+from parscale.parallel import reshard
 from parscale.streams import ParScaleState, StreamSet
 
 
@@ -122,7 +122,7 @@ def freeze_backbone(model: Any) -> None:
 def print_trainable_parameters(model: Any) -> None:
     """Prints how many parameters train, of how many, in per cent, and what they are."""
     state: ParScaleState = model.parscale
-    sizes = {parameter: math.prod(whole_shape(parameter)) for parameter in model.parameters()}
+    sizes = parameter_sizes(model)
     total = sum(sizes.values())
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     counts = dict.fromkeys([LABELS[streams.config.transform] for streams in state.sets.values()], 0) | {"aggregator": 0}

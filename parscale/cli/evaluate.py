@@ -38,10 +38,15 @@ def evaluate(
         float | None, typer.Option(help="With --tasks: questions of each at most, or a share below 1; to try out.")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="With --tasks: a folder of your own task files.", metavar="DIR")
+        Path | None,
+        typer.Option(help="With --tasks: a folder of your own task files, which can run code.", metavar="DIR"),
     ] = None,
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="With --tasks: run the code that the model writes.")
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code",
+            help="With --tasks: run the code that the model writes. What task files run (!function) runs without.",
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures into this file, as JSON.", metavar="FILE")
