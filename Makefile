@@ -10,7 +10,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
 CODE := parscale kernels checkpoints scaling_laws
-ALL_CODE := $(CODE) $(wildcard examples benchmarks tests)
+ALL_CODE := $(CODE) $(wildcard examples benchmarks tests tools)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
@@ -95,9 +95,10 @@ gpu-check: ## The GPU tests and benchmarks; RELEASED=FOLDER times the released c
 	$$python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json \
 		&& exit $$passed
 
+# The same commit gives the same bytes, wherever and whenever: the archives bear the time of the commit.
 build: $(READY) ## The wheel and the source distribution, into dist/
 	rm -rf build/lib dist
-	$(BIN)/python -m build
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) $(BIN)/python -m build
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -6,10 +6,24 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.config import LORA, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
-from parscale.folders import CAUSAL_LM, CONFIG, FULL, INFIX, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint, read_json
+from parscale.config import LORA, NUM_STREAMS, ParScaleConfig
+from parscale.folders import (
+    BACKBONE,
+    CAUSAL_LM,
+    CONFIG,
+    FULL,
+    INFIX,
+    STREAMS_CONFIG,
+    TYPE_SUFFIX,
+    Checkpoint,
+    numbers,
+    read_json,
+    set_name,
+    set_names,
+)
 from parscale.headers import StoredTensor
 from parscale.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
+from parscale.packed import stored_sizes
 
 PLAIN = "plain backbone"  # beside the two kinds of parscale.folders
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -33,10 +47,14 @@ def describe(path_or_repo: str) -> dict[str, Any]:
     kind = kind_of(checkpoint)
     fields = checkpoint.read_json(CONFIG if kind in (FULL, PLAIN) else STREAMS_CONFIG)
     tensors = checkpoint.weights() if kind in (FULL, PLAIN) else checkpoint.streams()
+    name: str | None = None
+    further: list[str] = []
     if kind == PLAIN:
-        name, streams = None, ParScaleConfig(num_streams=1)
+        streams = ParScaleConfig(num_streams=1)
+    elif kind == FULL:
+        (name, further), streams = set_names(checkpoint, fields), numbers(checkpoint, fields)
     else:
-        name, streams = fields.get(SET_NAME if kind == FULL else "name", "default"), ParScaleConfig.from_fields(fields)
+        name, streams = set_name(checkpoint, fields), numbers(checkpoint, fields)
     return {
         "checkpoint": path_or_repo,
         "kind": kind,
@@ -44,8 +62,8 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         "active_streams": name,
         **_streams(streams),
         "dtype": _dtype(tensors),
-        "parameters": _parameters(tensors, streams.transform),
-        "further_streams": {other: _further(checkpoint.inside(other)) for other in fields.get(SETS, [])},
+        "parameters": _parameters(tensors, streams.transform, fields.get("quantization_config")),
+        "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
     }
 
 
@@ -67,9 +85,8 @@ def kind_of(checkpoint: Checkpoint) -> str:
 def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind not in (FULL, PLAIN):
         return {
-            "class": fields.get("backbone_class"),
-            "model_type": fields.get("backbone_model_type"),
-            "name": fields.get("base_model_name_or_path"),
+            name: value if isinstance(value := fields.get(field), str) else None
+            for name, field in (("class", "backbone_class"), ("model_type", "backbone_model_type"), ("name", BACKBONE))
         }
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second
 
@@ -99,14 +116,14 @@ def _streams(streams: ParScaleConfig) -> dict[str, Any]:
 
 
 def _further(checkpoint: Checkpoint) -> dict[str, Any]:
-    streams = ParScaleConfig.from_fields(checkpoint.read_json(STREAMS_CONFIG))
+    streams = numbers(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
     return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 
-def _parameters(tensors: Mapping[str, StoredTensor], transform: str) -> dict[str, int]:
+def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: Any = None) -> dict[str, int]:
     counts = {None: 0, TRANSFORM_PART: 0, AGGREGATOR_PART: 0}
-    for name, tensor in tensors.items():
-        counts[part_of(name)] += tensor.numel
+    for name, size in stored_sizes(tensors, quantization).items():
+        counts[part_of(name)] += size
     return {"backbone": counts[None], LABELS[transform]: counts[TRANSFORM_PART], "aggregator": counts[AGGREGATOR_PART]}
 
 

@@ -178,7 +178,8 @@ def with_progress_bar(batches: list[list[Window]], shown: bool) -> Iterator[list
     if not shown:
         yield from batches
         return
-    from rich.console import Console
     from rich.progress import track
 
-    yield from track(batches, description="Evaluating", console=Console(stderr=True), transient=True)
+    from parscale.console import Terminal
+
+    yield from track(batches, description="Evaluating", console=Terminal(stderr=True), transient=True)

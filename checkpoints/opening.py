@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
-from parscale.checkpoints.describe import describe, kind_of
+from parscale.checkpoints.describe import PLAIN, describe, kind_of
 from parscale.checkpoints.reading import load_any, require_language_model
 from parscale.checkpoints.trained import has_streams
-from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.loading import load_plain_model
+from parscale.pretrained import read_pretrained
 
 STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"
 
@@ -129,16 +131,22 @@ def _four_bits_with_gradients() -> Iterator[None]:
         modules.has_avx512bf16 = own
 
 
-def _load_quantized(checkpoint: str, options: dict[str, Any]) -> Any:
-    if kind_of(Checkpoint(checkpoint)) != STREAMS_ONLY:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **options)
-    backbone = Checkpoint(checkpoint).read_json(STREAMS_CONFIG).get("base_model_name_or_path")
-    if not isinstance(backbone, str):
-        raise ValueError(f"{checkpoint} does not name its backbone, so that it cannot be quantized.")
-    model = AutoModelForCausalLM.from_pretrained(backbone, **options)
+def _load_quantized(source: str, options: dict[str, Any]) -> Any:
+    checkpoint = Checkpoint(source)
+    kind = kind_of(checkpoint)
+    if kind == PLAIN:
+        return load_plain_model(checkpoint, AutoModelForCausalLM, **options)[0]
+    if kind != STREAMS_ONLY:
+        return read_pretrained(AutoModelForCausalLM, source, **options)
+    backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    if backbone is None:
+        raise ValueError(f"{source} does not name its backbone, so that it cannot be quantized.")
+    if kind_of(Checkpoint(backbone)) == STREAMS_ONLY:
+        raise ValueError(f"The backbone {backbone} of {source} holds streams only, and has none itself.")
+    model = _load_quantized(backbone, options)
     if has_streams(model):
         model = parscale.unwrap(model)
-    return load(checkpoint, backbone=model)
+    return load(source, backbone=model)
 
 
 def _quantization(quantize: str) -> Any:

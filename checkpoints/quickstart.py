@@ -31,6 +31,8 @@ from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.text import Document, pack, split
 from parscale.checkpoints.tokens import vocabulary_of
+from parscale.console import Terminal
+from parscale.pretrained import read_pretrained
 from parscale.writing import require_new_folder, staged
 
 PROMPT = "def read_config(path):\n"
@@ -123,12 +125,12 @@ def run(
         ValueError: `output` holds something, or there is too little text.
     """
     start = time.perf_counter()
-    settings, console = settings or Settings(), console or Console()
+    settings, console = settings or Settings(), console or Terminal()
     require_new_folder(output)
     with staged(output, last="report.json", new=True) as folder:
         source = str(model_path or small_model_path())
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        backbone: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = read_pretrained(AutoTokenizer, source)
+        backbone: Any = read_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
         if torch.cuda.is_available():
             backbone.to("cuda")
         texts = texts or standard_texts(settings.code_characters, settings.prose_characters)

@@ -15,6 +15,8 @@ from parscale.auto import class_named
 from parscale.backbones import writes_text
 from parscale.checkpoints.describe import PLAIN, kind_of
 from parscale.folders import CONFIG, Checkpoint
+from parscale.loading import load_plain_model
+from parscale.pretrained import read_pretrained
 
 STREAMS_OFF = "off"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
@@ -87,12 +89,9 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool 
         ValueError: its files are damaged or do not fit its configuration, or it needs code of its own.
     """
     checkpoint = Checkpoint(source)
-    if checkpoint.folder is not None:
-        checkpoint.weights()  # damage is found here, before any weight is allocated
     reader: Any = _own_class(checkpoint) if any_task else AutoModelForCausalLM
-    options |= {} if reader is not AutoModelForCausalLM else {"trust_remote_code": False}
     try:
-        loaded: Any = reader.from_pretrained(source, dtype=dtype or "auto", output_loading_info=True, **options)
+        model, report = load_plain_model(checkpoint, reader, dtype=dtype or "auto", **options)
     except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:  # of tensors in other shapes than the configuration says
@@ -100,7 +99,6 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool 
     except Exception as error:  # whatever a configuration without sense leads to
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"No model can be made of {source}, its {CONFIG} is damaged ({problem}).") from error
-    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{source} lacks {_few(missing)}: it is damaged, or no {type(model).__name__}.")
     if unknown := sorted(report["unexpected_keys"]):
@@ -126,7 +124,7 @@ def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        return read_pretrained(AutoTokenizer, checkpoint)
     except Exception as error:
         raise ValueError(f"The tokenizer of {checkpoint} cannot be read: {error}") from error
 

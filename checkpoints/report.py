@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 Report = Mapping[str, Any]
@@ -27,9 +26,9 @@ def print_report(report: Report, console: Console) -> None:
         console.print(figures["written"], highlight=False, markup=False)
     console.rule()
     console.print(
-        f"Took {report['seconds']:.0f} seconds. The models, report.json and report.png are in "
-        f"{escape(report['output'])}.",
+        f"Took {report['seconds']:.0f} seconds. The models, report.json and report.png are in {report['output']}.",
         highlight=False,
+        markup=False,
     )
 
 

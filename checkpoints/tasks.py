@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +55,10 @@ def evaluate_tasks(
         limit: questions of each task at most, or below 1 the share of them; for trying out only.
         batch_size: questions in a batch.
         sequence_length: tokens the model sees at once; by default as many as it has positions for.
-        include_path: a folder with task files of your own.
-        confirm_run_unsafe_code: whether tasks may run the code that the model writes.
+        include_path: a folder with task files of your own. These, and those given by their path, can run code on this
+            machine when lm-eval reads them (`!function`, templates): a warning names them first.
+        confirm_run_unsafe_code: whether tasks may run the code that the model writes. It has no say in what task files
+            run.
 
     Returns:
         lm-eval's results, as it writes them to files, with `"parscale"`: what :func:`stamp` says. Can be written as
@@ -68,8 +71,10 @@ def evaluate_tasks(
     """
     _check_numbers(num_fewshot, limit, batch_size)
     length = None if sequence_length is None else checked_length(model, sequence_length)
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"There is no folder {include_path}; give one that holds task files (.yaml).")
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"There is no folder {include_path}; give one that holds task files (.yaml).")
+        _warn_of_code(Path(include_path), [path for path in Path(include_path).rglob("*") if path.suffix in _YAML])
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -208,7 +213,20 @@ def _task_file(path: Path) -> Path:
         raise ValueError(f"{path} is not text in UTF-8: byte {error.start} cannot be read.") from error
     if re.search(r"^group:", text, re.MULTILINE):  # lm-eval reads single tasks by their path
         raise ValueError(f"{path} describes a group; give its folder as --include-path, and its name as the task.")
+    _warn_of_code(path, [path])
     return path
+
+
+def _warn_of_code(given: Path, files: Sequence[Path]) -> None:
+    """Says that task files can run code, before lm-eval reads them, and what they name."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
+    functions = sorted({name for text in texts for name in re.findall(r"!function\s+[\"']?([\w./-]+)", text)})
+    named = f" It names {', '.join(functions[:3])}{' and more' if len(functions) > 3 else ''}." if functions else ""
+    warnings.warn(
+        f"lm-eval runs code that task files hold or name, with and without --confirm-run-unsafe-code: read {given} "
+        f"first if others wrote it.{named}",
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager

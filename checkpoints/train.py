@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import time
 import warnings
@@ -45,7 +44,8 @@ from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
 from parscale.checkpoints.tokens import vocabulary_of
 from parscale.checkpoints.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
-from parscale.parallel import whole_shape
+from parscale.console import Terminal
+from parscale.counting import parameter_sizes
 
 REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 
@@ -90,7 +90,7 @@ def train(
     """
     run = Run(output)
     try:
-        return _train_in(run, checkpoint, settings, resume, command, name, console or Console(stderr=True))
+        return _train_in(run, checkpoint, settings, resume, command, name, console or Terminal(stderr=True))
     finally:
         run.release()
 
@@ -168,14 +168,14 @@ def _train_in(
     divergence.scaled = getattr(trainer.accelerator, "scaler", None) is not None
     _train(trainer, run, newest, watch, interruption)
 
-    sizes = [(math.prod(whole_shape(p)), p.requires_grad) for p in trainer.bare_model().parameters()]
+    sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
     unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
     if state.is_main_process:
         figures = {
             "output": str(run.folder),
-            "trained_parameters": sum(size for size, trains in sizes if trains),
-            "parameters": sum(size for size, _ in sizes),
+            "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
+            "parameters": sum(sizes.values()),
             "losses": losses_by_text(run.metrics()),
             "tokens_per_second": watch.tokens_per_second,
             "seconds": round(time.perf_counter() - start, 1),

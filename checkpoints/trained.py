@@ -25,8 +25,7 @@ from parscale.checkpoints.divergence import first_not_finite
 from parscale.checkpoints.reading import load_any
 from parscale.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
 from parscale.naming import part_of
-
-ADAPTER = "adapter_model.safetensors"
+from parscale.pretrained import ADAPTER, read_adapter
 
 
 def is_adapted(model: Any) -> bool:
@@ -97,9 +96,7 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
     """
     model = load_any(checkpoint)
     if (trained / ADAPTER).exists():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(trained)).merge_and_unload()
+        model = read_adapter(model, trained).merge_and_unload()
         if has_streams(model):
             _load_streams(model, trained)
     else:

@@ -30,6 +30,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from parscale.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
+from parscale.pretrained import read_pretrained
+from parscale.values import check_values
 
 AUTO_CLASSES: dict[str, Any] = {
     name: auto
@@ -56,6 +58,7 @@ class Recipe:
         In memory ``model_type`` is the backbone's, by which transformers finds tokenizers and much else; the class, and
         what it writes, has the checkpoint's.
         """
+        check_values(config_dict.get("_name_or_path") or "a checkpoint", config_dict, None)
         names = config_dict.get("architectures")
         register_architecture(names[0] if isinstance(names, list) and names else None)
         return config_class(cls.backbone_type).from_dict(config_dict | {"model_type": cls.backbone_type}, **kwargs)
@@ -194,6 +197,15 @@ def class_named(name: Any) -> Any:
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
+def class_read_by(reader: Any, config: Any) -> Any:
+    """The class of the model that an ``AutoModel...``, or a class itself, makes of a configuration; ``None``: none."""
+    if not hasattr(reader, "_model_mapping"):
+        return reader
+    classes = {cls.__name__: cls for cls in _classes(reader, type(config))}
+    named = [name for name in getattr(config, "architectures", None) or () if name in classes]
+    return classes[named[0]] if named else next(iter(classes.values()), None)
+
+
 def _classes(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     """The classes that an ``AutoModel...`` may make of a configuration."""
     if config not in auto._model_mapping:
@@ -214,7 +226,7 @@ class ParScaleModelConfig:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As ``AutoConfig.from_pretrained``."""
         kwargs.pop("_from_auto", None)
-        return AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return read_pretrained(AutoConfig, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -235,7 +247,7 @@ class ParScaleModel:
 
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = read_pretrained(AutoConfig, pretrained_model_name_or_path, **hub)
         plain = backbone_config(config)
         backbone = backbone_class(config, plain)
         readers = _readers(backbone, type(plain)) if cls.auto else []

@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from parscale.auto import backbone_config
-from parscale.config import NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
+from parscale.config import NUM_STREAMS, ParScaleConfig
 from parscale.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
 from parscale.naming import PARAMETERS
-from parscale.streams import DEFAULT
 
-
-def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
-    """P, T, the smoothing and so on.
-
-    Raises:
-        ValueError: one is missing, of the wrong type or out of range.
-    """
-    try:
-        return ParScaleConfig.from_fields(fields)
-    except ValueError as error:
-        raise ValueError(f"The configuration of {checkpoint} is damaged: {error}") from error
-
-
-def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """The active set's name (``None``: none is active) and the further sets' of a full checkpoint.
-
-    Raises:
-        ValueError: what should be a name is none, or one appears twice.
-    """
-    name, further = fields.get(SET_NAME, DEFAULT), fields.get(SETS, [])
-    names = further if name is None else [name, *further] if isinstance(further, list) else None
-    if not isinstance(names, list) or not all(isinstance(x, str) and re.fullmatch(SET_PATTERN, x) for x in names):
-        raise ValueError(f"{CONFIG} of {checkpoint} should name sets of streams, and names {name!r} and {further!r}.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{CONFIG} of {checkpoint} names a set of streams twice: {', '.join(names)}.")
-    return name, further
+_REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
 
 
 def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> None:
@@ -102,30 +81,6 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
             )
 
 
-def check_counts(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuses numbers of layers, labels and so on that are absurd, before a configuration class counts up to them.
-
-    Args:
-        checkpoint: a full one.
-        fields: of its ``config.json``, or of a part of it.
-        tensors: in the checkpoint's files.
-
-    Raises:
-        ValueError: names the field.
-    """
-    held = sum(tensor.numel for tensor in tensors.values())
-    for key, value in ((str(key), value) for key, value in fields.items()):  # labels are by number
-        if isinstance(value, dict):
-            check_counts(checkpoint, value, tensors)
-            continue
-        most = max(len(tensors), 2**10) if "layer" in key else max(held, 2**24)
-        if isinstance(value, int) and value > most and re.search(r"^(num|n|d)_|_(layers?|size|dim)$", key):
-            raise ValueError(
-                f"{CONFIG} of {checkpoint} says {key} = {value}, and its files hold {held} numbers in {len(tensors)} "
-                "tensors: it is damaged."
-            )
-
-
 def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuses a configuration that describes a far larger model than the files hold, before it is allocated.
 
@@ -138,7 +93,7 @@ def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[s
     Raises:
         ValueError: it does, or it describes no model at all.
     """
-    model = _on_meta(checkpoint, cls, config)
+    model = _on_meta(checkpoint, cls, config, len(tensors))
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(tensor.numel for tensor in tensors.values())
     if described > 4 * held + 2**24:
@@ -150,7 +105,7 @@ def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[s
 
 def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Tensors that have another shape in the files than the configuration says; arguments as :func:`check_size`."""
-    described = _on_meta(checkpoint, cls, config).state_dict()
+    described = _on_meta(checkpoint, cls, config, len(tensors)).state_dict()
     return [
         f"{name} is {tensors[name].shape} in the files and should be {tuple(described[name].shape)}"
         for name in sorted(described.keys() & tensors.keys())
@@ -177,9 +132,35 @@ def configuration_of(checkpoint: Checkpoint, faults: tuple[type[Exception], ...]
         ) from error
 
 
-def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any) -> Any:
-    """The backbone that the configuration describes, without weights."""
-    with configuration_of(checkpoint), torch.device("meta"):
+def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
+    """The backbone that the configuration describes, without weights.
+
+    Args:
+        checkpoint: for the error.
+        cls: the backbone's class.
+        config: the backbone's.
+        parts: tensors in the checkpoint's files; a model of far more is refused while it is built.
+    """
+    with configuration_of(checkpoint), torch.device("meta"), _few_modules(16 * parts + 2**12):
         config = backbone_config(config)
         config._attn_implementation = "eager"  # the one that needs nothing installed
         return cls(config)
+
+
+@contextmanager
+def _few_modules(most: int) -> Iterator[None]:
+    """In this block this thread makes models of at most so many modules and parameters."""
+    thread, count = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > most:
+            raise ValueError(f"it describes more than {most} modules and parameters")
+
+    hooks = [register(counted) for register in _REGISTRATIONS]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

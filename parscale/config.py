@@ -22,6 +22,7 @@ TRANSFORM, RANK = "parscale_transform", "parscale_rank"  # without the first, "p
 FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK)
 # Of a full checkpoint only: the active set's name, if not "default" (null: no set is active), and the further sets'.
 SET_NAME, SETS = "parscale_name", "parscale_sets"
+DEFAULT_SET = "default"
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 RELEASED_SMOOTHING = 0.01
 RELEASED_PREFIX_LENGTH = 48

@@ -11,20 +11,23 @@ plain backbone   ``config.json`` without ``parscale_n``; refused
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from parscale.config import NUM_STREAMS
+from parscale.config import DEFAULT_SET, NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
 from parscale.headers import StoredTensor, read_header
+from parscale.untrusted import brief, parse_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
+BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second as seen from the folder
 FULL, STREAMS_ONLY = "full", "streams only"
 TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is the backbone's and this
 INFIX = "ParScale"  # in the name of a full checkpoint's class
@@ -33,7 +36,7 @@ CAUSAL_LM = f"{INFIX}ForCausalLM"  # with which that of a causal language model 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
-_LARGEST_JSON = 100 * 2**20
+_LARGEST_JSON, _LARGEST_INDEX = 16 * 2**20, 64 * 2**20
 
 
 class Checkpoint:
@@ -96,10 +99,13 @@ class Checkpoint:
         """Where a file lies, fetched if the checkpoint is on the Hub; ``None`` if there is none.
 
         Raises:
+            ValueError: it is no regular file.
             OSError: the Hub has the repository but does not give the file.
         """
         if self.folder is not None:
-            return self.folder / name if (self.folder / name).is_file() else None
+            path = self.folder / name
+            require_regular(path)
+            return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, name, **{k: v for k, v in self.hub.items() if k != "proxies"}))
         except LocalEntryNotFoundError:  # no answer: asking for the next file would wait as long again
@@ -183,20 +189,109 @@ class Checkpoint:
             raise ValueError(f"{index} should hold an object 'metadata' and an object 'weight_map'.")
         for shard in places.values():
             if not _is_plain_name(shard):
-                raise ValueError(f"{index} names the shard {shard!r}: a shard lies in the folder of its index.")
+                raise ValueError(
+                    f"{index} names the shard {brief(repr(shard))}: a shard lies in the folder of its index."
+                )
+        shards: dict[str, set[str]] = {}
+        for name, shard in places.items():
+            shards.setdefault(shard, set()).add(name)
         tensors: dict[str, StoredTensor] = {}
-        for shard in sorted(set(places.values())):
+        for shard, indexed in sorted(shards.items()):
             path = self.file(shard)
             if path is None:
                 raise FileNotFoundError(f"{self} has no {shard}, which {index.name} names: copy it there again.")
             header = read_header(path)
-            indexed = {name for name, place in places.items() if place == shard}
             if indexed != header.keys():
                 name = min(indexed ^ header.keys())
                 where = "the index alone" if name in indexed else "the shard alone"
-                raise ValueError(f"{index.name} and {shard} of {self} do not agree: {name} is in {where}.")
+                raise ValueError(f"{index.name} and {shard} of {self} do not agree: {brief(name)} is in {where}.")
             tensors |= header
         return tensors
+
+
+def require_regular(path: Path) -> None:
+    """Refuses what waits for a writer or never ends, before it is opened; what is not there, and a folder, pass.
+
+    Raises:
+        ValueError: the path leads to a named pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, or no name of a file
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        what = kinds.get(stat.S_IFMT(mode), "a device")
+        raise ValueError(f"{path} is {what}, which is not opened: a checkpoint holds regular files. Copy it again.")
+
+
+def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
+    """P, T, the smoothing and so on.
+
+    Raises:
+        ValueError: one is missing, of the wrong type or out of range.
+    """
+    try:
+        return ParScaleConfig.from_fields(fields)
+    except ValueError as error:
+        raise ValueError(f"The configuration of {checkpoint} is damaged: {error}") from error
+
+
+def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
+    """The name of the set in a streams-only checkpoint, from its ``parscale_config.json``.
+
+    Raises:
+        ValueError: what should be a name is none.
+    """
+    name = fields.get("name", DEFAULT_SET)
+    if not _is_set_name(name):
+        raise ValueError(
+            f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, and names {brief(repr(name))}."
+        )
+    return name
+
+
+def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """The active set's name (``None``: none is active) and the further sets' of a full checkpoint.
+
+    Raises:
+        ValueError: what should be a name is none, or one appears twice.
+    """
+    name, further = fields.get(SET_NAME, DEFAULT_SET), fields.get(SETS, [])
+    names = further if name is None else [name, *further] if isinstance(further, list) else None
+    if not isinstance(names, list) or not all(map(_is_set_name, names)):
+        raise ValueError(
+            f"{CONFIG} of {checkpoint} should name sets of streams, and names {brief(repr(name))} and "
+            f"{brief(repr(further))}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{CONFIG} of {checkpoint} names a set of streams twice: {brief(', '.join(names))}.")
+    return name, further
+
+
+def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | None:
+    """Where the backbone of a streams-only checkpoint is: a folder, or a name on the Hub; ``None``: it is not said.
+
+    A relative path starts from the checkpoint's folder; if nothing is there, from the working directory. Where the
+    backbone was when the streams were saved counts first, then where it lay as seen from them: both folders may have
+    moved together.
+
+    Args:
+        checkpoint: streams only.
+        fields: of its ``parscale_config.json``.
+    """
+    named = [fields.get(field) for field in (BACKBONE, BACKBONE_PATH)]
+    names = [name for name in named if isinstance(name, str) and name]
+    if checkpoint.folder is not None:
+        for name in names:
+            place = os.path.normpath(checkpoint.folder / name)
+            if os.path.isdir(place):
+                return place
+    return names[0] if names else None
+
+
+def _is_set_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(SET_PATTERN, name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -205,11 +300,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not JSON, or not an object.
     """
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path} is of {path.stat().st_size} bytes, too large for what it should be.")
+    largest = _LARGEST_INDEX if path.name.startswith(WEIGHTS) else _LARGEST_JSON
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path} is of {path.stat().st_size} bytes, and at most {largest} are read.")
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        contents = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): it is damaged, copy or save it again.") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path} should hold a JSON object, and holds {type(contents).__name__}.")

@@ -6,14 +6,15 @@ The format: 8 bytes with the header's length, the header as JSON, then the tenso
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-_LARGEST_HEADER = 100 * 2**20  # the library's own limit
+from parscale.untrusted import brief, parse_json
+
+_LARGEST_HEADER = 16 * 2**20  # 100,000 tensors; the library's own limit, 100 MB, is minutes of reading
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _KEYS = ("dtype", "shape", "data_offsets")
 _BYTES = {
@@ -37,6 +38,11 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one of its numbers; 1 where the format packs several into a byte."""
+        return _BYTES.get(self.dtype, 1)
 
     @property
     def numel(self) -> int:
@@ -68,13 +74,15 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
             problem = f"its header should be {length} bytes and the file has {size}"
+            if length <= size - 8:
+                problem = f"its header is {length} bytes, and at most {_LARGEST_HEADER} are read"
             if start.startswith(_PICKLE_STARTS):
                 problem = "it looks like a pickle, which is not read because it can run any code"
             raise ValueError(f"{path} is cut short or not a safetensors file ({problem}): copy or save it again.")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text, _without_repeats)
+    except ValueError as error:
         raise ValueError(f"The header of {path} cannot be read ({error}): copy or save the file again.") from error
     if not isinstance(header, dict):
         raise ValueError(f"The header of {path} should be a JSON object, and is {type(header).__name__}.")
@@ -94,20 +102,32 @@ def _stored_tensor(path: Path, name: str, entry: Any, held: int) -> StoredTensor
     offsets: Any
     dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
     if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"The header of {path} does not describe {name} as a tensor: {str(entry)[:200]}.")
+        raise ValueError(f"The header of {path} does not describe {brief(name)} as a tensor: {brief(entry)}.")
     start, end = offsets
     if not start <= end <= held:
         raise ValueError(
-            f"{path} should hold {name} in bytes {start} to {end} after its header, but there are {held}: "
+            f"{path} should hold {brief(name)} in bytes {start} to {end} after its header, but there are {held}: "
             "it is cut short or damaged, copy or save it again."
         )
     tensor = StoredTensor(path, dtype, tuple(shape))
-    if dtype in _BYTES and end - start != tensor.numel * _BYTES[dtype]:
+    if dtype in _BYTES and end - start != _numel(shape, held) * _BYTES[dtype]:
         raise ValueError(
-            f"{path} should hold {name} as {tensor.shape} of {dtype}, which is {tensor.numel * _BYTES[dtype]} bytes, "
-            f"in a place of {end - start}: its header is damaged."
+            f"{path} should hold {brief(name)} as {brief(tensor.shape)} of {dtype} in a place of {end - start} bytes, "
+            "which are not as many: its header is damaged."
         )
     return tensor
+
+
+def _numel(shape: list[int], most: int) -> int:
+    """The product of the sizes; where it is more than ``most``, some number above that."""
+    if 0 in shape:
+        return 0
+    count = 1
+    for size in shape:
+        count *= size
+        if count > most:
+            break
+    return count
 
 
 def _are_counts(values: Any) -> bool:

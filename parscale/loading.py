@@ -33,29 +33,41 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from parscale.auto import backbone_class, backbone_config, class_named, config_class, register_backbone
-from parscale.checks import (
-    check_counts,
-    check_fit,
-    check_size,
-    check_streams,
-    configuration_of,
-    differences,
-    numbers,
-    set_names,
+from parscale.auto import (
+    backbone_class,
+    backbone_config,
+    class_named,
+    class_read_by,
+    config_class,
+    register_backbone,
 )
+from parscale.checks import check_fit, check_size, check_streams, configuration_of, differences
 from parscale.choosing import set_streams
 from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
-from parscale.folders import CONFIG, FULL, HUB_ARGUMENTS, STREAMS_CONFIG, TYPE_SUFFIX, Checkpoint
+from parscale.folders import (
+    BACKBONE_PATH,
+    CONFIG,
+    FULL,
+    HUB_ARGUMENTS,
+    STREAMS_CONFIG,
+    TYPE_SUFFIX,
+    Checkpoint,
+    backbone_place,
+    numbers,
+    set_name,
+    set_names,
+)
 from parscale.headers import StoredTensor
 from parscale.kernels.dispatch import Impl, check_impl
 from parscale.naming import PATTERNS, part_of
+from parscale.pretrained import read_pretrained, warn_of_adapter
 from parscale.saving import FORMAT_VERSION
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.values import check_values
 from parscale.wrapping import add, attach, detach, fill
 
 _STREAMS_FIELDS = {
-    *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers"),
+    *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers", BACKBONE_PATH),
     *("base_model_name_or_path", "format_version", "name", "version"),
     *FIELDS,
 }
@@ -153,9 +165,13 @@ def _full_config(checkpoint: Checkpoint) -> Any:
         raise ValueError(f"{CONFIG} of {checkpoint} has no model_type: it is damaged.")
     config_class(model_type.removesuffix(TYPE_SUFFIX))  # says so if transformers does not know it
     register_backbone(model_type.removesuffix(TYPE_SUFFIX))
-    check_counts(checkpoint, fields, checkpoint.weights())
+    return _read_config(checkpoint, fields, checkpoint.weights())
+
+
+def _read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
+    check_values(checkpoint, fields, tensors)
     with configuration_of(checkpoint):
-        return AutoConfig.from_pretrained(checkpoint.name, trust_remote_code=False, **checkpoint.hub)
+        return read_pretrained(AutoConfig, checkpoint.name, **checkpoint.hub)
 
 
 def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -164,9 +180,10 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
     tensors = checkpoint.weights(kwargs.get("variant"))
     stored = {key: tensor for key, tensor in tensors.items() if part_of(key)}
     check_streams(checkpoint, streams, stored)
-    check_counts(checkpoint, vars(config), tensors)
+    check_values(checkpoint, vars(config), tensors)
     sets = {other: _read_streams(checkpoint.inside(other)) for other in further}
     with_info = kwargs.pop("output_loading_info", False)
+    warn_of_adapter(checkpoint)
     model, info = _load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
     with configuration_of(checkpoint, (*_FAULTS, TypeError)):
         state = attach(model)
@@ -194,9 +211,8 @@ def _load_backbone(
     with _streams_expected(cls), _report_kept(shown=tolerant) as reports:
         try:
             with configuration_of(checkpoint, _FAULTS):
-                model, info = cls.from_pretrained(
-                    checkpoint.name, *model_args, config=plain, output_loading_info=True, **checkpoint.hub | kwargs
-                )
+                options = checkpoint.hub | kwargs | {"config": plain, "output_loading_info": True}
+                model, info = read_pretrained(cls, checkpoint.name, *model_args, **options)
         except RuntimeError as error:
             if re.search(_REPORTS, str(error)) is None:
                 raise
@@ -217,7 +233,8 @@ def _load_backbone(
 def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]) -> Any:
     fields = checkpoint.read_json(STREAMS_CONFIG)
     streams, stored = _read_streams(checkpoint)
-    name = fields.get("name", DEFAULT)
+    name = set_name(checkpoint, fields)
+    warn_of_adapter(checkpoint)
     if isinstance(backbone, PreTrainedModel):
         if options:
             raise ValueError(f"backbone is a model that is loaded already: leave out {', '.join(options)}.")
@@ -256,7 +273,7 @@ def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: st
     fields = checkpoint.read_json(STREAMS_CONFIG)
     streams, stored = _read_streams(checkpoint)
     check_fit(checkpoint, fields, model.config)
-    add(model.parscale, name or fields.get("name", DEFAULT), streams, tensors=_values(model, streams, stored))
+    add(model.parscale, name or set_name(checkpoint, fields), streams, tensors=_values(model, streams, stored))
 
 
 def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
@@ -287,23 +304,42 @@ def _named_backbone(
     checkpoint: Checkpoint, fields: Mapping[str, Any], given: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> Any:
     """The backbone that was given by name or that the streams name, without streams of its own."""
-    name = fields.get("base_model_name_or_path") if given is None else os.fspath(given)
-    if not isinstance(name, str) or not name:
+    name = os.fspath(given) if given is not None else backbone_place(checkpoint, fields)
+    if not name:
         raise ValueError(f"{checkpoint} does not name its backbone: give it as backbone=, a folder or a model.")
-    if given is None and name == ".." and checkpoint.folder is not None:
-        name = os.path.normpath(checkpoint.folder / name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        base = Checkpoint(name)
+        config = _read_config(base, base.read_json(CONFIG), base.weights())
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"The backbone {name} of {checkpoint} cannot be read; give backbone=, a folder or a model. ({error})"
         ) from error
     check_fit(checkpoint, fields, config)
     if NUM_STREAMS in vars(config):
-        base = Checkpoint(name)
         return _load_backbone(base, config, base.weights(), **options)[0]
     cls = class_named(fields.get("backbone_class"))
-    return (AutoModelForCausalLM if cls is None else cls).from_pretrained(name, **options)
+    return load_plain_model(base, AutoModelForCausalLM if cls is None else cls, **options)[0]
+
+
+def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model without streams, once its files and its configuration are known to be sound, and transformers' report.
+
+    Args:
+        checkpoint: of the model.
+        reader: an ``AutoModel...`` or the model's class.
+        **options: for ``from_pretrained``.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or needs code of its own.
+        OSError: a file is not there or cannot be read.
+    """
+    tensors = checkpoint.weights(options.get("variant"))
+    config = _read_config(checkpoint, checkpoint.read_json(CONFIG), tensors)
+    cls = class_read_by(reader, config)
+    if cls is not None and getattr(config, "quantization_config", None) is None:
+        check_size(checkpoint, cls, config, tensors)
+    warn_of_adapter(checkpoint)
+    return read_pretrained(reader, checkpoint.name, output_loading_info=True, **checkpoint.hub | options)
 
 
 def _read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from typing import Any
 
@@ -14,10 +13,11 @@ from parscale.attention import CONTINUOUS_BATCHING
 from parscale.backbones import writes_text
 from parscale.choosing import freeze
 from parscale.config import PREFIX, ParScaleConfig
+from parscale.counting import parameter_sizes
 from parscale.encoded import by_source
 from parscale.kernels.aggregate import stream_weights
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
-from parscale.parallel import reshard, whole_shape
+from parscale.parallel import reshard
 from parscale.streams import ParScaleState
 
 
@@ -75,7 +75,7 @@ def freeze_backbone(model: Any) -> None:
 def print_trainable_parameters(model: Any) -> None:
     """Prints how many parameters train, of how many, in per cent, and what they are."""
     state: ParScaleState = model.parscale
-    sizes = {parameter: math.prod(whole_shape(parameter)) for parameter in model.parameters()}
+    sizes = parameter_sizes(model)
     total = sum(sizes.values())
     trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     counts = dict.fromkeys([LABELS[streams.config.transform] for streams in state.sets.values()], 0) | {"aggregator": 0}

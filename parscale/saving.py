@@ -19,11 +19,21 @@ from safetensors.torch import save_file
 from parscale import __version__
 from parscale.auto import class_in_checkpoints
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
-from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, TYPE_SUFFIX, read_json
+from parscale.folders import (
+    BACKBONE,
+    BACKBONE_PATH,
+    CONFIG,
+    STREAMS,
+    STREAMS_CONFIG,
+    TYPE_SUFFIX,
+    Checkpoint,
+    read_json,
+    set_names,
+)
 from parscale.naming import is_copy
 from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.writing import staged
+from parscale.writing import final_place, staged
 
 FORMAT_VERSION = 1
 REMOTE_CODE = Path(__file__).with_name("modeling_parscale.py")
@@ -211,7 +221,7 @@ class _StaleFiles:
         self._pattern = re.compile(rf"{weights}|model\.safetensors\.index{re.escape(infix)}\.json")
         config = folder / CONFIG
         try:
-            sets = read_json(config).get(SETS, []) if config.is_file() else []
+            sets = set_names(Checkpoint(folder), read_json(config))[1] if config.is_file() else []
         except ValueError:  # what it was is past knowing
             sets = []
         self._names = {f"{name}/{file}" for name in sets for file in (STREAMS, STREAMS_CONFIG)}
@@ -231,12 +241,14 @@ def _write_streams(
         "backbone_hidden_size": getattr(text, "hidden_size", None),
         "backbone_model_type": model.config.model_type,
         "backbone_num_layers": getattr(text, "num_hidden_layers", None),
-        "base_model_name_or_path": backbone,
+        BACKBONE: backbone,
         "format_version": FORMAT_VERSION,
         "name": streams.name,
         "version": __version__,
         **streams.config.to_fields(),
     }
+    if backbone is not None and os.path.isabs(backbone):
+        config[BACKBONE_PATH] = os.path.relpath(backbone, final_place(folder))
     _write_json(folder / STREAMS_CONFIG, config)
 
 

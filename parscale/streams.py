@@ -24,7 +24,7 @@ from parscale.aggregator import Aggregator
 from parscale.attention import AttentionLayer
 from parscale.backbones import NOISE, Hidden, find_parts, masking_noise
 from parscale.calls import Block, Blocks, Call, Calls, innermost_block, opened
-from parscale.config import ParScaleConfig
+from parscale.config import DEFAULT_SET, ParScaleConfig
 from parscale.encoded import mark_output
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
@@ -39,7 +39,8 @@ from parscale.transforms.prompt import CACHES, is_empty
 if TYPE_CHECKING:
     from parscale.adapters import AdapterStreams
 
-DEFAULT = "default"
+
+DEFAULT = DEFAULT_SET
 REPLICA = "parscale_replica"  # on nn.DataParallel's copy of a backbone or an encoder: its original, and the set
 
 

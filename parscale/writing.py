@@ -12,15 +12,20 @@ leads to stays; one in place of a sub-folder is refused.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from parscale.working import NotUndoneError, is_working_folder, working, working_folder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# The working folders of the blocks that are open, and where their files go.
+_PLACES: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar("places", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
@@ -53,7 +58,11 @@ def staged(
     with _explained(target), _folders_above(target), _working_at(target) as folder:
         work = folder / "new"
         work.mkdir()
-        yield work
+        known = _PLACES.set({**_PLACES.get(), work: final_place(target)})
+        try:
+            yield work
+        finally:
+            _PLACES.reset(known)
         if not any(work.iterdir()):
             return
         _flush_all(work)
@@ -64,6 +73,14 @@ def staged(
         else:
             os.rename(work, target)
             flush(target.parent)
+
+
+def final_place(path: str | os.PathLike[str]) -> Path:
+    """Where a path will be once no :func:`staged` block is open any more: outside of their folders, where it is."""
+    path = Path(os.path.abspath(path))
+    places = _PLACES.get()
+    above = next((folder for folder in (path, *path.parents) if folder in places), None)
+    return path if above is None else places[above] / path.relative_to(above)
 
 
 @contextlib.contextmanager

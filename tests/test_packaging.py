@@ -1,6 +1,7 @@
 """What is installed, what importing it costs, and who imports whom."""
 
 import ast
+import email
 import importlib.metadata
 import itertools
 import os
@@ -182,8 +183,12 @@ def test_the_oldest_versions_are_those_that_are_tested():
 def test_the_small_model_is_whole_and_small():
     files = {path.name: path.stat().st_size for path in (ROOT / "parscale" / "small_model").iterdir()}
     weights = {"config.json", "generation_config.json", "model.safetensors"}
-    assert files.keys() == weights | {"tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert files.keys() == weights | {"tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"}
     assert sum(files.values()) <= 8 * 10**6
+
+
+EPOCH = 10**9  # 2001-09-09, the time of the source that is built
+NO_MODULES = ("parscale.egg-info", "tools")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +200,8 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
     copy = tmp_path_factory.mktemp("source") / "parscale"
     command[-1] = str(copy)
     copy_source(copy)
-    subprocess.run(command, check=True, capture_output=True, cwd=output)
+    environment = os.environ | {"SOURCE_DATE_EPOCH": str(EPOCH)}
+    subprocess.run(command, check=True, capture_output=True, cwd=output, env=environment)
     return next(output.glob("*.tar.gz")), next(output.glob("*.whl"))
 
 
@@ -228,15 +234,62 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions):
 
 
 @pytest.mark.slow
+def test_the_wheel_says_its_licences(distributions):
+    """Its own, and that of what the small model learnt."""
+    _, wheel = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+        texts = {
+            path: archive.read(f"{name.removesuffix('METADATA')}licenses/{path}").decode()
+            for path in metadata.get_all("License-File")
+        }
+    assert metadata["License-Expression"] == "Apache-2.0 AND PSF-2.0"
+    assert texts.keys() == {"LICENSE", "parscale/small_model/LICENSE"}
+    assert "Apache License" in texts["LICENSE"]
+    assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in texts["parscale/small_model/LICENSE"]
+    assert "Python Software Foundation;\nAll Rights Reserved" in texts["parscale/small_model/LICENSE"]
+
+
+@pytest.mark.slow
+def test_builds_elsewhere_and_at_another_time_have_the_same_bytes(distributions, tmp_path):
+    """From files with other times and modes, in another folder, under another umask."""
+    copy = tmp_path / "elsewhere"
+    copy_source(copy)
+    for path in copy.rglob("*"):
+        os.utime(path, (10**9, 10**9))
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(copy)]
+    environment = os.environ | {"SOURCE_DATE_EPOCH": str(EPOCH)}
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment, umask=0o077)
+    for built in distributions:
+        assert (tmp_path / "dist" / built.name).read_bytes() == built.read_bytes(), built.name
+
+
+@pytest.mark.slow
+def test_archives_bear_the_time_of_the_source(distributions):
+    source, wheel = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        assert {(entry.date_time, entry.external_attr >> 16) for entry in archive.infolist()} == {
+            ((2001, 9, 9, 1, 46, 40), 0o100644)
+        }
+    with tarfile.open(source) as archive:
+        assert {(entry.mtime, entry.uid, entry.gid, entry.uname) for entry in archive} == {(EPOCH, 0, 0, "")}
+        assert {entry.mode for entry in archive} == {0o644, 0o755}
+    assert int.from_bytes(source.read_bytes()[4:8], "little") == EPOCH
+
+
+@pytest.mark.slow
 def test_the_source_distribution_holds_the_source_and_nothing_else(distributions):
     source, _ = distributions
     with tarfile.open(source) as archive:
         inside = {PurePosixPath(*PurePosixPath(entry.name).parts[1:]) for entry in archive if entry.isfile()}
     folders = {path.parts[0] for path in inside if len(path.parts) > 1}
-    assert folders == {"parscale", "kernels", "checkpoints", "scaling_laws", "parscale.egg-info"}
+    assert folders == {"parscale", "kernels", "checkpoints", "scaling_laws", "parscale.egg-info", "tools"}
     loose = {str(path) for path in inside if len(path.parts) == 1}
     assert loose == {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
-    sources = {str(path) for path in inside if len(path.parts) > 1 and path.parts[0] != "parscale.egg-info"}
+    assert {str(path) for path in inside if path.parts[0] == "tools"} == {"tools/reproducible.py"}
+    sources = {str(path) for path in inside if len(path.parts) > 1 and path.parts[0] not in NO_MODULES}
     assert len(sources) == len(expected_files())
 
 

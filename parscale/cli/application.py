@@ -26,6 +26,7 @@ from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
+from parscale.terminal import shown, shown_streams
 
 app = typer.Typer(
     name="parscale",
@@ -77,11 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Bad input is reported as one line on standard error. Any other exception is a fault of the program and keeps its
     traceback.
     """
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    try:
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+    except Exception:
+        sys.stderr.write(shown(traceback.format_exc()))
+        code = 1
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """As `main`, but returns the exit code."""
+    with shown_streams():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         with _ended_by_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning

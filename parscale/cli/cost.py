@@ -124,7 +124,7 @@ def _config_file(source: str) -> Path:
     """The `config.json` that a user names; of streams only, their backbone's. An `OSError` or `ValueError` says there
     is none.
     """
-    from parscale.folders import CONFIG, STREAMS_CONFIG, Checkpoint
+    from parscale.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
 
     if Path(source).exists() and not Path(source).is_dir():
         return Path(source)
@@ -141,7 +141,12 @@ def _config_file(source: str) -> Path:
         raise FileNotFoundError(
             f"There is no {CONFIG} at {source}; give a config.json, a checkpoint's folder or its name on the Hub."
         )
-    backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
-    if not backbone:
+    backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    if backbone is None:
         raise ValueError(f"{source} holds streams only and names no backbone; give the backbone's config.json.")
-    return _config_file(str(backbone))
+    config = Checkpoint(backbone).file(CONFIG)
+    if config is None:
+        raise FileNotFoundError(
+            f"The backbone {backbone} of {source} has no {CONFIG}; give the backbone's config.json."
+        )
+    return config

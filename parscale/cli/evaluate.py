@@ -43,10 +43,15 @@ def evaluate(
         float | None, typer.Option(help="With --tasks: questions of each at most, or a share below 1; to try out.")
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="With --tasks: a folder of your own task files.", metavar="DIR")
+        Path | None,
+        typer.Option(help="With --tasks: a folder of your own task files, which can run code.", metavar="DIR"),
     ] = None,
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="With --tasks: run the code that the model writes.")
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code",
+            help="With --tasks: run the code that the model writes. What task files run (!function) runs without.",
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Also write all figures into this file, as JSON.", metavar="FILE")
@@ -135,10 +140,10 @@ def _measure(
 
 
 def _print_scores(figures: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from parscale.checkpoints.tasks import scores
+    from parscale.console import Terminal
 
     print_figures(figures["parscale"])
     typer.echo()
@@ -151,4 +156,4 @@ def _print_scores(figures: dict[str, Any]) -> None:
         standard_error = "-" if error is None else f"{error:.4f}"
         examples = str(figures["n-shot"].get(task, ""))
         table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
-    Console(highlight=False, markup=False, soft_wrap=True, width=WIDEST).print(table)  # lines are never cut
+    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut

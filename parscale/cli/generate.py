@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from parscale.cli.options import Checkpoint, Device, Seed, Streams
 from parscale.cli.output import quiet_libraries, waiting
+from parscale.terminal import raw_stream
 
 
 def generate(
@@ -19,7 +21,10 @@ def generate(
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Continue a text, and print it as it is written."""
+    """Continue a text, and print it as it is written.
+
+    A file or a pipe gets the text as it is; a terminal is shown control characters as escapes.
+    """
     from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
     from parscale.checkpoints.tokens import require_known, require_text, vocabulary_of
 
@@ -33,7 +38,7 @@ def generate(
         raise ValueError("The prompt holds no token. Give --prompt some text.")
     require_known(inputs["input_ids"][0].tolist(), vocabulary_of(model))
 
-    from transformers import TextStreamer, set_seed
+    from transformers import set_seed
 
     if seed is not None:
         set_seed(seed)
@@ -43,5 +48,18 @@ def generate(
         attention_mask=inputs["attention_mask"],  # by name: some tokenizers also return what not every model takes
         **sampling,
         max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=_streamer(tokenizer),
     )
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """What prints each piece of text once it is whole."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            stream = sys.stdout if sys.stdout.isatty() else raw_stream(sys.stdout)
+            stream.write(text + ("\n" if stream_end else ""))
+            stream.flush()
+
+    return Streamer(tokenizer, skip_special_tokens=True)

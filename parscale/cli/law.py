@@ -178,12 +178,13 @@ def sweep(
 @contextmanager
 def _progress(runs: Sequence[Run]) -> Iterator[Report]:
     """A bar over all runs on standard error, by the arithmetic that each takes."""
-    from rich.console import Console
     from rich.progress import Progress
+
+    from parscale.console import Terminal
 
     weights = {run: run.layers * run.hidden**2 * run.streams * run.tokens for run in runs}
     shares = dict.fromkeys(runs, 0.0)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Terminal(stderr=True)) as progress:
         bar = progress.add_task(f"{len(runs)} runs", total=sum(weights.values()))
 
         def report(run: Run, share: float) -> None:
@@ -212,8 +213,9 @@ def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """A table with a column for each name in any of the rows."""
-    from rich.console import Console
     from rich.table import Table
+
+    from parscale.console import Terminal
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -221,7 +223,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Terminal(soft_wrap=True).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -45,8 +45,9 @@ def _json(figures: Mapping[str, Any]) -> str:
 
 def print_figures(figures: Mapping[str, Any]) -> None:
     """One aligned line for each figure; a nested mapping's lines are indented beneath its name."""
-    from rich.console import Console
     from rich.table import Table
+
+    from parscale.console import Terminal
 
     table = Table.grid(padding=(0, 2))
     for name, value in figures.items():
@@ -57,16 +58,17 @@ def print_figures(figures: Mapping[str, Any]) -> None:
                 table.add_row("  " + inner_name.replace("_", " "), _show(inner))
         else:
             table.add_row(label, _show(value))
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Terminal(soft_wrap=True).print(table)
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Show on a terminal's standard error that something is under way."""
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
-    with Console(stderr=True).status(escape(what)):
+    from parscale.console import Terminal
+
+    with Terminal(stderr=True).status(Text(what)):
         yield
 
 

@@ -19,11 +19,10 @@ def quickstart(
     json: Json = False,
 ) -> None:
     """Convert, post-train, compare and try a small model that this package carries; offline, in a few minutes."""
-    from rich.console import Console
-
     from parscale.checkpoints.quickstart import run
+    from parscale.console import Terminal
 
     quiet_libraries()
-    report = run(output, seed=seed, console=Console(stderr=json))
+    report = run(output, seed=seed, console=Terminal(stderr=json))
     if json:
         print_json(report)

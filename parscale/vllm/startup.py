@@ -10,9 +10,9 @@ from vllm import ModelRegistry
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-from parscale.checks import check_streams, numbers, set_names
+from parscale.checks import check_streams
 from parscale.config import NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
-from parscale.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint
+from parscale.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
 from parscale.headers import StoredTensor
 from parscale.naming import TRANSFORM_PART, part_of
 from parscale.streams import DEFAULT

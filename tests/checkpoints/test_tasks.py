@@ -1,8 +1,10 @@
 """lm-eval on models with streams: its figures follow from the model's logits, taken one text at a time."""
 
+import contextlib
 import json
 import math
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -280,3 +282,26 @@ def test_recipes(caplog):
         assert group.group == name
         assert group.task
         assert set(group.task) <= {*manager.all_groups, *manager.all_subtasks} - recipes.keys()
+
+
+@contextlib.contextmanager
+def errors_for_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+@pytest.mark.parametrize("how", ["a file", "a folder"])
+def test_task_files_that_can_run_code_are_named_before_they_do(tokenizer, tmp_path, how):
+    """lm-eval calls what a file names by `!function` while it reads the file."""
+    ran = tmp_path / "ran"
+    (tmp_path / "trap.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('it ran')\n")
+    path = tmp_path / "trap.yaml"
+    path.write_text("task: trap\noutput_type: loglikelihood_rolling\ncustom_dataset: !function trap.load\n")
+    given, options = (path, {}) if how == "a file" else ("trap", {"include_path": tmp_path})
+    with errors_for_warnings(), pytest.raises(UserWarning, match=r"run-unsafe-code: read .*It names trap\.load"):
+        evaluate_tasks(build(None), tokenizer, [str(given)], limit=1, **options)
+    assert not ran.exists()
+    with pytest.warns(UserWarning, match="lm-eval runs code"), pytest.raises(ValueError, match="it ran"):
+        evaluate_tasks(build(None), tokenizer, [str(given)], limit=1, **options)
+    assert ran.exists()
