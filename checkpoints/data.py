@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints.files import below, is_text, read_text, require_file, shown, suffix_of
+from parscale.checkpoints.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
 from parscale.checkpoints.rows import JSON, SEPARATED, has_rows, text_of, texts_of_rows
 from parscale.checkpoints.text import Document
 
@@ -193,10 +193,19 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
 
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_read(name, rows), 1):
         text = text_of(f"{name}, row {number}", row, text_column)
         if text.strip():
             yield f"{name}:{number}", text
+
+
+def _read(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds where a dataset is streamed: a damaged file, another column type
+        raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
 
 
 def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
@@ -208,9 +217,8 @@ def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(path, config, split="train", streaming=streaming)
     except Exception as error:  # of many kinds: no such name, no network, no such configuration
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name} is neither a file nor a folder here, nor a dataset that can be loaded: {problem}"
+            f"{name} is neither a file nor a folder here, nor a dataset that can be loaded: {first_line(error)}"
         ) from error
 
 

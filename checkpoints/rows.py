@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parscale.checkpoints.files import open_bytes, open_text, read_text, shown, suffix_of
+from parscale.checkpoints.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
 from parscale.checkpoints.tokens import require_text
 
 Row = tuple[str, str, dict[str, Any]]  # where it stands, as an error says it; the name of its document; its columns
@@ -189,5 +189,4 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow has many kinds for damage, and Python one for text that is not UTF-8
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{shown(path)} cannot be read: {problem}") from error
+        raise ValueError(f"{shown(path)} cannot be read: {first_line(error)}") from error

@@ -80,8 +80,14 @@ def separated(delimiter):
         ("a.csv", "\n" + separated(",").replace("\r\n", "\n")),
     ],
 )
-@pytest.mark.parametrize("compression", COMPRESSED)
-@pytest.mark.parametrize("encoding", MARKS)
+@pytest.mark.parametrize(
+    ("compression", "encoding"),
+    [
+        *(("", encoding) for encoding in MARKS),
+        *((compression, "utf-8") for compression in COMPRESSED),
+        (".gz", "utf-16"),
+    ],
+)
 def test_rows_are_documents_in_any_form(tmp_path, name, contents, compression, encoding):
     path = tmp_path / f"{name}{compression}"
     path.write_bytes(COMPRESSED[compression](MARKS[encoding] + contents.encode(encoding)))
@@ -405,3 +411,13 @@ def test_a_damaged_archive_is_always_said_to_be_one(tmp_path):
                 assert str(path) in said
             else:  # such as the time in a header
                 assert found == ["first", "s\u00e9cond\nline"] * 3 or ending == ".zst"
+
+
+def test_a_dataset_that_breaks_off_is_named(monkeypatch):
+    def rows():
+        yield {"text": "first"}
+        raise datasets.exceptions.DatasetGenerationError("a shard is damaged\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    with pytest.raises(ValueError, match=r"^wikitext cannot be read: a shard is damaged$"):
+        list(open_source("wikitext"))
