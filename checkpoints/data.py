@@ -46,13 +46,13 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
     Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (``.gz``, ``.bz2``,
     ``.xz``, ``.zst``). What a file holds is told by the ending of its name:
 
-    ======================= ==========================================================================================
-    ``.jsonl``, ``.ndjson`` JSON Lines; each row is a document
-    ``.json``               the same, or a list of rows, or an object that holds one such list; each row is a document
-    ``.csv``, ``.tsv``      values with a header; each row is a document
-    ``.parquet``, ``.arrow``  a table; each row is a document
-    any other               text, which is one document
-    ======================= ==========================================================================================
+    ======================== =========================================================================================
+    ``.jsonl``, ``.ndjson``  JSON Lines; each row is a document
+    ``.json``                the same, or a list of rows, or an object that holds one such list
+    ``.csv``, ``.tsv``       a header, then rows; each row is a document
+    ``.parquet``, ``.arrow`` a table; each row is a document
+    any other                text, which is one document
+    ======================== =========================================================================================
 
     Args:
         name: a file; a folder, of which every such file that is not hidden counts, also by links to folders; or
@@ -149,15 +149,14 @@ def _folder(folder: Path, text_column: str) -> Source:
         why = "".join(f" {problem}" for problem in useless[:1])
         raise ValueError(f"The folder {shown(folder)} holds no file with text ({count} files were looked at).{why}")
     for what, names in (
-        ("files are not text", other),
-        ("files have no rows that can be read", useless),
-        ("files and folders are links to a folder that is read already", [shown(path) for path in found.again]),
+        (f"of {count} files are not text", other),
+        (f"of {count} files have no rows that can be read", useless),
+        ("links lead to a folder that is read already", [shown(path) for path in found.again]),
     ):
         if names:
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
-                f"{shown(folder)}: {len(names)} of {count} {what}, and are left out: {'; '.join(names[:3])}{more}.",
-                stacklevel=3,
+                f"{shown(folder)}: {len(names)} {what}, and are left out: {'; '.join(names[:3])}{more}.", stacklevel=3
             )
     return Source(
         shown(folder),
