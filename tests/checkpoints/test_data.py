@@ -238,6 +238,8 @@ def write(path, contents):
         ("a.jsonl", b'{"text": "cut \\ud83d"}', "a.jsonl, line 1: character 5 is '\\ud83d', half of a character"),
         ("a.json", b'[{"text": "cut \\ud83d"}]', "a.json, row 1: character 5 is '\\ud83d', half of a character"),
         ("a.csv", b"id,body\n1,a\n", "line 2, has no column 'text'; it has: 'id', 'body'. Name the one"),
+        ("a.csv", b"text,text\na,b\n", "a.csv, line 1, names the column 'text' twice; leave one of them out"),
+        ("a.jsonl", json.dumps(dict.fromkeys(map(str, range(999)))).encode(), "'18', '19' and 979 more. Name the one"),
         ("a.csv", b"id,text\n1,a,b\n", "a.csv, line 2, has 3 cells, and the header names 2 columns"),
         ("a.tsv", b"id\ttext\n1\n", "a.tsv, line 2, has 1 cells, and the header names 2 columns"),
         ("a.csv", b'text\n"a" b\n', "a.csv, line 2, cannot be read"),
