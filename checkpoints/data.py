@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints.files import below, is_text, read_text, require_file, shown, suffix_of
+from parscale.checkpoints.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
 from parscale.checkpoints.rows import JSON, SEPARATED, has_rows, text_of, texts_of_rows
 from parscale.checkpoints.text import Document
 
@@ -46,13 +46,13 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
     Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (``.gz``, ``.bz2``,
     ``.xz``, ``.zst``). What a file holds is told by the ending of its name:
 
-    ======================= ==========================================================================================
-    ``.jsonl``, ``.ndjson`` JSON Lines; each row is a document
-    ``.json``               the same, or a list of rows, or an object that holds one such list; each row is a document
-    ``.csv``, ``.tsv``      values with a header; each row is a document
-    ``.parquet``, ``.arrow``  a table; each row is a document
-    any other               text, which is one document
-    ======================= ==========================================================================================
+    ======================== =========================================================================================
+    ``.jsonl``, ``.ndjson``  JSON Lines; each row is a document
+    ``.json``                the same, or a list of rows, or an object that holds one such list
+    ``.csv``, ``.tsv``       a header, then rows; each row is a document
+    ``.parquet``, ``.arrow`` a table; each row is a document
+    any other                text, which is one document
+    ======================== =========================================================================================
 
     Args:
         name: a file; a folder, of which every such file that is not hidden counts, also by links to folders; or
@@ -149,15 +149,14 @@ def _folder(folder: Path, text_column: str) -> Source:
         why = "".join(f" {problem}" for problem in useless[:1])
         raise ValueError(f"The folder {shown(folder)} holds no file with text ({count} files were looked at).{why}")
     for what, names in (
-        ("files are not text", other),
-        ("files have no rows that can be read", useless),
-        ("files and folders are links to a folder that is read already", [shown(path) for path in found.again]),
+        (f"of {count} files are not text", other),
+        (f"of {count} files have no rows that can be read", useless),
+        ("links lead to a folder that is read already", [shown(path) for path in found.again]),
     ):
         if names:
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
-                f"{shown(folder)}: {len(names)} of {count} {what}, and are left out: {'; '.join(names[:3])}{more}.",
-                stacklevel=3,
+                f"{shown(folder)}: {len(names)} {what}, and are left out: {'; '.join(names[:3])}{more}.", stacklevel=3
             )
     return Source(
         shown(folder),
@@ -193,10 +192,19 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
 
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_read(name, rows), 1):
         text = text_of(f"{name}, row {number}", row, text_column)
         if text.strip():
             yield f"{name}:{number}", text
+
+
+def _read(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds where a dataset is streamed: a damaged file, another column type
+        raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
 
 
 def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
@@ -208,9 +216,8 @@ def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(path, config, split="train", streaming=streaming)
     except Exception as error:  # of many kinds: no such name, no network, no such configuration
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name} is neither a file nor a folder here, nor a dataset that can be loaded: {problem}"
+            f"{name} is neither a file nor a folder here, nor a dataset that can be loaded: {first_line(error)}"
         ) from error
 
 

@@ -76,6 +76,11 @@ def shown(path: str | os.PathLike[str]) -> str:
     return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def suffix_of(path: Path) -> str:
     """The ending that tells what a file holds, in lower case, without a compression's: `".json"` of `a.JSON.gz`."""
     name = Path(path.name.lower())

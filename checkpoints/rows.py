@@ -10,10 +10,11 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parscale.checkpoints.files import open_bytes, open_text, read_text, shown, suffix_of
+from parscale.checkpoints.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
 from parscale.checkpoints.tokens import require_text
 
 Row = tuple[str, str, dict[str, Any]]  # where it stands, as an error says it; the name of its document; its columns
@@ -24,6 +25,7 @@ TABLES = (".parquet", ".arrow")
 ENDINGS = (JSON, *JSON_LINES, *SEPARATED, *TABLES)
 _ARROW_FILE = b"ARROW1"  # begins a file of Arrow, and no stream
 _SPACE = re.compile(r"[ \t\r\n]*")
+_MOST_NAMES, _LONGEST_NAME = 20, 60  # of columns, and characters of each, in an error
 _LONGEST_CELL = 2**31 - 1  # characters; the csv module stops at 131,072, which a document may exceed
 
 
@@ -47,7 +49,7 @@ def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
     if suffix in TABLES:
         rows = _table(path, column)
     elif suffix in SEPARATED:
-        rows = _separated(path, SEPARATED[suffix])
+        rows = _separated(path, SEPARATED[suffix], column)
     else:
         rows = _json(path, column) if suffix == JSON else _json_lines(path)
     for where, name, row in rows:
@@ -70,8 +72,10 @@ def text_of(where: str, row: Any, column: str) -> str:
     if not isinstance(row, dict):
         raise ValueError(f"{where}, is no JSON object but a {type(row).__name__}; write {{{column!r}: ...}}.")
     if column not in row:
+        names = [repr(name)[:_LONGEST_NAME] for name in islice(row, _MOST_NAMES)] or ["none"]
+        more = f" and {len(row) - _MOST_NAMES:,} more" if len(row) > _MOST_NAMES else ""
         raise ValueError(
-            f"{where}, has no column {column!r}; it has: {', '.join(map(repr, row)) or 'none'}. "
+            f"{where}, has no column {column!r}; it has: {', '.join(names)}{more}. "
             "Name the one that holds the text with --text-column."
         )
     if not isinstance(row[column], str):
@@ -133,7 +137,7 @@ def _is_json(what: str) -> Iterator[None]:
         raise ValueError(f"{what} not JSON: {error}.") from error
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Row]:
+def _separated(path: Path, delimiter: str, column: str) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_CELL)
     with open_text(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -145,6 +149,8 @@ def _separated(path: Path, delimiter: str) -> Iterator[Row]:
                     continue
                 if not header:
                     header = [name.strip() for name in cells]
+                    if header.count(column) > 1:
+                        raise ValueError(f"{where}, names the column {column!r} twice; leave one of them out.")
                     continue
                 if len(cells) != len(header):
                     raise ValueError(
@@ -189,5 +195,4 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow has many kinds for damage, and Python one for text that is not UTF-8
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{shown(path)} cannot be read: {problem}") from error
+        raise ValueError(f"{shown(path)} cannot be read: {first_line(error)}") from error

@@ -27,6 +27,7 @@ from parscale.checkpoints.data import Source, open_sources, refuse_output_in_dat
 from parscale.checkpoints.digests import checkpoint_digest, streamed_digest
 from parscale.checkpoints.divergence import StopWhenDiverged, require_finite
 from parscale.checkpoints.evaluate import checked_length
+from parscale.checkpoints.files import shown
 from parscale.checkpoints.finishing import finish, losses_by_text, versions
 from parscale.checkpoints.opening import check_trainable, open_for_training
 from parscale.checkpoints.packing import (
@@ -180,7 +181,7 @@ def _train_in(
             "tokens_per_second": watch.tokens_per_second,
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
-            "command": command,
+            "command": None if command is None else shown(command),
             "name": name or run.folder.resolve().name,
             "datasets": [source.dataset for source in sources if source.dataset is not None],
         }
@@ -354,9 +355,9 @@ def _described(
     return {
         "checkpoint": checkpoint,
         "trains": settings.trains,
-        "data": list(settings.data),
+        "data": [shown(name) for name in settings.data],
         "text_column": settings.text_column,
-        "eval_data": dict(settings.eval_data),
+        "eval_data": {name: shown(source) for name, source in settings.eval_data.items()},
         "tokens": steps * settings.batch_size * length,
         "steps": steps,
         "sequence_length": length,

@@ -6,7 +6,9 @@ A token is a byte of UTF-8, so no tokenizer stands between two sweeps; each docu
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,6 +85,9 @@ def blocks(text: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
 
 
 def _data_set(name: str) -> Iterable[tuple[str, bytes]]:
+    place = os.path.abspath(name)
+    if os.path.exists(place) and glob.escape(place) != place:  # the package datasets would look for a pattern
+        raise ValueError(f"{place} holds one of the characters *, ? and [, which stand for others; rename it")
     try:
         from datasets import load_dataset
 

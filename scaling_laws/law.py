@@ -106,6 +106,8 @@ class ParallelScalingLaw:
         for name, value in values.items():
             if not _is_number(value):
                 raise ValueError(f"a law has numbers for E, A, alpha and k; {name} is {value!r}")
+        if not (values["A"] > 0 and values["alpha"] > 0):
+            raise ValueError(f"A and alpha of a law are above 0, got {values['A']:g} and {values['alpha']:g}")
         for name in ("r2", "huber"):
             values[name] = contents.get(name)
             if values[name] is None:

@@ -122,7 +122,7 @@ def plot(
     if kind not in ("contours", "measured", "isoloss"):
         raise ValueError(f"--kind is {kind!r}; give contours, measured or isoloss")
     require_writable(output)
-    points = None if law.endswith(".json") else _runs(law)[0]
+    points = None if law.lower().endswith(".json") else _runs(law)[0]
     fitted = read_law(law, bootstrap=bootstrap if kind == "isoloss" else 0, seed=seed)
     if kind == "isoloss":
         figure = plots.isoloss(fitted)
@@ -244,7 +244,7 @@ def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScali
     from parscale.scaling_laws import ParallelScalingLaw, fit
     from parscale.scaling_laws.files import read_json, require_file
 
-    if not source.endswith(".json"):
+    if not source.lower().endswith(".json"):
         return fit(*_runs(source)[0], bootstrap=bootstrap, seed=seed)
     wanted = "a file that 'parscale law fit --json' printed"
     require_file(source, wanted)

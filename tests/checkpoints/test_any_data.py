@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import pyarrow
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parscale.checkpoints.data import open_sources
-from parscale.checkpoints.rows import ENDINGS
+from parscale.checkpoints.rows import ENDINGS, TABLES
 
 ROWS = [{"text": "first", "id": 1}, {"text": "s\u00e9cond\n", "id": 2}, {"text": "\U0001f600", "id": 3}]
 COMPRESSED = {
@@ -130,3 +132,25 @@ def under(value, name):
     if not isinstance(value, dict):
         return []
     return [text for key, item in value.items() for text in ([item] if key == name else under(item, name))]
+
+
+def test_any_changed_byte_of_a_table_ends_no_process(tmp_path):
+    """In a process of its own: what is damaged in a table of Arrow is an address for its library."""
+    program = """
+import sys
+from pathlib import Path
+from parscale.checkpoints.rows import texts_of_rows
+for path in map(Path, sys.argv[1:]):
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            list(texts_of_rows(path, "text"))
+        except ValueError as error:
+            assert str(path) in str(error)
+"""
+    paths = [tmp_path / f"a{ending}" for ending in TABLES]
+    for path in paths:
+        path.write_bytes(valid(path.suffix))
+    ended = subprocess.run([sys.executable, "-P", "-c", program, *paths], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -80,8 +80,14 @@ def separated(delimiter):
         ("a.csv", "\n" + separated(",").replace("\r\n", "\n")),
     ],
 )
-@pytest.mark.parametrize("compression", COMPRESSED)
-@pytest.mark.parametrize("encoding", MARKS)
+@pytest.mark.parametrize(
+    ("compression", "encoding"),
+    [
+        *(("", encoding) for encoding in MARKS),
+        *((compression, "utf-8") for compression in COMPRESSED),
+        (".gz", "utf-16"),
+    ],
+)
 def test_rows_are_documents_in_any_form(tmp_path, name, contents, compression, encoding):
     path = tmp_path / f"{name}{compression}"
     path.write_bytes(COMPRESSED[compression](MARKS[encoding] + contents.encode(encoding)))
@@ -232,6 +238,8 @@ def write(path, contents):
         ("a.jsonl", b'{"text": "cut \\ud83d"}', "a.jsonl, line 1: character 5 is '\\ud83d', half of a character"),
         ("a.json", b'[{"text": "cut \\ud83d"}]', "a.json, row 1: character 5 is '\\ud83d', half of a character"),
         ("a.csv", b"id,body\n1,a\n", "line 2, has no column 'text'; it has: 'id', 'body'. Name the one"),
+        ("a.csv", b"text,text\na,b\n", "a.csv, line 1, names the column 'text' twice; leave one of them out"),
+        ("a.jsonl", json.dumps(dict.fromkeys(map(str, range(999)))).encode(), "'18', '19' and 979 more. Name the one"),
         ("a.csv", b"id,text\n1,a,b\n", "a.csv, line 2, has 3 cells, and the header names 2 columns"),
         ("a.tsv", b"id\ttext\n1\n", "a.tsv, line 2, has 1 cells, and the header names 2 columns"),
         ("a.csv", b'text\n"a" b\n', "a.csv, line 2, cannot be read"),
@@ -290,7 +298,7 @@ def test_links_to_folders_are_followed(folder):
 @pytest.mark.parametrize("target", ["..", ".", "../sub"])
 def test_no_folder_is_read_twice(folder, target):
     (folder / "sub" / "z").symlink_to(target, target_is_directory=True)
-    with pytest.warns(UserWarning, match=r"1 of 3 files and folders are links to a folder that is read already.*sub/z"):
+    with pytest.warns(UserWarning, match=r"1 links lead to a folder that is read already, and are left out: .*sub/z\."):
         assert texts(folder) == ["alpha", "gamma", "beta"]
 
 
@@ -405,3 +413,13 @@ def test_a_damaged_archive_is_always_said_to_be_one(tmp_path):
                 assert str(path) in said
             else:  # such as the time in a header
                 assert found == ["first", "s\u00e9cond\nline"] * 3 or ending == ".zst"
+
+
+def test_a_dataset_that_breaks_off_is_named(monkeypatch):
+    def rows():
+        yield {"text": "first"}
+        raise datasets.exceptions.DatasetGenerationError("a shard is damaged\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    with pytest.raises(ValueError, match=r"^wikitext cannot be read: a shard is damaged$"):
+        list(open_source("wikitext"))

@@ -10,14 +10,18 @@ from parscale.cli.application import BAD_INPUT, run
 SIZES = ["--tokens", "0.128K", "--sequence-length", "16", "--batch-size", "4", "--freeze-backbone"]
 
 
-def test_a_name_that_is_not_utf8_stays_readable_to_the_card(two_sets, text_file, tmp_path):
+def test_a_name_that_is_not_utf8_stays_readable_to_the_card(two_sets, text_file, tmp_path, monkeypatch):
     data = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.py")
     os.rename(text_file, data)
     output = tmp_path / "run"
     arguments = ["train", str(two_sets), "--data", data, "--eval-data", data, "--output", str(output), *SIZES]
+    monkeypatch.setattr("sys.argv", ["parscale", *arguments])
     assert run(arguments) == 0
     assert "caf\\udce9.py" in (output / "README.md").read_text(encoding="utf-8")
-    assert json.loads((output / "training.json").read_text(encoding="utf-8"))["data"] == [data]
+    for name in ("run.json", "training.json"):
+        written = json.loads((output / name).read_text(encoding="utf-8"))
+        assert written["data"] == [*written["eval_data"].values()] == [f"{tmp_path}/caf\\udce9.py"]
+        json.dumps(written, ensure_ascii=False).encode()  # as every other reader of JSON takes it
     (output / "training.json").unlink()
     assert run([*arguments, "--resume"]) == 0
 

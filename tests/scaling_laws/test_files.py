@@ -195,6 +195,8 @@ LAW = fit(*POINTS).to_dict()
     [
         ({"E": math.nan}, "a law has numbers for E, A, alpha and k; E is nan"),
         ({"k": 10**400}, "a law has numbers for E, A, alpha and k; k is 1"),
+        ({"A": -1}, "A and alpha of a law are above 0, got -1 and 0.189"),
+        ({"alpha": 0}, "A and alpha of a law are above 0, got 1.1"),
         ({"r2": "good"}, "r2 of a law is a number or null, got 'good'"),
         ({"intervals": [1, 2]}, "the intervals of a law are given by its parameters' names, got [1, 2]"),
         ({"intervals": {"k": 1}}, "the interval of k in a law is two numbers, got 1"),

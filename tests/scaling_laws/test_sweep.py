@@ -203,6 +203,14 @@ def test_a_local_data_set_is_read(tmp_path):
     assert b"line 7" in text.train.tobytes() + text.held_out.tobytes()
 
 
+def test_a_local_data_set_is_no_pattern(tmp_path):
+    for name, line in (("d1", "beside"), ("d[1]", "inside")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text("\n".join(f"{line} {index}" for index in range(200)))
+    with pytest.raises(ValueError, match=r"d\[1\] holds one of the characters \*, \? and \[, which stand for others"):
+        read_corpus(str(tmp_path / "d[1]"))
+
+
 @pytest.mark.slow
 def test_the_example_runs(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "scaling_law.py")]
