@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import threading
@@ -166,7 +167,8 @@ class StreamsTrainer(Trainer):
     def _not_written(self, step: int, error: Exception) -> str:
         whole = self.run.newest_checkpoint()
         last = "there is none before it" if whole is None else f"{whole} is whole"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        code = disk_error(error)
+        reason = str(error).splitlines()[0] if code is None else os.strerror(code)
         free = shutil.disk_usage(self.run.folder).free
         return (
             f"The checkpoint after {step} steps could not be written to {self.run.folder}, where {free:,} bytes are "
@@ -379,5 +381,5 @@ def _is_about_writing(error: Exception) -> bool:
     """Whether an error came from a disk and is not explained yet; libraries raise errors of their own for it."""
     if disk_error(error) is not None:
         return True
-    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "write")
+    words = ("PytorchStreamWriter", "unexpected pos", "iostream error", "No space left", "write")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
