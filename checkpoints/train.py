@@ -181,6 +181,11 @@ def _train_in(
             "command": command,
             "name": name or run.folder.resolve().name,
         }
+        if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
+            raise ValueError(
+                f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
+                "back what it was, and go on with --resume."
+            )
         with _explained(run):
             finish(checkpoint, run, steps, tokenizer, described | figures)
     trainer.accelerator.wait_for_everyone()

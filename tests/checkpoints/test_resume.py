@@ -355,6 +355,15 @@ def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
     assert_same(copy, whole[False][0])
 
 
+def test_a_folder_that_can_no_longer_be_written(backbone, options, tmp_path, monkeypatch):
+    """That is no full disk, and is not called one."""
+    with monkeypatch.context() as patched:
+        refused = OSError(errno.EACCES, "Permission denied")
+        patched.setattr(Run, "publish", lambda self, *args, **kwargs: (_ for _ in ()).throw(refused))
+        with pytest.raises(OSError, match=r"\(Permission denied\); .* Make it a folder that can be written and go on"):
+            train(str(backbone), tmp_path / "run", TrainSettings(**options))
+
+
 FULL_DISKS = {
     "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     "tokenizers": Exception("No space left on device (os error 28)"),  # of no type of its own

@@ -198,6 +198,28 @@ def stop_after(steps, on_step_end):
     return stopping
 
 
+def test_a_checkpoint_that_changes_while_the_run_lasts(own, monkeypatch):
+    """The frozen backbone of the result is read at the end."""
+    weights = own / "full" / "model.safetensors"
+    kept = weights.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "publish", change_after(Run.publish, lambda: change_weights(weights)))
+        with pytest.raises(ValueError, match=r"full has changed while the run lasted.* go on with --resume"):
+            train(str(own / "full"), own / "run", settings(own / "text.py"))
+    assert Run(own / "run").report() is None
+    weights.write_bytes(kept)
+    assert train(str(own / "full"), own / "run", settings(own / "text.py"), resume=True)["steps"] == STEPS
+
+
+def change_after(publish, change):
+    def publishing(self, written, step, **options):
+        publish(self, written, step, **options)
+        if step == STEPS:
+            change()
+
+    return publishing
+
+
 def test_a_run_of_an_older_version_goes_on(own, monkeypatch):
     """It has not written down the contents of all that it read."""
     chosen = settings(own / "text.py")
