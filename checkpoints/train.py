@@ -185,6 +185,11 @@ def _train_in(
             "name": name or run.folder.resolve().name,
             "datasets": [source.dataset for source in sources if source.dataset is not None],
         }
+        if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
+            raise ValueError(
+                f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
+                "back what it was, and go on with --resume."
+            )
         with _explained(run):
             finish(checkpoint, run, steps, tokenizer, described | figures)
     trainer.accelerator.wait_for_everyone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import threading
@@ -27,7 +28,7 @@ from parscale.checkpoints.packing import IGNORED
 from parscale.checkpoints.runs import Run
 from parscale.checkpoints.trained import has_streams, load_trained, save_trained, trains_streams_only
 from parscale.naming import part_of
-from parscale.writing import disk_error
+from parscale.writing import FULL, disk_error
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar
@@ -166,11 +167,13 @@ class StreamsTrainer(Trainer):
     def _not_written(self, step: int, error: Exception) -> str:
         whole = self.run.newest_checkpoint()
         last = "there is none before it" if whole is None else f"{whole} is whole"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        code = disk_error(error)
+        reason = str(error).splitlines()[0] if code is None else os.strerror(code)
+        remedy = "Make room on the disk" if code is None or code in FULL else "Make it a folder that can be written"
         free = shutil.disk_usage(self.run.folder).free
         return (
             f"The checkpoint after {step} steps could not be written to {self.run.folder}, where {free:,} bytes are "
-            f"free ({reason.rstrip('.')}); {last}. Make room on the disk and go on with --resume."
+            f"free ({reason.rstrip('.')}); {last}. {remedy} and go on with --resume."
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -379,5 +382,5 @@ def _is_about_writing(error: Exception) -> bool:
     """Whether an error came from a disk and is not explained yet; libraries raise errors of their own for it."""
     if disk_error(error) is not None:
         return True
-    words = ("PytorchStreamWriter", "unexpected pos", "No space left", "write")
+    words = ("PytorchStreamWriter", "unexpected pos", "iostream error", "No space left", "write")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

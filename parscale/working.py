@@ -135,14 +135,23 @@ def _claim(folder: Path) -> int:
         try:
             lock(marker, folder)
             if _is_at(folder / MARKER, marker):
-                os.ftruncate(marker, 0)
-                os.write(marker, _MARKS)
+                _write_marks(folder, marker)
                 return marker
         except BaseException:
             os.close(marker)
             raise
         os.close(marker)
     raise BlockingIOError(errno.EBUSY, BUSY, str(folder))
+
+
+def _write_marks(folder: Path, marker: int) -> None:
+    try:
+        os.ftruncate(marker, 0)
+        os.write(marker, _MARKS)
+    except OSError:  # the disk is full
+        with contextlib.suppress(OSError):
+            _remove(folder)
+        raise
 
 
 def _require_ours(folder: Path) -> None:

@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 from parscale.working import NotUndoneError, is_working_folder, working, working_folder
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk without room
 
 # The working folders of the blocks that are open, and where their files go.
 _PLACES: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar("places", default=MappingProxyType({}))
@@ -351,7 +351,7 @@ def _explained(target: Path) -> Iterator[None]:
         code = disk_error(error)
         if code is None or not _is_about(error, target):
             raise
-        remedy = "free some space or give another folder" if code in _FULL else "give a folder that can be written"
+        remedy = "free some space or give another folder" if code in FULL else "give a folder that can be written"
         raise OSError(code, f"Nothing was saved: {os.strerror(code)}; {remedy}", str(target)) from error
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from parscale import load, wrap
+from parscale import ParScaleConfig, load, wrap
+from parscale.checkpoints.convert import convert
 from parscale.checkpoints.divergence import DivergedError, StopWhenDiverged, first_not_finite
 from parscale.checkpoints.posttrain import Recipe, post_train
 from parscale.checkpoints.runs import Run, damage
@@ -178,6 +179,16 @@ def test_a_checkpoint_that_is_not_finite_is_refused_before_anything_is_written(
     ):
         train(str(tmp_path / "damaged"), tmp_path / "run", settings(text_file, freeze_backbone=frozen))
     assert not (tmp_path / "run").exists()
+
+
+def test_streams_do_not_start_from_a_backbone_that_is_not_finite(backbone, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(backbone)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"prefix_k would start with values that are not finite: .*damaged is damaged"):
+        convert(str(tmp_path / "damaged"), tmp_path / "model", ParScaleConfig(2, 4, init="context", seed=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_values_that_do_not_fit_the_dtype_of_the_checkpoint(full, text_file, tmp_path):

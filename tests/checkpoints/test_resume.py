@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed or out of disk, and go on as if nothing had been."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -354,14 +355,33 @@ def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
     assert_same(copy, whole[False][0])
 
 
-def test_a_full_disk_that_safetensors_speaks_of(backbone, options, tmp_path, monkeypatch):
-    """A plain model is written by transformers itself, and the error comes as safetensors raises it."""
+def test_a_folder_that_can_no_longer_be_written(backbone, options, tmp_path, monkeypatch):
+    """That is no full disk, and is not called one."""
+    with monkeypatch.context() as patched:
+        refused = OSError(errno.EACCES, "Permission denied")
+        patched.setattr(Run, "publish", lambda self, *args, **kwargs: (_ for _ in ()).throw(refused))
+        with pytest.raises(OSError, match=r"\(Permission denied\); .* Make it a folder that can be written and go on"):
+            train(str(backbone), tmp_path / "run", TrainSettings(**options))
+
+
+FULL_DISKS = {
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "tokenizers": Exception("No space left on device (os error 28)"),  # of no type of its own
+    "torch's writer": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    "torch's end": RuntimeError("basic_ios::clear: iostream error"),
+    "the system": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("library", FULL_DISKS)
+def test_a_full_disk_that_a_library_speaks_of(backbone, options, tmp_path, monkeypatch, library):
+    """A plain model is written by transformers itself, and the error comes as the library raises it."""
     save, calls = transformers.modeling_utils.safe_save_file, []
 
     def fail_at_the_second(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise FULL_DISKS[library]
         return save(*args, **kwargs)
 
     monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail_at_the_second)
@@ -369,3 +389,19 @@ def test_a_full_disk_that_safetensors_speaks_of(backbone, options, tmp_path, mon
         train(str(backbone), tmp_path / "run", TrainSettings(**options))
     assert Run(tmp_path / "run").steps() == [1]
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_the_disk_is_full_at_the_end(full, options, tmp_path, monkeypatch):
+    """When the result is written: it is not there, and what goes on needs no step."""
+    chosen = options | {"freeze_backbone": True, "save_every": 100}
+
+    def fail(self, *args, **kwargs):
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("parscale.checkpoints.finishing.plot_metrics", fail)
+        with pytest.raises(OSError, match=r"The disk of .*run is full.* --resume; .*checkpoint-6"):
+            train(str(full), tmp_path / "run", TrainSettings(**chosen))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "metrics.jsonl", "checkpoint-6"}
+    assert not train(str(full), tmp_path / "run", TrainSettings(**chosen), resume=True)["finished_before"]
+    load(tmp_path / "run")
