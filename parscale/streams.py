@@ -33,7 +33,7 @@ from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
 
 if TYPE_CHECKING:
-    from parscale.adapters import AdapterStreams
+    from parscale.peft.copies import AdapterStreams
 
 DEFAULT = "default"
 

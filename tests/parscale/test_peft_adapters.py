@@ -279,6 +279,62 @@ def test_low_cpu_mem_usage(make, zoo, tmp_path):
         assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
 
 
+def test_an_adapter_as_a_dictionary_of_tensors(make, zoo, transform):
+    """What accelerate saves and loads of a model with adapters under FSDP, and some of TRL's teachers."""
+    from accelerate.utils import fsdp_utils
+
+    ids, tuned = zoo.token_ids(), adapted(make(transform))
+    tuned.add_adapter("other", lora())
+    tuned.set_adapter("other")
+    train(tuned)
+    expected = logits_of(tuned, ids)
+    tensors = {
+        name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(tuned, adapter_name="other").items()
+    }
+    assert not any("@@" in name for name in tensors)
+    again = adapted(make(transform))
+    before = logits_of(again, ids)
+    again.add_adapter("third", lora())
+    peft.set_peft_model_state_dict(again, tensors, adapter_name="third")
+    zoo.close(logits_of(again, ids), before, 1e-6)
+    again.set_adapter("third")
+    assert torch.equal(logits_of(again, ids), expected)
+    found = fsdp_utils._get_model_state_dict(again, adapter_only=True)
+    assert equal(found, tensors)
+    fsdp_utils._set_model_state_dict(again, {name: tensor + 1 for name, tensor in found.items()}, adapter_only=True)
+    moved = streams_of(again)
+    assert all(torch.equal(moved[name], tensors[f"base_model.model.{name}"] + 1) for name in moved)
+
+
+def test_an_adapter_that_takes_the_place_of_another(make, zoo, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    ids, tuned = zoo.token_ids(), adapted(make())
+    train(tuned)
+    tuned.save_pretrained(tmp_path)
+    again = adapted(make())
+    hotswap_adapter(again, str(tmp_path), adapter_name="default")
+    assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
+
+
+def test_a_mixture_of_adapters_has_streams_of_its_own(make):
+    tuned = adapted(make())
+    tuned.add_adapter("other", lora())
+    tuned.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="linear")
+    before = streams_of(tuned)
+    tuned.set_adapter("both")
+    assert equal(streams_of(tuned), before)
+    train(tuned)
+    tuned.set_adapter("default")
+    assert equal(streams_of(tuned), before)
+
+
+def test_a_model_without_streams_says_what_it_leaves_out(make, zoo, tmp_path):
+    adapted(make()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"holds streams beside the adapter.*parscale\.load\(folder, backbone="):
+        peft.PeftModel.from_pretrained(zoo.FAMILIES["llama"].build("sdpa"), tmp_path)
+
+
 def trained(model, folder, steps, resume=None, **changes):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 96, (32, 12)).tolist()]
     arguments = TrainingArguments(
@@ -330,6 +386,9 @@ def test_the_best_model_at_the_end_has_its_streams(make, tmp_path):
 
 
 def test_preparing_for_training_in_few_bits_leaves_streams_trainable(make):
+    from peft.utils.other import prepare_model_for_kbit_training
+
+    assert prepare_model_for_kbit_training(make()).model.aggregate_layer[0].weight.requires_grad
     model = peft.prepare_model_for_kbit_training(make())
     assert all(p.requires_grad is is_stream(name) for name, p in model.named_parameters())
     tuned = adapted(model)
@@ -354,6 +413,14 @@ def test_mixed_kinds_of_adapters(make, zoo):
     with tuned.disable_adapter():
         assert torch.equal(logits_of(tuned, ids), before)
     assert torch.equal(logits_of(tuned, ids), on)
+
+
+def test_what_fails_leaves_streams_trainable(make):
+    model = make()
+    with pytest.raises(ValueError, match="nowhere"):
+        adapted(model, target_modules=["nowhere"])
+    assert all(p.requires_grad for name, p in model.named_parameters() if is_stream(name))
+    assert model.parscale.adapters is None
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])

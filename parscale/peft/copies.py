@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from parscale.parallel import is_partitioned, reshard, whole
-from parscale.peft_methods import check_method
+from parscale.peft.methods import check_method
 from parscale.streams import StreamSet, tensors_of
 
 if TYPE_CHECKING:
