@@ -33,6 +33,7 @@ def extend_peft() -> None:
     # Every task's forward and generate enter it, and only it sees what goes to the layers.
     extend(peft.PeftModel, "_enable_peft_forward_hooks", rows.with_rows)
     extend(peft.PolyModel, "_manage_pre_hooks", rows.with_tasks)
+    extend(BaseTuner, "forward", lifecycle.forward)
     extend(BaseTuner, "inject_adapter", lifecycle.inject_adapter)  # transformers' own add_adapter comes here too
     extend(BaseTuner, "set_adapter", lifecycle.set_adapter)
     extend(BaseTuner, "delete_adapter", lifecycle.delete_adapter)

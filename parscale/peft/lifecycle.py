@@ -47,6 +47,8 @@ def init(
     with _trainable_as_before(state):
         init(self, model, peft_config, adapter_name, *args, **kwargs)
     if state is not None:
+        if "forward" in self.base_model.__dict__:  # that of the model, past the hooks on it (ADAPTION_PROMPT)
+            self.base_model.forward = state.model.__call__
         if state.adapters is None:
             state.adapters = AdapterStreams(state, adapter_name, peft_config)
         else:  # an earlier one on the same model
@@ -128,7 +130,14 @@ def disable_adapter(disable_adapter: Method, self: Any) -> Iterator[None]:
     state = state_of(self)
     adapters = None if state is None else state.adapters
     with contextlib.nullcontext() if adapters is None else adapters.as_before(), disable_adapter(self):
+        if adapters is not None and "forward" in self.__dict__:  # that of the model, past the hooks on it
+            self.forward = self.base_model.__call__
         yield
+
+
+def forward(forward: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As PEFT's own, of which older versions call the model's ``forward``, past the hooks on the model."""
+    return forward(self, *args, **kwargs) if state_of(self) is None else self.model(*args, **kwargs)
 
 
 def disable_adapter_layers(disable: Method, self: Any) -> None:

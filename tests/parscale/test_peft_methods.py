@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import parscale
 from parscale.naming import part_of
@@ -168,6 +169,21 @@ def test_rows_under_every_task(zoo, name, kind):
     zoo.close(found[1], found[0], 2e-5)
 
 
+@pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING", "ADAPTION_PROMPT"])
+def test_a_model_without_a_head_runs_its_streams(llama, zoo, kind):
+    """It is its own backbone, and so its own ``forward`` runs no streams."""
+    model, ids = transformers.LlamaModel(llama.config("sdpa")).eval(), zoo.token_ids()
+    parscale.wrap(model, 3, prefix_length=4, init="random", seed=0)
+    expected = model(input_ids=ids)[0]
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    tuned = peft.get_peft_model(model, cls(**SPECIAL.get(kind, LAYERS) | {"task_type": "FEATURE_EXTRACTION"})).eval()
+    if kind in ("LORA", "ADAPTION_PROMPT"):  # PEFT switches off prompts of models that generate only
+        with tuned.disable_adapter():
+            assert torch.equal(tuned(input_ids=ids)[0], expected)
+    tuned(input_ids=ids)[0].sum().backward()
+    assert all(tensor.grad is not None for name, tensor in tuned.named_parameters() if is_stream(name))
+
+
 @each
 def test_streams_train_with_it_and_are_switched_off_with_it(wrapped, zoo, kind):
     ids, model = zoo.token_ids(), wrapped()
@@ -187,6 +203,8 @@ def test_streams_train_with_it_and_are_switched_off_with_it(wrapped, zoo, kind):
 
 @each
 def test_streams_are_saved_and_loaded_with_it(wrapped, zoo, tmp_path, kind):
+    if kind == "ADAMSS" and Version(peft.__version__) < Version("0.20"):
+        pytest.skip("PEFT 0.19 does not load what it saves of it, without streams either")
     ids = zoo.token_ids()
     tuned = adapted(wrapped(), kind)
     move_streams(tuned)
