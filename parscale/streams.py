@@ -151,23 +151,27 @@ class ParScaleState:
     # -- tensors
 
     def in_use(self, streams: StreamSet) -> StreamSet:
-        """The set, or the copy of it that the active adapter has."""
+        """The set, or the copy of it that runs with PEFT's adapters as they are."""
         return streams if self.adapters is None else self.adapters.in_use(streams)
+
+    def of_active_adapter(self, streams: StreamSet) -> StreamSet:
+        """The set, or the copy of it that the active one of PEFT's adapters has."""
+        return streams if self.adapters is None else self.adapters.of_active(streams)
 
     def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
         """The set's parameters by their released names in the model, whatever the set is called."""
-        streams = self.in_use(streams)
+        streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
         tensors = streams.transform.tensors()
         root = f"{self.backbone_name}." if self.backbone_name else ""
-        for name, parameter in tensors_of(self.aggregator(streams)).items():
+        for name, parameter in tensors_of(self.backbone._modules[streams.aggregator_name]).items():
             tensors[f"{root}aggregate_layer.{name}"] = parameter
         return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""
-        streams = self.in_use(streams)
+        streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
         names = {}
@@ -193,7 +197,7 @@ class ParScaleState:
                 state_dict[prefix + name] = state_dict.pop(prefix + released)
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
-        """The set's aggregator."""
+        """The aggregator that runs with the set."""
         return self.backbone._modules[self.in_use(streams).aggregator_name]
 
     def trainability(self) -> dict[nn.Parameter, bool]:

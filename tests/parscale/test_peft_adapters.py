@@ -197,6 +197,32 @@ def test_sets_that_were_there_before_and_that_come_later(make, zoo):
             assert torch.equal(logits_of(tuned, ids), before)
 
 
+def test_choosing_a_set_while_adapters_are_switched_off(make, zoo):
+    model, ids = make(), zoo.token_ids()
+    model.add_streams("more", 2, prefix_length=3, init="random", seed=1)
+    with model.use_streams("more"):
+        more = logits_of(model, ids)
+    tuned = adapted(model)
+    train(tuned)
+    trains = {name: p.requires_grad for name, p in tuned.named_parameters()}
+    with tuned.disable_adapter(), model.use_streams("more"):
+        assert torch.equal(logits_of(tuned, ids), more)
+    assert {name: p.requires_grad for name, p in tuned.named_parameters()} == trains
+    with tuned.disable_adapter():
+        model.set_streams("more")
+        assert torch.equal(logits_of(tuned, ids), more)
+        weights = model.stream_report(ids).weights
+    assert all(p.requires_grad is ("@more" in name) for name, p in tuned.named_parameters() if is_stream(name))
+    assert not any(buffer.requires_grad for buffer in tuned.buffers())
+    train(tuned)
+    with torch.no_grad():
+        model.parscale.aggregator(model.parscale.active)[2].weight.normal_()
+    with tuned.disable_adapter():
+        assert torch.equal(logits_of(tuned, ids), more)
+        assert torch.equal(model.stream_report(ids).weights, weights)
+    assert not torch.equal(model.stream_report(ids).weights, weights)
+
+
 def test_unwrapping_leaves_nothing_behind(make, zoo):
     model = make()
     tuned = adapted(model)
