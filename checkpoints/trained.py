@@ -55,12 +55,8 @@ def save_trained(
         state_dict: the model's, gathered, where its own tensors are in parts.
         is_main_process: whether this process is the one that writes.
     """
-    if is_adapted(model):
-        if is_main_process:
-            model.save_pretrained(folder, state_dict=state_dict)
-        base = model.get_base_model()
-        if has_streams(base):
-            base.save_streams(folder)
+    if is_adapted(model):  # with its streams
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main_process)
     elif trains_streams_only(model):
         model.save_streams(folder)
     elif is_main_process:
@@ -97,8 +93,6 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
     model = load_any(checkpoint)
     if (trained / ADAPTER).exists():
         model = read_adapter(model, trained).merge_and_unload()
-        if has_streams(model):
-            _load_streams(model, trained)
     else:
         load_trained(model, trained)
     if (name := first_not_finite(model.named_parameters())) is not None:

@@ -1,6 +1,6 @@
 """Train streams together with a LoRA adapter on the backbone; save and load both. Needs `parscale[peft]`.
 
-Wrap first, then add the adapter: the streams stay trainable beside it.
+Wrap first, then add the adapter: the streams stay trainable beside it, and are saved and loaded with it.
 
     python examples/lora.py --steps 100 --output adapted
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -43,11 +42,9 @@ def main() -> None:
     print(f"loss of the last step: {loss.item():.4f}")
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.output or temporary)
-        adapted.save_pretrained(folder / "adapter")
-        model.save_streams(folder / "streams")
-        backbone = load(folder / "streams", backbone=args.model, dtype=torch.float32)
-        again = PeftModel.from_pretrained(backbone, str(folder / "adapter"))
+        folder = args.output or temporary
+        adapted.save_pretrained(folder)
+        again = PeftModel.from_pretrained(load(folder, backbone=args.model, dtype=torch.float32), folder)
     with torch.no_grad():
         same = torch.allclose(again.eval()(batch).logits, adapted.eval()(batch).logits, atol=1e-5)
     print(f"loaded again, the same logits: {same}")

@@ -20,13 +20,20 @@ def extend(owner: Any, name: str, extension: Extension) -> None:
         setattr(owner, name, _extended(function, extension))
 
 
-def extend_everywhere(owner: ModuleType, name: str, extension: Extension) -> None:
-    """:func:`extend` for a module's function, also under the names by which other modules have imported it."""
+def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_from: Sequence[str] = ()) -> None:
+    """:func:`extend` for a module's function, also under the names by which other modules have imported it.
+
+    Args:
+        owner: the module.
+        name: of the function.
+        extension: takes the function, then its arguments.
+        apart_from: names of modules that keep the function as it is.
+    """
     function = getattr(owner, name)
     if _is_extended(function):
         return
     extended = _extended(function, extension)
-    for module in list(sys.modules.values()):
+    for module in [module for key, module in list(sys.modules.items()) if key not in apart_from]:
         names = [key for key, value in list(getattr(module, "__dict__", {}).items()) if value is function]
         for key in names:
             setattr(module, key, extended)

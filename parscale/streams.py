@@ -37,7 +37,7 @@ from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
 
 if TYPE_CHECKING:
-    from parscale.adapters import AdapterStreams
+    from parscale.peft.copies import AdapterStreams
 
 
 DEFAULT = DEFAULT_SET
@@ -134,23 +134,27 @@ class ParScaleState:
     # -- tensors
 
     def in_use(self, streams: StreamSet) -> StreamSet:
-        """The set, or the copy of it that the active adapter has."""
+        """The set, or the copy of it that runs with PEFT's adapters as they are."""
         return streams if self.adapters is None else self.adapters.in_use(streams)
+
+    def of_active_adapter(self, streams: StreamSet) -> StreamSet:
+        """The set, or the copy of it that the active one of PEFT's adapters has."""
+        return streams if self.adapters is None else self.adapters.of_active(streams)
 
     def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
         """The set's parameters by their released names in the model, whatever the set is called."""
-        streams = self.in_use(streams)
+        streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
         tensors = streams.transform.tensors()
-        for root, aggregator in zip(self.roots, self.aggregators(streams), strict=True):
-            for name, parameter in tensors_of(aggregator).items():
+        for root, part in zip(self.roots, self.mixed, strict=True):
+            for name, parameter in tensors_of(part._modules[streams.aggregator_name]).items():
                 tensors[f"{root}aggregate_layer.{name}"] = parameter
         return tensors
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""
-        streams = self.in_use(streams)
+        streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
         names = {}
@@ -176,12 +180,12 @@ class ParScaleState:
                 state_dict[prefix + name] = state_dict.pop(prefix + released)
 
     def aggregators(self, streams: StreamSet) -> list[Aggregator]:
-        """The set's aggregators, one for each part that is mixed."""
+        """The aggregators that run with the set, one for each part that is mixed."""
         name = self.in_use(streams).aggregator_name
         return [part._modules[name] for part in self.mixed]
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
-        """The set's aggregator of the backbone."""
+        """The one of the backbone."""
         return self.aggregators(streams)[0]
 
     def trainability(self) -> dict[nn.Parameter, bool]:

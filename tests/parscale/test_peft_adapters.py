@@ -197,6 +197,32 @@ def test_sets_that_were_there_before_and_that_come_later(make, zoo):
             assert torch.equal(logits_of(tuned, ids), before)
 
 
+def test_choosing_a_set_while_adapters_are_switched_off(make, zoo):
+    model, ids = make(), zoo.token_ids()
+    model.add_streams("more", 2, prefix_length=3, init="random", seed=1)
+    with model.use_streams("more"):
+        more = logits_of(model, ids)
+    tuned = adapted(model)
+    train(tuned)
+    trains = {name: p.requires_grad for name, p in tuned.named_parameters()}
+    with tuned.disable_adapter(), model.use_streams("more"):
+        assert torch.equal(logits_of(tuned, ids), more)
+    assert {name: p.requires_grad for name, p in tuned.named_parameters()} == trains
+    with tuned.disable_adapter():
+        model.set_streams("more")
+        assert torch.equal(logits_of(tuned, ids), more)
+        weights = model.stream_report(ids).weights
+    assert all(p.requires_grad is ("@more" in name) for name, p in tuned.named_parameters() if is_stream(name))
+    assert not any(buffer.requires_grad for buffer in tuned.buffers())
+    train(tuned)
+    with torch.no_grad():
+        model.parscale.aggregator(model.parscale.active)[2].weight.normal_()
+    with tuned.disable_adapter():
+        assert torch.equal(logits_of(tuned, ids), more)
+        assert torch.equal(model.stream_report(ids).weights, weights)
+    assert not torch.equal(model.stream_report(ids).weights, weights)
+
+
 def test_unwrapping_leaves_nothing_behind(make, zoo):
     model = make()
     tuned = adapted(model)
@@ -279,6 +305,62 @@ def test_low_cpu_mem_usage(make, zoo, tmp_path):
         assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
 
 
+def test_an_adapter_as_a_dictionary_of_tensors(make, zoo, transform):
+    """What accelerate saves and loads of a model with adapters under FSDP, and some of TRL's teachers."""
+    from accelerate.utils import fsdp_utils
+
+    ids, tuned = zoo.token_ids(), adapted(make(transform))
+    tuned.add_adapter("other", lora())
+    tuned.set_adapter("other")
+    train(tuned)
+    expected = logits_of(tuned, ids)
+    tensors = {
+        name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(tuned, adapter_name="other").items()
+    }
+    assert not any("@@" in name for name in tensors)
+    again = adapted(make(transform))
+    before = logits_of(again, ids)
+    again.add_adapter("third", lora())
+    peft.set_peft_model_state_dict(again, tensors, adapter_name="third")
+    zoo.close(logits_of(again, ids), before, 1e-6)
+    again.set_adapter("third")
+    assert torch.equal(logits_of(again, ids), expected)
+    found = fsdp_utils._get_model_state_dict(again, adapter_only=True)
+    assert equal(found, tensors)
+    fsdp_utils._set_model_state_dict(again, {name: tensor + 1 for name, tensor in found.items()}, adapter_only=True)
+    moved = streams_of(again)
+    assert all(torch.equal(moved[name], tensors[f"base_model.model.{name}"] + 1) for name in moved)
+
+
+def test_an_adapter_that_takes_the_place_of_another(make, zoo, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    ids, tuned = zoo.token_ids(), adapted(make())
+    train(tuned)
+    tuned.save_pretrained(tmp_path)
+    again = adapted(make())
+    hotswap_adapter(again, str(tmp_path), adapter_name="default")
+    assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
+
+
+def test_a_mixture_of_adapters_has_streams_of_its_own(make):
+    tuned = adapted(make())
+    tuned.add_adapter("other", lora())
+    tuned.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="linear")
+    before = streams_of(tuned)
+    tuned.set_adapter("both")
+    assert equal(streams_of(tuned), before)
+    train(tuned)
+    tuned.set_adapter("default")
+    assert equal(streams_of(tuned), before)
+
+
+def test_a_model_without_streams_says_what_it_leaves_out(make, zoo, tmp_path):
+    adapted(make()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"holds streams beside the adapter.*parscale\.load\(folder, backbone="):
+        peft.PeftModel.from_pretrained(zoo.FAMILIES["llama"].build("sdpa"), tmp_path)
+
+
 def trained(model, folder, steps, resume=None, **changes):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 96, (32, 12)).tolist()]
     arguments = TrainingArguments(
@@ -330,6 +412,9 @@ def test_the_best_model_at_the_end_has_its_streams(make, tmp_path):
 
 
 def test_preparing_for_training_in_few_bits_leaves_streams_trainable(make):
+    from peft.utils.other import prepare_model_for_kbit_training
+
+    assert prepare_model_for_kbit_training(make()).model.aggregate_layer[0].weight.requires_grad
     model = peft.prepare_model_for_kbit_training(make())
     assert all(p.requires_grad is is_stream(name) for name, p in model.named_parameters())
     tuned = adapted(model)
@@ -356,6 +441,14 @@ def test_mixed_kinds_of_adapters(make, zoo):
     assert torch.equal(logits_of(tuned, ids), on)
 
 
+def test_what_fails_leaves_streams_trainable(make):
+    model = make()
+    with pytest.raises(ValueError, match="nowhere"):
+        adapted(model, target_modules=["nowhere"])
+    assert all(p.requires_grad for name, p in model.named_parameters() if is_stream(name))
+    assert model.parscale.adapters is None
+
+
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_the_aggregator_is_no_target(make, field):
     with pytest.raises(ValueError, match=rf"{field} with 'aggregate_layer'.*Leave it out"):
@@ -375,68 +468,3 @@ def test_what_some_streams_cannot_have(make):
     with pytest.raises(ValueError, match="use_dora=True with transform='lora'"):
         model.add_streams("low-rank", 2, transform="lora")
     assert [name for name, _ in tuned.named_parameters()] == names
-
-
-# -- rows
-
-
-@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "lm_head"]}])
-def test_a_batch_of_several_adapters(make, zoo, options):
-    tuned, ids = adapted(make(), init_lora_weights=False, **options), zoo.token_ids(rows=4)
-    tuned.add_adapter("other", lora(init_lora_weights=False, **options))
-    alone = {}
-    for name in ("default", "other"):
-        tuned.set_adapter(name)
-        alone[name] = logits_of(tuned, ids)
-    with tuned.disable_adapter():
-        alone["__base__"] = logits_of(tuned, ids)
-    names = ["other", "default", "__base__", "other"]
-    mixed = logits_of(tuned, ids, adapter_names=names)
-    for row, name in enumerate(names):
-        zoo.close(mixed[row], alone[name][row], 2e-5)
-
-
-@pytest.mark.parametrize("beams", [1, 2])
-def test_writing_with_several_adapters(make, zoo, beams):
-    tuned, ids = adapted(make(), init_lora_weights=False), zoo.token_ids()
-    tuned.add_adapter("other", lora(init_lora_weights=False))
-    how = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "attention_mask": torch.ones_like(ids)}
-    mixed = tuned.generate(input_ids=ids, adapter_names=["other", "default"], **how)
-    for row, name in enumerate(["other", "default"]):
-        tuned.set_adapter(name)
-        assert torch.equal(tuned.generate(input_ids=ids, **how)[row], mixed[row])
-
-
-def test_rows_that_would_need_different_streams_are_refused(make, zoo):
-    tuned, ids = adapted(make()), zoo.token_ids()
-    tuned.add_adapter("other", lora())
-    tuned.set_adapter("other")
-    train(tuned)
-    other = logits_of(tuned, ids)
-    with pytest.raises(ValueError, match=r"'default', 'other' have trained different streams.*set_adapter"):
-        logits_of(tuned, ids, adapter_names=["default", "other"])
-    tuned.set_adapter("default")
-    zoo.close(logits_of(tuned, ids, adapter_names=["other", "other"]), other, 2e-5)
-
-
-def test_invocation_tokens(make, zoo):
-    ids = zoo.token_ids(rows=3)
-    ids[0, 2:4], ids[1, 5:7] = torch.tensor([90, 91]), torch.tensor([90, 91])  # and none in the last row
-    torch.manual_seed(0)
-    tuned = adapted(make(), init_lora_weights=False, alora_invocation_tokens=[90, 91])
-    together = logits_of(tuned, ids)
-    with tuned.disable_adapter():
-        off = logits_of(tuned, ids)
-    for row, begins in enumerate([2, 5, None]):
-        zoo.close(logits_of(tuned, ids[row : row + 1])[0], together[row], 2e-5)
-        zoo.close(together[row, :begins], off[row, :begins], 2e-5)
-    assert (together[0, 3:] - off[0, 3:]).abs().max() > 1e-3
-
-
-def test_prefix_tuning_writes_what_it_reads(make, zoo):
-    model, ids = make(), zoo.token_ids()
-    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
-    mask = torch.ones_like(ids)
-    written = tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    logits = logits_of(tuned, written[:, :-1], attention_mask=torch.ones_like(written[:, :-1]))
-    assert torch.equal(logits[:, -4:].argmax(-1), written[:, -4:])

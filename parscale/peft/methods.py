@@ -60,7 +60,7 @@ METHODS: dict[str, PeftMethod] = {
     "MISS": _ADDS,
     "MULTITASK_PROMPT_TUNING": _NOT_MERGED,
     "OFT": _CHANGES_LAYERS,
-    "OSF": _ADDS,
+    "OSF": _CHANGES_LAYERS,
     "PEANUT": _ADDS,
     "POLY": _NOT_MERGED,
     "PREFIX_TUNING": _FILLS_CACHE,

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from parscale.parallel import is_partitioned, reshard, whole
-from parscale.peft_methods import check_method
+from parscale.peft.methods import check_method
 from parscale.streams import StreamSet, tensors_of
 
 if TYPE_CHECKING:
@@ -64,9 +64,16 @@ class AdapterStreams:
 
     def in_use(self, streams: StreamSet) -> StreamSet:
         """The copy of a set that runs now. A copy stands for itself."""
+        return self._copy_of(None if self.disabled else self.active, streams)
+
+    def of_active(self, streams: StreamSet) -> StreamSet:
+        """The copy that trains and is saved, also while adapters are switched off. A copy stands for itself."""
+        return self._copy_of(self.active, streams)
+
+    def _copy_of(self, adapter: str | None, streams: StreamSet) -> StreamSet:
         if self.state.sets.get(streams.name) is not streams:
             return streams
-        return self._copies[None if self.disabled else self.active].get(streams.name, streams)
+        return self._copies[adapter].get(streams.name, streams)
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:

@@ -1,0 +1,100 @@
+"""What PEFT counts by row of the batch, on a wrapped model, whose streams are rows too."""
+
+import pytest
+import torch
+
+import parscale
+
+peft = pytest.importorskip("peft")
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def lora(**changes):
+    return peft.LoraConfig(**LORA | changes)
+
+
+def adapted(model, **changes):
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, lora(**changes)).eval()
+
+
+@torch.no_grad()
+def logits_of(model, ids, **arguments):
+    return model(input_ids=ids, **arguments).logits
+
+
+@torch.no_grad()
+def train(model, by=0.1):
+    """Moves what trains."""
+    for tensor in model.parameters():
+        if tensor.requires_grad:
+            tensor += by
+
+
+@pytest.fixture
+def make(zoo):
+    """A function that makes the same wrapped model each time."""
+    return lambda: parscale.wrap(zoo.FAMILIES["llama"].build("sdpa"), 3, prefix_length=4, init="random", seed=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_a_batch_of_several_adapters(make, zoo, options):
+    tuned, ids = adapted(make(), init_lora_weights=False, **options), zoo.token_ids(rows=4)
+    tuned.add_adapter("other", lora(init_lora_weights=False, **options))
+    alone = {}
+    for name in ("default", "other"):
+        tuned.set_adapter(name)
+        alone[name] = logits_of(tuned, ids)
+    with tuned.disable_adapter():
+        alone["__base__"] = logits_of(tuned, ids)
+    names = ["other", "default", "__base__", "other"]
+    mixed = logits_of(tuned, ids, adapter_names=names)
+    for row, name in enumerate(names):
+        zoo.close(mixed[row], alone[name][row], 2e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_writing_with_several_adapters(make, zoo, beams):
+    tuned, ids = adapted(make(), init_lora_weights=False), zoo.token_ids()
+    tuned.add_adapter("other", lora(init_lora_weights=False))
+    how = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "attention_mask": torch.ones_like(ids)}
+    mixed = tuned.generate(input_ids=ids, adapter_names=["other", "default"], **how)
+    for row, name in enumerate(["other", "default"]):
+        tuned.set_adapter(name)
+        assert torch.equal(tuned.generate(input_ids=ids, **how)[row], mixed[row])
+
+
+def test_rows_that_would_need_different_streams_are_refused(make, zoo):
+    tuned, ids = adapted(make()), zoo.token_ids()
+    tuned.add_adapter("other", lora())
+    tuned.set_adapter("other")
+    train(tuned)
+    other = logits_of(tuned, ids)
+    with pytest.raises(ValueError, match=r"'default', 'other' have trained different streams.*set_adapter"):
+        logits_of(tuned, ids, adapter_names=["default", "other"])
+    tuned.set_adapter("default")
+    zoo.close(logits_of(tuned, ids, adapter_names=["other", "other"]), other, 2e-5)
+
+
+def test_invocation_tokens(make, zoo):
+    ids = zoo.token_ids(rows=3)
+    ids[0, 2:4], ids[1, 5:7] = torch.tensor([90, 91]), torch.tensor([90, 91])  # and none in the last row
+    torch.manual_seed(0)
+    tuned = adapted(make(), init_lora_weights=False, alora_invocation_tokens=[90, 91])
+    together = logits_of(tuned, ids)
+    with tuned.disable_adapter():
+        off = logits_of(tuned, ids)
+    for row, begins in enumerate([2, 5, None]):
+        zoo.close(logits_of(tuned, ids[row : row + 1])[0], together[row], 2e-5)
+        zoo.close(together[row, :begins], off[row, :begins], 2e-5)
+    assert (together[0, 3:] - off[0, 3:]).abs().max() > 1e-3
+
+
+def test_prefix_tuning_writes_what_it_reads(make, zoo):
+    model, ids = make(), zoo.token_ids()
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    mask = torch.ones_like(ids)
+    written = tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    logits = logits_of(tuned, written[:, :-1], attention_mask=torch.ones_like(written[:, :-1]))
+    assert torch.equal(logits[:, -4:].argmax(-1), written[:, -4:])
