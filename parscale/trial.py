@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ROWS = 2
 # Outputs that have a row for each stream, or none: states inside the model, caches, those of an encoder before it.
 _INSIDE = re.compile(r"hidden_states|attentions|past_key_values|cache|state$|router_logits|encoder_last_hidden_state")
-_RESULTS = re.compile(r"logits|_embeds$")  # of which each depends on what was mixed
+# Outputs of which each depends on what was mixed, but for a model that writes text, which may return its images' too.
+_RESULTS = re.compile(r"logits|_embeds$")
 
 
 def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
@@ -72,7 +73,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
                 "another class of this architecture, such as its base model (AutoModel)."
             )
     unmoved = {key: torch.equal(found[key], x) for key, x in expected.items() if key in found and _RESULTS.search(key)}
-    if any(unmoved.values()) and not all(unmoved.values()):
+    if any(unmoved.values()) and not all(unmoved.values()) and not model.can_generate():
         raise UnsupportedModelError(
             f"{name} has a part that streams do not reach: {', '.join(key for key in unmoved if unmoved[key])} would "
             f"be the plain model's. Wrap its parts instead, each by itself, such as {type(state.backbone).__name__}."

@@ -66,8 +66,9 @@ def wrap(
 
     Args:
         model: a ``transformers.PreTrainedModel``: a causal language model, also with images; an encoder of text or
-            images; or an encoder with a decoder (see :mod:`parscale.backbones`). It may be split by tensor parallelism,
-            or partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards.
+            images; two such encoders side by side; or an encoder with a decoder (see :mod:`parscale.backbones`). It may
+            be split by tensor parallelism, or partitioned by ZeRO-3 when it was loaded; then every process calls this.
+            FSDP shards it afterwards. It is run on two tokens or on an image, without streams and with them.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
         prefix_length: T, learned key/value pairs per stream in each attention layer.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
@@ -86,8 +87,9 @@ def wrap(
 
     Raises:
         ValueError: a number out of range, a ``calibration`` that does not fit, or a model that is wrapped already.
-        UnsupportedModelError: not a Hugging Face model, or one in which the transform has no place, such as a prefix
-            where no attention was found.
+        UnsupportedModelError: not a Hugging Face model, one in which the transform has no place, such as a prefix
+            where no attention was found, or one that as a whole does not return what it should with streams. The model
+            is then what it was.
     """
     config = ParScaleConfig.from_arguments(
         num_streams,

@@ -54,7 +54,7 @@ class LossOfLayers(Llama):
         return output
 
 
-class SecondTower(transformers.LlamaForCausalLM):
+class SecondTower(transformers.LlamaForSequenceClassification):
     """What it returns beside the logits comes from embeddings alone."""
 
     def forward(self, input_ids=None, **kwargs):
