@@ -157,7 +157,9 @@ def _compare(model: Any, arguments: dict[str, Any], plain: dict[str, torch.Tenso
     results = [name for name in plain if "logits" in name or name.endswith("_embeds")]
     if model.can_generate():  # what it says of an image is no result
         results = [name for name in results if name == "logits"]
-    if len(unmoved) == len(plain) or set(results) & set(unmoved):
+    if len(unmoved) == len(plain) and "logits" not in plain:
+        return Verdict(NO_INPUT, f"that reaches {type(model.parscale.backbone).__name__}, where streams are mixed")
+    if set(results) & set(unmoved):
         return Verdict(BROKEN, f"streams do not change {', '.join(unmoved)}")
     labels = tiny_inputs.labels_for(model, plain)
     model.set_streams(None)
@@ -205,6 +207,8 @@ def tensors_of(output: Any, path: str = "") -> dict[str, torch.Tensor]:
             found[path + name] = value
         elif isinstance(value, ModelOutput):
             found |= tensors_of(value, f"{path}{name}.")
+        elif isinstance(value, tuple | list):
+            found |= {f"{path}{name}.{i}": x for i, x in enumerate(value) if isinstance(x, torch.Tensor)}
     return found
 
 

@@ -157,7 +157,7 @@ def _labels(model: Any, plain: Any) -> dict[str, torch.Tensor]:
 
 def _tensors(output: Any, path: str = "") -> dict[str, torch.Tensor]:
     """The tensors of an output by their names, those of its parts included."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in output.items():
         if _INSIDE.search(name):
             continue
@@ -165,4 +165,6 @@ def _tensors(output: Any, path: str = "") -> dict[str, torch.Tensor]:
             found[path + name] = value
         elif isinstance(value, ModelOutput):
             found |= _tensors(value, f"{path}{name}.")
+        elif isinstance(value, tuple | list):
+            found |= {f"{path}{name}.{i}": x for i, x in enumerate(value) if isinstance(x, torch.Tensor)}
     return found
