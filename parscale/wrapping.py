@@ -100,7 +100,7 @@ def wrap(
         transform=transform,
         rank=rank,
     )
-    configs = held_configs(model)
+    configs, choices = held_configs(model), _choices(model)
     state = None
     try:
         state = attach(model, kernels)
@@ -111,8 +111,18 @@ def wrap(
             detach(state)
         for module, held in configs:
             module.config = held
+        for module, children, chosen in choices:
+            module._modules = children
+            if chosen is not None:
+                module.attention_type = chosen
         raise
     return model
+
+
+def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
+    """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
 
 
 def unwrap(model: Any) -> Any:
