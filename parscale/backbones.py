@@ -88,7 +88,8 @@ def find_parts(model: Any) -> Parts:
     if any(re.fullmatch(r"get_text(_\w+)?_(features|embeds)", name) for name in dir(type(owner))):
         return _side_by_side(model, owner)
     backbone = decoder
-    if backbone is model or not isinstance(backbone, PreTrainedModel):  # under another name, or that of the head
+    inside = isinstance(backbone, PreTrainedModel) and main_input(backbone) == "hidden_states"  # of DINOv3
+    if backbone is model or inside or not isinstance(backbone, PreTrainedModel):  # under another name, or the head's
         children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
         reads = [child for child in children if _reads(child, model.main_input_name)]
         backbone = reads[0] if len(reads) == 1 else owner if _reads(owner, model.main_input_name) else model

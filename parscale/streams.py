@@ -46,6 +46,8 @@ ROW_ARGUMENTS = (
     "ple_input_ids",
     "visual_pos_masks",
     "pixel_values",
+    "image_embeds",
+    "image_embeds_position_mask",
     "bool_masked_pos",
     "noise",
     "input_features",

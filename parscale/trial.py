@@ -135,9 +135,12 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids ``(ROWS, 2)`` that end as a text does, which some models look for."""
-    end = getattr(model.config.get_text_config(), "eos_token_id", None)
-    ids = ids.clone()
+    """Token ids ``(ROWS, 2)``: a word, which stands neither for padding nor for an image, and the end of a text."""
+    text = model.config.get_text_config()
+    fields = [*vars(model.config).items(), *vars(text).items()]
+    special = {value for name, value in fields if "token" in name and isinstance(value, int)}
+    end = getattr(text, "eos_token_id", None)
+    ids = torch.full_like(ids, next(word for word in range(1, len(special) + 2) if word not in special))
     if isinstance(end, int):
         ids[:, -1] = end
     return ids

@@ -49,7 +49,7 @@ def test_a_class_takes_streams_or_is_refused(name):
 
 def test_none_breaks():
     assert classes.BROKEN not in RECORDED["counts"]
-    assert RECORDED["counts"][classes.TAKES] > 900
+    assert RECORDED["counts"][classes.TAKES] > 800
 
 
 @pytest.mark.skipif(not PINNED, reason="the file is of another transformers")
