@@ -277,8 +277,8 @@ def page(found: dict[str, Any]) -> str:
         f"| task | {' | '.join(verdicts)} |",
         "|---|" + "---|" * len(verdicts),
     ]
-    for task, counts in [*found["tasks"].items(), ("all, each class once", found["counts"])]:
-        name = task.removeprefix("FOR_").replace("_", " ").lower()
+    for task, counts in [*sorted(found["tasks"].items()), ("all, each class once", found["counts"])]:
+        name = task.removeprefix("MODEL_FOR_").replace("_", " ").lower()
         lines.append(f"| {name} | " + " | ".join(str(counts.get(verdict, "")) for verdict in verdicts) + " |")
     reasons = collections.defaultdict(list)
     for name, verdict in found["classes"].items():
