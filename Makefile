@@ -78,8 +78,9 @@ typecheck: $(READY) ## Check types
 bench: $(READY) ## Measure what the streams cost on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/overhead.json
 
-support: $(READY) ## Examine every architecture, and write docs/architectures.md; two minutes
+support: $(READY) ## Examine every architecture and class, and write docs/architectures.md and docs/classes.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/support.py --jobs $(JOBS) --output docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py --jobs $(JOBS) --output docs/classes.md
 
 # What has parscale and a torch that sees a GPU is used as it is; else .venv. -P: the root of the repository is no package.
 # Tests are named by file, since others need packages that such an environment may lack. Figures do not wait for tests.

@@ -1,6 +1,8 @@
 """Every model class of every ``AutoModelFor...`` of transformers, built tiny: it takes streams, or is refused cleanly.
 
-    python benchmarks/classes.py --output benchmarks/results/classes.json --jobs 2
+    python benchmarks/classes.py --output docs/classes.md --jobs 2
+
+writes the page, and the same for programs beside the other results.
 
 A class that takes streams returns what the plain model returns, in the same shapes, with a loss where the plain one has
 a loss, and the plain model's numbers to the last bit after ``unwrap``. One that is refused raises
@@ -34,6 +36,7 @@ from transformers.utils.generic import ModelOutput
 
 import parscale
 
+RESULTS = Path(__file__).with_name("results") / "classes.json"
 TAKES, REFUSED, BROKEN = "takes streams", "refused", "broken"
 NOT_BUILT, NO_INPUT = "cannot be built tiny", "no input found"
 LARGEST = 30_000_000  # parameters of a model that is still tiny enough
@@ -150,8 +153,14 @@ def _compare(model: Any, arguments: dict[str, Any], plain: dict[str, torch.Tenso
     shapes, expected = ({name: tuple(x.shape) for name, x in found.items()} for found in (mixed, plain))
     if shapes != expected:
         return Verdict(BROKEN, f"it returns {shapes}, not {expected}")
-    if all(torch.equal(tensor, mixed[name]) for name, tensor in plain.items()):
-        return Verdict(BROKEN, "streams change nothing")
+    unmoved = [name for name, tensor in plain.items() if torch.equal(tensor, mixed[name])]
+    results = [name for name in plain if "logits" in name or name.endswith("_embeds")]
+    if model.can_generate():  # what it says of an image is no result
+        results = [name for name in results if name == "logits"]
+    if len(unmoved) == len(plain) and "logits" not in plain:
+        return Verdict(NO_INPUT, f"that reaches {type(model.parscale.backbone).__name__}, where streams are mixed")
+    if len(unmoved) == len(plain) or 0 < len(set(results) & set(unmoved)) < len(results):
+        return Verdict(BROKEN, f"streams do not change {', '.join(unmoved)}")
     labels = tiny_inputs.labels_for(model, plain)
     model.set_streams(None)
     own = next(runs(model, [arguments | labels]), ({}, {}))[1] if labels else {}
@@ -198,6 +207,8 @@ def tensors_of(output: Any, path: str = "") -> dict[str, torch.Tensor]:
             found[path + name] = value
         elif isinstance(value, ModelOutput):
             found |= tensors_of(value, f"{path}{name}.")
+        elif isinstance(value, tuple | list):
+            found |= {f"{path}{name}.{i}": x for i, x in enumerate(value) if isinstance(x, torch.Tensor)}
     return found
 
 
@@ -247,23 +258,57 @@ def results(verdicts: dict[str, Verdict]) -> dict[str, Any]:
     }
 
 
+def page(found: dict[str, Any]) -> str:
+    """The counts in Markdown, and the reasons of refusals, from :func:`results`."""
+    by_version = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    verdicts = [verdict for verdict in (TAKES, REFUSED, BROKEN, NOT_BUILT, NO_INPUT) if verdict in found["counts"]]
+    lines = [
+        "# Which model classes take streams",
+        "",
+        f"Made by `python benchmarks/classes.py` with {by_version}.",
+        "",
+        "Every class of every `AutoModelFor...` of transformers, built tiny, wrapped with prefixes and called as its",
+        "users call it. *Takes streams*: it returns the plain model's shapes, has a loss where the plain one has one,",
+        "and after `unwrap` the plain model's numbers to the last bit. *Refused*: `UnsupportedModelError`, and the",
+        "model is what it was. *No input found*: it was wrapped, and the script knows no input that the plain model",
+        "takes.",
+        "[architectures.md](architectures.md) holds the causal language models to more.",
+        "",
+        f"| task | {' | '.join(verdicts)} |",
+        "|---|" + "---|" * len(verdicts),
+    ]
+    for task, counts in [*sorted(found["tasks"].items()), ("all, each class once", found["counts"])]:
+        name = task.removeprefix("MODEL_FOR_").replace("_", " ").lower()
+        lines.append(f"| {name} | " + " | ".join(str(counts.get(verdict, "")) for verdict in verdicts) + " |")
+    reasons = collections.defaultdict(list)
+    for name, verdict in found["classes"].items():
+        if verdict["verdict"] == REFUSED:
+            reasons[verdict["reason"].replace(name, "this class")].append(name)
+    lines += ["", "## Why classes are refused", ""]
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        lines.append(f"- {reason} ({', '.join(f'`{name}`' for name in names)})")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes, and nothing is written")
-    parser.add_argument("--output", type=Path, help="the file to write")
+    parser.add_argument("--output", type=Path, help="the page to write, and beside the other results the same as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="classes at once")
     arguments = parser.parse_args()
     names = arguments.only or sorted({name for names in tasks().values() for name in names})
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context, initializer=quiet) as pool:
-        verdicts = dict(zip(names, pool.map(examine, names, chunksize=8), strict=True))
-    for name, verdict in verdicts.items():
-        if arguments.only or verdict.verdict == BROKEN:
-            print(name, verdict.verdict, verdict.reason, sep="; ")
+        verdicts = {}
+        for name, verdict in zip(names, pool.map(examine, names, chunksize=8), strict=True):
+            verdicts[name] = verdict
+            if arguments.only or verdict.verdict == BROKEN:
+                print(name, verdict.verdict, verdict.reason, sep="; ", flush=True)
     found = results(verdicts)
     print(*(f"{number} {verdict}" for verdict, number in sorted(found["counts"].items())), sep=", ")
     if arguments.output is not None and not arguments.only:
-        arguments.output.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        arguments.output.write_text(page(found), encoding="utf-8")
+        RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

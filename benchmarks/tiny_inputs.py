@@ -32,13 +32,26 @@ def candidates(model: Any) -> Iterator[dict[str, torch.Tensor]]:
         if text:
             yield text | arguments
             yield {name: ids for name, ids in text.items() if name != "decoder_input_ids"} | arguments
-            number = getattr(model.config, "num_query_tokens", None)  # BLIP-2: a token for each query of an image
-            image = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-            if isinstance(number, int) and isinstance(image, int):
-                ids = torch.cat([torch.full((ROWS, number), image), text["input_ids"]], dim=1)
-                yield arguments | {"input_ids": ids}
+            yield from _with_places(model, names, text, arguments)
     if text:
         yield {name: ids[:1] for name, ids in text.items()}  # without a token for padding, only one row
+
+
+def _with_places(
+    model: Any, names: Any, text: dict[str, torch.Tensor], arguments: dict[str, torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Text with a token for each query of each image in it (BLIP-2), or that says where they are (Kosmos-2)."""
+    number = getattr(model.config, "num_query_tokens", getattr(model.config, "latent_query_num", None))
+    tokens = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    token = next((value for name in tokens if isinstance(value := getattr(model.config, name, None), int)), 0)
+    if "pixel_values" not in arguments or not isinstance(number, int):
+        return
+    number *= arguments["pixel_values"].shape[1] if arguments["pixel_values"].ndim == 5 else 1  # for each frame
+    ids = torch.cat([torch.full((ROWS, number), token), text["input_ids"]], dim=1)
+    found = arguments | {name: x for name, x in text.items() if name == "qformer_input_ids"} | {"input_ids": ids}
+    if "image_embeds_position_mask" in names:
+        found["image_embeds_position_mask"] = (torch.arange(ids.shape[1]) < number).long().expand(ROWS, -1)
+    yield found
 
 
 def configs_of(model: Any) -> list[Any]:

@@ -66,14 +66,24 @@ _ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
 _NO_LIMIT = {"time_step_min": 1e-9}  # which one step with a cache does not keep
+_PYRAMID = {
+    "num_hidden_layers": 4,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+    "image_size": 16,
+}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "Blip2ForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
+    "Blip2Model": {"image_token_index": FIRST_SPECIAL},
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "BltForCausalLM": {"num_hidden_layers": LAYERS},  # transformers' cache asks for it
     "CohereCompassForCausalLM": _WINDOWS
     | {"rope_parameters": {kind: _ROPE | {"mrope_section": [2, 1, 1]} for kind in _WINDOWS["layer_types"]}},
     "DbrxForCausalLM": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "DPTForDepthEstimation": _PYRAMID,
+    "DPTForSemanticSegmentation": _PYRAMID,
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
     "Dots1ForCausalLM": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "Dots3NoteForCausalLM": {
@@ -99,6 +109,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"]},
     "HrmTextForCausalLM": {"num_hidden_layers": 1, "L_cycles": 1},
     "InstructBlipForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
+    "InstructBlipModel": {"image_token_index": FIRST_SPECIAL},
+    "InstructBlipVideoForConditionalGeneration": {"video_token_index": FIRST_SPECIAL},
+    "InstructBlipVideoModel": {"video_token_index": FIRST_SPECIAL},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "LagunaForCausalLM": _WINDOWS,
     "Lfm2ForCausalLM": _CONVOLUTIONS,
@@ -111,6 +124,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "MusicgenForCausalLM": {"num_codebooks": 1},
     "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"]},
+    "OwlViTForObjectDetection": {"text_config": {"projection_dim": HIDDEN}, "projection_dim": HIDDEN},
+    "Owlv2ForObjectDetection": {"text_config": {"projection_dim": HIDDEN}, "projection_dim": HIDDEN},
     "NemotronForCausalLM": {"head_dim": 8, "num_key_value_heads": 2},
     "NemotronHForCausalLM": _NO_LIMIT,
     "Phi4MultimodalForCausalLM": {"audio_config": {"nemo_conv_channels": 16, "ext_pw_out_channel": 32}},

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,10 +85,11 @@ def find_parts(model: Any) -> Parts:
             )
         return Parts(decoder, encoder)
     owner = model.base_model
-    if hasattr(owner, "get_text_features"):
+    if any(re.fullmatch(r"get_text(_\w+)?_(features|embeds)", name) for name in dir(type(owner))):
         return _side_by_side(model, owner)
     backbone = decoder
-    if backbone is model or not isinstance(backbone, PreTrainedModel):  # under another name, or that of the head
+    inside = isinstance(backbone, PreTrainedModel) and main_input(backbone) == "hidden_states"  # of DINOv3
+    if backbone is model or inside or not isinstance(backbone, PreTrainedModel):  # under another name, or the head's
         children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
         reads = [child for child in children if _reads(child, model.main_input_name)]
         backbone = reads[0] if len(reads) == 1 else owner if _reads(owner, model.main_input_name) else model
@@ -107,8 +109,8 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
     names = {main_input(child) for child in towers}
     if len(towers) < 2 or len(names) < len(towers) or TEXT not in names:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has encoders side by side, of which {len(towers)} were found that read an input "
-            "of their own, and streams need all: wrap one of its encoders by itself, such as model.text_model."
+            f"{type(model).__name__} has encoders side by side, and not each is a model that reads an input of its "
+            "own, as streams need it: wrap one of them by itself, such as model.text_model."
         )
     towers.sort(key=lambda tower: main_input(tower) != TEXT)
     backbones = [find_parts(tower).backbone for tower in towers]  # mixed where the tower alone would be
@@ -187,10 +189,12 @@ def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tens
     if name == TEXT:
         return {name: torch.zeros(rows, 2, dtype=torch.long, device=device)}
     dtype = next(parameter.dtype for parameter in part.parameters() if parameter.is_floating_point())
-    if name == IMAGES and getattr(config, "image_size", None) and getattr(config, "num_channels", None):
+    if name == IMAGES and getattr(config, "image_size", None):
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return {name: torch.zeros(rows, config.num_channels, height, width, dtype=dtype, device=device)}
+        channels = getattr(config, "num_channels", 3)
+        frames = [config.num_frames] if getattr(config, "tubelet_size", None) else []  # of a video
+        return {name: torch.zeros(rows, *frames, channels, height, width, dtype=dtype, device=device)}
     if name == AUDIO and getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
         frames = 2 * config.max_source_positions  # two for each position, as in Whisper
         return {name: torch.zeros(rows, config.num_mel_bins, frames, dtype=dtype, device=device)}

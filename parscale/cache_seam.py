@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parscale.attention import AttentionLayer, prepend
-from parscale.backbones import run_briefly
+from parscale.backbones import one_line, run_briefly
 from parscale.errors import UnsupportedModelError
 from parscale.masks import extend_dense_mask
 from parscale.parallel import local
@@ -328,7 +328,7 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
         raise UnsupportedModelError(
             f"{name} has no place for a prefix: its attention ({type(hooked[0][0].module).__name__}) takes more keys "
             "than there are tokens from its cache, but then fails, since something else in it has one entry for each "
-            f"token: {error}"
+            f"token: {one_line(error)}"
         ) from error
     finally:
         for attention, _ in hooked:
@@ -352,6 +352,9 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
         try:
             with state.recording(record):
                 run_briefly(state)
+        except Exception:
+            found.clear()
+            raise
         finally:
             for key, attention in candidates.items():
                 if key not in found:

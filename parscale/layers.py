@@ -71,14 +71,10 @@ def attach_attention(state: ParScaleState) -> None:
     try:
         with state.recording(record):
             state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
-    except Exception as error:  # whatever the backbone does with an input that is not the one it takes
-        if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
-            raise
-        raise UnsupportedModelError(
-            f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on "
-            f"two tokens, an image of its size or silence, as streams need it to ({type(error).__name__}: "
-            f"{one_line(error)}): use another class of this architecture, if there is one."
-        ) from error
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise _as_unsupported(state, error) from error
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
@@ -86,9 +82,26 @@ def attach_attention(state: ParScaleState) -> None:
         state.layers = list(found.values()) or attach_caches(state)
     except UnsupportedModelError as error:
         state.without_layers = str(error)
+    except Exception as error:
+        state.without_layers = str(_as_unsupported(state, error))
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None:
         _count_heads_of_all_devices(state, mesh)
+
+
+def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelError:
+    """The error that says that the backbone does not run by itself, whatever it did with what it was given.
+
+    Raises:
+        Exception: ``error``, if it says nothing of the model.
+    """
+    if is_of_the_machine(error):
+        raise error
+    return UnsupportedModelError(
+        f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on two "
+        f"tokens, an image of its size or silence, as streams need it to ({type(error).__name__}: {one_line(error)}): "
+        "use another class of this architecture, if there is one."
+    )
 
 
 def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:

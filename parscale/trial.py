@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ROWS = 2
 # Outputs that have a row for each stream, or none: states inside the model, caches, those of an encoder before it.
 _INSIDE = re.compile(r"hidden_states|attentions|past_key_values|cache|state$|router_logits|encoder_last_hidden_state")
-_RESULTS = re.compile(r"logits|_embeds$")  # of which each depends on what was mixed
+# Outputs of which each depends on what was mixed, but for a model that writes text, which may return its images' too.
+_RESULTS = re.compile(r"logits|_embeds$")
 
 
 def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
@@ -72,7 +73,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
                 "another class of this architecture, such as its base model (AutoModel)."
             )
     unmoved = {key: torch.equal(found[key], x) for key, x in expected.items() if key in found and _RESULTS.search(key)}
-    if any(unmoved.values()) and not all(unmoved.values()):
+    if any(unmoved.values()) and not all(unmoved.values()) and not model.can_generate():
         raise UnsupportedModelError(
             f"{name} has a part that streams do not reach: {', '.join(key for key in unmoved if unmoved[key])} would "
             f"be the plain model's. Wrap its parts instead, each by itself, such as {type(state.backbone).__name__}."
@@ -134,9 +135,12 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids ``(ROWS, 2)`` that end as a text does, which some models look for."""
-    end = getattr(model.config.get_text_config(), "eos_token_id", None)
-    ids = ids.clone()
+    """Token ids ``(ROWS, 2)``: a word, which stands neither for padding nor for an image, and the end of a text."""
+    text = model.config.get_text_config()
+    fields = [*vars(model.config).items(), *vars(text).items()]
+    special = {value for name, value in fields if "token" in name and isinstance(value, int)}
+    end = getattr(text, "eos_token_id", None)
+    ids = torch.full_like(ids, next(word for word in range(1, len(special) + 2) if word not in special))
     if isinstance(end, int):
         ids[:, -1] = end
     return ids
@@ -156,7 +160,7 @@ def _labels(model: Any, plain: Any) -> dict[str, torch.Tensor]:
 
 def _tensors(output: Any, path: str = "") -> dict[str, torch.Tensor]:
     """The tensors of an output by their names, those of its parts included."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in output.items():
         if _INSIDE.search(name):
             continue
@@ -164,4 +168,6 @@ def _tensors(output: Any, path: str = "") -> dict[str, torch.Tensor]:
             found[path + name] = value
         elif isinstance(value, ModelOutput):
             found |= _tensors(value, f"{path}{name}.")
+        elif isinstance(value, tuple | list):
+            found |= {f"{path}{name}.{i}": x for i, x in enumerate(value) if isinstance(x, torch.Tensor)}
     return found

@@ -67,8 +67,9 @@ def wrap(
 
     Args:
         model: a ``transformers.PreTrainedModel``: a causal language model, also with images; an encoder of text or
-            images; or an encoder with a decoder (see :mod:`parscale.backbones`). It may be split by tensor parallelism,
-            or partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards.
+            images; two such encoders side by side; or an encoder with a decoder (see :mod:`parscale.backbones`). It may
+            be split by tensor parallelism, or partitioned by ZeRO-3 when it was loaded; then every process calls this.
+            FSDP shards it afterwards. It is run on two tokens or on an image, without streams and with them.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
         prefix_length: T, learned key/value pairs per stream in each attention layer.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
@@ -87,8 +88,9 @@ def wrap(
 
     Raises:
         ValueError: a number out of range, a ``calibration`` that does not fit, or a model that is wrapped already.
-        UnsupportedModelError: not a Hugging Face model, or one in which the transform has no place, such as a prefix
-            where no attention was found.
+        UnsupportedModelError: not a Hugging Face model, one in which the transform has no place, such as a prefix
+            where no attention was found, or one that as a whole does not return what it should with streams. The model
+            is then what it was.
     """
     config = ParScaleConfig.from_arguments(
         num_streams,
@@ -99,7 +101,7 @@ def wrap(
         transform=transform,
         rank=rank,
     )
-    configs = held_configs(model)
+    configs, choices = held_configs(model), _choices(model)
     state = None
     try:
         state = attach(model, kernels)
@@ -110,8 +112,18 @@ def wrap(
             detach(state)
         for module, held in configs:
             module.config = held
+        for module, children, chosen in choices:
+            module._modules = children
+            if chosen is not None:
+                module.attention_type = chosen
         raise
     return model
+
+
+def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
+    """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
 
 
 def unwrap(model: Any) -> Any:

@@ -54,7 +54,7 @@ class LossOfLayers(Llama):
         return output
 
 
-class SecondTower(transformers.LlamaForCausalLM):
+class SecondTower(transformers.LlamaForSequenceClassification):
     """What it returns beside the logits comes from embeddings alone."""
 
     def forward(self, input_ids=None, **kwargs):
@@ -149,6 +149,22 @@ def test_a_model_on_the_meta_device_is_wrapped_without_a_run():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     assert parscale.wrap(model, 2, prefix_length=2, init="random").num_streams == 2
+
+
+@torch.no_grad()
+def test_a_refused_model_reads_long_texts_as_before():
+    """BigBird gives up its sparse attention for good when it first reads a short text."""
+    config = transformers.BigBirdConfig(**SIZES, block_size=4, num_random_blocks=1, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model, ids = transformers.BigBirdModel(config).eval(), torch.arange(3, 43)[None]
+    modules = dict(model.named_modules())
+    with torch.random.fork_rng():
+        expected = model(input_ids=ids).last_hidden_state
+    with pytest.raises(UnsupportedModelError, match="BigBirdModel pools its first token"):
+        parscale.wrap(model, 2, prefix_length=2, transform="prompt", init="random")
+    assert dict(model.named_modules()) == modules
+    assert model.attention_type == "block_sparse"
+    assert torch.equal(model(input_ids=ids).last_hidden_state, expected)
 
 
 # -- a language model with its head inside another
