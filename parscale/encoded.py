@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.utils.generic import ModelOutput
 
+SEQUENCES = (tuple, list)  # torch 2.9 cannot trace isinstance(x, tuple | list)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
@@ -50,7 +52,7 @@ class EncodedRows(torch.Tensor):
             return torch.Tensor.__torch_function__(func, (torch.Tensor,), args, kwargs)
         result = super().__torch_function__(func, (cls,), args, kwargs)
         source = _first_marked((*args, *kwargs.values()))
-        for x in result if isinstance(result, tuple | list) else (result,):
+        for x in result if isinstance(result, SEQUENCES) else (result,):
             if isinstance(x, EncodedRows) and x is not source and source is not None:
                 x.mark = _mark_of_result(func, source, args, x)
         return result
@@ -70,7 +72,7 @@ def _first_marked(values: Any) -> EncodedRows | None:
     for value in values:
         if isinstance(value, EncodedRows) and hasattr(value, "mark"):
             return value
-        if isinstance(value, tuple | list) and (found := _first_marked(value)) is not None:  # torch.cat([...])
+        if isinstance(value, SEQUENCES) and (found := _first_marked(value)) is not None:  # torch.cat([...])
             return found
     return None
 
@@ -108,18 +110,26 @@ def plain(x: EncodedRows) -> torch.Tensor:
 
 
 def mark_output(output: Any, name: str, P: int) -> Any:
-    """An encoder's output, ``(P*B, S, ...)`` in each of its tensors, with the mark of a set of streams."""
-    rows = output[0].shape[0]
+    """An encoder's output, ``(P*B, S, ...)`` in each of its tensors, with the mark of a set of streams.
+
+    Hidden states of inner layers are not marked: a decoder does not read them.
+    """
+    last, rows = output[0], output[0].shape[0]
 
     def with_mark(value: Any) -> Any:
-        if type(value) is tuple:  # hidden states by layer
-            return tuple(map(with_mark, value))
         # one that is distributed or fake stays what it is
         if type(value) is torch.Tensor and value.ndim > 0 and value.shape[0] == rows:
             return marked(value, Mark(name, P))
         return value
 
-    return _map_output(with_mark, output)
+    marked_last = with_mark(last)
+
+    def replaced(value: Any) -> Any:
+        if type(value) is tuple:  # by layer; the others stay the tensors that the layers computed with
+            return tuple(marked_last if one is last else one for one in value)
+        return marked_last if value is last else with_mark(value)
+
+    return _map_output(replaced, output)
 
 
 def by_source(encoded: Any) -> Any:
@@ -195,6 +205,6 @@ def _map_output(function: Any, output: Any) -> Any:
     """A model's output, a tuple or a tensor with ``function`` applied to each part."""
     if isinstance(output, ModelOutput):
         return type(output)(**{key: function(value) for key, value in output.items()})
-    if isinstance(output, tuple | list):
+    if isinstance(output, SEQUENCES):
         return type(output)(map(function, output))
     return function(output)

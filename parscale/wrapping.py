@@ -210,8 +210,10 @@ def detach(state: ParScaleState) -> None:
     state.stop_checkpointing()
     for part in state.parts:
         part.__dict__.pop("_replicate_for_data_parallel", None)
-    for member in ("parscale", "generate", *MEMBERS):
+    for member in ("parscale", *MEMBERS):
         model.__dict__.pop(member, None)
+    if state.encoder is not None:
+        model.__dict__.pop("generate", None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)
 

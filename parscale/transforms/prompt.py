@@ -27,17 +27,29 @@ from parscale.transforms.base import Place, Transform
 
 CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
 FIRST_LENGTH = "parscale_first_length"  # what a cache says of itself: how many tokens its first pass had
-# With one entry for each token; the prompt's are the first one's for languages, else zero.
-LANGUAGES = "langs"
+# With one entry for each token; the prompt's are the first one's, or zero.
+AS_FIRST = (
+    "langs",
+    "task_type_ids",
+    "bbox",
+    "input_shape_ids",
+    "input_pronunciation_ids",
+    "xpath_tags_seq",
+    "xpath_subs_seq",
+)
 TOKENS = (
-    LANGUAGES,
+    *AS_FIRST,
     "token_type_ids",
+    "global_attention_mask",
+    "vision_mask",
+    "image_embeds_position_mask",
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
     "visual_pos_masks",
     "ple_input_ids",
     "per_layer_inputs",
 )
+SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); the prompt sees none
 
 
 class PromptTransform(Transform):
@@ -136,8 +148,13 @@ class PromptTransform(Transform):
         for name in TOKENS:
             if arguments.get(name) is not None:
                 value = arguments[name]
-                own = value[:, :1] if name == LANGUAGES else torch.zeros_like(value[:, :1])
+                own = value[:, :1] if name in AS_FIRST else torch.zeros_like(value[:, :1])
                 arguments[name] = _insert(own.repeat_interleave(T, dim=1), value, padding)
+        for name in SEES_IMAGES:
+            if arguments.get(name) is not None:
+                value = arguments[name].transpose(1, 2)  # (R, S, 1, ...)
+                own = value.new_zeros(R, T, *value.shape[2:])
+                arguments[name] = _insert(own, value, padding).transpose(1, 2)
         if mask is not None:
             arguments["attention_mask"] = _extended(mask, T, True, padding)
         if positions is not None:

@@ -296,13 +296,14 @@ def test_rows_that_lost_their_streams_are_refused(name, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["T5", "Whisper"], indirect=True)
 def test_compiled(name, model, zoo):
-    source, targets = KINDS[name].source(), ids(length=7, seed=3)
-    expected = model(**source, decoder_input_ids=targets).logits
+    source = KINDS[name].source()
+    targets = {"decoder_input_ids": ids(length=7, seed=3), "use_cache": False}
+    expected = model(**source, **targets).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    zoo.close(compiled(**source, decoder_input_ids=targets).logits, expected, TOLERANCE)
+    zoo.close(compiled(**source, **targets).logits, expected, TOLERANCE)
     encoded = torch.compile(model.get_encoder(), fullgraph=True, backend="aot_eager")(**source)
     assert torch.equal(encoded[0], model.get_encoder()(**source)[0])
-    result = model(encoder_outputs=encoded, decoder_input_ids=targets).logits
+    result = model(encoder_outputs=encoded, **targets).logits
     zoo.close(result, expected, TOLERANCE)
     torch.compiler.reset()
 
@@ -317,6 +318,14 @@ def test_gradients_reach_what_encoded(name, model):
             given = {"encoder_outputs": model.get_encoder()(**source)} if outside else source
             model(**given, decoder_input_ids=targets, labels=targets).loss.backward()
         gradients.append({own: parameter.grad for own, parameter in model.named_parameters()})
+    model.zero_grad()
+    with torch.enable_grad():  # of what a caller holds, too
+        output = model(**source, decoder_input_ids=targets, output_hidden_states=True)
+        held = [*output.encoder_hidden_states, output.encoder_last_hidden_state]
+        for states in held:
+            states.retain_grad()
+        output.logits.sum().backward()
+    assert all(states.grad is not None and states.grad.any() for states in held)
     encoder = [own for own in gradients[0] if own.startswith("encoder.") and "prefix_" in own and "@" not in own]
     assert encoder
     assert all(torch.equal(gradients[0][own], gradients[1][own]) and gradients[0][own].any() for own in encoder)

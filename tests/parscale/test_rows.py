@@ -173,6 +173,26 @@ def test_a_row_by_itself_is_the_same(name, transform, zoo):
     zoo.close(together, torch.cat(alone), TOLERANCE)
 
 
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name.endswith("ForTokenClassification")])
+def test_a_prompt_has_inputs_of_its_own(name, zoo):
+    """A prompt of the embeddings of a text is that text, with the other inputs of the row's first token, or zeros."""
+    encoder, T = ENCODERS[name], 4
+    texts, ids = draw(90, P, T, low=3), draw(96, B, S, low=3)
+    model = parscale.wrap(encoder.plain(), P, prefix_length=T, smoothing=0.0, init="random", transform="prompt")
+    (prompt,) = model.parscale.active.transform.parameters()
+    with torch.no_grad():
+        prompt.copy_(model.get_input_embeddings()(texts))
+        zeroed, biased = list(model.parscale.aggregator(model.parscale.active).parameters())[-2:]
+        zeroed.zero_()
+        for p in range(P):
+            biased.fill_(-1e4)[p] = 1e4
+            plain = {"input_ids": torch.cat([texts[p].expand(B, -1), ids], dim=1)}
+            for argument, value in encoder.inputs.items():
+                first = 0 * value[:, :1] if argument == "global_attention_mask" else value[:, :1]
+                plain[argument] = torch.cat([first.repeat_interleave(T, dim=1), value], dim=1)
+            zoo.close(result(model, **encoder.inputs), encoder.plain()(**plain).logits[:, T:], TOLERANCE)
+
+
 def copied(value: Any, name: str = "some_input", rows: int = B) -> Any:
     return copy_rows(torch.nn.Identity(), {name: value}, "default", P, rows)[name]
 
@@ -253,22 +273,22 @@ AROUND = words("""
     chunk_sample_lengths context_attention_mask context_input_ids deletion_mean deletion_value doc_scores
     duration_labels encoder_outputs energy_labels entity_id feature_lens global_pointer grid_thw has_deletion
     high_res_pixel_values image_embeddings image_grid_hw image_grid_thw image_grids image_hidden_states
-    image_merge_sizes image_num_crops image_pixel_values image_position_ids image_sizes image_sizes_videos
+    image_merge_sizes image_num_crops image_patches image_pixel_values image_position_ids image_sizes image_sizes_videos
     image_token_pooling images_per_sample input_boxes input_boxes_labels input_labels input_masks input_points
     intermediate_embeddings level_start_index lm_hidden_states mask_feat mask_query_head memory_key_padding_mask
     memory_mask merge_sizes mm_encoder_outputs mol_type msa msa_attention_mask msa_batch_mask msa_feats noise_sequence
     norm num_delay_tokens num_frames_per_video num_local_patches object_queries object_queries_position_embeddings
-    order_head pitch_labels pixel_values_local pixel_values_videos query_position_embeddings reference_points res_type
-    residue_index second_per_grid_ts self_attn_mask spatial_position_embeddings spatial_shapes spatial_shapes_list
-    spectrogram_labels spkr_id sym_id target_embedding target_sizes target_sizes_videos task_inputs text_embeds
-    text_encoder_attention_mask text_encoder_hidden_states text_inputs tile_fine_mask token_bonds token_index
-    valid_ratios video_compression_mask video_grid_thw video_grids video_merge_sizes video_position_ids
+    order_head pitch_labels pixel_values_images pixel_values_local pixel_values_videos query_position_embeddings
+    reference_points res_type residue_index second_per_grid_ts self_attn_mask spatial_position_embeddings spatial_shapes
+    spatial_shapes_list spectrogram_labels spkr_id sym_id target_embedding target_sizes target_sizes_videos task_inputs
+    text_embeds text_encoder_attention_mask text_encoder_hidden_states text_inputs tile_fine_mask token_bonds
+    token_index valid_ratios video_compression_mask video_grid_thw video_grids video_merge_sizes video_position_ids
     video_second_per_grid video_token_pooling vision_embeds vision_encoder_attention_mask vision_encoder_hidden_states
     x4_feat
 """)
 # No tensors, where no annotation says so.
 FLAGS = words("""
-    interpolate_pos_encoding kwargs output_attentions output_hidden_states return_dict return_loss sample
+    interpolate_pos_encoding kwargs lm_kwargs output_attentions output_hidden_states return_dict return_loss sample
     use_audio_in_video use_cache
 """)
 

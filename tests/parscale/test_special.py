@@ -103,6 +103,26 @@ def llava(zoo):
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def mllama(zoo):
+    """Reads images in layers of cross-attention, which a text runs past."""
+    text = zoo.COMMON | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3], "rope_parameters": zoo.ROPE}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "vision_output_dim": 32,
+        "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2]],
+        "intermediate_layers_indices": [0],
+    }
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    return transformers.MllamaForConditionalGeneration(config)
+
+
 def gemma3n(zoo):
     kinds = ["sliding_attention", "full_attention"] * 3
     config = transformers.Gemma3nTextConfig(
@@ -185,6 +205,15 @@ def picture_inputs(make, zoo, rows):
             return {"input_ids": whole, "pixel_values": pixels}
         if make is gemma3_with_images:
             return {"input_ids": whole, "pixel_values": pixels, "token_type_ids": (whole == IMAGE).long()}
+        if make is mllama:  # two tiles; the tokens before the image do not see it
+            sees = (whole == IMAGE).cummax(dim=1).values.long()
+            return {
+                "input_ids": whole,
+                "pixel_values": torch.stack([pixels, -pixels], dim=1)[:, None],
+                "aspect_ratio_ids": torch.full((rows, 1), 2),
+                "aspect_ratio_mask": torch.ones(rows, 1, 2, dtype=torch.long),
+                "cross_attention_mask": sees[:, :, None, None].expand(-1, -1, 1, 2),
+            }
         grid = torch.tensor([[1, 4, 4]] * rows)
         patches = (
             pixels.repeat(1, 1, 2, 2).unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(rows * 16, -1)
@@ -226,6 +255,28 @@ def test_images_among_the_text(make, rows, zoo, tmp_path):
     zoo.close(logits_of(again, **arguments_of(arguments())), expected, 1e-6)
     model.set_streams(None)
     assert torch.equal(logits_of(model, **arguments_of(arguments())), logits_of(plain, **arguments_of(arguments())))
+
+
+@pytest.mark.parametrize("transform", ["prefix", "prompt", "lora"])
+def test_layers_that_read_images_by_cross_attention(transform, zoo):
+    """Every stream has the row's own image; a low-rank difference starts as none, so that it is the backbone."""
+    arguments = arguments_of(picture_inputs(mllama, zoo, 3)())
+    arguments["pixel_values"] = arguments["pixel_values"] * torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1, 1, 1, 1)
+    plain, model = build(mllama, zoo), build(mllama, zoo)
+    parscale.wrap(model, 3, prefix_length=4, init="random", seed=0, transform=transform)
+    if transform == "lora":
+        zoo.close(logits_of(model, **arguments), logits_of(plain, **arguments), 2e-5)
+    zoo.fill_streams(model)
+    together = logits_of(model, **arguments)
+    alone = [logits_of(model, **{name: value[b : b + 1] for name, value in arguments.items()}) for b in range(3)]
+    zoo.close(together, torch.cat(alone), 2e-5)
+    assert (
+        together - logits_of(model, **arguments | {"pixel_values": arguments["pixel_values"] + 1})
+    ).abs().max() > 0.1
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "inputs": arguments.pop("ids")}
+    written = model.generate(**options, **arguments)
+    assert torch.equal(written, model.generate(**options, **arguments, use_cache=False))
+    assert torch.equal(written[:, 9], together[:, -1].index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1))
 
 
 def arguments_of(arguments):
