@@ -42,6 +42,7 @@ def scratch(tmp_path_factory):
 
 
 ANYTHING = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+SOME = settings(ANYTHING, max_examples=30)
 SECONDS = 5.0
 READERS = {
     "full": [load, AutoModelForCausalLM.from_pretrained, lambda folder: describe(str(folder))],
@@ -145,7 +146,7 @@ def test_any_value_of_any_field(originals, scratch, data):
     survives(folder, data.draw(st.sampled_from(READERS[kind])))
 
 
-@ANYTHING
+@SOME
 @given(st.data())
 def test_any_text_for_a_json_file(originals, scratch, data):
     kind = data.draw(st.sampled_from(sorted(READERS)))
@@ -191,7 +192,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@ANYTHING
+@SOME
 @given(st.data())
 def test_any_header(originals, scratch, data):
     kind = data.draw(st.sampled_from(sorted(READERS)))
@@ -209,7 +210,7 @@ def test_any_header(originals, scratch, data):
     survives(folder, data.draw(st.sampled_from(READERS[kind])))
 
 
-@ANYTHING
+@SOME
 @given(st.data())
 def test_any_index_of_shards(originals, scratch, data):
     folder = fresh(originals, scratch, "shards")
@@ -231,7 +232,7 @@ def test_any_index_of_shards(originals, scratch, data):
     survives(folder, data.draw(st.sampled_from(READERS["shards"])))
 
 
-@ANYTHING
+@SOME
 @given(st.data())
 def test_any_file_that_is_missing_or_something_else(originals, scratch, data):
     kind = data.draw(st.sampled_from(sorted(READERS)))
