@@ -31,7 +31,7 @@ from transformers.models.auto import modeling_auto
 
 from parscale.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
 from parscale.pretrained import read_pretrained
-from parscale.values import check_values
+from parscale.values import check_values, configuration_of
 
 AUTO_CLASSES: dict[str, Any] = {
     name: auto
@@ -58,10 +58,11 @@ class Recipe:
         In memory ``model_type`` is the backbone's, by which transformers finds tokenizers and much else; the class, and
         what it writes, has the checkpoint's.
         """
-        check_values(config_dict.get("_name_or_path") or "a checkpoint", config_dict, None)
+        check_values("a checkpoint", config_dict, None)
         names = config_dict.get("architectures")
         register_architecture(names[0] if isinstance(names, list) and names else None)
-        return config_class(cls.backbone_type).from_dict(config_dict | {"model_type": cls.backbone_type}, **kwargs)
+        with configuration_of("a checkpoint"):
+            return config_class(cls.backbone_type).from_dict(config_dict | {"model_type": cls.backbone_type}, **kwargs)
 
 
 def register_backbone(model_type: str) -> None:

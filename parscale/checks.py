@@ -19,6 +19,7 @@ from parscale.config import NUM_STREAMS, ParScaleConfig
 from parscale.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.headers import StoredTensor
 from parscale.naming import PARAMETERS
+from parscale.values import configuration_of
 
 _REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
 
@@ -111,25 +112,6 @@ def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[
         for name in sorted(described.keys() & tensors.keys())
         if tensors[name].shape != described[name].shape
     ]
-
-
-@contextmanager
-def configuration_of(checkpoint: Checkpoint, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """In this block a class reads a configuration: what goes wrong there is the configuration's fault.
-
-    Args:
-        checkpoint: whose configuration it is.
-        faults: the errors that a configuration can cause there; of these, not those that are the machine's.
-    """
-    try:
-        yield
-    except (OSError, ImportError, MemoryError):
-        raise
-    except faults as error:
-        raise ValueError(
-            f"{CONFIG} of {checkpoint} does not describe a model: it is damaged, or needs another version of "
-            f"transformers ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:

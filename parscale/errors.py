@@ -1,5 +1,9 @@
 """Errors that parscale raises on its own account."""
 
 
+class RefusedCheckpointError(ValueError):
+    """A checkpoint asks for what it is not given: to run code of its own, or a package that is not installed."""
+
+
 class UnsupportedModelError(ValueError):
     """The model cannot carry streams: it is no Hugging Face model, or has no place for what makes them differ."""

@@ -280,14 +280,12 @@ def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | N
         checkpoint: streams only.
         fields: of its ``parscale_config.json``.
     """
-    named = [fields.get(field) for field in (BACKBONE, BACKBONE_PATH)]
-    names = [name for name in named if isinstance(name, str) and name]
-    if checkpoint.folder is not None:
-        for name in names:
-            place = os.path.normpath(checkpoint.folder / name)
-            if os.path.isdir(place):
-                return place
-    return names[0] if names else None
+    name, path = fields.get(BACKBONE), fields.get(BACKBONE_PATH)
+    if not isinstance(name, str) or not name:
+        return None
+    candidates = [name, path] if isinstance(path, str) and os.path.isabs(name) else [name]
+    places = [os.path.normpath(checkpoint.folder / each) for each in candidates] if checkpoint.folder else []
+    return next(filter(os.path.isdir, places), name)
 
 
 def _is_set_name(name: Any) -> bool:

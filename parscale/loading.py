@@ -13,7 +13,10 @@ it is the format of the released ``ParScale/*`` checkpoints:
 - a streams-only folder for each further set, by its name.
 
 A streams-only checkpoint is ``streams.safetensors`` with those tensors and ``parscale_config.json`` with P, T, the
-smoothing, the backbone's name and what is needed to see whether another one fits.
+smoothing, the backbone's name and what is needed to see whether another one fits. Of a backbone in a folder it has two
+paths: the absolute one, and ``backbone_path``, as seen from the checkpoint, which counts once nothing is at the first.
+
+Adapters that PEFT saved beside either kind are left to PEFT: ``PeftModel.from_pretrained(load(folder), folder)``.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from parscale.auto import (
     config_class,
     register_backbone,
 )
-from parscale.checks import check_fit, check_size, check_streams, configuration_of, differences
+from parscale.checks import check_fit, check_size, check_streams, differences
 from parscale.choosing import set_streams
 from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
 from parscale.folders import (
@@ -63,7 +66,8 @@ from parscale.naming import PATTERNS, part_of
 from parscale.pretrained import read_pretrained, warn_of_adapter
 from parscale.saving import FORMAT_VERSION
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.values import check_values
+from parscale.untrusted import brief
+from parscale.values import check_values, configuration_of
 from parscale.wrapping import add, attach, detach, fill
 
 _STREAMS_FIELDS = {
@@ -93,7 +97,7 @@ def load(
     """Reads a checkpoint with streams: a full one, also a released ``ParScale/*`` one, or streams only.
 
     The set that was active when it was saved is active; further sets of a full checkpoint come back inactive. No code
-    from the checkpoint runs, and nothing is unpickled.
+    from the checkpoint runs, and nothing is unpickled. An adapter in the folder is not applied, and a warning says so.
 
     Args:
         path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
@@ -310,7 +314,9 @@ def _named_backbone(
     try:
         base = Checkpoint(name)
         config = _read_config(base, base.read_json(CONFIG), base.weights())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise ValueError(f"The backbone {name} of {checkpoint} cannot be read: {error}") from error
+    except OSError as error:
         raise FileNotFoundError(
             f"The backbone {name} of {checkpoint} cannot be read; give backbone=, a folder or a model. ({error})"
         ) from error
@@ -349,7 +355,7 @@ def _read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Sto
     if unknown or fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         warnings.warn(
             f"{STREAMS_CONFIG} of {checkpoint} was written by another version of parscale "
-            f"({fields.get('version', 'unknown')}); ignored: {', '.join(unknown) or 'nothing'}.",
+            f"({fields.get('version', 'unknown')}); ignored: {brief(', '.join(unknown)) or 'nothing'}.",
             stacklevel=2,
         )
     streams = numbers(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from parscale.errors import RefusedCheckpointError
 from parscale.folders import Checkpoint, require_regular
 from parscale.headers import read_header
 
@@ -30,7 +31,8 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
         **options: for ``from_pretrained``.
 
     Raises:
-        ValueError: what is there asks for code of its own, or a file is none but a named pipe or the like.
+        RefusedCheckpointError: what is there asks for code of its own, or for a package that is not installed.
+        ValueError: a file is none but a named pipe or the like.
         OSError: a file is not there or cannot be read.
     """
     options = {"trust_remote_code": False} | options
@@ -44,10 +46,12 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
     except ValueError as error:
         if options["trust_remote_code"] or "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
+        raise RefusedCheckpointError(
             f"{source} asks to run code of its own, which parscale does not: if you trust it, load the model with "
             "transformers and trust_remote_code=True, and give it to parscale.wrap, or as backbone= to parscale.load."
         ) from error
+    except ImportError as error:
+        raise RefusedCheckpointError(f"{source} needs a package that is not installed: {error}") from error
 
 
 def read_adapter(model: Any, folder: Path) -> Any:

@@ -10,10 +10,12 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from parscale.errors import RefusedCheckpointError
 from parscale.folders import CONFIG
 from parscale.headers import StoredTensor
 from parscale.untrusted import brief
@@ -87,3 +89,22 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             waiting += [(key, each) for each in value]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield key, value
+
+
+@contextmanager
+def configuration_of(checkpoint: object, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """In this block a class reads a configuration: what goes wrong there is the configuration's fault.
+
+    Args:
+        checkpoint: whose configuration it is.
+        faults: the errors that a configuration can cause there; of these, not those that are the machine's.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, RefusedCheckpointError):
+        raise
+    except faults as error:
+        raise ValueError(
+            f"{CONFIG} of {checkpoint} does not describe a model: it is damaged, or needs another version of "
+            f"transformers ({type(error).__name__}: {error})."
+        ) from error

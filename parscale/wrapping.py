@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -171,6 +172,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     state = ParScaleState(model, kernels)
     try:
         own_config(model)
+        _anchor_name(model)
         check_takes_parameters(model)
         _decompress(model)
         attach_attention(state)
@@ -188,6 +190,13 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     keep_reference()
     register_backbone(model.config.model_type)
     return state
+
+
+def _anchor_name(model: Any) -> None:
+    """Makes the path of the backbone's folder absolute: streams that are saved name it, maybe from elsewhere."""
+    name = getattr(model.config, "_name_or_path", None)
+    if name and os.path.isdir(name):
+        model.config._name_or_path = os.path.abspath(name)
 
 
 def _decompress(model: Any) -> None:

@@ -17,6 +17,7 @@ from parscale.checkpoints.convert import convert
 from parscale.checkpoints.opening import open_for_training
 from parscale.checkpoints.reading import find_tokenizer, load_any, load_plain
 from parscale.config import ParScaleConfig
+from parscale.folders import Checkpoint, backbone_place
 from parscale.pretrained import read_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -267,7 +268,10 @@ def test_streams_saved_beside_a_backbone_that_was_named_relatively(folders, monk
     model = wrapped_on("backbone")
     model.save_streams("again")
     monkeypatch.chdir(elsewhere)
-    assert torch.equal(logits_of(load(folders / "again")), logits_of(model))
+    model.save_streams("from_elsewhere")
+    monkeypatch.chdir(folders)
+    for saved in (folders / "again", elsewhere / "from_elsewhere"):
+        assert torch.equal(logits_of(load(saved)), logits_of(model))
 
 
 @pytest.mark.parametrize("depth", ["streams", "runs/deep/streams"])
@@ -321,3 +325,12 @@ def test_a_backbone_on_the_hub_gets_no_path(folders):
     fields = json.loads((folders / "again" / "parscale_config.json").read_text())
     assert fields["base_model_name_or_path"] == "org/model"
     assert "backbone_path" not in fields
+
+
+def test_a_name_on_the_hub_that_was_put_in_place_of_a_folder_counts(folders):
+    fields = json.loads((folders / "streams" / "parscale_config.json").read_text())
+    streams = Checkpoint(folders / "streams")
+    assert backbone_place(streams, fields) == str(folders / "backbone")
+    assert backbone_place(streams, fields | {"base_model_name_or_path": "org/model"}) == "org/model"
+    for name in (None, "", 5, ["a"]):
+        assert backbone_place(streams, fields | {"base_model_name_or_path": name}) is None
