@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
 from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
-from parscale.parallel import local
+from parscale.offloading import held
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -191,8 +191,8 @@ def prefix_attention(
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k = local(getattr(owner, streams.key_name))  # (P, G, T, D)
-    prefix_v = local(getattr(owner, streams.value_name))
+    prefix_k = held(owner, streams.key_name)  # (P, G, T, D)
+    prefix_v = held(owner, streams.value_name)
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size

@@ -28,7 +28,7 @@ from parscale.attention import AttentionLayer, prepend
 from parscale.backbones import run_briefly
 from parscale.errors import UnsupportedModelError
 from parscale.masks import extend_dense_mask
-from parscale.parallel import local
+from parscale.offloading import held
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -129,7 +129,7 @@ class CachedAttention:
         streams = self.state.in_flight
         if streams is None or streams.key_name not in self.module._parameters:
             return self.trial
-        return local(getattr(self.module, streams.key_name)), local(getattr(self.module, streams.value_name))
+        return held(self.module, streams.key_name), held(self.module, streams.value_name)
 
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.state.record(self.module, key, value)
@@ -190,7 +190,7 @@ class CachedAttention:
             rotation: by their places in the row, ``(1, 1, S, D)``; gives the width of the table to look them up in.
             mask: ``(R, 1, S, K)``, boolean (True: attend) or additive.
         """
-        if self.rotation is None:
+        if self.rotation is None and not rotation.is_meta:
             self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
         if self.rotation is None:  # a table of anything else
             return rotation

@@ -14,7 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parscale.attention import AttentionConfig, AttentionLayer
 from parscale.backbones import run_briefly
 from parscale.cache_seam import attach_caches
+from parscale.config import LORA
 from parscale.errors import UnsupportedModelError
+from parscale.naming import part_of
 from parscale.parallel import tensor_parallel_mesh
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def attach_attention(state: ParScaleState) -> None:
     finally:
         state.recorder = None
     state.hidden_size, state.hidden_dtype, state.hidden_device = hidden.shape[-1], hidden.dtype, hidden.device
+    state.measured = _weights(state)
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
@@ -84,6 +87,36 @@ def attach_attention(state: ParScaleState) -> None:
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None:
         _count_heads_of_all_devices(state, mesh)
+
+
+def measure(state: ParScaleState) -> None:
+    """Records anew of which dtype and on which device keys and hidden states are, if the weights are no longer so.
+
+    A model can have been moved, cast, offloaded or given its memory (``to_empty``) since its layers were found.
+    """
+    weights = _weights(state)
+    if weights == state.measured:
+        return
+    layers = {id(layer.module): layer for layer in state.layers}
+
+    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        layer = layers.get(id(module))
+        if layer is not None:  # one that borrows keys is none of them
+            layer.dtype, layer.device = key.dtype, key.device
+
+    state.recorder = record
+    try:
+        hidden = run_briefly(state)
+    finally:
+        state.recorder = None
+    state.hidden_dtype, state.hidden_device, state.measured = hidden.dtype, hidden.device, weights
+    if not any(streams.config.transform == LORA for streams in state.sets.values()):
+        state.linears = []  # a quantizer may have put others in their places
+
+
+def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
+    """Of which dtype and on which device the backbone's own parameters are."""
+    return [(x.dtype, x.device) for name, x in state.backbone.named_parameters() if part_of(name) is None]
 
 
 def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:

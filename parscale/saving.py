@@ -20,6 +20,7 @@ from parscale import __version__
 from parscale.auto import class_in_checkpoints
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, TYPE_SUFFIX, read_json
+from parscale.offloading import fetched
 from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.writing import staged
@@ -59,8 +60,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
     elif state.active is not None:
-        for name, tensor in state.tensors(state.active).items():
-            _check_values(name, tensor)
+        for released, name in state.names(state.active).items():
+            _check_values(released, _fetched(state, name))
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     beside = None
@@ -263,12 +264,18 @@ def _tensors(
     if state_dict is not None and all(name in state_dict for name in names.values()):
         values: dict[str, Any] = {released: state_dict[name] for released, name in names.items()}
     else:
-        values = dict(state.tensors(streams))
+        values = {released: _fetched(state, name) for released, name in names.items()}
     tensors = {}
     for name, value in values.items():
         _check_values(name, value)
         tensors[name] = whole(value).detach().cpu().contiguous()
     return tensors
+
+
+def _fetched(state: ParScaleState, name: str) -> torch.Tensor:
+    """A parameter by its name in the model, with its values where it is offloaded."""
+    path, _, leaf = name.rpartition(".")
+    return fetched(state.model.get_submodule(path), leaf)
 
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:

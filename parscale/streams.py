@@ -111,6 +111,7 @@ class ParScaleState:
         self.recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None] | None = None
         self.aggregating = True
         self.hidden_size, self.hidden_dtype, self.hidden_device = 0, torch.float32, torch.device("cpu")
+        self.measured: list[tuple[torch.dtype, torch.device]] = []  # the backbone's weights when these were looked up
         self.positional = list(inspect.signature(self.backbone.forward).parameters)
         self._masks: dict[int, tuple[Any, Any]] = {}
         self._pooled: tuple[torch.Tensor, torch.Tensor] | None = None  # what a pooler was given, and its mixture

@@ -22,6 +22,7 @@ from transformers import Cache, StaticCache
 
 from parscale.errors import UnsupportedModelError
 from parscale.masks import leading_zeros
+from parscale.offloading import held
 from parscale.positions import RowPositions
 from parscale.transforms.base import Place, Transform
 
@@ -99,6 +100,10 @@ class PromptTransform(Transform):
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
+    def _prompt(self) -> torch.Tensor:
+        """The prompt ``(P, T, H)``."""
+        return held(self.state.backbone, self.streams.own_name("prompt"))
+
     def _check_cache(self, mask: Any, begins: bool) -> None:
         if isinstance(self._cache, StaticCache):
             raise ValueError(
@@ -123,7 +128,7 @@ class PromptTransform(Transform):
         if mask is None and positions is not None and _restarts(positions):
             return arguments | self._packed(embeds, positions)
         padding, (R, S) = leading_zeros(mask), embeds.shape[:2]
-        prompt = self.parameters()[0].to(embeds.dtype).to(embeds.device)  # (P, T, H)
+        prompt = self._prompt().to(embeds.dtype).to(embeds.device)  # (P, T, H)
         prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
         arguments["inputs_embeds"] = _insert(prompt, embeds, padding)
         columns = torch.arange(S, device=embeds.device).expand(R, -1)
@@ -155,7 +160,7 @@ class PromptTransform(Transform):
 
         The rows are then as long as the one of most documents, and end in what no token sees.
         """
-        T, prompt = self.streams.config.prefix_length, self.parameters()[0].to(embeds.dtype)
+        T, prompt = self.streams.config.prefix_length, self._prompt().to(embeds.dtype)
         (R, S), P = embeds.shape[:2], prompt.shape[0]
         positions = positions.expand(R, -1)
         first = torch.ones_like(positions[:, :1], dtype=torch.bool)
