@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
 from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
-from parscale.offloading import held
+from parscale.offloading import parameter_of
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -191,8 +191,8 @@ def prefix_attention(
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k = held(owner, streams.key_name)  # (P, G, T, D)
-    prefix_v = held(owner, streams.value_name)
+    prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
+    prefix_v = parameter_of(owner, streams.value_name)
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size

@@ -28,7 +28,7 @@ from parscale.attention import AttentionLayer, prepend
 from parscale.backbones import run_briefly
 from parscale.errors import UnsupportedModelError
 from parscale.masks import extend_dense_mask
-from parscale.offloading import held
+from parscale.offloading import parameter_of
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -129,7 +129,7 @@ class CachedAttention:
         streams = self.state.in_flight
         if streams is None or streams.key_name not in self.module._parameters:
             return self.trial
-        return held(self.module, streams.key_name), held(self.module, streams.value_name)
+        return parameter_of(self.module, streams.key_name), parameter_of(self.module, streams.value_name)
 
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.state.record(self.module, key, value)

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parscale.attention import AttentionConfig, AttentionLayer
 from parscale.backbones import run_briefly
 from parscale.cache_seam import attach_caches
-from parscale.config import LORA
 from parscale.errors import UnsupportedModelError
 from parscale.naming import part_of
 from parscale.parallel import tensor_parallel_mesh
@@ -110,8 +109,6 @@ def measure(state: ParScaleState) -> None:
     finally:
         state.recorder = None
     state.hidden_dtype, state.hidden_device, state.measured = hidden.dtype, hidden.device, weights
-    if not any(streams.config.transform == LORA for streams in state.sets.values()):
-        state.linears = []  # a quantizer may have put others in their places
 
 
 def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:

@@ -4,7 +4,7 @@ Its hooks fetch a module's parameters right before the module's ``forward`` and 
 right after it. Two things follow for the parameters of streams, which are parameters of such modules:
 
 - Offloaded after wrapping, they are offloaded with their module. What reads them before or after its ``forward`` (a
-  prompt, a low-rank difference, a prefix that other layers borrow, saving) fetches them itself: :func:`held`.
+  prompt, a low-rank difference, a prefix that other layers borrow, saving) fetches them itself: :func:`parameter_of`.
 - Made in a module that is offloaded already, they stay on its device and can train: :func:`keep`.
 """
 
@@ -48,7 +48,23 @@ def fetched(module: nn.Module, name: str) -> torch.Tensor:
     return parameter
 
 
-def held(module: nn.Module, name: str) -> torch.Tensor:
+def fetched_by_name(model: nn.Module, name: str) -> torch.Tensor:
+    """As :func:`fetched`, by the parameter's name in the model."""
+    path, _, leaf = name.rpartition(".")
+    return fetched(model.get_submodule(path), leaf)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of a model elsewhere while nothing runs."""
+    return any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
+
+
+def fetched_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` of an offloaded model with the values of all its tensors, on the CPU."""
+    return {name: fetched_by_name(model, name).detach().cpu() for name in model.state_dict()}
+
+
+def parameter_of(module: nn.Module, name: str) -> torch.Tensor:
     """What streams read: this device's part of a module's parameter, fetched where it is offloaded."""
     return local(fetched(module, name))
 
@@ -76,7 +92,7 @@ class _BesideStreams:
 
     @contextlib.contextmanager
     def _hidden(self, module: nn.Module) -> Iterator[None]:
-        own = {name: module._parameters.pop(name) for name in self.names & module._parameters.keys()}
+        own = {name: module._parameters.pop(name) for name in [*module._parameters] if name in self.names}
         try:
             yield
         finally:

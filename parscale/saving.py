@@ -20,7 +20,7 @@ from parscale import __version__
 from parscale.auto import class_in_checkpoints
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, TYPE_SUFFIX, read_json
-from parscale.offloading import fetched
+from parscale.offloading import fetched_by_name, fetched_state_dict, is_offloaded
 from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.writing import staged
@@ -56,12 +56,14 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
             "A model with streams is saved whole: leave out distributed_checkpoint=True (and pass a gathered "
             "state_dict=, or let the Trainer do it)."
         )
+    if kwargs.get("state_dict") is None and is_offloaded(model) and getattr(model, "hf_device_map", None) is None:
+        kwargs["state_dict"] = fetched_state_dict(model)  # which transformers does itself for a device_map
     together = kwargs.get("state_dict") is None and is_sharded(model)
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
     elif state.active is not None:
         for released, name in state.names(state.active).items():
-            _check_values(released, _fetched(state, name))
+            _check_values(released, fetched_by_name(model, name))
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     beside = None
@@ -264,18 +266,12 @@ def _tensors(
     if state_dict is not None and all(name in state_dict for name in names.values()):
         values: dict[str, Any] = {released: state_dict[name] for released, name in names.items()}
     else:
-        values = {released: _fetched(state, name) for released, name in names.items()}
+        values = {released: fetched_by_name(state.model, name) for released, name in names.items()}
     tensors = {}
     for name, value in values.items():
         _check_values(name, value)
         tensors[name] = whole(value).detach().cpu().contiguous()
     return tensors
-
-
-def _fetched(state: ParScaleState, name: str) -> torch.Tensor:
-    """A parameter by its name in the model, with its values where it is offloaded."""
-    path, _, leaf = name.rpartition(".")
-    return fetched(state.model.get_submodule(path), leaf)
 
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:

@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from parscale.backbones import run_briefly
 from parscale.errors import UnsupportedModelError
-from parscale.offloading import execution_device, held
 from parscale.layers import inner_modules
+from parscale.offloading import execution_device, parameter_of
 from parscale.transforms.base import Place, Transform
 
 ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each
@@ -70,7 +70,7 @@ class LoraTransform(Transform):
         """After a linear layer: ``(P*B, ..., out)``, or ``(P*B*S, out)``, and the streams' differences."""
         if self.state.in_flight is not self.streams:
             return output
-        down, up = held(module, self._down), held(module, self._up)
+        down, up = parameter_of(module, self._down), parameter_of(module, self._up)
         P, x = down.shape[0], args[0].to(down.dtype)
         low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
         difference = torch.bmm(low, up.mT)  # (P, N, out)

@@ -22,7 +22,7 @@ from transformers import Cache, StaticCache
 
 from parscale.errors import UnsupportedModelError
 from parscale.masks import leading_zeros
-from parscale.offloading import held
+from parscale.offloading import parameter_of
 from parscale.positions import RowPositions
 from parscale.transforms.base import Place, Transform
 
@@ -102,7 +102,7 @@ class PromptTransform(Transform):
 
     def _prompt(self) -> torch.Tensor:
         """The prompt ``(P, T, H)``."""
-        return held(self.state.backbone, self.streams.own_name("prompt"))
+        return parameter_of(self.state.backbone, self.streams.own_name("prompt"))
 
     def _check_cache(self, mask: Any, begins: bool) -> None:
         if isinstance(self._cache, StaticCache):
