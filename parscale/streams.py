@@ -26,6 +26,7 @@ from parscale.config import ParScaleConfig
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.parallel import gather_heads
+from parscale.static_caches import fit_rows
 from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
 from parscale.transforms.prompt import CACHES, is_empty
@@ -215,6 +216,7 @@ class ParScaleState:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
+        fit_rows(arguments.get("past_key_values"), rows.shape[0], streams.num_streams)
         for name in ROW_ARGUMENTS:
             if arguments.get(name) is not None:
                 arguments[name] = _copy_rows(name, arguments[name], rows.shape[0], streams.num_streams)
