@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 
 def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
@@ -22,12 +23,14 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
     if not isinstance(cache, StaticCache) or torch.compiler.is_compiling():
         return
     for layer in cache.layers:
-        keys = getattr(layer, "keys", None)
-        if not layer.is_initialized or keys is None or keys.shape[0] == rows * num_streams:
+        if not isinstance(layer, StaticLayer) or not layer.is_initialized:
             continue
-        if keys.shape[0] != rows or int(layer.get_seq_length()) > 0:
+        own, tokens = layer.keys.shape[0], int(layer.get_seq_length())
+        if own == rows * num_streams:
+            continue
+        if own != rows or tokens > 0:
             raise ValueError(
-                f"This static cache has {keys.shape[0]} rows and {int(layer.get_seq_length())} tokens: {num_streams} "
+                f"This static cache has {own} rows and {tokens} tokens: {num_streams} "
                 f"streams of {rows} rows need {rows * num_streams} rows and start with an empty one. Make a new cache, "
                 f"with batch_size={rows * num_streams} where early_initialization asks for it."
             )
