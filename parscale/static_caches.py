@@ -23,7 +23,7 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
     if not isinstance(cache, StaticCache) or torch.compiler.is_compiling():
         return
     for layer in cache.layers:
-        if not isinstance(layer, StaticLayer) or not layer.is_initialized:
+        if not isinstance(layer, StaticLayer) or not layer.is_initialized or layer.keys is None:
             continue
         own, tokens = layer.keys.shape[0], int(layer.get_seq_length())
         if own == rows * num_streams:
