@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
 from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
-from parscale.parallel import local
+from parscale.offloading import parameter_of
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState, StreamSet
@@ -156,6 +156,12 @@ class _BackboneView:
         return getattr(self.layer, name)
 
 
+class _UngroupedView(_BackboneView):
+    """An attention layer that has as many key/value heads as queries."""
+
+    num_key_value_groups = 1
+
+
 def prefix_attention(
     module: Any,
     query: torch.Tensor,
@@ -188,13 +194,19 @@ def prefix_attention(
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else state.running_copy(module.config.lender)
-    prefix_k = None if streams is None else getattr(owner, streams.key_name, None)  # (P, G, T, D)
-    if streams is None or prefix_k is None:
+    # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
+    repeats = streams is not None and not flash and torch.compiler.is_exporting()
+    if repeats:
+        view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
+    if streams is None or not hasattr(owner, streams.key_name):
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k, prefix_v = local(prefix_k), local(getattr(owner, streams.value_name))
+    prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
+    prefix_v = parameter_of(owner, streams.value_name)
+    if repeats:
+        prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
@@ -204,10 +216,15 @@ def prefix_attention(
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         mask = state.extended_mask(attention_mask, prefix_k.shape[2], query.shape[0])
-        return backbone(module, query, keys, values, mask, **kwargs)
+        return backbone(view, query, keys, values, mask, **kwargs)
     return _dense_attention(
-        backbone, name, module, query, key, value, prefix_k, prefix_v, attention_mask, state, **kwargs
+        backbone, name, view, query, key, value, prefix_k, prefix_v, attention_mask, state, **kwargs
     )
+
+
+def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """``(R, G, K, D)`` as ``(R, heads, K, D)``, each key/value head for all of its queries."""
+    return states[:, torch.arange(heads, device=states.device) // (heads // states.shape[1])]
 
 
 def _dense_attention(

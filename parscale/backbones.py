@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from parscale.errors import UnsupportedModelError
+from parscale.offloading import execution_device
 from parscale.parallel import each_module_gathered
 
 if TYPE_CHECKING:
@@ -230,10 +231,7 @@ def input_device(model: Any) -> torch.device:
         embeddings = None
     if embeddings is None:
         return next(model.parameters()).device
-    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
-    return next(embeddings.parameters()).device
+    return execution_device(embeddings)
 
 
 @contextlib.contextmanager

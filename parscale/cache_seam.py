@@ -28,7 +28,7 @@ from parscale.attention import AttentionLayer, prepend
 from parscale.backbones import one_line, run_briefly
 from parscale.errors import UnsupportedModelError
 from parscale.masks import extend_dense_mask
-from parscale.parallel import local
+from parscale.offloading import parameter_of
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
@@ -124,10 +124,9 @@ class CachedAttention:
     def prefix(self, module: nn.Module) -> Prefix | None:
         """What the pass under way puts in front of the keys and values of the layer, or of its replica ``module``."""
         streams = self.state.in_flight
-        prefix_k = None if streams is None else getattr(module, streams.key_name, None)
-        if streams is None or prefix_k is None:
+        if streams is None or not hasattr(module, streams.key_name):
             return self.trial
-        return local(prefix_k), local(getattr(module, streams.value_name))
+        return parameter_of(module, streams.key_name), parameter_of(module, streams.value_name)
 
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.state.record(self.module, key, value)
@@ -188,7 +187,7 @@ class CachedAttention:
             rotation: by their places in the row, ``(1, 1, S, D)``; gives the width of the table to look them up in.
             mask: ``(R, 1, S, K)``, boolean (True: attend) or additive.
         """
-        if self.rotation is None:
+        if self.rotation is None and not rotation.is_meta:
             self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
         if self.rotation is None:  # a table of anything else
             return rotation

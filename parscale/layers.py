@@ -15,6 +15,7 @@ from parscale.attention import AttentionConfig, AttentionLayer
 from parscale.backbones import Hidden, is_of_the_machine, one_line, run_briefly
 from parscale.cache_seam import attach_caches
 from parscale.errors import UnsupportedModelError
+from parscale.naming import part_of
 from parscale.parallel import tensor_parallel_mesh
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def attach_attention(state: ParScaleState) -> None:
         raise
     except Exception as error:
         raise _as_unsupported(state, error) from error
+    state.measured = _weights(state)
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
@@ -102,6 +104,32 @@ def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelE
         f"tokens, an image of its size or silence, as streams need it to ({type(error).__name__}: {one_line(error)}): "
         "use another class of this architecture, if there is one."
     )
+
+
+def measure(state: ParScaleState) -> None:
+    """Records anew of which dtype and on which device keys and hidden states are, if the weights are no longer so.
+
+    A model can have been moved, cast, offloaded or given its memory (``to_empty``) since its layers were found.
+    """
+    weights = _weights(state)
+    if weights == state.measured:
+        return
+    layers = {id(layer.module): layer for layer in state.layers}
+
+    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        layer = layers.get(id(module))
+        if layer is not None:  # one that borrows keys is none of them
+            layer.dtype, layer.device = key.dtype, key.device
+
+    with state.recording(record):
+        state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
+    state.measured = weights
+
+
+def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
+    """Of which dtype and on which device the own parameters of what runs streams are."""
+    named = [item for part in state.parts for item in part.named_parameters()]
+    return [(x.dtype, x.device) for name, x in named if part_of(name) is None]
 
 
 def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:

@@ -82,6 +82,7 @@ _REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_d
 _patching = threading.Lock()
 
 
+@torch.inference_mode(False)  # what is loaded can train
 def load(
     path_or_repo: str | os.PathLike[str],
     *,
@@ -145,6 +146,7 @@ def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
     return DistributedConfig(tp_size=int(os.environ.get("WORLD_SIZE", "1")), tp_plan=plan)
 
 
+@torch.inference_mode(False)  # what is loaded can train
 def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: Any, **kwargs: Any) -> Any:
     """Reads a full checkpoint, with the arguments of ``from_pretrained``.
 
@@ -258,6 +260,7 @@ def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]
     return model
 
 
+@torch.inference_mode(False)  # what is loaded can train
 def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
     """Adds a further set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
 

@@ -31,6 +31,7 @@ from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.naming import COPY
 from parscale.parallel import gather_heads
 from parscale.rows import check_plain, copy_rows, first_input
+from parscale.static_caches import fit_rows
 from parscale.trainability import use_outside_of_blocks
 from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
@@ -102,6 +103,7 @@ class ParScaleState:
         self.blocks = Blocks()
         self.calls = Calls()
         self.hidden: list[Hidden] = []  # states of each part that is mixed
+        self.measured: list[tuple[torch.dtype, torch.device]] = []  # the weights when these were looked up
         self.positional = {part: list(inspect.signature(part.forward).parameters) for part in self.parts}
         self.hooks = [model.register_forward_hook(self._join_router_logits)]
         for part in self.mixed:
@@ -296,6 +298,7 @@ class ParScaleState:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
+        fit_rows(arguments.get("past_key_values"), rows.shape[0], streams.num_streams)
         if NOISE in self.positional[part] and arguments.get(NOISE) is None:
             arguments[NOISE] = masking_noise(module, rows)
         arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])

@@ -18,7 +18,8 @@ from parscale.auto import register_backbone
 from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
 from parscale.inits import check_calibration, default_init, initialize
 from parscale.kernels.dispatch import Impl, check_impl
-from parscale.layers import attach_attention, detach_attention, held_configs, own_config
+from parscale.layers import attach_attention, detach_attention, held_configs, measure, own_config
+from parscale.offloading import keep, let_go
 from parscale.parallel import (
     check_takes_parameters,
     distribute_streams,
@@ -28,6 +29,7 @@ from parscale.parallel import (
 )
 from parscale.peft import extend_peft
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
+from parscale.surroundings import undisturbed
 from parscale.trial import try_whole_model
 from parscale.trl import keep_reference
 
@@ -152,6 +154,7 @@ def state_of(model: Any) -> ParScaleState:
     return state
 
 
+@undisturbed()
 def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     """Everything of wrapping but the tensors: hooks, members, a configuration of its own.
 
@@ -227,6 +230,7 @@ def detach(state: ParScaleState) -> None:
         model.config.__dict__.pop(field, None)
 
 
+@undisturbed()
 def add(
     state: ParScaleState,
     name: str,
@@ -262,6 +266,7 @@ def add(
             f"{config.transform!r}."
         )
     if config.num_streams > 1:
+        measure(state)
         streams.transform.places()  # says so if there are none
     if mesh is not None and config.seed is None:
         share_random_state(mesh)
@@ -299,6 +304,7 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
         streams.transform.detach()
         for place in streams.transform.places():
             place.module._parameters.pop(streams.own_name(place.name), None)
+            let_go(place.module, streams.own_name(place.name))
     for part in state.mixed:
         part._modules.pop(streams.aggregator_name, None)
     state.sets.pop(streams.name, None)
@@ -311,6 +317,7 @@ def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
     for place in streams.transform.places():
         zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
         place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
+        keep(place.module, streams.own_name(place.name))
     for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
         aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
         aggregator.train(part.training)

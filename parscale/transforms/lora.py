@@ -8,9 +8,11 @@ starts as in that paper's code and ``up`` at zero, so that each stream begins as
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from parscale.backbones import run_briefly
 from parscale.errors import UnsupportedModelError
 from parscale.layers import inner_modules
+from parscale.offloading import execution_device, parameter_of
 from parscale.transforms.base import Place, Transform
 
 ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each
@@ -40,7 +43,7 @@ class LoraTransform(Transform):
         if not self.state.linears:
             self.state.linears = _find_linears(self.state)
         return [
-            Place(layer.path, layer.module, name, shape, self.state.hidden[0].dtype, layer.device)
+            Place(layer.path, layer.module, name, shape, self.state.hidden[0].dtype, execution_device(layer.module))
             for layer in self.state.linears
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
@@ -71,7 +74,7 @@ class LoraTransform(Transform):
         """After a linear layer: ``(P*B, ..., out)``, or ``(P*B*S, out)``, and the streams' differences."""
         if self.state.in_flight is not self.streams:
             return output
-        down, up = getattr(module, self._down), getattr(module, self._up)
+        down, up = parameter_of(module, self._down), parameter_of(module, self._up)
         P, x = down.shape[0], args[0].to(down.dtype)
         low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
         difference = torch.bmm(low, up.mT)  # (P, N, out)
@@ -80,13 +83,12 @@ class LoraTransform(Transform):
 
 @dataclasses.dataclass
 class Linear:
-    """A linear layer that runs on whole rows: its name in the model, itself, its sizes and its device."""
+    """A linear layer that runs on whole rows: its name in the model, itself and its sizes."""
 
     path: str
     module: nn.Module
     in_size: int
     out_size: int
-    device: torch.device
 
 
 def _find_linears(state: Any) -> list[Linear]:
@@ -104,7 +106,7 @@ def _find_linears(state: Any) -> list[Linear]:
             return output
         if x.shape[:-1] != output.shape[:-1] or x.ndim < 2 or x.shape[0] % ROWS != 0:
             return output
-        layer = Linear(paths[id(module)], module, x.shape[-1], output.shape[-1], output.device)
+        layer = Linear(paths[id(module)], module, x.shape[-1], output.shape[-1])
         found.setdefault(id(module), layer)
         probe = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         return output + probes.setdefault(id(module), probe)
@@ -119,7 +121,8 @@ def _find_linears(state: Any) -> list[Linear]:
     ]
     hooks = [module.register_forward_hook(record) for module in linears]
     try:
-        results = run_briefly(state, rows=ROWS, gradients=True)
+        with _without_inference_tensors(state):
+            results = run_briefly(state, rows=ROWS, gradients=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -129,11 +132,28 @@ def _find_linears(state: Any) -> list[Linear]:
             "has no place in it."
         )
     try:
-        total = torch.stack([hidden.sum().to(results[0].device) for hidden in results]).sum()
-        gradients = torch.autograd.grad(total, list(probes.values()), allow_unused=True)
+        with torch.enable_grad():
+            total = torch.stack([hidden.sum().to(results[0].device) for hidden in results]).sum()
+            gradients = torch.autograd.grad(total, list(probes.values()), allow_unused=True)
     except RuntimeError as error:  # Reformer runs its layers again, backwards
         raise UnsupportedModelError(
             f"{type(state.model).__name__} differentiates its layers by code of its own, which does not know of "
             f"transform='lora' ({error}): use another one."
         ) from error
     return [layer for layer, gradient in zip(found.values(), gradients, strict=True) if gradient is not None]
+
+
+@contextlib.contextmanager
+def _without_inference_tensors(state: Any) -> Iterator[None]:
+    """In this block what the model has from ``torch.inference_mode``, which cannot be differentiated, is copied."""
+    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for module in (module for part in state.parts for module in part.modules()):
+        for tensors in (module._parameters, module._buffers):
+            own += [(tensors, name, x) for name, x in tensors.items() if x is not None and x.is_inference()]
+    try:
+        for tensors, name, x in own:
+            tensors[name] = nn.Parameter(x.clone(), x.requires_grad) if isinstance(x, nn.Parameter) else x.clone()
+        yield
+    finally:
+        for tensors, name, x in own:
+            tensors[name] = x

@@ -22,6 +22,7 @@ from transformers import Cache, StaticCache
 
 from parscale.errors import UnsupportedModelError
 from parscale.masks import leading_zeros
+from parscale.offloading import parameter_of
 from parscale.positions import RowPositions
 from parscale.transforms.base import Place, Transform
 
@@ -113,8 +114,7 @@ class PromptTransform(Transform):
 
     def _prompt(self) -> torch.Tensor:
         """The prompt ``(P, T, H)`` of the backbone that runs."""
-        prompt: torch.Tensor = getattr(self.state.call.running, self.streams.own_name("prompt"))
-        return prompt
+        return parameter_of(self.state.call.running, self.streams.own_name("prompt"))
 
     def _check_cache(self, cache: Any, mask: Any, begins: bool) -> None:
         if isinstance(cache, StaticCache):

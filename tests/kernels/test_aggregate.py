@@ -130,6 +130,15 @@ def test_compiles_in_one_graph(device):
 
 
 @pytest.mark.kernel
+def test_is_differentiable_once(device):
+    x, logits, _ = (t.requires_grad_() for t in inputs(3, 5, 17, torch.float32, device))
+    mixed = aggregate(x, logits, 0.1, impl="fused")
+    first = torch.autograd.grad(mixed.square().sum(), (x, logits), create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(sum(t.square().sum() for t in first), (x, logits))
+
+
+@pytest.mark.kernel
 def test_operators_are_registered_properly(device):
     x, logits, gradient = inputs(3, 5, 17, torch.float32, device)
     operators = torch.ops.parscale

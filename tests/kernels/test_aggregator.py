@@ -114,6 +114,15 @@ def test_compiles_in_one_graph(S, device):
 
 
 @pytest.mark.kernel
+def test_is_differentiable_once(device):
+    *tensors, _ = inputs(3, 2, 4, 10, SINGLE, device)
+    tensors = [x.requires_grad_() for x in tensors]
+    first = torch.autograd.grad(aggregator(*tensors, 0.1, impl="fused").square().sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
+
+
+@pytest.mark.kernel
 def test_operators_are_registered_properly(device):
     x, *weights, gradient = inputs(3, 1, 4, 10, SINGLE, device)
     operators = torch.ops.parscale

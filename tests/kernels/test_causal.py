@@ -152,7 +152,18 @@ def test_which_tensors_it_takes(monkeypatch):
     assert not mergeable(D=264)
     assert not mergeable(major=7)
     assert not mergeable(allowed=False)
+    assert not mergeable(allowed=False, device="cpu")
     assert not mergeable(device="meta")
+
+
+def test_leaves_transforms_to_torchs_own():
+    """They differentiate any number of times, forward and backward."""
+    mergeable = []
+    query, key, value, *_ = inputs()
+    torch.func.grad(lambda x: (mergeable.append(is_mergeable(x, key, value)), x.sum())[1])(query)
+    torch.func.vmap(lambda x: (mergeable.append(is_mergeable(x[None], key, value)), x)[1])(query)
+    assert mergeable == [False, False]
+    assert is_mergeable(query, key, value)
 
 
 @pytest.mark.gpu
