@@ -54,6 +54,7 @@ class Call:
         aggregating: whether the streams are mixed.
         masks: those made with room for the prefix, by the id of the mask that they extend.
         pooled: what a pooler inside the backbone was given, and its mixture.
+        mask_around: the mask ``(B, K)`` that the module around the backbone was called with, without positions.
         tokens: of ``transform="prompt"``: where the tokens stand, ``(R, S)``; ``None``: everywhere.
         cache: of ``transform="prompt"``: the cache of the pass.
         block: the innermost open block, for compiled code, which cannot ask a context variable.
@@ -67,6 +68,7 @@ class Call:
     aggregating: bool = True
     masks: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     pooled: tuple[torch.Tensor, torch.Tensor] | None = None
+    mask_around: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     cache: Any = None
     block: Block | None = None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,22 +27,6 @@ from parscale.masks import leading_zeros
 
 if TYPE_CHECKING:
     from parscale.streams import ParScaleState
-
-
-class _Around(threading.local):
-    """In the thread's pass, the mask ``(B, K)`` that the module around the backbone was called with, and no positions.
-
-    Copies and pickles are new ones.
-    """
-
-    def __init__(self) -> None:
-        self.mask: torch.Tensor | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Around, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Around:
-        return _Around()
 
 
 class RowPositions:
@@ -59,7 +42,6 @@ class RowPositions:
     def __init__(self, state: ParScaleState) -> None:
         # whether the backbone (True), or the encoder before it (False), can be told where the tokens stand
         self.counts = {part is state.backbone: _counts_positions(part) for part in state.parts}
-        self.around = _Around()
         self.hooks: list[Any] = []
         self.state = state
 
@@ -85,10 +67,10 @@ class RowPositions:
         arguments = dict(zip(parameters[: len(args)], args, strict=True)) | kwargs
         mask = arguments.get("attention_mask")
         unaware = arguments.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2
-        self.around.mask = mask if unaware else None
+        self.state.call.mask_around = mask if unaware else None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.around.mask = None
+        self.state.call.mask_around = None
 
     def of_rows(self, is_backbone: bool, arguments: dict[str, Any], num_streams: int) -> dict[str, Any]:
         """The arguments of the backbone (or of the encoder), of R rows, with the positions of each row's tokens.
@@ -100,7 +82,7 @@ class RowPositions:
         """
         rows, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         rows = arguments.get("inputs_embeds") if rows is None else rows
-        positions, outer = arguments.get("position_ids"), self.around.mask if is_backbone else None
+        positions, outer = arguments.get("position_ids"), self.state.call.mask_around if is_backbone else None
         if rows is None or not self.counts[is_backbone] or (positions is not None and outer is None):
             return arguments
         padding = leading_zeros(mask)
