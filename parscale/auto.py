@@ -27,6 +27,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto import modeling_auto
 
 from parscale.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
@@ -68,8 +72,14 @@ class Recipe:
 def register_backbone(model_type: str) -> None:
     """Lets transformers read full checkpoints with a backbone of this ``model_type``."""
     name = model_type + TYPE_SUFFIX
-    if name not in CONFIG_MAPPING:
-        CONFIG_MAPPING.register(name, type(f"{model_type}_recipe", (Recipe,), {"backbone_type": model_type}))
+    if name in CONFIG_MAPPING:
+        return
+    CONFIG_MAPPING.register(name, type(f"{model_type}_recipe", (Recipe,), {"backbone_type": model_type}))
+    # The backbone's own class reads the backbone of such a checkpoint too: its experts are stored one by one, and put
+    # together by rules that are found by the type.
+    rules = get_checkpoint_conversion_mapping(model_type)
+    if rules is not None:
+        register_checkpoint_conversion_mapping(name, rules, overwrite=True)
 
 
 def register_architecture(name: Any) -> None:

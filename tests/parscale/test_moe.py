@@ -85,3 +85,13 @@ def test_the_balancing_loss_trains_the_prefixes(family, zoo):
         if "prefix_" in name:
             assert parameter.grad is not None, name
             assert parameter.grad.any() or f".{later}." in name
+
+
+@only_moe
+def test_the_backbones_own_class_reads_its_experts(family, tmp_path):
+    """From a full checkpoint, where they are stored one by one under the checkpoint's own type."""
+    model = family.wrapped()
+    model.save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path).state_dict()
+    for name, tensor in family.plain().state_dict().items():
+        assert torch.equal(found[name], tensor), name
