@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
 from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
+from parscale.masks import keep_sizes_static
 from parscale.offloading import parameter_of
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def prefix_attention(
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         mask = state.extended_mask(attention_mask, prefix_k.shape[2], query.shape[0])
+        keep_sizes_static(query, keys, values)
         return backbone(view, query, keys, values, mask, **kwargs)
     return _dense_attention(
         backbone, name, view, query, key, value, prefix_k, prefix_v, attention_mask, state, **kwargs

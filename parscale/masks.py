@@ -29,6 +29,19 @@ def leading_zeros(mask: Any) -> torch.Tensor | None:
     return (mask.cumsum(-1) == 0).sum(-1)
 
 
+def keep_sizes_static(*tensors: torch.Tensor) -> None:
+    """Lets FlexAttention be compiled anew for each size of these tensors, on a CPU.
+
+    transformers compiles it once for all models. After two lengths of any of them torch takes sizes as variables, and
+    makes C++ that is none of them (torch 2.13).
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor.is_cpu:
+            torch._dynamo.mark_static(tensor)
+
+
 def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> BlockMask:
     """A FlexAttention mask over ``(S, K)`` as one over ``(S, T + K)``.
 
@@ -54,6 +67,7 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
     dense = create_mask(with_prefix, *shape, device=device).expand(num_rows, -1, -1, -1)  # (R, heads or 1, S, T + K)
     if heads == 1:
         dense = dense[:, 0]  # (R, S, T + K)
+    keep_sizes_static(dense)
 
     def look_up(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         return dense[b, q, kv]

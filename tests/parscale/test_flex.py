@@ -182,10 +182,16 @@ def test_wrapping_compiles_nothing(zoo, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled(zoo):
-    """For real, as transformers runs it, at two lengths, so that the second makes a dimension dynamic."""
+@pytest.mark.parametrize("plain_before", [False, True], ids=["first", "after the plain backbone"])
+def test_compiled(plain_before, zoo):
+    """For real, as transformers runs it, at two lengths, so that the second makes a dimension dynamic.
+
+    What transformers compiles serves all models, so that the plain backbone's lengths count too. Slow: it compiles C++.
+    """
     torch._dynamo.reset()
     case, model = make(zoo, "llama")
+    for length in (5, 11, 8) if plain_before else ():
+        logits_of(case.plain(), zoo.token_ids(length=length), use_cache=False)
     reference = case.reference(model)
     reference.plain.set_attn_implementation("eager")  # torch aborts where a mask of scores is compiled on one thread
     for length in (9, 7):
