@@ -53,7 +53,7 @@ test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt torch
-	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[dev]'
+	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
 # Without the tables of what each architecture and each compiler does, which are of the pinned versions.
