@@ -30,6 +30,7 @@ from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.naming import COPY
 from parscale.parallel import gather_heads
+from parscale.recomputation import recompute_with_own_streams
 from parscale.rows import check_plain, copy_rows, first_input
 from parscale.static_caches import fit_rows
 from parscale.trainability import use_outside_of_blocks
@@ -248,22 +249,24 @@ class ParScaleState:
     @contextlib.contextmanager
     def recording(self, recorder: Callable[[nn.Module, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
         """Calls in this block show ``recorder`` the keys and values of each attention layer."""
-        call = self.call
-        before, call.recorder = call.recorder, recorder
-        try:
+        with self._set_for_calls("recorder", recorder):
             yield
-        finally:
-            call.recorder = before
 
     @contextlib.contextmanager
     def unmixed(self) -> Iterator[None]:
         """Calls in this block give the final hidden states of all streams, ``(P*B, S, H)``."""
+        with self._set_for_calls("aggregating", False):
+            yield
+
+    @contextlib.contextmanager
+    def _set_for_calls(self, name: str, value: Any) -> Iterator[None]:
         call = self.call
-        before, call.aggregating = call.aggregating, False
+        before = getattr(call, name)
+        setattr(call, name, value)
         try:
             yield
         finally:
-            call.aggregating = before
+            setattr(call, name, before)
 
     # -- the way of the data
 
@@ -283,7 +286,7 @@ class ParScaleState:
             if not torch.compiler.is_compiling():
                 use_outside_of_blocks(self)
             if module.training:
-                self._recompute_with_own_set(module)
+                recompute_with_own_streams(self, module)
         arguments = dict(zip(self.positional[part][: len(args)], args, strict=True)) | kwargs
         for name in CACHES:
             self._check_cache(arguments.get(name))
@@ -409,45 +412,6 @@ class ParScaleState:
             )
         cache.parscale_streams = name
 
-    # -- checkpointing
-
-    def _recompute_with_own_set(self, module: nn.Module) -> None:
-        """Makes layers that are recomputed in the backward pass use the set that their forward pass used."""
-        checkpointing = False
-        layer: Any
-        for layer in module.modules():
-            function = layer.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _Checkpoint):
-                layer._gradient_checkpointing_func = _Checkpoint(function, self)
-            checkpointing |= function is not None
-        tensors = self.tensors(self.in_flight) if checkpointing and self.in_flight is not None else {}
-        self.call.trains = [(parameter, parameter.requires_grad) for parameter in tensors.values()]
-
-    def stop_checkpointing(self) -> None:
-        """Gives the layers their own checkpointing function back."""
-        for layer in (layer for part in self.parts for layer in part.modules()):
-            function = layer.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, _Checkpoint):
-                layer._gradient_checkpointing_func = function.function
-
-    @contextlib.contextmanager
-    def running(
-        self, streams: StreamSet | None, trains: list[tuple[nn.Parameter, bool]], part: Any, running: Any
-    ) -> Iterator[None]:
-        """Layers of ``part`` called in this block use ``streams``, whose parameters train as ``trains`` says."""
-        call = self.call
-        previous = call.in_flight, call.part, call.running
-        call.in_flight, call.part, call.running = streams, part, running
-        changed = [parameter for parameter, trained in trains if parameter.requires_grad is not trained]
-        for parameter in changed:
-            parameter.requires_grad_(not parameter.requires_grad)
-        try:
-            yield
-        finally:
-            call.in_flight, call.part, call.running = previous
-            for parameter in changed:
-                parameter.requires_grad_(not parameter.requires_grad)
-
 
 ALIVE: weakref.WeakSet[ParScaleState] = weakref.WeakSet()  # of all models, wrapped or copied
 
@@ -455,40 +419,6 @@ ALIVE: weakref.WeakSet[ParScaleState] = weakref.WeakSet()  # of all models, wrap
 def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Any]:
     """A module's parameters by name; its buffers too, which an adapter's copy that never trains has in their place."""
     return dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))
-
-
-class _Checkpoint:
-    """A checkpointing function that carries the set of streams from the forward pass to the recomputation."""
-
-    def __init__(self, function: Callable[..., Any], state: ParScaleState) -> None:
-        self.function = function
-        self.state = state
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.state.call
-        trains = call.trains
-        if any(flag for _, flag in trains) and not any(getattr(x, "requires_grad", False) for x in args):
-            # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
-            args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
-        run = functools.partial(self._run, call.in_flight, trains, call.part, call.running, function)
-        return self.function(run, *args, **kwargs)
-
-    def _run(
-        self,
-        streams: StreamSet | None,
-        trains: list[tuple[nn.Parameter, bool]],
-        part: Any,
-        running: Any,
-        function: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        with self.state.running(streams, trains, part, running):
-            return function(*args, **kwargs)
-
-
-def _is_differentiable(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:

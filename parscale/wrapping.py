@@ -28,6 +28,7 @@ from parscale.parallel import (
     tensor_parallel_mesh,
 )
 from parscale.peft import extend_peft
+from parscale.recomputation import stop_recomputing
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.surroundings import undisturbed
 from parscale.trial import try_whole_model
@@ -219,7 +220,7 @@ def detach(state: ParScaleState) -> None:
     for hook in state.hooks:
         hook.remove()
     detach_attention(state)
-    state.stop_checkpointing()
+    stop_recomputing(state.parts)
     for part in state.parts:
         part.__dict__.pop("_replicate_for_data_parallel", None)
     for member in ("parscale", *MEMBERS):

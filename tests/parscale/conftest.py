@@ -6,7 +6,8 @@ indirect=True)`` narrows it down. ``case`` also goes through the attention imple
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -236,6 +237,17 @@ class Case:
 def zoo() -> ModuleType:
     """This module, for its sizes and functions."""
     return sys.modules[__name__]
+
+
+@pytest.fixture
+def at_once() -> Callable[..., list[Any]]:
+    """Runs each function that it is given in a thread of its own; their results, or the first error."""
+
+    def run(*functions: Callable[[], Any]) -> list[Any]:
+        with ThreadPoolExecutor(len(functions)) as threads:
+            return [result.result() for result in [threads.submit(function) for function in functions]]
+
+    return run
 
 
 @pytest.fixture

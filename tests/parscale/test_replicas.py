@@ -4,8 +4,8 @@ torch copies tensors to devices with CUDA only, so here the two functions that d
 everything else of ``torch.nn.parallel.replicate`` is its own. Each replica runs in a thread of its own, as there.
 """
 
+import functools
 import sys
-import threading
 
 import pytest
 import torch
@@ -94,33 +94,11 @@ def scalar(output):
     return output.loss if getattr(output, "loss", None) is not None else output[0].square().sum()
 
 
-def in_threads(replicas, run):
-    """What ``run`` gives for each, all at once; every one waits for the others in the middle of its pass."""
-    barrier, results = threading.Barrier(len(replicas), timeout=60), [None] * len(replicas)
-
-    def one(i):
-        barrier.wait()
-        try:
-            results[i] = run(replicas[i])
-        except Exception as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(replicas))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
-
-
 @pytest.mark.parametrize(
     ("kind", "transform"),
     [(kind, "prefix") for kind in MODELS] + [("llama", "prompt"), ("llama", "lora"), ("t5", "lora")],
 )
-def test_a_replica_has_the_streams_and_gives_its_gradients_to_the_model(kind, transform, replicate):
+def test_a_replica_has_the_streams_and_gives_its_gradients_to_the_model(kind, transform, replicate, at_once):
     model = make(kind, transform)
     model.freeze_backbone()
     expected = model(**inputs(model))
@@ -131,7 +109,7 @@ def test_a_replica_has_the_streams_and_gives_its_gradients_to_the_model(kind, tr
     model.zero_grad()
 
     replicas = replicate(model, [0, 1])
-    results = in_threads(replicas, lambda replica: replica(**inputs(model)))
+    results = at_once(*(functools.partial(replica, **inputs(model)) for replica in replicas))
     for result in results:
         assert torch.equal(states(result), states(expected))
         assert torch.equal(scalar(result), scalar(expected))
@@ -141,7 +119,7 @@ def test_a_replica_has_the_streams_and_gives_its_gradients_to_the_model(kind, tr
             assert torch.allclose(parameter.grad, 2 * gradients[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_replicas_read_no_tensor_of_the_model(replicate):
+def test_replicas_read_no_tensor_of_the_model(replicate, at_once):
     """The model's own tensors lie on the first device: if the others' replicas read them, they fail."""
     for kind in MODELS:
         model = make(kind)
@@ -151,21 +129,21 @@ def test_replicas_read_no_tensor_of_the_model(replicate):
             for parameter in (*model.parameters(), *model.buffers()):
                 if parameter.is_floating_point():
                     parameter.fill_(float("nan"))
-        (result,) = in_threads([replica], lambda replica, model=model: replica(**inputs(model)))
+        (result,) = at_once(functools.partial(replica, **inputs(model)))
         assert torch.equal(states(result), expected), kind
 
 
-def test_replicas_run_the_set_of_the_block_that_made_them(replicate):
+def test_replicas_run_the_set_of_the_block_that_made_them(replicate, at_once):
     model = make()
     for name in ("two", None, "default"):
         with model.use_streams(name):
             expected = model(IDS).logits
             replicas = replicate(model, [0, 1])
-        for result in in_threads(replicas, lambda replica: replica(IDS).logits):
-            assert torch.equal(result, expected), name
+        for result in at_once(*(functools.partial(replica, IDS) for replica in replicas)):
+            assert torch.equal(result.logits, expected), name
 
 
-def test_layers_that_are_recomputed_in_a_replica(replicate):
+def test_layers_that_are_recomputed_in_a_replica(replicate, at_once):
     model = make()
     model.freeze_backbone()
     model.train()
@@ -174,9 +152,9 @@ def test_layers_that_are_recomputed_in_a_replica(replicate):
     model.zero_grad()
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        (result,) = in_threads([replicate(model, [0, 1])[1]], lambda replica: replica(IDS, labels=IDS).loss)
+        (result,) = at_once(functools.partial(replicate(model, [0, 1])[1], IDS, labels=IDS))
         with model.use_streams("two"):
-            result.backward()
+            result.loss.backward()
         for name, gradient in gradients.items():
             parameter = model.get_parameter(name)
             assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-7), name

@@ -77,27 +77,6 @@ class Meeting:
             hook.remove()
 
 
-def at_once(*functions):
-    """Runs each function in a thread of its own; their results, or the first error."""
-    results = [None] * len(functions)
-
-    def run(i):
-        try:
-            results[i] = functions[i]()
-        except BaseException as error:
-            results[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
 def with_set(model, name, function, *args, **kwargs):
     with model.use_streams(name):
         return function(*args, **kwargs)
@@ -110,7 +89,7 @@ def logits(model):
 
 @pytest.mark.parametrize("transform", ["prefix", "prompt", "lora"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_each_thread_runs_the_set_that_it_chose(kind, transform):
+def test_each_thread_runs_the_set_that_it_chose(kind, transform, at_once):
     model = make(kind, transform)
     expected = [with_set(model, name, logits, model) for name in NAMES]
     assert all(not torch.equal(expected[0], other) for other in expected[1:])
@@ -122,7 +101,7 @@ def test_each_thread_runs_the_set_that_it_chose(kind, transform):
         assert torch.equal(result, alone)
 
 
-def test_what_a_thread_reads_of_the_model_is_its_own():
+def test_what_a_thread_reads_of_the_model_is_its_own(at_once):
     model, barrier = make(), threading.Barrier(3, timeout=60)
 
     def read():
@@ -137,7 +116,7 @@ def test_what_a_thread_reads_of_the_model_is_its_own():
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=["beams", "static"])
-def test_generation_in_threads(options):
+def test_generation_in_threads(options, at_once):
     model = make()
 
     def generate():
@@ -150,7 +129,7 @@ def test_generation_in_threads(options):
             assert torch.equal(result, alone)
 
 
-def test_a_choice_for_the_model_does_not_reach_a_pass_under_way():
+def test_a_choice_for_the_model_does_not_reach_a_pass_under_way(at_once):
     model = make()
     expected = {name: with_set(model, name, logits, model) for name in NAMES}
     with Meeting(model, 2) as meeting:
@@ -165,7 +144,7 @@ def test_a_choice_for_the_model_does_not_reach_a_pass_under_way():
     assert torch.equal(logits(model), expected["two"])
 
 
-def test_a_choice_within_a_block_ends_with_it():
+def test_a_choice_within_a_block_ends_with_it(at_once):
     model = make()
     with model.use_streams(None):
         model.set_streams("two")
@@ -197,7 +176,7 @@ def test_tasks_of_one_event_loop():
     assert model.num_streams == 3
 
 
-def test_compiled_models_in_threads():
+def test_compiled_models_in_threads(at_once):
     model = make()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     expected = [with_set(model, name, logits, compiled) for name in NAMES]
@@ -209,7 +188,7 @@ def test_compiled_models_in_threads():
         assert torch.equal(result, alone)
 
 
-def test_a_report_in_one_thread_leaves_the_others_mixed():
+def test_a_report_in_one_thread_leaves_the_others_mixed(at_once):
     model = make()
     report, expected = model.stream_report(IDS), logits(model)
     with Meeting(model, 2):
@@ -253,7 +232,7 @@ def backward(model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_sets_that_train_in_threads_get_their_own_gradients(checkpointing):
+def test_sets_that_train_in_threads_get_their_own_gradients(checkpointing, at_once):
     def model():
         made = make(dtype=torch.float64)
         made.freeze_backbone()
@@ -279,7 +258,7 @@ def test_sets_that_train_in_threads_get_their_own_gradients(checkpointing):
     assert not any(trains(together, "two"))
 
 
-def test_blocks_that_overlap_leave_what_trains_as_it_was():
+def test_blocks_that_overlap_leave_what_trains_as_it_was(at_once):
     """One thread's block begins before another's and ends before it."""
     model, barrier = make(), threading.Barrier(2, timeout=60)
     frozen = next(iter(model.parscale.tensors(model.parscale.sets["default"]).values())).requires_grad_(False)
