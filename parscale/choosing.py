@@ -48,8 +48,10 @@ def set_streams(model: Any, name: str | None) -> None:
 def use_streams(model: Any, name: str | None) -> Iterator[Any]:
     """``with model.use_streams(name):`` is :func:`set_streams` for a block, in its thread or task alone.
 
-    Other threads go on with the sets that they use. After the block, everything is as before: the active set, and which
-    parameters train. What the configuration records is the model's choice, not the block's.
+    Other threads go on with the sets that they use. So does one that is started inside the block, such as the one that
+    generates for a ``TextIteratorStreamer``: open the block in that thread, or start it with
+    ``contextvars.copy_context().run`` (``asyncio.to_thread`` does). After the block, everything is as before: the
+    active set, and which parameters train. What the configuration records is the model's choice, not the block's.
 
     Raises:
         ValueError: there is no set of that name.
