@@ -48,12 +48,6 @@ def fetched(module: nn.Module, name: str) -> torch.Tensor:
     return parameter
 
 
-def fetched_by_name(model: nn.Module, name: str) -> torch.Tensor:
-    """As :func:`fetched`, by the parameter's name in the model."""
-    path, _, leaf = name.rpartition(".")
-    return fetched(model.get_submodule(path), leaf)
-
-
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere while nothing runs."""
     return any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
@@ -61,7 +55,11 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def fetched_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The ``state_dict`` of an offloaded model with the values of all its tensors, on the CPU."""
-    return {name: fetched_by_name(model, name).detach().cpu() for name in model.state_dict()}
+    values = {}
+    for name in model.state_dict():
+        path, _, leaf = name.rpartition(".")
+        values[name] = fetched(model.get_submodule(path), leaf).detach().cpu()
+    return values
 
 
 def parameter_of(module: nn.Module, name: str) -> torch.Tensor:

@@ -31,7 +31,7 @@ from parscale.folders import (
     set_names,
 )
 from parscale.naming import is_copy
-from parscale.offloading import fetched_by_name, fetched_state_dict, is_offloaded
+from parscale.offloading import fetched, fetched_state_dict, is_offloaded
 from parscale.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.streams import DEFAULT, ParScaleState, StreamSet
 from parscale.writing import final_place, staged
@@ -73,8 +73,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
     elif state.active is not None:
-        for released, name in state.names(state.active).items():
-            _check_values(released, fetched_by_name(model, name))
+        for released, holder in state.holders(state.active).items():
+            _check_values(released, fetched(*holder))
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     beside = None
@@ -285,7 +285,7 @@ def _tensors(
     if state_dict is not None and all(name in state_dict for name in names.values()):
         values: dict[str, Any] = {released: state_dict[name] for released, name in names.items()}
     else:
-        values = {released: fetched_by_name(state.model, name) for released, name in names.items()}
+        values = {released: fetched(*holder) for released, holder in state.holders(streams).items()}
     tensors = {}
     for name, value in values.items():
         _check_values(name, value)

@@ -146,14 +146,21 @@ class ParScaleState:
 
     def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
         """The set's parameters by their released names in the model, whatever the set is called."""
+        return {name: getattr(module, own) for name, (module, own) in self.holders(streams).items()}
+
+    def holders(self, streams: StreamSet) -> dict[str, tuple[nn.Module, str]]:
+        """For each of the set's parameters, by its released name, the module that has it, and its name in that."""
         streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
-        tensors = streams.transform.tensors()
+        places = streams.transform.places()
+        holders = {place.released_name: (place.module, streams.own_name(place.name)) for place in places}
         for root, part in zip(self.roots, self.mixed, strict=True):
-            for name, parameter in tensors_of(part._modules[streams.aggregator_name]).items():
-                tensors[f"{root}aggregate_layer.{name}"] = parameter
-        return tensors
+            aggregator = part._modules[streams.aggregator_name]
+            for name in tensors_of(aggregator):
+                path, _, leaf = name.rpartition(".")
+                holders[f"{root}aggregate_layer.{name}"] = (aggregator.get_submodule(path), leaf)
+        return holders
 
     def names(self, streams: StreamSet) -> dict[str, str]:
         """The set's names in the model's ``state_dict`` by the released ones."""

@@ -54,7 +54,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         if labels and _output(model, arguments | labels) is None:
             labels = {}
         try:
-            with state.choosing(streams):
+            with state.choosing(streams), _by_plain_torch(state):
                 mixed = _disturbed(state, arguments | labels)
         except Exception as error:  # whatever the model does with what its backbone now gives
             if is_of_the_machine(error):
@@ -78,6 +78,16 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
             f"{name} has a part that streams do not reach: {', '.join(key for key in unmoved if unmoved[key])} would "
             f"be the plain model's. Wrap its parts instead, each by itself, such as {type(state.backbone).__name__}."
         )
+
+
+@contextlib.contextmanager
+def _by_plain_torch(state: ParScaleState) -> Iterator[None]:
+    """In this block nothing is asked of kernels, which may be chosen for a device that the model is moved to later."""
+    kernels, state.kernels = state.kernels, "reference"
+    try:
+        yield
+    finally:
+        state.kernels = kernels
 
 
 def _output(model: Any, arguments: dict[str, Any]) -> Any:

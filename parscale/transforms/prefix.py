@@ -24,7 +24,7 @@ from parscale.transforms.base import Place, Transform
 
 AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
 EXACT, FEW_BITS = 1e-3, 5e-2  # up to there they are the same: in float32, in the shorter formats
-USER = 5  # frames from a warning here to the caller of wrap or add_streams
+USER = 6  # frames from a warning here to the caller of wrap or add_streams
 
 
 class PrefixTransform(Transform):

@@ -42,11 +42,11 @@ def draw(zoo, S, K, seed=0):
 def attend(model, query, key, value, mask, **kwargs):
     """What the first layer's attention function gives, ``(R, heads, S, D)``."""
     state, layer = model.parscale, model.parscale.layers[0].module
-    state.in_flight = state.active
+    state.call.in_flight = state.active
     try:
         output, _ = prefix_attention(layer, query, key, value, mask, scaling=0.4, **kwargs)
     finally:
-        state.in_flight = None
+        state.call.in_flight = None
     return output.transpose(1, 2)
 
 

@@ -48,6 +48,7 @@ def steps(model, ids):
 @pytest.mark.parametrize("impl", IMPL)
 def test_every_operation_is_told(impl, seen, zoo):
     model, ids = make(zoo, impl), zoo.token_ids()
+    seen.clear()  # of the trial when it was wrapped
     steps(model, ids)
     layers = model.config.num_hidden_layers
     prompt, token = [("is_mergeable", impl)] * layers, [("decode_attention", impl)] * layers
