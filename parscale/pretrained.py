@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from parscale.errors import RefusedCheckpointError
-from parscale.folders import Checkpoint, require_regular
+from parscale.folders import Checkpoint, read_json, require_regular
 from parscale.headers import read_header
 
 ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -32,13 +33,15 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
 
     Raises:
         RefusedCheckpointError: what is there asks for code of its own, or for a package that is not installed.
-        ValueError: a file is none but a named pipe or the like.
+        ValueError: a file is none but a named pipe or the like, or a damaged one.
         OSError: a file is not there or cannot be read.
     """
     options = {"trust_remote_code": False} | options
     if os.path.isdir(source):
         for path in Path(source, options.get("subfolder") or "").glob("*"):
             require_regular(path)
+            if path.name == GENERATION_CONFIG_NAME:
+                read_json(path)  # says so if it is damaged, as transformers does not
     if _reads_weights(reader):
         options = {"use_safetensors": True} | options | {"adapter_kwargs": _NO_ADAPTER}
     try:

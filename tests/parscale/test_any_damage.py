@@ -5,6 +5,8 @@ import os
 import shutil
 import struct
 import time
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import parscale
 from parscale import load, wrap
 from parscale.checkpoints.describe import describe
 from parscale.checkpoints.reading import load_plain
@@ -44,8 +47,21 @@ def scratch(tmp_path_factory):
 ANYTHING = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 SOME = settings(ANYTHING, max_examples=30)
 SECONDS = 5.0
+
+
+def by_transformers(folder):
+    """As its users call it; an error before transformers has come to parscale is its own."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    except (TypeError, AttributeError) as error:
+        package = Path(parscale.__file__).parent
+        if any(package in Path(frame.filename).parents for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise ValueError(f"transformers: {error}") from error
+
+
 READERS = {
-    "full": [load, AutoModelForCausalLM.from_pretrained, lambda folder: describe(str(folder))],
+    "full": [load, by_transformers, lambda folder: describe(str(folder))],
     "shards": [load, lambda folder: describe(str(folder))],
     "streams": [lambda folder: load(folder, backbone=backbone()), load, lambda folder: describe(str(folder))],
     "plain": [lambda folder: load_plain(str(folder)), lambda folder: describe(str(folder))],

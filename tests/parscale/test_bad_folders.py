@@ -225,6 +225,13 @@ class Trap:
         return pytest.fail, ("a pickle was read",)
 
 
+@pytest.mark.parametrize("contents", ["0", "null", "[1]", '"text"', "{", ""])
+def test_another_configuration_that_is_no_object(copied, contents):
+    folder = copied("full")
+    (folder / "generation_config.json").write_text(contents)
+    refused(folder, r"generation_config\.json (should hold a JSON object|is not JSON)")
+
+
 def test_a_pickle_in_place_of_streams(copied):
     folder = copied("streams")
     (folder / "streams.safetensors").unlink()
