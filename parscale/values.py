@@ -106,5 +106,5 @@ def configuration_of(checkpoint: object, faults: tuple[type[Exception], ...] = (
     except faults as error:
         raise ValueError(
             f"{CONFIG} of {checkpoint} does not describe a model: it is damaged, or needs another version of "
-            f"transformers ({type(error).__name__}: {error})."
+            f"transformers ({type(error).__name__}: {brief(error)})."
         ) from error
