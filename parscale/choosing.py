@@ -99,12 +99,6 @@ def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
     return state.sets[name]
 
 
-def freeze(state: ParScaleState, streams: StreamSet | None, frozen: bool) -> None:
-    """Freezes all parameters of a set, or none of them."""
-    for parameter in parameters_of(state, streams):
-        train(parameter, not frozen)
-
-
 def _note(state: ParScaleState, streams: StreamSet | None, trains: bool) -> None:
     """Lets a set train, or not, while no block is open."""
     for parameter in parameters_of(state, streams):

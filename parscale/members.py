@@ -11,7 +11,6 @@ from torch import nn
 
 from parscale.attention import CONTINUOUS_BATCHING
 from parscale.backbones import writes_text
-from parscale.choosing import freeze
 from parscale.config import PREFIX, ParScaleConfig
 from parscale.counting import parameter_sizes
 from parscale.encoded import by_source
@@ -19,6 +18,7 @@ from parscale.kernels.aggregate import stream_weights
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.parallel import reshard
 from parscale.streams import ParScaleState
+from parscale.trainability import parameters_of, train
 
 
 def add_streams(
@@ -69,7 +69,8 @@ def freeze_backbone(model: Any) -> None:
         raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
     reshard(model)
     model.requires_grad_(False)
-    freeze(state, state.active, False)
+    for parameter in parameters_of(state, state.active):
+        train(parameter, True)
 
 
 def print_trainable_parameters(model: Any) -> None:
