@@ -39,11 +39,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import faster_in_bf16
-from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
+from parscale.checkpoints.evaluation.text_loss import evaluate
+from parscale.checkpoints.quickstart.run import CODE, PROSE, standard_texts
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import Document, pack, split
+from parscale.checkpoints.texts.standard_library import Document, pack, split
+from parscale.checkpoints.training.posttrain import faster_in_bf16
 
 SEQUENCE_LENGTH, WINDOW, BATCH_SIZE = 256, 512, 4
 CODE_CHARACTERS, PROSE_CHARACTERS = 2500, 600  # of each document, measured before and after, in float32

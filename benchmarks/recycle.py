@@ -24,15 +24,15 @@ from machine import processor
 from rich.console import Console
 
 from parscale import ParScaleConfig
-from parscale.checkpoints.compare import compare
-from parscale.checkpoints.convert import convert
-from parscale.checkpoints.evaluate import Evaluation, evaluate
-from parscale.checkpoints.posttrain import faster_in_bf16
-from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
-from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+from parscale.checkpoints.conversion.convert import convert
+from parscale.checkpoints.evaluation.comparison import compare
+from parscale.checkpoints.evaluation.text_loss import Evaluation, evaluate
+from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+from parscale.checkpoints.quickstart.run import CODE, PROSE, standard_texts
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import Document
-from parscale.checkpoints.train import TrainSettings, train
+from parscale.checkpoints.texts.standard_library import Document
+from parscale.checkpoints.training.posttrain import faster_in_bf16
+from parscale.checkpoints.training.train import TrainSettings, train
 
 SEQUENCE_LENGTH, WINDOW, BATCH = 512, 512, 4
 ARTICLES = "held-out articles"

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, set_seed
 
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import Recipe, faster_in_bf16, post_train
+from parscale.checkpoints.evaluation.text_loss import evaluate
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack, split
+from parscale.checkpoints.texts.standard_library import pack, split
+from parscale.checkpoints.training.posttrain import Recipe, faster_in_bf16, post_train
 
 SEQUENCE_LENGTH = 512
 

@@ -33,13 +33,13 @@ from overhead import STEPS, ratio, share
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints.compare import compare
-from parscale.checkpoints.convert import calibration_ids
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import Recipe, faster_in_bf16, post_train
-from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
+from parscale.checkpoints.conversion.convert import calibration_ids
+from parscale.checkpoints.evaluation.comparison import compare
+from parscale.checkpoints.evaluation.text_loss import evaluate
+from parscale.checkpoints.quickstart.run import CODE, PROSE, standard_texts
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack
+from parscale.checkpoints.texts.standard_library import pack
+from parscale.checkpoints.training.posttrain import Recipe, faster_in_bf16, post_train
 
 P, T, RANK = 4, 48, 8
 TRANSFORMS = ("prefix", "prompt", "lora")

@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 from parscale import ParScaleConfig, load
-from parscale.checkpoints.convert import convert
+from parscale.checkpoints.conversion.convert import convert
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import split
-from parscale.checkpoints.train import TrainSettings, train
+from parscale.checkpoints.texts.standard_library import split
+from parscale.checkpoints.training.train import TrainSettings, train
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from parscale.checkpoints.text import Document, pack, split
+from parscale.checkpoints.texts.standard_library import Document, pack, split
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_SIZE = 3072

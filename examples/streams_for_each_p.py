@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import load, wrap
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import Recipe, post_train
+from parscale.checkpoints.evaluation.text_loss import evaluate
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack, split
+from parscale.checkpoints.texts.standard_library import pack, split
+from parscale.checkpoints.training.posttrain import Recipe, post_train
 
 PREFIX_LENGTH = 48
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from parscale import load, wrap
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack, split
+from parscale.checkpoints.texts.standard_library import pack, split
 
 
 def main() -> None:

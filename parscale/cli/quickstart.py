@@ -19,7 +19,7 @@ def quickstart(
     json: Json = False,
 ) -> None:
     """Convert, post-train, compare and try a small model that this package carries; offline, in a few minutes."""
-    from parscale.checkpoints.quickstart import run
+    from parscale.checkpoints.quickstart.run import run
     from parscale.console import Terminal
 
     quiet_libraries()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from parscale.checkpoints import quickstart
+from parscale.checkpoints.quickstart import run as quickstart
 from parscale.cli.application import run
 
 

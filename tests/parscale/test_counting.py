@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig, TorchAoConfig
 
 from parscale import wrap
-from parscale.checkpoints.describe import describe
+from parscale.checkpoints.description import describe
 from parscale.counting import parameter_sizes
 from parscale.headers import StoredTensor
 from parscale.packed import stored_sizes
