@@ -2,6 +2,7 @@
 
 import ast
 import email
+import importlib
 import importlib.metadata
 import itertools
 import os
@@ -94,7 +95,8 @@ def test_version_is_the_package_version():
 
 
 def test_import_is_lazy(tmp_path):
-    script = "import sys, parscale, parscale.cli; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    packages = "parscale, parscale.cli, parscale.checkpoints"
+    script = f"import sys, {packages}; print({{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
     assert python("-c", script, cwd=tmp_path).strip() == "set()"
 
 
@@ -103,14 +105,24 @@ def test_scaling_laws_import_no_torch(tmp_path):
     assert python("-c", script, cwd=tmp_path).strip() == "set()"
 
 
-def test_every_name_is_found_and_listed():
-    import parscale
-
-    for name in parscale.__all__:
-        assert getattr(parscale, name) is not None
-        assert name in dir(parscale)
+@pytest.mark.parametrize("package", ["parscale", "parscale.checkpoints"])
+def test_every_name_is_found_and_listed(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert name in dir(module)
     with pytest.raises(AttributeError, match="no attribute 'wrapp'"):
-        parscale.wrapp  # noqa: B018
+        module.wrapp  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["parscale", "parscale.checkpoints"])
+def test_type_checkers_see_the_names_that_are_fetched(package):
+    module = importlib.import_module(package)
+    (block,) = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    seen = {(each.name, node.module) for node in block.body for each in node.names}
+    assert {name for name, _ in seen} == set(module.__all__) - {"__version__"}
+    for name, home in seen:
+        assert getattr(importlib.import_module(home), name) is getattr(module, name)
 
 
 @pytest.mark.parametrize(("room", "allowed"), [("kernels", {"kernels"}), ("scaling_laws", {"scaling_laws"})])

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.text_loss import checked_length, evaluating, padded, windows_of, with_progress_bar
-from parscale.checkpoints.texts.standard_library import Document
+from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.writing import require_writable, staged_file
 

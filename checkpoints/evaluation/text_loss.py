@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.checkpoints.texts.standard_library import Document
+from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
 
 DEFAULT_SEQUENCE_LENGTH = 1024

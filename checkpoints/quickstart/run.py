@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,19 +18,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.conversion.convert import calibration_ids
 from parscale.checkpoints.evaluation.comparison import compare
 from parscale.checkpoints.evaluation.text_loss import Evaluation, evaluate
+from parscale.checkpoints.models import load_any
 from parscale.checkpoints.quickstart.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.texts.standard_library import Document, pack, split
+from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.standard_library import standard_library_split
 from parscale.checkpoints.texts.token_ids import vocabulary_of
-from parscale.checkpoints.training.posttrain import Recipe, TrainingRun, faster_in_bf16, post_train
+from parscale.checkpoints.training.packing import pack_documents
+from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import versions
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.speed import faster_in_bf16, seconds_of_step
+from parscale.checkpoints.training.train import train
 from parscale.console import Terminal
 from parscale.pretrained import read_pretrained
 from parscale.writing import require_new_folder, staged
@@ -49,15 +54,17 @@ PAIRS = ((FROZEN, UNTOUCHED), (EVERYTHING, UNTOUCHED), (ALONE, UNTOUCHED), (EVER
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuickstartSettings:
     """The quickstart's sizes; as they are, it takes about five minutes on two CPU cores.
 
     Attributes:
         num_streams: P.
         prefix_length: T.
         tokens: how many each row trains on.
-        seconds: how long each row may train. A machine that is too slow for `tokens` sees fewer.
+        seconds: about how long the slowest row may train. On a machine that is too slow for `tokens`, all rows train on
+            as many fewer.
         sequence_length: tokens in a training block.
+        batch_size: blocks in a step.
         window: tokens in a window of the evaluation; the small model was pretrained at this length.
         streams_learning_rate: of prefixes and aggregator.
         backbone_learning_rate: of everything else.
@@ -71,6 +78,7 @@ class Settings:
     tokens: int = 250_000
     seconds: float = 120.0
     sequence_length: int = 256
+    batch_size: int = 4
     window: int = 512
     streams_learning_rate: float = 3e-2
     backbone_learning_rate: float = 3e-5
@@ -80,7 +88,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Texts:
+class QuickstartTexts:
     """Documents to train on, and those to measure on by their kind."""
 
     train: Sequence[Document]
@@ -89,21 +97,28 @@ class Texts:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: its losses by kind of text, what it wrote, how many parameters it trained, and how that went."""
+    """One model.
+
+    Attributes:
+        losses: by kind of text.
+        written: what it wrote.
+        training: the report of its training; None for the untouched backbone.
+        training_losses: of each step.
+    """
 
     losses: Mapping[str, Evaluation]
     written: str
-    trained_parameters: int = 0
-    training: TrainingRun | None = None
+    training: Mapping[str, Any] | None = None
+    training_losses: Sequence[float] = ()
 
 
-def run(
+def run_quickstart(
     output: Path,
     *,
     seed: int = 0,
-    settings: Settings | None = None,
+    settings: QuickstartSettings | None = None,
     model_path: Path | None = None,
-    texts: Texts | None = None,
+    texts: QuickstartTexts | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Convert the small model, post-train it in two ways, compare both with the backbone, and write code.
@@ -125,7 +140,7 @@ def run(
         ValueError: `output` holds something, or there is too little text.
     """
     start = time.perf_counter()
-    settings, console = settings or Settings(), console or Terminal()
+    settings, console = settings or QuickstartSettings(), console or Terminal()
     require_new_folder(output)
     with staged(output, last="report.json", new=True) as folder:
         source = str(model_path or small_model_path())
@@ -133,7 +148,7 @@ def run(
         backbone: Any = read_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
         if torch.cuda.is_available():
             backbone.to("cuda")
-        texts = texts or standard_texts(settings.code_characters, settings.prose_characters)
+        texts = texts or quickstart_texts(settings.code_characters, settings.prose_characters)
         console.print(
             f"A {type(backbone).__name__} of {backbone.num_parameters():,} parameters gets P = {settings.num_streams} "
             f"streams. It trains on {len(texts.train)} files, and is measured on {len(texts.measured[CODE])} others."
@@ -154,19 +169,19 @@ def run(
             "threads": torch.get_num_threads(),
             "output": str(output),
         }
-        plot(report, {name: row.training.losses for name, row in rows.items() if row.training}, folder / "report.png")
+        plot(report, {name: row.training_losses for name, row in rows.items() if row.training}, folder / "report.png")
         report["seconds"] = round(time.perf_counter() - start, 1)
         (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     print_report(report, console)
     return report
 
 
-def standard_texts(code_characters: int = 3500, prose_characters: int = 1000) -> Texts:
+def quickstart_texts(code_characters: int = 3500, prose_characters: int = 1000) -> QuickstartTexts:
     """The standard library's files and pydoc's topics; of the measured ones only so many characters each."""
     from pydoc_data.topics import topics
 
-    train, held_out = split()
-    return Texts(
+    train, held_out = standard_library_split()
+    return QuickstartTexts(
         train,
         {
             CODE: [(name, text[:code_characters]) for name, text in held_out],
@@ -186,71 +201,109 @@ def write(model: Any, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> st
 def _rows(
     backbone: Any,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Texts,
-    settings: Settings,
+    texts: QuickstartTexts,
+    settings: QuickstartSettings,
     seed: int,
     bf16: bool,
     folder: Path,
     console: Console,
 ) -> dict[str, Row]:
     """Train and measure the four models, and save the two with streams."""
-    vocabulary = vocabulary_of(backbone)
-    blocks = pack(texts.train, tokenizer, settings.sequence_length, vocabulary=vocabulary)
-    calibration = calibration_ids(
-        texts.train, tokenizer, settings.num_streams, settings.prefix_length, vocabulary=vocabulary
-    )
-    config = ParScaleConfig(settings.num_streams, settings.prefix_length, seed=seed)
 
-    def measure(model: Any) -> dict[str, Evaluation]:
-        return {
+    def row(model: Any, *training: Any) -> Row:
+        losses = {
             kind: evaluate(model, tokenizer, documents, sequence_length=settings.window)
             for kind, documents in texts.measured.items()
         }
+        return Row(losses, write(model, tokenizer, settings.new_tokens), *training)
 
-    rows = {UNTOUCHED: Row(measure(backbone), write(backbone, tokenizer, settings.new_tokens))}
-    seen = settings.tokens
-    for name in (FROZEN, EVERYTHING, ALONE):
-        model = copy.deepcopy(backbone)
-        if name != ALONE:
-            wrap(model, config, calibration=calibration)
-        if name == FROZEN:
-            model.freeze_backbone()
-        recipe = Recipe(
-            tokens=seen if name == ALONE else settings.tokens,  # as many as the row before
-            streams_learning_rate=settings.streams_learning_rate,
-            backbone_learning_rate=settings.backbone_learning_rate,
-            seconds=settings.seconds,
-            seed=seed,
-        )
-        with _progress(f"training: {TITLES[name]}", console) as on_step:
-            training = post_train(model, blocks, recipe, bf16=bf16, on_step=on_step)
-        console.print(f"{TITLES[name]}: {training.tokens:,} tokens in {training.seconds:.0f} seconds", highlight=False)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        rows[name] = Row(measure(model), write(model, tokenizer, settings.new_tokens), trained, training)
-        seen = training.tokens
-        if name != ALONE:
-            model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
+    rows = {UNTOUCHED: row(backbone)}
+    wrapped = _wrapped(backbone, tokenizer, texts, settings, seed)
+    tokens = _affordable_tokens(wrapped, tokenizer, texts, settings, bf16)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        for name, model in (("plain", backbone), ("converted", wrapped)):
+            model.save_pretrained(work / name)
+            tokenizer.save_pretrained(work / name)
+        for name in (FROZEN, EVERYTHING, ALONE):
+            console.print(f"training: {TITLES[name]}", highlight=False)
+            training = train(
+                str(work / ("plain" if name == ALONE else "converted")),
+                work / name,
+                _train_settings(name, texts, settings, tokens, bf16, seed),
+                console=console,
+            )
+            console.print(f"{training['tokens']:,} tokens in {_seconds(training):.0f} seconds", highlight=False)
+            model = load_any(str(work / name)).to(backbone.device)
+            losses = [line["loss"] for line in Run(work / name).metrics() if "loss" in line]
+            rows[name] = row(model, training, losses)
+            if name != ALONE:
+                model.save_pretrained(folder / name)
+                tokenizer.save_pretrained(folder / name)
     return rows
+
+
+def _wrapped(
+    backbone: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: QuickstartTexts,
+    settings: QuickstartSettings,
+    seed: int,
+) -> Any:
+    """A copy of the backbone with streams, which start from the training text."""
+    P, T = settings.num_streams, settings.prefix_length
+    calibration = calibration_ids(texts.train, tokenizer, P, T, vocabulary=vocabulary_of(backbone))
+    return wrap(copy.deepcopy(backbone), ParScaleConfig(P, T, seed=seed), calibration=calibration)
+
+
+def _affordable_tokens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: QuickstartTexts, settings: QuickstartSettings, bf16: bool
+) -> int:
+    """How many tokens each row trains on, by the time that a step of the slowest row takes; at least one step's."""
+    per_step = settings.batch_size * settings.sequence_length
+    if settings.tokens <= per_step:
+        return settings.tokens
+    documents = texts.train[: settings.batch_size]
+    blocks = pack_documents(documents, tokenizer, settings.sequence_length, vocabulary=vocabulary_of(model))
+    if not len(blocks):  # so little text that training will refuse it
+        return settings.tokens
+    steps = int(settings.seconds / seconds_of_step(model, blocks, settings.batch_size, bf16=bf16))
+    return min(settings.tokens, max(1, steps) * per_step)
+
+
+def _train_settings(
+    name: str, texts: QuickstartTexts, settings: QuickstartSettings, tokens: int, bf16: bool, seed: int
+) -> TrainSettings:
+    return TrainSettings(
+        data=[Source.of("the training files", texts.train)],
+        tokens=tokens,
+        sequence_length=settings.sequence_length,
+        batch_size=settings.batch_size,
+        streams_learning_rate=settings.streams_learning_rate,
+        learning_rate=settings.backbone_learning_rate,
+        warmup=0.05,  # so short a run does not stay at its peak
+        decay=0.95,
+        freeze_backbone=name == FROZEN,
+        bf16=bf16,
+        save_every=tokens,  # at the end only
+        seed=seed,
+    )
+
+
+def _seconds(training: Mapping[str, Any]) -> float:
+    """Of the steps alone."""
+    return float(training["tokens"] / training["tokens_per_second"])
 
 
 def _figures(name: str, row: Row) -> dict[str, Any]:
     return {
         "title": TITLES[name],
-        "trained_parameters": row.trained_parameters,
-        "trained_tokens": row.training.tokens if row.training else 0,
-        "training_seconds": round(row.training.seconds, 1) if row.training else 0.0,
+        "trained_parameters": row.training["trained_parameters"] if row.training else 0,
+        "trained_tokens": row.training["tokens"] if row.training else 0,
+        "training_seconds": round(_seconds(row.training), 1) if row.training else 0.0,
         "loss": {
             kind: fmean(document.loss for document in evaluation.documents) for kind, evaluation in row.losses.items()
         },
         "measured_tokens": {kind: evaluation.tokens for kind, evaluation in row.losses.items()},
         "written": row.written,
     }
-
-
-@contextmanager
-def _progress(title: str, console: Console) -> Iterator[Any]:
-    """A bar on a terminal while something runs; yields what takes the share that is done."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=1.0)
-        yield lambda share: progress.update(task, completed=share)

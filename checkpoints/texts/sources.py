@@ -5,39 +5,20 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from parscale.checkpoints.texts.documents import Document, Source
 from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
 from parscale.checkpoints.texts.rows import JSON, SEPARATED, has_rows, text_of, texts_of_rows
-from parscale.checkpoints.texts.standard_library import Document
 
 MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be something else, such as settings
 LOOKED_AT = 8  # documents, of each source, before anything long begins
 SHUFFLE_BUFFER = 10_000  # documents, of a dataset that is streamed
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _FILE_SUFFIXES = {".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst", ".zip"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a user named as data, which has a name and a text for each document.
-
-    Attributes:
-        name: as errors say it.
-        read: opens it anew.
-        dataset: its name on the Hugging Face Hub; None for what lay on the disk when it was opened.
-    """
-
-    name: str
-    read: Callable[[], Iterator[Document]]
-    dataset: str | None = None
-
-    def __iter__(self) -> Iterator[Document]:
-        return self.read()
 
 
 def open_source(name: str, *, text_column: str = "text", streaming: bool = False, seed: int = 0) -> Source:
@@ -108,19 +89,19 @@ def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[
     return documents
 
 
-def refuse_output_in_data(output: Path, names: Sequence[str]) -> None:
+def refuse_output_in_data(output: Path, data: Sequence[str | Source]) -> None:
     """Refuses an output folder from whose own files a run would be read when it goes on.
 
     Args:
         output: of the run; it need not exist.
-        names: what a user named as data.
+        data: what a user named as data, and sources, which lie in no folder.
 
     Raises:
         ValueError: the output lies in a folder of data, also by a link.
         OSError: a folder cannot be entered.
     """
     place = output.resolve()
-    for name in filter(os.path.isdir, names):
+    for name in (each for each in data if isinstance(each, str) and os.path.isdir(each)):
         for folder in below(Path(name)).folders:
             if place.is_relative_to(folder) and not _is_hidden(place.relative_to(folder)):
                 raise ValueError(
@@ -222,14 +203,23 @@ def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
 
 
 def open_sources(
-    names: Sequence[str], *, text_column: str = "text", streaming: bool = False, seed: int = 0
+    data: Sequence[str | Source], *, text_column: str = "text", streaming: bool = False, seed: int = 0
 ) -> list[Source]:
     """Several sources, each looked into, so that what is wrong is said before anything long begins.
+
+    Args:
+        data: names as :func:`open_source` takes them, and sources, which stay as they are.
+        text_column: as for :func:`open_source`.
+        streaming: likewise.
+        seed: likewise.
 
     Raises:
         ValueError: one is missing, damaged or empty.
     """
-    sources = [open_source(name, text_column=text_column, streaming=streaming, seed=seed) for name in names]
+    sources = [
+        open_source(each, text_column=text_column, streaming=streaming, seed=seed) if isinstance(each, str) else each
+        for each in data
+    ]
     for source in sources:
         if not list(islice(source, LOOKED_AT)):
             raise ValueError(f"{source.name} holds no text.")

@@ -1,23 +1,14 @@
-"""Text that is at hand wherever Python is: its standard library's source, split by file and packed into blocks."""
+"""Text that is at hand wherever Python is: its standard library's source, of which some files are held out."""
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
 import tokenize
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from parscale.checkpoints.texts.token_ids import encode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Document = tuple[str, str]  # (name relative to the standard library's folder, text)
+from parscale.checkpoints.texts.documents import Document
 
 HELD_OUT_PERCENT = 5
 # Test suites, which some distributions leave out. Installed packages; code pages, which are tables or near-copies.
@@ -47,8 +38,10 @@ def is_held_out(relative_name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
-def split(*, with_tests: bool = False) -> tuple[list[Document], list[Document]]:
+def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document], list[Document]]:
     """The training and the held-out documents, in the order of their names; of equal texts only the first is kept.
+
+    A document's name is its file's, relative to the standard library's folder.
 
     Args:
         with_tests: the library's test suites, where they are installed, join the training documents. The held-out
@@ -69,39 +62,6 @@ def split(*, with_tests: bool = False) -> tuple[list[Document], list[Document]]:
             name = _relative_name(path)
             (held_out if is_held_out(name) and path not in tests else train).append((name, text))
     return train, held_out
-
-
-def pack(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    *,
-    vocabulary: int | None = None,
-) -> np.ndarray:
-    """Token ids `(n, sequence_length)`: the documents one after another, each followed by the end-of-text token.
-
-    Blocks start and end anywhere in a document. What is left at the end and does not fill a block is dropped.
-
-    Args:
-        documents: pairs of a name and a text.
-        tokenizer: of the model.
-        sequence_length: of a block, in tokens.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
-
-    Raises:
-        ValueError: `sequence_length` is below 1, the tokenizer has no end-of-text token or gives an id that the model
-            does not know, or a text holds half a character.
-    """
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-text token to put between documents; set tokenizer.eos_token.")
-    stream: list[int] = []
-    for document in documents:
-        stream += encode([document], tokenizer, vocabulary, add_special_tokens=False)[0]
-        stream.append(tokenizer.eos_token_id)
-    count = len(stream) // sequence_length
-    return np.array(stream[: count * sequence_length], dtype=np.int64).reshape(count, sequence_length)
 
 
 def _relative_name(path: Path) -> str:

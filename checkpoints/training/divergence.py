@@ -13,7 +13,6 @@ from parscale.parallel import local
 
 MEASURED = "_nats_per_token"  # the end of a loss's name in what `Trainer.evaluate` returns
 _FIRST = "the model gives no finite loss on this text as it is: compute in float32 (--no-bf16), or look at the text"
-_LATER = "start anew with a smaller learning rate or a longer warmup"
 
 
 class DivergedError(ValueError):
@@ -28,7 +27,7 @@ class StopWhenDiverged(TrainerCallback):
         kept: says what is there to go on from.
     """
 
-    def __init__(self, remedy: str = _LATER, kept: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, remedy: str, kept: Callable[[], str]) -> None:
         self.remedy, self.kept = remedy, kept
         self.scaled = False
         self._loss: float | None = None

@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from parscale.checkpoints.texts.sources import Source
-from parscale.checkpoints.texts.standard_library import Document
+from parscale.checkpoints.texts.documents import Document, Source
 from parscale.checkpoints.texts.token_ids import encode, require_known
 
 IGNORED = -100  # as a label: nothing is predicted there
@@ -33,10 +32,10 @@ class Encoder:
 
     Args:
         tokenizer: of the model.
-        vocabulary: how many token ids the model knows.
+        vocabulary: how many token ids the model knows; without it, ids are not checked.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
 
@@ -52,7 +51,8 @@ class Encoder:
             for ids in encode(batch, self.tokenizer):
                 if end is not None and (not ids or ids[-1] != end):
                     ids.append(end)
-                require_known(ids, self.vocabulary)
+                if self.vocabulary is not None:
+                    require_known(ids, self.vocabulary)
                 yield ids
 
 
@@ -85,7 +85,12 @@ def pack(encoded: Iterable[list[int]], sequence_length: int, *, padding: int | N
 
 
 class Blocks(Dataset[Row]):
-    """Packed blocks in memory, as rows for the Trainer: `input_ids`, `position_ids` and `labels`, each `(S,)`."""
+    """Packed blocks in memory, as rows for the Trainer: `input_ids`, `position_ids` and `labels`, each `(S,)`.
+
+    Attributes:
+        ids: the tokens of all blocks, `(n, S)`.
+        positions: of each in its document or piece of one, `(n, S)`.
+    """
 
     def __init__(self, blocks: Iterable[Block], sequence_length: int) -> None:
         pairs = list(blocks)
@@ -104,6 +109,32 @@ class Blocks(Dataset[Row]):
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.positions.tobytes())
         return digest.hexdigest()
+
+
+def pack_documents(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    vocabulary: int | None = None,
+) -> Blocks:
+    """Documents as rows for the Trainer, each with the end-of-text token behind it, as `train` packs them.
+
+    What is left at the end and does not fill a block is dropped.
+
+    Args:
+        documents: pairs of a name and a text.
+        tokenizer: of the model.
+        sequence_length: S, of a block, in tokens.
+        vocabulary: how many token ids the model knows; without it, ids are not checked.
+
+    Raises:
+        ValueError: `sequence_length` is below 1, the tokenizer gives an id that the model does not know, or a text
+            holds half a character.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")
+    return Blocks(pack(Encoder(tokenizer, vocabulary)(documents), sequence_length), sequence_length)
 
 
 class Shuffled(Dataset[Row]):

@@ -16,7 +16,7 @@ from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
 from parscale.checkpoints.training.run_folder import REPORT, Run
-from parscale.checkpoints.training.trainable_model import LORA, STREAMS
+from parscale.checkpoints.training.settings import LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import put_together
 from parscale.checkpoints.training.trainer import BACKBONE, TEXT
 from parscale.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY

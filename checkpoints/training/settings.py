@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from parscale.checkpoints.training.trainable_model import EVERYTHING, LORA, STREAMS
+from parscale.checkpoints.texts.documents import Source
+
+STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what trains
 
 STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
 BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
@@ -17,7 +19,7 @@ class TrainSettings:
     """How to post-train a checkpoint.
 
     Attributes:
-        data: training text; names as `parscale.checkpoints.texts.sources.open_source` takes them.
+        data: training text; names as `parscale.checkpoints.open_source` takes them, or sources.
         eval_data: text to measure on, by the name that the metrics have it under.
         text_column: what holds the text in rows of JSON Lines, tables and datasets.
         streaming: read datasets while training, and not beforehand; needs `tokens`.
@@ -50,8 +52,8 @@ class TrainSettings:
         ValueError: a number is out of range, or two settings exclude each other.
     """
 
-    data: Sequence[str]
-    eval_data: Mapping[str, str] = field(default_factory=dict)
+    data: Sequence[str | Source]
+    eval_data: Mapping[str, str | Source] = field(default_factory=dict)
     text_column: str = "text"
     streaming: bool = False
     tokens: int | None = None

@@ -26,8 +26,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from parscale.checkpoints.evaluation.text_loss import checked_length
 from parscale.checkpoints.models import find_tokenizer, require_tokenizer
+from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.texts.files import shown
-from parscale.checkpoints.texts.sources import Source, open_sources, refuse_output_in_data
+from parscale.checkpoints.texts.sources import open_sources, refuse_output_in_data
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.digests import checkpoint_digest, streamed_digest
 from parscale.checkpoints.training.divergence import StopWhenDiverged, require_finite
@@ -305,7 +306,8 @@ def _training_rows(
         assert settings.tokens is not None
         steps = _steps(settings.tokens, per_step, settings, length)
         beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
-        digest = streamed_digest(beginning.fingerprint(), settings.data)
+        named = [each for each in settings.data if isinstance(each, str)]
+        digest = streamed_digest(beginning.fingerprint(), named)
         return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest
     blocks = Blocks(pack(encode(documents_of(sources)), length), length)
     if not len(blocks):
@@ -361,9 +363,9 @@ def _described(
     return {
         "checkpoint": checkpoint,
         "trains": settings.trains,
-        "data": [shown(name) for name in settings.data],
+        "data": [_name(source) for source in settings.data],
         "text_column": settings.text_column,
-        "eval_data": {name: shown(source) for name, source in settings.eval_data.items()},
+        "eval_data": {name: _name(source) for name, source in settings.eval_data.items()},
         "tokens": steps * settings.batch_size * length,
         "steps": steps,
         "sequence_length": length,
@@ -378,3 +380,7 @@ def _described(
         "bf16": bf16,
         "seed": settings.seed,
     }
+
+
+def _name(source: str | Source) -> str:
+    return shown(source) if isinstance(source, str) else source.name

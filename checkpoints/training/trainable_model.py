@@ -14,12 +14,11 @@ import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
 from parscale.checkpoints.description import PLAIN, describe, kind_of
 from parscale.checkpoints.models import load_any, require_language_model
+from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
 from parscale.loading import load_plain_model
 from parscale.pretrained import read_pretrained
-
-STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"
 
 
 def check_trainable(checkpoint: str, trains: str) -> None:

@@ -31,7 +31,7 @@ from parscale.naming import part_of
 from parscale.writing import FULL, disk_error
 
 BETAS = (0.9, 0.95)
-LINES = 20  # of a run, where there is no terminal for a bar
+LINES = 10  # of a run, where there is no terminal for a bar
 BACKBONE, TEXT = "backbone", "eval"  # prefixes of what is measured: without streams, and with them
 
 

@@ -19,7 +19,7 @@ def calls(monkeypatch):
         console.print("working")
         return {"models": {}}
 
-    monkeypatch.setattr(quickstart, "run", stand_in)
+    monkeypatch.setattr(quickstart, "run_quickstart", stand_in)
     return calls
 
 

@@ -14,9 +14,9 @@ from parscale import load
 from parscale.checkpoints.evaluation.text_loss import evaluate
 from parscale.checkpoints.quickstart import run as quickstart
 from parscale.checkpoints.quickstart.report import sentences
-from parscale.checkpoints.quickstart.run import CODE, PROSE, Settings, Texts, run
+from parscale.checkpoints.quickstart.run import CODE, PROSE, QuickstartSettings, QuickstartTexts, run_quickstart
 
-SETTINGS = Settings(
+SETTINGS = QuickstartSettings(
     num_streams=3,
     prefix_length=5,
     tokens=6 * 4 * 16,
@@ -24,7 +24,7 @@ SETTINGS = Settings(
     window=32,
     new_tokens=6,
 )
-TEXTS = Texts(
+TEXTS = QuickstartTexts(
     train=[(f"train{n}.py", f"def f{n}(x):\n    return x + {n}\n" * 5) for n in range(12)],
     measured={
         CODE: [(f"{n}.py", f"def g{n}(y):\n    return y * {n}\n") for n in range(5)],
@@ -60,7 +60,7 @@ def finished(backbone, tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart") / "output"
     printed = io.StringIO()
     console = Console(file=printed, width=80)
-    report = run(output, seed=3, settings=SETTINGS, model_path=backbone, texts=TEXTS, console=console)
+    report = run_quickstart(output, seed=3, settings=SETTINGS, model_path=backbone, texts=TEXTS, console=console)
     return output, report, printed.getvalue()
 
 
@@ -105,6 +105,25 @@ def test_rows_train_on_the_same_number_of_tokens(finished):
         "everything": SETTINGS.tokens,
         "alone": SETTINGS.tokens,
     }
+
+
+def test_a_slow_machine_trains_all_rows_on_fewer_tokens(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "seconds_of_step", lambda *args, **options: 25.0)
+    settings = dataclasses.replace(SETTINGS, seconds=80.0)
+    report = run_quickstart(
+        tmp_path / "output",
+        settings=settings,
+        model_path=backbone,
+        texts=TEXTS,
+        console=Console(file=io.StringIO()),
+    )
+    tokens = {name: figures["trained_tokens"] for name, figures in report["models"].items()}
+    assert tokens == {"untouched": 0, "frozen": 3 * 4 * 16, "everything": 3 * 4 * 16, "alone": 3 * 4 * 16}
+
+
+def test_where_there_is_no_terminal_progress_is_printed(finished):
+    _, _, printed = finished
+    assert printed.count("step 3 of 6  loss ") == 3
 
 
 def test_comparisons_pair_the_losses_by_document(finished, backbone):
@@ -162,7 +181,7 @@ def test_sentences_claim_a_gain_only_when_the_interval_shows_one(low, high, word
 
 def test_the_same_seed_gives_the_same_figures(finished, backbone, tmp_path):
     _, report, _ = finished
-    again = run(
+    again = run_quickstart(
         tmp_path / "again",
         seed=3,
         settings=SETTINGS,
@@ -183,7 +202,7 @@ def test_an_interruption_leaves_nothing(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "plot", interrupt)
     small = dataclasses.replace(SETTINGS, tokens=64)
     with pytest.raises(KeyboardInterrupt):
-        run(
+        run_quickstart(
             tmp_path / "output",
             settings=small,
             model_path=backbone,
@@ -196,12 +215,12 @@ def test_an_interruption_leaves_nothing(backbone, tmp_path, monkeypatch):
 def test_an_output_that_holds_something_is_refused_before_any_work(tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ValueError, match="is not empty; give a new one, or empty it"):
-        run(tmp_path, model_path=tmp_path / "missing")
+        run_quickstart(tmp_path, model_path=tmp_path / "missing")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_standard_texts_are_cut_and_disjoint():
-    texts = quickstart.standard_texts(100, 100)
+    texts = quickstart.quickstart_texts(100, 100)
     trained = {name for name, _ in texts.train}
     assert not trained & {name for name, _ in texts.measured[CODE]}
     assert len(texts.measured[CODE]) > 20

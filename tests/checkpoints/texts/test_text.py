@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
-from parscale.checkpoints.texts.standard_library import is_held_out, pack, split, standard_library_files
+from parscale.checkpoints.texts.standard_library import is_held_out, standard_library_files, standard_library_split
+from parscale.checkpoints.training.packing import pack_documents
 
 
 @pytest.fixture(scope="module")
 def documents():
-    return split()
+    return standard_library_split()
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_one_name_in_twenty_is_held_out():
 
 def test_split_is_deterministic_disjoint_and_sorted(documents):
     train, held_out = documents
-    assert split() == documents
+    assert standard_library_split() == documents
     for side, expected in ((train, False), (held_out, True)):
         names = [name for name, _ in side]
         assert names == sorted(names)
@@ -72,16 +72,15 @@ def test_packing_keeps_every_token_once_in_order(documents, tokenizer, sequence_
     expected = [
         token for _, text in some for token in (*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id)
     ]
-    blocks = pack(some, tokenizer, sequence_length)
-    assert blocks.shape == (len(expected) // sequence_length, sequence_length)
-    assert blocks.dtype == np.int64
-    np.testing.assert_array_equal(blocks.ravel(), expected[: blocks.size])
-    assert len(expected) - blocks.size < sequence_length
+    ids = pack_documents(some, tokenizer, sequence_length).ids
+    assert ids.shape == (len(expected) // sequence_length, sequence_length)
+    np.testing.assert_array_equal(ids.ravel(), expected[: ids.size])
+    assert len(expected) - ids.size < sequence_length
 
 
 def test_packing_ends_each_document_with_the_end_of_text(tokenizer):
-    blocks = pack([("a", "abc"), ("b", ""), ("c", "de")], tokenizer, 4)
-    assert tokenizer.convert_ids_to_tokens(blocks.ravel().tolist()) == [
+    blocks = pack_documents([("a", "abc"), ("b", ""), ("c", "de")], tokenizer, 4)
+    assert tokenizer.convert_ids_to_tokens(blocks.ids.ravel().tolist()) == [
         "a",
         "b",
         "c",
@@ -94,25 +93,19 @@ def test_packing_ends_each_document_with_the_end_of_text(tokenizer):
 
 
 def test_packing_less_than_a_block_gives_none(tokenizer):
-    assert pack([("a", "abc")], tokenizer, 5).shape == (0, 5)
-    assert pack([], tokenizer, 5).shape == (0, 5)
+    assert pack_documents([("a", "abc")], tokenizer, 5).ids.shape == (0, 5)
+    assert pack_documents([], tokenizer, 5).ids.shape == (0, 5)
 
 
 @pytest.mark.parametrize("sequence_length", [0, -1])
 def test_packing_refuses_a_length_below_one(tokenizer, sequence_length):
     with pytest.raises(ValueError, match="at least 1"):
-        pack([("a", "abc")], tokenizer, sequence_length)
-
-
-def test_packing_refuses_a_tokenizer_without_an_end_of_text(tokenizer):
-    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="eos_token"):
-        pack([("a", "abc")], without, 4)
+        pack_documents([("a", "abc")], tokenizer, sequence_length)
 
 
 def test_test_suites_join_the_training_side_only(documents):
     train, held_out = documents
-    with_tests, held_out_again = split(with_tests=True)
+    with_tests, held_out_again = standard_library_split(with_tests=True)
     assert held_out_again == held_out
     assert with_tests[: len(train)] == train
     further = {name for name, _ in with_tests[len(train) :]}

@@ -15,11 +15,10 @@ from parscale.checkpoints.conversion.convert import calibration_ids
 from parscale.checkpoints.evaluation.diagnosis import diagnose
 from parscale.checkpoints.evaluation.text_loss import evaluate
 from parscale.checkpoints.quickstart import run as quickstart
-from parscale.checkpoints.quickstart.run import Texts
+from parscale.checkpoints.quickstart.run import QuickstartTexts
 from parscale.checkpoints.texts.sources import open_source
-from parscale.checkpoints.texts.standard_library import pack
 from parscale.checkpoints.texts.token_ids import encode, only_known_ids, require_text
-from parscale.checkpoints.training.packing import Encoder
+from parscale.checkpoints.training.packing import Encoder, pack_documents
 from parscale.cli.application import BAD_INPUT, run
 
 TASKS = Path(__file__).parents[2] / "data" / "lm_eval"
@@ -73,9 +72,9 @@ def test_so_do_diagnosis_and_quickstart(other, tmp_path):
     model = wrap(LlamaForCausalLM.from_pretrained(other), 2, prefix_length=2, init="random")
     with pytest.raises(ValueError, match=OTHER):
         diagnose(model, AutoTokenizer.from_pretrained(other), documents)
-    texts = Texts(documents, {quickstart.CODE: documents, quickstart.PROSE: documents})
+    texts = QuickstartTexts(documents, {quickstart.CODE: documents, quickstart.PROSE: documents})
     with pytest.raises(ValueError, match=OTHER):
-        quickstart.run(tmp_path / "out", model_path=other, texts=texts)
+        quickstart.run_quickstart(tmp_path / "out", model_path=other, texts=texts)
     assert not (tmp_path / "out").exists()
 
 
@@ -100,7 +99,7 @@ def test_half_a_character_reaches_no_tokenizer(backbone, byte_tokenizer):
     for use in (
         lambda: encode(documents, byte_tokenizer),
         lambda: list(Encoder(byte_tokenizer, 257)(documents)),
-        lambda: pack(documents, byte_tokenizer, 4),
+        lambda: pack_documents(documents, byte_tokenizer, 4),
         lambda: evaluate(model, byte_tokenizer, documents),
         lambda: diagnose(model, byte_tokenizer, documents),
         lambda: calibration_ids(documents, byte_tokenizer, 1, 2),

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from parscale import wrap
-from parscale.checkpoints.texts.sources import Source
+from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training.packing import (
     IGNORED,
     Blocks,

@@ -1,6 +1,5 @@
 """Two processes at one folder, other contents under the same names, and more devices than processes."""
 
-import copy
 import json
 import os
 import shutil
@@ -8,16 +7,14 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, TrainingArguments
 
-from parscale import ParScaleConfig, load, wrap
+from parscale import ParScaleConfig, load
 from parscale.checkpoints.conversion.convert import convert
 from parscale.checkpoints.training.digests import checkpoint_digest
-from parscale.checkpoints.training.posttrain import Recipe, post_train
 from parscale.checkpoints.training.run_folder import MANIFEST, Run
 from parscale.checkpoints.training.train import Interrupted, TrainSettings, train
 from parscale.checkpoints.training.trainer import Interruption, OneDeviceArguments
@@ -297,13 +294,3 @@ def test_the_steps_are_those_of_one_device(full, text_file, tmp_path, request):
         [line.get("loss", line.get("eval_loss")) for line in Run(tmp_path / name).metrics()] for name in ("one", "two")
     )
     assert one == two
-
-
-def test_post_training_uses_one_too(backbone, request):
-    model = wrap(LlamaForCausalLM.from_pretrained(backbone), 2, prefix_length=3, init="random", seed=0)
-    blocks = np.random.default_rng(0).integers(0, 64, (8, 12))
-    one = post_train(copy.deepcopy(model), blocks, Recipe(3 * 24, 2))
-    request.getfixturevalue("two_gpus")
-    two = post_train(model, blocks, Recipe(3 * 24, 2))
-    assert two.losses == one.losses
-    assert two.tokens == one.tokens == 3 * 24

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from parscale import load, wrap
 from parscale.checkpoints.description import describe
+from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training.packing import Blocks, Encoder, Shuffled, pack
 from parscale.checkpoints.training.train import TrainSettings, train
 
@@ -248,6 +249,17 @@ def test_streamed_data_is_the_data_in_its_order(full, text_file, tmp_path):
     rows = [blocks[index] for index in range(BATCH)]
     inputs = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     assert losses_of(tmp_path / "run")[0] == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
+
+
+def test_documents_in_memory_train_as_the_same_files_do(full, text_file, tmp_path):
+    train(str(full), tmp_path / "files", settings(text_file, eval_data={"same": str(text_file)}))
+    source = Source.of("some code", [("text.py", text_file.read_text())])
+    report = train(str(full), tmp_path / "memory", settings(text_file, data=[source], eval_data={"same": source}))
+    assert losses_of(tmp_path / "memory") == losses_of(tmp_path / "files")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("files", "memory")]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    assert report["data"] == ["some code"]
+    assert "`some code`" in (tmp_path / "memory" / "README.md").read_text()
 
 
 def test_in_bfloat16(full, text_file, tmp_path):
