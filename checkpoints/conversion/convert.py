@@ -18,9 +18,9 @@ from parscale.checkpoints.texts.sources import read_documents
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
 from parscale.checkpoints.training.divergence import first_not_finite
 from parscale.config import LORA, TEXT_INITS
-from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
-from parscale.naming import LABELS, TRANSFORM_PART, part_of
-from parscale.writing import require_new_folder, staged
+from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.staging import require_new_folder, staged
+from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 
 
 def convert(

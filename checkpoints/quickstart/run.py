@@ -36,9 +36,9 @@ from parscale.checkpoints.training.run_result import versions
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.speed import faster_in_bf16, seconds_of_step
 from parscale.checkpoints.training.train import train
-from parscale.console import Terminal
-from parscale.pretrained import read_pretrained
-from parscale.writing import require_new_folder, staged
+from parscale.format.pretrained import read_pretrained
+from parscale.format.staging import require_new_folder, staged
+from parscale.terminal.console import Terminal
 
 PROMPT = "def read_config(path):\n"
 CODE, PROSE = "held-out code", "prose"

@@ -19,8 +19,8 @@ from parscale.checkpoints.training.run_folder import REPORT, Run
 from parscale.checkpoints.training.settings import LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import put_together
 from parscale.checkpoints.training.trainer import BACKBONE, TEXT
-from parscale.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
-from parscale.writing import staged
+from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
+from parscale.format.staging import staged
 
 PLOT = "loss.png"
 

@@ -47,8 +47,8 @@ from parscale.checkpoints.training.run_result import finish, losses_by_text, ver
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
 from parscale.checkpoints.training.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
-from parscale.console import Terminal
-from parscale.counting import parameter_sizes
+from parscale.format.counting import parameter_sizes
+from parscale.terminal.console import Terminal
 
 REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 

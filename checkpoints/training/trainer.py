@@ -27,8 +27,8 @@ from parscale.checkpoints.training.divergence import MEASURED, DivergedError, fi
 from parscale.checkpoints.training.packing import IGNORED
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.trained_weights import has_streams, load_trained, save_trained, trains_streams_only
-from parscale.naming import part_of
-from parscale.writing import FULL, disk_error
+from parscale.format.staging import FULL, disk_error
+from parscale.streams.naming import part_of
 
 BETAS = (0.9, 0.95)
 LINES = 10  # of a run, where there is no terminal for a bar

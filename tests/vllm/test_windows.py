@@ -66,7 +66,7 @@ def flash_attention(*, q, k, v, cu_seqlens_q, seqused_k, block_table, softmax_sc
 def test_nothing_hides_the_prefix(monkeypatch, program, window):
     from vllm.v1.attention.backends import fa_utils
 
-    from parscale.vllm.windows import CpuImpl, FlashImpl
+    from parscale.integrations.vllm.windows import CpuImpl, FlashImpl
 
     torch.manual_seed(window)
     new = [1, 6, 4]
@@ -85,7 +85,7 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
 
 
 def test_the_cache_is_written_in_plain_order():
-    from parscale.vllm.windows import CpuImpl
+    from parscale.integrations.vllm.windows import CpuImpl
 
     cache = torch.zeros(3, P * G, SIZE, 2 * D)
     key, value = torch.randn(2, 5, P * G, D)
@@ -99,7 +99,7 @@ def test_the_cache_is_written_in_plain_order():
 def test_other_backends_are_refused():
     from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 
-    from parscale.vllm.windows import window_backend
+    from parscale.integrations.vllm.windows import window_backend
 
     with pytest.raises(
         ValueError, match="CPU_ATTN and FLASH_ATTN, and vLLM has chosen FLEX_ATTENTION: give --attention"

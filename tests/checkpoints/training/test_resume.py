@@ -23,7 +23,7 @@ from parscale import load
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.run_folder import MANIFEST, Run, damage, write_manifest
 from parscale.checkpoints.training.train import TrainSettings, train
-from parscale.working import MARKER
+from parscale.format.working import MARKER
 
 STEPS = 6
 INTERRUPTED = 130
