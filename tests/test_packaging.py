@@ -122,16 +122,6 @@ def test_lower_rooms_import_nothing_above(room, allowed):
             assert not above, f"{name} imports {above}"
 
 
-def test_the_core_imports_neither_checkpoints_nor_the_command_line():
-    """Only the command line stands above everything; it imports inside its commands."""
-    above = ("parscale.checkpoints", "parscale.scaling_laws", "parscale.cli")
-    for name, path in modules().items():
-        if name.startswith(above) or name == "parscale.__main__":
-            continue
-        asked = {asked for asked in imported_when_run(path, also_inside_functions=True) if asked.startswith(above)}
-        assert not asked, f"{name} imports {asked}"
-
-
 def test_checkpoints_import_no_command_line():
     for name, path in modules().items():
         if name.startswith(("parscale.checkpoints", "parscale.scaling_laws")) and not name.endswith(".cli"):
