@@ -26,8 +26,7 @@ from unittest import mock
 import torch
 from gpu_check import Bench, aggregator_tensors, randn, versions
 
-from parscale.kernels import aggregate, aggregator
-from parscale.kernels.prefix_attention import decode_attention
+from parscale.kernels import aggregate, aggregator, decode_attention
 
 Options = dict[str, Any]
 

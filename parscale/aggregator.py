@@ -7,8 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from parscale.kernels import aggregate, aggregator
-from parscale.kernels.aggregate import stream_weights
+from parscale.kernels import aggregate, aggregator, stream_weights
 from parscale.kernels.dispatch import Impl
 from parscale.parallel import local
 

@@ -30,7 +30,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.flash import flash_with_prefix
-from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
+from parscale.kernels import causal_attention, decode_attention, is_mergeable
+from parscale.kernels.prefix import prepend
 from parscale.masks import keep_sizes_static
 from parscale.offloading import parameter_of
 
@@ -262,21 +263,23 @@ def _dense_attention(
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
         output, weights = backbone(module, queries, keys, values, None, **kwargs)
         return output[:, T:], weights
-    mask: Any = state.extended_mask(attention_mask, T, query.shape[0])
     if name == "sdpa" and S == 1 and not special:
+        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
+        length = None if attention_mask is None or not query.is_cuda else state.visible_lengths(attention_mask)
         output = decode_attention(
-            query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"), impl=state.kernels
+            query,
+            key,
+            value,
+            prefix_k,
+            prefix_v,
+            attention_mask,
+            length=length,
+            scaling=kwargs.get("scaling"),
+            impl=state.kernels,
         )
         return output.transpose(1, 2), None  # (R, 1, heads, D)
+    mask: Any = state.extended_mask(attention_mask, T, query.shape[0])
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
-
-
-def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Puts each stream's prefix ``(P, G, T, D)`` in front of its rows ``(P*B, G, K, D)``, in one copy."""
-    P = prefix.shape[0]
-    rows = states.unflatten(0, (P, -1))  # (P, B, G, K, D)
-    prefix = prefix.to(states.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1)  # (P, B, G, T, D)
-    return torch.cat([prefix, rows], dim=3).flatten(0, 1)  # (P*B, G, T + K, D)
 
 
 def _backbone_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

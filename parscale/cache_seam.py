@@ -24,9 +24,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.attention import AttentionLayer, prepend
+from parscale.attention import AttentionLayer
 from parscale.backbones import one_line, run_briefly
 from parscale.errors import UnsupportedModelError
+from parscale.kernels.prefix import prepend
 from parscale.masks import extend_dense_mask
 from parscale.offloading import parameter_of
 

@@ -15,6 +15,8 @@ from torch import nn
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from parscale.kernels.prefix import prepend
+
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -47,8 +49,6 @@ def flash_with_prefix(
     Returns:
         ``(P*B, S, heads, Dv)`` and ``None``.
     """
-    from parscale.attention import prepend
-
     P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
     if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]

@@ -14,7 +14,7 @@ from parscale.backbones import writes_text
 from parscale.config import PREFIX, ParScaleConfig
 from parscale.counting import parameter_sizes
 from parscale.encoded import by_source
-from parscale.kernels.aggregate import stream_weights
+from parscale.kernels import stream_weights
 from parscale.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.parallel import reshard
 from parscale.streams import ParScaleState

@@ -26,6 +26,7 @@ from parscale.backbones import NOISE, Hidden, find_parts, masking_noise
 from parscale.calls import Block, Blocks, Call, Calls, innermost_block, opened
 from parscale.config import DEFAULT_SET, ParScaleConfig
 from parscale.encoded import mark_output
+from parscale.kernels import visible_lengths
 from parscale.kernels.dispatch import Impl
 from parscale.masks import extend_block_mask, extend_dense_mask
 from parscale.naming import COPY
@@ -405,6 +406,15 @@ class ParScaleState:
                 extended = extend_dense_mask(mask, prefix_length)
             entry = masks[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
         return entry[1]
+
+    def visible_lengths(self, mask: torch.Tensor) -> torch.Tensor:
+        """As :func:`parscale.kernels.visible_lengths`; made once for all layers that share the mask."""
+        if torch.compiler.is_compiling():
+            return visible_lengths(mask)  # the compiler shares it
+        key = "lengths", id(mask)
+        if key not in self.call.masks:
+            self.call.masks[key] = (mask, visible_lengths(mask))
+        return self.call.masks[key][1]
 
     def _check_cache(self, cache: Any) -> None:
         """A cache belongs to the set that filled it."""
