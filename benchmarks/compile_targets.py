@@ -32,7 +32,6 @@ from triton.compiler import ASTSource
 from parscale.kernels.launch import Gpu
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What code is compiled for, and a GPU of that kind, for the choices of the host functions."""
@@ -155,7 +154,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
             module = importlib.import_module(f"parscale.kernels.{name}.fused")
             stack.enter_context(mock.patch.object(module, "launch", note))
             if hasattr(module, "gpu_of"):
-                stack.enter_context(mock.patch.object(module, "gpu_of", lambda device: TARGETS[target].gpu))
+                stack.enter_context(mock.patch.object(module, "gpu_of", return_value=TARGETS[target].gpu))
         yield launches
 
 

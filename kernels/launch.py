@@ -53,7 +53,7 @@ class Gpu:
         Args:
             shared_bytes: shared memory of a program; NVIDIA's runtime takes 1 KiB more for itself.
             threads: of a program.
-            registers: of a thread, at most.
+            registers: of a thread, about.
         """
         by_memory = self.shared_memory // (shared_bytes + (0 if self.is_hip else 1024))
         by_registers = 65536 * (2 if self.is_hip else 1) // (threads * registers)
@@ -71,9 +71,7 @@ def gpu_of(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Gpu(found.multi_processor_count, 64 * 1024, is_hip=True)
-    return Gpu(
-        found.multi_processor_count, found.shared_memory_per_multiprocessor, dependent_launch=found.major >= 9
-    )
+    return Gpu(found.multi_processor_count, found.shared_memory_per_multiprocessor, dependent_launch=found.major >= 9)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -84,7 +84,7 @@ def split_streams(weight: torch.Tensor, P: int) -> torch.Tensor:
 
 def takes_few_rows(P: int, N: int, H: int) -> bool:
     """Whether :func:`few_rows_kernel` does the first projection: it loads 16 bytes at a time where these hold."""
-    return N <= FEW_ROWS and P == power_of_2(P) and H % 16 == 0
+    return N <= FEW_ROWS and power_of_2(P) == P and H % 16 == 0
 
 
 def forward(

@@ -79,8 +79,8 @@ def finish_kernel(
 ):
     """The rest of the aggregator, a program for each row: from the parts of the first projection's sum to ``out``.
 
-    ``partial (splits, N, H)`` in float32, ``out (N, H)``, ``logits (N, P)``; ``inner (N, H)``, before SiLU, if it is not
-    ``None``. With EARLY it has started before the parts were there, and waits for them.
+    ``partial (splits, N, H)`` in float32, ``out (N, H)``, ``logits (N, P)``; ``inner (N, H)``, before SiLU, if it is
+    not ``None``. With EARLY it has started before the parts were there, and waits for them.
     """
     o_n = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BP).to(tl.int64)  # (BP,)

@@ -1,7 +1,7 @@
 """The public function of causal attention over ``[prefix of stream p | new tokens]``, by torch's flash attention.
 
 On a GPU the prefix is put in front of the keys, and torch's operator aligns its causal mask to the lower right: one
-call, forward and backward. On a CPU it does not, and two calls are merged (:mod:`parscale.kernels.causal_attention.merged`).
+call, forward and backward. On a CPU it does not, and two calls are merged.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """

@@ -1,8 +1,8 @@
 """Causal attention on a CPU: prefix and new tokens apart, each by torch's flash attention, merged by log-sum-exp.
 
-The causal mask of torch's flash attention for CPUs is aligned to the upper left, so that a prefix cannot lie in front of
-the keys. The prefix is not copied for the rows of a stream, and nothing is kept for the backward pass beside what plain
-causal attention keeps.
+The causal mask of torch's flash attention for CPUs is aligned to the upper left, so that a prefix cannot lie in front
+of the keys. The prefix is not copied for the rows of a stream, and nothing is kept for the backward pass beside what
+plain causal attention keeps.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """

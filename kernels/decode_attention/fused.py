@@ -32,7 +32,9 @@ def part_programs(n: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
     BM, BD, BV = padded
     # the blocks that are on the way, and queries and weights on their way between layouts
     shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
-    return gpu.programs(shared * dtype.itemsize, 32 * config["num_warps"], registers=168 if dtype.itemsize == 2 else 255)
+    return gpu.programs(
+        shared * dtype.itemsize, 32 * config["num_warps"], registers=168 if dtype.itemsize == 2 else 255
+    )
 
 
 def choose_splits(heads: int, blocks: int, places: int) -> int:
