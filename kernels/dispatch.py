@@ -64,7 +64,7 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A block in which autocast is off for the device of ``x``: a kernel's own products are of the dtypes it chooses."""
+    """A block in which autocast is off for the device of ``x``: a kernel's products are of the dtypes it chooses."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 

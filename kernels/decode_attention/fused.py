@@ -6,6 +6,8 @@ Split over the sequence: a program takes one key/value head of one row, all quer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
@@ -28,13 +30,12 @@ def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
 
 def part_programs(n: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
     """How many programs of :func:`part_kernel` a multiprocessor holds at a time."""
-    config, padded = part_config(D, V, dtype, gpu), [max(16, power_of_2(x)) for x in (n, D, V)]
-    BM, BD, BV = padded
+    config = part_config(D, V, dtype, gpu)
+    BM, BD, BV = (max(16, power_of_2(x)) for x in (n, D, V))
     # the blocks that are on the way, and queries and weights on their way between layouts
     shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
-    return gpu.programs(
-        shared * dtype.itemsize, 32 * config["num_warps"], registers=168 if dtype.itemsize == 2 else 255
-    )
+    registers = 168 if dtype.itemsize == 2 else 64
+    return gpu.programs(shared * dtype.itemsize, 32 * config["num_warps"], registers)
 
 
 def choose_splits(heads: int, blocks: int, places: int) -> int:
@@ -120,7 +121,7 @@ def decode(
 
 def _mask_arguments(
     mask: torch.Tensor | None, R: int, heads: int, K: int
-) -> tuple[torch.Tensor | None, tuple[int, int], dict[str, object]]:
+) -> tuple[torch.Tensor | None, tuple[int, int], dict[str, Any]]:
     """The mask as the kernel takes it, its strides by row and by head, and what is compiled into the kernel."""
     if mask is None:
         return None, (0, 0), {"LEAST": None, "MASKED_PREFIX": False, "HEADS": False}

@@ -8,6 +8,7 @@ that each holds its part of the weights, and the sums of P logits for each token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ FIRST = "aggregate_layer.0.weight"
 class StreamAggregator(nn.Module):
     """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
 
-    Its parameters are named as in checkpoints; the first one's columns come by :func:`stream_outer`. The logits, which a
-    softmax follows, are float32.
+    Its parameters are named as in checkpoints; the first one's columns come by :func:`stream_outer`. The logits,
+    which a softmax follows, are float32.
 
     Args:
         num_streams: P.
@@ -55,7 +56,8 @@ class StreamAggregator(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``(N*P, H)``, token-major, to ``(N, H)``."""
-        first, last = self._modules["0"], self._modules["2"]
+        first: Any = self.get_submodule("0")
+        last: Any = self.get_submodule("2")
         x = hidden.unflatten(0, (-1, self.num_streams))  # (N, P, H)
         inner = nn.functional.silu(first(x.flatten(1)).float())  # (N, H / processes)
         logits = nn.functional.linear(inner, last.weight)  # (N, P)
