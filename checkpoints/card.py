@@ -14,7 +14,7 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from parscale.checkpoints.files import shown
-from parscale.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 CARD = "README.md"
 # What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.

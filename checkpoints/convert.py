@@ -18,9 +18,9 @@ from parscale.checkpoints.reading import find_tokenizer, load_plain, require_tok
 from parscale.checkpoints.text import Document
 from parscale.checkpoints.tokens import encode, vocabulary_of
 from parscale.config import LORA, TEXT_INITS
-from parscale.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
-from parscale.naming import LABELS, TRANSFORM_PART, part_of
-from parscale.writing import require_new_folder, staged
+from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.staging import require_new_folder, staged
+from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 
 
 def convert(

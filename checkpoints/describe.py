@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from parscale.config import LORA, NUM_STREAMS, ParScaleConfig
-from parscale.folders import (
+from parscale.format.folders import (
     BACKBONE,
     CAUSAL_LM,
     CONFIG,
@@ -21,11 +21,11 @@ from parscale.folders import (
     set_name,
     set_names,
 )
-from parscale.headers import StoredTensor
-from parscale.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
-from parscale.packed import stored_sizes
+from parscale.format.headers import StoredTensor
+from parscale.format.packed import stored_sizes
+from parscale.streams.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
 
-PLAIN = "plain backbone"  # beside the two kinds of parscale.folders
+PLAIN = "plain backbone"  # beside the two kinds of parscale.format.folders
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parscale.checkpoints.evaluate import checked_length, evaluating, padded, windows_of, with_progress_bar
 from parscale.checkpoints.text import Document
 from parscale.checkpoints.tokens import vocabulary_of
-from parscale.writing import require_writable, staged_file
+from parscale.format.staging import require_writable, staged_file
 
 # From which mean correlation of token losses on streams are said to differ hardly, or little.
 HARDLY, LITTLE = 0.99, 0.9

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parscale.checkpoints.describe import kind_of
 from parscale.config import SETS
-from parscale.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 _PICKLE = "pytorch_model.bin"  # of a backbone that transformers reads, where it has no other weights
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from parscale.parallel import local
+from parscale.distributed.parallel import local
 
 MEASURED = "_nats_per_token"  # the end of a loss's name in what `Trainer.evaluate` returns
 _FIRST = "the model gives no finite loss on this text as it is: compute in float32 (--no-bf16), or look at the text"

@@ -180,6 +180,6 @@ def with_progress_bar(batches: list[list[Window]], shown: bool) -> Iterator[list
         return
     from rich.progress import track
 
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     yield from track(batches, description="Evaluating", console=Terminal(stderr=True), transient=True)

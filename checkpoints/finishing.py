@@ -19,8 +19,8 @@ from parscale.checkpoints.opening import LORA, STREAMS
 from parscale.checkpoints.runs import REPORT, Run
 from parscale.checkpoints.trained import put_together
 from parscale.checkpoints.trainer import BACKBONE, TEXT
-from parscale.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
-from parscale.writing import staged
+from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
+from parscale.format.staging import staged
 
 PLOT = "loss.png"
 

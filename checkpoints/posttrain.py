@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from parscale.checkpoints.divergence import DivergedError, StopWhenDiverged, first_not_finite
 from parscale.checkpoints.trainer import OneDeviceArguments
-from parscale.naming import part_of
+from parscale.streams.naming import part_of
 
 
 @dataclass(frozen=True)

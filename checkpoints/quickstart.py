@@ -31,9 +31,9 @@ from parscale.checkpoints.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.text import Document, pack, split
 from parscale.checkpoints.tokens import vocabulary_of
-from parscale.console import Terminal
-from parscale.pretrained import read_pretrained
-from parscale.writing import require_new_folder, staged
+from parscale.format.pretrained import read_pretrained
+from parscale.format.staging import require_new_folder, staged
+from parscale.terminal.console import Terminal
 
 PROMPT = "def read_config(path):\n"
 CODE, PROSE = "held-out code", "prose"

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from parscale import load
 from parscale.auto import class_named
-from parscale.backbones import writes_text
 from parscale.checkpoints.describe import PLAIN, kind_of
-from parscale.folders import CONFIG, Checkpoint
+from parscale.format.folders import CONFIG, Checkpoint
+from parscale.format.pretrained import read_pretrained
 from parscale.loading import load_plain_model
-from parscale.pretrained import read_pretrained
+from parscale.streams.backbones import writes_text
 
 STREAMS_OFF = "off"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")

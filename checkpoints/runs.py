@@ -7,8 +7,8 @@
 `training.json`            the report, written when the run has ended and the model stands in the folder
 ========================== ==========================================================================================
 
-A checkpoint is written in a working folder (:mod:`parscale.working`), flushed to the disk, and moved to its place when
-it is whole. The process that runs holds a lock on `run.json`, which ends with it.
+A checkpoint is written in a working folder (:mod:`parscale.format.working`), flushed to the disk, and moved to its
+place when it is whole. The process that runs holds a lock on `run.json`, which ends with it.
 
 Nothing is removed for its name alone: a working folder is known by its marker, a checkpoint by its manifest.
 """
@@ -26,8 +26,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from parscale.working import lock, remove_leftovers, working, working_folder
-from parscale.writing import flush, holds_something, require_new_folder, require_writable_folder, staged, staged_file
+from parscale.format.staging import (
+    flush,
+    holds_something,
+    require_new_folder,
+    require_writable_folder,
+    staged,
+    staged_file,
+)
+from parscale.format.working import lock, remove_leftovers, working, working_folder
 
 RUN, METRICS, REPORT, MANIFEST = "run.json", "metrics.jsonl", "training.json", "manifest.json"
 CONTENTS = {"checkpoint_digest": "checkpoint", "data_digest": "data", "eval_digests": "eval_data"}

@@ -45,8 +45,8 @@ from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
 from parscale.checkpoints.tokens import vocabulary_of
 from parscale.checkpoints.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
-from parscale.console import Terminal
-from parscale.counting import parameter_sizes
+from parscale.format.counting import parameter_sizes
+from parscale.terminal.console import Terminal
 
 REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from parscale.checkpoints.describe import kind_of
 from parscale.checkpoints.divergence import first_not_finite
 from parscale.checkpoints.reading import load_any
-from parscale.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
-from parscale.naming import part_of
-from parscale.pretrained import ADAPTER, read_adapter
+from parscale.format.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
+from parscale.format.pretrained import ADAPTER, read_adapter
+from parscale.streams.naming import part_of
 
 
 def is_adapted(model: Any) -> bool:

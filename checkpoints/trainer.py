@@ -27,8 +27,8 @@ from parscale.checkpoints.divergence import MEASURED, DivergedError, first_not_f
 from parscale.checkpoints.packing import IGNORED
 from parscale.checkpoints.runs import Run
 from parscale.checkpoints.trained import has_streams, load_trained, save_trained, trains_streams_only
-from parscale.naming import part_of
-from parscale.writing import FULL, disk_error
+from parscale.format.staging import FULL, disk_error
+from parscale.streams.naming import part_of
 
 BETAS = (0.9, 0.95)
 LINES = 20  # of a run, where there is no terminal for a bar

@@ -33,9 +33,9 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto import modeling_auto
 
-from parscale.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
-from parscale.pretrained import read_pretrained
-from parscale.values import check_values, configuration_of
+from parscale.format.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
+from parscale.format.pretrained import read_pretrained
+from parscale.format.values import check_values, configuration_of
 
 AUTO_CLASSES: dict[str, Any] = {
     name: auto

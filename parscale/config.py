@@ -38,8 +38,8 @@ class ParScaleConfig:
             the input (``"prompt"``), per stream. ``"lora"`` has none.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, the floor under the aggregation weights, in [0, 1].
         init: how the streams start: ``"documents"`` (from texts that have come to their end), ``"context"`` (from texts
-            as they are) or ``"random"``; see :mod:`parscale.inits`. ``None``: ``"documents"`` where the model writes
-            text and the streams can be made of it, else ``"random"``.
+            as they are) or ``"random"``; see :mod:`parscale.transforms.inits`. ``None``: ``"documents"`` where the
+            model writes text and the streams can be made of it, else ``"random"``.
         seed: seed of the draws; ``None`` draws from torch's global generator.
         transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` or ``"lora"``; see
             :mod:`parscale.transforms`.

@@ -44,10 +44,9 @@ from parscale.auto import (
     config_class,
     register_backbone,
 )
-from parscale.checks import check_fit, check_size, check_streams, differences
-from parscale.choosing import set_streams
 from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
-from parscale.folders import (
+from parscale.format.checks import check_fit, check_size, check_streams, differences
+from parscale.format.folders import (
     BACKBONE_PATH,
     CONFIG,
     FULL,
@@ -60,14 +59,15 @@ from parscale.folders import (
     set_name,
     set_names,
 )
-from parscale.headers import StoredTensor
+from parscale.format.headers import StoredTensor
+from parscale.format.pretrained import read_pretrained, warn_of_adapter
+from parscale.format.saving import FORMAT_VERSION
+from parscale.format.untrusted import brief
+from parscale.format.values import check_values, configuration_of
 from parscale.kernels.dispatch import Impl, check_impl
-from parscale.naming import PATTERNS, part_of
-from parscale.pretrained import read_pretrained, warn_of_adapter
-from parscale.saving import FORMAT_VERSION
-from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.untrusted import brief
-from parscale.values import check_values, configuration_of
+from parscale.streams.choosing import set_streams
+from parscale.streams.naming import PATTERNS, part_of
+from parscale.streams.state import DEFAULT, ParScaleState, StreamSet
 from parscale.wrapping import add, attach, detach, fill
 
 _STREAMS_FIELDS = {

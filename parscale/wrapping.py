@@ -12,41 +12,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale import choosing, members
-from parscale.aggregator import Aggregator
+from parscale import methods
+from parscale.attention.discovery import attach_attention, detach_attention, held_configs, measure, own_config
 from parscale.auto import register_backbone
 from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
-from parscale.inits import check_calibration, default_init, initialize
-from parscale.kernels.dispatch import Impl, check_impl
-from parscale.layers import attach_attention, detach_attention, held_configs, measure, own_config
-from parscale.offloading import keep, let_go
-from parscale.parallel import (
+from parscale.distributed.offloading import keep, let_go
+from parscale.distributed.parallel import (
     check_takes_parameters,
     distribute_streams,
     is_partitioned,
     share_random_state,
     tensor_parallel_mesh,
 )
-from parscale.peft import extend_peft
-from parscale.recomputation import stop_recomputing
-from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.surroundings import undisturbed
-from parscale.trial import try_whole_model
-from parscale.trl import keep_reference
+from parscale.hooks.recomputation import stop_recomputing
+from parscale.hooks.surroundings import undisturbed
+from parscale.hooks.trial import try_whole_model
+from parscale.integrations.peft import extend_peft
+from parscale.integrations.trl import keep_reference
+from parscale.kernels.dispatch import Impl, check_impl
+from parscale.streams import choosing
+from parscale.streams.aggregator import Aggregator
+from parscale.streams.state import DEFAULT, ParScaleState, StreamSet
+from parscale.transforms.inits import check_calibration, default_init, initialize
 
 MEMBERS: dict[str, Callable[..., Any]] = {
-    "add_streams": members.add_streams,
+    "add_streams": methods.add_streams,
     "set_streams": choosing.set_streams,
     "use_streams": choosing.use_streams,
-    "freeze_backbone": members.freeze_backbone,
-    "print_trainable_parameters": members.print_trainable_parameters,
-    "stream_report": members.stream_report,
-    "save_pretrained": members.save_pretrained,
-    "save_streams": members.save_streams,
-    "load_streams": members.load_streams,
-    "_reorder_cache": members.reorder_cache,
-    "_get_static_cache_init_shape": members.static_cache_init_shape,
-    "init_continuous_batching": members.init_continuous_batching,
+    "freeze_backbone": methods.freeze_backbone,
+    "print_trainable_parameters": methods.print_trainable_parameters,
+    "stream_report": methods.stream_report,
+    "save_pretrained": methods.save_pretrained,
+    "save_streams": methods.save_streams,
+    "load_streams": methods.load_streams,
+    "_reorder_cache": methods.reorder_cache,
+    "_get_static_cache_init_shape": methods.static_cache_init_shape,
+    "init_continuous_batching": methods.init_continuous_batching,
 }
 
 
@@ -71,14 +72,15 @@ def wrap(
 
     Args:
         model: a ``transformers.PreTrainedModel``: a causal language model, also with images; an encoder of text or
-            images; two such encoders side by side; or an encoder with a decoder (see :mod:`parscale.backbones`). It may
-            be split by tensor parallelism, or partitioned by ZeRO-3 when it was loaded; then every process calls this.
-            FSDP shards it afterwards. It is run on two tokens or on an image, without streams and with them.
+            images; two such encoders side by side; or an encoder with a decoder (see
+            :mod:`parscale.streams.backbones`). It may be split by tensor parallelism, or partitioned by ZeRO-3 when it
+            was loaded; then every process calls this. FSDP shards it afterwards. It is run on two tokens or on an
+            image, without streams and with them.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
         prefix_length: T, learned key/value pairs per stream in each attention layer.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.inits`. By default the first for causal
-            language models, and the last where there are no texts to start from.
+        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.transforms.inits`. By default the
+            first for causal language models, and the last where there are no texts to start from.
         seed: seed of the draws; ``None`` draws from torch's state.
         calibration: token ids ``(P, T)`` that all but ``"random"`` read; without it the backbone samples them.
         transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` (also for models without keys and values)
@@ -188,7 +190,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         setattr(model, member, functools.partial(function, model))
     choosing.show_num_streams()
     if state.encoder is not None and model.can_generate():
-        model.generate = functools.partial(members.generate, model)
+        model.generate = functools.partial(methods.generate, model)
     state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
     extend_peft()
     keep_reference()

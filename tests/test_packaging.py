@@ -153,7 +153,7 @@ def test_imports_are_declared():
     extras = {distribution_name(entry) for entries in project["optional-dependencies"].values() for entry in entries}
     for name, path in modules().items():
         if path.parent != ROOT / "scaling_laws" / "notebooks":
-            plugin = {"vllm"} if name.startswith("parscale.vllm.") else set()
+            plugin = {"vllm"} if name.startswith("parscale.integrations.vllm.") else set()
             assert third_party(imported_when_run(path, also_inside_functions=False)) <= declared | plugin, name
             assert third_party(imported_when_run(path, also_inside_functions=True)) <= declared | extras, name
 

@@ -26,7 +26,7 @@ from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
-from parscale.terminal import shown, shown_streams
+from parscale.terminal.text import shown, shown_streams
 
 app = typer.Typer(
     name="parscale",

@@ -9,7 +9,7 @@ import typer
 
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
-from parscale.writing import require_writable
+from parscale.format.staging import require_writable
 
 WIDEST = 1000  # columns of a table; it takes what it needs
 
@@ -143,7 +143,7 @@ def _print_scores(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     from parscale.checkpoints.tasks import scores
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     print_figures(figures["parscale"])
     typer.echo()

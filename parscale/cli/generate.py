@@ -9,7 +9,7 @@ import typer
 
 from parscale.cli.options import Checkpoint, Device, Seed, Streams
 from parscale.cli.output import quiet_libraries, waiting
-from parscale.terminal import raw_stream
+from parscale.terminal.text import raw_stream
 
 
 def generate(

@@ -20,7 +20,7 @@ def quickstart(
 ) -> None:
     """Convert, post-train, compare and try a small model that this package carries; offline, in a few minutes."""
     from parscale.checkpoints.quickstart import run
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     quiet_libraries()
     report = run(output, seed=seed, console=Terminal(stderr=json))

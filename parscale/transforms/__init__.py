@@ -20,7 +20,7 @@ from parscale.transforms.prefix import PrefixTransform
 from parscale.transforms.prompt import PromptTransform
 
 if TYPE_CHECKING:
-    from parscale.streams import ParScaleState, StreamSet
+    from parscale.streams.state import ParScaleState, StreamSet
 
 CLASSES: dict[str, type[Transform]] = {PREFIX: PrefixTransform, PROMPT: PromptTransform, LORA: LoraTransform}
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from parscale.backbones import is_of_the_machine, one_line, run_briefly
+from parscale.attention.discovery import has_learned_positions
 from parscale.errors import UnsupportedModelError
-from parscale.layers import has_learned_positions
+from parscale.streams.backbones import is_of_the_machine, one_line, run_briefly
 
 if TYPE_CHECKING:
-    from parscale.streams import ParScaleState, StreamSet
+    from parscale.streams.state import ParScaleState, StreamSet
 
 
 @dataclasses.dataclass

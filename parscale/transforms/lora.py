@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from parscale.backbones import run_briefly
+from parscale.attention.discovery import inner_modules
+from parscale.distributed.offloading import execution_device, parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.layers import inner_modules
-from parscale.offloading import execution_device, parameter_of
+from parscale.streams.backbones import run_briefly
 from parscale.transforms.base import Place, Transform
 
 ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each

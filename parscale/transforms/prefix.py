@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.backbones import backbone_only, writes_text
-from parscale.cache_seam import rotary_tables, tables_moved
+from parscale.attention.cache_seam import rotary_tables, tables_moved
+from parscale.attention.discovery import has_learned_positions, number_of_attention_layers
+from parscale.attention.positions import RowPositions
+from parscale.distributed.parallel import is_partitioned
 from parscale.errors import UnsupportedModelError
-from parscale.layers import has_learned_positions, number_of_attention_layers
-from parscale.parallel import is_partitioned
-from parscale.positions import RowPositions
+from parscale.streams.backbones import backbone_only, writes_text
 from parscale.transforms.base import Place, Transform
 
 AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text

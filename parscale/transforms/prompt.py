@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from transformers import Cache, StaticCache
 
+from parscale.attention.masks import leading_zeros
+from parscale.attention.positions import RowPositions
+from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.masks import leading_zeros
-from parscale.offloading import parameter_of
-from parscale.positions import RowPositions
 from parscale.transforms.base import Place, Transform
 
 CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind

@@ -23,7 +23,7 @@ from parscale import load
 from parscale.checkpoints.describe import describe
 from parscale.checkpoints.runs import MANIFEST, Run, damage, write_manifest
 from parscale.checkpoints.train import TrainSettings, train
-from parscale.working import MARKER
+from parscale.format.working import MARKER
 
 STEPS = 6
 INTERRUPTED = 130

@@ -158,7 +158,7 @@ def test_vmap(device):
 
 
 def test_reference_is_the_models_own():
-    from parscale.aggregator import Aggregator
+    from parscale.streams.aggregator import Aggregator
 
     *tensors, _ = inputs(3, 2, 5, 16, SINGLE, "cpu")
     layer = Aggregator(3, 16, 0.1, dtype=SINGLE, device="cpu")

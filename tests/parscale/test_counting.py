@@ -9,9 +9,9 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Quan
 
 from parscale import wrap
 from parscale.checkpoints.describe import describe
-from parscale.counting import parameter_sizes
-from parscale.headers import StoredTensor
-from parscale.packed import stored_sizes
+from parscale.format.counting import parameter_sizes
+from parscale.format.headers import StoredTensor
+from parscale.format.packed import stored_sizes
 
 
 @pytest.fixture(scope="module")

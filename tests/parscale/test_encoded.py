@@ -12,7 +12,7 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutput
 
 import parscale
-from parscale.encoded import EncodedRows
+from parscale.hooks.encoded import EncodedRows
 
 P, B, S, TOLERANCE = 3, 2, 9, 2e-5  # as in test_families.py
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}

@@ -323,7 +323,7 @@ def test_without_a_connection_the_hub_is_asked_once(monkeypatch):
         asked.append(local_files_only)
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("parscale.folders.hf_hub_download", unanswered)
+    monkeypatch.setattr("parscale.format.folders.hf_hub_download", unanswered)
     with pytest.raises(FileNotFoundError, match="cannot be reached"):
         load("org/model")
     assert asked == [False] + [True] * (len(asked) - 1)

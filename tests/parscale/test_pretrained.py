@@ -17,8 +17,8 @@ from parscale.checkpoints.convert import convert
 from parscale.checkpoints.opening import open_for_training
 from parscale.checkpoints.reading import find_tokenizer, load_any, load_plain
 from parscale.config import ParScaleConfig
-from parscale.folders import Checkpoint, backbone_place
-from parscale.pretrained import read_pretrained
+from parscale.format.folders import Checkpoint, backbone_place
+from parscale.format.pretrained import read_pretrained
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(8)[None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PLUGIN = Path(__file__).parents[2] / "parscale" / "vllm"
+PLUGIN = Path(__file__).parents[2] / "parscale" / "integrations" / "vllm"
 BACKENDS, MODELS, CONFIG = "vllm.v1.attention.backends", "vllm.model_executor.models", "vllm.config"
 CONFIGS = {
     "vllm_config": f"{CONFIG}.VllmConfig",
@@ -129,7 +129,7 @@ def test_an_attribute_that_is_not_there_is_found():
 
 @pytest.mark.parametrize("name", ["CpuImpl", "FlashImpl"])
 def test_what_an_implementation_reads_of_itself(name):
-    from parscale.vllm import windows
+    from parscale.integrations.vllm import windows
 
     cls = getattr(windows, name)
     source = ast.parse(textwrap.dedent(inspect.getsource(cls)))

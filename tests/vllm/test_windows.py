@@ -90,7 +90,7 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
-    from parscale.vllm.windows import CpuImpl, FlashImpl
+    from parscale.integrations.vllm.windows import CpuImpl, FlashImpl
 
     torch.manual_seed(window)
     new = [1, 6, 4]
@@ -110,7 +110,7 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
 
 
 def test_the_cache_is_written_in_plain_order():
-    from parscale.vllm.windows import CpuImpl
+    from parscale.integrations.vllm.windows import CpuImpl
 
     cache = torch.zeros(3, P * G, SIZE, 2 * D)
     key, value = torch.randn(2, 5, P * G, D)
@@ -125,7 +125,7 @@ def test_the_cache_is_written_in_plain_order():
 @pytest.mark.parametrize("bias", [0, 5, 20, 50])
 def test_scores_of_biased_keys_are_not_rounded(bias, dtype):
     """Against float64: what is left are the roundings of the weights and of the result, however large the scores."""
-    from parscale.vllm.windows import attend_to_prefix
+    from parscale.integrations.vllm.windows import attend_to_prefix
 
     torch.manual_seed(0)
     query = torch.randn(40, 16, 64).to(dtype)
@@ -140,7 +140,7 @@ def test_scores_of_biased_keys_are_not_rounded(bias, dtype):
 def test_backends_that_count_the_backbones_heads_are_refused():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from parscale.vllm.startup import BACKENDS, check_backend
+    from parscale.integrations.vllm.startup import BACKENDS, check_backend
 
     def backend(path):
         module, _, name = path.rpartition(".")
@@ -172,7 +172,7 @@ def sized_by_the_backbone(name):
 
 def test_the_served_backends_ask_the_layers():
     """In the sources of vLLM's wheel: none of them makes anything of the backbone's number of heads."""
-    from parscale.vllm.startup import BACKENDS
+    from parscale.integrations.vllm.startup import BACKENDS
 
     found = {name: sized_by_the_backbone(name) for name in BACKENDS}
     # Triton's: by it the builder decides from which batch on a sequence is not split, and how finely; not a size
@@ -184,7 +184,7 @@ def test_the_served_backends_ask_the_layers():
 def test_other_backends_are_refused():
     from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 
-    from parscale.vllm.windows import window_backend
+    from parscale.integrations.vllm.windows import window_backend
 
     with pytest.raises(
         ValueError, match="CPU_ATTN and FLASH_ATTN, and vLLM has chosen FLEX_ATTENTION: give --attention"

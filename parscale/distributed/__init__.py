@@ -1,0 +1,1 @@
+"""Models whose weights lie on several devices, or elsewhere while nothing runs."""

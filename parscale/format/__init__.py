@@ -1,0 +1,1 @@
+"""Checkpoints on disk: names, headers, folders, checks, saving and loading."""

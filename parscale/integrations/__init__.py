@@ -1,0 +1,1 @@
+"""Libraries that streams run under: PEFT, TRL and vLLM."""

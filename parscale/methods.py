@@ -1,0 +1,229 @@
+"""What a wrapped model can do beside what its class can: each function becomes a method of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.attention.registered import CONTINUOUS_BATCHING
+from parscale.config import PREFIX, ParScaleConfig
+from parscale.distributed.parallel import reshard
+from parscale.format.counting import parameter_sizes
+from parscale.hooks.encoded import by_source
+from parscale.kernels import stream_weights
+from parscale.streams.backbones import writes_text
+from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
+from parscale.streams.state import ParScaleState
+from parscale.streams.trainability import parameters_of, train
+
+
+def add_streams(
+    model: Any,
+    name: str,
+    num_streams: int | ParScaleConfig = 4,
+    *,
+    prefix_length: int = 48,
+    smoothing: float = 0.1,
+    init: str | None = None,
+    seed: int | None = None,
+    calibration: torch.Tensor | None = None,
+    transform: str = PREFIX,
+    rank: int = 8,
+) -> None:
+    """Adds a further set of streams on the same backbone, inactive and frozen until ``set_streams(name)``.
+
+    Args:
+        name: of the set; letters, digits, ``-`` and ``_``.
+        num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
+        prefix_length: as :func:`parscale.wrap`, like all further arguments.
+
+    Raises:
+        ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
+    """
+    from parscale.wrapping import add
+
+    config = ParScaleConfig.from_arguments(
+        num_streams,
+        prefix_length=prefix_length,
+        smoothing=smoothing,
+        init=init,
+        seed=seed,
+        transform=transform,
+        rank=rank,
+    )
+    add(model.parscale, name, config, calibration=calibration)
+
+
+def freeze_backbone(model: Any) -> None:
+    """Only the active streams' parameters train from here on.
+
+    Raises:
+        ValueError: no streams with parameters are active, so nothing would train.
+    """
+    state: ParScaleState = model.parscale
+    if state.active is None or state.active.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
+    reshard(model)
+    model.requires_grad_(False)
+    for parameter in parameters_of(state, state.active):
+        train(parameter, True)
+
+
+def print_trainable_parameters(model: Any) -> None:
+    """Prints how many parameters train, of how many, in per cent, and what they are."""
+    state: ParScaleState = model.parscale
+    sizes = parameter_sizes(model)
+    total = sum(sizes.values())
+    trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+    counts = dict.fromkeys([LABELS[streams.config.transform] for streams in state.sets.values()], 0) | {"aggregator": 0}
+    for streams in state.sets.values():
+        for name, parameter in state.tensors(streams).items():
+            label = LABELS[streams.config.transform] if part_of(name) == TRANSFORM_PART else "aggregator"
+            counts[label] += sizes[parameter] if parameter.requires_grad else 0
+    counts["backbone"] = trained - sum(counts.values())
+    share = 100 * trained / total if total else 0.0
+    print(
+        f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f} "
+        f"({', '.join(f'{label}: {count:,}' for label, count in counts.items())})"
+    )
+
+
+@dataclasses.dataclass
+class StreamReport:
+    """What the streams of a model do on some text.
+
+    Args:
+        losses: mean next-token loss of each stream alone, nats, ``(P,)``.
+        weights: aggregation weights, ``(B, S, P)``.
+        entropy: of the weights at each token, nats, ``(B, S)``; ``log(P)`` where all streams count the same.
+        correlation: over tokens, of the streams' token losses, ``(P, P)``.
+    """
+
+    losses: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+    correlation: torch.Tensor
+
+
+@torch.no_grad()
+def stream_report(
+    model: Any, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+) -> StreamReport:
+    """Each stream's loss, the weights they are mixed by, and how much their errors have in common.
+
+    Args:
+        input_ids: ``(B, S)``.
+        labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
+        **kwargs: passed to the model (``attention_mask``, ...).
+
+    Raises:
+        ValueError: no streams are active, or the model is no causal language model.
+    """
+    state: ParScaleState = model.parscale
+    streams = state.active
+    if streams is None or streams.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
+    if not writes_text(model):
+        raise ValueError(f"stream_report measures losses of the next token, which {type(model).__name__} has not.")
+    P = streams.num_streams
+    aggregator = state.aggregator(streams)
+    captured: list[torch.Tensor] = []
+
+    def weigh(module: nn.Module, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
+        if not state.call.aggregating:  # not another thread's pass
+            captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
+
+    hook = state.backbone.register_forward_hook(weigh)
+    try:
+        with state.unmixed():  # the head then sees every stream's hidden states
+            logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
+    finally:
+        hook.remove()
+    weights = captured[0]
+    labels = input_ids if labels is None else labels
+    targets = labels[:, 1:].to(logits.device).repeat(P, 1)  # (P*B, S - 1)
+    token_losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
+    )
+    counted = (targets[: labels.shape[0]] != -100).flatten()  # (B * (S - 1),)
+    token_losses = token_losses.view(P, -1)[:, counted]
+    return StreamReport(
+        losses=token_losses.mean(dim=1),
+        weights=weights,
+        entropy=-torch.special.xlogy(weights, weights).sum(-1),
+        correlation=torch.corrcoef(token_losses),
+    )
+
+
+def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Writes a full checkpoint: backbone and active streams; see :func:`parscale.format.saving.save_full`."""
+    from parscale.format.saving import save_full
+
+    save_full(model, save_directory, **kwargs)
+
+
+def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
+    """Writes the active streams only; see :func:`parscale.format.saving.save_streams`."""
+    from parscale.format.saving import save_streams as save
+
+    save(model, save_directory)
+
+
+def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+    """Adds a set of streams that was saved, inactive until chosen; see :func:`parscale.loading.add_saved_streams`."""
+    from parscale.loading import add_saved_streams
+
+    add_saved_streams(model, path_or_repo, name)
+
+
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
+
+    Raises:
+        ValueError: streams are active and the assistant is a decoder alone, which would read this model's encoder.
+    """
+    if kwargs.get("encoder_outputs") is not None:
+        kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
+    assistant = kwargs.get("assistant_model")
+    if model.num_streams > 1 and assistant is not None and not assistant.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(assistant).__name__} has no encoder and would read that of {type(model).__name__}, whose output "
+            f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
+            "model.use_streams(None)."
+        )
+    return type(model).generate(model, *args, **kwargs)
+
+
+def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+    """Moves the cache's rows with the beams, in every stream (``generate`` counts B rows, the cache has P*B).
+
+    Args:
+        past_key_values: the cache.
+        beam_idx: ``(B,)``, the row that each row continues.
+    """
+    P, B = model.num_streams, beam_idx.shape[0]
+    rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
+    own = getattr(type(model), "_reorder_cache", None)
+    if own is not None:
+        return own(past_key_values, rows)
+    past_key_values.reorder_cache(rows)
+    return past_key_values
+
+
+def static_cache_init_shape(model: Any) -> None:
+    """Tells ``generate`` to let a static cache take its number of rows from the first keys: P*B, not B."""
+
+
+def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Raises:
+        ValueError: streams are active: continuous batching packs all requests into one row with one cache.
+    """
+    if model.num_streams > 1:
+        raise ValueError(CONTINUOUS_BATCHING)
+    return type(model).init_continuous_batching(model, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""The sets of streams of a model: what they are, which one runs and trains, and how they are mixed."""

@@ -1,0 +1,1 @@
+"""What a terminal is shown of text that others wrote."""
