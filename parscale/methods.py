@@ -38,7 +38,13 @@ def add_streams(
     Args:
         name: of the set; letters, digits, ``-`` and ``_``.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
-        prefix_length: as :func:`parscale.wrap`, like all further arguments.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: as for :func:`parscale.wrap`.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
