@@ -16,7 +16,7 @@ from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
-from parscale.kernels.aggregate import stream_weights
+from parscale.kernels import stream_weights
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.state import ParScaleState

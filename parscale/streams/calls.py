@@ -59,7 +59,7 @@ class Call:
         running: itself, or its replica on another device.
         recorder: is shown the keys and values of each attention layer.
         aggregating: whether the streams are mixed.
-        masks: those made with room for the prefix, by the id of the mask that they extend.
+        masks: what was made of masks for all layers, those with room for the prefix by the id of the mask they extend.
         pooled: what a pooler inside the backbone was given, and its mixture.
         mask_around: the mask ``(B, K)`` that the module around the backbone was called with, without positions.
         tokens: of ``transform="prompt"``: where the tokens stand, ``(R, S)``; ``None``: everywhere.
@@ -73,7 +73,7 @@ class Call:
     running: Any = None
     recorder: Recorder | None = None
     aggregating: bool = True
-    masks: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    masks: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     pooled: tuple[torch.Tensor, torch.Tensor] | None = None
     mask_around: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
