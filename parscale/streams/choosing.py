@@ -86,6 +86,15 @@ def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
         blocks.append(new)
 
 
+def forget(state: ParScaleState, streams: StreamSet) -> None:
+    """From here on the model and the open blocks run without a set: with the plain backbone, if they ran with it."""
+    if state.default is streams:
+        state.default = None
+    for block in state.blocks.innermost:
+        if block.chosen is streams:
+            block.chosen = None
+
+
 def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
     """The set of that name; ``None`` for ``None``.
 
