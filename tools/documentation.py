@@ -1,0 +1,68 @@
+"""What the documentation's builder, mkdocs, is told by a program: where the modules lie, and the command line's options."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "checkpoints", "scaling_laws")
+COMMANDS = "<!-- commands -->"
+
+
+def on_config(config: Any) -> Any:
+    """Lay the modules out as they are installed, in links: the builder does not read setuptools' map."""
+    package = ROOT / "build" / "documented" / "parscale"
+    shutil.rmtree(package.parent, ignore_errors=True)
+    package.mkdir(parents=True)
+    for path in [*(ROOT / "parscale").iterdir(), *(ROOT / room for room in ROOMS)]:
+        (package / path.name).symlink_to(path)
+    return config
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Put the commands where a page asks for them."""
+    return markdown.replace(COMMANDS, command_reference()) if COMMANDS in markdown else markdown
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Each command of `parscale` by its full name, as typer makes it of its function."""
+    import typer
+
+    from parscale.cli.application import app
+
+    def below(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        for part, child in getattr(command, "commands", {}).items():
+            yield from below(f"{name} {part}", child)
+        if not hasattr(command, "commands"):
+            yield name, command
+
+    return below("parscale", typer.main.get_command(app))
+
+
+def command_reference() -> str:
+    """A section for each command: what it does, what it takes."""
+    return "\n\n".join(_section(name, command) for name, command in commands())
+
+
+def _section(name: str, command: Any) -> str:
+    items = [item for item in command.params if item.name != "help" and not item.hidden]
+    rows = [f"| {_spelling(item)} | {_text(item)} |" for item in sorted(items, key=lambda item: bool(item.opts[0][0] == "-"))]
+    return "\n".join([f"## {name}", "", command.help or "", "", "| | |", "|---|---|", *rows])
+
+
+def _spelling(item: Any) -> str:
+    if item.param_type_name == "argument":
+        return f"`{item.name.upper()}`"
+    return ", ".join(f"`{spelling}`" for spelling in (*item.opts, *item.secondary_opts))
+
+
+def _text(item: Any) -> str:
+    text = (item.help or "").replace("|", "\\|")
+    if item.required and item.param_type_name == "option":
+        return f"{text} Required."
+    if item.default is None or item.param_type_name == "argument" or getattr(item, "is_flag", False):
+        return text
+    return f"{text} Default: `{item.default}`."
