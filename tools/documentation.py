@@ -13,12 +13,13 @@ COMMANDS = "<!-- commands -->"
 
 
 def on_config(config: Any) -> Any:
-    """Lay the modules out as they are installed, in links: the builder does not read setuptools' map."""
+    """Lay the modules out as they are installed, as copies: the builder neither reads setuptools' map nor follows links."""
     package = ROOT / "build" / "documented" / "parscale"
     shutil.rmtree(package.parent, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in [*(ROOT / "parscale").iterdir(), *(ROOT / room for room in ROOMS)]:
-        (package / path.name).symlink_to(path)
+    wanted = shutil.ignore_patterns("__pycache__", "small_model", "notebooks")
+    shutil.copytree(ROOT / "parscale", package, ignore=wanted)
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, package / room, ignore=wanted)
     return config
 
 

@@ -41,7 +41,10 @@ from parscale.format.staging import require_new_folder, staged
 from parscale.terminal.console import Terminal
 
 PROMPT = "def read_config(path):\n"
-CODE, PROSE = "held-out code", "prose"
+CODE = "held-out code"
+"""What the quickstart calls its files of code that no model saw."""
+PROSE = "prose"
+"""What it calls its prose."""
 UNTOUCHED, FROZEN, EVERYTHING, ALONE = "untouched", "frozen", "everything", "alone"
 TITLES = {
     UNTOUCHED: "untouched backbone",

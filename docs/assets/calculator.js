@@ -76,7 +76,7 @@
     const faster = times[1] <= times[2];
     const smaller = memories[1] <= memories[2];
     const both = faster === smaller;
-    const answer = both ? (faster ? "Streams win" : "The larger model wins") : faster ? "Streams are faster, the larger model is smaller" : "Streams are smaller, the larger model is faster";
+    const answer = both ? (faster ? "By this count streams win" : "By this count the larger model wins") : faster ? "By this count streams are faster and the larger model is smaller" : "By this count streams are smaller and the larger model is faster";
     return `${answer}: P = ${P} takes ${ratio(times)} of the time and ${ratio(memories)} of the memory of the plain model of equal predicted loss (${twin}).`;
   }
 
