@@ -90,7 +90,11 @@ def table(law: ParallelScalingLaw) -> dict[str, Any]:
         "prompts": list(PROMPTS),
         "devices": [{"name": device.label, "memory": device.memory_gb} for device in devices.values()],
         "models": [
-            {"name": name, "params": rounded(shape.params(1)), "twins": [rounded(twin.params(1)) for twin in twins[name]]}
+            {
+                "name": name,
+                "params": rounded(shape.params(1)),
+                "twins": [rounded(twin.params(1)) for twin in twins[name]],
+            }
             for name, shape in shapes.items()
         ],
         "cells": [

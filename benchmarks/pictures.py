@@ -49,7 +49,7 @@ def law(colours: Sequence[str]) -> Figure:
             axes.plot(points.params[chosen], points.losses[chosen], marker, **runs)
         axes.set(xscale="log", xlabel="parameters N", ylabel="loss (nats per token)")
         axes.set_title({"stack": "Stack-V2-Python", "pile": "Pile"}[corpus] + f", k = {fitted.k:.2f}", fontsize=9)
-        _ticks(axes.xaxis, (5e8, 1e9, 2e9, 4e9), "0.5B 1B 2B 4B".split())
+        _ticks(axes.xaxis, (5e8, 1e9, 2e9, 4e9), ["0.5B", "1B", "2B", "4B"])
     panels[0].legend(frameon=False)
     return figure
 
@@ -60,7 +60,9 @@ def overhead(colours: Sequence[str]) -> Figure:
     figure, panels = _panels(2)
     for axes, S in zip(panels, (256, 1024), strict=True):
         for what, colour, marker in zip(("prefill", "decode", "train"), colours[1:], MARKERS[1:], strict=True):
-            found = {row["P"]: row["ratio"] for row in rows if (row["model"], row["what"], row["S"]) == ("parscale", what, S)}
+            found = {
+                row["P"]: row["ratio"] for row in rows if (row["model"], row["what"], row["S"]) == ("parscale", what, S)
+            }
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
             label = "training step" if what == "train" else what
             axes.plot(STREAMS, [found[P] for P in STREAMS], label=label, gid=f"overhead-{S}-{what}", **style)
@@ -114,7 +116,12 @@ def batch(colours: Sequence[str]) -> Figure:
     return figure
 
 
-PICTURES: dict[str, Callable[[Sequence[str]], Figure]] = {"law": law, "overhead": overhead, "cost": cost, "batch": batch}
+PICTURES: dict[str, Callable[[Sequence[str]], Figure]] = {
+    "law": law,
+    "overhead": overhead,
+    "cost": cost,
+    "batch": batch,
+}
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -39,7 +39,13 @@ def add_streams(
     Args:
         name: of the set; letters, digits, ``-`` and ``_``.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
-        prefix_length: as :func:`parscale.wrap`, like all further arguments.
+        prefix_length: as :func:`parscale.wrap`.
+        smoothing: as :func:`parscale.wrap`.
+        init: as :func:`parscale.wrap`.
+        seed: as :func:`parscale.wrap`.
+        calibration: token ids ``(P, T)``, as :func:`parscale.wrap`.
+        transform: as :func:`parscale.wrap`.
+        rank: as :func:`parscale.wrap`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
@@ -120,6 +126,9 @@ def stream_report(
         labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
         **kwargs: passed to the model (``attention_mask``, ...).
 
+    Returns:
+        Losses, weights, their entropy, and the correlation of the streams.
+
     Raises:
         ValueError: no streams are active, or the model is no causal language model.
     """
@@ -160,21 +169,35 @@ def stream_report(
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: backbone and active streams; see :func:`parscale.format.saving.save_full`."""
+    """Writes a full checkpoint: backbone and active streams, each further set in a folder of its name.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+        **kwargs: as transformers' own ``save_pretrained``.
+    """
     from parscale.format.saving import save_full
 
     save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Writes the active streams only; see :func:`parscale.format.saving.save_streams`."""
+    """Writes the active streams and the backbone's name, for :func:`parscale.load` and ``load_streams``.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+    """
     from parscale.format.saving import save_streams as save
 
     save(model, save_directory)
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until chosen; see :func:`parscale.loading.add_saved_streams`."""
+    """Adds a set of streams that was saved, inactive until ``set_streams(name)``.
+
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub.
+        name: of the set here; by default the one that it was saved under.
+    """
     from parscale.loading import add_saved_streams
 
     add_saved_streams(model, path_or_repo, name)
@@ -182,6 +205,13 @@ def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | N
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
+
+    Args:
+        *args: as the model's own.
+        **kwargs: as the model's own.
+
+    Returns:
+        As the model's own.
 
     Raises:
         ValueError: streams are active and the assistant is a decoder alone, which would read this model's encoder.
@@ -220,6 +250,13 @@ def static_cache_init_shape(model: Any) -> None:
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Args:
+        *args: as transformers' own.
+        **kwargs: as transformers' own.
+
+    Returns:
+        As transformers' own.
 
     Raises:
         ValueError: streams are active: continuous batching packs all requests into one row with one cache.

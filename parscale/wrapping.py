@@ -135,6 +135,9 @@ def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
 def unwrap(model: Any) -> Any:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
 
+    Args:
+        model: that was wrapped.
+
     Returns:
         The same object.
 

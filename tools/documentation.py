@@ -50,7 +50,10 @@ def command_reference() -> str:
 
 def _section(name: str, command: Any) -> str:
     items = [item for item in command.params if item.name != "help" and not item.hidden]
-    rows = [f"| {_spelling(item)} | {_text(item)} |" for item in sorted(items, key=lambda item: bool(item.opts[0][0] == "-"))]
+    rows = [
+        f"| {_spelling(item)} | {_text(item)} |"
+        for item in sorted(items, key=lambda item: bool(item.opts[0][0] == "-"))
+    ]
     return "\n".join([f"## {name}", "", command.help or "", "", "| | |", "|---|---|", *rows])
 
 
