@@ -1,4 +1,4 @@
-"""The figures behind the documentation's calculator: what streams cost beside the plain model and the one of equal loss.
+"""The figures of the documentation's calculator: streams beside the plain model and the one of equal loss.
 
 Everything is counted by `parscale.scaling_laws.cost`; nothing is measured. The page `docs/worth.md` shows one cell of
 this table at a time.

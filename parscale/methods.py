@@ -7,14 +7,13 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.config import PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
 from parscale.format.counting import parameter_sizes
 from parscale.hooks.encoded import by_source
-from parscale.kernels.aggregate import stream_weights
+from parscale.hooks.stream_losses import stream_losses
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.state import ParScaleState
@@ -39,13 +38,13 @@ def add_streams(
     Args:
         name: of the set; letters, digits, ``-`` and ``_``.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
-        prefix_length: as :func:`parscale.wrap`.
-        smoothing: as :func:`parscale.wrap`.
-        init: as :func:`parscale.wrap`.
-        seed: as :func:`parscale.wrap`.
-        calibration: token ids ``(P, T)``, as :func:`parscale.wrap`.
-        transform: as :func:`parscale.wrap`.
-        rank: as :func:`parscale.wrap`.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
@@ -138,33 +137,13 @@ def stream_report(
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
     if not writes_text(model):
         raise ValueError(f"stream_report measures losses of the next token, which {type(model).__name__} has not.")
-    P = streams.num_streams
-    aggregator = state.aggregator(streams)
-    captured: list[torch.Tensor] = []
-
-    def weigh(module: nn.Module, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
-        if not state.call.aggregating:  # not another thread's pass
-            captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
-
-    hook = state.backbone.register_forward_hook(weigh)
-    try:
-        with state.unmixed():  # the head then sees every stream's hidden states
-            logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
-    finally:
-        hook.remove()
-    weights = captured[0]
-    labels = input_ids if labels is None else labels
-    targets = labels[:, 1:].to(logits.device).repeat(P, 1)  # (P*B, S - 1)
-    token_losses = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
-    )
-    counted = (targets[: labels.shape[0]] != -100).flatten()  # (B * (S - 1),)
-    token_losses = token_losses.view(P, -1)[:, counted]
+    measured = stream_losses(model, input_ids, input_ids if labels is None else labels, **kwargs)
+    losses, weights = measured.losses[:, measured.counted], measured.weights  # (P, tokens), (B, S, P)
     return StreamReport(
-        losses=token_losses.mean(dim=1),
+        losses=losses.mean(dim=1),
         weights=weights,
         entropy=-torch.special.xlogy(weights, weights).sum(-1),
-        correlation=torch.corrcoef(token_losses),
+        correlation=torch.corrcoef(losses),
     )
 
 

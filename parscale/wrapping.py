@@ -7,7 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ from parscale.streams.aggregator import Aggregator
 from parscale.streams.state import DEFAULT, ParScaleState, StreamSet
 from parscale.transforms.inits import check_calibration, default_init, initialize
 
+M = TypeVar("M")  # the caller's class of model, which stays
+
 MEMBERS: dict[str, Callable[..., Any]] = {
     "add_streams": methods.add_streams,
     "set_streams": choosing.set_streams,
@@ -52,7 +54,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
 
 
 def wrap(
-    model: Any,
+    model: M,
     num_streams: int | ParScaleConfig = 4,
     *,
     prefix_length: int = 48,
@@ -63,7 +65,7 @@ def wrap(
     transform: str = PREFIX,
     rank: int = 8,
     kernels: Impl = "auto",
-) -> Any:
+) -> M:
     """Gives a Hugging Face model P parallel streams, in place.
 
     The model keeps its class, its methods and its names; ``generate``, ``Trainer``, ``save_pretrained``, PEFT and
@@ -77,15 +79,13 @@ def wrap(
             was loaded; then every process calls this. FSDP shards it afterwards. It is run on two tokens or on an
             image, without streams and with them.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
-        prefix_length: T, learned key/value pairs per stream in each attention layer.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.transforms.inits`. By default the
-            first for causal language models, and the last where there are no texts to start from.
-        seed: seed of the draws; ``None`` draws from torch's state.
-        calibration: token ids ``(P, T)`` that all but ``"random"`` read; without it the backbone samples them.
-        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` (also for models without keys and values)
-            or ``"lora"``; see :mod:`parscale.transforms`.
-        rank: of ``"lora"``.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: token ids ``(P, T)`` that all inits but ``"random"`` read; without it the backbone samples them.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -132,7 +132,7 @@ def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
     return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: M) -> M:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
 
     Args:

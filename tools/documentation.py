@@ -1,4 +1,4 @@
-"""What the documentation's builder, mkdocs, is told by a program: where the modules lie, and the command line's options."""
+"""What mkdocs is told by a program: where the modules lie, and the options of the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMANDS = "<!-- commands -->"
 
 
 def on_config(config: Any) -> Any:
-    """Lay the modules out as they are installed, as copies: the builder neither reads setuptools' map nor follows links."""
+    """Copy the modules to where they are when installed: mkdocs reads no map of setuptools and follows no links."""
     package = ROOT / "build" / "documented" / "parscale"
     shutil.rmtree(package.parent, ignore_errors=True)
     wanted = shutil.ignore_patterns("__pycache__", "small_model", "notebooks")
@@ -50,10 +50,8 @@ def command_reference() -> str:
 
 def _section(name: str, command: Any) -> str:
     items = [item for item in command.params if item.name != "help" and not item.hidden]
-    rows = [
-        f"| {_spelling(item)} | {_text(item)} |"
-        for item in sorted(items, key=lambda item: bool(item.opts[0][0] == "-"))
-    ]
+    items.sort(key=lambda item: item.param_type_name == "option")
+    rows = [f"| {_spelling(item)} | {_text(item)} |" for item in items]
     return "\n".join([f"## {name}", "", command.help or "", "", "| | |", "|---|---|", *rows])
 
 

@@ -7,8 +7,7 @@ result is that of one call with all the text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.text_loss import checked_length, evaluating, padded, windows_of, with_progress_bar
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.format.staging import require_writable, staged_file
+from parscale.hooks.stream_losses import stream_losses
 
 # From which mean correlation of token losses on streams are said to differ hardly, or little.
 HARDLY, LITTLE = 0.99, 0.9
@@ -138,8 +137,11 @@ def diagnose(
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     with evaluating(model), torch.inference_mode():
         for batch in with_progress_bar(batches, progress):
-            for losses, weights in _measure(model, [window.ids for window in batch]):
-                sums.add(losses, weights)
+            input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
+            measured = stream_losses(model, input_ids, input_ids, mixture=True)
+            for row, window in enumerate(batch):
+                predicted = len(window.ids) - 1
+                sums.add(measured.losses[:, row, :predicted], measured.weights[row, :predicted])
     return sums.result(state.active.name, length)
 
 
@@ -181,45 +183,6 @@ class _Sums:
             tokens=tokens,
             sequence_length=length,
         )
-
-
-def _measure(model: Any, batch: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each window of n + 1 ids: token losses `(P + 1, n)`, the mixture's last, and weights `(n, P)`."""
-    input_ids = padded(batch, model.device)  # (B, S)
-    with _streams_and_mixture(model) as captured:
-        logits = model(input_ids=input_ids, use_cache=False).logits  # ((P + 1)*B, S, V)
-    logits = logits.unflatten(0, (-1, len(batch)))  # (P + 1, B, S, V)
-    for row, ids in enumerate(batch):
-        predicted = logits[:, row, : len(ids) - 1]
-        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
-        targets = input_ids[row, 1 : len(ids)].to(predicted.device).expand(len(predicted), -1)  # (P + 1, n)
-        yield cross_entropy(predicted.transpose(1, 2), targets, reduction="none"), captured[0][row, : len(ids) - 1]
-
-
-@contextmanager
-def _streams_and_mixture(model: Any) -> Iterator[list[torch.Tensor]]:
-    """In this block the head sees the streams' hidden states and, behind them, their mixture: (P + 1)*B rows.
-
-    The list that is yielded gets the aggregation weights `(B, S, P)` of each forward pass.
-    """
-    state = model.parscale
-    aggregator = state.aggregator(state.active)
-    captured: list[torch.Tensor] = []
-
-    def append_mixture(module: Any, args: Any, output: Any) -> Any:
-        if state.call.aggregating:  # another thread's pass
-            return output
-        hidden = output.last_hidden_state  # (P*B, S, H)
-        captured.append(aggregator.weights(hidden))
-        output.last_hidden_state = torch.cat([hidden, aggregator(hidden, impl=state.kernels)])
-        return output
-
-    hook = state.backbone.register_forward_hook(append_mixture)  # runs after the streams' own
-    try:
-        with state.unmixed():
-            yield captured
-    finally:
-        hook.remove()
 
 
 def sentences(diagnosis: Diagnosis) -> list[str]:

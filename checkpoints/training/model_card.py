@@ -14,6 +14,9 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.config import ParScaleConfig
+from parscale.descriptions import labels
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 CARD = "README.md"
@@ -54,17 +57,17 @@ class TrainingFacts:
         checkpoint: what the trained checkpoint is called: its folder's name, or its repository on the Hub.
         backbone_class: such as `"Qwen2ForCausalLM"`.
         backbone: the backbone's name on the Hub, or its path; None if it is not known.
-        num_streams: P.
-        prefix_length: T; None where streams have none.
-        smoothing: of the aggregation weights.
-        init: how the streams started; None if it is not known.
-        transform: what makes them differ.
+        num_streams: as in :class:`parscale.ParScaleConfig`.
+        prefix_length: as there; None where streams have none.
+        smoothing: as there.
+        init: as there; None if it is not known.
+        transform: as there.
         trains: `"streams"`, `"everything"` or `"lora"`.
         trained_parameters: how many were trained.
         parameters: how many there are, streams and backbone.
-        tokens: how many were trained on.
-        sequence_length: tokens in a sequence.
-        batch_size: sequences in an optimizer step, over all devices and accumulation steps.
+        tokens: as in :class:`TrainSettings`.
+        sequence_length: as there.
+        batch_size: as there.
         learning_rates: at their peak, by what they are for, such as `{"streams": 3e-2, "backbone": 3e-5}`.
         schedule: of the learning rates, in words.
         data: what it was trained on, as it was named to the program.
@@ -216,15 +219,13 @@ def _use(facts: TrainingFacts) -> str:
 
 def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
     share = 100 * facts.trained_parameters / facts.parameters
+    label = labels(ParScaleConfig)
     return [
-        ("P, streams", str(facts.num_streams)),
-        ("what makes them differ", _code(facts.transform)),
-        (
-            "T, tokens of each stream's prefix or prompt",
-            "-" if facts.prefix_length is None else str(facts.prefix_length),
-        ),
-        ("smoothing", f"{facts.smoothing:g}"),
-        ("streams started", "-" if facts.init is None else _code(facts.init)),
+        (label["num_streams"], str(facts.num_streams)),
+        (label["transform"], _code(facts.transform)),
+        (label["prefix_length"], "-" if facts.prefix_length is None else str(facts.prefix_length)),
+        (label["smoothing"], f"{facts.smoothing:g}"),
+        (label["init"], "-" if facts.init is None else _code(facts.init)),
         ("trained", TRAINED[facts.trains]),
         ("trained parameters", f"{facts.trained_parameters:,} of {facts.parameters:,} ({share:.2f} %)"),
     ]
@@ -232,13 +233,14 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
 
 def _training(facts: TrainingFacts) -> list[tuple[str, str]]:
     rates = ", ".join(f"{_code(name)} {rate:g}" for name, rate in facts.learning_rates.items())
+    label = labels(TrainSettings)
     return [
-        ("tokens", f"{facts.tokens:,}"),
-        ("sequence length", f"{facts.sequence_length:,} tokens"),
-        ("batch", f"{facts.batch_size:,} sequences, {facts.batch_size * facts.sequence_length:,} tokens"),
+        (label["tokens"], f"{facts.tokens:,}"),
+        (label["sequence_length"], f"{facts.sequence_length:,}"),
+        (label["batch_size"], f"{facts.batch_size:,}, of {facts.batch_size * facts.sequence_length:,} tokens"),
         ("learning rates, at their peak", rates),
         ("schedule", _plain(facts.schedule)),
-        ("data", ", ".join(map(_code, facts.data))),
+        (label["data"], ", ".join(map(_code, facts.data))),
     ]
 
 

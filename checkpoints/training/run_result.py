@@ -78,7 +78,7 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
         ),
         data=tuple(report["data"]),
         datasets=tuple(report["datasets"]),
-        command=report["command"] or "parscale.checkpoints.training.train.train(...)",
+        command=report["command"] or "parscale.checkpoints.train(...)",
         losses={
             name: TextLosses(found.get("backbone"), found.get("before"), found.get("after"))
             for name, found in report["losses"].items()

@@ -18,35 +18,39 @@ BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
 class TrainSettings:
     """How to post-train a checkpoint.
 
+    From Python, `data` and the values of `eval_data` may also be a :class:`Source`, whose documents are in memory.
+
     Attributes:
-        data: training text; names as `parscale.checkpoints.open_source` takes them, or sources.
-        eval_data: text to measure on, by the name that the metrics have it under.
-        text_column: what holds the text in rows of JSON Lines, tables and datasets.
-        streaming: read datasets while training, and not beforehand; needs `tokens`.
-        tokens: how many to train on, rounded down to whole steps; by default the data once.
-        sequence_length: tokens in a sequence; by default 1024, or as many as the model takes.
-        batch_size: sequences in an optimizer step, over all devices.
-        micro_batch_size: sequences that a device takes at once; by default its whole share of the batch.
-        learning_rate: at its peak, of all that trains and is not of streams: by default 3e-5, of an adapter 2e-4. With
-            a frozen backbone, of the streams.
-        streams_learning_rate: of the streams, at its peak; by default 1e-2, of prompts 1e-3, of low-rank differences
-            3e-3.
-        weight_decay: of the backbone's matrices.
-        warmup: the share of steps in which the learning rate rises; after it, it is constant.
-        decay: the share of steps at the end in which it falls to zero.
-        freeze_backbone: train the streams alone.
-        lora_rank: train an adapter of this rank beside the streams in place of the backbone; merged into it at the end.
-        quantize: keep the frozen backbone in `"int8"` (torchao) or `"nf4"` (bitsandbytes) while training.
-        bf16: compute in bfloat16 under autocast, with float32 weights where they train; by default on GPUs that can.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-        compile: run the model through `torch.compile`.
-        attn_implementation: as in `from_pretrained`.
-        eval_every: steps between measurements; by default a tenth of the run.
-        eval_tokens: how many of each text are measured, at most.
-        save_every: steps between checkpoints; by default a tenth of the run.
-        keep_checkpoints: how many stay.
-        report_to: trackers of the Trainer, such as `"tensorboard"` or `"trackio"`.
-        seed: of the order of the text and of what else is drawn.
+        data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or
+            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION.
+        eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
+        text_column: What holds the text in rows of data.
+        streaming: Read data while training, not beforehand; needs `tokens`.
+        tokens: Tokens to train on; rounded down to whole steps. Default: the data once.
+        sequence_length: Tokens in a sequence. Default: 1024, or fewer if the model takes fewer.
+        batch_size: Sequences in an optimizer step; over all devices.
+        micro_batch_size: Sequences that a device takes at once. Default: its whole share of the batch.
+        learning_rate: Learning rate at its peak, of all that trains but the streams; with a frozen backbone, of the
+            streams. Default: 3e-5, of an adapter 2e-4.
+        streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
+            differences 3e-3.
+        weight_decay: Weight decay of the backbone's matrices.
+        warmup: Share of the steps in which the learning rate rises; after it, it is constant.
+        decay: Share of the steps at the end in which the learning rate falls to zero.
+        freeze_backbone: Train the streams alone.
+        lora_rank: Rank of an adapter that trains beside the streams, in place of the backbone; it is merged into the
+            backbone at the end.
+        quantize: Type in which a frozen backbone is kept while training: `int8` (torchao) or `nf4` (bitsandbytes).
+        bf16: Compute in bfloat16 under autocast, with float32 weights where they train. Default: on GPUs that can.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
+        compile: Run the model through `torch.compile`.
+        attn_implementation: Attention implementation, such as sdpa, flash_attention_2 or flex_attention.
+        eval_every: Steps between measurements. Default: a tenth of the run.
+        eval_tokens: Tokens of each text that are measured, at most.
+        save_every: Steps between checkpoints. Default: a tenth of the run.
+        keep_checkpoints: How many checkpoints stay.
+        report_to: Trackers of the Trainer, such as tensorboard or trackio.
+        seed: Seed of the order of the text and of what else is drawn.
 
     Raises:
         ValueError: a number is out of range, or two settings exclude each other.

@@ -1,9 +1,10 @@
-"""Every public name has its place in the reference, and its docstring says what goes in, what comes out and what fails."""
+"""Every public name is in the reference, and its docstring says what goes in, what comes out and what fails."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import pydoc
 import re
 import textwrap
@@ -97,7 +98,7 @@ def field_docstrings(found):
     body = tree(found).body
     return {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 

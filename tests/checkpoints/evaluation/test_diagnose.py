@@ -64,8 +64,8 @@ def test_equals_one_report_of_all_windows(model, batch_size):
     report = model.eval().stream_report(ids)
     found = diagnose(model, Letters(), [("a", TEXT[: len(letters)])], sequence_length=LENGTH, batch_size=batch_size)
     assert found.tokens == ids[:, 1:].numel()
-    assert found.losses == pytest.approx(report.losses.numpy(), rel=1e-6)  # the report's losses are in float32
-    assert found.correlation == pytest.approx(report.correlation.numpy(), abs=1e-5)
+    assert found.losses == pytest.approx(report.losses.numpy(), rel=1e-9)
+    assert found.correlation == pytest.approx(report.correlation.numpy(), abs=1e-9)
     assert found.weights == pytest.approx(report.weights[:, :-1].mean(0).numpy(), abs=1e-9)
     assert found.entropy == pytest.approx(report.entropy[:, :-1].mean(0).numpy(), abs=1e-9)
     assert found.mean_entropy == pytest.approx(report.entropy[:, :-1].mean().item(), abs=1e-9)
