@@ -135,6 +135,9 @@ def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
 def unwrap(model: M) -> M:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
 
+    Args:
+        model: that was wrapped.
+
     Returns:
         The same object.
 

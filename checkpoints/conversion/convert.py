@@ -121,7 +121,7 @@ def calibration_ids(
     *,
     vocabulary: int | None = None,
 ) -> torch.Tensor:
-    """Token ids `(P, T)`: P pieces of the documents' tokens, one document after another, spread evenly over them.
+    """P pieces of the documents' tokens, one document after another, spread evenly over them.
 
     Args:
         documents: pairs of a name and a text.
@@ -129,6 +129,9 @@ def calibration_ids(
         num_streams: P.
         prefix_length: T.
         vocabulary: how many token ids the model knows; without it, ids are not checked.
+
+    Returns:
+        Token ids `(P, T)`.
 
     Raises:
         ValueError: there are fewer than P * T tokens, or as :func:`parscale.checkpoints.texts.token_ids.encode`.
