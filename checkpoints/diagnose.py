@@ -213,7 +213,7 @@ def _streams_and_mixture(model: Any) -> Iterator[list[torch.Tensor]]:
 
     hook = state.backbone.register_forward_hook(append_mixture)  # runs after the streams' own
     try:
-        with state.unmixed():
+        with state.calls.unmixed():
             yield captured
     finally:
         hook.remove()

@@ -16,8 +16,8 @@ from parscale.checkpoints.describe import PLAIN, describe, kind_of
 from parscale.checkpoints.reading import load_any, require_language_model
 from parscale.checkpoints.trained import has_streams
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
-from parscale.loading import load_plain_model
 
 STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"
 

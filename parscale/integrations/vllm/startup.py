@@ -15,7 +15,7 @@ from parscale.format.checks import check_streams
 from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
 from parscale.format.headers import StoredTensor
 from parscale.streams.naming import TRANSFORM_PART, part_of
-from parscale.streams.state import DEFAULT
+from parscale.streams.sets import DEFAULT
 
 logger = init_logger("vllm.parscale")  # vLLM shows its own loggers' lines only
 
