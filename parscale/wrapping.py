@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
-from parscale.config import FIELDS, PREFIX, ParScaleConfig
+from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
 from parscale.hooks.adding import add, remove
@@ -54,6 +54,7 @@ def wrap(
     calibration: torch.Tensor | None = None,
     transform: str = PREFIX,
     rank: int = 8,
+    kv: str = OWN,
     kernels: Impl = "auto",
 ) -> Any:
     """Gives a Hugging Face model P parallel streams, in place.
@@ -78,6 +79,9 @@ def wrap(
         transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` (also for models without keys and values)
             or ``"lora"``; see :mod:`parscale.transforms`.
         rank: of ``"lora"``.
+        kv: ``"own"``, keys and values for each stream, as published; or ``"shared"``, all streams read those of stream
+            0, which is the backbone without a prefix, so that the cache is the backbone's
+            (:mod:`parscale.transforms.shared`). ``calibration`` is then ``(P - 1, T)``.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -98,6 +102,7 @@ def wrap(
         seed=seed,
         transform=transform,
         rank=rank,
+        kv=kv,
     )
     configs, choices = _held_configs(model), _choices(model)
     state = None
@@ -179,7 +184,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         for member, function in MEMBERS.items():
             setattr(model, member, functools.partial(function, model))
         choosing.show_num_streams()
-        if state.encoder is not None and model.can_generate():
+        if model.can_generate():
             model.generate = functools.partial(methods.generate, model)
         extend_peft()
         keep_reference()
@@ -233,9 +238,7 @@ def detach(state: ParScaleState) -> None:
         remove(state, streams)
     unhook(state)
     detach_attention(state)
-    for member in ("parscale", *MEMBERS):
+    for member in ("parscale", "generate", "last_mean_streams", *MEMBERS):
         model.__dict__.pop(member, None)
-    if state.encoder is not None:
-        model.__dict__.pop("generate", None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)
