@@ -118,7 +118,10 @@ def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> 
         return mask[:num_rows]
     key = ("rows", id(mask))
     if key not in made:
-        made[key] = (mask, mask[:num_rows])
+        piece = mask[:num_rows]
+        if isinstance(mask, BlockMask):
+            piece.mask_mod = mask.mask_mod  # the first rows keep their numbers
+        made[key] = (mask, piece)
     return made[key][1]
 
 
