@@ -19,6 +19,7 @@ from parscale.checkpoints.opening import LORA, STREAMS
 from parscale.checkpoints.runs import REPORT, Run
 from parscale.checkpoints.trained import put_together
 from parscale.checkpoints.trainer import BACKBONE, TEXT
+from parscale.config import OWN
 from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
 from parscale.format.staging import staged
 
@@ -85,6 +86,7 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
         },
         versions=report["versions"],
         streams_only=what["kind"] == STREAMS_ONLY,
+        kv=what.get("kv", OWN),
     )
 
 

@@ -218,7 +218,7 @@ def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any
     """As :func:`generate`, with streams where the entropy is above ``threshold``."""
     with adaptive_streams(model, threshold) as adaptive:
         output = type(model).generate(model, *args, disable_compile=True, **kwargs)
-    model.last_mean_streams = adaptive.mean_streams(model.num_streams)
+    model.last_mean_streams = adaptive.mean_streams
     return output
 
 
@@ -235,20 +235,23 @@ def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
     Raises:
         ValueError: no such number, or the active streams do not share keys and values.
     """
-    state: ParScaleState = model.parscale
+    state: ParScaleState | None = getattr(model, "parscale", None)
     is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
     if not is_number or math.isnan(threshold) or threshold < 0:
         raise ValueError(f"adaptive must be an entropy in nats, 0 (all streams) to infinity (none), got {threshold!r}.")
-    streams = state.active
-    if streams is None or streams.num_streams == 1 or not streams.shares_keys:
-        given = "none are active" if streams is None else f"{streams.name!r} is P = {streams.num_streams}, own"
+    streams = None if state is None else state.active
+    if state is None or streams is None or streams.num_streams == 1 or not streams.shares_keys:
+        given = "none are active"
+        if streams is not None:
+            given = f"{streams.name!r} is P = {streams.num_streams}, {streams.config.kv}"
         raise ValueError(
             f"adaptive chooses tokens for streams that share keys and values, and {given}: wrap(model, P, kv='shared')."
         )
+    adaptive = Adaptive(float(threshold), streams.num_streams)
     if threshold == 0:
-        yield Adaptive(0.0)
+        yield adaptive
         return
-    with state.calls.choosing(None if math.isinf(threshold) else streams), state.calls.adapting(threshold) as adaptive:
+    with state.calls.choosing(None if math.isinf(threshold) else streams), state.calls.adapting(adaptive):
         yield adaptive
 
 

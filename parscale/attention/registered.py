@@ -92,7 +92,9 @@ class AttentionConfig:
     def _attn_implementation(self) -> str:
         true_name = self.backbone._attn_implementation or "eager"
         call = self.state.call
-        if call.in_flight is None and call.recorder is None and call.passes is None:  # the plain backbone, as if never wrapped
+        if (
+            call.in_flight is None and call.recorder is None and call.passes is None
+        ):  # the plain backbone, as if never wrapped
             return true_name
         name = NAME_PREFIX + true_name
         if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:

@@ -81,9 +81,11 @@ class SeenTokens(DynamicCache):
         """Of a layer that sees everything; the masks of the first pass are used anyway."""
         return self.tokens + query_length, 0
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What it was given: the attention function takes the keys of the first pass."""
-        return key, value
+        return key_states, value_states
 
 
 class SharedLayers:

@@ -32,6 +32,9 @@ def convert(
     ] = False,
     transform: Annotated[str, typer.Option(help="What makes streams differ: 'prefix', 'prompt' or 'lora'.")] = "prefix",
     rank: Annotated[int, typer.Option(help="Of the transform 'lora'.")] = 8,
+    kv: Annotated[
+        str, typer.Option(help="Keys and values: 'own', of each stream, or 'shared', stream 0's for all.")
+    ] = "own",
     seed: Seed = None,
     json: Json = False,
 ) -> None:
@@ -48,6 +51,7 @@ def convert(
         seed=seed,
         transform=transform,
         rank=rank,
+        kv=kv,
     )
     with waiting(f"Converting {source}"):
         report = convert_checkpoint(

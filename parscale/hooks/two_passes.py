@@ -79,9 +79,7 @@ class TwoPassHooks:
 
     def _wants_more(self, arguments: dict[str, Any]) -> bool:
         config = self.state.model.config
-        return any(
-            getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER
-        )
+        return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After the first pass: the second, and its logits in place of stream 0's."""
@@ -107,7 +105,7 @@ class TwoPassHooks:
         return output
 
     def _run_second(self, module: Any, passes: TwoPasses, kept: Any) -> torch.Tensor:
-        """The logits ``(b, n, V)`` of all streams. The ids do not matter: the backbone takes those of the first pass."""
+        """The logits ``(b, n, V)`` of all streams. The ids do not matter: the backbone has those of the first pass."""
         call = self.state.call
         b = passes.rows if passes.chosen is None else len(passes.chosen)
         assert passes.hidden is not None

@@ -171,16 +171,16 @@ class Calls(_NotCopied, threading.local):
             call.aggregating = before
 
     @contextlib.contextmanager
-    def adapting(self, threshold: float) -> Iterator[Adaptive]:
+    def adapting(self, adaptive: Adaptive) -> Iterator[None]:
         """Calls in this block run streams 1 to P - 1 where the entropy of stream 0's prediction is above a threshold.
 
         Args:
-            threshold: nats.
+            adaptive: holds the threshold, and counts.
         """
         call = self.call
-        before, call.adaptive = call.adaptive, Adaptive(threshold)
+        before, call.adaptive = call.adaptive, adaptive
         try:
-            yield call.adaptive
+            yield
         finally:
             call.adaptive = before
 

@@ -24,20 +24,32 @@ class Adaptive:
 
     Args:
         threshold: entropy of the prediction, nats, above which they run.
+        num_streams: P.
         ran: tokens on which all streams ran.
         tokens: all tokens that were predicted.
         chosen: of the last call, where all streams ran, ``(B, positions)``.
     """
 
     threshold: float
+    num_streams: int
     ran: int = 0
     tokens: int = 0
     chosen: torch.Tensor | None = None
 
-    def mean_streams(self, num_streams: int) -> float:
-        """How many of P streams ran for a token on average."""
-        share = 1.0 if self.threshold == 0 else self.ran / max(1, self.tokens)
-        return 1.0 + (num_streams - 1) * share
+    def ran_in(self, row: int, positions: int) -> int:
+        """On how many of the first positions of a row all streams ran in the last call."""
+        if self.chosen is None:  # of a threshold that chooses nothing
+            return positions if self.threshold == 0 else 0
+        return int(self.chosen[row, :positions].sum())
+
+    @property
+    def mean_streams(self) -> float:
+        """How many streams ran for a token on average."""
+        return float(self.num_streams) if self.threshold == 0 else self.mean_of(self.ran, self.tokens)
+
+    def mean_of(self, ran: int, tokens: int) -> float:
+        """The same where all streams ran on ``ran`` of these tokens."""
+        return 1.0 + (self.num_streams - 1) * ran / max(1, tokens)
 
 
 @dataclasses.dataclass

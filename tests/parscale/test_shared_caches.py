@@ -220,7 +220,9 @@ def test_a_step_makes_no_copy_of_the_cache_for_streams(zoo):
 def rows_and_tokens(model):
     """Records the shapes of what the first layer sees."""
     shapes = []
-    model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    model.get_decoder().layers[0].register_forward_pre_hook(
+        lambda module, args: shapes.append(tuple(args[0].shape[:2]))
+    )
     return shapes
 
 
