@@ -6,31 +6,33 @@ its attention sees are kept.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from parscale.attention.cache_seam import rotary_tables, tables_moved
-from parscale.attention.discovery import has_learned_positions, number_of_attention_layers
+from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.positions import RowPositions
+from parscale.attention.rotary import rotary_tables, rotation_moved, tables_moved
 from parscale.distributed.parallel import is_partitioned
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import backbone_only, writes_text
-from parscale.transforms.base import Place, Transform
+from parscale.streams.backbones import has_learned_positions, writes_text
+from parscale.streams.brief_runs import backbone_only
+from parscale.streams.places import Place
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
 
 AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
 EXACT, FEW_BITS = 1e-3, 5e-2  # up to there they are the same: in float32, in the shorter formats
 USER = 6  # frames from a warning here to the caller of wrap or add_streams
 
 
-class PrefixTransform(Transform):
+class PrefixTransform(ModelTransform):
     """``prefix_k`` and ``prefix_v`` ``(P, G, T, D)`` on each attention layer."""
 
-    def __init__(self, state: Any, streams: Any) -> None:
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
         self._row_positions = RowPositions(state)
 
@@ -106,7 +108,7 @@ class PrefixTransform(Transform):
 
         def run(positions: torch.Tensor) -> None:
             rows = positions.to(texts.device).expand_as(texts)  # some look their row's up (Qwen4, XLM)
-            with backbone_only(state), tables_moved(tables, T), state.recording(record):
+            with backbone_only(state), tables_moved(tables, T), state.calls.recording(record):
                 state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
 
         run(positions)
@@ -114,7 +116,7 @@ class PrefixTransform(Transform):
             # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see a
             # negative one
             recorded.clear()
-            with _rotation_moved(state.backbone, -T):
+            with rotation_moved(state.backbone, -T):
                 run(positions + T)
         if len(recorded) > len(set(recorded)):
             reason = (
@@ -148,27 +150,8 @@ class PrefixTransform(Transform):
         with backbone_only(state):
             both = torch.cat([texts, tokens], dim=1)
             read = state.backbone(input_ids=both, use_cache=False)[0][:, T:]  # (P, S, H)
-            with state.choosing(self.streams), state.unmixed():
+            with state.calls.choosing(self.streams), state.calls.unmixed():
                 alone = state.backbone(input_ids=tokens, use_cache=False)[0]  # (P*P, S, H)
         each = torch.arange(P, device=alone.device)
         alone = alone.unflatten(0, (P, P))[each, each]  # stream p on row p
         return float((alone - read).abs().max() / read.abs().max())
-
-
-@contextlib.contextmanager
-def _rotation_moved(backbone: nn.Module, by: int) -> Iterator[None]:
-    """Rotary embeddings see positions that are further on than the rest of the backbone does."""
-
-    def move(x: Any) -> Any:
-        return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
-
-    def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
-
-    rotary = [module for module in backbone.modules() if "Rotary" in type(module).__name__]
-    hooks = [module.register_forward_pre_hook(moved, with_kwargs=True) for module in rotary]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
