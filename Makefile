@@ -12,12 +12,14 @@ OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
 NEWEST_VENV := .venv-newest
 NEWEST_READY := $(NEWEST_VENV)/.ready
+DOCS_READY := $(VENV)/.docs
+RELEASE_READY := $(VENV)/.release
 CODE := parscale kernels checkpoints scaling_laws
 ALL_CODE := $(CODE) $(wildcard examples benchmarks tests tools)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check build clean
+.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check docs build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -118,10 +120,23 @@ gpu-check: ## The GPU tests and benchmarks; RELEASED=FOLDER times the released c
 	$$python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json \
 		&& exit $$passed
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# The variable silences a notice about the builder's future, which is no fault of a page.
+docs: $(DOCS_READY) ## The documentation, into build/docs; a broken link or an unknown name stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(RELEASE_READY): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[release]'
+	@touch $@
+
 # The same commit gives the same bytes, wherever and whenever: the archives bear the time of the commit.
-build: $(READY) ## The wheel and the source distribution, into dist/
+build: $(RELEASE_READY) ## The wheel and the source distribution, into dist/, checked for an index
 	rm -rf build/lib dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -85,6 +85,13 @@ class ParScaleConfig:
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
         """The arguments of :func:`parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
 
+        Args:
+            num_streams: P, or a configuration.
+            **others: the other fields.
+
+        Returns:
+            A configuration of its own.
+
         Raises:
             ValueError: a field is of the wrong type or out of range, or is given beside a configuration.
         """
@@ -121,6 +128,9 @@ class ParScaleConfig:
         Args:
             fields: contents of a ``config.json``; other keys are ignored, but an unknown ``parscale_*`` key warns,
                 since a newer version may have written it.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: ``parscale_n`` is missing, or a field is of the wrong type or out of range.

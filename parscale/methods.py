@@ -44,7 +44,7 @@ def add_streams(
         smoothing: as in :class:`ParScaleConfig`.
         init: as in :class:`ParScaleConfig`.
         seed: as in :class:`ParScaleConfig`.
-        calibration: as for :func:`parscale.wrap`.
+        calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
 
@@ -125,6 +125,9 @@ def stream_report(
         labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
         **kwargs: passed to the model (``attention_mask``, ...).
 
+    Returns:
+        Losses, weights, their entropy, and the correlation of the streams.
+
     Raises:
         ValueError: no streams are active, or the model is no causal language model.
     """
@@ -145,25 +148,43 @@ def stream_report(
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: backbone and active streams; see :func:`parscale.format.saving.save_full`."""
+    """Writes a full checkpoint: backbone and active streams, each further set in a folder of its name.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+        **kwargs: as transformers' own ``save_pretrained``.
+    """
     saving.save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Writes the active streams only; see :func:`parscale.format.saving.save_streams`."""
+    """Writes the active streams and the backbone's name, for :func:`parscale.load` and ``load_streams``.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+    """
     saving.save_streams(model, save_directory)
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until chosen.
+    """Adds a set of streams that was saved, inactive until ``set_streams(name)``.
 
-    See :func:`parscale.format.stored_sets.add_saved_streams`.
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub.
+        name: of the set here; by default the one that it was saved under.
     """
     stored_sets.add_saved_streams(model, path_or_repo, name)
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
+
+    Args:
+        *args: as the model's own.
+        **kwargs: as the model's own.
+
+    Returns:
+        As the model's own.
 
     Raises:
         ValueError: streams are active and the assistant is a decoder alone, which would read this model's encoder.
@@ -202,6 +223,13 @@ def static_cache_init_shape(model: Any) -> None:
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Args:
+        *args: as transformers' own.
+        **kwargs: as transformers' own.
+
+    Returns:
+        As transformers' own.
 
     Raises:
         ValueError: streams are active: continuous batching packs all requests into one row with one cache.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -99,15 +100,29 @@ def wrap(
         transform=transform,
         rank=rank,
     )
-    configs, choices = _held_configs(model), _choices(model)
-    state = None
-    try:
+    with _as_it_was_if_it_fails(model):
         state = attach(model, kernels)
-        add(state, DEFAULT, config, calibration=calibration)
-        choosing.set_streams(model, DEFAULT)
-    except BaseException:
-        if state is not None:
+        try:
+            add(state, DEFAULT, config, calibration=calibration)
+            choosing.set_streams(model, DEFAULT)
+        except BaseException:
             detach(state)
+            raise
+    return model
+
+
+@contextlib.contextmanager
+def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
+    """If this block fails, the model's configurations and its modules' children are those of before.
+
+    BigBird puts other children in their place when it first reads a short text.
+    """
+    configs = _held_configs(model)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    choices = [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
+    try:
+        yield
+    except BaseException:
         for module, held in configs:
             module.config = held
         for module, children, chosen in choices:
@@ -115,17 +130,13 @@ def wrap(
             if chosen is not None:
                 module.attention_type = chosen
         raise
-    return model
-
-
-def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
-    """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
 
 
 def unwrap(model: M) -> M:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
+
+    Args:
+        model: that was wrapped.
 
     Returns:
         The same object.

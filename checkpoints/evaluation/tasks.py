@@ -27,6 +27,7 @@ from parscale.checkpoints.models import STREAMS_OFF
 from parscale.checkpoints.texts.token_ids import only_known_ids
 
 RECIPES = Path(__file__).with_name("recipes")
+"""The folder of our task files for lm-eval, which its own command takes as `--include_path`."""
 _YAML = (".yaml", ".yml")
 
 

@@ -24,7 +24,13 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """One document: its name, its mean loss in nats per predicted token, and how many tokens were predicted."""
+    """One document.
+
+    Attributes:
+        name: as it was given.
+        loss: mean over its predicted tokens, in nats.
+        tokens: how many were predicted.
+    """
 
     name: str
     loss: float
@@ -77,6 +83,9 @@ def evaluate(
             1024, or as many positions as there are.
         batch_size: windows in a batch; memory for logits grows with `batch_size * sequence_length * vocabulary`.
         progress: whether to show a progress bar on standard error.
+
+    Returns:
+        The losses, as a whole and by document.
 
     Raises:
         ValueError: a number is out of range, no document has two tokens, a text holds half a character, or the

@@ -86,6 +86,10 @@ class Call:
         self.pooled = None
         self.in_flight = streams
 
+    def enter(self, part: Any, running: Any) -> None:
+        """A part that is mixed runs: itself, or its replica on another device."""
+        self.part, self.running = part, running
+
     def in_running_part(self, module: Any) -> Any:
         """Of a module of the backbone, the one in the replica that this thread runs; itself where there is none."""
         if self.running is self.part:

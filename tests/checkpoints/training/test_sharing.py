@@ -12,10 +12,11 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 from parscale import ParScaleConfig, load
 from parscale.checkpoints.conversion.convert import convert
+from parscale.checkpoints.training.callbacks import Interruption
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.run_folder import MANIFEST, Run
 from parscale.checkpoints.training.train import Interrupted, TrainSettings, train
-from parscale.checkpoints.training.trainer import Interruption, OneDeviceArguments
+from parscale.checkpoints.training.trainer import OneDeviceArguments
 
 S, BATCH, STEPS = 16, 4, 4
 
