@@ -53,6 +53,7 @@ def add_streams(
         calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
