@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from parscale import load
-from parscale.auto import class_named
 from parscale.checkpoints.description import PLAIN, kind_of
+from parscale.format.architectures import class_named
 from parscale.format.folders import CONFIG, Checkpoint
+from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
-from parscale.loading import load_plain_model
 from parscale.streams.backbones import writes_text
 
 STREAMS_OFF = "off"

@@ -11,7 +11,9 @@ import torch
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.config import PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
+from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
+from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import stream_losses
 from parscale.streams.backbones import writes_text
@@ -49,8 +51,6 @@ def add_streams(
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
     """
-    from parscale.wrapping import add
-
     config = ParScaleConfig.from_arguments(
         num_streams,
         prefix_length=prefix_length,
@@ -154,9 +154,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs
         save_directory: the folder to write; it appears only when it is whole.
         **kwargs: as transformers' own ``save_pretrained``.
     """
-    from parscale.format.saving import save_full
-
-    save_full(model, save_directory, **kwargs)
+    saving.save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
@@ -165,9 +163,7 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     Args:
         save_directory: the folder to write; it appears only when it is whole.
     """
-    from parscale.format.saving import save_streams as save
-
-    save(model, save_directory)
+    saving.save_streams(model, save_directory)
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
@@ -177,9 +173,7 @@ def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | N
         path_or_repo: a folder, or a name on the Hugging Face Hub.
         name: of the set here; by default the one that it was saved under.
     """
-    from parscale.loading import add_saved_streams
-
-    add_saved_streams(model, path_or_repo, name)
+    stored_sets.add_saved_streams(model, path_or_repo, name)
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:

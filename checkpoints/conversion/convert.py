@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.description import PLAIN, kind_of
+from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.sources import read_documents
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
-from parscale.checkpoints.training.divergence import first_not_finite
 from parscale.config import LORA, TEXT_INITS
 from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.format.staging import require_new_folder, staged

@@ -32,10 +32,10 @@ from parscale.checkpoints.texts.standard_library import standard_library_split
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.packing import pack_documents
 from parscale.checkpoints.training.run_folder import Run
-from parscale.checkpoints.training.run_result import versions
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.speed import faster_in_bf16, seconds_of_step
 from parscale.checkpoints.training.train import train
+from parscale.checkpoints.versions import versions
 from parscale.format.pretrained import read_pretrained
 from parscale.format.staging import require_new_folder, staged
 from parscale.terminal.console import Terminal

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
-
-from parscale.distributed.parallel import local
 
 MEASURED = "_nats_per_token"  # the end of a loss's name in what `Trainer.evaluate` returns
 _FIRST = "the model gives no finite loss on this text as it is: compute in float32 (--no-bf16), or look at the text"
@@ -55,27 +52,3 @@ class StopWhenDiverged(TrainerCallback):
         when = f"after step {step}{before}" if step else "before the first step"
         remedy = self.remedy if step > 1 or self._loss is not None else _FIRST
         raise DivergedError(f"The {what} is {value} {when}; {remedy}.{self.kept()}")
-
-
-def first_not_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first parameter that holds an infinite value or none at all; None where there is none.
-
-    Of a parameter that is spread over devices, this one's part counts. Quantized ones are left out.
-    """
-    for name, parameter in parameters:
-        values = local(parameter.detach())
-        is_plain = type(values) is torch.Tensor and not values.is_meta
-        wide = is_plain and values.is_floating_point() and values.element_size() > 1
-        if wide and not bool(torch.isfinite(values).all()):
-            return name
-    return None
-
-
-def require_finite(model: Any, checkpoint: str) -> None:
-    """Refuses a model that cannot be trained.
-
-    Raises:
-        ValueError: a parameter holds a value that is not finite.
-    """
-    if (name := first_not_finite(model.named_parameters())) is not None:
-        raise ValueError(f"{name} of {checkpoint} holds values that are not finite: it is damaged, give another one.")

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from parscale import __version__
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
@@ -101,13 +96,3 @@ def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
             found.setdefault("before", line[f"{TEXT}_loss"])
             found["after"] = line[f"{TEXT}_loss"]
     return losses
-
-
-def versions() -> dict[str, str]:
-    """Of the software that a run's result depends on."""
-    return {
-        "parscale": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

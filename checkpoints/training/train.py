@@ -12,8 +12,8 @@ import errno
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +21,27 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from parscale.checkpoints.evaluation.text_loss import checked_length
+from parscale.checkpoints.finite_values import require_finite
 from parscale.checkpoints.models import find_tokenizer, require_tokenizer
 from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.texts.files import shown
-from parscale.checkpoints.texts.sources import open_sources, refuse_output_in_data
+from parscale.checkpoints.texts.sources import refuse_output_in_data
 from parscale.checkpoints.texts.token_ids import vocabulary_of
-from parscale.checkpoints.training.digests import checkpoint_digest, streamed_digest
-from parscale.checkpoints.training.divergence import StopWhenDiverged, require_finite
-from parscale.checkpoints.training.packing import (
-    Blocks,
-    Encoder,
-    Shuffled,
-    Streamed,
-    documents_of,
-    keeps_documents_apart,
-    pack,
-    too_few,
-)
+from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
+from parscale.checkpoints.training.digests import checkpoint_digest
+from parscale.checkpoints.training.divergence import StopWhenDiverged
+from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
-from parscale.checkpoints.training.run_result import finish, losses_by_text, versions
+from parscale.checkpoints.training.run_result import finish, losses_by_text
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
-from parscale.checkpoints.training.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
+from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
+from parscale.checkpoints.training.training_data import Sources, TrainingData
+from parscale.checkpoints.versions import versions
 from parscale.format.counting import parameter_sizes
 from parscale.terminal.console import Terminal
 
@@ -108,8 +103,7 @@ def _train_in(
     console: Console,
 ) -> dict[str, Any]:
     """As :func:`train`; the run's folder stays locked for this process until it is released."""
-    on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
-    state = PartialState(cpu=on_cpu)
+    state = PartialState(cpu=_on_cpu())
     if state.is_main_process:
         run.check(resume=resume)
     state.wait_for_everyone()
@@ -117,59 +111,12 @@ def _train_in(
         return before | {"finished_before": True}
 
     start = time.perf_counter()
-    bf16 = settings.bf16
-    if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    check_trainable(checkpoint, settings.trains)
-    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
-    refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
-    sources, texts = _sources(settings)
-    set_seed(settings.seed)
-    model = _model(checkpoint, settings, bf16)
-    length = checked_length(model, settings.sequence_length)
-    encode = Encoder(tokenizer, vocabulary_of(model))
-    with console.status("Reading the data"):
-        rows, steps, digest = _training_rows(sources, encode, length, settings)
-        measured = {name: _measured_blocks(source, encode, length, settings) for name, source in texts.items()}
-    micro = _micro_batch(settings, state.num_processes)
-    if torch.cuda.device_count() > 1 and state.num_processes == 1:
-        warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=3)
-
-    active = model.parscale.active if hasattr(model, "parscale") else None
-    rates = settings.rates("prefix" if active is None else active.config.transform)
-    described = _described(checkpoint, settings, rates, bf16, length, steps) | {
-        "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
-        "data_digest": digest,
-        "eval_digests": {name: blocks.fingerprint() for name, blocks in measured.items()},
-    }
-    newest = _begin(run, described, state, resume=resume)
-    watch, interruption = Watch(run, settings.batch_size * length, console), Interruption()
-    divergence = StopWhenDiverged(REMEDY, run.kept)
-    trainer = StreamsTrainer(
-        model,
-        OneDeviceArguments(
-            output_dir=str(run.folder),
-            bf16=bf16,
-            use_cpu=on_cpu,
-            per_device_train_batch_size=micro,
-            per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // (micro * state.num_processes),
-            eval_strategy="steps" if measured else "no",
-            eval_on_start=bool(measured) and newest is None,
-            **_arguments(settings, steps),
-        ),
-        run=run,
-        tokenizer=tokenizer,
-        rates=rates,
-        weight_decay=settings.weight_decay,
-        keep=settings.keep_checkpoints,
-        texts=measured,
-        train_dataset=rows,
-        callbacks=[divergence, watch, interruption],
-    )
-    watch.trainer = interruption.trainer = trainer
-    divergence.scaled = getattr(trainer.accelerator, "scaler", None) is not None
-    _train(trainer, run, newest, watch, interruption)
+    prepared = _prepared(run, checkpoint, settings, state, console)
+    newest = _begin(run, prepared.described, state, resume=resume)
+    monitor, interruption = RunMonitor(run, settings.batch_size * prepared.length, console), Interruption()
+    trainer = _trainer(run, settings, prepared, state, newest, [monitor, interruption])
+    monitor.trainer = interruption.trainer = trainer
+    _run_steps(trainer, run, newest, monitor, interruption)
 
     sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
@@ -180,24 +127,109 @@ def _train_in(
             "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
             "parameters": sum(sizes.values()),
             "losses": losses_by_text(run.metrics()),
-            "tokens_per_second": watch.tokens_per_second,
+            "tokens_per_second": monitor.tokens_per_second,
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
             "command": None if command is None else shown(command),
             "name": name or run.folder.resolve().name,
-            "datasets": [source.dataset for source in sources if source.dataset is not None],
+            "datasets": prepared.data.datasets,
         }
-        if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
-            raise ValueError(
-                f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
-                "back what it was, and go on with --resume."
-            )
+        _require_unchanged(checkpoint, prepared.described)
         with _explained(run):
-            finish(checkpoint, run, steps, tokenizer, described | figures)
+            finish(checkpoint, run, prepared.data.steps, prepared.tokenizer, prepared.described | figures)
     trainer.accelerator.wait_for_everyone()
     report = run.report()
     assert report is not None
     return report | {"finished_before": False}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run starts with: everything is read and checked, and nothing written yet."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    length: int  # of a sequence, in tokens
+    micro: int  # sequences that a device takes at once
+    rates: tuple[float, float]
+    bf16: bool
+    described: dict[str, Any]
+
+
+def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: PartialState, console: Console) -> _Prepared:
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_trainable(checkpoint, settings.trains)
+    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
+    sources = Sources(settings)
+    set_seed(settings.seed)
+    model = _model(checkpoint, settings, bf16)
+    length = checked_length(model, settings.sequence_length)
+    with console.status("Reading the data"):
+        data = sources.packed(Encoder(tokenizer, vocabulary_of(model)), length)
+    micro = _micro_batch(settings, state.num_processes)
+    if torch.cuda.device_count() > 1 and state.num_processes == 1:
+        warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
+
+    active = model.parscale.active if hasattr(model, "parscale") else None
+    rates = settings.rates("prefix" if active is None else active.config.transform)
+    described = _described(checkpoint, settings, rates, bf16, length, data.steps) | {
+        "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
+        "data_digest": data.digest,
+        "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
+    }
+    return _Prepared(model, tokenizer, data, length, micro, rates, bf16, described)
+
+
+def _trainer(
+    run: Run,
+    settings: TrainSettings,
+    prepared: _Prepared,
+    state: PartialState,
+    newest: Path | None,
+    callbacks: list[TrainerCallback],
+) -> StreamsTrainer:
+    data, micro = prepared.data, prepared.micro
+    divergence = StopWhenDiverged(REMEDY, run.kept)
+    trainer = StreamsTrainer(
+        prepared.model,
+        OneDeviceArguments(
+            output_dir=str(run.folder),
+            bf16=prepared.bf16,
+            use_cpu=_on_cpu(),
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
+            gradient_accumulation_steps=settings.batch_size // (micro * state.num_processes),
+            eval_strategy="steps" if data.measured else "no",
+            eval_on_start=bool(data.measured) and newest is None,
+            **_arguments(settings, data.steps),
+        ),
+        run=run,
+        tokenizer=prepared.tokenizer,
+        rates=prepared.rates,
+        weight_decay=settings.weight_decay,
+        keep=settings.keep_checkpoints,
+        texts=data.measured,
+        train_dataset=data.rows,
+        callbacks=[divergence, *callbacks],
+    )
+    divergence.scaled = getattr(trainer.accelerator, "scaler", None) is not None
+    return trainer
+
+
+def _on_cpu() -> bool:
+    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+
+
+def _require_unchanged(checkpoint: str, described: Mapping[str, Any]) -> None:
+    if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
+        raise ValueError(
+            f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
+            "back what it was, and go on with --resume."
+        )
 
 
 def _one_of(devices: int) -> str:
@@ -205,14 +237,6 @@ def _one_of(devices: int) -> str:
         f"{devices} GPUs are here, and one of them is used; all of them take part with "
         f"torchrun --nproc-per-node {devices} -m parscale train ..."
     )
-
-
-def _sources(settings: TrainSettings) -> tuple[list[Source], dict[str, Source]]:
-    """What to train on, and what to measure on by name, opened and looked into."""
-    column = settings.text_column
-    sources = open_sources(settings.data, text_column=column, streaming=settings.streaming, seed=settings.seed)
-    texts = open_sources([*settings.eval_data.values()], text_column=column)
-    return sources, dict(zip(settings.eval_data, texts, strict=True))
 
 
 def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
@@ -272,13 +296,15 @@ def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
     }
 
 
-def _train(trainer: StreamsTrainer, run: Run, newest: Path | None, watch: Watch, interruption: Interruption) -> None:
+def _run_steps(
+    trainer: StreamsTrainer, run: Run, newest: Path | None, monitor: RunMonitor, interruption: Interruption
+) -> None:
     """Trains to the last step, or says why not."""
     try:
         with interruption.listening(), _explained(run):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finally:
-        watch.close()
+        monitor.close()
     if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
 
@@ -295,47 +321,6 @@ def _explained(run: Run) -> Iterator[None]:
             f"The disk of {run.folder} is full. Make room there and go on with --resume; the last whole checkpoint is "
             f"{run.newest_checkpoint() or 'none, so that it will begin again'}."
         ) from error
-
-
-def _training_rows(
-    sources: Sequence[Source], encode: Encoder, length: int, settings: TrainSettings
-) -> tuple[Shuffled | Streamed, int, str]:
-    """What to train on, in how many steps, and a digest of it; of streamed data, of its beginning."""
-    per_step = settings.batch_size * length
-    if settings.streaming:
-        assert settings.tokens is not None
-        steps = _steps(settings.tokens, per_step, settings, length)
-        beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
-        named = [each for each in settings.data if isinstance(each, str)]
-        digest = streamed_digest(beginning.fingerprint(), named)
-        return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest
-    blocks = Blocks(pack(encode(documents_of(sources)), length), length)
-    if not len(blocks):
-        raise too_few(sources, encode, length)
-    tokens = len(blocks) * length if settings.tokens is None else settings.tokens
-    steps = _steps(tokens, per_step, settings, length)
-    return Shuffled(blocks, steps * settings.batch_size, settings.seed), steps, blocks.fingerprint()
-
-
-def _steps(tokens: int, per_step: int, settings: TrainSettings, length: int) -> int:
-    if tokens < per_step:
-        raise ValueError(
-            f"{tokens:,} tokens are fewer than the {per_step:,} of one step ({settings.batch_size} sequences of "
-            f"{length:,} tokens); give more tokens, or a smaller batch or sequence."
-        )
-    return tokens // per_step
-
-
-def _measured_blocks(source: Source, encode: Encoder, length: int, settings: TrainSettings) -> Blocks:
-    padding = encode.tokenizer.eos_token_id or 0
-    blocks: list[Any] = []
-    for block in pack(encode(source), length, padding=padding):
-        blocks.append(block)
-        if len(blocks) * length >= settings.eval_tokens:
-            break
-    if not any((positions > 0).any() for _, positions in blocks):
-        raise ValueError(f"{source.name} holds no document of two tokens, so no loss can be measured on it.")
-    return Blocks(blocks, length)
 
 
 def _micro_batch(settings: TrainSettings, processes: int) -> int:

@@ -17,8 +17,8 @@ from parscale.checkpoints.models import load_any, require_language_model
 from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
-from parscale.loading import load_plain_model
 
 
 def check_trainable(checkpoint: str, trains: str) -> None:

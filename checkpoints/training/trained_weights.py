@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from parscale.checkpoints.description import kind_of
+from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import load_any
-from parscale.checkpoints.training.divergence import first_not_finite
 from parscale.format.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
 from parscale.format.pretrained import ADAPTER, read_adapter
 from parscale.streams.naming import part_of

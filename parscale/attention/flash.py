@@ -7,7 +7,6 @@ more: documents packed in one row, each of which must see the prefix, and a slid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import nn
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+from parscale.attention.functions import AttentionFunction, eager_function
+from parscale.kernels.prefix import prepend
 
 
 def flash_with_prefix(
@@ -47,8 +47,6 @@ def flash_with_prefix(
     Returns:
         ``(P*B, S, heads, Dv)`` and ``None``.
     """
-    from parscale.attention.registered import prepend
-
     P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
     if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
@@ -147,8 +145,6 @@ def _with_mask(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
-    from parscale.attention.registered import eager_function
-
     # as flash-attention does where float32 would meet half-precision weights
     dtype = get_target_dtype(query, module) or query.dtype
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)

@@ -71,7 +71,7 @@ def _streams_apart(model: Any, mixture: bool) -> Iterator[list[torch.Tensor]]:
 
     hook = state.backbone.register_forward_hook(weigh)  # runs after the streams' own
     try:
-        with state.unmixed():
+        with state.calls.unmixed():
             yield captured
     finally:
         hook.remove()

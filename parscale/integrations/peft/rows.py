@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import Method, state_of
 from parscale.integrations.peft.methods import method_of
 from parscale.streams.state import ParScaleState
@@ -60,7 +61,7 @@ def _streams_of_rows(state: ParScaleState, rows: list[str] | None) -> contextlib
     Raises:
         ValueError: the rows would need different ones.
     """
-    adapters = state.adapters
+    adapters = adapters_on(state)
     if rows is None or adapters is None or adapters.disabled:
         return contextlib.nullcontext()
     names = [None if row == BASE else row for row in dict.fromkeys(rows) if row == BASE or row in adapters.names]

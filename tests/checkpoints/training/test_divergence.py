@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from parscale import ParScaleConfig, load
 from parscale.checkpoints.conversion.convert import convert
-from parscale.checkpoints.training.divergence import DivergedError, StopWhenDiverged, first_not_finite
+from parscale.checkpoints.finite_values import first_not_finite
+from parscale.checkpoints.training.divergence import DivergedError, StopWhenDiverged
 from parscale.checkpoints.training.run_folder import Run, damage
 from parscale.checkpoints.training.train import TrainSettings, train
 from parscale.cli.application import BAD_INPUT, run

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from parscale.kernels.prefix import prepend, with_room
+
 
 def decode_attention_joined(
     query: torch.Tensor,
@@ -19,16 +21,14 @@ def decode_attention_joined(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.prefix_attention.decode_attention`, on a copy of the cache: its measure."""
-    (R, heads, _, D), (P, G, T, _) = query.shape, prefix_k.shape
-    B, K, device = R // P, key.shape[2], query.device
-    joined = []
-    for prefix, states in ((prefix_k, key), (prefix_v, value)):
-        rows = torch.cat([prefix.repeat_interleave(B, 0).to(states.dtype), states], dim=2)  # (R, G, T + K, D)
-        joined.append(rows.repeat_interleave(heads // G, 1))  # (R, heads, T + K, D)
-    keys, values = joined
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ keys.transpose(-1, -2)).to(dtype) * (D**-0.5 if scaling is None else scaling)
+    """As :func:`parscale.kernels.decode_attention`, on a copy of the cache: what the others are held against."""
+    (R, heads, _, D), (_, G, T, _) = query.shape, prefix_k.shape
+    K, device, dtype = key.shape[2], query.device, torch.promote_types(query.dtype, torch.float32)
+    keys, values = (
+        prepend(prefix, states).repeat_interleave(heads // G, 1).to(dtype)  # (R, heads, T + K, D)
+        for prefix, states in ((prefix_k, key), (prefix_v, value))
+    )
+    scores = (query.to(dtype) @ keys.transpose(-1, -2)) * (D**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
@@ -40,11 +40,4 @@ def decode_attention_joined(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(R, -1, 1, 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : T + K].nan_to_num(0.0)  # nothing in sight: nothing
-    return (weights.to(values.dtype) @ values).to(query.dtype)
-
-
-def with_room(mask: torch.Tensor, T: int, K: int) -> torch.Tensor:
-    """A mask over the cache alone as one over prefix and cache, open over the prefix."""
-    if mask.shape[-1] != K:
-        return mask
-    return nn.functional.pad(mask, (T, 0), value=mask.dtype == torch.bool)
+    return (weights @ values).to(query.dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from parscale.kernels.prefix_attention import decode_attention
+from parscale.kernels import decode_attention
 
 INF = float("inf")
 
@@ -142,7 +142,7 @@ def test_pieces_change_nothing(dtype, monkeypatch):
     shape = Shape(2, 2, 2, 2, 16, 16, 5, 33)
     inputs, mask = tensors(shape, dtype), make_mask("boolean", shape)
     whole = decode_attention(*inputs, mask)
-    module = importlib.import_module("parscale.kernels.prefix_attention.reference")
+    module = importlib.import_module("parscale.kernels.decode_attention.reference")
     monkeypatch.setattr(module, "PIECE", 7 * shape.P * shape.B * shape.G * shape.D)
     if dtype == torch.float32:
         assert torch.equal(decode_attention(*inputs, mask), whole)

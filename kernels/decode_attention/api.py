@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from parscale.kernels.decode_attention.joined import decode_attention_joined
+from parscale.kernels.decode_attention.reference import decode_attention_reference
 from parscale.kernels.dispatch import Impl, runs_fused
-from parscale.kernels.prefix_attention.general import decode_attention_joined, with_room
-from parscale.kernels.prefix_attention.reference import decode_attention as decode_attention_reference
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
@@ -30,15 +30,16 @@ def decode_attention(
 
     Args:
         query: ``(P*B, heads, 1, D)``, stream-major rows.
-        key: ``(P*B, G, K, D)``, any strides; ``heads`` is a multiple of G (grouped queries).
+        key: ``(P*B, G, K, D)``; ``heads`` is a multiple of G (grouped queries). Read in place if the last dimension of
+            keys and values lies contiguous.
         value: ``(P*B, G, K, Dv)``.
         prefix_k: ``(P, G, T, D)``, shared by the B rows of each stream.
         prefix_v: ``(P, G, T, Dv)``.
         mask: ``None``, or boolean (True: attend) or additive, broadcasting to ``(P*B, heads, 1, T + K)``, or ``K`` in
             place of ``T + K``: then it is about the cache alone. Padding and sliding windows are masks. An additive
-            mask's ``-inf`` and its dtype's smallest number hide.
+            mask's ``-inf`` and its dtype's smallest number hide. What is hidden is read, and must be finite.
         length: how many of the K tokens are real, for a cache that is longer: integers, ``(P*B,)`` or one, on the
-            device, so that a captured graph reads it anew.
+            device, so that a captured graph reads it anew. What lies beyond may be anything.
         sinks: logits ``(heads,)`` that take a part of the softmax and give nothing (GPT-OSS).
         scaling: factor on the scores; ``D ** -0.5`` if ``None``.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
@@ -60,14 +61,27 @@ def decode_attention(
         )
     extra = [x for x in (mask, length, sinks) if x is not None]
     if runs_fused(impl, query, _obstacle(tensors, extra)):
-        from parscale.kernels.prefix_attention.fused import decode_op
+        from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         return decode_op(*tensors, mask, length, sinks, factor, softcap)
     if length is None and sinks is None and softcap is None:
-        mask = None if mask is None else with_room(mask, prefix_k.shape[2], key.shape[2])
         return decode_attention_reference(*tensors, mask, scaling=scaling)
     return decode_attention_joined(*tensors, mask, length=length, sinks=sinks, scaling=scaling, softcap=softcap)
+
+
+def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """How far each row of a mask sees: one more than the last token that any of its heads sees.
+
+    Args:
+        mask: over the cache, ``(R or 1, heads or 1, 1, K)``, boolean or additive.
+
+    Returns:
+        ``(R or 1,)`` int32, on the mask's device: a ``length`` for :func:`decode_attention`.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
+    return (seen * places).amax(dim=(1, 2, 3))
 
 
 def _obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> str | None:
