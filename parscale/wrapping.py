@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
-from parscale.config import FIELDS, PREFIX, ParScaleConfig
+from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
 from parscale.hooks.adding import add, remove
@@ -57,6 +57,7 @@ def wrap(
     calibration: torch.Tensor | None = None,
     transform: str = PREFIX,
     rank: int = 8,
+    kv: str = OWN,
     kernels: Impl = "auto",
 ) -> M:
     """Gives a Hugging Face model P parallel streams, in place.
@@ -77,8 +78,10 @@ def wrap(
         init: as in :class:`ParScaleConfig`.
         seed: as in :class:`ParScaleConfig`.
         calibration: token ids ``(P, T)`` that all inits but ``"random"`` read; without it the backbone samples them.
+            With shared keys and values ``(P - 1, T)``.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -99,6 +102,7 @@ def wrap(
         seed=seed,
         transform=transform,
         rank=rank,
+        kv=kv,
     )
     with _as_it_was_if_it_fails(model):
         state = attach(model, kernels)
@@ -190,7 +194,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         for member, function in MEMBERS.items():
             setattr(model, member, functools.partial(function, model))
         choosing.show_num_streams()
-        if state.encoder is not None and model.can_generate():
+        if model.can_generate():
             model.generate = functools.partial(methods.generate, model)
         extend_peft()
         keep_reference()
@@ -244,9 +248,7 @@ def detach(state: ParScaleState) -> None:
         remove(state, streams)
     unhook(state)
     detach_attention(state)
-    for member in ("parscale", *MEMBERS):
+    for member in ("parscale", "generate", "last_mean_streams", *MEMBERS):
         model.__dict__.pop(member, None)
-    if state.encoder is not None:
-        model.__dict__.pop("generate", None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)

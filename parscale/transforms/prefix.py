@@ -38,7 +38,7 @@ class PrefixTransform(ModelTransform):
 
     def places(self) -> list[Place]:
         """Two on each attention layer that has keys and values of its own."""
-        P, T = self.streams.config.num_streams, self.streams.config.prefix_length
+        P, T = self.streams.config.num_transformed, self.streams.config.prefix_length
         if not self.state.layers:
             raise UnsupportedModelError(f"{self.state.without_layers} transform='prompt' and 'lora' work without it.")
         for part in self.state.mixed if len(self.state.mixed) > 1 else ():
