@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from parscale.checkpoints.divergence import DivergedError, StopWhenDiverged, first_not_finite
 from parscale.checkpoints.trainer import OneDeviceArguments

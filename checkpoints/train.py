@@ -21,7 +21,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import set_seed
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from parscale.checkpoints.data import Source, open_sources, refuse_output_in_data
 from parscale.checkpoints.digests import checkpoint_digest, streamed_digest
@@ -45,6 +44,7 @@ from parscale.checkpoints.runs import Run
 from parscale.checkpoints.settings import TrainSettings
 from parscale.checkpoints.tokens import vocabulary_of
 from parscale.checkpoints.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
+from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
 from parscale.terminal.console import Terminal
 
@@ -171,7 +171,7 @@ def _train_in(
 
     sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
-    unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
+    forget_deepspeed()  # with it, a model that is loaded is shared among all processes
     if state.is_main_process:
         figures = {
             "output": str(run.folder),

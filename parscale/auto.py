@@ -13,9 +13,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import sys
-from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import transformers
@@ -27,21 +24,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.models.auto import modeling_auto
 
+from parscale.compat.transformers import (
+    auto_classes,
+    class_names,
+    model_mapping,
+    share_conversion,
+    show_class,
+    without_own_arguments,
+)
 from parscale.format.folders import CAUSAL_LM, HUB_ARGUMENTS, INFIX, TYPE_SUFFIX
 from parscale.format.pretrained import read_pretrained
 from parscale.format.values import check_values, configuration_of
 
-AUTO_CLASSES: dict[str, Any] = {
-    name: auto
-    for name, auto in vars(modeling_auto).items()
-    if name.startswith("AutoModel") and isinstance(getattr(auto, "_model_mapping", None), Mapping)
-}
+AUTO_CLASSES = auto_classes()
 
 
 class Recipe:
@@ -75,29 +71,17 @@ def register_backbone(model_type: str) -> None:
     if name in CONFIG_MAPPING:
         return
     CONFIG_MAPPING.register(name, type(f"{model_type}_recipe", (Recipe,), {"backbone_type": model_type}))
-    # The backbone's own class reads the backbone of such a checkpoint too: its experts are stored one by one, and put
-    # together by rules that are found by the type.
-    rules = get_checkpoint_conversion_mapping(model_type)
-    if rules is not None:
-        register_checkpoint_conversion_mapping(name, rules, overwrite=True)
+    share_conversion(model_type, name)  # the backbone's own class reads the backbone of such a checkpoint too
 
 
 def register_architecture(name: Any) -> None:
     """Lets ``getattr(transformers, name).from_pretrained(folder)`` read full checkpoints of this architecture.
 
-    ``transformers serve`` looks there for the class of a checkpoint, and not in its ``auto_map``. There may be more
-    than one such module: when ``transformers.processing_utils`` is imported it makes the package anew, and modules that
-    were imported before, the server's among them, keep the first.
-
     Args:
         name: as a checkpoint says it, ``"Qwen2ParScaleForCausalLM"``; anything else is passed over.
     """
-    if not isinstance(name, str) or INFIX not in name:
-        return
-    held = [vars(module).get("transformers") for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
-    for package in (transformers, *held):
-        if isinstance(package, ModuleType) and package.__name__ == "transformers" and not hasattr(package, name):
-            setattr(package, name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
+    if isinstance(name, str) and INFIX in name:
+        show_class(name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
@@ -117,7 +101,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
         body = {"model_type": model_type + TYPE_SUFFIX, "__module__": __name__, "__reduce__": _reduce}
         made: Any = type(class_name, (backbone,), body)
         for name, auto in AUTO_CLASSES.items():
-            if backbone in auto._model_mapping or auto is AutoModelForCausalLM:
+            if _classes(auto, backbone) or auto is AutoModelForCausalLM:
                 auto.register(made, _READERS[name], exist_ok=True)
         if backbone in TOKENIZER_MAPPING:
             TOKENIZER_MAPPING.register(made, TOKENIZER_MAPPING[backbone], exist_ok=True)
@@ -138,10 +122,14 @@ def _new_config(model_type: str) -> Any:
 
 def backbone_config(config: Any) -> Any:
     """The backbone's own configuration in that of a full checkpoint: a copy, without what the streams added."""
-    plain = copy.deepcopy(config)
+    plain: Any
     if type(config) in _CLASSES.values():
-        plain.__class__ = type(config).__mro__[1]
-        plain.model_type = type(plain).model_type
+        cls: Any = type(config).__mro__[1]
+        plain = cls.__new__(cls)  # as a copy is made, without reading the fields again
+        vars(plain).update(copy.deepcopy(vars(config)))
+        plain.model_type = cls.model_type
+    else:
+        plain = copy.deepcopy(config)
     for field in [name for name in vars(plain) if name.startswith("parscale_") or name == "auto_map"]:
         delattr(plain, field)
     return plain
@@ -176,8 +164,7 @@ def architectures_in_checkpoints() -> set[str]:
     found: set[str] = set()
     for auto_name, auto in AUTO_CLASSES.items():
         name = causal_lm_in_checkpoints if auto_name == "AutoModelForCausalLM" else _with_infix
-        for classes in auto._model_mapping._model_mapping.values():
-            found.update(map(name, [classes] if isinstance(classes, str) else classes))
+        found.update(map(name, class_names(auto)))
     return found
 
 
@@ -210,7 +197,7 @@ def class_named(name: Any) -> Any:
 
 def class_read_by(reader: Any, config: Any) -> Any:
     """The class of the model that an ``AutoModel...``, or a class itself, makes of a configuration; ``None``: none."""
-    if not hasattr(reader, "_model_mapping"):
+    if model_mapping(reader) is None:
         return reader
     classes = {cls.__name__: cls for cls in _classes(reader, type(config))}
     named = [name for name in getattr(config, "architectures", None) or () if name in classes]
@@ -219,9 +206,10 @@ def class_read_by(reader: Any, config: Any) -> Any:
 
 def _classes(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     """The classes that an ``AutoModel...`` may make of a configuration."""
-    if config not in auto._model_mapping:
+    mapping = model_mapping(auto)
+    if mapping is None or config not in mapping:
         return ()
-    classes = auto._model_mapping[config]
+    classes = mapping[config]
     return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
 
 
@@ -236,8 +224,7 @@ class ParScaleModelConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As ``AutoConfig.from_pretrained``."""
-        kwargs.pop("_from_auto", None)
-        return read_pretrained(AutoConfig, pretrained_model_name_or_path, **kwargs)
+        return read_pretrained(AutoConfig, pretrained_model_name_or_path, **without_own_arguments(kwargs))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

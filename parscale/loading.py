@@ -22,10 +22,8 @@ Adapters that PEFT saved beside either kind are left to PEFT: ``PeftModel.from_p
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +32,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from parscale.auto import (
     backbone_class,
@@ -44,6 +41,7 @@ from parscale.auto import (
     config_class,
     register_backbone,
 )
+from parscale.compat.transformers import loading_reports, stored_name, tensor_parallel
 from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
 from parscale.format.checks import check_fit, check_size, check_streams, differences
 from parscale.format.folders import (
@@ -66,7 +64,7 @@ from parscale.format.untrusted import brief
 from parscale.format.values import check_values, configuration_of
 from parscale.kernels.dispatch import Impl, check_impl
 from parscale.streams.choosing import set_streams
-from parscale.streams.naming import PATTERNS, part_of
+from parscale.streams.naming import part_of
 from parscale.streams.state import DEFAULT, ParScaleState, StreamSet
 from parscale.wrapping import add, attach, detach, fill
 
@@ -79,7 +77,6 @@ _STREAMS_FIELDS = {
 _FAULTS = (ArithmeticError, AttributeError, LookupError)
 # How transformers says that the tensors are not those that it expects.
 _REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
-_patching = threading.Lock()
 
 
 @torch.inference_mode(False)  # what is loaded can train
@@ -138,12 +135,10 @@ def load(
 
 
 def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
-    from transformers.distributed.configuration_utils import DistributedConfig
-
     if not isinstance(tp_plan, Mapping) and tp_plan != "auto":
         raise ValueError(f"tp_plan is 'auto' or a dictionary of names and styles, got {tp_plan!r}.")
     plan = dict(tp_plan) if isinstance(tp_plan, Mapping) else None
-    return DistributedConfig(tp_size=int(os.environ.get("WORLD_SIZE", "1")), tp_plan=plan)
+    return tensor_parallel(int(os.environ.get("WORLD_SIZE", "1")), plan)
 
 
 @torch.inference_mode(False)  # what is loaded can train
@@ -214,7 +209,7 @@ def _load_backbone(
     if getattr(plain, "quantization_config", None) is None:
         check_size(checkpoint, cls, plain, tensors)
     tolerant = kwargs.get("ignore_mismatched_sizes", False)
-    with _streams_expected(cls), _report_kept(shown=tolerant) as reports:
+    with _reports(shown=tolerant) as reports:
         try:
             with configuration_of(checkpoint, _FAULTS):
                 options = checkpoint.hub | kwargs | {"config": plain, "output_loading_info": True}
@@ -224,7 +219,7 @@ def _load_backbone(
                 raise
             found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
             raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
-    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*PATTERNS}
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if part_of(key) is None}
     problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
     if problems and not tolerant:
@@ -383,39 +378,23 @@ def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
     """What a tensor is called in a file: some classes save their modules under other names than they have."""
     if name in stored:
         return name
-    return next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
+    return stored_name(model, name)
 
 
 @contextmanager
-def _report_kept(*, shown: bool) -> Iterator[list[str]]:
-    """In this block transformers' table of tensors that do not fit goes into a list: an error will say it in a line."""
+def _reports(*, shown: bool) -> Iterator[list[str]]:
+    """In this block transformers' tables of tensors that do not fit go into a list: an error will say it in a line.
+
+    Args:
+        shown: they are shown too, without the rows of streams, which the backbone's class does not expect.
+    """
     reports: list[str] = []
 
-    def keep(record: logging.LogRecord) -> bool:
-        if shown or "LOAD REPORT" not in record.getMessage():
-            return True
-        reports.append(record.getMessage())
-        return False
+    def keep(report: str) -> str | None:
+        lines = [line for line in report.splitlines() if part_of(line.partition("|")[0].strip()) is None]
+        reports.append("\n".join(lines))
+        rows = sum("|" in line for line in lines) - 1  # below their head
+        return reports[-1] if shown and rows else None
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
+    with loading_reports(keep):
         yield reports
-    finally:
-        logger.removeFilter(keep)
-
-
-@contextmanager
-def _streams_expected(cls: Any) -> Iterator[None]:
-    """In this block the class's ``from_pretrained`` does not complain of the streams' tensors."""
-    attribute = "_keys_to_ignore_on_load_unexpected"
-    with _patching:
-        own = cls.__dict__.get(attribute)
-        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *PATTERNS])
-        try:
-            yield
-        finally:
-            if own is None:
-                delattr(cls, attribute)
-            else:
-                setattr(cls, attribute, own)

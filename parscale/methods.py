@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
+from parscale.compat.transformers import own_reorder_cache
 from parscale.config import PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
 from parscale.format.counting import parameter_sizes
@@ -207,7 +208,7 @@ def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> A
     """
     P, B = model.num_streams, beam_idx.shape[0]
     rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
-    own = getattr(type(model), "_reorder_cache", None)
+    own = own_reorder_cache(type(model))
     if own is not None:
         return own(past_key_values, rows)
     past_key_values.reorder_cache(rows)

@@ -15,12 +15,14 @@ from torch import nn
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention, held_configs, measure, own_config
 from parscale.auto import register_backbone
+from parscale.compat.deepspeed import is_partitioned
+from parscale.compat.torch import take_parameter, unwatch_replicas
+from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE
 from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
 from parscale.distributed.offloading import keep, let_go
 from parscale.distributed.parallel import (
     check_takes_parameters,
     distribute_streams,
-    is_partitioned,
     share_random_state,
     tensor_parallel_mesh,
 )
@@ -45,8 +47,8 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "save_pretrained": methods.save_pretrained,
     "save_streams": methods.save_streams,
     "load_streams": methods.load_streams,
-    "_reorder_cache": methods.reorder_cache,
-    "_get_static_cache_init_shape": methods.static_cache_init_shape,
+    REORDER_CACHE: methods.reorder_cache,
+    STATIC_CACHE_SHAPE: methods.static_cache_init_shape,
     "init_continuous_batching": methods.init_continuous_batching,
 }
 
@@ -119,7 +121,8 @@ def wrap(
         for module, held in configs:
             module.config = held
         for module, children, chosen in choices:
-            module._modules = children
+            for name, child in children.items():
+                setattr(module, name, child)
             if chosen is not None:
                 module.attention_type = chosen
         raise
@@ -129,7 +132,7 @@ def wrap(
 def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
     """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
+    return [(module, dict(module.named_children()), vars(module).get("attention_type")) for module in modules]
 
 
 def unwrap(model: Any) -> Any:
@@ -182,9 +185,19 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         check_takes_parameters(model)
         _decompress(model)
         attach_attention(state)
+        _add_members(state)
+        extend_peft()
+        keep_reference()
+        register_backbone(model.config.model_type)
     except BaseException:
         detach(state)
         raise
+    return state
+
+
+def _add_members(state: ParScaleState) -> None:
+    """Gives the model what a wrapped one has beside its class's own."""
+    model = state.model
     model.parscale = state
     for member, function in MEMBERS.items():
         setattr(model, member, functools.partial(function, model))
@@ -192,17 +205,13 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     if state.encoder is not None and model.can_generate():
         model.generate = functools.partial(methods.generate, model)
     state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
-    extend_peft()
-    keep_reference()
-    register_backbone(model.config.model_type)
-    return state
 
 
 def _anchor_name(model: Any) -> None:
     """Makes the path of the backbone's folder absolute: streams that are saved name it, maybe from elsewhere."""
-    name = getattr(model.config, "_name_or_path", None)
+    name = model.config.name_or_path
     if name and os.path.isdir(name):
-        model.config._name_or_path = os.path.abspath(name)
+        model.config.name_or_path = os.path.abspath(name)
 
 
 def _decompress(model: Any) -> None:
@@ -224,7 +233,7 @@ def detach(state: ParScaleState) -> None:
     detach_attention(state)
     stop_recomputing(state.parts)
     for part in state.parts:
-        part.__dict__.pop("_replicate_for_data_parallel", None)
+        unwatch_replicas(part)
     for member in ("parscale", *MEMBERS):
         model.__dict__.pop(member, None)
     if state.encoder is not None:
@@ -306,10 +315,11 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     if streams.num_streams > 1:
         streams.transform.detach()
         for place in streams.transform.places():
-            place.module._parameters.pop(streams.own_name(place.name), None)
+            take_parameter(place.module, streams.own_name(place.name))
             let_go(place.module, streams.own_name(place.name))
     for part in state.mixed:
-        part._modules.pop(streams.aggregator_name, None)
+        if hasattr(part, streams.aggregator_name):
+            delattr(part, streams.aggregator_name)
     state.sets.pop(streams.name, None)
 
 

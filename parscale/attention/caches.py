@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import StaticCache, StaticLayer
 
 
 def fit_rows(cache: Any, rows: int, num_streams: int) -> None:

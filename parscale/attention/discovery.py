@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention.cache_seam import attach_caches
 from parscale.attention.registered import AttentionConfig, AttentionLayer
+from parscale.compat.transformers import looks_up_attention, use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import Hidden, is_of_the_machine, one_line, run_briefly
@@ -135,7 +135,7 @@ def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
 def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
     """Finds the layers whose heads are split over the mesh, by comparing them with the same model in one piece."""
     config = copy.deepcopy(state.model.config)
-    config._attn_implementation = "eager"
+    use_eager(config)
     with torch.device("meta"):
         model: Any = type(state.model)(config)
     undivided = type(state)(model)
@@ -180,7 +180,7 @@ def inner_modules(part: nn.Module) -> Iterator[Any]:
 def _looks_up_attention(module: nn.Module) -> bool:
     if isinstance(module, PreTrainedModel) or not isinstance(module.__dict__.get("config"), PreTrainedConfig):
         return False
-    return any(hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
+    return looks_up_attention(type(module))
 
 
 def has_learned_positions(backbone: nn.Module) -> bool:

@@ -15,10 +15,6 @@ T prefix tokens.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import re
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +22,18 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.masks import keep_sizes_static
+from parscale.compat.transformers import (
+    ConfigView,
+    attention_functions,
+    attn_implementation,
+    compares_implementation,
+    eager_attention,
+    is_flash,
+    mask_functions,
+)
 from parscale.distributed.offloading import parameter_of
 from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
 
@@ -73,8 +76,13 @@ class AttentionLayer:
 class _BothNames(str):
     """The true name of an implementation, under which a dictionary finds the function with the prefix.
 
-    Some layers (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) make a mask of their own ``if self.config._attn_implementation
-    in ("eager", "sdpa")``. torch.compile cannot trace such a string, so only those layers get it.
+    A layer does two things with the name: it looks its function up, which has to give ours, and some compare it with
+    ``"sdpa"`` to choose the form of a mask of their own, which has to be that of ``"sdpa"``. Both read the same
+    attribute, so no plain string serves both. One that equals two names does, since a dictionary compares by ``==``.
+
+    Weighed against it: registering our function under ``"sdpa"`` itself would put it in front of every model of the
+    process. torch.compile cannot trace this string, so that only layers that compare get it
+    (:func:`parscale.compat.transformers.compares_implementation`).
     """
 
     def __eq__(self, other: object) -> bool:
@@ -87,17 +95,7 @@ class _BothNames(str):
         return hash(NAME_PREFIX + str(self))
 
 
-@functools.cache
-def _compares_names(cls: type) -> bool:
-    """Whether a layer of this class does something else under ``"sdpa"`` than under a name that it does not know."""
-    try:
-        sources = [inspect.getsource(base) for base in cls.__mro__ if base not in (nn.Module, object)]
-    except (OSError, TypeError):  # typed into an interpreter
-        return False
-    return any(re.search(r"""_attn_implementation (in \(|not in \(|[=!]= ["']sdpa)""", source) for source in sources)
-
-
-class AttentionConfig:
+class AttentionConfig(ConfigView):
     """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
 
     Args:
@@ -106,44 +104,28 @@ class AttentionConfig:
         layer: the layer's class.
     """
 
+    backbone: Any
+    state: ParScaleState
+    compared: bool
+    lender: Any
+
     def __init__(self, config: Any, state: ParScaleState, layer: type) -> None:
-        object.__setattr__(self, "backbone", config)
-        object.__setattr__(self, "state", state)
-        object.__setattr__(self, "compared", _compares_names(layer))
-        object.__setattr__(self, "lender", None)
+        super().__init__(config, state=state, compared=compares_implementation(layer), lender=None)
 
     def borrow(self, lender: nn.Module) -> None:
         """From here on the layer has the prefix of ``lender``, whose keys and values it takes."""
-        object.__setattr__(self, "lender", lender)
+        vars(self)["lender"] = lender
 
-    @property
-    def _attn_implementation(self) -> str:
-        true_name = self.backbone._attn_implementation or "eager"
+    def implementation(self) -> str:
+        """The name under which :func:`prefix_attention` is registered; the true one for the plain backbone."""
+        true_name = attn_implementation(self.backbone)
         call = self.state.call
         if call.in_flight is None and call.recorder is None:  # the plain backbone, as if never wrapped
             return true_name
         name = NAME_PREFIX + true_name
-        if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
+        if name not in attention_functions():
             AttentionInterface.register(name, prefix_attention)
         return _BothNames(true_name) if self.compared else name
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "backbone":  # before the state of an unpickled object is set
-            raise AttributeError(name)
-        return getattr(self.backbone, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.backbone, name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new_attention_config, (), dict(self.__dict__)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-def _new_attention_config() -> AttentionConfig:
-    return AttentionConfig.__new__(AttentionConfig)
 
 
 class _BackboneView:
@@ -185,13 +167,13 @@ def prefix_attention(
         ``(R, S, heads, D)``, and the attention weights ``(R, heads, S, T + K)`` where the implementation has them.
     """
     state: ParScaleState = module.config.state
-    name = module.config.backbone._attn_implementation or "eager"
+    name = attn_implementation(module.config.backbone)
     backbone = _backbone_function(module, name)
     call = state.call
     if call.recorder is not None:
         state.record(module, key, value)
     streams: StreamSet | None = call.in_flight
-    flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
+    flash = is_flash(name)
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else state.running_copy(module.config.lender)
@@ -249,7 +231,7 @@ def _dense_attention(
     # what only the backbone's own function knows
     special = kwargs.get("dropout") or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))
     if attention_mask is None and name != "eager" and causal and S > 1:
-        if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
+        if name in mask_functions():  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
         if name == "sdpa" and not special and is_mergeable(query, key, value, state.kernels):
@@ -281,8 +263,9 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 def _backbone_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The function that the layer would have called without streams."""
-    if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
-        return ALL_ATTENTION_FUNCTIONS[name]
+    functions = attention_functions()
+    if name in functions:
+        return functions[name]
     return eager_function(module, name)
 
 
@@ -292,10 +275,9 @@ def eager_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Te
     Raises:
         ValueError: there is none; the message has ``name``, the implementation that was asked for.
     """
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
+    function = eager_attention(type(module))
+    if function is not None:
+        return function
     raise ValueError(
         f"{type(module).__name__} has no attention function for attn_implementation={name!r}; "
         "choose another with model.set_attn_implementation(...)."

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parscale.compat.deepspeed import gathered, is_of_engine, is_partitioned
+
 if TYPE_CHECKING:
     from parscale.streams.state import ParScaleState, StreamSet
 
@@ -44,11 +46,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         with gathered([tensor]):
             return tensor.detach().clone()
     return tensor.full_tensor() if dist.is_available() and isinstance(tensor, DTensor) else tensor
-
-
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of all of a parameter."""
-    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -95,7 +92,7 @@ def check_takes_parameters(model: nn.Module) -> None:
     sharded_by = None
     if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
         sharded_by = "FSDP"
-    elif type(model._parameters).__name__ == "ZeROOrderedDict":
+    elif is_of_engine(model):
         sharded_by = "DeepSpeed"
     if sharded_by is not None:
         raise ValueError(
@@ -155,23 +152,17 @@ def distribute_streams(state: ParScaleState, streams: StreamSet, mesh: Any) -> N
             _distribute(layer.module, name, mesh, Replicate() if layer.mesh is None else Shard(HEADS))
     for aggregator in state.aggregators(streams):
         for module in aggregator.modules():
-            for name in list(module._parameters):
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 _distribute(module, name, mesh, Replicate())
 
 
 def _distribute(module: nn.Module, name: str, mesh: Any, placement: Any) -> None:
-    parameter = module._parameters[name]
-    assert parameter is not None
+    parameter = getattr(module, name)
     shared = distribute_tensor(parameter.detach(), mesh, [placement])
-    module._parameters[name] = nn.Parameter(shared, requires_grad=parameter.requires_grad)
+    setattr(module, name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
 
 
 # -- DeepSpeed ZeRO-3
-
-
-def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is one of ZeRO-3's, whose own values are empty outside a module's forward pass."""
-    return hasattr(tensor, "ds_id")
 
 
 @contextlib.contextmanager
@@ -195,11 +186,3 @@ def each_module_gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def gathered(parameters: list[Any]) -> Iterator[None]:
-    """In this block ZeRO-3's parameters are whole, to be read."""
-    deepspeed: Any = sys.modules["deepspeed"]
-    with deepspeed.zero.GatheredParameters(parameters):
-        yield

@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from parscale.auto import backbone_config
+from parscale.compat.transformers import use_eager
 from parscale.config import NUM_STREAMS, ParScaleConfig
 from parscale.format.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.format.headers import StoredTensor
@@ -125,7 +126,7 @@ def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
     """
     with configuration_of(checkpoint), torch.device("meta"), _few_modules(16 * parts + 2**12):
         config = backbone_config(config)
-        config._attn_implementation = "eager"  # the one that needs nothing installed
+        use_eager(config)
         return cls(config)
 
 

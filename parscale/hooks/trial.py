@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import (
-    TEXT,
     backbone_only,
     input_device,
     input_of,

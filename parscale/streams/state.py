@@ -23,6 +23,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from parscale.attention.caches import fit_rows
 from parscale.attention.masks import extend_block_mask, extend_dense_mask
 from parscale.attention.registered import AttentionLayer
+from parscale.compat.arguments import CACHES, NOISE
+from parscale.compat.torch import replicate, watch_replicas
 from parscale.config import DEFAULT_SET, ParScaleConfig
 from parscale.distributed.parallel import gather_heads
 from parscale.hooks.encoded import mark_output
@@ -30,13 +32,13 @@ from parscale.hooks.recomputation import recompute_with_own_streams
 from parscale.hooks.rows import check_plain, copy_rows, first_input
 from parscale.kernels.dispatch import Impl
 from parscale.streams.aggregator import Aggregator
-from parscale.streams.backbones import NOISE, Hidden, find_parts, masking_noise
+from parscale.streams.backbones import Hidden, find_parts, masking_noise
 from parscale.streams.calls import Block, Blocks, Call, Calls, innermost_block, opened
 from parscale.streams.naming import COPY
 from parscale.streams.trainability import use_outside_of_blocks
 from parscale.transforms import make_transform
 from parscale.transforms.lora import Linear
-from parscale.transforms.prompt import CACHES, is_empty
+from parscale.transforms.prompt import is_empty
 
 if TYPE_CHECKING:
     from parscale.integrations.peft.copies import AdapterStreams
@@ -106,6 +108,8 @@ class ParScaleState:
         self.hidden: list[Hidden] = []  # states of each part that is mixed
         self.measured: list[tuple[torch.dtype, torch.device]] = []  # the weights when these were looked up
         self.positional = {part: list(inspect.signature(part.forward).parameters) for part in self.parts}
+        for part in self.parts:
+            watch_replicas(part, functools.partial(self._replicate, part))
         self.hooks = [model.register_forward_hook(self._join_router_logits)]
         for part in self.mixed:
             self.hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
@@ -116,8 +120,6 @@ class ParScaleState:
         if self.encoder is not None:
             self.hooks.append(self.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
             self.hooks.append(self.encoder.register_forward_hook(self._mark_encoded))
-        for part in self.parts:
-            part._replicate_for_data_parallel = functools.partial(self._replicate, part)
         ALIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class ParScaleState:
         places = streams.transform.places()
         holders = {place.released_name: (place.module, streams.own_name(place.name)) for place in places}
         for root, part in zip(self.roots, self.mixed, strict=True):
-            aggregator = part._modules[streams.aggregator_name]
+            aggregator = getattr(part, streams.aggregator_name)
             for name in tensors_of(aggregator):
                 path, _, leaf = name.rpartition(".")
                 holders[f"{root}aggregate_layer.{name}"] = (aggregator.get_submodule(path), leaf)
@@ -192,7 +194,7 @@ class ParScaleState:
     def aggregators(self, streams: StreamSet) -> list[Aggregator]:
         """The aggregators that run with the set, one for each part that is mixed."""
         name = self.in_use(streams).aggregator_name
-        return [part._modules[name] for part in self.mixed]
+        return [getattr(part, name) for part in self.mixed]
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The one of the backbone."""
@@ -215,8 +217,7 @@ class ParScaleState:
 
     def _replicate(self, part: Any) -> Any:
         """A copy for ``nn.DataParallel``, whose threads do not know of a block around their caller."""
-        replica = type(part)._replicate_for_data_parallel(part)
-        replica.__dict__.pop("_replicate_for_data_parallel", None)
+        replica = replicate(part)
         replica.__dict__[REPLICA] = (part, self.active)
         return replica
 
@@ -375,7 +376,7 @@ class ParScaleState:
 
     def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
         """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
-        aggregator = self.call.running._modules[streams.aggregator_name]
+        aggregator = getattr(self.call.running, streams.aggregator_name)
         if hidden.ndim == 2:
             return aggregator(hidden[:, None], impl=self.kernels)[:, 0]
         return aggregator(hidden, impl=self.kernels)

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from parscale.compat.deepspeed import whole_shape
 from parscale.config import LORA, TEXT_INITS, ParScaleConfig
-from parscale.distributed.parallel import whole_shape
 from parscale.streams.backbones import backbone_only, cuda_devices, input_device, writes_text
 
 if TYPE_CHECKING:

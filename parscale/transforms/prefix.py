@@ -17,7 +17,7 @@ from torch import nn
 from parscale.attention.cache_seam import rotary_tables, tables_moved
 from parscale.attention.discovery import has_learned_positions, number_of_attention_layers
 from parscale.attention.positions import RowPositions
-from parscale.distributed.parallel import is_partitioned
+from parscale.compat.deepspeed import is_partitioned
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import backbone_only, writes_text
 from parscale.transforms.base import Place, Transform
@@ -68,7 +68,7 @@ class PrefixTransform(Transform):
 
     def longest_text(self) -> int | None:
         """As many tokens as there are positions; a table that rotates keys has to hold the first token's too."""
-        tables = [len(held[name]) - 1 for held, name in rotary_tables(self.state)]
+        tables = [len(getattr(module, name)) - 1 for module, name in rotary_tables(self.state)]
         return min(tables) if tables else super().longest_text()
 
     def read(self, texts: torch.Tensor) -> None:
@@ -100,7 +100,7 @@ class PrefixTransform(Transform):
                 )
             recorded.append(module)
             for own, states in ((streams.key_name, key), (streams.value_name, value)):
-                prefix = module._parameters.get(own)
+                prefix = getattr(module, own, None)
                 if prefix is not None:  # a layer that borrows its keys has none
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 

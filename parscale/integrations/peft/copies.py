@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from parscale.distributed.parallel import is_partitioned, reshard, whole
+from parscale.compat.deepspeed import is_partitioned
+from parscale.compat.torch import set_parameter
+from parscale.distributed.parallel import reshard, whole
 from parscale.integrations.peft.methods import check_method
 from parscale.streams.state import StreamSet, tensors_of
 
@@ -178,7 +180,7 @@ class AdapterStreams:
 
     def _tensors(self, streams: StreamSet) -> list[torch.Tensor]:
         """Those of exactly this set or copy."""
-        aggregators = [part._modules[streams.aggregator_name] for part in self.state.mixed]
+        aggregators = [getattr(part, streams.aggregator_name) for part in self.state.mixed]
         own = [tensor for aggregator in aggregators for tensor in tensors_of(aggregator).values()]
         return [*streams.transform.parameters(), *own]
 
@@ -190,7 +192,7 @@ class AdapterStreams:
             value: torch.Tensor = getattr(place.module, streams.own_name(place.name))
             _register(place.module, made.own_name(place.name), value, trains)
         for part in self.state.mixed:
-            aggregator = copy.deepcopy(part._modules[streams.aggregator_name])
+            aggregator = copy.deepcopy(getattr(part, streams.aggregator_name))
             for module in aggregator.modules():
                 for name, value in tensors_of(module, recurse=False).items():
                     delattr(module, name)
@@ -211,7 +213,7 @@ class AdapterStreams:
 
 def _register(module: nn.Module, name: str, value: torch.Tensor, trains: bool) -> None:
     value = whole(value) if is_partitioned(value) else value.detach().clone()
-    if trains:  # not by register_parameter, which PEFT's low_cpu_mem_usage puts on the meta device
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    if trains:
+        set_parameter(module, name, nn.Parameter(value, requires_grad=False))
     else:
         module.register_buffer(name, value, persistent=False)
