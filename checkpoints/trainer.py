@@ -39,7 +39,6 @@ from parscale.format.staging import FULL, disk_error
 from parscale.streams.naming import part_of
 
 BETAS = (0.9, 0.95)
-OVERRIDDEN = ("_get_train_sampler", "_get_output_dir", "_save_checkpoint", "_save", "_load_from_checkpoint")
 LINES = 20  # of a run, where there is no terminal for a bar
 BACKBONE, TEXT = "backbone", "eval"  # prefixes of what is measured: without streams, and with them
 
@@ -87,7 +86,7 @@ class StreamsTrainer(Trainer):
     ) -> None:
         self.run, self.tokenizer, self.rates, self.weight_decay, self.keep = run, tokenizer, rates, weight_decay, keep
         self._staging: Path | None = None
-        require_trainer_methods(Trainer, *OVERRIDDEN)
+        require_trainer_methods(Trainer)
         streams_train = getattr(model, "is_quantized", False) and has_streams(model)
         with counted_as_adapted(model) if streams_train else contextlib.nullcontext():
             super().__init__(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from types import ModuleType
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from parscale.errors import IncompatibleVersionError
 
@@ -59,10 +61,7 @@ def missing(owner: Any, name: str) -> IncompatibleVersionError:
 
 
 def _incompatible(library: str, path: str) -> IncompatibleVersionError:
-    try:
-        version = importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        version = "of unknown version"
+    version = str(getattr(sys.modules.get(library), "__version__", None) or importlib.metadata.version(library))
     return IncompatibleVersionError(
         f"parscale needs {path}, which the installed {library} {version} does not have: {_remedy(library, version)}."
     )
@@ -74,8 +73,7 @@ def _remedy(library: str, version: str) -> str:
     if wanted is None:
         return f"install another version of {library}, or a newer parscale"
     if wanted.specifier.contains(version, prereleases=True):
-        older = f"{library}{wanted.specifier}{',' if wanted.specifier else ''}<{version}"
-        return f"pip install '{older}', or a newer parscale"
+        return f"pip install '{library}{wanted.specifier & SpecifierSet(f'<{version}')}', or a newer parscale"
     return f"pip install '{library}{wanted.specifier}'"
 
 

@@ -367,16 +367,20 @@ def counted_as_adapted(model: Any) -> Iterator[None]:
         setattr(model, _HAS_ADAPTER, before)
 
 
-def require_trainer_methods(cls: type, *names: str) -> None:
-    """Refuses a Trainer without the methods that a subclass puts its own in the place of.
+# Methods of the Trainer that a subclass overrides: which sampler, where a checkpoint goes, how it is written and read.
+TRAINER_METHODS = ("_get_train_sampler", "_get_output_dir", "_save_checkpoint", "_save", "_load_from_checkpoint")
 
-    They have no documented counterparts: which sampler, where a checkpoint goes, how it is written and read. Under
-    another name the subclass's own would never be called, and no error would say so.
+
+def require_trainer_methods(cls: type) -> None:
+    """Refuses a Trainer without the methods that a subclass overrides.
+
+    They have no documented counterparts. Under another name the subclass's own would never be called, and no error
+    would say so.
 
     Raises:
         IncompatibleVersionError: one is missing.
     """
-    for name in names:
+    for name in TRAINER_METHODS:
         needed(cls, name)
 
 
