@@ -11,6 +11,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from parscale.errors import IncompatibleVersionError
 
@@ -73,7 +74,8 @@ def _remedy(library: str, version: str) -> str:
     if wanted is None:
         return f"install another version of {library}, or a newer parscale"
     if wanted.specifier.contains(version, prereleases=True):
-        return f"pip install '{library}{wanted.specifier & SpecifierSet(f'<{version}')}', or a newer parscale"
+        older = wanted.specifier & SpecifierSet(f"<{Version(version).public}")
+        return f"pip install '{library}{older}', or a newer parscale"
     return f"pip install '{library}{wanted.specifier}'"
 
 

@@ -33,6 +33,7 @@ def test_what_is_there_is_given(library):
     ("version", "remedy"),
     [
         ("2.5", "pip install 'some_library<2.5,<3,>=2.0', or a newer parscale"),  # allowed: an older one may have it
+        ("2.5+cpu", "pip install 'some_library<2.5,<3,>=2.0', or a newer parscale"),
         ("1.9", "pip install 'some_library<3,>=2.0'"),
         ("3.1", "pip install 'some_library<3,>=2.0'"),
     ],
