@@ -29,13 +29,11 @@ def flash_for_cpu_backward() -> Any:
 
 
 def flash_for_gpu() -> Any:
-    """As :func:`flash_for_cpu`, on CUDA and ROCm devices."""
+    """torch's flash attention on CUDA and ROCm devices, whose causal mask is aligned to the lower right.
+
+    ``sdpa`` aligns its own to the upper left, and ``torch.nn.attention.bias.causal_lower_right`` calls this operator.
+    """
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention")
-
-
-def flash_for_gpu_backward() -> Any:
-    """As :func:`flash_for_cpu_backward`, on CUDA and ROCm devices."""
-    return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_backward")
 
 
 def _needed(owner: Any, name: str) -> Any:

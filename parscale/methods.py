@@ -13,9 +13,11 @@ from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.transformers import own_reorder_cache
 from parscale.config import PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
+from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
+from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
-from parscale.kernels.aggregate import stream_weights
+from parscale.kernels import stream_weights
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.state import ParScaleState
@@ -45,8 +47,6 @@ def add_streams(
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
     """
-    from parscale.wrapping import add
-
     config = ParScaleConfig.from_arguments(
         num_streams,
         prefix_length=prefix_length,
@@ -140,7 +140,7 @@ def stream_report(
 
     hook = state.backbone.register_forward_hook(weigh)
     try:
-        with state.unmixed():  # the head then sees every stream's hidden states
+        with state.calls.unmixed():  # the head then sees every stream's hidden states
             logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
     finally:
         hook.remove()
@@ -162,23 +162,20 @@ def stream_report(
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """Writes a full checkpoint: backbone and active streams; see :func:`parscale.format.saving.save_full`."""
-    from parscale.format.saving import save_full
-
-    save_full(model, save_directory, **kwargs)
+    saving.save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     """Writes the active streams only; see :func:`parscale.format.saving.save_streams`."""
-    from parscale.format.saving import save_streams as save
-
-    save(model, save_directory)
+    saving.save_streams(model, save_directory)
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until chosen; see :func:`parscale.loading.add_saved_streams`."""
-    from parscale.loading import add_saved_streams
+    """Adds a set of streams that was saved, inactive until chosen.
 
-    add_saved_streams(model, path_or_repo, name)
+    See :func:`parscale.format.stored_sets.add_saved_streams`.
+    """
+    stored_sets.add_saved_streams(model, path_or_repo, name)
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,28 +14,27 @@ T prefix tokens.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.attention.masks import extend_dense_mask
-from parscale.attention.registered import AttentionLayer, prepend
+from parscale.attention.functions import record
+from parscale.attention.masks import extend_dense_mask, extended_mask
+from parscale.attention.rotary import RotaryTable, rotary_tables
 from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS
 from parscale.compat.transformers import alibi_function, attn_implementation
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import one_line, run_briefly
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState
+from parscale.kernels.prefix import prepend
+from parscale.streams.brief_runs import one_line, run_briefly
+from parscale.streams.places import AttentionLayer
+from parscale.streams.state import ParScaleState
 
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values, (P, G, T, D)
-RotaryTable = tuple[nn.Module, str]  # the module that holds it, and its name in that
 
 
 class PrefixCache:
@@ -128,7 +127,7 @@ class CachedAttention:
         return parameter_of(module, streams.key_name), parameter_of(module, streams.value_name)
 
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.state.record(self.module, key, value)
+        record(self.state, self.module, key, value)
 
     def _make_room(self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
         """Extends each mask and each bias among the arguments, in place, by T columns in front."""
@@ -174,7 +173,7 @@ class CachedAttention:
         if mask.ndim == 4 and mask.dtype == torch.bool and hides:
             return nn.functional.pad(mask, (T, 0))
         if mask.ndim == 4:
-            extended = self.state.extended_mask(mask, T, rows)
+            extended = extended_mask(self.state.call.masks, mask, T, rows)
             assert isinstance(extended, torch.Tensor)
             return extended
         return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
@@ -348,14 +347,14 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
     candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
     found: dict[int, AttentionLayer] = {}
 
-    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    def find(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         found[id(module)] = AttentionLayer(
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )
 
     if candidates:
         try:
-            with state.recording(record):
+            with state.calls.recording(find):
                 run_briefly(state)
         except Exception:
             found.clear()
@@ -371,49 +370,3 @@ def _takes_cache(module: nn.Module) -> bool:
     if isinstance(module, (PreTrainedModel, nn.ModuleList)):
         return False
     return any(name in inspect.signature(type(module).forward).parameters for name in LAYER_CACHES)
-
-
-# -- rotation by a table
-
-
-def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryTable]:
-    """Tables ``(N, D or less)`` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
-
-    Args:
-        state: of the model.
-        size: D; by default that of the attention layers.
-
-    Returns:
-        For each its module, and its name in that.
-    """
-    if size is None:
-        size = max((layer.key_size for layer in state.layers), default=0)
-    found = []
-    for module_name, module in state.backbone.named_modules():
-        for name, table in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
-            if "position" in f"{module_name}.{name}" and _is_rotary(table, size):
-                found.append((module, name))
-    return found
-
-
-def _is_rotary(table: torch.Tensor, size: int) -> bool:
-    if table.ndim != 2 or table.requires_grad or not table.is_floating_point() or not 0 < table.shape[1] <= size:
-        return False
-    sines, cosines = table[0].chunk(2)  # of position 0
-    return bool((sines == 0).all()) and bool((cosines == 1).all())
-
-
-@contextlib.contextmanager
-def tables_moved(tables: list[RotaryTable], by: int) -> Iterator[None]:
-    """In this block rotary tables hold at position i what belongs to position i - ``by``."""
-    own = [getattr(module, name) for module, name in tables]
-    try:
-        for (module, name), table in zip(tables, own, strict=True):
-            sines, cosines = table[1 : by + 1].flip(0).chunk(2, dim=-1)  # of positions by..1
-            moved = torch.cat([torch.cat([-sines, cosines], dim=-1), table[: table.shape[0] - by]])
-            moved = nn.Parameter(moved, requires_grad=False) if isinstance(table, nn.Parameter) else moved
-            setattr(module, name, moved)
-        yield
-    finally:
-        for (module, name), table in zip(tables, own, strict=True):
-            setattr(module, name, table)

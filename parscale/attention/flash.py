@@ -7,15 +7,14 @@ more: documents packed in one row, each of which must see the prefix, and a slid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from parscale.attention.functions import AttentionFunction, eager_function
 from parscale.compat.transformers import attention_functions, attn_implementation, flash_dtype
-
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+from parscale.kernels.prefix import prepend
 
 
 def flash_with_prefix(
@@ -47,8 +46,6 @@ def flash_with_prefix(
     Returns:
         ``(P*B, S, heads, Dv)`` and ``None``.
     """
-    from parscale.attention.registered import prepend
-
     P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
     if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
@@ -147,8 +144,6 @@ def _with_mask(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
-    from parscale.attention.registered import eager_function
-
     dtype = flash_dtype(query, module)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
     function = attention_functions()["sdpa"]

@@ -14,9 +14,7 @@ T prefix tokens.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,21 +22,20 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from parscale.attention.flash import flash_with_prefix
-from parscale.attention.masks import keep_sizes_static
+from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
 from parscale.compat.transformers import (
     ConfigView,
     attention_functions,
     attn_implementation,
     compares_implementation,
-    eager_attention,
     is_flash,
     mask_functions,
 )
 from parscale.distributed.offloading import parameter_of
-from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
+from parscale.kernels import causal_attention, decode_attention, is_mergeable
+from parscale.kernels.prefix import prepend
+from parscale.streams.state import ParScaleState
 
 NAME_PREFIX = "parscale_"
 
@@ -46,31 +43,6 @@ CONTINUOUS_BATCHING = (
     "Continuous batching and its paged attention do not run with streams: they pack all requests into one row and "
     "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone."
 )
-
-
-@dataclasses.dataclass
-class AttentionLayer:
-    """An attention layer that carries a prefix, and what its keys and values look like.
-
-    Args:
-        name: its name in the model.
-        module: the layer.
-        key_heads: G.
-        key_size: D of the keys.
-        value_size: D of the values (another one in MLA).
-        dtype: of its keys.
-        device: of its keys.
-        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
-    """
-
-    name: str
-    module: Any
-    key_heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-    device: torch.device
-    mesh: Any = None
 
 
 class _BothNames(str):
@@ -168,15 +140,15 @@ def prefix_attention(
     """
     state: ParScaleState = module.config.state
     name = attn_implementation(module.config.backbone)
-    backbone = _backbone_function(module, name)
+    backbone = backbone_function(module, name)
     call = state.call
     if call.recorder is not None:
-        state.record(module, key, value)
-    streams: StreamSet | None = call.in_flight
+        record(state, module, key, value)
+    streams = call.in_flight
     flash = is_flash(name)
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
-    owner = module if module.config.lender is None else state.running_copy(module.config.lender)
+    owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
     # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
     repeats = streams is not None and not flash and torch.compiler.is_exporting()
     if repeats:
@@ -198,7 +170,7 @@ def prefix_attention(
         return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
-        mask = state.extended_mask(attention_mask, prefix_k.shape[2], query.shape[0])
+        mask = extended_mask(call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
         keep_sizes_static(query, keys, values)
         return backbone(view, query, keys, values, mask, **kwargs)
     return _dense_attention(
@@ -212,7 +184,7 @@ def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _dense_attention(
-    backbone: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    backbone: AttentionFunction,
     name: str,
     module: Any,
     query: torch.Tensor,
@@ -244,41 +216,21 @@ def _dense_attention(
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
         output, weights = backbone(module, queries, keys, values, None, **kwargs)
         return output[:, T:], weights
-    mask: Any = state.extended_mask(attention_mask, T, query.shape[0])
+    masks = state.call.masks
     if name == "sdpa" and S == 1 and not special:
+        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
+        length = None if attention_mask is None or not query.is_cuda else visible_lengths_once(masks, attention_mask)
         output = decode_attention(
-            query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"), impl=state.kernels
+            query,
+            key,
+            value,
+            prefix_k,
+            prefix_v,
+            attention_mask,
+            length=length,
+            scaling=kwargs.get("scaling"),
+            impl=state.kernels,
         )
         return output.transpose(1, 2), None  # (R, 1, heads, D)
+    mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
-
-
-def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Puts each stream's prefix ``(P, G, T, D)`` in front of its rows ``(P*B, G, K, D)``, in one copy."""
-    P = prefix.shape[0]
-    rows = states.unflatten(0, (P, -1))  # (P, B, G, K, D)
-    prefix = prefix.to(states.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1)  # (P, B, G, T, D)
-    return torch.cat([prefix, rows], dim=3).flatten(0, 1)  # (P*B, G, T + K, D)
-
-
-def _backbone_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """The function that the layer would have called without streams."""
-    functions = attention_functions()
-    if name in functions:
-        return functions[name]
-    return eager_function(module, name)
-
-
-def eager_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """The function of a layer's own file, which runs under ``"eager"``.
-
-    Raises:
-        ValueError: there is none; the message has ``name``, the implementation that was asked for.
-    """
-    function = eager_attention(type(module))
-    if function is not None:
-        return function
-    raise ValueError(
-        f"{type(module).__name__} has no attention function for attn_implementation={name!r}; "
-        "choose another with model.set_attn_implementation(...)."
-    )

@@ -36,7 +36,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Recycle a checkpoint: give a model P parallel streams and save it."""
-    from parscale.checkpoints.convert import convert as convert_checkpoint
+    from parscale.checkpoints.conversion.convert import convert as convert_checkpoint
     from parscale.config import ParScaleConfig
 
     quiet_libraries()

@@ -60,8 +60,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure loss (nats per token) and perplexity on text, or run lm-eval's tasks."""
-    from parscale.checkpoints.data import read_documents
-    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.texts.sources import read_documents
 
     quiet_libraries()
     of_tasks = {
@@ -82,7 +82,7 @@ def evaluate(
     tokenizer = require_tokenizer(tokenizer, checkpoint)
 
     if tasks:
-        from parscale.checkpoints.tasks import evaluate_tasks
+        from parscale.checkpoints.evaluation.tasks import evaluate_tasks
 
         figures = evaluate_tasks(
             model,
@@ -119,8 +119,8 @@ def _measure(
     sequence_length: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    from parscale.checkpoints.evaluate import evaluate as evaluate_documents
-    from parscale.checkpoints.tasks import stamp
+    from parscale.checkpoints.evaluation.tasks import stamp
+    from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
 
     result = evaluate_documents(
         model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, progress=True
@@ -142,7 +142,7 @@ def _measure(
 def _print_scores(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from parscale.checkpoints.tasks import scores
+    from parscale.checkpoints.evaluation.tasks import scores
     from parscale.terminal.console import Terminal
 
     print_figures(figures["parscale"])

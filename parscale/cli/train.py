@@ -87,8 +87,8 @@ def train(
     json: Json = False,
 ) -> None:
     """Post-train a checkpoint on text; also under torchrun or accelerate launch, on many devices."""
-    from parscale.checkpoints.train import Interrupted, TrainSettings
-    from parscale.checkpoints.train import train as train_checkpoint
+    from parscale.checkpoints.training.train import Interrupted, TrainSettings
+    from parscale.checkpoints.training.train import train as train_checkpoint
 
     quiet_libraries()
     settings = TrainSettings(
@@ -131,7 +131,7 @@ def train(
     if not PartialState().is_main_process:
         return
     if push_to_hub is not None:
-        from parscale.checkpoints.card import push
+        from parscale.checkpoints.training.model_card import push
 
         report = report | {"uploaded_to": push(output, push_to_hub)}
     if json:

@@ -47,6 +47,7 @@ _PLACES = {
     "Request": "vllm.v1.request",
     "VllmConfig": "vllm.config",
     # attention over a cache, to which the one over a prefix is added
+    "AttentionBackendEnum": f"{_BACKENDS}.registry",  # the names of all of them
     "CPUAttentionBackend": f"{_BACKENDS}.cpu_attn",
     "CPUAttentionBackendImpl": f"{_BACKENDS}.cpu_attn",
     "FlashAttentionBackend": f"{_BACKENDS}.flash_attn",

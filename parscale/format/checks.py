@@ -14,9 +14,9 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from parscale.auto import backbone_config
 from parscale.compat.transformers import use_eager
 from parscale.config import NUM_STREAMS, ParScaleConfig
+from parscale.format.architectures import backbone_config
 from parscale.format.folders import CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.format.headers import StoredTensor
 from parscale.format.values import configuration_of

@@ -9,8 +9,7 @@ from torch import nn
 
 from parscale.compat.torch import has_hooks
 from parscale.distributed.parallel import local
-from parscale.kernels import aggregate, aggregator
-from parscale.kernels.aggregate import stream_weights
+from parscale.kernels import aggregate, aggregator, stream_weights
 from parscale.kernels.dispatch import Impl
 
 

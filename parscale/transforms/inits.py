@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +25,10 @@ from transformers import GenerationConfig
 
 from parscale.compat.deepspeed import whole_shape
 from parscale.config import LORA, TEXT_INITS, ParScaleConfig
-from parscale.streams.backbones import backbone_only, cuda_devices, input_device, writes_text
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
+from parscale.streams.backbones import cuda_devices, input_device, writes_text
+from parscale.streams.brief_runs import backbone_only
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
 
 
 def default_init(state: ParScaleState, config: ParScaleConfig) -> str:

@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import parscale
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.tasks import evaluate_tasks, scores
+from parscale.checkpoints.evaluation.tasks import evaluate_tasks, scores
+from parscale.checkpoints.evaluation.text_loss import evaluate
 from parscale.cli.application import run
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from parscale import load
-from parscale.checkpoints.runs import Run, damage
+from parscale.checkpoints.training.run_folder import Run, damage
 from parscale.cli.application import BAD_INPUT, run
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,4 +1,4 @@
-"""PEFT has the methods that parscale extends; a version without one is refused where an adapter comes, and not before."""
+"""PEFT has the methods that parscale extends; a version without one is refused when an adapter comes, not before."""
 
 import inspect
 import sys

@@ -169,6 +169,23 @@ def test_another_process_reads_a_pickled_configuration(folder):
     assert read.stdout.decode().strip() == "<class 'parscale.auto.LlamaParScaleConfig'> 4 llama"
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from parscale import wrap",
+        "from parscale import load",
+        "from parscale.format.architectures import config_class; config_class('llama'); import parscale.auto",
+    ],
+)
+def test_auto_classes_read_it_after_any_use_of_the_package(use, folder):
+    program = (
+        f"import sys; {use}; from transformers import AutoModelForCausalLM\n"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_streams)"
+    )
+    read = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, check=True)
+    assert read.stdout.decode().strip() == "4"
+
+
 def test_other_fields_through_the_configuration(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, parscale_attn_smooth=0.5, use_cache=False)
     assert model.parscale.active.config.smoothing == 0.5

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from parscale.compat.arguments import NO_ADAPTER, OF_ADAPTERS
+from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import Method, state_of
 from parscale.integrations.peft.methods import method_of
 from parscale.streams.state import ParScaleState
@@ -57,7 +58,7 @@ def _streams_of_rows(state: ParScaleState, rows: list[str] | None) -> contextlib
     Raises:
         ValueError: the rows would need different ones.
     """
-    adapters = state.adapters
+    adapters = adapters_on(state)
     if rows is None or adapters is None or adapters.disabled:
         return contextlib.nullcontext()
     known = [row for row in dict.fromkeys(rows) if row == NO_ADAPTER or row in adapters.names]

@@ -1,0 +1,386 @@
+"""Post-training of a checkpoint on text, from beginning to end: `train` is what `parscale train` calls.
+
+The loop is the Hugging Face Trainer's, on one device or, under `torchrun` or `accelerate launch`, on many. The output
+folder holds what :mod:`parscale.checkpoints.training.run_folder` says, and at the end a checkpoint of the kind that was
+trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import set_seed
+
+from parscale.checkpoints.evaluation.text_loss import checked_length
+from parscale.checkpoints.models import find_tokenizer, require_tokenizer
+from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.texts.sources import open_sources, refuse_output_in_data
+from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.checkpoints.training.digests import checkpoint_digest, streamed_digest
+from parscale.checkpoints.training.divergence import StopWhenDiverged, require_finite
+from parscale.checkpoints.training.packing import (
+    Blocks,
+    Encoder,
+    Shuffled,
+    Streamed,
+    documents_of,
+    keeps_documents_apart,
+    pack,
+    too_few,
+)
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.run_result import finish, losses_by_text, versions
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
+from parscale.checkpoints.training.trainer import Interruption, OneDeviceArguments, StreamsTrainer, Watch
+from parscale.compat.transformers import forget_deepspeed
+from parscale.format.counting import parameter_sizes
+from parscale.terminal.console import Terminal
+
+REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
+
+__all__ = ["Interrupted", "TrainSettings", "train"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run after a step, with a checkpoint; the message names it."""
+
+
+def train(
+    checkpoint: str,
+    output: Path,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    name: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Post-trains a checkpoint and saves it, of the same kind and in the same dtypes, with its tokenizer.
+
+    Args:
+        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model.
+        output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
+        settings: what on, how much and how.
+        resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
+            result is the same to the last bit. Where there is none, the run starts; a finished one is left as it is.
+        command: what the model card says it was made by.
+        name: what the model card calls the result, such as its repository on the Hub; by default the folder's name.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The report, as in `training.json`; `"finished_before"` is true if there was nothing left to do.
+
+    Raises:
+        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written then.
+        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays whole.
+        OSError: something is missing or cannot be written, or another process goes on with the run; the last checkpoint
+            stays whole.
+        Interrupted: a signal ended the run, after a checkpoint.
+    """
+    run = Run(output)
+    try:
+        return _train_in(run, checkpoint, settings, resume, command, name, console or Terminal(stderr=True))
+    finally:
+        run.release()
+
+
+def _train_in(
+    run: Run,
+    checkpoint: str,
+    settings: TrainSettings,
+    resume: bool,
+    command: str | None,
+    name: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """As :func:`train`; the run's folder stays locked for this process until it is released."""
+    on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    state = PartialState(cpu=on_cpu)
+    if state.is_main_process:
+        run.check(resume=resume)
+    state.wait_for_everyone()
+    if resume and (before := run.report()) is not None:
+        return before | {"finished_before": True}
+
+    start = time.perf_counter()
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_trainable(checkpoint, settings.trains)
+    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
+    sources, texts = _sources(settings)
+    set_seed(settings.seed)
+    model = _model(checkpoint, settings, bf16)
+    length = checked_length(model, settings.sequence_length)
+    encode = Encoder(tokenizer, vocabulary_of(model))
+    with console.status("Reading the data"):
+        rows, steps, digest = _training_rows(sources, encode, length, settings)
+        measured = {name: _measured_blocks(source, encode, length, settings) for name, source in texts.items()}
+    micro = _micro_batch(settings, state.num_processes)
+    if torch.cuda.device_count() > 1 and state.num_processes == 1:
+        warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=3)
+
+    active = model.parscale.active if hasattr(model, "parscale") else None
+    rates = settings.rates("prefix" if active is None else active.config.transform)
+    described = _described(checkpoint, settings, rates, bf16, length, steps) | {
+        "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
+        "data_digest": digest,
+        "eval_digests": {name: blocks.fingerprint() for name, blocks in measured.items()},
+    }
+    newest = _begin(run, described, state, resume=resume)
+    watch, interruption = Watch(run, settings.batch_size * length, console), Interruption()
+    divergence = StopWhenDiverged(REMEDY, run.kept)
+    trainer = StreamsTrainer(
+        model,
+        OneDeviceArguments(
+            output_dir=str(run.folder),
+            bf16=bf16,
+            use_cpu=on_cpu,
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
+            gradient_accumulation_steps=settings.batch_size // (micro * state.num_processes),
+            eval_strategy="steps" if measured else "no",
+            eval_on_start=bool(measured) and newest is None,
+            **_arguments(settings, steps),
+        ),
+        run=run,
+        tokenizer=tokenizer,
+        rates=rates,
+        weight_decay=settings.weight_decay,
+        keep=settings.keep_checkpoints,
+        texts=measured,
+        train_dataset=rows,
+        callbacks=[divergence, watch, interruption],
+    )
+    watch.trainer = interruption.trainer = trainer
+    divergence.scaled = getattr(trainer.accelerator, "scaler", None) is not None
+    _train(trainer, run, newest, watch, interruption)
+
+    sizes = parameter_sizes(trainer.bare_model())
+    trainer.accelerator.wait_for_everyone()
+    forget_deepspeed()  # with it, a model that is loaded is shared among all processes
+    if state.is_main_process:
+        figures = {
+            "output": str(run.folder),
+            "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
+            "parameters": sum(sizes.values()),
+            "losses": losses_by_text(run.metrics()),
+            "tokens_per_second": watch.tokens_per_second,
+            "seconds": round(time.perf_counter() - start, 1),
+            "versions": versions(),
+            "command": None if command is None else shown(command),
+            "name": name or run.folder.resolve().name,
+            "datasets": [source.dataset for source in sources if source.dataset is not None],
+        }
+        if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
+            raise ValueError(
+                f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
+                "back what it was, and go on with --resume."
+            )
+        with _explained(run):
+            finish(checkpoint, run, steps, tokenizer, described | figures)
+    trainer.accelerator.wait_for_everyone()
+    report = run.report()
+    assert report is not None
+    return report | {"finished_before": False}
+
+
+def _one_of(devices: int) -> str:
+    return (
+        f"{devices} GPUs are here, and one of them is used; all of them take part with "
+        f"torchrun --nproc-per-node {devices} -m parscale train ..."
+    )
+
+
+def _sources(settings: TrainSettings) -> tuple[list[Source], dict[str, Source]]:
+    """What to train on, and what to measure on by name, opened and looked into."""
+    column = settings.text_column
+    sources = open_sources(settings.data, text_column=column, streaming=settings.streaming, seed=settings.seed)
+    texts = open_sources([*settings.eval_data.values()], text_column=column)
+    return sources, dict(zip(settings.eval_data, texts, strict=True))
+
+
+def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
+    """The model, ready to train; warns if it mixes documents that are packed together."""
+    model = open_for_training(
+        checkpoint,
+        trains=settings.trains,
+        lora_rank=settings.lora_rank,
+        quantize=settings.quantize,
+        keep_dtype=bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        attn_implementation=settings.attn_implementation,
+    )
+    require_finite(model, checkpoint)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        apart = keeps_documents_apart(model, vocabulary_of(model))
+    if not apart:
+        warnings.warn(
+            f"{checkpoint} is a model in which documents that are packed into one sequence see each other.",
+            stacklevel=3,
+        )
+    return model
+
+
+def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
+    """Makes the run's folder ready on one process, for all; the checkpoint to go on from, if there is one."""
+    found: list[Path | None] = [None]
+    if state.is_main_process:
+        run.begin(described, resume=resume)
+        newest = run.newest_checkpoint() if resume else None  # reads all of it
+        run.keep_metrics(-1 if newest is None else int(newest.name.rpartition("-")[2]))
+        found = [newest]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
+    """Of the Trainer's arguments, those that depend on the settings and the number of steps alone."""
+    tenth = max(1, steps // 10)
+    return {
+        "max_steps": steps,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": round(settings.decay * steps), "decay_type": "linear"},
+        "warmup_steps": round(settings.warmup * steps),
+        "max_grad_norm": 1.0,
+        "torch_compile": settings.compile,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every or tenth,
+        "eval_steps": settings.eval_every or tenth,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": list(settings.report_to) or "none",
+        "seed": settings.seed,
+    }
+
+
+def _train(trainer: StreamsTrainer, run: Run, newest: Path | None, watch: Watch, interruption: Interruption) -> None:
+    """Trains to the last step, or says why not."""
+    try:
+        with interruption.listening(), _explained(run):
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    finally:
+        watch.close()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
+
+
+@contextlib.contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Says how a run goes on whose disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"The disk of {run.folder} is full. Make room there and go on with --resume; the last whole checkpoint is "
+            f"{run.newest_checkpoint() or 'none, so that it will begin again'}."
+        ) from error
+
+
+def _training_rows(
+    sources: Sequence[Source], encode: Encoder, length: int, settings: TrainSettings
+) -> tuple[Shuffled | Streamed, int, str]:
+    """What to train on, in how many steps, and a digest of it; of streamed data, of its beginning."""
+    per_step = settings.batch_size * length
+    if settings.streaming:
+        assert settings.tokens is not None
+        steps = _steps(settings.tokens, per_step, settings, length)
+        beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
+        named = [each for each in settings.data if isinstance(each, str)]
+        digest = streamed_digest(beginning.fingerprint(), named)
+        return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest
+    blocks = Blocks(pack(encode(documents_of(sources)), length), length)
+    if not len(blocks):
+        raise too_few(sources, encode, length)
+    tokens = len(blocks) * length if settings.tokens is None else settings.tokens
+    steps = _steps(tokens, per_step, settings, length)
+    return Shuffled(blocks, steps * settings.batch_size, settings.seed), steps, blocks.fingerprint()
+
+
+def _steps(tokens: int, per_step: int, settings: TrainSettings, length: int) -> int:
+    if tokens < per_step:
+        raise ValueError(
+            f"{tokens:,} tokens are fewer than the {per_step:,} of one step ({settings.batch_size} sequences of "
+            f"{length:,} tokens); give more tokens, or a smaller batch or sequence."
+        )
+    return tokens // per_step
+
+
+def _measured_blocks(source: Source, encode: Encoder, length: int, settings: TrainSettings) -> Blocks:
+    padding = encode.tokenizer.eos_token_id or 0
+    blocks: list[Any] = []
+    for block in pack(encode(source), length, padding=padding):
+        blocks.append(block)
+        if len(blocks) * length >= settings.eval_tokens:
+            break
+    if not any((positions > 0).any() for _, positions in blocks):
+        raise ValueError(f"{source.name} holds no document of two tokens, so no loss can be measured on it.")
+    return Blocks(blocks, length)
+
+
+def _micro_batch(settings: TrainSettings, processes: int) -> int:
+    if settings.batch_size % processes:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, and must be a multiple of the {processes} processes, which share it."
+        )
+    share = settings.batch_size // processes
+    micro = settings.micro_batch_size or share
+    if share % micro:
+        raise ValueError(f"micro_batch_size is {micro}, and must divide each process's {share} sequences of a batch.")
+    return micro
+
+
+def _described(
+    checkpoint: str,
+    settings: TrainSettings,
+    rates: tuple[float, float],
+    bf16: bool,
+    length: int,
+    steps: int,
+) -> dict[str, Any]:
+    """What a run is started with, as far as its result depends on it; without the contents of what it reads."""
+    of_streams, rest = rates
+    return {
+        "checkpoint": checkpoint,
+        "trains": settings.trains,
+        "data": [_name(source) for source in settings.data],
+        "text_column": settings.text_column,
+        "eval_data": {name: _name(source) for name, source in settings.eval_data.items()},
+        "tokens": steps * settings.batch_size * length,
+        "steps": steps,
+        "sequence_length": length,
+        "batch_size": settings.batch_size,
+        "streams_learning_rate": of_streams,
+        "learning_rate": rest,
+        "weight_decay": settings.weight_decay,
+        "warmup": settings.warmup,
+        "decay": settings.decay,
+        "lora_rank": settings.lora_rank,
+        "quantize": settings.quantize,
+        "bf16": bf16,
+        "seed": settings.seed,
+    }
+
+
+def _name(source: str | Source) -> str:
+    return shown(source) if isinstance(source, str) else source.name
