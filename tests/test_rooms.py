@@ -21,6 +21,7 @@ SOURCES = {
 ROOMS = [
     "parscale.version",
     "parscale.errors",
+    "parscale.compat",
     "parscale.config",
     "parscale.kernels",
     "parscale.terminal",

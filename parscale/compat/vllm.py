@@ -34,6 +34,8 @@ _PLACES = {
     "set_weight_attrs": "vllm.model_executor.utils",
     "get_tensor_model_parallel_rank": "vllm.distributed",
     "get_tensor_model_parallel_world_size": "vllm.distributed",
+    "tensor_model_parallel_all_reduce": "vllm.distributed",
+    "ColumnParallelLinear": f"{_LAYERS}.linear",  # of the aggregator, split as vLLM splits its own
     # the start: a function of each architecture's own that may change vLLM's configuration, or refuse it
     "MODELS_CONFIG_MAP": f"{_MODELS}.config",
     "VerifyAndUpdateConfig": f"{_MODELS}.config",

@@ -107,7 +107,7 @@ def is_built(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", filter(is_built, tiny_models.names()))
+@pytest.mark.parametrize("name", list(filter(is_built, tiny_models.names())))
 def test_every_argument_is_known(name):
     model = tiny_models.Tiny(name).build()
     with contextlib.suppress(UnsupportedModelError):  # without a backbone there are no arguments of it

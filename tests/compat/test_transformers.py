@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import parscale
-from parscale.checkpoints.trainer import StreamsTrainer
+from parscale.checkpoints.training.trainer import StreamsTrainer
 from parscale.compat import transformers as compat
 from parscale.errors import IncompatibleVersionError
 from parscale.streams.naming import part_of
