@@ -235,6 +235,18 @@ def programs(found: dict[str, Any], target: Target) -> int:
     return min(65536 // warp // found["warps"], by_memory, target.threads // (32 * found["warps"]), 32)
 
 
+def assumed(launch: Launch, gpu: Gpu) -> dict[str, int]:
+    """How many programs at a time the host function counts on, where it does."""
+    meta, dtype = launch.meta, launch.args[1].dtype
+    if launch.kernel.__name__ == "part_kernel":
+        fused = importlib.import_module("parscale.kernels.decode_attention.fused")
+        return {"assumed": fused.part_programs(meta["n"], meta["D"], meta["V"], dtype, gpu)}
+    if launch.kernel.__name__ == "few_rows_kernel":
+        fused = importlib.import_module("parscale.kernels.aggregator.fused")
+        return {"assumed": fused.few_rows_programs(meta["P"], launch.args[0].shape[1], dtype, gpu)}
+    return {}
+
+
 def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
     """One row for each launch of each case and each target."""
     rows = []
@@ -251,7 +263,7 @@ def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
                             continue
                         seen.add(key)
                         row = {"target": target, "case": case, "kernel": launch.kernel.__name__}
-                        rows.append(row | resources(launch, TARGETS[target]))
+                        rows.append(row | resources(launch, TARGETS[target]) | assumed(launch, TARGETS[target].gpu))
                         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
     return rows
 

@@ -34,14 +34,15 @@ def part_programs(n: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
     BM, BD, BV = (max(16, power_of_2(x)) for x in (n, D, V))
     # the blocks that are on the way, and queries and weights on their way between layouts
     shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
-    registers = 168 if dtype.itemsize == 2 else 64
-    return gpu.programs(shared * dtype.itemsize, 32 * config["num_warps"], registers)
+    registers = 256 if gpu.is_hip else 168 if dtype.itemsize == 2 else 64
+    return gpu.programs(shared * dtype.itemsize, config["num_warps"], registers)
 
 
 def choose_splits(heads: int, blocks: int, places: int) -> int:
     """Into how many parts the sequence of each head is cut.
 
     Of all numbers, the one with which the fewest blocks follow one another, counting one more for each program's start.
+    Several parts must save a tenth for what merging them costs.
 
     Args:
         heads: key/value heads of all rows.
@@ -49,8 +50,9 @@ def choose_splits(heads: int, blocks: int, places: int) -> int:
         places: programs that the GPU holds at a time.
     """
 
-    def steps(splits: int) -> int:
-        return triton.cdiv(heads * splits, places) * (triton.cdiv(blocks, splits) + 1)
+    def steps(splits: int) -> float:
+        waves = triton.cdiv(heads * splits, places)
+        return waves * (triton.cdiv(blocks, splits) + 1) * (1.1 if splits > 1 else 1.0)
 
     return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=steps)
 

@@ -10,6 +10,7 @@ from parscale.kernels.decode_attention.joined import decode_attention_joined
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 INF = float("inf")
+BIAS = 5.0  # of keys
 
 
 class Shape(NamedTuple):
@@ -67,6 +68,9 @@ def inputs(shape, dtype, device, scale=1.0):
     )
     tensors = [torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes]
     tensors[0] *= scale
+    # as Qwen2's, whose scores are large and nearly alike
+    bias = BIAS * torch.randn(1, shape.G, 1, shape.D, generator=generator, dtype=torch.float64)
+    tensors[1], tensors[3] = tensors[1] + bias, tensors[3] + bias
     return [x.to(dtype).to(device) for x in tensors]
 
 
