@@ -113,6 +113,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"aggregator P={P} N={N} H={H} {str(dtype)[6:]}"
         for save in (False, True):
             yield name, lambda x=x, weights=weights, save=save: fused.forward(x, *weights, 0.1, save)
+        yield name, lambda weights=weights, P=P: fused.split_streams(weights[0], P)
     fused = importlib.import_module("parscale.kernels.decode_attention.fused")
     for P, B, G, n, D, V, K, dtype, kind in (
         (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "boolean"),

@@ -121,6 +121,18 @@ def test_masks(kind, shape, dtype, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("kind", [None, "additive, per head", "additive smallest, cache alone"])
+@pytest.mark.parametrize("shape", [TINY, ODD, GROUPED], ids=str)
+def test_nothing_beside_the_tensors_is_read(shape, kind, device, guarded):
+    tensors = inputs(shape, SINGLE, device)
+    mask = None if kind is None else make_mask(kind, shape, SINGLE, device)
+    sinks = torch.linspace(-2, 6, shape.G * shape.n, device=device)
+    found = decode_attention(*map(guarded, tensors), guarded(mask), sinks=guarded(sinks), impl="fused")
+    assert found.isfinite().all()
+    assert torch.equal(found, decode_attention(*tensors, mask, sinks=sinks, impl="fused"))
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_splits(splits, device, poisoned, assert_as_exact):
     """However the sequence is cut, with sinks and without, the parts make the same whole."""
