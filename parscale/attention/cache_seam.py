@@ -14,25 +14,24 @@ T prefix tokens.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.attention.masks import extend_dense_mask
-from parscale.attention.registered import AttentionLayer
+from parscale.attention.functions import record
+from parscale.attention.masks import extend_dense_mask, extended_mask
+from parscale.attention.rotary import rotary_tables
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
-from parscale.streams.backbones import one_line, run_briefly
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState
+from parscale.streams.brief_runs import one_line, run_briefly
+from parscale.streams.places import AttentionLayer
+from parscale.streams.state import ParScaleState
 
 CACHE_ARGUMENTS = ("layer_past", "past_key_values", "cache")
 MASK_ARGUMENTS = ("attention_mask", "mask")
@@ -130,7 +129,7 @@ class CachedAttention:
         return parameter_of(module, streams.key_name), parameter_of(module, streams.value_name)
 
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.state.record(self.module, key, value)
+        record(self.state, self.module, key, value)
 
     def _make_room(self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
         """Extends each mask and each bias among the arguments, in place, by T columns in front."""
@@ -176,7 +175,7 @@ class CachedAttention:
         if mask.ndim == 4 and mask.dtype == torch.bool and hides:
             return nn.functional.pad(mask, (T, 0))
         if mask.ndim == 4:
-            extended = self.state.extended_mask(mask, T, rows)
+            extended = extended_mask(self.state.call.masks, mask, T, rows)
             assert isinstance(extended, torch.Tensor)
             return extended
         return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
@@ -343,14 +342,14 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
     candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
     found: dict[int, AttentionLayer] = {}
 
-    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    def find(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         found[id(module)] = AttentionLayer(
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )
 
     if candidates:
         try:
-            with state.recording(record):
+            with state.calls.recording(find):
                 run_briefly(state)
         except Exception:
             found.clear()
@@ -366,49 +365,3 @@ def _takes_cache(module: nn.Module) -> bool:
     if isinstance(module, (PreTrainedModel, nn.ModuleList)):
         return False
     return any(name in inspect.signature(type(module).forward).parameters for name in CACHE_ARGUMENTS)
-
-
-# -- rotation by a table
-
-
-def rotary_tables(state: ParScaleState, size: int | None = None) -> list[tuple[dict[str, Any], str]]:
-    """Tables ``(N, D or less)`` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
-
-    Args:
-        state: of the model.
-        size: D; by default that of the attention layers.
-
-    Returns:
-        For each the dictionary of its module that holds it, and its name in that.
-    """
-    if size is None:
-        size = max((layer.key_size for layer in state.layers), default=0)
-    found = []
-    for module_name, module in state.backbone.named_modules():
-        for held in (module._buffers, module._parameters):
-            for name, table in held.items():
-                if "position" in f"{module_name}.{name}" and table is not None and _is_rotary(table, size):
-                    found.append((held, name))
-    return found
-
-
-def _is_rotary(table: torch.Tensor, size: int) -> bool:
-    if table.ndim != 2 or table.requires_grad or not table.is_floating_point() or not 0 < table.shape[1] <= size:
-        return False
-    sines, cosines = table[0].chunk(2)  # of position 0
-    return bool((sines == 0).all()) and bool((cosines == 1).all())
-
-
-@contextlib.contextmanager
-def tables_moved(tables: list[tuple[dict[str, Any], str]], by: int) -> Iterator[None]:
-    """In this block rotary tables hold at position i what belongs to position i - ``by``."""
-    own = [held[name] for held, name in tables]
-    try:
-        for (held, name), table in zip(tables, own, strict=True):
-            sines, cosines = table[1 : by + 1].flip(0).chunk(2, dim=-1)  # of positions by..1
-            moved = torch.cat([torch.cat([-sines, cosines], dim=-1), table[: table.shape[0] - by]])
-            held[name] = nn.Parameter(moved, requires_grad=False) if isinstance(table, nn.Parameter) else moved
-        yield
-    finally:
-        for (held, name), table in zip(tables, own, strict=True):
-            held[name] = table

@@ -1,12 +1,14 @@
-"""Static caches that have their memory before streams see them: of B rows, where streams write P*B."""
+"""The caches that callers hand a backbone: what they are called, whether they are empty, how many rows they have."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import StaticCache
+from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer
+
+CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
 
 
 def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
@@ -35,3 +37,23 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
                 f"with batch_size={rows * num_streams} where early_initialization asks for it."
             )
         layer.is_initialized = False
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether nothing was read with a cache: with ``None``, a new one, or one that was reset."""
+    if cache is None:
+        return True
+    if not isinstance(cache, Cache):  # of a model's own kind (RWKV, xLSTM)
+        return not getattr(cache, "seqlen_offset", True)
+    layers = getattr(cache, "layers", None)
+    if layers is None:  # of an encoder and a decoder
+        return int(type(cache).get_seq_length(cache)) == 0
+    return not any(map(_is_filled, layers))
+
+
+def _is_filled(layer: Any) -> bool:
+    """Whether a layer of a cache has keys and values, or the state that a recurrent one carries along."""
+    carried = getattr(layer, "has_previous_state", False)
+    if any(carried.values()) if isinstance(carried, dict) else bool(carried):
+        return True
+    return hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0

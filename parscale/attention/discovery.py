@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention.cache_seam import attach_caches
-from parscale.attention.registered import AttentionConfig, AttentionLayer
+from parscale.attention.registered import AttentionConfig
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import Hidden, is_of_the_machine, one_line, run_briefly
+from parscale.streams.backbones import inner_modules
+from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
 from parscale.streams.naming import part_of
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState
-
-
-def held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
-    """Each module that holds a configuration, and the object that it holds."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [(module, module.__dict__["config"]) for module in modules if "config" in module.__dict__]
-
-
-def own_config(model: PreTrainedModel) -> None:
-    """Gives the model a configuration object that no other model holds.
-
-    Every module of the model that held the old object, or one of its parts, holds the new one. What a quantizer says
-    there of the weights stays the quantizer's own object, which changes with them.
-    """
-    quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    copies: dict[int, Any] = {} if quantization is None else {id(quantization): quantization}
-    copy.deepcopy(model.config, copies)
-    for module, held in held_configs(model):
-        if isinstance(held, PreTrainedConfig) and id(held) in copies:  # the object itself, or a part of it
-            module.config = copies[id(held)]
+from parscale.streams.places import AttentionLayer, Hidden
+from parscale.streams.state import ParScaleState
 
 
 def attach_attention(state: ParScaleState) -> None:
@@ -70,7 +49,7 @@ def attach_attention(state: ParScaleState) -> None:
         )
 
     try:
-        with state.recording(record):
+        with state.calls.recording(record):
             state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
     except UnsupportedModelError:
         raise
@@ -121,7 +100,7 @@ def measure(state: ParScaleState) -> None:
         if layer is not None:  # one that borrows keys is none of them
             layer.dtype, layer.device = key.dtype, key.device
 
-    with state.recording(record):
+    with state.calls.recording(record):
         state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
     state.measured = weights
 
@@ -138,7 +117,7 @@ def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         model: Any = type(state.model)(config)
-    undivided = type(state)(model)
+    undivided = ParScaleState(model)
     attach_attention(undivided)
     heads = {layer.name: layer.key_heads for layer in undivided.layers}
     for layer in state.layers:
@@ -166,29 +145,7 @@ def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
     return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
 
 
-def inner_modules(part: nn.Module) -> Iterator[Any]:
-    """Its modules, but for those of a further model in it with a head of its own.
-
-    Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
-    """
-    yield part
-    for child in part.children():
-        if not (isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None):
-            yield from inner_modules(child)
-
-
 def _looks_up_attention(module: nn.Module) -> bool:
     if isinstance(module, PreTrainedModel) or not isinstance(module.__dict__.get("config"), PreTrainedConfig):
         return False
     return any(hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
-
-
-def has_learned_positions(backbone: nn.Module) -> bool:
-    """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
-    for child in backbone.children():
-        if "text" in getattr(child, "input_modalities", "text") and has_learned_positions(child):
-            return True  # positions of images or sounds are another thing
-    return hasattr(backbone, "pos_encoding") or any(
-        (isinstance(child, nn.Embedding) and "position" in name) or name in ("wpe", "embed_positions")
-        for name, child in backbone.named_children()
-    )

@@ -7,7 +7,6 @@ more: documents packed in one row, each of which must see the prefix, and a slid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import nn
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from parscale.attention.functions import AttentionFunction, eager_function
 from parscale.kernels.prefix import prepend
-
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def flash_with_prefix(
@@ -147,8 +145,6 @@ def _with_mask(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
-    from parscale.attention.registered import eager_function
-
     # as flash-attention does where float32 would meet half-precision weights
     dtype = get_target_dtype(query, module) or query.dtype
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)

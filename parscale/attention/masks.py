@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from parscale.kernels import visible_lengths
+
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
     """A mask ``(..., S, K)`` as ``(..., S, T + K)``.
@@ -77,3 +79,87 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
 
     function = look_up if heads == 1 else look_up_by_head
     return create_block_mask(function, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
+
+
+def extended_mask(
+    made: dict[Any, tuple[Any, Any]], mask: torch.Tensor | BlockMask | None, prefix_length: int, num_rows: int
+) -> torch.Tensor | BlockMask | None:
+    """The mask with room for the prefix; made once for all layers that share it.
+
+    Args:
+        made: the masks of this pass that were made before, by the id of the mask that they extend.
+        mask: dense or FlexAttention's.
+        prefix_length: T.
+        num_rows: P*B.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
+        return extend_dense_mask(mask, prefix_length)  # the compiler shares it
+    entry = made.get(id(mask))
+    if entry is None:
+        if isinstance(mask, BlockMask):
+            extended: Any = extend_block_mask(mask, prefix_length, num_rows)
+        else:
+            extended = extend_dense_mask(mask, prefix_length)
+        entry = made[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
+    return entry[1]
+
+
+def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -> torch.Tensor:
+    """As :func:`parscale.kernels.visible_lengths`; counted once for all layers that share the mask.
+
+    Args:
+        made: as for :func:`extended_mask`.
+        mask: dense.
+    """
+    if torch.compiler.is_compiling():
+        return visible_lengths(mask)  # the compiler shares it
+    key = "lengths", id(mask)
+    if key not in made:
+        made[key] = (mask, visible_lengths(mask))
+    return made[key][1]
+
+
+def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> Any:
+    """The mask of the first rows; made once for all layers that share it.
+
+    Args:
+        made: as :func:`extended_mask`, under a key of its own.
+        mask: dense, a padding mask ``(R, K)`` or FlexAttention's, of as many rows or more, or of one for all; or none.
+        num_rows: how many.
+    """
+    if mask is None or mask.shape[0] in (1, num_rows):
+        return mask
+    if torch.compiler.is_compiling():
+        return mask[:num_rows]
+    key = ("rows", id(mask))
+    if key not in made:
+        piece = mask[:num_rows]
+        if isinstance(mask, BlockMask):
+            piece.mask_mod = mask.mask_mod  # the first rows keep their numbers
+        made[key] = (mask, piece)
+    return made[key][1]
+
+
+def last_queries_of_mask(
+    made: dict[Any, tuple[Any, Any]], mask: Any, positions: int, chosen: torch.Tensor | None
+) -> Any:
+    """The mask of the last queries of chosen rows; made once for all layers that share it.
+
+    Args:
+        made: as :func:`extended_mask`, under a key of its own.
+        mask: ``(B or 1, heads or 1, S, K)``; a padding mask ``(B, K)``; or FlexAttention's, of which all queries are
+            wanted.
+        positions: how many queries.
+        chosen: numbers of the rows; ``None``: all.
+    """
+    key = ("last", id(mask))
+    if key not in made:
+        piece = mask
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            piece = mask[:, :, -positions:]
+        if chosen is not None and mask.shape[0] > 1:
+            piece = piece[chosen]
+        made[key] = (mask, piece)
+    return made[key][1]

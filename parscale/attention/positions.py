@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.attention.discovery import has_learned_positions
 from parscale.attention.masks import leading_zeros
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState
+from parscale.streams.backbones import has_learned_positions
+from parscale.streams.state import ParScaleState
 
 
 class RowPositions:

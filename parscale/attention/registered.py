@@ -14,13 +14,10 @@ T prefix tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import re
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +27,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.attention.flash import flash_with_prefix
-from parscale.attention.masks import keep_sizes_static
+from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
+from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.distributed.offloading import parameter_of
 from parscale.kernels import causal_attention, decode_attention, is_mergeable
 from parscale.kernels.prefix import prepend
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
+from parscale.streams.state import ParScaleState
 
 NAME_PREFIX = "parscale_"
 
@@ -44,31 +41,6 @@ CONTINUOUS_BATCHING = (
     "Continuous batching and its paged attention do not run with streams: they pack all requests into one row and "
     "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone."
 )
-
-
-@dataclasses.dataclass
-class AttentionLayer:
-    """An attention layer that carries a prefix, and what its keys and values look like.
-
-    Args:
-        name: its name in the model.
-        module: the layer.
-        key_heads: G.
-        key_size: D of the keys.
-        value_size: D of the values (another one in MLA).
-        dtype: of its keys.
-        device: of its keys.
-        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
-    """
-
-    name: str
-    module: Any
-    key_heads: int
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-    device: torch.device
-    mesh: Any = None
 
 
 class _BothNames(str):
@@ -121,7 +93,9 @@ class AttentionConfig:
     def _attn_implementation(self) -> str:
         true_name = self.backbone._attn_implementation or "eager"
         call = self.state.call
-        if call.in_flight is None and call.recorder is None:  # the plain backbone, as if never wrapped
+        if (
+            call.in_flight is None and call.recorder is None and call.passes is None
+        ):  # the plain backbone, as if never wrapped
             return true_name
         name = NAME_PREFIX + true_name
         if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
@@ -187,37 +161,72 @@ def prefix_attention(
     """
     state: ParScaleState = module.config.state
     name = module.config.backbone._attn_implementation or "eager"
-    backbone = _backbone_function(module, name)
+    backbone = backbone_function(module, name)
     call = state.call
     if call.recorder is not None:
-        state.record(module, key, value)
-    streams: StreamSet | None = call.in_flight
-    flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
+        record(state, module, key, value)
+    streams = call.in_flight
+    flash = _is_flash(name)
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
-    owner = module if module.config.lender is None else state.running_copy(module.config.lender)
+    owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
     # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
     repeats = streams is not None and not flash and torch.compiler.is_exporting()
     if repeats:
         view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
-    if streams is None or not hasattr(owner, streams.key_name):
+    if call.passes is not None:
+        key, value, attention_mask = keys_of_pass(call, module, query, key, value, attention_mask, name)
+    has_prefix = streams is not None and hasattr(owner, streams.key_name)
+    if streams is None or not (has_prefix or streams.shares_keys):
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
-    prefix_v = parameter_of(owner, streams.value_name)
-    if repeats:
-        prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
+    prefix = None
+    if has_prefix:
+        prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
+        prefix_v = parameter_of(owner, streams.value_name)
+        if repeats:
+            prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
+        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
+            prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
+        prefix = prefix_k, prefix_v
+    attend = functools.partial(_with_prefix, state, backbone, name, view)
+    if streams.shares_keys:
+        causal = _is_causal(module, kwargs)
+        by_sdpa = name == "sdpa" and not _is_special(kwargs)
+        plain = functools.partial(backbone, view)
+        return attend_to_shared(
+            *(state, attend, plain, query, key, value, prefix, attention_mask),
+            by_sdpa=by_sdpa,
+            causal=causal,
+            kwargs=kwargs,
+        )
+    assert prefix is not None
+    return attend(query, key, value, *prefix, attention_mask, **kwargs)
+
+
+def _with_prefix(
+    state: ParScaleState,
+    backbone: AttentionFunction,
+    name: str,
+    view: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of P*B rows with keys of their own, and P prefixes ``(P, G, T, D)``."""
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
-    if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
-        prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
-    if flash:
+    if _is_flash(name):
         return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
-        mask = state.extended_mask(attention_mask, prefix_k.shape[2], query.shape[0])
+        mask = extended_mask(state.call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
         keep_sizes_static(query, keys, values)
         return backbone(view, query, keys, values, mask, **kwargs)
     return _dense_attention(
@@ -231,7 +240,7 @@ def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _dense_attention(
-    backbone: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    backbone: AttentionFunction,
     name: str,
     module: Any,
     query: torch.Tensor,
@@ -245,11 +254,8 @@ def _dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """For ``eager``, ``sdpa`` and functions of their contract: a mask over ``(S, K)``, or none."""
     T, S = prefix_k.shape[2], query.shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    # what only the backbone's own function knows
-    special = kwargs.get("dropout") or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))
-    if attention_mask is None and name != "eager" and causal and S > 1:
+    special = _is_special(kwargs)
+    if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:
         if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
@@ -263,9 +269,10 @@ def _dense_attention(
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
         output, weights = backbone(module, queries, keys, values, None, **kwargs)
         return output[:, T:], weights
+    masks = state.call.masks
     if name == "sdpa" and S == 1 and not special:
         # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
-        length = None if attention_mask is None or not query.is_cuda else state.visible_lengths(attention_mask)
+        length = None if attention_mask is None or not query.is_cuda else visible_lengths_once(masks, attention_mask)
         output = decode_attention(
             query,
             key,
@@ -278,28 +285,21 @@ def _dense_attention(
             impl=state.kernels,
         )
         return output.transpose(1, 2), None  # (R, 1, heads, D)
-    mask: Any = state.extended_mask(attention_mask, T, query.shape[0])
+    mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 
 
-def _backbone_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """The function that the layer would have called without streams."""
-    if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
-        return ALL_ATTENTION_FUNCTIONS[name]
-    return eager_function(module, name)
+def _is_flash(name: str) -> bool:
+    """Whether an implementation is flash-attention, or one of its contract."""
+    return ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
 
 
-def eager_function(module: nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """The function of a layer's own file, which runs under ``"eager"``.
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask that is left out stands for the causal one."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
-    Raises:
-        ValueError: there is none; the message has ``name``, the implementation that was asked for.
-    """
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise ValueError(
-        f"{type(module).__name__} has no attention function for attn_implementation={name!r}; "
-        "choose another with model.set_attn_implementation(...)."
-    )
+
+def _is_special(kwargs: dict[str, Any]) -> bool:
+    """Whether something is asked for that only the backbone's own function knows."""
+    return bool(kwargs.get("dropout")) or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))

@@ -18,14 +18,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -143,26 +140,20 @@ def share_random_state(mesh: Any) -> None:
         generator.set_rng_state(state.cpu())
 
 
-def distribute_streams(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:
-    """Makes a new set's parameters, whole on every process, those of a tensor-parallel model, in place.
+def distribute_parameter(module: nn.Module, name: str, mesh: Any, *, by_heads: bool = False) -> None:
+    """Makes a module's parameter, whole on every process, one of a tensor-parallel model, in place.
 
     All processes get the values of the mesh's first one.
+
+    Args:
+        module: that holds the parameter.
+        name: of the parameter in it.
+        mesh: of the model.
+        by_heads: each process keeps its own key/value heads; otherwise all.
     """
-    if streams.num_streams == 1:
-        return
-    for layer in state.layers:
-        for name in (streams.key_name, streams.value_name):
-            _distribute(layer.module, name, mesh, Replicate() if layer.mesh is None else Shard(HEADS))
-    for aggregator in state.aggregators(streams):
-        for module in aggregator.modules():
-            for name in list(module._parameters):
-                _distribute(module, name, mesh, Replicate())
-
-
-def _distribute(module: nn.Module, name: str, mesh: Any, placement: Any) -> None:
     parameter = module._parameters[name]
     assert parameter is not None
-    shared = distribute_tensor(parameter.detach(), mesh, [placement])
+    shared = distribute_tensor(parameter.detach(), mesh, [Shard(HEADS) if by_heads else Replicate()])
     module._parameters[name] = nn.Parameter(shared, requires_grad=parameter.requires_grad)
 
 

@@ -29,6 +29,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
 BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second as seen from the folder
 FULL, STREAMS_ONLY = "full", "streams only"
+FORMAT_VERSION = 1  # of a streams-only folder
 TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is the backbone's and this
 INFIX = "ParScale"  # in the name of a full checkpoint's class
 CAUSAL_LM = f"{INFIX}ForCausalLM"  # with which that of a causal language model ends

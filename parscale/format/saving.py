@@ -16,15 +16,15 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from parscale import __version__
-from parscale.auto import class_in_checkpoints
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
 from parscale.distributed.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
+from parscale.format.architectures import class_in_checkpoints
 from parscale.format.folders import (
     BACKBONE,
     BACKBONE_PATH,
     CONFIG,
+    FORMAT_VERSION,
     STREAMS,
     STREAMS_CONFIG,
     TYPE_SUFFIX,
@@ -34,9 +34,10 @@ from parscale.format.folders import (
 )
 from parscale.format.staging import final_place, staged
 from parscale.streams.naming import is_copy
-from parscale.streams.state import DEFAULT, ParScaleState, StreamSet
+from parscale.streams.sets import DEFAULT, StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.version import __version__
 
-FORMAT_VERSION = 1
 REMOTE_CODE = Path(__file__).parents[1] / "modeling_parscale.py"
 
 

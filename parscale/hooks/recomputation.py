@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from parscale.streams.calls import Call
+from parscale.streams.state import ParScaleState
 
 _FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps, in each layer, how it is checkpointed
 
 
-def recompute_with_own_streams(state: Any, module: nn.Module) -> None:
+def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
     """Before a pass that is differentiated: makes layers of ``module`` that are recomputed use its streams."""
     checkpointing, call = False, state.call
     for layer in module.modules():
@@ -42,35 +43,32 @@ def stop_recomputing(parts: Iterable[nn.Module]) -> None:
 class _Checkpoint:
     """A checkpointing function that carries the streams from the forward pass to the recomputation."""
 
-    def __init__(self, function: Callable[..., Any], state: Any) -> None:
+    def __init__(self, function: Callable[..., Any], state: ParScaleState) -> None:
         self.function = function
         self.state = state
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self.state.call
-        forward = Call(in_flight=call.in_flight, trains=call.trains, part=call.part, running=call.running)
+        forward = call.remembered()
         if any(trains for _, trains in forward.trains) and not any(getattr(x, "requires_grad", False) for x in args):
             # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
             args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
         return self.function(functools.partial(self._run, forward, function), *args, **kwargs)
 
     def _run(self, forward: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _as_then(self.state.call, forward):
+        with self.state.call.as_in(forward), _trained_as_in(forward):
             return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _as_then(call: Call, forward: Call) -> Iterator[None]:
-    """In this block layers use the streams of the pass ``forward``, whose parameters train as they did then."""
-    before = call.in_flight, call.part, call.running
-    call.in_flight, call.part, call.running = forward.in_flight, forward.part, forward.running
+def _trained_as_in(forward: Call) -> Iterator[None]:
+    """In this block the parameters of the pass ``forward`` train as they did then."""
     changed = [parameter for parameter, trained in forward.trains if parameter.requires_grad is not trained]
     for parameter in changed:
         parameter.requires_grad_(not parameter.requires_grad)
     try:
         yield
     finally:
-        call.in_flight, call.part, call.running = before
         for parameter in changed:
             parameter.requires_grad_(not parameter.requires_grad)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from parscale.attention.caches import CACHES
 from parscale.hooks.encoded import EncodedRows, rows_of_streams
-from parscale.transforms.prompt import CACHES
 
 # The first given one counts the rows; a backbone's own main input does, too.
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "audio_input_ids")

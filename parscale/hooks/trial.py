@@ -10,25 +10,17 @@ import contextlib
 import inspect
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import (
-    TEXT,
-    backbone_only,
-    input_device,
-    input_of,
-    is_of_the_machine,
-    main_input,
-    one_line,
-)
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
+from parscale.streams.backbones import TEXT, input_device, input_of, main_input
+from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
 
 ROWS = 2
 # Outputs that have a row for each stream, or none: states inside the model, caches, those of an encoder before it.
@@ -62,7 +54,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         if labels and _output(model, arguments | labels) is None:
             labels = {}
         try:
-            with state.choosing(streams), _by_plain_torch(state):
+            with state.calls.choosing(streams), _by_plain_torch(state):
                 mixed = _disturbed(state, arguments | labels)
         except Exception as error:  # whatever the model does with what its backbone now gives
             if is_of_the_machine(error):

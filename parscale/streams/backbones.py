@@ -1,4 +1,4 @@
-"""The part of a model whose rows are copied and mixed, and a brief run of it.
+"""The part of a model whose rows are copied and mixed.
 
 ================================ =================== ==========================================================
 kind                             copied before       mixed
@@ -12,36 +12,21 @@ two encoders side by side (CLIP) both                the final hidden states of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import re
-import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from parscale.distributed.offloading import execution_device
-from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
 
 TEXT, IMAGES, AUDIO = "input_ids", "pixel_values", "input_features"  # a model's main input, in transformers' words
 NOISE = "noise"  # an argument: numbers for the patches of an image, of which those with the largest are hidden
-
-
-class Hidden(NamedTuple):
-    """The final hidden states of a part: H, their dtype and their device."""
-
-    size: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclasses.dataclass
@@ -92,8 +77,8 @@ def find_parts(model: Any) -> Parts:
     inside = isinstance(backbone, PreTrainedModel) and main_input(backbone) == "hidden_states"  # of DINOv3
     if backbone is model or inside or not isinstance(backbone, PreTrainedModel):  # under another name, or the head's
         children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-        reads = [child for child in children if _reads(child, model.main_input_name)]
-        backbone = reads[0] if len(reads) == 1 else owner if _reads(owner, model.main_input_name) else model
+        readers = [child for child in children if reads(child, model.main_input_name)]
+        backbone = readers[0] if len(readers) == 1 else owner if reads(owner, model.main_input_name) else model
     if backbone is model and has_head(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no backbone of its own behind its head, and streams are mixed between the "
@@ -121,10 +106,11 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
 def main_input(part: Any) -> str:
     """What a part reads: what its class says that it does, or, where that is not so, the first of its arguments."""
     name: str | None = getattr(part, "main_input_name", None)
-    return name if name is not None and _reads(part, name) else _arguments(part)[0]
+    return name if name is not None and reads(part, name) else _arguments(part)[0]
 
 
-def _reads(part: Any, name: str) -> bool:
+def reads(part: Any, name: str) -> bool:
+    """Whether a part takes an argument of that name."""
     return name in _arguments(part)
 
 
@@ -141,46 +127,6 @@ def has_head(model: Any) -> bool:
 def writes_text(model: Any) -> bool:
     """Whether the model is a causal language model, which reads a text and can go on with it."""
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
-
-
-def run_briefly(
-    state: ParScaleState, rows: int = 1, streams: StreamSet | None = None, *, gradients: bool = False
-) -> list[torch.Tensor]:
-    """Runs the backbone on two tokens in each row, or on an image, or on silence; and the towers beside it.
-
-    Args:
-        state: of the model.
-        rows: how many.
-        streams: a set to run with; by default the plain backbone.
-        gradients: whether the result can be differentiated.
-
-    Returns:
-        The final hidden states ``(rows, S, H)`` of each part that is mixed, the backbone's first.
-
-    Raises:
-        UnsupportedModelError: one takes something else, or returns something else.
-    """
-    device = input_device(state.model)
-    # transformers looks at positions and masks as if they had values, but not at those of fake tensors
-    fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "meta" else contextlib.nullcontext()
-    results = []
-    with backbone_only(state), fake, torch.set_grad_enabled(gradients), state.choosing(streams):
-        for part in state.mixed:
-            arguments: dict[str, Any] = {}
-            if state.encoder is not None:
-                arguments["encoder_hidden_states"] = state.encoder(**input_of(state.encoder, rows, device))[0]
-            arguments |= input_of(part, rows, device)
-            if _reads(part, "use_cache"):
-                arguments["use_cache"] = False
-            hidden = part(**arguments)[0]
-            if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != rows:
-                given = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
-                raise UnsupportedModelError(
-                    f"{type(part).__name__} of {type(state.model).__name__} returns {given} where streams are mixed, "
-                    "and should return final hidden states of the shape (rows, positions, hidden size)."
-                )
-            results.append(hidden)
-    return results
 
 
 def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -234,79 +180,28 @@ def input_device(model: Any) -> torch.device:
     return execution_device(embeddings)
 
 
-@contextlib.contextmanager
-def backbone_only(state: ParScaleState) -> Iterator[None]:
-    """The plain backbone, in eval mode, without gradients and without touching the caller's random state or buffers.
-
-    Nothing is compiled for it: FlexAttention, which transformers compiles for each length, takes seconds to do so.
-    """
-    training = {module: module.training for module in state.model.modules()}
-    experts: Any = contextlib.nullcontext()
-    if any(p.is_meta for p in state.backbone.parameters()):
-        experts = _experts_without_data_dependence(state.model)
-    try:
-        state.model.eval()
-        own_draws = torch.random.fork_rng(cuda_devices(state.model))
-        uncompiled = torch.compiler.set_stance("force_eager")
-        pieces, buffers = each_module_gathered(state.model), _same_buffers(state.model)
-        plain = state.choosing(None)
-        with plain, torch.no_grad(), own_draws, experts, uncompiled, pieces, buffers, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-            yield
-    finally:
-        for module in state.model.modules():
-            # one that is new was chosen as the backbone first ran on a short text (BigBird's attention)
-            module.training = training.get(module, training[state.backbone])
-
-
-def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error is that of a device or of its memory, and says nothing of the model."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "memory" in str(error)  # that of a CPU has no class of its own
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-@contextlib.contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """After this block every buffer is the one that it was, with the numbers that it had.
-
-    Integers, such as quantized weights, are not copied: no forward pass in eval mode writes into them.
-    """
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    buffers = {id(buffer): buffer for _, own in held for buffer in own.values() if buffer is not None}
-    numbers = [x for x in buffers.values() if x.is_floating_point() and not x.is_meta and not x.is_inference()]
-    copies = [(buffer, buffer._version, buffer.detach().clone()) for buffer in numbers]
-    try:
-        yield
-    finally:
-        for current, own in held:
-            current.clear()
-            current.update(own)
-        for buffer, version, copy in copies:
-            if buffer._version != version:
-                buffer.copy_(copy)
-
-
 def cuda_devices(model: Any) -> list[int]:
     """Indices of the CUDA devices that hold parameters of the model."""
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
-@contextlib.contextmanager
-def _experts_without_data_dependence(model: Any) -> Iterator[None]:
-    """On the meta device a mixture of experts runs in the form whose shapes do not depend on the routing."""
-    previous = getattr(model.config, "_experts_implementation", None)
-    if previous is None:
-        yield
-        return
-    model.config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        model.config._experts_implementation = previous
+def has_learned_positions(backbone: nn.Module) -> bool:
+    """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
+    for child in backbone.children():
+        if "text" in getattr(child, "input_modalities", "text") and has_learned_positions(child):
+            return True  # positions of images or sounds are another thing
+    return hasattr(backbone, "pos_encoding") or any(
+        (isinstance(child, nn.Embedding) and "position" in name) or name in ("wpe", "embed_positions")
+        for name, child in backbone.named_children()
+    )
+
+
+def inner_modules(part: nn.Module) -> Iterator[Any]:
+    """Its modules, but for those of a further model in it with a head of its own.
+
+    Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
+    """
+    yield part
+    for child in part.children():
+        if not (isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None):
+            yield from inner_modules(child)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from parscale.config import FIELDS
 from parscale.distributed.parallel import reshard
-from parscale.streams.calls import Block, innermost_block, opened
-from parscale.streams.state import ParScaleState, StreamSet
+from parscale.streams.calls import Block, innermost_block
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import LOCK, decide_what_trains, parameters_of, train
 
 
@@ -26,11 +27,14 @@ def set_streams(model: Any, name: str | None) -> None:
     before still gives its gradients to the set that it ran with. Inside a ``use_streams`` block the choice lasts to the
     end of the block.
 
+    Args:
+        name: of the set; ``None`` for the plain backbone.
+
     Raises:
         ValueError: there is no set of that name.
     """
     state: ParScaleState = model.parscale
-    chosen, block = find_set(state, name), innermost_block(state)
+    chosen, block = find_set(state, name), innermost_block(state.calls)
     with LOCK:
         reshard(model)
         if block is not None:
@@ -53,11 +57,17 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
     ``contextvars.copy_context().run`` (``asyncio.to_thread`` does). After the block, everything is as before: the
     active set, and which parameters train. What the configuration records is the model's choice, not the block's.
 
+    Args:
+        name: of the set; ``None`` for the plain backbone.
+
+    Yields:
+        The model.
+
     Raises:
         ValueError: there is no set of that name.
     """
     state: ParScaleState = model.parscale
-    block, around = Block(state, find_set(state, name)), innermost_block(state)
+    block, around = Block(state.calls, find_set(state, name)), innermost_block(state.calls)
     with LOCK:
         reshard(model)
         if state.blocks.trained_outside is None:
@@ -67,7 +77,7 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
         _replace(state.blocks.innermost, around, block)
         decide_what_trains(state)
     try:
-        with opened(block):
+        with state.calls.opened(block):
             yield model
     finally:
         with LOCK:
@@ -83,6 +93,15 @@ def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
     blocks[:] = [block for block in blocks if block is not old and block is not new]
     if new is not None:
         blocks.append(new)
+
+
+def forget(state: ParScaleState, streams: StreamSet) -> None:
+    """From here on the model and the open blocks run without a set: with the plain backbone, if they ran with it."""
+    if state.default is streams:
+        state.default = None
+    for block in state.blocks.innermost:
+        if block.chosen is streams:
+            block.chosen = None
 
 
 def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:

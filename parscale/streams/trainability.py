@@ -10,23 +10,24 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from typing import Any
 
 import torch
 from torch import nn
 
 from parscale.streams.calls import innermost_block
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
 
 LOCK = threading.RLock()  # held while it is decided what trains
 
 
-def parameters_of(state: Any, streams: Any) -> list[nn.Parameter]:
+def parameters_of(state: ParScaleState, streams: StreamSet | None) -> list[nn.Parameter]:
     """The parameters of a set; none for ``None``, or while its tensors are buffers, which never train."""
     tensors = {} if streams is None else state.tensors(streams)
     return [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
 
 
-def decide_what_trains(state: Any) -> None:
+def decide_what_trains(state: ParScaleState) -> None:
     """Freezes and releases each set's parameters as the open blocks and the choice outside of them say."""
     if state.blocks.trained_outside is None:  # no block is open
         return
@@ -45,13 +46,12 @@ def decide_what_trains(state: Any) -> None:
             train(parameter, trains)
 
 
-def use_outside_of_blocks(state: Any) -> None:
+def use_outside_of_blocks(state: ParScaleState) -> None:
     """Before a pass that is differentiated: outside of blocks the model's own set trains, whatever blocks there are."""
-    if innermost_block(state) is not None:
+    if innermost_block(state.calls) is not None:
         return
-    state.blocks.trainers.add(
-        threading.current_thread()
-    )  # a block that another one opens from now on leaves the set alone
+    # a block that another thread opens from now on leaves the set alone
+    state.blocks.trainers.add(threading.current_thread())
     if state.blocks.innermost and not state.blocks.used_outside:
         with LOCK:
             state.blocks.used_outside = True

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +25,10 @@ from transformers import GenerationConfig
 
 from parscale.config import LORA, TEXT_INITS, ParScaleConfig
 from parscale.distributed.parallel import whole_shape
-from parscale.streams.backbones import backbone_only, cuda_devices, input_device, writes_text
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState, StreamSet
+from parscale.streams.backbones import cuda_devices, input_device, writes_text
+from parscale.streams.brief_runs import backbone_only
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
 
 
 def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
@@ -85,7 +85,7 @@ def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor |
 
 def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
-    P, T = streams.config.num_streams, streams.config.prefix_length
+    P, T = streams.config.num_transformed, streams.config.prefix_length
     model: Any = state.model
     vocabulary = _vocabulary_size(model)
     start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
@@ -130,7 +130,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
         )
     if calibration is None:
         return
-    P, T = streams.config.num_streams, streams.config.prefix_length
+    P, T = streams.config.num_transformed, streams.config.prefix_length
     if streams.config.init not in TEXT_INITS:
         raise ValueError(
             f"calibration is read by init={' or '.join(map(repr, TEXT_INITS))} only, got "
@@ -143,8 +143,8 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
         integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
     if not isinstance(calibration, torch.Tensor) or not integers or calibration.shape != (P, T):
         raise ValueError(
-            "calibration must be token ids, a tensor of integers of shape (num_streams, prefix_length) = "
-            f"({P}, {T}), got {given}."
+            "calibration must be token ids, a tensor of integers of shape "
+            f"({'num_streams - 1' if streams.shares_keys else 'num_streams'}, prefix_length) = ({P}, {T}), got {given}."
         )
     vocabulary = _vocabulary_size(state.model)
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:

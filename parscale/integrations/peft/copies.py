@@ -11,7 +11,7 @@ a further adapter              a copy, which starts as the streams in use when i
 no adapter, or all switched off the copy made before the first adapter
 ============================== =======================================================
 
-A copy is a :class:`~parscale.streams.state.StreamSet` with tensors of its own beside those of the set, so that devices,
+A copy is a :class:`~parscale.streams.sets.StreamSet` with tensors of its own beside those of the set, so that devices,
 dtypes and ``copy.deepcopy`` treat it as any other set. They are parameters where they may train; the copy made before
 the first adapter is of buffers, which nothing trains, counts or saves.
 """
@@ -21,17 +21,16 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from parscale.distributed.parallel import is_partitioned, reshard, whole
 from parscale.integrations.peft.methods import check_method
-from parscale.streams.state import StreamSet, tensors_of
-
-if TYPE_CHECKING:
-    from parscale.streams.state import ParScaleState
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState, tensors_of
+from parscale.transforms import make_set
 
 Copies = dict[str, StreamSet]  # by the set's name
 
@@ -185,7 +184,7 @@ class AdapterStreams:
     def _copy(self, streams: StreamSet, *, trains: bool) -> StreamSet:
         """A frozen copy of a set or of a copy: of parameters where it may train later, else of buffers."""
         self._count += 1
-        made = StreamSet(self.state, streams.name, streams.config, self._count)
+        made = make_set(self.state, streams.name, streams.config, self._count)
         for place in streams.transform.places():
             value: torch.Tensor = getattr(place.module, streams.own_name(place.name))
             _register(place.module, made.own_name(place.name), value, trains)
@@ -207,6 +206,12 @@ class AdapterStreams:
                     delattr(place.module, made.own_name(place.name))
                 for part in self.state.mixed:
                     delattr(part, made.aggregator_name)
+
+
+def adapters_on(state: ParScaleState | None) -> AdapterStreams | None:
+    """The adapters' streams of a wrapped model that has adapters."""
+    adapters = None if state is None else state.adapters
+    return adapters if isinstance(adapters, AdapterStreams) else None
 
 
 def _register(module: nn.Module, name: str, value: torch.Tensor, trains: bool) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from parscale.distributed.parallel import is_sharded
 from parscale.format.folders import STREAMS_CONFIG, Checkpoint
+from parscale.format.saving import save_streams
+from parscale.format.stored_sets import load_into_active
+from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import DEFAULT_ADAPTER, Method, state_of
 from parscale.streams.naming import part_of
 
@@ -25,21 +28,18 @@ def save_pretrained(
     **kwargs: Any,
 ) -> None:
     """As PEFT's own; the active set of each adapter is written beside it, as ``save_streams`` writes it."""
-    from parscale.format.saving import save_streams
-
     state = state_of(self)
-    if state is not None and state.adapters is not None:
+    adapters = adapters_on(state)
+    if state is not None and adapters is not None:
         given = kwargs.get("state_dict")
         if given is None and not is_sharded(self):
             kwargs["state_dict"] = self.state_dict()
         if kwargs.get("state_dict") is not None:  # bias="all" would take the aggregator's
             kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if part_of(k) is None}
         if state.active is not None and state.active.num_streams > 1 and (is_main_process or given is None):
-            for name in [
-                name for name in state.adapters.names if selected_adapters is None or name in selected_adapters
-            ]:
+            for name in [name for name in adapters.names if selected_adapters is None or name in selected_adapters]:
                 folder = save_directory if name == DEFAULT_ADAPTER else os.path.join(save_directory, name)
-                with state.adapters.using(name):
+                with adapters.using(name):
                     save_streams(state.model, folder, state_dict=_of_set(self, name, given))
     save_pretrained(
         self, save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
@@ -72,10 +72,9 @@ def hotswap_adapter(hotswap: Method, model: Any, path: str, adapter_name: str, *
 
 def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
     """Reads the streams that were saved beside an adapter, if there are any, into its own."""
-    from parscale.loading import load_into_active
-
     state = state_of(model)
-    if state is None or state.adapters is None:
+    adapters = adapters_on(state)
+    if state is None or adapters is None:
         if os.path.exists(os.path.join(path, options.get("subfolder") or "", STREAMS_CONFIG)):
             warnings.warn(
                 f"{path} holds streams beside the adapter, which this model without streams runs without: give "
@@ -85,7 +84,7 @@ def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, o
         return
     checkpoint = Checkpoint(path, **{key: options.get(key) for key in HUB})
     if checkpoint.file(STREAMS_CONFIG) is not None:
-        with state.adapters.using(adapter_name):
+        with adapters.using(adapter_name):
             load_into_active(state.model, checkpoint)
 
 
@@ -110,14 +109,15 @@ def set_state_dict(
     set_state_dict: Method, model: Any, state_dict: dict[str, Any], adapter_name: str = DEFAULT_ADAPTER, **kwargs: Any
 ) -> Any:
     """As PEFT's own, and the streams that are in it."""
-    state, root = state_of(model), _root(model)
+    root = _root(model)
     names = {root + released: name for released, name in _stream_names(model, adapter_name).items()}
     streams = {names[name]: value for name, value in state_dict.items() if name in names}
     result = set_state_dict(
         model, {name: value for name, value in state_dict.items() if name not in names}, adapter_name, **kwargs
     )
-    if state is not None and state.adapters is not None and streams:
-        with state.adapters.using(adapter_name):  # released names mean the copies in use
+    adapters = adapters_on(state_of(model))
+    if adapters is not None and streams:
+        with adapters.using(adapter_name):  # released names mean the copies in use
             model.load_state_dict(streams, strict=False)
     return result
 
@@ -128,9 +128,10 @@ def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
     By the tensors themselves, since some adapters put layers around the modules that hold them.
     """
     state = state_of(model)
-    if state is None or state.adapters is None or state.active is None:
+    adapters = adapters_on(state)
+    if state is None or adapters is None or state.active is None:
         return {}
-    with state.adapters.using(adapter_name):
+    with adapters.using(adapter_name):
         tensors = state.tensors(state.active)
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     return {released: names[id(tensor)] for released, tensor in tensors.items()}

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from parscale.integrations.peft.copies import AdapterStreams
+from parscale.integrations.peft.copies import AdapterStreams, adapters_on
 from parscale.integrations.peft.methods import check_method
 from parscale.streams.state import ParScaleState
 
@@ -49,11 +49,12 @@ def init(
     if state is not None:
         if "forward" in self.base_model.__dict__:  # that of the model, past the hooks on it (ADAPTION_PROMPT)
             self.base_model.forward = state.model.__call__
-        if state.adapters is None:
+        adapters = adapters_on(state)
+        if adapters is None:
             state.adapters = AdapterStreams(state, adapter_name, peft_config)
         else:  # an earlier one on the same model
-            state.adapters.add(adapter_name, peft_config)
-            state.adapters.activate(adapter_name)
+            adapters.add(adapter_name, peft_config)
+            adapters.activate(adapter_name)
 
 
 def add_adapter(add_adapter: Method, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,8 +64,9 @@ def add_adapter(add_adapter: Method, self: Any, adapter_name: str, peft_config: 
         check_method(peft_config, _transforms(state))
     with _trainable_as_before(state):
         add_adapter(self, adapter_name, peft_config, *args, **kwargs)
-    if state is not None and state.adapters is not None:  # else under way in __init__
-        state.adapters.add(adapter_name, peft_config)
+    adapters = adapters_on(state)
+    if adapters is not None:  # else under way in __init__
+        adapters.add(adapter_name, peft_config)
 
 
 def _transforms(state: ParScaleState) -> set[str]:
@@ -76,45 +78,46 @@ def inject_adapter(inject_adapter: Method, self: Any, model: Any, adapter_name: 
     state = state_of(model)
     with _trainable_as_before(state):
         inject_adapter(self, model, adapter_name, *args, **kwargs)
-    if state is not None and state.adapters is not None:  # a mixture of others, by add_weighted_adapter
-        state.adapters.add(adapter_name, self.peft_config[adapter_name])
+    adapters = adapters_on(state)
+    if adapters is not None:  # a mixture of others, by add_weighted_adapter
+        adapters.add(adapter_name, self.peft_config[adapter_name])
 
 
 def set_adapter(set_adapter: Method, self: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
     """The adapter that is chosen runs and trains with its streams; of several, the first one's."""
     set_adapter(self, adapter_name, *args, **kwargs)
-    state = state_of(self)
-    if state is not None and state.adapters is not None:
+    adapters = adapters_on(state_of(self))
+    if adapters is not None:
         inference = args[0] if args else kwargs.get("inference_mode", False)
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        state.adapters.activate(names[0] if names else None, trains=not inference)
+        adapters.activate(names[0] if names else None, trains=not inference)
 
 
 def delete_adapter(delete_adapter: Method, self: Any, adapter_name: Any) -> None:
     """The adapter's streams go with it."""
     delete_adapter(self, adapter_name)
-    state = state_of(self)
-    if state is not None and state.adapters is not None:
+    adapters = adapters_on(state_of(self))
+    if adapters is not None:
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            state.adapters.remove(name)
+            adapters.remove(name)
         names = [name for name in self.active_adapters if name in self.peft_config]
-        state.adapters.activate(names[0] if names else None)
+        adapters.activate(names[0] if names else None)
 
 
 def unload(unload: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Without its adapters, the model has the streams of before."""
-    model, state = unload(self, *args, **kwargs), state_of(self)
-    if state is not None and state.adapters is not None:
-        state.adapters.keep(None)
+    model, adapters = unload(self, *args, **kwargs), adapters_on(state_of(self))
+    if adapters is not None:
+        adapters.keep(None)
     return model
 
 
 def merge_and_unload(merge_and_unload: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
     """With its adapter merged, the model keeps the adapter's streams."""
-    model, state = merge_and_unload(self, *args, **kwargs), state_of(self)
-    if state is not None and state.adapters is not None:
+    model, adapters = merge_and_unload(self, *args, **kwargs), adapters_on(state_of(self))
+    if adapters is not None:
         names = args[2] if len(args) > 2 else kwargs.get("adapter_names")
-        state.adapters.keep(names[0] if names else state.adapters.active)
+        adapters.keep(names[0] if names else adapters.active)
     return model
 
 
@@ -127,8 +130,7 @@ def prepare_for_kbit_training(prepare: Method, model: Any, *args: Any, **kwargs:
 @contextlib.contextmanager
 def disable_adapter(disable_adapter: Method, self: Any) -> Iterator[None]:
     """In this block the streams are those of before the first adapter."""
-    state = state_of(self)
-    adapters = None if state is None else state.adapters
+    adapters = adapters_on(state_of(self))
     with contextlib.nullcontext() if adapters is None else adapters.as_before(), disable_adapter(self):
         if adapters is not None and "forward" in self.__dict__:  # that of the model, past the hooks on it
             self.forward = self.base_model.__call__
@@ -153,6 +155,6 @@ def enable_adapter_layers(enable: Method, self: Any) -> None:
 
 
 def _set_disabled(tuner: Any, disabled: bool) -> None:
-    state = state_of(tuner)
-    if state is not None and state.adapters is not None:
-        state.adapters.disabled = disabled
+    adapters = adapters_on(state_of(tuner))
+    if adapters is not None:
+        adapters.disabled = disabled

@@ -23,7 +23,8 @@ def register() -> None:
     """Makes full checkpoints known to transformers, and their classes to vLLM, to be served or refused."""
     import vllm
 
-    from parscale.auto import architectures_in_checkpoints, causal_lm_in_checkpoints
+    import parscale.auto  # makes transformers read full checkpoints  # noqa: F401
+    from parscale.format.architectures import architectures_in_checkpoints, causal_lm_in_checkpoints
     from parscale.integrations.vllm.refusal import refuse
 
     reason = None
