@@ -223,13 +223,13 @@ def backward(bench: Bench) -> None:
         bench.add("prefill attention, both ways", S=S, floor=floor, of_floor=floor / found["seconds"], **found)
 
 
-def model_of(bench: Bench, P: int, attention: str = "sdpa") -> Any:
+def model_of(bench: Bench, P: int, attention: str = "sdpa", kv: str = "own") -> Any:
     torch.manual_seed(0)
     shape = TINY_MODEL if bench.dry else MODEL
     config = transformers.Qwen2Config(**shape, attn_implementation=attention, dtype=torch.bfloat16)
     with torch.device(bench.device):
         model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
-    return wrap(model, P, init="random", seed=0) if P > 1 else model
+    return wrap(model, P, init="random", seed=0, kv=kv) if P > 1 else model
 
 
 def own_decode(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -263,15 +263,18 @@ def decoding(bench: Bench) -> None:
     transformers.AttentionInterface.register("own_decode", own_decode)
     transformers.AttentionMaskInterface.register("own_decode", sdpa_mask)
     plain: dict[int, dict[str, float]] = {}
-    for P, attention in ((1, "sdpa"), (1, "own_decode"), (8, "sdpa"), (4, "sdpa"), (2, "sdpa")):
-        model = model_of(bench, P, attention).eval()
+    ways = [(1, "sdpa", "own"), (1, "own_decode", "own")]
+    ways += [(P, "sdpa", kv) for P in (8, 4, 2) for kv in ("own", "shared")]
+    for P, attention, kv in ways:
+        model = model_of(bench, P, attention, kv).eval()
         floor = bench.floor(2 * sum(p.numel() for p in model.parameters()))
         for length in (bench.size(512, 8), bench.size(4096, 16), bench.size(16384, 24)):
             seconds = bench.seconds(captured_step(bench, model, length, is_compiled=False))
             if P == 1:
                 plain.setdefault(length, {})[f"to_P1_by_{attention}"] = seconds
             ratios = {name: seconds / other for name, other in plain[length].items()}
-            bench.add("step", P=P, attention=attention, length=length, seconds=seconds, weights_floor=floor, **ratios)
+            sizes = {"P": P, "kv": kv, "attention": attention, "length": length}
+            bench.add("step", **sizes, seconds=seconds, weights_floor=floor, **ratios)
         del model
 
 

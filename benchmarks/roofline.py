@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -79,10 +80,12 @@ def aggregator(P: int, N: int, H: int, rates: Rates = RATES) -> dict[str, Any]:
     return {"launches": len(launches) + len(products), "seconds": seconds, "floor": floor, "of_floor": floor / seconds}
 
 
-def decode(P: int, B: int, K: int, G: int = 2, n: int = 8, D: int = 96, T: int = 48) -> dict[str, Any]:
-    """The same of decode attention, with ``moved`` bytes."""
+def decode(P: int, B: int, K: int, *, shared: bool = False) -> dict[str, Any]:
+    """The same of decode attention in a 1.8B shape, with ``moved`` bytes; ``shared``: over the keys of stream 0."""
     fused = importlib.import_module("parscale.kernels.decode_attention.fused")
-    sizes = ((P * B, G * n, 1, D), (P * B, G, K, D), (P * B, G, K, D), (P, G, T, D), (P, G, T, D))
+    G, n, D, T = 2, 8, 96, 48
+    rows, prefixes = (B, P - 1) if shared else (P * B, P)
+    sizes = ((P * B, G * n, 1, D), (rows, G, K, D), (rows, G, K, D), (prefixes, G, T, D), (prefixes, G, T, D))
     tensors = [empty(*size) for size in sizes]
     with recorded("sm_90") as launches:
         fused.decode(*tensors, None, None, None, D**-0.5, None)
@@ -101,13 +104,11 @@ def main() -> None:
             print(f"| H = {H}, N = {N} | {row['launches']} | {times} |")
     print("\n| decode attention, P = 8, each layer | launches | splits | floor, us | counted, us |")
     print("| --- | --- | --- | --- | --- |")
-    for B in (1, 8, 64):
-        for K in (512, 4096, 16384):
-            row = decode(8, B, K)
-            print(
-                f"| B = {B}, K = {K} | {row['launches']} | {row['splits']} | {1e6 * row['floor']:.1f} | "
-                f"{1e6 * row['seconds']:.1f} |"
-            )
+    for shared, B, K in itertools.product((False, True), (1, 8, 64), (512, 4096, 16384)):
+        row = decode(8, B, K, shared=shared)
+        times = f"{1e6 * row['floor']:.1f} | {1e6 * row['seconds']:.1f}"
+        name = f"B = {B}, K = {K}, keys {'of stream 0' if shared else 'of each stream'}"
+        print(f"| {name} | {row['launches']} | {row['splits']} | {times} |")
 
 
 if __name__ == "__main__":

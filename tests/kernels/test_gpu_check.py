@@ -31,8 +31,9 @@ def test_dry_run(tmp_path):
     operations = {"aggregate", "aggregator", "decode attention", "prefill attention", "prefill attention, both ways"}
     others = {"ceilings", "step", "causal attention without prefix", "linear layer", "decoding", "training"}
     assert operations | others <= kinds
-    steps = {(row["P"], row["attention"], row["length"]) for row in rows if row["what"] == "step"}
-    ways = [(1, "sdpa"), (1, "own_decode"), (2, "sdpa"), (4, "sdpa"), (8, "sdpa")]
+    steps = {(row["P"], row["attention"], row["kv"], row["length"]) for row in rows if row["what"] == "step"}
+    ways = [(1, "sdpa", "own"), (1, "own_decode", "own")]
+    ways += [(P, "sdpa", kv) for P in (2, 4, 8) for kv in ("own", "shared")]
     assert steps == {(*way, length) for way in ways for length in (8, 16, 24)}
     assert rows[1]["what"] == "step"  # the most valuable first
     assert {row["P"] for row in rows if row["what"] == "decoding"} == {1, 8}
