@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.config import LORA, NUM_STREAMS, ParScaleConfig
+from parscale.config import LORA, NUM_STREAMS, OWN, ParScaleConfig
 from parscale.format.folders import (
     BACKBONE,
     CAUSAL_LM,
@@ -108,6 +108,7 @@ def _streams(streams: ParScaleConfig) -> dict[str, Any]:
     return {
         "num_streams": streams.num_streams,
         "transform": streams.transform,
+        **({} if streams.kv == OWN else {"kv": streams.kv}),
         **({"rank": streams.rank} if low_rank else {"prefix_length": streams.prefix_length}),
         "smoothing": streams.smoothing,
         "init": streams.init,

@@ -32,6 +32,9 @@ def open_checkpoint(
         streams: the set of streams to switch to, or `"off"` for the plain backbone; by default the active set.
         device: where to put the model; by default on a GPU if there is one.
 
+    Returns:
+        The model, ready for use, and its tokenizer or None.
+
     Raises:
         ValueError: there is no such set of streams or device, or the checkpoint is damaged or no causal language model.
         OSError: there is no such checkpoint.
@@ -131,6 +134,13 @@ def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, checkpoint: str) -> PreTrainedTokenizerBase:
     """The tokenizer, once it is known that there is one.
+
+    Args:
+        tokenizer: what was found beside the model, or None.
+        checkpoint: as the error calls it.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: there is none.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import numbers
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
-from parscale.config import PREFIX, ParScaleConfig
+from parscale.config import OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
@@ -18,6 +22,7 @@ from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import stream_losses
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
+from parscale.streams.passes import Adaptive
 from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import parameters_of, train
 
@@ -34,6 +39,7 @@ def add_streams(
     calibration: torch.Tensor | None = None,
     transform: str = PREFIX,
     rank: int = 8,
+    kv: str = OWN,
 ) -> None:
     """Adds a further set of streams on the same backbone, inactive and frozen until ``set_streams(name)``.
 
@@ -44,7 +50,7 @@ def add_streams(
         smoothing: as in :class:`ParScaleConfig`.
         init: as in :class:`ParScaleConfig`.
         seed: as in :class:`ParScaleConfig`.
-        calibration: as for :func:`parscale.wrap`.
+        calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
 
@@ -59,6 +65,7 @@ def add_streams(
         seed=seed,
         transform=transform,
         rank=rank,
+        kv=kv,
     )
     add(model.parscale, name, config, calibration=calibration)
 
@@ -125,6 +132,9 @@ def stream_report(
         labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
         **kwargs: passed to the model (``attention_mask``, ...).
 
+    Returns:
+        Losses, weights, their entropy, and the correlation of the streams.
+
     Raises:
         ValueError: no streams are active, or the model is no causal language model.
     """
@@ -145,39 +155,103 @@ def stream_report(
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: backbone and active streams; see :func:`parscale.format.saving.save_full`."""
+    """Writes a full checkpoint: backbone and active streams, each further set in a folder of its name.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+        **kwargs: as transformers' own ``save_pretrained``.
+    """
     saving.save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Writes the active streams only; see :func:`parscale.format.saving.save_streams`."""
+    """Writes the active streams and the backbone's name, for :func:`parscale.load` and ``load_streams``.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+    """
     saving.save_streams(model, save_directory)
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until chosen.
+    """Adds a set of streams that was saved, inactive until ``set_streams(name)``.
 
-    See :func:`parscale.format.stored_sets.add_saved_streams`.
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub.
+        name: of the set here; by default the one that it was saved under.
     """
     stored_sets.add_saved_streams(model, path_or_repo, name)
 
 
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: Any) -> Any:
     """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
 
+    Args:
+        *args: of the model's own.
+        adaptive: of streams that share keys and values (``kv="shared"``): entropy, nats, of stream 0's prediction of
+            a token above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain backbone.
+            ``model.last_mean_streams`` is then how many streams ran for a token on average; where beams or several
+            rows are written, of all of them.
+        **kwargs: of the model's own.
+
     Raises:
-        ValueError: streams are active and the assistant is a decoder alone, which would read this model's encoder.
+        ValueError: ``adaptive`` is no such number, or the active streams do not share keys; or streams are active and
+            the assistant is a decoder alone, which would read this model's encoder.
     """
+    if adaptive is not None:
+        return _generate_adaptively(model, adaptive, *args, **kwargs)
     if kwargs.get("encoder_outputs") is not None:
         kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
     assistant = kwargs.get("assistant_model")
-    if model.num_streams > 1 and assistant is not None and not assistant.config.is_encoder_decoder:
+    decodes_alone = assistant is not None and not assistant.config.is_encoder_decoder
+    if model.num_streams > 1 and decodes_alone and model.parscale.encoder is not None:
         raise ValueError(
             f"{type(assistant).__name__} has no encoder and would read that of {type(model).__name__}, whose output "
             f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
             "model.use_streams(None)."
         )
     return type(model).generate(model, *args, **kwargs)
+
+
+def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
+    """As :func:`generate`, with streams where the entropy is above ``threshold``."""
+    with adaptive_streams(model, threshold) as adaptive:
+        output = type(model).generate(model, *args, disable_compile=True, **kwargs)
+    model.last_mean_streams = adaptive.mean_streams
+    return output
+
+
+@contextlib.contextmanager
+def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
+    """Calls in this block run streams 1 to P - 1 only where the entropy of stream 0's prediction is above a threshold.
+
+    Args:
+        threshold: nats; 0: always, infinity: never. To the last bit, these are all streams and the plain backbone.
+
+    Yields:
+        Counts of tokens, and where the streams ran in the last call.
+
+    Raises:
+        ValueError: no such number, or the active streams do not share keys and values.
+    """
+    state: ParScaleState | None = getattr(model, "parscale", None)
+    is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if not is_number or math.isnan(threshold) or threshold < 0:
+        raise ValueError(f"adaptive must be an entropy in nats, 0 (all streams) to infinity (none), got {threshold!r}.")
+    streams = None if state is None else state.active
+    if state is None or streams is None or streams.num_streams == 1 or not streams.shares_keys:
+        given = "none are active"
+        if streams is not None:
+            given = f"{streams.name!r} is P = {streams.num_streams}, {streams.config.kv}"
+        raise ValueError(
+            f"adaptive chooses tokens for streams that share keys and values, and {given}: wrap(model, P, kv='shared')."
+        )
+    adaptive = Adaptive(float(threshold), streams.num_streams)
+    if threshold == 0:
+        yield adaptive
+        return
+    with state.calls.choosing(None if math.isinf(threshold) else streams), state.calls.adapting(adaptive):
+        yield adaptive
 
 
 def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
@@ -187,7 +261,8 @@ def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> A
         past_key_values: the cache.
         beam_idx: ``(B,)``, the row that each row continues.
     """
-    P, B = model.num_streams, beam_idx.shape[0]
+    active, B = model.parscale.active, beam_idx.shape[0]
+    P = 1 if active is None else active.cache_copies
     rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
     own = getattr(type(model), "_reorder_cache", None)
     if own is not None:
@@ -202,6 +277,13 @@ def static_cache_init_shape(model: Any) -> None:
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Args:
+        *args: as transformers' own.
+        **kwargs: as transformers' own.
+
+    Returns:
+        As transformers' own.
 
     Raises:
         ValueError: streams are active: continuous batching packs all requests into one row with one cache.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
-from parscale.config import FIELDS, PREFIX, ParScaleConfig
+from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
 from parscale.hooks.adding import add, remove
@@ -56,6 +57,7 @@ def wrap(
     calibration: torch.Tensor | None = None,
     transform: str = PREFIX,
     rank: int = 8,
+    kv: str = OWN,
     kernels: Impl = "auto",
 ) -> M:
     """Gives a Hugging Face model P parallel streams, in place.
@@ -76,8 +78,10 @@ def wrap(
         init: as in :class:`ParScaleConfig`.
         seed: as in :class:`ParScaleConfig`.
         calibration: token ids ``(P, T)`` that all inits but ``"random"`` read; without it the backbone samples them.
+            With shared keys and values ``(P - 1, T)``.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -98,16 +102,31 @@ def wrap(
         seed=seed,
         transform=transform,
         rank=rank,
+        kv=kv,
     )
-    configs, choices = _held_configs(model), _choices(model)
-    state = None
-    try:
+    with _as_it_was_if_it_fails(model):
         state = attach(model, kernels)
-        add(state, DEFAULT, config, calibration=calibration)
-        choosing.set_streams(model, DEFAULT)
-    except BaseException:
-        if state is not None:
+        try:
+            add(state, DEFAULT, config, calibration=calibration)
+            choosing.set_streams(model, DEFAULT)
+        except BaseException:
             detach(state)
+            raise
+    return model
+
+
+@contextlib.contextmanager
+def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
+    """If this block fails, the model's configurations and its modules' children are those of before.
+
+    BigBird puts other children in their place when it first reads a short text.
+    """
+    configs = _held_configs(model)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    choices = [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
+    try:
+        yield
+    except BaseException:
         for module, held in configs:
             module.config = held
         for module, children, chosen in choices:
@@ -115,17 +134,13 @@ def wrap(
             if chosen is not None:
                 module.attention_type = chosen
         raise
-    return model
-
-
-def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
-    """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
 
 
 def unwrap(model: M) -> M:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
+
+    Args:
+        model: that was wrapped.
 
     Returns:
         The same object.
@@ -179,7 +194,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         for member, function in MEMBERS.items():
             setattr(model, member, functools.partial(function, model))
         choosing.show_num_streams()
-        if state.encoder is not None and model.can_generate():
+        if model.can_generate():
             model.generate = functools.partial(methods.generate, model)
         extend_peft()
         keep_reference()
@@ -233,9 +248,7 @@ def detach(state: ParScaleState) -> None:
         remove(state, streams)
     unhook(state)
     detach_attention(state)
-    for member in ("parscale", *MEMBERS):
+    for member in ("parscale", "generate", "last_mean_streams", *MEMBERS):
         model.__dict__.pop(member, None)
-    if state.encoder is not None:
-        model.__dict__.pop("generate", None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)

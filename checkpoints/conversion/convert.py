@@ -17,7 +17,7 @@ from parscale.checkpoints.models import find_tokenizer, load_plain, require_toke
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.sources import read_documents
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
-from parscale.config import LORA, TEXT_INITS
+from parscale.config import LORA, OWN, TEXT_INITS
 from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.format.staging import require_new_folder, staged
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
@@ -71,7 +71,7 @@ def convert(
             calibration = calibration_ids(
                 documents,
                 require_tokenizer(tokenizer, source),
-                config.num_streams,
+                config.num_transformed,
                 config.prefix_length,
                 vocabulary=vocabulary_of(model),
             )
@@ -96,6 +96,7 @@ def convert(
         "backbone": type(model).__name__,
         "num_streams": config.num_streams,
         "transform": config.transform,
+        **({} if config.kv == OWN else {"kv": config.kv}),
         **({"rank": config.rank} if config.transform == LORA else {"prefix_length": config.prefix_length}),
         "smoothing": config.smoothing,
         "init": active.config.init,
@@ -121,14 +122,17 @@ def calibration_ids(
     *,
     vocabulary: int | None = None,
 ) -> torch.Tensor:
-    """Token ids `(P, T)`: P pieces of the documents' tokens, one document after another, spread evenly over them.
+    """P pieces of the documents' tokens, one document after another, spread evenly over them.
 
     Args:
         documents: pairs of a name and a text.
         tokenizer: of the model.
-        num_streams: P.
+        num_streams: P, or as many of them as start from a text.
         prefix_length: T.
         vocabulary: how many token ids the model knows; without it, ids are not checked.
+
+    Returns:
+        Token ids `(P, T)`.
 
     Raises:
         ValueError: there are fewer than P * T tokens, or as :func:`parscale.checkpoints.texts.token_ids.encode`.

@@ -42,6 +42,9 @@ def compare(evaluation: Evaluation, baseline: Evaluation, *, confidence: float =
         baseline: of the model that it is held against.
         confidence: between 0 and 1.
 
+    Returns:
+        The mean difference with its interval.
+
     Raises:
         ValueError: the two were measured on different documents or windows, or there are fewer than two documents.
     """

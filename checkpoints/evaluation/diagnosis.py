@@ -117,6 +117,9 @@ def diagnose(
             `(P + 1) * batch_size * sequence_length * vocabulary`.
         progress: whether to show a progress bar on standard error.
 
+    Returns:
+        The figures.
+
     Raises:
         ValueError: no streams are active, a number is out of range, or no document has three tokens.
     """
@@ -212,6 +215,10 @@ def _verdict(diagnosis: Diagnosis) -> str:
 
 def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     """Save a figure: losses alone and mixed, the correlation of token losses, and mean weights by position.
+
+    Args:
+        diagnosis: what `diagnose` returned.
+        path: the file to write, `.png`, `.pdf` or `.svg`.
 
     Raises:
         ValueError: as `require_plot_path`.

@@ -22,11 +22,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import __version__
-from parscale.checkpoints.evaluation.text_loss import checked_length, evaluating
+from parscale.checkpoints.evaluation.text_loss import adapting, checked_length, evaluating, shown_threshold
 from parscale.checkpoints.models import STREAMS_OFF
 from parscale.checkpoints.texts.token_ids import only_known_ids
 
 RECIPES = Path(__file__).with_name("recipes")
+"""The folder of our task files for lm-eval, which its own command takes as `--include_path`."""
 _YAML = (".yaml", ".yml")
 
 
@@ -41,6 +42,7 @@ def evaluate_tasks(
     sequence_length: int | None = None,
     include_path: str | Path | None = None,
     confirm_run_unsafe_code: bool = False,
+    adaptive: float | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks on a model in the state it is in: with its active streams, or with none.
 
@@ -59,10 +61,11 @@ def evaluate_tasks(
             machine when lm-eval reads them (`!function`, templates): a warning names them first.
         confirm_run_unsafe_code: whether tasks may run the code that the model writes. It has no say in what task files
             run.
+        adaptive: as :func:`parscale.checkpoints.evaluation.text_loss.evaluate`.
 
     Returns:
-        lm-eval's results, as it writes them to files, with `"parscale"`: what :func:`stamp` says. Can be written as
-        JSON.
+        lm-eval's results, as it writes them to files, with `"parscale"`: what :func:`stamp` says, and with `adaptive`
+        its `mean_streams`, over the questions' own tokens too. Can be written as JSON.
 
     Raises:
         ValueError: lm-eval is missing, a number is out of range, there is no such task, a task cannot be loaded, or it
@@ -88,24 +91,28 @@ def evaluate_tasks(
         with _quiet("lm_eval.models.huggingface"):  # it warns of being given a model and not a name
             lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
         try:
-            results = simple_evaluate(
-                lm,
-                tasks=names,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                batch_size=batch_size,
-                device=str(model.device),
-                task_manager=manager,
-                log_samples=False,
-                confirm_run_unsafe_code=confirm_run_unsafe_code,
-            )
+            with adapting(model, adaptive) as chooser:
+                results = simple_evaluate(
+                    lm,
+                    tasks=names,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    batch_size=batch_size,
+                    device=str(model.device),
+                    task_manager=manager,
+                    log_samples=False,
+                    confirm_run_unsafe_code=confirm_run_unsafe_code,
+                )
         except AssertionError as error:  # so lm-eval says that a task does not fit the model
             if not str(error):
                 raise
             raise ValueError(f"lm-eval cannot run {', '.join(tasks)} on this model: {error}") from error
     assert results is not None  # this is one process
     written: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
-    return {"parscale": stamp(model, lm_eval=version("lm_eval"))} | written
+    measured = stamp(model, lm_eval=version("lm_eval"))
+    if adaptive is not None and chooser is not None:
+        measured |= {"adaptive": shown_threshold(adaptive), "mean_streams": chooser.mean_streams}
+    return {"parscale": measured} | written
 
 
 def stamp(model: Any, **versions: str) -> dict[str, Any]:

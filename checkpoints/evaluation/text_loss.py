@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
+from parscale.methods import adaptive_streams
+from parscale.streams.passes import Adaptive
 
 DEFAULT_SEQUENCE_LENGTH = 1024
 
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """One document: its name, its mean loss in nats per predicted token, and how many tokens were predicted."""
+    """One document.
+
+    Attributes:
+        name: as it was given.
+        loss: mean over its predicted tokens, in nats.
+        tokens: how many were predicted.
+    """
 
     name: str
     loss: float
@@ -41,6 +49,7 @@ class Evaluation:
         tokens: how many tokens were predicted.
         sequence_length: the windows' length in tokens.
         documents: the same by document, in the order given, without those of fewer than two tokens.
+        mean_streams: how many streams ran for a token on average, where they ran for chosen tokens only.
     """
 
     loss: float
@@ -48,6 +57,7 @@ class Evaluation:
     tokens: int
     sequence_length: int
     documents: tuple[DocumentLoss, ...]
+    mean_streams: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ def evaluate(
     *,
     sequence_length: int | None = None,
     batch_size: int = 8,
+    adaptive: float | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a model's loss on documents, in the state it is in: with its active streams, or with none.
@@ -76,11 +87,16 @@ def evaluate(
         sequence_length: tokens in a window, at least 2 and at most as many as the model has positions for; by default
             1024, or as many positions as there are.
         batch_size: windows in a batch; memory for logits grows with `batch_size * sequence_length * vocabulary`.
+        adaptive: of streams that share keys and values: entropy, nats, of stream 0's prediction above which streams 1
+            to P - 1 run for a token. 0: always, infinity: never.
         progress: whether to show a progress bar on standard error.
 
+    Returns:
+        The losses, as a whole and by document.
+
     Raises:
-        ValueError: a number is out of range, no document has two tokens, a text holds half a character, or the
-            tokenizer gives an id that the model does not know.
+        ValueError: a number is out of range, the active streams cannot adapt, no document has two tokens, a text holds
+            half a character, or the tokenizer gives an id that the model does not know.
     """
     length = checked_length(model, sequence_length)
     if batch_size < 1:
@@ -92,11 +108,14 @@ def evaluate(
     sums = [0.0] * len(documents)
     counts = [0] * len(documents)
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
-    with evaluating(model), torch.inference_mode():
+    ran = 0
+    with evaluating(model), torch.inference_mode(), adapting(model, adaptive) as chooser:
         for batch in with_progress_bar(batches, progress):
             for window, loss in zip(batch, _losses(model, [window.ids for window in batch]), strict=True):
                 sums[window.document] += loss
                 counts[window.document] += len(window.ids) - 1
+            if chooser is not None:
+                ran += sum(chooser.ran_in(row, len(window.ids) - 1) for row, window in enumerate(batch))
 
     total, tokens = math.fsum(sums), sum(counts)
     by_document = tuple(
@@ -106,7 +125,18 @@ def evaluate(
     )
     loss = total / tokens
     perplexity = math.inf if loss > 700 else math.exp(loss)
-    return Evaluation(loss, perplexity, tokens, length, by_document)
+    mean = None if chooser is None else chooser.mean_of(ran, tokens)
+    return Evaluation(loss, perplexity, tokens, length, by_document, mean)
+
+
+def adapting(model: PreTrainedModel, threshold: float | None) -> AbstractContextManager[Adaptive | None]:
+    """In this block streams run for chosen tokens, if there is a threshold; see :func:`evaluate`."""
+    return nullcontext() if threshold is None else adaptive_streams(model, threshold)
+
+
+def shown_threshold(threshold: float) -> float | str:
+    """A threshold as JSON can hold it."""
+    return threshold if math.isfinite(threshold) else "inf"
 
 
 def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:

@@ -41,7 +41,10 @@ from parscale.format.staging import require_new_folder, staged
 from parscale.terminal.console import Terminal
 
 PROMPT = "def read_config(path):\n"
-CODE, PROSE = "held-out code", "prose"
+CODE = "held-out code"
+"""What the quickstart calls its files of code that no model saw."""
+PROSE = "prose"
+"""What it calls its prose."""
 UNTOUCHED, FROZEN, EVERYTHING, ALONE = "untouched", "frozen", "everything", "alone"
 TITLES = {
     UNTOUCHED: "untouched backbone",
@@ -89,7 +92,12 @@ class QuickstartSettings:
 
 @dataclass(frozen=True)
 class QuickstartTexts:
-    """Documents to train on, and those to measure on by their kind."""
+    """What the quickstart reads.
+
+    Attributes:
+        train: documents to train on.
+        measured: documents to measure on, by their kind.
+    """
 
     train: Sequence[Document]
     measured: Mapping[str, Sequence[Document]]
@@ -177,7 +185,15 @@ def run_quickstart(
 
 
 def quickstart_texts(code_characters: int = 3500, prose_characters: int = 1000) -> QuickstartTexts:
-    """The standard library's files and pydoc's topics; of the measured ones only so many characters each."""
+    """The standard library's files, and pydoc's topics as prose.
+
+    Args:
+        code_characters: of each held-out file, how many are measured at most.
+        prose_characters: of each topic.
+
+    Returns:
+        What to train on and what to measure on.
+    """
     from pydoc_data.topics import topics
 
     train, held_out = standard_library_split()

@@ -28,5 +28,13 @@ class Source:
 
     @classmethod
     def of(cls, name: str, documents: Sequence[Document]) -> Source:
-        """A source of documents that are in memory."""
+        """A source of documents that are in memory.
+
+        Args:
+            name: as errors and model cards say it.
+            documents: pairs of a name and a text.
+
+        Returns:
+            The source.
+        """
         return cls(name, lambda: iter(documents))

@@ -44,6 +44,9 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
             within a window of 10,000.
         seed: of that shuffling.
 
+    Returns:
+        The documents, read anew each time that they are iterated over.
+
     Raises:
         ValueError: there is no such file or dataset, or it is no file but a pipe, a device or a socket. What is wrong
             inside is found when it is read.
@@ -68,12 +71,14 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
 
 
 def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[Document]:
-    """Files to measure on or to start from as documents, empty ones included: a text file is one, and of a file of
-    rows each.
+    """Files to measure on or to start from: a text file is one document, in a file of rows each row is.
 
     Args:
         files: as `open_source` takes them, but for folders.
         text_column: what holds the text in a row.
+
+    Returns:
+        Pairs of a name and a text.
 
     Raises:
         ValueError: a file does not exist, is a folder or no file, or cannot be read as what its name says.

@@ -46,6 +46,9 @@ def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document],
     Args:
         with_tests: the library's test suites, where they are installed, join the training documents. The held-out
             ones stay the same.
+
+    Returns:
+        Both, as pairs of a name and a text.
     """
     train: list[Document] = []
     held_out: list[Document] = []

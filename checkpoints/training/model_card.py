@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from parscale.checkpoints.texts.files import shown
 from parscale.checkpoints.training.settings import TrainSettings
-from parscale.config import ParScaleConfig
+from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
@@ -76,6 +76,7 @@ class TrainingFacts:
         versions: of the software, by name.
         datasets: those of `data` that are data sets on the Hub.
         streams_only: whether the checkpoint holds the streams alone, and takes its backbone from elsewhere.
+        kv: whose keys and values a stream reads, `"own"` or `"shared"`.
 
     Raises:
         ValueError: `trains` is none of these.
@@ -103,6 +104,7 @@ class TrainingFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
     streams_only: bool = False
+    kv: str = OWN
 
     def __post_init__(self) -> None:
         if self.trains not in TRAINED:
@@ -138,8 +140,8 @@ def model_card(facts: TrainingFacts) -> str:
         "## Limits",
         "The losses hold for text like the held-out text above. Streams trained on little text of one kind can do harm "
         "on another: measure on text outside the training domain before relying on the model. Each token costs "
-        f"{facts.num_streams} times the backbone's arithmetic, and the cache holds {facts.num_streams} times its keys "
-        "and values. The backbone's limits and its license remain.",
+        f"{facts.num_streams} times the backbone's arithmetic, and {_cache(facts)}. The backbone's limits and its "
+        "license remain.",
         "## Versions",
         _table(("software", "version"), ((_code(name), _code(text)) for name, text in facts.versions.items()))
         or "Not recorded.",
@@ -193,12 +195,20 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
 
 def _what_it_is(facts: TrainingFacts) -> str:
     backbone = facts.backbone_class if facts.backbone is None else f"{_code(facts.backbone)} ({facts.backbone_class})"
+    differing = "each time behind a learned prefix of its own"
+    if facts.kv == SHARED:
+        differing = "once as it is and then each time behind a learned prefix of its own"
     return (
         f"{backbone} with {facts.num_streams} parallel streams (ParScale, "
         "[arXiv 2505.10475](https://arxiv.org/abs/2505.10475)): each token passes the backbone "
-        f"{facts.num_streams} times, each time behind a learned prefix of its own, and a small network mixes the "
-        "results. Post-trained with `parscale`."
+        f"{facts.num_streams} times, {differing}, and a small network mixes the results. Post-trained with `parscale`."
     )
+
+
+def _cache(facts: TrainingFacts) -> str:
+    if facts.kv == SHARED:
+        return "the cache holds the backbone's keys and values, which all streams read"
+    return f"the cache holds {facts.num_streams} times its keys and values"
 
 
 def _use(facts: TrainingFacts) -> str:
@@ -224,6 +234,7 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
         (label["num_streams"], str(facts.num_streams)),
         (label["transform"], _code(facts.transform)),
         (label["prefix_length"], "-" if facts.prefix_length is None else str(facts.prefix_length)),
+        *([(label["kv"], _code(facts.kv))] if facts.kv != OWN else []),
         (label["smoothing"], f"{facts.smoothing:g}"),
         (label["init"], "-" if facts.init is None else _code(facts.init)),
         ("trained", TRAINED[facts.trains]),

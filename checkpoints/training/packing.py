@@ -63,6 +63,9 @@ def pack(encoded: Iterable[list[int]], sequence_length: int, *, padding: int | N
         encoded: token ids by document.
         sequence_length: S.
         padding: a token id that fills the last block; its positions restart at 0, so that nothing sees it.
+
+    Returns:
+        The blocks, one by one.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -127,6 +130,9 @@ def pack_documents(
         tokenizer: of the model.
         sequence_length: S, of a block, in tokens.
         vocabulary: how many token ids the model knows; without it, ids are not checked.
+
+    Returns:
+        The rows.
 
     Raises:
         ValueError: `sequence_length` is below 1, the tokenizer gives an id that the model does not know, or a text

@@ -16,6 +16,7 @@ from parscale.checkpoints.training.run_folder import REPORT, Run
 from parscale.checkpoints.training.settings import LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import put_together
 from parscale.checkpoints.training.trainer import BACKBONE, TEXT
+from parscale.config import OWN
 from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
 from parscale.format.staging import staged
 
@@ -82,6 +83,7 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
         },
         versions=report["versions"],
         streams_only=what["kind"] == STREAMS_ONLY,
+        kv=what.get("kv", OWN),
     )
 
 

@@ -127,6 +127,9 @@ class TrainSettings:
 
         Args:
             transform: what makes the streams differ.
+
+        Returns:
+            The streams' and the others'.
         """
         of_streams = self.streams_learning_rate
         if of_streams is None:

@@ -13,7 +13,14 @@ from parscale.checkpoints.training.packing import Blocks
 
 
 def faster_in_bf16(device: torch.device) -> bool:
-    """Whether products of a small model's size are much faster in bfloat16 here; not every processor has it."""
+    """Whether products of a small model's size are much faster in bfloat16 here; not every processor has it.
+
+    Args:
+        device: where they run.
+
+    Returns:
+        Whether bfloat16 is worth it.
+    """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2048, 256), (256, 576)))

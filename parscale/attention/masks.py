@@ -119,3 +119,47 @@ def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -
     if key not in made:
         made[key] = (mask, visible_lengths(mask))
     return made[key][1]
+
+
+def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> Any:
+    """The mask of the first rows; made once for all layers that share it.
+
+    Args:
+        made: as :func:`extended_mask`, under a key of its own.
+        mask: dense, a padding mask ``(R, K)`` or FlexAttention's, of as many rows or more, or of one for all; or none.
+        num_rows: how many.
+    """
+    if mask is None or mask.shape[0] in (1, num_rows):
+        return mask
+    if torch.compiler.is_compiling():
+        return mask[:num_rows]
+    key = ("rows", id(mask))
+    if key not in made:
+        piece = mask[:num_rows]
+        if isinstance(mask, BlockMask):
+            piece.mask_mod = mask.mask_mod  # the first rows keep their numbers
+        made[key] = (mask, piece)
+    return made[key][1]
+
+
+def last_queries_of_mask(
+    made: dict[Any, tuple[Any, Any]], mask: Any, positions: int, chosen: torch.Tensor | None
+) -> Any:
+    """The mask of the last queries of chosen rows; made once for all layers that share it.
+
+    Args:
+        made: as :func:`extended_mask`, under a key of its own.
+        mask: ``(B or 1, heads or 1, S, K)``; a padding mask ``(B, K)``; or FlexAttention's, of which all queries are
+            wanted.
+        positions: how many queries.
+        chosen: numbers of the rows; ``None``: all.
+    """
+    key = ("last", id(mask))
+    if key not in made:
+        piece = mask
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            piece = mask[:, :, -positions:]
+        if chosen is not None and mask.shape[0] > 1:
+            piece = piece[chosen]
+        made[key] = (mask, piece)
+    return made[key][1]

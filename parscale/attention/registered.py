@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.functions import AttentionFunction, backbone_function, record
 from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
+from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.distributed.offloading import parameter_of
 from parscale.kernels import causal_attention, decode_attention, is_mergeable
 from parscale.kernels.prefix import prepend
@@ -92,7 +93,9 @@ class AttentionConfig:
     def _attn_implementation(self) -> str:
         true_name = self.backbone._attn_implementation or "eager"
         call = self.state.call
-        if call.in_flight is None and call.recorder is None:  # the plain backbone, as if never wrapped
+        if (
+            call.in_flight is None and call.recorder is None and call.passes is None
+        ):  # the plain backbone, as if never wrapped
             return true_name
         name = NAME_PREFIX + true_name
         if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
@@ -163,7 +166,7 @@ def prefix_attention(
     if call.recorder is not None:
         record(state, module, key, value)
     streams = call.in_flight
-    flash = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
+    flash = _is_flash(name)
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
@@ -171,24 +174,59 @@ def prefix_attention(
     repeats = streams is not None and not flash and torch.compiler.is_exporting()
     if repeats:
         view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
-    if streams is None or not hasattr(owner, streams.key_name):
+    if call.passes is not None:
+        key, value, attention_mask = keys_of_pass(call, module, query, key, value, attention_mask, name)
+    has_prefix = streams is not None and hasattr(owner, streams.key_name)
+    if streams is None or not (has_prefix or streams.shares_keys):
         return backbone(view, query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
-    prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
-    prefix_v = parameter_of(owner, streams.value_name)
-    if repeats:
-        prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
+    prefix = None
+    if has_prefix:
+        prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
+        prefix_v = parameter_of(owner, streams.value_name)
+        if repeats:
+            prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
+        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
+            prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
+        prefix = prefix_k, prefix_v
+    attend = functools.partial(_with_prefix, state, backbone, name, view)
+    if streams.shares_keys:
+        causal = _is_causal(module, kwargs)
+        by_sdpa = name == "sdpa" and not _is_special(kwargs)
+        plain = functools.partial(backbone, view)
+        return attend_to_shared(
+            *(state, attend, plain, query, key, value, prefix, attention_mask),
+            by_sdpa=by_sdpa,
+            causal=causal,
+            kwargs=kwargs,
+        )
+    assert prefix is not None
+    return attend(query, key, value, *prefix, attention_mask, **kwargs)
+
+
+def _with_prefix(
+    state: ParScaleState,
+    backbone: AttentionFunction,
+    name: str,
+    view: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of P*B rows with keys of their own, and P prefixes ``(P, G, T, D)``."""
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
-    if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
-        prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
-    if flash:
+    if _is_flash(name):
         return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
-        mask = extended_mask(call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
+        mask = extended_mask(state.call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
         keep_sizes_static(query, keys, values)
         return backbone(view, query, keys, values, mask, **kwargs)
     return _dense_attention(
@@ -216,11 +254,8 @@ def _dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """For ``eager``, ``sdpa`` and functions of their contract: a mask over ``(S, K)``, or none."""
     T, S = prefix_k.shape[2], query.shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    # what only the backbone's own function knows
-    special = kwargs.get("dropout") or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))
-    if attention_mask is None and name != "eager" and causal and S > 1:
+    special = _is_special(kwargs)
+    if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:
         if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
@@ -252,3 +287,19 @@ def _dense_attention(
         return output.transpose(1, 2), None  # (R, 1, heads, D)
     mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
+
+
+def _is_flash(name: str) -> bool:
+    """Whether an implementation is flash-attention, or one of its contract."""
+    return ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
+
+
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask that is left out stands for the causal one."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _is_special(kwargs: dict[str, Any]) -> bool:
+    """Whether something is asked for that only the backbone's own function knows."""
+    return bool(kwargs.get("dropout")) or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))

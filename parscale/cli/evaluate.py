@@ -36,6 +36,14 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
+    adaptive: Annotated[
+        float | None,
+        typer.Option(
+            help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
+            "H nats. 0: always, inf: never.",
+            metavar="H",
+        ),
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
     ] = None,
@@ -94,10 +102,11 @@ def evaluate(
             sequence_length=sequence_length,
             include_path=include_path,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
+            adaptive=adaptive,
         )
         figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
     else:
-        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size)
+        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
     if json:
         print_json(figures)
     elif tasks:
@@ -118,12 +127,20 @@ def _measure(
     streams: str | None,
     sequence_length: int | None,
     batch_size: int,
+    adaptive: float | None,
 ) -> dict[str, Any]:
     from parscale.checkpoints.evaluation.tasks import stamp
     from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
+    from parscale.checkpoints.evaluation.text_loss import shown_threshold
 
     result = evaluate_documents(
-        model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, progress=True
+        model,
+        tokenizer,
+        documents,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        adaptive=adaptive,
+        progress=True,
     )
     return {
         "checkpoint": checkpoint,
@@ -132,6 +149,7 @@ def _measure(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
+        **({} if adaptive is None else {"adaptive": shown_threshold(adaptive), "mean_streams": result.mean_streams}),
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],

@@ -40,8 +40,9 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
         shape = tensor.shape
         if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{name} of {checkpoint} is of {tensor.dtype}; streams are floating-point numbers.")
-        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (P, T)):
-            wanted = f"({P}, heads, {T}, head size)"
+        prefixes = streams.num_transformed
+        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (prefixes, T)):
+            wanted = f"({prefixes}, heads, {T}, head size)"
         elif name.endswith("aggregate_layer.2.weight") and (len(shape) != 2 or shape[0] != P):
             wanted = f"({P}, hidden size)"
         elif name.endswith("prompt") and (len(shape) != 3 or shape[:2] != (P, T)):

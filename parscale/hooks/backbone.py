@@ -19,6 +19,7 @@ from parscale.attention.caches import CACHES, fit_rows, is_empty
 from parscale.hooks.encoded import mark_output
 from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
 from parscale.hooks.rows import check_plain, copy_rows, first_input
+from parscale.hooks.two_passes import TwoPassHooks, after_pass, of_pass
 from parscale.streams.backbones import NOISE, masking_noise
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -51,6 +52,7 @@ class BackboneHooks:
         if state.encoder is not None:
             hooks.append(state.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
             hooks.append(state.encoder.register_forward_hook(self._mark_encoded))
+        hooks += TwoPassHooks(state).attach()
         for part in state.parts:
             part._replicate_for_data_parallel = functools.partial(self._replicate, part)
         state.hooks += hooks
@@ -67,7 +69,7 @@ class BackboneHooks:
             streams = state.in_use(streams) if streams.num_streams > 1 else None
         call.begin(streams)
         if part is not state.encoder:
-            call.part, call.running = part, module
+            call.enter(part, module)
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 use_outside_of_blocks(state)
@@ -87,7 +89,9 @@ class BackboneHooks:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
-        fit_rows(arguments.get("past_key_values"), rows.shape[0], streams.num_streams)
+        fit_rows(arguments.get("past_key_values"), rows.shape[0], streams.cache_copies)
+        if call.passes is not None and (alone := of_pass(state, module, part, arguments, rows)) is not None:
+            return (), alone
         if NOISE in state.positional[part] and arguments.get(NOISE) is None:
             arguments[NOISE] = masking_noise(module, rows)
         arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
@@ -119,6 +123,8 @@ class BackboneHooks:
         call = self.state.call
         call.masks.clear()
         streams = call.in_flight
+        if call.passes is not None:
+            output = after_pass(call.passes, output)
         if streams is None:
             return output
         unpooled, output = output[0], streams.transform.after(output)
@@ -220,14 +226,14 @@ def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[
 
 
 def _check_cache(cache: Any, streams: StreamSet | None) -> None:
-    """A cache belongs to the set that filled it."""
+    """A cache belongs to the set that filled it; those of sets that share keys are the plain backbone's."""
     if cache is None or isinstance(cache, (tuple, list)):  # of a model's own kind
         return
-    name = None if streams is None else streams.name
+    name = None if streams is None or streams.shares_keys else streams.name
     filled_by = getattr(cache, "parscale_streams", name)
     if filled_by != name and not is_empty(cache):
         raise ValueError(
             f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
-            "backbone). Start with a new cache after switching."
+            "backbone, or streams that share its keys). Start with a new cache after switching."
         )
     cache.parscale_streams = name

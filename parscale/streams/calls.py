@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.sets import StreamSet
 
 Recorder = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]  # layer, keys and values (R, G, K, D)
@@ -65,6 +66,9 @@ class Call:
         tokens: of ``transform="prompt"``: where the tokens stand, ``(R, S)``; ``None``: everywhere.
         cache: of ``transform="prompt"``: the cache of the pass.
         block: the innermost open block, for compiled code, which cannot ask a context variable.
+        passes: of the call of the whole model under way, where it has two.
+        adaptive: where streams run, for calls that do not run them everywhere.
+        one_batch: whether all streams run in one batch, whatever the call.
     """
 
     in_flight: StreamSet | None = None
@@ -79,12 +83,19 @@ class Call:
     tokens: torch.Tensor | None = None
     cache: Any = None
     block: Block | None = None
+    passes: TwoPasses | None = None
+    adaptive: Adaptive | None = None
+    one_batch: bool = False
 
     def begin(self, streams: StreamSet | None) -> None:
         """A pass of the backbone, or of the encoder before it, begins with this set."""
         self.masks.clear()
         self.pooled = None
         self.in_flight = streams
+
+    def enter(self, part: Any, running: Any) -> None:
+        """A part that is mixed runs: itself, or its replica on another device."""
+        self.part, self.running = part, running
 
     def in_running_part(self, module: Any) -> Any:
         """Of a module of the backbone, the one in the replica that this thread runs; itself where there is none."""
@@ -162,6 +173,30 @@ class Calls(_NotCopied, threading.local):
             yield
         finally:
             call.aggregating = before
+
+    @contextlib.contextmanager
+    def adapting(self, adaptive: Adaptive) -> Iterator[None]:
+        """Calls in this block run streams 1 to P - 1 where the entropy of stream 0's prediction is above a threshold.
+
+        Args:
+            adaptive: holds the threshold, and counts.
+        """
+        call = self.call
+        before, call.adaptive = call.adaptive, adaptive
+        try:
+            yield
+        finally:
+            call.adaptive = before
+
+    @contextlib.contextmanager
+    def in_one_batch(self) -> Iterator[None]:
+        """Calls in this block run all streams in one batch of P*B rows."""
+        call = self.call
+        before, call.one_batch = call.one_batch, True
+        try:
+            yield
+        finally:
+            call.one_batch = before
 
 
 def innermost_block(calls: Calls) -> Block | None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from parscale.config import DEFAULT_SET, ParScaleConfig
+from parscale.config import DEFAULT_SET, SHARED, ParScaleConfig
 from parscale.streams.naming import COPY
 from parscale.streams.places import Place
 
@@ -48,6 +48,16 @@ class StreamSet:
     def num_streams(self) -> int:
         """P."""
         return self.config.num_streams
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether all streams attend to the keys and values of stream 0, which is the plain backbone."""
+        return self.config.kv == SHARED
+
+    @property
+    def cache_copies(self) -> int:
+        """How many rows a cache has for each row of the input."""
+        return 1 if self.shares_keys else self.num_streams
 
 
 class Transform:
@@ -111,6 +121,10 @@ class Transform:
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the backbone or of the encoder before it, which have P*B rows, as it shall see them."""
+        return arguments
+
+    def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The same in a pass of stream 0 alone: of B rows."""
         return arguments
 
     def before_pooling(self, states: torch.Tensor) -> torch.Tensor:

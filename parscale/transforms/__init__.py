@@ -6,6 +6,8 @@
 ``lora``   a low-rank difference to each linear layer                        any
 ========== ================================================================= ======================================
 
+A prefix may also stand in front of keys and values that all streams share (:mod:`parscale.transforms.shared`).
+
 Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more. How a set starts is
 in :mod:`parscale.transforms.inits`.
 
@@ -21,6 +23,7 @@ from parscale.transforms.base import ModelTransform
 from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import PrefixTransform
 from parscale.transforms.prompt import PromptTransform
+from parscale.transforms.shared import SharedPrefixTransform
 
 CLASSES: dict[str, type[ModelTransform]] = {PREFIX: PrefixTransform, PROMPT: PromptTransform, LORA: LoraTransform}
 
@@ -35,7 +38,7 @@ def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int 
         copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
     """
     streams = StreamSet(name, config, copy)
-    streams.transform = CLASSES[config.transform](state, streams)
+    streams.transform = (SharedPrefixTransform if streams.shares_keys else CLASSES[config.transform])(state, streams)
     return streams
 
 

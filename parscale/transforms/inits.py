@@ -85,7 +85,7 @@ def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor |
 
 def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
-    P, T = streams.config.num_streams, streams.config.prefix_length
+    P, T = streams.config.num_transformed, streams.config.prefix_length
     model: Any = state.model
     vocabulary = _vocabulary_size(model)
     start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
@@ -130,7 +130,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
         )
     if calibration is None:
         return
-    P, T = streams.config.num_streams, streams.config.prefix_length
+    P, T = streams.config.num_transformed, streams.config.prefix_length
     if streams.config.init not in TEXT_INITS:
         raise ValueError(
             f"calibration is read by init={' or '.join(map(repr, TEXT_INITS))} only, got "
@@ -143,8 +143,8 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
         integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
     if not isinstance(calibration, torch.Tensor) or not integers or calibration.shape != (P, T):
         raise ValueError(
-            "calibration must be token ids, a tensor of integers of shape (num_streams, prefix_length) = "
-            f"({P}, {T}), got {given}."
+            "calibration must be token ids, a tensor of integers of shape "
+            f"({'num_streams - 1' if streams.shares_keys else 'num_streams'}, prefix_length) = ({P}, {T}), got {given}."
         )
     vocabulary = _vocabulary_size(state.model)
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:

@@ -265,14 +265,10 @@ print("done")
 
 
 @pytest.mark.slow
-def test_a_process_that_did_not_import_parscale(folder, tmp_path):
+def test_a_process_that_did_not_import_parscale(folder, tmp_path, programs):
     """Without remote code it fails and says so; with it, it works; without the package, it says what to install."""
     released = Path(__file__).parents[1] / "golden" / "p2-theta1e6"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_PARSCALE, str(folder), str(released)]
-    result = subprocess.run(
-        command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
+    result = programs.run("-c", WITHOUT_PARSCALE, folder, released, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("done\n")
 

@@ -17,10 +17,10 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-    """As PEFT's own; keys and values have a row for each of the P*B rows that run, embeddings for each of the B."""
+    """As PEFT's own; keys and values have a row for each one of the cache, embeddings for each of the B."""
     state = state_of(self)
     if state is not None and state.active is not None and method_of(self.active_peft_config).fills_cache:
-        batch_size = batch_size * state.active.num_streams
+        batch_size = batch_size * state.active.cache_copies
     return get_prompt(self, batch_size, *args, **kwargs)
 
 
@@ -38,7 +38,8 @@ def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[
     beams = kwargs.get("num_beams") or 1
     outside = {name: [row for row in rows for _ in range(beams)] for name, rows in given.items()}
     streams = _streams_of_rows(state, given.get("adapter_names"))
-    with streams, enable(self, *args, **kwargs | repeated), _outside_backbone(state, self, outside):
+    around, together = _outside_backbone(state, self, outside), state.calls.in_one_batch()
+    with streams, enable(self, *args, **kwargs | repeated), around, together:
         yield
 
 
@@ -51,7 +52,7 @@ def with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
             yield
         return
     repeated = task_ids.repeat(state.active.num_streams)  # (P*B,)
-    with manage(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}):
+    with manage(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}), state.calls.in_one_batch():
         yield
 
 

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from parscale.config import NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
+from parscale.config import NUM_STREAMS, OWN, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
 from parscale.format.checks import check_streams
 from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
 from parscale.format.headers import StoredTensor
@@ -73,6 +73,11 @@ def prepare(vllm_config: Any) -> None:
         raise ValueError(
             f"The streams of {checkpoint} are made by transform={streams.transform!r}, and vLLM serves those of "
             f"{PREFIX!r} only: `transformers serve --trust-remote-code` serves any."
+        )
+    if streams.kv != OWN:
+        raise ValueError(
+            f"The streams of {checkpoint} share keys and values (kv={streams.kv!r}), and vLLM serves those of "
+            f"kv={OWN!r} only: `transformers serve --trust-remote-code` serves any."
         )
     _check_settings(vllm_config)
     has_window = _has_window(vllm_config)

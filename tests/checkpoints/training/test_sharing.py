@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -44,25 +42,31 @@ def settings(text_file, **options):
 # -- two processes
 
 
-def train_in_a_process(checkpoint, output, chosen, *, resume=False):
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom parscale.checkpoints.train import TrainSettings, train\n"
-        f"try:\n    train({str(checkpoint)!r}, Path({str(output)!r}), {chosen!r}, resume={resume})\n"
-        "except (ValueError, OSError) as error:\n    sys.exit(f'said: {error}')\n"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-P", "-c", script], stderr=subprocess.PIPE, text=True, env=environment)
+@pytest.fixture
+def train_in_a_process(programs, tmp_path):
+    def start(checkpoint, output, chosen, *, resume=False):
+        script = (
+            "import sys\nfrom pathlib import Path\nfrom parscale.checkpoints.train import TrainSettings, train\n"
+            f"try:\n    train({str(checkpoint)!r}, Path({str(output)!r}), {chosen!r}, resume={resume})\n"
+            "except (ValueError, OSError) as error:\n    sys.exit(f'said: {error}')\n"
+        )
+        return programs.start("-P", "-c", script, cwd=tmp_path)
+
+    return start
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_second_process_is_refused_and_the_first_is_not_disturbed(full, text_file, tmp_path, monkeypatch, resume):
+def test_a_second_process_is_refused_and_the_first_is_not_disturbed(
+    full, text_file, tmp_path, monkeypatch, train_in_a_process, resume
+):
     """It comes while the first saves a checkpoint."""
     publish, others = Run.publish, []
 
     def publish_later(self, written, step, **options):
         if step == 2:
             other = train_in_a_process(full, tmp_path / "run", settings(text_file), resume=resume)
-            others.append(other.communicate()[1])
+            other.wait()
+            others.append(other.stderr)
             assert written.is_dir()
         publish(self, written, step, **options)
 
@@ -77,14 +81,13 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(full, text_f
     assert Run(tmp_path / "run").newest_checkpoint() == tmp_path / "run" / "checkpoint-4"
 
 
-def test_two_that_begin_at_one_time(full, text_file, tmp_path):
+def test_two_that_begin_at_one_time(full, text_file, tmp_path, train_in_a_process):
     """One of them runs to its end, and the other says why not."""
     processes = [train_in_a_process(full, tmp_path / "run", settings(text_file), resume=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in processes]
-    codes = [process.returncode for process in processes]
+    codes = [process.wait() for process in processes]
     assert 0 in codes
-    for code, text in zip(codes, said, strict=True):
-        assert code == 0 or "another process writes there" in text, text
+    for code, process in zip(codes, processes, strict=True):
+        assert code == 0 or "another process writes there" in process.stderr, process.stderr
     assert Run(tmp_path / "run").report()["steps"] == STEPS
     assert [line["step"] for line in Run(tmp_path / "run").metrics() if "loss" in line] == [1, 2, 3, 4]
 

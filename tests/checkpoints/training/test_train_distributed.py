@@ -1,10 +1,7 @@
 """`train` on two processes (gloo, CPU): the losses of one, and runs that go on with another number of processes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,16 +41,15 @@ def one(full, settings, tmp_path_factory):
     return folder
 
 
-def launch(processes, runs, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    finished = subprocess.run(
-        [*command, Path(__file__).with_name("distributed_worker.py"), json.dumps(runs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-5000:]
+@pytest.fixture
+def launch(programs, tmp_path):
+    """Trains in several processes."""
+
+    def run(processes, runs, **environment):
+        worker = Path(__file__).with_name("distributed_worker.py")
+        programs.run_together(processes, worker, json.dumps(runs), cwd=tmp_path, **environment)
+
+    return run
 
 
 def request(checkpoint, output, settings, *, resume=False):
@@ -94,7 +90,7 @@ def stop_after_two_steps(folder, copy):
     return copy
 
 
-def test_ddp(full, settings, one, tmp_path):
+def test_ddp(full, settings, one, tmp_path, launch):
     """And what two processes have begun goes on in one, and the other way round."""
     runs = [request(full, tmp_path / name, settings | way) for name, way in WAYS.items()]
     for name, way in WAYS.items():
@@ -110,7 +106,7 @@ def test_ddp(full, settings, one, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_fsdp2(full, settings, one, tmp_path, kind):
+def test_fsdp2(full, settings, one, tmp_path, kind, launch):
     """Also begun by two processes and gone on with by one, under FSDP too."""
     ways = {name: WAYS[name] for name in ("everything", "streams")}
     launch(2, [request(full, tmp_path / name, settings | way) for name, way in ways.items()], **fsdp2(kind))
@@ -124,7 +120,7 @@ def test_fsdp2(full, settings, one, tmp_path, kind):
         assert_same(tmp_path / f"{name}-from-two", one / name)
 
 
-def test_zero3(full, settings, one, tmp_path):
+def test_zero3(full, settings, one, tmp_path, launch):
     pytest.importorskip("deepspeed")
     ways = {name: WAYS[name] for name in ("everything", "streams")}
     environment = {
@@ -138,7 +134,7 @@ def test_zero3(full, settings, one, tmp_path):
         assert_same(tmp_path / name, one / name)
 
 
-def test_a_batch_that_the_processes_cannot_share(full, settings, tmp_path):
+def test_a_batch_that_the_processes_cannot_share(full, settings, tmp_path, launch):
     with pytest.raises(AssertionError, match="must be a multiple of the 2 processes"):
         launch(2, [request(full, tmp_path / "run", settings | {"batch_size": 3})])
     assert not (tmp_path / "run").exists()
