@@ -53,6 +53,7 @@ def add_streams(
         calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
@@ -193,6 +194,9 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             ``model.last_mean_streams`` is then how many streams ran for a token on average; where beams or several
             rows are written, of all of them.
         **kwargs: of the model's own.
+
+    Returns:
+        As the model's own.
 
     Raises:
         ValueError: ``adaptive`` is no such number, or the active streams do not share keys; or streams are active and

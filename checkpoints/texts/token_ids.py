@@ -42,8 +42,9 @@ def encode(
 
 
 def require_text(where: str, text: str) -> str:
-    r"""The text, once it is known to be one: in JSON, `"\ud83d"` is half of a character, and on a command line such a
-    half stands for a byte that is not UTF-8.
+    r"""The text, once it is known to be one.
+
+    In JSON, `"\ud83d"` is half of a character, and on a command line such a half stands for a byte that is not UTF-8.
 
     Args:
         where: what an error names, such as `"a.jsonl, line 3"`.
