@@ -121,7 +121,7 @@ gpu-check: ## The GPU tests and benchmarks; RELEASED=FOLDER times the released c
 	$$python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json \
 		&& exit $$passed
 
-$(DOCS_READY): $(READY)
+$(DOCS_READY): $(PLAIN)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
@@ -129,7 +129,7 @@ $(DOCS_READY): $(READY)
 docs: $(DOCS_READY) ## The documentation, into build/docs; a broken link or an unknown name stops it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(RELEASE_READY): $(READY)
+$(RELEASE_READY): $(PLAIN)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[release]'
 	@touch $@
 

@@ -195,6 +195,9 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             rows are written, of all of them.
         **kwargs: of the model's own.
 
+    Returns:
+        As the model's own.
+
     Raises:
         ValueError: ``adaptive`` is no such number, or the active streams do not share keys; or streams are active and
             the assistant is a decoder alone, which would read this model's encoder.

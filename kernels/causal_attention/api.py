@@ -24,6 +24,15 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
     On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
     bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where ``torch.nn.attention.sdpa_kernel`` forbids flash
     attention, or under a transform of ``torch.func``.
+
+    Args:
+        query: ``(P*B, heads, S, D)``.
+        key: ``(P*B, G, S, D)``.
+        value: ``(P*B, G, S, D)``.
+        impl: as ``wrap`` takes ``kernels``; ``"reference"`` is never mergeable.
+
+    Returns:
+        Whether it takes them.
     """
     if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
         return False

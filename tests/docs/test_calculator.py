@@ -65,6 +65,7 @@ def opened(tmp_path):
     body = part.replace(snippet, FIGURES.read_text()).replace(
         "assets/calculator.js", (ASSETS / "calculator.js").as_uri()
     )
+    body += "<script>document.body.dataset.overflow = document.documentElement.scrollWidth - innerWidth</script>"
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'>{style}"
     (tmp_path / "page.html").write_text(f"<!doctype html><html><head>{head}</head><body>{body}</body></html>")
 
@@ -77,6 +78,7 @@ def opened(tmp_path):
             [*command, "--window-size=390,800", "--dump-dom", address], capture_output=True, text=True, timeout=120
         )
         said = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
+        assert 'data-overflow="0"' in finished.stdout  # nothing is wider than a phone
         return html.unescape(finished.stdout.partition('<p class="verdict"')[2].partition("<noscript")[0]), said
 
     return run
