@@ -53,7 +53,8 @@ test: lint typecheck unit ## Everything that has to pass: lint, types, tests
 unit: $(READY) ## The tests alone, on the CPU; JOBS of them at once
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu and not nightly"
 
-test-nightly: $(READY) ## The tests that `make test` leaves to the night: whole tables, full grids, every compile target
+test-nightly: $(READY) $(VLLM_READY) ## The tests that the others leave to the night: whole tables, full grids, every target
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m nightly tests/vllm
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "nightly and not gpu"
 
 # An environment of its own: vLLM pins torch and much else. --no-deps, since its list asks for packages of GPUs.
@@ -65,7 +66,7 @@ $(VLLM_READY): pyproject.toml requirements-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for CPUs
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m "not nightly" tests/vllm
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(call environment,$(OLDEST_VENV))

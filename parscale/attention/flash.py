@@ -43,6 +43,7 @@ def flash_with_prefix(
         prefix_k: ``(P, G, T, D)``.
         prefix_v: ``(P, G, T, Dv)``.
         attention_mask: padding mask ``(P*B, K)``, 1 for real tokens, or ``None``.
+        **kwargs: for ``backbone``.
 
     Returns:
         ``(P*B, S, heads, Dv)`` and ``None``.

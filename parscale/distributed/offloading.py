@@ -23,7 +23,7 @@ _HOOK = "_hf_hook"  # where accelerate keeps a module's hook, which has no other
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks of a module."""
+    """The hooks of a module that are accelerate's."""
     hook = module.__dict__.get(_HOOK)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 

@@ -104,6 +104,8 @@ def _write_full(
     """Writes the folder of :func:`save_full`.
 
     Args:
+        model: the wrapped model.
+        save_directory: the folder.
         further: the further sets' tensors.
         beside: the active set's, where the class writes its adapters alone.
         push: what to do on the Hub.

@@ -332,7 +332,7 @@ def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
         pytest.skip("this machine lets nobody mount a file system")
     chosen = options | {"keep_checkpoints": 100}
     script.write_text(
-        "from pathlib import Path\nfrom parscale.checkpoints.train import TrainSettings, train\n"
+        "from pathlib import Path\nfrom parscale.checkpoints import TrainSettings, train\n"
         f"try:\n    train({str(checkpoint)!r}, Path({str(disk / 'run')!r}), TrainSettings(**{chosen!r}))\n"
         "except OSError as error:\n    print('said:', error)\n"
     )
