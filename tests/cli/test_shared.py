@@ -75,7 +75,7 @@ def loss_by_hand(folder, text_file, threshold=None):
     Without one it is the median of the entropies.
     """
     model = parscale.load(folder)
-    ids = torch.tensor([list(text_file.read_bytes())])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(text_file.read_text())["input_ids"]])
     with torch.no_grad():
         mixed = model(ids).logits[0, :-1].double()
         with model.use_streams(None):
