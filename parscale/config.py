@@ -35,34 +35,37 @@ RELEASED_PREFIX_LENGTH = 48
 class ParScaleConfig:
     """One set of P streams (Chen et al., arXiv 2505.10475).
 
-    Args:
-        num_streams: P, the number of copies of the input that run through the backbone. 1 is the plain backbone.
-        prefix_length: T, learned key/value pairs in front of each attention layer, or learned embeddings in front of
-            the input (``"prompt"``), per stream. ``"lora"`` has none.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, the floor under the aggregation weights, in [0, 1].
-        init: how the streams start: ``"documents"`` (from texts that have come to their end), ``"context"`` (from texts
-            as they are) or ``"random"``; see :mod:`parscale.transforms.inits`. ``None``: ``"documents"`` where the
-            model writes text and the streams can be made of it, else ``"random"``.
-        seed: seed of the draws; ``None`` draws from torch's global generator.
-        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` or ``"lora"``; see
-            :mod:`parscale.transforms`.
-        rank: r of the low-rank matrices; of ``"lora"`` only.
-        kv: whose keys and values a stream attends to: ``"own"``, its own, as published; or ``"shared"``, those of
-            stream 0, which is the backbone without a prefix; see :mod:`parscale.transforms.shared`. The latter takes
-            ``transform="prefix"`` only.
+    What makes streams differ is described in :mod:`parscale.transforms`, how they start in
+    :mod:`parscale.transforms.inits`, and how they share keys and values in :mod:`parscale.transforms.shared`.
+
+    Attributes:
+        num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the
+            plain backbone.
+        prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs in front of each attention
+            layer (`prefix`), or learned embeddings in front of the input (`prompt`). `lora` has none.
+        smoothing: Smoothing of the aggregation weights: epsilon in `w * (1 - epsilon) + epsilon / P`, between 0 and 1.
+        init: How the streams start: `documents` (from texts that have come to their end), `context` (from texts as they
+            are) or `random`. Default: `documents` where the model writes text and the streams can be made of it, else
+            `random`.
+        seed: Seed of the draws, which makes them repeatable. Default: they come from torch's global generator.
+        transform: What makes the streams differ: `prefix`, `prompt` (also for models without keys and values) or
+            `lora`.
+        rank: Rank of the low-rank matrices of `lora`.
+        kv: Keys and values that a stream attends to: `own` (its own, as published) or `shared` (those of stream 0,
+            which is the backbone without a prefix; with `prefix` only).
 
     Raises:
         ValueError: a field is of the wrong type or out of range.
     """
 
-    num_streams: int = dataclasses.field(default=4, metadata={"help": "P, the number of parallel streams; at least 1."})
-    prefix_length: int = dataclasses.field(default=48, metadata={"help": "T, prefix tokens per stream; at least 1."})
-    smoothing: float = dataclasses.field(default=0.1, metadata={"help": "Epsilon of the weights, between 0 and 1."})
-    init: str | None = dataclasses.field(default=None, metadata={"help": f"How streams start: one of {INITS}."})
-    seed: int | None = dataclasses.field(default=None, metadata={"help": "Seed of the draws; None: torch's state."})
-    transform: str = dataclasses.field(default=PREFIX, metadata={"help": f"One of {TRANSFORMS}."})
-    rank: int = dataclasses.field(default=8, metadata={"help": "r, of the transform 'lora'; at least 1."})
-    kv: str = dataclasses.field(default=OWN, metadata={"help": f"Whose keys and values streams read: one of {KVS}."})
+    num_streams: int = 4
+    prefix_length: int = 48
+    smoothing: float = 0.1
+    init: str | None = None
+    seed: int | None = None
+    transform: str = PREFIX
+    rank: int = 8
+    kv: str = OWN
 
     def __post_init__(self) -> None:
         self.num_streams = _integer("num_streams", self.num_streams, minimum=1)
@@ -96,6 +99,13 @@ class ParScaleConfig:
     @classmethod
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
         """The arguments of :func:`parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
+
+        Args:
+            num_streams: P, or a configuration.
+            **others: the other fields.
+
+        Returns:
+            A configuration of its own.
 
         Raises:
             ValueError: a field is of the wrong type or out of range, or is given beside a configuration.
@@ -135,6 +145,9 @@ class ParScaleConfig:
         Args:
             fields: contents of a ``config.json``; other keys are ignored, but an unknown ``parscale_*`` key warns,
                 since a newer version may have written it.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: ``parscale_n`` is missing, or a field is of the wrong type or out of range.

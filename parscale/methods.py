@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.config import OWN, PREFIX, ParScaleConfig
@@ -20,7 +19,7 @@ from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
-from parscale.kernels.aggregate import stream_weights
+from parscale.hooks.stream_losses import stream_losses
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
@@ -47,7 +46,13 @@ def add_streams(
     Args:
         name: of the set; letters, digits, ``-`` and ``_``.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
-        prefix_length: as :func:`parscale.wrap`, like all further arguments.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
@@ -127,6 +132,9 @@ def stream_report(
         labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
         **kwargs: passed to the model (``attention_mask``, ...).
 
+    Returns:
+        Losses, weights, their entropy, and the correlation of the streams.
+
     Raises:
         ValueError: no streams are active, or the model is no causal language model.
     """
@@ -136,50 +144,41 @@ def stream_report(
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
     if not writes_text(model):
         raise ValueError(f"stream_report measures losses of the next token, which {type(model).__name__} has not.")
-    P = streams.num_streams
-    aggregator = state.aggregator(streams)
-    captured: list[torch.Tensor] = []
-
-    def weigh(module: nn.Module, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
-        if not state.call.aggregating:  # not another thread's pass
-            captured.append(stream_weights(aggregator.logits(output[0]), streams.config.smoothing))  # (B, S, P)
-
-    hook = state.backbone.register_forward_hook(weigh)
-    try:
-        with state.calls.unmixed():  # the head then sees every stream's hidden states
-            logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B, S, V)
-    finally:
-        hook.remove()
-    weights = captured[0]
-    labels = input_ids if labels is None else labels
-    targets = labels[:, 1:].to(logits.device).repeat(P, 1)  # (P*B, S - 1)
-    token_losses = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100
-    )
-    counted = (targets[: labels.shape[0]] != -100).flatten()  # (B * (S - 1),)
-    token_losses = token_losses.view(P, -1)[:, counted]
+    measured = stream_losses(model, input_ids, input_ids if labels is None else labels, **kwargs)
+    losses, weights = measured.losses[:, measured.counted], measured.weights  # (P, tokens), (B, S, P)
     return StreamReport(
-        losses=token_losses.mean(dim=1),
+        losses=losses.mean(dim=1),
         weights=weights,
         entropy=-torch.special.xlogy(weights, weights).sum(-1),
-        correlation=torch.corrcoef(token_losses),
+        correlation=torch.corrcoef(losses),
     )
 
 
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: backbone and active streams; see :func:`parscale.format.saving.save_full`."""
+    """Writes a full checkpoint: backbone and active streams, each further set in a folder of its name.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+        **kwargs: as transformers' own ``save_pretrained``.
+    """
     saving.save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Writes the active streams only; see :func:`parscale.format.saving.save_streams`."""
+    """Writes the active streams and the backbone's name, for :func:`parscale.load` and ``load_streams``.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+    """
     saving.save_streams(model, save_directory)
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until chosen.
+    """Adds a set of streams that was saved, inactive until ``set_streams(name)``.
 
-    See :func:`parscale.format.stored_sets.add_saved_streams`.
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub.
+        name: of the set here; by default the one that it was saved under.
     """
     stored_sets.add_saved_streams(model, path_or_repo, name)
 
@@ -278,6 +277,13 @@ def static_cache_init_shape(model: Any) -> None:
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Args:
+        *args: as transformers' own.
+        **kwargs: as transformers' own.
+
+    Returns:
+        As transformers' own.
 
     Raises:
         ValueError: streams are active: continuous batching packs all requests into one row with one cache.

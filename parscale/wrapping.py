@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ from parscale.streams import choosing
 from parscale.streams.sets import DEFAULT
 from parscale.streams.state import ParScaleState
 
+M = TypeVar("M")  # the caller's class of model, which stays
+
 MEMBERS: dict[str, Callable[..., Any]] = {
     "add_streams": methods.add_streams,
     "set_streams": choosing.set_streams,
@@ -44,7 +47,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
 
 
 def wrap(
-    model: Any,
+    model: M,
     num_streams: int | ParScaleConfig = 4,
     *,
     prefix_length: int = 48,
@@ -56,7 +59,7 @@ def wrap(
     rank: int = 8,
     kv: str = OWN,
     kernels: Impl = "auto",
-) -> Any:
+) -> M:
     """Gives a Hugging Face model P parallel streams, in place.
 
     The model keeps its class, its methods and its names; ``generate``, ``Trainer``, ``save_pretrained``, PEFT and
@@ -70,18 +73,15 @@ def wrap(
             was loaded; then every process calls this. FSDP shards it afterwards. It is run on two tokens or on an
             image, without streams and with them.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
-        prefix_length: T, learned key/value pairs per stream in each attention layer.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.transforms.inits`. By default the
-            first for causal language models, and the last where there are no texts to start from.
-        seed: seed of the draws; ``None`` draws from torch's state.
-        calibration: token ids ``(P, T)`` that all but ``"random"`` read; without it the backbone samples them.
-        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` (also for models without keys and values)
-            or ``"lora"``; see :mod:`parscale.transforms`.
-        rank: of ``"lora"``.
-        kv: ``"own"``, keys and values for each stream, as published; or ``"shared"``, all streams read those of stream
-            0, which is the backbone without a prefix, so that the cache is the backbone's
-            (:mod:`parscale.transforms.shared`). ``calibration`` is then ``(P - 1, T)``.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: token ids ``(P, T)`` that all inits but ``"random"`` read; without it the backbone samples them.
+            With shared keys and values ``(P - 1, T)``.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -104,15 +104,29 @@ def wrap(
         rank=rank,
         kv=kv,
     )
-    configs, choices = _held_configs(model), _choices(model)
-    state = None
-    try:
+    with _as_it_was_if_it_fails(model):
         state = attach(model, kernels)
-        add(state, DEFAULT, config, calibration=calibration)
-        choosing.set_streams(model, DEFAULT)
-    except BaseException:
-        if state is not None:
+        try:
+            add(state, DEFAULT, config, calibration=calibration)
+            choosing.set_streams(model, DEFAULT)
+        except BaseException:
             detach(state)
+            raise
+    return model
+
+
+@contextlib.contextmanager
+def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
+    """If this block fails, the model's configurations and its modules' children are those of before.
+
+    BigBird puts other children in their place when it first reads a short text.
+    """
+    configs = _held_configs(model)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    choices = [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
+    try:
+        yield
+    except BaseException:
         for module, held in configs:
             module.config = held
         for module, children, chosen in choices:
@@ -120,17 +134,13 @@ def wrap(
             if chosen is not None:
                 module.attention_type = chosen
         raise
-    return model
 
 
-def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
-    """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
-
-
-def unwrap(model: Any) -> Any:
+def unwrap(model: M) -> M:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
+
+    Args:
+        model: that was wrapped.
 
     Returns:
         The same object.

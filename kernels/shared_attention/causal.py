@@ -36,7 +36,7 @@ def shared_causal_attention(
 
     Args:
         query: ``(P*B, heads, S, D)``, stream-major rows, of all streams or of those with a prefix; tensors that
-            :func:`parscale.kernels.prefix_attention.is_mergeable` takes.
+            :func:`parscale.kernels.is_mergeable` takes.
         key: ``(B, G, S, D)``, of stream 0; ``heads`` is a multiple of G (grouped queries).
         value: ``(B, G, S, D)``.
         prefix_k: ``(P - 1, G, T, D)``, of streams 1 to P - 1.

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.attention.functions import prepend, record
+from parscale.attention.functions import record
 from parscale.attention.masks import extend_dense_mask, extended_mask
 from parscale.attention.rotary import rotary_tables
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
+from parscale.kernels.prefix import prepend
 from parscale.streams.brief_runs import one_line, run_briefly
 from parscale.streams.places import AttentionLayer
 from parscale.streams.state import ParScaleState

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from parscale.attention.functions import AttentionFunction, eager_function, prepend
+from parscale.attention.functions import AttentionFunction, eager_function
+from parscale.kernels.prefix import prepend
 
 
 def flash_with_prefix(

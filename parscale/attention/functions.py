@@ -18,14 +18,6 @@ from parscale.streams.state import ParScaleState
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Puts each stream's prefix ``(P, G, T, D)`` in front of its rows ``(P*B, G, K, D)``, in one copy."""
-    P = prefix.shape[0]
-    rows = states.unflatten(0, (P, -1))  # (P, B, G, K, D)
-    prefix = prefix.to(states.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1)  # (P, B, G, T, D)
-    return torch.cat([prefix, rows], dim=3).flatten(0, 1)  # (P*B, G, T + K, D)
-
-
 def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
     """Shows the recorder an attention layer's keys and values, those of all devices."""
     recorder = state.call.recorder

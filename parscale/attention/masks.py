@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from parscale.kernels import visible_lengths
+
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
     """A mask ``(..., S, K)`` as ``(..., S, T + K)``.
@@ -102,6 +104,21 @@ def extended_mask(
             extended = extend_dense_mask(mask, prefix_length)
         entry = made[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
     return entry[1]
+
+
+def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -> torch.Tensor:
+    """As :func:`parscale.kernels.visible_lengths`; counted once for all layers that share the mask.
+
+    Args:
+        made: as for :func:`extended_mask`.
+        mask: dense.
+    """
+    if torch.compiler.is_compiling():
+        return visible_lengths(mask)  # the compiler shares it
+    key = "lengths", id(mask)
+    if key not in made:
+        made[key] = (mask, visible_lengths(mask))
+    return made[key][1]
 
 
 def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> Any:

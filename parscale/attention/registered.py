@@ -27,11 +27,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.attention.flash import flash_with_prefix
-from parscale.attention.functions import AttentionFunction, backbone_function, prepend, record
-from parscale.attention.masks import extended_mask, keep_sizes_static
+from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
 from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.distributed.offloading import parameter_of
-from parscale.kernels.prefix_attention import causal_attention, decode_attention, is_mergeable
+from parscale.kernels import causal_attention, decode_attention, is_mergeable
+from parscale.kernels.prefix import prepend
 from parscale.streams.state import ParScaleState
 
 NAME_PREFIX = "parscale_"
@@ -268,12 +269,23 @@ def _dense_attention(
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
         output, weights = backbone(module, queries, keys, values, None, **kwargs)
         return output[:, T:], weights
-    mask: Any = extended_mask(state.call.masks, attention_mask, T, query.shape[0])
+    masks = state.call.masks
     if name == "sdpa" and S == 1 and not special:
+        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
+        length = None if attention_mask is None or not query.is_cuda else visible_lengths_once(masks, attention_mask)
         output = decode_attention(
-            query, key, value, prefix_k, prefix_v, mask, scaling=kwargs.get("scaling"), impl=state.kernels
+            query,
+            key,
+            value,
+            prefix_k,
+            prefix_v,
+            attention_mask,
+            length=length,
+            scaling=kwargs.get("scaling"),
+            impl=state.kernels,
         )
         return output.transpose(1, 2), None  # (R, 1, heads, D)
+    mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 
 

@@ -22,8 +22,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from parscale.attention.masks import last_queries_of_mask, rows_of_mask
-from parscale.kernels.prefix_attention import is_mergeable
-from parscale.kernels.shared_attention import shared_causal_attention, shared_decode_attention
+from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
 from parscale.streams.calls import Call
 from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet

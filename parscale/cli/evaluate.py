@@ -68,8 +68,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure loss (nats per token) and perplexity on text, or run lm-eval's tasks."""
-    from parscale.checkpoints.data import read_documents
-    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.texts.sources import read_documents
 
     quiet_libraries()
     of_tasks = {
@@ -90,7 +90,7 @@ def evaluate(
     tokenizer = require_tokenizer(tokenizer, checkpoint)
 
     if tasks:
-        from parscale.checkpoints.tasks import evaluate_tasks
+        from parscale.checkpoints.evaluation.tasks import evaluate_tasks
 
         figures = evaluate_tasks(
             model,
@@ -129,9 +129,9 @@ def _measure(
     batch_size: int,
     adaptive: float | None,
 ) -> dict[str, Any]:
-    from parscale.checkpoints.evaluate import evaluate as evaluate_documents
-    from parscale.checkpoints.evaluate import shown_threshold
-    from parscale.checkpoints.tasks import stamp
+    from parscale.checkpoints.evaluation.tasks import stamp
+    from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
+    from parscale.checkpoints.evaluation.text_loss import shown_threshold
 
     result = evaluate_documents(
         model,
@@ -160,7 +160,7 @@ def _measure(
 def _print_scores(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from parscale.checkpoints.tasks import scores
+    from parscale.checkpoints.evaluation.tasks import scores
     from parscale.terminal.console import Terminal
 
     print_figures(figures["parscale"])

@@ -124,10 +124,11 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
 def backbone_config(config: Any) -> Any:
     """The backbone's own configuration in that of a full checkpoint: a copy, without what the streams added."""
-    plain = copy.deepcopy(config)
+    plain: Any = copy.deepcopy(config)
     if type(config) in _CLASSES.values():
-        plain.__class__ = _backbone_of(type(config))
-        plain.model_type = type(plain).model_type
+        cls, fields = _backbone_of(type(config)), vars(plain)
+        plain = cls.__new__(cls)
+        vars(plain).update(fields, model_type=cls.model_type)
     for field in [name for name in vars(plain) if name.startswith("parscale_") or name == "auto_map"]:
         delattr(plain, field)
     return plain

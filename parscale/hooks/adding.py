@@ -23,6 +23,7 @@ from parscale.distributed.parallel import (
 from parscale.hooks.surroundings import undisturbed
 from parscale.hooks.trial import try_whole_model
 from parscale.streams.aggregator import Aggregator
+from parscale.streams.choosing import forget
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
@@ -51,34 +52,18 @@ def add(
     Raises:
         ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
     """
-    if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
-        raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
-    if name in state.sets:
-        raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
+    _check_name(state, name)
     streams = make_set(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
     check_calibration(state, streams, calibration)
-    check_takes_parameters(state.model)
-    mesh = tensor_parallel_mesh(state.model)
-    if config.transform != PREFIX and (mesh is not None or any(map(is_partitioned, state.model.parameters()))):
-        raise ValueError(
-            f"A model that is split by tensor parallelism or ZeRO-3 takes transform={PREFIX!r} only, got "
-            f"{config.transform!r}."
-        )
-    if config.num_streams > 1:
+    _check_parallel(state, streams)
+    if streams.num_streams > 1:
         measure(state)
         streams.transform.places()  # says so if there are none
-    if mesh is not None and config.seed is None:
-        share_random_state(mesh)
     state.sets[name] = streams
     try:
         _make_parameters(state, streams)
-        if tensors is None:
-            initialize(state, streams, calibration)
-        else:
-            fill(state, streams, tensors)
-        if mesh is not None:
-            _distribute(state, streams, mesh)
-        if config.num_streams > 1:
+        _give_values(state, streams, calibration, tensors)
+        if streams.num_streams > 1:
             streams.transform.attach()
             if tensors is None:  # those of a checkpoint ran when it was made
                 try_whole_model(state, streams)
@@ -94,11 +79,7 @@ def add(
 
 def remove(state: ParScaleState, streams: StreamSet) -> None:
     """Removes a set and its parameters."""
-    if state.default is streams:
-        state.default = None
-    for block in state.blocks.innermost:
-        if block.chosen is streams:
-            block.chosen = None
+    forget(state, streams)
     if streams.num_streams > 1:
         streams.transform.detach()
         for place in streams.transform.places():
@@ -109,7 +90,27 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     state.sets.pop(streams.name, None)
 
 
+def _check_name(state: ParScaleState, name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
+        raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
+    if name in state.sets:
+        raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
+
+
+def _check_parallel(state: ParScaleState, streams: StreamSet) -> None:
+    """Refuses a set that a model on several devices cannot take."""
+    check_takes_parameters(state.model)
+    transform = streams.config.transform
+    if transform == PREFIX:
+        return
+    if tensor_parallel_mesh(state.model) is not None or any(map(is_partitioned, state.model.parameters())):
+        raise ValueError(
+            f"A model that is split by tensor parallelism or ZeRO-3 takes transform={PREFIX!r} only, got {transform!r}."
+        )
+
+
 def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
+    """Zeros, in the places of the set's transform, and an aggregator for each part that is mixed."""
     P = streams.num_streams
     if P == 1:
         return
@@ -121,6 +122,24 @@ def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
         aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
         aggregator.train(part.training)
         part.add_module(streams.aggregator_name, aggregator)
+
+
+def _give_values(
+    state: ParScaleState,
+    streams: StreamSet,
+    calibration: torch.Tensor | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """Gives a new set its first values, on all devices of a tensor-parallel model; arguments as :func:`add`."""
+    mesh = tensor_parallel_mesh(state.model)
+    if mesh is not None and streams.config.seed is None:
+        share_random_state(mesh)
+    if tensors is None:
+        initialize(state, streams, calibration)
+    else:
+        fill(state, streams, tensors)
+    if mesh is not None:
+        _distribute(state, streams, mesh)
 
 
 def _distribute(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:

@@ -69,7 +69,7 @@ class BackboneHooks:
             streams = state.in_use(streams) if streams.num_streams > 1 else None
         call.begin(streams)
         if part is not state.encoder:
-            call.part, call.running = part, module
+            call.enter(part, module)
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 use_outside_of_blocks(state)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from parscale.distributed.parallel import local
-from parscale.kernels import aggregate, aggregator
-from parscale.kernels.aggregate import stream_weights
+from parscale.kernels import aggregate, aggregator, stream_weights
 from parscale.kernels.dispatch import Impl
 
 

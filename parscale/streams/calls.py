@@ -60,7 +60,7 @@ class Call:
         running: itself, or its replica on another device.
         recorder: is shown the keys and values of each attention layer.
         aggregating: whether the streams are mixed.
-        masks: those made with room for the prefix, by the id of the mask that they extend.
+        masks: what was made of masks for all layers, those with room for the prefix by the id of the mask they extend.
         pooled: what a pooler inside the backbone was given, and its mixture.
         mask_around: the mask ``(B, K)`` that the module around the backbone was called with, without positions.
         tokens: of ``transform="prompt"``: where the tokens stand, ``(R, S)``; ``None``: everywhere.
@@ -92,6 +92,10 @@ class Call:
         self.masks.clear()
         self.pooled = None
         self.in_flight = streams
+
+    def enter(self, part: Any, running: Any) -> None:
+        """A part that is mixed runs: itself, or its replica on another device."""
+        self.part, self.running = part, running
 
     def in_running_part(self, module: Any) -> Any:
         """Of a module of the backbone, the one in the replica that this thread runs; itself where there is none."""

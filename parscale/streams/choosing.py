@@ -27,6 +27,9 @@ def set_streams(model: Any, name: str | None) -> None:
     before still gives its gradients to the set that it ran with. Inside a ``use_streams`` block the choice lasts to the
     end of the block.
 
+    Args:
+        name: of the set; ``None`` for the plain backbone.
+
     Raises:
         ValueError: there is no set of that name.
     """
@@ -53,6 +56,12 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
     generates for a ``TextIteratorStreamer``: open the block in that thread, or start it with
     ``contextvars.copy_context().run`` (``asyncio.to_thread`` does). After the block, everything is as before: the
     active set, and which parameters train. What the configuration records is the model's choice, not the block's.
+
+    Args:
+        name: of the set; ``None`` for the plain backbone.
+
+    Yields:
+        The model.
 
     Raises:
         ValueError: there is no set of that name.
@@ -84,6 +93,15 @@ def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
     blocks[:] = [block for block in blocks if block is not old and block is not new]
     if new is not None:
         blocks.append(new)
+
+
+def forget(state: ParScaleState, streams: StreamSet) -> None:
+    """From here on the model and the open blocks run without a set: with the plain backbone, if they ran with it."""
+    if state.default is streams:
+        state.default = None
+    for block in state.blocks.innermost:
+        if block.chosen is streams:
+            block.chosen = None
 
 
 def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:

@@ -8,7 +8,10 @@
 
 A prefix may also stand in front of keys and values that all streams share (:mod:`parscale.transforms.shared`).
 
-Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more.
+Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more. How a set starts is
+in :mod:`parscale.transforms.inits`.
+
+May import: `attention`, `streams` and what is below them.
 """
 
 from __future__ import annotations

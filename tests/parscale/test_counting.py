@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig, TorchAoConfig
 
 from parscale import wrap
-from parscale.checkpoints.describe import describe
+from parscale.checkpoints.description import describe
 from parscale.format.counting import parameter_sizes
 from parscale.format.headers import StoredTensor
 from parscale.format.packed import stored_sizes

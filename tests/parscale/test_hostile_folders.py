@@ -14,8 +14,8 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, wrap
-from parscale.checkpoints.describe import describe
-from parscale.checkpoints.reading import load_plain
+from parscale.checkpoints.description import describe
+from parscale.checkpoints.models import load_plain
 from parscale.format.folders import read_json
 from parscale.format.headers import read_header
 from parscale.format.values import check_values

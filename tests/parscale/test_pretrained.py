@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, wrap
-from parscale.checkpoints.convert import convert
-from parscale.checkpoints.opening import open_for_training
-from parscale.checkpoints.reading import find_tokenizer, load_any, load_plain
+from parscale.checkpoints.conversion.convert import convert
+from parscale.checkpoints.models import find_tokenizer, load_any, load_plain
+from parscale.checkpoints.training.trainable_model import open_for_training
 from parscale.config import ParScaleConfig
 from parscale.format.folders import Checkpoint, backbone_place
 from parscale.format.pretrained import read_pretrained

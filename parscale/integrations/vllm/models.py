@@ -28,9 +28,9 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 from parscale.config import ParScaleConfig
-from parscale.integrations.vllm.startup import SLOTS, checkpoint_of, further_streams, quantize_attention
+from parscale.integrations.vllm.aggregator import StreamAggregator, stream_outer
+from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_of, further_streams, quantize_attention
 from parscale.integrations.vllm.windows import window_backend
-from parscale.streams.aggregator import Aggregator
 from parscale.streams.naming import part_of
 
 
@@ -56,6 +56,7 @@ class StreamAttention(nn.Module):
         )
         for prefix in (self.prefix_k, self.prefix_v):
             set_weight_attrs(prefix, {"weight_loader": _load_heads})
+        check_backend(own.attn.attn_backend)
         layer_name = own.attn.layer_name
         del vllm_config.compilation_config.static_forward_context[layer_name]  # the next one takes its name and cache
         self.attn = Attention(
@@ -119,13 +120,9 @@ class _Streams(nn.Module):
         self.num_streams = streams.num_streams
         for layer in self.layers:
             layer.self_attn = StreamAttention(layer.self_attn, streams, getattr(config, SLOTS), vllm_config)
-        self.aggregate_layer = Aggregator(
-            streams.num_streams,
-            config.hidden_size,
-            streams.smoothing,
-            dtype=torch.get_default_dtype(),
-            device=torch.get_default_device(),
-        ).requires_grad_(False)
+        self.aggregate_layer = StreamAggregator(
+            streams.num_streams, config.hidden_size, streams.smoothing, prefix=maybe_prefix(prefix, "aggregate_layer")
+        )
 
     def forward(
         self,
@@ -139,7 +136,7 @@ class _Streams(nn.Module):
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (N, H)
         x = x.repeat_interleave(P, dim=0)  # (N*P, H)
         hidden = super().forward(None, positions, None, x)  # (N*P, H)
-        return self.aggregate_layer(hidden.unflatten(0, (-1, P)).transpose(0, 1))[0]  # (P, N, H) -> (N, H)
+        return self.aggregate_layer(hidden)  # (N, H)
 
 
 class _Qwen2(_Streams, Qwen2Model):
@@ -218,7 +215,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         if further is not None:
             backbone = ((name, tensor) for name, tensor in weights if part_of(name) is None)
             weights = chain(backbone, load_file(further).items())
-        return AutoWeightsLoader(self).load_weights(weights)
+        return AutoWeightsLoader(self).load_weights(stream_outer(weights, self.model.num_streams))
 
 
 class Qwen2ParScaleForCausalLM(_ForCausalLM):

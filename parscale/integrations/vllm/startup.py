@@ -9,6 +9,7 @@ from typing import Any
 from vllm import ModelRegistry
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from parscale.config import NUM_STREAMS, OWN, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
 from parscale.format.checks import check_streams
@@ -22,6 +23,9 @@ logger = init_logger("vllm.parscale")  # vLLM shows its own loggers' lines only
 # In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
 # is attended to apart.
 SLOTS = "prefix_slots"
+
+# The attention backends that take the number of heads from the layers, or make nothing of its size.
+BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "CPU_ATTN")
 
 
 def serve(architecture: str) -> None:
@@ -157,6 +161,23 @@ def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
         raise ValueError(
             f"{checkpoint} was saved after its weights had been decompressed, and vLLM reads compressed ones: call "
             "model.hf_quantizer.compressor.compress_model(model) before save_pretrained."
+        )
+
+
+def check_backend(backend: type) -> None:
+    """Refuses an attention backend that would take the backbone's number of heads for the P-fold one of the layers.
+
+    By its class: AITER's flash attention calls itself ``FLASH_ATTN``.
+
+    Raises:
+        ValueError: it is not known to ask the layers; the message says which do.
+    """
+    name = f"{backend.__module__}.{backend.__qualname__}"
+    if name not in {AttentionBackendEnum[served].value for served in BACKENDS}:
+        raise ValueError(
+            f"Models with parallel streams have P times the backbone's heads in each layer, and the attention backend "
+            f"that vLLM has chosen, {name}, is not known to take them: give --attention-backend "
+            f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, as the hardware allows."
         )
 
 

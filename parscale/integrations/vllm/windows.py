@@ -139,7 +139,7 @@ class FlashImpl(_Apart, FlashAttentionImpl):
             window_size=list(self.sliding_window),
             block_table=attn_metadata.block_table,
             return_softmax_lse=True,
-            scheduler_metadata=None if attn_metadata.use_cascade else attn_metadata.scheduler_metadata,
+            scheduler_metadata=attn_metadata.scheduler_metadata,
             fa_version=self.vllm_flash_attn_version,
             num_splits=attn_metadata.max_num_splits,
         )
@@ -173,8 +173,17 @@ def attend_to_prefix(
     """
     keys, values = prefix_k.flatten(0, 1), prefix_v.flatten(0, 1)  # (P*G, T, D)
     q = query.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (P*G, heads/G * N, D)
-    scores = torch.bmm(q, keys.transpose(1, 2)).float() * scale  # (P*G, heads/G * N, T)
+    # in float32: a score rounded to half precision, of keys with a large bias say, is wrong by per cents after softmax
+    scores = _in_float32(q, keys.transpose(1, 2)) * scale  # (P*G, heads/G * N, T)
     mixed = torch.bmm(scores.softmax(-1).to(values.dtype), values)  # (P*G, heads/G * N, D)
     N = query.shape[0]
     mixed = mixed.unflatten(1, (-1, N)).flatten(0, 1).transpose(0, 1)  # (N, P*heads, D)
     return mixed.contiguous(), scores.logsumexp(-1).unflatten(1, (-1, N)).flatten(0, 1)
+
+
+def _in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of two batches of matrices, summed and returned in float32, float64 in its own."""
+    if a.is_cuda and torch.version.hip is None and a.dtype.itemsize == 2:
+        return torch.bmm(a, b, out_dtype=torch.float32)  # CPUs and ROCm have no such product
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.bmm(a.to(dtype), b.to(dtype))
