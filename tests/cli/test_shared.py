@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import parscale
-from parscale.checkpoints.trainer import Interruption
+from parscale.checkpoints.training.callbacks import Interruption
 from parscale.cli.application import BAD_INPUT, INTERRUPTED, run
 
 SIZES = ["--tokens", "0.192K", "--sequence-length", "16", "--batch-size", "4"]
