@@ -15,6 +15,7 @@ from parscale.scaling_laws.roofline import Workload
 from parscale.scaling_laws.shapes import ModelShape
 
 METHODS = ("roofline", "paper")
+KVS = ("own", "shared")
 DTYPES = {
     "float32": (32, 32),
     "bfloat16": (16, 16),
@@ -78,6 +79,7 @@ def cost(
     method: str = "roofline",
     dtype: str = "bfloat16",
     overhead: float = 0.0,
+    kv: str = "own",
 ) -> Cost:
     """What it takes to generate a number of tokens for a batch of prompts.
 
@@ -93,6 +95,7 @@ def cost(
         dtype: one of `DTYPES`.
         overhead: seconds for each layer of each step that are neither arithmetic nor traffic, such as starting kernels;
             0 is the ideal.
+        kv: `"own"`, keys and values of each stream, as published; or `"shared"`, those of stream 0 for all.
 
     Returns:
         Memory in bytes and time in seconds, both split by where they go.
@@ -117,13 +120,17 @@ def cost(
         raise ValueError(f"no method {method!r}; give one of {', '.join(METHODS)}")
     if dtype not in DTYPES:
         raise ValueError(f"no dtype {dtype!r}; give one of {', '.join(DTYPES)}")
+    if kv not in KVS:
+        raise ValueError(f"no kv {kv!r}; give one of {', '.join(KVS)}")
     if not 0 <= overhead < float("inf"):
         raise ValueError(f"overhead is {overhead!r}; it must be at least 0 seconds")
     device = find_hardware(hardware)
     shape = config if isinstance(config, ModelShape) else read_shape(config)
     bits, weight_bits = DTYPES[dtype]
-    work = Workload(num_streams, batch_size, input_length, output_length, bits, weight_bits)
+    work = Workload(num_streams, batch_size, input_length, output_length, bits, weight_bits, kv)
     if method == "paper":
+        if work.shares:
+            raise ValueError('the paper\'s count knows kv="own" only, not kv="shared"; use method="roofline"')
         _refuse_what_the_paper_did_not_count(shape, dtype, overhead)
         memory, (time, prefill, decode) = paper.memory(shape, work), paper.seconds(shape, work, device)
     else:
@@ -136,7 +143,7 @@ def cost(
         time=time,
         prefill_seconds=prefill,
         decode_seconds=decode,
-        params=shape.params(num_streams),
+        params=shape.params(num_streams, kv),
         fits=total <= device.memory_gb * 1e9,
         hardware=device.name,
         method=method,

@@ -3,7 +3,9 @@
 Each operation takes the longer of its arithmetic at the device's reachable rate and its memory traffic at the
 reachable bandwidth; operations follow each other. What is counted is how `parscale` runs: B sequences become P*B
 rows; prefixes lie once in memory, whatever the batch; the aggregator, the output matrix and the logits are never P
-times; the prefill computes logits of the last token only. Not counted: the time to start kernels (give `overhead`),
+times; the prefill computes logits of the last token only. Streams that share keys and values (`kv="shared"`) have a
+cache of B rows; their prompt runs with B rows, and then its last token with the others; a step's attention reads the
+cache once for all streams. Not counted: the time to start kernels (give `overhead`),
 copies of a fragmented allocator, sampling.
 
 Shapes: n = rows * tokens of a step. `bits` is 16 or 32 for activations and the cache, `weight_bits` may be fewer.
@@ -32,11 +34,53 @@ class Workload:
     output_length: int
     bits: int = 16
     weight_bits: float = 16
+    kv: str = "own"
 
     @property
     def rows(self) -> int:
         """P*B."""
         return self.streams * self.batch
+
+    @property
+    def shares(self) -> bool:
+        """Whether several streams share one cache."""
+        return self.kv == "shared" and self.streams > 1
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows of the cache: B if streams share it, else P*B."""
+        return self.batch if self.shares else self.rows
+
+    @property
+    def together(self) -> Pass:
+        """All streams in one batch, as in a step of decoding."""
+        prefixed = self.streams - self.shares if self.streams > 1 else 0
+        return Pass(self.rows, self.cache_rows, prefixed, self.batch if self.streams > 1 else 0)
+
+    @property
+    def of_prompt(self) -> list[tuple[Pass, int]]:
+        """The passes that read a prompt, each with its number of tokens a row."""
+        if not self.shares:
+            return [(self.together, self.input_length)]
+        others = self.streams - 1
+        return [
+            (Pass(self.batch, self.batch, 0, 0), self.input_length),
+            (Pass(others * self.batch, self.batch, others, self.batch), 1),
+        ]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows that pass the model at once."""
+
+    rows: int
+    """Rows of queries."""
+    cache_rows: int
+    """Rows of keys and values that they attend to."""
+    prefixes: int
+    """Streams among them that have a prefix."""
+    mixed: int
+    """Rows that the streams are mixed to; 0 if they are not."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +100,7 @@ def memory(shape: ModelShape, work: Workload) -> Split:
     number, weight = work.bits / 8, work.weight_bits / 8
     length = work.input_length + work.output_length - 1  # the last token's keys and values are never asked for
     streamed = work.streams > 1
-    tokens = work.rows * work.input_length
+    tokens = work.cache_rows * work.input_length  # of the prompt's pass, the largest
     query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
     attention = query + shape.kv_per_token + value
     inner = (shape.mlp_matrices - 1) * max(
@@ -65,9 +109,9 @@ def memory(shape: ModelShape, work: Workload) -> Split:
     gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output beside the residual stream
     return {
         "weights": (shape.backbone_params + shape.embedding_params) * weight,
-        "prefixes": shape.prefix_params(work.streams) * number,
+        "prefixes": shape.prefix_params(work.streams, work.kv) * number,
         "aggregator": shape.aggregator_params(work.streams) * number,
-        "kv_cache": work.rows * shape.kv_per_token * number * _kept_tokens(shape, length),
+        "kv_cache": work.cache_rows * shape.kv_per_token * number * _kept_tokens(shape, length),
         "activations": number * tokens * (shape.hidden + max(attention, inner, gathered))
         + 4 * work.batch * shape.vocab,
     }
@@ -79,10 +123,14 @@ def seconds(shape: ModelShape, work: Workload, device: Hardware, overhead: float
     The prefill yields the first token, so there are `output_length - 1` decoding steps. overhead: seconds for each
     layer of each step that no operation accounts for.
     """
-    prefill = _price(_step(shape, work, work.input_length, np.zeros(1)), work, device)
+    passes = [
+        _price(_step(shape, work, each, tokens, np.full(1, work.input_length - tokens)), work, device)
+        for each, tokens in work.of_prompt
+    ]
+    prefill = {name: sum(found.get(name, 0.0) for found in passes) for name in passes[-1]}
     steps = work.output_length - 1
     contexts = work.input_length + np.arange(1.0, work.output_length) - 1
-    decode = _price(_step(shape, work, 1, contexts), work, device) if steps else {}
+    decode = _price(_step(shape, work, work.together, 1, contexts), work, device) if steps else {}
     total = {name: prefill[name] + decode.get(name, 0.0) for name in prefill}
     first, later = sum(prefill.values()), sum(decode.values())
     if overhead:
@@ -102,22 +150,22 @@ def _price(operations: list[Operation], work: Workload, device: Hardware) -> Spl
     }
 
 
-def _step(shape: ModelShape, work: Workload, tokens: int, contexts: Array) -> list[Operation]:
+def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: Array) -> list[Operation]:
     """Operations of steps that each take `tokens` new tokens a row onto `contexts` earlier ones.
 
     Arrays are `(steps,)`.
     """
-    h, n = shape.hidden, work.rows * tokens
+    h, n = shape.hidden, rows.rows * tokens
     number, weight = work.bits / 8, work.weight_bits / 8
     query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
     once = np.ones_like(contexts)
     seen, loaded = _attended(shape, tokens, contexts)
-    prefix = shape.prefix_length * shape.attention_layers if work.streams > 1 else 0
+    prefix = rows.prefixes * shape.prefix_length * shape.attention_layers
     projections = shape.layers * (
         shape.attention_params * weight + number * n * (2 * h + query + shape.kv_per_token + value)
     )
-    scores = work.rows * (seen + tokens * prefix)
-    cached = work.rows * loaded + work.streams * prefix
+    scores = rows.rows * seen + work.batch * tokens * prefix
+    cached = rows.cache_rows * loaded + prefix
     operations = [
         Operation("projections", once * 2 * n * shape.layers * shape.attention_params, once * projections),
         Operation(
@@ -133,8 +181,8 @@ def _step(shape: ModelShape, work: Workload, tokens: int, contexts: Array) -> li
             once * (shape.vocab * h * weight + work.batch * shape.vocab * number + 2 * n * h * number),
         ),
     ]
-    if work.streams > 1:
-        merged = work.batch * tokens
+    if rows.mixed:
+        merged = rows.mixed * tokens
         operations.append(
             Operation(
                 "aggregator",

@@ -128,16 +128,19 @@ class ModelShape:
         """Keys and values of one token in one attention layer."""
         return self.kv_heads * (self.head_dim + self.value_dim)
 
-    def prefix_params(self, streams: int) -> float:
+    def prefix_params(self, streams: int, kv: str = "own") -> float:
         """Parameters of the prefixes.
 
         Args:
             streams: P.
+            kv: whose keys and values a stream reads, `"own"` or `"shared"`.
 
         Returns:
-            `attention layers * P * G * T * (D of keys + D of values)`; 0 at P = 1.
+            `attention layers * P * G * T * (D of keys + D of values)`; `P - 1` in place of P where the streams share
+            keys, since stream 0 has no prefix then; 0 at P = 1.
         """
-        return self.attention_layers * streams * self.prefix_length * self.kv_per_token if streams > 1 else 0
+        prefixed = streams - (kv == "shared") if streams > 1 else 0
+        return self.attention_layers * prefixed * self.prefix_length * self.kv_per_token
 
     def aggregator_params(self, streams: int) -> float:
         """Parameters of the aggregator.
@@ -150,16 +153,17 @@ class ModelShape:
         """
         return streams * self.hidden**2 + self.hidden + (self.hidden + 1) * streams if streams > 1 else 0
 
-    def params(self, streams: int = 1) -> float:
+    def params(self, streams: int = 1, kv: str = "own") -> float:
         """Non-embedding parameters with those of the streams.
 
         Args:
             streams: P.
+            kv: as :meth:`prefix_params`.
 
         Returns:
             N.
         """
-        return self.backbone_params + self.prefix_params(streams) + self.aggregator_params(streams)
+        return self.backbone_params + self.prefix_params(streams, kv) + self.aggregator_params(streams)
 
     def scaled(self, width: float) -> ModelShape:
         """The same model in another width: hidden, head and MLP sizes grow; layers, heads and experts stay as many.

@@ -220,7 +220,7 @@ def attend_to_shared(
     own = {name: _of_rows(x, R, B) for name, x in kwargs.items()}
     outputs: list[torch.Tensor] = []
     weights: list[torch.Tensor | None] = []
-    for number, rows in enumerate(query.split(B), start=int(second)):
+    for number, rows in enumerate(query.unflatten(0, (running, -1)).unbind(0), start=int(second)):
         if number == 0 or prefix is None:
             output, weight = backbone(rows, key, value, mask, **own)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,12 @@ def cost(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; weights also int8, fp8, int4.")] = "bfloat16",
     method: Annotated[str, typer.Option(help="'roofline', or 'paper' to count as the paper did.")] = "roofline",
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'own', keys and values of each stream, 'shared', stream 0's for all, or both.", metavar="KV..."
+        ),
+    ] = None,
     overhead: Annotated[
         float, typer.Option(min=0, help="Seconds for each layer of each step that kernels take to start.")
     ] = 0.0,
@@ -52,32 +59,39 @@ def cost(
     work: dict[str, Any] = {"input_length": input_length, "output_length": output_length, "dtype": dtype}
     work |= {"hardware": devices.get(hardware, hardware), "method": method, "overhead": overhead}
     fitted = read_law(law)
-    costs, rows = {}, []
-    for streams in dict.fromkeys(num_streams):
-        for batch in dict.fromkeys(batch_size):
-            item = costs[streams, batch] = count(shape, num_streams=streams, batch_size=batch, **work)
-            row: dict[str, Any] = {
-                "streams": streams,
-                "batch_size": batch,
-                "memory_gib": item.memory_bytes / GIB,
-                "seconds": item.seconds,
-                "prefill_seconds": item.prefill_seconds,
-                "fits": item.fits,
-            }
-            if streams > 1:
-                comparison = versus(fitted, shape, num_streams=streams, batch_size=batch, **work)
-                row["memory_vs_dense"] = comparison.ratio("memory_bytes")
-                row["seconds_vs_dense"] = comparison.ratio("seconds")
-            rows.append(row)
-    crossovers = _crossovers(fitted, shape, [count for count in dict.fromkeys(num_streams) if count > 1], work)
+    kinds = list(dict.fromkeys(kv or ["own"]))
+    counted, rows = [], []
+    for streams, kind, batch in itertools.product(dict.fromkeys(num_streams), kinds, dict.fromkeys(batch_size)):
+        item = count(shape, num_streams=streams, batch_size=batch, kv=kind, **work)
+        counted.append(((streams, batch), kind, item))
+        row: dict[str, Any] = {
+            "streams": streams,
+            **({} if kv is None else {"kv": kind}),
+            "batch_size": batch,
+            "memory_gib": item.memory_bytes / GIB,
+            "seconds": item.seconds,
+            "prefill_seconds": item.prefill_seconds,
+            "fits": item.fits,
+        }
+        if streams > 1:
+            comparison = versus(fitted, shape, num_streams=streams, batch_size=batch, kv=kind, **work)
+            row["memory_vs_dense"] = comparison.ratio("memory_bytes")
+            row["seconds_vs_dense"] = comparison.ratio("seconds")
+        rows.append(row)
+    several = [count for count in dict.fromkeys(num_streams) if count > 1]
+    crossovers = [
+        found | ({} if kv is None else {"kv": kind})
+        for kind in kinds
+        for found in _crossovers(fitted, shape, several, work | {"kv": kind})
+    ]
     if plot is not None:
         from parscale.scaling_laws import plots
 
         with staged_file(plot) as beside:
-            plots.save(plots.cost_curves(costs), beside)
-    notes = list(next(iter(costs.values())).notes)
+            plots.save(plots.cost_curves({key: item for key, kind, item in counted if kind == kinds[0]}), beside)
+    notes = list(counted[0][2].notes)
     if json:
-        for row, item in zip(rows, costs.values(), strict=True):
+        for row, (_, _, item) in zip(rows, counted, strict=True):
             row |= {"memory": item.memory, "time": item.time}
         named = {"model": config_or_checkpoint, "params": shape.params(), "hardware": hardware}
         named |= {"input_length": input_length, "output_length": output_length, "dtype": dtype, "method": method}
@@ -117,7 +131,8 @@ def _sentence(found: dict[str, Any]) -> str:
 
     batches = " and ".join(since(word, "batch_size", "batch {}") for word in ("slower", "larger"))
     lengths = " and ".join(since(word, "input_length", "{} prompt tokens") for word in ("slower", "larger"))
-    return f"P = {found['streams']}: {batches} than the model of equal loss; at batch 1, {lengths}."
+    kind = f", {found['kv']} keys and values" if "kv" in found else ""
+    return f"P = {found['streams']}{kind}: {batches} than the model of equal loss; at batch 1, {lengths}."
 
 
 def _config_file(source: str) -> Path:
