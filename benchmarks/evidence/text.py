@@ -1,0 +1,109 @@
+"""The text of the study: Python source by document, split by the hash of each document's name, and measuring windows.
+
+The text is the standard library's source and that of packages that `constraints.txt` pins, so that another machine with
+the same versions has the same bytes; rows hold a digest of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PACKAGES = ("matplotlib", "mpmath", "networkx", "nltk", "numpy", "pandas", "pygments", "scipy", "sklearn", "sympy")
+END_OF_TEXT = 0  # a byte that no document holds
+TUNING_PERCENT, TEST_PERCENT = 5, 15
+WINDOW = 256
+WINDOWS = 4  # of the middle, at most, in each document
+TUNING_DOCUMENTS, TEST_DOCUMENTS = 150, 450  # at most; the first by hash
+_EXCLUDED = {"site-packages", "__pycache__", "idle_test", "tests", "test", "testing", "encodings", "_vendor"}
+_LARGEST_FILE = 1 << 18  # larger ones are tables that a program wrote
+
+
+class Windows(NamedTuple):
+    """What is measured of some documents."""
+
+    names: tuple[str, ...]
+    ids: NDArray[np.uint8]
+    """Beginnings first, then middles; (W, 256)."""
+    document: NDArray[np.int64]
+    """Of each window; (W,)."""
+    is_middle: NDArray[np.bool_]
+    """(W,)"""
+
+
+class Text(NamedTuple):
+    """Training text, documents one after another, and what is measured."""
+
+    train: NDArray[np.uint8]
+    tuning: Windows
+    test: Windows
+    digest: str
+    """Of all documents with their names."""
+
+
+@functools.cache
+def read_text() -> Text:
+    """All text of the study."""
+    train: list[bytes] = []
+    held_out: dict[str, list[tuple[int, str, bytes]]] = {"tuning": [], "test": []}
+    digest, seen = hashlib.sha256(), set()
+    for name, contents in _documents():
+        of_contents = hashlib.sha256(contents).digest()
+        if of_contents in seen:
+            continue
+        seen.add(of_contents)
+        digest.update(name.encode() + of_contents)
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        percent = number % 100
+        if percent >= TUNING_PERCENT + TEST_PERCENT:
+            train.append(contents + bytes([END_OF_TEXT]))
+        elif len(contents) >= 2 * WINDOW:
+            held_out["tuning" if percent < TUNING_PERCENT else "test"].append((number // 100, name, contents))
+    return Text(
+        np.frombuffer(b"".join(train), dtype=np.uint8),
+        _windows(sorted(held_out["tuning"])[:TUNING_DOCUMENTS]),
+        _windows(sorted(held_out["test"])[:TEST_DOCUMENTS]),
+        digest.hexdigest()[:16],
+    )
+
+
+def _documents() -> Iterator[tuple[str, bytes]]:
+    roots = {"stdlib": Path(sysconfig.get_path("stdlib"))}
+    for package in PACKAGES:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit(f"the package {package} is not installed; install what constraints.txt pins: make setup")
+        roots[package] = Path(spec.submodule_search_locations[0])
+    for label, root in roots.items():
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            if not _EXCLUDED.isdisjoint(relative.parts[:-1]) or not 0 < path.stat().st_size <= _LARGEST_FILE:
+                continue
+            contents = path.read_bytes()
+            if bytes([END_OF_TEXT]) not in contents:
+                yield f"{label}/{relative.as_posix()}", contents
+
+
+def _windows(documents: list[tuple[int, str, bytes]]) -> Windows:
+    beginnings, middles, owners = [], [], []
+    for index, (_, _, contents) in enumerate(documents):
+        ids = np.frombuffer(contents, dtype=np.uint8)
+        beginnings.append(np.concatenate(([END_OF_TEXT], ids[: WINDOW - 1])))
+        count = min(WINDOWS, len(ids) // WINDOW - 1)
+        for start in np.linspace(WINDOW, len(ids) - WINDOW, count).astype(int):
+            middles.append(ids[start : start + WINDOW])
+            owners.append(index)
+    return Windows(
+        tuple(name for _, name, _ in documents),
+        np.stack(beginnings + middles).astype(np.uint8),
+        np.concatenate((np.arange(len(documents)), owners)).astype(np.int64),
+        np.arange(len(beginnings) + len(middles)) >= len(beginnings),
+    )

@@ -1,0 +1,67 @@
+"""Does what is missing of the study, one model after another; several workers may run, and be killed, at any time.
+
+    for worker in 1 2; do
+        OMP_NUM_THREADS=1 setsid nohup nice -n 5 .venv/bin/python -P benchmarks/evidence/work.py >> build/evidence/$worker.log 2>&1 &
+    done
+
+Finished rows lie in `benchmarks/results/evidence/`, what is unfinished in `build/evidence/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from plan import plan, read_rows
+from scratch import train
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "evidence")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "evidence")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    scratch = args.results / "scratch"
+    args.work.mkdir(parents=True, exist_ok=True)
+    while True:
+        rows = read_rows(scratch)
+        missing = [run for run in plan(rows) if run.name not in rows]
+        if not missing:
+            return
+        for run in missing:
+            with claimed(args.work / f"{run.name}.lock") as is_mine:
+                if is_mine and run.name not in read_rows(scratch):
+                    row = train(run, args.work, scratch)
+                    losses = ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
+                    print(f"{time.strftime('%H:%M:%S')} {run.name}: {losses}, {row['seconds']:.0f} s", flush=True)
+                    break
+        else:
+            time.sleep(10)  # the others are at work on what is left
+
+
+@contextmanager
+def claimed(lock: Path) -> Iterator[bool]:
+    """Whether this process alone holds the lock; the system releases it when the process ends, however it ends."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+if __name__ == "__main__":
+    main()
