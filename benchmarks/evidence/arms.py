@@ -5,8 +5,8 @@ B rows, S tokens, V vocabulary, H hidden size, P streams, T prefix tokens, G key
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,11 +43,6 @@ class Run:
         parts = [self.arm, f"h{self.hidden}", f"l{self.layers}", f"p{self.streams}", f"t{self.prefix_length}"]
         parts += [f"n{self.tokens}", f"r{self.learning_rate:g}", f"s{self.seed}"]
         return "-".join(parts + ([self.variant.replace("=", "")] if self.variant else []))
-
-
-def as_run(values: dict[str, Any]) -> Run:
-    """The run that a row tells of."""
-    return Run(**{field.name: values[field.name] for field in fields(Run)})
 
 
 class Plain(nn.Module):
@@ -90,13 +85,32 @@ class OnePrefix(nn.Module):
         return self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
 
 
-def build(run: Run) -> nn.Module:
+class Described(Protocol):
+    """What a model is built from; a `Run`, or a task's."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def streams(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def arm(self) -> str: ...
+    @property
+    def prefix_length(self) -> int: ...
+    @property
+    def variant(self) -> str: ...
+
+
+def build(run: Described, vocabulary: int = VOCABULARY) -> nn.Module:
     """The model of a run, with the weights it starts from."""
     intermediate = 8 * round(run.hidden / 3)
     if run.arm == "twin":
         intermediate += round(_added_parameters(run) / (3 * run.hidden * run.layers))
     torch.manual_seed(run.seed)
-    model: Any = backbone(run.hidden, run.layers, intermediate)
+    model: Any = backbone(run.hidden, run.layers, intermediate, vocabulary)
     if run.arm == "prefix":
         return OnePrefix(model, run.prefix_length, run.seed)
     if run.arm == "twin" or run.streams == 1:
@@ -104,9 +118,9 @@ def build(run: Run) -> nn.Module:
     return apply_variant(run.variant, model, run.streams, run.prefix_length, run.seed)
 
 
-def backbone(hidden: int, layers: int, intermediate: int, *, vocabulary: int = VOCABULARY, positions: int = 256) -> Any:
+def backbone(hidden: int, layers: int, intermediate: int, vocabulary: int = VOCABULARY) -> Any:
     """A Qwen2 with random weights; heads are 24 or 32 wide and share one key head."""
-    head = 32 if hidden % 32 == 0 else hidden // 2 if hidden < 64 else 40
+    head = 32 if hidden % 32 == 0 else hidden // 2  # 24 at a width of 48, 40 at 80
     config = Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -114,7 +128,7 @@ def backbone(hidden: int, layers: int, intermediate: int, *, vocabulary: int = V
         num_hidden_layers=layers,
         num_attention_heads=hidden // head,
         num_key_value_heads=1,
-        max_position_embeddings=positions,
+        max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=hidden**-0.5,
         bos_token_id=None,
@@ -124,7 +138,7 @@ def backbone(hidden: int, layers: int, intermediate: int, *, vocabulary: int = V
     return Qwen2ForCausalLM(config)
 
 
-def _added_parameters(run: Run) -> int:
+def _added_parameters(run: Described) -> int:
     """What P streams add to the dense model."""
     torch.manual_seed(run.seed)
     model: Any = backbone(run.hidden, run.layers, 8 * round(run.hidden / 3))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from arms import Run, as_run
+from arms import Run
+from synthetic import TaskRun
 
 SIZES = {  # by name: width, layers, training tokens
     "0.1M": (48, 4, 2_500_000),
@@ -18,54 +19,57 @@ SIZES = {  # by name: width, layers, training tokens
     "0.7M": (96, 7, 16_600_000),
     "1.0M": (128, 6, 25_000_000),
 }
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+FIRST_RATE = 8e-3
 VARIANTS = ("draw=7", "embedding", "probabilities", "left-out", "apart=0.1", "lora=4", "draw=3", "rate=3", "rate=0.3")
 PREFIX_LENGTHS = (2, 32)  # besides 8
+TASKS = (("add", 5), ("hops", 3), ("parity", 4), ("multiply", 3))  # with their levels
+TASK_SHAPE, TASK_STEPS, TUNING_SEED = (48, 2), 2000, 100
 Rows = dict[str, dict[str, Any]]
+R = TypeVar("R", Run, TaskRun)
 
 
 def read_rows(folder: Path) -> Rows:
     """All finished rows by their runs' names."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*.json"))}
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*/[!.]*.json"))}
 
 
-def plan(rows: Rows) -> list[Run]:
+def plan(rows: Rows) -> list[Run | TaskRun]:
     """Every run that can be named yet, those that are finished too: the study follows once its rates are tuned."""
-    tuning = {streams: _tuned(rows, streams) for streams in (1, 4)}
-    rates = {streams: rate for streams, (_, rate) in tuning.items() if rate is not None}
-    runs = [run for tuned, _ in tuning.values() for run in tuned]
+    runs: list[Run | TaskRun] = []
+    rates: dict[int, float] = {}
+    for streams in (1, 4):
+        hidden, layers, tokens = SIZES["0.1M"]
+        first = Run(hidden, layers, streams, tokens, 0, FIRST_RATE)
+        needed, best = tuned(rows, first, lambda row: fmean(row["tuning"]["middle"]))
+        runs += needed
+        if best is not None:
+            rates[streams] = best.learning_rate
     if len(rates) == 2:
         runs += _study(rows, rates)
     return list(dict.fromkeys(runs))
 
 
-def _tuned(rows: Rows, streams: int) -> tuple[list[Run], float | None]:
-    """The tuning runs at the smallest size, and the best rate once it is known; the grid grows while its end wins."""
-    hidden, layers, tokens = SIZES["0.1M"]
-    rates = list(RATES)
+def tuned(rows: Rows, first: R, loss: Callable[[dict[str, Any]], float]) -> tuple[list[R], R | None]:
+    """The runs that find a learning rate, and the best: that with both neighbours, of a factor of two, tried and worse.
+
+    None for the best while runs are missing.
+    """
+    runs = [first]
     while True:
-        runs = [Run(hidden, layers, streams, tokens, 0, rate) for rate in rates]
-        best = best_of(rows, runs)
-        if best is None:
+        if any(run.name not in rows for run in runs):
             return runs, None
-        if best is runs[-1]:
-            rates.append(2 * rates[-1])
-        elif best is runs[0]:
-            rates.insert(0, rates[0] / 2)
-        else:
-            return runs, best.learning_rate
+        best = min(runs, key=lambda run: loss(rows[run.name]))
+        more = [replace(best, learning_rate=factor * best.learning_rate) for factor in (0.5, 2)]
+        more = [run for run in more if run not in runs]
+        if not more:
+            return runs, best
+        runs += more
 
 
-def best_of(rows: Rows, runs: Sequence[Run]) -> Run | None:
-    """The run with the lowest loss on tuning documents; None until all are finished."""
-    if any(run.name not in rows for run in runs):
-        return None
-    return min(runs, key=lambda run: fmean(rows[run.name]["tuning"]["middle"]))
-
-
-def _study(rows: Rows, rates: dict[int, float]) -> Iterator[Run]:
+def _study(rows: Rows, rates: dict[int, float]) -> Iterator[Run | TaskRun]:
     for seed in (0, 1, 2):
         yield from arms("0.1M", seed, rates)
+    yield from _tasks(rows)
     for seed in (0, 1):
         yield from arms("0.2M", seed, rates)
     for seed in (0, 1):
@@ -86,10 +90,14 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[Run]:
 
 def arms(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
     """All arms of one size and seed: dense, streams, one prefix of T and 4 * T, equal parameters, equal compute."""
-    dense, four = _run(size, seed, rates, 1), _run(size, seed, rates, 4)
+    return _arms(_run(size, seed, rates, 1), _run(size, seed, rates, 4))
+
+
+def _arms(dense: R, four: R) -> Iterator[R]:
     yield from (dense, four, replace(four, streams=2))
-    for prefix_length in (8, 32):
-        yield replace(dense, arm="prefix", prefix_length=prefix_length)
+    for rate in dict.fromkeys((dense.learning_rate, four.learning_rate)):  # the better one counts
+        for prefix_length in (8, 32):
+            yield replace(dense, arm="prefix", prefix_length=prefix_length, learning_rate=rate)
     yield replace(four, arm="twin", learning_rate=dense.learning_rate)
     yield replace(dense, hidden=2 * dense.hidden)
 
@@ -106,6 +114,20 @@ def _run(size: str, seed: int, rates: dict[int, float], streams: int) -> Run:
     return Run(hidden, layers, streams, tokens, seed, rates[streams])
 
 
-def of_row(row: dict[str, Any]) -> Run:
-    """The run of a row."""
-    return as_run(row["run"])
+def _tasks(rows: Rows) -> Iterator[TaskRun]:
+    """Each task: its rates, then all arms and seeds."""
+    for task, level in TASKS:
+        rates = {}
+        for streams in (1, 4):
+            first = TaskRun(task, level, *TASK_SHAPE, streams, TASK_STEPS, TUNING_SEED, FIRST_RATE)
+            needed, best = tuned(rows, first, lambda row: float(row["tuning"]["loss"]))
+            yield from needed
+            if best is not None:
+                rates[streams] = best.learning_rate
+        if len(rates) < 2:
+            continue
+        for seed in (0, 1, 2):
+            dense, four = (
+                TaskRun(task, level, *TASK_SHAPE, streams, TASK_STEPS, seed, rates[streams]) for streams in (1, 4)
+            )
+            yield from _arms(dense, four)

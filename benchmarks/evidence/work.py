@@ -1,7 +1,8 @@
 """Does what is missing of the study, one model after another; several workers may run, and be killed, at any time.
 
     for worker in 1 2; do
-        OMP_NUM_THREADS=1 setsid nohup nice -n 5 .venv/bin/python -P benchmarks/evidence/work.py >> build/evidence/$worker.log 2>&1 &
+        OMP_NUM_THREADS=1 setsid nohup nice -n 5 .venv/bin/python -P benchmarks/evidence/work.py \\
+            >> build/evidence/$worker.log 2>&1 &
     done
 
 Finished rows lie in `benchmarks/results/evidence/`, what is unfinished in `build/evidence/`.
@@ -20,9 +21,12 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import scratch
+import synthetic
 import torch
+from arms import Run
 from plan import plan, read_rows
-from scratch import train
+from synthetic import TaskRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,22 +37,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "evidence")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scratch = args.results / "scratch"
     args.work.mkdir(parents=True, exist_ok=True)
-    while True:
-        rows = read_rows(scratch)
-        missing = [run for run in plan(rows) if run.name not in rows]
-        if not missing:
-            return
+    while missing := [run for rows in [read_rows(args.results)] for run in plan(rows) if run.name not in rows]:
         for run in missing:
             with claimed(args.work / f"{run.name}.lock") as is_mine:
-                if is_mine and run.name not in read_rows(scratch):
-                    row = train(run, args.work, scratch)
-                    losses = ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
-                    print(f"{time.strftime('%H:%M:%S')} {run.name}: {losses}, {row['seconds']:.0f} s", flush=True)
+                if is_mine and run.name not in read_rows(args.results):
+                    print(time.strftime("%H:%M:%S"), run.name, do(run, args.work, args.results), flush=True)
                     break
         else:
             time.sleep(10)  # the others are at work on what is left
+
+
+def do(run: Run | TaskRun, work: Path, results: Path) -> str:
+    """Trains and measures one model; what to print of it."""
+    if isinstance(run, Run):
+        row = scratch.train(run, work, results / "scratch")
+        return ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
+    row = synthetic.train(run, work, results / "tasks")
+    return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
 
 
 @contextmanager
