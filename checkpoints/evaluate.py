@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -20,6 +21,7 @@ from parscale.checkpoints.text import Document
 from parscale.checkpoints.tokens import encode, vocabulary_of
 
 DEFAULT_SEQUENCE_LENGTH = 1024
+W = TypeVar("W")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def with_progress_bar(batches: list[list[Window]], shown: bool) -> Iterator[list[Window]]:
+def with_progress_bar(batches: list[list[W]], shown: bool) -> Iterator[list[W]]:
     """The batches, with a progress bar on standard error if it is wanted."""
     if not shown:
         yield from batches

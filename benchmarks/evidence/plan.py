@@ -54,16 +54,16 @@ def tuned(rows: Rows, first: R, loss: Callable[[dict[str, Any]], float]) -> tupl
 
     None for the best while runs are missing.
     """
-    runs = [first]
+    runs, best = [first], first
     while True:
-        if any(run.name not in rows for run in runs):
-            return runs, None
-        best = min(runs, key=lambda run: loss(rows[run.name]))
         more = [replace(best, learning_rate=factor * best.learning_rate) for factor in (0.5, 2)]
         more = [run for run in more if run not in runs]
         if not more:
             return runs, best
         runs += more
+        if any(run.name not in rows for run in runs):
+            return runs, None
+        best = min(runs, key=lambda run: loss(rows[run.name]))
 
 
 def _study(rows: Rows, rates: dict[int, float]) -> Iterator[Run | TaskRun]:
