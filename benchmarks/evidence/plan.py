@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 from arms import Run
+from recycling import RecycleRun
 from synthetic import TaskRun
 
 SIZES = {  # by name: width, layers, training tokens
@@ -22,10 +23,14 @@ SIZES = {  # by name: width, layers, training tokens
 FIRST_RATE = 8e-3
 VARIANTS = ("draw=7", "embedding", "probabilities", "left-out", "apart=0.1", "lora=4", "draw=3", "rate=3", "rate=0.3")
 PREFIX_LENGTHS = (2, 32)  # besides 8
-TASKS = (("add", 5), ("hops", 3), ("parity", 4), ("multiply", 3))  # with their levels
-TASK_SHAPE, TASK_STEPS, TUNING_SEED = (48, 2), 2000, 100
+TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with their levels, widths and layers
+UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
+TASK_STEPS, TUNING_SEED = 2000, 100
+RECYCLED_TOKENS = 250_000  # at which its rates are tuned
 Rows = dict[str, dict[str, Any]]
+AnyRun = Run | TaskRun | RecycleRun
 R = TypeVar("R", Run, TaskRun)
+T = TypeVar("T", Run, TaskRun, RecycleRun)
 
 
 def read_rows(folder: Path) -> Rows:
@@ -33,9 +38,9 @@ def read_rows(folder: Path) -> Rows:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*/[!.]*.json"))}
 
 
-def plan(rows: Rows) -> list[Run | TaskRun]:
+def plan(rows: Rows) -> list[AnyRun]:
     """Every run that can be named yet, those that are finished too: the study follows once its rates are tuned."""
-    runs: list[Run | TaskRun] = []
+    runs: list[AnyRun] = []
     rates: dict[int, float] = {}
     for streams in (1, 4):
         hidden, layers, tokens = SIZES["0.1M"]
@@ -49,14 +54,22 @@ def plan(rows: Rows) -> list[Run | TaskRun]:
     return list(dict.fromkeys(runs))
 
 
-def tuned(rows: Rows, first: R, loss: Callable[[dict[str, Any]], float]) -> tuple[list[R], R | None]:
+def tuned(
+    rows: Rows, first: T, loss: Callable[[dict[str, Any]], float], rate: str = "learning_rate"
+) -> tuple[list[T], T | None]:
     """The runs that find a learning rate, and the best: that with both neighbours, of a factor of two, tried and worse.
 
     None for the best while runs are missing.
+
+    Args:
+        rows: those that are finished.
+        first: the run to begin with.
+        loss: of a row, on what is for tuning.
+        rate: the name of the rate.
     """
     runs, best = [first], first
     while True:
-        more = [replace(best, learning_rate=factor * best.learning_rate) for factor in (0.5, 2)]
+        more = [replace(best, **{rate: factor * getattr(best, rate)}) for factor in (0.5, 2)]
         more = [run for run in more if run not in runs]
         if not more:
             return runs, best
@@ -66,24 +79,31 @@ def tuned(rows: Rows, first: R, loss: Callable[[dict[str, Any]], float]) -> tupl
         best = min(runs, key=lambda run: loss(rows[run.name]))
 
 
-def _study(rows: Rows, rates: dict[int, float]) -> Iterator[Run | TaskRun]:
-    for seed in (0, 1, 2):
+def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
+    for seed in (0, 1):
         yield from arms("0.1M", seed, rates)
     yield from _tasks(rows)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
+    yield from arms("0.1M", 2, rates)
     for seed in (0, 1):
         yield from arms("0.2M", seed, rates)
+    yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     for seed in (0, 1):
         yield from variants(seed, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
     yield from arms("0.4M", 0, rates)
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
     for seed in (3, 4):
         yield from arms("0.1M", seed, rates)
+    yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(1, 2))
     yield from arms("0.4M", 1, rates)
     yield from arms("0.2M", 2, rates)
+    yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     yield from arms("0.7M", 0, rates)
     yield from arms("1.0M", 0, rates)
+    yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(1,))
     yield from arms("0.7M", 1, rates)
     yield from arms("1.0M", 1, rates)
 
@@ -116,18 +136,48 @@ def _run(size: str, seed: int, rates: dict[int, float], streams: int) -> Run:
 
 def _tasks(rows: Rows) -> Iterator[TaskRun]:
     """Each task: its rates, then all arms and seeds."""
-    for task, level in TASKS:
+    for task in TASKS:
         rates = {}
         for streams in (1, 4):
-            first = TaskRun(task, level, *TASK_SHAPE, streams, TASK_STEPS, TUNING_SEED, FIRST_RATE)
+            first = TaskRun(*task, streams, TASK_STEPS, TUNING_SEED, FIRST_RATE)
             needed, best = tuned(rows, first, lambda row: float(row["tuning"]["loss"]))
             yield from needed
             if best is not None:
                 rates[streams] = best.learning_rate
-        if len(rates) < 2:
-            continue
-        for seed in (0, 1, 2):
-            dense, four = (
-                TaskRun(task, level, *TASK_SHAPE, streams, TASK_STEPS, seed, rates[streams]) for streams in (1, 4)
-            )
-            yield from _arms(dense, four)
+        if len(rates) == 2:
+            for seed in (0, 1, 2):
+                dense, four = (TaskRun(*task, streams, TASK_STEPS, seed, rates[streams]) for streams in (1, 4))
+                yield from _arms(dense, four)
+    for task in UNLEARNED:
+        yield from _arms(*(TaskRun(*task, streams, TASK_STEPS, 0, FIRST_RATE) for streams in (1, 4)))
+
+
+def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
+    """The small model's arms at one budget, at rates that are tuned at the smallest; P = 2 and 4."""
+    best = {}
+    for arm, streams, backbone_rate, streams_rate in (
+        ("alone", 4, 4e-4, 0.0),
+        ("prefix", 4, 0.0, 2e-2),
+        ("frozen", 4, 0.0, 2e-2),
+        ("lora", 4, 2e-3, 0.0),
+    ):
+        first = RecycleRun(arm, streams, RECYCLED_TOKENS, TUNING_SEED, backbone_rate, streams_rate)
+        rate = "backbone_rate" if backbone_rate else "streams_rate"
+        needed, best[arm] = tuned(rows, first, lambda row: fmean(row["tuning"]["middle"]), rate)
+        yield from needed
+    alone, prefix, frozen, lora = (best[arm] for arm in ("alone", "prefix", "frozen", "lora"))
+    if alone is None or prefix is None or frozen is None or lora is None:
+        return
+    backbone, both = alone.backbone_rate, {"backbone_rate": alone.backbone_rate}
+    for seed in seeds:
+        yield RecycleRun("untouched", 1, 0, 0)
+        for streams in (4, 2):
+            yield RecycleRun("untrained", streams, 0, seed)
+        yield RecycleRun("alone", 1, tokens, seed, backbone)
+        yield RecycleRun("prefix", 1, tokens, seed, streams_rate=prefix.streams_rate)
+        for streams in (4, 2):
+            yield RecycleRun("frozen", streams, tokens, seed, streams_rate=frozen.streams_rate)
+            yield RecycleRun("streams-and-backbone", streams, tokens, seed, streams_rate=frozen.streams_rate, **both)
+        yield RecycleRun("prefix-and-backbone", 1, tokens, seed, streams_rate=prefix.streams_rate, **both)
+        yield RecycleRun("long-prefix", 4, tokens, seed, streams_rate=prefix.streams_rate)
+        yield RecycleRun("lora", 4, tokens, seed, lora.backbone_rate)

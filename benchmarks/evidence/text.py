@@ -49,11 +49,27 @@ class Text(NamedTuple):
     """Of all documents with their names."""
 
 
+class Document(NamedTuple):
+    """One file. Documents sort by a number that their names give, as good as a draw."""
+
+    number: int
+    name: str
+    contents: bytes
+
+
+class Sides(NamedTuple):
+    """All documents, by what they are for, in the order of their packages and names."""
+
+    train: list[Document]
+    tuning: list[Document]
+    test: list[Document]
+    digest: str
+
+
 @functools.cache
-def read_text() -> Text:
-    """All text of the study."""
-    train: list[bytes] = []
-    held_out: dict[str, list[tuple[int, str, bytes]]] = {"tuning": [], "test": []}
+def read_sides() -> Sides:
+    """All documents; of equal ones the first."""
+    sides = Sides([], [], [], "")
     digest, seen = hashlib.sha256(), set()
     for name, contents in _documents():
         of_contents = hashlib.sha256(contents).digest()
@@ -61,17 +77,27 @@ def read_text() -> Text:
             continue
         seen.add(of_contents)
         digest.update(name.encode() + of_contents)
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        percent = number % 100
-        if percent >= TUNING_PERCENT + TEST_PERCENT:
-            train.append(contents + bytes([END_OF_TEXT]))
-        elif len(contents) >= 2 * WINDOW:
-            held_out["tuning" if percent < TUNING_PERCENT else "test"].append((number // 100, name, contents))
+        number, percent = divmod(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"), 100)
+        held_out = sides.tuning if percent < TUNING_PERCENT else sides.test
+        side = sides.train if percent >= TUNING_PERCENT + TEST_PERCENT else held_out
+        side.append(Document(number, name, contents))
+    return sides._replace(digest=digest.hexdigest()[:16])
+
+
+@functools.cache
+def read_text() -> Text:
+    """All text of the study, as bytes."""
+    sides = read_sides()
+    train = b"".join(document.contents + bytes([END_OF_TEXT]) for document in sides.train)
+    tuning, test = (
+        sorted(document for document in side if len(document.contents) >= 2 * WINDOW)
+        for side in (sides.tuning, sides.test)
+    )
     return Text(
-        np.frombuffer(b"".join(train), dtype=np.uint8),
-        _windows(sorted(held_out["tuning"])[:TUNING_DOCUMENTS]),
-        _windows(sorted(held_out["test"])[:TEST_DOCUMENTS]),
-        digest.hexdigest()[:16],
+        np.frombuffer(train, dtype=np.uint8),
+        _windows(tuning[:TUNING_DOCUMENTS]),
+        _windows(test[:TEST_DOCUMENTS]),
+        sides.digest,
     )
 
 
@@ -92,17 +118,17 @@ def _documents() -> Iterator[tuple[str, bytes]]:
                 yield f"{label}/{relative.as_posix()}", contents
 
 
-def _windows(documents: list[tuple[int, str, bytes]]) -> Windows:
+def _windows(documents: list[Document]) -> Windows:
     beginnings, middles, owners = [], [], []
-    for index, (_, _, contents) in enumerate(documents):
-        ids = np.frombuffer(contents, dtype=np.uint8)
+    for index, document in enumerate(documents):
+        ids = np.frombuffer(document.contents, dtype=np.uint8)
         beginnings.append(np.concatenate(([END_OF_TEXT], ids[: WINDOW - 1])))
         count = min(WINDOWS, len(ids) // WINDOW - 1)
         for start in np.linspace(WINDOW, len(ids) - WINDOW, count).astype(int):
             middles.append(ids[start : start + WINDOW])
             owners.append(index)
     return Windows(
-        tuple(name for _, name, _ in documents),
+        tuple(document.name for document in documents),
         np.stack(beginnings + middles).astype(np.uint8),
         np.concatenate((np.arange(len(documents)), owners)).astype(np.int64),
         np.arange(len(beginnings) + len(middles)) >= len(beginnings),

@@ -21,11 +21,12 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recycling
 import scratch
 import synthetic
 import torch
 from arms import Run
-from plan import plan, read_rows
+from plan import AnyRun, plan, read_rows
 from synthetic import TaskRun
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +49,16 @@ def main() -> None:
             time.sleep(10)  # the others are at work on what is left
 
 
-def do(run: Run | TaskRun, work: Path, results: Path) -> str:
+def do(run: AnyRun, work: Path, results: Path) -> str:
     """Trains and measures one model; what to print of it."""
     if isinstance(run, Run):
         row = scratch.train(run, work, results / "scratch")
         return ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
-    row = synthetic.train(run, work, results / "tasks")
-    return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
+    if isinstance(run, TaskRun):
+        row = synthetic.train(run, work, results / "tasks")
+        return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
+    row = recycling.train(run, work, results / "recycling")
+    return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
 
 
 @contextmanager
