@@ -80,9 +80,9 @@ def tuned(
 
 
 def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
-    for seed in (0, 1):
-        yield from arms("0.1M", seed, rates)
+    yield from arms("0.1M", 0, rates)
     yield from _tasks(rows)
+    yield from arms("0.1M", 1, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     yield from arms("0.1M", 2, rates)
     for seed in (0, 1):
