@@ -21,8 +21,8 @@ PACKAGES = ("matplotlib", "mpmath", "networkx", "nltk", "numpy", "pandas", "pygm
 END_OF_TEXT = 0  # a byte that no document holds
 TUNING_PERCENT, TEST_PERCENT = 5, 15
 WINDOW = 256
-WINDOWS = 4  # of the middle, at most, in each document
-TUNING_DOCUMENTS, TEST_DOCUMENTS = 150, 450  # at most; the first by hash
+TUNING_WINDOWS, TEST_WINDOWS = 4, 8  # of the middle, at most, in each document
+TUNING_DOCUMENTS = 150  # at most; the first by hash
 _EXCLUDED = {"site-packages", "__pycache__", "idle_test", "tests", "test", "testing", "encodings", "_vendor"}
 _LARGEST_FILE = 1 << 18  # larger ones are tables that a program wrote
 
@@ -95,8 +95,8 @@ def read_text() -> Text:
     )
     return Text(
         np.frombuffer(train, dtype=np.uint8),
-        _windows(tuning[:TUNING_DOCUMENTS]),
-        _windows(test[:TEST_DOCUMENTS]),
+        _windows(tuning[:TUNING_DOCUMENTS], TUNING_WINDOWS),
+        _windows(test, TEST_WINDOWS),
         sides.digest,
     )
 
@@ -118,12 +118,12 @@ def _documents() -> Iterator[tuple[str, bytes]]:
                 yield f"{label}/{relative.as_posix()}", contents
 
 
-def _windows(documents: list[Document]) -> Windows:
+def _windows(documents: list[Document], middles: int) -> Windows:
     beginnings, middles, owners = [], [], []
     for index, document in enumerate(documents):
         ids = np.frombuffer(document.contents, dtype=np.uint8)
         beginnings.append(np.concatenate(([END_OF_TEXT], ids[: WINDOW - 1])))
-        count = min(WINDOWS, len(ids) // WINDOW - 1)
+        count = min(middles, len(ids) // WINDOW - 1)
         for start in np.linspace(WINDOW, len(ids) - WINDOW, count).astype(int):
             middles.append(ids[start : start + WINDOW])
             owners.append(index)
