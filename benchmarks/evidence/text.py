@@ -118,12 +118,12 @@ def _documents() -> Iterator[tuple[str, bytes]]:
                 yield f"{label}/{relative.as_posix()}", contents
 
 
-def _windows(documents: list[Document], middles: int) -> Windows:
+def _windows(documents: list[Document], most: int) -> Windows:
     beginnings, middles, owners = [], [], []
     for index, document in enumerate(documents):
         ids = np.frombuffer(document.contents, dtype=np.uint8)
         beginnings.append(np.concatenate(([END_OF_TEXT], ids[: WINDOW - 1])))
-        count = min(middles, len(ids) // WINDOW - 1)
+        count = min(most, len(ids) // WINDOW - 1)
         for start in np.linspace(WINDOW, len(ids) - WINDOW, count).astype(int):
             middles.append(ids[start : start + WINDOW])
             owners.append(index)
