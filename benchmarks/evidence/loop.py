@@ -74,11 +74,16 @@ def fit(
 def finish(row: dict[str, Any], model: nn.Module, folder: Path, path: Path) -> None:
     """Keeps the final weights in the run's folder, writes its row, and removes the checkpoint."""
     _save(model.state_dict(), folder / "final.pt")
+    write_row(row, path)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def write_row(row: dict[str, Any], path: Path) -> None:
+    """Writes a row, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(row) + "\n")
     partial.replace(path)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def non_embedding_parameters(model: nn.Module) -> int:

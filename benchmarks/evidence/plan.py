@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from arms import Run
+from ensembles import EnsembleRun
 from recycling import RecycleRun
 from synthetic import TaskRun
 
@@ -28,7 +29,7 @@ UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
 TASK_STEPS, TUNING_SEED = 2000, 100
 RECYCLED_TOKENS = 250_000  # at which its rates are tuned
 Rows = dict[str, dict[str, Any]]
-AnyRun = Run | TaskRun | RecycleRun
+AnyRun = Run | TaskRun | RecycleRun | EnsembleRun
 R = TypeVar("R", Run, TaskRun)
 T = TypeVar("T", Run, TaskRun, RecycleRun)
 
@@ -97,6 +98,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
     for seed in (3, 4):
         yield from arms("0.1M", seed, rates)
+    yield from _averages(rows, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(1, 2))
     yield from arms("0.4M", 1, rates)
     yield from arms("0.2M", 2, rates)
@@ -120,6 +122,14 @@ def _arms(dense: R, four: R) -> Iterator[R]:
             yield replace(dense, arm="prefix", prefix_length=prefix_length, learning_rate=rate)
     yield replace(four, arm="twin", learning_rate=dense.learning_rate)
     yield replace(dense, hidden=2 * dense.hidden)
+
+
+def _averages(rows: Rows, rates: dict[int, float]) -> Iterator[EnsembleRun]:
+    """Four seeds of the dense model on average, for each seed four, that one first."""
+    dense = _run("0.1M", 0, rates, 1)
+    if all(replace(dense, seed=seed).name in rows for seed in range(5)):
+        for seed in range(5):
+            yield EnsembleRun(dense, tuple((seed + number) % 5 for number in range(4)))
 
 
 def variants(seed: int, rates: dict[int, float]) -> Iterator[Run]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loop import write_row
 from rich.console import Console
 from text import read_sides
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,10 +87,7 @@ def train(run: RecycleRun, work: Path, results: Path) -> dict[str, Any]:
             where: [round(document.loss, ROUNDED) for document in evaluation.documents]
             for where, evaluation in measured.items()
         }
-    results.mkdir(parents=True, exist_ok=True)
-    partial = results / f".{run.name}.partial"
-    partial.write_text(json.dumps(row) + "\n")
-    partial.replace(results / f"{run.name}.json")
+    write_row(row, results / f"{run.name}.json")
     return row
 
 

@@ -21,11 +21,13 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ensembles
 import recycling
 import scratch
 import synthetic
 import torch
 from arms import Run
+from ensembles import EnsembleRun
 from plan import AnyRun, plan, read_rows
 from synthetic import TaskRun
 
@@ -54,6 +56,9 @@ def do(run: AnyRun, work: Path, results: Path) -> str:
     if isinstance(run, Run):
         row = scratch.train(run, work, results / "scratch")
         return ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
+    if isinstance(run, EnsembleRun):
+        row = ensembles.train(run, work, results / "averages")
+        return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
     if isinstance(run, TaskRun):
         row = synthetic.train(run, work, results / "tasks")
         return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
