@@ -50,8 +50,7 @@ def plan(rows: Rows) -> list[AnyRun]:
         runs += needed
         if best is not None:
             rates[streams] = best.learning_rate
-    if len(rates) == 2:
-        runs += _study(rows, rates)
+    runs += _study(rows, rates) if len(rates) == 2 else _tasks(rows)
     return list(dict.fromkeys(runs))
 
 
