@@ -17,7 +17,6 @@ from parscale import wrap
 
 VOCABULARY = 256
 BASE_WIDTH = 48  # at which learning rates are tuned; beyond, they fall as the inverse width
-BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,15 @@ class Run:
     prefix_length: int = 8
     variant: str = ""
     """Of the streams; see `variants.py`."""
+    batch_size: int = 8
+    """Sequences in a step."""
 
     @property
     def name(self) -> str:
         """Of its row and its folder; it tells every field."""
         parts = [self.arm, f"h{self.hidden}", f"l{self.layers}", f"p{self.streams}", f"t{self.prefix_length}"]
         parts += [f"n{self.tokens}", f"r{self.learning_rate:g}", f"s{self.seed}"]
+        parts += [f"b{self.batch_size}"] if self.batch_size != 8 else []
         return "-".join(parts + ([self.variant.replace("=", "")] if self.variant else []))
 
 
@@ -81,7 +83,7 @@ class OnePrefix(nn.Module):
         for layer, prefix in enumerate(self.prefixes):
             key, value = prefix.expand(-1, len(ids), -1, -1, -1)  # each (B, G, T, D)
             cache.update(key, value, layer)
-        positions = torch.arange(ids.shape[1])[None]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
         return self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
 
 
@@ -133,7 +135,7 @@ def backbone(hidden: int, layers: int, intermediate: int, vocabulary: int = VOCA
         initializer_range=hidden**-0.5,
         bos_token_id=None,
         eos_token_id=0,
-        attn_implementation="eager",  # on a CPU the fastest at these sizes
+        attn_implementation="sdpa" if torch.cuda.is_available() else "eager",  # the faster one at these sizes
     )
     return Qwen2ForCausalLM(config)
 

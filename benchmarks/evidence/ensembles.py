@@ -51,7 +51,7 @@ def train(run: EnsembleRun, work: Path, results: Path) -> dict[str, Any]:
     models = []
     for member in run.members:
         model = build(member)
-        model.load_state_dict(torch.load(work / member.name / "final.pt"))
+        model.load_state_dict(torch.load(work / member.name / "final.pt", map_location="cpu"))
         models.append(model)
     text = read_text()
     row = {

@@ -18,6 +18,7 @@ from variants import Streams
 EVERY_SECONDS = 240.0  # between two checkpoints
 CURVE_POINTS = 50
 IGNORED = -100  # as a label: nothing is predicted there
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, each (B, S)."""
@@ -47,11 +48,11 @@ def fit(
         seed: of what variants draw.
         folder: where the checkpoint lies; it stays there until `finish`.
     """
-    optimizer = _optimizer(model, rate)
+    optimizer = _optimizer(model.to(DEVICE), rate)
     checkpoint = folder / "checkpoint.pt"
     step, seconds, sums = 0, 0.0, [0.0] * CURVE_POINTS
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, map_location=DEVICE)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, sums = state["step"], state["seconds"], state["sums"]
@@ -94,7 +95,7 @@ def non_embedding_parameters(model: nn.Module) -> int:
 
 def autocast() -> torch.autocast:
     """bfloat16 where torch finds it safe, in training and measuring alike."""
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, seed: int, step: int, steps: int) -> float:
@@ -104,7 +105,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, seed
         group["lr"] = group["peak"] * scale
     if isinstance(model, Streams):
         model.at_step(seed, step)
-    ids, labels = batch
+    ids, labels = (part.to(DEVICE) for part in batch)
     with autocast():
         logits = model(ids)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)

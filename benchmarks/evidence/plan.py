@@ -20,6 +20,7 @@ SIZES = {  # by name: width, layers, training tokens
     "0.4M": (80, 6, 9_700_000),
     "0.7M": (96, 7, 16_600_000),
     "1.0M": (128, 6, 25_000_000),
+    "21M": (512, 8, 100_000_000),  # on a GPU
 }
 FIRST_RATE = 8e-3
 VARIANTS = ("draw=7", "embedding", "probabilities", "left-out", "apart=0.1", "lora=4", "draw=3", "rate=3", "rate=0.3")
@@ -37,6 +38,28 @@ T = TypeVar("T", Run, TaskRun, RecycleRun)
 def read_rows(folder: Path) -> Rows:
     """All finished rows by their runs' names."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*/[!.]*.json"))}
+
+
+def gpu_plan(rows: Rows) -> list[AnyRun]:
+    """The same studies at the size of one GPU: 21 million parameters on 100 million bytes, 4 million tokens recycled.
+
+    At the rates that the small models were tuned to, scaled by width; one seed.
+    """
+    dense = Run(512, 8, 1, 100_000_000, 0, FIRST_RATE, batch_size=128)
+    four = replace(dense, streams=4)
+    prefix = replace(dense, arm="prefix")
+    runs: list[AnyRun] = [dense, four, prefix, replace(four, arm="twin"), replace(four, streams=2)]
+    runs.append(replace(prefix, prefix_length=32))
+    tokens, both = 16 * RECYCLED_TOKENS, {"backbone_rate": 4e-4, "streams_rate": 2e-2}
+    runs += [
+        RecycleRun("untouched", 1, 0, 0),
+        RecycleRun("alone", 1, tokens, 0, 4e-4),
+        RecycleRun("prefix", 1, tokens, 0, 0.0, 2e-2),
+        RecycleRun("frozen", 4, tokens, 0, 0.0, 2e-2),
+        RecycleRun("prefix-and-backbone", 1, tokens, 0, **both),
+        RecycleRun("streams-and-backbone", 4, tokens, 0, **both),
+    ]
+    return runs
 
 
 def plan(rows: Rows) -> list[AnyRun]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import write_row
+from loop import DEVICE, autocast, write_row
 from rich.console import Console
 from text import read_sides
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,6 +72,7 @@ def train(run: RecycleRun, work: Path, results: Path) -> dict[str, Any]:
         )
     model, tokenizer = open_checkpoint(str(folder / "trained" if report else start))
     assert tokenizer is not None
+    model = model.float().to(DEVICE)
     row = {
         "run": asdict(run),
         "trained_parameters": report.get("trained_parameters", 0),
@@ -79,9 +80,9 @@ def train(run: RecycleRun, work: Path, results: Path) -> dict[str, Any]:
         "seconds": report.get("seconds", 0),
     }
     for side, count in (("tuning", TUNING_DOCUMENTS), ("test", TEST_DOCUMENTS)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             measured = evaluate_places(
-                model.float(), tokenizer, _held_out(side, count), sequence_length=SEQUENCE_LENGTH, middles=MIDDLES
+                model, tokenizer, _held_out(side, count), sequence_length=SEQUENCE_LENGTH, middles=MIDDLES
             )
         row[side] = {
             where: [round(document.loss, ROUNDED) for document in evaluation.documents]

@@ -1,4 +1,4 @@
-"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json` and tables.
+"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json` and `.md`.
 
     .venv/bin/python -P benchmarks/evidence/report.py
 
@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from arms import Run
 from plan import SIZES, Rows, read_rows
 from recycling import RecycleRun
-from rich.console import Console
-from rich.table import Table
 from synthetic import TaskRun
 
 from parscale.checkpoints.controls import HELD_AGAINST, Interval, crossed_interval
@@ -57,7 +55,8 @@ def main() -> None:
         "law": law(rows),
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    show(report)
+    args.output.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
 
 
 def label(run: Run | TaskRun, width: int) -> str:
@@ -227,27 +226,42 @@ def rounded(interval: Interval) -> dict[str, Any]:
     return values | {name: round(values[name], 5) for name in ("difference", "low", "high")}
 
 
-def show(report: dict[str, Any]) -> None:
-    """Tables for a reader."""
-    console = Console(width=140)
-    table = Table("study", "size", "tokens", "arm", "against", "where", "difference (95 %)", "seeds")
+def markdown(report: dict[str, Any]) -> str:
+    """The same as tables for a reader."""
+    lines = [
+        "# What streams are worth: all comparisons",
+        "",
+        "Made by `benchmarks/evidence/report.py` from the rows beside it; what counts as a gain is in",
+        "`benchmarks/evidence/RULE.md`. Differences of loss in nats for each byte (from scratch) or token (recycling),",
+        "negative is better for the arm; intervals are 95 %, over documents and, with two seeds or more, over seeds.",
+        "",
+        "Gains by the rule: " + ("; ".join(report["gains"]) or "none so far") + ".",
+        "",
+        "The law: " + (json.dumps(report["law"]) if report["law"] else "fewer than three sizes are finished") + ".",
+        "",
+        *_row("study", "size", "tokens", "arm", "against", "beginning", "middle", "seeds"),
+        *_row(*["---"] * 8),
+    ]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for entry in report["comparisons"]:
+        key = [str(entry[name]) for name in ("study", "size", "tokens", "arm", "baseline", "seeds")]
         figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
-        table.add_row(
-            *(str(entry[key]) for key in ("study", "size", "tokens", "arm", "baseline", "where")),
-            figures,
-            str(entry["seeds"]),
-        )
-    console.print(table)
-    table = Table("task", "arm", "parameters", "right answers by seed", "P = 4 more (95 %)")
+        cells.setdefault(tuple(key), {})[entry["where"]] = figures
+    for (*key, seeds), places in cells.items():
+        lines += _row(*key, places.get("beginning", ""), places.get("middle", ""), seeds)
+    lines += ["", "Right answers as a whole, by seed, and how many more P = 4 gets:", ""]
+    lines += [*_row("task", "width, layers", "arm", "parameters", "right", "P = 4 more"), *_row(*["---"] * 6)]
     for entry in report["tasks"]:
         gain = entry.get("gain of P = 4")
         shown = f"{gain['difference']:+.3f} ({gain['low']:+.3f}, {gain['high']:+.3f})" if gain else ""
         exact = ", ".join(f"{value:.3f}" for value in entry["exact"])
-        table.add_row(f"{entry['task']} {entry['level']}", entry["arm"], str(entry["params"]), exact, shown)
-    console.print(table)
-    console.print("Gains by the rule:", *(report["gains"] or ["none"]), sep="\n  ")
-    console.print("The law:", report["law"])
+        shape = f"{entry['hidden']}, {entry['layers']}"
+        lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, shown)
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import BASE_WIDTH, build
-from loop import IGNORED, Batch, autocast, finish, fit, non_embedding_parameters
+from loop import DEVICE, IGNORED, Batch, autocast, finish, fit, non_embedding_parameters
 from tasks import VOCABULARY, Examples, examples
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -68,7 +68,7 @@ def measure(model: nn.Module, test: Examples) -> dict[str, float]:
     Tokens are scored after the right ones before them; an answer is right as a whole exactly when writing the likeliest
     token each time gives it.
     """
-    model.eval()
+    model.to(DEVICE).eval()
     right, losses = [], []
     for start in range(0, len(test.ids), BATCH_SIZE):
         ids, labels = _batch(Examples(test.ids[start : start + BATCH_SIZE], test.answer))
@@ -86,7 +86,7 @@ def measure(model: nn.Module, test: Examples) -> dict[str, float]:
 
 
 def _batch(batch: Examples) -> Batch:
-    ids = torch.from_numpy(batch.ids)
+    ids = torch.from_numpy(batch.ids).to(DEVICE)
     labels = ids.clone()
     labels[:, : -batch.answer] = IGNORED
     return ids, labels

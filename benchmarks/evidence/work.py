@@ -28,7 +28,7 @@ import synthetic
 import torch
 from arms import Run
 from ensembles import EnsembleRun
-from plan import AnyRun, plan, read_rows
+from plan import AnyRun, gpu_plan, plan, read_rows
 from synthetic import TaskRun
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +37,13 @@ ROOT = Path(__file__).parents[2]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "evidence")
+    parser.add_argument("--gpu", action="store_true", help="the two studies at the size of one GPU")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "evidence")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    while missing := [run for rows in [read_rows(args.results)] for run in plan(rows) if run.name not in rows]:
+    planned = gpu_plan if args.gpu else plan
+    while missing := [run for rows in [read_rows(args.results)] for run in planned(rows) if run.name not in rows]:
         for run in missing:
             with claimed(args.work / f"{run.name}.lock") as is_mine:
                 if is_mine and run.name not in read_rows(args.results):

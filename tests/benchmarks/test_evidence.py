@@ -115,3 +115,44 @@ def test_no_held_out_example_is_trained_on() -> None:
         prompts = [{tuple(ids) for ids in side.ids[:, : -side.answer]} for side in (train, test)]
         assert len(train.ids) == len(test.ids) == 500
         assert not prompts[0] & prompts[1]
+
+
+def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
+    from report import gains
+
+    def entries(**changed: Any) -> list[dict[str, Any]]:
+        common = {"study": "scratch", "size": "0.1M", "tokens": 10, "arm": "P = 4", "where": "middle"}
+        controls = ("dense", "prefix", "long prefix")
+        rows = [common | {"baseline": control, "high": -0.001, "seeds": 2} for control in controls]
+        rows[1] |= changed
+        return rows
+
+    assert gains(entries()) == ["scratch, 0.1M, 10 tokens: P = 4"]
+    for changed in ({"high": 0.001}, {"seeds": 1}, {"where": "beginning"}, {"baseline": "twin"}):
+        assert gains(entries(**changed)) == []
+
+
+def test_the_study_follows_when_its_rates_are_tuned() -> None:
+    from plan import plan
+
+    rows: dict[str, Any] = {}
+    for _ in range(1000):
+        missing = [run for run in plan(rows) if run.name not in rows]
+        if not missing:
+            break
+        rate = getattr(missing[0], "learning_rate", 8e-3)
+        loss = abs(np.log2(rate / 4e-3))  # so that 4e-3 is best everywhere
+        rows[missing[0].name] = {"tuning": {"middle": [loss], "loss": loss}, "run": missing[0]}
+    scratch = [row["run"] for row in rows.values() if hasattr(row["run"], "layers") and not hasattr(row["run"], "task")]
+    widths = {run.hidden for run in scratch}
+    assert {48, 64, 80, 96, 128} <= widths
+    of_study = [run for run in scratch if run.hidden == 64]
+    assert {run.learning_rate for run in of_study} == {4e-3}
+    assert {(run.arm, run.streams, run.prefix_length) for run in of_study} == {
+        ("streams", 1, 8),
+        ("streams", 2, 8),
+        ("streams", 4, 8),
+        ("prefix", 1, 8),
+        ("prefix", 1, 32),
+        ("twin", 4, 8),
+    }
