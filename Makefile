@@ -4,44 +4,61 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+PLAIN := $(VENV)/.plain
 READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
+NEWEST_VENV := .venv-newest
+NEWEST_READY := $(NEWEST_VENV)/.ready
+DOCS_READY := $(VENV)/.docs
+RELEASE_READY := $(VENV)/.release
 CODE := parscale kernels checkpoints scaling_laws
 ALL_CODE := $(CODE) $(wildcard examples benchmarks tests tools)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit test-vllm test-oldest lint format typecheck bench support gpu-check gpu-evidence build clean
+.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check gpu-evidence docs build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Create .venv with the pinned versions; the other targets do this by themselves
 
-# torch comes first and by its pinned version, so that no other package's range chooses one.
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-		|| { echo "parscale needs Python 3.11, 3.12 or 3.13; name one as in: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+# $(call environment,FOLDER): a virtual environment, unless it is there
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+	|| { echo "parscale needs Python 3.11, 3.12 or 3.13; name one as in: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
+
+# The package and what it needs itself, and no more.
+$(PLAIN): pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	@touch $@
 
-quickstart: $(READY) ## Convert, post-train and compare a small model on this machine; a few minutes
+$(READY): pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $(PLAIN) $@
+
+quickstart: $(PLAIN) ## Convert, post-train and compare a small model on this machine; a few minutes
 	rm -rf build/quickstart
 	$(BIN)/parscale quickstart --output build/quickstart
 
 test: lint typecheck unit ## Everything that has to pass: lint, types, tests
 
 unit: $(READY) ## The tests alone, on the CPU; JOBS of them at once
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu and not nightly"
+
+test-nightly: $(READY) ## The tests that `make test` leaves to the night: whole tables, full grids, every compile target
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "nightly and not gpu"
 
 # An environment of its own: vLLM pins torch and much else. --no-deps, since its list asks for packages of GPUs.
 $(VLLM_READY): pyproject.toml requirements-vllm.txt
-	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(call environment,$(VLLM_VENV))
 	$(VLLM_VENV)/bin/python -m pip install --constraint constraints.txt torch
 	$(VLLM_VENV)/bin/python -m pip install --no-deps --requirement requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --no-deps --editable .
@@ -51,15 +68,22 @@ test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for 
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile tests/vllm
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
-	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt torch
+	$(call environment,$(OLDEST_VENV))
 	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
-# Without the tables of what each architecture and each compiler does, which are of the pinned versions.
+# The tables of what each architecture and each compiler does are of the pinned versions.
+OF_THE_PINNED := --ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py
 test-oldest: $(OLDEST_READY) ## The tests with the oldest versions that pyproject.toml allows; several GB to fetch
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest -n $(JOBS) -m "not gpu" \
-		--ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest -n $(JOBS) -m "not gpu and not nightly" $(OF_THE_PINNED)
+
+$(NEWEST_READY): pyproject.toml
+	$(call environment,$(NEWEST_VENV))
+	$(NEWEST_VENV)/bin/python -m pip install --upgrade --upgrade-strategy eager --editable '.[test]' trl
+	@touch $@
+
+test-newest: $(NEWEST_READY) ## The tests with the newest releases that pyproject.toml allows; several GB to fetch
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -n $(JOBS) -m "not gpu and not nightly" $(OF_THE_PINNED)
 
 lint: $(READY) ## Look for faults of style
 	$(BIN)/ruff check $(ALL_CODE)
@@ -106,10 +130,23 @@ gpu-evidence: ## The study of what streams are worth at the size of one GPU; sta
 		&& $$python -P benchmarks/evidence/report.py --rows benchmarks/results/gpu-evidence \
 			--output benchmarks/results/gpu-evidence.json
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# The variable silences a notice about the builder's future, which is no fault of a page.
+docs: $(DOCS_READY) ## The documentation, into build/docs; a broken link or an unknown name stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(RELEASE_READY): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[release]'
+	@touch $@
+
 # The same commit gives the same bytes, wherever and whenever: the archives bear the time of the commit.
-build: $(READY) ## The wheel and the source distribution, into dist/
+build: $(RELEASE_READY) ## The wheel and the source distribution, into dist/, checked for an index
 	rm -rf build/lib dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 315532800) $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## Remove what was built, but not .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -18,23 +19,38 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
+from assembly import blocking_loads, read_sass
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from parscale.kernels.launch import Gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What code is compiled for, and a GPU of that kind, for the choices of the host functions."""
+
+    compiler: GPUTarget
+    gpu: Gpu
+    threads: int = 2048  # of a multiprocessor
+
+
+KIB = 1024
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), Gpu(108, 164 * KIB)),  # A100
+    "sm_89": Target(GPUTarget("cuda", 89, 32), Gpu(142, 100 * KIB), 1536),  # L40S
+    "sm_90": Target(GPUTarget("cuda", 90, 32), Gpu(132, 228 * KIB, dependent_launch=True)),  # H100
+    "sm_100": Target(GPUTarget("cuda", 100, 32), Gpu(148, 228 * KIB, dependent_launch=True)),  # B200
+    "sm_120": Target(GPUTarget("cuda", 120, 32), Gpu(188, 100 * KIB, dependent_launch=True), 1536),  # RTX PRO 6000
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Gpu(304, 64 * KIB, is_hip=True)),  # MI300X
 }
-MODULES = ("aggregate", "aggregator", "prefix_attention")
+MODULES = ("aggregate", "aggregator", "decode_attention")
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -44,7 +60,18 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
 
 
 def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -78,7 +105,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (2, 4096, 896, torch.bfloat16),
         (8, 4096, 1536, torch.bfloat16),
         (4, 16384, 2048, torch.float16),
-        (8, 4096, 1536, torch.float32),
+        (8, 64, 1536, torch.bfloat16),
         (1, 1, 1, torch.bfloat16),
         (1, 40, 1, torch.bfloat16),
     ):
@@ -86,7 +113,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"aggregator P={P} N={N} H={H} {str(dtype)[6:]}"
         for save in (False, True):
             yield name, lambda x=x, weights=weights, save=save: fused.forward(x, *weights, 0.1, save)
-    fused = importlib.import_module("parscale.kernels.prefix_attention.fused")
+    fused = importlib.import_module("parscale.kernels.decode_attention.fused")
     for P, B, G, n, D, V, K, dtype, kind in (
         (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "boolean"),
         (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "none"),
@@ -118,57 +145,57 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 def recorded(target: str) -> Iterator[list[Launch]]:
     """Launches are noted and not run; the host functions think that they are on ``target``."""
     launches: list[Launch] = []
-    undo = []
-    for name in MODULES:
-        try:
+
+    def note(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        launches.append(Launch(kernel, grid, args, meta))
+
+    with contextlib.ExitStack() as stack:
+        for name in MODULES:
             module = importlib.import_module(f"parscale.kernels.{name}.fused")
-        except ModuleNotFoundError:
-            continue
-        replacements: dict[str, Any] = {
-            "launch": lambda kernel, grid, *args, **meta: launches.append((kernel, args, meta)),
-            "on_hip": lambda: target.startswith("gfx"),
-            "on_hopper": lambda device: target == "sm_90",
-        }
-        for attribute, replacement in replacements.items():
-            if hasattr(module, attribute):
-                undo.append((module, attribute, getattr(module, attribute)))
-                setattr(module, attribute, replacement)
-    try:
+            stack.enter_context(mock.patch.object(module, "launch", note))
+            if hasattr(module, "gpu_of"):
+                stack.enter_context(mock.patch.object(module, "gpu_of", return_value=TARGETS[target].gpu))
         yield launches
-    finally:
-        for module, attribute, value in undo:
-            setattr(module, attribute, value)
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton's own launcher would compile for these arguments, and its options."""
-    kernel, args, meta = launch
-    options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta} | {"enable_fp_fusion": True}
+    kernel, _, args, meta = launch
+    options = {key: meta[key] for key in OPTIONS if key in meta} | {"enable_fp_fusion": True}
     named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in meta.items() if k not in options}
-    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = named[name]
-        if name in constant or value is None or (isinstance(value, int) and value == 1):
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for parameter in kernel.params:
+        name, value = parameter.name, named[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            if special and value % 16 == 0:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def resources(launch: Launch, target: GPUTarget) -> dict[str, Any]:
-    """Registers of a thread, shared memory and spilled memory (bytes of a thread), warps."""
+def variant(launch: Launch) -> tuple[Any, ...]:
+    """What tells apart the versions of a kernel that Triton compiles."""
+    compiled, options = source(launch)
+    return launch.kernel.__name__, str(compiled.signature), str(compiled.constants), str(compiled.attrs), str(options)
+
+
+def resources(launch: Launch, target: Target) -> dict[str, Any]:
+    """What a launch takes: registers of a thread, shared memory, spilled bytes of a thread, programs at a time."""
     src, options = source(launch)
-    compiled = triton.compile(src, target=target, options=options)
+    compiled = triton.compile(src, target=target.compiler, options=options)
     found = {"warps": compiled.metadata.num_warps, "shared_bytes": compiled.metadata.shared}
-    if target.backend == "hip":
+    if target.gpu.is_hip:
         text = compiled.asm["amdgcn"]
 
         def number(name: str) -> int:
@@ -176,7 +203,8 @@ def resources(launch: Launch, target: GPUTarget) -> dict[str, Any]:
 
         # scratch memory: scalar registers that do not suffice are kept in vector registers, not there
         spills = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
-        return found | {"registers": number("vgpr_count"), "spilled_bytes": spills}
+        found |= {"registers": number("vgpr_count"), "spilled_bytes": spills}
+        return found | {"programs": programs(found, target)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -189,10 +217,22 @@ def resources(launch: Launch, target: GPUTarget) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.ptx"
             path.write_text(compiled.asm["ptx"])
-            command = [str(get_ptxas(target.arch).path), "-v", f"--gpu-name={arch}", "-o", f"{path}.o", str(path)]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            command = [str(get_ptxas(target.compiler.arch).path), "-v", f"--gpu-name={arch}", "-o", f"{path}.o"]
+            text = subprocess.run([*command, str(path)], check=True, capture_output=True, text=True).stderr
         spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
-    return found | {"registers": usage["REG"], "spilled_bytes": spills}
+    found |= {"registers": usage["REG"], "spilled_bytes": spills}
+    blocking = blocking_loads(compiled.asm["ttgir"])
+    return found | {"programs": programs(found, target), "blocking": blocking} | read_sass(compiled.asm["cubin"])
+
+
+def programs(found: dict[str, Any], target: Target) -> int:
+    """How many programs of a kernel a multiprocessor holds at a time, by its registers, shared memory and threads."""
+    if target.gpu.is_hip:  # four units of 512 registers for each of their 64 lanes, and at most 8 waves
+        waves = 4 * min(8, 512 // max(8, found["registers"]))
+        return min(waves // found["warps"], target.gpu.shared_memory // max(1, found["shared_bytes"]))
+    warp = 32 * -(-found["registers"] // 8) * 8  # registers come in eights
+    by_memory = target.gpu.shared_memory // (found["shared_bytes"] + 1024)
+    return min(65536 // warp // found["warps"], by_memory, target.threads // (32 * found["warps"]), 32)
 
 
 def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
@@ -206,11 +246,11 @@ def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
                     launches.clear()
                     call()
                     for launch in launches:
-                        key = (launch[0].__name__, str(source(launch)[0].__dict__), str(launch[2]))
+                        key = variant(launch)
                         if key in seen:
                             continue
                         seen.add(key)
-                        row = {"target": target, "case": case, "kernel": launch[0].__name__}
+                        row = {"target": target, "case": case, "kernel": launch.kernel.__name__}
                         rows.append(row | resources(launch, TARGETS[target]))
                         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
     return rows
@@ -218,9 +258,9 @@ def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(str(row[column]) for column in columns) for row in rows]
+    lines += [" | ".join(str(row.get(column, "")) for column in columns) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
 
 

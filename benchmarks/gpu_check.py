@@ -27,9 +27,14 @@ import transformers
 from released import released_model
 
 from parscale import wrap
-from parscale.kernels import aggregate, aggregator
+from parscale.kernels import (
+    aggregate,
+    aggregator,
+    causal_attention,
+    causal_attention_reference,
+    decode_attention,
+)
 from parscale.kernels.dispatch import TRITON
-from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference, decode_attention
 
 MODEL = {
     "vocab_size": 151936,

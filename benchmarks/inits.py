@@ -1,7 +1,7 @@
 """Which start of the streams is best: frozen small backbones, by start, learning rate and seed.
 
-Each run makes a start, trains prefixes and aggregator on the standard library's source with Adam under the settings of
-`post_train` (but in a loop of its own, since some arms change the loss or the parameters), and measures the paired
+Each run makes a start, trains prefixes and aggregator on the standard library's source with Adam (in a loop of its own
+and not by `train`, since some arms change the loss or the parameters), and measures the paired
 difference in loss from the untouched backbone on files that are held out and on prose: before, on the files' beginnings
 along the way, and after. A seed sets the texts, the draws and the order of the blocks, so that the arms of one seed
 differ in nothing else. Runs that the results file has already are not repeated.
@@ -39,11 +39,17 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import faster_in_bf16
-from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import Document, pack, split
+from parscale.checkpoints import (
+    CODE,
+    PROSE,
+    Document,
+    evaluate,
+    faster_in_bf16,
+    pack_documents,
+    quickstart_texts,
+    small_model_path,
+    standard_library_split,
+)
 
 SEQUENCE_LENGTH, WINDOW, BATCH_SIZE = 256, 512, 4
 CODE_CHARACTERS, PROSE_CHARACTERS = 2500, 600  # of each document, measured before and after, in float32
@@ -152,7 +158,7 @@ SAME_TEXTS = {"sampled, ended": "sampled", "written, ended": "written"}  # what 
 def train(
     model: Any, lab: Lab, arm: str, tokens: int, rate: float, seed: int, bf16: bool, on_step: Callable[[int], None]
 ) -> float:
-    """Train the streams in place, with `post_train`'s optimizer and schedule; returns the seconds without `on_step`."""
+    """Train the streams in place, at a rate that rises and falls to zero; returns the seconds without `on_step`."""
     _, reparametrised, decorrelated, factor = WAYS[arm]
     model.freeze_backbone()
     form = Reparametrised(model, rate, reparametrised, seed) if reparametrised else Direct(model, rate)
@@ -287,14 +293,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     backbone = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     name = backbone.config.model_type
-    texts = standard_texts(CODE_CHARACTERS, PROSE_CHARACTERS)
-    within = [(name, text[CODE_CHARACTERS:][:MIDDLE_CHARACTERS]) for name, text in split()[1]]
+    texts = quickstart_texts(CODE_CHARACTERS, PROSE_CHARACTERS)
+    within = [(name, text[CODE_CHARACTERS:][:MIDDLE_CHARACTERS]) for name, text in standard_library_split()[1]]
     measured = {**texts.measured, MIDDLE: [(name, text) for name, text in within if len(text) == MIDDLE_CHARACTERS]}
     beginnings = [(name, text[:BEGINNING]) for name, text in texts.measured[CODE]]
-    lab = Lab(backbone, tokenizer, torch.from_numpy(pack(texts.train, tokenizer, SEQUENCE_LENGTH)))
+    lab = Lab(backbone, tokenizer, torch.from_numpy(pack_documents(texts.train, tokenizer, SEQUENCE_LENGTH).ids).long())
     if args.screen:
         measured = {CODE: measured[CODE]}
-    held_out = torch.from_numpy(pack(split()[1], tokenizer, SEQUENCE_LENGTH))[:8]
+    held_out = torch.from_numpy(pack_documents(standard_library_split()[1], tokenizer, SEQUENCE_LENGTH).ids[:8]).long()
     bf16 = faster_in_bf16(backbone.device)
 
     def measure(model: Any) -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ from machine import processor
 from rich.console import Console
 from rich.table import Table
 
-from parscale.checkpoints.packing import pack
+from parscale.checkpoints import pack
 
 DOCUMENT = 500  # tokens of each of many documents
 TURNS = 3

@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,23 @@ from machine import processor
 from rich.console import Console
 
 from parscale import ParScaleConfig
-from parscale.checkpoints.compare import compare
-from parscale.checkpoints.convert import convert
-from parscale.checkpoints.evaluate import Evaluation, evaluate
-from parscale.checkpoints.posttrain import faster_in_bf16
-from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
-from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import Document
-from parscale.checkpoints.train import TrainSettings, train
+from parscale.checkpoints import (
+    CODE,
+    PROSE,
+    Document,
+    Evaluation,
+    Source,
+    TrainSettings,
+    compare,
+    convert,
+    evaluate,
+    faster_in_bf16,
+    open_checkpoint,
+    quickstart_texts,
+    require_tokenizer,
+    small_model_path,
+    train,
+)
 
 SEQUENCE_LENGTH, WINDOW, BATCH = 512, 512, 4
 ARTICLES = "held-out articles"
@@ -45,11 +53,6 @@ def articles(path: Path) -> list[Document]:
     return [
         (f"{number}: {title}", text) for number, (title, text) in enumerate(zip(parts[1::2], parts[2::2], strict=True))
     ]
-
-
-def write(documents: Iterable[Document], path: Path) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in documents), encoding="utf-8")
-    return str(path)
 
 
 def main() -> None:
@@ -71,13 +74,12 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    texts = standard_texts()
+    texts = quickstart_texts()
     training = list(texts.train) + (articles(args.prose) if args.prose else [])
     measured: dict[str, Sequence[Document]] = {CODE: texts.measured[CODE]}
     if args.held_out_prose:
         measured[ARTICLES] = [(name, text[:3500]) for name, text in articles(args.held_out_prose)]
     measured[PROSE] = texts.measured[PROSE]
-    data = write(training, work / "train.jsonl")
     calibration = work / "calibration.txt"
     calibration.write_text("\n".join(text for _, text in training[:: max(1, len(training) // 50)]), encoding="utf-8")
 
@@ -124,7 +126,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
             checkpoint,
             run,
             TrainSettings(
-                data=[data],
+                data=[Source.of("training documents", training)],
                 tokens=args.tokens,
                 sequence_length=SEQUENCE_LENGTH,
                 batch_size=BATCH,

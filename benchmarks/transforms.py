@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -32,14 +33,20 @@ from machine import processor
 from overhead import STEPS, ratio, share
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parscale import wrap
-from parscale.checkpoints.compare import compare
-from parscale.checkpoints.convert import calibration_ids
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import Recipe, faster_in_bf16, post_train
-from parscale.checkpoints.quickstart import CODE, PROSE, standard_texts
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack
+from parscale import checkpoints, load, wrap
+from parscale.checkpoints import (
+    CODE,
+    PROSE,
+    Source,
+    TrainSettings,
+    calibration_ids,
+    compare,
+    evaluate,
+    faster_in_bf16,
+    pack_documents,
+    quickstart_texts,
+    small_model_path,
+)
 
 P, T, RANK = 4, 48, 8
 TRANSFORMS = ("prefix", "prompt", "lora")
@@ -55,9 +62,9 @@ class Lab:
     def __init__(self) -> None:
         self.backbone = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(small_model_path())
-        texts = standard_texts()
+        texts = quickstart_texts()
         self.training = list(texts.train)
-        self.blocks = pack(self.training, self.tokenizer, SEQUENCE_LENGTH)
+        self.blocks = pack_documents(self.training, self.tokenizer, SEQUENCE_LENGTH).ids
         cut = {CODE: CODE_CHARACTERS, PROSE: PROSE_CHARACTERS}
         self.measured = {
             kind: [(name, text[: cut[kind]]) for name, text in texts.measured[kind]] for kind in (CODE, PROSE)
@@ -82,26 +89,30 @@ class Lab:
 def train(lab: Lab, untouched: dict[str, Any], key: dict[str, Any]) -> dict[str, Any]:
     """One run: its losses, and their differences from the untouched backbone's."""
     model = lab.wrapped(key["transform"], key["seed"])
-    if key["trains"] == "streams":
-        model.freeze_backbone()
-    else:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
     before = lab.losses(model)
-    recipe = Recipe(
+    settings = TrainSettings(
+        data=[Source.of("the standard library", lab.training)],
         tokens=key["tokens"],
+        sequence_length=SEQUENCE_LENGTH,
         batch_size=BATCH_SIZE,
         streams_learning_rate=key["rate"],
-        backbone_learning_rate=BACKBONE_RATE,
+        learning_rate=BACKBONE_RATE,
+        freeze_backbone=key["trains"] == "streams",
+        bf16=faster_in_bf16(torch.device("cpu")),
+        save_every=key["tokens"],  # at the end only
         seed=key["seed"],
     )
-    run = post_train(model, lab.blocks, recipe, bf16=faster_in_bf16(torch.device("cpu")))
-    after = lab.losses(model)
+    with tempfile.TemporaryDirectory() as folder:
+        converted, trained = Path(folder, "converted"), Path(folder, "trained")
+        model.save_pretrained(converted)
+        lab.tokenizer.save_pretrained(converted)
+        run = checkpoints.train(str(converted), trained, settings)
+        after = lab.losses(load(trained))
     return key | {
         "before": {kind: asdict(compare(before[kind], untouched[kind])) for kind in before},
         "after": {kind: asdict(compare(after[kind], untouched[kind])) for kind in after},
         "by_document": {kind: [document.loss for document in after[kind].documents] for kind in after},
-        "seconds": run.seconds,
+        "seconds": run["seconds"],
     }
 
 
@@ -110,7 +121,7 @@ def train(lab: Lab, untouched: dict[str, Any], key: dict[str, Any]) -> dict[str,
 
 def speeds(lab: Lab) -> dict[str, dict[str, float]]:
     """Each transform's times as ratios to the plain backbone's at batch P*B, everything trained, with its tensors."""
-    ids = torch.from_numpy(lab.blocks[:BATCH_SIZE])  # (B, S)
+    ids = torch.from_numpy(lab.blocks[:BATCH_SIZE]).long()  # (B, S)
     ratios: dict[str, dict[str, float]] = {}
     for transform in TRANSFORMS:
         model, plain = lab.wrapped(transform, 0), copy.deepcopy(lab.backbone)

@@ -26,8 +26,7 @@ from unittest import mock
 import torch
 from gpu_check import Bench, aggregator_tensors, randn, versions
 
-from parscale.kernels import aggregate, aggregator
-from parscale.kernels.prefix_attention import decode_attention
+from parscale.kernels import aggregate, aggregator, decode_attention
 
 Options = dict[str, Any]
 
@@ -40,7 +39,7 @@ class Subject:
         name: for the table.
         module: of the host functions, under ``parscale.kernels``.
         config: the function there that chooses the configuration.
-        choices: values for each of its entries; ``WAVES`` is the module's number. Every combination is tried.
+        choices: values for each of its entries; ``MAX_SPLITS`` is the module's number. Every combination is tried.
         call: the operation, given ``impl``.
         fits: which combinations make sense.
         captured: as a CUDA graph; a backward pass is launched from Python.
@@ -66,11 +65,11 @@ class Subject:
         module = importlib.import_module(f"parscale.kernels.{self.module}.fused")
         config, chosen = getattr(module, self.config), dict(options)
         replaced: Options = {}
-        if "WAVES" in self.choices:
-            replaced["WAVES"] = chosen.setdefault("WAVES", module.WAVES)
+        if "MAX_SPLITS" in self.choices:
+            replaced["MAX_SPLITS"] = chosen.setdefault("MAX_SPLITS", module.MAX_SPLITS)
 
         def choose(*args: Any) -> Options:
-            found = config(*args) | {name: value for name, value in options.items() if name != "WAVES"}
+            found = config(*args) | {name: value for name, value in options.items() if name != "MAX_SPLITS"}
             chosen.update(found)
             return found
 
@@ -80,7 +79,7 @@ class Subject:
 
 def subjects(bench: Bench) -> Iterator[Subject]:
     P, H = 8, bench.size(1536, 48)
-    warps, stages = [4, 8], [3, 4]
+    warps = [4, 8]
     N = bench.size(4096, 34)
     many = aggregator_tensors(bench, P, N, H, torch.bfloat16)
     x, logits = many[0], randn(bench, N, P)
@@ -98,31 +97,22 @@ def subjects(bench: Bench) -> Iterator[Subject]:
     )
     tiles = {"BH": [128, 256, 512, 1024], "num_warps": [2, 4, 8]}
     yield Subject(f"aggregate, both ways, N={N}", "aggregate", "backward_config", tiles, mix_back, captured=False)
-    for rows in (N, bench.size(16384, 40)):
-        tensors = many if rows == N else aggregator_tensors(bench, P, rows, H, torch.bfloat16)
+    for rows in (bench.size(64, 33), N):
+        tensors = [many[0][:, :rows], *many[1:]]
 
         def whole(impl: Any, tensors: Any = tensors) -> torch.Tensor:
             return aggregator(*tensors, 0.1, impl=impl)
 
-        tiles = {"BN": [64, 128, 256], "BJ": [128, 256], "GROUP": [4, 8, 16], "num_warps": warps, "num_stages": stages}
-        yield Subject(
-            f"aggregator, N={rows}",
-            "aggregator",
-            "many_rows_config",
-            tiles,
-            whole,
-            # 64 to 128 sums in the registers of a thread
-            lambda o: 64 <= o["BN"] * o["BJ"] // (32 * o["num_warps"]) <= 128,
-        )
-        tiles = {"BM": [128, 256, 512, 1024], "num_warps": warps}
-        yield Subject(f"aggregator's weights, N={rows}", "aggregator", "split_config", tiles, whole)
+        tiles = {"BH": [128, 256, 512, 1024], "num_warps": warps}
+        yield Subject(f"aggregator's rows, N={rows}", "aggregator", "join_config", tiles, whole)
+        yield Subject(f"aggregator's end, N={rows}", "aggregator", "finish_config", tiles, whole)
     for rows in (1, 8):
         few = [many[0][:, :rows], *many[1:]]
 
         def step(impl: Any, few: Any = few) -> torch.Tensor:
             return aggregator(*few, 0.1, impl=impl)
 
-        tiles = {"BJ": [16, 32], "BH": [16, 32, 64], "num_warps": warps, "num_stages": [3, 5], "WAVES": [2, 4]}
+        tiles = {"BJ": [16, 32], "BH": [16, 32, 64], "num_warps": warps, "num_stages": [3, 5], "MAX_SPLITS": [4, 16]}
         yield Subject(f"aggregator, N={rows}", "aggregator", "few_rows_config", tiles, step)
         tiles = {"BH": [256, 512, 1024], "num_warps": warps}
         yield Subject(f"aggregator's end, N={rows}", "aggregator", "finish_config", tiles, step)
@@ -135,15 +125,15 @@ def subjects(bench: Bench) -> Iterator[Subject]:
         def attend(impl: Any, states: Any = states, mask: Any = mask) -> torch.Tensor:
             return decode_attention(*states, mask, impl=impl)
 
-        tiles = {"BT": [32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [2, 3, 4], "WAVES": [2, 4, 8]}
-        yield Subject(f"decode attention, B={B}", "prefix_attention", "part_config", tiles, attend)
+        tiles = {"BT": [32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [2, 3, 4], "MAX_SPLITS": [8, 16, 32]}
+        yield Subject(f"decode attention, B={B}", "decode_attention", "part_config", tiles, attend)
 
 
 def products(bench: Bench) -> list[dict[str, Any]]:
-    """The aggregator's large product by libraries: what our kernel, which does everything, is up against.
+    """The aggregator's large product by libraries.
 
-    cuBLAS has the streams rearranged for it beforehand, which is not timed. cuDNN takes them as they lie, as an image
-    of P x N points with H channels, under a filter of P x 1 points.
+    cuBLAS, which runs, has the streams rearranged for it beforehand, which is not timed. cuDNN takes them as they lie,
+    as an image of P x N points with H channels, under a filter of P x 1 points.
     """
     P, H, found = 8, bench.size(1536, 48), []
     for N in (bench.size(4096, 20), bench.size(16384, 40)):

@@ -1,1 +1,151 @@
-"""Checkpoints: conversion from and to other formats, and post-training."""
+"""Checkpoints: conversion, post-training, evaluation, and the quickstart that shows all three.
+
+    from parscale.checkpoints import TrainSettings, convert, evaluate, train
+
+Importing this package imports neither torch nor transformers: each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from parscale.checkpoints.conversion.convert import calibration_ids, convert
+    from parscale.checkpoints.description import describe
+    from parscale.checkpoints.evaluation.comparison import Comparison, compare
+    from parscale.checkpoints.evaluation.diagnosis import Diagnosis, diagnose, plot_diagnosis
+    from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks
+    from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation, evaluate
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.quickstart.run import (
+        CODE,
+        PROSE,
+        QuickstartSettings,
+        QuickstartTexts,
+        quickstart_texts,
+        run_quickstart,
+    )
+    from parscale.checkpoints.small_model import small_model_path
+    from parscale.checkpoints.texts.documents import Document, Source
+    from parscale.checkpoints.texts.sources import open_source, read_documents
+    from parscale.checkpoints.texts.standard_library import standard_library_split
+    from parscale.checkpoints.training.divergence import DivergedError
+    from parscale.checkpoints.training.model_card import push
+    from parscale.checkpoints.training.packing import Blocks, pack, pack_documents
+    from parscale.checkpoints.training.settings import TrainSettings
+    from parscale.checkpoints.training.speed import faster_in_bf16
+    from parscale.checkpoints.training.train import Interrupted, train
+
+__all__ = [
+    "CODE",
+    "PROSE",
+    "RECIPES",
+    "Blocks",
+    "Comparison",
+    "Diagnosis",
+    "DivergedError",
+    "Document",
+    "DocumentLoss",
+    "Evaluation",
+    "Interrupted",
+    "QuickstartSettings",
+    "QuickstartTexts",
+    "Source",
+    "TrainSettings",
+    "calibration_ids",
+    "compare",
+    "convert",
+    "describe",
+    "diagnose",
+    "evaluate",
+    "evaluate_tasks",
+    "faster_in_bf16",
+    "open_checkpoint",
+    "open_source",
+    "pack",
+    "pack_documents",
+    "plot_diagnosis",
+    "push",
+    "quickstart_texts",
+    "read_documents",
+    "require_tokenizer",
+    "run_quickstart",
+    "small_model_path",
+    "standard_library_split",
+    "train",
+]
+
+_HOMES = {  # of the public names, below this package
+    "conversion.convert": (
+        "calibration_ids",
+        "convert",
+    ),
+    "description": ("describe",),
+    "evaluation.comparison": (
+        "Comparison",
+        "compare",
+    ),
+    "evaluation.diagnosis": (
+        "Diagnosis",
+        "diagnose",
+        "plot_diagnosis",
+    ),
+    "evaluation.tasks": (
+        "RECIPES",
+        "evaluate_tasks",
+    ),
+    "evaluation.text_loss": (
+        "DocumentLoss",
+        "Evaluation",
+        "evaluate",
+    ),
+    "models": (
+        "open_checkpoint",
+        "require_tokenizer",
+    ),
+    "quickstart.run": (
+        "CODE",
+        "PROSE",
+        "QuickstartSettings",
+        "QuickstartTexts",
+        "quickstart_texts",
+        "run_quickstart",
+    ),
+    "small_model": ("small_model_path",),
+    "texts.documents": (
+        "Document",
+        "Source",
+    ),
+    "texts.sources": (
+        "open_source",
+        "read_documents",
+    ),
+    "texts.standard_library": ("standard_library_split",),
+    "training.divergence": ("DivergedError",),
+    "training.model_card": ("push",),
+    "training.packing": (
+        "Blocks",
+        "pack",
+        "pack_documents",
+    ),
+    "training.settings": ("TrainSettings",),
+    "training.speed": ("faster_in_bf16",),
+    "training.train": (
+        "Interrupted",
+        "train",
+    ),
+}
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import load, wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 PROBLEMS = [
     {"task_id": "Example/0", "prompt": 'def double(x):\n    """Return twice x."""\n'},

@@ -14,7 +14,7 @@ import tempfile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import load, wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 
 def make_checkpoint(folder: str) -> None:

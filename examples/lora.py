@@ -15,8 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import load, wrap
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack, split
+from parscale.checkpoints import pack_documents, small_model_path, standard_library_split
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = torch.from_numpy(pack(split()[0][:10], tokenizer, 128))
+    blocks = torch.from_numpy(pack_documents(standard_library_split()[0][:10], tokenizer, 128).ids).long()
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     model.print_trainable_parameters()  # what is not streams is the adapter

@@ -9,15 +9,11 @@ runs on many devices.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 from parscale import ParScaleConfig, load
-from parscale.checkpoints.convert import convert
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import split
-from parscale.checkpoints.train import TrainSettings, train
+from parscale.checkpoints import Source, TrainSettings, convert, small_model_path, standard_library_split, train
 
 
 def main() -> None:
@@ -31,15 +27,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        texts = dict(zip(("train", "held-out"), split(), strict=True))  # this Python's standard library
-        for name, documents in texts.items():
-            lines = (json.dumps({"text": text}) for _, text in documents)
-            (work / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        training, held_out = standard_library_split()
 
         convert(args.model, work / "converted", ParScaleConfig(args.num_streams, seed=0))
         settings = TrainSettings(
-            data=[str(work / "train.jsonl")],
-            eval_data={"held-out": str(work / "held-out.jsonl")},
+            data=[Source.of("the standard library", training)],  # or files, folders, datasets by their names
+            eval_data={"held-out": Source.of("held-out files", held_out)},
             eval_tokens=args.eval_tokens,
             tokens=args.tokens,
             sequence_length=args.sequence_length,

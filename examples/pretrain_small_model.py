@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from parscale.checkpoints.text import Document, pack, split
+from parscale.checkpoints import Document, pack_documents, standard_library_split
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_SIZE = 3072
@@ -91,7 +91,7 @@ def new_model(eos_token_id: int) -> Qwen2ForCausalLM:
 
 
 def as_dataset(documents: list[Document], tokenizer: Qwen2Tokenizer) -> Dataset:
-    blocks = pack(documents, tokenizer, SEQUENCE_LENGTH).tolist()
+    blocks = pack_documents(documents, tokenizer, SEQUENCE_LENGTH).ids.tolist()
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(args.seed)
-    train_documents, held_out_documents = split(with_tests=args.tests)
+    train_documents, held_out_documents = standard_library_split(with_tests=args.tests)
     if args.start_from is None:
         tokenizer = train_tokenizer(train_documents)
         model = new_model(tokenizer.eos_token_id)

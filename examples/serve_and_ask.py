@@ -24,7 +24,7 @@ from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 ENGINES = {  # what `transformers serve` and `vllm serve` run
     "transformers": ["-m", "transformers.cli.transformers", "serve", "--trust-remote-code"],

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from parscale import wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 # What stands between the generation marks is trained on.
 CHAT_TEMPLATE = """\

@@ -12,16 +12,18 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parscale import load, wrap
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.posttrain import Recipe, post_train
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack, split
-
-PREFIX_LENGTH = 48
+from parscale import ParScaleConfig, load, wrap
+from parscale.checkpoints import (
+    Source,
+    TrainSettings,
+    convert,
+    evaluate,
+    small_model_path,
+    standard_library_split,
+    train,
+)
 
 
 def main() -> None:
@@ -34,36 +36,36 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    training, held_out = split()
-    blocks = pack(training[::15], tokenizer, args.sequence_length)  # (n, S)
+    training, held_out = standard_library_split()
     documents = [(name, text[:1500]) for name, text in held_out[:4]]
+    settings = TrainSettings(
+        data=[Source.of("the standard library", training[::15])],
+        tokens=args.steps * 4 * args.sequence_length,
+        sequence_length=args.sequence_length,
+        batch_size=4,
+        freeze_backbone=True,
+    )
 
-    model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=1)
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(args.output or temporary)
         trained = {}
         for P in args.num_streams:
-            name = f"p{P}"
-            texts = torch.from_numpy(blocks[:: len(blocks) // P][:P, :PREFIX_LENGTH])  # (P, T), another for each stream
-            model.add_streams(name, P, prefix_length=PREFIX_LENGTH, calibration=texts)
-            model.set_streams(name)
-            model.freeze_backbone()
-            post_train(model, blocks, Recipe(tokens=args.steps * 4 * args.sequence_length, batch_size=4))
-            model.save_streams(output / name)
-            trained[P] = evaluate(model, tokenizer, documents, sequence_length=args.sequence_length).loss
+            start = Path(temporary, f"start-p{P}")
+            convert(args.model, start, ParScaleConfig(P, seed=0), streams_only=True)
+            train(str(start), output / f"p{P}", settings)
+            alone = load(output / f"p{P}")
+            trained[P] = evaluate(alone, tokenizer, documents, sequence_length=args.sequence_length).loss
 
-        first, *others = args.num_streams
-        again = load(output / f"p{first}", backbone=args.model, dtype=torch.float32).eval()
-        for P in others:
-            again.load_streams(output / f"p{P}")
+        model = wrap(AutoModelForCausalLM.from_pretrained(args.model), num_streams=1)
+        for P in args.num_streams:
+            model.load_streams(output / f"p{P}", name=f"p{P}")
 
-    with again.use_streams(None):
-        loss = evaluate(again, tokenizer, documents, sequence_length=args.sequence_length).loss
+    loss = evaluate(model, tokenizer, documents, sequence_length=args.sequence_length).loss
     print(f"P = 1, the backbone: {loss:.4f} nats per token")
     same = True
     for P in args.num_streams:
-        again.set_streams(f"p{P}")
-        loss = evaluate(again, tokenizer, documents, sequence_length=args.sequence_length).loss
+        model.set_streams(f"p{P}")
+        loss = evaluate(model, tokenizer, documents, sequence_length=args.sequence_length).loss
         print(f"P = {P}: {loss:.4f} nats per token")
         same &= abs(loss - trained[P]) < 1e-5
     print(f"each set loaded as it was trained: {same}")

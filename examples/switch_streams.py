@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 
 def main() -> None:

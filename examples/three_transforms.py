@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from parscale import UnsupportedModelError, wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from parscale import load, wrap
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import pack, split
+from parscale.checkpoints import pack_documents, small_model_path, standard_library_split
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = torch.from_numpy(pack(split()[0][: args.files], tokenizer, args.sequence_length))
+    blocks = pack_documents(standard_library_split()[0][: args.files], tokenizer, args.sequence_length)
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
     model.freeze_backbone()  # leave this line out to train everything
     model.print_trainable_parameters()
@@ -45,8 +44,7 @@ def main() -> None:
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in blocks])
-        trainer.train()
+        Trainer(model, settings, train_dataset=blocks).train()
 
     if args.output:
         model.save_pretrained(args.output)

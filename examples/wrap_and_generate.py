@@ -12,7 +12,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import unwrap, wrap
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 
 def main() -> None:

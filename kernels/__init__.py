@@ -1,6 +1,20 @@
 """Operations that P streams add to a model, one folder for each, with its torch reference."""
 
-from parscale.kernels.aggregate import aggregate
+from parscale.kernels.aggregate import aggregate, stream_weights
 from parscale.kernels.aggregator import aggregator
+from parscale.kernels.causal_attention import causal_attention, causal_attention_reference, is_mergeable
+from parscale.kernels.decode_attention import decode_attention, visible_lengths
+from parscale.kernels.shared_attention import shared_causal_attention, shared_decode_attention
 
-__all__ = ["aggregate", "aggregator"]
+__all__ = [
+    "aggregate",
+    "aggregator",
+    "causal_attention",
+    "causal_attention_reference",
+    "decode_attention",
+    "is_mergeable",
+    "shared_causal_attention",
+    "shared_decode_attention",
+    "stream_weights",
+    "visible_lengths",
+]

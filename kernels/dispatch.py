@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -60,6 +61,11 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; torch raises where it knows of none."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block in which autocast is off for the device of ``x``: a kernel's products are of the dtypes it chooses."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def transforms_are_active() -> bool:

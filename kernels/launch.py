@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -20,8 +22,6 @@ def _probe():
 # Triton's interpreter runs kernels on CPU tensors, for tests. Its bfloat16 products are wrong: tiles are raised first.
 INTERPRETED = not isinstance(_probe, JITFunction)
 
-WAVES = 4  # programs for each processor that splits of a sum aim at
-
 TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -30,11 +30,60 @@ TRITON_DTYPES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a choice of blocks and splits depends on.
+
+    Args:
+        processors: multiprocessors (compute units on AMD).
+        shared_memory: bytes of shared memory of one multiprocessor.
+        is_hip: whether torch was built for ROCm.
+        dependent_launch: whether a kernel may start before the one that it waits for has ended (programmatic dependent
+            launch, from compute capability 9 on).
+    """
+
+    processors: int
+    shared_memory: int
+    is_hip: bool = False
+    dependent_launch: bool = False
+
+    def programs(self, shared_bytes: int, threads: int, registers: int = 128) -> int:
+        """How many programs one multiprocessor holds at a time.
+
+        Args:
+            shared_bytes: shared memory of a program; NVIDIA's runtime takes 1 KiB more for itself.
+            threads: of a program.
+            registers: of a thread, about.
+        """
+        by_memory = self.shared_memory // (shared_bytes + (0 if self.is_hip else 1024))
+        by_registers = 65536 * (2 if self.is_hip else 1) // (threads * registers)
+        return max(1, min(by_memory, by_registers, 2048 // threads))
+
+
+TYPICAL = Gpu(processors=132, shared_memory=228 * 1024)  # an H100's sizes, where there is no GPU to ask
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU behind a device; a typical one where there is none."""
+    if device.type != "cuda":
+        return TYPICAL
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Gpu(found.multi_processor_count, 64 * 1024, is_hip=True)
+    return Gpu(found.multi_processor_count, found.shared_memory_per_multiprocessor, dependent_launch=found.major >= 9)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Runs ``kernel`` on the device of its first tensor, which need not be the current one."""
     device = next(x.device for x in args if isinstance(x, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=True, **meta)  # Triton 3.9 warns where this is left open
+
+
+def dependent(early: bool) -> dict[str, bool]:
+    """Launch options of a kernel that starts early and waits for the one before it; ROCm knows no such option."""
+    return {"launch_pdl": True} if early else {}
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -47,21 +96,9 @@ def operand(dtype: torch.dtype) -> Any:
     return TRITON_DTYPES[torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype]
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; a typical number where there is no GPU to ask."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 128
-
-
-def on_hip() -> bool:
-    """Whether torch was built for ROCm, whose programs have 64 KiB of shared memory."""
-    return torch.version.hip is not None
-
-
-def on_hopper(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU of compute capability 9: the only ones whose products take blocks of 128 x 256."""
-    return device.type == "cuda" and not on_hip() and torch.cuda.get_device_capability(device)[0] == 9
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself if its last dimension lies contiguous, as the kernels ask, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def power_of_2(number: int) -> int:

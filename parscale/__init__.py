@@ -12,13 +12,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from parscale.version import __version__
+
 if TYPE_CHECKING:
     from parscale.config import ParScaleConfig
     from parscale.errors import UnsupportedModelError
     from parscale.loading import load
     from parscale.wrapping import unwrap, wrap
-
-__version__ = "0.1.0"
 
 __all__ = ["ParScaleConfig", "UnsupportedModelError", "__version__", "load", "unwrap", "wrap"]
 
@@ -34,6 +34,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("load", "wrap"):
+        import_module("parscale.auto")  # from here on AutoModel... reads what wrapped models save
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -13,13 +13,16 @@ TEXT_INITS = ("context", "documents")  # those that read a text for each stream
 INITS = (*TEXT_INITS, "random")
 PREFIX, PROMPT, LORA = "prefix", "prompt", "lora"
 TRANSFORMS = (PREFIX, PROMPT, LORA)
+OWN, SHARED = "own", "shared"
+KVS = (OWN, SHARED)
 
 # Field names in a ``config.json``. The first three are those of the released checkpoints; a released config
 # without the smoothing means 0.01, the default of the released code's configuration class.
 NUM_STREAMS, PREFIX_LENGTH, SMOOTHING = "parscale_n", "parscale_n_tokens", "parscale_attn_smooth"
 INIT, SEED = "parscale_init", "parscale_seed"
 TRANSFORM, RANK = "parscale_transform", "parscale_rank"  # without the first, "prefix"
-FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK)
+KV = "parscale_kv"  # without it, "own"
+FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK, KV)
 # Of a full checkpoint only: the active set's name, if not "default" (null: no set is active), and the further sets'.
 SET_NAME, SETS = "parscale_name", "parscale_sets"
 DEFAULT_SET = "default"
@@ -32,30 +35,37 @@ RELEASED_PREFIX_LENGTH = 48
 class ParScaleConfig:
     """One set of P streams (Chen et al., arXiv 2505.10475).
 
-    Args:
-        num_streams: P, the number of copies of the input that run through the backbone. 1 is the plain backbone.
-        prefix_length: T, learned key/value pairs in front of each attention layer, or learned embeddings in front of
-            the input (``"prompt"``), per stream. ``"lora"`` has none.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, the floor under the aggregation weights, in [0, 1].
-        init: how the streams start: ``"documents"`` (from texts that have come to their end), ``"context"`` (from texts
-            as they are) or ``"random"``; see :mod:`parscale.inits`. ``None``: ``"documents"`` where the model writes
-            text and the streams can be made of it, else ``"random"``.
-        seed: seed of the draws; ``None`` draws from torch's global generator.
-        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` or ``"lora"``; see
-            :mod:`parscale.transforms`.
-        rank: r of the low-rank matrices; of ``"lora"`` only.
+    What makes streams differ is described in :mod:`parscale.transforms`, how they start in
+    :mod:`parscale.transforms.inits`, and how they share keys and values in :mod:`parscale.transforms.shared`.
+
+    Attributes:
+        num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the
+            plain backbone.
+        prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs in front of each attention
+            layer (`prefix`), or learned embeddings in front of the input (`prompt`). `lora` has none.
+        smoothing: Smoothing of the aggregation weights: epsilon in `w * (1 - epsilon) + epsilon / P`, between 0 and 1.
+        init: How the streams start: `documents` (from texts that have come to their end), `context` (from texts as they
+            are) or `random`. Default: `documents` where the model writes text and the streams can be made of it, else
+            `random`.
+        seed: Seed of the draws, which makes them repeatable. Default: they come from torch's global generator.
+        transform: What makes the streams differ: `prefix`, `prompt` (also for models without keys and values) or
+            `lora`.
+        rank: Rank of the low-rank matrices of `lora`.
+        kv: Keys and values that a stream attends to: `own` (its own, as published) or `shared` (those of stream 0,
+            which is the backbone without a prefix; with `prefix` only).
 
     Raises:
         ValueError: a field is of the wrong type or out of range.
     """
 
-    num_streams: int = dataclasses.field(default=4, metadata={"help": "P, the number of parallel streams; at least 1."})
-    prefix_length: int = dataclasses.field(default=48, metadata={"help": "T, prefix tokens per stream; at least 1."})
-    smoothing: float = dataclasses.field(default=0.1, metadata={"help": "Epsilon of the weights, between 0 and 1."})
-    init: str | None = dataclasses.field(default=None, metadata={"help": f"How streams start: one of {INITS}."})
-    seed: int | None = dataclasses.field(default=None, metadata={"help": "Seed of the draws; None: torch's state."})
-    transform: str = dataclasses.field(default=PREFIX, metadata={"help": f"One of {TRANSFORMS}."})
-    rank: int = dataclasses.field(default=8, metadata={"help": "r, of the transform 'lora'; at least 1."})
+    num_streams: int = 4
+    prefix_length: int = 48
+    smoothing: float = 0.1
+    init: str | None = None
+    seed: int | None = None
+    transform: str = PREFIX
+    rank: int = 8
+    kv: str = OWN
 
     def __post_init__(self) -> None:
         self.num_streams = _integer("num_streams", self.num_streams, minimum=1)
@@ -68,6 +78,10 @@ class ParScaleConfig:
         if self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, got {self.transform!r}.")
         self.rank = _integer("rank", self.rank, minimum=1)
+        if self.kv not in KVS:
+            raise ValueError(f"kv must be one of {', '.join(map(repr, KVS))}, got {self.kv!r}.")
+        if self.kv == SHARED and self.transform != PREFIX:
+            raise ValueError(f"kv={SHARED!r} takes transform={PREFIX!r} only, got {self.transform!r}: leave one out.")
         if self.init is not None and self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if self.init in TEXT_INITS and self.transform == LORA:
@@ -77,9 +91,21 @@ class ParScaleConfig:
             if self.seed >= 2**64:
                 raise ValueError(f"seed must be below 2**64, got {self.seed}.")
 
+    @property
+    def num_transformed(self) -> int:
+        """How many streams have a prefix, or whatever the transform gives them: all, or all but stream 0."""
+        return self.num_streams - 1 if self.kv == SHARED else self.num_streams
+
     @classmethod
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
         """The arguments of :func:`parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
+
+        Args:
+            num_streams: P, or a configuration.
+            **others: the other fields.
+
+        Returns:
+            A configuration of its own.
 
         Raises:
             ValueError: a field is of the wrong type or out of range, or is given beside a configuration.
@@ -108,6 +134,8 @@ class ParScaleConfig:
             fields[TRANSFORM] = self.transform
         if self.transform == LORA:
             fields[RANK] = self.rank
+        if self.kv != OWN:  # nor this
+            fields[KV] = self.kv
         return fields
 
     @classmethod
@@ -117,6 +145,9 @@ class ParScaleConfig:
         Args:
             fields: contents of a ``config.json``; other keys are ignored, but an unknown ``parscale_*`` key warns,
                 since a newer version may have written it.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: ``parscale_n`` is missing, or a field is of the wrong type or out of range.
@@ -139,6 +170,7 @@ class ParScaleConfig:
             seed=fields.get(SEED),
             transform=fields.get(TRANSFORM, PREFIX),
             rank=fields.get(RANK, cls.rank),
+            kv=fields.get(KV, OWN),
         )
 
 

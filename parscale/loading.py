@@ -21,34 +21,17 @@ Adapters that PEFT saved beside either kind are left to PEFT: ``PeftModel.from_p
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
-import re
-import threading
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from parscale.auto import (
-    backbone_class,
-    backbone_config,
-    class_named,
-    class_read_by,
-    config_class,
-    register_backbone,
-)
-from parscale.checks import check_fit, check_size, check_streams, differences
-from parscale.choosing import set_streams
-from parscale.config import FIELDS, NUM_STREAMS, ParScaleConfig
-from parscale.folders import (
-    BACKBONE_PATH,
+from parscale.config import NUM_STREAMS
+from parscale.format.architectures import class_named, config_class, register_backbone
+from parscale.format.checks import check_fit, check_streams
+from parscale.format.folders import (
     CONFIG,
     FULL,
     HUB_ARGUMENTS,
@@ -60,26 +43,15 @@ from parscale.folders import (
     set_name,
     set_names,
 )
-from parscale.headers import StoredTensor
+from parscale.format.models import FAULTS, load_backbone, load_plain_model, read_config
+from parscale.format.pretrained import warn_of_adapter
+from parscale.format.stored_sets import read_streams, values_in
+from parscale.format.values import check_values, configuration_of
+from parscale.hooks.adding import add
 from parscale.kernels.dispatch import Impl, check_impl
-from parscale.naming import PATTERNS, part_of
-from parscale.pretrained import read_pretrained, warn_of_adapter
-from parscale.saving import FORMAT_VERSION
-from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.untrusted import brief
-from parscale.values import check_values, configuration_of
-from parscale.wrapping import add, attach, detach, fill
-
-_STREAMS_FIELDS = {
-    *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers", BACKBONE_PATH),
-    *("base_model_name_or_path", "format_version", "name", "version"),
-    *FIELDS,
-}
-# What a field of the wrong type makes transformers raise when it looks at it.
-_FAULTS = (ArithmeticError, AttributeError, LookupError)
-# How transformers says that the tensors are not those that it expects.
-_REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
-_patching = threading.Lock()
+from parscale.streams.choosing import set_streams
+from parscale.streams.naming import part_of
+from parscale.wrapping import attach, detach
 
 
 @torch.inference_mode(False)  # what is loaded can train
@@ -171,13 +143,7 @@ def _full_config(checkpoint: Checkpoint) -> Any:
         raise ValueError(f"{CONFIG} of {checkpoint} has no model_type: it is damaged.")
     config_class(model_type.removesuffix(TYPE_SUFFIX))  # says so if transformers does not know it
     register_backbone(model_type.removesuffix(TYPE_SUFFIX))
-    return _read_config(checkpoint, fields, checkpoint.weights())
-
-
-def _read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
-    check_values(checkpoint, fields, tensors)
-    with configuration_of(checkpoint):
-        return read_pretrained(AutoConfig, checkpoint.name, **checkpoint.hub)
+    return read_config(checkpoint, fields, checkpoint.weights())
 
 
 def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -187,58 +153,23 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
     stored = {key: tensor for key, tensor in tensors.items() if part_of(key)}
     check_streams(checkpoint, streams, stored)
     check_values(checkpoint, vars(config), tensors)
-    sets = {other: _read_streams(checkpoint.inside(other)) for other in further}
+    sets = {other: read_streams(checkpoint.inside(other)) for other in further}
     with_info = kwargs.pop("output_loading_info", False)
     warn_of_adapter(checkpoint)
-    model, info = _load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
-    with configuration_of(checkpoint, (*_FAULTS, TypeError)):
+    model, info = load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
+    with configuration_of(checkpoint, (*FAULTS, TypeError)):
         state = attach(model)
     if name is not None:
-        add(state, name, streams, tensors=_values(model, streams, stored))
+        add(state, name, streams, tensors=values_in(model, streams, stored))
     for other, (other_config, other_tensors) in sets.items():
-        add(state, other, other_config, tensors=_values(model, other_config, other_tensors))
+        add(state, other, other_config, tensors=values_in(model, other_config, other_tensors))
     set_streams(model, name)
     return (model, info) if with_info else model
 
 
-def _load_backbone(
-    checkpoint: Checkpoint, config: Any, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The plain backbone of a full checkpoint, by its class's own ``from_pretrained``, and that one's report."""
-    if kwargs.setdefault("use_safetensors", True) is False:
-        raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
-    plain = backbone_config(config)
-    plain.__dict__.pop("transformers_weights", None)  # would name other files than those that were looked at
-    cls = backbone_class(config, plain)
-    plain.architectures = [cls.__name__]
-    if getattr(plain, "quantization_config", None) is None:
-        check_size(checkpoint, cls, plain, tensors)
-    tolerant = kwargs.get("ignore_mismatched_sizes", False)
-    with _streams_expected(cls), _report_kept(shown=tolerant) as reports:
-        try:
-            with configuration_of(checkpoint, _FAULTS):
-                options = checkpoint.hub | kwargs | {"config": plain, "output_loading_info": True}
-                model, info = read_pretrained(cls, checkpoint.name, *model_args, **options)
-        except RuntimeError as error:
-            if re.search(_REPORTS, str(error)) is None:
-                raise
-            found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
-            raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
-    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*PATTERNS}
-    problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
-    problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
-    if problems and not tolerant:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"The tensors of {checkpoint} are not those of a {cls.__name__}: {'; '.join(problems[:3])}{more}. "
-            "The checkpoint is damaged: copy or save it again."
-        )
-    return model, info
-
-
 def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]) -> Any:
     fields = checkpoint.read_json(STREAMS_CONFIG)
-    streams, stored = _read_streams(checkpoint)
+    streams, stored = read_streams(checkpoint)
     name = set_name(checkpoint, fields)
     warn_of_adapter(checkpoint)
     if isinstance(backbone, PreTrainedModel):
@@ -252,59 +183,12 @@ def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]
         raise ValueError(f"backbone is a folder, a name on the Hub or a model, got {type(backbone).__name__}.")
     state = attach(model)
     try:
-        add(state, name, streams, tensors=_values(model, streams, stored))
+        add(state, name, streams, tensors=values_in(model, streams, stored))
     except BaseException:
         detach(state)
         raise
     set_streams(model, name)
     return model
-
-
-@torch.inference_mode(False)  # what is loaded can train
-def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a further set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
-
-    Args:
-        model: wrapped, of the backbone that the streams were made for.
-        path_or_repo: a folder that ``save_streams`` wrote, or the name of a repository on the Hugging Face Hub.
-        name: of the set in this model; by default the one that it was saved under.
-
-    Raises:
-        ValueError: the folder is no streams-only checkpoint or damaged, its streams do not fit the model, or there is a
-            set of that name.
-        OSError: a folder or a file is not there or cannot be read.
-    """
-    checkpoint = Checkpoint(path_or_repo)
-    if checkpoint.kind() == FULL:
-        raise ValueError(f"{checkpoint} has a backbone of its own: load_streams takes what save_streams has written.")
-    fields = checkpoint.read_json(STREAMS_CONFIG)
-    streams, stored = _read_streams(checkpoint)
-    check_fit(checkpoint, fields, model.config)
-    add(model.parscale, name or set_name(checkpoint, fields), streams, tensors=_values(model, streams, stored))
-
-
-def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
-    """Reads the values of a streams-only checkpoint into the active set.
-
-    Args:
-        model: wrapped, with streams of the same numbers as the checkpoint's.
-        checkpoint: the folder or repository.
-
-    Raises:
-        ValueError: it is damaged, no streams are active, or they are others than the checkpoint's.
-        OSError: a file cannot be read.
-    """
-    state: ParScaleState = model.parscale
-    saved, stored = _read_streams(checkpoint)
-    check_fit(checkpoint, checkpoint.read_json(STREAMS_CONFIG), model.config)
-    streams = state.active
-    ours = None if streams is None else streams.config
-    if streams is None or ours is None or dataclasses.replace(saved, init=ours.init, seed=ours.seed) != ours:
-        raise ValueError(
-            f"{checkpoint} holds streams ({saved}), and this model's are others ({ours or 'none active'}): wrap the "
-            "model with the same numbers, or parscale.load the folder with backbone= and put the adapter on that."
-        )
-    fill(state, streams, _values(model, saved, stored))
 
 
 def _named_backbone(
@@ -316,7 +200,7 @@ def _named_backbone(
         raise ValueError(f"{checkpoint} does not name its backbone: give it as backbone=, a folder or a model.")
     try:
         base = Checkpoint(name)
-        config = _read_config(base, base.read_json(CONFIG), base.weights())
+        config = read_config(base, base.read_json(CONFIG), base.weights())
     except ValueError as error:
         raise ValueError(f"The backbone {name} of {checkpoint} cannot be read: {error}") from error
     except OSError as error:
@@ -325,97 +209,6 @@ def _named_backbone(
         ) from error
     check_fit(checkpoint, fields, config)
     if NUM_STREAMS in vars(config):
-        return _load_backbone(base, config, base.weights(), **options)[0]
+        return load_backbone(base, config, base.weights(), **options)[0]
     cls = class_named(fields.get("backbone_class"))
     return load_plain_model(base, AutoModelForCausalLM if cls is None else cls, **options)[0]
-
-
-def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A model without streams, once its files and its configuration are known to be sound, and transformers' report.
-
-    Args:
-        checkpoint: of the model.
-        reader: an ``AutoModel...`` or the model's class.
-        **options: for ``from_pretrained``.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or needs code of its own.
-        OSError: a file is not there or cannot be read.
-    """
-    tensors = checkpoint.weights(options.get("variant"))
-    config = _read_config(checkpoint, checkpoint.read_json(CONFIG), tensors)
-    cls = class_read_by(reader, config)
-    if cls is not None and getattr(config, "quantization_config", None) is None:
-        check_size(checkpoint, cls, config, tensors)
-    warn_of_adapter(checkpoint)
-    return read_pretrained(reader, checkpoint.name, output_loading_info=True, **checkpoint.hub | options)
-
-
-def _read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:
-    """Numbers and tensors of a streams-only checkpoint."""
-    fields = checkpoint.read_json(STREAMS_CONFIG)
-    unknown = sorted(fields.keys() - _STREAMS_FIELDS)
-    if unknown or fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        warnings.warn(
-            f"{STREAMS_CONFIG} of {checkpoint} was written by another version of parscale "
-            f"({fields.get('version', 'unknown')}); ignored: {brief(', '.join(unknown)) or 'nothing'}.",
-            stacklevel=2,
-        )
-    streams = numbers(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})
-    stored = checkpoint.streams()
-    check_streams(checkpoint, streams, stored)
-    return streams, stored
-
-
-def _values(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a set by their released names in the model."""
-    state: ParScaleState = model.parscale
-    names = {_stored_name(model, name, stored): name for name in state.names(StreamSet(state, DEFAULT, config))}
-    values = {}
-    for file in {tensor.file for tensor in stored.values()}:
-        with safe_open(file, "pt") as tensors:
-            for name in (name for name, tensor in stored.items() if tensor.file == file):
-                values[names.get(name, name)] = tensors.get_tensor(name)
-    return values
-
-
-def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
-    """What a tensor is called in a file: some classes save their modules under other names than they have."""
-    if name in stored:
-        return name
-    return next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
-
-
-@contextmanager
-def _report_kept(*, shown: bool) -> Iterator[list[str]]:
-    """In this block transformers' table of tensors that do not fit goes into a list: an error will say it in a line."""
-    reports: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if shown or "LOAD REPORT" not in record.getMessage():
-            return True
-        reports.append(record.getMessage())
-        return False
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
-        yield reports
-    finally:
-        logger.removeFilter(keep)
-
-
-@contextmanager
-def _streams_expected(cls: Any) -> Iterator[None]:
-    """In this block the class's ``from_pretrained`` does not complain of the streams' tensors."""
-    attribute = "_keys_to_ignore_on_load_unexpected"
-    with _patching:
-        own = cls.__dict__.get(attribute)
-        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *PATTERNS])
-        try:
-            yield
-        finally:
-            if own is None:
-                delattr(cls, attribute)
-            else:
-                setattr(cls, attribute, own)

@@ -2,56 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import copy
 import functools
 import os
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from parscale import choosing, members
-from parscale.aggregator import Aggregator
-from parscale.auto import register_backbone
-from parscale.config import FIELDS, PREFIX, SET_PATTERN, ParScaleConfig
-from parscale.inits import check_calibration, default_init, initialize
+from parscale import methods
+from parscale.attention.discovery import attach_attention, detach_attention
+from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
+from parscale.distributed.parallel import check_takes_parameters
+from parscale.format.architectures import register_backbone
+from parscale.hooks.adding import add, remove
+from parscale.hooks.backbone import BackboneHooks, unhook
+from parscale.hooks.surroundings import undisturbed
+from parscale.integrations.peft import extend_peft
+from parscale.integrations.trl import keep_reference
 from parscale.kernels.dispatch import Impl, check_impl
-from parscale.layers import attach_attention, detach_attention, held_configs, measure, own_config
-from parscale.offloading import keep, let_go
-from parscale.parallel import (
-    check_takes_parameters,
-    distribute_streams,
-    is_partitioned,
-    share_random_state,
-    tensor_parallel_mesh,
-)
-from parscale.peft import extend_peft
-from parscale.recomputation import stop_recomputing
-from parscale.streams import DEFAULT, ParScaleState, StreamSet
-from parscale.surroundings import undisturbed
-from parscale.trial import try_whole_model
-from parscale.trl import keep_reference
+from parscale.streams import choosing
+from parscale.streams.sets import DEFAULT
+from parscale.streams.state import ParScaleState
+
+M = TypeVar("M")  # the caller's class of model, which stays
 
 MEMBERS: dict[str, Callable[..., Any]] = {
-    "add_streams": members.add_streams,
+    "add_streams": methods.add_streams,
     "set_streams": choosing.set_streams,
     "use_streams": choosing.use_streams,
-    "freeze_backbone": members.freeze_backbone,
-    "print_trainable_parameters": members.print_trainable_parameters,
-    "stream_report": members.stream_report,
-    "save_pretrained": members.save_pretrained,
-    "save_streams": members.save_streams,
-    "load_streams": members.load_streams,
-    "_reorder_cache": members.reorder_cache,
-    "_get_static_cache_init_shape": members.static_cache_init_shape,
-    "init_continuous_batching": members.init_continuous_batching,
+    "freeze_backbone": methods.freeze_backbone,
+    "print_trainable_parameters": methods.print_trainable_parameters,
+    "stream_report": methods.stream_report,
+    "save_pretrained": methods.save_pretrained,
+    "save_streams": methods.save_streams,
+    "load_streams": methods.load_streams,
+    "_reorder_cache": methods.reorder_cache,
+    "_get_static_cache_init_shape": methods.static_cache_init_shape,
+    "init_continuous_batching": methods.init_continuous_batching,
 }
 
 
 def wrap(
-    model: Any,
+    model: M,
     num_streams: int | ParScaleConfig = 4,
     *,
     prefix_length: int = 48,
@@ -61,8 +57,9 @@ def wrap(
     calibration: torch.Tensor | None = None,
     transform: str = PREFIX,
     rank: int = 8,
+    kv: str = OWN,
     kernels: Impl = "auto",
-) -> Any:
+) -> M:
     """Gives a Hugging Face model P parallel streams, in place.
 
     The model keeps its class, its methods and its names; ``generate``, ``Trainer``, ``save_pretrained``, PEFT and
@@ -71,19 +68,20 @@ def wrap(
 
     Args:
         model: a ``transformers.PreTrainedModel``: a causal language model, also with images; an encoder of text or
-            images; two such encoders side by side; or an encoder with a decoder (see :mod:`parscale.backbones`). It may
-            be split by tensor parallelism, or partitioned by ZeRO-3 when it was loaded; then every process calls this.
-            FSDP shards it afterwards. It is run on two tokens or on an image, without streams and with them.
+            images; two such encoders side by side; or an encoder with a decoder (see
+            :mod:`parscale.streams.backbones`). It may be split by tensor parallelism, or partitioned by ZeRO-3 when it
+            was loaded; then every process calls this. FSDP shards it afterwards. It is run on two tokens or on an
+            image, without streams and with them.
         num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
-        prefix_length: T, learned key/value pairs per stream in each attention layer.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        init: ``"documents"``, ``"context"`` or ``"random"``; see :mod:`parscale.inits`. By default the first for causal
-            language models, and the last where there are no texts to start from.
-        seed: seed of the draws; ``None`` draws from torch's state.
-        calibration: token ids ``(P, T)`` that all but ``"random"`` read; without it the backbone samples them.
-        transform: what makes the streams differ: ``"prefix"``, ``"prompt"`` (also for models without keys and values)
-            or ``"lora"``; see :mod:`parscale.transforms`.
-        rank: of ``"lora"``.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: token ids ``(P, T)`` that all inits but ``"random"`` read; without it the backbone samples them.
+            With shared keys and values ``(P - 1, T)``.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
         kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
             ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
 
@@ -104,16 +102,31 @@ def wrap(
         seed=seed,
         transform=transform,
         rank=rank,
+        kv=kv,
     )
-    configs, choices = held_configs(model), _choices(model)
-    state = None
-    try:
+    with _as_it_was_if_it_fails(model):
         state = attach(model, kernels)
-        add(state, DEFAULT, config, calibration=calibration)
-        choosing.set_streams(model, DEFAULT)
-    except BaseException:
-        if state is not None:
+        try:
+            add(state, DEFAULT, config, calibration=calibration)
+            choosing.set_streams(model, DEFAULT)
+        except BaseException:
             detach(state)
+            raise
+    return model
+
+
+@contextlib.contextmanager
+def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
+    """If this block fails, the model's configurations and its modules' children are those of before.
+
+    BigBird puts other children in their place when it first reads a short text.
+    """
+    configs = _held_configs(model)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    choices = [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
+    try:
+        yield
+    except BaseException:
         for module, held in configs:
             module.config = held
         for module, children, chosen in choices:
@@ -121,17 +134,13 @@ def wrap(
             if chosen is not None:
                 module.attention_type = chosen
         raise
-    return model
 
 
-def _choices(model: Any) -> list[tuple[Any, dict[str, Any], Any]]:
-    """Each module with its children, which BigBird puts others in the place of when it first reads a short text."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
-
-
-def unwrap(model: Any) -> Any:
+def unwrap(model: M) -> M:
     """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
+
+    Args:
+        model: that was wrapped.
 
     Returns:
         The same object.
@@ -174,26 +183,46 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         )
     check_impl(kernels, "kernels")
     state = ParScaleState(model, kernels)
+    BackboneHooks(state).attach()
     try:
-        own_config(model)
+        _own_config(model)
         _anchor_name(model)
         check_takes_parameters(model)
         _decompress(model)
         attach_attention(state)
+        model.parscale = state
+        for member, function in MEMBERS.items():
+            setattr(model, member, functools.partial(function, model))
+        choosing.show_num_streams()
+        if model.can_generate():
+            model.generate = functools.partial(methods.generate, model)
+        extend_peft()
+        keep_reference()
+        register_backbone(model.config.model_type)
     except BaseException:
         detach(state)
         raise
-    model.parscale = state
-    for member, function in MEMBERS.items():
-        setattr(model, member, functools.partial(function, model))
-    choosing.show_num_streams()
-    if state.encoder is not None and model.can_generate():
-        model.generate = functools.partial(members.generate, model)
-    state.hooks.append(model.register_load_state_dict_pre_hook(state.load_into_active))
-    extend_peft()
-    keep_reference()
-    register_backbone(model.config.model_type)
     return state
+
+
+def _held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
+    """Each module that holds a configuration, and the object that it holds."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [(module, module.__dict__["config"]) for module in modules if "config" in module.__dict__]
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Gives the model a configuration object that no other model holds.
+
+    Every module of the model that held the old object, or one of its parts, holds the new one. What a quantizer says
+    there of the weights stays the quantizer's own object, which changes with them.
+    """
+    quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    copies: dict[int, Any] = {} if quantization is None else {id(quantization): quantization}
+    copy.deepcopy(model.config, copies)
+    for module, held in _held_configs(model):
+        if isinstance(held, PreTrainedConfig) and id(held) in copies:  # the object itself, or a part of it
+            module.config = copies[id(held)]
 
 
 def _anchor_name(model: Any) -> None:
@@ -217,134 +246,9 @@ def detach(state: ParScaleState) -> None:
         state.adapters.drop()
     for streams in list(state.sets.values()):
         remove(state, streams)
-    for hook in state.hooks:
-        hook.remove()
+    unhook(state)
     detach_attention(state)
-    stop_recomputing(state.parts)
-    for part in state.parts:
-        part.__dict__.pop("_replicate_for_data_parallel", None)
-    for member in ("parscale", *MEMBERS):
+    for member in ("parscale", "generate", "last_mean_streams", *MEMBERS):
         model.__dict__.pop(member, None)
-    if state.encoder is not None:
-        model.__dict__.pop("generate", None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)
-
-
-@undisturbed()
-def add(
-    state: ParScaleState,
-    name: str,
-    config: ParScaleConfig,
-    *,
-    calibration: torch.Tensor | None = None,
-    tensors: Mapping[str, torch.Tensor] | None = None,
-) -> StreamSet:
-    """Adds a set of streams, inactive and frozen.
-
-    Args:
-        state: of the model, from :func:`attach` or :func:`state_of`.
-        name: of the set; letters, digits, ``-`` and ``_``.
-        config: its numbers.
-        calibration: as :func:`wrap`.
-        tensors: its values by their released names in the model (as :meth:`ParScaleState.tensors` gives them), from
-            a checkpoint; without them the set starts by ``config.init``.
-
-    Raises:
-        ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
-    """
-    if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
-        raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
-    if name in state.sets:
-        raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
-    streams = StreamSet(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
-    check_calibration(state, streams, calibration)
-    check_takes_parameters(state.model)
-    mesh = tensor_parallel_mesh(state.model)
-    if config.transform != PREFIX and (mesh is not None or any(map(is_partitioned, state.model.parameters()))):
-        raise ValueError(
-            f"A model that is split by tensor parallelism or ZeRO-3 takes transform={PREFIX!r} only, got "
-            f"{config.transform!r}."
-        )
-    if config.num_streams > 1:
-        measure(state)
-        streams.transform.places()  # says so if there are none
-    if mesh is not None and config.seed is None:
-        share_random_state(mesh)
-    state.sets[name] = streams
-    try:
-        _make_parameters(state, streams)
-        if tensors is None:
-            initialize(state, streams, calibration)
-        else:
-            fill(state, streams, tensors)
-        if mesh is not None:
-            distribute_streams(state, streams, mesh)
-        if config.num_streams > 1:
-            streams.transform.attach()
-            if tensors is None:  # those of a checkpoint ran when it was made
-                try_whole_model(state, streams)
-        if state.adapters is not None:
-            state.adapters.cover(streams)
-    except BaseException:
-        remove(state, streams)
-        raise
-    for parameter in state.tensors(streams).values():
-        parameter.requires_grad_(False)
-    return streams
-
-
-def remove(state: ParScaleState, streams: StreamSet) -> None:
-    """Removes a set and its parameters."""
-    if state.default is streams:
-        state.default = None
-    for block in state.blocks.innermost:
-        if block.chosen is streams:
-            block.chosen = None
-    if streams.num_streams > 1:
-        streams.transform.detach()
-        for place in streams.transform.places():
-            place.module._parameters.pop(streams.own_name(place.name), None)
-            let_go(place.module, streams.own_name(place.name))
-    for part in state.mixed:
-        part._modules.pop(streams.aggregator_name, None)
-    state.sets.pop(streams.name, None)
-
-
-def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
-    P = streams.num_streams
-    if P == 1:
-        return
-    for place in streams.transform.places():
-        zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
-        place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
-        keep(place.module, streams.own_name(place.name))
-    for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
-        aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
-        aggregator.train(part.training)
-        part.add_module(streams.aggregator_name, aggregator)
-
-
-def fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives a set its values, by their released names.
-
-    Raises:
-        ValueError: tensors missing, too many or of another shape.
-    """
-    own = state.tensors(streams)
-    problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
-    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"The streams do not fit this {type(state.model).__name__}: {'; '.join(problems[:3])}{more}. "
-            "They belong to a backbone of another size, or the checkpoint is damaged."
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])

@@ -74,9 +74,17 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
-    """The shape in a `config.json` (its path, its folder's path or its contents), of any architecture with attention.
+    """The shape in a `config.json` of any architecture with attention.
 
-    Raises as `read_config`, and `ValueError` when a size that is needed is missing or cannot be right, naming it.
+    Args:
+        config: its path, its folder's path, or its contents.
+
+    Returns:
+        The shape.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is no configuration, or a size that is needed is missing or cannot be right.
     """
     contents = read_config(config)
     _require_finite(contents)

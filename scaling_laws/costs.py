@@ -48,7 +48,9 @@ class Cost:
     time: dict[str, float]
     """`seconds` by operation."""
     prefill_seconds: float
+    """Until the first token, the prompts' passes alone."""
     decode_seconds: float
+    """All further steps."""
     params: float
     """N, non-embedding parameters with those of the streams."""
     fits: bool
@@ -56,6 +58,7 @@ class Cost:
     hardware: str
     """The device's name."""
     method: str
+    """`"roofline"` or `"paper"`."""
     notes: tuple[str, ...] = ()
     """What was counted only approximately, in sentences."""
 
@@ -76,18 +79,27 @@ def cost(
     dtype: str = "bfloat16",
     overhead: float = 0.0,
 ) -> Cost:
-    """Memory in bytes and time in seconds of generating `output_length` tokens for `batch_size` prompts of
-    `input_length` tokens.
+    """What it takes to generate a number of tokens for a batch of prompts.
 
-    config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; of any architecture with attention.
-    hardware: a name from `data/hardware.csv` or a `Hardware`.
-    method: `"roofline"` counts how this package runs (see `roofline`); `"paper"` counts as arXiv 2505.10475 did, with
-    its efficiencies and its omissions (see `paper`), in 16 bits and without `overhead`.
-    dtype: one of `DTYPES`. overhead: seconds for each layer of each step that are neither arithmetic nor traffic,
-    such as starting kernels; 0 is the ideal.
+    Args:
+        config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; any architecture with attention.
+        num_streams: P.
+        batch_size: B, prompts at once.
+        input_length: tokens of each prompt.
+        output_length: tokens to generate for each.
+        hardware: a name from `data/hardware.csv` or a `Hardware`.
+        method: `"roofline"` counts how this package runs (see `roofline`); `"paper"` counts as arXiv 2505.10475 did,
+            with its efficiencies and its omissions (see `paper`), in 16 bits and without `overhead`.
+        dtype: one of `DTYPES`.
+        overhead: seconds for each layer of each step that are neither arithmetic nor traffic, such as starting kernels;
+            0 is the ideal.
 
-    Raises `FileNotFoundError` for a path where there is nothing and `ValueError`, naming what is allowed, for numbers
-    out of range, unknown names and a configuration that lacks what is needed.
+    Returns:
+        Memory in bytes and time in seconds, both split by where they go.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: a number is out of range, a name unknown, or the configuration lacks what is needed.
     """
     counts = {
         "num_streams": num_streams,

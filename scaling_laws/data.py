@@ -32,10 +32,18 @@ class Points(NamedTuple):
 
 
 def published(corpus: str) -> Points:
-    """The 24 published points of `"stack"` (Stack-V2-Python) or `"pile"`: six sizes times P = 1, 2, 4, 8, each
-    trained on 42B tokens.
+    """The 24 published points of a corpus: six sizes times P = 1, 2, 4, 8, each trained on 42B tokens.
 
-    Source: `parametric_fit.py` of the code released with arXiv 2505.10475. Raises `ValueError` for another name.
+    Source: `parametric_fit.py` of the code released with arXiv 2505.10475.
+
+    Args:
+        corpus: `"stack"` (Stack-V2-Python) or `"pile"`.
+
+    Returns:
+        Their sizes, P and losses.
+
+    Raises:
+        ValueError: another name.
     """
     if corpus not in CORPORA:
         raise ValueError(f"no published corpus {corpus!r}; give one of {', '.join(map(repr, CORPORA))}")
@@ -64,8 +72,17 @@ def read_csv(path: str | Path, columns: Sequence[str] = COLUMNS) -> dict[str, Ar
 
 
 def read_points(path: str | Path) -> Points:
-    """Reads runs from a CSV file with the columns `params`, `streams`, `loss`; raises as `read_csv` and
-    `check_points` do.
+    """Reads runs from a CSV file.
+
+    Args:
+        path: a file with the columns `params`, `streams` and `loss`.
+
+    Returns:
+        Their sizes, P and losses.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing or a number cannot be right.
     """
     table = read_csv(path)
     return check_points(*(table[name] for name in COLUMNS))

@@ -23,6 +23,7 @@ class Fit:
     """A form with fitted parameters."""
 
     form: Form
+    """Which function of N, P and tokens the loss is."""
     values: dict[str, float]
     """The parameters by name."""
     r2: float
@@ -41,7 +42,19 @@ class Fit:
     """The problem that was solved, for `profile_intervals`."""
 
     def predict(self, params: ArrayLike, streams: ArrayLike, tokens: ArrayLike | None = None) -> Array:
-        """Loss `(n,)` in nats per token; `tokens` for a form that has a term in them."""
+        """Loss of each run that is described.
+
+        Args:
+            params: N of each.
+            streams: P of each.
+            tokens: training tokens of each, for a form that has a term in them.
+
+        Returns:
+            `(n,)`, nats per token.
+
+        Raises:
+            ValueError: the form needs tokens.
+        """
         columns = [np.ravel(np.asarray(params, dtype=np.float64))]
         if self.form.uses_tokens:
             if tokens is None:
@@ -51,8 +64,13 @@ class Fit:
         return self.form.predict(self.optimum.theta[None], np.stack(columns, axis=1), count)[0]
 
     def profile_intervals(self, level: float = LEVEL) -> dict[str, Interval]:
-        """Profile-likelihood interval of each parameter with the limits of the F distribution; see
-        `intervals.profile`.
+        """Profile-likelihood interval of each parameter with the limits of the F distribution; see `intervals.profile`.
+
+        Args:
+            level: the probability that an interval holds the truth.
+
+        Returns:
+            Both ends by the parameter's name.
         """
         return profile(self.optimum, f_limits(self.optimum, level))
 
@@ -64,13 +82,19 @@ def fit(
 
     Least sum of Huber losses (delta 1e-3) of log loss, solved from a grid of starts, as arXiv 2505.10475 does it.
 
-    params: non-embedding parameters, those that the streams add included. streams: P. losses: nats per token. All of
-    one shape.
-    bootstrap: how many resampled data sets to refit for `intervals` and `draws`; 1000 take about a second. seed: its
-    seed.
+    Args:
+        params: N of each run, non-embedding parameters with those of the streams.
+        streams: P of each run.
+        losses: of each run, nats per token; all three of one shape.
+        bootstrap: how many resampled data sets to refit for `intervals` and `draws`; 1000 take about a second.
+        seed: of the resampling.
 
-    Raises `ValueError` for points that cannot be right (see `check_points`), for fewer than four, and when all have
-    one P (k could be anything), one size (alpha could be) or one loss.
+    Returns:
+        The law.
+
+    Raises:
+        ValueError: points that cannot be right (see `check_points`), fewer than four, or all of one P (k could be
+            anything), one size (alpha could be) or one loss.
     """
     points = check_points(params, streams, losses)
     result = fit_form("log", *points, bootstrap=bootstrap, seed=seed)
@@ -94,11 +118,22 @@ def fit_form(
     bootstrap: int = 0,
     seed: int = 0,
 ) -> Fit:
-    """Fits any of `FORMS`, by name, in the same way as `fit`; the joint ones need `tokens`, the training tokens of
-    each run.
+    """Fits any form of the law in the same way as `fit`.
 
-    Raises as `fit` does, and for an unknown form, for missing `tokens` and for runs that were all trained on as many
-    tokens.
+    Args:
+        form: a name from `FORMS`, or a form.
+        params: as `fit`.
+        streams: as `fit`.
+        losses: as `fit`.
+        tokens: training tokens of each run, for the joint forms.
+        bootstrap: as `fit`.
+        seed: as `fit`.
+
+    Returns:
+        The form with its parameters.
+
+    Raises:
+        ValueError: as `fit`, for an unknown form, and where a form needs `tokens` that are missing or all equal.
     """
     if isinstance(form, str):
         if form not in FORMS:

@@ -18,7 +18,9 @@ class Hardware:
     """One device, as a row of `data/hardware.csv` describes it."""
 
     name: str
+    """As `cost` takes it."""
     label: str
+    """As people say it."""
     memory_gb: float
     """Memory in 10^9 bytes."""
     bandwidth_gbs: float
@@ -40,7 +42,14 @@ class Hardware:
                 raise ValueError(f"{field.name} of {self.name!r} is {value:g}; it must be {allowed}")
 
     def flops(self, bits: int) -> float:
-        """Operations per second that are reached on numbers of `bits` bits: 32, or 16 and fewer."""
+        """Arithmetic that is reached.
+
+        Args:
+            bits: of a number: 32, or 16 and fewer.
+
+        Returns:
+            Operations per second.
+        """
         return (self.tflops_32bit if bits == 32 else self.tflops_16bit) * 1e12 * self.flops_efficiency
 
     @property
@@ -50,10 +59,17 @@ class Hardware:
 
 
 def read_hardware(path: str | Path) -> dict[str, Hardware]:
-    """Devices by name from a CSV file with the columns of `data/hardware.csv`.
+    """Reads devices of your own.
 
-    Raises `FileNotFoundError`, or `ValueError` for columns that are missing, entries that are no positive numbers, a
-    device that is given twice, and as `read_table` does.
+    Args:
+        path: a CSV file with the columns of `data/hardware.csv`.
+
+    Returns:
+        The devices by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing, an entry is no positive number, or a device is given twice.
     """
     needed = [field.name for field in dataclasses.fields(Hardware) if field.default is dataclasses.MISSING]
     return _devices((cells for _, cells in read_table(path, needed)), str(path))

@@ -52,11 +52,20 @@ class Comparison:
 def leave_one_out(
     params: ArrayLike, streams: ArrayLike, losses: ArrayLike, *, by: str, form: str = "log"
 ) -> list[HeldOut]:
-    """Fits `form` to all runs but those of one size (`by="size"`) or one P (`by="streams"`) and predicts these, for
-    each in turn.
+    """Fits a form to all runs but those of one size or one P and predicts these, for each in turn.
 
-    Raises `ValueError` for another `by`, for fewer than three groups (the fit to the rest would not be determined),
-    and as `fit_form`.
+    Args:
+        params: as `fit`.
+        streams: as `fit`.
+        losses: as `fit`.
+        by: `"size"` or `"streams"`.
+        form: a name from `FORMS`.
+
+    Returns:
+        What was held out, with its predictions, in order.
+
+    Raises:
+        ValueError: another `by`, fewer than three groups (the rest would not determine a fit), or as `fit_form`.
     """
     points = check_points(params, streams, losses)
     labels, names = _groups(points, by)
@@ -76,9 +85,19 @@ def leave_one_out(
 def compare(
     params: ArrayLike, streams: ArrayLike, losses: ArrayLike, forms: Sequence[str] = ("log", "power", "rho", "dense")
 ) -> list[Comparison]:
-    """Fits each of `forms` to the runs and tests it on held-out sizes and held-out P; best at held-out P first.
+    """Fits forms of the law to the runs and tests each on held-out sizes and held-out P.
 
-    Raises `ValueError` as `fit_form` does.
+    Args:
+        params: as `fit`.
+        streams: as `fit`.
+        losses: as `fit`.
+        forms: names from `FORMS`.
+
+    Returns:
+        One row for each form, best at held-out P first.
+
+    Raises:
+        ValueError: as `fit_form`.
     """
     points = check_points(params, streams, losses)
     result = []

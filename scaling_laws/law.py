@@ -44,24 +44,49 @@ class ParallelScalingLaw:
     """What these runs do not settle, in sentences."""
 
     def predict(self, params: ArrayLike, streams: ArrayLike) -> Any:
-        """Loss in nats per token at each `(params, streams)`, which broadcast; a float for two numbers.
+        """Loss at each size and number of streams.
 
-        Raises `ValueError` for params that are not above 0, streams below 1 and, with k below 0, streams so many that
-        the law ends.
+        Args:
+            params: N, non-embedding parameters with those of the streams, above 0.
+            streams: P, at least 1. Both broadcast.
+
+        Returns:
+            Nats per token; a float for two numbers.
+
+        Raises:
+            ValueError: a number is out of range or, with k below 0, there are so many streams that the law ends.
         """
         size, count = _checked(params, streams)
         return self.E + (self.A / (size * self._gain(count))) ** self.alpha
 
     def equivalent_params(self, params: ArrayLike, streams: ArrayLike) -> Any:
-        """Parameters of the plain model with the same predicted loss: `N * (k*ln P + 1)`. Shapes and errors as
-        `predict`.
+        """Parameters of the plain model with the same predicted loss.
+
+        Args:
+            params: as `predict`.
+            streams: as `predict`.
+
+        Returns:
+            `N * (k*ln P + 1)`; a float for two numbers.
+
+        Raises:
+            ValueError: as `predict`.
         """
         size, count = _checked(params, streams)
         return size * self._gain(count)
 
     def params_for(self, loss: float, streams: float = 1) -> float:
-        """Parameters at which a model with `streams` streams is predicted to reach `loss`; `ValueError` for a loss at
-        or below E.
+        """The size that is predicted to reach a loss.
+
+        Args:
+            loss: in nats per token, above E.
+            streams: P.
+
+        Returns:
+            N, non-embedding parameters.
+
+        Raises:
+            ValueError: the loss is at or below E, or as `predict`.
         """
         if not loss > self.E:
             raise ValueError(
@@ -71,9 +96,18 @@ class ParallelScalingLaw:
         return float(self.A * (loss - self.E) ** (-1 / self.alpha) / self._gain(np.float64(streams)))
 
     def predict_interval(self, params: ArrayLike, streams: ArrayLike, level: float = 0.9) -> tuple[Any, Any]:
-        """Ends of the bootstrap's interval for the predicted loss (not for a new run, whose own noise comes on top).
+        """The bootstrap's interval for the predicted loss, not for a new run, whose own noise comes on top.
 
-        Shapes as `predict`. Raises `ValueError` for a law without bootstrap draws.
+        Args:
+            params: as `predict`.
+            streams: as `predict`.
+            level: the share of draws inside.
+
+        Returns:
+            Both ends, each as `predict`.
+
+        Raises:
+            ValueError: the law has no bootstrap draws, or as `predict`.
         """
         if self.draws is None:
             raise ValueError("this law has no bootstrap draws to make an interval from; fit it with bootstrap=1000")
@@ -99,8 +133,16 @@ class ParallelScalingLaw:
 
     @classmethod
     def from_dict(cls, contents: Mapping[str, Any]) -> ParallelScalingLaw:
-        """The law that `to_dict` wrote; `ValueError` when E, A, alpha or k is missing or no finite number, and for
-        anything else that `to_dict` does not write.
+        """The law that `to_dict` wrote.
+
+        Args:
+            contents: the dictionary.
+
+        Returns:
+            The law, without bootstrap draws.
+
+        Raises:
+            ValueError: E, A, alpha or k is missing or no finite number, or there is what `to_dict` does not write.
         """
         values: dict[str, Any] = {name: contents.get(name) for name in ("E", "A", "alpha", "k")}
         for name, value in values.items():

@@ -62,13 +62,26 @@ def optimal(
     tokens: float = 42e9,
     **workload: Any,
 ) -> Plan:
-    """The lowest predicted loss within the given budgets, over `streams` and over widths of the model in `config`.
+    """The lowest predicted loss within given budgets, over P and over widths of a model.
 
-    train_flops: of `tokens` training tokens. memory_bytes, seconds: of one call of generate, with `workload` as for
-    `cost` (batch_size 1, 256 tokens in and out unless given). Depth and the numbers of heads stay those of `config`.
-    The law was fitted between certain sizes and P; what it says beyond them is extrapolation.
+    Depth and the numbers of heads stay those of the model. The law was fitted between certain sizes and P; what it says
+    beyond them is extrapolation.
 
-    Raises `ValueError` without a budget, for one that is not above 0, and for one that not even a narrow model keeps.
+    Args:
+        law: that predicts.
+        config: of the model, as `cost` takes it.
+        train_flops: operations that training may take.
+        memory_bytes: that one call of generate may take.
+        seconds: that it may take.
+        streams: the P to choose from.
+        tokens: training tokens.
+        **workload: of that call, as for `cost`; batch size 1 and 256 tokens in and out unless given.
+
+    Returns:
+        The best plan.
+
+    Raises:
+        ValueError: there is no budget, one is not above 0, or not even a narrow model keeps it.
     """
     return best(
         frontier(
@@ -100,8 +113,23 @@ def frontier(
     tokens: float = 42e9,
     **workload: Any,
 ) -> list[Plan]:
-    """For each P of `streams` that can keep the budgets, its widest model that does. Arguments and errors as
-    `optimal`.
+    """For each P that can keep the budgets, its widest model that does.
+
+    Args:
+        law: as `optimal`.
+        config: as `optimal`.
+        train_flops: as `optimal`.
+        memory_bytes: as `optimal`.
+        seconds: as `optimal`.
+        streams: as `optimal`.
+        tokens: as `optimal`.
+        **workload: as `optimal`.
+
+    Returns:
+        The plans, in the order of `streams`.
+
+    Raises:
+        ValueError: as `optimal`.
     """
     budgets = {
         name: value

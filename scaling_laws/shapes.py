@@ -19,9 +19,11 @@ class ModelShape:
     name: str
     """The configuration's `model_type`."""
     layers: int
+    """Decoder layers."""
     hidden: float
     """H. May be fractional in a scaled shape (`scaled`)."""
     heads: int
+    """Query heads."""
     kv_heads: int
     """G."""
     head_dim: float
@@ -31,7 +33,9 @@ class ModelShape:
     intermediate: float
     """Inner size of a dense MLP."""
     vocab: int
+    """Tokens in the vocabulary."""
     gated: bool
+    """Whether the MLP has two matrices up and one down, and not one of each."""
     tied: bool
     """Whether the output matrix is the embedding."""
     attention_layers: int
@@ -51,6 +55,7 @@ class ModelShape:
     active_experts: int = 0
     """Routed experts that each token passes."""
     expert_intermediate: float = 0
+    """Inner size of a routed expert."""
     shared_intermediate: float = 0
     """Inner size of the experts that every token passes."""
     sparse_layers: int = 0
@@ -58,6 +63,7 @@ class ModelShape:
     biases: str = "none"
     """`"none"`, `"qkv"` or `"all"`."""
     norms_per_layer: int = 2
+    """Normalisations over H in a layer."""
     positions: int = 0
     """Rows of a learned position table."""
     prefix_length: int = PREFIX_LENGTH
@@ -123,27 +129,58 @@ class ModelShape:
         return self.kv_heads * (self.head_dim + self.value_dim)
 
     def prefix_params(self, streams: int) -> float:
-        """The prefixes of P streams: `attention layers * P * G * T * (D of keys + D of values)`; 0 at P = 1."""
+        """Parameters of the prefixes.
+
+        Args:
+            streams: P.
+
+        Returns:
+            `attention layers * P * G * T * (D of keys + D of values)`; 0 at P = 1.
+        """
         return self.attention_layers * streams * self.prefix_length * self.kv_per_token if streams > 1 else 0
 
     def aggregator_params(self, streams: int) -> float:
-        """`P*H*H + H` and `H*P + P`; 0 at P = 1."""
+        """Parameters of the aggregator.
+
+        Args:
+            streams: P.
+
+        Returns:
+            `P*H*H + H` and `H*P + P`; 0 at P = 1.
+        """
         return streams * self.hidden**2 + self.hidden + (self.hidden + 1) * streams if streams > 1 else 0
 
     def params(self, streams: int = 1) -> float:
-        """N, non-embedding parameters with those of P streams."""
+        """Non-embedding parameters with those of the streams.
+
+        Args:
+            streams: P.
+
+        Returns:
+            N.
+        """
         return self.backbone_params + self.prefix_params(streams) + self.aggregator_params(streams)
 
     def scaled(self, width: float) -> ModelShape:
-        """The same model `width` times as wide: hidden, head and MLP sizes grow, the numbers of layers, heads and
-        experts stay.
+        """The same model in another width: hidden, head and MLP sizes grow; layers, heads and experts stay as many.
+
+        Args:
+            width: how many times as wide.
+
+        Returns:
+            A shape whose sizes may be fractions.
         """
         names = ("hidden", "head_dim", "value_dim", "intermediate", "expert_intermediate", "shared_intermediate")
         return dataclasses.replace(self, **{name: getattr(self, name) * width for name in names})
 
     def scaled_to(self, params: float) -> ModelShape:
-        """The same model widened or narrowed until it has `params` non-embedding parameters (found to a part in
-        10^12).
+        """The same model widened or narrowed until it has a given size.
+
+        Args:
+            params: non-embedding parameters, at P = 1.
+
+        Returns:
+            A shape of that size to a part in 10^12.
         """
         low, high = 1e-4, 1e4
         for _ in range(100):

@@ -48,6 +48,7 @@ class TrainingMemory:
     """What training takes of each GPU at its peak, in bytes."""
 
     memory_bytes: float
+    """On one GPU."""
     memory: dict[str, float]
     """`memory_bytes` by what it holds:
 
@@ -60,9 +61,11 @@ class TrainingMemory:
     params: float
     """All there are, embedding, streams and adapters included."""
     trained_params: float
+    """Those that train."""
     fits: bool
     """Whether it fits into the device's memory, of which nothing is set aside."""
     hardware: str
+    """The device's name."""
 
 
 @dataclass(frozen=True)
@@ -114,21 +117,32 @@ def training_memory(
     checkpointing: bool = False,
     hardware: str | Hardware = "a100-80gb",
 ) -> TrainingMemory:
-    """Bytes that training with `num_streams` streams takes on each GPU, at the peak of a step's second micro-batch.
+    """Bytes that training takes on each GPU, at the peak of a step's second micro-batch.
 
-    config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; a decoder with a gated MLP.
-    batch_size: sequences on each GPU at once, before they are copied to the streams. prefix_length: T; the
-    configuration's own, or 48.
-    sharding: `"none"` (every GPU holds everything) or `"fsdp"` (parameters, gradients and states are divided among the
-    GPUs, and a decoder layer is gathered at a time).
-    trains: `"streams"`, `"everything"`, or `"lora"`: streams and adapters of rank `lora_rank` on all of the layers'
-    matrices.
-    dtype: `"bfloat16"` computes under autocast, `"float32"` without. frozen_dtype: in which frozen weights lie, one of
-    `costs.DTYPES`, by default `dtype`; 8 and 4 bits are for the layers' matrices, and the rest has 16.
-    checkpointing: of activations, by layer. hardware: for `fits`.
+    Args:
+        config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; a decoder with a gated MLP.
+        num_streams: P.
+        batch_size: sequences on each GPU at once, before they are copied to the streams.
+        sequence_length: tokens of each.
+        prefix_length: T; by default the configuration's own, or 48.
+        gpus: how many there are.
+        sharding: `"none"` (every GPU holds everything) or `"fsdp"` (parameters, gradients and states are divided among
+            the GPUs, and a decoder layer is gathered at a time).
+        trains: `"streams"`, `"everything"`, or `"lora"`: streams and adapters on all of the layers' matrices.
+        lora_rank: of these adapters.
+        dtype: `"bfloat16"` computes under autocast, `"float32"` without.
+        frozen_dtype: in which frozen weights lie, one of `costs.DTYPES`, by default `dtype`; 8 and 4 bits are for the
+            layers' matrices, and the rest has 16.
+        checkpointing: of activations, by layer.
+        hardware: for `fits`.
 
-    Raises `FileNotFoundError` for a path where there is nothing and `ValueError`, naming what is allowed, for numbers
-    out of range, unknown names, a model of another kind, and P = 1 where only streams would train.
+    Returns:
+        The bytes, split by what they hold.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: a number is out of range, a name unknown, the model of another kind, or P = 1 where streams
+            alone train.
     """
     counts = {"num_streams": num_streams, "batch_size": batch_size, "sequence_length": sequence_length, "gpus": gpus}
     counts |= {"lora_rank": lora_rank} | ({} if prefix_length is None else {"prefix_length": prefix_length})

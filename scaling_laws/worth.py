@@ -39,8 +39,15 @@ class Comparison:
 
 
 def dense_equivalent(law: ParallelScalingLaw, config: Config, num_streams: int) -> ModelShape:
-    """The plain model, as deep as `config`'s and wider, that `law` predicts to have the loss of `config` with P
-    streams.
+    """The plain model, as deep and wider, that is predicted to have the loss of a model with streams.
+
+    Args:
+        law: that predicts.
+        config: of the model that gets streams, as `cost` takes it.
+        num_streams: P.
+
+    Returns:
+        The wider model's shape.
     """
     shape = config if isinstance(config, ModelShape) else read_shape(config)
     return shape.scaled_to(law.equivalent_params(shape.params(num_streams), num_streams))
@@ -57,8 +64,24 @@ def versus(
     hardware: str | Hardware = "a100-80gb",
     **options: Any,
 ) -> Comparison:
-    """Costs of `config` at P = 1, at P = `num_streams` and of the dense model of equal loss; `options` as for `cost`,
-    which see for errors.
+    """What a model costs without streams, with them, and what the dense model of equal loss costs.
+
+    Args:
+        law: that says which dense model has the same loss.
+        config: as `cost`.
+        num_streams: P.
+        batch_size: as `cost`.
+        input_length: as `cost`.
+        output_length: as `cost`.
+        hardware: as `cost`.
+        **options: further arguments of `cost`.
+
+    Returns:
+        The three costs.
+
+    Raises:
+        FileNotFoundError: as `cost`.
+        ValueError: as `cost`.
     """
     shape = config if isinstance(config, ModelShape) else read_shape(config)
     work: dict[str, Any] = {"batch_size": batch_size, "input_length": input_length, "output_length": output_length}
@@ -80,11 +103,21 @@ def crossover(
     along: str = "batch_size",
     **workload: Any,
 ) -> int | None:
-    """The smallest value of `along` from which the streams cost more `quantity` than the dense model of equal loss.
+    """From where on the streams cost more than the dense model of equal loss.
 
-    quantity: `"seconds"` or `"memory_bytes"`. along: `"batch_size"`, `"input_length"` or `"output_length"`. None if
-    the streams still win at 2^20. `workload` as for `versus`. Raises `ValueError` for another quantity or axis, for P
-    = 1, and as `cost`.
+    Args:
+        law: as `versus`.
+        config: as `cost`.
+        num_streams: P, at least 2.
+        quantity: `"seconds"` or `"memory_bytes"`.
+        along: what grows: `"batch_size"`, `"input_length"` or `"output_length"`.
+        **workload: the rest, as for `versus`.
+
+    Returns:
+        The smallest value of `along`; None if the streams still win at 2^20.
+
+    Raises:
+        ValueError: another quantity or axis, P = 1, or as `cost`.
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is {quantity!r}; give one of {', '.join(QUANTITIES)}")

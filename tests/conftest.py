@@ -1,12 +1,126 @@
-"""A tokenizer of single bytes, and a tiny checkpoint with it, for all tests.
+"""A tokenizer of single bytes, a tiny checkpoint with it, and programs that start at once, for all tests.
 
 Imports stand inside: what this module imports, pytest's controlling process does too, and prints when all is over.
 """
 
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+class Programs:
+    """Starts Python programs from one process that has imported the large libraries; see ``program_server.py``.
+
+    Args:
+        folder: for what the programs print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.numbers = folder, itertools.count()
+        self.errors = folder / "server"
+        with self.errors.open("w") as errors:
+            self.server = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("program_server.py")],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def ask(self, **request: Any) -> Any:
+        """The server's answer."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        while not (line := self.server.stdout.readline()).startswith("answer:"):
+            assert line, self.errors.read_text()
+        return json.loads(line.removeprefix("answer:"))
+
+    def start(self, *arguments: object, cwd: Path, **environment: str) -> "Program":
+        """Starts a program.
+
+        Args:
+            arguments: of Python's command line, after the interpreter.
+            cwd: the folder that it starts in.
+            environment: beside this process's.
+        """
+        number = next(self.numbers)
+        files = [self.folder / f"{number}.{kind}" for kind in ("output", "errors")]
+        for file in files:
+            file.touch()
+        output, errors = files
+        pid = self.ask(
+            start=[str(argument) for argument in arguments],
+            cwd=str(cwd),
+            environment=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            output=str(output),
+            errors=str(errors),
+        )
+        return Program(self, pid, output, errors)
+
+    def run(self, *arguments: object, cwd: Path, **environment: str) -> "Program":
+        """Starts a program and waits for its end."""
+        program = self.start(*arguments, cwd=cwd, **environment)
+        program.wait()
+        return program
+
+    def run_together(self, number: int, *arguments: object, cwd: Path, **environment: str) -> None:
+        """Runs as many processes as ``torchrun --nproc-per-node`` would start, and asserts that all succeed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(number)]
+        programs = [
+            self.start(*arguments, cwd=cwd, **environment | {name: str(value) for name, value in own.items()})
+            for own in variables
+        ]
+        codes = self.ask(wait=[program.pid for program in programs])
+        errors = "\n".join(program.stderr[-5000:] for program in programs)
+        assert codes == [0] * number, errors
+
+
+class Program:
+    """A program that was started: how it ended, and what it printed."""
+
+    def __init__(self, programs: Programs, pid: int, output: Path, errors: Path) -> None:
+        self.programs, self.pid, self.output, self.errors = programs, pid, output, errors
+        self.returncode: int | None = None
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal, once the program has ended."""
+        if self.returncode is None:
+            (self.returncode,) = self.programs.ask(wait=[self.pid])
+        assert self.returncode is not None
+        return self.returncode
+
+    @property
+    def stdout(self) -> str:
+        return self.output.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.errors.read_text()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """Python programs in processes of their own, without the seconds that importing torch and transformers takes."""
+    programs = Programs(tmp_path_factory.mktemp("programs"))
+    yield programs
+    assert programs.server.stdin is not None
+    programs.server.stdin.close()
+    programs.server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Each example runs as a program, quickly, and says what it promises."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,16 +38,9 @@ PROMISES = {
 }
 
 
-def run(name: str, *arguments: str, folder: Path) -> str:
+def run(programs: Any, name: str, *arguments: str, folder: Path) -> str:
     """An example's standard output; it runs in an empty folder, offline."""
-    finished = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *arguments],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    finished = programs.run(EXAMPLES / f"{name}.py", *arguments, cwd=folder)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -60,16 +51,17 @@ def test_every_example_is_tested():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_example(name, tmp_path):
+def test_example(name, tmp_path, programs):
     if "from trl" in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"):
         pytest.importorskip("trl")  # make test-oldest has none
-    assert PROMISES[name] in run(name, *ARGUMENTS[name], folder=tmp_path)
+    assert PROMISES[name] in run(programs, name, *ARGUMENTS[name], folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_trained_model_is_saved_and_read_again(tmp_path):
-    printed = run("train_with_trainer", *ARGUMENTS["train_with_trainer"], "--output", "trained", folder=tmp_path)
+def test_a_trained_model_is_saved_and_read_again(tmp_path, programs):
+    options = [*ARGUMENTS["train_with_trainer"], "--output", "trained"]
+    printed = run(programs, "train_with_trainer", *options, folder=tmp_path)
     assert "load('trained') has 4 streams" in printed
-    printed = run("load_released", "trained", *ARGUMENTS["load_released"], folder=tmp_path)
+    printed = run(programs, "load_released", "trained", *ARGUMENTS["load_released"], folder=tmp_path)
     assert "P = 4, T = 48, torch.float32" in printed

@@ -1,7 +1,7 @@
 """The package's small model recycled: one arm of the controls trained on packages' source, and measured by document.
 
 The small model was pretrained on the standard library's source; the packages' source is new to it, and there is enough
-for sixteen million tokens. Everything trains through `parscale.checkpoints.train`, whose runs go on after a kill.
+for sixteen million tokens. Everything trains through `parscale.checkpoints.training`, whose runs go on after a kill.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from text import read_sides
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import ParScaleConfig, wrap
-from parscale.checkpoints.controls import ADAPTER, ARMS, BOTH, NOTHING, STREAMS, Arm, give
-from parscale.checkpoints.convert import calibration_ids
-from parscale.checkpoints.places import evaluate_places
-from parscale.checkpoints.reading import open_checkpoint
+from parscale.checkpoints.conversion.convert import calibration_ids
+from parscale.checkpoints.evaluation.controls import ADAPTER, ARMS, BOTH, NOTHING, STREAMS, Arm, give
+from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.checkpoints.models import open_checkpoint
 from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.text import Document
-from parscale.checkpoints.train import TrainSettings
-from parscale.checkpoints.train import train as train_checkpoint
+from parscale.checkpoints.texts.documents import Document
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.train import train as train_checkpoint
 
 PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
 TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2

@@ -23,7 +23,7 @@ from plan import SIZES, Rows, read_rows
 from recycling import RecycleRun
 from synthetic import TaskRun
 
-from parscale.checkpoints.controls import HELD_AGAINST, Interval, crossed_interval
+from parscale.checkpoints.evaluation.controls import HELD_AGAINST, Interval, crossed_interval
 from parscale.scaling_laws import fit
 
 RESULTS = Path(__file__).parents[1] / "results"

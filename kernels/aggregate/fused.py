@@ -2,6 +2,7 @@
 
 Read from top to bottom: forward kernel, backward kernel, host functions, operators. In kernels ``b_x`` is a value,
 ``p_x`` a pointer, ``o_d`` an offset, ``m_d`` a mask, ``s_xd`` a stride; ``BN``, ``BP``, ``BH`` are the sizes of blocks.
+Tensors without strides are contiguous; ``x (P, N, H)`` is so in its last dimension.
 
 One program of the forward pass reads each of its numbers once. One program of the backward pass holds a whole row, so
 that the gradient of the logits, a sum over H, needs neither atomics nor a second pass.
@@ -16,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from parscale.kernels.launch import accumulator, launch, power_of_2
+from parscale.kernels.launch import accumulator, last_contiguous, launch, power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def forward_kernel(
     p_x,
     p_logits,
@@ -28,9 +29,6 @@ def forward_kernel(
     H,
     s_xp,
     s_xn,
-    s_xh,
-    s_ln,
-    s_lp,
     SMOOTHING: tl.constexpr,
     P: tl.constexpr,
     BP: tl.constexpr,
@@ -47,23 +45,23 @@ def forward_kernel(
     m_tile = m_n[:, None] & m_h[None, :]  # (BN, BH)
 
     m_logits = m_n[:, None] & (o_p < P)[None, :]
-    b_logits = tl.load(p_logits + o_n[:, None] * s_ln + o_p[None, :] * s_lp, mask=m_logits, other=0.0).to(ACC)
+    b_logits = tl.load(p_logits + o_n[:, None] * P + o_p[None, :], mask=m_logits, other=0.0).to(ACC)
     b_logits = tl.where((o_p < P)[None, :], b_logits, float("-inf"))  # (BN, BP)
     b_max = tl.max(b_logits, axis=1)  # (BN,)
     b_sum = tl.sum(tl.exp(b_logits - b_max[:, None]), axis=1)  # (BN,)
 
     b_out = tl.zeros([BN, BH], dtype=ACC)
-    p_tile = p_x + o_n[:, None] * s_xn + o_h[None, :] * s_xh
+    p_tile = p_x + o_n[:, None] * s_xn + o_h[None, :]
     for p in tl.range(0, P, loop_unroll_factor=UNROLL):
         o_stream = tl.full([], 0, tl.int64) + p
-        b_logit = tl.load(p_logits + o_n * s_ln + o_stream * s_lp, mask=m_n, other=0.0).to(ACC)  # (BN,)
+        b_logit = tl.load(p_logits + o_n * P + p, mask=m_n, other=0.0).to(ACC)  # (BN,)
         b_weight = tl.exp(b_logit - b_max) / b_sum * (1 - SMOOTHING) + SMOOTHING / P
         b_x = tl.load(p_tile + o_stream * s_xp, mask=m_tile, other=0.0).to(ACC)  # (BN, BH)
         b_out += b_weight[:, None] * b_x
     tl.store(p_out + o_n[:, None] * H + o_h[None, :], b_out.to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def backward_kernel(
     p_gradient,
     p_x,
@@ -72,13 +70,8 @@ def backward_kernel(
     p_dlogits,
     N,
     H,
-    s_gn,
-    s_gh,
     s_xp,
     s_xn,
-    s_xh,
-    s_ln,
-    s_lp,
     SMOOTHING: tl.constexpr,
     P: tl.constexpr,
     BP: tl.constexpr,
@@ -89,7 +82,7 @@ def backward_kernel(
     o_n = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BP).to(tl.int64)  # (BP,)
     m_p = o_p < P
-    b_logits = tl.load(p_logits + o_n * s_ln + o_p * s_lp, mask=m_p, other=float("-inf")).to(ACC)  # (BP,)
+    b_logits = tl.load(p_logits + o_n * P + o_p, mask=m_p, other=float("-inf")).to(ACC)  # (BP,)
     b_exp = tl.exp(b_logits - tl.max(b_logits, axis=0))
     b_softmax = b_exp / tl.sum(b_exp, axis=0)
     b_weight = b_softmax * (1 - SMOOTHING) + SMOOTHING / P  # (BP,)
@@ -99,8 +92,8 @@ def backward_kernel(
         o_h = start + tl.arange(0, BH).to(tl.int64)  # (BH,)
         m_h = o_h < H
         m_tile = m_p[:, None] & m_h[None, :]  # (BP, BH)
-        b_gradient = tl.load(p_gradient + o_n * s_gn + o_h * s_gh, mask=m_h, other=0.0).to(ACC)  # (BH,)
-        p_tile = p_x + o_p[:, None] * s_xp + o_n * s_xn + o_h[None, :] * s_xh
+        b_gradient = tl.load(p_gradient + o_n * H + o_h, mask=m_h, other=0.0).to(ACC)  # (BH,)
+        p_tile = p_x + o_p[:, None] * s_xp + o_n * s_xn + o_h[None, :]
         b_x = tl.load(p_tile, mask=m_tile, other=0.0).to(ACC)  # (BP, BH)
         b_product += b_x * b_gradient[None, :]
         b_dx = b_weight[:, None] * b_gradient[None, :]
@@ -112,11 +105,11 @@ def backward_kernel(
     tl.store(p_dlogits + o_n * P + o_p, b_dlogits.to(p_dlogits.dtype.element_ty), mask=m_p)
 
 
-def forward_config(P: int, N: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks and warps of :func:`forward_kernel`."""
-    BH = min(512, power_of_2(H))
+def forward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks and warps of :func:`forward_kernel`: the same for any number of rows."""
+    BH = min(512, max(128, power_of_2(H)))
     double = dtype == torch.float64
-    BN = min(power_of_2(N), max(1, (1024 if double else 2048) // BH))
+    BN = max(1, (1024 if double else 2048) // BH)
     return {"BN": BN, "BH": BH, "UNROLL": min(P, 2 if double else 8), "num_warps": 4}
 
 
@@ -132,11 +125,11 @@ def forward(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Te
     out = torch.empty(N, H, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = forward_config(P, N, H, x.dtype)
+    x, config = last_contiguous(x), forward_config(P, H, x.dtype)
     launch(
         forward_kernel,
         (triton.cdiv(N, config["BN"]), triton.cdiv(H, config["BH"])),
-        *(x, logits, out, N, H, *x.stride(), *logits.stride()),
+        *(x, logits.contiguous(), out, N, H, *x.stride()[:2]),
         SMOOTHING=smoothing,
         P=P,
         BP=power_of_2(P),
@@ -155,10 +148,11 @@ def backward(
     dlogits = torch.empty(N, P, dtype=logits.dtype, device=x.device)
     if N == 0:
         return dx, dlogits
+    x = last_contiguous(x)
     launch(
         backward_kernel,
         (N,),
-        *(gradient, x, logits, dx, dlogits, N, H, *gradient.stride(), *x.stride(), *logits.stride()),
+        *(gradient.contiguous(), x, logits.contiguous(), dx, dlogits, N, H, *x.stride()[:2]),
         SMOOTHING=smoothing,
         P=P,
         BP=power_of_2(P),

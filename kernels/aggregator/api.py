@@ -23,8 +23,10 @@ def aggregator(
 ) -> torch.Tensor:
     """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
 
-    As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation makes no rearranged copy of ``hidden``
-    and rounds nothing between the first projection's sum and the result: sums, SiLU, softmax and mixture are float32.
+    As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation rounds nothing between the first
+    projection's sum and the result: sums, SiLU, softmax and mixture are float32. Up to 32 rows it makes no rearranged
+    copy of ``hidden``. Under autocast the projections take its dtype, as linear layers do, and the mixture that of
+    ``hidden``.
 
     Args:
         hidden: the streams' hidden states, ``(P*B, S, H)``, stream-major rows.
@@ -34,7 +36,7 @@ def aggregator(
         bias2: ``(P,)``.
         smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, in [0, 1].
         impl: ``"reference"`` is plain torch. ``"fused"`` takes tensors of one dtype (float16, bfloat16 or float32), up
-            to 64 streams and no autocast, and is differentiable once. ``"auto"`` is ``"fused"`` on CUDA and ROCm
+            to 64 streams, and is differentiable once. ``"auto"`` is ``"fused"`` on CUDA and ROCm
             devices where Triton is installed and the tensors are such, and ``"reference"`` elsewhere.
 
     Returns:
@@ -54,26 +56,27 @@ def aggregator(
         )
     if hidden.shape[0] % P:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, which is no multiple of the {P} streams.")
-    if runs_fused(impl, hidden, _obstacle(*tensors)):
+    weights = list(tensors[1:])
+    if autocasts(hidden):
+        weights = [x.to(torch.get_autocast_dtype(hidden.device.type)) for x in weights]
+    if runs_fused(impl, hidden, _obstacle(hidden, weights, autocasts(hidden))):
         from parscale.kernels.aggregator.fused import aggregator_op
 
         x = hidden.unflatten(0, (P, -1)).flatten(1, 2)  # (P, B*S, H)
         save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        out = aggregator_op(x, weight1, bias1, weight2, bias2, smoothing, save)[0]
+        out = aggregator_op(x, *weights, smoothing, save)[0]
         return out.unflatten(0, (hidden.shape[0] // P, hidden.shape[1]))
     return aggregator_reference(*tensors, smoothing)
 
 
-def _obstacle(*tensors: torch.Tensor) -> str | None:
+def _obstacle(hidden: torch.Tensor, weights: list[torch.Tensor], is_cast: bool) -> str | None:
     """Why the kernels cannot take these tensors."""
-    P = tensors[-1].shape[0]
+    P = weights[-1].shape[0]
     if not 1 <= P <= MAX_FUSED_STREAMS:
         return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {P}"
-    dtypes = {x.dtype for x in tensors}
-    if len(dtypes) > 1 or tensors[0].dtype not in FLOATS:
+    dtypes = {x.dtype for x in weights} | (set() if is_cast else {hidden.dtype})
+    if len(dtypes) > 1 or not {*dtypes, hidden.dtype} <= set(FLOATS):
         return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"
-    if len({x.device for x in tensors}) > 1:
+    if len({x.device for x in (hidden, *weights)}) > 1:
         return "the tensors are on different devices"
-    if autocasts(tensors[0]):
-        return "autocast is on"
     return None

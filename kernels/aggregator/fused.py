@@ -1,15 +1,14 @@
 """The whole aggregator on a GPU: host functions, and their registration with torch.
 
 Two regimes. With few rows (decoding) the time is that of reading ``weight1`` once: one kernel multiplies it as it lies,
-in splits of the hidden dimension, another does everything else. With many rows (prefill, training) the time is that of
-the matrix product: the streams are added up in registers from stream-major weights. That copy of the weights, made in
-every call and never kept, costs as many bytes as reading them twice more, whatever the number of rows; the
-rearranged copy of the activations that it replaces costs that for every row.
+in splits of the hidden dimension. With more rows the streams are put into the order of ``weight1``'s columns, and
+cuBLAS multiplies, whatever their number. In both, a second kernel does everything else.
 
-A stream's columns of ``weight1 (H, H*P)`` lie P numbers apart, and cuBLAS wants one of a matrix's two strides to be 1,
-so that it needs the stream-major copy too. It adds the streams up in its result, which for half precision must
-then be float32: P - 1 more readings and writings of it. So half precision is multiplied by the kernel, and float32,
-which has no fast matrix units in Triton, by cuBLAS.
+The weights are never copied in a forward pass, nor kept in another order between calls: what is kept would have to know
+of every change of the weights, and some (``.data``, loaders, sharding) leave no trace. Up to ``N = H`` rows the copy of
+the activations is the smaller one.
+
+``x (P, N, H)`` may have another dtype than the weights, as under autocast: products take the weights'.
 """
 
 from __future__ import annotations
@@ -18,32 +17,33 @@ from typing import Any
 
 import torch
 import triton
-from torch import nn
 
 from parscale.kernels.aggregate import fused as aggregate_fused
-from parscale.kernels.aggregator.kernels import (
-    few_rows_kernel,
-    finish_kernel,
-    many_rows_kernel,
-    split_weight_kernel,
-)
-from parscale.kernels.launch import WAVES, launch, multiprocessors, on_hip, on_hopper, operand, power_of_2
+from parscale.kernels.aggregator.kernels import few_rows_kernel, finish_kernel, join_kernel, split_kernel
+from parscale.kernels.dispatch import without_autocast
+from parscale.kernels.launch import Gpu, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
 
 FEW_ROWS = 32
-Tensors = tuple[torch.Tensor, ...]
+MAX_SPLITS = 16
 
 
-def split_config(P: int) -> dict[str, int]:
-    """Block and warps of :func:`split_weight_kernel`."""
-    return {"BM": 4096 // power_of_2(P), "num_warps": 4}
-
-
-def few_rows_config(P: int, dtype: torch.dtype) -> dict[str, int]:
+def few_rows_config(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     """Blocks, warps and stages of :func:`few_rows_kernel`."""
     # 256 columns of weight at a time, or a multiple of 16
-    BP = power_of_2(P)
-    BH = max(1, 16 // BP, (512 // dtype.itemsize) // BP)
-    return {"BJ": 16, "BH": BH, "num_warps": 4, "num_stages": 2 if on_hip() else 4}
+    BH = max(1, 16 // P, (512 // dtype.itemsize) // P)
+    return {"BN": 16 if N <= 16 else FEW_ROWS, "BJ": 16, "BH": BH, "num_warps": 4, "num_stages": 2 if gpu.is_hip else 4}
+
+
+def few_rows_splits(P: int, N: int, H: int, dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
+    """How many splits of the hidden dimension fill the GPU once, and the steps of each."""
+    config = few_rows_config(P, N, dtype, gpu)
+    rows, columns = config["BN"] + config["BJ"], config["BH"] * P
+    shared = (config["num_stages"] - 1) * rows * columns * dtype.itemsize
+    places = gpu.processors * gpu.programs(shared, 32 * config["num_warps"])
+    blocks = triton.cdiv(H, config["BH"])
+    splits = max(1, min(blocks, places // triton.cdiv(H, config["BJ"]), MAX_SPLITS))
+    steps = triton.cdiv(blocks, splits)
+    return triton.cdiv(blocks, steps), steps
 
 
 def finish_config(P: int, H: int) -> dict[str, int]:
@@ -51,32 +51,40 @@ def finish_config(P: int, H: int) -> dict[str, int]:
     return {"BH": min(power_of_2(H), max(64, 4096 // power_of_2(P))), "num_warps": 8}
 
 
-def many_rows_config(N: int, H: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Blocks, warps and stages of :func:`many_rows_kernel`.
-
-    Of the blocks that this GPU takes without spilling, those that keep its processors busiest, the larger ones if in
-    doubt. ROCm lacks the shared memory for 256 columns, all but Hopper the registers.
-    """
-    columns = (256, 128) if on_hopper(device) else (128,)
-    processors = multiprocessors(device)
-
-    def time(BJ: int) -> float:
-        blocks = triton.cdiv(N, 128) * triton.cdiv(H, BJ)
-        # a block of half the size takes longer than half the time, since it reads more for each product
-        return triton.cdiv(blocks, processors) * BJ * (1.0 if BJ == 256 else 1.1)
-
-    blocks = {"BN": 128, "BJ": min(columns, key=time), "BH": 64 if dtype.itemsize == 2 else 32, "GROUP": 8}
-    return blocks | {"num_warps": 8, "num_stages": 2 if on_hip() else 3}
+def join_config(P: int, H: int) -> dict[str, int]:
+    """Block and warps of :func:`join_kernel`."""
+    return {"BH": min(power_of_2(H), max(16, 4096 // power_of_2(P))), "num_warps": 4}
 
 
-def split_weight(weight: torch.Tensor, P: int) -> torch.Tensor:
+def split_config(P: int) -> dict[str, int]:
+    """Block and warps of :func:`split_kernel`."""
+    return {"BM": 4096 // power_of_2(P), "num_warps": 4}
+
+
+def join_streams(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``(P, N, H)`` -> ``(N, H*P)`` in ``dtype``: all streams of a hidden feature together."""
+    P, N, H = x.shape
+    joined = torch.empty(N, H * P, dtype=dtype, device=x.device)
+    config = join_config(P, H)
+    grid = (N * triton.cdiv(H, config["BH"]),)
+    x = last_contiguous(x)
+    launch(join_kernel, grid, x, joined, N, H, *x.stride()[:2], P=P, BP=power_of_2(P), **config)
+    return joined
+
+
+def split_streams(weight: torch.Tensor, P: int) -> torch.Tensor:
     """``(H, H*P)`` -> ``(P, H, H)``, by stream, output feature, hidden feature."""
     H = weight.shape[0]
     split = torch.empty(P, H, H, dtype=weight.dtype, device=weight.device)
     config = split_config(P)
     grid = (triton.cdiv(H * H, config["BM"]),)
-    launch(split_weight_kernel, grid, weight.contiguous(), split, H * H, P=P, BP=power_of_2(P), **config)
+    launch(split_kernel, grid, weight.contiguous(), split, H * H, P=P, BP=power_of_2(P), **config)
     return split
+
+
+def takes_few_rows(P: int, N: int, H: int) -> bool:
+    """Whether :func:`few_rows_kernel` does the first projection: it loads 16 bytes at a time where these hold."""
+    return N <= FEW_ROWS and power_of_2(P) == P and H % 16 == 0
 
 
 def forward(
@@ -87,8 +95,6 @@ def forward(
     bias2: torch.Tensor,
     smoothing: float,
     save: bool,
-    *,
-    product: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``x (P, N, H)`` -> mixed ``(N, H)``; before SiLU ``(N, H)`` if ``save``, else nothing; float32 logits ``(N, P)``.
 
@@ -100,110 +106,57 @@ def forward(
         bias2: ``(P,)``.
         smoothing: epsilon.
         save: whether a backward pass follows.
-        product: who does the first product of many rows, ``"triton"`` or ``"cublas"``; by dtype if ``None``.
     """
     P, N, H = x.shape
-    if N == 0 or H == 0:
-        empty = torch.empty(N, H, dtype=x.dtype, device=x.device)
-        return empty, torch.empty_like(empty), torch.zeros(N, P, dtype=torch.float32, device=x.device)
-    inner = torch.empty(N if save else 0, H, dtype=x.dtype, device=x.device)
-    if N <= FEW_ROWS:
-        return _few_rows(x, weight1, bias1, weight2, bias2, smoothing, inner)
-    if product is None:
-        product = "cublas" if x.dtype == torch.float32 else "triton"
-    multiply = {"triton": _many_rows, "cublas": _many_rows_by_cublas}[product]
-    logits = multiply(x, weight1, bias1, weight2, bias2, inner)
-    return aggregate_fused.forward(x, logits, smoothing), inner, logits
-
-
-def _few_rows(
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    smoothing: float,
-    inner: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    P, N, H = x.shape
-    BP, config = power_of_2(P), few_rows_config(P, x.dtype)
-    blocks, columns = triton.cdiv(H, config["BH"]), triton.cdiv(H, config["BJ"])
-    splits = max(1, min(blocks, WAVES * multiprocessors(x.device) // columns, 16))
-    steps = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, steps)
-    partial = torch.empty(splits, N, H, dtype=torch.float32, device=x.device)
-    launch(
-        few_rows_kernel,
-        (columns, splits),
-        *(x, weight1.contiguous(), partial, N, H, steps, *x.stride()),
-        P=P,
-        BP=BP,
-        BN=max(16, power_of_2(N)),
-        DOT=operand(x.dtype),
-        **config,
-    )
     out = torch.empty(N, H, dtype=x.dtype, device=x.device)
+    inner = torch.empty(N if save else 0, H, dtype=weight1.dtype, device=x.device)
+    if N == 0 or H == 0:
+        return out, inner, torch.zeros(N, P, dtype=torch.float32, device=x.device)
+    x, gpu, few = last_contiguous(x), gpu_of(x.device), takes_few_rows(P, N, H)
+    partial = _multiply_few(x, weight1, gpu) if few else _multiply(join_streams(x, weight1.dtype), weight1)[None]
     logits = torch.empty(N, P, dtype=torch.float32, device=x.device)
+    early = few and gpu.dependent_launch
     launch(
         finish_kernel,
         (N,),
-        *(x, partial, bias1.contiguous(), weight2.contiguous(), bias2.contiguous(), out, inner, logits, N, H, splits),
-        *x.stride(),
+        *(x, partial, bias1.contiguous(), weight2.contiguous(), bias2.contiguous(), out, inner if save else None),
+        *(logits, N, H, partial.shape[0], *x.stride()[:2]),
         SMOOTHING=smoothing,
-        SAVE=inner.numel() > 0,
         P=P,
-        BP=BP,
+        BP=power_of_2(P),
+        EARLY=early,
         **finish_config(P, H),
+        **dependent(early),
     )
     return out, inner, logits
 
 
-def _many_rows(
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    inner: torch.Tensor,
-) -> torch.Tensor:
-    """The logits ``(N, P)``, float32; fills ``inner``."""
+def _multiply_few(x: torch.Tensor, weight: torch.Tensor, gpu: Gpu) -> torch.Tensor:
+    """``x (P, N, H)``, ``weight (H, H*P)`` -> parts of the product, ``(splits, N, H)``, float32."""
     P, N, H = x.shape
-    config = many_rows_config(N, H, x.dtype, x.device)
-    columns = triton.cdiv(H, config["BJ"])
-    partial = torch.empty(columns, N, P, dtype=torch.float32, device=x.device)
+    config = few_rows_config(P, N, weight.dtype, gpu)
+    splits, steps = few_rows_splits(P, N, H, weight.dtype, gpu)
+    partial = torch.empty(splits, N, H, dtype=torch.float32, device=x.device)
     launch(
-        many_rows_kernel,
-        (triton.cdiv(N, config["BN"]) * columns,),
-        *(x, split_weight(weight1, P), bias1.contiguous(), weight2.contiguous(), inner, partial, N, H, *x.stride()),
+        few_rows_kernel,
+        (triton.cdiv(H, config["BJ"]), splits),
+        *(x, weight.contiguous(), partial, N, H, steps, *x.stride()[:2]),
         P=P,
-        BP=max(16, power_of_2(P)),
-        EVEN=H % config["BH"] == 0,
-        SAVE=inner.numel() > 0,
-        DOT=operand(x.dtype),
+        EARLY=gpu.dependent_launch,
+        DOT=operand(weight.dtype),
         **config,
     )
-    return partial.sum(0) + bias2
+    return partial
 
 
-def _many_rows_by_cublas(
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    inner: torch.Tensor,
-) -> torch.Tensor:
-    """As :func:`_many_rows`."""
-    split = split_weight(weight1, x.shape[0]).transpose(1, 2)  # (P, hidden, inner)
-    total = bias1.float().expand(x.shape[1], -1)
-    for p in range(x.shape[0]):
-        if x.dtype == torch.float32:
-            total = torch.addmm(total, x[p], split[p])
-        else:
-            total = torch.addmm(total.contiguous(), x[p], split[p], out_dtype=torch.float32)
-    if inner.numel():
-        inner.copy_(total)
-    return nn.functional.linear(nn.functional.silu(total), weight2.float(), bias2.float())
+def _multiply(joined: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``joined (N, H*P)``, ``weight (H, H*P)`` -> ``(N, H)`` in float32; on ROCm, rounded to their dtype."""
+    with without_autocast(joined):
+        if joined.dtype == torch.float32 or not joined.is_cuda:
+            return joined.float() @ weight.float().T
+        if gpu_of(joined.device).is_hip:
+            return (joined @ weight.T).float()
+        return torch.mm(joined, weight.T, out_dtype=torch.float32)
 
 
 def backward(
@@ -220,18 +173,22 @@ def backward(
     if N == 0:
         zeros = torch.zeros_like
         return torch.empty_like(x), zeros(weight1), weight1.new_zeros(H), zeros(weight2), weight2.new_zeros(P)
-    dx, dlogits = aggregate_fused.backward(gradient, x, logits, smoothing)  # (P, N, H), (N, P) float32
-    z = inner.float()
-    sigmoid = torch.sigmoid(z)
-    dz = (dlogits @ weight2.float()) * (sigmoid * (1 + z * (1 - sigmoid)))  # (N, H)
-    dweight2 = dlogits.T @ (z * sigmoid)  # (P, H)
-    dbias1, dbias2 = dz.sum(0), dlogits.sum(0)
-    dz = dz.to(x.dtype)
-    by_row = dz.expand(P, N, H)
-    dx.baddbmm_(by_row, split_weight(weight1, P))  # (P, N, inner) @ (P, inner, hidden)
-    dweight1 = torch.bmm(by_row.transpose(1, 2), x)  # (P, inner, N) @ (P, N, hidden)
-    dweight1 = dweight1.permute(1, 2, 0).reshape(H, H * P)
     dtype = weight1.dtype
+    dx, dlogits = aggregate_fused.backward(gradient, x, logits, smoothing)  # (P, N, H), (N, P) float32
+    with without_autocast(x):
+        z = inner.float()
+        sigmoid = torch.sigmoid(z)
+        dz = (dlogits @ weight2.float()) * (sigmoid * (1 + z * (1 - sigmoid)))  # (N, H)
+        dweight2 = dlogits.T @ (z * sigmoid)  # (P, H)
+        dbias1, dbias2 = dz.sum(0), dlogits.sum(0)
+        by_row = dz.to(dtype).expand(P, N, H)
+        split = split_streams(weight1, P)  # (P, inner, hidden)
+        if x.dtype == dtype:
+            dx.baddbmm_(by_row, split)  # (P, N, inner) @ (P, inner, hidden)
+        else:
+            dx += torch.bmm(by_row, split)
+        dweight1 = torch.bmm(by_row.transpose(1, 2), x.to(dtype))  # (P, inner, N) @ (P, N, hidden)
+    dweight1 = join_streams(dweight1, dtype)  # (inner, hidden*P)
     return dx, dweight1, dbias1.to(dtype), dweight2.to(dtype), dbias2.to(dtype)
 
 
@@ -260,7 +217,7 @@ def _(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     P, N, H = x.shape
-    return x.new_empty(N, H), x.new_empty(N if save else 0, H), x.new_empty(N, P, dtype=torch.float32)
+    return x.new_empty(N, H), weight1.new_empty(N if save else 0, H), x.new_empty(N, P, dtype=torch.float32)
 
 
 @torch.library.custom_op("parscale::aggregator_backward", mutates_args=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
-from parscale.terminal import shown, shown_streams
+from parscale.terminal.text import shown, shown_streams
 
 app = typer.Typer(
     name="parscale",
@@ -49,6 +50,8 @@ for name, command in COMMANDS.items():
     app.command(name, cls=ListOptionCommand)(command)
 app.add_typer(law, name="law")
 
+# transformers imports the first two where they are installed, whether a command needs them or not.
+SAY_MUCH_WHEN_IMPORTED = ("bitsandbytes", "torchao", "torch.utils._pytree")
 SHOW_TRACEBACK = "--traceback"
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -94,6 +97,8 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
+        for library in SAY_MUCH_WHEN_IMPORTED:
+            logging.getLogger(library).setLevel(logging.ERROR)
         with _ended_by_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who call them

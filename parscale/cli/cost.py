@@ -11,7 +11,7 @@ import typer
 from parscale.cli.law import LAW_HELP, print_rows, read_law
 from parscale.cli.options import Json
 from parscale.cli.output import print_json, quiet_hub
-from parscale.writing import require_writable, staged_file
+from parscale.format.staging import require_writable, staged_file
 
 GIB = 2**30
 
@@ -124,7 +124,7 @@ def _config_file(source: str) -> Path:
     """The `config.json` that a user names; of streams only, their backbone's. An `OSError` or `ValueError` says there
     is none.
     """
-    from parscale.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
+    from parscale.format.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
 
     if Path(source).exists() and not Path(source).is_dir():
         return Path(source)

@@ -29,10 +29,10 @@ def diagnose(
     json: Json = False,
 ) -> None:
     """Say whether the streams differ at all: their losses alone, what they have in common, how they are weighed."""
-    from parscale.checkpoints.data import read_documents
-    from parscale.checkpoints.diagnose import diagnose as diagnose_documents
-    from parscale.checkpoints.diagnose import plot_diagnosis, require_plot_path, sentences
-    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.evaluation.diagnosis import diagnose as diagnose_documents
+    from parscale.checkpoints.evaluation.diagnosis import plot_diagnosis, require_plot_path, sentences
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.texts.sources import read_documents
 
     quiet_libraries()
     if plot is not None:

@@ -9,7 +9,7 @@ import typer
 
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
-from parscale.writing import require_writable
+from parscale.format.staging import require_writable
 
 WIDEST = 1000  # columns of a table; it takes what it needs
 
@@ -36,6 +36,14 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
+    adaptive: Annotated[
+        float | None,
+        typer.Option(
+            help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
+            "H nats. 0: always, inf: never.",
+            metavar="H",
+        ),
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
     ] = None,
@@ -60,8 +68,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure loss (nats per token) and perplexity on text, or run lm-eval's tasks."""
-    from parscale.checkpoints.data import read_documents
-    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.texts.sources import read_documents
 
     quiet_libraries()
     of_tasks = {
@@ -82,7 +90,7 @@ def evaluate(
     tokenizer = require_tokenizer(tokenizer, checkpoint)
 
     if tasks:
-        from parscale.checkpoints.tasks import evaluate_tasks
+        from parscale.checkpoints.evaluation.tasks import evaluate_tasks
 
         figures = evaluate_tasks(
             model,
@@ -94,10 +102,11 @@ def evaluate(
             sequence_length=sequence_length,
             include_path=include_path,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
+            adaptive=adaptive,
         )
         figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
     else:
-        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size)
+        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
     if json:
         print_json(figures)
     elif tasks:
@@ -118,12 +127,20 @@ def _measure(
     streams: str | None,
     sequence_length: int | None,
     batch_size: int,
+    adaptive: float | None,
 ) -> dict[str, Any]:
-    from parscale.checkpoints.evaluate import evaluate as evaluate_documents
-    from parscale.checkpoints.tasks import stamp
+    from parscale.checkpoints.evaluation.tasks import stamp
+    from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
+    from parscale.checkpoints.evaluation.text_loss import shown_threshold
 
     result = evaluate_documents(
-        model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, progress=True
+        model,
+        tokenizer,
+        documents,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        adaptive=adaptive,
+        progress=True,
     )
     return {
         "checkpoint": checkpoint,
@@ -132,6 +149,7 @@ def _measure(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
+        **({} if adaptive is None else {"adaptive": shown_threshold(adaptive), "mean_streams": result.mean_streams}),
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],
@@ -142,8 +160,8 @@ def _measure(
 def _print_scores(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from parscale.checkpoints.tasks import scores
-    from parscale.console import Terminal
+    from parscale.checkpoints.evaluation.tasks import scores
+    from parscale.terminal.console import Terminal
 
     print_figures(figures["parscale"])
     typer.echo()

@@ -9,7 +9,7 @@ import typer
 
 from parscale.cli.options import Checkpoint, Device, Seed, Streams
 from parscale.cli.output import quiet_libraries, waiting
-from parscale.terminal import raw_stream
+from parscale.terminal.text import raw_stream
 
 
 def generate(
@@ -25,8 +25,8 @@ def generate(
 
     A file or a pipe gets the text as it is; a terminal is shown control characters as escapes.
     """
-    from parscale.checkpoints.reading import open_checkpoint, require_tokenizer
-    from parscale.checkpoints.tokens import require_known, require_text, vocabulary_of
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.texts.token_ids import require_known, require_text, vocabulary_of
 
     quiet_libraries()
     prompt = require_text("The prompt", prompt).removeprefix("\ufeff")  # a byte-order mark, of a file that is pasted in

@@ -11,7 +11,7 @@ import typer
 
 from parscale.cli.options import Json, ListOptionCommand, size
 from parscale.cli.output import print_figures, print_json
-from parscale.writing import require_writable, require_writable_folder, staged_file
+from parscale.format.staging import require_writable, require_writable_folder, staged_file
 
 if TYPE_CHECKING:
     from parscale.scaling_laws import ParallelScalingLaw, Points
@@ -180,7 +180,7 @@ def _progress(runs: Sequence[Run]) -> Iterator[Report]:
     """A bar over all runs on standard error, by the arithmetic that each takes."""
     from rich.progress import Progress
 
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     weights = {run: run.layers * run.hidden**2 * run.streams * run.tokens for run in runs}
     shares = dict.fromkeys(runs, 0.0)
@@ -215,7 +215,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """A table with a column for each name in any of the rows."""
     from rich.table import Table
 
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, padding=(0, 2, 0, 0))

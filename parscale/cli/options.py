@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.descriptions import descriptions, plain
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
@@ -20,7 +25,7 @@ Streams = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repeatable.")]
 Files = list[Path]
-TextColumn = Annotated[str, typer.Option(help="What holds the text in rows of data.")]
+TextColumn = Annotated[str, typer.Option(help=descriptions(TrainSettings).get("text_column"))]
 
 
 SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -81,3 +86,75 @@ def repeat_list_options(arguments: Sequence[str], parameters: Iterable[Any]) -> 
         else:
             result.append(argument)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """How the command line takes a field of settings, as far as its type and default do not say it.
+
+    Attributes:
+        type: the option's type in place of the field's.
+        required: it has to be given, whatever its default is.
+        read: makes the field's value of the option's.
+        option: arguments of `typer.Option`.
+    """
+
+    type: Any = None
+    required: bool = False
+    read: Callable[[Any], Any] | None = None
+    option: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def takes_settings(
+    settings: type, argument: str, **special: Special
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each field of a dataclass, in place of its argument of that class.
+
+    An option has its field's name, type and default; its help is what the class's docstring says of the field.
+
+    Args:
+        settings: the dataclass.
+        argument: of the command.
+        **special: what is special about a field's option.
+    """
+    fields = dataclasses.fields(settings)
+    types, said = get_type_hints(settings), descriptions(settings)
+
+    def option(field: dataclasses.Field[Any]) -> inspect.Parameter:
+        own = special.get(field.name, Special())
+        kind = own.type or types[field.name]
+        default = None if field.default is dataclasses.MISSING else field.default
+        if own.required or field.default is field.default_factory:  # both are missing
+            default = inspect.Parameter.empty
+        declared = typer.Option(*_declarations(field.name, kind), help=plain(said.get(field.name, "")), **own.option)
+        annotation = Annotated[kind, declared]  # type: ignore[valid-type]
+        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            is_settings = parameter.name == argument
+            parameters += map(option, fields) if is_settings else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+
+        def run(**values: Any) -> None:
+            given = {field.name: values.pop(field.name) for field in fields}
+            read = {name: own.read for name, own in special.items() if own.read is not None}
+            chosen = {
+                name: read[name](value) if name in read else value for name, value in given.items() if value is not None
+            }
+            command(**values, **{argument: settings(**chosen)})
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _declarations(name: str, kind: Any) -> list[str]:
+    """The option's names where typer's own would be others: what is off by default needs no name to turn it off."""
+    dashed = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        return [dashed]
+    return [f"{dashed}/--no-{dashed[2:]}"] if kind == bool | None else []

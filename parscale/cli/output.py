@@ -11,7 +11,7 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
-from parscale.writing import staged_file
+from parscale.format.staging import staged_file
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     """One aligned line for each figure; a nested mapping's lines are indented beneath its name."""
     from rich.table import Table
 
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     table = Table.grid(padding=(0, 2))
     for name, value in figures.items():
@@ -66,7 +66,7 @@ def waiting(what: str) -> Iterator[None]:
     """Show on a terminal's standard error that something is under way."""
     from rich.text import Text
 
-    from parscale.console import Terminal
+    from parscale.terminal.console import Terminal
 
     with Terminal(stderr=True).status(Text(what)):
         yield

@@ -19,10 +19,10 @@ def quickstart(
     json: Json = False,
 ) -> None:
     """Convert, post-train, compare and try a small model that this package carries; offline, in a few minutes."""
-    from parscale.checkpoints.quickstart import run
-    from parscale.console import Terminal
+    from parscale.checkpoints.quickstart.run import run_quickstart
+    from parscale.terminal.console import Terminal
 
     quiet_libraries()
-    report = run(output, seed=seed, console=Terminal(stderr=json))
+    report = run_quickstart(output, seed=seed, console=Terminal(stderr=json))
     if json:
         print_json(report)

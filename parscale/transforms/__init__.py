@@ -6,28 +6,40 @@
 ``lora``   a low-rank difference to each linear layer                        any
 ========== ================================================================= ======================================
 
-Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more.
+A prefix may also stand in front of keys and values that all streams share (:mod:`parscale.transforms.shared`).
+
+Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more. How a set starts is
+in :mod:`parscale.transforms.inits`.
+
+May import: `attention`, `streams` and what is below them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from parscale.config import LORA, PREFIX, PROMPT
-from parscale.transforms.base import Place, Transform
+from parscale.config import LORA, PREFIX, PROMPT, ParScaleConfig
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
 from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import PrefixTransform
 from parscale.transforms.prompt import PromptTransform
+from parscale.transforms.shared import SharedPrefixTransform
 
-if TYPE_CHECKING:
-    from parscale.streams import ParScaleState, StreamSet
-
-CLASSES: dict[str, type[Transform]] = {PREFIX: PrefixTransform, PROMPT: PromptTransform, LORA: LoraTransform}
+CLASSES: dict[str, type[ModelTransform]] = {PREFIX: PrefixTransform, PROMPT: PromptTransform, LORA: LoraTransform}
 
 
-def make_transform(state: ParScaleState, streams: StreamSet) -> Transform:
-    """The transform that a set of streams names."""
-    return CLASSES[streams.config.transform](state, streams)
+def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int = 0) -> StreamSet:
+    """A set of streams for a model, with the transform that its configuration names; it is not added to the model.
+
+    Args:
+        state: of the model.
+        name: of the set.
+        config: its numbers.
+        copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
+    """
+    streams = StreamSet(name, config, copy)
+    streams.transform = (SharedPrefixTransform if streams.shares_keys else CLASSES[config.transform])(state, streams)
+    return streams
 
 
-__all__ = ["Place", "Transform", "make_transform"]
+__all__ = ["CLASSES", "make_set"]

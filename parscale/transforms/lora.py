@@ -9,7 +9,6 @@ starts as in that paper's code and ``up`` at zero, so that each stream begins as
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -19,20 +18,23 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from parscale.backbones import run_briefly
+from parscale.distributed.offloading import execution_device, parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.layers import inner_modules
-from parscale.offloading import execution_device, parameter_of
-from parscale.transforms.base import Place, Transform
+from parscale.streams.backbones import inner_modules
+from parscale.streams.brief_runs import run_briefly
+from parscale.streams.places import Linear, Place
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
 
 ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each
 _EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens that were routed to them, whatever row they are of
 
 
-class LoraTransform(Transform):
+class LoraTransform(ModelTransform):
     """``stream_down`` and ``stream_up`` on each linear layer of the backbone that runs on whole rows."""
 
-    def __init__(self, state: Any, streams: Any) -> None:
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
         self._down, self._up = streams.own_name("stream_down"), streams.own_name("stream_up")
         self._hooks: list[Any] = []
@@ -81,17 +83,7 @@ class LoraTransform(Transform):
         return output + difference.reshape(output.shape).to(output.dtype)
 
 
-@dataclasses.dataclass
-class Linear:
-    """A linear layer that runs on whole rows: its name in the model, itself and its sizes."""
-
-    path: str
-    module: nn.Module
-    in_size: int
-    out_size: int
-
-
-def _find_linears(state: Any) -> list[Linear]:
+def _find_linears(state: ParScaleState) -> list[Linear]:
     """The linear layers that a forward pass calls with one or more items of each row, row after row.
 
     Those that the result does not depend on smoothly are left out, such as the ones that choose tokens to attend to.
@@ -144,7 +136,7 @@ def _find_linears(state: Any) -> list[Linear]:
 
 
 @contextlib.contextmanager
-def _without_inference_tensors(state: Any) -> Iterator[None]:
+def _without_inference_tensors(state: ParScaleState) -> Iterator[None]:
     """In this block what the model has from ``torch.inference_mode``, which cannot be differentiated, is copied."""
     own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for module in (module for part in state.parts for module in part.modules()):

@@ -6,37 +6,39 @@ its attention sees are kept.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from parscale.backbones import backbone_only, writes_text
-from parscale.cache_seam import rotary_tables, tables_moved
+from parscale.attention.discovery import number_of_attention_layers
+from parscale.attention.positions import RowPositions
+from parscale.attention.rotary import rotary_tables, rotation_moved, tables_moved
+from parscale.distributed.parallel import is_partitioned
 from parscale.errors import UnsupportedModelError
-from parscale.layers import has_learned_positions, number_of_attention_layers
-from parscale.parallel import is_partitioned
-from parscale.positions import RowPositions
-from parscale.transforms.base import Place, Transform
+from parscale.streams.backbones import has_learned_positions, writes_text
+from parscale.streams.brief_runs import backbone_only
+from parscale.streams.places import Place
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
 
 AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
 EXACT, FEW_BITS = 1e-3, 5e-2  # up to there they are the same: in float32, in the shorter formats
-USER = 6  # frames from a warning here to the caller of wrap or add_streams
+USER = 7  # frames from a warning here to the caller of wrap or add_streams
 
 
-class PrefixTransform(Transform):
+class PrefixTransform(ModelTransform):
     """``prefix_k`` and ``prefix_v`` ``(P, G, T, D)`` on each attention layer."""
 
-    def __init__(self, state: Any, streams: Any) -> None:
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
         self._row_positions = RowPositions(state)
 
     def places(self) -> list[Place]:
         """Two on each attention layer that has keys and values of its own."""
-        P, T = self.streams.config.num_streams, self.streams.config.prefix_length
+        P, T = self.streams.config.num_transformed, self.streams.config.prefix_length
         if not self.state.layers:
             raise UnsupportedModelError(f"{self.state.without_layers} transform='prompt' and 'lora' work without it.")
         for part in self.state.mixed if len(self.state.mixed) > 1 else ():
@@ -73,65 +75,92 @@ class PrefixTransform(Transform):
 
     def read(self, texts: torch.Tensor) -> None:
         """Reads the texts with the backbone, at positions -T..-1, and keeps the keys and values that attention sees."""
-        state, streams, T = self.state, self.streams, self.streams.config.prefix_length
-        init, name = streams.config.init, type(state.model).__name__
-        positions = torch.arange(-T, 0)
-        tables = rotary_tables(state)
-        learned = not tables and has_learned_positions(state.backbone)
-        reason = ""  # why such a start could be an approximation
-        if learned:
-            reason = (
-                f"{name} has learned positions, so init={init!r} is an approximation: the texts are read at positions "
-                f"0..{T - 1}, where the input's own tokens stand too."
-            )
-        elif number_of_attention_layers(state) < state.model.config.get_text_config().num_hidden_layers:
-            reason = (
-                f"{name} has layers without keys and values, which forget the texts: init={init!r} is an approximation."
-            )
-        if tables or learned:
-            positions = positions + T
-        recorded: list[nn.Module] = []
+        backbone, T = self.state.backbone, self.streams.config.prefix_length
+        tables = rotary_tables(self.state)
+        learned = not tables and has_learned_positions(backbone)
+        positions = torch.arange(T) if tables or learned else torch.arange(-T, 0)
+        layers = self._keep_keys_and_values(texts, positions, tables)
+        if not all(prefix.isfinite().all() for prefix in self.parameters()):
+            # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see a
+            # negative one
+            with rotation_moved(backbone, -T):
+                layers = self._keep_keys_and_values(texts, positions + T, tables)
+        reason = self._why_approximate(texts, layers, learned)
+        if reason:
+            warnings.warn(reason, stacklevel=USER)
 
-        def record(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _keep_keys_and_values(
+        self, texts: torch.Tensor, positions: torch.Tensor, tables: list[tuple[dict[str, Any], str]]
+    ) -> list[nn.Module]:
+        """Reads the texts at these positions ``(T,)``, and makes what attention sees the prefixes.
+
+        Args:
+            texts: token ids ``(P, T)``.
+            positions: of the tokens.
+            tables: that rotate keys, as :func:`parscale.attention.rotary.rotary_tables` finds them.
+
+        Returns:
+            The attention layers in the order in which they ran.
+        """
+        state, streams, T = self.state, self.streams, self.streams.config.prefix_length
+        layers: list[nn.Module] = []
+
+        def keep(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
             if key.shape[2] != T:
                 raise ValueError(
-                    f"{name} attends to keys that do not stand for one token each, so init={init!r} cannot keep them "
-                    "as a prefix: use init='random'."
+                    f"{type(state.model).__name__} attends to keys that do not stand for one token each, so "
+                    f"init={streams.config.init!r} cannot keep them as a prefix: use init='random'."
                 )
-            recorded.append(module)
+            layers.append(module)
             for own, states in ((streams.key_name, key), (streams.value_name, value)):
                 prefix = module._parameters.get(own)
                 if prefix is not None:  # a layer that borrows its keys has none
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
-        def run(positions: torch.Tensor) -> None:
-            rows = positions.to(texts.device).expand_as(texts)  # some look their row's up (Qwen4, XLM)
-            with backbone_only(state), tables_moved(tables, T), state.recording(record):
-                state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
+        rows = positions.to(texts.device).expand_as(texts)  # some look their row's up (Qwen4, XLM)
+        with backbone_only(state), tables_moved(tables, T), state.calls.recording(keep):
+            state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
+        return layers
 
-        run(positions)
-        if not all(prefix.isfinite().all() for prefix in self.parameters()):
-            # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see a
-            # negative one
-            recorded.clear()
-            with _rotation_moved(state.backbone, -T):
-                run(positions + T)
-        if len(recorded) > len(set(recorded)):
-            reason = (
+    def _why_approximate(self, texts: torch.Tensor, layers: list[nn.Module], learned: bool) -> str:
+        """Why a stream is not quite the backbone that has read its text; nothing where it is.
+
+        Args:
+            texts: that were read, ``(P, T)``.
+            layers: the attention layers in the order in which they ran.
+            learned: the backbone has learned positions.
+        """
+        init, name = self.streams.config.init, type(self.state.model).__name__
+        reason = self._expected_approximation(layers, learned)
+        error = None if learned else self._error_alone(texts)
+        if error is None:
+            return reason
+        if error <= (FEW_BITS if self.state.hidden[0].dtype.itemsize < 4 else EXACT):
+            return ""
+        return reason or (
+            f"init={init!r} is an approximation for {name}: after the text, the hidden states of a stream differ "
+            f"by {error:.0%} from those of the backbone that reads it (it does not keep all of a text in its keys "
+            "and values, has positions that are not relative, or a window that ends within the text)."
+        )
+
+    def _expected_approximation(self, layers: list[nn.Module], learned: bool) -> str:
+        """What in the backbone makes its start from texts an approximation; arguments as :meth:`_why_approximate`."""
+        init, name, T = self.streams.config.init, type(self.state.model).__name__, self.streams.config.prefix_length
+        if len(layers) > len(set(layers)):
+            return (
                 f"{name} runs some attention layers more than once, with one prefix for all runs: init={init!r} is an "
                 "approximation."
             )
-        error = None if learned else self._error_alone(texts)
-        if error is not None and error <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
-            reason = ""
-        elif error is not None and not reason:
-            reason = (
-                f"init={init!r} is an approximation for {name}: after the text, the hidden states of a stream differ "
-                f"by {error:.0%} from those of the backbone that reads it (it does not keep all of a text in its keys "
-                "and values, has positions that are not relative, or a window that ends within the text)."
+        if learned:
+            return (
+                f"{name} has learned positions, so init={init!r} is an approximation: the texts are read at positions "
+                f"0..{T - 1}, where the input's own tokens stand too."
             )
-        if reason:
-            warnings.warn(reason, stacklevel=USER)
+        if number_of_attention_layers(self.state) < self.state.model.config.get_text_config().num_hidden_layers:
+            return (
+                f"{name} has layers without keys and values, which forget the texts: init={init!r} is an approximation."
+            )
+        return ""
 
     def _error_alone(self, texts: torch.Tensor) -> float | None:
         """How far each stream by itself is from the backbone that reads its text, on tokens that come after.
@@ -148,27 +177,8 @@ class PrefixTransform(Transform):
         with backbone_only(state):
             both = torch.cat([texts, tokens], dim=1)
             read = state.backbone(input_ids=both, use_cache=False)[0][:, T:]  # (P, S, H)
-            with state.choosing(self.streams), state.unmixed():
+            with state.calls.choosing(self.streams), state.calls.unmixed():
                 alone = state.backbone(input_ids=tokens, use_cache=False)[0]  # (P*P, S, H)
         each = torch.arange(P, device=alone.device)
         alone = alone.unflatten(0, (P, P))[each, each]  # stream p on row p
         return float((alone - read).abs().max() / read.abs().max())
-
-
-@contextlib.contextmanager
-def _rotation_moved(backbone: nn.Module, by: int) -> Iterator[None]:
-    """Rotary embeddings see positions that are further on than the rest of the backbone does."""
-
-    def move(x: Any) -> Any:
-        return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
-
-    def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
-
-    rotary = [module for module in backbone.modules() if "Rotary" in type(module).__name__]
-    hooks = [module.register_forward_pre_hook(moved, with_kwargs=True) for module in rotary]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -20,13 +20,16 @@ import torch
 from torch import nn
 from transformers import Cache, StaticCache
 
+from parscale.attention.caches import CACHES, is_empty
+from parscale.attention.masks import leading_zeros
+from parscale.attention.positions import RowPositions
+from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.masks import leading_zeros
-from parscale.offloading import parameter_of
-from parscale.positions import RowPositions
-from parscale.transforms.base import Place, Transform
+from parscale.streams.places import Place
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
 
-CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
 FIRST_LENGTH = "parscale_first_length"  # what a cache says of itself: how many tokens its first pass had
 # With one entry for each token; the prompt's are the first one's, or zero.
 AS_FIRST = (
@@ -53,10 +56,10 @@ TOKENS = (
 SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); the prompt sees none
 
 
-class PromptTransform(Transform):
+class PromptTransform(ModelTransform):
     """``prompt`` ``(P, T, H)`` on the backbone."""
 
-    def __init__(self, state: Any, streams: Any) -> None:
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
         self._row_positions = RowPositions(state)
 
@@ -264,26 +267,6 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
     if states.ndim == 2 and states.shape[0] == index.shape[0] * whole:
         return _gather(states.unflatten(0, (-1, whole)), index).flatten(0, 1)
     return states
-
-
-def is_empty(cache: Any) -> bool:
-    """Whether nothing was read with a cache: with ``None``, a new one, or one that was reset."""
-    if cache is None:
-        return True
-    if not isinstance(cache, Cache):  # of a model's own kind (RWKV, xLSTM)
-        return not getattr(cache, "seqlen_offset", True)
-    layers = getattr(cache, "layers", None)
-    if layers is None:  # of an encoder and a decoder
-        return int(type(cache).get_seq_length(cache)) == 0
-    return not any(map(_is_filled, layers))
-
-
-def _is_filled(layer: Any) -> bool:
-    """Whether a layer of a cache has keys and values, or the state that a recurrent one carries along."""
-    carried = getattr(layer, "has_previous_state", False)
-    if any(carried.values()) if isinstance(carried, dict) else bool(carried):
-        return True
-    return hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0
 
 
 def _restarts(positions: torch.Tensor) -> bool:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import parscale
-from parscale.checkpoints import convert as conversion
-from parscale.checkpoints.convert import calibration_ids
+from parscale.checkpoints.conversion import convert as conversion
+from parscale.checkpoints.conversion.convert import calibration_ids
 from parscale.cli.application import run
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import parscale
-from parscale.checkpoints.diagnose import diagnose, sentences
+from parscale.checkpoints.evaluation.diagnosis import diagnose, sentences
 from parscale.cli.application import run
 
 

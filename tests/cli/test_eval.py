@@ -4,16 +4,15 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 import parscale
-from parscale.checkpoints.evaluate import evaluate
-from parscale.checkpoints.tasks import evaluate_tasks, scores
+from parscale.checkpoints.evaluation.tasks import evaluate_tasks, scores
+from parscale.checkpoints.evaluation.text_loss import evaluate
 from parscale.cli.application import run
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
@@ -190,21 +189,23 @@ def test_a_result_that_cannot_be_written_is_printed(two_sets, text_file, capsys,
     assert f"{output}: cannot be written (No such file or directory)" in printed.err
 
 
-def lm_eval(*arguments, start="from lm_eval.__main__ import cli_evaluate; cli_evaluate()", cwd):
+@pytest.fixture
+def lm_eval(programs, tmp_path):
     """lm-eval's own command in a process that has not imported parscale."""
-    return subprocess.run(
-        [sys.executable, "-c", start, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+
+    def run(*arguments, start="from lm_eval.__main__ import cli_evaluate; cli_evaluate()"):
+        return programs.run("-c", start, *arguments, cwd=tmp_path)
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_stock_command_says_the_same(two_sets, capsys, tmp_path):
+def test_the_stock_command_says_the_same(two_sets, capsys, lm_eval, tmp_path):
     """`lm_eval --model hf` reads a full folder by its remote code."""
     tasks = ("next_line", "prose", "rest_of_line")
     finished = lm_eval(
         *("--model", "hf", "--model_args", f"pretrained={two_sets},trust_remote_code=True", "--device", "cpu"),
         *("--tasks", ",".join(tasks), "--include_path", TASKS, "--batch_size", 8, "--output_path", "stock.json"),
-        cwd=tmp_path,
     )
     assert finished.returncode == 0, finished.stderr
     (written,) = tmp_path.glob("stock*.json")
@@ -220,7 +221,7 @@ def test_the_stock_command_says_the_same(two_sets, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stock_command_without_parscale_says_what_to_install(two_sets, tmp_path):
+def test_the_stock_command_without_parscale_says_what_to_install(two_sets, lm_eval):
     blocked = """
 import sys
 
@@ -234,35 +235,25 @@ from lm_eval.__main__ import cli_evaluate
 cli_evaluate()
 """
     model = f"pretrained={two_sets},trust_remote_code=True"
-    finished = lm_eval("--model", "hf", "--model_args", model, "--tasks", "arc_easy", start=blocked, cwd=tmp_path)
+    finished = lm_eval("--model", "hf", "--model_args", model, "--tasks", "arc_easy", start=blocked)
     assert finished.returncode != 0
     assert "pip install --upgrade parscale" in finished.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_interrupted(two_sets, tmp_path):
+def test_interrupted(two_sets, tmp_path, programs):
     """While questions run: exit code 130, one line, no file."""
     (tmp_path / "documents.py").write_text((TASKS / "documents.py").read_text())
     (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "word " * 200_000}) + "\n")
     (tmp_path / "prose.yaml").write_text(Path(PROSE).read_text())
     before = sorted(tmp_path.iterdir())
     arguments = ["eval", two_sets, "--tasks", "prose.yaml", "--batch-size", "1", "--output", "results.json", "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "parscale", *map(str, arguments), "--device", "cpu"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
-    )
-    seen = b""
-    while b"Running loglikelihood" not in seen:
-        piece = os.read(process.stderr.fileno(), 4096)
-        assert piece, seen.decode()
-        seen += piece
-    process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == b""
-    assert rest.decode().splitlines()[-1] == "parscale: interrupted."
+    program = programs.start("-m", "parscale", *arguments, "--device", "cpu", cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    while "Running loglikelihood" not in program.stderr:
+        os.kill(program.pid, 0)  # it has not ended
+        time.sleep(0.1)
+    os.kill(program.pid, signal.SIGINT)
+    assert program.wait() == 130
+    assert program.stdout == ""
+    assert program.stderr.endswith("parscale: interrupted.\n")
     assert sorted(tmp_path.iterdir()) == before

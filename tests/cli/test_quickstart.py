@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from parscale.checkpoints import quickstart
+from parscale.checkpoints.quickstart import run as quickstart
 from parscale.cli.application import run
 
 
@@ -19,7 +19,7 @@ def calls(monkeypatch):
         console.print("working")
         return {"models": {}}
 
-    monkeypatch.setattr(quickstart, "run", stand_in)
+    monkeypatch.setattr(quickstart, "run_quickstart", stand_in)
     return calls
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from parscale.cli import application
 from parscale.cli.application import main, run
 from parscale.cli.output import print_figures, print_json, waiting
-from parscale.console import Terminal
-from parscale.terminal import ShownStream, shown, shown_streams
+from parscale.terminal.console import Terminal
+from parscale.terminal.text import ShownStream, shown, shown_streams
 
 # A colour, a title of the window, an erased screen, a bell, a begun line, what turns the order of letters around, ...
 HOSTILE = ["\x1b[31m", "\x1b]0;title\x07", "\x1b[2J", "\b", "\r", "\x9b31m", "\x7f", "\0", "\u202e", "\u2066", "\u200f"]

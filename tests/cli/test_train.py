@@ -66,7 +66,7 @@ def test_what_is_wrong_is_said_in_one_line(two_sets, tmp_path, monkeypatch, caps
 
 
 def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, monkeypatch, capsys):
-    from parscale.checkpoints.trainer import Interruption
+    from parscale.checkpoints.training.callbacks import Interruption
 
     step_end = Interruption.on_step_end
 

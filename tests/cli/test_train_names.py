@@ -27,7 +27,7 @@ def test_a_name_that_is_not_utf8_stays_readable_to_the_card(two_sets, text_file,
 
 
 def test_a_file_that_has_gone_meanwhile_is_no_dataset(two_sets, text_file, tmp_path, monkeypatch):
-    from parscale.checkpoints.trainer import StreamsTrainer
+    from parscale.checkpoints.training.trainer import StreamsTrainer
 
     monkeypatch.chdir(tmp_path)
     text_file.rename("notes")

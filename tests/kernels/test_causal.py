@@ -1,13 +1,14 @@
-"""Causal attention merged from two runs of torch's flash attention: on a CPU, and as it is called on a GPU."""
+"""Causal attention by torch's flash attention: merged from two runs on a CPU, and as it is called on a GPU."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference, is_mergeable
-from parscale.kernels.prefix_attention.causal import _flash_runs
+from parscale.kernels import causal_attention, causal_attention_reference, is_mergeable
+from parscale.kernels.causal_attention.api import _flash_runs
 
 aten = torch.ops.aten
 NAMES = ["query", "key", "value", "prefix_k", "prefix_v"]
@@ -70,7 +71,7 @@ def test_under_compile(monkeypatch):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
-# -- the operators of a GPU, which has other ones, and gives two tensors for dropout
+# -- the operator of a GPU, whose causal mask is aligned to the lower right
 
 
 class Elsewhere(torch.Tensor):
@@ -84,22 +85,35 @@ def operators():
     """Stands in for the GPU's operators, through torch's dispatcher and under their schemas; notes each call."""
     calls = []
 
-    def forward(query, key, value, dropout=0.0, causal=False, debug=False, *, scale=None):
-        calls.append(("forward", query.shape, key.shape, causal))
-        tensors = (x.as_subclass(torch.Tensor) for x in (query, key, value))
-        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(*tensors, dropout, causal, scale=scale)
-        empty, seed = torch.empty(0), torch.tensor([query.shape[2], key.shape[2]])
-        return output, lse, empty, empty, query.shape[2], key.shape[2], seed, torch.tensor(causal), empty
+    def weights(query, key, scale):
+        S, K = query.shape[2], key.shape[2]
+        visible = torch.ones(S, K, dtype=torch.bool).tril(K - S)
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
-    def backward(*arguments, scale=None):
-        gradient, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, dropout, causal, seed, offset = arguments
-        calls.append(("backward", query.shape, key.shape, causal))
-        assert (cum_q, cum_k) == (None, None)
-        assert seed.tolist() == [max_q, max_k] == [query.shape[2], key.shape[2]]
-        assert bool(offset) is causal
-        assert lse.is_contiguous()
-        tensors = (x.as_subclass(torch.Tensor) for x in (gradient, query, key, value, output, lse))
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, dropout, causal, scale=scale)
+    def plain(*tensors):
+        """Without the subclass, and each key/value head for all of its queries."""
+        heads = tensors[0].shape[1]
+        tensors = [x.as_subclass(torch.Tensor) for x in tensors]
+        return [x.repeat_interleave(heads // x.shape[1], 1) for x in tensors]
+
+    def forward(query, key, value, dropout=0.0, causal=False, debug=False, *, scale=None):
+        calls.append(("forward", query.shape, key.shape, dropout, causal))
+        sizes, empty = (query.shape[2], key.shape[2]), torch.empty(0)
+        query, key, value = plain(query, key, value)
+        lse = query.new_empty(query.shape[:3])
+        return weights(query, key, scale) @ value, lse, empty, empty, *sizes, empty, empty, empty
+
+    def backward(gradient, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, dropout, causal, *_, scale=None):
+        calls.append(("backward", query.shape, key.shape, dropout, causal))
+        assert (max_q, max_k) == (query.shape[2], key.shape[2])
+        G = key.shape[1]
+        query, key, value, gradient = plain(query, key, value, gradient)
+        probabilities = weights(query, key, scale)
+        d_weights = gradient @ value.mT
+        d_scores = probabilities * (d_weights - (d_weights * probabilities).sum(-1, keepdim=True)) * scale
+        by_group = (d_scores.mT @ query, probabilities.mT @ gradient)
+        return d_scores @ key, *(x.unflatten(1, (G, -1)).sum(2) for x in by_group)
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
@@ -114,9 +128,17 @@ def test_by_the_operators_of_a_gpu(operators):
 
     for own, other in zip(gradients(elsewhere, inputs()), gradients(causal_attention, inputs()), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
-    causal, prefix = ((6, 4, 5, 8), (6, 2, 5, 8), True), ((2, 4, 15, 8), (2, 2, 3, 8), False)
-    expected = [(way, *part) for way in ("forward", "backward") for part in (causal, prefix)]
-    assert [(name, tuple(q), tuple(k), is_causal) for name, q, k, is_causal in operators] == expected
+    expected = [(way, (6, 4, 5, 8), (6, 2, 8, 8), 0.0, True) for way in ("forward", "backward")]
+    assert [(name, tuple(q), tuple(k), *others) for name, q, k, *others in operators] == expected
+
+
+def test_torchs_own_lower_right_mask_calls_the_same_operator(operators, monkeypatch):
+    """So the alignment that is relied on is the one that torch relies on itself."""
+    bias = importlib.import_module("torch.nn.attention.bias")
+    monkeypatch.setattr(bias, "can_use_flash_attention", lambda params: True)
+    query, key, value, *_ = inputs(G=4, T=0, S=5)
+    bias.CausalBias._dispatch(query[:, :, :3], key, value, bias.causal_lower_right(3, 5))
+    assert [(name, *others) for name, _, _, *others in operators] == [("forward", 0.0, True)]
 
 
 def test_shapes_by_torchs_own_description_of_the_operators():

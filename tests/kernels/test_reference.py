@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from parscale.kernels import aggregate, aggregator
+from parscale.kernels import aggregate, aggregator, causal_attention, causal_attention_reference
 from parscale.kernels.aggregate import stream_weights
 from parscale.kernels.aggregate.reference import aggregate_reference
-from parscale.kernels.prefix_attention import causal_attention, causal_attention_reference
 
 # float32 rounding: 6e-8 per operation; sums of up to 16 terms of size 1 to 4.
 FLOAT32 = 2e-6

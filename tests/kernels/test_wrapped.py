@@ -91,7 +91,7 @@ import sys
 sys.modules["triton"] = None
 import torch, transformers, parscale
 from parscale.kernels import aggregate, aggregator
-from parscale.kernels.prefix_attention import decode_attention
+from parscale.kernels import decode_attention
 
 config = transformers.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4

@@ -210,6 +210,14 @@ def fill_streams(model: Any, seed: int = 1, name: str = "default") -> None:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
+def share(model: Any, num_streams: int = P, **changes: Any) -> Any:
+    """The model with random streams that share keys and values."""
+    options = {"prefix_length": T, "init": "random", "kv": "shared"} | changes
+    parscale.wrap(model, num_streams, **options)
+    fill_streams(model)
+    return model
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A family under one attention implementation."""

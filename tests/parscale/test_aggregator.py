@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from parscale.aggregator import Aggregator
+from parscale.streams.aggregator import Aggregator
 
 P, B, S, H = 3, 2, 4, 5
 

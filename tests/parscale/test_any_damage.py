@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import parscale
 from parscale import load, wrap
-from parscale.checkpoints.describe import describe
-from parscale.checkpoints.reading import load_plain
+from parscale.checkpoints.description import describe
+from parscale.checkpoints.models import load_plain
 
 
 def backbone():

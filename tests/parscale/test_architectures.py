@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -135,12 +134,12 @@ def test_a_class_of_a_part_of_a_configuration(read, emu3, zoo):
     zoo.close(logits_of(loaded, zoo.token_ids()), logits_of(model, zoo.token_ids()), 1e-6)
 
 
-def test_such_a_class_in_a_new_process(emu3):
+def test_such_a_class_in_a_new_process(emu3, programs):
     code = (
         "import sys, parscale.auto, transformers\n"
         "print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(emu3[1])], capture_output=True, text=True, cwd="/")
+    result = programs.run("-c", code, emu3[1], cwd="/")
     assert result.stdout.strip() == "Emu3ForCausalLM", result.stderr[-2000:]
 
 

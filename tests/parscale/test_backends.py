@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import parscale
-from parscale.attention import prefix_attention
+from parscale.attention.registered import prefix_attention
 
 HEADS, GROUPS, SIZE = 4, 2, 8  # of the zoo's Llama
 TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers

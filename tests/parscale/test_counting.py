@@ -8,10 +8,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig, TorchAoConfig
 
 from parscale import wrap
-from parscale.checkpoints.describe import describe
-from parscale.counting import parameter_sizes
-from parscale.headers import StoredTensor
-from parscale.packed import stored_sizes
+from parscale.checkpoints.description import describe
+from parscale.format.counting import parameter_sizes
+from parscale.format.headers import StoredTensor
+from parscale.format.packed import stored_sizes
 
 
 @pytest.fixture(scope="module")

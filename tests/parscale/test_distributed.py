@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,16 +27,14 @@ def imported(name: str) -> ModuleType:
     return module
 
 
-def launch(processes: int, worker: str, *arguments: str | Path, **environment: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    finished = subprocess.run(
-        [*command, WORKERS / f"{worker}.py", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stderr[-5000:]
+@pytest.fixture
+def launch(programs: Any, tmp_path: Path) -> Any:
+    """Runs a worker in several processes."""
+
+    def run(processes: int, worker: str, *arguments: str | Path, **environment: str) -> None:
+        programs.run_together(processes, WORKERS / f"{worker}.py", *arguments, cwd=tmp_path, **environment)
+
+    return run
 
 
 def figures(folder: Path, run: str) -> dict[str, Any]:
@@ -85,7 +81,7 @@ def backbones(zoo, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_trainer_under_ddp_and_fsdp2(backbones):
+def test_the_trainer_under_ddp_and_fsdp2(backbones, launch):
     worker = imported("train")
     one = {name: worker.train(backbones, name) for name in ("one-all", "one-frozen")}
     assert not one["one-all"]["sharded"]
@@ -116,7 +112,7 @@ def test_the_trainer_under_ddp_and_fsdp2(backbones):
 
 
 @pytest.mark.slow
-def test_prompts_and_low_rank_differences_under_ddp_and_fsdp2(backbones):
+def test_prompts_and_low_rank_differences_under_ddp_and_fsdp2(backbones, launch):
     worker = imported("train")
     one = {transform: worker.train(backbones, f"one-{transform}") for transform in ("prompt", "lora")}
     runs = [f"{kind}-{transform}" for kind in ("ddp", "fsdp2") for transform in one]
@@ -129,7 +125,7 @@ def test_prompts_and_low_rank_differences_under_ddp_and_fsdp2(backbones):
 
 
 @pytest.mark.slow
-def test_tensor_parallelism(backbones):
+def test_tensor_parallelism(backbones, launch):
     worker = imported("tensor_parallel")
     out = backbones / "tensor-parallel-1"
     expected = worker.run(backbones, out)
@@ -153,7 +149,7 @@ def test_tensor_parallelism(backbones):
 
 
 @pytest.mark.slow
-def test_the_trainer_under_zero3(backbones):
+def test_the_trainer_under_zero3(backbones, launch):
     pytest.importorskip("deepspeed")
     worker = imported("train")
     one = {name: worker.train(backbones, name) for name in ("one-all", "one-context")}

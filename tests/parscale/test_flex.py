@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import DynamicCache
 
 import parscale
-from parscale.masks import extend_block_mask
+from parscale.attention.masks import extend_block_mask
 
 TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
 NAMES = ["llama", "mistral", "gemma2", "gemma3"]

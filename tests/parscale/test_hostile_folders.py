@@ -14,11 +14,11 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, wrap
-from parscale.checkpoints.describe import describe
-from parscale.checkpoints.reading import load_plain
-from parscale.folders import read_json
-from parscale.headers import read_header
-from parscale.values import check_values
+from parscale.checkpoints.description import describe
+from parscale.checkpoints.models import load_plain
+from parscale.format.folders import read_json
+from parscale.format.headers import read_header
+from parscale.format.values import check_values
 
 SECONDS = 5.0
 CONFIGS = {"full": "config.json", "streams": "parscale_config.json", "plain": "config.json"}

@@ -22,9 +22,9 @@ def seen(monkeypatch):
         return noted
 
     for module, name in (
-        ("attention", "is_mergeable"),
-        ("attention", "decode_attention"),
-        ("aggregator", "aggregate"),
+        ("attention.registered", "is_mergeable"),
+        ("attention.registered", "decode_attention"),
+        ("streams.aggregator", "aggregate"),
     ):
         target = getattr(__import__(f"parscale.{module}", fromlist=[module]), name)
         monkeypatch.setattr(f"parscale.{module}.{name}", note(name, target))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.masking_utils import eager_mask
 
 import parscale
-from parscale.auto import architectures_in_checkpoints
+from parscale.format.architectures import architectures_in_checkpoints
 
 P, T, TOLERANCE = 3, 4, 2e-5  # as in test_families.py
 SIZES = {

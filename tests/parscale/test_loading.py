@@ -169,6 +169,23 @@ def test_another_process_reads_a_pickled_configuration(folder):
     assert read.stdout.decode().strip() == "<class 'parscale.auto.LlamaParScaleConfig'> 4 llama"
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from parscale import wrap",
+        "from parscale import load",
+        "from parscale.format.architectures import config_class; config_class('llama'); import parscale.auto",
+    ],
+)
+def test_auto_classes_read_it_after_any_use_of_the_package(use, folder):
+    program = (
+        f"import sys; {use}; from transformers import AutoModelForCausalLM\n"
+        "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_streams)"
+    )
+    read = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, check=True)
+    assert read.stdout.decode().strip() == "4"
+
+
 def test_other_fields_through_the_configuration(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, parscale_attn_smooth=0.5, use_cache=False)
     assert model.parscale.active.config.smoothing == 0.5
@@ -248,14 +265,10 @@ print("done")
 
 
 @pytest.mark.slow
-def test_a_process_that_did_not_import_parscale(folder, tmp_path):
+def test_a_process_that_did_not_import_parscale(folder, tmp_path, programs):
     """Without remote code it fails and says so; with it, it works; without the package, it says what to install."""
     released = Path(__file__).parents[1] / "golden" / "p2-theta1e6"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_PARSCALE, str(folder), str(released)]
-    result = subprocess.run(
-        command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
+    result = programs.run("-c", WITHOUT_PARSCALE, folder, released, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("done\n")
 
@@ -323,7 +336,7 @@ def test_without_a_connection_the_hub_is_asked_once(monkeypatch):
         asked.append(local_files_only)
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("parscale.folders.hf_hub_download", unanswered)
+    monkeypatch.setattr("parscale.format.folders.hf_hub_download", unanswered)
     with pytest.raises(FileNotFoundError, match="cannot be reached"):
         load("org/model")
     assert asked == [False] + [True] * (len(asked) - 1)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
 import parscale
-from parscale.naming import part_of
+from parscale.streams.naming import part_of
 
 peft = pytest.importorskip("peft")
 

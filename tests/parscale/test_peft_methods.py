@@ -9,8 +9,8 @@ import transformers
 from packaging.version import Version
 
 import parscale
-from parscale.naming import part_of
-from parscale.peft.methods import METHODS
+from parscale.integrations.peft.methods import METHODS
+from parscale.streams.naming import part_of
 
 peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, wrap
-from parscale.checkpoints.convert import convert
-from parscale.checkpoints.opening import open_for_training
-from parscale.checkpoints.reading import find_tokenizer, load_any, load_plain
+from parscale.checkpoints.conversion.convert import convert
+from parscale.checkpoints.models import find_tokenizer, load_any, load_plain
+from parscale.checkpoints.training.trainable_model import open_for_training
 from parscale.config import ParScaleConfig
-from parscale.folders import Checkpoint, backbone_place
-from parscale.pretrained import read_pretrained
+from parscale.format.folders import Checkpoint, backbone_place
+from parscale.format.pretrained import read_pretrained
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(8)[None]
@@ -59,7 +59,7 @@ def edit(path, **changes):
 
 def test_one_function_calls_from_pretrained():
     """Every other mention of such a method, or of what unpickles, is a call that passes its rules by."""
-    doors = {ROOT / "parscale" / "pretrained.py"}
+    doors = {ROOT / "parscale" / "format" / "pretrained.py"}
     found = []
     for room in ("parscale", "kernels", "checkpoints", "scaling_laws"):
         for path in set((ROOT / room).rglob("*.py")) - doors:

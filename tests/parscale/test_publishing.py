@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from parscale import wrap
-from parscale.working import MARKER, working
-from parscale.writing import require_new_folder, require_writable, require_writable_folder, staged, staged_file
+from parscale.format.staging import require_new_folder, require_writable, require_writable_folder, staged, staged_file
+from parscale.format.working import MARKER, working
 
 SUFFIX = ".parscale-working"
 
@@ -70,7 +70,7 @@ def test_a_link_in_place_of_a_file_is_replaced_and_what_it_leads_to_stays(target
 
 
 def break_the_last_move(monkeypatch, number):
-    from parscale import writing
+    from parscale.format import staging
 
     moves, replace = [], os.replace
 
@@ -80,7 +80,7 @@ def break_the_last_move(monkeypatch, number):
             raise OSError(errno.EIO, "broken")
         replace(source, destination)
 
-    monkeypatch.setattr(writing.os, "replace", move)
+    monkeypatch.setattr(staging.os, "replace", move)
 
 
 @pytest.mark.parametrize("what", ["link", "dangling link", "file"])
@@ -141,7 +141,7 @@ def test_a_link_that_is_the_output_is_followed(tmp_path):
 
 def test_what_cannot_be_put_back_is_kept(target, monkeypatch):
     """From one move on, all fail: the old files are where the error says."""
-    from parscale import writing
+    from parscale.format import staging
 
     before, moves, replace = tree(target), [], os.replace
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_put_back_is_kept(target, monkeypatch):
             raise OSError(errno.EIO, "broken")
         replace(source, destination)
 
-    monkeypatch.setattr(writing.os, "replace", move)
+    monkeypatch.setattr(staging.os, "replace", move)
     with pytest.raises(OSError, match=r"2 of the files .* are in .*old") as raised:
         publish(target, ["config.json", "model.safetensors"])
     monkeypatch.undo()
@@ -257,7 +257,7 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_one(tmp_path, existin
     if existing:
         target.mkdir()
     script = (
-        "import os, signal\nfrom parscale.writing import staged\n"
+        "import os, signal\nfrom parscale.format.staging import staged\n"
         f"with staged({str(target)!r}, last='config.json') as work:\n"
         "    (work / 'half').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

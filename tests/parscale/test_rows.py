@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import parscale
-from parscale.rows import INPUTS, PACKED, WHOLE, copy_rows
+from parscale.hooks.rows import INPUTS, PACKED, WHOLE, copy_rows
 
 P, B, S = 3, 2, 8
 TOLERANCE = 2e-5  # as in test_families.py

@@ -269,7 +269,7 @@ def test_push_to_hub_uploads_what_was_written(wrapped, tmp_path, monkeypatch):
         def upload_folder(self, **kwargs):
             calls.append(kwargs)
 
-    monkeypatch.setattr("parscale.saving.HfApi", Api)
+    monkeypatch.setattr("parscale.format.saving.HfApi", Api)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "optimizer.pt").touch()
     wrapped.save_pretrained(tmp_path / "model", push_to_hub=True, token="t", commit_message="m")

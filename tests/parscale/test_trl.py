@@ -232,6 +232,6 @@ def test_a_reference_of_create_reference_model(make):
 
 def test_a_model_in_parts_is_refused(make, tokenizer, tmp_path, monkeypatch):
     model = make()
-    monkeypatch.setattr("parscale.trl.is_sharded", lambda model: True)
+    monkeypatch.setattr("parscale.integrations.trl.is_sharded", lambda model: True)
     with pytest.raises(ValueError, match=r"plain backbone .* without this Qwen2ForCausalLM's streams.*pass ref_model="):
         dpo(model, tmp_path, tokenizer)

@@ -345,7 +345,7 @@ def test_a_failed_attempt_leaves_nothing(family, zoo, failure, monkeypatch):
         def fails(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr("parscale.wrapping.initialize", fails)
+        monkeypatch.setattr("parscale.hooks.adding.initialize", fails)
     with pytest.raises(error):
         parscale.wrap(model, 2, prefix_length=3, **arguments)
     monkeypatch.undo()

@@ -96,12 +96,12 @@ def test_a_disk_that_fills_up_at_the_end_changes_nothing(wrapped, save, output, 
 @pytest.mark.parametrize("stop", [OSError(errno.EIO, "broken"), KeyboardInterrupt()], ids=["error", "interrupted"])
 def test_an_unfinished_move_is_undone(wrapped, save, output, stop, tmp_path, monkeypatch):
     """Each of the moves fails once."""
-    from parscale import writing
+    from parscale.format import staging
 
     for number in range(1, 20):
         before, moves = contents(tmp_path), 0
 
-        def move(source, destination, replace=writing.os.replace, last=number):
+        def move(source, destination, replace=staging.os.replace, last=number):
             nonlocal moves
             moves += 1
             if moves == last:
@@ -109,7 +109,7 @@ def test_an_unfinished_move_is_undone(wrapped, save, output, stop, tmp_path, mon
             replace(source, destination)
 
         output.mkdir(exist_ok=True)
-        monkeypatch.setattr(writing.os, "replace", move)
+        monkeypatch.setattr(staging.os, "replace", move)
         try:
             getattr(wrapped, save)(output)
         except (OSError, KeyboardInterrupt):

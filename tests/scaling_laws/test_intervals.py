@@ -21,6 +21,7 @@ def noisy(noise, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_intervals_cover():
     """Nominal 90 %. Over 200 draws the measured share has a standard error of 2.1 %; `benchmarks/law.py` measures more.
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import parscale
 from parscale.auto import register_architecture
-from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints import small_model_path
 
 pytestmark = pytest.mark.slow
 

@@ -167,7 +167,7 @@ def test_another_kind_of_model(serving, tmp_path):
 def test_another_version_of_vllm(serving, make_folder, monkeypatch, version):
     import vllm
 
-    from parscale.vllm import register
+    from parscale.integrations.vllm import register
 
     try:
         monkeypatch.setattr(vllm, "__version__", version)

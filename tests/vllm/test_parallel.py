@@ -20,7 +20,7 @@ def test_two_processes(make_folder, serving):
 )
 def test_the_prefixs_heads_are_shared_out(monkeypatch, heads, processes, expected):
     """As those of the backbone: where there are fewer than processes, several have the same one."""
-    from parscale.vllm import models
+    from parscale.integrations.vllm import models
 
     whole = torch.arange(float(heads)).view(1, heads, 1, 1).expand(3, heads, 5, 2)
     monkeypatch.setattr(models, "get_tensor_model_parallel_world_size", lambda: processes)

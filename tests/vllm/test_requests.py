@@ -128,7 +128,7 @@ def test_the_scheduler_of_gpus(folder, model, serving, monkeypatch):
     """vLLM runs its asynchronous scheduler there, and not on CPUs; its slots are the same."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    from parscale.vllm import scheduler
+    from parscale.integrations.vllm import scheduler
 
     monkeypatch.setattr(scheduler, "_WithSlots", scheduler._AsyncWithSlots)
     ids = serving.prompts([50], seed=9)[0]

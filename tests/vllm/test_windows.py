@@ -1,6 +1,8 @@
 """Attention with a window and a prefix, by itself: against one softmax over both, in float64."""
 
-from types import SimpleNamespace
+import ast
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,27 +11,31 @@ P, G, HEADS, D, T, SIZE = 2, 2, 4, 8, 3, 4  # SIZE: tokens in a block of the cac
 SCALE = D**-0.5
 
 
-def batch(lengths, new):
-    """A cache of pages in disorder, the keys and values in it by request, and queries for the last tokens of each."""
+def batch(lengths, new, metadata_class):
+    """A cache of pages in disorder, the keys and values in it by request, and queries for the last tokens of each.
+
+    Each head's keys have a bias, as Qwen2's: their scores are large, and all alike.
+    """
+    bias = torch.zeros(P * G, 1, 2 * D, dtype=torch.float64)
+    bias[:, :, :D] = 20 * torch.randn(P * G, 1, D)
     blocks = [-(-length // SIZE) for length in lengths]
     places = torch.randperm(sum(blocks)) + 1
     table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
     cache = torch.full((sum(blocks) + 1, P * G, SIZE, 2 * D), torch.nan, dtype=torch.float64)
-    texts = [torch.randn(P * G, length, 2 * D, dtype=torch.float64) for length in lengths]
+    texts = [torch.randn(P * G, length, 2 * D, dtype=torch.float64) + bias for length in lengths]
     for row, (text, number) in enumerate(zip(texts, blocks, strict=True)):
         table[row, :number], places = places[:number], places[number:]
         for position in range(text.shape[1]):
             cache[table[row, position // SIZE], :, position % SIZE] = text[:, position]
-    metadata = SimpleNamespace(
+    metadata = metadata_class(
         num_actual_tokens=sum(new),
         query_start_loc=torch.tensor([0, *new]).cumsum(0).int(),
         seq_lens=torch.tensor(lengths).int(),
         block_table=table,
         max_query_len=max(new),
         max_seq_len=max(lengths),
-        use_cascade=False,
+        slot_mapping=torch.empty(0, dtype=torch.int64),
         scheduler_metadata=None,
-        max_num_splits=0,
     )
     return cache, texts, metadata, torch.randn(sum(new), P * HEADS, D, dtype=torch.float64)
 
@@ -48,8 +54,24 @@ def attend(query, text, window, prefix=None):
     return (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1)
 
 
-def flash_attention(*, q, k, v, cu_seqlens_q, seqused_k, block_table, softmax_scale, window_size, causal, **others):
-    """Stands in for vLLM's: pages of ``(blocks, size, P*G, D)``."""
+def flash_attention(**arguments):
+    """Stands in for vLLM's, under its signature, which is read: it cannot be imported without a GPU's libraries."""
+    import vllm
+
+    source = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    (function,) = (
+        node
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+    )
+    names = [argument.arg for argument in function.args.args]
+    required = names[: len(names) - len(function.args.defaults)]
+    assert set(required) <= set(arguments) <= set(names)
+    return by_hand(**arguments)
+
+
+def by_hand(*, q, k, v, cu_seqlens_q, seqused_k, block_table, softmax_scale, window_size, causal, **others):
+    """Over pages of ``(blocks, size, P*G, D)``."""
     assert (softmax_scale, causal, others["return_softmax_lse"]) == (SCALE, True, True)
     window = q.shape[0] + 10**6 if window_size[0] < 0 else window_size[0] + 1
     assert window_size[1] in (-1, 0)
@@ -65,12 +87,15 @@ def flash_attention(*, q, k, v, cu_seqlens_q, seqused_k, block_table, softmax_sc
 @pytest.mark.parametrize("program", ["cpu", "flash"])
 def test_nothing_hides_the_prefix(monkeypatch, program, window):
     from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
-    from parscale.vllm.windows import CpuImpl, FlashImpl
+    from parscale.integrations.vllm.windows import CpuImpl, FlashImpl
 
     torch.manual_seed(window)
     new = [1, 6, 4]
-    cache, texts, metadata, query = batch([9, 6, 13], new)
+    metadata_class = {"cpu": CPUAttentionMetadata, "flash": FlashAttentionMetadata}[program]
+    cache, texts, metadata, query = batch([9, 6, 13], new, metadata_class)
     prefix = tuple(torch.randn(P, G, T, D, dtype=torch.float64) for _ in range(2))
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)
     dtype, tolerance = {"cpu": (torch.float64, 1e-12), "flash": (torch.float32, 1e-5)}[program]
@@ -85,7 +110,7 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
 
 
 def test_the_cache_is_written_in_plain_order():
-    from parscale.vllm.windows import CpuImpl
+    from parscale.integrations.vllm.windows import CpuImpl
 
     cache = torch.zeros(3, P * G, SIZE, 2 * D)
     key, value = torch.randn(2, 5, P * G, D)
@@ -96,10 +121,70 @@ def test_the_cache_is_written_in_plain_order():
     assert cache.count_nonzero() == key.numel() + value.numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [0, 5, 20, 50])
+def test_scores_of_biased_keys_are_not_rounded(bias, dtype):
+    """Against float64: what is left are the roundings of the weights and of the result, however large the scores."""
+    from parscale.integrations.vllm.windows import attend_to_prefix
+
+    torch.manual_seed(0)
+    query = torch.randn(40, 16, 64).to(dtype)
+    keys, values = (torch.randn(2, 2, 48, 64) for _ in range(2))
+    keys = (keys + bias * torch.randn(2, 2, 1, 64)).to(dtype)
+    mixed, lse = attend_to_prefix(query, keys, values.to(dtype), 64**-0.5)
+    exact, exact_lse = attend_to_prefix(query.double(), keys.double(), values.to(dtype).double(), 64**-0.5)
+    assert (mixed.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+    assert (lse.double() - exact_lse).abs().max() <= 1e-5 * (1 + exact_lse.abs().max())
+
+
+def test_backends_that_count_the_backbones_heads_are_refused():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from parscale.integrations.vllm.startup import BACKENDS, check_backend
+
+    def backend(path):
+        module, _, name = path.rpartition(".")
+        return type(name, (), {"__module__": module, "get_name": staticmethod(lambda: "FLASH_ATTN")})
+
+    for name in BACKENDS:
+        check_backend(backend(AttentionBackendEnum[name].value))
+    with pytest.raises(ValueError, match=r"chosen, .*rocm_aiter_fa\.\w+, is not known to take them: give"):
+        check_backend(backend(AttentionBackendEnum.ROCM_AITER_FA.value))
+
+
+def sized_by_the_backbone(name):
+    """The attributes of a backend's metadata builder that hold the backbone's number of heads, and are then used."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    spec = importlib.util.find_spec(AttentionBackendEnum[name].value.rpartition(".")[0])
+    tree = ast.parse(Path(spec.origin).read_text())
+    found = set()
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Builder")):
+        own = [node for node in ast.walk(cls) if isinstance(node, ast.Attribute)]
+        for node in ast.walk(cls):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                counts = ast.unparse(node.value.func).endswith(("get_num_attention_heads", "get_num_kv_heads"))
+                attribute = getattr(node.targets[0], "attr", None)
+                used = any(x.attr == attribute and isinstance(x.ctx, ast.Load) for x in own)
+                found |= {attribute} if counts and attribute and used else set()
+    return found
+
+
+def test_the_served_backends_ask_the_layers():
+    """In the sources of vLLM's wheel: none of them makes anything of the backbone's number of heads."""
+    from parscale.integrations.vllm.startup import BACKENDS
+
+    found = {name: sized_by_the_backbone(name) for name in BACKENDS}
+    # Triton's: by it the builder decides from which batch on a sequence is not split, and how finely; not a size
+    assert found.pop("TRITON_ATTN") == {"num_heads_kv"}
+    assert not any(found.values())
+    assert sized_by_the_backbone("ROCM_AITER_FA") == {"num_heads_kv"}
+
+
 def test_other_backends_are_refused():
     from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 
-    from parscale.vllm.windows import window_backend
+    from parscale.integrations.vllm.windows import window_backend
 
     with pytest.raises(
         ValueError, match="CPU_ATTN and FLASH_ATTN, and vLLM has chosen FLEX_ATTENTION: give --attention"

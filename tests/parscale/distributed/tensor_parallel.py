@@ -63,7 +63,7 @@ def run(root: Path, out: Path) -> dict[str, Any]:
     for name in BACKBONES:
         model = parscale.wrap(backbone(root, name), 4, prefix_length=3, init="random", seed=3)
         prefix = next(value for name, value in model.named_parameters() if name.endswith("prefix_k"))
-        figures[f"{name} heads here"] = parscale.parallel.local(prefix).shape[1]
+        figures[f"{name} heads here"] = parscale.distributed.parallel.local(prefix).shape[1]
         figures[f"{name} all"] = trained(model, frozen=False)
         model.save_pretrained(out / name)
 

@@ -1,0 +1,205 @@
+"""The documentation's pictures, as SVG for light and for dark pages, from `results/` and the published runs.
+
+Each line and each set of points bears its name in the file, by which a test finds it and compares it with the data.
+
+    python benchmarks/pictures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from parscale.scaling_laws import fit, published, published_models, versus
+
+FOLDER = Path(__file__).parents[1] / "docs" / "assets"
+RESULTS = Path(__file__).parent / "results"
+INK = {"light": "#333333", "dark": "#d7d7d7"}
+COLOURS = {  # of P = 1, 2, 4, 8; told apart by people with any colour vision
+    "light": ("#5b5b5b", "#0072B2", "#B85000", "#00805E"),
+    "dark": ("#bdbdbd", "#56B4E9", "#E69F00", "#2fc79a"),
+}
+MARKERS = "so^D"
+STREAMS = (1, 2, 4, 8)
+DEVICE, MODEL, NEW_TOKENS = "h100", "1.6B", 256
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+PROMPTS = (64, 256, 1024, 4096, 16384)
+
+
+def law(colours: Sequence[str]) -> Figure:
+    """The published runs and the fitted law, on code and on general text."""
+    figure, panels = _panels(2)
+    for axes, corpus in zip(panels, ("stack", "pile"), strict=True):
+        points = published(corpus)
+        fitted = fit(*points)
+        span = np.geomspace(points.params.min() / 1.1, points.params.max() * 1.1, 40)
+        for P, colour, marker in zip(STREAMS, colours, MARKERS, strict=True):
+            chosen = points.streams == P
+            axes.plot(span, fitted.predict(span, P), color=colour, linewidth=1, gid=f"law-{corpus}-{P}")
+            runs = {"color": colour, "markersize": 4, "label": f"P = {P}", "gid": f"runs-{corpus}-{P}"}
+            axes.plot(points.params[chosen], points.losses[chosen], marker, **runs)
+        axes.set(xscale="log", xlabel="parameters N", ylabel="loss (nats per token)")
+        axes.set_title({"stack": "Stack-V2-Python", "pile": "Pile"}[corpus] + f", k = {fitted.k:.2f}", fontsize=9)
+        _ticks(axes.xaxis, (5e8, 1e9, 2e9, 4e9), ["0.5B", "1B", "2B", "4B"])
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def overhead(colours: Sequence[str]) -> Figure:
+    """Prefill, decoding and a training step with streams, to the plain backbone with as many rows."""
+    rows = json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))["rows"]
+    figure, panels = _panels(2)
+    for axes, S in zip(panels, (256, 1024), strict=True):
+        for what, colour, marker in zip(("prefill", "decode", "train"), colours[1:], MARKERS[1:], strict=True):
+            wanted = ("parscale", what, S)
+            found = {row["P"]: row["ratio"] for row in rows if (row["model"], row["what"], row["S"]) == wanted}
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
+            label = "training step" if what == "train" else what
+            axes.plot(STREAMS, [found[P] for P in STREAMS], label=label, gid=f"overhead-{S}-{what}", **style)
+        axes.axhline(1, linewidth=0.8, linestyle=":", color=colours[0])
+        axes.set(xscale="log", xlabel="streams P", ylabel="time, plain backbone = 1", ylim=(0.95, 1.15))
+        axes.set_title(f"{S} tokens", fontsize=9)
+        _ticks(axes.xaxis, STREAMS, STREAMS)
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def cost(colours: Sequence[str]) -> Figure:
+    """Measured and counted time with streams to the model of equal loss, on one core."""
+    rows = json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))["rows"]
+    figure, panels = _panels(2)
+    for axes, batch in zip(panels, (1, 4), strict=True):
+        chosen = [row for row in rows if row["batch_size"] == batch]
+        P = [row["streams"] for row in chosen]
+        for key, label, colour, line in (
+            ("streams_to_dense", "measured", colours[2], "-"),
+            ("counted_streams_to_dense", "counted", colours[1], "--"),
+        ):
+            style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "linewidth": 1}
+            axes.plot(P, [row[key] for row in chosen], label=label, gid=f"cost-{batch}-{label}", **style)
+        axes.axhline(1, linewidth=0.8, linestyle=":", color=colours[0])
+        axes.set(xscale="log", xlabel="streams P", ylabel="time, model of equal loss = 1", ylim=(0.8, 4))
+        axes.set_title(f"batch {batch}", fontsize=9)
+        _ticks(axes.xaxis, P, P)
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def batch(colours: Sequence[str]) -> Figure:
+    """Counted time with streams to the model of equal loss on a GPU, over batch and over prompt length."""
+    fitted, shape = fit(*published("stack")), published_models()[MODEL]
+    figure, panels = _panels(2)
+    work: dict[str, Any] = {"hardware": DEVICE, "output_length": NEW_TOKENS}
+    axis = {"batch_size": BATCHES, "input_length": PROMPTS}
+    for axes, (along, values) in zip(panels, axis.items(), strict=True):
+        for P, colour, marker in zip(STREAMS[1:], colours[1:], MARKERS[1:], strict=True):
+            ratios = [
+                versus(fitted, shape, num_streams=P, **(work | {along: value})).ratio("seconds") for value in values
+            ]
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
+            axes.plot(values, ratios, label=f"P = {P}", gid=f"{along}-{P}", **style)
+        axes.axhline(1, linewidth=0.8, linestyle=":", color=colours[0])
+        axes.set(xscale="log", xlabel=along.replace("_", " ").replace("input length", "tokens of prompt"))
+        axes.set(ylabel="time, model of equal loss = 1")
+        _ticks(axes.xaxis, values, [f"{value:,}" for value in values])
+    panels[0].legend(frameon=False)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Sequence[str]], Figure]] = {
+    "law": law,
+    "overhead": overhead,
+    "cost": cost,
+    "batch": batch,
+}
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(3.7 * count, 2.9), layout="constrained")
+    return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
+
+
+def _ticks(axis: Any, places: Sequence[float], labels: Sequence[Any]) -> None:
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_ticks(places)
+    axis.set_major_formatter(FuncFormatter(lambda _, index: str(labels[index])))
+
+
+def style(theme: str) -> dict[str, Any]:
+    """Settings of matplotlib: text stays text, the page shines through, the same drawing gives the same bytes."""
+    ink = INK[theme]
+    colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+    faces = {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"}
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    return {**colours, **faces, **spines, "svg.fonttype": "none", "svg.hashsalt": "parscale", "font.size": 8}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    args = parser.parse_args()
+    for theme in INK:
+        (args.output / f"diagram-{theme}.svg").write_text(diagram(theme), encoding="utf-8")
+        for name, draw in PICTURES.items():
+            with matplotlib.rc_context(style(theme)):
+                draw(COLOURS[theme]).savefig(args.output / f"{name}-{theme}.svg", metadata={"Date": None})
+
+
+def diagram(theme: str) -> str:
+    """The way from tokens to logits, for three streams."""
+    ink, (grey, *streams) = INK[theme], COLOURS[theme]
+    box = "rx='6' fill='none' stroke-width='1.5'"
+    parts = [
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 760 250' font-family='sans-serif' font-size='14'"
+        f" fill='{ink}' text-anchor='middle'>",
+        "<title>From tokens to logits with three streams</title>",
+        f"<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
+        f"<path d='M0 0 8 4 0 8z' fill='{grey}'/></marker></defs>",
+        f"<rect x='10' y='95' width='90' height='60' stroke='{ink}' {box}/>",
+        "<text x='55' y='121'>tokens</text><text x='55' y='141' font-size='12'>(B, S)</text>",
+        f"<rect x='300' y='25' width='120' height='200' stroke='{ink}' {box}/>",
+        "<text x='360' y='15'>one backbone</text>",
+    ]
+    for index, colour in enumerate(streams):
+        y = 40 + 65 * index
+        middle = y + 20
+        parts += [
+            f"<path d='M100 125 C140 125 130 {middle} 168 {middle}' {_arrow(grey)}/>",
+            f"<rect x='170' y='{y}' width='92' height='40' stroke='{colour}' {box}/>",
+            f"<text x='216' y='{middle + 5}' fill='{colour}'>prefix {index + 1}</text>",
+            f"<path d='M262 {middle} H298' {_arrow(grey)}/>",
+            f"<path d='M310 {middle} H410' stroke='{colour}' stroke-width='3' fill='none'/>",
+            f"<text x='360' y='{middle - 8}' font-size='12' fill='{colour}'>row {index + 1}</text>",
+            f"<path d='M420 {middle} C455 {middle} 450 125 483 125' {_arrow(grey)}/>",
+        ]
+    parts += [
+        f"<rect x='485' y='85' width='120' height='80' stroke='{ink}' {box}/>",
+        "<text x='545' y='117'>aggregator</text>",
+        "<text x='545' y='139' font-size='12'>weights by token</text>",
+        f"<path d='M605 125 H643' {_arrow(grey)}/>",
+        f"<rect x='645' y='95' width='105' height='60' stroke='{ink}' {box}/>",
+        "<text x='697' y='121'>head</text><text x='697' y='141' font-size='12'>logits (B, S, V)</text>",
+        "<text x='216' y='243' font-size='12'>learned, each its own</text>",
+        "<text x='360' y='243' font-size='12'>(P*B, S), shared weights</text>",
+        "<text x='545' y='183' font-size='12'>(P*B, S, H) to (B, S, H)</text>",
+        "</svg>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _arrow(colour: str) -> str:
+    return f"stroke='{colour}' stroke-width='1.5' fill='none' marker-end='url(#tip)'"
+
+
+if __name__ == "__main__":
+    main()

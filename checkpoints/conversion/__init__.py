@@ -1,0 +1,1 @@
+"""A model's checkpoint becomes one with parallel streams."""

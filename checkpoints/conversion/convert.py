@@ -1,0 +1,153 @@
+"""Conversion: a model's checkpoint is read, gets parallel streams, and is saved with its tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from parscale import ParScaleConfig, wrap
+from parscale.checkpoints.description import PLAIN, kind_of
+from parscale.checkpoints.finite_values import first_not_finite
+from parscale.checkpoints.models import find_tokenizer, load_plain, require_tokenizer
+from parscale.checkpoints.texts.documents import Document
+from parscale.checkpoints.texts.sources import read_documents
+from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
+from parscale.config import LORA, OWN, TEXT_INITS
+from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.staging import require_new_folder, staged
+from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
+
+
+def convert(
+    source: str,
+    output: str | Path,
+    config: ParScaleConfig,
+    *,
+    calibration_files: Sequence[Path] = (),
+    text_column: str = "text",
+    streams_only: bool = False,
+) -> dict[str, Any]:
+    """Give a saved model P streams and save it, in the dtype that it was saved in.
+
+    Args:
+        source: the backbone's folder, or its name on the Hugging Face Hub.
+        output: the folder to write, new or empty; it appears only when it is whole.
+        config: the streams. A seed makes what is random repeatable.
+        calibration_files: text files for every init but `"random"`, where streams start from text: each from a
+            different piece of `config.prefix_length` tokens, spread evenly over the text. Without them the backbone
+            samples the texts.
+        text_column: what holds the text in rows of JSON, JSON Lines, CSV and tables.
+        streams_only: write the streams and the backbone's name instead of a full checkpoint.
+
+    Returns:
+        A report that can be written as JSON: what was read and written, how many parameters it has, how many bytes it
+        takes on disk, and the seconds it took.
+
+    Raises:
+        ValueError: `source` is damaged or has streams already, `output` holds something, a number is out of range, or
+            there is too little calibration text.
+        OSError: there is no such source, the output cannot be written, or another process writes it.
+    """
+    start = time.perf_counter()
+    if calibration_files and config.init not in (None, *TEXT_INITS):
+        readers = " or ".join(map(repr, TEXT_INITS))
+        raise ValueError(f"Calibration text is for init {readers}, and init is {config.init!r}; leave one of them out.")
+    documents = read_documents(calibration_files, text_column=text_column)
+    require_new_folder(output)
+    if (kind := kind_of(Checkpoint(source))) != PLAIN:
+        raise ValueError(
+            f"{source} has streams already ({kind}); give a plain model, such as the backbone it is made of."
+        )
+    with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
+        tokenizer = find_tokenizer(source)
+        model = load_plain(source, any_task=True)
+        calibration = None
+        if documents:
+            calibration = calibration_ids(
+                documents,
+                require_tokenizer(tokenizer, source),
+                config.num_transformed,
+                config.prefix_length,
+                vocabulary=vocabulary_of(model),
+            )
+        backbone_parameters = _count(model.parameters())
+        wrap(model, config, calibration=calibration)
+        if (name := first_not_finite(model.parscale.tensors(model.parscale.active).items())) is not None:
+            raise ValueError(f"{name} would start with values that are not finite: {source} is damaged.")
+        if streams_only:
+            model.save_streams(folder)
+        else:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    active = model.parscale.active
+    streams = model.parscale.tensors(active)
+    differing = _count(tensor for name, tensor in streams.items() if part_of(name) == TRANSFORM_PART)
+    return {
+        "source": source,
+        "output": str(output),
+        "kind": STREAMS_ONLY if streams_only else FULL,
+        "backbone": type(model).__name__,
+        "num_streams": config.num_streams,
+        "transform": config.transform,
+        **({} if config.kv == OWN else {"kv": config.kv}),
+        **({"rank": config.rank} if config.transform == LORA else {"prefix_length": config.prefix_length}),
+        "smoothing": config.smoothing,
+        "init": active.config.init,
+        "calibration": [name for name, _ in documents],
+        "seed": config.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenizer": tokenizer is not None,
+        "parameters": {
+            "backbone": backbone_parameters,
+            LABELS[config.transform]: differing,
+            "aggregator": _count(streams.values()) - differing,
+        },
+        "bytes": size,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def calibration_ids(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_streams: int,
+    prefix_length: int,
+    *,
+    vocabulary: int | None = None,
+) -> torch.Tensor:
+    """P pieces of the documents' tokens, one document after another, spread evenly over them.
+
+    Args:
+        documents: pairs of a name and a text.
+        tokenizer: of the model.
+        num_streams: P, or as many of them as start from a text.
+        prefix_length: T.
+        vocabulary: how many token ids the model knows; without it, ids are not checked.
+
+    Returns:
+        Token ids `(P, T)`.
+
+    Raises:
+        ValueError: there are fewer than P * T tokens, or as :func:`parscale.checkpoints.texts.token_ids.encode`.
+    """
+    encoded = encode(documents, tokenizer, vocabulary, add_special_tokens=False)
+    ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)  # (N,)
+    needed = num_streams * prefix_length
+    if len(ids) < needed:
+        raise ValueError(
+            f"The calibration text holds {len(ids)} tokens, and {num_streams} streams of {prefix_length} tokens need "
+            f"{needed}; give more text, fewer streams or a shorter prefix."
+        )
+    step = len(ids) // num_streams
+    return torch.stack([ids[stream * step :][:prefix_length] for stream in range(num_streams)])
+
+
+def _count(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,136 @@
+"""What a checkpoint is, read from its configuration and from the heads of its files: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from parscale.config import LORA, NUM_STREAMS, OWN, ParScaleConfig
+from parscale.format.folders import (
+    BACKBONE,
+    CAUSAL_LM,
+    CONFIG,
+    FULL,
+    INFIX,
+    STREAMS_CONFIG,
+    TYPE_SUFFIX,
+    Checkpoint,
+    numbers,
+    read_json,
+    set_name,
+    set_names,
+)
+from parscale.format.headers import StoredTensor
+from parscale.format.packed import stored_sizes
+from parscale.streams.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
+
+PLAIN = "plain backbone"  # beside the two kinds of parscale.format.folders
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def describe(path_or_repo: str) -> dict[str, Any]:
+    """What a checkpoint is, as a report that can be written as JSON.
+
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub, of which the weights are then fetched.
+
+    Returns:
+        `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `backbone` (its class, type and name), the numbers of
+        the active streams, `dtype`, `parameters` by where they are, and `further_streams` by name.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it is not there.
+    """
+    checkpoint = Checkpoint(path_or_repo)
+    kind = kind_of(checkpoint)
+    fields = checkpoint.read_json(CONFIG if kind in (FULL, PLAIN) else STREAMS_CONFIG)
+    tensors = checkpoint.weights() if kind in (FULL, PLAIN) else checkpoint.streams()
+    name: str | None = None
+    further: list[str] = []
+    if kind == PLAIN:
+        streams = ParScaleConfig(num_streams=1)
+    elif kind == FULL:
+        (name, further), streams = set_names(checkpoint, fields), numbers(checkpoint, fields)
+    else:
+        name, streams = set_name(checkpoint, fields), numbers(checkpoint, fields)
+    return {
+        "checkpoint": path_or_repo,
+        "kind": kind,
+        "backbone": _backbone(fields, kind),
+        "active_streams": name,
+        **_streams(streams),
+        "dtype": _dtype(tensors),
+        "parameters": _parameters(tensors, streams.transform, fields.get("quantization_config")),
+        "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
+    }
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """`"full"`, `"streams only"` or `"plain backbone"`.
+
+    Raises:
+        OSError: there is no such checkpoint.
+    """
+    config = checkpoint.file(CONFIG)
+    if config is not None:
+        fields = read_json(config)
+        of_streams = NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX)
+        if not of_streams and checkpoint.file(STREAMS_CONFIG) is None:
+            return PLAIN
+    return checkpoint.kind()
+
+
+def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    if kind not in (FULL, PLAIN):
+        return {
+            name: value if isinstance(value := fields.get(field), str) else None
+            for name, field in (("class", "backbone_class"), ("model_type", "backbone_model_type"), ("name", BACKBONE))
+        }
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second
+
+    model_type = str(fields.get("model_type")).removesuffix(TYPE_SUFFIX)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    name = classes[0] if isinstance(classes, tuple) else classes
+    architectures = fields.get("architectures")
+    saved = architectures[0] if isinstance(architectures, list) and architectures else None
+    if isinstance(saved, str) and not saved.endswith(CAUSAL_LM):
+        name = saved.replace(INFIX, "", 1)
+    return {"class": name, "model_type": model_type, "name": "in this folder"}
+
+
+def _streams(streams: ParScaleConfig) -> dict[str, Any]:
+    if streams.num_streams == 1:
+        of_streams = ("transform", "prefix_length", "smoothing", "init", "seed")
+        return {"num_streams": 1, **dict.fromkeys(of_streams)}
+    low_rank = streams.transform == LORA
+    return {
+        "num_streams": streams.num_streams,
+        "transform": streams.transform,
+        **({} if streams.kv == OWN else {"kv": streams.kv}),
+        **({"rank": streams.rank} if low_rank else {"prefix_length": streams.prefix_length}),
+        "smoothing": streams.smoothing,
+        "init": streams.init,
+        "seed": streams.seed,
+    }
+
+
+def _further(checkpoint: Checkpoint) -> dict[str, Any]:
+    streams = numbers(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
+
+
+def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: Any = None) -> dict[str, int]:
+    counts = {None: 0, TRANSFORM_PART: 0, AGGREGATOR_PART: 0}
+    for name, size in stored_sizes(tensors, quantization).items():
+        counts[part_of(name)] += size
+    return {"backbone": counts[None], LABELS[transform]: counts[TRANSFORM_PART], "aggregator": counts[AGGREGATOR_PART]}
+
+
+def _dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The dtype of most of the numbers."""
+    numbers: Counter[str] = Counter()
+    for tensor in tensors.values():
+        numbers[_DTYPES.get(tensor.dtype, tensor.dtype)] += tensor.numel
+    return numbers.most_common(1)[0][0] if numbers else None

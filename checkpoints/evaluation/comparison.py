@@ -1,0 +1,66 @@
+"""Whether one model is better than another on the same documents: differences paired by document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from parscale.checkpoints.evaluation.text_loss import Evaluation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the loss of one model differs from that of another, in nats per token; negative is better.
+
+    Attributes:
+        difference: the mean over documents of the difference in loss, each document weighing the same.
+        low: the lower end of the interval that holds the mean difference with probability `confidence`.
+        high: its upper end.
+        confidence: of the interval, between 0 and 1.
+        documents: how many there are.
+        improved: how many of them have a lower loss.
+    """
+
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    documents: int
+    improved: int
+
+
+def compare(evaluation: Evaluation, baseline: Evaluation, *, confidence: float = 0.95) -> Comparison:
+    """Compare two models' losses on the same documents by the t interval of the paired differences.
+
+    The interval takes the documents as a sample of all such documents, so it says what to expect of further documents
+    of the kind, and not what further training runs would give.
+
+    Args:
+        evaluation: of the model in question.
+        baseline: of the model that it is held against.
+        confidence: between 0 and 1.
+
+    Returns:
+        The mean difference with its interval.
+
+    Raises:
+        ValueError: the two were measured on different documents or windows, or there are fewer than two documents.
+    """
+    names = [document.name for document in evaluation.documents]
+    if names != [document.name for document in baseline.documents]:
+        raise ValueError("The two evaluations are of different documents; measure both models on the same ones.")
+    if evaluation.sequence_length != baseline.sequence_length:
+        raise ValueError(
+            f"The two evaluations have windows of {evaluation.sequence_length} and {baseline.sequence_length} tokens; "
+            "measure both models with the same."
+        )
+    if len(names) < 2:
+        raise ValueError(f"An interval needs at least 2 documents, got {len(names)}.")
+    losses = np.array([document.loss for document in evaluation.documents])
+    differences = losses - np.array([document.loss for document in baseline.documents])
+    mean = float(differences.mean())
+    error = float(differences.std(ddof=1)) / len(names) ** 0.5
+    half = float(student.ppf((1 + confidence) / 2, len(names) - 1)) * error
+    return Comparison(mean, mean - half, mean + half, confidence, len(names), int((differences < 0).sum()))

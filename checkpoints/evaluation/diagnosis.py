@@ -1,0 +1,273 @@
+"""Whether a model's streams differ at all: their losses alone, what their errors share, how they are weighed.
+
+The same figures as `model.stream_report`, taken over many documents: token losses are summed in float64, so that the
+result is that of one call with all the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parscale.checkpoints.evaluation.text_loss import checked_length, evaluating, padded, windows_of, with_progress_bar
+from parscale.checkpoints.texts.documents import Document
+from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.format.staging import require_writable, staged_file
+from parscale.hooks.stream_losses import stream_losses
+
+# From which mean correlation of token losses on streams are said to differ hardly, or little.
+HARDLY, LITTLE = 0.99, 0.9
+PLOT_ENDINGS = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The result of `diagnose`. Losses in nats per predicted token, each token weighing the same.
+
+    Attributes:
+        streams: the name of the set.
+        losses: of each stream alone, `(P,)`.
+        mixture_loss: of the model, which mixes the streams.
+        correlation: over tokens, of the streams' token losses, `(P, P)`; NaN where a stream's are all equal.
+        rms_difference: over tokens, the root mean square of the difference of two streams' token losses, `(P, P)`.
+        weights: mean aggregation weights by position in the window, `(S - 1, P)`: position s predicts token s + 1.
+        entropy: mean entropy of the weights by position, nats, `(S - 1,)`; `log(P)` where all streams count the same.
+        counts: how many tokens were predicted from each position, `(S - 1,)`.
+        tokens: how many were predicted.
+        sequence_length: the windows' length in tokens; S is the longest that there was.
+    """
+
+    streams: str
+    losses: np.ndarray
+    mixture_loss: float
+    correlation: np.ndarray
+    rms_difference: np.ndarray
+    weights: np.ndarray
+    entropy: np.ndarray
+    counts: np.ndarray
+    tokens: int
+    sequence_length: int
+
+    @property
+    def num_streams(self) -> int:
+        """P."""
+        return len(self.losses)
+
+    @property
+    def mean_weights(self) -> np.ndarray:
+        """Over all tokens, `(P,)`."""
+        return self.counts @ self.weights / self.tokens
+
+    @property
+    def mean_entropy(self) -> float:
+        """Over all tokens, nats."""
+        return float(self.counts @ self.entropy / self.tokens)
+
+    @property
+    def mean_correlation(self) -> float:
+        """Over all pairs of streams."""
+        return _mean_of_pairs(self.correlation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it; None for NaN."""
+        correlation = [[None if math.isnan(value) else value for value in row] for row in self.correlation.tolist()]
+        mean = self.mean_correlation
+        return {
+            "streams": self.streams,
+            "num_streams": self.num_streams,
+            "losses": self.losses.tolist(),
+            "mixture_loss": self.mixture_loss,
+            "correlation": correlation,
+            "mean_correlation": None if math.isnan(mean) else mean,
+            "rms_difference": self.rms_difference.tolist(),
+            "mean_weights": self.mean_weights.tolist(),
+            "mean_entropy": self.mean_entropy,
+            "weights_by_position": self.weights.tolist(),
+            "entropy_by_position": self.entropy.tolist(),
+            "tokens": self.tokens,
+            "sequence_length": self.sequence_length,
+        }
+
+
+def diagnose(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Diagnosis:
+    """Measure the active streams one by one and mixed, on documents cut into windows as `evaluate` does.
+
+    Args:
+        model: with active streams; it runs where it is, in its own dtype.
+        tokenizer: its tokenizer.
+        documents: pairs of a name and a text.
+        sequence_length: tokens in a window, as for `evaluate`.
+        batch_size: windows in a batch. Every stream has logits of its own here, so memory for them grows with
+            `(P + 1) * batch_size * sequence_length * vocabulary`.
+        progress: whether to show a progress bar on standard error.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ValueError: no streams are active, a number is out of range, or no document has three tokens.
+    """
+    state = getattr(model, "parscale", None)
+    if state is None or state.active is None or state.active.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1), so there is nothing to compare: set_streams(name) first.")
+    length = checked_length(model, sequence_length)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
+    windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
+    if sum(len(window.ids) - 1 for window in windows) < 2:
+        raise ValueError("No document has three tokens, and a correlation needs two predictions; give more text.")
+
+    sums = _Sums(state.active.num_streams, len(windows[0].ids) - 1)
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    with evaluating(model), torch.inference_mode():
+        for batch in with_progress_bar(batches, progress):
+            input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
+            measured = stream_losses(model, input_ids, input_ids, mixture=True)
+            for row, window in enumerate(batch):
+                predicted = len(window.ids) - 1
+                sums.add(measured.losses[:, row, :predicted], measured.weights[row, :predicted])
+    return sums.result(state.active.name, length)
+
+
+class _Sums:
+    """Running sums over tokens, in float64, of the streams' losses and, in the last place, the mixture's."""
+
+    def __init__(self, num_streams: int, positions: int) -> None:
+        self.losses = np.zeros(num_streams + 1)
+        self.products = np.zeros((num_streams + 1, num_streams + 1))
+        self.weights = np.zeros((positions, num_streams))
+        self.entropy = np.zeros(positions)
+        self.counts = np.zeros(positions, dtype=np.int64)
+
+    def add(self, losses: torch.Tensor, weights: torch.Tensor) -> None:
+        """One window: losses `(P + 1, n)` and weights `(n, P)`."""
+        values, shares = losses.double().cpu().numpy(), weights.double().cpu()
+        n = values.shape[1]
+        self.losses += values.sum(axis=1)
+        self.products += values @ values.T
+        self.weights[:n] += shares.numpy()
+        self.entropy[:n] -= torch.special.xlogy(shares, shares).sum(-1).numpy()
+        self.counts[:n] += 1
+
+    def result(self, name: str, length: int) -> Diagnosis:
+        tokens = int(self.counts.sum())
+        means, squares = self.losses / tokens, self.products[:-1, :-1] / tokens
+        covariance = squares - np.outer(means[:-1], means[:-1])
+        variance, diagonal = np.diag(covariance), np.diag(squares)
+        deviations = np.sqrt(np.where(variance > 1e-12 * diagonal, variance, np.nan))  # below it is what rounding left
+        return Diagnosis(
+            streams=name,
+            losses=means[:-1],
+            mixture_loss=float(means[-1]),
+            correlation=(covariance / np.outer(deviations, deviations)).clip(-1, 1),
+            rms_difference=np.sqrt((diagonal[:, None] + diagonal - 2 * squares).clip(min=0)),
+            weights=self.weights / self.counts[:, None],
+            entropy=self.entropy / self.counts,
+            counts=self.counts,
+            tokens=tokens,
+            sequence_length=length,
+        )
+
+
+def sentences(diagnosis: Diagnosis) -> list[str]:
+    """The diagnosis in words."""
+    best, worst = int(diagnosis.losses.argmin()), int(diagnosis.losses.argmax())
+    spread = diagnosis.losses[worst] - diagnosis.losses[best]
+    gain = diagnosis.losses[best] - diagnosis.mixture_loss
+    share = diagnosis.mean_entropy / math.log(diagnosis.num_streams)
+    weights = diagnosis.mean_weights
+    said = "better" if gain >= 0 else "worse"
+    return [
+        f"Alone, the streams lose {diagnosis.losses[best]:.4f} (stream {best}) to {diagnosis.losses[worst]:.4f} "
+        f"(stream {worst}) nats per token: they differ by {spread:.4f}.",
+        f"Mixed, they lose {diagnosis.mixture_loss:.4f}, {abs(gain):.4f} {said} than the best of them alone.",
+        f"Their token losses correlate by {diagnosis.mean_correlation:.4f} and differ by "
+        f"{_mean_of_pairs(diagnosis.rms_difference):.4f} nats (root mean square): {_verdict(diagnosis)}.",
+        f"They are weighed {weights.min():.3f} to {weights.max():.3f} on average, and the weights' entropy is "
+        f"{100 * share:.1f} % of that of equal weights.",
+    ]
+
+
+def _verdict(diagnosis: Diagnosis) -> str:
+    correlation = diagnosis.mean_correlation
+    if math.isnan(correlation):
+        return "a stream loses the same on every token, so a correlation says nothing"
+    if correlation >= HARDLY:
+        return "the streams hardly differ"
+    return "the streams differ little" if correlation >= LITTLE else "the streams differ"
+
+
+def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
+    """Save a figure: losses alone and mixed, the correlation of token losses, and mean weights by position.
+
+    Args:
+        diagnosis: what `diagnose` returned.
+        path: the file to write, `.png`, `.pdf` or `.svg`.
+
+    Raises:
+        ValueError: as `require_plot_path`.
+        OSError: the file cannot be written.
+    """
+    require_plot_path(path)
+    P = diagnosis.num_streams
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.plot(range(P), diagnosis.losses, "o", label="a stream alone")
+    left.axhline(diagnosis.mixture_loss, color="black", linewidth=1, label="mixed")
+    left.set(title=f"Loss, {diagnosis.tokens:,} tokens", xlabel="stream", ylabel="nats per token")
+    left.set_xticks(range(P))
+    left.legend()
+
+    image = middle.imshow(diagnosis.correlation)
+    shade = {"color": "black", "alpha": 0.4, "pad": 1}
+    for (row, column), value in np.ndenumerate(diagnosis.correlation if P <= 8 else np.empty((0, 0))):
+        middle.text(column, row, f"{value:.3f}", ha="center", va="center", color="white", fontsize=8, bbox=shade)
+    middle.set(title="Correlation of token losses", xlabel="stream", ylabel="stream")
+    middle.set_xticks(range(P))
+    middle.set_yticks(range(P))
+    figure.colorbar(image, ax=middle)
+
+    width = max(1, len(diagnosis.counts) // 64)  # positions are joined to at most about 64 points
+    starts = np.arange(0, len(diagnosis.counts), width)
+    counts = np.add.reduceat(diagnosis.counts, starts)
+    weights = np.add.reduceat(diagnosis.weights * diagnosis.counts[:, None], starts) / counts[:, None]
+    for stream in range(P):
+        right.plot(starts, weights[:, stream], label=f"stream {stream}")
+    right.axhline(1 / P, color="black", linewidth=0.8, linestyle=":")
+    entropy = f"entropy {diagnosis.mean_entropy:.3f} of at most {math.log(P):.3f}"
+    right.set(title=f"Mean weights; {entropy}", xlabel="position in the window", ylabel="weight")
+    right.legend(fontsize=8)
+    with staged_file(path) as beside:
+        figure.savefig(beside, dpi=150)
+
+
+def require_plot_path(path: str | Path) -> None:
+    """Check a plot's path, before measuring what it shall show.
+
+    Raises:
+        ValueError: the ending is none of `PLOT_ENDINGS`, it is no file, or its folder does not exist.
+        OSError: it cannot be written.
+    """
+    if Path(path).suffix not in PLOT_ENDINGS:
+        raise ValueError(f"{path} does not end in {', '.join(PLOT_ENDINGS)}, which say what to draw.")
+    require_writable(path)
+
+
+def _mean_of_pairs(matrix: np.ndarray) -> float:
+    return float(matrix[np.triu_indices(len(matrix), 1)].mean())

@@ -1,0 +1,248 @@
+"""lm-eval's tasks on a model with streams or a plain one: lm-eval reads, asks and scores, and the result says of what.
+
+The model goes to lm-eval as it is, in lm-eval's own `HFLM`, so that a figure means what it means for any other model.
+`RECIPES` is a folder of task lists in lm-eval's format; its file names are their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parscale import __version__
+from parscale.checkpoints.evaluation.text_loss import adapting, checked_length, evaluating, shown_threshold
+from parscale.checkpoints.models import STREAMS_OFF
+from parscale.checkpoints.texts.token_ids import only_known_ids
+
+RECIPES = Path(__file__).with_name("recipes")
+"""The folder of our task files for lm-eval, which its own command takes as `--include_path`."""
+_YAML = (".yaml", ".yml")
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+    include_path: str | Path | None = None,
+    confirm_run_unsafe_code: bool = False,
+    adaptive: float | None = None,
+) -> dict[str, Any]:
+    """Run lm-eval's tasks on a model in the state it is in: with its active streams, or with none.
+
+    Where lm-eval's numbers are random (few-shot examples, bootstrapped errors) its own default seeds hold. It shows
+    its progress on standard error, and what tasks print goes there too.
+
+    Args:
+        model: a causal language model; it runs where it is, in its own dtype.
+        tokenizer: its tokenizer; lm-eval gives it a padding token if it has none.
+        tasks: names of tasks, groups and tags, patterns such as `"mmlu_*"`, recipes, or files of single tasks.
+        num_fewshot: examples in front of each question, in place of the tasks' own numbers, but for those that say 0.
+        limit: questions of each task at most, or below 1 the share of them; for trying out only.
+        batch_size: questions in a batch.
+        sequence_length: tokens the model sees at once; by default as many as it has positions for.
+        include_path: a folder with task files of your own. These, and those given by their path, can run code on this
+            machine when lm-eval reads them (`!function`, templates): a warning names them first.
+        confirm_run_unsafe_code: whether tasks may run the code that the model writes. It has no say in what task files
+            run.
+        adaptive: as :func:`parscale.checkpoints.evaluation.text_loss.evaluate`.
+
+    Returns:
+        lm-eval's results, as it writes them to files, with `"parscale"`: what :func:`stamp` says, and with `adaptive`
+        its `mean_streams`, over the questions' own tokens too. Can be written as JSON.
+
+    Raises:
+        ValueError: lm-eval is missing, a number is out of range, there is no such task, a task cannot be loaded, or it
+            runs the model's code and this was not allowed.
+        OSError: a task's data cannot be had.
+    """
+    _check_numbers(num_fewshot, limit, batch_size)
+    length = None if sequence_length is None else checked_length(model, sequence_length)
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"There is no folder {include_path}; give one that holds task files (.yaml).")
+        _warn_of_code(Path(include_path), [path for path in Path(include_path).rglob("*") if path.suffix in _YAML])
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.utils import handle_non_serializable
+    except ImportError as error:
+        raise ValueError(f"Tasks need the package lm-eval: pip install 'parscale[eval]'. ({error})") from error
+
+    with contextlib.redirect_stdout(sys.stderr), evaluating(model), only_known_ids(model):
+        manager = _task_manager(tasks, include_path, model.name_or_path or "", confirm_run_unsafe_code)
+        names = _known(tasks, manager)
+        with _quiet("lm_eval.models.huggingface"):  # it warns of being given a model and not a name
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
+        try:
+            with adapting(model, adaptive) as chooser:
+                results = simple_evaluate(
+                    lm,
+                    tasks=names,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    batch_size=batch_size,
+                    device=str(model.device),
+                    task_manager=manager,
+                    log_samples=False,
+                    confirm_run_unsafe_code=confirm_run_unsafe_code,
+                )
+        except AssertionError as error:  # so lm-eval says that a task does not fit the model
+            if not str(error):
+                raise
+            raise ValueError(f"lm-eval cannot run {', '.join(tasks)} on this model: {error}") from error
+    assert results is not None  # this is one process
+    written: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
+    measured = stamp(model, lm_eval=version("lm_eval"))
+    if adaptive is not None and chooser is not None:
+        measured |= {"adaptive": shown_threshold(adaptive), "mean_streams": chooser.mean_streams}
+    return {"parscale": measured} | written
+
+
+def stamp(model: Any, **versions: str) -> dict[str, Any]:
+    """What a result was measured with: the model's streams, and versions.
+
+    Args:
+        model: wrapped or plain.
+        **versions: of further packages.
+
+    Returns:
+        `num_streams` is P; `streams` is the active set's name, or `"off"` for the plain backbone; `versions` holds
+        those of parscale, torch and transformers, and those given.
+    """
+    state = getattr(model, "parscale", None)
+    active = None if state is None else state.active
+    return {
+        "num_streams": 1 if active is None else active.num_streams,
+        "streams": STREAMS_OFF if active is None else active.name,
+        "versions": {"parscale": __version__, "torch": version("torch"), "transformers": version("transformers")}
+        | versions,
+    }
+
+
+def scores(results: dict[str, Any]) -> list[tuple[str, str, str, float, float | None]]:
+    """The figures of :func:`evaluate_tasks`: task or group, metric, filter, value and standard error."""
+    rows = []
+    for task, figures in (results["results"] | results.get("groups", {})).items():
+        for name, value in figures.items():
+            metric, comma, answer_filter = name.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                error = figures.get(f"{metric}_stderr,{answer_filter}")
+                error = error if isinstance(error, (int, float)) else None
+                rows.append((task, metric, answer_filter, float(value), error))
+    return rows
+
+
+def _check_numbers(num_fewshot: int | None, limit: float | None, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot is {num_fewshot}, and must be at least 0.")
+    if limit is not None and not (0 < limit < 1 or (1 <= limit < math.inf and float(limit).is_integer())):
+        raise ValueError(f"limit is {limit:g}, and must be a number of questions, or a share of them between 0 and 1.")
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None, pretrained: str, confirmed: bool) -> Any:
+    """lm-eval's index of tasks, whose `load` says in a `ValueError` which task is wrong.
+
+    lm-eval's own tasks, which take seconds to index, are left out where only files are asked for.
+    """
+    from lm_eval.tasks import TaskManager
+
+    class Tasks(TaskManager):
+        def load(self, task_list: Any) -> Any:
+            try:
+                loaded = super().load(task_list)
+            except (ValueError, OSError):
+                raise
+            except Exception as error:  # whatever a task file without sense leads to
+                names = ", ".join(map(str, task_list))
+                raise ValueError(f"The tasks {names} cannot be loaded: {type(error).__name__}: {error}") from error
+            unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
+            if unsafe and not confirmed:
+                raise ValueError(
+                    f"Code that the model writes is run by {', '.join(unsafe)}: allow it by --confirm-run-unsafe-code, "
+                    "in a sandbox."
+                )
+            return loaded
+
+    folders = [RECIPES, *([Path(include_path)] if include_path is not None else [])]
+    by_name = not all(Path(name).suffix in _YAML for name in tasks)
+    return Tasks(include_path=folders, include_defaults=by_name, metadata={"pretrained": pretrained})
+
+
+def _known(tasks: Sequence[str], manager: Any) -> list[str]:
+    """The tasks' names, patterns resolved, and paths.
+
+    Raises:
+        ValueError: none is given, or there is no such task.
+    """
+    found: dict[str, None] = {}
+    for name in tasks:
+        if Path(name).suffix in _YAML:
+            found[str(_task_file(Path(name)))] = None
+        elif matches := manager.match_tasks([name]):
+            found.update(dict.fromkeys(matches))
+        else:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise ValueError(
+                f"lm-eval {version('lm_eval')} knows no task {name!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else ".")
+                + " All names: lm-eval ls tasks. Tasks of your own: --include-path, or the path of a YAML file."
+            )
+    if not found:
+        raise ValueError("There is no task to run; give the name of one.")
+    return list(found)
+
+
+def _task_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give a task file, or a task's name.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: byte {error.start} cannot be read.") from error
+    if re.search(r"^group:", text, re.MULTILINE):  # lm-eval reads single tasks by their path
+        raise ValueError(f"{path} describes a group; give its folder as --include-path, and its name as the task.")
+    _warn_of_code(path, [path])
+    return path
+
+
+def _warn_of_code(given: Path, files: Sequence[Path]) -> None:
+    """Says that task files can run code, before lm-eval reads them, and what they name."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
+    functions = sorted({name for text in texts for name in re.findall(r"!function\s+[\"']?([\w./-]+)", text)})
+    named = f" It names {', '.join(functions[:3])}{' and more' if len(functions) > 3 else ''}." if functions else ""
+    warnings.warn(
+        f"lm-eval runs code that task files hold or name, with and without --confirm-run-unsafe-code: read {given} "
+        f"first if others wrote it.{named}",
+        stacklevel=3,
+    )
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """In this block a logger reports errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,217 @@
+"""The loss of a causal language model on text, by document.
+
+A document is cut into windows of `sequence_length` tokens, each of which begins with the token that the one before
+ended with. So each token of a document except its first is predicted exactly once, from the tokens that stand before it
+in its window, and how many tokens are predicted does not depend on the windows' length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parscale.checkpoints.texts.documents import Document
+from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
+from parscale.methods import adaptive_streams
+from parscale.streams.passes import Adaptive
+
+DEFAULT_SEQUENCE_LENGTH = 1024
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class DocumentLoss:
+    """One document.
+
+    Attributes:
+        name: as it was given.
+        loss: mean over its predicted tokens, in nats.
+        tokens: how many were predicted.
+    """
+
+    name: str
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        loss: nats per predicted token, each token weighing the same.
+        perplexity: `exp(loss)`.
+        tokens: how many tokens were predicted.
+        sequence_length: the windows' length in tokens.
+        documents: the same by document, in the order given, without those of fewer than two tokens.
+        mean_streams: how many streams ran for a token on average, where they ran for chosen tokens only.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    sequence_length: int
+    documents: tuple[DocumentLoss, ...]
+    mean_streams: float | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document: which document of those given, and its token ids."""
+
+    document: int
+    ids: list[int]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    adaptive: float | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model's loss on documents, in the state it is in: with its active streams, or with none.
+
+    Args:
+        model: a causal language model; it runs where it is, in its own dtype. Losses are summed in float64.
+        tokenizer: its tokenizer; each document begins with the special tokens that it puts there.
+        documents: pairs of a name and a text.
+        sequence_length: tokens in a window, at least 2 and at most as many as the model has positions for; by default
+            1024, or as many positions as there are.
+        batch_size: windows in a batch; memory for logits grows with `batch_size * sequence_length * vocabulary`.
+        adaptive: of streams that share keys and values: entropy, nats, of stream 0's prediction above which streams 1
+            to P - 1 run for a token. 0: always, infinity: never.
+        progress: whether to show a progress bar on standard error.
+
+    Returns:
+        The losses, as a whole and by document.
+
+    Raises:
+        ValueError: a number is out of range, the active streams cannot adapt, no document has two tokens, a text holds
+            half a character, or the tokenizer gives an id that the model does not know.
+    """
+    length = checked_length(model, sequence_length)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
+    windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
+    if not windows:
+        raise ValueError("No document has two tokens, and at least one must: the first token is not predicted.")
+
+    sums = [0.0] * len(documents)
+    counts = [0] * len(documents)
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    ran = 0
+    with evaluating(model), torch.inference_mode(), adapting(model, adaptive) as chooser:
+        for batch in with_progress_bar(batches, progress):
+            for window, loss in zip(batch, _losses(model, [window.ids for window in batch]), strict=True):
+                sums[window.document] += loss
+                counts[window.document] += len(window.ids) - 1
+            if chooser is not None:
+                ran += sum(chooser.ran_in(row, len(window.ids) - 1) for row, window in enumerate(batch))
+
+    total, tokens = math.fsum(sums), sum(counts)
+    by_document = tuple(
+        DocumentLoss(name, sums[index] / counts[index], counts[index])
+        for index, (name, _) in enumerate(documents)
+        if counts[index]
+    )
+    loss = total / tokens
+    perplexity = math.inf if loss > 700 else math.exp(loss)
+    mean = None if chooser is None else chooser.mean_of(ran, tokens)
+    return Evaluation(loss, perplexity, tokens, length, by_document, mean)
+
+
+def adapting(model: PreTrainedModel, threshold: float | None) -> AbstractContextManager[Adaptive | None]:
+    """In this block streams run for chosen tokens, if there is a threshold; see :func:`evaluate`."""
+    return nullcontext() if threshold is None else adaptive_streams(model, threshold)
+
+
+def shown_threshold(threshold: float) -> float | str:
+    """A threshold as JSON can hold it."""
+    return threshold if math.isfinite(threshold) else "inf"
+
+
+def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
+    """The tokens in a window or sequence: as given, or 1024, or as many as the model has positions for.
+
+    Raises:
+        ValueError: it is below 2, or the model has fewer positions.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if sequence_length is None:
+        return int(min(DEFAULT_SEQUENCE_LENGTH, positions))
+    if not 2 <= sequence_length <= positions:
+        limit = f"between 2 and the model's {positions} positions" if positions < math.inf else "at least 2"
+        raise ValueError(f"sequence_length is {sequence_length}, and must be {limit}.")
+    return sequence_length
+
+
+def windows_of(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, vocabulary: int
+) -> list[Window]:
+    """The documents' windows of at most `length` ids, the longest first: a batch then holds windows of like length.
+
+    Raises:
+        ValueError: as :func:`parscale.checkpoints.texts.token_ids.encode`.
+    """
+    encoded = encode(documents, tokenizer, vocabulary)
+    windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in _cut(whole, length)]
+    return sorted(windows, key=lambda window: -len(window.ids))
+
+
+def padded(batch: Sequence[list[int]], device: torch.device) -> torch.Tensor:
+    """Windows as one tensor `(B, S)`, padded on the right: what follows, a causal model's tokens never see."""
+    longest = max(len(ids) for ids in batch)
+    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch], device=device)
+
+
+def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
+    """Windows of at most `length` ids that overlap by one; none from fewer than two ids."""
+    for start in range(0, len(ids) - 1, length - 1):
+        yield ids[start : start + length]
+
+
+def _losses(model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
+    """Each window's summed loss in nats."""
+    input_ids = padded(batch, model.device)  # (B, S)
+    logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
+    sums = []
+    for row, ids in enumerate(batch):  # one row at a time: a float32 copy of all logits may be large
+        predicted = logits[row, : len(ids) - 1]
+        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+        targets = input_ids[row, 1 : len(ids)].to(predicted.device)
+        sums.append(cross_entropy(predicted, targets, reduction="none").double().sum().item())
+    return sums
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In this block the model is in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def with_progress_bar(batches: list[list[W]], shown: bool) -> Iterator[list[W]]:
+    """The batches, with a progress bar on standard error if it is wanted."""
+    if not shown:
+        yield from batches
+        return
+    from rich.progress import track
+
+    from parscale.terminal.console import Terminal
+
+    yield from track(batches, description="Evaluating", console=Terminal(stderr=True), transient=True)

@@ -1,0 +1,325 @@
+"""The main job on what is at hand: a small trained model is converted, post-trained on real text, compared, tried.
+
+Nothing is downloaded. The text is the source of the running Python's standard library, of which 5 % of the files are
+held out; pydoc's copy of the language reference is text of another kind, which no model here was trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from parscale import ParScaleConfig, wrap
+from parscale.checkpoints.conversion.convert import calibration_ids
+from parscale.checkpoints.evaluation.comparison import compare
+from parscale.checkpoints.evaluation.text_loss import Evaluation, evaluate
+from parscale.checkpoints.models import load_any
+from parscale.checkpoints.quickstart.report import plot, print_report
+from parscale.checkpoints.small_model import small_model_path
+from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.standard_library import standard_library_split
+from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.checkpoints.training.packing import pack_documents
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.speed import faster_in_bf16, seconds_of_step
+from parscale.checkpoints.training.train import train
+from parscale.checkpoints.versions import versions
+from parscale.format.pretrained import read_pretrained
+from parscale.format.staging import require_new_folder, staged
+from parscale.terminal.console import Terminal
+
+PROMPT = "def read_config(path):\n"
+CODE = "held-out code"
+"""What the quickstart calls its files of code that no model saw."""
+PROSE = "prose"
+"""What it calls its prose."""
+UNTOUCHED, FROZEN, EVERYTHING, ALONE = "untouched", "frozen", "everything", "alone"
+TITLES = {
+    UNTOUCHED: "untouched backbone",
+    FROZEN: "streams, backbone frozen",
+    EVERYTHING: "streams and backbone",
+    ALONE: "backbone alone, trained",
+}
+# What is held against what: each row against the untouched backbone, and streams against mere further training.
+PAIRS = ((FROZEN, UNTOUCHED), (EVERYTHING, UNTOUCHED), (ALONE, UNTOUCHED), (EVERYTHING, ALONE))
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """The quickstart's sizes; as they are, it takes about five minutes on two CPU cores.
+
+    Attributes:
+        num_streams: P.
+        prefix_length: T.
+        tokens: how many each row trains on.
+        seconds: about how long the slowest row may train. On a machine that is too slow for `tokens`, all rows train on
+            as many fewer.
+        sequence_length: tokens in a training block.
+        batch_size: blocks in a step.
+        window: tokens in a window of the evaluation; the small model was pretrained at this length.
+        streams_learning_rate: of prefixes and aggregator.
+        backbone_learning_rate: of everything else.
+        code_characters: from each held-out file's beginning, how many are measured.
+        prose_characters: the same of each topic.
+        new_tokens: how many each model writes.
+    """
+
+    num_streams: int = 4
+    prefix_length: int = 48
+    tokens: int = 250_000
+    seconds: float = 120.0
+    sequence_length: int = 256
+    batch_size: int = 4
+    window: int = 512
+    streams_learning_rate: float = 3e-2
+    backbone_learning_rate: float = 3e-5
+    code_characters: int = 3500
+    prose_characters: int = 1000
+    new_tokens: int = 80
+
+
+@dataclass(frozen=True)
+class QuickstartTexts:
+    """What the quickstart reads.
+
+    Attributes:
+        train: documents to train on.
+        measured: documents to measure on, by their kind.
+    """
+
+    train: Sequence[Document]
+    measured: Mapping[str, Sequence[Document]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        losses: by kind of text.
+        written: what it wrote.
+        training: the report of its training; None for the untouched backbone.
+        training_losses: of each step.
+    """
+
+    losses: Mapping[str, Evaluation]
+    written: str
+    training: Mapping[str, Any] | None = None
+    training_losses: Sequence[float] = ()
+
+
+def run_quickstart(
+    output: Path,
+    *,
+    seed: int = 0,
+    settings: QuickstartSettings | None = None,
+    model_path: Path | None = None,
+    texts: QuickstartTexts | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Convert the small model, post-train it in two ways, compare both with the backbone, and write code.
+
+    Args:
+        output: the folder to write, new or empty; it appears only when it is whole. It gets the two post-trained models
+            in `frozen` and `everything`, for `parscale.load`, and `report.json` and `report.png`.
+        seed: of the draws and of the order of the text.
+        settings: the sizes.
+        model_path: another model than the one that the package carries.
+        texts: other documents than the standard library's.
+        console: where progress and the table are shown; by default on standard output.
+
+    Returns:
+        The report, which can be written as JSON: what each model measured and wrote, the paired differences, the
+        settings and versions, and the seconds it all took.
+
+    Raises:
+        ValueError: `output` holds something, or there is too little text.
+    """
+    start = time.perf_counter()
+    settings, console = settings or QuickstartSettings(), console or Terminal()
+    require_new_folder(output)
+    with staged(output, last="report.json", new=True) as folder:
+        source = str(model_path or small_model_path())
+        tokenizer = read_pretrained(AutoTokenizer, source)
+        backbone: Any = read_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
+        if torch.cuda.is_available():
+            backbone.to("cuda")
+        texts = texts or quickstart_texts(settings.code_characters, settings.prose_characters)
+        console.print(
+            f"A {type(backbone).__name__} of {backbone.num_parameters():,} parameters gets P = {settings.num_streams} "
+            f"streams. It trains on {len(texts.train)} files, and is measured on {len(texts.measured[CODE])} others."
+        )
+        bf16 = faster_in_bf16(backbone.device)
+        rows = _rows(backbone, tokenizer, texts, settings, seed, bf16, folder, console)
+        report = {
+            "models": {name: _figures(name, row) for name, row in rows.items()},
+            "comparisons": [
+                {"model": model, "baseline": baseline, "text": kind}
+                | asdict(compare(rows[model].losses[kind], rows[baseline].losses[kind]))
+                for model, baseline in PAIRS
+                for kind in texts.measured
+            ],
+            "settings": asdict(settings) | {"seed": seed, "training_dtype": "bfloat16" if bf16 else "float32"},
+            "prompt": PROMPT,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "output": str(output),
+        }
+        plot(report, {name: row.training_losses for name, row in rows.items() if row.training}, folder / "report.png")
+        report["seconds"] = round(time.perf_counter() - start, 1)
+        (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print_report(report, console)
+    return report
+
+
+def quickstart_texts(code_characters: int = 3500, prose_characters: int = 1000) -> QuickstartTexts:
+    """The standard library's files, and pydoc's topics as prose.
+
+    Args:
+        code_characters: of each held-out file, how many are measured at most.
+        prose_characters: of each topic.
+
+    Returns:
+        What to train on and what to measure on.
+    """
+    from pydoc_data.topics import topics
+
+    train, held_out = standard_library_split()
+    return QuickstartTexts(
+        train,
+        {
+            CODE: [(name, text[:code_characters]) for name, text in held_out],
+            PROSE: [(name, text[:prose_characters]) for name, text in sorted(topics.items())],
+        },
+    )
+
+
+def write(model: Any, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+    """What a model makes of `PROMPT`, always taking the likeliest token."""
+    model.eval()
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _rows(
+    backbone: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: QuickstartTexts,
+    settings: QuickstartSettings,
+    seed: int,
+    bf16: bool,
+    folder: Path,
+    console: Console,
+) -> dict[str, Row]:
+    """Train and measure the four models, and save the two with streams."""
+
+    def row(model: Any, *training: Any) -> Row:
+        losses = {
+            kind: evaluate(model, tokenizer, documents, sequence_length=settings.window)
+            for kind, documents in texts.measured.items()
+        }
+        return Row(losses, write(model, tokenizer, settings.new_tokens), *training)
+
+    rows = {UNTOUCHED: row(backbone)}
+    wrapped = _wrapped(backbone, tokenizer, texts, settings, seed)
+    tokens = _affordable_tokens(wrapped, tokenizer, texts, settings, bf16)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        for name, model in (("plain", backbone), ("converted", wrapped)):
+            model.save_pretrained(work / name)
+            tokenizer.save_pretrained(work / name)
+        for name in (FROZEN, EVERYTHING, ALONE):
+            console.print(f"training: {TITLES[name]}", highlight=False)
+            training = train(
+                str(work / ("plain" if name == ALONE else "converted")),
+                work / name,
+                _train_settings(name, texts, settings, tokens, bf16, seed),
+                console=console,
+            )
+            console.print(f"{training['tokens']:,} tokens in {_seconds(training):.0f} seconds", highlight=False)
+            model = load_any(str(work / name)).to(backbone.device)
+            losses = [line["loss"] for line in Run(work / name).metrics() if "loss" in line]
+            rows[name] = row(model, training, losses)
+            if name != ALONE:
+                model.save_pretrained(folder / name)
+                tokenizer.save_pretrained(folder / name)
+    return rows
+
+
+def _wrapped(
+    backbone: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: QuickstartTexts,
+    settings: QuickstartSettings,
+    seed: int,
+) -> Any:
+    """A copy of the backbone with streams, which start from the training text."""
+    P, T = settings.num_streams, settings.prefix_length
+    calibration = calibration_ids(texts.train, tokenizer, P, T, vocabulary=vocabulary_of(backbone))
+    return wrap(copy.deepcopy(backbone), ParScaleConfig(P, T, seed=seed), calibration=calibration)
+
+
+def _affordable_tokens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: QuickstartTexts, settings: QuickstartSettings, bf16: bool
+) -> int:
+    """How many tokens each row trains on, by the time that a step of the slowest row takes; at least one step's."""
+    per_step = settings.batch_size * settings.sequence_length
+    if settings.tokens <= per_step:
+        return settings.tokens
+    documents = texts.train[: settings.batch_size]
+    blocks = pack_documents(documents, tokenizer, settings.sequence_length, vocabulary=vocabulary_of(model))
+    if not len(blocks):  # so little text that training will refuse it
+        return settings.tokens
+    steps = int(settings.seconds / seconds_of_step(model, blocks, settings.batch_size, bf16=bf16))
+    return min(settings.tokens, max(1, steps) * per_step)
+
+
+def _train_settings(
+    name: str, texts: QuickstartTexts, settings: QuickstartSettings, tokens: int, bf16: bool, seed: int
+) -> TrainSettings:
+    return TrainSettings(
+        data=[Source.of("the training files", texts.train)],
+        tokens=tokens,
+        sequence_length=settings.sequence_length,
+        batch_size=settings.batch_size,
+        streams_learning_rate=settings.streams_learning_rate,
+        learning_rate=settings.backbone_learning_rate,
+        warmup=0.05,  # so short a run does not stay at its peak
+        decay=0.95,
+        freeze_backbone=name == FROZEN,
+        bf16=bf16,
+        save_every=tokens,  # at the end only
+        seed=seed,
+    )
+
+
+def _seconds(training: Mapping[str, Any]) -> float:
+    """Of the steps alone."""
+    return float(training["tokens"] / training["tokens_per_second"])
+
+
+def _figures(name: str, row: Row) -> dict[str, Any]:
+    return {
+        "title": TITLES[name],
+        "trained_parameters": row.training["trained_parameters"] if row.training else 0,
+        "trained_tokens": row.training["tokens"] if row.training else 0,
+        "training_seconds": round(_seconds(row.training), 1) if row.training else 0.0,
+        "loss": {
+            kind: fmean(document.loss for document in evaluation.documents) for kind, evaluation in row.losses.items()
+        },
+        "measured_tokens": {kind: evaluation.tokens for kind, evaluation in row.losses.items()},
+        "written": row.written,
+    }

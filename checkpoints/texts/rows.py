@@ -1,0 +1,198 @@
+"""Rows of data files: JSON, JSON Lines, comma- and tab-separated values, and tables of Arrow and Parquet.
+
+What a file holds is told by the ending of its name, in capitals too, and before that of a compression.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
+from parscale.checkpoints.texts.token_ids import require_text
+
+Row = tuple[str, str, dict[str, Any]]  # where it stands, as an error says it; the name of its document; its columns
+
+JSON, JSON_LINES = ".json", (".jsonl", ".ndjson")
+SEPARATED = {".csv": ",", ".tsv": "\t"}
+TABLES = (".parquet", ".arrow")
+ENDINGS = (JSON, *JSON_LINES, *SEPARATED, *TABLES)
+_ARROW_FILE = b"ARROW1"  # begins a file of Arrow, and no stream
+_SPACE = re.compile(r"[ \t\r\n]*")
+_MOST_NAMES, _LONGEST_NAME = 20, 60  # of columns, and characters of each, in an error
+_LONGEST_CELL = 2**31 - 1  # characters; the csv module stops at 131,072, which a document may exceed
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a file, by its name, holds rows and is not text itself."""
+    return suffix_of(path) in ENDINGS
+
+
+def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
+    """The texts of a file's rows with their names, such as `"a.jsonl:3"`; those without a letter are left out.
+
+    Args:
+        path: of a file for which `has_rows` holds.
+        column: what holds the text in a row.
+
+    Raises:
+        ValueError: it is no file, damaged, or has a row without a text in this column; found when it comes to that.
+        OSError: it cannot be read.
+    """
+    suffix = suffix_of(path)
+    if suffix in TABLES:
+        rows = _table(path, column)
+    elif suffix in SEPARATED:
+        rows = _separated(path, SEPARATED[suffix], column)
+    else:
+        rows = _json(path, column) if suffix == JSON else _json_lines(path)
+    for where, name, row in rows:
+        text = text_of(where, row, column)
+        if text.strip():
+            yield name, text
+
+
+def text_of(where: str, row: Any, column: str) -> str:
+    """The text of one row.
+
+    Args:
+        where: what an error names.
+        row: its columns; anything else is refused.
+        column: what holds the text.
+
+    Raises:
+        ValueError: there is no such column, or it holds no text.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}, is no JSON object but a {type(row).__name__}; write {{{column!r}: ...}}.")
+    if column not in row:
+        names = [repr(name)[:_LONGEST_NAME] for name in islice(row, _MOST_NAMES)] or ["none"]
+        more = f" and {len(row) - _MOST_NAMES:,} more" if len(row) > _MOST_NAMES else ""
+        raise ValueError(
+            f"{where}, has no column {column!r}; it has: {', '.join(names)}{more}. "
+            "Name the one that holds the text with --text-column."
+        )
+    if not isinstance(row[column], str):
+        raise ValueError(f"{where}: column {column!r} is no text but a {type(row[column]).__name__}.")
+    return require_text(where, row[column])
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{shown(path)}, line {number}"
+                with _is_json(f"{where}, is"):
+                    row = json.loads(line)
+                yield where, f"{shown(path)}:{number}", row
+
+
+def _json(path: Path, column: str) -> Iterator[Row]:
+    """JSON Lines, a list of rows, one row, or an object in which one list of rows stands, such as `{"data": [...]}`."""
+    values = _json_values(path)
+    if len(values) == 1 and isinstance(values[0], dict) and column not in values[0]:
+        lists = [value for value in values[0].values() if _is_list_of_rows(value)]
+        values = lists if len(lists) == 1 else values
+    rows = [row for value in values for row in (value if isinstance(value, list) else [value])]
+    for number, row in enumerate(rows, 1):
+        yield f"{shown(path)}, row {number}", f"{shown(path)}:{number}", row
+
+
+def _json_values(path: Path) -> list[Any]:
+    """The values that stand one after another in a file."""
+    text = read_text(path)
+    values: list[Any] = []
+    decoder = json.JSONDecoder()
+    with _is_json(f"{shown(path)} is"):
+        at = _after_space(text, 0)
+        while at < len(text):
+            value, end = decoder.raw_decode(text, at)
+            values.append(value)
+            at = _after_space(text, end)
+    return values
+
+
+def _after_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return at if match is None else match.end()
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+@contextlib.contextmanager
+def _is_json(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(f"{what} not JSON that can be read: it is nested too deeply.") from error
+    except ValueError as error:  # of JSON, or of a number of thousands of digits
+        raise ValueError(f"{what} not JSON: {error}.") from error
+
+
+def _separated(path: Path, delimiter: str, column: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_CELL)
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        try:
+            for cells in reader:
+                where = f"{shown(path)}, line {reader.line_num}"
+                if not cells:  # a blank line
+                    continue
+                if not header:
+                    header = [name.strip() for name in cells]
+                    if header.count(column) > 1:
+                        raise ValueError(f"{where}, names the column {column!r} twice; leave one of them out.")
+                    continue
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{where}, has {len(cells)} cells, and the header names {len(header)} columns; put a cell that "
+                        "holds a separator into quotes."
+                    )
+                yield where, f"{shown(path)}:{reader.line_num}", dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise ValueError(f"{shown(path)}, line {reader.line_num}, cannot be read: {error}.") from error
+
+
+def _table(path: Path, column: str) -> Iterator[Row]:
+    with open_bytes(path) as file:
+        rows = (row for batch in _batches(path, file, column) for row in batch)
+        for number, row in enumerate(rows, 1):
+            yield f"{shown(path)}, row {number}", f"{shown(path)}:{number}", row
+
+
+def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str, Any]]]:
+    """A table's rows with this column alone, some at a time; a row without any value where it has no such column."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"Reading {shown(path)} needs the package pyarrow: pip install 'parscale[train]'.") from error
+    try:
+        if suffix_of(path) == ".parquet":
+            table = ParquetFile(file)
+            names = table.schema_arrow.names
+            batches = table.iter_batches(columns=[column] if column in names else names[:1])
+        else:
+            start = file.read(len(_ARROW_FILE))
+            file.seek(0)
+            reader = pyarrow.ipc.open_file(file) if start == _ARROW_FILE else pyarrow.ipc.open_stream(file)
+            names = reader.schema.names
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if start == _ARROW_FILE else reader
+        for batch in batches:
+            if column in names:
+                texts = batch.column(column)
+                texts.validate(full=True)  # without which offsets that are damaged end the process
+                yield [{column: text} for text in texts.to_pylist()]
+            else:
+                yield [dict.fromkeys(names)] * batch.num_rows
+    except Exception as error:  # pyarrow has many kinds for damage, and Python one for text that is not UTF-8
+        raise ValueError(f"{shown(path)} cannot be read: {first_line(error)}") from error

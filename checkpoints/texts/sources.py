@@ -1,0 +1,231 @@
+"""Text that a user names: files of text or of rows, folders, and datasets of the Hugging Face Hub, as documents."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
+from parscale.checkpoints.texts.rows import JSON, SEPARATED, has_rows, text_of, texts_of_rows
+
+MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be something else, such as settings
+LOOKED_AT = 8  # documents, of each source, before anything long begins
+SHUFFLE_BUFFER = 10_000  # documents, of a dataset that is streamed
+_DATASET = re.compile(r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+_FILE_SUFFIXES = {".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+
+
+def open_source(name: str, *, text_column: str = "text", streaming: bool = False, seed: int = 0) -> Source:
+    """Opens training text by its name; documents without a character that is no space are left out.
+
+    Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (``.gz``, ``.bz2``,
+    ``.xz``, ``.zst``). What a file holds is told by the ending of its name:
+
+    ======================== =========================================================================================
+    ``.jsonl``, ``.ndjson``  JSON Lines; each row is a document
+    ``.json``                the same, or a list of rows, or an object that holds one such list
+    ``.csv``, ``.tsv``       a header, then rows; each row is a document
+    ``.parquet``, ``.arrow`` a table; each row is a document
+    any other                text, which is one document
+    ======================== =========================================================================================
+
+    Args:
+        name: a file; a folder, of which every such file that is not hidden counts, also by links to folders; or
+            ``NAME`` or ``NAME:CONFIGURATION`` of a dataset on the Hugging Face Hub, its split ``train``.
+        text_column: what holds the text in a row. In a folder, ``.json``, ``.csv`` and ``.tsv`` files without it are
+            left out, with a warning; to train on one as it is, call it ``.txt``.
+        streaming: read datasets as they are needed, and not as a whole beforehand; their documents are then shuffled
+            within a window of 10,000.
+        seed: of that shuffling.
+
+    Returns:
+        The documents, read anew each time that they are iterated over.
+
+    Raises:
+        ValueError: there is no such file or dataset, or it is no file but a pipe, a device or a socket. What is wrong
+            inside is found when it is read.
+        OSError: a folder cannot be entered.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _folder(path, text_column)
+    if path.exists() or path.is_symlink():
+        require_file(path)
+        return Source(shown(path), lambda: _file(path, text_column))
+    match = _DATASET.fullmatch(name)
+    if match is None or path.suffix.lower() in _FILE_SUFFIXES or has_rows(path):
+        raise ValueError(
+            f"{shown(name)} does not exist; give a text file, a folder, a .jsonl file, or the name of a dataset on the "
+            "Hub."
+        )
+    rows = _dataset(name, match["name"], match["config"], streaming)
+    if streaming:
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return Source(name, lambda: _rows(name, rows, text_column), match["name"])
+
+
+def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[Document]:
+    """Files to measure on or to start from: a text file is one document, in a file of rows each row is.
+
+    Args:
+        files: as `open_source` takes them, but for folders.
+        text_column: what holds the text in a row.
+
+    Returns:
+        Pairs of a name and a text.
+
+    Raises:
+        ValueError: a file does not exist, is a folder or no file, or cannot be read as what its name says.
+        OSError: it cannot be opened.
+    """
+    documents: list[Document] = []
+    for path in files:
+        require_file(path)
+        if has_rows(path):
+            documents += texts_of_rows(path, text_column)
+        else:
+            documents.append((shown(path), read_text(path)))
+    return documents
+
+
+def refuse_output_in_data(output: Path, data: Sequence[str | Source]) -> None:
+    """Refuses an output folder from whose own files a run would be read when it goes on.
+
+    Args:
+        output: of the run; it need not exist.
+        data: what a user named as data, and sources, which lie in no folder.
+
+    Raises:
+        ValueError: the output lies in a folder of data, also by a link.
+        OSError: a folder cannot be entered.
+    """
+    place = output.resolve()
+    for name in (each for each in data if isinstance(each, str) and os.path.isdir(each)):
+        for folder in below(Path(name)).folders:
+            if place.is_relative_to(folder) and not _is_hidden(place.relative_to(folder)):
+                raise ValueError(
+                    f"The output {shown(output)} lies in {shown(name)}, which is read as data, and so would its own "
+                    "files be; give an output folder elsewhere."
+                )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _folder(folder: Path, text_column: str) -> Source:
+    """Every file with text below a folder, in the order of their names; warns of what is left out."""
+    found = below(folder)
+    readable, other, useless = [], [], []
+    for path in found.files:
+        if not path.is_file() or not (has_rows(path) or is_text(path)):
+            other.append(shown(path))
+        elif suffix_of(path) in MAYBE_ROWS and (problem := _problem(path, text_column)):
+            useless.append(problem)
+        else:
+            readable.append(path)
+    count = len(found.files)
+    if not readable:
+        why = "".join(f" {problem}" for problem in useless[:1])
+        raise ValueError(f"The folder {shown(folder)} holds no file with text ({count} files were looked at).{why}")
+    for what, names in (
+        (f"of {count} files are not text", other),
+        (f"of {count} files have no rows that can be read", useless),
+        ("links lead to a folder that is read already", [shown(path) for path in found.again]),
+    ):
+        if names:
+            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"{shown(folder)}: {len(names)} {what}, and are left out: {'; '.join(names[:3])}{more}.", stacklevel=3
+            )
+    return Source(
+        shown(folder),
+        lambda: (document for path in readable for document in _file(path, text_column, may_be_empty=True)),
+    )
+
+
+def _problem(path: Path, text_column: str) -> str | None:
+    """What is wrong with a file's first row, if something is."""
+    try:
+        next(texts_of_rows(path, text_column), None)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterator[Document]:
+    require_file(path)
+    if path.stat().st_size == 0:
+        if may_be_empty:
+            return
+        raise ValueError(f"{shown(path)} is empty; give a file with text.")
+    if has_rows(path):
+        yield from texts_of_rows(path, text_column)
+        return
+    text = read_text(path)
+    if "\0" in text:
+        raise ValueError(f"{shown(path)} is a binary file (it holds zero bytes); give a file with text.")
+    if text.strip():
+        yield shown(path), text
+    elif not may_be_empty:
+        raise ValueError(f"{shown(path)} holds nothing but white space; give a file with text.")
+
+
+def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
+    for number, row in enumerate(_read(name, rows), 1):
+        text = text_of(f"{name}, row {number}", row, text_column)
+        if text.strip():
+            yield f"{name}:{number}", text
+
+
+def _read(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds where a dataset is streamed: a damaged file, another column type
+        raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
+
+
+def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"Reading {name} needs the package datasets: pip install 'parscale[train]'.") from error
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, config, split="train", streaming=streaming)
+    except Exception as error:  # of many kinds: no such name, no network, no such configuration
+        raise ValueError(
+            f"{name} is neither a file nor a folder here, nor a dataset that can be loaded: {first_line(error)}"
+        ) from error
+
+
+def open_sources(
+    data: Sequence[str | Source], *, text_column: str = "text", streaming: bool = False, seed: int = 0
+) -> list[Source]:
+    """Several sources, each looked into, so that what is wrong is said before anything long begins.
+
+    Args:
+        data: names as :func:`open_source` takes them, and sources, which stay as they are.
+        text_column: as for :func:`open_source`.
+        streaming: likewise.
+        seed: likewise.
+
+    Raises:
+        ValueError: one is missing, damaged or empty.
+    """
+    sources = [
+        open_source(each, text_column=text_column, streaming=streaming, seed=seed) if isinstance(each, str) else each
+        for each in data
+    ]
+    for source in sources:
+        if not list(islice(source, LOOKED_AT)):
+            raise ValueError(f"{source.name} holds no text.")
+    return sources

@@ -1,0 +1,102 @@
+"""Texts as token ids, checked: a text that no tokenizer reads, and an id that the model does not know, are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from parscale.distributed.parallel import whole_shape
+
+
+def encode(
+    documents: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int | None = None,
+    *,
+    add_special_tokens: bool = True,
+) -> list[list[int]]:
+    """Token ids of each document.
+
+    Args:
+        documents: pairs of a name and a text.
+        tokenizer: of the model.
+        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        add_special_tokens: as in a call of the tokenizer.
+
+    Raises:
+        ValueError: a text holds half a character, or the tokenizer gives an id that the model does not know.
+    """
+    if not documents:
+        return []
+    texts = [require_text(name, text) for name, text in documents]
+    encoded: list[list[int]] = tokenizer(
+        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    if vocabulary is not None:
+        for ids in encoded:
+            require_known(ids, vocabulary)
+    return encoded
+
+
+def require_text(where: str, text: str) -> str:
+    r"""The text, once it is known to be one: in JSON, `"\ud83d"` is half of a character, and on a command line such a
+    half stands for a byte that is not UTF-8.
+
+    Args:
+        where: what an error names, such as `"a.jsonl, line 3"`.
+        text: to look at.
+
+    Raises:
+        ValueError: it holds half a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start + 1} is {text[error.start]!a}, half of a character or a byte that is "
+            "not UTF-8, which no tokenizer reads; correct the text or leave it out."
+        ) from error
+    return text
+
+
+def require_known(ids: Iterable[int], vocabulary: int) -> None:
+    """Refuses token ids that a model does not know.
+
+    Args:
+        ids: of a text.
+        vocabulary: how many the model knows.
+
+    Raises:
+        ValueError: there is such an id.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"The tokenizer gives the token id {largest}, and the model knows {vocabulary} ids: it "
+            "is the tokenizer of another model. Put the model's own beside its weights."
+        )
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many token ids a model knows: the rows of its embedding."""
+    return whole_shape(model.get_input_embeddings().weight)[0]
+
+
+@contextmanager
+def only_known_ids(model: Any) -> Iterator[None]:
+    """In this block a model refuses ids that it does not know, by a `ValueError`, whoever encoded the text."""
+
+    def check(module: Any, args: Any) -> None:
+        (ids,) = args
+        if ids.numel():
+            require_known([int(ids.max())], vocabulary)
+
+    vocabulary = vocabulary_of(model)
+    hook = model.get_input_embeddings().register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()

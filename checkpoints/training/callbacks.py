@@ -1,0 +1,160 @@
+"""What goes on beside the steps of a run: its metrics and progress, and signals to stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from parscale.checkpoints.training.divergence import MEASURED
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.trained_weights import has_streams
+from parscale.checkpoints.training.trainer import BACKBONE, TEXT, StreamsTrainer
+
+LINES = 10  # of a run, where there is no terminal for a bar
+
+
+class RunMonitor(TrainerCallback):
+    """Writes `metrics.jsonl`, shows a progress bar or a few lines, and measures the backbone before the first step.
+
+    Args:
+        run: where the metrics go.
+        tokens_per_step: of a step.
+        console: where the bar is shown, if it is a terminal; if not, a line now and then.
+    """
+
+    def __init__(self, run: Run, tokens_per_step: int, console: Console) -> None:
+        self.run, self.tokens_per_step, self.console = run, tokens_per_step, console
+        self.trainer: StreamsTrainer | None = None
+        self.seconds, self.steps, self._started = 0.0, 0, 0.0
+        self._last = 0.0
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar; a new run is first measured without its streams."""
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+            self._bar.start()
+        trainer = self.trainer
+        if trainer is None or not trainer.eval_dataset or state.global_step:
+            return
+        model = trainer.bare_model()
+        if has_streams(model):
+            with model.use_streams(None):
+                trainer.evaluate(metric_key_prefix=BACKBONE)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops the clock: measuring and saving do not count."""
+        self._last = time.perf_counter() - self._started
+        self.seconds, self.steps = self.seconds + self._last, self.steps + 1
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """One line for a step."""
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        groups = optimizer.param_groups
+        factor = logs["learning_rate"] / groups[0]["initial_lr"] if groups[0]["initial_lr"] else 0.0
+        rates = {"streams" if group["of_streams"] else "backbone": factor * group["initial_lr"] for group in groups}
+        line = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "loss": logs["loss"],
+            "grad_norm": norm if (norm := logs.get("grad_norm")) is not None and math.isfinite(norm) else None,
+            "learning_rates": rates,
+            "tokens_per_second": round(self.tokens_per_step / self._last, 1) if self._last else None,
+        }
+        self.run.add_metrics(line)
+        text = f"loss {line['loss']:.4f}  {line['tokens']:,} tokens  {line['tokens_per_second']:,.0f}/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, description=text)
+        elif state.global_step % max(1, state.max_steps // LINES) == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self.console.print(f"step {state.global_step} of {state.max_steps}  {text}", highlight=False)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """One line for a text."""
+        if not state.is_world_process_zero:
+            return
+        for key, value in metrics.items():
+            prefix, _, rest = key.partition("_")
+            if prefix in (BACKBONE, TEXT) and rest.endswith(MEASURED):
+                line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
+                self.run.add_metrics(line | {"text": rest.removesuffix(MEASURED), f"{prefix}_loss": value})
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The mean over the steps of this process; None if there was none."""
+        return round(self.steps * self.tokens_per_step / self.seconds, 1) if self.seconds else None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the bar, also after an error."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bar.stop()
+            self._bar = None
+
+
+class Interruption(TrainerCallback):
+    """A signal to stop ends the run after the step under way, with a checkpoint; a second one ends it at once.
+
+    A terminal that closes sends SIGHUP, often twice and beside others: it never counts as a second signal. Where it is
+    ignored, as under `nohup`, it stays so.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.trainer: StreamsTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for a checkpoint and for the end, on all processes after the same step."""
+        accelerator = self.trainer.accelerator if self.trainer is not None else None
+        if accelerator is not None and accelerator.num_processes > 1:
+            if self.asked:
+                accelerator.set_trigger()
+            self.asked = accelerator.check_trigger()
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """In this block SIGINT, SIGTERM and SIGHUP are heard, if it runs in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.asked and number != hangup:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            heard.append(hangup)
+        before = {number: signal.signal(number, ask) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""What a run reads, by its contents: a run that goes on has to read the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from parscale.checkpoints.description import kind_of
+from parscale.config import SETS
+from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+
+_PICKLE = "pytorch_model.bin"  # of a backbone that transformers reads, where it has no other weights
+
+
+def checkpoint_digest(name: str) -> str:
+    """A digest of the configuration and the weights of a checkpoint, with the backbone that streams alone name.
+
+    Args:
+        name: a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: it is damaged.
+    """
+    digest = hashlib.sha256()
+    for path in _files(Checkpoint(name)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """What loading a checkpoint reads, in an order of its own."""
+    if kind_of(checkpoint) == STREAMS_ONLY:
+        yield from _there(checkpoint, STREAMS_CONFIG, STREAMS)
+        backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
+        if isinstance(backbone, str) and backbone:
+            yield from _files(Checkpoint(backbone))
+        return
+    yield from _there(checkpoint, CONFIG)
+    try:
+        weights = checkpoint.weights()
+    except (FileNotFoundError, ValueError):
+        yield from _there(checkpoint, _PICKLE)
+    else:
+        yield from sorted({tensor.file for tensor in weights.values()}, key=lambda path: path.name)
+    for name in checkpoint.read_json(CONFIG).get(SETS, []):
+        yield from _there(checkpoint.inside(name), STREAMS_CONFIG, STREAMS)
+
+
+def _there(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:
+    return (path for name in names if (path := checkpoint.file(name)) is not None)
+
+
+def streamed_digest(beginning: str, sources: Sequence[str]) -> str:
+    """A digest of data that is read while training: of its beginning, and of the sizes of the files that are here.
+
+    Args:
+        beginning: a digest of the first rows.
+        sources: what the data is, by the names that the user gave.
+    """
+    digest = hashlib.sha256(beginning.encode())
+    for source in map(Path, sources):
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if path.is_file():
+                digest.update(f"{os.path.relpath(path, source)} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""Runs whose numbers are no numbers any more: they stop, and nothing of them is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+MEASURED = "_nats_per_token"  # the end of a loss's name in what `Trainer.evaluate` returns
+_FIRST = "the model gives no finite loss on this text as it is: compute in float32 (--no-bf16), or look at the text"
+
+
+class DivergedError(ValueError):
+    """A loss, a gradient or a weight is not finite."""
+
+
+class StopWhenDiverged(TrainerCallback):
+    """Ends a run at a loss or a gradient norm that is not finite, before anything is saved after that step.
+
+    Args:
+        remedy: what to change.
+        kept: says what is there to go on from.
+    """
+
+    def __init__(self, remedy: str, kept: Callable[[], str]) -> None:
+        self.remedy, self.kept = remedy, kept
+        self.scaled = False
+        self._loss: float | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at a step. With scaled gradients of float16 a norm may be infinite: that step is left out then."""
+        if "loss" not in logs:
+            return
+        self._require("loss", logs["loss"], state.global_step)
+        if logs.get("grad_norm") is not None and not self.scaled:
+            self._require("gradient norm", logs["grad_norm"], state.global_step)
+        self._loss = logs["loss"]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Looks at what was measured."""
+        for name, value in metrics.items():
+            if name.endswith(MEASURED):
+                text = name.removesuffix(MEASURED).partition("_")[2]
+                self._require(f"loss on {text}" if text else "loss", value, state.global_step)
+
+    def _require(self, what: str, value: float, step: int) -> None:
+        if math.isfinite(value):
+            return
+        before = "" if self._loss is None else f", and the loss before it was {self._loss:,.4g}"
+        when = f"after step {step}{before}" if step else "before the first step"
+        remedy = self.remedy if step > 1 or self._loss is not None else _FIRST
+        raise DivergedError(f"The {what} is {value} {when}; {remedy}.{self.kept()}")

@@ -1,0 +1,302 @@
+"""The model card of a trained checkpoint, and its upload to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.config import OWN, SHARED, ParScaleConfig
+from parscale.descriptions import labels
+from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+
+CARD = "README.md"
+# What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
+NOT_UPLOADED = ("checkpoint-[0-9]*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
+TRAINED = {
+    "streams": "the streams and their aggregator; the backbone was frozen",
+    "everything": "streams and backbone",
+    "lora": "the streams, and a LoRA adapter, which was merged into the frozen backbone",
+}
+CITATION = """\
+@inproceedings{chen2025parallel,
+  title     = {Parallel Scaling Law for Language Models},
+  author    = {Chen, Mouxiang and Hui, Binyuan and Cui, Zeyu and Yang, Jiaxi and Liu, Dayiheng and Sun, Jianling and
+               Lin, Junyang and Liu, Zhongxin},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2505.10475}
+}"""
+
+
+class TextLosses(NamedTuple):
+    """Losses on one held-out text, in nats per predicted token; None where it was not measured."""
+
+    backbone: float | None
+    """Of the untouched backbone."""
+    before: float | None
+    """Of the checkpoint before training."""
+    after: float | None
+    """And after it."""
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a model card states of a trained checkpoint.
+
+    Attributes:
+        checkpoint: what the trained checkpoint is called: its folder's name, or its repository on the Hub.
+        backbone_class: such as `"Qwen2ForCausalLM"`.
+        backbone: the backbone's name on the Hub, or its path; None if it is not known.
+        num_streams: as in :class:`parscale.ParScaleConfig`.
+        prefix_length: as there; None where streams have none.
+        smoothing: as there.
+        init: as there; None if it is not known.
+        transform: as there.
+        trains: `"streams"`, `"everything"` or `"lora"`.
+        trained_parameters: how many were trained.
+        parameters: how many there are, streams and backbone.
+        tokens: as in :class:`TrainSettings`.
+        sequence_length: as there.
+        batch_size: as there.
+        learning_rates: at their peak, by what they are for, such as `{"streams": 3e-2, "backbone": 3e-5}`.
+        schedule: of the learning rates, in words.
+        data: what it was trained on, as it was named to the program.
+        command: the command line.
+        losses: by the held-out text's name.
+        versions: of the software, by name.
+        datasets: those of `data` that are data sets on the Hub.
+        streams_only: whether the checkpoint holds the streams alone, and takes its backbone from elsewhere.
+        kv: whose keys and values a stream reads, `"own"` or `"shared"`.
+
+    Raises:
+        ValueError: `trains` is none of these.
+    """
+
+    checkpoint: str
+    backbone_class: str
+    backbone: str | None
+    num_streams: int
+    prefix_length: int | None
+    smoothing: float
+    init: str | None
+    transform: str
+    trains: str
+    trained_parameters: int
+    parameters: int
+    tokens: int
+    sequence_length: int
+    batch_size: int
+    learning_rates: Mapping[str, float]
+    schedule: str
+    data: tuple[str, ...]
+    command: str
+    losses: Mapping[str, TextLosses] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+    streams_only: bool = False
+    kv: str = OWN
+
+    def __post_init__(self) -> None:
+        if self.trains not in TRAINED:
+            raise ValueError(f"trains is {self.trains!r}, and must be one of {', '.join(TRAINED)}.")
+
+
+def model_card(facts: TrainingFacts) -> str:
+    """The card as Markdown with YAML in front, for a checkpoint's `README.md`.
+
+    Names may hold any character: they stand in code spans, or escaped in YAML. The YAML names the backbone and the data
+    only where they are on the Hub, which refuses other names there.
+    """
+    data = ModelCardData(
+        base_model=facts.backbone if _is_hub_name(facts.backbone) else None,
+        datasets=list(facts.datasets) or None,
+        library_name="parscale" if facts.streams_only else "transformers",
+        pipeline_tag="text-generation",
+        tags=["parscale"],
+    )
+    sections = [
+        f"# {_plain(facts.checkpoint)}",
+        _what_it_is(facts),
+        "## Use",
+        _use(facts),
+        "## Numbers",
+        _table(("", ""), _numbers(facts)),
+        "## Training",
+        _table(("", ""), _training(facts)),
+        "The command:",
+        _fenced(facts.command),
+        "## Losses on held-out text",
+        *_losses(facts.losses),
+        "## Limits",
+        "The losses hold for text like the held-out text above. Streams trained on little text of one kind can do harm "
+        "on another: measure on text outside the training domain before relying on the model. Each token costs "
+        f"{facts.num_streams} times the backbone's arithmetic, and {_cache(facts)}. The backbone's limits and its "
+        "license remain.",
+        "## Versions",
+        _table(("software", "version"), ((_code(name), _code(text)) for name, text in facts.versions.items()))
+        or "Not recorded.",
+        "## Citation",
+        _fenced(CITATION, "bibtex"),
+    ]
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return str(ModelCard(shown(text)))  # a name may hold a byte that is not UTF-8
+
+
+def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a trained checkpoint with its card to the Hub, without the Trainer's checkpoints and logs.
+
+    Args:
+        folder: a checkpoint of any kind with streams; it holds its card, `README.md`.
+        repo_id: the repository's name, such as `"me/my-model"`; made if it does not exist.
+        private: whether it is private, if it is made here.
+        token: for the Hub; by default that of `hf auth login`.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        ValueError: the folder holds no checkpoint with streams or no card, or `repo_id` is no name.
+        OSError: there is no such folder, or the Hub refuses or cannot be reached.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder {path}; give that of a trained checkpoint.")
+    checkpoint = Checkpoint(path)
+    kind = checkpoint.kind()
+    if not (path / CARD).is_file():
+        raise ValueError(f"{path} holds no {CARD}; write its model card first.")
+    if kind == STREAMS_ONLY:
+        backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
+        if not _is_hub_name(backbone):
+            warnings.warn(
+                f"{path} holds streams only, and its backbone {backbone!r} is not on the Hub: whoever loads it has to "
+                "give backbone=.",
+                stacklevel=2,
+            )
+    api = HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(
+        repo_id=name,
+        folder_path=path,
+        ignore_patterns=list(NOT_UPLOADED),
+        commit_message="Upload a checkpoint with parallel streams",
+    ).commit_url
+
+
+def _what_it_is(facts: TrainingFacts) -> str:
+    backbone = facts.backbone_class if facts.backbone is None else f"{_code(facts.backbone)} ({facts.backbone_class})"
+    differing = "each time behind a learned prefix of its own"
+    if facts.kv == SHARED:
+        differing = "once as it is and then each time behind a learned prefix of its own"
+    return (
+        f"{backbone} with {facts.num_streams} parallel streams (ParScale, "
+        "[arXiv 2505.10475](https://arxiv.org/abs/2505.10475)): each token passes the backbone "
+        f"{facts.num_streams} times, {differing}, and a small network mixes the results. Post-trained with `parscale`."
+    )
+
+
+def _cache(facts: TrainingFacts) -> str:
+    if facts.kv == SHARED:
+        return "the cache holds the backbone's keys and values, which all streams read"
+    return f"the cache holds {facts.num_streams} times its keys and values"
+
+
+def _use(facts: TrainingFacts) -> str:
+    name = json.dumps(facts.checkpoint, ensure_ascii=False)
+    call = f"load({name})"
+    if facts.streams_only and not _is_hub_name(facts.backbone):
+        call = f'load({name}, backbone="...")  # the backbone\'s folder: these are the streams alone'
+    return _fenced(
+        "from transformers import AutoTokenizer\n\n"
+        "from parscale import load\n\n"
+        f"model = {call}\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
+        'inputs = tokenizer("def fibonacci(n):", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "python",
+    )
+
+
+def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
+    share = 100 * facts.trained_parameters / facts.parameters
+    label = labels(ParScaleConfig)
+    return [
+        (label["num_streams"], str(facts.num_streams)),
+        (label["transform"], _code(facts.transform)),
+        (label["prefix_length"], "-" if facts.prefix_length is None else str(facts.prefix_length)),
+        *([(label["kv"], _code(facts.kv))] if facts.kv != OWN else []),
+        (label["smoothing"], f"{facts.smoothing:g}"),
+        (label["init"], "-" if facts.init is None else _code(facts.init)),
+        ("trained", TRAINED[facts.trains]),
+        ("trained parameters", f"{facts.trained_parameters:,} of {facts.parameters:,} ({share:.2f} %)"),
+    ]
+
+
+def _training(facts: TrainingFacts) -> list[tuple[str, str]]:
+    rates = ", ".join(f"{_code(name)} {rate:g}" for name, rate in facts.learning_rates.items())
+    label = labels(TrainSettings)
+    return [
+        (label["tokens"], f"{facts.tokens:,}"),
+        (label["sequence_length"], f"{facts.sequence_length:,}"),
+        (label["batch_size"], f"{facts.batch_size:,}, of {facts.batch_size * facts.sequence_length:,} tokens"),
+        ("learning rates, at their peak", rates),
+        ("schedule", _plain(facts.schedule)),
+        (label["data"], ", ".join(map(_code, facts.data))),
+    ]
+
+
+def _losses(losses: Mapping[str, TextLosses]) -> list[str]:
+    if not losses:
+        return ["Not measured."]
+    rows, worse = [], []
+    for text, (backbone, before, after) in losses.items():
+        difference = None if after is None or backbone is None else after - backbone
+        figures = ["-" if loss is None else f"{loss:.4f}" for loss in (backbone, before, after)]
+        rows.append((_code(text), *figures, "-" if difference is None else f"{difference:+.4f}"))
+        if difference is not None and difference >= 0:
+            worse.append(_code(text))
+    header = ("nats per token", "untouched backbone", "before training", "after training", "after, against backbone")
+    verdict = [f"No gain over the backbone on: {', '.join(worse)}."] if worse else []
+    return [_table(header, rows), *verdict]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, or nothing without rows; a `|` in a cell is escaped, also in code."""
+    head, body = list(header), [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    if not body:
+        return ""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
+
+
+def _code(text: str) -> str:
+    """A code span that shows a text as it is, but for its line breaks."""
+    line = " ".join(text.splitlines())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{ticks}{space}{line}{space}{ticks}"
+
+
+def _plain(text: str) -> str:
+    """A text on one line in which Markdown and HTML see no marks."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str, language: str = "") -> str:
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return "\n".join((f"{ticks}{language}", *text.splitlines(), ticks))
+
+
+def _is_hub_name(name: str | None) -> bool:
+    if not name or os.path.exists(name):
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None

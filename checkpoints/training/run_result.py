@@ -1,0 +1,100 @@
+"""The end of a training run: the trained checkpoint, its model card, the plot and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from parscale.checkpoints.description import describe
+from parscale.checkpoints.training.loss_plot import plot_metrics
+from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
+from parscale.checkpoints.training.run_folder import REPORT, Run
+from parscale.checkpoints.training.settings import LORA, STREAMS
+from parscale.checkpoints.training.trained_weights import put_together
+from parscale.checkpoints.training.trainer import BACKBONE, TEXT
+from parscale.config import OWN
+from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
+from parscale.format.staging import staged
+
+PLOT = "loss.png"
+
+
+def finish(checkpoint: str, run: Run, steps: int, tokenizer: Any, report: dict[str, Any]) -> None:
+    """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
+
+    Args:
+        checkpoint: what the run was started from.
+        run: its folder, with the checkpoint after the last step.
+        steps: how many there were.
+        tokenizer: of the model.
+        report: what is written to `training.json`, and stated by the card.
+    """
+    with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
+        put_together(checkpoint, run.checkpoint(steps), work)
+        tokenizer.save_pretrained(work)
+        plot_metrics(run.metrics(), work / PLOT)
+        facts = _facts(work, report)
+        if facts is not None:
+            (work / CARD).write_text(model_card(facts), encoding="utf-8")
+        text = json.dumps(report, indent=2, allow_nan=False)
+        (work / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
+    """What the model card states, or None for a model without streams."""
+    what = describe(str(folder))
+    if what["num_streams"] == 1:
+        return None
+    rates = {"streams": report["streams_learning_rate"]}
+    if report["trains"] != STREAMS:
+        rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
+    backbone = what["backbone"]
+    source = describe(report["checkpoint"])["backbone"]["name"]
+    return TrainingFacts(
+        checkpoint=report["name"],
+        backbone_class=str(backbone["class"]),
+        backbone=None if source == "in this folder" else source,
+        num_streams=what["num_streams"],
+        prefix_length=what.get("prefix_length"),
+        smoothing=what["smoothing"],
+        init=what["init"],
+        transform=what["transform"] or "-",
+        trains=report["trains"],
+        trained_parameters=report["trained_parameters"],
+        parameters=report["parameters"],
+        tokens=report["tokens"],
+        sequence_length=report["sequence_length"],
+        batch_size=report["batch_size"],
+        learning_rates=rates,
+        schedule=(
+            f"it rises over {report['warmup']:.0%} of the steps, is constant, and falls to zero over the last "
+            f"{report['decay']:.0%}"
+        ),
+        data=tuple(report["data"]),
+        datasets=tuple(report["datasets"]),
+        command=report["command"] or "parscale.checkpoints.train(...)",
+        losses={
+            name: TextLosses(found.get("backbone"), found.get("before"), found.get("after"))
+            for name, found in report["losses"].items()
+        },
+        versions=report["versions"],
+        streams_only=what["kind"] == STREAMS_ONLY,
+        kv=what.get("kv", OWN),
+    )
+
+
+def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each text's loss in nats per token, from a run's metrics: of the backbone, before the first step, at the end."""
+    losses: dict[str, dict[str, float]] = {}
+    for line in metrics:
+        if "text" not in line:
+            continue
+        found = losses.setdefault(line["text"], {})
+        if f"{BACKBONE}_loss" in line:
+            found["backbone"] = line[f"{BACKBONE}_loss"]
+        else:
+            found.setdefault("before", line[f"{TEXT}_loss"])
+            found["after"] = line[f"{TEXT}_loss"]
+    return losses

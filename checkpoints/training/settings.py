@@ -1,0 +1,146 @@
+"""How a checkpoint is post-trained: what `parscale train` takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from parscale.checkpoints.texts.documents import Source
+
+STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what trains
+
+STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
+BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to post-train a checkpoint.
+
+    From Python, `data` and the values of `eval_data` may also be a :class:`Source`, whose documents are in memory.
+
+    Attributes:
+        data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or
+            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION.
+        eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
+        text_column: What holds the text in rows of data.
+        streaming: Read data while training, not beforehand; needs `tokens`.
+        tokens: Tokens to train on; rounded down to whole steps. Default: the data once.
+        sequence_length: Tokens in a sequence. Default: 1024, or fewer if the model takes fewer.
+        batch_size: Sequences in an optimizer step; over all devices.
+        micro_batch_size: Sequences that a device takes at once. Default: its whole share of the batch.
+        learning_rate: Learning rate at its peak, of all that trains but the streams; with a frozen backbone, of the
+            streams. Default: 3e-5, of an adapter 2e-4.
+        streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
+            differences 3e-3.
+        weight_decay: Weight decay of the backbone's matrices.
+        warmup: Share of the steps in which the learning rate rises; after it, it is constant.
+        decay: Share of the steps at the end in which the learning rate falls to zero.
+        freeze_backbone: Train the streams alone.
+        lora_rank: Rank of an adapter that trains beside the streams, in place of the backbone; it is merged into the
+            backbone at the end.
+        quantize: Type in which a frozen backbone is kept while training: `int8` (torchao) or `nf4` (bitsandbytes).
+        bf16: Compute in bfloat16 under autocast, with float32 weights where they train. Default: on GPUs that can.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
+        compile: Run the model through `torch.compile`.
+        attn_implementation: Attention implementation, such as sdpa, flash_attention_2 or flex_attention.
+        eval_every: Steps between measurements. Default: a tenth of the run.
+        eval_tokens: Tokens of each text that are measured, at most.
+        save_every: Steps between checkpoints. Default: a tenth of the run.
+        keep_checkpoints: How many checkpoints stay.
+        report_to: Trackers of the Trainer, such as tensorboard or trackio.
+        seed: Seed of the order of the text and of what else is drawn.
+
+    Raises:
+        ValueError: a number is out of range, or two settings exclude each other.
+    """
+
+    data: Sequence[str | Source]
+    eval_data: Mapping[str, str | Source] = field(default_factory=dict)
+    text_column: str = "text"
+    streaming: bool = False
+    tokens: int | None = None
+    sequence_length: int | None = None
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    streams_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.02
+    decay: float = 0.2
+    freeze_backbone: bool = False
+    lora_rank: int | None = None
+    quantize: str | None = None
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    attn_implementation: str | None = None
+    eval_every: int | None = None
+    eval_tokens: int = 50_000
+    save_every: int | None = None
+    keep_checkpoints: int = 2
+    report_to: Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("There is no data to train on; name at least one file, folder or dataset.")
+        for name in (
+            "tokens",
+            "batch_size",
+            "micro_batch_size",
+            "lora_rank",
+            "eval_every",
+            "eval_tokens",
+            "save_every",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        _at_least("sequence_length", self.sequence_length, 2)
+        for name in ("learning_rate", "streams_learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}, and must be a number of at least 0.")
+        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
+            raise ValueError(
+                f"warmup is {self.warmup} and decay {self.decay}; they are shares of the run, and together at most 1."
+            )
+        if self.freeze_backbone and self.lora_rank is not None:
+            raise ValueError(
+                "freeze_backbone trains the streams alone, and lora_rank an adapter too; give one of them."
+            )
+        if self.quantize not in (None, "int8", "nf4"):
+            raise ValueError(f"quantize is {self.quantize!r}, and must be 'int8' or 'nf4'.")
+        if self.quantize is not None and self.trains == EVERYTHING:
+            raise ValueError("A quantized backbone cannot train; give freeze_backbone or lora_rank with quantize.")
+        if self.streaming and self.tokens is None:
+            raise ValueError("Streamed data has no length; say with tokens how many to train on.")
+
+    @property
+    def trains(self) -> str:
+        """`"streams"`, `"lora"` or `"everything"`."""
+        return STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
+
+    def rates(self, transform: str) -> tuple[float, float]:
+        """The peak learning rates of the streams' parameters and of all others.
+
+        Args:
+            transform: what makes the streams differ.
+
+        Returns:
+            The streams' and the others'.
+        """
+        of_streams = self.streams_learning_rate
+        if of_streams is None:
+            given = self.learning_rate if self.trains == STREAMS else None
+            of_streams = STREAMS_RATES[transform] if given is None else given
+        rest = self.learning_rate
+        if rest is None:
+            rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE
+        return of_streams, rest
+
+
+def _at_least(name: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise ValueError(f"{name} is {value}, and must be at least {minimum}.")

@@ -1,0 +1,56 @@
+"""How fast training is on this machine: in which dtype, and how long a step takes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from parscale.checkpoints.training.packing import Blocks
+
+
+def faster_in_bf16(device: torch.device) -> bool:
+    """Whether products of a small model's size are much faster in bfloat16 here; not every processor has it.
+
+    Args:
+        device: where they run.
+
+    Returns:
+        Whether bfloat16 is worth it.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2048, 256), (256, 576)))
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            (x @ weight).sum().item()
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+
+
+def seconds_of_step(model: Any, blocks: Blocks, batch_size: int, *, bf16: bool) -> float:
+    """How long a model takes for the forward and the backward pass of a batch; the faster of two counts.
+
+    Args:
+        model: in float32, where it shall run; it is left as it is.
+        blocks: what it trains on.
+        batch_size: rows in a batch.
+        bf16: compute in bfloat16 under autocast.
+    """
+    model = copy.deepcopy(model).train()
+    rows = [blocks[index % len(blocks)] for index in range(batch_size)]
+    batch = {name: values.to(model.device) for name, values in default_collate(rows).items()}
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        loss.item()  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return min(times)

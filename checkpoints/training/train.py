@@ -1,0 +1,371 @@
+"""Post-training of a checkpoint on text, from beginning to end: `train` is what `parscale train` calls.
+
+The loop is the Hugging Face Trainer's, on one device or, under `torchrun` or `accelerate launch`, on many. The output
+folder holds what :mod:`parscale.checkpoints.training.run_folder` says, and at the end a checkpoint of the kind that was
+trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from parscale.checkpoints.evaluation.text_loss import checked_length
+from parscale.checkpoints.finite_values import require_finite
+from parscale.checkpoints.models import find_tokenizer, require_tokenizer
+from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.texts.sources import refuse_output_in_data
+from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
+from parscale.checkpoints.training.digests import checkpoint_digest
+from parscale.checkpoints.training.divergence import StopWhenDiverged
+from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.run_result import finish, losses_by_text
+from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
+from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
+from parscale.checkpoints.training.training_data import Sources, TrainingData
+from parscale.checkpoints.versions import versions
+from parscale.format.counting import parameter_sizes
+from parscale.terminal.console import Terminal
+
+REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
+
+__all__ = ["Interrupted", "TrainSettings", "train"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run after a step, with a checkpoint; the message names it."""
+
+
+def train(
+    checkpoint: str,
+    output: Path,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    name: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Post-trains a checkpoint and saves it, of the same kind and in the same dtypes, with its tokenizer.
+
+    Args:
+        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model.
+        output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
+        settings: what on, how much and how.
+        resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
+            result is the same to the last bit. Where there is none, the run starts; a finished one is left as it is.
+        command: what the model card says it was made by.
+        name: what the model card calls the result, such as its repository on the Hub; by default the folder's name.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The report, as in `training.json`; `"finished_before"` is true if there was nothing left to do.
+
+    Raises:
+        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written then.
+        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays whole.
+        OSError: something is missing or cannot be written, or another process goes on with the run; the last checkpoint
+            stays whole.
+        Interrupted: a signal ended the run, after a checkpoint.
+    """
+    run = Run(output)
+    try:
+        return _train_in(run, checkpoint, settings, resume, command, name, console or Terminal(stderr=True))
+    finally:
+        run.release()
+
+
+def _train_in(
+    run: Run,
+    checkpoint: str,
+    settings: TrainSettings,
+    resume: bool,
+    command: str | None,
+    name: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """As :func:`train`; the run's folder stays locked for this process until it is released."""
+    state = PartialState(cpu=_on_cpu())
+    if state.is_main_process:
+        run.check(resume=resume)
+    state.wait_for_everyone()
+    if resume and (before := run.report()) is not None:
+        return before | {"finished_before": True}
+
+    start = time.perf_counter()
+    prepared = _prepared(run, checkpoint, settings, state, console)
+    newest = _begin(run, prepared.described, state, resume=resume)
+    monitor, interruption = RunMonitor(run, settings.batch_size * prepared.length, console), Interruption()
+    trainer = _trainer(run, settings, prepared, state, newest, [monitor, interruption])
+    monitor.trainer = interruption.trainer = trainer
+    _run_steps(trainer, run, newest, monitor, interruption)
+
+    sizes = parameter_sizes(trainer.bare_model())
+    trainer.accelerator.wait_for_everyone()
+    unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
+    if state.is_main_process:
+        figures = {
+            "output": str(run.folder),
+            "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
+            "parameters": sum(sizes.values()),
+            "losses": losses_by_text(run.metrics()),
+            "tokens_per_second": monitor.tokens_per_second,
+            "seconds": round(time.perf_counter() - start, 1),
+            "versions": versions(),
+            "command": None if command is None else shown(command),
+            "name": name or run.folder.resolve().name,
+            "datasets": prepared.data.datasets,
+        }
+        _require_unchanged(checkpoint, prepared.described)
+        with _explained(run):
+            finish(checkpoint, run, prepared.data.steps, prepared.tokenizer, prepared.described | figures)
+    trainer.accelerator.wait_for_everyone()
+    report = run.report()
+    assert report is not None
+    return report | {"finished_before": False}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run starts with: everything is read and checked, and nothing written yet."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    length: int  # of a sequence, in tokens
+    micro: int  # sequences that a device takes at once
+    rates: tuple[float, float]
+    bf16: bool
+    described: dict[str, Any]
+
+
+def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: PartialState, console: Console) -> _Prepared:
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_trainable(checkpoint, settings.trains)
+    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
+    sources = Sources(settings)
+    set_seed(settings.seed)
+    model = _model(checkpoint, settings, bf16)
+    length = checked_length(model, settings.sequence_length)
+    with console.status("Reading the data"):
+        data = sources.packed(Encoder(tokenizer, vocabulary_of(model)), length)
+    micro = _micro_batch(settings, state.num_processes)
+    if torch.cuda.device_count() > 1 and state.num_processes == 1:
+        warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
+
+    active = model.parscale.active if hasattr(model, "parscale") else None
+    rates = settings.rates("prefix" if active is None else active.config.transform)
+    described = _described(checkpoint, settings, rates, bf16, length, data.steps) | {
+        "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
+        "data_digest": data.digest,
+        "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
+    }
+    return _Prepared(model, tokenizer, data, length, micro, rates, bf16, described)
+
+
+def _trainer(
+    run: Run,
+    settings: TrainSettings,
+    prepared: _Prepared,
+    state: PartialState,
+    newest: Path | None,
+    callbacks: list[TrainerCallback],
+) -> StreamsTrainer:
+    data, micro = prepared.data, prepared.micro
+    divergence = StopWhenDiverged(REMEDY, run.kept)
+    trainer = StreamsTrainer(
+        prepared.model,
+        OneDeviceArguments(
+            output_dir=str(run.folder),
+            bf16=prepared.bf16,
+            use_cpu=_on_cpu(),
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
+            gradient_accumulation_steps=settings.batch_size // (micro * state.num_processes),
+            eval_strategy="steps" if data.measured else "no",
+            eval_on_start=bool(data.measured) and newest is None,
+            **_arguments(settings, data.steps),
+        ),
+        run=run,
+        tokenizer=prepared.tokenizer,
+        rates=prepared.rates,
+        weight_decay=settings.weight_decay,
+        keep=settings.keep_checkpoints,
+        texts=data.measured,
+        train_dataset=data.rows,
+        callbacks=[divergence, *callbacks],
+    )
+    divergence.scaled = getattr(trainer.accelerator, "scaler", None) is not None
+    return trainer
+
+
+def _on_cpu() -> bool:
+    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+
+
+def _require_unchanged(checkpoint: str, described: Mapping[str, Any]) -> None:
+    if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
+        raise ValueError(
+            f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
+            "back what it was, and go on with --resume."
+        )
+
+
+def _one_of(devices: int) -> str:
+    return (
+        f"{devices} GPUs are here, and one of them is used; all of them take part with "
+        f"torchrun --nproc-per-node {devices} -m parscale train ..."
+    )
+
+
+def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
+    """The model, ready to train; warns if it mixes documents that are packed together."""
+    model = open_for_training(
+        checkpoint,
+        trains=settings.trains,
+        lora_rank=settings.lora_rank,
+        quantize=settings.quantize,
+        keep_dtype=bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        attn_implementation=settings.attn_implementation,
+    )
+    require_finite(model, checkpoint)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        apart = keeps_documents_apart(model, vocabulary_of(model))
+    if not apart:
+        warnings.warn(
+            f"{checkpoint} is a model in which documents that are packed into one sequence see each other.",
+            stacklevel=3,
+        )
+    return model
+
+
+def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
+    """Makes the run's folder ready on one process, for all; the checkpoint to go on from, if there is one."""
+    found: list[Path | None] = [None]
+    if state.is_main_process:
+        run.begin(described, resume=resume)
+        newest = run.newest_checkpoint() if resume else None  # reads all of it
+        run.keep_metrics(-1 if newest is None else int(newest.name.rpartition("-")[2]))
+        found = [newest]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
+    """Of the Trainer's arguments, those that depend on the settings and the number of steps alone."""
+    tenth = max(1, steps // 10)
+    return {
+        "max_steps": steps,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": round(settings.decay * steps), "decay_type": "linear"},
+        "warmup_steps": round(settings.warmup * steps),
+        "max_grad_norm": 1.0,
+        "torch_compile": settings.compile,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every or tenth,
+        "eval_steps": settings.eval_every or tenth,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": list(settings.report_to) or "none",
+        "seed": settings.seed,
+    }
+
+
+def _run_steps(
+    trainer: StreamsTrainer, run: Run, newest: Path | None, monitor: RunMonitor, interruption: Interruption
+) -> None:
+    """Trains to the last step, or says why not."""
+    try:
+        with interruption.listening(), _explained(run):
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    finally:
+        monitor.close()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
+
+
+@contextlib.contextmanager
+def _explained(run: Run) -> Iterator[None]:
+    """Says how a run goes on whose disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"The disk of {run.folder} is full. Make room there and go on with --resume; the last whole checkpoint is "
+            f"{run.newest_checkpoint() or 'none, so that it will begin again'}."
+        ) from error
+
+
+def _micro_batch(settings: TrainSettings, processes: int) -> int:
+    if settings.batch_size % processes:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}, and must be a multiple of the {processes} processes, which share it."
+        )
+    share = settings.batch_size // processes
+    micro = settings.micro_batch_size or share
+    if share % micro:
+        raise ValueError(f"micro_batch_size is {micro}, and must divide each process's {share} sequences of a batch.")
+    return micro
+
+
+def _described(
+    checkpoint: str,
+    settings: TrainSettings,
+    rates: tuple[float, float],
+    bf16: bool,
+    length: int,
+    steps: int,
+) -> dict[str, Any]:
+    """What a run is started with, as far as its result depends on it; without the contents of what it reads."""
+    of_streams, rest = rates
+    return {
+        "checkpoint": checkpoint,
+        "trains": settings.trains,
+        "data": [_name(source) for source in settings.data],
+        "text_column": settings.text_column,
+        "eval_data": {name: _name(source) for name, source in settings.eval_data.items()},
+        "tokens": steps * settings.batch_size * length,
+        "steps": steps,
+        "sequence_length": length,
+        "batch_size": settings.batch_size,
+        "streams_learning_rate": of_streams,
+        "learning_rate": rest,
+        "weight_decay": settings.weight_decay,
+        "warmup": settings.warmup,
+        "decay": settings.decay,
+        "lora_rank": settings.lora_rank,
+        "quantize": settings.quantize,
+        "bf16": bf16,
+        "seed": settings.seed,
+    }
+
+
+def _name(source: str | Source) -> str:
+    return shown(source) if isinstance(source, str) else source.name

@@ -1,0 +1,164 @@
+"""A checkpoint opened for training: what trains and what is frozen, an adapter, a quantized backbone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
+from parscale import load
+from parscale.checkpoints.description import PLAIN, describe, kind_of
+from parscale.checkpoints.models import load_any, require_language_model
+from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
+from parscale.checkpoints.training.trained_weights import has_streams
+from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.models import load_plain_model
+from parscale.format.pretrained import read_pretrained
+
+
+def check_trainable(checkpoint: str, trains: str) -> None:
+    """Refuses what cannot be trained and saved again as a checkpoint of the same kind, before a weight is read.
+
+    Raises:
+        ValueError: a checkpoint without streams with a frozen backbone, or streams only with one that trains.
+        OSError: there is no such checkpoint.
+    """
+    kind = kind_of(Checkpoint(checkpoint))
+    if kind == STREAMS_ONLY and trains != STREAMS:
+        raise ValueError(
+            f"{checkpoint} holds streams only, whose backbone stays as it is; add --freeze-backbone, or train a full "
+            "checkpoint (parscale convert without --streams-only)."
+        )
+    if trains == STREAMS and describe(checkpoint)["num_streams"] == 1:
+        raise ValueError(
+            f"{checkpoint} has no streams, so nothing trains with a frozen backbone; give it streams with parscale "
+            "convert, or leave --freeze-backbone out."
+        )
+
+
+def open_for_training(
+    checkpoint: str,
+    *,
+    trains: str,
+    lora_rank: int | None = None,
+    quantize: str | None = None,
+    keep_dtype: bool = False,
+    gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Loads a checkpoint in train mode; what trains is in float32.
+
+    Args:
+        checkpoint: a folder or a name on the Hugging Face Hub, with streams or without.
+        trains: `"streams"`, `"lora"` or `"everything"`.
+        lora_rank: of the adapter.
+        quantize: None, `"int8"` or `"nf4"`, of the frozen backbone.
+        keep_dtype: leave a frozen backbone in the dtype that it was saved in; otherwise it is in float32 too.
+        gradient_checkpointing: compute activations again in the backward pass.
+        attn_implementation: as in `from_pretrained`.
+
+    Returns:
+        The wrapped or plain model, with an adapter on it for `"lora"`.
+
+    Raises:
+        ValueError: the checkpoint is damaged or no causal language model, or a package that is needed is missing.
+        OSError: there is no such checkpoint.
+    """
+    dtype = None if keep_dtype and trains != EVERYTHING else torch.float32
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if quantize is not None:
+        model = _quantized(checkpoint, quantize, dtype, options)
+    else:
+        model = load_any(checkpoint, dtype=dtype, **options)
+    require_language_model(model, checkpoint)
+    if trains != EVERYTHING and has_streams(model):  # as it is loaded, all but inactive sets trains
+        model.freeze_backbone()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if gradient_checkpointing:  # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    if trains == LORA:
+        model = _with_adapter(model, lora_rank or 8)
+    return model.train()
+
+
+def _with_adapter(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("An adapter needs the package peft: pip install 'parscale[peft]'.") from error
+    adapted = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _quantized(checkpoint: str, quantize: str, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
+    options = options | {"quantization_config": _quantization(quantize), "dtype": dtype or "auto"}
+    if torch.cuda.is_available():
+        options["device_map"] = {"": torch.cuda.current_device()}
+    with _four_bits_with_gradients() if quantize == "nf4" else contextlib.nullcontext():
+        return _load_quantized(checkpoint, options)
+
+
+@contextlib.contextmanager
+def _four_bits_with_gradients() -> Iterator[None]:
+    """In this block bitsandbytes makes layers that can be differentiated on a CPU.
+
+    By itself it packs a layer's weights anew, where the processor has bfloat16 instructions, when the layer first runs
+    in eval mode, and gives no gradient from then on, also in train mode, without a word (0.50).
+    """
+    modules: Any = importlib.import_module("bitsandbytes.nn.modules")
+    own = getattr(modules, "has_avx512bf16", None)
+    if own is None:
+        yield
+        return
+    modules.has_avx512bf16 = lambda: False
+    try:
+        yield
+    finally:
+        modules.has_avx512bf16 = own
+
+
+def _load_quantized(source: str, options: dict[str, Any]) -> Any:
+    checkpoint = Checkpoint(source)
+    kind = kind_of(checkpoint)
+    if kind == PLAIN:
+        return load_plain_model(checkpoint, AutoModelForCausalLM, **options)[0]
+    if kind != STREAMS_ONLY:
+        return read_pretrained(AutoModelForCausalLM, source, **options)
+    backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    if backbone is None:
+        raise ValueError(f"{source} does not name its backbone, so that it cannot be quantized.")
+    if kind_of(Checkpoint(backbone)) == STREAMS_ONLY:
+        raise ValueError(f"The backbone {backbone} of {source} holds streams only, and has none itself.")
+    model = _load_quantized(backbone, options)
+    if has_streams(model):
+        model = parscale.unwrap(model)
+    return load(source, backbone=model)
+
+
+def _quantization(quantize: str) -> Any:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    try:
+        if quantize == "int8":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            return TorchAoConfig(Int8WeightOnlyConfig())
+        import bitsandbytes  # noqa: F401
+
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    except ImportError as error:
+        package = "torchao" if quantize == "int8" else "bitsandbytes"
+        raise ValueError(f"quantize={quantize!r} needs the package {package}: pip install {package}.") from error

@@ -1,0 +1,119 @@
+"""What a run trains, written to a checkpoint, read back into the model, and put into the model that was started from.
+
+=================================  =====================================================================================
+what trains                        what a checkpoint holds
+=================================  =====================================================================================
+the streams of a frozen backbone   a streams-only folder
+an adapter and the streams         an adapter's folder, with the streams in it
+everything                         a full checkpoint, or a plain model's folder where there are no streams
+=================================  =====================================================================================
+
+Each of them is one that `parscale.load`, PEFT or transformers reads, so that a run can be looked at while it lasts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from parscale.checkpoints.description import kind_of
+from parscale.checkpoints.finite_values import first_not_finite
+from parscale.checkpoints.models import load_any
+from parscale.format.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
+from parscale.format.pretrained import ADAPTER, read_adapter
+from parscale.streams.naming import part_of
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model is one with an adapter on it, from `peft.get_peft_model`."""
+    return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
+
+
+def trains_streams_only(model: Any) -> bool:
+    """Whether nothing but parameters of streams trains."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(part_of(name) for name in trained)
+
+
+def has_streams(model: Any) -> bool:
+    """Whether streams are active in a model, also under an adapter."""
+    return getattr(model, "num_streams", 1) > 1
+
+
+def save_trained(
+    model: Any, folder: Path, state_dict: dict[str, Any] | None = None, *, is_main_process: bool = True
+) -> None:
+    """Writes what trains. Where the model is in parts, every process calls it; the main one writes.
+
+    Args:
+        model: wrapped or plain, or an adapted one of either.
+        folder: an existing folder.
+        state_dict: the model's, gathered, where its own tensors are in parts.
+        is_main_process: whether this process is the one that writes.
+    """
+    if is_adapted(model):  # with its streams
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main_process)
+    elif trains_streams_only(model):
+        model.save_streams(folder)
+    elif is_main_process:
+        model.save_pretrained(folder, state_dict=state_dict)
+
+
+def load_trained(model: Any, folder: Path) -> None:
+    """Reads what :func:`save_trained` wrote into a model of the same kind, in the dtypes that the model has."""
+    if (folder / ADAPTER).exists():
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+        model = model.get_base_model()
+        if not has_streams(model):
+            return
+    if (folder / STREAMS).exists() and not (folder / CONFIG).exists():
+        _load_streams(model, folder)
+    else:
+        other = load_any(str(folder), dtype=torch.float32)
+        _copy(dict(model.named_parameters()), dict(other.named_parameters()))
+
+
+def put_together(checkpoint: str, trained: Path, output: Path) -> None:
+    """Puts what was trained into the checkpoint that it was trained on, and saves it as one of the same kind.
+
+    Args:
+        checkpoint: a full one, streams only, or a plain model, as it was before the run.
+        trained: a folder that :func:`save_trained` wrote.
+        output: the folder to save in; each tensor has the dtype that it has in `checkpoint`.
+
+    Raises:
+        ValueError: a trained value is too large for that dtype.
+    """
+    model = load_any(checkpoint)
+    if (trained / ADAPTER).exists():
+        model = read_adapter(model, trained).merge_and_unload()
+    else:
+        load_trained(model, trained)
+    if (name := first_not_finite(model.named_parameters())) is not None:
+        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The trained values of {name} do not fit into {dtype}, in which {checkpoint} is saved; save that in "
+            f"bfloat16 or float32 and train it anew. In float32 they are in {trained}."
+        )
+    if kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
+        model.save_streams(output)
+    else:
+        model.save_pretrained(output)
+
+
+def _load_streams(model: Any, folder: Path) -> None:
+    _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS))
+
+
+@torch.no_grad()
+def _copy(into: Any, values: Any) -> None:
+    if missing := sorted(into.keys() - values.keys()):
+        raise ValueError(f"The checkpoint lacks {', '.join(missing[:3])} and does not fit this model.")
+    for name, parameter in into.items():
+        parameter.copy_(values[name])

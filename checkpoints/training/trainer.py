@@ -1,0 +1,242 @@
+"""The Trainer for models with streams: two learning rates, checkpoints that are whole, losses by text."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from parscale.checkpoints.finite_values import first_not_finite
+from parscale.checkpoints.training.divergence import MEASURED, DivergedError
+from parscale.checkpoints.training.packing import IGNORED
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.trained_weights import has_streams, load_trained, save_trained, trains_streams_only
+from parscale.format.staging import FULL, disk_error
+from parscale.streams.naming import part_of
+
+BETAS = (0.9, 0.95)
+BACKBONE, TEXT = "backbone", "eval"  # prefixes of what is measured: without streams, and with them
+
+
+class OneDeviceArguments(TrainingArguments):
+    """The Trainer's arguments for one device in each process.
+
+    A process that sees several GPUs and was not started by a launcher uses one of them. The Trainer itself would
+    give each GPU a batch, and copy the model to them with `nn.DataParallel`.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses."""
+        return min(1, int(super().n_gpu))
+
+
+class StreamsTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or not there, and hold what trains and no more.
+
+    Args:
+        model: wrapped or plain, also with an adapter on it; what does not train is frozen.
+        args: of the Trainer; the data comes in its own order, so that seeds for it have no effect.
+        run: where checkpoints go.
+        tokenizer: saved in each checkpoint.
+        rates: the peak learning rate of the streams' parameters and that of all others.
+        weight_decay: of the others' matrices.
+        keep: how many checkpoints stay.
+        texts: what to measure on, by name.
+        **kwargs: for the Trainer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        run: Run,
+        tokenizer: PreTrainedTokenizerBase,
+        rates: tuple[float, float],
+        weight_decay: float,
+        keep: int,
+        texts: Mapping[str, Dataset[Any]],
+        **kwargs: Any,
+    ) -> None:
+        self.run, self.tokenizer, self.rates, self.weight_decay, self.keep = run, tokenizer, rates, weight_decay, keep
+        self._staging: Path | None = None
+        with _streams_count_as_adapter(model):
+            super().__init__(
+                model,
+                args,
+                eval_dataset=dict(texts) or None,
+                compute_metrics=_nats_per_token,
+                preprocess_logits_for_metrics=_sums_by_row,
+                **kwargs,
+            )
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    # -- data and optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data) if hasattr(data, "__len__") else None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for the streams and one for the rest; decay on the rest's matrices only."""
+        if self.optimizer is not None:
+            return self.optimizer
+        trained: Any = self.model if model is None else model
+        decaying = set(self.get_decay_parameter_names(trained))
+        groups: dict[Any, dict[str, Any]] = {}
+        for name, parameter in trained.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            of_streams = part_of(name) is not None
+            decays = not of_streams and name in decaying
+            mesh = getattr(parameter, "device_mesh", None)  # one kernel call cannot take parameters of several
+            settings = {
+                "lr": self.rates[0 if of_streams else 1],
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "of_streams": of_streams,
+            }
+            group = groups.setdefault((not of_streams, decays, mesh), settings | {"params": []})
+            group["params"].append(parameter)
+        ordered = [groups[key] for key in sorted(groups, key=lambda key: key[:2])]
+        self.optimizer = torch.optim.AdamW(ordered, betas=BETAS)
+        return self.optimizer
+
+    # -- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        self._require_finite_weights(step)
+        self._staging = self.run.saving
+        working = self.run.working() if self.is_world_process_zero() else contextlib.nullcontext()
+        try:
+            with self._explained(step), working, self._explained(step):
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    processes = self.accelerator.num_processes
+                    self.run.publish(self._staging / f"checkpoint-{step}", step, keep=self.keep, processes=processes)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._staging = None
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Says that a checkpoint could not be written, why, and how to go on; free space counts while it lies there."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_about_writing(error):
+                raise
+            raise OSError(self._not_written(step, error)) from error
+
+    def _require_finite_weights(self, step: int) -> None:
+        """Refuses to save a step that has made a weight infinite, on all processes together."""
+        trained = ((name, p) for name, p in self.bare_model().named_parameters() if p.requires_grad)
+        name = first_not_finite(trained)
+        found = torch.tensor(float(name is not None), device=self.accelerator.device)
+        if float(self.accelerator.reduce(found, reduction="sum")):
+            where = "a part of the model on another device" if name is None else name
+            raise DivergedError(
+                f"After step {step}, {where} holds values that are not finite; start anew with a smaller learning rate."
+                f"{self.run.kept()}"
+            )
+
+    def _not_written(self, step: int, error: Exception) -> str:
+        whole = self.run.newest_checkpoint()
+        last = "there is none before it" if whole is None else f"{whole} is whole"
+        code = disk_error(error)
+        reason = str(error).splitlines()[0] if code is None else os.strerror(code)
+        remedy = "Make room on the disk" if code is None or code in FULL else "Make it a folder that can be written"
+        free = shutil.disk_usage(self.run.folder).free
+        return (
+            f"The checkpoint after {step} steps could not be written to {self.run.folder}, where {free:,} bytes are "
+            f"free ({reason.rstrip('.')}); {last}. {remedy} and go on with --resume."
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; every process takes part where the model is in parts.
+
+        Where FSDP's checkpoints are sharded, only the last one holds the model as a folder too.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        is_last = self.state.global_step >= self.state.max_steps
+        if self.is_fsdp_enabled and not is_last and not _saves_whole_models(self.accelerator):
+            return
+        state_dict = None
+        if not trains_streams_only(self.bare_model()):
+            state_dict = self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model)
+        self._save(output_dir, state_dict)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder, writes = Path(str(output_dir or self.args.output_dir)), self.args.should_save
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save_pretrained(folder)
+        save_trained(self.bare_model(), folder, state_dict, is_main_process=writes)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.bare_model(), Path(resume_from_checkpoint))
+
+    def bare_model(self) -> Any:
+        """The model without what accelerate and the compiler put around it; an adapter stays."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+def _saves_whole_models(accelerator: Any) -> bool:
+    return "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
+
+
+@contextlib.contextmanager
+def _streams_count_as_adapter(model: Any) -> Iterator[None]:
+    """In this block the Trainer takes a quantized backbone, which it takes under an adapter only, under streams too."""
+    if not (getattr(model, "is_quantized", False) and has_streams(model)):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
+def _sums_by_row(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Each row's summed loss in nats and the number of tokens predicted, `(rows, 2)`, from logits `(rows, S, V)`."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:]  # (rows, S - 1)
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return torch.stack([losses.double().sum(1), (targets != IGNORED).double().sum(1)], dim=1)
+
+
+def _nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
+    sums = np.asarray(prediction.predictions).sum(axis=0)
+    return {MEASURED.lstrip("_"): float(sums[0] / sums[1])}
+
+
+def _is_about_writing(error: Exception) -> bool:
+    """Whether an error came from a disk and is not explained yet; libraries raise errors of their own for it."""
+    if disk_error(error) is not None:
+        return True
+    words = ("PytorchStreamWriter", "unexpected pos", "iostream error", "No space left", "write")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

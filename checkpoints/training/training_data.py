@@ -1,0 +1,113 @@
+"""What a run trains on and measures on: sources opened, packed into rows, counted in steps, and known by digests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.sources import open_sources
+from parscale.checkpoints.training.digests import streamed_digest
+from parscale.checkpoints.training.packing import (
+    Blocks,
+    Encoder,
+    Shuffled,
+    Streamed,
+    documents_of,
+    pack,
+    too_few,
+)
+from parscale.checkpoints.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Packed text.
+
+    Attributes:
+        rows: what to train on, in its order.
+        steps: how many there are.
+        digest: of the rows; of streamed ones, of their beginning.
+        measured: what to measure on, by name.
+        datasets: the names of what came from the Hugging Face Hub.
+    """
+
+    rows: Shuffled | Streamed
+    steps: int
+    digest: str
+    measured: dict[str, Blocks]
+    datasets: list[str]
+
+
+class Sources:
+    """What a run reads, opened and looked into, so that what is wrong is said before a model is loaded.
+
+    Args:
+        settings: of the run.
+
+    Raises:
+        ValueError: a source is missing, damaged or empty.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        column = settings.text_column
+        self.settings = settings
+        self.data = open_sources(settings.data, text_column=column, streaming=settings.streaming, seed=settings.seed)
+        texts = open_sources([*settings.eval_data.values()], text_column=column)
+        self.eval_data = dict(zip(settings.eval_data, texts, strict=True))
+
+    def packed(self, encode: Encoder, length: int) -> TrainingData:
+        """Their text as rows of `length` tokens.
+
+        Raises:
+            ValueError: there is too little of it, or the tokenizer is that of another model.
+        """
+        rows, steps, digest = _training_rows(self.data, encode, length, self.settings)
+        measured = {
+            name: _measured_blocks(source, encode, length, self.settings) for name, source in self.eval_data.items()
+        }
+        datasets = [source.dataset for source in self.data if source.dataset is not None]
+        return TrainingData(rows, steps, digest, measured, datasets)
+
+
+def _training_rows(
+    sources: Sequence[Source], encode: Encoder, length: int, settings: TrainSettings
+) -> tuple[Shuffled | Streamed, int, str]:
+    """What to train on, in how many steps, and a digest of it; of streamed data, of its beginning."""
+    per_step = settings.batch_size * length
+    if settings.streaming:
+        assert settings.tokens is not None
+        steps = _steps(settings.tokens, per_step, settings, length)
+        beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
+        named = [each for each in settings.data if isinstance(each, str)]
+        digest = streamed_digest(beginning.fingerprint(), named)
+        return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest
+    blocks = Blocks(pack(encode(documents_of(sources)), length), length)
+    if not len(blocks):
+        raise too_few(sources, encode, length)
+    tokens = len(blocks) * length if settings.tokens is None else settings.tokens
+    steps = _steps(tokens, per_step, settings, length)
+    return Shuffled(blocks, steps * settings.batch_size, settings.seed), steps, blocks.fingerprint()
+
+
+def _steps(tokens: int, per_step: int, settings: TrainSettings, length: int) -> int:
+    if tokens < per_step:
+        raise ValueError(
+            f"{tokens:,} tokens are fewer than the {per_step:,} of one step ({settings.batch_size} sequences of "
+            f"{length:,} tokens); give more tokens, or a smaller batch or sequence."
+        )
+    return tokens // per_step
+
+
+def _measured_blocks(source: Source, encode: Encoder, length: int, settings: TrainSettings) -> Blocks:
+    padding = encode.tokenizer.eos_token_id or 0
+    blocks: list[Any] = []
+    for block in pack(encode(source), length, padding=padding):
+        blocks.append(block)
+        if len(blocks) * length >= settings.eval_tokens:
+            break
+    if not any((positions > 0).any() for _, positions in blocks):
+        raise ValueError(f"{source.name} holds no document of two tokens, so no loss can be measured on it.")
+    return Blocks(blocks, length)

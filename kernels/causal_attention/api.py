@@ -1,0 +1,78 @@
+"""The public function of causal attention over ``[prefix of stream p | new tokens]``, by torch's flash attention.
+
+On a GPU the prefix is put in front of the keys, and torch's operator aligns its causal mask to the lower right: one
+call, forward and backward. On a CPU it does not, and two calls are merged.
+
+Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from parscale.kernels.causal_attention.merged import causal_attention_merged
+from parscale.kernels.dispatch import Impl, autocasts, transforms_are_active
+from parscale.kernels.prefix import prepend
+
+HALVES = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+
+
+def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: Impl = "auto") -> bool:
+    """Whether :func:`causal_attention` takes these tensors: whether torch's flash attention does, and may.
+
+    On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
+    bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where ``torch.nn.attention.sdpa_kernel`` forbids flash
+    attention, or under a transform of ``torch.func``.
+    """
+    if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
+        return False
+    dtype, size = _autocast_dtype(query), query.shape[-1]
+    if not query.is_cpu and (not query.is_cuda or dtype not in HALVES or size % 8 or size > LARGEST_HEAD):
+        return False
+    return _flash_runs(query.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _flash_runs(device: torch.device) -> bool:
+    if not torch.backends.cuda.flash_sdp_enabled():  # of CPUs as well
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_properties(device).major >= 8
+
+
+def causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    *,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Each token attends to its stream's whole prefix and to the tokens up to itself.
+
+    Args:
+        query: ``(P*B, heads, S, D)``, stream-major rows; tensors that :func:`is_mergeable` takes.
+        key: ``(P*B, G, S, D)``; ``heads`` is a multiple of G (grouped queries).
+        value: ``(P*B, G, S, D)``.
+        prefix_k: ``(P, G, T, D)``, shared by the B rows of each stream.
+        prefix_v: ``(P, G, T, D)``.
+        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+
+    Returns:
+        ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor, and
+        a second time is a ``RuntimeError``.
+    """
+    dtype = _autocast_dtype(query)
+    # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
+    prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
+    query, key, value, prefix_k, prefix_v = (x.to(dtype) for x in (query, key, value, *prefix))
+    if query.is_cpu:
+        return causal_attention_merged(query, key, value, prefix_k, prefix_v, scaling)
+    keys, values = prepend(prefix_k, key), prepend(prefix_v, value)  # (R, G, T + S, D)
+    # as torch.nn.attention.bias.causal_lower_right does: this operator's causal mask is aligned to the lower right
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, True, scale=scaling)[0]
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

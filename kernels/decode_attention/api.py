@@ -1,0 +1,98 @@
+"""The public function of decode attention: validates, then calls the chosen implementation."""
+
+from __future__ import annotations
+
+import torch
+
+from parscale.kernels.decode_attention.joined import decode_attention_joined
+from parscale.kernels.decode_attention.reference import decode_attention_reference
+from parscale.kernels.dispatch import Impl, runs_fused
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD = 256
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    length: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Softmax attention of one token per row over ``[prefix of stream p | cache]``, both read where they lie.
+
+    Args:
+        query: ``(P*B, heads, 1, D)``, stream-major rows.
+        key: ``(P*B, G, K, D)``; ``heads`` is a multiple of G (grouped queries). Read in place if the last dimension of
+            keys and values lies contiguous.
+        value: ``(P*B, G, K, Dv)``.
+        prefix_k: ``(P, G, T, D)``, shared by the B rows of each stream.
+        prefix_v: ``(P, G, T, Dv)``.
+        mask: ``None``, or boolean (True: attend) or additive, broadcasting to ``(P*B, heads, 1, T + K)``, or ``K`` in
+            place of ``T + K``: then it is about the cache alone. Padding and sliding windows are masks. An additive
+            mask's ``-inf`` and its dtype's smallest number hide. What is hidden is read, and must be finite.
+        length: how many of the K tokens are real, for a cache that is longer: integers, ``(P*B,)`` or one, on the
+            device, so that a captured graph reads it anew. What lies beyond may be anything.
+        sinks: logits ``(heads,)`` that take a part of the softmax and give nothing (GPT-OSS).
+        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
+        impl: ``"reference"`` is plain torch. ``"fused"`` takes tensors of one dtype (float16, bfloat16 or float32) and
+            heads of up to 256 numbers, and has no gradient. ``"auto"`` is ``"fused"`` on CUDA and ROCm devices where
+            Triton is installed, the tensors are such and no gradient is recorded, and ``"reference"`` elsewhere.
+
+    Returns:
+        ``(P*B, heads, 1, Dv)`` in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes do not fit, an unknown ``impl``, or ``"fused"`` where it cannot run.
+    """
+    tensors = (query, key, value, prefix_k, prefix_v)
+    if any(x.ndim != 4 for x in tensors) or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
+        raise ValueError(
+            "decode_attention takes query (P*B, heads, 1, D), key (P*B, G, K, D), value (P*B, G, K, Dv), prefix_k "
+            "(P, G, T, D) and prefix_v (P, G, T, Dv), got " + ", ".join(str(tuple(x.shape)) for x in tensors) + "."
+        )
+    extra = [x for x in (mask, length, sinks) if x is not None]
+    if runs_fused(impl, query, _obstacle(tensors, extra)):
+        from parscale.kernels.decode_attention.fused import decode_op
+
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return decode_op(*tensors, mask, length, sinks, factor, softcap)
+    if length is None and sinks is None and softcap is None:
+        return decode_attention_reference(*tensors, mask, scaling=scaling)
+    return decode_attention_joined(*tensors, mask, length=length, sinks=sinks, scaling=scaling, softcap=softcap)
+
+
+def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """How far each row of a mask sees: one more than the last token that any of its heads sees.
+
+    Args:
+        mask: over the cache, ``(R or 1, heads or 1, 1, K)``, boolean or additive.
+
+    Returns:
+        ``(R or 1,)`` int32, on the mask's device: a ``length`` for :func:`decode_attention`.
+    """
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
+    return (seen * places).amax(dim=(1, 2, 3))
+
+
+def _obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1 or tensors[0].dtype not in FLOATS:
+        return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"
+    if max(tensors[0].shape[-1], tensors[2].shape[-1]) > LARGEST_HEAD:
+        return f"it takes heads of up to {LARGEST_HEAD} numbers, got {tensors[0].shape[-1]} and {tensors[2].shape[-1]}"
+    if len({x.device for x in (*tensors, *extra)}) > 1:
+        return "the tensors are on different devices"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *extra)):
+        return "a gradient is recorded, and it has none"
+    return None

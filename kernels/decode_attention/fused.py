@@ -1,0 +1,165 @@
+"""Decode attention on a GPU: one token of each row over its stream's prefix and its cache, both read in place.
+
+Split over the sequence: a program takes one key/value head of one row, all queries that share it, and a part of
+``[prefix | cache]``; a second kernel merges the parts by their log-sum-exp. Tokens beyond ``length`` are not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from parscale.kernels.decode_attention.kernels import merge_kernel, part_kernel
+from parscale.kernels.launch import Gpu, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
+
+MAX_SPLITS = 64
+
+
+def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
+    """Block of tokens, warps and stages of :func:`part_kernel`."""
+    half = dtype.itemsize == 2
+    size = (max(16, power_of_2(D)) + max(16, power_of_2(V))) * dtype.itemsize  # bytes of a token
+    # keys and values of a block in 32 KiB, in 16 of float32, and a power of 2
+    BT = 1 << ((32768 if half else 16384) // size).bit_length() - 1
+    BT = max(16, min(64 if gpu.is_hip else 128, BT))
+    # float32 products keep their factors in registers
+    return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
+
+
+def part_programs(n: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
+    """How many programs of :func:`part_kernel` a multiprocessor holds at a time."""
+    config = part_config(D, V, dtype, gpu)
+    BM, BD, BV = (max(16, power_of_2(x)) for x in (n, D, V))
+    # the blocks that are on the way, and queries and weights on their way between layouts
+    shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
+    registers = 168 if dtype.itemsize == 2 else 64
+    return gpu.programs(shared * dtype.itemsize, 32 * config["num_warps"], registers)
+
+
+def choose_splits(heads: int, blocks: int, places: int) -> int:
+    """Into how many parts the sequence of each head is cut.
+
+    Of all numbers, the one with which the fewest blocks follow one another, counting one more for each program's start.
+
+    Args:
+        heads: key/value heads of all rows.
+        blocks: of tokens, for each of them.
+        places: programs that the GPU holds at a time.
+    """
+
+    def steps(splits: int) -> int:
+        return triton.cdiv(heads * splits, places) * (triton.cdiv(blocks, splits) + 1)
+
+    return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=steps)
+
+
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    *,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """As :func:`parscale.kernels.decode_attention`; ``splits`` of the sequence, chosen if ``None``."""
+    (R, heads, _, D), (P, G, T, _) = query.shape, prefix_k.shape
+    K, V, n, gpu = key.shape[2], value.shape[3], heads // G, gpu_of(query.device)
+    out = torch.empty(R, heads, 1, V, dtype=query.dtype, device=query.device)
+    if out.numel() == 0:
+        return out
+    query, prefix_k, prefix_v = query.contiguous(), prefix_k.contiguous(), prefix_v.contiguous()
+    key, value = last_contiguous(key), last_contiguous(value)
+    config = part_config(D, V, query.dtype, gpu)
+    if splits is None:
+        blocks = triton.cdiv(T, config["BT"]) + triton.cdiv(K, config["BT"])
+        places = gpu.processors * part_programs(n, D, V, query.dtype, gpu)
+        splits = choose_splits(R * G, blocks, places)
+    parts, lse = out, None
+    if splits > 1:
+        parts = torch.empty(R * heads, splits, V, dtype=torch.float32, device=query.device)
+        lse = torch.empty(R * heads, splits, dtype=torch.float32, device=query.device)
+    mask, mask_strides, mask_options = _mask_arguments(mask, R, heads, K)
+    launch(
+        part_kernel,
+        (R * G, splits),
+        *(query, key, value, prefix_k, prefix_v, mask, length, sinks, parts, lse),
+        *(R // P, K, splits, float(scaling), *key.stride()[:3], *value.stride()[:3], *mask_strides),
+        G=G,
+        n=n,
+        T=T,
+        D=D,
+        V=V,
+        SOFTCAP=softcap,
+        **mask_options,
+        LENGTHS=length is not None and length.numel() > 1,
+        EARLY=splits > 1 and gpu.dependent_launch,
+        DOT=operand(query.dtype),
+        **config,
+    )
+    if splits > 1:
+        launch(
+            merge_kernel,
+            (R * heads,),
+            *(parts, lse, sinks, out, splits),
+            heads=heads,
+            V=V,
+            BS=16,
+            EARLY=gpu.dependent_launch,
+            num_warps=4,
+            **dependent(gpu.dependent_launch),
+        )
+    return out
+
+
+def _mask_arguments(
+    mask: torch.Tensor | None, R: int, heads: int, K: int
+) -> tuple[torch.Tensor | None, tuple[int, int], dict[str, Any]]:
+    """The mask as the kernel takes it, its strides by row and by head, and what is compiled into the kernel."""
+    if mask is None:
+        return None, (0, 0), {"LEAST": None, "MASKED_PREFIX": False, "HEADS": False}
+    least = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    mask = last_contiguous(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
+    strides = mask.expand(R, heads, 1, -1).stride()
+    options = {"LEAST": least, "MASKED_PREFIX": mask.shape[3] != K, "HEADS": mask.shape[1] != 1}
+    return mask, (strides[0], strides[1]), options
+
+
+@torch.library.custom_op("parscale::decode_attention", mutates_args=())
+def decode_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """As :func:`decode`, registered: torch.compile and CUDA graphs know it. It has no gradient."""
+    return decode(query, key, value, prefix_k, prefix_v, mask, length, sinks, scaling, softcap)
+
+
+@decode_op.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], 1, value.shape[3])

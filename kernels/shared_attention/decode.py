@@ -1,0 +1,87 @@
+"""Decode attention over shared keys in plain torch: one token of each stream, and the cache is read once for all.
+
+Prefixes and cache are read where they lie; only their scores are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from parscale.kernels.shared_attention.layout import plain_rows
+
+# Half-precision keys and values are raised to single precision in pieces of this many numbers, which stay in the cache
+# of a processor and in the pool of its allocator.
+PIECE = 2**20
+
+
+def shared_decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of one token of each stream over ``[prefix of stream p | cache of stream 0]``.
+
+    On a CPU, half-precision tensors are multiplied in float32. On other devices, their products are rounded to their
+    own dtype before the softmax.
+
+    Args:
+        query: ``(P*B, heads, 1, D)``, stream-major rows, of all streams or of those with a prefix.
+        key: ``(B, G, K, D)``; ``heads`` is a multiple of G (grouped queries).
+        value: ``(B, G, K, Dv)``.
+        prefix_k: ``(P - 1, G, T, D)``, of streams 1 to P - 1.
+        prefix_v: ``(P - 1, G, T, Dv)``.
+        mask: ``None``, or over the cache: boolean (True: attend) or additive, broadcasting to ``(B, heads, 1, K)``.
+        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+
+    Returns:
+        ``(P*B, heads, 1, Dv)`` in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    plain = plain_rows(query, key, prefix_k)
+    (R, heads, _, D), (B, G, _, _), (Q, _, T, _) = query.shape, key.shape, prefix_k.shape
+    P, n = R // B, heads // G
+    exact = torch.promote_types(query.dtype, torch.float32)
+    dtype = exact if query.is_cpu else query.dtype  # of the products
+    piece = None
+    if key.dtype != dtype and not torch.compiler.is_compiling():
+        piece = max(1, PIECE // (B * G * D))
+
+    def pieces(states: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
+        return (states,) if piece is None else states.split(piece, dim)
+
+    scaled = query.to(dtype) * (D**-0.5 if scaling is None else scaling)
+    by_stream = scaled[plain:].view(Q, B, G, n, D).transpose(1, 2).reshape(Q, G, B * n, D)
+    of_prefix = torch.matmul(by_stream, prefix_k.to(dtype).transpose(-1, -2))  # (Q, G, B*n, T)
+    of_prefix = of_prefix.unflatten(2, (B, n)).permute(2, 1, 0, 3, 4)  # (B, G, Q, n, T)
+    if plain:
+        of_prefix = nn.functional.pad(of_prefix, (0, 0, 0, 0, 1, 0), value=float("-inf"))  # stream 0 has none
+    grouped = scaled.view(P, B, G, n, D).permute(1, 2, 0, 3, 4).reshape(B, G, P * n, D)
+    parts = [torch.matmul(grouped, keys.to(dtype).transpose(-1, -2)) for keys in pieces(key, 2)]
+    of_cache = torch.cat(parts, dim=-1).view(B, G, P, n, -1)
+    if mask is not None:
+        mask = mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (G, n))  # (B or 1, G or 1, n or 1, 1, K)
+        mask = mask.permute(0, 1, 3, 2, 4)  # (B or 1, G or 1, 1, n or 1, K)
+        hidden = torch.finfo(of_cache.dtype).min
+        of_cache = of_cache.masked_fill(~mask, hidden) if mask.dtype == torch.bool else of_cache + mask
+    scores = torch.cat([of_prefix, of_cache], dim=-1)  # (B, G, P, n, T + K)
+    weights = torch.softmax(scores, dim=-1, dtype=exact).to(dtype)
+
+    by_stream = weights[:, :, P - Q :, :, :T].permute(2, 1, 0, 3, 4).reshape(Q, G, B * n, T)
+    output = torch.matmul(by_stream, prefix_v.to(dtype)).unflatten(2, (B, n)).permute(0, 2, 1, 3, 4)  # (Q, B, G, n, Dv)
+    if plain:
+        output = nn.functional.pad(output, (0, 0, 0, 0, 0, 0, 0, 0, 1, 0))  # (P, B, G, n, Dv)
+    grouped = weights[..., T:].reshape(B, G, P * n, -1)
+    for part, values in zip(pieces(grouped, -1), pieces(value, 2), strict=True):
+        over_cache = torch.matmul(part, values.to(dtype))  # (B, G, P*n, Dv)
+        output = output + over_cache.unflatten(2, (P, n)).permute(2, 0, 1, 3, 4)
+    return output.reshape(R, heads, 1, -1).to(query.dtype)

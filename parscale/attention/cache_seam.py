@@ -1,0 +1,367 @@
+"""The prefix in attention that does not come from transformers' registry: BLOOM, Falcon, GPT-J, GPT-Neo, MPT, ...
+
+Such a layer computes with whatever its cache's ``update`` gives back. A hook hands it, at each call, a cache of which
+``update`` puts the prefix in front of what the caller's own cache gives back, or of the new keys and values where there
+is none. The hook also makes room for the prefix in the masks and position biases of the call. So the caller's cache,
+its length and all positions know real tokens only.
+
+Rulings: nothing hides the prefix: not padding, not causality, not GPT-Neo's window. Under ALiBi it stands at positions
+-T..-1, in front of the first real token of each row. A learned bias of pairs of tokens is zero for it.
+
+Shapes: R = P*B rows, stream-major; S query tokens; K keys in sight before the prefix; G key/value heads; D head size;
+T prefix tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from parscale.attention.functions import record
+from parscale.attention.masks import extend_dense_mask, extended_mask
+from parscale.attention.rotary import rotary_tables
+from parscale.distributed.offloading import parameter_of
+from parscale.errors import UnsupportedModelError
+from parscale.kernels.prefix import prepend
+from parscale.streams.brief_runs import one_line, run_briefly
+from parscale.streams.places import AttentionLayer
+from parscale.streams.state import ParScaleState
+
+CACHE_ARGUMENTS = ("layer_past", "past_key_values", "cache")
+MASK_ARGUMENTS = ("attention_mask", "mask")
+
+Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values, (P, G, T, D)
+
+
+class PrefixCache:
+    """What an attention layer takes for its cache during one call.
+
+    Args:
+        cache: the caller's; ``None`` if there is none.
+        prefix: to put in front of what it gives back, if any.
+        record: shown what it gives back, if any.
+    """
+
+    def __init__(
+        self, cache: Any, prefix: Prefix | None, record: Callable[[torch.Tensor, torch.Tensor], None] | None
+    ) -> None:
+        self.cache = cache
+        self.prefix = prefix
+        self.record = record
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Prefix:
+        """The caller's ``update`` with the prefix in front: ``(R, G, T + K, D)`` each."""
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, *args, **kwargs)
+        if self.record is not None:
+            self.record(key, value)
+        if self.prefix is not None:
+            key, value = prepend(self.prefix[0], key), prepend(self.prefix[1], value)
+        return key, value
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Real tokens."""
+        return 0 if self.cache is None else self.cache.get_seq_length(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "cache":  # before the state of an unpickled object is set
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+
+class CachedAttention:
+    """The hooks of one attention layer.
+
+    Args:
+        state: the streams of the model that the layer belongs to.
+        module: the layer; its ``forward`` has one of :data:`CACHE_ARGUMENTS`.
+    """
+
+    def __init__(self, state: ParScaleState, module: nn.Module) -> None:
+        self.state = state
+        self.module = module
+        self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in self.parameters)
+        self.trial: Prefix | None = None  # a prefix that belongs to no set, to see whether the layer takes one
+        # names of tables of who may see whom, (1, 1, N, N), true where the row's token sees the column's
+        self.tables = [name for name, buffer in module._buffers.items() if _is_causal_table(buffer)]
+        self.rotation: tuple[dict[str, Any], str] | None = None  # the table behind RoFormer's sines and cosines
+        self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
+        for name in self.tables:
+            module.__dict__[name] = _CausalTable(self, module, name)  # in front of the buffer, which stays
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the layer: its cache, masks and biases with the prefix. Nothing for the plain backbone."""
+        prefix, recording = self.prefix(module), self.state.call.recorder is not None
+        if prefix is None and not recording:
+            return None
+        arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
+        cache = arguments.get(self.cache_argument)
+        if isinstance(cache, PrefixCache):  # handed on by the module around this one, which has no use for it
+            cache = cache.cache
+        cache = getattr(cache, "self_attention_cache", cache)
+        arguments[self.cache_argument] = PrefixCache(cache, prefix, self._record if recording else None)
+        if prefix is not None:
+            self._make_room(module, arguments, cache, prefix[0])
+        names = self.parameters[: len(args)]
+        return tuple(arguments.pop(name) for name in names), arguments
+
+    def remove(self) -> None:
+        """Takes the hooks and the tables off."""
+        for hook in self.hooks:
+            hook.remove()
+        for name in self.tables:
+            self.module.__dict__.pop(name, None)
+
+    def prefix(self, module: nn.Module) -> Prefix | None:
+        """What the pass under way puts in front of the keys and values of the layer, or of its replica ``module``."""
+        streams = self.state.in_flight
+        if streams is None or not hasattr(module, streams.key_name):
+            return self.trial
+        return parameter_of(module, streams.key_name), parameter_of(module, streams.value_name)
+
+    def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        record(self.state, self.module, key, value)
+
+    def _make_room(self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
+        """Extends each mask and each bias among the arguments, in place, by T columns in front."""
+        T, D = prefix_k.shape[2:]
+        R, S = arguments[self.parameters[0]].shape[:2]  # of the hidden states
+        implementation = self.state.backbone.config._attn_implementation
+        name = next((name for name in MASK_ARGUMENTS if name in self.parameters), "")
+        mask, alibi, bias = (arguments.get(x) for x in (name, "alibi", "position_bias"))
+        if mask is not None and arguments.get("sinusoidal_pos") is not None:
+            arguments["sinusoidal_pos"] = self._rotation_of_rows(arguments["sinusoidal_pos"], mask)
+        extended = None if mask is None else self._extended_mask(mask, T, R, hides=implementation == "eager")
+        if mask is None and name and S > 1 and implementation == "sdpa":
+            # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+            K = S if cache is None else cache.get_mask_sizes(S, getattr(self.module, "layer_idx", 0))[0]
+            extended = torch.ones(S, T + K, dtype=torch.bool, device=prefix_k.device).tril(T)[None, None]
+        if alibi is not None:
+            own = _alibi_of_prefix(self.module, alibi.shape[0] // R if alibi.ndim == 3 else alibi.shape[1], T, alibi)
+            if alibi.ndim == 3:  # BLOOM: (R * heads, 1, K)
+                own = own.repeat(R, 1, 1)
+            elif mask is not None:  # Falcon: (R, heads, 1, K), and in the mask (R, heads, S, K) as well
+                extended = torch.cat([(own * D**-0.5).expand(*mask.shape[:-1], T), mask], dim=-1)
+            arguments["alibi"] = torch.cat([own.expand(*alibi.shape[:-1], T), alibi], dim=-1)
+        if bias is not None and bias.ndim == 3 and mask is not None:  # MPT: ALiBi up to the last key, (heads, 1, N)
+            arguments["position_bias"] = _BiasOfRows(_alibi_of_rows(bias, T, mask))
+        elif bias is not None:  # (R or 1, heads, S, K)
+            arguments["position_bias"] = nn.functional.pad(bias, (T, 0))
+        if extended is not None:
+            arguments[name] = extended
+        for table in self.tables:
+            whole = module.__dict__[table]
+            if isinstance(whole, torch.Tensor):  # a replica on another device has it as an attribute
+                module.__dict__[table] = _CausalTable(self, module, table, whole)
+
+    def _extended_mask(self, mask: torch.Tensor, T: int, rows: int, *, hides: bool) -> torch.Tensor:
+        """The mask with T open columns in front.
+
+        Args:
+            mask: ``(R, 1, S, K)``, boolean or additive, or what a model makes itself, ``(R, K)`` or ``(R, S, K)``.
+            T: prefix length.
+            rows: R.
+            hides: a boolean ``(R, 1, S, K)`` was cast from an additive one, as MPT does, and is true where it hides.
+        """
+        if mask.ndim == 4 and mask.dtype == torch.bool and hides:
+            return nn.functional.pad(mask, (T, 0))
+        if mask.ndim == 4:
+            extended = extended_mask(self.state.call.masks, mask, T, rows)
+            assert isinstance(extended, torch.Tensor)
+            return extended
+        return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
+
+    def _rotation_of_rows(self, rotation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """RoFormer's sines and cosines ``(R, 1, S, D)``, by the places of each row's tokens behind its padding.
+
+        Args:
+            rotation: by their places in the row, ``(1, 1, S, D)``; gives the width of the table to look them up in.
+            mask: ``(R, 1, S, K)``, boolean (True: attend) or additive.
+        """
+        if self.rotation is None and not rotation.is_meta:
+            self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
+        if self.rotation is None:  # a table of anything else
+            return rotation
+        held, name = self.rotation
+        S, K = rotation.shape[-2], mask.shape[-1]
+        hidden = ~mask if mask.dtype == torch.bool else mask < 0
+        padding = _hidden_in_front(hidden)[:, None]  # (R, 1)
+        positions = (torch.arange(K - S, K, device=mask.device) - padding).clamp(min=0)  # (R, S)
+        return held[name][positions][:, None]
+
+
+class _BiasOfRows:
+    """A bias ``(R, heads, 1, K)`` for a layer that wants one for all rows, ``(heads, 1, K)``, and adds a piece of it.
+
+    Args:
+        bias: the bias.
+    """
+
+    def __init__(self, bias: torch.Tensor) -> None:
+        self.bias = bias
+        self.shape = bias.shape[1:]
+
+    def size(self, dim: int) -> int:
+        """As of a tensor."""
+        return self.shape[dim]
+
+    def to(self, *args: Any, **kwargs: Any) -> _BiasOfRows:
+        """As of a tensor; accelerate moves the arguments of layers on several devices."""
+        return _BiasOfRows(self.bias.to(*args, **kwargs))
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        return self.bias[(slice(None), *index)]
+
+
+class _CausalTable:
+    """A layer's table of who may see whom, ``(1, 1, N, N)``; for a pass with a prefix, with T open columns in front.
+
+    Args:
+        attention: the layer's hooks, which know the prefix.
+        module: the layer, or its replica on another device.
+        name: of the table in it: true where the row's token sees the column's. GPT-Neo's has a window.
+        own: the table of a replica; by default the layer's buffer.
+    """
+
+    def __init__(
+        self, attention: CachedAttention, module: nn.Module, name: str, own: torch.Tensor | None = None
+    ) -> None:
+        self.attention = attention
+        self.module = module
+        self.name = name
+        self.own = own
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        """The piece ``(1, 1, S, T + K)``: rows are counted from the prefix's beginning, as the keys are."""
+        table = self.module._buffers[self.name] if self.own is None else self.own
+        assert table is not None
+        prefix = self.attention.prefix(self.module)
+        if prefix is None:
+            return table[index]
+        T, (heads, rows, columns) = prefix[0].shape[2], index[1:]
+        piece = table[index[0], heads, rows.start - T : rows.stop - T, : columns.stop - T]
+        return extend_dense_mask(piece, T)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("attention", "module", "name", "own"):  # before the state of an unpickled object is set
+            raise AttributeError(name)
+        return getattr(self.module._buffers[self.name] if self.own is None else self.own, name)
+
+
+def _is_causal_table(buffer: torch.Tensor | None) -> bool:
+    return (
+        buffer is not None and buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2]
+    )
+
+
+def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor) -> torch.Tensor:
+    """The bias of keys at -T..-1, ``(heads, 1, T)``, by the function that the layer's own file makes ``alibi`` with."""
+    build: Any = next(
+        sys.modules[cls.__module__].__dict__["build_alibi_tensor"]
+        for cls in type(module).__mro__
+        if hasattr(sys.modules[cls.__module__], "build_alibi_tensor")
+    )
+    # slopes times 0..T
+    ramp = build(torch.ones(1, T + 1, dtype=torch.long, device=alibi.device), heads, dtype=alibi.dtype)
+    return -ramp[..., 1:].flip(-1)
+
+
+def _alibi_of_rows(bias: torch.Tensor, T: int, mask: torch.Tensor) -> torch.Tensor:
+    """MPT's bias with the prefix in front of the first real token of each row, ``(R, heads, 1, T + K)``.
+
+    Args:
+        bias: ``(heads, 1, N)``, slopes times ``1 - N..0``; its last K are those of the keys.
+        T: prefix length.
+        mask: ``(R, 1, S, K)``, true where it hides.
+    """
+    K = mask.shape[-1]
+    padding = _hidden_in_front(mask)
+    distance = torch.arange(K + T - 1, K - 1, -1, device=bias.device) - padding[:, None]  # (R, T), to the last key
+    own = bias[..., -2:-1] * distance[:, None, None]  # (R, heads, 1, T)
+    return torch.cat([own.to(bias.dtype), bias[..., -K:].expand(mask.shape[0], -1, -1, -1)], dim=-1)
+
+
+def _hidden_in_front(mask: torch.Tensor) -> torch.Tensor:
+    """How many keys in front the last query of each row does not see, ``(R,)``; the mask is true where it hides."""
+    return mask[:, 0, -1].long().cumprod(dim=-1).sum(dim=-1)
+
+
+def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
+    """Hooks the attention layers that update a cache, and records them.
+
+    Args:
+        state: of a model in which no layer takes its attention from transformers' registry.
+
+    Raises:
+        UnsupportedModelError: there is none, or one fails with a prefix in front of its keys.
+    """
+    hooked = _record_layers(state)
+    name = type(state.model).__name__
+    if not hooked:
+        raise UnsupportedModelError(
+            f"No attention was found in {name}: none of its layers takes its attention function from transformers' "
+            "registry (ALL_ATTENTION_FUNCTIONS), or its keys and values from a cache (Cache.update), where streams put "
+            "their prefix. Models without keys and values (Mamba, RWKV), and old ones that attend without such a cache "
+            "(GPT-1, XLNet, Reformer), have no place for one."
+        )
+    try:
+        for attention, layer in hooked:
+            keys, values = (
+                torch.zeros(1, layer.key_heads, 1, size, dtype=layer.dtype, device=layer.device)
+                for size in (layer.key_size, layer.value_size)
+            )
+            attention.trial = keys, values
+        run_briefly(state)
+    except Exception as error:
+        for attention, _ in hooked:
+            attention.remove()
+        raise UnsupportedModelError(
+            f"{name} has no place for a prefix: its attention ({type(hooked[0][0].module).__name__}) takes more keys "
+            "than there are tokens from its cache, but then fails, since something else in it has one entry for each "
+            f"token: {one_line(error)}"
+        ) from error
+    finally:
+        for attention, _ in hooked:
+            attention.trial = None
+    state.hooks += [hook for attention, _ in hooked for hook in attention.hooks]
+    return [layer for _, layer in hooked]
+
+
+def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, AttentionLayer]]:
+    names = {id(module): name for name, module in state.model.named_modules()}
+    takes_cache = [module for part in state.parts for module in part.modules() if _takes_cache(module)]
+    candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
+    found: dict[int, AttentionLayer] = {}
+
+    def find(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        found[id(module)] = AttentionLayer(
+            names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
+        )
+
+    if candidates:
+        try:
+            with state.calls.recording(find):
+                run_briefly(state)
+        except Exception:
+            found.clear()
+            raise
+        finally:
+            for key, attention in candidates.items():
+                if key not in found:
+                    attention.remove()
+    return [(candidates[key], layer) for key, layer in found.items()]
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    if isinstance(module, (PreTrainedModel, nn.ModuleList)):
+        return False
+    return any(name in inspect.signature(type(module).forward).parameters for name in CACHE_ARGUMENTS)

@@ -1,0 +1,151 @@
+"""Finds the attention layers of a model, and what their keys and values look like, by running it briefly."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from parscale.attention.cache_seam import attach_caches
+from parscale.attention.registered import AttentionConfig
+from parscale.distributed.parallel import tensor_parallel_mesh
+from parscale.errors import UnsupportedModelError
+from parscale.streams.backbones import inner_modules
+from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
+from parscale.streams.naming import part_of
+from parscale.streams.places import AttentionLayer, Hidden
+from parscale.streams.state import ParScaleState
+
+
+def attach_attention(state: ParScaleState) -> None:
+    """Shows the attention layers their configuration through :class:`AttentionConfig`, and records the layers.
+
+    Where none takes its attention function from transformers' registry, those that read a cache are hooked
+    (:mod:`parscale.attention.cache_seam`). Where none does either, ``state.without_layers`` says why.
+
+    Raises:
+        UnsupportedModelError: the backbone is none that streams run on.
+    """
+    names = {id(module): name for name, module in state.model.named_modules()}
+    modules = dict.fromkeys(module for part in state.parts for module in inner_modules(part))
+    candidates = [module for module in modules if _looks_up_attention(module)]
+    for module in candidates:
+        module.config = AttentionConfig(module.config, state, type(module))
+    found: dict[int, AttentionLayer] = {}
+    seen: list[tuple[nn.Module, torch.Tensor]] = []
+
+    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        lender = next((other for other, keys in seen if _same_keys(keys, key)), None)
+        if lender is not None:  # a layer that borrows another's keys (Gemma 3n, Gemma 4) borrows its prefix
+            module.config.borrow(lender)
+            return
+        seen.append((module, key))
+        found[id(module)] = AttentionLayer(
+            names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
+        )
+
+    try:
+        with state.calls.recording(record):
+            state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise _as_unsupported(state, error) from error
+    state.measured = _weights(state)
+    for module in candidates:
+        if id(module) not in found and module.config.lender is None:
+            module.config = module.config.backbone
+    try:
+        state.layers = list(found.values()) or attach_caches(state)
+    except UnsupportedModelError as error:
+        state.without_layers = str(error)
+    except Exception as error:
+        state.without_layers = str(_as_unsupported(state, error))
+    mesh = tensor_parallel_mesh(state.model)
+    if mesh is not None:
+        _count_heads_of_all_devices(state, mesh)
+
+
+def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelError:
+    """The error that says that the backbone does not run by itself, whatever it did with what it was given.
+
+    Raises:
+        Exception: ``error``, if it says nothing of the model.
+    """
+    if is_of_the_machine(error):
+        raise error
+    return UnsupportedModelError(
+        f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on two "
+        f"tokens, an image of its size or silence, as streams need it to ({type(error).__name__}: {one_line(error)}): "
+        "use another class of this architecture, if there is one."
+    )
+
+
+def measure(state: ParScaleState) -> None:
+    """Records anew of which dtype and on which device keys and hidden states are, if the weights are no longer so.
+
+    A model can have been moved, cast, offloaded or given its memory (``to_empty``) since its layers were found.
+    """
+    weights = _weights(state)
+    if weights == state.measured:
+        return
+    layers = {id(layer.module): layer for layer in state.layers}
+
+    def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        layer = layers.get(id(module))
+        if layer is not None:  # one that borrows keys is none of them
+            layer.dtype, layer.device = key.dtype, key.device
+
+    with state.calls.recording(record):
+        state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
+    state.measured = weights
+
+
+def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
+    """Of which dtype and on which device the own parameters of what runs streams are."""
+    named = [item for part in state.parts for item in part.named_parameters()]
+    return [(x.dtype, x.device) for name, x in named if part_of(name) is None]
+
+
+def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
+    """Finds the layers whose heads are split over the mesh, by comparing them with the same model in one piece."""
+    config = copy.deepcopy(state.model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model: Any = type(state.model)(config)
+    undivided = ParScaleState(model)
+    attach_attention(undivided)
+    heads = {layer.name: layer.key_heads for layer in undivided.layers}
+    for layer in state.layers:
+        if layer.key_heads != heads[layer.name]:
+            layer.key_heads, layer.mesh = heads[layer.name], mesh
+
+
+def detach_attention(state: ParScaleState) -> None:
+    """Gives the attention layers their plain configuration back."""
+    for part in state.parts:
+        for module in part.modules():
+            if isinstance(module.__dict__.get("config"), AttentionConfig):
+                module.config = module.config.backbone
+
+
+def number_of_attention_layers(state: ParScaleState) -> int:
+    """How many layers attend to a prefix, their own or one that they borrow."""
+    by_registry = sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.backbone.modules())
+    return by_registry or len(state.layers)
+
+
+def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
+    if keys.device == other.device:
+        return keys is other
+    return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
+
+
+def _looks_up_attention(module: nn.Module) -> bool:
+    if isinstance(module, PreTrainedModel) or not isinstance(module.__dict__.get("config"), PreTrainedConfig):
+        return False
+    return any(hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)

@@ -1,0 +1,181 @@
+"""The prefix under flash-attention: ``flash_attention_2``, ``flash_attention_3`` and Hub kernels of their contract.
+
+Their causal mask is aligned to the lower right, so keys with T more rows in front need no other mask. Two cases need
+more: documents packed in one row, each of which must see the prefix, and a sliding window, which would hide it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from parscale.attention.functions import AttentionFunction, eager_function
+from parscale.kernels.prefix import prepend
+
+
+def flash_with_prefix(
+    backbone: AttentionFunction,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Calls ``backbone`` with the prefix ``(P, G, T, D)`` in front of the keys and values.
+
+    A layer with a sliding window that T + K tokens exceed runs through ``sdpa`` (or ``eager``, with caps or sinks) with
+    an explicit mask instead: no flash-attention interface leaves the prefix out of its window.
+
+    Args:
+        backbone: transformers' flash-attention function.
+        module: the attention layer, with the backbone's own configuration; ``module.layer`` is the layer itself.
+        query: ``(P*B, heads, S, D)``.
+        key: ``(P*B, G, K, D)``.
+        value: ``(P*B, G, K, Dv)``.
+        prefix_k: ``(P, G, T, D)``.
+        prefix_v: ``(P, G, T, Dv)``.
+        attention_mask: padding mask ``(P*B, K)``, 1 for real tokens, or ``None``.
+
+    Returns:
+        ``(P*B, S, heads, Dv)`` and ``None``.
+    """
+    P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
+    if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    K, B = key.shape[2], query.shape[0] // P
+    boundaries = None
+    if attention_mask is None:
+        boundaries = document_boundaries(kwargs, B, S, K)
+    if boundaries is not None and B > 1:  # they count through all rows of a stream
+        query, key, value = (x.unflatten(0, (P, B)).transpose(1, 2).flatten(2, 3) for x in (query, key, value))
+        output, _ = flash_with_prefix(backbone, module, query, key, value, prefix_k, prefix_v, None, **kwargs)
+        return output.unflatten(1, (B, S)).flatten(0, 1), None
+    longest = K if boundaries is None else int(torch.diff(boundaries).max())
+    window = kwargs.get("sliding_window")
+    if window is not None and window < T + longest:
+        mask = _windowed_mask(query, K, window, attention_mask, boundaries, kwargs.pop("is_causal", None), module)
+        mask = nn.functional.pad(mask, (T, 0), value=True)  # (P*B or 1, 1, S, T + K)
+        return _with_mask(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, kwargs)
+    if boundaries is not None:
+        return _packed(backbone, module, query, key, value, prefix_k, prefix_v, boundaries, kwargs)
+    if attention_mask is not None:
+        attention_mask = nn.functional.pad(attention_mask, (T, 0), value=1)  # (P*B, T + K)
+    return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), attention_mask, **kwargs)
+
+
+def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch.Tensor | None:
+    """Where packed documents begin and end, counted through a stream's rows, ``(documents + 1,)``; ``None`` for one.
+
+    As transformers' own flash path does, reads ``cu_seq_lens_k`` where a collator gives it; and positions that restart,
+    for a batch of one row only.
+
+    Raises:
+        ValueError: ``cu_seq_lens_k`` beside a cache.
+    """
+    if kwargs.get("cu_seq_lens_k") is not None:
+        if S != K:
+            raise ValueError(
+                f"cu_seq_lens_k describes documents of new tokens only, but there are {S} of them and {K} keys: with "
+                "streams, packed documents run without a cache. Pass use_cache=False, or one row for each document."
+            )
+        return kwargs["cu_seq_lens_k"]
+    positions = kwargs.get("position_ids")
+    if B != 1 or S != K or positions is None or positions.ndim != 2 or positions.shape[1] != S:
+        return None
+    starts = (positions[0, 1:] - positions[0, :-1] != 1).nonzero().flatten() + 1
+    if not len(starts):
+        return None
+    ends = starts.new_tensor([S])
+    return torch.cat([starts.new_zeros(1), starts, ends]).to(torch.int32)
+
+
+def _packed(
+    backbone: AttentionFunction,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    boundaries: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Every document of every stream as a sequence of its own, with a prefix of its own in front of its keys."""
+    P, S, T = query.shape[0], query.shape[2], prefix_k.shape[2]
+    edges = boundaries.tolist()
+    lengths = torch.diff(boundaries).to(torch.int32)  # (documents,)
+
+    def joined(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        pieces = []
+        for start, end in itertools.pairwise(edges):
+            pieces += [prefix.to(states.dtype), states[:, :, start:end]]
+        rows = torch.cat(pieces, dim=2)  # (P, G, documents * T + S, D)
+        return rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, G, P * (documents * T + S), D)
+
+    def cumulative(lengths: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(lengths.repeat(P).cumsum(0, dtype=torch.int32), (1, 0))
+
+    longest = int(lengths.max())
+    kwargs = kwargs | {
+        "cu_seq_lens_q": cumulative(lengths),
+        "cu_seq_lens_k": cumulative(lengths + T),
+        "max_length_q": longest,
+        "max_length_k": longest + T,
+        "position_ids": None,
+    }
+    queries = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, P * S, D)
+    output, _ = backbone(module, queries, joined(prefix_k, key), joined(prefix_v, value), None, **kwargs)
+    return output.reshape(P, S, *output.shape[2:]), None
+
+
+def _with_mask(
+    module: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
+    # as flash-attention does where float32 would meet half-precision weights
+    dtype = get_target_dtype(query, module) or query.dtype
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        function = eager_function(module.layer, module.config._attn_implementation)
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    output, _ = function(module, query, keys, values, mask, **kwargs)
+    return output, None
+
+
+def _windowed_mask(
+    query: torch.Tensor,
+    K: int,
+    window: int,
+    padding: torch.Tensor | None,
+    boundaries: torch.Tensor | None,
+    is_causal: bool | None,
+    module: Any,
+) -> torch.Tensor:
+    """What flash-attention would mask, as booleans ``(P*B or 1, 1, S, K)``: window, causality, padding, documents."""
+    S, device = query.shape[2], query.device
+    keys = torch.arange(K, device=device)
+    distance = torch.arange(K - S, K, device=device)[:, None] - keys[None, :]  # (S, K), aligned to the lower right
+    mask = distance < window
+    if module.is_causal if is_causal is None else is_causal:
+        mask &= distance >= 0
+    else:
+        mask &= distance > -window
+    if boundaries is not None:
+        document = torch.searchsorted(boundaries[1:].to(device), keys, right=True)
+        mask &= document[-S:, None] == document[None, :]
+    mask = mask[None, None]
+    return mask if padding is None else mask & padding[:, None, None, :].bool()

@@ -1,0 +1,51 @@
+"""What the ways of putting a prefix in front of keys and values have in common.
+
+Shapes: R = P*B rows, stream-major; K keys in sight before the prefix; G key/value heads; D head size; T prefix tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from parscale.distributed.parallel import gather_heads
+from parscale.streams.state import ParScaleState
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Shows the recorder an attention layer's keys and values, those of all devices."""
+    recorder = state.call.recorder
+    assert recorder is not None
+    mesh = next((layer.mesh for layer in state.layers if layer.module is module), None)
+    if mesh is not None:
+        key, value = gather_heads(key, mesh), gather_heads(value, mesh)
+    recorder(module, key, value)
+
+
+def backbone_function(module: nn.Module, name: str) -> AttentionFunction:
+    """The function that the layer would have called without streams."""
+    if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return eager_function(module, name)
+
+
+def eager_function(module: nn.Module, name: str) -> AttentionFunction:
+    """The function of a layer's own file, which runs under ``"eager"``.
+
+    Raises:
+        ValueError: there is none; the message has ``name``, the implementation that was asked for.
+    """
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(
+        f"{type(module).__name__} has no attention function for attn_implementation={name!r}; "
+        "choose another with model.set_attn_implementation(...)."
+    )

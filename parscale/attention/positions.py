@@ -1,0 +1,102 @@
+"""Positions of left-padded texts, for a backbone whose caller gives none.
+
+A backbone that is given no positions counts from the padding in front of a text. To rotary attention among tokens that
+is the same as counting from the text's first token, but a prefix stands right before position 0, and a prompt at the
+first positions. So with these, each row is counted from its first token. A text then gives what it gives alone, and
+what it gives in ``generate``, which counts so. Zeros inside a mask keep their places, as in the plain backbone, and so
+do positions that the caller gives.
+
+Learned positions are not touched: what a text gives then depends on the padding in the plain backbone, or the backbone
+reads the mask itself.
+
+Shapes: R = P*B rows, stream-major; S query tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from parscale.attention.masks import leading_zeros
+from parscale.streams.backbones import has_learned_positions
+from parscale.streams.state import ParScaleState
+
+
+class RowPositions:
+    """Counts each row from its first token, in the backbone and in the encoder before it.
+
+    Multimodal models make masks for the layers, and some make positions, before they call the backbone. So the modules
+    around the backbone are hooked, for the mask that they were given.
+
+    Args:
+        state: the streams of the model.
+    """
+
+    def __init__(self, state: ParScaleState) -> None:
+        # whether the backbone (True), or the encoder before it (False), can be told where the tokens stand
+        self.counts = {part is state.backbone: _counts_positions(part) for part in state.parts}
+        self.hooks: list[Any] = []
+        self.state = state
+
+    def attach(self) -> None:
+        """Hooks the modules around the backbone."""
+        backbone = self.state.backbone
+        for module in self.state.model.modules():
+            if module is backbone or not isinstance(module, PreTrainedModel) or not self.counts[True]:
+                continue
+            parameters = list(inspect.signature(module.forward).parameters)
+            if module.get_output_embeddings() is None and any(part is backbone for part in module.modules()):
+                enter = functools.partial(self._enter, parameters)
+                self.hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def detach(self) -> None:
+        """Undoes :meth:`attach`."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def _enter(self, parameters: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(zip(parameters[: len(args)], args, strict=True)) | kwargs
+        mask = arguments.get("attention_mask")
+        unaware = arguments.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2
+        self.state.call.mask_around = mask if unaware else None
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.state.call.mask_around = None
+
+    def of_rows(self, is_backbone: bool, arguments: dict[str, Any], num_streams: int) -> dict[str, Any]:
+        """The arguments of the backbone (or of the encoder), of R rows, with the positions of each row's tokens.
+
+        Args:
+            is_backbone: or the encoder.
+            arguments: by their names.
+            num_streams: P.
+        """
+        rows, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        rows = arguments.get("inputs_embeds") if rows is None else rows
+        positions, outer = arguments.get("position_ids"), self.state.call.mask_around if is_backbone else None
+        if rows is None or not self.counts[is_backbone] or (positions is not None and outer is None):
+            return arguments
+        padding = leading_zeros(mask)
+        if padding is None and mask is not None and outer is not None:  # made from the mask of the module around
+            padding = leading_zeros(torch.cat([outer] * num_streams))
+        if padding is None or (positions is not None and positions.ndim != 2):
+            return arguments
+        padding, cache, S = padding.to(rows.device)[:, None], arguments.get("past_key_values"), rows.shape[1]  # (R, 1)
+        start = 0 if cache is None else cache.get_seq_length()
+        if positions is None:
+            positions = (torch.arange(S, device=rows.device) + start)[None]  # (1, S)
+        else:  # where the module around the backbone has counted the padding, the last token stands behind all others
+            padding = padding * (positions[:, -1:] >= start + S - 1)
+        return arguments | {"position_ids": (positions - padding).clamp(min=0)}  # (R, S)
+
+
+def _counts_positions(part: Any) -> bool:
+    """Whether a backbone or an encoder takes positions, and looks up nothing by them that was learned."""
+    return "position_ids" in inspect.signature(part.forward).parameters and not has_learned_positions(part)

@@ -1,0 +1,305 @@
+"""The prefix in attention: one function that every attention layer of a wrapped model calls.
+
+transformers looks its attention function up by ``config._attn_implementation``. A wrapped model's attention layers see
+their configuration through :class:`AttentionConfig`, which answers ``"parscale_sdpa"`` for ``"sdpa"`` and so on, and
+under those names :func:`prefix_attention` is registered. It puts the prefix in front of keys and values, makes room for
+it in the mask, and hands over to the backbone's own function. Everything else in the model (mask creation,
+``generate``, ``set_attn_implementation``) goes on seeing the true name.
+
+Rulings: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
+
+Shapes: R = P*B rows, stream-major; S query tokens; K keys in sight before the prefix; G key/value heads; D head size;
+T prefix tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from parscale.attention.flash import flash_with_prefix
+from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
+from parscale.attention.shared import attend_to_shared, keys_of_pass
+from parscale.distributed.offloading import parameter_of
+from parscale.kernels import causal_attention, decode_attention, is_mergeable
+from parscale.kernels.prefix import prepend
+from parscale.streams.state import ParScaleState
+
+NAME_PREFIX = "parscale_"
+
+CONTINUOUS_BATCHING = (
+    "Continuous batching and its paged attention do not run with streams: they pack all requests into one row and "
+    "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone."
+)
+
+
+class _BothNames(str):
+    """The true name of an implementation, under which a dictionary finds the function with the prefix.
+
+    Some layers (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) make a mask of their own ``if self.config._attn_implementation
+    in ("eager", "sdpa")``. torch.compile cannot trace such a string, so only those layers get it.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or NAME_PREFIX + str(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(NAME_PREFIX + str(self))
+
+
+@functools.cache
+def _compares_names(cls: type) -> bool:
+    """Whether a layer of this class does something else under ``"sdpa"`` than under a name that it does not know."""
+    try:
+        sources = [inspect.getsource(base) for base in cls.__mro__ if base not in (nn.Module, object)]
+    except (OSError, TypeError):  # typed into an interpreter
+        return False
+    return any(re.search(r"""_attn_implementation (in \(|not in \(|[=!]= ["']sdpa)""", source) for source in sources)
+
+
+class AttentionConfig:
+    """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
+
+    Args:
+        config: the backbone's configuration object.
+        state: the streams of the model that the layer belongs to.
+        layer: the layer's class.
+    """
+
+    def __init__(self, config: Any, state: ParScaleState, layer: type) -> None:
+        object.__setattr__(self, "backbone", config)
+        object.__setattr__(self, "state", state)
+        object.__setattr__(self, "compared", _compares_names(layer))
+        object.__setattr__(self, "lender", None)
+
+    def borrow(self, lender: nn.Module) -> None:
+        """From here on the layer has the prefix of ``lender``, whose keys and values it takes."""
+        object.__setattr__(self, "lender", lender)
+
+    @property
+    def _attn_implementation(self) -> str:
+        true_name = self.backbone._attn_implementation or "eager"
+        call = self.state.call
+        if (
+            call.in_flight is None and call.recorder is None and call.passes is None
+        ):  # the plain backbone, as if never wrapped
+            return true_name
+        name = NAME_PREFIX + true_name
+        if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
+            AttentionInterface.register(name, prefix_attention)
+        return _BothNames(true_name) if self.compared else name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "backbone":  # before the state of an unpickled object is set
+            raise AttributeError(name)
+        return getattr(self.backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.backbone, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_attention_config, (), dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _new_attention_config() -> AttentionConfig:
+    return AttentionConfig.__new__(AttentionConfig)
+
+
+class _BackboneView:
+    """An attention layer with the backbone's own configuration, for functions that read the name from it."""
+
+    def __init__(self, module: Any) -> None:
+        self.layer = module
+        self.config = module.config.backbone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class _UngroupedView(_BackboneView):
+    """An attention layer that has as many key/value heads as queries."""
+
+    num_key_value_groups = 1
+
+
+def prefix_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over ``[prefix of stream p | cache | new tokens]``, by the backbone's own implementation.
+
+    Args:
+        module: the attention layer; its ``config`` is an :class:`AttentionConfig`.
+        query: ``(R, heads, S, D)``.
+        key: ``(R, G, K, D)``, after the cache's update.
+        value: ``(R, G, K, D)``; its head size may differ from the key's (MLA).
+        attention_mask: what the backbone's implementation expects for K keys.
+        **kwargs: passed on (``scaling``, ``dropout``, ``sliding_window``, ...).
+
+    Returns:
+        ``(R, S, heads, D)``, and the attention weights ``(R, heads, S, T + K)`` where the implementation has them.
+    """
+    state: ParScaleState = module.config.state
+    name = module.config.backbone._attn_implementation or "eager"
+    backbone = backbone_function(module, name)
+    call = state.call
+    if call.recorder is not None:
+        record(state, module, key, value)
+    streams = call.in_flight
+    flash = _is_flash(name)
+    # a flash-attention function reads the implementation's name from the layer's configuration
+    view = _BackboneView(module) if flash else module
+    owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
+    # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
+    repeats = streams is not None and not flash and torch.compiler.is_exporting()
+    if repeats:
+        view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
+    if call.passes is not None:
+        key, value, attention_mask = keys_of_pass(call, module, query, key, value, attention_mask, name)
+    has_prefix = streams is not None and hasattr(owner, streams.key_name)
+    if streams is None or not (has_prefix or streams.shares_keys):
+        return backbone(view, query, key, value, attention_mask, **kwargs)
+
+    if name.startswith("paged|") or kwargs.get("cache") is not None:
+        raise ValueError(CONTINUOUS_BATCHING)
+    prefix = None
+    if has_prefix:
+        prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
+        prefix_v = parameter_of(owner, streams.value_name)
+        if repeats:
+            prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
+        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
+            prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
+        prefix = prefix_k, prefix_v
+    attend = functools.partial(_with_prefix, state, backbone, name, view)
+    if streams.shares_keys:
+        causal = _is_causal(module, kwargs)
+        by_sdpa = name == "sdpa" and not _is_special(kwargs)
+        plain = functools.partial(backbone, view)
+        return attend_to_shared(
+            *(state, attend, plain, query, key, value, prefix, attention_mask),
+            by_sdpa=by_sdpa,
+            causal=causal,
+            kwargs=kwargs,
+        )
+    assert prefix is not None
+    return attend(query, key, value, *prefix, attention_mask, **kwargs)
+
+
+def _with_prefix(
+    state: ParScaleState,
+    backbone: AttentionFunction,
+    name: str,
+    view: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of P*B rows with keys of their own, and P prefixes ``(P, G, T, D)``."""
+    if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
+    if _is_flash(name):
+        return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
+    if isinstance(attention_mask, BlockMask) or name == "flex_attention":
+        keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
+        mask = extended_mask(state.call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
+        keep_sizes_static(query, keys, values)
+        return backbone(view, query, keys, values, mask, **kwargs)
+    return _dense_attention(
+        backbone, name, view, query, key, value, prefix_k, prefix_v, attention_mask, state, **kwargs
+    )
+
+
+def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """``(R, G, K, D)`` as ``(R, heads, K, D)``, each key/value head for all of its queries."""
+    return states[:, torch.arange(heads, device=states.device) // (heads // states.shape[1])]
+
+
+def _dense_attention(
+    backbone: AttentionFunction,
+    name: str,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    state: ParScaleState,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For ``eager``, ``sdpa`` and functions of their contract: a mask over ``(S, K)``, or none."""
+    T, S = prefix_k.shape[2], query.shape[2]
+    special = _is_special(kwargs)
+    if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:
+        if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
+            # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+            key, value = key[:, :, :S], value[:, :, :S]
+        if name == "sdpa" and not special and is_mergeable(query, key, value, state.kernels):
+            output = causal_attention(query, key, value, prefix_k, prefix_v, scaling=kwargs.get("scaling"))
+            return output.transpose(1, 2), None  # (R, S, heads, D)
+        # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.
+        keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
+        queries = nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
+        output, weights = backbone(module, queries, keys, values, None, **kwargs)
+        return output[:, T:], weights
+    masks = state.call.masks
+    if name == "sdpa" and S == 1 and not special:
+        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
+        length = None if attention_mask is None or not query.is_cuda else visible_lengths_once(masks, attention_mask)
+        output = decode_attention(
+            query,
+            key,
+            value,
+            prefix_k,
+            prefix_v,
+            attention_mask,
+            length=length,
+            scaling=kwargs.get("scaling"),
+            impl=state.kernels,
+        )
+        return output.transpose(1, 2), None  # (R, 1, heads, D)
+    mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
+    return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
+
+
+def _is_flash(name: str) -> bool:
+    """Whether an implementation is flash-attention, or one of its contract."""
+    return ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
+
+
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask that is left out stands for the causal one."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _is_special(kwargs: dict[str, Any]) -> bool:
+    """Whether something is asked for that only the backbone's own function knows."""
+    return bool(kwargs.get("dropout")) or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))

@@ -1,0 +1,74 @@
+"""Rotary positions: tables of sines and cosines in a backbone, and embeddings that see other positions for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.streams.state import ParScaleState
+
+
+def rotary_tables(state: ParScaleState, size: int | None = None) -> list[tuple[dict[str, Any], str]]:
+    """Tables ``(N, D or less)`` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
+
+    Args:
+        state: of the model.
+        size: D; by default that of the attention layers.
+
+    Returns:
+        For each the dictionary of its module that holds it, and its name in that.
+    """
+    if size is None:
+        size = max((layer.key_size for layer in state.layers), default=0)
+    found = []
+    for module_name, module in state.backbone.named_modules():
+        for held in (module._buffers, module._parameters):
+            for name, table in held.items():
+                if "position" in f"{module_name}.{name}" and table is not None and _is_rotary(table, size):
+                    found.append((held, name))
+    return found
+
+
+def _is_rotary(table: torch.Tensor, size: int) -> bool:
+    if table.ndim != 2 or table.requires_grad or not table.is_floating_point() or not 0 < table.shape[1] <= size:
+        return False
+    sines, cosines = table[0].chunk(2)  # of position 0
+    return bool((sines == 0).all()) and bool((cosines == 1).all())
+
+
+@contextlib.contextmanager
+def tables_moved(tables: list[tuple[dict[str, Any], str]], by: int) -> Iterator[None]:
+    """In this block rotary tables hold at position i what belongs to position i - ``by``."""
+    own = [held[name] for held, name in tables]
+    try:
+        for (held, name), table in zip(tables, own, strict=True):
+            sines, cosines = table[1 : by + 1].flip(0).chunk(2, dim=-1)  # of positions by..1
+            moved = torch.cat([torch.cat([-sines, cosines], dim=-1), table[: table.shape[0] - by]])
+            held[name] = nn.Parameter(moved, requires_grad=False) if isinstance(table, nn.Parameter) else moved
+        yield
+    finally:
+        for (held, name), table in zip(tables, own, strict=True):
+            held[name] = table
+
+
+@contextlib.contextmanager
+def rotation_moved(backbone: nn.Module, by: int) -> Iterator[None]:
+    """Rotary embeddings see positions that are further on than the rest of the backbone does."""
+
+    def move(x: Any) -> Any:
+        return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
+
+    def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
+
+    rotary = [module for module in backbone.modules() if "Rotary" in type(module).__name__]
+    hooks = [module.register_forward_pre_hook(moved, with_kwargs=True) for module in rotary]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,247 @@
+"""Attention of streams that share the keys and values of stream 0, which is the plain backbone.
+
+A layer projects keys and values for all of its P*B rows. Its cache stores and gives back those of stream 0 alone, B
+rows (:class:`SharedCache`); where there is no cache, the attention function takes these rows itself. To it the streams
+are further queries of the same keys, beside a prefix of their own for streams 1 to P - 1.
+
+In a call of two passes (:mod:`parscale.streams.passes`) the layers' keys are remembered in the first, and streams 1 to
+P - 1 attend to those in the second.
+
+Shapes: R rows of queries, B for each stream that runs; S query tokens; K keys in sight before the prefix; G key/value
+heads; D head size; T prefix tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from parscale.attention.masks import last_queries_of_mask, rows_of_mask
+from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
+from parscale.streams.calls import Call
+from parscale.streams.passes import TwoPasses
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")  # of an attention layer
+SLICED = ("eager", "sdpa")  # implementations, beside flash attention, whose masks have a row for each query
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class SharedCache:
+    """What an attention layer takes for its cache while streams share keys.
+
+    Args:
+        cache: the caller's, or the backbone's own.
+        num_streams: P.
+    """
+
+    def __init__(self, cache: Any, num_streams: int) -> None:
+        self.cache = cache
+        self.num_streams = num_streams
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The cache's ``update`` with the first B of P*B rows, those of stream 0; gives B rows."""
+        B = key.shape[0] // self.num_streams
+        return self.cache.update(key[:B], value[:B], *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "cache":  # before the state of an unpickled object is set
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+
+class SeenTokens(DynamicCache):
+    """The cache of the second pass: it says how many tokens stand in front, and keeps nothing.
+
+    Args:
+        tokens: how many.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The tokens in front."""
+        return self.tokens
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The tokens in front."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Of a layer that sees everything; the masks of the first pass are used anyway."""
+        return self.tokens + query_length, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it was given: the attention function takes the keys of the first pass."""
+        return key_states, value_states
+
+
+class SharedLayers:
+    """The hooks on attention layers, by which a set's caches have the rows of stream 0 alone.
+
+    Args:
+        state: of the model.
+        streams: the set.
+    """
+
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
+        self.state = state
+        self.streams = streams
+        self.hooks: list[Any] = []
+        self.parameters: dict[type, list[str]] = {}  # of each class of layers, those of its forward
+
+    def attach(self, modules: list[nn.Module]) -> None:
+        """Hooks attention layers; those that take no cache need none."""
+        for module in modules:
+            self.parameters[type(module)] = list(inspect.signature(type(module).forward).parameters)[1:]
+            self.hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = self.state.call
+        if call.in_flight is not self.streams or call.passes is not None:
+            return None
+        names = self.parameters[type(module)][: len(args)]
+        arguments = dict(zip(names, args, strict=True)) | kwargs
+        name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+        if name is None:
+            return None
+        arguments[name] = SharedCache(arguments[name], self.streams.num_streams)
+        return tuple(arguments.pop(name) for name in names), arguments
+
+
+def can_slice(implementation: str) -> bool:
+    """Whether the masks of an attention implementation can be cut to the last queries."""
+    return implementation in SLICED or "flash" in implementation
+
+
+def keys_of_pass(
+    call: Call, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, name: str
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """In the first of two passes remembers what a layer attends to; in the second gives it back, for the last queries.
+
+    Args:
+        call: the one under way.
+        module: the layer.
+        query: ``(R, heads, S, D)``.
+        key: ``(R, G, K, D)``.
+        value: ``(R, G, K, Dv)``.
+        mask: of the pass.
+        name: of the implementation.
+    """
+    passes: TwoPasses | None = call.passes
+    assert passes is not None
+    if not passes.is_second:
+        passes.keys[module] = (key, value, mask)
+        return key, value, mask
+    key, value, mask = passes.keys[module]
+    n, S = query.shape[2], passes.length
+    if mask is None and S > 1 and name in SLICED:  # it stands for the causal one over the first S keys
+        key, value = key[:, :, :S], value[:, :, :S]
+        if 1 < n < S:
+            mask = torch.ones(n, S, dtype=torch.bool, device=key.device).tril(S - n)[None, None]
+    elif mask is not None:
+        mask = last_queries_of_mask(call.masks, mask, n, passes.chosen)
+    if passes.chosen is not None:
+        key, value = key[passes.chosen], value[passes.chosen]
+    return key, value, mask
+
+
+def attend_to_shared(
+    state: ParScaleState,
+    attend: Callable[..., Result],
+    backbone: Callable[..., Result],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,
+    mask: Any,
+    *,
+    by_sdpa: bool,
+    causal: bool,
+    kwargs: dict[str, Any],
+) -> Result:
+    """Attention of all streams, or of those with a prefix, over the keys and values of stream 0.
+
+    Args:
+        state: of the model.
+        attend: attention with a prefix, by the backbone's implementation: ``(query, key, value, prefix_k, prefix_v,
+            mask, **kwargs)``, of rows that have keys of their own.
+        backbone: the same without: ``(query, key, value, mask, **kwargs)``.
+        query: ``(R, heads, S, D)``, stream-major.
+        key: ``(B, G, K, D)``, or ``(R, G, K, D)``, of which stream 0's rows are taken.
+        value: ``(B or R, G, K, Dv)``.
+        prefix: ``(P - 1, G, T, D)`` and ``(P - 1, G, T, Dv)``; ``None`` on a layer that has none.
+        mask: of R rows, of one for all, or none.
+        by_sdpa: the implementation is ``sdpa``, and asked for nothing that only itself knows.
+        causal: a mask that is left out stands for the causal one.
+        kwargs: of the implementation.
+
+    Returns:
+        ``(R, S, heads, Dv)``, and the weights ``(R, heads, S, T + K)`` where the implementation has them.
+    """
+    call = state.call
+    assert call.in_flight is not None
+    second = call.passes is not None
+    running = call.in_flight.num_streams - second  # stream 0 had its pass
+    R, S = query.shape[0], query.shape[2]
+    B = R // running
+    key, value, mask = key[:B], value[:B], rows_of_mask(call.masks, mask, B)
+    if by_sdpa and prefix is not None and state.kernels != "fused":
+        if S == 1:
+            output = shared_decode_attention(query, key, value, *prefix, mask, scaling=kwargs.get("scaling"))
+            return output.transpose(1, 2), None  # (R, 1, heads, Dv)
+        if mask is None and causal and is_mergeable(query, key, value, state.kernels):
+            output = shared_causal_attention(
+                query, key[:, :, :S], value[:, :, :S], *prefix, scaling=kwargs.get("scaling")
+            )
+            return output.transpose(1, 2), None  # (R, S, heads, Dv)
+    own = {name: _of_rows(x, R, B) for name, x in kwargs.items()}
+    outputs: list[torch.Tensor] = []
+    weights: list[torch.Tensor | None] = []
+    for number, rows in enumerate(query.split(B), start=int(second)):
+        if number == 0 or prefix is None:
+            output, weight = backbone(rows, key, value, mask, **own)
+        else:
+            prefix_k, prefix_v = (x[number - 1 : number] for x in prefix)
+            output, weight = attend(rows, key, value, prefix_k, prefix_v, mask, **own)
+        outputs.append(output)
+        weights.append(weight)
+    return torch.cat(outputs), _joined(weights)
+
+
+def _of_rows(x: Any, R: int, B: int) -> Any:
+    """An argument of the attention function for the first B rows."""
+    return x[:B] if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
+
+
+def _joined(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """The weights of all streams ``(R, heads, S, T + K)``; stream 0 gives its T columns nothing."""
+    found = [weight for weight in weights if weight is not None]
+    if len(found) < len(weights):
+        return None
+    widest = max(weight.shape[-1] for weight in found)
+    return torch.cat([nn.functional.pad(weight, (widest - weight.shape[-1], 0)) for weight in found])
+
+
+def registered_layers(state: ParScaleState) -> list[nn.Module]:
+    """The backbone's layers that take their attention from transformers' registry."""
+    return [module for module in state.backbone.modules() if hasattr(module.__dict__.get("config"), "lender")]

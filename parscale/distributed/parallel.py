@@ -1,0 +1,196 @@
+"""Streams of a model whose weights lie on several devices.
+
+Data parallelism (DDP) needs nothing here, and neither does FSDP2, which shards a model after it was wrapped.
+
+**Tensor parallelism**: transformers has replaced the backbone's matrices by ``DTensor`` parameters on a mesh of one
+dimension, and each device attends with its own G / size key/value heads, or, where the plan gathers them, with all.
+The streams' parameters are of the same kind: a prefix is one ``(P, G, T, D)``, sharded along G as the layer's keys
+are, and the aggregator is replicated. So gradients, their norm, the optimizer's state and ``full_tensor()`` are
+those of one device, and all parameters that a frozen backbone leaves to train are of one kind, without which
+``clip_grad_norm_`` and fused optimizers refuse them.
+
+**DeepSpeed ZeRO-3** keeps the backbone's parameters in pieces from the moment it is loaded, and brings them together
+itself only once its engine runs. Wrapping runs the backbone before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+HEADS = 1  # the dimension of G in a prefix (P, G, T, D) and in keys (R, G, K, D)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This device's part of a parameter; the parameter itself where nothing is distributed."""
+    return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a parameter, on every device. Where it is distributed, every process has to call this."""
+    if is_partitioned(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of all of a parameter."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process holds all of the model's parameters."""
+    return any(is_partitioned(p) or (dist.is_available() and isinstance(p, DTensor)) for p in model.parameters())
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes files, as in transformers' own ``save_pretrained``."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` of whole tensors, on the CPU, in the writing process; an empty one in all others.
+
+    Every process has to call this. One tensor at a time is whole on the devices.
+    """
+    first_names: dict[int, str] = {}  # tied weights stay one
+    state_dict: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = first_names.setdefault(id(tensor), name)
+        value = whole(tensor).detach() if first == name else None
+        if is_writer():
+            state_dict[name] = state_dict[first] if value is None else value.cpu()
+    return state_dict
+
+
+@contextlib.contextmanager
+def together_at_the_end() -> Iterator[None]:
+    """No process leaves this block before the last one, also if it fails there."""
+    try:
+        yield
+    finally:
+        dist.barrier()
+
+
+def check_takes_parameters(model: nn.Module) -> None:
+    """Refuses new parameters in a model that is sharded for training: they would not be, nor be synchronised.
+
+    Raises:
+        ValueError: FSDP, or DeepSpeed's engine, has sharded the model.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded by it
+    sharded_by = None
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        sharded_by = "FSDP"
+    elif type(model._parameters).__name__ == "ZeROOrderedDict":
+        sharded_by = "DeepSpeed"
+    if sharded_by is not None:
+        raise ValueError(
+            f"This {type(model).__name__} is sharded by {sharded_by} already, which would not see the streams' "
+            "parameters: wrap the model (and add further sets) first, then let the Trainer or accelerate shard it."
+        )
+
+
+def reshard(model: nn.Module) -> None:
+    """Makes each parameter that FSDP has whole, as after an evaluation, the sharded one again.
+
+    What then is frozen or not is the sharded one, and with the next forward pass the whole one is as well. A whole one
+    that was frozen for an evaluation would get no gradient in the training step after it.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+# -- tensor parallelism
+
+
+def tensor_parallel_mesh(model: nn.Module) -> Any:
+    """The ``DeviceMesh`` over which the model's layers are split; ``None`` if they are not."""
+    if not dist.is_available():
+        return None
+    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1), None)
+
+
+def gather_heads(states: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """The heads of all devices, ``(R, G, K, D)``, of each one's ``(R, G / size, K, D)``."""
+    return DTensor.from_local(states, mesh, [Shard(HEADS)], run_check=False).full_tensor()
+
+
+def share_random_state(mesh: Any) -> None:
+    """Gives every process of the mesh the random state of its first one: they have to draw the same."""
+    group = mesh.get_group()
+    generators: list[Any] = [torch]
+    if mesh.device_type != "cpu":
+        generators.append(torch.get_device_module(mesh.device_type))
+    for generator in generators:
+        state = generator.get_rng_state().to(mesh.device_type)
+        dist.broadcast(state, dist.get_global_rank(group, 0), group=group)
+        generator.set_rng_state(state.cpu())
+
+
+def distribute_parameter(module: nn.Module, name: str, mesh: Any, *, by_heads: bool = False) -> None:
+    """Makes a module's parameter, whole on every process, one of a tensor-parallel model, in place.
+
+    All processes get the values of the mesh's first one.
+
+    Args:
+        module: that holds the parameter.
+        name: of the parameter in it.
+        mesh: of the model.
+        by_heads: each process keeps its own key/value heads; otherwise all.
+    """
+    parameter = module._parameters[name]
+    assert parameter is not None
+    shared = distribute_tensor(parameter.detach(), mesh, [Shard(HEADS) if by_heads else Replicate()])
+    module._parameters[name] = nn.Parameter(shared, requires_grad=parameter.requires_grad)
+
+
+# -- DeepSpeed ZeRO-3
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is one of ZeRO-3's, whose own values are empty outside a module's forward pass."""
+    return hasattr(tensor, "ds_id")
+
+
+@contextlib.contextmanager
+def each_module_gathered(model: nn.Module) -> Iterator[None]:
+    """In this block ZeRO-3's parameters are whole while a module runs that holds them, and in pieces otherwise."""
+    inside: dict[nn.Module, Any] = {}
+
+    def bring(module: nn.Module, args: Any) -> None:
+        inside[module] = gathered(list(module.parameters(recurse=False)))
+        inside[module].__enter__()
+
+    def let_go(module: nn.Module, args: Any, output: Any) -> None:
+        inside.pop(module).__exit__(None, None, None)
+
+    hooks: list[Any] = []
+    for module in model.modules():
+        if any(is_partitioned(parameter) for parameter in module.parameters(recurse=False)):
+            hooks += [module.register_forward_pre_hook(bring), module.register_forward_hook(let_go, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[Any]) -> Iterator[None]:
+    """In this block ZeRO-3's parameters are whole, to be read."""
+    deepspeed: Any = sys.modules["deepspeed"]
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield

@@ -1,0 +1,149 @@
+"""Whether the parts of a checkpoint fit each other: what its configuration says, and what its files hold."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from parscale.config import NUM_STREAMS, ParScaleConfig
+from parscale.format.architectures import backbone_config
+from parscale.format.folders import CONFIG, TYPE_SUFFIX, Checkpoint
+from parscale.format.headers import StoredTensor
+from parscale.format.values import configuration_of
+from parscale.streams.naming import PARAMETERS
+
+_REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
+
+
+def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuses tensors that are not of P streams and T tokens, before anything of that size is made.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    P, T = streams.num_streams, streams.prefix_length
+    if P == 1 and stored:
+        raise ValueError(f"{checkpoint} has {min(stored)}, and one stream ({NUM_STREAMS} = 1) has no such tensor.")
+    if P > 1 and not stored:
+        parts = ", ".join(PARAMETERS[streams.transform])
+        raise ValueError(f"{checkpoint} should hold {P} streams, and has no {parts} or aggregate_layer.")
+    for name, tensor in stored.items():
+        shape = tensor.shape
+        if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{name} of {checkpoint} is of {tensor.dtype}; streams are floating-point numbers.")
+        prefixes = streams.num_transformed
+        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (prefixes, T)):
+            wanted = f"({prefixes}, heads, {T}, head size)"
+        elif name.endswith("aggregate_layer.2.weight") and (len(shape) != 2 or shape[0] != P):
+            wanted = f"({P}, hidden size)"
+        elif name.endswith("prompt") and (len(shape) != 3 or shape[:2] != (P, T)):
+            wanted = f"({P}, {T}, hidden size)"
+        elif name.endswith("stream_down") and (len(shape) != 3 or shape[:2] != (P, streams.rank)):
+            wanted = f"({P}, {streams.rank}, inputs)"
+        elif name.endswith("stream_up") and (len(shape) != 3 or shape[::2] != (P, streams.rank)):
+            wanted = f"({P}, outputs, {streams.rank})"
+        else:
+            continue
+        raise ValueError(f"{name} of {checkpoint} is {shape}, and its configuration says {wanted}.")
+
+
+def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) -> None:
+    """Refuses a backbone for streams that were made for another, by its configuration alone.
+
+    Args:
+        checkpoint: streams only.
+        fields: of its ``parscale_config.json``.
+        config: the backbone's.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    text = config.get_text_config()
+    has = {
+        "backbone_model_type": str(config.model_type).removesuffix(TYPE_SUFFIX),
+        "backbone_hidden_size": getattr(text, "hidden_size", None),
+        "backbone_num_layers": getattr(text, "num_hidden_layers", None),
+    }
+    for field, value in has.items():
+        wanted = fields.get(field)
+        if wanted is not None and value is not None and wanted != value:
+            backbone = fields.get("base_model_name_or_path") or "a backbone without a name"
+            raise ValueError(
+                f"The backbone does not fit {checkpoint}: its {field.removeprefix('backbone_')} is {value}, and the "
+                f"streams were made for {wanted} ({backbone}): give that one as backbone=."
+            )
+
+
+def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuses a configuration that describes a far larger model than the files hold, before it is allocated.
+
+    Args:
+        checkpoint: a full one.
+        cls: the backbone's class.
+        config: the backbone's.
+        tensors: in the checkpoint's files.
+
+    Raises:
+        ValueError: it does, or it describes no model at all.
+    """
+    model = _on_meta(checkpoint, cls, config, len(tensors))
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(tensor.numel for tensor in tensors.values())
+    if described > 4 * held + 2**24:
+        problems = "; ".join(differences(checkpoint, cls, config, tensors)[:3])
+        raise ValueError(
+            f"{CONFIG} of {checkpoint} describes a model of {described} numbers, and its files hold {held}. {problems}"
+        )
+
+
+def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Tensors that have another shape in the files than the configuration says; arguments as :func:`check_size`."""
+    described = _on_meta(checkpoint, cls, config, len(tensors)).state_dict()
+    return [
+        f"{name} is {tensors[name].shape} in the files and should be {tuple(described[name].shape)}"
+        for name in sorted(described.keys() & tensors.keys())
+        if tensors[name].shape != described[name].shape
+    ]
+
+
+def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
+    """The backbone that the configuration describes, without weights.
+
+    Args:
+        checkpoint: for the error.
+        cls: the backbone's class.
+        config: the backbone's.
+        parts: tensors in the checkpoint's files; a model of far more is refused while it is built.
+    """
+    with configuration_of(checkpoint), torch.device("meta"), _few_modules(16 * parts + 2**12):
+        config = backbone_config(config)
+        config._attn_implementation = "eager"  # the one that needs nothing installed
+        return cls(config)
+
+
+@contextmanager
+def _few_modules(most: int) -> Iterator[None]:
+    """In this block this thread makes models of at most so many modules and parameters."""
+    thread, count = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > most:
+            raise ValueError(f"it describes more than {most} modules and parameters")
+
+    hooks = [register(counted) for register in _REGISTRATIONS]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

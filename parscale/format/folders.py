@@ -1,0 +1,321 @@
+"""What a checkpoint holds, read from its files' heads alone: damage is found before any weight is allocated.
+
+A checkpoint is a folder, or a repository on the Hugging Face Hub. Three kinds (see :mod:`parscale.loading`):
+
+================ ======================================================================================
+full             ``config.json`` with ``parscale_n``, and ``model.safetensors`` or shards with their index
+streams only     ``parscale_config.json`` and ``streams.safetensors``
+plain backbone   ``config.json`` without ``parscale_n``; refused
+================ ======================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from parscale.config import DEFAULT_SET, NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
+from parscale.format.headers import StoredTensor, read_header
+from parscale.format.untrusted import brief, parse_json
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
+BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second as seen from the folder
+FULL, STREAMS_ONLY = "full", "streams only"
+FORMAT_VERSION = 1  # of a streams-only folder
+TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is the backbone's and this
+INFIX = "ParScale"  # in the name of a full checkpoint's class
+CAUSAL_LM = f"{INFIX}ForCausalLM"  # with which that of a causal language model ends
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
+_LARGEST_JSON, _LARGEST_INDEX = 16 * 2**20, 64 * 2**20
+
+
+class Checkpoint:
+    """The files of a checkpoint.
+
+    Args:
+        path_or_repo: a folder, or the name of a repository on the Hub.
+        **hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``,
+            ``proxies``, as in ``from_pretrained``.
+
+    Raises:
+        ValueError: not a path.
+        FileNotFoundError: there is no such folder, and it cannot be a name on the Hub.
+        NotADirectoryError: a file.
+    """
+
+    def __init__(self, path_or_repo: str | os.PathLike[str], **hub: Any) -> None:
+        if not isinstance(path_or_repo, str | os.PathLike) or not os.fspath(path_or_repo):
+            raise ValueError(f"A checkpoint is given as a folder or as a name on the Hub, got {path_or_repo!r}.")
+        self.name = os.fspath(path_or_repo)
+        self.hub = {key: value for key, value in hub.items() if value is not None}
+        self.folder: Path | None = None
+        if os.path.isdir(self.name):
+            self.folder = Path(self.name, self.hub.get("subfolder", ""))
+        elif os.path.exists(self.name):
+            raise NotADirectoryError(f"{self.name} is a file: give the checkpoint's folder.")
+        elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.name):
+            raise FileNotFoundError(f"There is no folder {self.name}, and a name on the Hub looks like org/model.")
+
+    def __str__(self) -> str:
+        return self.name if self.folder is None else str(self.folder)
+
+    def kind(self) -> str:
+        """``"full"`` or ``"streams only"``.
+
+        Raises:
+            FileNotFoundError: it is empty, or there is no such repository.
+            ValueError: it is neither kind.
+        """
+        config = self.file(CONFIG)
+        fields = {} if config is None else read_json(config)
+        if NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX):
+            return FULL
+        if self.file(STREAMS_CONFIG) is not None:
+            return STREAMS_ONLY
+        if config is not None:
+            raise ValueError(
+                f"{self} is not a ParScale checkpoint but a plain model (model_type {fields.get('model_type')!r}): "
+                "parscale.wrap(AutoModelForCausalLM.from_pretrained(...)) or `parscale convert` gives it streams."
+            )
+        if self.folder is None:
+            raise FileNotFoundError(
+                f"There is no folder {self.name}, and the Hugging Face Hub has no such checkpoint or cannot be reached."
+            )
+        if not any(self.folder.iterdir()):
+            raise FileNotFoundError(f"The folder {self} is empty; a checkpoint has a {CONFIG} or a {STREAMS_CONFIG}.")
+        raise FileNotFoundError(f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint.")
+
+    def file(self, name: str) -> Path | None:
+        """Where a file lies, fetched if the checkpoint is on the Hub; ``None`` if there is none.
+
+        Raises:
+            ValueError: it is no regular file.
+            OSError: the Hub has the repository but does not give the file.
+        """
+        if self.folder is not None:
+            path = self.folder / name
+            require_regular(path)
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.name, name, **{k: v for k, v in self.hub.items() if k != "proxies"}))
+        except LocalEntryNotFoundError:  # no answer: asking for the next file would wait as long again
+            self.hub["local_files_only"] = True
+            return None
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"There is no folder {self.name}, and the Hugging Face Hub does not give such a checkpoint: {error}"
+            ) from error
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The contents of one of its JSON files.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not JSON, or not an object.
+        """
+        path = self.file(name)
+        if path is None:
+            raise FileNotFoundError(f"{self} has no {name}: the checkpoint is incomplete; copy or save it again.")
+        return read_json(path)
+
+    def weights(self, variant: str | None = None) -> dict[str, StoredTensor]:
+        """Names, shapes and places of the tensors of a full checkpoint.
+
+        Args:
+            variant: of the file names, as in ``from_pretrained``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: there are pickles only, a file is damaged, or the index leads elsewhere than its shards.
+        """
+        infix = f".{variant}" if variant else ""
+        single = self.file(f"model{infix}.safetensors")
+        if single is not None:
+            return read_header(single)
+        index = self.file(f"model.safetensors.index{infix}.json")
+        if index is not None:
+            return self._sharded_weights(index)
+        pickles = [] if self.folder is None else _pickles(self.folder)
+        if pickles:
+            raise ValueError(
+                f"{self} has {', '.join(pickles[:3])} in place of {WEIGHTS}: parscale reads safetensors only, since "
+                "unpickling a file can run any code. Save the model again with save_pretrained."
+            )
+        raise FileNotFoundError(f"{self} has no {WEIGHTS} and no {INDEX}: the weights are missing.")
+
+    def streams(self) -> dict[str, StoredTensor]:
+        """Names, shapes and places of the tensors of a streams-only checkpoint.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: it is damaged.
+        """
+        path = self.file(STREAMS)
+        if path is None:
+            pickles = [] if self.folder is None else _pickles(self.folder)
+            given = f" ({', '.join(pickles[:3])} is not read: pickles can run any code)" if pickles else ""
+            raise FileNotFoundError(f"{self} has no {STREAMS}: the streams are missing{given}.")
+        return read_header(path)
+
+    def inside(self, name: str) -> Checkpoint:
+        """The checkpoint in a sub-folder.
+
+        Raises:
+            FileNotFoundError: there is no such sub-folder.
+        """
+        if self.folder is not None:
+            if not (self.folder / name).is_dir():
+                raise FileNotFoundError(f"{self} has no folder {name}, which it names: copy or save it again.")
+            return Checkpoint(self.folder / name)
+        above = self.hub.get("subfolder")
+        return Checkpoint(self.name, **self.hub | {"subfolder": f"{above}/{name}" if above else name})
+
+    def _sharded_weights(self, index: Path) -> dict[str, StoredTensor]:
+        contents = read_json(index)
+        places = contents.get("weight_map")
+        if not isinstance(contents.get("metadata"), dict) or not isinstance(places, dict):
+            raise ValueError(f"{index} should hold an object 'metadata' and an object 'weight_map'.")
+        for shard in places.values():
+            if not _is_plain_name(shard):
+                raise ValueError(
+                    f"{index} names the shard {brief(repr(shard))}: a shard lies in the folder of its index."
+                )
+        shards: dict[str, set[str]] = {}
+        for name, shard in places.items():
+            shards.setdefault(shard, set()).add(name)
+        tensors: dict[str, StoredTensor] = {}
+        for shard, indexed in sorted(shards.items()):
+            path = self.file(shard)
+            if path is None:
+                raise FileNotFoundError(f"{self} has no {shard}, which {index.name} names: copy it there again.")
+            header = read_header(path)
+            if indexed != header.keys():
+                name = min(indexed ^ header.keys())
+                where = "the index alone" if name in indexed else "the shard alone"
+                raise ValueError(f"{index.name} and {shard} of {self} do not agree: {brief(name)} is in {where}.")
+            tensors |= header
+        return tensors
+
+
+def require_regular(path: Path) -> None:
+    """Refuses what waits for a writer or never ends, before it is opened; what is not there, and a folder, pass.
+
+    Raises:
+        ValueError: the path leads to a named pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, or no name of a file
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        what = kinds.get(stat.S_IFMT(mode), "a device")
+        raise ValueError(f"{path} is {what}, which is not opened: a checkpoint holds regular files. Copy it again.")
+
+
+def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
+    """P, T, the smoothing and so on.
+
+    Raises:
+        ValueError: one is missing, of the wrong type or out of range.
+    """
+    try:
+        return ParScaleConfig.from_fields(fields)
+    except ValueError as error:
+        raise ValueError(f"The configuration of {checkpoint} is damaged: {error}") from error
+
+
+def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
+    """The name of the set in a streams-only checkpoint, from its ``parscale_config.json``.
+
+    Raises:
+        ValueError: what should be a name is none.
+    """
+    name = fields.get("name", DEFAULT_SET)
+    if not _is_set_name(name):
+        raise ValueError(
+            f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, and names {brief(repr(name))}."
+        )
+    return name
+
+
+def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """The active set's name (``None``: none is active) and the further sets' of a full checkpoint.
+
+    Raises:
+        ValueError: what should be a name is none, or one appears twice.
+    """
+    name, further = fields.get(SET_NAME, DEFAULT_SET), fields.get(SETS, [])
+    names = further if name is None else [name, *further] if isinstance(further, list) else None
+    if not isinstance(names, list) or not all(map(_is_set_name, names)):
+        raise ValueError(
+            f"{CONFIG} of {checkpoint} should name sets of streams, and names {brief(repr(name))} and "
+            f"{brief(repr(further))}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{CONFIG} of {checkpoint} names a set of streams twice: {brief(', '.join(names))}.")
+    return name, further
+
+
+def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | None:
+    """Where the backbone of a streams-only checkpoint is: a folder, or a name on the Hub; ``None``: it is not said.
+
+    A relative path starts from the checkpoint's folder; if nothing is there, from the working directory. Where the
+    backbone was when the streams were saved counts first, then where it lay as seen from them: both folders may have
+    moved together.
+
+    Args:
+        checkpoint: streams only.
+        fields: of its ``parscale_config.json``.
+    """
+    name, path = fields.get(BACKBONE), fields.get(BACKBONE_PATH)
+    if not isinstance(name, str) or not name:
+        return None
+    candidates = [name, path] if isinstance(path, str) and os.path.isabs(name) else [name]
+    places = [os.path.normpath(checkpoint.folder / each) for each in candidates] if checkpoint.folder else []
+    return next(filter(os.path.isdir, places), name)
+
+
+def _is_set_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(SET_PATTERN, name) is not None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        ValueError: it is not JSON, or not an object.
+    """
+    largest = _LARGEST_INDEX if path.name.startswith(WEIGHTS) else _LARGEST_JSON
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path} is of {path.stat().st_size} bytes, and at most {largest} are read.")
+    try:
+        contents = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): it is damaged, copy or save it again.") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} should hold a JSON object, and holds {type(contents).__name__}.")
+    return contents
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(
+        path.name for path in folder.iterdir() if path.suffix in _PICKLES and not _TRAINER_STATE.fullmatch(path.name)
+    )

@@ -1,0 +1,133 @@
+"""Models as transformers reads them, once the files and the configuration of a checkpoint are known to be sound."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoConfig
+
+from parscale.format.architectures import backbone_class, backbone_config, class_read_by
+from parscale.format.checks import check_size, differences
+from parscale.format.folders import CONFIG, Checkpoint
+from parscale.format.headers import StoredTensor
+from parscale.format.pretrained import read_pretrained, warn_of_adapter
+from parscale.format.values import check_values, configuration_of
+from parscale.streams.naming import PATTERNS
+
+# What a field of the wrong type makes transformers raise when it looks at it.
+FAULTS = (ArithmeticError, AttributeError, LookupError)
+# How transformers says that the tensors are not those that it expects.
+_REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
+_patching = threading.Lock()
+
+
+def read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
+    """The configuration of a full checkpoint or of a plain model.
+
+    Args:
+        checkpoint: the folder or repository.
+        fields: of its ``config.json``.
+        tensors: in its files.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    check_values(checkpoint, fields, tensors)
+    with configuration_of(checkpoint):
+        return read_pretrained(AutoConfig, checkpoint.name, **checkpoint.hub)
+
+
+def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model without streams, once its files and its configuration are known to be sound, and transformers' report.
+
+    Args:
+        checkpoint: of the model.
+        reader: an ``AutoModel...`` or the model's class.
+        **options: for ``from_pretrained``.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or needs code of its own.
+        OSError: a file is not there or cannot be read.
+    """
+    tensors = checkpoint.weights(options.get("variant"))
+    config = read_config(checkpoint, checkpoint.read_json(CONFIG), tensors)
+    cls = class_read_by(reader, config)
+    if cls is not None and getattr(config, "quantization_config", None) is None:
+        check_size(checkpoint, cls, config, tensors)
+    warn_of_adapter(checkpoint)
+    return read_pretrained(reader, checkpoint.name, output_loading_info=True, **checkpoint.hub | options)
+
+
+def load_backbone(
+    checkpoint: Checkpoint, config: Any, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The plain backbone of a full checkpoint, by its class's own ``from_pretrained``, and that one's report."""
+    if kwargs.setdefault("use_safetensors", True) is False:
+        raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
+    plain = backbone_config(config)
+    plain.__dict__.pop("transformers_weights", None)  # would name other files than those that were looked at
+    cls = backbone_class(config, plain)
+    plain.architectures = [cls.__name__]
+    if getattr(plain, "quantization_config", None) is None:
+        check_size(checkpoint, cls, plain, tensors)
+    tolerant = kwargs.get("ignore_mismatched_sizes", False)
+    with _streams_expected(cls), _report_kept(shown=tolerant) as reports:
+        try:
+            with configuration_of(checkpoint, FAULTS):
+                options = checkpoint.hub | kwargs | {"config": plain, "output_loading_info": True}
+                model, info = read_pretrained(cls, checkpoint.name, *model_args, **options)
+        except RuntimeError as error:
+            if re.search(_REPORTS, str(error)) is None:
+                raise
+            found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
+            raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*PATTERNS}
+    problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+    problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
+    if problems and not tolerant:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The tensors of {checkpoint} are not those of a {cls.__name__}: {'; '.join(problems[:3])}{more}. "
+            "The checkpoint is damaged: copy or save it again."
+        )
+    return model, info
+
+
+@contextmanager
+def _report_kept(*, shown: bool) -> Iterator[list[str]]:
+    """In this block transformers' table of tensors that do not fit goes into a list: an error will say it in a line."""
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if shown or "LOAD REPORT" not in record.getMessage():
+            return True
+        reports.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextmanager
+def _streams_expected(cls: Any) -> Iterator[None]:
+    """In this block the class's ``from_pretrained`` does not complain of the streams' tensors."""
+    attribute = "_keys_to_ignore_on_load_unexpected"
+    with _patching:
+        own = cls.__dict__.get(attribute)
+        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *PATTERNS])
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(cls, attribute)
+            else:
+                setattr(cls, attribute, own)

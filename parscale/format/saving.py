@@ -1,0 +1,316 @@
+"""Saving: a full checkpoint, or the streams alone; see :mod:`parscale.loading` for what the folders hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+
+from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
+from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
+from parscale.distributed.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
+from parscale.format.architectures import class_in_checkpoints
+from parscale.format.folders import (
+    BACKBONE,
+    BACKBONE_PATH,
+    CONFIG,
+    FORMAT_VERSION,
+    STREAMS,
+    STREAMS_CONFIG,
+    TYPE_SUFFIX,
+    Checkpoint,
+    read_json,
+    set_names,
+)
+from parscale.format.staging import final_place, staged
+from parscale.streams.naming import is_copy
+from parscale.streams.sets import DEFAULT, StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.version import __version__
+
+REMOTE_CODE = Path(__file__).parents[1] / "modeling_parscale.py"
+
+
+def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Writes a full checkpoint: the backbone with the active set of streams, and each further set in a sub-folder.
+
+    The backbone is written by its own class, with everything that its ``save_pretrained`` does. A folder that exists
+    keeps its other files; an older checkpoint in it is replaced. If it fails, the folder is as it was.
+
+    In a distributed run the first process writes. Where the model's tensors are spread over the processes, all of them
+    call this together, and the folder holds whole tensors; with ``state_dict``, gathered before, the first one may
+    call it alone.
+
+    Args:
+        model: a wrapped model.
+        save_directory: the folder; made if it does not exist.
+        **kwargs: ``state_dict``, ``max_shard_size``, ``is_main_process``, ``push_to_hub`` and all else that the class's
+            own ``save_pretrained`` takes, but for ``distributed_checkpoint``.
+
+    Raises:
+        ValueError: ``distributed_checkpoint=True``, or streams on the meta device.
+        OSError: the folder is a file, cannot be written, or the disk is full.
+    """
+    state: ParScaleState = model.parscale
+    push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs} | {"token": kwargs.get("token")}
+    if kwargs.get("distributed_checkpoint"):
+        raise ValueError(
+            "A model with streams is saved whole: leave out distributed_checkpoint=True (and pass a gathered "
+            "state_dict=, or let the Trainer do it)."
+        )
+    if kwargs.get("state_dict") is None and is_offloaded(model) and getattr(model, "hf_device_map", None) is None:
+        kwargs["state_dict"] = fetched_state_dict(model)  # which transformers does itself for a device_map
+    together = kwargs.get("state_dict") is None and is_sharded(model)
+    if kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = dict(kwargs["state_dict"])
+    elif state.active is not None:
+        for released, holder in state.holders(state.active).items():
+            _check_values(released, fetched(*holder))
+    without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
+    further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
+    beside = None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        beside = _tensors(state, _active(state), kwargs.get("state_dict"))
+    if together:
+        kwargs["state_dict"] = gathered_state_dict(model)
+    with together_at_the_end() if together else nullcontext():
+        if kwargs.get("is_main_process", True) and is_writer():
+            _write_full(model, save_directory, further, beside, push, without_weights, kwargs)
+            return
+        # takes part in gathering; the main process writes
+        with tempfile.TemporaryDirectory() as nowhere, _under_released_names(state, kwargs.get("state_dict")):
+            type(model).save_pretrained(model, nowhere, **kwargs)
+
+
+def _write_full(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    further: dict[str, dict[str, torch.Tensor]],
+    beside: dict[str, torch.Tensor] | None,
+    push: dict[str, Any],
+    without_weights: bool,
+    kwargs: dict[str, Any],
+) -> None:
+    """Writes the folder of :func:`save_full`.
+
+    Args:
+        further: the further sets' tensors.
+        beside: the active set's, where the class writes its adapters alone.
+        push: what to do on the Hub.
+        without_weights: somebody else writes them.
+        kwargs: for the class's own ``save_pretrained``.
+    """
+    state: ParScaleState = model.parscale
+    stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
+    with staged(save_directory, last=CONFIG, replaces=lambda name: not without_weights and stale(name)) as work:
+        with _under_released_names(state, kwargs.get("state_dict")):
+            type(model).save_pretrained(model, work, **kwargs)
+        if (work / CONFIG).exists():
+            _mark(work / CONFIG, model)
+            shutil.copy(REMOTE_CODE, work)
+            for name, tensors in further.items():
+                _write_streams(work / name, model, state.sets[name], tensors, "..")
+        elif beside is not None:
+            _write_streams(work, model, _active(state), beside, _backbone_name(model))
+        written = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+    if push.get("push_to_hub"):
+        _push(Path(save_directory), written, push)
+
+
+def save_streams(
+    model: Any, save_directory: str | os.PathLike[str], *, state_dict: MutableMapping[str, Any] | None = None
+) -> None:
+    """Writes the active set of streams and the name of the backbone: a few MB.
+
+    A folder that exists keeps its other files. If it fails, the folder is as it was. In a distributed run the first
+    process writes; where the model is spread over the processes, all of them call this together.
+
+    Args:
+        model: a wrapped model.
+        save_directory: the folder; made if it does not exist.
+        state_dict: the model's, gathered before; then the first process may call this alone.
+
+    Raises:
+        ValueError: no streams are active, their tensors are on the meta device, or the folder holds a full checkpoint.
+        OSError: the folder is a file, cannot be written, or the disk is full.
+    """
+    state: ParScaleState = model.parscale
+    streams = _active(state)
+    config = Path(save_directory, CONFIG)
+    if config.is_file() and NUM_STREAMS in read_json(config):
+        raise ValueError(f"{save_directory} holds a full checkpoint: save the streams alone in another folder.")
+    with together_at_the_end() if state_dict is None and is_sharded(model) else nullcontext():
+        tensors = _tensors(state, streams, state_dict)
+        if is_writer():
+            with staged(save_directory, last=STREAMS_CONFIG) as work:
+                _write_streams(work, model, streams, tensors, _backbone_name(model))
+
+
+@contextmanager
+def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, Any] | None) -> Iterator[None]:
+    """In this block the model's ``state_dict()`` has the active set only, by its released names; ``state_dict`` too."""
+
+    def rename(model: Any, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
+        if prefix:
+            return
+        in_use = set() if state.active is None else set(state.names(state.active).values())
+        for name in [name for name in state_dict if is_copy(name) and name not in in_use]:
+            state_dict.pop(name)
+        for streams in state.sets.values():
+            if streams is not state.active:
+                for name in state.names(streams).values():
+                    state_dict.pop(name, None)
+        if state.active is not None:
+            for released, name in state.names(state.active).items():
+                if name in state_dict:
+                    state_dict[released] = state_dict.pop(name)
+
+    hook = state.model.register_state_dict_post_hook(rename)
+    try:
+        if state_dict is not None:
+            rename(state.model, state_dict)
+        yield
+    finally:
+        hook.remove()
+
+
+def _mark(path: Path, model: Any) -> None:
+    """Makes the backbone's ``config.json`` that of a full checkpoint."""
+    state: ParScaleState = model.parscale
+    config = read_json(path)
+    streams = state.active.config if state.active is not None else ParScaleConfig(num_streams=1)
+    config |= streams.to_fields()
+    config.pop(SET_NAME, None)
+    config.pop(SETS, None)
+    name = None if state.active is None else state.active.name
+    if name != DEFAULT:
+        config[SET_NAME] = name
+    further = [other for other in state.sets if other != name]
+    if further:
+        config[SETS] = further
+    if config["model_type"] == "qwen2":
+        _add_released_fields(config)
+    config["model_type"] += TYPE_SUFFIX
+    architecture, readers = class_in_checkpoints(model)
+    config["architectures"] = [architecture]
+    readers = {"AutoConfig": "ParScaleModelConfig", **readers}
+    config["auto_map"] = {auto: f"{REMOTE_CODE.stem}.{name}" for auto, name in readers.items()}
+    _write_json(path, config)
+
+
+def _add_released_fields(config: dict[str, Any]) -> None:
+    """What the released Qwen2 code reads under the names of transformers 4."""
+    rope = dict(config.get("rope_parameters") or {})
+    config["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    config["torch_dtype"] = config.get("dtype")
+
+
+class _StaleFiles:
+    """Which files of an older checkpoint in a folder have no place beside a new one."""
+
+    def __init__(self, folder: Path, variant: str | None) -> None:
+        infix = f".{variant}" if variant else ""
+        weights = rf"model{re.escape(infix)}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+        self._pattern = re.compile(rf"{weights}|model\.safetensors\.index{re.escape(infix)}\.json")
+        config = folder / CONFIG
+        try:
+            sets = set_names(Checkpoint(folder), read_json(config))[1] if config.is_file() else []
+        except ValueError:  # what it was is past knowing
+            sets = []
+        self._names = {f"{name}/{file}" for name in sets for file in (STREAMS, STREAMS_CONFIG)}
+
+    def __call__(self, name: str) -> bool:
+        return name in self._names or self._pattern.fullmatch(name) is not None
+
+
+def _write_streams(
+    folder: Path, model: Any, streams: StreamSet, tensors: dict[str, torch.Tensor], backbone: str | None
+) -> None:
+    text = model.config.get_text_config()
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / STREAMS, metadata={"format": "pt"})
+    config = {
+        "backbone_class": type(model).__name__.removeprefix("FSDP"),
+        "backbone_hidden_size": getattr(text, "hidden_size", None),
+        "backbone_model_type": model.config.model_type,
+        "backbone_num_layers": getattr(text, "num_hidden_layers", None),
+        BACKBONE: backbone,
+        "format_version": FORMAT_VERSION,
+        "name": streams.name,
+        "version": __version__,
+        **streams.config.to_fields(),
+    }
+    if backbone is not None and os.path.isabs(backbone):
+        config[BACKBONE_PATH] = os.path.relpath(backbone, final_place(folder))
+    _write_json(folder / STREAMS_CONFIG, config)
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    path.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _backbone_name(model: Any) -> str | None:
+    name = getattr(model.config, "_name_or_path", "") or None
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
+
+
+def _active(state: ParScaleState) -> StreamSet:
+    if state.active is None:
+        raise ValueError("No streams are active, so there are none to save: set_streams(name) first.")
+    return state.active
+
+
+def _further_sets(
+    state: ParScaleState, state_dict: MutableMapping[str, Any] | None
+) -> dict[str, dict[str, torch.Tensor]]:
+    sets = [streams for streams in state.sets.values() if streams is not state.active]
+    return {streams.name: _tensors(state, streams, state_dict) for streams in sets}
+
+
+def _tensors(
+    state: ParScaleState, streams: StreamSet, state_dict: MutableMapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    """A set's values by their released names, on the CPU; from ``state_dict`` where it has them."""
+    names = state.names(streams)
+    if state_dict is not None and all(name in state_dict for name in names.values()):
+        values: dict[str, Any] = {released: state_dict[name] for released, name in names.items()}
+    else:
+        values = {released: fetched(*holder) for released, holder in state.holders(streams).items()}
+    tensors = {}
+    for name, value in values.items():
+        _check_values(name, value)
+        tensors[name] = whole(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values to save: load or initialise it first.")
+
+
+_PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "private", "commit_message", "create_pr", "revision")
+
+
+def _push(folder: Path, files: list[str], arguments: dict[str, Any]) -> None:
+    api = HfApi(token=arguments.get("token"))
+    name = arguments.get("repo_id") or folder.resolve().name
+    repo = api.create_repo(name, exist_ok=True, private=arguments.get("private")).repo_id
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        allow_patterns=files,
+        commit_message=arguments.get("commit_message") or "Upload model",
+        create_pr=arguments.get("create_pr"),
+        revision=arguments.get("revision"),
+    )

@@ -1,0 +1,366 @@
+"""Folders and files that change as a whole.
+
+Everything is written in a working folder beside its place (:mod:`parscale.format.working`), flushed to the disk, and
+then moved there; the folders that it moved into are flushed too. So neither a kill nor a power cut leaves half of it
+under its name, and what fails changes nothing.
+
+**Links.** A link that is itself the output is followed: the user named where it leads to. One that leads nowhere is
+refused. Inside a folder nothing is written through a link: one in place of a file is replaced by the file, and what it
+leads to stays; one in place of a sub-folder is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from parscale.format.working import NotUndoneError, is_working_folder, working, working_folder
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk without room
+
+# The working folders of the blocks that are open, and where their files go.
+_PLACES: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar("places", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def staged(
+    save_directory: str | os.PathLike[str],
+    *,
+    last: str | Sequence[str],
+    replaces: Callable[[str], bool] = lambda name: False,
+    new: bool = False,
+) -> Iterator[Path]:
+    """A folder whose files move to ``save_directory`` when the block ends; if it fails, nothing changes.
+
+    A folder that exists keeps its other files. If nothing was written in the block, nothing happens.
+
+    Args:
+        save_directory: made if it does not exist, with the folders above it.
+        last: the file without which a reader takes the folder for none; it leaves first and comes last. Of several,
+            the last one of them comes last.
+        replaces: whether an old file of this name, relative to the folder, has no place beside the new ones.
+        new: refuse a folder that holds something, also when it was filled while the block ran.
+
+    Raises:
+        ValueError: with ``new``, as :func:`require_new_folder`.
+        NotADirectoryError: ``save_directory`` is a file.
+        OSError: it cannot be written, another process is writing to it, or the disk is full.
+    """
+    target = folder_to_write(save_directory)
+    if new:
+        require_new_folder(target)
+    with _explained(target), _folders_above(target), _working_at(target) as folder:
+        work = folder / "new"
+        work.mkdir()
+        known = _PLACES.set({**_PLACES.get(), work: final_place(target)})
+        try:
+            yield work
+        finally:
+            _PLACES.reset(known)
+        if not any(work.iterdir()):
+            return
+        _flush_all(work)
+        if new:
+            require_new_folder(target)
+        if target.is_dir():
+            _move_into(work, target, [last] if isinstance(last, str) else last, replaces)
+        else:
+            os.rename(work, target)
+            flush(target.parent)
+
+
+def final_place(path: str | os.PathLike[str]) -> Path:
+    """Where a path will be once no :func:`staged` block is open any more: outside of their folders, where it is."""
+    path = Path(os.path.abspath(path))
+    places = _PLACES.get()
+    above = next((folder for folder in (path, *path.parents) if folder in places), None)
+    return path if above is None else places[above] / path.relative_to(above)
+
+
+@contextlib.contextmanager
+def staged_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path of the same name to write to, whose file moves to ``path`` when the block ends.
+
+    Raises:
+        ValueError: as :func:`file_to_write`.
+        OSError: it cannot be written, or another process is writing it.
+    """
+    target = file_to_write(path)
+    try:
+        with working(target.parent, target.name) as folder:
+            yield folder / target.name
+            flush(folder / target.name)
+            os.replace(folder / target.name, target)
+            flush(target.parent)
+    except OSError as error:
+        if error.errno is None or not _is_about(error, target):
+            raise
+        raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
+
+
+# -- checks that come before any work
+
+
+def folder_to_write(path: str | os.PathLike[str]) -> Path:
+    """Where a folder really lies that shall be written to; it need not exist.
+
+    Raises:
+        NotADirectoryError: it is something else than a folder, or a link that leads nowhere.
+    """
+    target = Path(os.path.abspath(path))
+    if target.is_symlink() and not target.exists():
+        raise NotADirectoryError(
+            f"{target} is a link to {os.readlink(target)}, which does not exist: make that folder."
+        )
+    if target.exists() and not target.is_dir():
+        what = "a file" if target.is_file() else "neither a folder nor a file"
+        raise NotADirectoryError(f"{target} is {what}: give a folder to save in.")
+    return Path(os.path.realpath(target))
+
+
+def require_new_folder(output: str | os.PathLike[str]) -> None:
+    """Refuses an output that holds something; what a killed process left there does not count.
+
+    Raises:
+        ValueError: it is no folder, or not empty.
+    """
+    path = Path(output)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"The output {output} is a link to {os.readlink(path)}, which does not exist; make that folder, or give "
+            "another one."
+        )
+    if path.exists() and not path.is_dir():
+        what = "a file" if path.is_file() else "neither a folder nor a file"
+        raise ValueError(f"The output {output} is {what}; give a folder that is new or empty.")
+    if holds_something(path):
+        raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether there is such a folder and it holds more than working folders."""
+    if not folder.is_dir():
+        return False
+    return not all(is_working_folder(entry) for entry in folder.iterdir())
+
+
+def require_writable_folder(output: str | os.PathLike[str]) -> None:
+    """Tries whether a folder can be written, and leaves nothing behind.
+
+    Raises:
+        OSError: it cannot, or another process is writing to it.
+    """
+    target = folder_to_write(output)
+    with _explained(target), _folders_above(target), _working_at(target):
+        pass
+
+
+def file_to_write(path: str | os.PathLike[str]) -> Path:
+    """Where a file really lies that shall be written; it need not exist.
+
+    Raises:
+        ValueError: it is a folder or no regular file, or a link that leads nowhere.
+    """
+    given = Path(path)
+    if given.is_symlink() and not given.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(given)}, which does not exist; give a file to write.")
+    if given.is_dir():
+        raise ValueError(f"{path} is a folder; give a file to write.")
+    if given.exists() and not given.is_file():
+        raise ValueError(f"{path} is a device or a pipe; give a file to write.")
+    return Path(os.path.realpath(given))
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Tries whether a file can be written, and leaves nothing behind.
+
+    Raises:
+        ValueError: as :func:`file_to_write`, or its folder does not exist.
+        OSError: nothing can be written in its folder, or another process is writing it.
+    """
+    target = file_to_write(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"There is no folder {Path(path).parent} to put {target.name} in; make it first.")
+    try:
+        with working(target.parent, target.name):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
+
+
+# -- moving
+
+
+def flush(path: Path) -> None:
+    """Writes what the system holds of a file, or of the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_all(folder: Path) -> None:
+    """Flushes a folder with everything below it."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if not Path(place, name).is_symlink():
+                flush(Path(place, name))
+        flush(Path(place))
+
+
+@contextlib.contextmanager
+def _folders_above(target: Path) -> Iterator[None]:
+    """In this block the folders above ``target`` exist; those that were missing and stay empty are removed again."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+        yield
+        for folder in missing if target.exists() else ():
+            flush(folder.parent)
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
+
+
+def _working_at(target: Path) -> contextlib.AbstractContextManager[Path]:
+    """The working folder of an output: inside it where it exists, since it may be a disk of its own."""
+    return working(target) if target.is_dir() else working(target.parent, target.name)
+
+
+def _move_into(work: Path, target: Path, last: Sequence[str], replaces: Callable[[str], bool]) -> None:
+    """Moves all files below ``work`` into a folder that exists; if that fails, all that was moved goes back.
+
+    The disk sees it in four parts, one after another: files of ``last`` leave, the other old files leave, the new ones
+    come, and those of ``last`` come.
+    """
+    new = _files(work)
+    for name in new:
+        _require_place(target, name)
+    old = [name for name in new if os.path.lexists(target / name)]
+    old += [name for name in _files_nearby(target) if name not in new and replaces(name)]
+    away = work.with_name("old")
+    parts = [
+        [(target / name, away / name) for name in reversed(last) if name in old],
+        [(target / name, away / name) for name in old if name not in last],
+        [(work / name, target / name) for name in new if name not in last],
+        [(work / name, target / name) for name in last if name in new],
+    ]
+    done: list[tuple[Path, Path]] = []
+    made: list[Path] = []
+    try:
+        for part in parts:
+            for source, destination in part:
+                made += _make_folders(destination.parent)
+                os.replace(source, destination)
+                done.append((source, destination))
+            for folder in sorted({path.parent for move in part for path in move} | {place.parent for place in made}):
+                flush(folder)
+    except BaseException as error:
+        _undo(done, made, away, error)
+        raise
+    for folder in {(target / name).parent for name in old} - {target}:
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _undo(done: Sequence[tuple[Path, Path]], made: Sequence[Path], away: Path, error: BaseException) -> None:
+    failed = 0
+    for source, destination in reversed(done):
+        try:
+            os.replace(destination, source)
+        except OSError:
+            failed += 1
+    if failed:
+        raise NotUndoneError(
+            f"{error}; and {failed} of the files that were there could not be put back: they are in {away}."
+        ) from error
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _require_place(target: Path, name: str) -> None:
+    """Refuses to write a file through a link or in place of something that is no file."""
+    for part in reversed(Path(name).parents[:-1]):
+        place = target / part
+        if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
+            what = "a link, through which nothing is written" if place.is_symlink() else "no folder"
+            raise OSError(f"Nothing was saved: {place} should be a folder, and is {what}; move it elsewhere.")
+    place = target / name
+    if place.is_dir() and not place.is_symlink():
+        raise OSError(f"Nothing was saved: {place} should be a file, and is a folder; move it elsewhere.")
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes a folder and those above it; returns the ones that were missing."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    for place in missing:
+        place.mkdir()
+    return missing
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files below a folder, links included."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(found)
+
+
+def _files_nearby(folder: Path) -> list[str]:
+    """Names of the files in a folder and in its direct sub-folders, links included."""
+    names = []
+    for entry in sorted(folder.iterdir()):
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        paths = sorted(entry.iterdir()) if is_folder and not is_working_folder(entry) else [entry]
+        names += [path.relative_to(folder).as_posix() for path in paths if path.is_file() or path.is_symlink()]
+    return names
+
+
+# -- errors
+
+
+def disk_error(error: BaseException) -> int | None:
+    """The number of the operating system's error, also where a library in Rust reports it as another type."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else int(found[1])
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Says which folder could not be written, and why."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, error.strerror, str(target)) from error
+    except FileExistsError:  # says all itself
+        raise
+    except Exception as error:
+        code = disk_error(error)
+        if code is None or not _is_about(error, target):
+            raise
+        remedy = "free some space or give another folder" if code in FULL else "give a folder that can be written"
+        raise OSError(code, f"Nothing was saved: {os.strerror(code)}; {remedy}", str(target)) from error
+
+
+def _is_about(error: Exception, target: Path) -> bool:
+    """Whether an error is about an output, its working folder or a folder above it, as far as it says what about."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str):
+        return True
+    place = Path(os.path.realpath(name))
+    return target.is_relative_to(place) or any(
+        place.is_relative_to(folder) for folder in (target, working_folder(target.parent, target.name))
+    )

@@ -1,0 +1,119 @@
+"""Sets of streams in streams-only folders, and the tensors of any set in a checkpoint's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+
+from parscale.config import FIELDS, ParScaleConfig
+from parscale.format.checks import check_fit, check_streams
+from parscale.format.folders import (
+    BACKBONE_PATH,
+    FORMAT_VERSION,
+    FULL,
+    STREAMS_CONFIG,
+    Checkpoint,
+    numbers,
+    set_name,
+)
+from parscale.format.headers import StoredTensor
+from parscale.format.untrusted import brief
+from parscale.hooks.adding import add, fill
+from parscale.streams.sets import DEFAULT
+from parscale.streams.state import ParScaleState
+from parscale.transforms import make_set
+
+_STREAMS_FIELDS = {
+    *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers", BACKBONE_PATH),
+    *("base_model_name_or_path", "format_version", "name", "version"),
+    *FIELDS,
+}
+
+
+def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:
+    """Numbers and tensors of a streams-only checkpoint."""
+    fields = checkpoint.read_json(STREAMS_CONFIG)
+    unknown = sorted(fields.keys() - _STREAMS_FIELDS)
+    if unknown or fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        warnings.warn(
+            f"{STREAMS_CONFIG} of {checkpoint} was written by another version of parscale "
+            f"({fields.get('version', 'unknown')}); ignored: {brief(', '.join(unknown)) or 'nothing'}.",
+            stacklevel=2,
+        )
+    streams = numbers(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})
+    stored = checkpoint.streams()
+    check_streams(checkpoint, streams, stored)
+    return streams, stored
+
+
+def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a set by their released names in the model."""
+    state: ParScaleState = model.parscale
+    names = {_stored_name(model, name, stored): name for name in state.names(make_set(state, DEFAULT, config))}
+    values = {}
+    for file in {tensor.file for tensor in stored.values()}:
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name, tensor in stored.items() if tensor.file == file):
+                values[names.get(name, name)] = tensors.get_tensor(name)
+    return values
+
+
+def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
+    """What a tensor is called in a file: some classes save their modules under other names than they have."""
+    if name in stored:
+        return name
+    return next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
+
+
+@torch.inference_mode(False)  # what is loaded can train
+def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+    """Adds a further set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
+
+    Args:
+        model: wrapped, of the backbone that the streams were made for.
+        path_or_repo: a folder that ``save_streams`` wrote, or the name of a repository on the Hugging Face Hub.
+        name: of the set in this model; by default the one that it was saved under.
+
+    Raises:
+        ValueError: the folder is no streams-only checkpoint or damaged, its streams do not fit the model, or there is a
+            set of that name.
+        OSError: a folder or a file is not there or cannot be read.
+    """
+    checkpoint = Checkpoint(path_or_repo)
+    if checkpoint.kind() == FULL:
+        raise ValueError(f"{checkpoint} has a backbone of its own: load_streams takes what save_streams has written.")
+    fields = checkpoint.read_json(STREAMS_CONFIG)
+    streams, stored = read_streams(checkpoint)
+    check_fit(checkpoint, fields, model.config)
+    add(model.parscale, name or set_name(checkpoint, fields), streams, tensors=values_in(model, streams, stored))
+
+
+def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
+    """Reads the values of a streams-only checkpoint into the active set.
+
+    Args:
+        model: wrapped, with streams of the same numbers as the checkpoint's.
+        checkpoint: the folder or repository.
+
+    Raises:
+        ValueError: it is damaged, no streams are active, or they are others than the checkpoint's.
+        OSError: a file cannot be read.
+    """
+    state: ParScaleState = model.parscale
+    saved, stored = read_streams(checkpoint)
+    check_fit(checkpoint, checkpoint.read_json(STREAMS_CONFIG), model.config)
+    streams = state.active
+    ours = None if streams is None else streams.config
+    if streams is None or ours is None or dataclasses.replace(saved, init=ours.init, seed=ours.seed) != ours:
+        raise ValueError(
+            f"{checkpoint} holds streams ({saved}), and this model's are others ({ours or 'none active'}): wrap the "
+            "model with the same numbers, or parscale.load the folder with backbone= and put the adapter on that."
+        )
+    fill(state, streams, values_in(model, saved, stored))

@@ -1,0 +1,180 @@
+"""Sets of streams come to a model and go: their parameters, their start, and what their transform hangs into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.attention.discovery import measure
+from parscale.config import PREFIX, SET_PATTERN, ParScaleConfig
+from parscale.distributed.offloading import keep, let_go
+from parscale.distributed.parallel import (
+    check_takes_parameters,
+    distribute_parameter,
+    is_partitioned,
+    share_random_state,
+    tensor_parallel_mesh,
+)
+from parscale.hooks.surroundings import undisturbed
+from parscale.hooks.trial import try_whole_model
+from parscale.streams.aggregator import Aggregator
+from parscale.streams.choosing import forget
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms import make_set
+from parscale.transforms.inits import check_calibration, default_init, initialize
+
+
+@undisturbed()
+def add(
+    state: ParScaleState,
+    name: str,
+    config: ParScaleConfig,
+    *,
+    calibration: torch.Tensor | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> StreamSet:
+    """Adds a set of streams, inactive and frozen.
+
+    Args:
+        state: of the model, from ``parscale.wrapping``.
+        name: of the set; letters, digits, ``-`` and ``_``.
+        config: its numbers.
+        calibration: as :func:`parscale.wrap`.
+        tensors: its values by their released names in the model (as :meth:`ParScaleState.tensors` gives them), from
+            a checkpoint; without them the set starts by ``config.init``.
+
+    Raises:
+        ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
+    """
+    _check_name(state, name)
+    streams = make_set(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
+    check_calibration(state, streams, calibration)
+    _check_parallel(state, streams)
+    if streams.num_streams > 1:
+        measure(state)
+        streams.transform.places()  # says so if there are none
+    state.sets[name] = streams
+    try:
+        _make_parameters(state, streams)
+        _give_values(state, streams, calibration, tensors)
+        if streams.num_streams > 1:
+            streams.transform.attach()
+            if tensors is None:  # those of a checkpoint ran when it was made
+                try_whole_model(state, streams)
+        if state.adapters is not None:
+            state.adapters.cover(streams)
+    except BaseException:
+        remove(state, streams)
+        raise
+    for parameter in state.tensors(streams).values():
+        parameter.requires_grad_(False)
+    return streams
+
+
+def remove(state: ParScaleState, streams: StreamSet) -> None:
+    """Removes a set and its parameters."""
+    forget(state, streams)
+    if streams.num_streams > 1:
+        streams.transform.detach()
+        for place in streams.transform.places():
+            place.module._parameters.pop(streams.own_name(place.name), None)
+            let_go(place.module, streams.own_name(place.name))
+    for part in state.mixed:
+        part._modules.pop(streams.aggregator_name, None)
+    state.sets.pop(streams.name, None)
+
+
+def _check_name(state: ParScaleState, name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
+        raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
+    if name in state.sets:
+        raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
+
+
+def _check_parallel(state: ParScaleState, streams: StreamSet) -> None:
+    """Refuses a set that a model on several devices cannot take."""
+    check_takes_parameters(state.model)
+    transform = streams.config.transform
+    if transform == PREFIX:
+        return
+    if tensor_parallel_mesh(state.model) is not None or any(map(is_partitioned, state.model.parameters())):
+        raise ValueError(
+            f"A model that is split by tensor parallelism or ZeRO-3 takes transform={PREFIX!r} only, got {transform!r}."
+        )
+
+
+def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
+    """Zeros, in the places of the set's transform, and an aggregator for each part that is mixed."""
+    P = streams.num_streams
+    if P == 1:
+        return
+    for place in streams.transform.places():
+        zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
+        place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
+        keep(place.module, streams.own_name(place.name))
+    for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
+        aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
+        aggregator.train(part.training)
+        part.add_module(streams.aggregator_name, aggregator)
+
+
+def _give_values(
+    state: ParScaleState,
+    streams: StreamSet,
+    calibration: torch.Tensor | None,
+    tensors: Mapping[str, torch.Tensor] | None,
+) -> None:
+    """Gives a new set its first values, on all devices of a tensor-parallel model; arguments as :func:`add`."""
+    mesh = tensor_parallel_mesh(state.model)
+    if mesh is not None and streams.config.seed is None:
+        share_random_state(mesh)
+    if tensors is None:
+        initialize(state, streams, calibration)
+    else:
+        fill(state, streams, tensors)
+    if mesh is not None:
+        _distribute(state, streams, mesh)
+
+
+def _distribute(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:
+    """Makes a new set's parameters, whole on every process, those of a tensor-parallel model, in place."""
+    if streams.num_streams == 1:
+        return
+    for layer in state.layers:
+        for name in (streams.key_name, streams.value_name):
+            distribute_parameter(layer.module, name, mesh, by_heads=layer.mesh is not None)
+    for aggregator in state.aggregators(streams):
+        for module in aggregator.modules():
+            for name in list(module._parameters):
+                distribute_parameter(module, name, mesh)
+
+
+def fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives a set its values, by their released names.
+
+    Raises:
+        ValueError: tensors missing, too many or of another shape.
+    """
+    own = state.tensors(streams)
+    problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
+    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The streams do not fit this {type(state.model).__name__}: {'; '.join(problems[:3])}{more}. "
+            "They belong to a backbone of another size, or the checkpoint is damaged."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

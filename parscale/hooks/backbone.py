@@ -1,0 +1,239 @@
+"""The way of the data through a wrapped model.
+
+input_ids (B, S)
+  -> copied to P streams, stream-major            (P*B, S)       before the backbone's forward
+  -> the backbone, unchanged, sees a batch of P*B                what differs between streams: parscale.transforms
+  -> final norm                                   (P*B, S, H)
+  -> aggregator                                   (B, S, H)      after it, or before the backbone pools
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.attention.caches import CACHES, fit_rows, is_empty
+from parscale.hooks.encoded import mark_output
+from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
+from parscale.hooks.rows import check_plain, copy_rows, first_input
+from parscale.hooks.two_passes import TwoPassHooks, after_pass, of_pass
+from parscale.streams.backbones import NOISE, masking_noise
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.streams.trainability import use_outside_of_blocks
+
+REPLICA = "parscale_replica"  # on nn.DataParallel's copy of a backbone or an encoder: its original, and the set
+
+
+class BackboneHooks:
+    """The hooks on a model's backbone, the encoder before it and the towers beside it, for all of its sets.
+
+    Args:
+        state: of the model.
+    """
+
+    def __init__(self, state: ParScaleState) -> None:
+        self.state = state
+
+    def attach(self) -> None:
+        """Hangs the hooks; their handles are among ``state.hooks``."""
+        state = self.state
+        hooks: list[Any] = [state.model.register_forward_hook(self._join_router_logits)]
+        hooks.append(state.model.register_load_state_dict_pre_hook(self._load_into_active))
+        for part in state.mixed:
+            hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+            hooks.append(part.register_forward_hook(self._mix_streams))
+            pooler = getattr(part, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
+        if state.encoder is not None:
+            hooks.append(state.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
+            hooks.append(state.encoder.register_forward_hook(self._mark_encoded))
+        hooks += TwoPassHooks(state).attach()
+        for part in state.parts:
+            part._replicate_for_data_parallel = functools.partial(self._replicate, part)
+        state.hooks += hooks
+
+    # -- before the backbone
+
+    def _copy_to_streams(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the backbone, or its encoder: every row P times, stream-major (row ``p*B + b``)."""
+        state, call = self.state, self.state.call
+        part, streams = module.__dict__.get(REPLICA) or (module, state.active)
+        if streams is not None:
+            streams = state.in_use(streams) if streams.num_streams > 1 else None
+        call.begin(streams)
+        if part is not state.encoder:
+            call.enter(part, module)
+        if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                use_outside_of_blocks(state)
+            if module.training:
+                recompute_with_own_streams(state, module)
+        arguments = dict(zip(state.positional[part][: len(args)], args, strict=True)) | kwargs
+        for name in CACHES:
+            _check_cache(arguments.get(name), streams)
+        if streams is None:
+            check_plain(module, arguments)
+            return None
+        rows = first_input(module, arguments)
+        if rows is None:  # the backbone says what it misses
+            return None
+        if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
+            raise ValueError(
+                f"transformers' {type(module).__name__} goes on from its state with one row only, and "
+                f"{streams.num_streams} streams are as many rows: use_cache=False."
+            )
+        fit_rows(arguments.get("past_key_values"), rows.shape[0], streams.cache_copies)
+        if call.passes is not None and (alone := of_pass(state, module, part, arguments, rows)) is not None:
+            return (), alone
+        if NOISE in state.positional[part] and arguments.get(NOISE) is None:
+            arguments[NOISE] = masking_noise(module, rows)
+        arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
+        return (), streams.transform.before(part, arguments)
+
+    # -- after it
+
+    def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the encoder: its output says which streams made its P*B rows."""
+        streams = self.state.in_flight
+        return output if streams is None else mark_output(output, streams.name, streams.num_streams)
+
+    def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
+        call, states = self.state.call, args[0]
+        streams = call.in_flight
+        if streams is None or not call.aggregating:
+            return None
+        size = self.state.hidden[self.state.mixed.index(call.part)].size
+        if states.ndim == 3 and states.shape[1] == size != states.shape[2]:  # (P*B, H, S), of Swin
+            mixed = self._mixture(streams, streams.transform.before_pooling(states.mT)).mT
+        else:
+            mixed = self._mixture(streams, streams.transform.before_pooling(states))
+            call.pooled = (states, mixed)
+        return (mixed, *args[1:])
+
+    def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` and what heads take too."""
+        call = self.state.call
+        call.masks.clear()
+        streams = call.in_flight
+        if call.passes is not None:
+            output = after_pass(call.passes, output)
+        if streams is None:
+            return output
+        unpooled, output = output[0], streams.transform.after(output)
+        if getattr(output, "router_logits", None):
+            output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
+        if not call.aggregating:
+            return output
+        last = output[0]
+        if call.pooled is not None and call.pooled[0] is unpooled:
+            mixed = call.pooled[1]
+        else:
+            mixed = self._mixture(streams, last)
+        call.pooled = None
+        with_mixed = functools.partial(self._with_mixed, streams, last, mixed)
+        if isinstance(output, tuple):
+            return (mixed, *map(with_mixed, output[1:]))
+        output.last_hidden_state = mixed
+        for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram", "mask", "ids_restore"):
+            if getattr(output, name, None) is not None:
+                output[name] = with_mixed(output[name])
+        return output
+
+    def _with_mixed(self, streams: StreamSet, last: torch.Tensor, mixed: torch.Tensor, states: Any) -> Any:
+        """An output of the backbone as it is once the streams are mixed.
+
+        Args:
+            streams: those that ran.
+            last: the final hidden states ``(P*B, S, H)``.
+            mixed: their mixture ``(B, S, H)``.
+            states: the output; the layers' hidden states get the mixture for the last of them, unless the caller did
+                not choose it.
+        """
+        if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
+            return (*states[:-1], mixed)
+        shape: tuple[int, ...] = getattr(states, "shape", ())
+        if NOISE in self.state.positional[self.state.call.part] and len(shape) == 2:  # of patches, all streams' same
+            return states[: shape[0] // streams.num_streams]
+        if shape == (last.shape[0], last.shape[2]):  # those of one token, as they are
+            return self._mixture(streams, streams.transform.before_pooling(states))
+        if len(shape) == 3 and shape[::2] == (last.shape[0], last.shape[2]):  # those that foresee (ProphetNet)
+            return self._mixture(streams, states)
+        return states
+
+    def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
+        """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
+        aggregator = self.state.call.running._modules[streams.aggregator_name]
+        if hidden.ndim == 2:
+            return aggregator(hidden[:, None], impl=self.state.kernels)[:, 0]
+        return aggregator(hidden, impl=self.state.kernels)
+
+    def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the whole model: a mixture of experts' router logits by layer again, ``(P*B*S, E)``."""
+        streams = self.state.in_flight
+        if streams is not None and getattr(output, "router_logits", None):
+            P, pieces = streams.num_streams, output.router_logits
+            output.router_logits = tuple(torch.cat(pieces[i : i + P]) for i in range(0, len(pieces), P))
+        return output
+
+    # -- beside a forward pass
+
+    def _replicate(self, part: Any) -> Any:
+        """A copy for ``nn.DataParallel``, whose threads do not know of a block around their caller."""
+        replica = type(part)._replicate_for_data_parallel(part)
+        replica.__dict__.pop("_replicate_for_data_parallel", None)
+        replica.__dict__[REPLICA] = (part, self.state.active)
+        return replica
+
+    def _load_into_active(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Before ``load_state_dict``: the released names of a saved checkpoint mean the active set.
+
+        A checkpoint that the Trainer loads back has the set that was active under the released names. A model's own
+        ``state_dict()`` has every set under its own, and is left as it is.
+        """
+        streams = self.state.active
+        names = {} if streams is None else self.state.names(streams)
+        if any(prefix + name in state_dict for name in names.values()):
+            return
+        for released, name in names.items():
+            if prefix + released in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + released)
+
+
+def unhook(state: ParScaleState) -> None:
+    """Takes off everything that hangs on the model for all of its sets."""
+    for hook in state.hooks:
+        hook.remove()
+    stop_recomputing(state.parts)
+    for part in state.parts:
+        part.__dict__.pop("_replicate_for_data_parallel", None)
+
+
+def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:
+    """Each layer's ``(P*B*S, E)`` as P pieces ``(B*S, E)``.
+
+    The load-balancing loss is taken with the caller's mask, which has B rows. It sums over layers and tokens alike, so
+    that it takes the pieces for as many layers, and counts the real tokens of all streams.
+    """
+    return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
+
+
+def _check_cache(cache: Any, streams: StreamSet | None) -> None:
+    """A cache belongs to the set that filled it; those of sets that share keys are the plain backbone's."""
+    if cache is None or isinstance(cache, (tuple, list)):  # of a model's own kind
+        return
+    name = None if streams is None or streams.shares_keys else streams.name
+    filled_by = getattr(cache, "parscale_streams", name)
+    if filled_by != name and not is_empty(cache):
+        raise ValueError(
+            f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
+            "backbone, or streams that share its keys). Start with a new cache after switching."
+        )
+    cache.parscale_streams = name

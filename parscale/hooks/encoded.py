@@ -1,0 +1,211 @@
+"""What a wrapped encoder returns: P rows for each source, and a mark that says so.
+
+A decoder is given the encoder's output in many ways: at once, by ``generate`` with its rows repeated for beams, or by a
+user who encodes once and decodes several times. The number of rows does not say whether they are streams. So the
+tensors that a wrapped encoder returns are :class:`EncodedRows`, which carry the name of the set and P with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from transformers.utils.generic import ModelOutput
+
+SEQUENCES = (tuple, list)  # torch 2.9 cannot trace isinstance(x, tuple | list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Which streams made some rows.
+
+    Args:
+        name: of the set of streams.
+        num_streams: P.
+        by_source: the tensor is ``(B, S, P, ...)``, one entry for each source; otherwise ``(P*B, S, ...)``,
+            stream-major.
+        ordered: it is known which stream each row belongs to.
+    """
+
+    name: str
+    num_streams: int
+    by_source: bool = False
+    ordered: bool = True
+
+
+class EncodedRows(torch.Tensor):
+    """A tensor of a wrapped encoder's output, ``(P*B, S, ...)``, stream-major, or one computed from it.
+
+    Attributes:
+        mark: which streams made it.
+    """
+
+    mark: Mark
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs ``func``; its results are marked too."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.view_as:  # how plain() takes the mark off; torch.compile can trace this one
+            return torch.Tensor.__torch_function__(func, (torch.Tensor,), args, kwargs)
+        result = super().__torch_function__(func, (cls,), args, kwargs)
+        source = _first_marked((*args, *kwargs.values()))
+        for x in result if isinstance(result, SEQUENCES) else (result,):
+            if isinstance(x, EncodedRows) and x is not source and source is not None:
+                x.mark = _mark_of_result(func, source, args, x)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncodedRows:
+        return marked(copy.deepcopy(plain(self), memo), self.mark)
+
+
+# Encoder outputs can be saved, and read again by torch.load as it is; those of before this module moved, too.
+torch.serialization.add_safe_globals([EncodedRows, Mark])
+torch.serialization.add_safe_globals([(cls, f"parscale.encoded.{cls.__name__}") for cls in (EncodedRows, Mark)])
+
+_REPEATS = (torch.Tensor.repeat_interleave, torch.repeat_interleave)
+_MOVES_ROWS = (torch.Tensor.index_select, torch.index_select, torch.Tensor.flip, torch.flip, torch.roll)
+
+
+def _first_marked(values: Any) -> EncodedRows | None:
+    for value in values:
+        if isinstance(value, EncodedRows) and hasattr(value, "mark"):
+            return value
+        if isinstance(value, SEQUENCES) and (found := _first_marked(value)) is not None:  # torch.cat([...])
+            return found
+    return None
+
+
+def _mark_of_result(func: Any, source: EncodedRows, args: Any, result: torch.Tensor) -> Mark:
+    """The mark of what ``func`` made of ``source``: ordered while every row stays where it was, or is repeated."""
+    mark = source.mark
+    if mark.by_source:
+        ordered = result.ndim > 2 and result.shape[2] == mark.num_streams
+    elif func in _REPEATS:
+        ordered = len(args) > 1 and isinstance(args[1], int)  # each row as often as the others
+    elif func is torch.Tensor.__getitem__:
+        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        ordered = (first is Ellipsis or isinstance(first, slice)) and result.shape[:1] == source.shape[:1]
+    else:
+        ordered = func not in _MOVES_ROWS and result.shape[:1] == source.shape[:1]
+    return dataclasses.replace(mark, ordered=mark.ordered and ordered)
+
+
+def marked(x: torch.Tensor, mark: Mark) -> EncodedRows:
+    """The same tensor with a mark."""
+    rows = x.as_subclass(EncodedRows)
+    rows.mark = mark
+    return rows
+
+
+def plain(x: EncodedRows) -> torch.Tensor:
+    """The same values without the mark."""
+    values = x.view_as(x)
+    if torch.compiler.is_compiling():
+        # A compiled graph hands its inputs to operators as they came, and some take no subclass of Tensor; a copy
+        # that the compiler does not see through is none.
+        values = values.flip(0).flip(0)
+    return values
+
+
+def mark_output(output: Any, name: str, P: int) -> Any:
+    """An encoder's output, ``(P*B, S, ...)`` in each of its tensors, with the mark of a set of streams.
+
+    Hidden states of inner layers are not marked: a decoder does not read them.
+    """
+    last, rows = output[0], output[0].shape[0]
+
+    def with_mark(value: Any) -> Any:
+        # one that is distributed or fake stays what it is
+        if type(value) is torch.Tensor and value.ndim > 0 and value.shape[0] == rows:
+            return marked(value, Mark(name, P))
+        return value
+
+    marked_last = with_mark(last)
+
+    def replaced(value: Any) -> Any:
+        if type(value) is tuple:  # by layer; the others stay the tensors that the layers computed with
+            return tuple(marked_last if one is last else one for one in value)
+        return marked_last if value is last else with_mark(value)
+
+    return _map_output(replaced, output)
+
+
+def by_source(encoded: Any) -> Any:
+    """Encoder outputs as ``generate`` takes them: one entry for each source, ``(B, S, P, ...)`` in place of P*B rows.
+
+    Args:
+        encoded: a model's output, a tuple or a tensor; what is not marked stays as it is.
+
+    Raises:
+        ValueError: rows were chosen or joined, so that their streams are not known.
+    """
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, EncodedRows) or value.mark.by_source:
+            return value
+        _check_ordered(value, f"A tensor {tuple(value.shape)} in encoder_outputs")
+        P = value.mark.num_streams
+        rows = plain(value).unflatten(0, (P, -1)).movedim(0, 2)  # (P*B, S, ...) -> (B, S, P, ...)
+        return marked(rows, dataclasses.replace(value.mark, by_source=True))
+
+    return _map_output(moved, encoded)
+
+
+def rows_of_streams(part: Any, argument: str, value: EncodedRows, name: str | None, P: int, B: int) -> torch.Tensor:
+    """The rows that a decoder takes, for B rows of its own.
+
+    Args:
+        part: the decoder, for messages.
+        argument: what it was given, for messages.
+        value: marked.
+        name: of the set that the decoder runs with; ``None`` is the plain backbone.
+        P: of that set.
+        B: rows of the decoder's input.
+
+    Returns:
+        ``(P*B, S, ...)``, stream-major, without a mark. One source serves all B rows.
+
+    Raises:
+        ValueError: another set encoded it; its rows were chosen or joined, so that their streams are not known; or
+            there are neither one nor B sources.
+    """
+    mark = value.mark
+    given = f"{argument} {tuple(value.shape)} of {type(part).__name__}"
+    _check_ordered(value, given)
+    if (mark.name, mark.num_streams) != (name, P):
+        active = "the plain backbone is active" if name is None else f"{name!r} with P = {P} is active"
+        raise ValueError(
+            f"{given} was encoded with streams {mark.name!r}, P = {mark.num_streams}, but {active}: encode again after "
+            f"switching, or decode under model.use_streams({mark.name!r})."
+        )
+    rows = plain(value)
+    rows = rows.movedim(2, 0) if mark.by_source else rows.unflatten(0, (P, -1))  # (P, sources, S, ...)
+    if rows.shape[1] == 1:
+        rows = rows.expand(-1, B, *rows.shape[2:])
+    if rows.shape[1] != B:
+        raise ValueError(
+            f"{given} has {rows.shape[1]} sources with {P} streams each, for {B} rows to decode: give one source, or "
+            "one for each row (repeat_interleave(k, dim=0) repeats each source k times)."
+        )
+    return rows.flatten(0, 1)
+
+
+def _check_ordered(value: EncodedRows, given: str) -> None:
+    if not value.mark.ordered:
+        raise ValueError(
+            f"{given} was made from an encoder's output of {value.mark.num_streams} streams, (P*B, S, H), by choosing, "
+            "moving or joining its rows, so that their streams are not known: encode the sources that you want with "
+            "model.get_encoder()."
+        )
+
+
+def _map_output(function: Any, output: Any) -> Any:
+    """A model's output, a tuple or a tensor with ``function`` applied to each part."""
+    if isinstance(output, ModelOutput):
+        return type(output)(**{key: function(value) for key, value in output.items()})
+    if isinstance(output, SEQUENCES):
+        return type(output)(map(function, output))
+    return function(output)

@@ -1,0 +1,77 @@
+"""Layers that are computed again in the backward pass (gradient checkpointing) use the streams of their forward pass.
+
+By then another set may be active, or other parameters may train, and on a GPU it is another thread that runs them. So
+what the forward pass was (:class:`parscale.streams.calls.Call`) goes with each function that is to be run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.streams.calls import Call
+from parscale.streams.state import ParScaleState
+
+_FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps, in each layer, how it is checkpointed
+
+
+def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
+    """Before a pass that is differentiated: makes layers of ``module`` that are recomputed use its streams."""
+    checkpointing, call = False, state.call
+    for layer in module.modules():
+        function = layer.__dict__.get(_FUNCTION)
+        if function is not None and not isinstance(function, _Checkpoint):
+            setattr(layer, _FUNCTION, _Checkpoint(function, state))
+        checkpointing |= function is not None
+    tensors = state.tensors(call.in_flight) if checkpointing and call.in_flight is not None else {}
+    call.trains = [(parameter, parameter.requires_grad) for parameter in tensors.values()]
+
+
+def stop_recomputing(parts: Iterable[nn.Module]) -> None:
+    """Gives the layers their own checkpointing function back."""
+    for layer in (layer for part in parts for layer in part.modules()):
+        function = layer.__dict__.get(_FUNCTION)
+        if isinstance(function, _Checkpoint):
+            setattr(layer, _FUNCTION, function.function)
+
+
+class _Checkpoint:
+    """A checkpointing function that carries the streams from the forward pass to the recomputation."""
+
+    def __init__(self, function: Callable[..., Any], state: ParScaleState) -> None:
+        self.function = function
+        self.state = state
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.state.call
+        forward = call.remembered()
+        if any(trains for _, trains in forward.trains) and not any(getattr(x, "requires_grad", False) for x in args):
+            # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
+            args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
+        return self.function(functools.partial(self._run, forward, function), *args, **kwargs)
+
+    def _run(self, forward: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.state.call.as_in(forward), _trained_as_in(forward):
+            return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _trained_as_in(forward: Call) -> Iterator[None]:
+    """In this block the parameters of the pass ``forward`` train as they did then."""
+    changed = [parameter for parameter, trained in forward.trains if parameter.requires_grad is not trained]
+    for parameter in changed:
+        parameter.requires_grad_(not parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
+
+
+def _is_differentiable(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()

@@ -1,0 +1,111 @@
+"""Which arguments of a backbone have one row for each sequence, and how they are copied to the streams.
+
+The first input that is given counts the rows, B. An argument whose first dimension is B has one row for each of them
+and is copied P times, stream-major (row ``p*B + b``); one whose first dimension is 1 is for all rows and stays. That
+holds whatever the argument is called. The tables name those for which it does not hold. What fits nowhere is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from parscale.attention.caches import CACHES
+from parscale.hooks.encoded import EncodedRows, rows_of_streams
+
+# The first given one counts the rows; a backbone's own main input does, too.
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "audio_input_ids")
+
+# For all rows of a batch, or of the streams' own P*B rows already.
+WHOLE = (
+    *CACHES,
+    "cache",
+    "encoder_past_key_values",
+    "mems",
+    "padding_cache",
+    "past_buckets_states",
+    # by layer and head, or by token; boundaries and lengths of packed documents, counted through the rows of a stream
+    "head_mask",
+    "cache_position",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "logits_to_keep",
+    "num_items_in_batch",
+)
+# Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles; sounds.
+PACKED = (
+    "deepstack_visual_embeds",
+    "deepstack_features",
+    "cross_attention_states",
+    "image_embeds",
+    "audio_input_ids",
+    "audio_input_ids_mask",
+)
+POSITIONS = "position_ids"
+ENCODED = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+def first_input(part: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The first input of a backbone or its encoder that is given, whose rows are counted; ``None`` if none is."""
+    names = (*INPUTS, getattr(part, "main_input_name", INPUTS[0]))
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
+
+
+def check_plain(part: Any, arguments: dict[str, Any]) -> None:
+    """Refuses what streams encoded, before a pass of the plain backbone.
+
+    Raises:
+        ValueError: as :func:`parscale.hooks.encoded.rows_of_streams`.
+    """
+    for name in ENCODED:
+        if isinstance(arguments.get(name), EncodedRows):
+            rows_of_streams(part, name, arguments[name], None, 1, 1)
+
+
+def copy_rows(part: Any, arguments: dict[str, Any], streams: str, P: int, B: int) -> dict[str, Any]:
+    """The arguments of a backbone or its encoder with every row P times, stream-major.
+
+    Args:
+        part: the backbone or the encoder, for messages.
+        arguments: by name.
+        streams: name of the active set.
+        P: its number of streams.
+        B: rows.
+
+    Raises:
+        ValueError: a tensor has neither B rows nor one, or comes from an encoder with other streams.
+    """
+    return {name: _copied(part, name, value, streams, P, B) for name, value in arguments.items()}
+
+
+def _copied(part: Any, name: str, value: Any, streams: str, P: int, B: int) -> Any:
+    if name in WHOLE:
+        return value
+    if isinstance(value, dict):  # masks by layer type
+        return {key: _copied(part, name, item, streams, P, B) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(part, name, item, streams, P, B) for item in value)
+    if isinstance(value, EncodedRows):
+        return rows_of_streams(part, name, value, streams, P, B)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    if name in PACKED:
+        return torch.cat([value] * P)
+    if name == POSITIONS and value.ndim == 1:  # of the tokens of any row
+        return value
+    # multimodal positions are (3, B, S)
+    dim = 1 if name == POSITIONS and value.ndim == 3 and value.shape[1] in (1, B) else 0
+    if value.shape[dim] == B:
+        return torch.cat([value] * P, dim=dim)
+    if value.shape[dim] == 1:  # one row for all
+        return value.expand(P * B, *value.shape[1:]) if name == "encoder_hidden_states" else value
+    if name in ENCODED and value.shape[0] == P * B:  # an encoder's output that could not be marked
+        return value
+    raise ValueError(
+        f"{type(part).__name__} was given {name} of the shape {tuple(value.shape)}, with {B} rows of input. With "
+        f"streams every tensor needs one row for each of them ({B}, copied {P} times) or one for all (1): of this one "
+        "it is not known which stream takes what. Leave it out, or run the plain backbone (model.use_streams(None))."
+    )

@@ -1,0 +1,231 @@
+"""Calls of the whole model in which stream 0 runs first, alone, and the other streams only where they are wanted.
+
+Streams that share stream 0's keys and values leave nothing behind: what a token adds to the cache does not depend on
+streams 1 to P - 1. So in a call without gradients
+
+1. the backbone runs as it is, on B rows, and what its attention layers attend to is remembered;
+2. it runs on the positions that are wanted, with (P - 1)*b rows that attend to that, and the streams are mixed there.
+
+Wanted are the last positions, where the caller keeps fewer logits than there are new tokens (``logits_to_keep``, as
+``generate`` does with a prompt). In an adaptive call they are those where the entropy of stream 0's prediction is above
+a threshold, and b are the rows that have any. Everything else runs all streams in one batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.attention.shared import SeenTokens, can_slice
+from parscale.hooks.rows import PACKED, POSITIONS, WHOLE, copy_rows
+from parscale.streams.passes import Adaptive, TwoPasses
+from parscale.streams.state import ParScaleState
+
+KEPT = "logits_to_keep"
+INNER = ("output_hidden_states", "output_attentions", "output_router_logits")  # of all streams, in one batch
+
+
+class TwoPassHooks:
+    """The hooks on the whole model that plan two passes, and make the second.
+
+    Args:
+        state: of the model.
+    """
+
+    def __init__(self, state: ParScaleState) -> None:
+        self.state = state
+        self.parameters = list(inspect.signature(type(state.model).forward).parameters)[1:]
+
+    def attach(self) -> list[Any]:
+        """Hangs the hooks on the model, and gives their handles."""
+        model = self.state.model
+        if self.state.backbone is model:  # it has no logits
+            return []
+        return [
+            model.register_forward_pre_hook(self._plan, with_kwargs=True),
+            model.register_forward_hook(self._finish, with_kwargs=True, always_call=True),
+        ]
+
+    def _plan(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state, call = self.state, self.state.call
+        call.passes = None
+        streams = state.active
+        if streams is None or not streams.shares_keys or streams.num_streams == 1:
+            return
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        kept, adaptive = arguments.get(KEPT), call.adaptive
+        kept = kept if isinstance(kept, int) and kept > 0 else None
+        obstacle = self._obstacle(arguments)
+        if obstacle is not None and adaptive is not None:
+            raise ValueError(f"Streams run on chosen tokens (adaptive) in calls for logits alone, and {obstacle}.")
+        if obstacle is None and (adaptive is not None or (kept is not None and not self._wants_more(arguments))):
+            call.passes = TwoPasses(state.in_use(streams), kept, adaptive)
+
+    def _obstacle(self, arguments: dict[str, Any]) -> str | None:
+        """Why a call has to run all streams in one batch."""
+        call = self.state.call
+        if torch.compiler.is_compiling():
+            return "this one is compiled"
+        if torch.is_grad_enabled():
+            return "this one records gradients: call it under torch.no_grad()"
+        if arguments.get("labels") is not None:
+            return "this one has labels: take the loss of the logits"
+        if call.one_batch or not call.aggregating:
+            return "this one needs all streams in one batch"
+        return None
+
+    def _wants_more(self, arguments: dict[str, Any]) -> bool:
+        config = self.state.model.config
+        return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After the first pass: the second, and its logits in place of stream 0's."""
+        call = self.state.call
+        passes, call.passes = call.passes, None
+        if passes is None or passes.arguments is None or output is None:  # the last: the call failed
+            return output
+        logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits  # (B, n, V)
+        where = None
+        if passes.adaptive is not None:
+            where = _choose(passes, passes.adaptive, logits)
+            if not where.any():
+                return output
+        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        mixed = self._run_second(module, passes, arguments.get(KEPT))  # (b, n, V)
+        if passes.chosen is not None:
+            mixed = logits.index_copy(0, passes.chosen, mixed)
+        if where is not None:
+            mixed = torch.where(where[..., None], mixed, logits)
+        if isinstance(output, tuple):
+            return (mixed, *output[1:])
+        output.logits = mixed
+        return output
+
+    def _run_second(self, module: Any, passes: TwoPasses, kept: Any) -> torch.Tensor:
+        """The logits ``(b, n, V)`` of all streams. The ids do not matter: the backbone has those of the first pass."""
+        call = self.state.call
+        b = passes.rows if passes.chosen is None else len(passes.chosen)
+        assert passes.hidden is not None
+        ids = torch.zeros(b, passes.positions, dtype=torch.long, device=passes.hidden.device)
+        options = {} if kept is None else {KEPT: kept}
+        passes.is_second, call.passes = True, passes
+        try:
+            logits: torch.Tensor = module.forward(input_ids=ids, return_dict=True, **options).logits
+        finally:
+            call.passes = None
+        return logits
+
+
+def _choose(passes: TwoPasses, adaptive: Adaptive, logits: torch.Tensor) -> torch.Tensor:
+    """Where stream 0 is uncertain, ``(B, n)``; notes which rows the second pass has."""
+    where = torch.stack([_entropy(row) for row in logits]) > adaptive.threshold
+    adaptive.chosen = where
+    adaptive.ran += int(where.sum())
+    adaptive.tokens += where.numel()
+    rows = where.any(dim=1)
+    if not bool(rows.all()) and not _holds_packed(passes) and not _is_block_mask(passes):
+        passes.chosen = rows.nonzero().flatten()
+    return where
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Nats, ``(n,)``, of predictions ``(n, V)``, in at least float32."""
+    return torch.special.entr(torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))).sum(-1)
+
+
+def _holds_packed(passes: TwoPasses) -> bool:
+    """Whether the backbone was given something whose rows are not those of the input, such as image tokens."""
+    assert passes.arguments is not None
+    return any(passes.arguments.get(name) is not None for name in PACKED)
+
+
+def _is_block_mask(passes: TwoPasses) -> bool:
+    """Whether a layer was given a mask of FlexAttention, which is taken whole."""
+    return any(mask is not None and not isinstance(mask, torch.Tensor) for _, _, mask in passes.keys.values())
+
+
+# -- in the backbone's hooks
+
+
+def of_pass(
+    state: ParScaleState, module: nn.Module, part: nn.Module, arguments: dict[str, Any], rows: torch.Tensor
+) -> dict[str, Any] | None:
+    """Before the backbone: its arguments in the pass under way; ``None`` if all streams run in one batch after all.
+
+    Args:
+        state: of the model.
+        module: the backbone, or its replica.
+        part: the backbone.
+        arguments: by name, of B rows.
+        rows: the first input, ``(B, S, ...)``.
+    """
+    call = state.call
+    passes = call.passes
+    assert passes is not None
+    if passes.is_second:
+        return _last_positions(module, passes)
+    if passes.arguments is not None:
+        raise RuntimeError(f"{type(state.model).__name__} calls its backbone twice, and streams know of one call.")
+    B, S = rows.shape[:2]
+    positions = S if passes.kept is None else min(passes.kept, S)
+    packed = any(arguments.get(name) is not None for name in PACKED)
+    if packed or not can_slice(state.backbone.config._attn_implementation or "eager"):
+        positions = S
+    if passes.adaptive is None and positions == S:
+        call.passes = None
+        return None
+    call.in_flight = None
+    passes.arguments = passes.streams.transform.before_alone(part, arguments)
+    cache = arguments.get("past_key_values")
+    passes.rows, passes.length, passes.positions = B, S, positions
+    passes.seen = 0 if cache is None else int(cache.get_seq_length())
+    return passes.arguments
+
+
+def after_pass(passes: TwoPasses, output: Any) -> Any:
+    """After the backbone: notes stream 0's final hidden states, or puts them in front of the other streams'."""
+    if not passes.is_second:
+        passes.hidden = output[0][:, -passes.positions :]  # (B, n, H)
+        return output
+    assert passes.hidden is not None
+    hidden = passes.hidden if passes.chosen is None else passes.hidden[passes.chosen]
+    joined = torch.cat([hidden, output[0]])  # (P*b, n, H)
+    if isinstance(output, tuple):
+        return (joined,)
+    output.last_hidden_state = joined
+    if getattr(output, "router_logits", None) is not None:
+        output.router_logits = None  # those of the first pass are the caller's
+    return output
+
+
+def _last_positions(module: nn.Module, passes: TwoPasses) -> dict[str, Any]:
+    """The arguments of the second pass: (P - 1)*b rows of the last positions."""
+    assert passes.arguments is not None
+    arguments = {name: _piece(passes, name, value) for name, value in passes.arguments.items()}
+    arguments["past_key_values"] = SeenTokens(passes.seen + passes.length - passes.positions)
+    b = passes.rows if passes.chosen is None else len(passes.chosen)
+    return copy_rows(module, arguments, passes.streams.name, passes.streams.num_streams - 1, b)
+
+
+def _piece(passes: TwoPasses, name: str, value: Any) -> Any:
+    """An argument of the first pass for the last positions of the chosen rows."""
+    if isinstance(value, dict):  # masks by layer type
+        return {key: _piece(passes, name, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_piece(passes, name, item) for item in value)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in PACKED:
+        return value
+    B, S, n = passes.rows, passes.length, passes.positions
+    if name == POSITIONS or name == "cache_position":
+        value = value[..., -n:]
+    elif name in WHOLE:
+        return value
+    elif name != "attention_mask" and value.ndim > 1 and value.shape[0] in (1, B) and value.shape[1] == S:
+        value = value[:, -n:]
+    if passes.chosen is None:
+        return value
+    dim = 1 if name == POSITIONS and value.ndim == 3 else 0
+    return value.index_select(dim, passes.chosen) if value.shape[dim] == B and value.ndim > 1 else value

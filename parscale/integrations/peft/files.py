@@ -1,0 +1,144 @@
+"""An adapter is saved and loaded with its streams, in files and in dictionaries of tensors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from parscale.distributed.parallel import is_sharded
+from parscale.format.folders import STREAMS_CONFIG, Checkpoint
+from parscale.format.saving import save_streams
+from parscale.format.stored_sets import load_into_active
+from parscale.integrations.peft.copies import adapters_on
+from parscale.integrations.peft.lifecycle import DEFAULT_ADAPTER, Method, state_of
+from parscale.streams.naming import part_of
+
+HUB = ("subfolder", "revision", "token", "cache_dir")
+
+
+def save_pretrained(
+    save_pretrained: Method,
+    self: Any,
+    save_directory: str | os.PathLike[str],
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    **kwargs: Any,
+) -> None:
+    """As PEFT's own; the active set of each adapter is written beside it, as ``save_streams`` writes it."""
+    state = state_of(self)
+    adapters = adapters_on(state)
+    if state is not None and adapters is not None:
+        given = kwargs.get("state_dict")
+        if given is None and not is_sharded(self):
+            kwargs["state_dict"] = self.state_dict()
+        if kwargs.get("state_dict") is not None:  # bias="all" would take the aggregator's
+            kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if part_of(k) is None}
+        if state.active is not None and state.active.num_streams > 1 and (is_main_process or given is None):
+            for name in [name for name in adapters.names if selected_adapters is None or name in selected_adapters]:
+                folder = save_directory if name == DEFAULT_ADAPTER else os.path.join(save_directory, name)
+                with adapters.using(name):
+                    save_streams(state.model, folder, state_dict=_of_set(self, name, given))
+    save_pretrained(
+        self, save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
+    )
+
+
+def _of_set(model: Any, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The values of an adapter's streams in a ``state_dict``, by the names that the set has without adapters."""
+    state = state_of(model)
+    if state_dict is None or state is None or state.active is None:
+        return None
+    own = state.names(state.active)
+    return {own[released]: state_dict[name] for released, name in _stream_names(model, adapter_name).items()}
+
+
+def load_adapter(
+    load_adapter: Method, self: Any, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """As PEFT's own; the streams that were saved beside the adapter become its own."""
+    result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    _load_streams(self, model_id, adapter_name, kwargs)
+    return result
+
+
+def hotswap_adapter(hotswap: Method, model: Any, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """As PEFT's own; the new adapter's streams come with it."""
+    hotswap(model, path, adapter_name, *args, **kwargs)
+    _load_streams(model, path, adapter_name, kwargs)
+
+
+def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
+    """Reads the streams that were saved beside an adapter, if there are any, into its own."""
+    state = state_of(model)
+    adapters = adapters_on(state)
+    if state is None or adapters is None:
+        if os.path.exists(os.path.join(path, options.get("subfolder") or "", STREAMS_CONFIG)):
+            warnings.warn(
+                f"{path} holds streams beside the adapter, which this model without streams runs without: give "
+                "PeftModel.from_pretrained the model of parscale.load(folder, backbone=...).",
+                stacklevel=4,
+            )
+        return
+    checkpoint = Checkpoint(path, **{key: options.get(key) for key in HUB})
+    if checkpoint.file(STREAMS_CONFIG) is not None:
+        with adapters.using(adapter_name):
+            load_into_active(state.model, checkpoint)
+
+
+def get_state_dict(
+    get: Method,
+    model: Any,
+    state_dict: dict[str, Any] | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """As PEFT's own, and the adapter's streams under their released names; accelerate saves it under FSDP."""
+    found: dict[str, Any] = get(model, state_dict, adapter_name, **kwargs)
+    names = _stream_names(model, adapter_name)
+    if not names:
+        return found
+    values = model.state_dict() if state_dict is None else state_dict
+    root, found = _root(model), {name: value for name, value in found.items() if part_of(name) is None}
+    return found | {root + released: values[name] for released, name in names.items()}
+
+
+def set_state_dict(
+    set_state_dict: Method, model: Any, state_dict: dict[str, Any], adapter_name: str = DEFAULT_ADAPTER, **kwargs: Any
+) -> Any:
+    """As PEFT's own, and the streams that are in it."""
+    root = _root(model)
+    names = {root + released: name for released, name in _stream_names(model, adapter_name).items()}
+    streams = {names[name]: value for name, value in state_dict.items() if name in names}
+    result = set_state_dict(
+        model, {name: value for name, value in state_dict.items() if name not in names}, adapter_name, **kwargs
+    )
+    adapters = adapters_on(state_of(model))
+    if adapters is not None and streams:
+        with adapters.using(adapter_name):  # released names mean the copies in use
+            model.load_state_dict(streams, strict=False)
+    return result
+
+
+def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
+    """What an adapter's streams are called in the ``state_dict`` of the model with adapters, by their released names.
+
+    By the tensors themselves, since some adapters put layers around the modules that hold them.
+    """
+    state = state_of(model)
+    adapters = adapters_on(state)
+    if state is None or adapters is None or state.active is None:
+        return {}
+    with adapters.using(adapter_name):
+        tensors = state.tensors(state.active)
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    return {released: names[id(tensor)] for released, tensor in tensors.items()}
+
+
+def _root(model: Any) -> str:
+    """What PEFT puts before the names of the model that the adapters are on."""
+    base = state_of(model)
+    found = {id(module): name for name, module in model.named_modules()}
+    return "" if base is None or base.model is model else f"{found[id(base.model)]}."

@@ -1,0 +1,147 @@
+"""Which of PEFT's methods go with streams; ``docs/peft.md`` shows the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from parscale.config import LORA, PROMPT
+from parscale.streams.naming import AGGREGATOR
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftMethod:
+    """How a method of PEFT goes with streams.
+
+    Args:
+        refused: why it does not.
+        merges: PEFT can merge it into the backbone; the streams it was trained with stay.
+        keeps_outputs: it adds to what a linear layer gives, so that the low-rank differences of ``transform="lora"``
+            stay what they are, also when it is merged. Others compute with the layer's weights, or scale what it gives.
+        fills_cache: it hands the model a cache that is filled already.
+    """
+
+    refused: str = ""
+    merges: bool = True
+    keeps_outputs: bool = True
+    fills_cache: bool = False
+
+
+_ADDS = PeftMethod()
+_NOT_MERGED = PeftMethod(merges=False)
+_CHANGES_LAYERS = PeftMethod(keeps_outputs=False)
+_FILLS_CACHE = PeftMethod(merges=False, fills_cache=True)
+
+METHODS: dict[str, PeftMethod] = {
+    "ADALORA": _ADDS,
+    "ADAMSS": _ADDS,
+    "ADAPTION_PROMPT": _NOT_MERGED,
+    "BEFT": _ADDS,
+    "BOFT": _CHANGES_LAYERS,
+    "C3A": _ADDS,
+    "CARTRIDGE": _FILLS_CACHE,
+    "CPT": _NOT_MERGED,
+    "DEFT": _CHANGES_LAYERS,
+    "DELORA": _ADDS,
+    "FOURIERFT": _ADDS,
+    "FROD": _CHANGES_LAYERS,
+    "GLORA": _CHANGES_LAYERS,
+    "GRALORA": _ADDS,
+    "HIRA": _ADDS,
+    "HRA": _CHANGES_LAYERS,
+    "IA3": _CHANGES_LAYERS,
+    "LILY": _NOT_MERGED,
+    "LN_TUNING": _ADDS,
+    "LOHA": _ADDS,
+    "LOKR": _ADDS,
+    "LORA": _ADDS,
+    "MISS": _ADDS,
+    "MULTITASK_PROMPT_TUNING": _NOT_MERGED,
+    "OFT": _CHANGES_LAYERS,
+    "OSF": _CHANGES_LAYERS,
+    "PEANUT": _ADDS,
+    "POLY": _NOT_MERGED,
+    "PREFIX_TUNING": _FILLS_CACHE,
+    "PROMPT_TUNING": _NOT_MERGED,
+    "PSOFT": _ADDS,
+    "PVERA": _ADDS,
+    "P_TUNING": _NOT_MERGED,
+    "RANDLORA": _ADDS,
+    "ROAD": _CHANGES_LAYERS,
+    "SHADOW": PeftMethod(refused="its second, smaller model reads B rows where the layers of P streams have P*B"),
+    "SHIRA": _CHANGES_LAYERS,
+    "SUPERTUNING": _CHANGES_LAYERS,
+    "TINYLORA": _ADDS,
+    "TRAINABLE_TOKENS": _ADDS,
+    "UNILORA": _ADDS,
+    "VBLORA": _ADDS,
+    "VERA": _ADDS,
+    "WAVEFT": _ADDS,
+    "XLORA": PeftMethod(refused="it weighs adapters for each of B rows, and the layers of P streams have P*B"),
+}
+UNKNOWN = _ADDS  # of a method that a newer PEFT has, after a warning
+
+
+def method_of(peft_config: Any) -> PeftMethod:
+    """How the method of a configuration goes with streams."""
+    return METHODS.get(name_of(peft_config), UNKNOWN)
+
+
+def name_of(peft_config: Any) -> str:
+    """The method's name."""
+    return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+
+
+def check_method(peft_config: Any, transforms: Collection[str]) -> None:
+    """Looks at an adapter that shall be on a model with streams.
+
+    Args:
+        peft_config: of the adapter.
+        transforms: of the model's sets with more than one stream.
+
+    Raises:
+        ValueError: it does not go with them.
+    """
+    if not transforms:
+        return
+    name = name_of(peft_config)
+    if name not in METHODS:
+        warnings.warn(
+            f"PEFT's {name} is newer than this version of parscale, which has not been tested with it: compare outputs "
+            "with and without streams before you rely on it.",
+            stacklevel=4,
+        )
+    reason = _reason(name, method_of(peft_config), peft_config, transforms)
+    if reason:
+        raise ValueError(f"This adapter does not go with streams: {reason}")
+
+
+def _reason(name: str, method: PeftMethod, peft_config: Any, transforms: Collection[str]) -> str:
+    if method.refused:
+        return f"{name}: {method.refused}. Use another method (see docs/peft.md), or unwrap the model first."
+    if LORA in transforms and not method.keeps_outputs:
+        return (
+            f"{name} with transform={LORA!r}: it computes with the weights of the layers by whose outputs the streams "
+            "differ. Use LoRA, or streams with transform='prefix'."
+        )
+    if LORA in transforms and getattr(peft_config, "use_dora", False):
+        return (
+            f"use_dora=True with transform={LORA!r}: DoRA scales the outputs by which the streams differ. Leave "
+            "it out, or use streams with transform='prefix'."
+        )
+    if PROMPT in transforms and method.fills_cache:
+        return (
+            f"{name} with transform={PROMPT!r}: both put something in front of the text when a cache begins. Use "
+            "PROMPT_TUNING, or streams with transform='prefix'."
+        )
+    if getattr(peft_config, "layer_replication", None):
+        return "layer_replication: the copies of layers would have no streams. Replicate the layers first, then wrap."
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        value = getattr(peft_config, field, None) or ()
+        if any(AGGREGATOR in entry for entry in ([value] if isinstance(value, str) else value)):
+            return (
+                f"{field} with {AGGREGATOR!r}: streams train beside every adapter and are saved with it. Leave it out."
+            )
+    return ""

@@ -1,0 +1,93 @@
+"""What PEFT counts by row of the batch, where streams run P*B rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from parscale.integrations.peft.copies import adapters_on
+from parscale.integrations.peft.lifecycle import Method, state_of
+from parscale.integrations.peft.methods import method_of
+from parscale.streams.state import ParScaleState
+
+# Arguments of a forward pass that PEFT hands to its layers, with one entry for each row.
+ROW_ARGUMENTS = ("adapter_names", "alora_offsets")
+BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+    """As PEFT's own; keys and values have a row for each one of the cache, embeddings for each of the B."""
+    state = state_of(self)
+    if state is not None and state.active is not None and method_of(self.active_peft_config).fills_cache:
+        batch_size = batch_size * state.active.cache_copies
+    return get_prompt(self, batch_size, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """As PEFT's own; its layers in the backbone get an entry for each of the P*B rows, stream-major."""
+    state = state_of(self)
+    P = 1 if state is None or state.active is None else state.active.num_streams
+    given = {name: kwargs[name] for name in ROW_ARGUMENTS if kwargs.get(name) is not None}
+    if state is None or P == 1 or not given:
+        with enable(self, *args, **kwargs):
+            yield
+        return
+    repeated = {name: list(rows) * P for name, rows in given.items()}
+    beams = kwargs.get("num_beams") or 1
+    outside = {name: [row for row in rows for _ in range(beams)] for name, rows in given.items()}
+    streams = _streams_of_rows(state, given.get("adapter_names"))
+    around, together = _outside_backbone(state, self, outside), state.calls.in_one_batch()
+    with streams, enable(self, *args, **kwargs | repeated), around, together:
+        yield
+
+
+@contextlib.contextmanager
+def with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
+    """As PEFT's own, of Poly: the same for the tasks of the rows, ``(B,)``."""
+    state = state_of(self)
+    if task_ids is None or state is None or state.active is None:
+        with manage(self, task_ids):
+            yield
+        return
+    repeated = task_ids.repeat(state.active.num_streams)  # (P*B,)
+    with manage(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}), state.calls.in_one_batch():
+        yield
+
+
+def _streams_of_rows(state: ParScaleState, rows: list[str] | None) -> contextlib.AbstractContextManager[None]:
+    """The streams of the adapters that a batch's rows name.
+
+    Raises:
+        ValueError: the rows would need different ones.
+    """
+    adapters = adapters_on(state)
+    if rows is None or adapters is None or adapters.disabled:
+        return contextlib.nullcontext()
+    names = [None if row == BASE else row for row in dict.fromkeys(rows) if row == BASE or row in adapters.names]
+    if not names:  # PEFT says so
+        return contextlib.nullcontext()
+    if not adapters.agree(names):
+        raise ValueError(
+            f"The adapters {', '.join(map(repr, dict.fromkeys(rows)))} have trained different streams, and all rows of "
+            "a batch run with the same: run the rows of each adapter by themselves, after set_adapter."
+        )
+    return adapters.using(names[0])
+
+
+@contextlib.contextmanager
+def _outside_backbone(state: ParScaleState, model: Any, given: dict[str, Any]) -> Iterator[None]:
+    """Layers outside of the backbone, which see B rows, get the entries as they were given."""
+    inside = {module for part in state.parts for module in part.modules()}
+
+    def as_given(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {name: rows for name, rows in given.items() if name in kwargs}
+
+    outside = [module for module in model.modules() if hasattr(module, "base_layer") and module not in inside]
+    hooks = [module.register_forward_pre_hook(as_given, with_kwargs=True) for module in outside]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,83 @@
+"""The learned mixture of the streams in vLLM: one linear layer on rows that lie right, shared out over processes.
+
+A token's P rows lie side by side, ``(N, P*H)``. With the columns of the first projection in that order, stream outer,
+it is one product without a copy of either. Its H inner features are shared out over the tensor-parallel processes, so
+that each holds its part of the weights, and the sums of P logits for each token are what they exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.utils import set_weight_attrs
+
+from parscale.kernels import aggregate
+
+FIRST = "aggregate_layer.0.weight"
+
+
+class StreamAggregator(nn.Module):
+    """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
+
+    Its parameters are named as in checkpoints; the first one's columns come by :func:`stream_outer`. The logits,
+    which a softmax follows, are float32.
+
+    Args:
+        num_streams: P.
+        hidden_size: H.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+        prefix: of the names of its layers.
+    """
+
+    def __init__(self, num_streams: int, hidden_size: int, smoothing: float, *, prefix: str) -> None:
+        super().__init__()
+        self.num_streams, self.smoothing = num_streams, smoothing
+        self.processes = get_tensor_model_parallel_world_size()
+        first = ColumnParallelLinear(
+            num_streams * hidden_size, hidden_size, bias=True, prefix=f"{prefix}.0", return_bias=False
+        )
+        last = nn.Module()
+        last.weight = nn.Parameter(
+            torch.zeros(num_streams, hidden_size // self.processes, dtype=torch.float32), requires_grad=False
+        )
+        last.bias = nn.Parameter(torch.zeros(num_streams, dtype=torch.float32), requires_grad=False)
+        set_weight_attrs(last.weight, {"weight_loader": _load_columns})
+        self.add_module("0", first)
+        self.add_module("2", last)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``(N*P, H)``, token-major, to ``(N, H)``."""
+        first: Any = self.get_submodule("0")
+        last: Any = self.get_submodule("2")
+        x = hidden.unflatten(0, (-1, self.num_streams))  # (N, P, H)
+        inner = nn.functional.silu(first(x.flatten(1)).float())  # (N, H / processes)
+        logits = nn.functional.linear(inner, last.weight)  # (N, P)
+        if self.processes > 1:
+            logits = tensor_model_parallel_all_reduce(logits)
+        return aggregate(x.transpose(0, 1), logits + last.bias, self.smoothing)
+
+
+def stream_outer(weights: Iterable[tuple[str, torch.Tensor]], num_streams: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's tensors with the columns of the first projection by stream, where they lie by hidden feature."""
+    for name, tensor in weights:
+        if name.endswith(FIRST):
+            tensor = tensor.unflatten(1, (-1, num_streams)).transpose(1, 2).flatten(1)  # (H, H*P) -> (H, P*H)
+        yield name, tensor
+
+
+def _load_columns(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    """Fills ``(P, H / processes)`` with this process's columns of ``(P, H)``."""
+    size = parameter.shape[1]
+    if whole.shape != (parameter.shape[0], size * get_tensor_model_parallel_world_size()):
+        raise ValueError(f"The aggregator's last projection is {tuple(whole.shape)} and does not fit the backbone.")
+    first = get_tensor_model_parallel_rank() * size
+    parameter.data.copy_(whole[:, first : first + size])

@@ -1,0 +1,242 @@
+"""Models with parallel streams in vLLM: its own layers, run on P rows for each token.
+
+vLLM's batch is a flat list of N tokens. From the embedding to the final norm a token has P rows, token-major, so that
+``(N*P, H)`` is a view of ``(N, P, H)``; in the attention it has one row of ``P * heads`` query heads and ``P * G`` key
+and value heads, stream-major, so that the heads of a stream find their own keys. The parameters are named as in full
+checkpoints, the released ones included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.mistral import MistralModel
+from vllm.model_executor.models.qwen2 import Qwen2Model
+from vllm.model_executor.models.qwen3 import Qwen3Model
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.model_executor.utils import set_weight_attrs
+
+from parscale.config import ParScaleConfig
+from parscale.integrations.vllm.aggregator import StreamAggregator, stream_outer
+from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_of, further_streams, quantize_attention
+from parscale.integrations.vllm.windows import window_backend
+from parscale.streams.naming import part_of
+
+
+class StreamAttention(nn.Module):
+    """In place of a layer's attention: the same projections, with the streams as heads and a prefix for each.
+
+    Args:
+        own: vLLM's attention of the layer; its parts are taken over.
+        streams: P and T.
+        num_slots: T, if the prefix lies in slots of the cache in front of each request; 0, if it is attended to apart.
+        vllm_config: vLLM's.
+    """
+
+    def __init__(self, own: Any, streams: ParScaleConfig, num_slots: int, vllm_config: Any) -> None:
+        super().__init__()
+        P, G, T, D = streams.num_streams, own.num_kv_heads, streams.prefix_length, own.head_dim
+        self.num_slots, self.head_dim = num_slots, D
+        self.sizes = [own.q_size, own.kv_size, own.kv_size]
+        self.qkv_proj, self.o_proj, self.rotary_emb = own.qkv_proj, own.o_proj, own.rotary_emb
+        self.q_norm, self.k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+        self.prefix_k, self.prefix_v = (
+            nn.Parameter(torch.zeros(P, G, T, D), requires_grad=False) for _ in ("keys", "values")
+        )
+        for prefix in (self.prefix_k, self.prefix_v):
+            set_weight_attrs(prefix, {"weight_loader": _load_heads})
+        check_backend(own.attn.attn_backend)
+        layer_name = own.attn.layer_name
+        del vllm_config.compilation_config.static_forward_context[layer_name]  # the next one takes its name and cache
+        self.attn = Attention(
+            P * own.num_heads,
+            D,
+            own.scaling,
+            num_kv_heads=P * G,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            per_layer_sliding_window=own.attn.sliding_window,
+            prefix=layer_name,
+            attn_backend=None if num_slots else window_backend(own.attn.attn_backend),
+        )
+        if not num_slots:
+            self.attn.impl.prefix = (self.prefix_k, self.prefix_v)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``(N*P, H)`` to ``(N*P, H)``; ``positions``, ``(N,)``, count the slots."""
+        N = positions.shape[0]
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q, k, v = (x.reshape(N, -1) for x in (q, k, v))  # (N*P, heads*D) -> (N, P*heads*D)
+        q, k = self.rotary_emb((positions - self.num_slots).clamp(min=0), q, k)
+        if self.num_slots:
+            k, v = self._fill_slots(positions, k, self.prefix_k), self._fill_slots(positions, v, self.prefix_v)
+        mixed = self.attn(q, k, v)  # (N, P*heads*D)
+        output, _ = self.o_proj(mixed.reshape(-1, self.sizes[0]))  # (N*P, heads*D) -> (N*P, H)
+        return output
+
+    def _fill_slots(self, positions: torch.Tensor, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        """The keys or values ``(N, P*G*D)``, with those of the prefix where a token is a slot."""
+        is_slot = positions < self.num_slots
+        learned = prefix.permute(2, 0, 1, 3)[positions.clamp(max=self.num_slots - 1)]  # (N, P, G, D)
+        return torch.where(is_slot[:, None], learned.flatten(1).to(x.dtype), x)
+
+
+def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    """Fills ``(P, G, T, D)`` with the heads that this process has of all ``(P, G_total, T, D)``."""
+    num_heads, ranks = parameter.shape[1], get_tensor_model_parallel_world_size()
+    copies = max(1, ranks // whole.shape[1])  # of each head, where there are fewer than processes
+    first = get_tensor_model_parallel_rank() // copies * num_heads
+    part = whole[:, first : first + num_heads]
+    if part.shape != parameter.shape:
+        raise ValueError(f"A prefix of the checkpoint is {tuple(whole.shape)} and does not fit the backbone's heads.")
+    parameter.data.copy_(part)
+
+
+class _Streams(nn.Module):
+    """In front of a model of vLLM: its rows become P for each token, and are mixed after its final norm."""
+
+    layers: Any
+    embed_input_ids: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        streams = ParScaleConfig.from_fields(vars(config))
+        self.num_streams = streams.num_streams
+        for layer in self.layers:
+            layer.self_attn = StreamAttention(layer.self_attn, streams, getattr(config, SLOTS), vllm_config)
+        self.aggregate_layer = StreamAggregator(
+            streams.num_streams, config.hidden_size, streams.smoothing, prefix=maybe_prefix(prefix, "aggregate_layer")
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``(N,)`` tokens or ``(N, H)`` embeddings to ``(N, H)``."""
+        P = self.num_streams
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (N, H)
+        x = x.repeat_interleave(P, dim=0)  # (N*P, H)
+        hidden = super().forward(None, positions, None, x)  # (N*P, H)
+        return self.aggregate_layer(hidden)  # (N, H)
+
+
+class _Qwen2(_Streams, Qwen2Model):
+    pass
+
+
+class _Qwen3(_Streams, Qwen3Model):
+    pass
+
+
+class _Llama(_Streams, LlamaModel):
+    pass
+
+
+class _Mistral(_Streams, MistralModel):
+    pass
+
+
+class _ForCausalLM(nn.Module, SupportsQuant):
+    """A language model with streams.
+
+    Args:
+        vllm_config: vLLM's, as :func:`parscale.integrations.vllm.startup.prepare` left it.
+        prefix: of the names of its layers.
+    """
+
+    backbone: type[nn.Module]
+    hf_to_vllm_mapper = Qwen2Model.hf_to_vllm_mapper
+    packed_modules_mapping: ClassVar = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        self.vllm_config = vllm_config
+        quantize_attention(vllm_config)
+        config = vllm_config.model_config.hf_config
+        self.model: Any = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``(N,)`` to ``(N, H)``."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``(N,)`` tokens or ``(N, H)`` embeddings to the mixed states ``(N, H)``."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """``(N, H)`` to ``(N, vocabulary)``; ``None`` on processes that do not sample."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Reads a full checkpoint's tensors; those of another set of streams from its sub-folder, if it is asked for.
+
+        Raises:
+            ValueError: a tensor has no place in the model.
+        """
+        checkpoint = checkpoint_of(self.vllm_config)
+        further = further_streams(checkpoint, self.vllm_config.model_config.hf_config)
+        if further is not None:
+            backbone = ((name, tensor) for name, tensor in weights if part_of(name) is None)
+            weights = chain(backbone, load_file(further).items())
+        return AutoWeightsLoader(self).load_weights(stream_outer(weights, self.model.num_streams))
+
+
+class Qwen2ParScaleForCausalLM(_ForCausalLM):
+    """Qwen2 with streams."""
+
+    backbone = _Qwen2
+
+
+class Qwen3ParScaleForCausalLM(_ForCausalLM):
+    """Qwen3 with streams."""
+
+    backbone = _Qwen3
+
+
+class LlamaParScaleForCausalLM(_ForCausalLM):
+    """Llama with streams."""
+
+    backbone = _Llama
+
+
+class MistralParScaleForCausalLM(_ForCausalLM):
+    """Mistral with streams."""
+
+    backbone = _Mistral

@@ -1,0 +1,92 @@
+"""The engine's scheduler with T leading slots in front of each request, for the keys and values of the prefix.
+
+It runs behind vLLM's front end, which counts, limits and returns the user's tokens only. With prefix caching the slots
+of all requests are the same blocks of the cache, as far as whole blocks reach.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import LogprobsTensors
+
+from parscale.integrations.vllm.startup import SLOTS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import PrefillStats
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+SLOT = 0  # the token in a slot: any that the vocabulary has, since the model never reads it
+
+
+class _WithSlots(Scheduler):
+    """What both schedulers have in common.
+
+    :func:`parscale.integrations.vllm.startup.prepare` has made room for the slots.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model_config = self.vllm_config.model_config
+        self.num_slots: int = getattr(model_config.hf_config, SLOTS)
+        # The engine has made its room of this number; what is left of it is the user's, and the engine reports it to
+        # the front end, whose limits it becomes.
+        model_config.max_model_len -= self.num_slots
+
+    def add_request(self, request: Request) -> None:
+        """Puts the slots in front of a new request; one that goes on with more input has them."""
+        if request.request_id not in self.requests:
+            _add_slots(request, self.num_slots)
+        super().add_request(request)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: ModelRunnerOutput) -> Any:
+        """As vLLM's, with the slots taken out of what goes to the user."""
+        T = self.num_slots
+        tensors = model_runner_output.prompt_logprobs_dict
+        for name, whole in tensors.items():
+            if whole is not None:
+                # (T + S - 1, k) to (S - 1, k): the row before that of the first token predicts this token
+                tensors[name] = LogprobsTensors(*(part[T:] for part in whole[:3]))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for output in chain.from_iterable(one.outputs for one in outputs.values()):
+            if output.prefill_stats is not None:
+                _take_out(output.prefill_stats, T)
+        return outputs
+
+
+class _AsyncWithSlots(_WithSlots, AsyncScheduler):
+    pass
+
+
+def slot_scheduler(*, vllm_config: VllmConfig, **others: Any) -> Scheduler:
+    """What vLLM calls for its scheduler, in place of its own class."""
+    scheduler = _AsyncWithSlots if vllm_config.scheduler_config.async_scheduling else _WithSlots
+    return scheduler(vllm_config=vllm_config, **others)
+
+
+def _add_slots(request: Request, num_slots: int) -> None:
+    sampling = request.sampling_params
+    # A penalty on repetition counts the prompt's tokens: there the slots repeat one that the prompt has.
+    penalised = sampling is not None and sampling.repetition_penalty != 1.0
+    if sampling is not None and sampling.prompt_logprob_token_ids is not None:
+        request.sampling_params = sampling.clone()
+        request.sampling_params.prompt_logprob_start = (sampling.prompt_logprob_start or 0) + num_slots
+    slots = [request.prompt_token_ids[0] if penalised else SLOT] * num_slots
+    request.prompt_token_ids = slots + request.prompt_token_ids
+    request._all_token_ids[:0] = slots
+    request.num_prompt_tokens += num_slots
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def _take_out(stats: PrefillStats, num_slots: int) -> None:
+    stats.num_prompt_tokens -= num_slots
+    stats.num_cached_tokens = max(0, stats.num_cached_tokens - num_slots)
+    stats.num_local_cached_tokens = max(0, stats.num_local_cached_tokens - num_slots)
+    stats.num_computed_tokens = stats.num_prompt_tokens - stats.num_cached_tokens
+    stats.num_cache_creation_tokens = min(stats.num_cache_creation_tokens, stats.num_computed_tokens)

@@ -1,0 +1,203 @@
+"""What is looked at when vLLM starts on a checkpoint with streams: which set to serve, and whether it can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm import ModelRegistry
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from parscale.config import NUM_STREAMS, OWN, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
+from parscale.format.checks import check_streams
+from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
+from parscale.format.headers import StoredTensor
+from parscale.streams.naming import TRANSFORM_PART, part_of
+from parscale.streams.sets import DEFAULT
+
+logger = init_logger("vllm.parscale")  # vLLM shows its own loggers' lines only
+
+# In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
+# is attended to apart.
+SLOTS = "prefix_slots"
+
+# The attention backends that take the number of heads from the layers, or make nothing of its size.
+BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "CPU_ATTN")
+
+
+def serve(architecture: str) -> None:
+    """Makes an architecture of :mod:`parscale.integrations.vllm.models` known to vLLM.
+
+    vLLM then calls :func:`prepare` for it.
+    """
+    ModelRegistry.register_model(architecture, f"parscale.integrations.vllm.models:{architecture}")
+    MODELS_CONFIG_MAP[architecture] = _Prepared
+
+
+class _Prepared(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        prepare(vllm_config)
+
+
+def prepare(vllm_config: Any) -> None:
+    """Checks a checkpoint and vLLM's settings, and sets what the streams need.
+
+    With one stream it is the plain backbone, and vLLM's own class for it takes over.
+
+    Args:
+        vllm_config: vLLM's; the model's configuration in it gets the numbers of the chosen set.
+
+    Raises:
+        ValueError: the checkpoint or a setting is one that cannot be served; names it and what to do.
+        OSError: a file of the checkpoint is missing.
+    """
+    model = vllm_config.model_config
+    config = model.hf_config
+    checkpoint = checkpoint_of(vllm_config)
+    name = getattr(config, SET_NAME, DEFAULT)
+    streams, tensors, is_active = _chosen_set(checkpoint, name)
+    if vllm_config.load_config.load_format != "dummy":
+        check_streams(checkpoint, streams, tensors)
+    _check_compressed(checkpoint, config)
+    if streams.num_streams == 1:
+        if not is_active:
+            raise ValueError(f"The set {name!r} of {checkpoint} has one stream: serve the backbone itself.")
+        plain = [architecture.replace(INFIX, "") for architecture in config.architectures]
+        config.architectures = model.model_arch_config.architectures = plain
+        return
+    if streams.transform != PREFIX:
+        raise ValueError(
+            f"The streams of {checkpoint} are made by transform={streams.transform!r}, and vLLM serves those of "
+            f"{PREFIX!r} only: `transformers serve --trust-remote-code` serves any."
+        )
+    if streams.kv != OWN:
+        raise ValueError(
+            f"The streams of {checkpoint} share keys and values (kv={streams.kv!r}), and vLLM serves those of "
+            f"kv={OWN!r} only: `transformers serve --trust-remote-code` serves any."
+        )
+    _check_settings(vllm_config)
+    has_window = _has_window(vllm_config)
+    where = "apart from the cache" if has_window else "in slots of the cache"
+    logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
+    setattr(config, NUM_STREAMS, streams.num_streams)
+    setattr(config, PREFIX_LENGTH, streams.prefix_length)
+    setattr(config, SMOOTHING, streams.smoothing)
+    if has_window:
+        setattr(config, SLOTS, 0)
+        return
+    setattr(config, SLOTS, streams.prefix_length)
+    scheduler = vllm_config.scheduler_config
+    # A window as long as the longest text hides nothing of it, and must not hide the slots either.
+    config.sliding_window = vllm_config.cache_config.sliding_window = None
+    model.max_model_len += streams.prefix_length
+    if not scheduler.enable_chunked_prefill:
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
+    scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
+
+
+def checkpoint_of(vllm_config: Any) -> Checkpoint:
+    """The folder or repository that vLLM was started on."""
+    model = vllm_config.model_config
+    token = model.hf_token
+    return Checkpoint(
+        model.model, revision=model.revision, cache_dir=vllm_config.load_config.download_dir, token=token or None
+    )
+
+
+def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
+    """The file with the streams that ``config`` asks for; ``None`` if they are among the model's tensors."""
+    name = getattr(config, SET_NAME, DEFAULT)
+    active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
+    return None if name == active else checkpoint.inside(name).file(STREAMS)
+
+
+def quantize_attention(vllm_config: Any) -> None:
+    """Has vLLM quantize the layers of attention modules, which it would leave out for the prefix beside them.
+
+    Where the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all that
+    hold a tensor in floating point, ``self_attn`` with its ``prefix_k`` among them, and leaves out what is inside.
+    """
+    config = vllm_config.quant_config
+    given = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    listed = getattr(config, "modules_to_not_convert", None)
+    if listed and not given.get("modules_to_not_convert"):
+        names = [name for name in checkpoint_of(vllm_config).weights() if part_of(name) == TRANSFORM_PART]
+        holders = {name.rpartition(".")[0] for name in names}
+        config.modules_to_not_convert = [name for name in listed if name not in holders]
+
+
+def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
+    """The numbers and tensors of a set of streams, and whether it is the active one of its folder."""
+    fields = checkpoint.read_json(CONFIG)
+    active, further = set_names(checkpoint, fields)
+    if name == active:
+        tensors = {key: tensor for key, tensor in checkpoint.weights().items() if part_of(key)}
+        return numbers(checkpoint, fields), tensors, True
+    if name not in further:
+        raise ValueError(
+            f"{checkpoint} has no set of streams {name!r}, but {', '.join(repr(x) for x in [active, *further])}: "
+            f"""choose one by --hf-overrides '{{"{SET_NAME}": "NAME"}}'."""
+        )
+    inside = checkpoint.inside(name)
+    return numbers(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
+
+
+def _has_window(vllm_config: Any) -> bool:
+    """Whether a layer does not see all of the longest text."""
+    config = vllm_config.model_config.hf_config
+    window = vllm_config.cache_config.sliding_window
+    if window is None and "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        window = config.sliding_window
+    return window is not None and window < vllm_config.model_config.max_model_len
+
+
+def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
+    """Refuses weights that vLLM would read for compressed ones, without a word."""
+    if (getattr(config, "quantization_config", None) or {}).get("quantization_status") == "decompressed":
+        raise ValueError(
+            f"{checkpoint} was saved after its weights had been decompressed, and vLLM reads compressed ones: call "
+            "model.hf_quantizer.compressor.compress_model(model) before save_pretrained."
+        )
+
+
+def check_backend(backend: type) -> None:
+    """Refuses an attention backend that would take the backbone's number of heads for the P-fold one of the layers.
+
+    By its class: AITER's flash attention calls itself ``FLASH_ATTN``.
+
+    Raises:
+        ValueError: it is not known to ask the layers; the message says which do.
+    """
+    name = f"{backend.__module__}.{backend.__qualname__}"
+    if name not in {AttentionBackendEnum[served].value for served in BACKENDS}:
+        raise ValueError(
+            f"Models with parallel streams have P times the backbone's heads in each layer, and the attention backend "
+            f"that vLLM has chosen, {name}, is not known to take them: give --attention-backend "
+            f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, as the hardware allows."
+        )
+
+
+def _check_settings(vllm_config: Any) -> None:
+    """Refuses what was not built for streams, where it could go wrong in silence."""
+    model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
+    scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
+    refused = {
+        f"--runner {model.runner_type}": model.runner_type != "generate" or model.convert_type != "none",
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+        "--enable-lora": vllm_config.lora_config is not None,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--scheduler-cls": vllm_config.scheduler_config.scheduler_cls is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--speculative-config, but for the method 'ngram'": speculative is not None and speculative.method != "ngram",
+        "Llama 4's scaling of the attention": getattr(model.hf_config, "llama_4_scaling", None) is not None,
+        "dual chunk attention": getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
+        "a scale of the cache for each head": isinstance(scheme, dict) and scheme.get("strategy") == "attn_head",
+    }
+    given = [name for name, is_given in refused.items() if is_given]
+    if given:
+        raise ValueError(f"Models with parallel streams are served without {' and '.join(given)}: leave it out.")

@@ -1,0 +1,189 @@
+"""Attention for models with a sliding window: the prefix is attended to apart, where no window hides it.
+
+The cache then holds the user's tokens only, and layers without a window attend in the same way. On CPUs the keys that a
+request sees are gathered behind the prefix, and torch attends; on GPUs vLLM's flash attention sees the cache, a product
+of matrices sees the prefix, and the two are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+
+def window_backend(own: type[Any]) -> type[Any]:
+    """The backend that attends to a prefix apart, in place of the one that vLLM has chosen.
+
+    Raises:
+        ValueError: there is none for it.
+    """
+    for backend in (CpuBackend, FlashBackend):
+        if issubclass(backend, own):
+            return backend
+    raise ValueError(
+        "A sliding window and a prefix are served by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has "
+        f"chosen {own.get_name()}: give --attention-backend FLASH_ATTN, or a --max-model-len not beyond the window."
+    )
+
+
+class _Apart:
+    """In front of an implementation of vLLM's; ``prefix`` is set by the layer: keys and values ``(P, G, T, D)``."""
+
+    prefix: tuple[torch.Tensor, torch.Tensor]
+    kv_cache_dtype: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.kv_cache_dtype.startswith("fp8"):
+            raise ValueError("A sliding window and a prefix are served without --kv-cache-dtype fp8: leave it out.")
+
+
+class CpuImpl(_Apart, CPUAttentionBackendImpl):
+    """The keys that a request sees are gathered behind the prefix."""
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Writes ``(N, P*G, D)`` keys and values into the cache, ``(blocks, P*G, block, 2*D)``, in plain order."""
+        block = kv_cache.shape[2]
+        kv_cache[slot_mapping // block, :, slot_mapping % block] = torch.cat((key, value), dim=-1)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *scales: Any,
+        **further: Any,
+    ) -> torch.Tensor:
+        """``(N, P*heads, D)`` queries; writes ``(N, P*heads, D)`` into ``output``."""
+        if attn_metadata is None:  # a warm-up
+            return output
+        starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
+        for first, last, length, blocks in zip(starts, starts[1:], lengths, attn_metadata.block_table, strict=False):
+            q = query[first:last].transpose(0, 1)  # (P*heads, n, D)
+            k, v, mask = self._seen(kv_cache, blocks, q.shape[1], length)
+            mixed = scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
+            output[first:last] = mixed.transpose(0, 1)
+        return output
+
+    def _seen(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, new: int, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the last ``new`` of ``length`` tokens attend to: ``(P*G, T + m, D)`` twice, and ``(new, T + m)``."""
+        size, D = kv_cache.shape[2], self.head_size
+        window = self.sliding_window if self.sliding_window > 0 else length
+        start = max(0, length - new - window + 1)
+        held = kv_cache[blocks[start // size : -(-length // size)]]  # (blocks, P*G, size, 2*D)
+        held = held.transpose(0, 1).flatten(1, 2)[:, start % size :][:, : length - start]  # (P*G, m, 2*D)
+        k, v = (
+            torch.cat((learned.flatten(0, 1), part), dim=1)
+            for learned, part in zip(self.prefix, held.split(D, dim=-1), strict=True)
+        )
+        distance = torch.arange(length - new, length)[:, None] - torch.arange(start, length)  # (new, m)
+        is_seen = (distance >= 0) & (distance < window)
+        return k, v, torch.nn.functional.pad(is_seen, (k.shape[1] - is_seen.shape[1], 0), value=True)
+
+
+class CpuBackend(CPUAttentionBackend):
+    """For :class:`CpuImpl`."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CpuImpl]:
+        """As vLLM asks for it."""
+        return CpuImpl
+
+
+class FlashImpl(_Apart, FlashAttentionImpl):
+    """Cache and prefix apart, merged by their log-sum-exp."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *scales: Any,
+        **further: Any,
+    ) -> torch.Tensor:
+        """``(N, P*heads, D)`` queries; writes ``(N, P*heads, D)`` into ``output``."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        if attn_metadata is None:  # a warm-up
+            return output.fill_(0)
+        N = attn_metadata.num_actual_tokens
+        # (blocks, P*G, size, 2*D) -> (blocks, size, P*G, D), twice
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        mixed, lse = flash_attn_varlen_func(
+            q=query[:N],
+            k=keys,
+            v=values,
+            cu_seqlens_q=attn_metadata.query_start_loc,
+            max_seqlen_q=attn_metadata.max_query_len,
+            seqused_k=attn_metadata.seq_lens,
+            max_seqlen_k=attn_metadata.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=list(self.sliding_window),
+            block_table=attn_metadata.block_table,
+            return_softmax_lse=True,
+            scheduler_metadata=attn_metadata.scheduler_metadata,
+            fa_version=self.vllm_flash_attn_version,
+            num_splits=attn_metadata.max_num_splits,
+        )
+        learned, learned_lse = attend_to_prefix(query[:N], *self.prefix, self.scale)
+        merge_attn_states(output[:N], learned, learned_lse, mixed, lse)
+        return output
+
+
+class FlashBackend(FlashAttentionBackend):
+    """For :class:`FlashImpl`."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashImpl]:
+        """As vLLM asks for it."""
+        return FlashImpl
+
+
+def attend_to_prefix(
+    query: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of attention that falls on a prefix.
+
+    Args:
+        query: ``(N, P*heads, D)``, stream-major.
+        prefix_k: ``(P, G, T, D)``.
+        prefix_v: the same.
+        scale: of the scores.
+
+    Returns:
+        The mixture ``(N, P*heads, D)``, and the log-sum-exp of the scores, ``(P*heads, N)`` in float32.
+    """
+    keys, values = prefix_k.flatten(0, 1), prefix_v.flatten(0, 1)  # (P*G, T, D)
+    q = query.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (P*G, heads/G * N, D)
+    # in float32: a score rounded to half precision, of keys with a large bias say, is wrong by per cents after softmax
+    scores = _in_float32(q, keys.transpose(1, 2)) * scale  # (P*G, heads/G * N, T)
+    mixed = torch.bmm(scores.softmax(-1).to(values.dtype), values)  # (P*G, heads/G * N, D)
+    N = query.shape[0]
+    mixed = mixed.unflatten(1, (-1, N)).flatten(0, 1).transpose(0, 1)  # (N, P*heads, D)
+    return mixed.contiguous(), scores.logsumexp(-1).unflatten(1, (-1, N)).flatten(0, 1)
+
+
+def _in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of two batches of matrices, summed and returned in float32, float64 in its own."""
+    if a.is_cuda and torch.version.hip is None and a.dtype.itemsize == 2:
+        return torch.bmm(a, b, out_dtype=torch.float32)  # CPUs and ROCm have no such product
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return torch.bmm(a.to(dtype), b.to(dtype))

@@ -1,0 +1,293 @@
+"""What a wrapped model can do beside what its class can: each function becomes a method of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import numbers
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from parscale.attention.registered import CONTINUOUS_BATCHING
+from parscale.config import OWN, PREFIX, ParScaleConfig
+from parscale.distributed.parallel import reshard
+from parscale.format import saving, stored_sets
+from parscale.format.counting import parameter_sizes
+from parscale.hooks.adding import add
+from parscale.hooks.encoded import by_source
+from parscale.hooks.stream_losses import stream_losses
+from parscale.streams.backbones import writes_text
+from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
+from parscale.streams.passes import Adaptive
+from parscale.streams.state import ParScaleState
+from parscale.streams.trainability import parameters_of, train
+
+
+def add_streams(
+    model: Any,
+    name: str,
+    num_streams: int | ParScaleConfig = 4,
+    *,
+    prefix_length: int = 48,
+    smoothing: float = 0.1,
+    init: str | None = None,
+    seed: int | None = None,
+    calibration: torch.Tensor | None = None,
+    transform: str = PREFIX,
+    rank: int = 8,
+    kv: str = OWN,
+) -> None:
+    """Adds a further set of streams on the same backbone, inactive and frozen until ``set_streams(name)``.
+
+    Args:
+        name: of the set; letters, digits, ``-`` and ``_``.
+        num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
+        prefix_length: as in :class:`ParScaleConfig`.
+        smoothing: as in :class:`ParScaleConfig`.
+        init: as in :class:`ParScaleConfig`.
+        seed: as in :class:`ParScaleConfig`.
+        calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
+        transform: as in :class:`ParScaleConfig`.
+        rank: as in :class:`ParScaleConfig`.
+
+    Raises:
+        ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
+    """
+    config = ParScaleConfig.from_arguments(
+        num_streams,
+        prefix_length=prefix_length,
+        smoothing=smoothing,
+        init=init,
+        seed=seed,
+        transform=transform,
+        rank=rank,
+        kv=kv,
+    )
+    add(model.parscale, name, config, calibration=calibration)
+
+
+def freeze_backbone(model: Any) -> None:
+    """Only the active streams' parameters train from here on.
+
+    Raises:
+        ValueError: no streams with parameters are active, so nothing would train.
+    """
+    state: ParScaleState = model.parscale
+    if state.active is None or state.active.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
+    reshard(model)
+    model.requires_grad_(False)
+    for parameter in parameters_of(state, state.active):
+        train(parameter, True)
+
+
+def print_trainable_parameters(model: Any) -> None:
+    """Prints how many parameters train, of how many, in per cent, and what they are."""
+    state: ParScaleState = model.parscale
+    sizes = parameter_sizes(model)
+    total = sum(sizes.values())
+    trained = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+    counts = dict.fromkeys([LABELS[streams.config.transform] for streams in state.sets.values()], 0) | {"aggregator": 0}
+    for streams in state.sets.values():
+        for name, parameter in state.tensors(streams).items():
+            label = LABELS[streams.config.transform] if part_of(name) == TRANSFORM_PART else "aggregator"
+            counts[label] += sizes[parameter] if parameter.requires_grad else 0
+    counts["backbone"] = trained - sum(counts.values())
+    share = 100 * trained / total if total else 0.0
+    print(
+        f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f} "
+        f"({', '.join(f'{label}: {count:,}' for label, count in counts.items())})"
+    )
+
+
+@dataclasses.dataclass
+class StreamReport:
+    """What the streams of a model do on some text.
+
+    Args:
+        losses: mean next-token loss of each stream alone, nats, ``(P,)``.
+        weights: aggregation weights, ``(B, S, P)``.
+        entropy: of the weights at each token, nats, ``(B, S)``; ``log(P)`` where all streams count the same.
+        correlation: over tokens, of the streams' token losses, ``(P, P)``.
+    """
+
+    losses: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+    correlation: torch.Tensor
+
+
+@torch.no_grad()
+def stream_report(
+    model: Any, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
+) -> StreamReport:
+    """Each stream's loss, the weights they are mixed by, and how much their errors have in common.
+
+    Args:
+        input_ids: ``(B, S)``.
+        labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
+        **kwargs: passed to the model (``attention_mask``, ...).
+
+    Returns:
+        Losses, weights, their entropy, and the correlation of the streams.
+
+    Raises:
+        ValueError: no streams are active, or the model is no causal language model.
+    """
+    state: ParScaleState = model.parscale
+    streams = state.active
+    if streams is None or streams.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
+    if not writes_text(model):
+        raise ValueError(f"stream_report measures losses of the next token, which {type(model).__name__} has not.")
+    measured = stream_losses(model, input_ids, input_ids if labels is None else labels, **kwargs)
+    losses, weights = measured.losses[:, measured.counted], measured.weights  # (P, tokens), (B, S, P)
+    return StreamReport(
+        losses=losses.mean(dim=1),
+        weights=weights,
+        entropy=-torch.special.xlogy(weights, weights).sum(-1),
+        correlation=torch.corrcoef(losses),
+    )
+
+
+def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Writes a full checkpoint: backbone and active streams, each further set in a folder of its name.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+        **kwargs: as transformers' own ``save_pretrained``.
+    """
+    saving.save_full(model, save_directory, **kwargs)
+
+
+def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
+    """Writes the active streams and the backbone's name, for :func:`parscale.load` and ``load_streams``.
+
+    Args:
+        save_directory: the folder to write; it appears only when it is whole.
+    """
+    saving.save_streams(model, save_directory)
+
+
+def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+    """Adds a set of streams that was saved, inactive until ``set_streams(name)``.
+
+    Args:
+        path_or_repo: a folder, or a name on the Hugging Face Hub.
+        name: of the set here; by default the one that it was saved under.
+    """
+    stored_sets.add_saved_streams(model, path_or_repo, name)
+
+
+def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: Any) -> Any:
+    """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
+
+    Args:
+        *args: of the model's own.
+        adaptive: of streams that share keys and values (``kv="shared"``): entropy, nats, of stream 0's prediction of
+            a token above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain backbone.
+            ``model.last_mean_streams`` is then how many streams ran for a token on average; where beams or several
+            rows are written, of all of them.
+        **kwargs: of the model's own.
+
+    Raises:
+        ValueError: ``adaptive`` is no such number, or the active streams do not share keys; or streams are active and
+            the assistant is a decoder alone, which would read this model's encoder.
+    """
+    if adaptive is not None:
+        return _generate_adaptively(model, adaptive, *args, **kwargs)
+    if kwargs.get("encoder_outputs") is not None:
+        kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
+    assistant = kwargs.get("assistant_model")
+    decodes_alone = assistant is not None and not assistant.config.is_encoder_decoder
+    if model.num_streams > 1 and decodes_alone and model.parscale.encoder is not None:
+        raise ValueError(
+            f"{type(assistant).__name__} has no encoder and would read that of {type(model).__name__}, whose output "
+            f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
+            "model.use_streams(None)."
+        )
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
+    """As :func:`generate`, with streams where the entropy is above ``threshold``."""
+    with adaptive_streams(model, threshold) as adaptive:
+        output = type(model).generate(model, *args, disable_compile=True, **kwargs)
+    model.last_mean_streams = adaptive.mean_streams
+    return output
+
+
+@contextlib.contextmanager
+def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
+    """Calls in this block run streams 1 to P - 1 only where the entropy of stream 0's prediction is above a threshold.
+
+    Args:
+        threshold: nats; 0: always, infinity: never. To the last bit, these are all streams and the plain backbone.
+
+    Yields:
+        Counts of tokens, and where the streams ran in the last call.
+
+    Raises:
+        ValueError: no such number, or the active streams do not share keys and values.
+    """
+    state: ParScaleState | None = getattr(model, "parscale", None)
+    is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if not is_number or math.isnan(threshold) or threshold < 0:
+        raise ValueError(f"adaptive must be an entropy in nats, 0 (all streams) to infinity (none), got {threshold!r}.")
+    streams = None if state is None else state.active
+    if state is None or streams is None or streams.num_streams == 1 or not streams.shares_keys:
+        given = "none are active"
+        if streams is not None:
+            given = f"{streams.name!r} is P = {streams.num_streams}, {streams.config.kv}"
+        raise ValueError(
+            f"adaptive chooses tokens for streams that share keys and values, and {given}: wrap(model, P, kv='shared')."
+        )
+    adaptive = Adaptive(float(threshold), streams.num_streams)
+    if threshold == 0:
+        yield adaptive
+        return
+    with state.calls.choosing(None if math.isinf(threshold) else streams), state.calls.adapting(adaptive):
+        yield adaptive
+
+
+def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+    """Moves the cache's rows with the beams, in every stream (``generate`` counts B rows, the cache has P*B).
+
+    Args:
+        past_key_values: the cache.
+        beam_idx: ``(B,)``, the row that each row continues.
+    """
+    active, B = model.parscale.active, beam_idx.shape[0]
+    P = 1 if active is None else active.cache_copies
+    rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
+    own = getattr(type(model), "_reorder_cache", None)
+    if own is not None:
+        return own(past_key_values, rows)
+    past_key_values.reorder_cache(rows)
+    return past_key_values
+
+
+def static_cache_init_shape(model: Any) -> None:
+    """Tells ``generate`` to let a static cache take its number of rows from the first keys: P*B, not B."""
+
+
+def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+
+    Args:
+        *args: as transformers' own.
+        **kwargs: as transformers' own.
+
+    Returns:
+        As transformers' own.
+
+    Raises:
+        ValueError: streams are active: continuous batching packs all requests into one row with one cache.
+    """
+    if model.num_streams > 1:
+        raise ValueError(CONTINUOUS_BATCHING)
+    return type(model).init_continuous_batching(model, *args, **kwargs)

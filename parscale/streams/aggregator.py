@@ -1,0 +1,97 @@
+"""The learned mixture of the streams, between the backbone's final norm and ``lm_head``."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from parscale.distributed.parallel import local
+from parscale.kernels import aggregate, aggregator, stream_weights
+from parscale.kernels.dispatch import Impl
+
+
+class Projection(nn.Module):
+    """``x @ weight.T + bias``.
+
+    Not an ``nn.Linear``, because tools that look for linear layers by type mean the backbone's: PEFT's ``all-linear``
+    would put adapters on the aggregator, and quantizers would round it.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return nn.functional.linear(x, local(self.weight), local(self.bias))
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of it."""
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+
+class Aggregator(nn.Sequential):
+    """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
+
+    As in Chen et al., arXiv 2505.10475, section 3.2; its parameters are named ``0.*`` and ``2.*`` as in the released
+    checkpoints. All zeros after construction: equal weights.
+
+    Args:
+        num_streams: P.
+        hidden_size: H.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+    """
+
+    def __init__(
+        self, num_streams: int, hidden_size: int, smoothing: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(
+            Projection(num_streams * hidden_size, hidden_size, dtype=dtype, device=device),
+            nn.SiLU(),
+            Projection(hidden_size, num_streams, dtype=dtype, device=device),
+        )
+        self.num_streams = num_streams
+        self.smoothing = smoothing
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The unnormalised weights ``(B, S, P)`` of the streams' hidden states ``(P*B, S, H)``, stream-major."""
+        x = hidden.unflatten(0, (self.num_streams, -1))  # (P, B, S, H)
+        # the released order of the first layer's inputs: hidden index outer, stream index inner
+        return super().forward(x.permute(1, 2, 3, 0).flatten(2))  # (B, S, H, P) -> (B, S, H*P) -> (B, S, P)
+
+    def weights(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The aggregation weights ``(B, S, P)``, in at least float32, that :meth:`forward` uses."""
+        return stream_weights(self.logits(hidden), self.smoothing)
+
+    def forward(self, hidden: torch.Tensor, impl: Impl = "auto") -> torch.Tensor:
+        """Mixes ``(P*B, S, H)``, stream-major, into ``(B, S, H)``; on a GPU by fused kernels.
+
+        Args:
+            hidden: the streams' final hidden states.
+            impl: ``"reference"`` for plain torch, ``"fused"`` for the kernels or an error.
+        """
+        first, last = self[0], self[2]
+        if (hidden.is_cuda or impl == "fused") and _is_untouched(first) and _is_untouched(last):
+            w1, b1, w2, b2 = (local(x) for x in (first.weight, first.bias, last.weight, last.bias))
+            return aggregator(hidden, w1, b1, w2, b2, self.smoothing, impl=impl)
+        logits = self.logits(hidden)  # (B, S, P)
+        mixed = aggregate(
+            hidden.reshape(self.num_streams, -1, hidden.shape[-1]),  # (P, B*S, H)
+            logits.flatten(0, 1),  # (B*S, P)
+            self.smoothing,
+            impl=impl,
+        )
+        return mixed.unflatten(0, logits.shape[:2])  # (B, S, H)
+
+
+def _is_untouched(layer: nn.Module) -> TypeGuard[Projection]:
+    """Whether calling a layer does no more than its projection: no hook, no offloading, nothing in its place."""
+    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is Projection and not hooks and "forward" not in layer.__dict__

@@ -1,0 +1,207 @@
+"""The part of a model whose rows are copied and mixed.
+
+================================ =================== ==========================================================
+kind                             copied before       mixed
+================================ =================== ==========================================================
+causal LM, vision-language model the language model  its final hidden states
+encoder (text, vision)           the encoder         its final hidden states, before any pooling of them
+encoder-decoder (text, audio)    encoder and decoder the decoder's final hidden states; the encoder's stay P*B rows
+two encoders side by side (CLIP) both                the final hidden states of each, by an aggregator of its own
+================================ =================== ==========================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from parscale.distributed.offloading import execution_device
+from parscale.errors import UnsupportedModelError
+
+TEXT, IMAGES, AUDIO = "input_ids", "pixel_values", "input_features"  # a model's main input, in transformers' words
+NOISE = "noise"  # an argument: numbers for the patches of an image, of which those with the largest are hidden
+
+
+@dataclasses.dataclass
+class Parts:
+    """The parts of a model that get P*B rows.
+
+    Args:
+        backbone: its rows are copied and mixed.
+        encoder: of a model that is an encoder with a decoder: its rows are copied.
+        towers: encoders beside the backbone, of other inputs; their rows are copied and mixed too.
+    """
+
+    backbone: Any
+    encoder: Any = None
+    towers: list[Any] = dataclasses.field(default_factory=list)
+
+
+def find_parts(model: Any) -> Parts:
+    """The parts of a model that streams run on.
+
+    Raises:
+        UnsupportedModelError: not a Hugging Face model, or one in which they are not found.
+    """
+    if not isinstance(model, PreTrainedModel):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise UnsupportedModelError(
+            f"wrap takes a loaded Hugging Face model (a transformers.PreTrainedModel), got {given}: "
+            "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."
+        )
+    decoder, encoder = model.get_decoder(), None  # finds it by the names of attributes
+    is_pair = getattr(model.config, "is_encoder_decoder", False)
+    if is_pair and isinstance(model.get_encoder(), nn.Module) and model.get_encoder() is not model:
+        encoder = model.get_encoder()
+    if decoder is not model and has_head(decoder):  # a language model of its own, with its head (BLIP-2, Llama 4)
+        inner = find_parts(decoder)
+        return Parts(inner.backbone, encoder or inner.encoder)
+    if is_pair:
+        if encoder is None or decoder is model or not hasattr(decoder, "main_input_name"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is an encoder with a decoder, of which get_encoder() and get_decoder() do not "
+                "give both as models: streams need the two."
+            )
+        return Parts(decoder, encoder)
+    owner = model.base_model
+    if any(re.fullmatch(r"get_text(_\w+)?_(features|embeds)", name) for name in dir(type(owner))):
+        return _side_by_side(model, owner)
+    backbone = decoder
+    inside = isinstance(backbone, PreTrainedModel) and main_input(backbone) == "hidden_states"  # of DINOv3
+    if backbone is model or inside or not isinstance(backbone, PreTrainedModel):  # under another name, or the head's
+        children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        readers = [child for child in children if reads(child, model.main_input_name)]
+        backbone = readers[0] if len(readers) == 1 else owner if reads(owner, model.main_input_name) else model
+    if backbone is model and has_head(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no backbone of its own behind its head, and streams are mixed between the "
+            "two: use another class of this architecture, such as its base model (AutoModel)."
+        )
+    return Parts(backbone)
+
+
+def _side_by_side(model: Any, owner: Any) -> Parts:
+    """Encoders of a text and of something else, side by side in ``owner``: the one of text is the backbone."""
+    inputs = inspect.signature(owner.forward).parameters
+    children = [child for child in owner.children() if isinstance(child, PreTrainedModel)]
+    towers = [child for child in children if main_input(child) in inputs]
+    names = {main_input(child) for child in towers}
+    if len(towers) < 2 or len(names) < len(towers) or TEXT not in names:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has encoders side by side, and not each is a model that reads an input of its "
+            "own, as streams need it: wrap one of them by itself, such as model.text_model."
+        )
+    towers.sort(key=lambda tower: main_input(tower) != TEXT)
+    backbones = [find_parts(tower).backbone for tower in towers]  # mixed where the tower alone would be
+    return Parts(backbones[0], towers=backbones[1:])
+
+
+def main_input(part: Any) -> str:
+    """What a part reads: what its class says that it does, or, where that is not so, the first of its arguments."""
+    name: str | None = getattr(part, "main_input_name", None)
+    return name if name is not None and reads(part, name) else _arguments(part)[0]
+
+
+def reads(part: Any, name: str) -> bool:
+    """Whether a part takes an argument of that name."""
+    return name in _arguments(part)
+
+
+def _arguments(part: Any) -> list[str]:
+    """Of its class: another library may have put something else in front of the object's own ``forward``."""
+    return list(inspect.signature(type(part).forward).parameters)[1:]
+
+
+def has_head(model: Any) -> bool:
+    """Whether the model is one with a language model's head, which follows its backbone."""
+    return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
+
+
+def writes_text(model: Any) -> bool:
+    """Whether the model is a causal language model, which reads a text and can go on with it."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
+
+
+def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Something that a backbone or an encoder takes."""
+    name = main_input(part)
+    config: Any = getattr(part, "config", None)
+    if name == TEXT:
+        return {name: torch.zeros(rows, 2, dtype=torch.long, device=device)}
+    dtype = next(parameter.dtype for parameter in part.parameters() if parameter.is_floating_point())
+    if name == IMAGES and getattr(config, "image_size", None):
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        frames = [config.num_frames] if getattr(config, "tubelet_size", None) else []  # of a video
+        return {name: torch.zeros(rows, *frames, channels, height, width, dtype=dtype, device=device)}
+    if name == AUDIO and getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
+        frames = 2 * config.max_source_positions  # two for each position, as in Whisper
+        return {name: torch.zeros(rows, config.num_mel_bins, frames, dtype=dtype, device=device)}
+    raise UnsupportedModelError(
+        f"{type(part).__name__} takes {name!r} of a form that is not known here: streams run on text ({TEXT}), images "
+        f"of a fixed size ({IMAGES}) and spectrograms as Whisper's ({AUDIO})."
+    )
+
+
+def masking_noise(part: Any, images: torch.Tensor) -> torch.Tensor | None:
+    """What a backbone that hides patches at random (ViT-MAE) draws for itself, so that all streams see the same ones.
+
+    Args:
+        part: the backbone.
+        images: ``(B, C, height, width)``.
+
+    Returns:
+        ``(B, patches)``, from torch's random state, as the plain backbone draws it; ``None`` where patches overlap.
+    """
+    size = part.config.patch_size
+    if hasattr(part.config, "patch_stride"):
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    patches = (images.shape[-2] // height) * (images.shape[-1] // width)
+    return torch.rand(images.shape[0], patches, device=images.device)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its token ids: the device of its embeddings, or the one that they are fetched to."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # not one of text
+        embeddings = None
+    if embeddings is None:
+        return next(model.parameters()).device
+    return execution_device(embeddings)
+
+
+def cuda_devices(model: Any) -> list[int]:
+    """Indices of the CUDA devices that hold parameters of the model."""
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def has_learned_positions(backbone: nn.Module) -> bool:
+    """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
+    for child in backbone.children():
+        if "text" in getattr(child, "input_modalities", "text") and has_learned_positions(child):
+            return True  # positions of images or sounds are another thing
+    return hasattr(backbone, "pos_encoding") or any(
+        (isinstance(child, nn.Embedding) and "position" in name) or name in ("wpe", "embed_positions")
+        for name, child in backbone.named_children()
+    )
+
+
+def inner_modules(part: nn.Module) -> Iterator[Any]:
+    """Its modules, but for those of a further model in it with a head of its own.
+
+    Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
+    """
+    yield part
+    for child in part.children():
+        if not (isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None):
+            yield from inner_modules(child)

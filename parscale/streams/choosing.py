@@ -1,0 +1,159 @@
+"""Which set of streams runs and trains: the model's choice, and that of a block of code for itself.
+
+``set_streams`` chooses for the model; ``use_streams`` for a block, in its own thread or task alone
+(:mod:`parscale.streams.calls`). Both also decide which parameters train (:mod:`parscale.streams.trainability`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from parscale.config import FIELDS
+from parscale.distributed.parallel import reshard
+from parscale.streams.calls import Block, innermost_block
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.streams.trainability import LOCK, decide_what_trains, parameters_of, train
+
+
+def set_streams(model: Any, name: str | None) -> None:
+    """Chooses the active set of streams; ``None`` is the plain backbone.
+
+    Only the active set trains: the one that was active is frozen, the chosen one is not. A forward pass that ran
+    before still gives its gradients to the set that it ran with. Inside a ``use_streams`` block the choice lasts to the
+    end of the block.
+
+    Args:
+        name: of the set; ``None`` for the plain backbone.
+
+    Raises:
+        ValueError: there is no set of that name.
+    """
+    state: ParScaleState = model.parscale
+    chosen, block = find_set(state, name), innermost_block(state.calls)
+    with LOCK:
+        reshard(model)
+        if block is not None:
+            block.chosen, block.trains = chosen, {}
+        else:
+            if chosen is not state.default:
+                _note(state, state.default, False)
+                _note(state, chosen, True)
+            state.default = chosen
+            _record(state)
+        decide_what_trains(state)
+
+
+@contextlib.contextmanager
+def use_streams(model: Any, name: str | None) -> Iterator[Any]:
+    """``with model.use_streams(name):`` is :func:`set_streams` for a block, in its thread or task alone.
+
+    Other threads go on with the sets that they use. So does one that is started inside the block, such as the one that
+    generates for a ``TextIteratorStreamer``: open the block in that thread, or start it with
+    ``contextvars.copy_context().run`` (``asyncio.to_thread`` does). After the block, everything is as before: the
+    active set, and which parameters train. What the configuration records is the model's choice, not the block's.
+
+    Args:
+        name: of the set; ``None`` for the plain backbone.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: there is no set of that name.
+    """
+    state: ParScaleState = model.parscale
+    block, around = Block(state.calls, find_set(state, name)), innermost_block(state.calls)
+    with LOCK:
+        reshard(model)
+        if state.blocks.trained_outside is None:
+            state.blocks.trained_outside = state.trainability()
+        if around is not None:
+            around.trains = {p: p.requires_grad for p in parameters_of(state, around.chosen)}
+        _replace(state.blocks.innermost, around, block)
+        decide_what_trains(state)
+    try:
+        with state.calls.opened(block):
+            yield model
+    finally:
+        with LOCK:
+            reshard(model)
+            _replace(state.blocks.innermost, block, around)
+            decide_what_trains(state)
+            if not state.blocks.innermost:
+                state.blocks.trained_outside, state.blocks.used_outside = None, False
+
+
+def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
+    """Of each context only the innermost block counts."""
+    blocks[:] = [block for block in blocks if block is not old and block is not new]
+    if new is not None:
+        blocks.append(new)
+
+
+def forget(state: ParScaleState, streams: StreamSet) -> None:
+    """From here on the model and the open blocks run without a set: with the plain backbone, if they ran with it."""
+    if state.default is streams:
+        state.default = None
+    for block in state.blocks.innermost:
+        if block.chosen is streams:
+            block.chosen = None
+
+
+def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
+    """The set of that name; ``None`` for ``None``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name is None:
+        return None
+    if name not in state.sets:
+        known = ", ".join(map(repr, state.sets)) or "none"
+        raise ValueError(f"There is no set of streams {name!r}; there are: {known}, and None for the plain backbone.")
+    return state.sets[name]
+
+
+def _note(state: ParScaleState, streams: StreamSet | None, trains: bool) -> None:
+    """Lets a set train, or not, while no block is open."""
+    for parameter in parameters_of(state, streams):
+        if state.blocks.trained_outside is None:
+            train(parameter, trains)
+        else:
+            state.blocks.trained_outside[parameter] = trains
+
+
+def _record(state: ParScaleState) -> None:
+    """Writes the model's own set into its configuration."""
+    if state.default is None:
+        return
+    for field in FIELDS:
+        state.model.config.__dict__.pop(field, None)
+    for field, value in state.default.config.to_fields().items():
+        setattr(state.model.config, field, value)
+
+
+class _NumStreams:
+    """``model.num_streams``: P of the active streams; 1 when they are off. A model that is not wrapped has none."""
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return self
+        state = model.__dict__.get("parscale")
+        if state is None:
+            raise AttributeError(f"{type(model).__name__} has no streams: parscale.wrap(model) gives it some.")
+        return 1 if state.active is None else state.active.num_streams
+
+
+def show_num_streams() -> None:
+    """Lets wrapped models have :class:`_NumStreams`.
+
+    What is active depends on which thread asks, so that it cannot be a value in the model. Python asks a class for what
+    computes a value; the model's own class stays as it is, so it is the class of all of them.
+    """
+    if "num_streams" not in vars(PreTrainedModel):
+        setattr(PreTrainedModel, "num_streams", _NumStreams())  # noqa: B010

@@ -1,0 +1,78 @@
+"""What streams find in a model: where their parameters can live, and what the tensors there look like."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Hidden(NamedTuple):
+    """The final hidden states of a part of a model: H, their dtype and their device."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclasses.dataclass
+class AttentionLayer:
+    """An attention layer that carries a prefix, and what its keys and values look like.
+
+    Args:
+        name: its name in the model.
+        module: the layer.
+        key_heads: G.
+        key_size: D of the keys.
+        value_size: D of the values (another one in MLA).
+        dtype: of its keys.
+        device: of its keys.
+        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
+    """
+
+    name: str
+    module: Any
+    key_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+    device: torch.device
+    mesh: Any = None
+
+
+@dataclasses.dataclass
+class Linear:
+    """A linear layer that runs on whole rows: its name in the model, itself and its sizes."""
+
+    path: str
+    module: nn.Module
+    in_size: int
+    out_size: int
+
+
+@dataclasses.dataclass
+class Place:
+    """Where one parameter of a set of streams lives, and what it is like.
+
+    Args:
+        path: the module's name in the model.
+        module: the module.
+        name: of the parameter in it, as in a checkpoint; a set that is not the default one adds its own name.
+        shape: P first.
+        dtype: of the parameter.
+        device: of the parameter.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def released_name(self) -> str:
+        """Its name in a checkpoint."""
+        return f"{self.path}.{self.name}" if self.path else self.name

@@ -1,0 +1,170 @@
+"""What a wrapped model carries beside its tensors: its parts, its attention layers, its sets of streams, its calls.
+
+All of it is data: making a :class:`ParScaleState` changes nothing in the model. What hangs on the model is in
+:mod:`parscale.hooks` and :mod:`parscale.attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale.kernels.dispatch import Impl
+from parscale.streams.aggregator import Aggregator
+from parscale.streams.backbones import find_parts
+from parscale.streams.calls import Blocks, Call, Calls, innermost_block
+from parscale.streams.places import AttentionLayer, Hidden, Linear
+from parscale.streams.sets import Adapters, StreamSet
+
+
+class ParScaleState:
+    """Everything that wrapping adds to a model beside the tensors.
+
+    Args:
+        model: the model to wrap.
+        kernels: how the operations of :mod:`parscale.kernels` run, their ``impl``.
+
+    Attributes:
+        backbone: what runs and is mixed.
+        encoder: before it, in a model that is an encoder with a decoder.
+        mixed: the backbone and the towers beside it.
+        backbone_name: its name in the model.
+        roots: for each of ``mixed``, what its tensors' names begin with.
+        positional: for each of ``parts``, the names of its arguments in their order.
+        layers: the attention layers that can carry a prefix.
+        without_layers: why there are none.
+        linears: the linear layers that run on whole rows, found when a set asks for them.
+        hidden: the final hidden states of each of ``mixed``.
+        measured: dtypes and devices of the weights when ``layers`` and ``hidden`` were looked up.
+        sets: by name.
+        default: the set that is active where no block chose one; ``None``: the backbone.
+        adapters: the copies of the sets that belong to adapters, while PEFT has some on the model.
+        blocks: those that decide what trains.
+        calls: those of each thread.
+        hooks: handles of what hangs on the model for all sets.
+
+    Raises:
+        UnsupportedModelError: it has no backbone that streams run on.
+    """
+
+    def __init__(self, model: Any, kernels: Impl = "auto") -> None:
+        self.model = model
+        parts = find_parts(model)
+        self.backbone, self.encoder = parts.backbone, parts.encoder
+        self.mixed = [parts.backbone, *parts.towers]
+        names = {module: name for name, module in model.named_modules()}
+        self.backbone_name = names[self.backbone]
+        self.roots = [f"{names[part]}." if names[part] else "" for part in self.mixed]
+        self.positional = {part: list(inspect.signature(part.forward).parameters) for part in self.parts}
+        self.kernels = kernels
+        self.layers: list[AttentionLayer] = []
+        self.without_layers = ""
+        self.linears: list[Linear] = []
+        self.hidden: list[Hidden] = []
+        self.measured: list[tuple[torch.dtype, torch.device]] = []
+        self.sets: dict[str, StreamSet] = {}
+        self.default: StreamSet | None = None
+        self.adapters: Adapters | None = None
+        self.blocks = Blocks()
+        self.calls = Calls()
+        self.hooks: list[Any] = []
+        ALIVE.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the set that is active here."""
+        return self.__dict__ | {"default": self.active}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        """A copy of a model is one too."""
+        self.__dict__.update(attributes)
+        ALIVE.add(self)
+
+    @property
+    def parts(self) -> list[Any]:
+        """The encoder before the backbone, if there is one, the backbone, and the towers beside it."""
+        return self.mixed if self.encoder is None else [self.encoder, *self.mixed]
+
+    # -- which set runs
+
+    @property
+    def active(self) -> StreamSet | None:
+        """The set that a call runs with from here: the innermost block's, else the model's; None: the backbone."""
+        block = innermost_block(self.calls)
+        return self.default if block is None else block.chosen
+
+    @property
+    def call(self) -> Call:
+        """The forward pass under way in this thread."""
+        return self.calls.call
+
+    @property
+    def in_flight(self) -> StreamSet | None:
+        """The set that the pass under way (or recomputed under checkpointing) runs with. None: the backbone."""
+        return self.call.in_flight
+
+    def in_use(self, streams: StreamSet) -> StreamSet:
+        """The set, or the copy of it that runs with PEFT's adapters as they are."""
+        return streams if self.adapters is None else self.adapters.in_use(streams)
+
+    def of_active_adapter(self, streams: StreamSet) -> StreamSet:
+        """The set, or the copy of it that the active one of PEFT's adapters has."""
+        return streams if self.adapters is None else self.adapters.of_active(streams)
+
+    # -- where the tensors of a set are
+
+    def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
+        """The set's parameters by their released names in the model, whatever the set is called."""
+        return {name: getattr(module, own) for name, (module, own) in self.holders(streams).items()}
+
+    def holders(self, streams: StreamSet) -> dict[str, tuple[nn.Module, str]]:
+        """For each of the set's parameters, by its released name, the module that has it, and its name in that."""
+        streams = self.of_active_adapter(streams)
+        if streams.num_streams == 1:
+            return {}
+        places = streams.transform.places()
+        holders = {place.released_name: (place.module, streams.own_name(place.name)) for place in places}
+        for root, part in zip(self.roots, self.mixed, strict=True):
+            aggregator = part._modules[streams.aggregator_name]
+            for name in tensors_of(aggregator):
+                path, _, leaf = name.rpartition(".")
+                holders[f"{root}aggregate_layer.{name}"] = (aggregator.get_submodule(path), leaf)
+        return holders
+
+    def names(self, streams: StreamSet) -> dict[str, str]:
+        """The set's names in the model's ``state_dict`` by the released ones."""
+        streams = self.of_active_adapter(streams)
+        if streams.num_streams == 1:
+            return {}
+        names = {}
+        for place in streams.transform.places():
+            path = f"{place.path}." if place.path else ""
+            names[place.released_name] = f"{path}{streams.own_name(place.name)}"
+        for root in self.roots:
+            for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
+                names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
+        return names
+
+    def aggregators(self, streams: StreamSet) -> list[Aggregator]:
+        """The aggregators that run with the set, one for each part that is mixed."""
+        name = self.in_use(streams).aggregator_name
+        return [part._modules[name] for part in self.mixed]
+
+    def aggregator(self, streams: StreamSet) -> Aggregator:
+        """The one of the backbone."""
+        return self.aggregators(streams)[0]
+
+    def trainability(self) -> dict[nn.Parameter, bool]:
+        """Whether each parameter of each set trains."""
+        return {p: p.requires_grad for streams in self.sets.values() for p in self.tensors(streams).values()}
+
+
+ALIVE: weakref.WeakSet[ParScaleState] = weakref.WeakSet()  # of all models, wrapped or copied
+
+
+def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Any]:
+    """A module's parameters by name; its buffers too, which an adapter's copy that never trains has in their place."""
+    return dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))

@@ -1,0 +1,72 @@
+"""What a terminal is shown of text that others wrote: names in files, errors of libraries, what a model generates.
+
+Such text can hold what a terminal obeys (escape sequences, carriage returns) and what turns its order around. On its
+way to a stream it meets :func:`shown`: in the command line every stream is a :class:`ShownStream`, and tables, status
+lines and progress bars come from :class:`parscale.terminal.console.Terminal`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+# Control characters but tab and newline; breaks of lines and paragraphs; marks of direction; what has no width and no
+# meaning by itself; halves of characters; tags. Joiners stay: scripts and emoji need them.
+_NOT_SHOWN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_LINES_APART = re.compile(r"(\n|\x1b\[A)*")  # how a progress bar finds its line among others
+_LINE_ANEW = re.compile(r"(\r?)([^\r]*)(\r?)")
+
+
+def shown(text: str) -> str:
+    """Text in which each character that a terminal does not show as itself is an escape, such as ``\\x1b``."""
+    return _NOT_SHOWN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class ShownStream:
+    """A stream that writes what :func:`shown` makes of its text; otherwise the stream that it is given.
+
+    A carriage return at either end of what is written stays: progress bars of libraries begin their line anew by it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.raw = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def write(self, text: str) -> int:
+        """Writes text; returns its length."""
+        if _LINES_APART.fullmatch(text):
+            self.raw.write(text)
+        elif anew := _LINE_ANEW.fullmatch(text):
+            self.raw.write(anew[1] + shown(anew[2]) + anew[3])
+        else:
+            self.raw.write(shown(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes several texts."""
+        for line in lines:
+            self.write(line)
+
+
+def raw_stream(stream: Any) -> TextIO:
+    """The stream itself, where it is a :class:`ShownStream`."""
+    return stream.raw if isinstance(stream, ShownStream) else stream
+
+
+@contextmanager
+def shown_streams() -> Iterator[None]:
+    """In this block standard output and standard error show what is written to them."""
+    output, errors = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = ShownStream(output), ShownStream(errors)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = output, errors

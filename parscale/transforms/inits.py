@@ -1,0 +1,162 @@
+"""How a new set of streams starts.
+
+============= ====================================================================================================
+``random``    prefixes or prompts drawn independently from a normal of the backbone's ``initializer_range``; for
+              ``transform="lora"`` the streams are the backbone itself, and differ as soon as they train
+``context``   each stream has read a different text of T tokens: its prefix is the text's keys and values, at positions
+              -T..-1, or its prompt the text's embeddings
+``documents`` the same, with the end-of-text token in place of each text's last, so that the input begins a new document
+all           aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
+============= ====================================================================================================
+
+The end-of-text token is the model's ``eos_token_id``, the first where there are several. Where a model has none in its
+vocabulary, and where T is 1, which has no room for a text beside it, ``documents`` is ``context``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from parscale.config import LORA, TEXT_INITS, ParScaleConfig
+from parscale.distributed.parallel import whole_shape
+from parscale.streams.backbones import cuda_devices, input_device, writes_text
+from parscale.streams.brief_runs import backbone_only
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+
+
+def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
+    """How streams start where nobody chose: from texts, if the model writes them and streams can start from them."""
+    return "documents" if writes_text(state.model) and config.transform != LORA else "random"
+
+
+def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
+    """Fills the tensors of a new set of streams, by its ``config.init`` and ``config.seed``.
+
+    Args:
+        state: of the wrapped model.
+        streams: a set whose parameters exist.
+        calibration: token ids ``(P, T)``, for ``"documents"`` and ``"context"``; without it the backbone samples them
+            itself.
+
+    Raises:
+        ValueError: an init that reads texts, for a model on the meta device.
+    """
+    if streams.num_streams == 1:
+        return
+    config = state.model.config.get_text_config()
+    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # init_std: OPT
+    with torch.no_grad(), _seeded(streams.config.seed, state.model):
+        if streams.config.init in TEXT_INITS:
+            streams.transform.read(_texts(state, streams, calibration))
+        else:
+            streams.transform.draw(std)
+        for aggregator in state.aggregators(streams):
+            first, *_ = aggregator.parameters()
+            first.normal_(0.0, std)
+
+
+def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> torch.Tensor:
+    """The texts that the streams start from, token ids ``(P, T)``."""
+    T, init = streams.config.prefix_length, streams.config.init
+    if next(iter(state.tensors(streams).values())).is_meta:
+        raise ValueError(
+            f"init={init!r} runs the backbone, which has no weights on the meta device: use init='random'."
+        )
+    most = streams.transform.longest_text()
+    if most is not None and most < T:
+        raise ValueError(
+            f"{type(state.model).__name__} has {most} positions for a text, so init={init!r} cannot read {T} tokens: "
+            "choose a prefix_length of at most that, or init='random'."
+        )
+    texts = _sample_texts(state, streams) if calibration is None else calibration
+    texts = texts.to(input_device(state.model), torch.long)
+    end = _end_of_text(state.model)
+    if init == "documents" and T > 1 and end is not None:
+        texts = torch.cat([texts[:, :-1], torch.full_like(texts[:, -1:], end)], dim=1)  # (P, T)
+    return texts
+
+
+def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
+    """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
+    P, T = streams.config.num_transformed, streams.config.prefix_length
+    model: Any = state.model
+    vocabulary = _vocabulary_size(model)
+    start = torch.randperm(vocabulary).repeat(-(-P // vocabulary))[:P, None].to(input_device(model))
+    plain = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
+    )
+    own = model.generation_config  # what it asks for (beams, stop strings, ...) is meant for its user's texts
+    try:
+        model.generation_config = plain
+        with backbone_only(state):
+            return model.generate(start, attention_mask=torch.ones_like(start))[:, -T:]
+    finally:
+        model.generation_config = own
+
+
+def _end_of_text(model: Any) -> int | None:
+    """The token that ends a document; None if the model names none in its vocabulary."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        ends = getattr(config, "eos_token_id", None)
+        end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+        if isinstance(end, int) and 0 <= end < _vocabulary_size(model):
+            return end
+    return None
+
+
+def _vocabulary_size(model: Any) -> int:
+    """How many tokens the model knows; in each of its tables, where it has several (Musicgen)."""
+    return whole_shape(next(model.get_input_embeddings().parameters()))[0]
+
+
+def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
+    """Refuses a calibration that the set cannot read, and a start from texts of a model that has none.
+
+    Raises:
+        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside ``init="random"``; or an
+            init that reads texts, for a model that does not write them.
+    """
+    if streams.config.init in TEXT_INITS and not writes_text(state.model):
+        raise ValueError(
+            f"init={streams.config.init!r} starts streams from texts that a causal language model reads and writes, "
+            f"which {type(state.model).__name__} is not: leave it out, or use init='random'."
+        )
+    if calibration is None:
+        return
+    P, T = streams.config.num_transformed, streams.config.prefix_length
+    if streams.config.init not in TEXT_INITS:
+        raise ValueError(
+            f"calibration is read by init={' or '.join(map(repr, TEXT_INITS))} only, got "
+            f"init={streams.config.init!r}: leave one out."
+        )
+    given = type(calibration).__name__
+    if isinstance(calibration, torch.Tensor):
+        given = f"{calibration.dtype} of shape {tuple(calibration.shape)}"
+        kind = calibration.dtype
+        integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    if not isinstance(calibration, torch.Tensor) or not integers or calibration.shape != (P, T):
+        raise ValueError(
+            "calibration must be token ids, a tensor of integers of shape "
+            f"({'num_streams - 1' if streams.shares_keys else 'num_streams'}, prefix_length) = ({P}, {T}), got {given}."
+        )
+    vocabulary = _vocabulary_size(state.model)
+    if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
+        raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
+    """Draws in this block come from ``seed``; the caller's random state is as before afterwards. None: no change."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=cuda_devices(model)):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,123 @@
+"""``kv="shared"``: all streams attend to the keys and values of stream 0, which is the backbone without a prefix.
+
+    layer, stream p:   q_p = W_q h_p      keys, values: [prefix_p | W_k h_0, W_v h_0 of the tokens 0..t]
+
+Everything after it is as with keys of their own: residual stream, MLP, final norm, aggregator. What follows from it:
+
+- The cache is the plain backbone's: as many rows, the same numbers. A text that the backbone has read is continued
+  with streams, and the other way round.
+- No token's cache depends on streams 1 to P - 1, so they run only where somebody wants their prediction: the last
+  positions of a prompt (:mod:`parscale.hooks.two_passes`), or tokens that stream 0 is uncertain about.
+- A step reads the cache once for all streams.
+
+A start from texts is an approximation: a stream that begins as a text sees it in front of keys that have not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from parscale.attention.discovery import number_of_attention_layers
+from parscale.attention.shared import SharedLayers, registered_layers
+from parscale.errors import UnsupportedModelError
+from parscale.streams.backbones import input_device, reads
+from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+from parscale.transforms.prefix import EXACT, FEW_BITS, PrefixTransform
+
+INSTEAD = "Use kv='own'."
+
+
+class SharedPrefixTransform(PrefixTransform):
+    """``prefix_k`` and ``prefix_v`` ``(P - 1, G, T, D)`` on each attention layer, of streams 1 to P - 1."""
+
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
+        super().__init__(state, streams)
+        self._layers = SharedLayers(state, streams)
+        if state.layers and streams.num_streams > 1:
+            check_can_share(state)
+
+    def hang(self) -> None:
+        """A hook on each attention layer."""
+        self._layers.attach(registered_layers(self.state))
+
+    def attach(self) -> None:
+        """Hooks the attention layers and what is around the backbone, and tries whether both ways agree."""
+        self._row_positions.attach()
+        self.hang()
+        self.try_out()
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        super().detach()
+        self._layers.detach()
+
+    def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As :meth:`before`, for stream 0 alone: B rows."""
+        return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
+
+    def try_out(self) -> None:
+        """Reads three tokens at once, and one after another with a cache.
+
+        Raises:
+            UnsupportedModelError: the backbone fails with streams, or the two differ.
+        """
+        state, name = self.state, type(self.state.model).__name__
+        device = input_device(state.model)
+        if device.type == "meta":
+            return
+        ids = torch.zeros(2, 3, dtype=torch.long, device=device)
+        try:
+            with backbone_only(state), state.calls.choosing(self.streams):
+                whole = state.backbone(input_ids=ids, use_cache=False)[0][:, -1:]
+                output = state.backbone(input_ids=ids[:, :2], use_cache=True)
+                last = state.backbone(input_ids=ids[:, 2:], past_key_values=output.past_key_values, use_cache=True)[0]
+        except Exception as error:  # whatever the backbone does with keys of fewer rows than it has queries
+            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+                raise
+            raise UnsupportedModelError(
+                f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"
+            ) from error
+        difference = float((whole - last).abs().max() / whole.abs().max().clamp(min=1e-30))
+        if not difference <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
+            raise UnsupportedModelError(
+                f"{name} gives something else with a cache than without ({difference:.0%}) where streams share keys: a "
+                f"layer keeps more than keys and values. {INSTEAD}"
+            )
+
+    def _error_alone(self, texts: torch.Tensor) -> float | None:
+        """Not looked for: no stream equals the backbone that reads its text."""
+        return None
+
+
+def check_can_share(state: ParScaleState) -> None:
+    """Refuses a model in which streams cannot share keys and values.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    name, layers = type(state.model).__name__, state.layers
+    registered = set(registered_layers(state))
+    if state.encoder is not None or len(state.mixed) > 1:
+        reason = "it is an encoder with a decoder, or two encoders: streams share the keys of one decoder"
+    elif not reads(state.backbone, "past_key_values") or not all(getattr(x.module, "is_causal", True) for x in layers):
+        reason = "it is an encoder, which has no cache to share"
+    elif not all(layer.module in registered for layer in layers):
+        reason = "its attention does not come from transformers' registry (ALL_ATTENTION_FUNCTIONS)"
+    elif number_of_attention_layers(state) < state.model.config.get_text_config().num_hidden_layers or _carries(state):
+        reason = "it has layers that carry a state from token to token, of which each stream needs its own"
+    else:
+        return
+    raise UnsupportedModelError(f"kv='shared' is not for {name}: {reason}. {INSTEAD}")
+
+
+def _carries(state: ParScaleState) -> bool:
+    """Whether the cache that transformers makes for the backbone has room for states that layers carry along."""
+    cache = DynamicCache(config=state.backbone.config)
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)

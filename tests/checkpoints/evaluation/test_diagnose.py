@@ -1,0 +1,224 @@
+"""`diagnose` against one call of `stream_report`, against streams run alone, and by closed forms."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from parscale import wrap
+from parscale.checkpoints.evaluation.diagnosis import diagnose, plot_diagnosis, sentences
+from parscale.checkpoints.evaluation.text_loss import evaluate
+
+VOCABULARY, P, LENGTH = 64, 3, 12
+
+
+class Letters:
+    """A tokenizer with an id for each letter."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(letter) % VOCABULARY for letter in text] for text in texts]}
+
+
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs"
+DOCUMENTS = [("long", TEXT), ("empty", ""), ("one", "a"), ("short", "five")]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,  # so that losses differ between tokens
+    )
+    return LlamaForCausalLM(config).double()
+
+
+@pytest.fixture
+def model(backbone):
+    """Streams that differ, in unequal shares."""
+    model = wrap(copy.deepcopy(backbone), P, prefix_length=4, init="random", seed=1)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prefix_" in name or "aggregate_layer" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_equals_one_report_of_all_windows(model, batch_size):
+    """On windows of one length, those of one call with all of them."""
+    letters = Letters()([TEXT[: 7 * (LENGTH - 1) + 1]])["input_ids"][0]
+    ids = torch.tensor([letters[start : start + LENGTH] for start in range(0, len(letters) - 1, LENGTH - 1)])
+    assert ids.shape == (7, LENGTH)
+    report = model.eval().stream_report(ids)
+    found = diagnose(model, Letters(), [("a", TEXT[: len(letters)])], sequence_length=LENGTH, batch_size=batch_size)
+    assert found.tokens == ids[:, 1:].numel()
+    assert found.losses == pytest.approx(report.losses.numpy(), rel=1e-9)
+    assert found.correlation == pytest.approx(report.correlation.numpy(), abs=1e-9)
+    assert found.weights == pytest.approx(report.weights[:, :-1].mean(0).numpy(), abs=1e-9)
+    assert found.entropy == pytest.approx(report.entropy[:, :-1].mean(0).numpy(), abs=1e-9)
+    assert found.mean_entropy == pytest.approx(report.entropy[:, :-1].mean().item(), abs=1e-9)
+    assert found.mean_weights == pytest.approx(report.weights[:, :-1].mean((0, 1)).numpy(), abs=1e-9)
+
+
+def losses_of_single_streams(model, backbone):
+    """Token losses `(P, tokens)` of each document of more than one token, each stream as a model of its own."""
+    losses = []
+    for stream in range(P):
+        alone = wrap(copy.deepcopy(backbone), 2, prefix_length=4, init="random", seed=0)
+        tensors = model.parscale.tensors(model.parscale.active)
+        with torch.no_grad():
+            for name, tensor in alone.parscale.tensors(alone.parscale.active).items():
+                if "prefix_" in name:
+                    tensor.copy_(tensors[name][stream].expand_as(tensor))  # both of its streams are this one
+                else:
+                    tensor.zero_()
+        rows = []
+        for _, text in DOCUMENTS:
+            letters = torch.tensor(Letters()([text])["input_ids"], dtype=torch.long)
+            for start in range(0, letters.shape[1] - 1, LENGTH - 1):
+                window = letters[:, start : start + LENGTH]
+                with torch.no_grad():
+                    log = alone(window).logits[0, :-1].log_softmax(-1)
+                rows.append(-log.gather(1, window[0, 1:, None])[:, 0])
+        losses.append(torch.cat(rows))
+    return torch.stack(losses).numpy()
+
+
+def test_streams_are_measured_as_if_alone(model, backbone):
+    """Windows of unequal lengths in one batch; each stream held against a model that has no other."""
+    expected = losses_of_single_streams(model, backbone)
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=5)
+    assert found.tokens == expected.shape[1] == len(TEXT) - 1 + 3
+    assert found.losses == pytest.approx(expected.mean(1), rel=1e-9)
+    assert found.correlation == pytest.approx(np.corrcoef(expected), abs=1e-9)
+    differences = expected[:, None] - expected[None]
+    assert found.rms_difference == pytest.approx(np.sqrt((differences**2).mean(-1)), abs=1e-7)
+    assert found.mean_correlation == pytest.approx(np.corrcoef(expected)[[0, 0, 1], [1, 2, 2]].mean())
+    assert found.counts.sum() == found.tokens
+
+
+def test_the_mixture_is_the_model(model):
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=2)
+    assert found.mixture_loss == pytest.approx(evaluate(model, Letters(), DOCUMENTS, sequence_length=LENGTH).loss)
+
+
+@pytest.mark.parametrize("stream", range(P))
+def test_an_aggregator_that_chooses_one_stream(model, stream):
+    """The mixture is then that stream, and the weights have no entropy."""
+    aggregator = model.parscale.aggregator(model.parscale.active)
+    aggregator.smoothing = 0.0
+    with torch.no_grad():
+        for parameter in aggregator.parameters():
+            parameter.zero_()
+        aggregator[2].bias[stream] = 1e4
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    assert found.mixture_loss == pytest.approx(found.losses[stream], rel=1e-12)
+    assert found.weights[:, stream] == pytest.approx(1)
+    assert found.entropy == pytest.approx(0)
+
+
+def test_identical_streams_correlate_perfectly(model):
+    with torch.no_grad():
+        for name, tensor in model.parscale.tensors(model.parscale.active).items():
+            tensor.copy_(tensor[:1].expand_as(tensor)) if "prefix_" in name else tensor.zero_()
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    assert found.correlation == pytest.approx(np.ones((P, P)), abs=1e-12)
+    assert found.rms_difference == pytest.approx(np.zeros((P, P)), abs=1e-6)
+    assert np.ptp(found.losses) < 1e-12
+    assert found.mixture_loss == pytest.approx(found.losses[0])
+    assert found.weights == pytest.approx(1 / P)
+    assert found.mean_entropy == pytest.approx(math.log(P))
+    assert "the streams hardly differ" in " ".join(sentences(found))
+
+
+def test_streams_that_differ_are_said_to(model):
+    with torch.no_grad():
+        for name, tensor in model.parscale.tensors(model.parscale.active).items():
+            if "prefix_" in name:
+                tensor.mul_(10)
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    assert found.mean_correlation < 0.9
+    said = " ".join(sentences(found))
+    assert "the streams differ." in said
+    assert f"{found.losses.min():.4f} (stream {found.losses.argmin()})" in said
+    assert f"{found.mixture_loss:.4f}" in said
+
+
+def test_losses_that_are_all_equal_have_no_correlation(model):
+    """A head of zeros loses log V on every token."""
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    assert found.losses == pytest.approx(math.log(VOCABULARY))
+    assert np.isnan(found.correlation).all()
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["mean_correlation"] is None
+    assert "a correlation says nothing" in " ".join(sentences(found))
+
+
+def test_the_model_is_as_before(model):
+    model.train()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+    diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_a_further_set(model):
+    model.add_streams("two", 2, prefix_length=4, init="random", seed=5)
+    model.set_streams("two")
+    found = diagnose(model, Letters(), DOCUMENTS)
+    assert (found.streams, found.num_streams) == ("two", 2)
+
+
+def test_without_streams(model, backbone):
+    with model.use_streams(None), pytest.raises(ValueError, match="No streams are active"):
+        diagnose(model, Letters(), DOCUMENTS)
+    with pytest.raises(ValueError, match="No streams are active"):
+        diagnose(backbone, Letters(), DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sequence_length": 1}, "sequence_length is 1, and must be between 2 and the model's 128"),
+        ({"batch_size": 0}, "batch_size is 0, and must be at least 1"),
+        ({"documents": [("two", "ab"), ("one", "a")]}, "No document has three tokens"),
+        ({"documents": []}, "No document has three tokens"),
+    ],
+)
+def test_bad_input(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(model, Letters(), **{"documents": DOCUMENTS} | arguments)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plot(model, tmp_path, ending):
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    plot_diagnosis(found, tmp_path / f"plot.{ending}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"plot.{ending}"]
+    start = (tmp_path / f"plot.{ending}").read_bytes()[:5]
+    assert start == {"png": b"\x89PNG\r", "svg": b"<?xml"}[ending]
+
+
+def test_plot_of_an_unknown_kind(model, tmp_path):
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
+    with pytest.raises(ValueError, match=r"plot does not end in .png, .pdf, .svg"):
+        plot_diagnosis(found, tmp_path / "plot")
+    with pytest.raises(ValueError, match="There is no folder"):
+        plot_diagnosis(found, tmp_path / "nowhere" / "plot.png")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,135 @@
+"""`evaluate` against losses computed directly, one document at a time."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from parscale.checkpoints.evaluation.text_loss import evaluate
+
+VOCABULARY = 64
+DOCUMENTS = [
+    ("short", "ab"),
+    ("empty", ""),
+    ("one", "a"),
+    ("long", "the quick brown fox " * 5),
+    ("middle", "jumps over"),
+]
+
+
+class Letters:
+    """A tokenizer with an id for each letter and, if wanted, a beginning-of-text token."""
+
+    def __init__(self, begin: int | None = None) -> None:
+        self.begin = [] if begin is None else [begin]
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [self.begin + [ord(letter) % VOCABULARY for letter in text] for text in texts]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,  # so that losses differ between tokens
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+def losses_one_by_one(model, tokenizer, text, sequence_length):
+    """Each token's loss from what stands before it in its window, one forward pass for each prediction."""
+    ids = tokenizer([text])["input_ids"][0]
+    losses = []
+    for position in range(1, len(ids)):
+        start = (position - 1) // (sequence_length - 1) * (sequence_length - 1)
+        logits = model(torch.tensor([ids[start:position]])).logits[0, -1]
+        losses.append(-torch.log_softmax(logits, -1)[ids[position]].item())
+    return losses
+
+
+@pytest.mark.parametrize("sequence_length", [2, 3, 16, 100, 128, None])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_losses_are_those_of_single_predictions(model, sequence_length, batch_size):
+    tokenizer = Letters()
+    result = evaluate(model, tokenizer, DOCUMENTS, sequence_length=sequence_length, batch_size=batch_size)
+    with torch.no_grad():
+        direct = {name: losses_one_by_one(model, tokenizer, text, sequence_length or 128) for name, text in DOCUMENTS}
+    counted = {name: losses for name, losses in direct.items() if losses}
+    assert [document.name for document in result.documents] == list(counted) == ["short", "long", "middle"]
+    for document in result.documents:
+        losses = counted[document.name]
+        assert document.tokens == len(losses)
+        assert document.loss == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+    everything = [loss for losses in counted.values() for loss in losses]
+    assert result.tokens == len(everything)
+    assert result.loss == pytest.approx(sum(everything) / len(everything), rel=1e-9)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.sequence_length == (sequence_length or 128)
+
+
+def test_tokens_do_not_depend_on_the_windows(model):
+    counts = {evaluate(model, Letters(), DOCUMENTS, sequence_length=length).tokens for length in (2, 7, 128)}
+    assert counts == {sum(max(len(text) - 1, 0) for _, text in DOCUMENTS)}
+
+
+def test_special_tokens_of_the_tokenizer_are_context(model):
+    """With a token in front, a document's first letter is predicted too."""
+    result = evaluate(model, Letters(begin=1), [("a", "abc")], sequence_length=128)
+    assert result.tokens == 3
+
+
+def test_equals_the_loss_of_the_model(model):
+    ids = torch.tensor(Letters()([DOCUMENTS[3][1]])["input_ids"])
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    assert evaluate(model, Letters(), DOCUMENTS[3:4]).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_low_precision_logits_are_summed_in_full(model):
+    """Of bfloat16 logits, the loss is right to float32's precision."""
+    low = copy.deepcopy(model).bfloat16()
+    ids = torch.tensor(Letters()([DOCUMENTS[3][1]])["input_ids"])
+    with torch.no_grad():
+        logits = low(ids).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    assert evaluate(low, Letters(), DOCUMENTS[3:4]).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_mode_is_put_back(model):
+    model.train()
+    evaluate(model, Letters(), DOCUMENTS)
+    assert model.training
+    model.eval()
+    evaluate(model, Letters(), DOCUMENTS)
+    assert not model.training
+
+
+def test_progress_goes_to_standard_error(model, capsys):
+    evaluate(model, Letters(), DOCUMENTS, progress=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("length", [1, 0, -5, 129])
+def test_sequence_length_out_of_range(model, length):
+    with pytest.raises(ValueError, match=rf"sequence_length is {length}, and must be between 2 and .* 128"):
+        evaluate(model, Letters(), DOCUMENTS, sequence_length=length)
+
+
+def test_batch_size_out_of_range(model):
+    with pytest.raises(ValueError, match="batch_size is 0, and must be at least 1"):
+        evaluate(model, Letters(), DOCUMENTS, batch_size=0)
+
+
+@pytest.mark.parametrize("documents", [[], [("empty", "")], [("one", "a"), ("another", "b")]])
+def test_nothing_to_predict(model, documents):
+    with pytest.raises(ValueError, match="No document has two tokens"):
+        evaluate(model, Letters(), documents)

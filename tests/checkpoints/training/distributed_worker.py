@@ -1,0 +1,29 @@
+"""`train` in one of several processes, as `accelerate launch` would start it; takes its runs as one JSON argument."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from parscale.checkpoints.training.train import TrainSettings, train
+
+HELPERS = Path(__file__).parents[2] / "parscale" / "distributed" / "train.py"
+
+
+def main():
+    spec = importlib.util.spec_from_file_location("distributed_train", HELPERS)
+    helpers = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = helpers
+    spec.loader.exec_module(helpers)
+    helpers.load_on_cpus()
+    (helpers.zero3_on_cpus if "ACCELERATE_USE_DEEPSPEED" in os.environ else helpers.fsdp_on_cpus)()
+    for run in json.loads(sys.argv[1]):
+        train(run["checkpoint"], Path(run["output"]), TrainSettings(**run["settings"]), resume=run["resume"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

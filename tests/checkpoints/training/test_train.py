@@ -1,0 +1,389 @@
+"""`train` at a tiny scale: against a loop by hand, in every mode, and what it leaves behind."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from parscale import load, wrap
+from parscale.checkpoints.description import describe
+from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.training.packing import Blocks, Encoder, Shuffled, pack
+from parscale.checkpoints.training.train import TrainSettings, train
+
+S, BATCH = 16, 4
+
+
+def settings(text_file, **options):
+    return TrainSettings(
+        **{
+            "data": [str(text_file)],
+            "tokens": 5 * BATCH * S,
+            "sequence_length": S,
+            "batch_size": BATCH,
+            "learning_rate": 1e-2,
+            "streams_learning_rate": 3e-2,
+            "warmup": 0.2,
+            "decay": 0.4,
+            "bf16": False,
+        }
+        | options
+    )
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def is_of_streams(name):
+    return "prefix_" in name or "aggregate_layer" in name
+
+
+def by_hand(checkpoint, text_file, *, frozen, steps=5):
+    """Losses, and the parameters at the end, of the same run written out."""
+    model = load(checkpoint, dtype=torch.float32).train()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    encoded = Encoder(tokenizer, 257)([("text", text_file.read_text())])
+    rows = Shuffled(Blocks(pack(encoded, S), S), steps * BATCH, seed=0)
+    named = {name: p for name, p in model.named_parameters() if is_of_streams(name) or not frozen}
+    groups = [{"params": [p for name, p in named.items() if is_of_streams(name)], "lr": 3e-2}]
+    if not frozen:
+        groups.append({"params": [p for name, p in named.items() if not is_of_streams(name)], "lr": 1e-2})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    losses = []
+    for step, factor in enumerate((0.0, 1.0, 1.0, 1.0, 0.5)):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        batch = [rows[step * BATCH + row] for row in range(BATCH)]
+        inputs = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
+        optimizer.step()
+        model.zero_grad()
+        losses.append(loss.item())
+    return losses, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
+def test_takes_the_steps_of_a_loop_by_hand(full, text_file, tmp_path, frozen):
+    report = train(str(full), tmp_path / "run", settings(text_file, freeze_backbone=frozen, streams_learning_rate=3e-2))
+    losses, parameters = by_hand(full, text_file, frozen=frozen)
+    assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-5)
+    assert report["tokens"] == 5 * BATCH * S
+
+    before, after = (dict(load(folder).named_parameters()) for folder in (full, tmp_path / "run"))
+    for name, parameter in parameters.items():
+        assert after[name].dtype == before[name].dtype == torch.bfloat16
+        torch.testing.assert_close(after[name].float(), parameter, atol=5e-4, rtol=1e-2)
+        moved = not torch.equal(after[name], before[name])
+        assert moved is (is_of_streams(name) or not frozen), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"gradient_checkpointing": True}]
+)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
+def test_a_batch_in_parts_and_checkpointed_activations(full, text_file, tmp_path, frozen, options):
+    """Documents of different lengths, so that the parts predict different numbers of tokens."""
+    for name, more in (("plain", {}), ("other", options)):
+        train(
+            str(full),
+            tmp_path / name,
+            settings(text_file, freeze_backbone=frozen)
+            if not more
+            else settings(text_file, freeze_backbone=frozen, **more),
+        )
+    assert losses_of(tmp_path / "other") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-5)
+
+
+def test_leaves_a_checkpoint_of_the_same_kind(full, streams_only, backbone, text_file, tmp_path):
+    for name, checkpoint, frozen in (("f", full, True), ("s", streams_only, True), ("p", backbone, False)):
+        train(str(checkpoint), tmp_path / name, settings(text_file, freeze_backbone=frozen))
+        before, after = describe(str(checkpoint)), describe(str(tmp_path / name))
+        for key in ("kind", "num_streams", "prefix_length", "smoothing", "init", "seed", "dtype", "parameters"):
+            assert after[key] == before[key], (name, key)
+    assert AutoTokenizer.from_pretrained(tmp_path / "f")("x")["input_ids"]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "checkpoint-4", "checkpoint-5", "README.md", "loss.png", "metrics.jsonl", "parscale_config.json", "run.json",
+        "streams.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json",
+    }  # fmt: skip
+    # the streams are those of the full checkpoint, which were trained on the same text
+    alone, whole = load(tmp_path / "s"), load(tmp_path / "f")
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(alone.get_parameter(name), parameter)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+    assert not any(is_of_streams(name) for name, _ in plain.named_parameters())
+    assert losses_of(tmp_path / "p")[-1] < losses_of(tmp_path / "p")[0]
+
+
+def test_checkpoints_on_the_way_can_be_loaded(full, text_file, tmp_path):
+    train(str(full), tmp_path / "all", settings(text_file))
+    train(str(full), tmp_path / "streams", settings(text_file, freeze_backbone=True))
+    for folder in ("all", "streams"):
+        last, final = load(tmp_path / folder / "checkpoint-5"), load(tmp_path / folder)
+        for name, parameter in final.named_parameters():
+            assert torch.equal(last.get_parameter(name).to(parameter.dtype), parameter)
+
+
+def test_what_is_measured(full, backbone, text_file, tmp_path):
+    """Each text apart, before and after, with streams and without, against losses of whole documents."""
+    other = tmp_path / "prose.jsonl"
+    documents = ["The quick brown fox.", "It is a truth universally acknowledged."]
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    chosen = settings(
+        text_file, freeze_backbone=True, eval_data={"prose": str(other), "code": str(text_file)}, sequence_length=64,
+        tokens=5 * BATCH * 64, eval_every=2,
+    )  # fmt: skip
+    report = train(str(full), tmp_path / "run", chosen)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [(line["step"], line["text"], "backbone_loss" in line) for line in lines if "text" in line]
+    assert measured == [
+        (0, "prose", True), (0, "code", True), (0, "prose", False), (0, "code", False), (2, "prose", False),
+        (2, "code", False), (4, "prose", False), (4, "code", False), (5, "prose", False), (5, "code", False),
+    ]  # fmt: skip
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+
+    def loss(model):
+        total = count = 0
+        for text in documents:
+            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+            total += cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+            count += ids.shape[1] - 1
+        return total / count
+
+    plain = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    found = report["losses"]["prose"]
+    with torch.no_grad():
+        assert found["backbone"] == pytest.approx(loss(plain), abs=1e-5)
+        assert found["before"] == pytest.approx(loss(load(full, dtype=torch.float32)), abs=1e-5)
+        trained = load(tmp_path / "run" / "checkpoint-5", backbone=str(full), dtype=torch.float32)
+        assert found["after"] == pytest.approx(loss(trained), abs=1e-5)
+
+
+def test_an_adapter_beside_the_streams(full, text_file, tmp_path):
+    """It is merged into the backbone: the result has the losses of adapter and streams apart."""
+    peft = pytest.importorskip("peft")
+    before = load(full, dtype=torch.float32)
+    before.save_pretrained(tmp_path / "float32")
+    AutoTokenizer.from_pretrained(full).save_pretrained(tmp_path / "float32")
+    train(str(tmp_path / "float32"), tmp_path / "run", settings(text_file, lora_rank=4))
+    assert losses_of(tmp_path / "run")[-1] < losses_of(tmp_path / "run")[0]
+    after = load(tmp_path / "run")
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert {name for name in moved if is_of_streams(name)} == {
+        n for n, _ in after.named_parameters() if is_of_streams(n)
+    }
+    assert {name.split(".")[-2] for name in moved if "layers" in name and not is_of_streams(name)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert not any("norm" in name or "embed" in name for name in moved)
+    last = tmp_path / "run" / "checkpoint-5"
+    apart = peft.PeftModel.from_pretrained(load(last, backbone=str(tmp_path / "float32")), str(last))
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(after(ids).logits, apart(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide(byte_tokenizer, tmp_path_factory):
+    """Full and streams only, of sizes that four-bit blocks of 64 weights fit in."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "backbone")
+    model = LlamaForCausalLM.from_pretrained(folder / "backbone")
+    wrap(model, 2, prefix_length=3, init="random", seed=0)
+    model.save_pretrained(folder / "full")
+    model.save_streams(folder / "streams")
+    for name in ("full", "streams"):
+        byte_tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["full", "streams"])
+@pytest.mark.parametrize(("quantize", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_quantized_frozen_backbone(wide, text_file, tmp_path, quantize, package, kind):
+    """The streams train on it, and are saved with the backbone as it was."""
+    pytest.importorskip(package)
+    train(str(wide / kind), tmp_path / "run", settings(text_file, freeze_backbone=True, quantize=quantize))
+    exact = by_hand(wide / "full", text_file, frozen=True)[0]
+    losses = losses_of(tmp_path / "run")
+    assert all(abs(one - other) > 1e-5 for one, other in zip(losses, exact, strict=True))
+    assert losses == pytest.approx(exact, rel={"int8": 0.005, "nf4": 0.05}[quantize])  # eight bits and four
+    before, after = load(wide / "full"), load(tmp_path / "run")
+    for name, parameter in after.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)) is not is_of_streams(name)
+
+
+@pytest.mark.parametrize(("quantize", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_an_adapter_on_a_quantized_backbone(wide, text_file, tmp_path, quantize, package):
+    pytest.importorskip(package)
+    train(str(wide / "full"), tmp_path / "run", settings(text_file, lora_rank=2, quantize=quantize))
+    losses = losses_of(tmp_path / "run")
+    assert losses[-1] < losses[0]
+    assert load(tmp_path / "run").num_streams == 2
+
+
+def test_streamed_data_is_the_data_in_its_order(full, text_file, tmp_path):
+    train(str(full), tmp_path / "run", settings(text_file, streaming=True, freeze_backbone=True))
+    model = load(full, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    blocks = Blocks(pack(Encoder(tokenizer, 257)([("", text_file.read_text())]), S), S)
+    rows = [blocks[index] for index in range(BATCH)]
+    inputs = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    assert losses_of(tmp_path / "run")[0] == pytest.approx(model(**inputs).loss.item(), abs=1e-5)
+
+
+def test_documents_in_memory_train_as_the_same_files_do(full, text_file, tmp_path):
+    train(str(full), tmp_path / "files", settings(text_file, eval_data={"same": str(text_file)}))
+    source = Source.of("some code", [("text.py", text_file.read_text())])
+    report = train(str(full), tmp_path / "memory", settings(text_file, data=[source], eval_data={"same": source}))
+    assert losses_of(tmp_path / "memory") == losses_of(tmp_path / "files")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("files", "memory")]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+    assert report["data"] == ["some code"]
+    assert "`some code`" in (tmp_path / "memory" / "README.md").read_text()
+
+
+def test_in_bfloat16(full, text_file, tmp_path):
+    """A frozen backbone stays in its own dtype; what trains is in float32."""
+    train(str(full), tmp_path / "run", settings(text_file, bf16=True, freeze_backbone=True))
+    assert losses_of(tmp_path / "run") == pytest.approx(by_hand(full, text_file, frozen=True)[0], rel=0.02)
+    stored = load_file(tmp_path / "run" / "checkpoint-5" / "streams.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert {p.dtype for p in load(tmp_path / "run").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
+def test_on_a_gpu(full, text_file, tmp_path, frozen):
+    """In bfloat16 by itself; begun again from a checkpoint on the way it is the same run."""
+    chosen = settings(text_file, bf16=None, freeze_backbone=frozen, save_every=2)
+    report = train(str(full), tmp_path / "run", chosen)
+    assert report["bf16"]
+    losses = losses_of(tmp_path / "run")
+    assert losses == pytest.approx(by_hand(full, text_file, frozen=frozen)[0], rel=0.03)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for path in [*(tmp_path / "again").glob("*.json"), tmp_path / "again" / "model.safetensors"]:
+        if path.name != "run.json":
+            path.unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoint-5")
+    train(str(full), tmp_path / "again", chosen, resume=True)
+    assert losses_of(tmp_path / "again") == pytest.approx(losses, rel=1e-3)
+
+
+def test_compiled(full, text_file, tmp_path):
+    train(str(full), tmp_path / "run", settings(text_file, compile=True, freeze_backbone=True))
+    assert losses_of(tmp_path / "run") == pytest.approx(by_hand(full, text_file, frozen=True)[0], abs=1e-4)
+
+
+def test_further_sets_stay_as_they_are(full, text_file, tmp_path):
+    model = load(full)
+    model.add_streams("other", 2, prefix_length=3, init="random", seed=5)
+    model.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(full).save_pretrained(tmp_path / "two")
+    kept = copy.deepcopy({name: p for name, p in model.named_parameters() if "@other" in name})
+    for name, frozen in (("streams", True), ("everything", False)):
+        train(str(tmp_path / "two"), tmp_path / name, settings(text_file, freeze_backbone=frozen))
+        after = load(tmp_path / name)
+        assert kept
+        assert all(torch.equal(after.get_parameter(key), value) for key, value in kept.items())
+
+
+def test_a_tracker(full, text_file, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(str(full), tmp_path / "run", settings(text_file, freeze_backbone=True, report_to=["tensorboard"]))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_the_card_states_the_run(full, text_file, tmp_path):
+    report = train(
+        str(full), tmp_path / "run", settings(text_file, freeze_backbone=True, eval_data={"code": str(text_file)}),
+        command="parscale train here",
+    )  # fmt: skip
+    card = (tmp_path / "run" / "README.md").read_text()
+    for fact in ("LlamaForCausalLM", "parscale train here", "320", f"{report['losses']['code']['after']:.4f}"):
+        assert fact in card
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": []}, "There is no data to train on"),
+        ({"batch_size": 0}, "batch_size is 0, and must be at least 1"),
+        ({"sequence_length": 1}, "sequence_length is 1, and must be at least 2"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, and must be a number of at least 0"),
+        ({"warmup": 0.7, "decay": 0.5}, "together at most 1"),
+        ({"freeze_backbone": True, "lora_rank": 4}, "give one of them"),
+        ({"quantize": "int3", "freeze_backbone": True}, "must be 'int8' or 'nf4'"),
+        ({"quantize": "int8"}, "A quantized backbone cannot train"),
+        ({"streaming": True, "tokens": None}, "say with tokens how many"),
+    ],
+)
+def test_settings_without_sense(text_file, options, said):
+    with pytest.raises(ValueError, match=said):
+        settings(text_file, **options)
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "said"),
+    [
+        ("full", {"tokens": BATCH * S - 1}, "63 tokens are fewer than the 64 of one step"),
+        (
+            "full",
+            {"sequence_length": 129},
+            "sequence_length is 129, and must be between 2 and the model's 128 positions",
+        ),
+        ("full", {"micro_batch_size": 3}, "must divide each process's 4 sequences"),
+        ("full", {"data": ["short.txt"], "tokens": None}, "fewer than one sequence of 16"),
+        ("full", {"data": ["empty.txt"]}, "empty.txt is empty"),
+        ("full", {"data": ["gone.txt"]}, "gone.txt does not exist"),
+        ("full", {"eval_data": {"x": "gone.txt"}}, "gone.txt does not exist"),
+        ("full", {"eval_data": {"x": "one.txt"}}, None),
+        ("streams_only", {}, "holds streams only, whose backbone stays as it is; add --freeze-backbone"),
+        ("backbone", {"freeze_backbone": True}, "has no streams, so nothing trains with a frozen backbone"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(
+    request, text_file, tmp_path, monkeypatch, which, options, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "empty.txt").write_text("")
+    checkpoint = request.getfixturevalue(which)
+    if said is None:  # a letter and the end of text are two tokens
+        train(str(checkpoint), tmp_path / "run", settings(text_file, **options))
+        return
+    with pytest.raises((ValueError, OSError), match=said):
+        train(str(checkpoint), tmp_path / "run", settings(text_file, **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_in_use(full, text_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    for resume, said in ((False, "is not empty; give a new one, or --resume"), (True, "holds no run to go on with")):
+        with pytest.raises(ValueError, match=said):
+            train(str(full), tmp_path / "run", settings(text_file), resume=resume)
+    with pytest.raises(ValueError, match="is a file"):
+        train(str(full), text_file, settings(text_file))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]

@@ -1,0 +1,140 @@
+"""`train` on two processes (gloo, CPU): the losses of one, and runs that go on with another number of processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from parscale import load
+from parscale.checkpoints.training.run_folder import MANIFEST, Run
+from parscale.checkpoints.training.train import TrainSettings, train
+
+STEPS = 4
+CONFIGURATIONS = Path(__file__).parents[3] / "examples" / "accelerate"
+WAYS = {"everything": {}, "streams": {"freeze_backbone": True}, "lora": {"lora_rank": 2}}
+
+
+@pytest.fixture(scope="module")
+def settings(sentences):
+    return {
+        "data": [str(sentences)],
+        "eval_data": {"same": str(sentences)},
+        "tokens": STEPS * 4 * 32,
+        "sequence_length": 32,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_every": 2,
+        "eval_every": 2,
+        "bf16": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def one(full, settings, tmp_path_factory):
+    """The runs of one process, by what trains."""
+    folder = tmp_path_factory.mktemp("one")
+    for name, way in WAYS.items():
+        train(str(full), folder / name, TrainSettings(**settings | way))
+    return folder
+
+
+@pytest.fixture
+def launch(programs, tmp_path):
+    """Trains in several processes."""
+
+    def run(processes, runs, **environment):
+        worker = Path(__file__).with_name("distributed_worker.py")
+        programs.run_together(processes, worker, json.dumps(runs), cwd=tmp_path, **environment)
+
+    return run
+
+
+def request(checkpoint, output, settings, *, resume=False):
+    return {"checkpoint": str(checkpoint), "output": str(output), "settings": settings, "resume": resume}
+
+
+def fsdp2(kind):
+    """What `accelerate launch` makes of the configuration file."""
+    options = yaml.safe_load((CONFIGURATIONS / "fsdp2.yaml").read_text())["fsdp_config"] | {
+        "fsdp_state_dict_type": kind
+    }
+    return {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value).lower() for name, value in options.items()} | {
+        "FSDP_AUTO_WRAP_POLICY": options["fsdp_auto_wrap_policy"], "FSDP_STATE_DICT_TYPE": kind
+    }  # fmt: skip
+
+
+def assert_same(folder, expected):
+    lines, wanted = Run(folder).metrics(), Run(expected).metrics()
+    assert len(lines) == len(wanted)
+    for line, other in zip(lines, wanted, strict=True):
+        for name in ("step", "tokens", "text"):
+            assert line.get(name) == other.get(name)
+        for name in ("loss", "eval_loss", "backbone_loss"):
+            assert line.get(name) == pytest.approx(other.get(name), abs=1e-5)
+    model, same = load(folder), load(expected)
+    for name, parameter in same.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, atol=4e-3, rtol=2e-2)
+
+
+def stop_after_two_steps(folder, copy):
+    """A copy of a run, as if it had been stopped there."""
+    shutil.copytree(folder, copy)
+    for path in list(copy.iterdir()):
+        if path.is_file() and path.name not in ("run.json", "metrics.jsonl"):
+            path.unlink()
+    shutil.rmtree(copy / f"checkpoint-{STEPS}")
+    assert (copy / "checkpoint-2" / MANIFEST).exists()
+    return copy
+
+
+def test_ddp(full, settings, one, tmp_path, launch):
+    """And what two processes have begun goes on in one, and the other way round."""
+    runs = [request(full, tmp_path / name, settings | way) for name, way in WAYS.items()]
+    for name, way in WAYS.items():
+        stopped = stop_after_two_steps(one / name, tmp_path / f"{name}-from-one")
+        runs.append(request(full, stopped, settings | way, resume=True))
+    launch(2, runs)
+    for name, way in WAYS.items():
+        assert_same(tmp_path / name, one / name)
+        assert_same(tmp_path / f"{name}-from-one", one / name)
+        stopped = stop_after_two_steps(tmp_path / name, tmp_path / f"{name}-from-two")
+        train(str(full), stopped, TrainSettings(**settings | way), resume=True)
+        assert_same(stopped, one / name)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2(full, settings, one, tmp_path, kind, launch):
+    """Also begun by two processes and gone on with by one, under FSDP too."""
+    ways = {name: WAYS[name] for name in ("everything", "streams")}
+    launch(2, [request(full, tmp_path / name, settings | way) for name, way in ways.items()], **fsdp2(kind))
+    runs = []
+    for name, way in ways.items():
+        assert_same(tmp_path / name, one / name)
+        stopped = stop_after_two_steps(tmp_path / name, tmp_path / f"{name}-from-two")
+        runs.append(request(full, stopped, settings | way, resume=True))
+    launch(1, runs, **fsdp2(kind))
+    for name in ways:
+        assert_same(tmp_path / f"{name}-from-two", one / name)
+
+
+def test_zero3(full, settings, one, tmp_path, launch):
+    pytest.importorskip("deepspeed")
+    ways = {name: WAYS[name] for name in ("everything", "streams")}
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGURATIONS / "zero3.json"),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "DS_ACCELERATOR": "cpu",
+    }
+    launch(2, [request(full, tmp_path / name, settings | way) for name, way in ways.items()], **environment)
+    for name in ways:
+        assert_same(tmp_path / name, one / name)
+
+
+def test_a_batch_that_the_processes_cannot_share(full, settings, tmp_path, launch):
+    with pytest.raises(AssertionError, match="must be a multiple of the 2 processes"):
+        launch(2, [request(full, tmp_path / "run", settings | {"batch_size": 3})])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,112 @@
+"""The figures on the pages are those in the files that the benchmarks wrote."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def on_file(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def with_interval(entry):
+    return f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
+
+
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """What a program in `benchmarks/` prints with `--table`."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, "--table", *map(str, arguments)])
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_of_the_quickstart():
+    report, text = on_file("quickstart.json"), page("results/quickstart.md")
+    for entry in report["comparisons"]:
+        assert with_interval(entry) in text
+    for figures in report["models"].values():
+        assert all(f"{loss:.4f}" in text for loss in figures["loss"].values())
+
+
+def test_of_recycling():
+    runs, text = on_file("recycle.json")["runs"], page("results/recycling.md")
+    assert [run["num_streams"] for run in runs] == [1, 2, 4, 8, 4]
+    for run in runs:
+        shown = ["against untouched"] + ["against backbone alone"] * (run["kind"] == "streams and backbone")
+        for baseline in shown:
+            assert all(with_interval(found) in text for found in run[baseline].values())
+
+
+def test_of_the_starts(table):
+    table, text = table("inits.py"), page("results/starts.md")
+    rows = re.findall(r'^\| (?:Qwen2|GPT-NeoX), `"\w+"`.*$', text, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for row in rows:
+        before, _, code, within, prose, _ = [cell.strip() for cell in row.split("|")][2:-1]
+        assert re.search(
+            rf"^\| .* {re.escape(before)} .* {re.escape(code)} .* {re.escape(within)} \| {re.escape(prose)} ",
+            table,
+            flags=re.MULTILINE,
+        ), row
+    assert "end-of-text token: held-out code -0.0189, prose -0.0032, held-out code, from within +0.0089" in table
+    assert "-0.0189 on code, and +0.0089" in text.replace("\n", " ")
+
+
+def test_of_the_transforms(table):
+    assert table("transforms.py").strip() in page("results/transforms.md")
+
+
+def test_of_serving(table):
+    assert table("serving.py", RESULTS / "serving.json").strip() in page("results/serving.md")
+
+
+def test_of_the_overhead():
+    rows, text = on_file("overhead.json")["rows"], page("results/overhead.md")
+    ratios = {(row["P"], row["S"], row["model"], row["what"]): f"{row['ratio']:.2f}" for row in rows}
+    for P, S in sorted({key[:2] for key in ratios}):
+        cells = []
+        for what in ("prefill", "decode", "train", "train memory"):
+            released = ratios.get((P, S, "released", what))
+            cells.append(ratios[P, S, "parscale", what] + (f" ({released})" if released else ""))
+        assert f"| {P} | {S} | {' | '.join(cells)} |" in text
+
+
+def test_of_the_cost():
+    text = page("results/cost.md")
+    for row in on_file("cost.json")["rows"]:
+        ratios = [row[key] for key in ("streams_to_dense", "counted_streams_to_dense", "streams_to_plain")]
+        cells = (row["streams"], row["batch_size"], *(f"{ratio:.2f}" for ratio in ratios))
+        assert f"| {' | '.join(map(str, cells))} |" in text
+
+
+def test_of_the_law():
+    report, text = on_file("law.json"), page("results/law.md")
+    stack, pile = report["fits"]["stack"], report["fits"]["pile"]
+    for name, fit in (("Stack-V2-Python", stack), ("Pile", pile)):
+        scale = f"{fit['A']:.3e}".replace("e+0", "e")
+        assert f"| {name} | {fit['E']:.4f} | {scale} | {fit['alpha']:.4f} | {fit['r2']:.4f} |" in text
+    intervals = ["{:.3f} ({:.3f}, {:.3f})".format(fit["k"], *fit["intervals"]["k"]) for fit in (stack, pile)]
+    assert f"| {' | '.join(intervals)} |" in text
+
+
+def test_of_memory_and_kernels_are_taken_from_the_files():
+    assert '--8<-- "benchmarks/results/training_memory.md:3"' in page("results/memory.md")
+    assert (RESULTS / "training_memory.md").read_text().splitlines()[2].startswith("| backbone | P |")
+    assert '--8<-- "benchmarks/results/kernels.md"' in page("results/kernels.md")

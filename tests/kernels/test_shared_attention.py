@@ -1,0 +1,129 @@
+"""Attention over shared keys, held against loops in float64 that know nothing of layouts."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from parscale.kernels.shared_attention import (
+    shared_attention_reference,
+    shared_causal_attention,
+    shared_decode_attention,
+)
+
+T, D = 5, 8
+# streams, rows, heads, key/value heads, tokens
+SHAPES = [(2, 1, 4, 2, 1), (3, 2, 6, 2, 7), (5, 3, 3, 3, 13), (2, 4, 8, 1, 33)]
+
+
+def tensors(P, B, heads, G, S, K, dtype=torch.float64, has_plain=True, Dv=D):
+    generator = torch.Generator().manual_seed(P * 100 + S)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    query = draw((P if has_plain else P - 1) * B, heads, S, D)
+    return query, draw(B, G, K, D), draw(B, G, K, Dv), draw(P - 1, G, T, D), draw(P - 1, G, T, Dv)
+
+
+def by_loops(query, key, value, prefix_k, prefix_v, visible, scaling=D**-0.5):
+    """One query of one head at a time; ``visible(b, s, k)`` says whether row b's query s sees key k."""
+    query, key, value, prefix_k, prefix_v = (x.double() for x in (query, key, value, prefix_k, prefix_v))
+    R, heads, S, _ = query.shape
+    B, G, K, _ = key.shape
+    first = 1 - (R // B - prefix_k.shape[0])  # the stream of the first rows: 0, or 1 where stream 0 is left out
+    rows = []
+    for r in range(R):
+        p, b = first + r // B, r % B
+        for h in range(heads):
+            g = h // (heads // G)
+            for s in range(S):
+                seen = [k for k in range(K) if visible(b, s, k)]
+                keys, values = key[b, g, seen], value[b, g, seen]
+                if p > 0:
+                    keys = torch.cat([prefix_k[p - 1, g], keys])
+                    values = torch.cat([prefix_v[p - 1, g], values])
+                rows.append(((keys @ query[r, h, s]) * scaling).softmax(0) @ values)
+    return torch.stack(rows).view(R, heads, S, -1)
+
+
+@pytest.mark.parametrize("has_plain", [True, False], ids=["all streams", "without stream 0"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_causal(shape, has_plain):
+    inputs = tensors(*shape, shape[-1], has_plain=has_plain)
+    expected = by_loops(*inputs, lambda b, s, k: k <= s)
+    found = shared_causal_attention(*inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(shared_attention_reference(*inputs), expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    truth = torch.autograd.grad((expected * weights).sum(), inputs)
+    for gradient, true in zip(gradients, truth, strict=True):
+        torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
+
+
+def test_causal_gradients_by_finite_differences():
+    inputs = tensors(3, 2, 4, 2, 3, 3)
+    assert torch.autograd.gradcheck(lambda *x: shared_causal_attention(*x, scaling=0.3), inputs)
+
+
+def test_causal_is_differentiable_once():
+    inputs = tensors(2, 1, 2, 1, 3, 3)
+    (first,) = torch.autograd.grad(shared_causal_attention(*inputs).sum(), inputs[3], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once.*SDPBackend\.MATH"):
+        torch.autograd.grad(first.square().sum(), inputs[3])
+
+
+@pytest.mark.parametrize("has_plain", [True, False], ids=["all streams", "without stream 0"])
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive", "by head"])
+@pytest.mark.parametrize("shape", [(2, 1, 4, 2), (3, 2, 6, 2), (5, 3, 3, 3)], ids=str)
+def test_decode(shape, kind, has_plain):
+    K, (_, B, heads, _) = 9, shape
+    inputs = tensors(*shape, 1, K, has_plain=has_plain, Dv=6)
+    seen = torch.rand(B, 1, 1, K, generator=torch.Generator().manual_seed(3)) < 0.6
+    seen[..., -1] = True
+    mask = {"none": None, "boolean": seen}.get(kind)
+    if kind in ("additive", "by head"):
+        mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
+    if kind == "by head":
+        mask = mask.expand(-1, heads, -1, -1)
+    expected = by_loops(*inputs, lambda b, s, k: mask is None or bool(seen[b, 0, 0, k]))
+    found = shared_decode_attention(*inputs, mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for gradient, true in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fewer_bits_cost_no_more_than_torchs_own_attention(dtype):
+    """The error against float64 is at most twice that of torch's attention over joined keys in the same dtype."""
+    with torch.no_grad():
+        inputs = [x.detach() for x in tensors(4, 2, 4, 2, 1, 50, dtype)]
+        truth = by_loops(*inputs, lambda b, s, k: True)
+        with sdpa_kernel(SDPBackend.MATH):
+            theirs = shared_attention_reference(*inputs).double() - truth
+        ours = shared_decode_attention(*inputs, None).double() - truth
+        assert ours.abs().max() <= 2 * theirs.abs().max()
+        inputs = [x.detach() for x in tensors(4, 2, 4, 2, 20, 20, dtype)]
+        truth = by_loops(*inputs, lambda b, s, k: k <= s)
+        with sdpa_kernel(SDPBackend.MATH):
+            theirs = shared_attention_reference(*inputs).double() - truth
+        ours = shared_causal_attention(*inputs).double() - truth
+        assert ours.abs().max() <= 2 * theirs.abs().max()
+
+
+def test_half_precision_is_raised_in_pieces(monkeypatch):
+    from parscale.kernels.shared_attention import decode
+
+    inputs = [x.detach() for x in tensors(3, 2, 4, 2, 1, 50, torch.bfloat16)]
+    whole = shared_decode_attention(*inputs, None)
+    monkeypatch.setattr(decode, "PIECE", 7 * 2 * 2 * D)
+    torch.testing.assert_close(shared_decode_attention(*inputs, None), whole, rtol=0, atol=2**-7)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    query, *others = tensors(3, 2, 4, 2, 1, 5)
+    for function, mask in ((shared_decode_attention, (None,)), (shared_causal_attention, ())):
+        with pytest.raises(ValueError, match=r"queries of 2 or 3 streams of 2 rows .* got query \(5, 4, 1, 8\)"):
+            function(query[:5], *others, *mask)

@@ -1,0 +1,142 @@
+"""Every attribute that the plugin reads from an object of vLLM's is one that vLLM's own class has."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).parents[2] / "parscale" / "integrations" / "vllm"
+BACKENDS, MODELS, CONFIG = "vllm.v1.attention.backends", "vllm.model_executor.models", "vllm.config"
+CONFIGS = {
+    "vllm_config": f"{CONFIG}.VllmConfig",
+    "model_config": f"{CONFIG}.ModelConfig",
+    "cache_config": f"{CONFIG}.CacheConfig",
+    "compilation_config": f"{CONFIG}.CompilationConfig",
+    "load_config": f"{CONFIG}.LoadConfig",
+    "parallel_config": f"{CONFIG}.ParallelConfig",
+    "scheduler_config": f"{CONFIG}.SchedulerConfig",
+    "speculative_config": f"{CONFIG}.SpeculativeConfig",
+}
+# In each file, by class or function ("" in all of it): a name, and the classes of the objects that it stands for.
+NAMES = {
+    "windows.py": {
+        "CpuImpl": {"attn_metadata": [f"{BACKENDS}.cpu_attn.CPUAttentionMetadata"]},
+        "FlashImpl": {"attn_metadata": [f"{BACKENDS}.flash_attn.FlashAttentionMetadata"]},
+    },
+    "models.py": {
+        "StreamAttention": {
+            "own": [f"{MODELS}.{x}" for x in ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")],
+            "attn": ["vllm.model_executor.layers.attention.Attention"],
+        }
+    },
+    "scheduler.py": {
+        "": {
+            "request": ["vllm.v1.request.Request"],
+            "sampling": ["vllm.sampling_params.SamplingParams"],
+            "sampling_params": ["vllm.sampling_params.SamplingParams"],
+            "stats": ["vllm.v1.metrics.stats.PrefillStats"],
+            "model_runner_output": ["vllm.v1.outputs.ModelRunnerOutput"],
+            "output": ["vllm.v1.engine.EngineCoreOutput"],
+            "one": ["vllm.v1.engine.EngineCoreOutputs"],
+        }
+    },
+    "startup.py": {},
+}
+
+
+def load(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def attributes(cls):
+    """What objects of a class have: fields, members, and what its methods set."""
+    found = set(dir(cls)) | set(getattr(cls, "__struct_fields__", ()))
+    if dataclasses.is_dataclass(cls):
+        found |= {field.name for field in dataclasses.fields(cls)}
+    for base in cls.__mro__[:-1]:
+        found |= set(vars(base).get("__annotations__", {}))
+        if base.__module__.startswith(("vllm.", "parscale.")):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            found |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            }
+    return found
+
+
+def reads(tree, names):
+    """``(name, attribute, classes)`` for each attribute that is read from a known object, through local names too."""
+    names = names | {name: [path] for name, path in CONFIGS.items()}
+
+    def known(node):
+        """The classes of what an expression stands for: by its last name, or one that was given to it."""
+        if isinstance(node, ast.Name):
+            return names.get(node.id)
+        if isinstance(node, ast.Attribute):
+            return names.get(node.attr) if node.attr in CONFIGS or known(node.value) else None
+        return None
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+            for one, other in pairs:
+                if isinstance(one, ast.Name) and known(other):
+                    names[one.id] = known(other)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and known(node.value):
+            yield ast.unparse(node.value), node.attr, known(node.value)
+
+
+def parts(file):
+    """Each class and function of a file, with the names that are known in it."""
+    for node in ast.parse((PLUGIN / file).read_text()).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            yield node, NAMES[file].get("", {}) | NAMES[file].get(node.name, {})
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_every_attribute_is_there(file):
+    found = [read for node, names in parts(file) for read in reads(node, names)]
+    assert len(found) > 5
+    missing = {
+        f"{name}.{attribute} of {path}"
+        for name, attribute, paths in found
+        for path in paths
+        if attribute not in attributes(load(path))
+    }
+    assert not missing
+
+
+def test_an_attribute_that_is_not_there_is_found():
+    """The one that a release took away and a stand-in went on having."""
+    tree = ast.parse("def forward(attn_metadata):\n    metadata = attn_metadata\n    return metadata.use_cascade")
+    path = f"{BACKENDS}.flash_attn.FlashAttentionMetadata"
+    (read,) = reads(tree, {"attn_metadata": [path]})
+    assert read == ("metadata", "use_cascade", [path])
+    assert "use_cascade" not in attributes(load(path))
+    assert "num_actual_tokens" in attributes(load(path))
+
+
+@pytest.mark.parametrize("name", ["CpuImpl", "FlashImpl"])
+def test_what_an_implementation_reads_of_itself(name):
+    from parscale.integrations.vllm import windows
+
+    cls = getattr(windows, name)
+    source = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    read = {
+        node.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    assert {"scale", "head_size", "sliding_window", "prefix"} <= read
+    assert read <= attributes(cls)
