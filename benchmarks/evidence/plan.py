@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ SIZES = {  # by name: width, layers, training tokens
     "21M": (512, 8, 100_000_000),  # on a GPU
 }
 FIRST_RATE = 8e-3
-VARIANTS = ("draw=7", "embedding", "probabilities", "left-out", "apart=0.1", "lora=4", "draw=3", "rate=3", "rate=0.3")
+VARIANTS = ("draw=7", "embedding", "lora=4", "probabilities", "left-out", "apart=0.1", "draw=3", "rate=3", "rate=0.3")
 PREFIX_LENGTHS = (2, 32)  # besides 8
 TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with their levels, widths and layers
 UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
@@ -104,6 +105,7 @@ def tuned(
 
 def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from arms("0.1M", 0, rates)
+    yield from islice(variants(0, rates), 3)
     yield from _tasks(rows)
     yield from arms("0.1M", 1, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
