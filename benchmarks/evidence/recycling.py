@@ -19,14 +19,19 @@ from text import read_sides
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import ParScaleConfig, wrap
-from parscale.checkpoints.conversion.convert import calibration_ids
-from parscale.checkpoints.evaluation.controls import ADAPTER, ARMS, BOTH, NOTHING, STREAMS, Arm, give
-from parscale.checkpoints.evaluation.places import evaluate_places
-from parscale.checkpoints.models import open_checkpoint
-from parscale.checkpoints.small_model import small_model_path
-from parscale.checkpoints.texts.documents import Document
-from parscale.checkpoints.training.settings import TrainSettings
-from parscale.checkpoints.training.train import train as train_checkpoint
+from parscale.checkpoints import (
+    ARMS,
+    Arm,
+    Document,
+    TrainSettings,
+    calibration_ids,
+    evaluate_places,
+    open_checkpoint,
+    prepare_arm,
+    small_model_path,
+)
+from parscale.checkpoints import train as train_checkpoint
+from parscale.checkpoints.evaluation.controls import ADAPTER, BOTH, NOTHING, STREAMS
 
 PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
 TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2
@@ -103,7 +108,7 @@ def _start(run: RecycleRun, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
     texts = _training(run.tokens)[run.seed :: 50]  # a fiftieth of them, another for each seed
     calibration = calibration_ids(texts, tokenizer, run.streams, run.streams * PREFIX_LENGTH)
-    give(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed), calibration)
+    prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed), calibration)
     model.save_pretrained(folder / "start.partial")
     tokenizer.save_pretrained(folder / "start.partial")
     (folder / "start.partial").rename(start)

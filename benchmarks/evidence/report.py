@@ -1,4 +1,4 @@
-"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json` and `.md`.
+"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json`, `.md`, `.svg`.
 
     .venv/bin/python -P benchmarks/evidence/report.py
 
@@ -19,11 +19,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import Run
+from matplotlib.figure import Figure
 from plan import SIZES, Rows, read_rows
 from recycling import RecycleRun
 from synthetic import TaskRun
 
-from parscale.checkpoints.evaluation.controls import HELD_AGAINST, Interval, crossed_interval
+from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval
 from parscale.scaling_laws import fit
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -37,6 +38,7 @@ SCRATCH_PAIRS = {
     "average": ("dense",),
 }
 CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
+SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(markdown(report))
+    plot(report, args.output.with_suffix(".svg"))
     print(markdown(report))
 
 
@@ -258,6 +261,25 @@ def markdown(report: dict[str, Any]) -> str:
         shape = f"{entry['hidden']}, {entry['layers']}"
         lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, shown)
     return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Differences from the dense model in the middle of documents, by arm and size, with their intervals."""
+    entries = [e for e in report["comparisons"] if (e["study"], e["baseline"], e["where"]) == SHOWN]
+    sizes = [size for size in SIZES if any(entry["size"] == size for entry in entries)]
+    if not sizes:
+        return
+    figure = Figure(figsize=(3.2 * len(sizes) + 1, 3.2), layout="constrained")
+    for index, (axes, size) in enumerate(zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True)):
+        of_size = [entry for entry in entries if entry["size"] == size]
+        for place, entry in enumerate(of_size):
+            below, above = entry["difference"] - entry["low"], entry["high"] - entry["difference"]
+            axes.errorbar(entry["difference"], place, xerr=[[below], [above]], fmt="o", color="black", capsize=3)
+        axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(of_size)), [entry["arm"] for entry in of_size] if index == 0 else [])
+        axes.set(title=size, xlabel="nats for each byte")
+    with path.open("w") as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _row(*cells: str) -> list[str]:

@@ -68,7 +68,7 @@ HELD_AGAINST = {
 """The pairs that a report shows."""
 
 
-def give(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch.Tensor | None = None) -> Any:
+def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch.Tensor | None = None) -> Any:
     """Gives a plain model what an arm adds to it, in place, before it trains, and freezes what the arm does not train.
 
     One prefix is two streams that start from the same text. They get the same gradients and stay equal, so that their
@@ -148,6 +148,9 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
         differences: `(S, D)`, one row for each seed.
         confidence: between 0 and 1.
 
+    Returns:
+        The mean and its interval.
+
     Raises:
         ValueError: it is no table, or has fewer than two documents.
     """
@@ -200,6 +203,9 @@ def hold_against(
         evaluations: by arm's name, for each seed, what `evaluate_places` gives. An arm that does not depend on the seed
             may have one.
         tokens: how many the arms were trained on.
+
+    Returns:
+        One entry for each place.
 
     Raises:
         ValueError: the two were measured on different documents or windows, or with different numbers of seeds.

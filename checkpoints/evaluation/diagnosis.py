@@ -44,9 +44,9 @@ class Diagnosis:
         entropy: mean entropy of the weights by position, nats, `(S - 1,)`; `log(P)` where all streams count the same.
         counts: how many tokens were predicted from each position, `(S - 1,)`.
         gains: how much the loss falls below that of stream 0 alone when the tokens of which it is least certain get all
-            streams, for each of `SHARES`; the last is the gain of the mixture over stream 0.
-        thresholds: the entropy of stream 0's prediction, in nats, above which these tokens lie: `adaptive` in
-            `model.generate`.
+            streams, `(len(SHARES),)`; the last is the gain of the mixture over stream 0.
+        thresholds: the entropy of stream 0's prediction, in nats, above which these tokens lie, `(len(SHARES),)`: what
+            `adaptive` is in `model.generate`.
         tokens: how many were predicted.
         sequence_length: the windows' length in tokens; S is the longest that there was.
     """

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parscale import ParScaleConfig
-from parscale.checkpoints.evaluation.controls import ARMS, HELD_AGAINST, crossed_interval, give, hold_against
+from parscale.checkpoints.evaluation.controls import ARMS, HELD_AGAINST, crossed_interval, hold_against, prepare_arm
 from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
 
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -141,7 +141,7 @@ IDS = torch.arange(60).remainder(61).view(5, 12)
 @pytest.mark.parametrize(("name", "length"), [("prefix", 4), ("long-prefix", 12)])
 def test_one_prefix_stays_one_under_training(plain, name, length):
     texts = torch.randint(1, 64, (3, 12), generator=torch.Generator().manual_seed(1))
-    model = give(BY_NAME[name], copy.deepcopy(plain), CONFIG, texts).train()
+    model = prepare_arm(BY_NAME[name], copy.deepcopy(plain), CONFIG, texts).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prefixes = [parameter for key, parameter in model.named_parameters() if ".prefix_" in key]
     assert prefixes
@@ -164,7 +164,7 @@ def test_one_prefix_stays_one_under_training(plain, name, length):
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_what_an_arm_trains(plain, arm):
     texts = torch.randint(1, 64, (3, 12), generator=torch.Generator().manual_seed(1))
-    model = give(arm, copy.deepcopy(plain), CONFIG, texts)
+    model = prepare_arm(arm, copy.deepcopy(plain), CONFIG, texts)
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     of_streams = {name for name, _ in model.named_parameters() if ".prefix_" in name or "aggregate_layer" in name}
     backbone = {name for name, _ in plain.named_parameters()}
@@ -182,7 +182,7 @@ def test_what_an_arm_trains(plain, arm):
 def test_one_prefix_needs_a_text_of_its_length(plain):
     for calibration, given in ((None, "none"), (IDS[:3, :8], "8 tokens")):
         with pytest.raises(ValueError, match=rf"One prefix of 12 tokens .*\(it is {given}\)"):
-            give(BY_NAME["long-prefix"], copy.deepcopy(plain), CONFIG, calibration)
+            prepare_arm(BY_NAME["long-prefix"], copy.deepcopy(plain), CONFIG, calibration)
 
 
 def test_every_arm_is_held_against_arms_that_stand_before_it():
