@@ -156,3 +156,19 @@ def test_the_study_follows_when_its_rates_are_tuned() -> None:
         ("prefix", 1, 32),
         ("twin", 4, 8),
     }
+
+
+def test_the_average_of_models_is_that_of_their_probabilities() -> None:
+    from ensembles import Average
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, probabilities: list[float]) -> None:
+            super().__init__()
+            self.logits = torch.tensor(probabilities).log() + 3.0  # logits have no zero of their own
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(*ids.shape, -1)
+
+    average = Average([Fixed([0.5, 0.25, 0.25]), Fixed([0.1, 0.1, 0.8])])
+    found = average(torch.zeros(2, 3, dtype=torch.long)).exp()
+    torch.testing.assert_close(found, torch.tensor([0.3, 0.175, 0.525]).expand(2, 3, -1))
