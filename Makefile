@@ -22,7 +22,7 @@ ALL_CODE := $(CODE) $(wildcard examples benchmarks tests tools)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check docs build clean
+.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check gpu-evidence docs build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -123,6 +123,16 @@ gpu-check: ## The GPU tests and benchmarks; RELEASED=FOLDER times the released c
 	passed=0; $$python -P -m pytest -n 8 -m gpu $(GPU_TESTS) || passed=1; \
 	$$python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json \
 		&& exit $$passed
+
+gpu-evidence: ## The study of what streams are worth at the size of one GPU; started again, it goes on
+	@python=$(PYTHON); \
+	$$python -P -c 'import parscale, datasets, scipy, sklearn, sympy; $(SEES_GPU)' 2>/dev/null \
+		|| { $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; } || exit 1; \
+	$$python -P -c '$(SEES_GPU)' \
+		|| { echo "make gpu-evidence needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }; \
+	$$python -P benchmarks/evidence/work.py --gpu --work build/gpu-evidence --results benchmarks/results/gpu-evidence \
+		&& $$python -P benchmarks/evidence/report.py --rows benchmarks/results/gpu-evidence \
+			--output benchmarks/results/gpu-evidence.json
 
 $(DOCS_READY): $(PLAIN)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
