@@ -375,7 +375,12 @@ def test_the_trainer_takes_a_quantized_model_that_counts_as_adapted(make, monkey
 def test_an_adapter_of_the_models_own_is_seen(make):
     peft = pytest.importorskip("peft")
     model = make()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    try:
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    except ValueError as error:
+        if "PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert compat.has_adapter(model)
 
 
