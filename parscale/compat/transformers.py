@@ -15,14 +15,14 @@ import logging
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from parscale.compat.names import missing, needed, needed_module
 
@@ -326,6 +326,29 @@ def loading_reports(shown: Callable[[str], str | None]) -> Iterator[None]:
 def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:
     """The ``distributed_config`` that splits each layer over ``size`` processes, by a plan or by transformers' own."""
     return needed(needed_module("transformers.distributed"), "DistributedConfig")(tp_size=size, tp_plan=plan)
+
+
+# -- caches
+
+
+def answer_by(cache: Cache, answers: Mapping[str, Callable[..., Any]]) -> None:
+    """Lets a cache answer by other functions than the methods of its class.
+
+    A cache that was filled behind a prompt holds the prompt too. ``generate``, models around the backbone and users ask
+    it how many tokens it has read, to know which ids are new and where they stand, and they mean those of the text.
+    They ask the very object that they hold: a view of it, which a backbone could be handed, would not reach them, and
+    another class of it would no longer be the one that ``isinstance`` looks for. So the object itself answers
+    otherwise, while no backbone runs; :func:`answer_itself` undoes it.
+    """
+    for name, answer in answers.items():
+        needed(type(cache), name)
+        setattr(cache, name, answer)
+
+
+def answer_itself(cache: Cache, names: Iterable[str]) -> None:
+    """Undoes :func:`answer_by`."""
+    for name in names:
+        vars(cache).pop(name, None)
 
 
 # -- generation: a model's own methods that generate calls if they are there

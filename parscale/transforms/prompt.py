@@ -24,6 +24,7 @@ from parscale.attention.caches import is_empty
 from parscale.attention.masks import leading_zeros
 from parscale.attention.positions import RowPositions
 from parscale.compat.arguments import AS_FIRST, CACHES, SEES_IMAGES, TOKENS
+from parscale.compat.transformers import answer_by, answer_itself
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.streams.places import Place
@@ -81,8 +82,7 @@ class PromptTransform(ModelTransform):
         begins = is_empty(cache)
         self._check_cache(cache, mask, begins)
         if isinstance(cache, Cache):
-            for name in OUTSIDE:
-                cache.__dict__.pop(name, None)  # the backbone counts the prompt
+            answer_itself(cache, OUTSIDE)  # the backbone counts the prompt
         if begins:
             return self._begin(arguments, mask, positions)
         padding = leading_zeros(mask)
@@ -208,8 +208,7 @@ class PromptTransform(ModelTransform):
             if isinstance(cache, Cache):
                 if index is not None:
                     setattr(cache, FIRST_LENGTH, index.shape[1])
-                for name, method in OUTSIDE.items():
-                    setattr(cache, name, functools.partial(method, T, cache))
+                answer_by(cache, {name: functools.partial(method, T, cache) for name, method in OUTSIDE.items()})
         call.tokens = call.cache = None
         if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
             raise ValueError("it foresees several tokens at once, and those of a prompt among them")  # ProphetNet

@@ -46,8 +46,9 @@ def test_the_tuner_is_what_adapters_go_through(make, monkeypatch):
         monkeypatch.setattr(
             compat.tuner_class(), name, lambda *args, own=own, name=name, **kw: calls.append(name) or own(*args, **kw)
         )
-    model = make()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))  # transformers' own way
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules=["q_proj"]), make()
+    )  # as transformers' add_adapter does
     assert "inject_adapter" in calls
     calls.clear()
     adapted = peft.get_peft_model(make(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
