@@ -1,7 +1,7 @@
-"""Does what is missing of the study, one model after another; several workers may run, and be killed, at any time.
+r"""Does what is missing of the study, one model after another; several workers may run, and be killed, at any time.
 
     for worker in 1 2; do
-        OMP_NUM_THREADS=1 setsid nohup nice -n 5 .venv/bin/python -P benchmarks/evidence/work.py \\
+        OMP_NUM_THREADS=1 setsid nohup nice -n 5 .venv/bin/python -P benchmarks/evidence/work.py \
             >> build/evidence/$worker.log 2>&1 &
     done
 
