@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 
-from parscale.kernels.compat import flash_for_cpu, flash_for_cpu_backward
-
-TWICE = (
-    "Causal attention by torch's flash attention is differentiable once. For second derivatives, run the forward pass "
-    "within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or a model with attn_implementation='eager'."
-)
+from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
 
 
 def causal_attention_merged(
@@ -34,17 +29,14 @@ def causal_attention_merged(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """A part's gradients follow from the merged output and log-sum-exp as if it were the whole.
-
-    Its probabilities are ``exp(scores - log-sum-exp)`` (FlashAttention, eq. 4 of arXiv 2205.14135).
-    """
+    """Both parts and their merging, as one step; see :mod:`parscale.kernels.flash` for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, scaling: Any) -> Any:
         P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
-        output, lse = flash_for_cpu()(query, key, value, 0.0, True, scale=scaling)  # (R, heads, S, D), (R, heads, S)
-        prefix_output, prefix_lse = flash_for_cpu()(_by_stream(query, P), prefix_k, prefix_v, 0.0, False, scale=scaling)
-        prefix_output, prefix_lse = _by_row(prefix_output, B), _by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
+        output, lse = flash(query, key, value, True, scaling)  # (R, heads, S, D), (R, heads, S)
+        prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
+        prefix_output, prefix_lse = by_row(prefix_output, B), by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
         share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
         # not in place, which torch 2.11 forgets when it compiles the backward pass
         output = output.lerp(prefix_output, share.to(output.dtype))
@@ -55,25 +47,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph
-            return *_Gradients.apply(ctx.scaling, gradient, *ctx.saved_tensors), None
-        return *_gradients(ctx.scaling, gradient, *ctx.saved_tensors), None
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward pass as a step of its own, which says that it is not differentiable.
-
-    torch's ``once_differentiable`` would not: a graph that asks for the gradients of chosen tensors passes it by, and
-    their second derivatives would lack what comes through here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scaling: Any, *tensors: Any) -> Any:
-        return _gradients(scaling, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(TWICE)
+        return *gradients_once(_gradients, ctx.scaling, gradient, *ctx.saved_tensors), None
 
 
 def _gradients(
@@ -89,21 +63,10 @@ def _gradients(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""
     P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
-    tensors = (gradient, query, key, value, output, lse)
-    d_query, d_key, d_value = flash_for_cpu_backward()(*tensors, 0.0, True, scale=scaling)
-    gradient, queries, output = (_by_stream(x, P) for x in (gradient, query, output))
-    lse = _by_stream(lse.unsqueeze(-1), P).squeeze(-1).contiguous()  # (P, heads, B*S)
-    d_queries, d_prefix_k, d_prefix_v = flash_for_cpu_backward()(
-        gradient, queries, prefix_k, prefix_v, output, lse, 0.0, False, scale=scaling
+    d_query, d_key, d_value = flash_backward(gradient, query, key, value, output, lse, (), True, scaling)
+    gradient, queries, output = (by_stream(x, P) for x in (gradient, query, output))
+    lse = by_stream(lse.unsqueeze(-1), P).squeeze(-1).contiguous()  # (P, heads, B*S)
+    d_queries, d_prefix_k, d_prefix_v = flash_backward(
+        gradient, queries, prefix_k, prefix_v, output, lse, (), False, scaling
     )
-    return d_query + _by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v
-
-
-def _by_stream(x: torch.Tensor, P: int) -> torch.Tensor:
-    """``(P*B, heads, S, D)`` as ``(P, heads, B*S, D)``: all rows of a stream meet the same prefix."""
-    return x.transpose(1, 2).unflatten(0, (P, -1)).flatten(1, 2).transpose(1, 2)  # over (P, B, S, heads, D)
-
-
-def _by_row(x: torch.Tensor, B: int) -> torch.Tensor:
-    """``(P, heads, B*S, D)`` as ``(P*B, heads, S, D)``."""
-    return x.transpose(1, 2).unflatten(1, (B, -1)).flatten(0, 1).transpose(1, 2)  # over (P, B, S, heads, D)
+    return d_query + by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v

@@ -15,12 +15,8 @@ from typing import Any
 import torch
 
 from parscale.kernels.dispatch import autocasts
+from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
 from parscale.kernels.shared_attention.layout import fold, plain_rows, unfold
-
-TWICE = (
-    "Causal attention by torch's flash attention is differentiable once. For second derivatives, run the forward pass "
-    "within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or a model with attn_implementation='eager'."
-)
 
 
 def shared_causal_attention(
@@ -59,20 +55,17 @@ def shared_causal_attention(
 
 
 class _SharedCausalAttention(torch.autograd.Function):
-    """A part's gradients follow from the merged output and log-sum-exp as if it were the whole.
-
-    Its probabilities are ``exp(scores - log-sum-exp)`` (FlashAttention, eq. 4 of arXiv 2205.14135).
-    """
+    """Both parts and their merging, as one step; see :mod:`parscale.kernels.flash` for its gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, plain: int, scaling: Any
     ) -> Any:
         (B, G), R, Q = key.shape[:2], query.shape[0], prefix_k.shape[0]
-        output, lse, *random = _flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
+        output, lse, *random = flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
         output, lse = unfold(output, R // B, G), unfold(lse.unsqueeze(-1), R // B, G)  # (R, heads, S, D), (R, ..., 1)
-        found = _flash(_by_stream(query[plain:], Q), prefix_k, prefix_v, False, scaling)
-        prefix_output, prefix_lse = _by_row(found[0], B), _by_row(found[1].unsqueeze(-1), B)
+        found = flash(by_stream(query[plain:], Q), prefix_k, prefix_v, False, scaling)
+        prefix_output, prefix_lse = by_row(found[0], B), by_row(found[1].unsqueeze(-1), B)
         share = torch.sigmoid(prefix_lse - lse[plain:])  # the prefix's part of the whole, (Q*B, heads, S, 1)
         merged = output[plain:].to(share.dtype).lerp(prefix_output.to(share.dtype), share)
         output = torch.cat([output[:plain], merged.to(output.dtype)])
@@ -83,21 +76,7 @@ class _SharedCausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph
-            return *_Gradients.apply(ctx.plain, ctx.scaling, gradient, *ctx.saved_tensors), None, None
-        return *_gradients(ctx.plain, ctx.scaling, gradient, *ctx.saved_tensors), None, None
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward pass as a step of its own, which says that it is not differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, plain: int, scaling: Any, *tensors: Any) -> Any:
-        return _gradients(plain, scaling, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(TWICE)
+        return *gradients_once(_gradients, ctx.plain, ctx.scaling, gradient, *ctx.saved_tensors), None, None
 
 
 def _gradients(
@@ -111,54 +90,22 @@ def _gradients(
     prefix_v: Any,
     output: Any,
     lse: Any,
-    *random: Any,
+    *random: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""
     (B, G), R, Q, half = key.shape[:2], query.shape[0], prefix_k.shape[0], len(random) // 2
     folded = (fold(x, B, G) for x in (gradient, query, output))
     lse_folded = fold(lse, B, G).squeeze(-1).contiguous()  # (B, P*heads, S)
     folded_gradient, folded_query, folded_output = folded
-    d_folded, d_key, d_value = _flash_backward(
+    d_folded, d_key, d_value = flash_backward(
         folded_gradient, folded_query, key, value, folded_output, lse_folded, random[:half], True, scaling
     )
     d_query = unfold(d_folded, R // B, G)
-    by_stream = (_by_stream(x[plain:], Q) for x in (gradient, query, output, lse))
+    by_stream = (by_stream(x[plain:], Q) for x in (gradient, query, output, lse))
     stream_gradient, stream_query, stream_output, stream_lse = by_stream
-    d_queries, d_prefix_k, d_prefix_v = _flash_backward(
+    d_queries, d_prefix_k, d_prefix_v = flash_backward(
         *(stream_gradient, stream_query, prefix_k, prefix_v, stream_output, stream_lse.squeeze(-1).contiguous()),
         *(random[half:], False, scaling),
     )
-    d_query = torch.cat([d_query[:plain], d_query[plain:] + _by_row(d_queries, B)])
+    d_query = torch.cat([d_query[:plain], d_query[plain:] + by_row(d_queries, B)])
     return d_query, d_key, d_value, d_prefix_k, d_prefix_v
-
-
-def _by_stream(x: torch.Tensor, Q: int) -> torch.Tensor:
-    """``(Q*B, heads, S, D)`` as ``(Q, heads, B*S, D)``: all rows of a stream meet the same prefix."""
-    return x.transpose(1, 2).unflatten(0, (Q, -1)).flatten(1, 2).transpose(1, 2)  # over (Q, B, S, heads, D)
-
-
-def _by_row(x: torch.Tensor, B: int) -> torch.Tensor:
-    """``(Q, heads, B*S, D)`` as ``(Q*B, heads, S, D)``."""
-    return x.transpose(1, 2).unflatten(1, (B, -1)).flatten(0, 1).transpose(1, 2)  # over (Q, B, S, heads, D)
-
-
-def _flash(query: Any, key: Any, value: Any, causal: bool, scaling: float | None) -> tuple[torch.Tensor, ...]:
-    """Output and log-sum-exp ``(R, heads, S)``; on a GPU, two tensors that dropout would need."""
-    if query.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scaling)
-    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scaling)
-    output, lse, _, _, _, _, seed, offset, _ = found
-    return output, lse, seed, offset
-
-
-def _flash_backward(
-    gradient: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, random: Any, causal: bool, scaling: Any
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of query, key and value."""
-    tensors = (gradient, query, key, value, output, lse)
-    if query.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, causal, scale=scaling)
-    sizes = (None, None, query.shape[2], key.shape[2])  # no rows of different lengths
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *tensors, *sizes, 0.0, causal, *random, scale=scaling
-    )
