@@ -36,6 +36,11 @@ def flash_for_gpu() -> Any:
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention")
 
 
+def flash_for_gpu_backward() -> Any:
+    """The gradients of :func:`flash_for_gpu`, of an output and a log-sum-exp that may come from elsewhere."""
+    return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_backward")
+
+
 def _needed(owner: Any, name: str) -> Any:
     """``owner.name``; torch.compile traces this.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from parscale.kernels.compat import flash_for_cpu, flash_for_cpu_backward, flash_for_gpu, flash_for_gpu_backward
 from parscale.kernels.dispatch import autocasts
 from parscale.kernels.shared_attention.layout import fold, plain_rows, unfold
 
@@ -145,8 +146,8 @@ def _by_row(x: torch.Tensor, B: int) -> torch.Tensor:
 def _flash(query: Any, key: Any, value: Any, causal: bool, scaling: float | None) -> tuple[torch.Tensor, ...]:
     """Output and log-sum-exp ``(R, heads, S)``; on a GPU, two tensors that dropout would need."""
     if query.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scaling)
-    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scaling)
+        return flash_for_cpu()(query, key, value, 0.0, causal, scale=scaling)
+    found = flash_for_gpu()(query, key, value, 0.0, causal, False, scale=scaling)
     output, lse, _, _, _, _, seed, offset, _ = found
     return output, lse, seed, offset
 
@@ -157,8 +158,6 @@ def _flash_backward(
     """Gradients of query, key and value."""
     tensors = (gradient, query, key, value, output, lse)
     if query.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, causal, scale=scaling)
+        return flash_for_cpu_backward()(*tensors, 0.0, causal, scale=scaling)
     sizes = (None, None, query.shape[2], key.shape[2])  # no rows of different lengths
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *tensors, *sizes, 0.0, causal, *random, scale=scaling
-    )
+    return flash_for_gpu_backward()(*tensors, *sizes, 0.0, causal, *random, scale=scaling)
