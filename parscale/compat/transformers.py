@@ -331,6 +331,15 @@ def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:
 # -- caches
 
 
+def carries_state(layer: Any) -> bool:
+    """Whether a layer of a cache holds a state that each token changes (Mamba and its like), alone or beside keys.
+
+    The classes of such layers are documented one by one; what they have in common is not.
+    """
+    module = needed_module("transformers.cache_utils")
+    return isinstance(layer, needed(module, "LinearAttentionCacheLayerMixin"))
+
+
 def answer_by(cache: Cache, answers: Mapping[str, Callable[..., Any]]) -> None:
     """Lets a cache answer by other functions than the methods of its class.
 

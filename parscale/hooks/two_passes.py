@@ -21,6 +21,7 @@ from torch import nn
 
 from parscale.attention.shared import SeenTokens, can_slice
 from parscale.compat.arguments import PACKED, POSITIONS, WHOLE
+from parscale.compat.transformers import attn_implementation
 from parscale.hooks.rows import copy_rows
 from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
@@ -173,7 +174,7 @@ def of_pass(
     B, S = rows.shape[:2]
     positions = S if passes.kept is None else min(passes.kept, S)
     packed = any(arguments.get(name) is not None for name in PACKED)
-    if packed or not can_slice(state.backbone.config._attn_implementation or "eager"):
+    if packed or not can_slice(attn_implementation(state.backbone.config)):
         positions = S
     if passes.adaptive is None and positions == S:
         call.passes = None

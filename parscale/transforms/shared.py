@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.shared import SharedLayers, registered_layers
+from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import input_device, reads
 from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
@@ -120,4 +120,4 @@ def check_can_share(state: ParScaleState) -> None:
 def _carries(state: ParScaleState) -> bool:
     """Whether the cache that transformers makes for the backbone has room for states that layers carry along."""
     cache = DynamicCache(config=state.backbone.config)
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    return any(map(carries_state, cache.layers))

@@ -161,12 +161,17 @@ def test_flash_attention_gives_the_log_sum_exp_and_its_gradients():
         torch.testing.assert_close(own, expected)
 
 
-def test_the_operator_of_gpus_takes_what_it_is_given():
+def test_the_operators_of_gpus_take_what_they_are_given():
     schema = kernels.flash_for_gpu().default._schema
     assert [x.name for x in schema.arguments] == [
         *("query", "key", "value", "dropout_p", "is_causal", "return_debug_mask", "scale"),
     ]
-    assert schema.returns[0].name == "output"
+    assert [x.name for x in schema.returns][:2] == ["output", "logsumexp"]
+    backward = kernels.flash_for_gpu_backward().default._schema
+    assert [x.name for x in backward.arguments] == [
+        *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
+        *("dropout_p", "is_causal", "philox_seed", "philox_offset", "scale"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,7 @@ def test_the_operator_of_gpus_takes_what_it_is_given():
         kernels.flash_for_cpu,
         kernels.flash_for_cpu_backward,
         kernels.flash_for_gpu,
+        kernels.flash_for_gpu_backward,
     ],
 )
 def test_a_missing_operator_is_refused_in_a_sentence(call, monkeypatch):

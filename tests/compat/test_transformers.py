@@ -314,6 +314,13 @@ def test_a_cache_answers_otherwise_until_that_is_taken_back(make, ids):
     assert not torch.equal(own, moved)
 
 
+def test_layers_of_a_cache_that_carry_a_state():
+    from transformers import cache_utils
+
+    assert not compat.carries_state(transformers.DynamicLayer())
+    assert compat.carries_state(cache_utils.LinearAttentionLayer())
+
+
 def test_a_cache_without_such_a_method_is_refused():
     with pytest.raises(IncompatibleVersionError, match=r"DynamicCache\.get_gone, which the installed transformers"):
         compat.answer_by(transformers.DynamicCache(), {"get_gone": len})
