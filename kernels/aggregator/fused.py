@@ -38,8 +38,10 @@ def few_rows_config(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, i
 def few_rows_programs(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> int:
     """How many programs of :func:`few_rows_kernel` a multiprocessor holds at a time."""
     config = few_rows_config(P, N, dtype, gpu)
-    rows, columns = config["BN"] + config["BJ"], config["BH"] * P
-    shared = (config["num_stages"] - 1) * rows * columns * dtype.itemsize
+    rows = (config["num_stages"] - 1) * (config["BN"] + config["BJ"])
+    if dtype == torch.float32:  # whose rows are laid out anew for the product
+        rows += config["BN"]
+    shared = rows * config["BH"] * P * dtype.itemsize
     return gpu.programs(shared, config["num_warps"], registers=168 if gpu.is_hip else 128)
 
 

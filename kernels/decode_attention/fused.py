@@ -37,7 +37,7 @@ def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) ->
     if gpu.is_hip:
         registers = 256 if BM < 64 else 512
     else:
-        registers = 168 if dtype.itemsize == 2 else 64
+        registers = 64 if dtype.itemsize == 4 else 168 if BD >= 64 else 256
     return gpu.programs(shared * dtype.itemsize, config["num_warps"], registers)
 
 

@@ -30,7 +30,7 @@ MODELS = {
 P, T = 3, 5
 
 
-def make(name, device):
+def make(name, device, kv="own"):
     """The same model twice: by the fused kernels, and by plain torch."""
     config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name], attn_implementation="sdpa")
     models = []
@@ -39,7 +39,7 @@ def make(name, device):
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.3)
-        parscale.wrap(model, P, prefix_length=T, init="random", kernels=kernels)
+        parscale.wrap(model, P, prefix_length=T, init="random", kernels=kernels, kv=kv)
         for parameter_name, parameter in model.named_parameters():
             if "prefix_" in parameter_name or "aggregate_layer" in parameter_name:
                 torch.nn.init.normal_(parameter, 0, 1 if "prefix_" in parameter_name else 0.3)
@@ -49,16 +49,16 @@ def make(name, device):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kv"), [*((name, "own") for name in MODELS), ("Llama", "shared")])
 @torch.no_grad()
-def test_texts_and_scores(name, cache, device):
+def test_texts_and_scores(name, kv, cache, device):
     """Of two prompts, one of them padded on the left."""
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
     padding = torch.ones_like(ids)
     padding[1, :4] = 0
     arguments = {"attention_mask": padding, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     arguments |= {"output_logits": True, "return_dict_in_generate": True, "cache_implementation": cache}
-    fused, plain = (model.generate(ids * padding, **arguments) for model in make(name, device))
+    fused, plain = (model.generate(ids * padding, **arguments) for model in make(name, device, kv))
     assert torch.equal(fused.sequences, plain.sequences)
     tolerance = 1e-4 if device == "cpu" else 1e-2  # a GPU's float32 products
     for own, other in zip(fused.logits, plain.logits, strict=True):
