@@ -62,7 +62,7 @@ def gemma3n(zoo):
         return transformers.Gemma3nForCausalLM(config).eval()
 
 
-@pytest.fixture(params=["llama", "gpt_oss", "bloom", "gemma3n"])
+@pytest.fixture(params=[pytest.param("llama", marks=pytest.mark.nightly), "gpt_oss", "bloom", "gemma3n"])
 def plain(request, zoo, tmp_path):
     """Makes a model, the same at every call; GPT-OSS has parameters of its own in its attention layers."""
     own = {"bloom": bloom, "gemma3n": gemma3n}.get(request.param)

@@ -193,7 +193,16 @@ def test_a_reference_that_is_passed_is_taken(make, tokenizer, tmp_path):
     assert trainer.ref_model is plain
 
 
-@pytest.mark.parametrize("how", ["copied", "loaded", "streams only", "switched off", "trained before"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("copied", marks=pytest.mark.nightly),
+        "loaded",
+        pytest.param("streams only", marks=pytest.mark.nightly),
+        "switched off",
+        pytest.param("trained before", marks=pytest.mark.nightly),
+    ],
+)
 def test_models_of_other_origins(make, tokenizer, tmp_path, how, folder):
     model = make()
     if how == "copied":

@@ -74,6 +74,7 @@ def test_training_is_repeatable_and_learns(small_corpus):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # by day workers run in the test that kills them
 def test_workers_do_the_same_runs(small_corpus, tmp_path):
     runs = tiny_plan()[:3]
     alone = sweep.sweep(runs, tmp_path / "a", wrap)

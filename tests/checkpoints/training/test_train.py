@@ -89,9 +89,16 @@ def test_takes_the_steps_of_a_loop_by_hand(full, text_file, tmp_path, frozen):
 
 
 @pytest.mark.parametrize(
-    "options", [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"gradient_checkpointing": True}]
+    ("frozen", "options"),
+    [
+        pytest.param(True, {"micro_batch_size": 1}, marks=pytest.mark.nightly),
+        (True, {"micro_batch_size": 2}),
+        pytest.param(True, {"gradient_checkpointing": True}, marks=pytest.mark.nightly),
+        pytest.param(False, {"micro_batch_size": 1}, marks=pytest.mark.nightly),
+        pytest.param(False, {"micro_batch_size": 2}, marks=pytest.mark.nightly),
+        (False, {"gradient_checkpointing": True}),
+    ],
 )
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
 def test_a_batch_in_parts_and_checkpointed_activations(full, text_file, tmp_path, frozen, options):
     """Documents of different lengths, so that the parts predict different numbers of tokens."""
     for name, more in (("plain", {}), ("other", options)):
