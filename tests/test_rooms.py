@@ -22,6 +22,7 @@ ROOMS = [
     "parscale.version",
     "parscale.errors",
     "parscale.descriptions",
+    "parscale.compat",
     "parscale.config",
     "parscale.kernels",
     "parscale.terminal",

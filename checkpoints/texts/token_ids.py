@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.distributed.parallel import whole_shape
+from parscale.compat.deepspeed import whole_shape
 
 
 def encode(

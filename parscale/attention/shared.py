@@ -21,14 +21,15 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from parscale.attention.masks import last_queries_of_mask, rows_of_mask
+from parscale.attention.masks import last_queries_of_mask, rows_of_mask, visible_lengths_once
+from parscale.compat.arguments import LAYER_CACHES
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
+from parscale.kernels.shared_attention import fits_fused
 from parscale.streams.calls import Call
 from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")  # of an attention layer
 SLICED = ("eager", "sdpa")  # implementations, beside flash attention, whose masks have a row for each query
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -121,7 +122,7 @@ class SharedLayers:
             return None
         names = self.parameters[type(module)][: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
-        name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+        name = next((name for name in LAYER_CACHES if arguments.get(name) is not None), None)
         if name is None:
             return None
         arguments[name] = SharedCache(arguments[name], self.streams.num_streams)
@@ -205,9 +206,11 @@ def attend_to_shared(
     R, S = query.shape[0], query.shape[2]
     B = R // running
     key, value, mask = key[:B], value[:B], rows_of_mask(call.masks, mask, B)
-    if by_sdpa and prefix is not None and state.kernels != "fused":
-        if S == 1:
-            output = shared_decode_attention(query, key, value, *prefix, mask, scaling=kwargs.get("scaling"))
+    if by_sdpa and prefix is not None:
+        if S == 1 and (state.kernels != "fused" or fits_fused(query, key)):
+            length = None if mask is None or not query.is_cuda else visible_lengths_once(call.masks, mask)
+            options: Any = {"length": length, "scaling": kwargs.get("scaling"), "impl": state.kernels}
+            output = shared_decode_attention(query, key, value, *prefix, mask, **options)
             return output.transpose(1, 2), None  # (R, 1, heads, Dv)
         if mask is None and causal and is_mergeable(query, key, value, state.kernels):
             output = shared_causal_attention(
