@@ -12,7 +12,7 @@ ROOMS = ("kernels", "checkpoints", "scaling_laws")
 COMMANDS = "<!-- commands -->"
 
 
-def on_config(config: Any) -> Any:
+def on_startup(**kwargs: Any) -> None:
     """Copy the modules to where they are when installed: mkdocs reads no map of setuptools and follows no links."""
     package = ROOT / "build" / "documented" / "parscale"
     shutil.rmtree(package.parent, ignore_errors=True)
@@ -20,7 +20,6 @@ def on_config(config: Any) -> Any:
     shutil.copytree(ROOT / "parscale", package, ignore=wanted)
     for room in ROOMS:
         shutil.copytree(ROOT / room, package / room, ignore=wanted)
-    return config
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:

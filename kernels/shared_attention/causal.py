@@ -68,7 +68,8 @@ class _SharedCausalAttention(torch.autograd.Function):
         prefix_output, prefix_lse = by_row(found[0], B), by_row(found[1].unsqueeze(-1), B)
         share = torch.sigmoid(prefix_lse - lse[plain:])  # the prefix's part of the whole, (Q*B, heads, S, 1)
         merged = output[plain:].to(share.dtype).lerp(prefix_output.to(share.dtype), share)
-        output = torch.cat([output[:plain], merged.to(output.dtype)])
+        joined = [x.transpose(1, 2) for x in (output[:plain], merged.to(output.dtype))]
+        output = torch.cat(joined).transpose(1, 2)  # over (R, S, heads, D), as torch's own lies
         lse = torch.cat([lse[:plain], torch.logaddexp(lse[plain:], prefix_lse)])
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random, *found[2:])
         ctx.plain, ctx.scaling = plain, scaling

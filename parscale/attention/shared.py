@@ -151,9 +151,9 @@ def keys_of_pass(
     passes: TwoPasses | None = call.passes
     assert passes is not None
     if not passes.is_second:
-        passes.keys[module] = (key, value, mask)
+        passes.keys.setdefault(module, []).append((key, value, mask))
         return key, value, mask
-    key, value, mask = passes.keys[module]
+    key, value, mask = passes.keys[module].pop(0)
     n, S = query.shape[2], passes.length
     if mask is None and S > 1 and name in SLICED:  # it stands for the causal one over the first S keys
         key, value = key[:, :, :S], value[:, :, :S]

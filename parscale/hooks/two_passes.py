@@ -146,7 +146,8 @@ def _holds_packed(passes: TwoPasses) -> bool:
 
 def _is_block_mask(passes: TwoPasses) -> bool:
     """Whether a layer was given a mask of FlexAttention, which is taken whole."""
-    return any(mask is not None and not isinstance(mask, torch.Tensor) for _, _, mask in passes.keys.values())
+    masks = [mask for calls in passes.keys.values() for _, _, mask in calls]
+    return any(mask is not None and not isinstance(mask, torch.Tensor) for mask in masks)
 
 
 # -- in the backbone's hooks

@@ -67,7 +67,7 @@ class TwoPasses:
         seen: tokens in the cache before them.
         positions: how many of the last positions the second pass has.
         hidden: final hidden states of stream 0 there, ``(B, positions, H)``.
-        keys: what the attention of each layer was given in the first pass.
+        keys: what the attention of each layer was given in the first pass, call after call.
         chosen: which rows the second pass has; ``None``: all.
     """
 
@@ -81,5 +81,5 @@ class TwoPasses:
     seen: int = 0
     positions: int = 0
     hidden: torch.Tensor | None = None
-    keys: dict[nn.Module, LayerKeys] = dataclasses.field(default_factory=dict)
+    keys: dict[nn.Module, list[LayerKeys]] = dataclasses.field(default_factory=dict)
     chosen: torch.Tensor | None = None

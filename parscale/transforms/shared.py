@@ -25,7 +25,7 @@ from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import input_device, reads
+from parscale.streams.backbones import input_device, reads, writes_text
 from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -63,7 +63,7 @@ class SharedPrefixTransform(PrefixTransform):
         return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
 
     def try_out(self) -> None:
-        """Reads three tokens at once, and one after another with a cache.
+        """Reads three tokens at once; two and one with a cache; and the last by two passes.
 
         Raises:
             UnsupportedModelError: the backbone fails with streams, or the two differ.
@@ -78,13 +78,17 @@ class SharedPrefixTransform(PrefixTransform):
                 whole = state.backbone(input_ids=ids, use_cache=False)[0][:, -1:]
                 output = state.backbone(input_ids=ids[:, :2], use_cache=True)
                 last = state.backbone(input_ids=ids[:, 2:], past_key_values=output.past_key_values, use_cache=True)[0]
+                difference = _difference(last, whole)
+                if writes_text(state.model) and reads(state.model, "logits_to_keep"):
+                    logits = state.model(input_ids=ids, use_cache=False).logits[:, -1:]
+                    by_passes = state.model(input_ids=ids, logits_to_keep=1).logits
+                    difference = max(difference, _difference(by_passes, logits))
         except Exception as error:  # whatever the backbone does with keys of fewer rows than it has queries
             if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
                 raise
             raise UnsupportedModelError(
                 f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"
             ) from error
-        difference = float((whole - last).abs().max() / whole.abs().max().clamp(min=1e-30))
         if not difference <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
             raise UnsupportedModelError(
                 f"{name} gives something else with a cache than without ({difference:.0%}) where streams share keys: a "
@@ -94,6 +98,11 @@ class SharedPrefixTransform(PrefixTransform):
     def _error_alone(self, texts: torch.Tensor) -> float | None:
         """Not looked for: no stream equals the backbone that reads its text."""
         return None
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest, in units of the largest number."""
+    return float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
 
 
 def check_can_share(state: ParScaleState) -> None:
@@ -111,7 +120,9 @@ def check_can_share(state: ParScaleState) -> None:
     elif not all(layer.module in registered for layer in layers):
         reason = "its attention does not come from transformers' registry (ALL_ATTENTION_FUNCTIONS)"
     elif number_of_attention_layers(state) < state.model.config.get_text_config().num_hidden_layers or _carries(state):
-        reason = "it has layers that carry a state from token to token, of which each stream needs its own"
+        reason = "it has layers without keys of the text, which carry a state that each stream would need for itself"
+    elif any(hasattr(layer, "update_indexer") for layer in DynamicCache(config=state.backbone.config).layers):
+        reason = "its cache holds an index of keys, by which each stream would choose others"
     else:
         return
     raise UnsupportedModelError(f"kv='shared' is not for {name}: {reason}. {INSTEAD}")

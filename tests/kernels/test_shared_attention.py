@@ -53,6 +53,7 @@ def test_causal(shape, has_plain):
     expected = by_loops(*inputs, lambda b, s, k: k <= s)
     found = shared_causal_attention(*inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.transpose(1, 2).is_contiguous()  # backbones view it as (R, S, heads * D)
     torch.testing.assert_close(shared_attention_reference(*inputs), expected, rtol=0, atol=1e-12)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = torch.autograd.grad((found * weights).sum(), inputs)

@@ -190,8 +190,8 @@ def test_adapters_have_copies_that_share_too(llama, zoo):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("Qwen3Next", "carry a state from token to token"),
-        ("FalconH1", "carry a state from token to token"),
+        ("Qwen3Next", "carry a state that each stream would need"),
+        ("FalconH1", "carry a state that each stream would need"),
         ("Bloom", "does not come from transformers' registry"),
         ("T5", "is an encoder with a decoder"),
         ("Bert", "is an encoder, which has no cache"),
@@ -244,3 +244,15 @@ def test_a_layer_that_keeps_more_than_keys_is_found_out(llama):
     attention.forward = forward
     with pytest.raises(UnsupportedModelError, match=r"something else with a cache than without \(\d+%\)"):
         parscale.wrap(llama, 2, prefix_length=3, init="random", kv="shared")
+
+
+def test_a_report_of_each_stream(llama, zoo):
+    """The first one's loss is the plain backbone's."""
+    ids = zoo.token_ids()
+    with torch.no_grad():
+        alone = llama(ids, labels=ids).loss
+    report = zoo.share(llama).stream_report(ids)
+    assert report.losses.shape == (zoo.P,)
+    zoo.close(report.losses[0], alone, 1e-5)
+    assert (report.losses[1:] - alone).abs().min() > 1e-3
+    assert report.weights.shape == (zoo.B, zoo.S, zoo.P)

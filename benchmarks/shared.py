@@ -1,0 +1,136 @@
+"""What streams cost with keys and values of their own and with shared ones: ratios to the plain backbone, in one run.
+
+For each P and length of prompt, all at batch B and on the same tensors: the time to the first token (a prompt whose
+last logits are kept, into an empty cache), the time of a further token, and the bytes of the cache. The models take
+turns in one process, and the fastest turn of each counts: whatever else a machine does only adds time.
+
+    python benchmarks/shared.py --output benchmarks/results/shared.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from machine import processor
+from overhead import SHAPE, seconds, share
+from transformers import DynamicCache
+
+from parscale import wrap
+
+KINDS = ("plain", "own", "shared")
+
+
+def models(P: int, device: str) -> dict[str, Any]:
+    """A plain Qwen2, and two with P streams on the same tensors."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
+    found = {}
+    for kind in KINDS:
+        found[kind] = transformers.Qwen2ForCausalLM(config).to(device).eval()
+        if kind != "plain":
+            wrap(found[kind], P, init="random", seed=0, kv=kind)
+            share(found[kind], found["plain"])
+    return found
+
+
+def bytes_of(cache: DynamicCache) -> int:
+    """What the keys and values of a cache take."""
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def first_token(model: Any, ids: torch.Tensor) -> DynamicCache:
+    """Reads a prompt; the cache that it leaves."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def further_token(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """Steps after a prompt; the cache grows with each."""
+    cache = first_token(model, ids)
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+
+    return step
+
+
+def in_turns(steps: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """The fastest of each, after one turn that does not count."""
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for turn in range(repeats + 1):
+        for kind in sorted(steps, reverse=turn % 2 == 1):
+            taken = seconds(steps[kind], device)
+            if turn:
+                times[kind].append(taken)
+    return {kind: min(taken) for kind, taken in times.items()}
+
+
+def measure(P: int, S: int, B: int, repeats: int, device: str) -> dict[str, Any]:
+    """One row: seconds and bytes of each kind, and their ratios to the plain backbone."""
+    found = models(P, device)
+    ids = torch.randint(SHAPE["vocab_size"], (B, S), device=device)
+    firsts: dict[str, Callable[[], Any]] = {
+        kind: lambda model=model: first_token(model, ids) for kind, model in found.items()
+    }
+    furthers = {kind: further_token(model, ids) for kind, model in found.items()}
+    figures = {
+        "first_token_seconds": in_turns(firsts, repeats, device),
+        "further_token_seconds": in_turns(furthers, 3 * repeats, device),
+        "cache_bytes": {kind: float(bytes_of(first())) for kind, first in firsts.items()},
+    }
+    row: dict[str, Any] = {"P": P, "S": S, "B": B}
+    for name, by_kind in figures.items():
+        row[name] = by_kind
+        row[name.rpartition("_")[0] + "_ratio"] = {kind: by_kind[kind] / by_kind["plain"] for kind in KINDS[1:]}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8], help="values of P")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 4096], help="values of S, tokens of a prompt")
+    parser.add_argument("--batch-size", type=int, default=1, help="B, prompts")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="turns of each model at a prompt; three times as many steps"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    SHAPE["max_position_embeddings"] = max(args.lengths) + 4 * args.repeats
+    rows = []
+    for P, S in itertools.product(args.streams, args.lengths):
+        rows.append(measure(P, S, args.batch_size, args.repeats, args.device))
+        ratios = {name: value for name, value in rows[-1].items() if name.endswith("_ratio")}
+        print(f"P={P} S={S:5} {ratios}", file=sys.stderr)
+    result = {
+        "processor": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "shape": SHAPE,
+        "rows": rows,
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    if args.output is None:
+        print(text, end="")
+    else:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
