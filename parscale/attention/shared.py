@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from parscale.attention.masks import last_queries_of_mask, rows_of_mask
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
@@ -28,7 +28,6 @@ from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")  # of an attention layer
 SLICED = ("eager", "sdpa")  # implementations, beside flash attention, whose masks have a row for each query
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -121,7 +120,7 @@ class SharedLayers:
             return None
         names = self.parameters[type(module)][: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
-        name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+        name = next((name for name, value in arguments.items() if isinstance(value, Cache)), None)
         if name is None:
             return None
         arguments[name] = SharedCache(arguments[name], self.streams.num_streams)
