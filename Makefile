@@ -4,6 +4,9 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+ON_THE_CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+# Each worker begins with whole files, whose fixtures are then made once, and takes from the others when it has done.
+WORKERS := -n $(JOBS) --dist worksteal
 PLAIN := $(VENV)/.plain
 READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
@@ -19,7 +22,7 @@ ALL_CODE := $(CODE) $(wildcard examples benchmarks tests tools)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check docs build clean
+.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check gpu-evidence docs build clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,10 +54,11 @@ quickstart: $(PLAIN) ## Convert, post-train and compare a small model on this ma
 test: lint typecheck unit ## Everything that has to pass: lint, types, tests
 
 unit: $(READY) ## The tests alone, on the CPU; JOBS of them at once
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not gpu and not nightly"
+	$(ON_THE_CPU) $(BIN)/pytest $(WORKERS) -m "not gpu and not nightly"
 
-test-nightly: $(READY) ## The tests that `make test` leaves to the night: whole tables, full grids, every compile target
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "nightly and not gpu"
+test-nightly: $(READY) $(VLLM_READY) ## The tests that the others leave to the night: whole tables, full grids, every target
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m nightly tests/vllm
+	$(ON_THE_CPU) $(BIN)/pytest $(WORKERS) -m "nightly and not gpu"
 
 # An environment of its own: vLLM pins torch and much else. --no-deps, since its list asks for packages of GPUs.
 $(VLLM_READY): pyproject.toml requirements-vllm.txt
@@ -65,7 +69,7 @@ $(VLLM_READY): pyproject.toml requirements-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for CPUs
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m "not nightly" tests/vllm
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(call environment,$(OLDEST_VENV))
@@ -75,7 +79,7 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 # The tables of what each architecture and each compiler does are of the pinned versions.
 OF_THE_PINNED := --ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py
 test-oldest: $(OLDEST_READY) ## The tests with the oldest versions that pyproject.toml allows; several GB to fetch
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest -n $(JOBS) -m "not gpu and not nightly" $(OF_THE_PINNED)
+	$(ON_THE_CPU) $(OLDEST_VENV)/bin/pytest $(WORKERS) -m "not gpu and not nightly" $(OF_THE_PINNED)
 
 $(NEWEST_READY): pyproject.toml
 	$(call environment,$(NEWEST_VENV))
@@ -83,7 +87,7 @@ $(NEWEST_READY): pyproject.toml
 	@touch $@
 
 test-newest: $(NEWEST_READY) ## The tests with the newest releases that pyproject.toml allows; several GB to fetch
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/pytest -n $(JOBS) -m "not gpu and not nightly" $(OF_THE_PINNED)
+	$(ON_THE_CPU) $(NEWEST_VENV)/bin/pytest $(WORKERS) -m "not gpu and not nightly" $(OF_THE_PINNED)
 
 lint: $(READY) ## Look for faults of style
 	$(BIN)/ruff check $(ALL_CODE)
@@ -120,7 +124,17 @@ gpu-check: ## The GPU tests and benchmarks; RELEASED=FOLDER times the released c
 	$$python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json \
 		&& exit $$passed
 
-$(DOCS_READY): $(READY)
+gpu-evidence: ## The study of what streams are worth at the size of one GPU; started again, it goes on
+	@python=$(PYTHON); \
+	$$python -P -c 'import parscale, datasets, scipy, sklearn, sympy; $(SEES_GPU)' 2>/dev/null \
+		|| { $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; } || exit 1; \
+	$$python -P -c '$(SEES_GPU)' \
+		|| { echo "make gpu-evidence needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }; \
+	$$python -P benchmarks/evidence/work.py --gpu --work build/gpu-evidence --results benchmarks/results/gpu-evidence \
+		&& $$python -P benchmarks/evidence/report.py --rows benchmarks/results/gpu-evidence \
+			--output benchmarks/results/gpu-evidence.json
+
+$(DOCS_READY): $(PLAIN)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
@@ -128,7 +142,7 @@ $(DOCS_READY): $(READY)
 docs: $(DOCS_READY) ## The documentation, into build/docs; a broken link or an unknown name stops it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(RELEASE_READY): $(READY)
+$(RELEASE_READY): $(PLAIN)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[release]'
 	@touch $@
 

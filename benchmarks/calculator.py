@@ -28,6 +28,7 @@ from parscale.scaling_laws import (
 
 OUTPUT = Path(__file__).parent / "results" / "calculator.json"
 STREAMS = (2, 4, 8)
+KINDS = {"own": "its own, as published", "shared": "those of stream 0"}
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = (128, 1024, 8192, 32768)
 NEW_TOKENS = 256
@@ -55,7 +56,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def figures(shape: ModelShape, device: str, streams: int, batch: int, prompt: int) -> list[float]:
+def figures(shape: ModelShape, device: str, batch: int, prompt: int, streams: int = 1, kv: str = "own") -> list[float]:
     """Memory in GB, and the seconds of prefill and of decoding."""
     counted = cost(
         shape,
@@ -64,16 +65,18 @@ def figures(shape: ModelShape, device: str, streams: int, batch: int, prompt: in
         input_length=prompt,
         output_length=NEW_TOKENS,
         hardware=device,
+        kv=kv,
     )
     seconds = (counted.prefill_seconds, counted.decode_seconds)
     return [rounded(counted.memory_bytes / 1e9), *map(rounded, seconds)]
 
 
 def cell(shape: ModelShape, twins: list[ModelShape], device: str, batch: int, prompt: int) -> list[list[float]]:
-    """The plain model, then for each P the model with streams and the plain one of equal loss."""
-    rows = [figures(shape, device, 1, batch, prompt)]
+    """The plain model, then for each P the model with streams, of each kind, and the plain one of equal loss."""
+    work = (device, batch, prompt)
+    rows = [figures(shape, *work)]
     for streams, twin in zip(STREAMS, twins, strict=True):
-        rows += [figures(shape, device, streams, batch, prompt), figures(twin, device, 1, batch, prompt)]
+        rows += [figures(shape, *work, streams, kv) for kv in KINDS] + [figures(twin, *work)]
     return rows
 
 
@@ -86,6 +89,7 @@ def table(law: ParallelScalingLaw) -> dict[str, Any]:
         "law": {"corpus": "stack", "k": rounded(law.k)},
         "new_tokens": NEW_TOKENS,
         "streams": list(STREAMS),
+        "kinds": list(KINDS.values()),
         "batches": list(BATCHES),
         "prompts": list(PROMPTS),
         "devices": [{"name": device.label, "memory": device.memory_gb} for device in devices.values()],

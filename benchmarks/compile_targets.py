@@ -113,6 +113,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = f"aggregator P={P} N={N} H={H} {str(dtype)[6:]}"
         for save in (False, True):
             yield name, lambda x=x, weights=weights, save=save: fused.forward(x, *weights, 0.1, save)
+        yield name, lambda weights=weights, P=P: fused.split_streams(weights[0], P)
     fused = importlib.import_module("parscale.kernels.decode_attention.fused")
     for P, B, G, n, D, V, K, dtype, kind in (
         (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "boolean"),
@@ -126,10 +127,14 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (2, 1, 1, 32, 256, 256, 4096, torch.float32, "per head"),
         (8, 64, 8, 4, 128, 128, 4096, torch.bfloat16, "boolean"),
         (1, 1, 1, 1, 16, 16, 1, torch.float16, "sinks"),
+        (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "shared"),  # keys of stream 0, which has no prefix
+        (4, 8, 8, 4, 128, 128, 4096, torch.bfloat16, "shared"),
     ):
-        sizes = ((P * B, G * n, 1, D), (P * B, G, K, D), (P * B, G, K, V), (P, G, 48, D), (P, G, 48, V))
+        rows, prefixes = (B, P - 1) if kind == "shared" else (P * B, P)
+        sizes = ((P * B, G * n, 1, D), (rows, G, K, D), (rows, G, K, V), (prefixes, G, 48, D), (prefixes, G, 48, V))
         tensors = [empty(*size, dtype=dtype) for size in sizes]
-        mask = None if kind == "none" else empty(P * B, 1, 1, K, dtype=torch.bool if kind == "boolean" else dtype)
+        kinds = {"boolean": torch.bool, "shared": torch.bool}
+        mask = None if kind == "none" else empty(rows, 1, 1, K, dtype=kinds.get(kind, dtype))
         mask = empty(P * B, G * n, 1, K + 48, dtype=torch.bool) if kind == "per head" else mask
         sinks, length = (empty(G * n, dtype=dtype), empty(1, dtype=torch.int64)) if kind == "sinks" else (None, None)
         softcap = 50.0 if kind == "softcap" else None
@@ -235,6 +240,18 @@ def programs(found: dict[str, Any], target: Target) -> int:
     return min(65536 // warp // found["warps"], by_memory, target.threads // (32 * found["warps"]), 32)
 
 
+def assumed(launch: Launch, gpu: Gpu) -> dict[str, int]:
+    """How many programs at a time the host function counts on, where it does."""
+    meta, dtype = launch.meta, launch.args[1].dtype
+    if launch.kernel.__name__ == "part_kernel":
+        fused = importlib.import_module("parscale.kernels.decode_attention.fused")
+        return {"assumed": fused.part_programs(meta["S"] * meta["n"], meta["D"], meta["V"], dtype, gpu)}
+    if launch.kernel.__name__ == "few_rows_kernel":
+        fused = importlib.import_module("parscale.kernels.aggregator.fused")
+        return {"assumed": fused.few_rows_programs(meta["P"], launch.args[0].shape[1], dtype, gpu)}
+    return {}
+
+
 def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
     """One row for each launch of each case and each target."""
     rows = []
@@ -251,7 +268,7 @@ def measure(targets: list[str], only: str = "") -> list[dict[str, Any]]:
                             continue
                         seen.add(key)
                         row = {"target": target, "case": case, "kernel": launch.kernel.__name__}
-                        rows.append(row | resources(launch, TARGETS[target]))
+                        rows.append(row | resources(launch, TARGETS[target]) | assumed(launch, TARGETS[target].gpu))
                         print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
     return rows
 

@@ -1,5 +1,7 @@
-"""Every figure that needs a GPU, in under ten minutes: ceilings, exactness at full size, each kernel against its floor,
-decoding with a 1.8B-shaped model, and what a training step costs beside the plain backbone's.
+"""Every figure that needs a GPU, in eight minutes, the most valuable first: decoding with a 1.8B-shaped model, each
+kernel against its floor, exactness at full size, and what a training step costs beside the plain backbone's.
+
+Each figure is written as it comes, so that a run that is cut short leaves those it has found.
 
     python benchmarks/gpu_check.py --output benchmarks/results/gpu.json
     python benchmarks/gpu_check.py --released FOLDER   # the released code's decoding step beside it
@@ -13,8 +15,7 @@ a large bfloat16 product. ``of_floor`` is the floor's time over the measured one
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
+import functools
 import statistics
 import sys
 import time
@@ -24,7 +25,10 @@ from typing import Any
 
 import torch
 import transformers
+from gpu_bench import Bench, Call, aggregator_tensors, decode_tensors, prefill_operations, prefill_tensors, randn
 from released import released_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from parscale import wrap
 from parscale.kernels import (
@@ -33,8 +37,9 @@ from parscale.kernels import (
     causal_attention,
     causal_attention_reference,
     decode_attention,
+    visible_lengths,
 )
-from parscale.kernels.dispatch import TRITON
+from parscale.kernels.prefix import prepend
 
 MODEL = {
     "vocab_size": 151936,
@@ -43,7 +48,7 @@ MODEL = {
     "num_hidden_layers": 36,
     "num_attention_heads": 16,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
 TINY_MODEL = MODEL | {
@@ -54,76 +59,6 @@ TINY_MODEL = MODEL | {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
-Call = Callable[[], Any]
-
-
-class Bench:
-    """Sizes, device and clock.
-
-    Args:
-        dry: tiny sizes on the CPU.
-        released: the folder of the released code, if it is at hand.
-    """
-
-    def __init__(self, dry: bool, released: Path | None = None) -> None:
-        self.dry = dry
-        self.released = released
-        self.device = "cpu" if dry else "cuda"
-        self.impl = "auto"
-        self.rows: list[dict[str, Any]] = []
-        self.ceilings: dict[str, float] = {}
-
-    def size(self, full: int, tiny: int) -> int:
-        return tiny if self.dry else full
-
-    def seconds(self, call: Call, repeats: int = 30) -> float:
-        """Median time of one call on the device, after warming up, with a cold cache."""
-        if self.dry:
-            call()
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        for _ in range(3):
-            call()
-        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=self.device)
-        times = []
-        for _ in range(repeats):
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times)
-
-    def graphed(self, call: Call) -> Call:
-        """The call as a CUDA graph, so that launching from Python is not what is measured."""
-        if self.dry:
-            return call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
-
-    def add(self, what: str, **found: Any) -> None:
-        self.rows.append({"what": what} | found)
-        text = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in found.items())
-        print(f"{what:24} {text}", file=sys.stderr, flush=True)
-
-    def floor(self, moved_bytes: float, operations: float = 0.0) -> float:
-        """Seconds."""
-        return max(moved_bytes / self.ceilings["bytes_per_second"], operations / self.ceilings["operations_per_second"])
-
-
-def randn(bench: Bench, *size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*size, device=bench.device) * scale).to(dtype)
 
 
 def ceilings(bench: Bench) -> None:
@@ -137,24 +72,6 @@ def ceilings(bench: Bench) -> None:
     bench.add("ceilings", **bench.ceilings)
 
 
-def aggregator_tensors(bench: Bench, P: int, N: int, H: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    scales = (((P, N, H), 1.0), ((H, H * P), (H * P) ** -0.5), ((H,), 1.0), ((P, H), H**-0.5), ((P,), 1.0))
-    return [randn(bench, *size, dtype=dtype, scale=scale) for size, scale in scales]
-
-
-def prefill_tensors(bench: Bench, S: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    """Query, key and value ``(P*B, heads or G, S, D)`` of a projection, and both prefixes ``(P, G, 48, D)``."""
-    P, B, heads, G, D = 4, 2, 16, 2, bench.size(96, 8)
-    states = [randn(bench, P * B, S, n, D, dtype=dtype).transpose(1, 2) for n in (heads, G, G)]
-    return [*states, *(randn(bench, P, G, 48, D, dtype=dtype) for _ in range(2))]
-
-
-def prefill_operations(tensors: list[torch.Tensor]) -> float:
-    """Of the forward pass: two products over the causal half and over the prefix."""
-    R, heads, S, D = tensors[0].shape
-    return 4.0 * R * heads * D * S * (S / 2 + tensors[3].shape[2])
-
-
 def exactness(bench: Bench) -> None:
     """Relative errors against float64 at full size: of the fused kernels, and of torch in the same precision."""
     P, N, H = 8, bench.size(4096, 40), bench.size(1536, 32)
@@ -162,8 +79,7 @@ def exactness(bench: Bench) -> None:
         x, w1, b1, w2, b2 = aggregator_tensors(bench, P, N, H, dtype)
         logits, gradient = randn(bench, N, P, dtype=dtype), randn(bench, N, H, dtype=dtype)
         K, D = bench.size(4096, 20), bench.size(96, 8)
-        sizes = ((P, 16, 1, D), (P, 2, K, D), (P, 2, K, D), (P, 2, 48, D), (P, 2, 48, D))
-        states = [randn(bench, *size, dtype=dtype) for size in sizes]
+        states = decode_tensors(bench, P, 1, K, D, dtype)
 
         def mix(x: torch.Tensor, logits: torch.Tensor, impl: Any) -> torch.Tensor:
             return aggregate(x, logits, 0.1, impl=impl)
@@ -211,7 +127,7 @@ def exactness(bench: Bench) -> None:
 
 def kernels(bench: Bench) -> None:
     """Each kernel against its floor, eager torch and torch.compile, in bfloat16."""
-    P, H = 8, bench.size(1536, 32)
+    P = 8
 
     def compare(what: str, floor: float, call: Callable[[Any], Any], **sizes: Any) -> None:
         fused = bench.seconds(bench.graphed(lambda: call(bench.impl)))
@@ -225,43 +141,36 @@ def kernels(bench: Bench) -> None:
         bench.add(what, **sizes, **found)
 
     with torch.no_grad():
-        for N in [bench.size(n, 8) for n in (4096, 16384)]:
-            tensors = aggregator_tensors(bench, P, N, H, torch.bfloat16)
-            x, logits = tensors[0], randn(bench, N, P)
-            moved = 2 * (P * N * H + N * H + N * P)
-            compare("aggregate", bench.floor(moved), lambda impl, x=x, y=logits: aggregate(x, y, 0.1, impl=impl), N=N)
-            moved = 2 * (P * N * H + N * H + P * H * H)
-            floor = bench.floor(moved, 2.0 * N * P * H * H)
-            compare("aggregator", floor, lambda impl, t=tensors: aggregator(*t, 0.1, impl=impl), N=N)
-            if not bench.dry:
-                from parscale.kernels.aggregator.fused import forward
-
-                for product in ("triton", "cublas"):
-                    call = bench.graphed(lambda t=tensors, p=product: forward(*t, 0.1, False, product=p))
-                    bench.add("aggregator product", N=N, by=product, seconds=bench.seconds(call), floor=floor)
-        for N in (1, 8):
-            tensors = aggregator_tensors(bench, P, N, H, torch.bfloat16)
-            floor = bench.floor(2 * (P * N * H + N * H + P * H * H))
-            compare("aggregator", floor, lambda impl, t=tensors: aggregator(*t, 0.1, impl=impl), N=N)
-        D, G, heads = bench.size(96, 8), 2, 16
-        for B, K in ((1, bench.size(4096, 20)), (8, bench.size(4096, 20))):
-            sizes = ((P * B, heads, 1, D), (P * B, G, K, D), (P * B, G, K, D), (P, G, 48, D), (P, G, 48, D))
-            states = [randn(bench, *size) for size in sizes]
-            mask = torch.ones(P * B, 1, 1, 48 + K, dtype=torch.bool, device=bench.device)
-            floor = bench.floor(2.0 * sum(t.numel() for t in states) + mask.numel())
+        for D, B, K, masked in ((96, 1, 4096, True), (96, 1, 4096, False), (128, 1, 4096, True), (96, 8, 4096, True)):
+            D, K = bench.size(D, 8), bench.size(K, 20)
+            states = decode_tensors(bench, P, B, K, D)
+            mask = torch.ones(P * B, 1, 1, 48 + K, dtype=torch.bool, device=bench.device) if masked else None
+            floor = bench.floor(2.0 * sum(t.numel() for t in states) + (0 if mask is None else mask.numel()))
 
             def attend(impl: Any, states: Any = states, mask: Any = mask) -> Any:
                 if impl == bench.impl:
                     return decode_attention(*states, mask, impl=impl)
                 query, key, value, prefix_k, prefix_v = states
-                rows = key.shape[0] // P
-                key, value = (
-                    torch.cat([prefix.repeat_interleave(rows, 0), s], 2)
-                    for prefix, s in ((prefix_k, key), (prefix_v, value))
-                )
-                return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+                keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
+                return torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
 
-            compare("decode attention", floor, attend, B=B, K=K)
+            compare("decode attention", floor, attend, B=B, K=K, D=D, masked=masked)
+        for H, N in [*((1536, n) for n in (1, 8, 33, 64, 256, 1024, 4096, 16384)), (2560, 64), (2560, 4096)]:
+            H, N = bench.size(H, 32), bench.size(N, min(N, 40))
+            tensors = aggregator_tensors(bench, P, N, H, torch.bfloat16)
+            floor = bench.floor(2 * (P * N * H + N * H + P * H * H), 2.0 * N * P * H * H)
+            compare("aggregator", floor, lambda impl, t=tensors: aggregator(*t, 0.1, impl=impl), N=N, H=H)
+            if bench.size(4096, 40) <= N:
+                x, logits = tensors[0], randn(bench, N, P)
+                floor = bench.floor(2 * (P * N * H + N * H + N * P))
+                mix = functools.partial(aggregate, x, logits, 0.1)
+                compare("aggregate", floor, lambda impl, mix=mix: mix(impl=impl), N=N, H=H)
+        H, inner = bench.size(1536, 32), bench.size(8320, 32)
+        weight = randn(bench, inner, H, scale=H**-0.5)
+        for M in (1, 8):  # what P rows cost a linear layer of the backbone
+            rows = randn(bench, M, H)
+            product = bench.graphed(lambda rows=rows: torch.nn.functional.linear(rows, weight))
+            bench.add("linear layer", M=M, seconds=bench.seconds(product), floor=bench.floor(2 * H * inner))
         for S in (bench.size(1024, 16), bench.size(4096, 32)):
             states = prefill_tensors(bench, S)
             floor = bench.floor(2.0 * sum(t.numel() for t in states), prefill_operations(states))
@@ -280,7 +189,7 @@ def causal_without_prefix(query: torch.Tensor, key: torch.Tensor, value: torch.T
 
 
 def backward(bench: Bench) -> None:
-    """Forward and backward of ``aggregate``, aggregator and prefill attention, in bfloat16, launched from Python."""
+    """Forward and backward of ``aggregate``, aggregator and prefill attention, in bfloat16, captured."""
     P, N, H = 8, bench.size(4096, 8), bench.size(1536, 32)
     tensors = [t.requires_grad_() for t in aggregator_tensors(bench, P, N, H, torch.bfloat16)]
     logits, gradient = randn(bench, N, P).requires_grad_(), randn(bench, N, H)
@@ -294,7 +203,8 @@ def backward(bench: Bench) -> None:
     moved = 2 * (P * N * H + N * H) + 2 * (2 * P * N * H + N * H)
     floors = {"aggregate": bench.floor(moved), "aggregator": bench.floor(moved, 6.0 * N * P * H * H)}
     for name, function in (("aggregate", mix), ("aggregator", whole)):
-        fused, eager = (bench.seconds(lambda f=function, i=i: f(i)) for i in (bench.impl, "reference"))
+        ways = [bench.graphed(lambda f=function, i=i: f(i)) for i in (bench.impl, "reference")]
+        fused, eager = map(bench.seconds, ways)
         of_floor = floors[name] / fused
         bench.add(f"{name}, both ways", N=N, seconds=fused, floor=floors[name], of_floor=of_floor, eager_seconds=eager)
     for S in (bench.size(1024, 16), bench.size(4096, 32)):
@@ -309,61 +219,90 @@ def backward(bench: Bench) -> None:
             def both(f: Any = function, own: Any = states[:n], gradient: Any = gradient) -> Any:
                 return torch.autograd.grad(f(*own), own, gradient)
 
-            found[name] = bench.seconds(both)
+            found[name] = bench.seconds(bench.graphed(both))
         bench.add("prefill attention, both ways", S=S, floor=floor, of_floor=floor / found["seconds"], **found)
 
 
-def model_of(bench: Bench, P: int) -> Any:
+def model_of(bench: Bench, P: int, attention: str = "sdpa", kv: str = "own") -> Any:
     torch.manual_seed(0)
     shape = TINY_MODEL if bench.dry else MODEL
-    config = transformers.Qwen2Config(**shape, attn_implementation="sdpa", dtype=torch.bfloat16)
+    config = transformers.Qwen2Config(**shape, attn_implementation=attention, dtype=torch.bfloat16)
     with torch.device(bench.device):
         model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
-    return wrap(model, P, init="random", seed=0) if P > 1 else model
+    return wrap(model, P, init="random", seed=0, kv=kv) if P > 1 else model
 
 
-def captured_step(bench: Bench, model: Any, length: int) -> Call:
-    """One decoding step after ``length`` tokens with a static cache, compiled, as a CUDA graph."""
+def own_decode(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    """The plain backbone's attention by our kernel, which splits a sequence; torch's with a mask does not."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    nothing = key.new_empty(1, key.shape[1], 0, key.shape[3])
+    length = None if attention_mask is None else visible_lengths(attention_mask)
+    scaling = kwargs.get("scaling")
+    mixed = decode_attention(query, key, value, nothing, nothing, attention_mask, length=length, scaling=scaling)
+    return mixed.transpose(1, 2), None
+
+
+def captured_step(bench: Bench, model: Any, length: int, is_compiled: bool) -> Call:
+    """One decoding step after ``length`` tokens with a static cache, as a CUDA graph."""
     # every replay appends a token: room for those that warm up and those that are timed
     cache = transformers.StaticCache(config=model.config, max_cache_len=length + 128)
     ids = torch.randint(0, 64, (1, length), device=bench.device)
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     position = torch.tensor([[length]], device=bench.device)
 
     def step() -> Any:
         return model(ids[:, :1], position_ids=position, past_key_values=cache, use_cache=True).logits
 
-    return bench.graphed(step if bench.dry else torch.compile(step))
+    return bench.graphed(torch.compile(step) if is_compiled and not bench.dry else step)
 
 
+@torch.no_grad()
 def decoding(bench: Bench) -> None:
-    """The captured step and the whole of ``generate``, P = 1 and 8, batch 1, beside what the weights alone need."""
+    """The captured step at several lengths and numbers of streams, batch 1, beside what the weights alone need."""
+    transformers.AttentionInterface.register("own_decode", own_decode)
+    transformers.AttentionMaskInterface.register("own_decode", sdpa_mask)
+    plain: dict[int, dict[str, float]] = {}
+    ways = [(1, "sdpa", "own"), (1, "own_decode", "own")]
+    ways += [(P, "sdpa", kv) for P in (8, 4, 2) for kv in ("own", "shared")]
+    for P, attention, kv in ways:
+        model = model_of(bench, P, attention, kv).eval()
+        floor = bench.floor(2 * sum(p.numel() for p in model.parameters()))
+        for length in (bench.size(512, 8), bench.size(4096, 16), bench.size(16384, 24)):
+            seconds = bench.seconds(captured_step(bench, model, length, is_compiled=False))
+            if P == 1:
+                plain.setdefault(length, {})[f"to_P1_by_{attention}"] = seconds
+            ratios = {name: seconds / other for name, other in plain[length].items()}
+            sizes = {"P": P, "kv": kv, "attention": attention, "length": length}
+            bench.add("step", **sizes, seconds=seconds, weights_floor=floor, **ratios)
+        del model
+
+
+@torch.no_grad()
+def compiled_decoding(bench: Bench) -> None:
+    """The compiled step and the whole of ``generate``, P = 1 and 8, and the step of the released code."""
     length, tokens = bench.size(512, 8), bench.size(64, 4)
     first: dict[str, float] = {}
     for P in (1, 8):
         model = model_of(bench, P).eval()
-        weights = 2 * sum(p.numel() for p in model.parameters())
-        found: dict[str, Any] = {"P": P, "weights_floor": bench.floor(weights)}
-        with torch.no_grad():
-            found["step_seconds"] = bench.seconds(captured_step(bench, model, length))
-            ids = torch.randint(0, 64, (1, length), device=bench.device)
-            options = {} if bench.dry else {"cache_implementation": "static"}
+        found: dict[str, Any] = {"step_seconds": bench.seconds(captured_step(bench, model, length, is_compiled=True))}
+        ids = torch.randint(0, 64, (1, length), device=bench.device)
+        options = {} if bench.dry else {"cache_implementation": "static"}
 
-            def generate(new: int, model: Any = model, ids: Any = ids, options: Any = options) -> float:
-                start = time.perf_counter()
-                model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
-                if not bench.dry:
-                    torch.cuda.synchronize()
-                return time.perf_counter() - start
+        def generate(new: int, model: Any = model, ids: Any = ids, options: Any = options) -> float:
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+            if not bench.dry:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
 
-            generate(tokens)  # compiles
-            long, short = (statistics.median(generate(n) for _ in range(3)) for n in (tokens, 2))
-            found["generate_seconds_per_token"] = (long - short) / (tokens - 2)
-        found["step_of_weights_floor"] = found["step_seconds"] / found["weights_floor"]
+        generate(tokens)  # compiles
+        long, short = (statistics.median(generate(n) for _ in range(3)) for n in (tokens, 2))
+        found["generate_seconds_per_token"] = (long - short) / (tokens - 2)
         for name in ("step_seconds", "generate_seconds_per_token"):
             first.setdefault(name, found[name])
             found[f"{name}_to_P1"] = found[name] / first[name]
-        bench.add("decoding", **found)
+        bench.add("decoding", P=P, length=length, **found)
         del model
     if bench.released is not None:
         seconds = released_step(bench, length)
@@ -382,27 +321,29 @@ def released_step(bench: Bench, length: int) -> float:
 
 
 def training(bench: Bench) -> None:
-    """A training step beside the plain backbone's at batch P*B with B rows of loss, in bfloat16."""
+    """A training step beside the plain backbone's at batch P*B with B rows of loss, in bfloat16, captured."""
     P, S = 4, bench.size(1024, 8)
     times = {}
     for streams in (P, 1):
         model = model_of(bench, streams).train()
         ids = torch.randint(0, 64, (1, S), device=bench.device)
 
-        def step(model: Any = model, ids: Any = ids, streams: int = streams) -> None:
-            model.zero_grad()
+        parameters = list(model.parameters())
+
+        def step(model: Any = model, ids: Any = ids, streams: int = streams, parameters: Any = parameters) -> Any:
             if streams > 1:
                 logits = model(ids).logits
             else:
                 logits = model.lm_head(model.model(ids.repeat(P, 1))[0][:1])
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            return torch.autograd.grad(loss, parameters)
 
-        times[streams] = bench.seconds(step, repeats=9)
-        del model
+        times[streams] = bench.seconds(bench.graphed(step), repeats=9)
+        del model, parameters, step
     bench.add("training", P=P, S=S, seconds=times[P], plain_seconds=times[1], ratio=times[P] / times[1])
 
 
-PARTS = {f.__name__: f for f in (ceilings, exactness, kernels, decoding, training, backward)}
+PARTS = {f.__name__: f for f in (ceilings, decoding, kernels, exactness, training, backward, compiled_decoding)}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -413,7 +354,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     chosen = [row for row in rows if "of_floor" in row]
-    names = [row["what"] + "".join(f", {k} {row[k]}" for k in ("N", "B", "K") if k in row) for row in chosen]
+    names = [row["what"] + "".join(f", {k} {row[k]}" for k in ("N", "H", "B", "K", "D") if k in row) for row in chosen]
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(names) + 1))
     axes.barh(names, [100 * row["of_floor"] for row in chosen], label="fused")
     for key, mark in (("eager_seconds", "|"), ("compiled_seconds", "x")):
@@ -442,18 +383,6 @@ def runs(bench: Bench, part: Callable[[Bench], None]) -> bool:
     return True
 
 
-def versions(dry: bool) -> dict[str, Any]:
-    """What was measured on."""
-    return {
-        "device": "dry run" if dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "triton": importlib.import_module("triton").__version__ if TRITON else None,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that everything runs")
@@ -463,19 +392,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("gpu_check needs a CUDA or ROCm device, and torch sees none; --dry-run needs none.")
-    bench = Bench(args.dry_run, args.released)
-    start, failed = time.perf_counter(), []
-    for name, part in PARTS.items():
-        if name not in args.only and name != "ceilings":
-            continue
-        if not runs(bench, part):
-            failed.append(name)
-        found = {"seconds": time.perf_counter() - start, "ceilings": bench.ceilings, "rows": bench.rows}
-        text = json.dumps(versions(args.dry_run) | found, indent=1)
-        if args.output is not None:  # after each part, so that a run that is stopped leaves what it found
-            args.output.write_text(text + "\n")
+    bench = Bench(args.dry_run, args.released, args.output)
+    failed = [name for name, part in PARTS.items() if name in {*args.only, "ceilings"} and not runs(bench, part)]
     if args.output is None:
-        print(text)
+        print(bench.json())
     else:
         plot(bench.rows, args.output.with_suffix(".png"))
     wrong = [row for row in bench.rows if row.get("ok") is False]

@@ -24,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_check import Bench, aggregator_tensors, randn, versions
+from gpu_bench import Bench, aggregator_tensors, decode_tensors, randn, versions
 
 from parscale.kernels import aggregate, aggregator, decode_attention
 
@@ -118,8 +118,7 @@ def subjects(bench: Bench) -> Iterator[Subject]:
         yield Subject(f"aggregator's end, N={rows}", "aggregator", "finish_config", tiles, step)
     D, K = bench.size(96, 16), bench.size(4096, 20)
     for B in (1, bench.size(8, 2)):
-        sizes = ((P * B, 16, 1, D), (P * B, 2, K, D), (P * B, 2, K, D), (P, 2, 48, D), (P, 2, 48, D))
-        states = [randn(bench, *size) for size in sizes]
+        states = decode_tensors(bench, P, B, K, D)
         mask = torch.ones(P * B, 1, 1, 48 + K, dtype=torch.bool, device=bench.device)
 
         def attend(impl: Any, states: Any = states, mask: Any = mask) -> torch.Tensor:

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from parscale.checkpoints.conversion.convert import calibration_ids, convert
     from parscale.checkpoints.description import describe
     from parscale.checkpoints.evaluation.comparison import Comparison, compare
+    from parscale.checkpoints.evaluation.controls import (
+        ARMS,
+        HELD_AGAINST,
+        Arm,
+        Interval,
+        crossed_interval,
+        hold_against,
+        prepare_arm,
+    )
     from parscale.checkpoints.evaluation.diagnosis import Diagnosis, diagnose, plot_diagnosis
+    from parscale.checkpoints.evaluation.places import evaluate_places
     from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks
     from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation, evaluate
     from parscale.checkpoints.models import open_checkpoint, require_tokenizer
@@ -38,9 +48,12 @@ if TYPE_CHECKING:
     from parscale.checkpoints.training.train import Interrupted, train
 
 __all__ = [
+    "ARMS",
     "CODE",
+    "HELD_AGAINST",
     "PROSE",
     "RECIPES",
+    "Arm",
     "Blocks",
     "Comparison",
     "Diagnosis",
@@ -49,6 +62,7 @@ __all__ = [
     "DocumentLoss",
     "Evaluation",
     "Interrupted",
+    "Interval",
     "QuickstartSettings",
     "QuickstartTexts",
     "Source",
@@ -56,16 +70,20 @@ __all__ = [
     "calibration_ids",
     "compare",
     "convert",
+    "crossed_interval",
     "describe",
     "diagnose",
     "evaluate",
+    "evaluate_places",
     "evaluate_tasks",
     "faster_in_bf16",
+    "hold_against",
     "open_checkpoint",
     "open_source",
     "pack",
     "pack_documents",
     "plot_diagnosis",
+    "prepare_arm",
     "push",
     "quickstart_texts",
     "read_documents",
@@ -86,11 +104,21 @@ _HOMES = {  # of the public names, below this package
         "Comparison",
         "compare",
     ),
+    "evaluation.controls": (
+        "ARMS",
+        "HELD_AGAINST",
+        "Arm",
+        "Interval",
+        "crossed_interval",
+        "hold_against",
+        "prepare_arm",
+    ),
     "evaluation.diagnosis": (
         "Diagnosis",
         "diagnose",
         "plot_diagnosis",
     ),
+    "evaluation.places": ("evaluate_places",),
     "evaluation.tasks": (
         "RECIPES",
         "evaluate_tasks",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ def first_not_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | No
     return None
 
 
-def require_finite(model: Any, checkpoint: str) -> None:
+def require_finite(model: torch.nn.Module, checkpoint: str) -> None:
     """Refuses a model that cannot be trained.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import load
 from parscale.checkpoints.description import PLAIN, kind_of
@@ -66,7 +66,7 @@ def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: An
     return read(checkpoint, dtype=dtype, **options)
 
 
-def require_language_model(model: Any, checkpoint: str) -> None:
+def require_language_model(model: PreTrainedModel, checkpoint: str) -> None:
     """Refuses what does not read and write text, such as an encoder.
 
     Raises:

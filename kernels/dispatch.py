@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from parscale.kernels.compat import functorch_transforms_are_active
+
 Impl = Literal["auto", "fused", "reference"]
 
 
@@ -69,11 +71,8 @@ def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def transforms_are_active() -> bool:
-    """Whether a transform of ``torch.func`` runs (``grad``, ``vmap``, ``jvp``, ...); torch has no public name for that.
-
-    They may differentiate any number of times, forward and backward, and map what they differentiate.
-    """
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of ``torch.func`` runs, which may map and differentiate any number of times."""
+    return functorch_transforms_are_active()
 
 
 def _interpreted() -> bool:

@@ -47,17 +47,17 @@ class Gpu:
     is_hip: bool = False
     dependent_launch: bool = False
 
-    def programs(self, shared_bytes: int, threads: int, registers: int = 128) -> int:
+    def programs(self, shared_bytes: int, warps: int, registers: int) -> int:
         """How many programs one multiprocessor holds at a time.
 
         Args:
             shared_bytes: shared memory of a program; NVIDIA's runtime takes 1 KiB more for itself.
-            threads: of a program.
-            registers: of a thread, about.
+            warps: of a program.
+            registers: of a thread, about. A multiprocessor has 2048 for a lane of NVIDIA's warps, 4 times 512 on AMD.
         """
         by_memory = self.shared_memory // (shared_bytes + (0 if self.is_hip else 1024))
-        by_registers = 65536 * (2 if self.is_hip else 1) // (threads * registers)
-        return max(1, min(by_memory, by_registers, 2048 // threads))
+        by_registers = (4 * (512 // registers) if self.is_hip else 2048 // registers) // warps
+        return max(1, min(by_memory, by_registers))
 
 
 TYPICAL = Gpu(processors=132, shared_memory=228 * 1024)  # an H100's sizes, where there is no GPU to ask

@@ -7,18 +7,17 @@ backbone's own class, and wrapped. The names here are those that the remote code
 from __future__ import annotations
 
 import os
-import sys
-from types import ModuleType
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from parscale.compat.transformers import show_class, without_own_arguments
 from parscale.config import ParScaleConfig
 from parscale.format.architectures import (
     AUTO_CLASSES,
     backbone_class,
     backbone_config,
+    classes_of,
     config_class,
     listen,
     readers,
@@ -32,19 +31,11 @@ from parscale.wrapping import wrap
 def register_architecture(name: Any) -> None:
     """Lets ``getattr(transformers, name).from_pretrained(folder)`` read full checkpoints of this architecture.
 
-    ``transformers serve`` looks there for the class of a checkpoint, and not in its ``auto_map``. There may be more
-    than one such module: when ``transformers.processing_utils`` is imported it makes the package anew, and modules that
-    were imported before, the server's among them, keep the first.
-
     Args:
         name: as a checkpoint says it, ``"Qwen2ParScaleForCausalLM"``; anything else is passed over.
     """
-    if not isinstance(name, str) or INFIX not in name:
-        return
-    held = [vars(module).get("transformers") for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
-    for package in (transformers, *held):
-        if isinstance(package, ModuleType) and package.__name__ == "transformers" and not hasattr(package, name):
-            setattr(package, name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
+    if isinstance(name, str) and INFIX in name:
+        show_class(name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
 
 
 class ParScaleModelConfig:
@@ -53,8 +44,7 @@ class ParScaleModelConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As ``AutoConfig.from_pretrained``."""
-        kwargs.pop("_from_auto", None)
-        return read_pretrained(AutoConfig, pretrained_model_name_or_path, **kwargs)
+        return read_pretrained(AutoConfig, pretrained_model_name_or_path, **without_own_arguments(kwargs))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -111,7 +101,7 @@ _READERS = {
 def register_readers(made: type[PreTrainedConfig], backbone: type[PreTrainedConfig]) -> None:
     """Lets each ``AutoModel...`` that makes a model of the backbone's configuration make a wrapped one of ``made``."""
     for name, auto in AUTO_CLASSES.items():
-        if backbone in auto._model_mapping or auto is AutoModelForCausalLM:
+        if classes_of(auto, backbone) or auto is AutoModelForCausalLM:
             auto.register(made, _READERS[name], exist_ok=True)
     made.__module__ = __name__  # where a process that unpickles one looks
     made.__reduce__ = _reduce  # type: ignore[assignment, method-assign]

@@ -1,6 +1,10 @@
 """Errors that parscale raises on its own account."""
 
 
+class IncompatibleVersionError(ImportError):
+    """A library is installed in a version that lacks a name which parscale needs; says which version to install."""
+
+
 class RefusedCheckpointError(ValueError):
     """A checkpoint asks for what it is not given: to run code of its own, or a package that is not installed."""
 

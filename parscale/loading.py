@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from parscale.compat.transformers import tensor_parallel
 from parscale.config import NUM_STREAMS
 from parscale.format.architectures import class_named, config_class, register_backbone
 from parscale.format.checks import check_fit, check_streams
@@ -110,12 +111,10 @@ def load(
 
 
 def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
-    from transformers.distributed.configuration_utils import DistributedConfig
-
     if not isinstance(tp_plan, Mapping) and tp_plan != "auto":
         raise ValueError(f"tp_plan is 'auto' or a dictionary of names and styles, got {tp_plan!r}.")
     plan = dict(tp_plan) if isinstance(tp_plan, Mapping) else None
-    return DistributedConfig(tp_size=int(os.environ.get("WORLD_SIZE", "1")), tp_plan=plan)
+    return tensor_parallel(int(os.environ.get("WORLD_SIZE", "1")), plan)
 
 
 @torch.inference_mode(False)  # what is loaded can train

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
+from parscale.compat.transformers import own_reorder_cache
 from parscale.config import OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
@@ -53,6 +54,7 @@ def add_streams(
         calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
         transform: as in :class:`ParScaleConfig`.
         rank: as in :class:`ParScaleConfig`.
+        kv: as in :class:`ParScaleConfig`.
 
     Raises:
         ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
@@ -194,6 +196,9 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             rows are written, of all of them.
         **kwargs: of the model's own.
 
+    Returns:
+        As the model's own.
+
     Raises:
         ValueError: ``adaptive`` is no such number, or the active streams do not share keys; or streams are active and
             the assistant is a decoder alone, which would read this model's encoder.
@@ -264,7 +269,7 @@ def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> A
     active, B = model.parscale.active, beam_idx.shape[0]
     P = 1 if active is None else active.cache_copies
     rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
-    own = getattr(type(model), "_reorder_cache", None)
+    own = own_reorder_cache(type(model))
     if own is not None:
         return own(past_key_values, rows)
     past_key_values.reorder_cache(rows)

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
+from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE
 from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
@@ -40,8 +41,8 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "save_pretrained": methods.save_pretrained,
     "save_streams": methods.save_streams,
     "load_streams": methods.load_streams,
-    "_reorder_cache": methods.reorder_cache,
-    "_get_static_cache_init_shape": methods.static_cache_init_shape,
+    REORDER_CACHE: methods.reorder_cache,
+    STATIC_CACHE_SHAPE: methods.static_cache_init_shape,
     "init_continuous_batching": methods.init_continuous_batching,
 }
 
@@ -123,14 +124,15 @@ def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
     """
     configs = _held_configs(model)
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    choices = [(module, dict(module._modules), vars(module).get("attention_type")) for module in modules]
+    choices = [(module, dict(module.named_children()), vars(module).get("attention_type")) for module in modules]
     try:
         yield
     except BaseException:
         for module, held in configs:
             module.config = held
         for module, children, chosen in choices:
-            module._modules = children
+            for name, child in children.items():
+                setattr(module, name, child)
             if chosen is not None:
                 module.attention_type = chosen
         raise
@@ -183,8 +185,8 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         )
     check_impl(kernels, "kernels")
     state = ParScaleState(model, kernels)
-    BackboneHooks(state).attach()
     try:
+        BackboneHooks(state).attach()
         _own_config(model)
         _anchor_name(model)
         check_takes_parameters(model)
@@ -227,9 +229,9 @@ def _own_config(model: PreTrainedModel) -> None:
 
 def _anchor_name(model: Any) -> None:
     """Makes the path of the backbone's folder absolute: streams that are saved name it, maybe from elsewhere."""
-    name = getattr(model.config, "_name_or_path", None)
+    name = model.config.name_or_path
     if name and os.path.isdir(name):
-        model.config._name_or_path = os.path.abspath(name)
+        model.config.name_or_path = os.path.abspath(name)
 
 
 def _decompress(model: Any) -> None:

@@ -61,8 +61,10 @@ def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corp
 
 
 def python_files(source: str) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of Python source files, sorted by name: of the standard library, and for `"packages"` also of
-    what is installed. Test suites and what is no UTF-8 are left out.
+    """Name and contents of Python source files, sorted by name.
+
+    They are those of the standard library, and for `"packages"` also of what is installed. Test suites and what is no
+    UTF-8 are left out.
     """
     roots = [("stdlib", Path(sysconfig.get_path("stdlib")))]
     if source == "packages":

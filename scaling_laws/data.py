@@ -89,9 +89,9 @@ def read_points(path: str | Path) -> Points:
 
 
 def check_points(params: ArrayLike, streams: ArrayLike, losses: ArrayLike, tokens: ArrayLike | None = None) -> Points:
-    """The three as flat float arrays of one length; with `tokens`, only a run with the same tokens too is a repeated
-    one.
+    """The three as flat float arrays of one length.
 
+    With `tokens`, only a run with the same tokens too is a repeated one.
     Raises `ValueError`, naming the point and what is allowed, for lengths that differ, entries that are no finite
     numbers, sizes or losses that are not positive, a P that is no whole number of at least 1, and rows that are given
     twice.

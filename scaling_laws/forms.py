@@ -144,8 +144,9 @@ class Form:
         return total
 
     def feasible(self, theta: Array, streams: Array) -> NDArray[np.bool_]:
-        """Which rows of `theta` are laws at all: exponents above 0, factors above 0 at the largest P, nothing
-        overflown; `(S,)` bool.
+        """Which rows of `theta` are laws at all, `(S,)` bool.
+
+        Their exponents are above 0, their factors above 0 at the largest P, and nothing overflows.
         """
         good: NDArray[np.bool_] = np.all(np.isfinite(theta) & (np.abs(theta) < 1e4), axis=1)
         largest = streams.max()

@@ -1,6 +1,4 @@
-"""The figures of the paper's cost comparison: its table, and how much less streams add than a plain model of equal
-loss.
-"""
+"""The paper's cost comparison: its table, and how much less streams add than a plain model of equal loss."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ LENGTHS = (64, 128, 256, 512)
 
 
 def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = LENGTHS) -> tuple[float, float]:
-    """Memory in bytes and seconds of a published model, averaged over `lengths`: one entry of the paper's cost
-    figure.
-    """
+    """Memory in bytes and seconds of a published model, over the mean of `lengths`: an entry of the paper's figure."""
     models = published_models()
     if size not in models:
         raise ValueError(f"no published model {size!r}; give one of {', '.join(models)}")
@@ -35,8 +31,7 @@ def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = L
 
 
 def dense_of_equal_loss(streams: int = 8, size: str = "1.6B", *, batch_size: int = 1) -> tuple[float, float]:
-    """Memory in bytes and seconds of a plain model that reaches the loss (Stack) of `size` with `streams` streams, as
-    in the paper.
+    """Memory in bytes and seconds of a plain model that reaches the loss (Stack) of `size` with `streams` streams.
 
     Both are interpolated by loss between the two published plain models around it, at the paper's average over lengths.
     Raises `ValueError` for a size or P without a published point, and when no two plain models surround its loss.
@@ -59,8 +54,9 @@ def dense_of_equal_loss(streams: int = 8, size: str = "1.6B", *, batch_size: int
 
 
 def increase_ratios(batch_size: int = 1, streams: int = 8, size: str = "1.6B") -> tuple[float, float]:
-    """How many times more memory, and time, a plain model adds than streams do for the same loss: the paper's "22x"
-    and "6x".
+    """How many times more memory, and time, a plain model adds than streams do for the same loss.
+
+    The paper's "22x" and "6x".
     """
     base, wide = np.array(average(size, 1, batch_size)), np.array(average(size, streams, batch_size))
     dense = np.array(dense_of_equal_loss(streams, size, batch_size=batch_size))

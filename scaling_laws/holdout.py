@@ -1,6 +1,4 @@
-"""Which form predicts what it has not seen: comparison by held-out sizes and held-out P, not only by how well a form
-bends.
-"""
+"""Which form predicts what it has not seen: forms compared by held-out sizes and held-out P."""
 
 from __future__ import annotations
 

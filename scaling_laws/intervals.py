@@ -1,5 +1,6 @@
-"""Honest intervals: profile likelihood, with the limits of a seeded bootstrap or of the F distribution, for the batched
-fit of `solve`.
+"""Intervals by profile likelihood, for the batched fit of `solve`.
+
+Their limits are those of a seeded bootstrap or of the F distribution.
 """
 
 from __future__ import annotations
@@ -94,9 +95,10 @@ def bootstrap(optimum: Optimum, draws: int, seed: int) -> Resampled:
 
 
 def calibrated_limits(optimum: Optimum, resampled: Resampled, level: float) -> Array:
-    """How far the likelihood ratio of `profile` may rise for each parameter, `(p,)`, so that a share `level` of the
-    resampled data sets would have their true value, the optimum's, within their own interval; never less than
-    `f_limits`, which is right while the law is straight over an interval.
+    """How far the likelihood ratio of `profile` may rise for each parameter, `(p,)`.
+
+    So far that a share `level` of the resampled data sets would have their true value, the optimum's, within their own
+    interval; never less than `f_limits`, which is right while the law is straight over an interval.
 
     Percentiles of the draws would miss the truth on one side where the law bends, as A does along the valley in which
     E, A and alpha trade off; the ratio does not care how a parameter is written.
@@ -139,8 +141,9 @@ def f_limits(optimum: Optimum, level: float) -> Array:
 
 
 def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
-    """Profile-likelihood interval of each parameter, `(low, high)`; an end that the runs do not settle is infinite (0
-    for E and A).
+    """Profile-likelihood interval of each parameter, `(low, high)`.
+
+    An end that the runs do not settle is infinite (0 for E and A).
 
     A parameter is held at ever more distant values while all others are fitted again; the interval ends where the
     Huber loss has risen by more than chance explains. The rise is measured in units of Huber's own dispersion
@@ -169,8 +172,9 @@ def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
 
 
 def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Array, ridge: Array) -> Array:
-    """F statistic for parameter `columns[i]` held at each of `offsets[i]` from the optimum, `(len(columns), m)`;
-    infinite where no law is possible.
+    """F statistic for parameter `columns[i]` held at each of `offsets[i]` from the optimum, `(len(columns), m)`.
+
+    It is infinite where no law is possible.
     """
     problem, theta = optimum.problem, optimum.theta
     straight = theta + offsets[:, :, None] * ridge[columns][:, None]  # along the ridge, as far as it is straight
@@ -184,8 +188,9 @@ def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Arr
 
 
 def _dispersion(residuals: Array, freedom: int) -> Any:
-    """What twice the rise of the Huber loss is measured in, for residuals `(..., n)`: mean square of its derivative
-    over the mean of its second one.
+    """What twice the rise of the Huber loss is measured in, for residuals `(..., n)`.
+
+    The mean square of its derivative over the mean of its second one.
     """
     force = np.clip(residuals, -DELTA, DELTA)
     noise = np.sqrt((residuals**2).sum(axis=-1) / freedom)
@@ -194,9 +199,10 @@ def _dispersion(residuals: Array, freedom: int) -> Any:
 
 
 def _search_scale(optimum: Optimum) -> tuple[Array, Array]:
-    """Where a search for an interval's end starts: each parameter's approximate standard error `(p,)`, and how the
-    others go with it, `(p, p)`. From the slopes of log loss at the optimum; where these settle nothing, a step of 1
-    alone.
+    """Where a search for an interval's end starts.
+
+    Each parameter's approximate standard error `(p,)`, and how the others go with it, `(p, p)`: from the slopes of log
+    loss at the optimum, and where these settle nothing, a step of 1 alone.
     """
     problem = optimum.problem
     values, slopes = problem.form.log_terms(optimum.theta[None], problem.sizes, problem.streams)

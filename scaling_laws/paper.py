@@ -1,5 +1,4 @@
-"""The cost that arXiv 2505.10475 reports, counted as its authors counted (`method="paper"`), and where that count is
-wrong.
+"""The cost that arXiv 2505.10475 reports, counted as its authors counted (`method="paper"`).
 
 They used llm-analysis 0.2.2 with 0.7 of an A100's arithmetic and 0.9 of its bandwidth, 16-bit everywhere, and
 averaged over input = output = 64, 128, 256, 512 (`headline`). What this count does that a real run does not, or the

@@ -35,9 +35,7 @@ class Plan:
 
 
 def training_flops(params: float, streams: float, tokens: float) -> float:
-    """Operations of training: `6 * N * P * D`, six for each parameter, stream and token; attention's own are left
-    out.
-    """
+    """Operations of training: `6 * N * P * D`, six for each parameter, stream and token, without attention's own."""
     return 6 * params * streams * tokens
 
 
@@ -166,8 +164,9 @@ def frontier(
 def _widest(
     base: ModelShape, budgets: dict[str, float], costs: Callable[[ModelShape], dict[str, float]]
 ) -> ModelShape | None:
-    """The largest scaling of `base`, between a hundredth and a hundredfold width, whose costs keep the budgets; None
-    if none does.
+    """The largest scaling of `base` whose costs keep the budgets; None if none does.
+
+    Widths lie between a hundredth and a hundredfold of its own.
     """
 
     def keeps(width: float) -> bool:

@@ -1,5 +1,4 @@
-"""Plots of the law, of runs against it, and of costs; each returns a matplotlib figure that no window or global state
-holds.
+"""Plots of the law, of runs against it, and of costs: figures of matplotlib that no window or global state holds.
 
 Colours are told apart by people with any colour vision and in print; sizes suit one column of a paper.
 """
@@ -27,8 +26,10 @@ MARKERS = "osD^vP*"
 
 
 def measured_and_predicted(law: ParallelScalingLaw, points: Points) -> Figure:
-    """Left: loss over N, one curve for each P, with the runs. Right: measured against predicted, and the errors in
-    per cent.
+    """A law beside its runs.
+
+    Left: loss over N, one curve for each P, with the runs. Right: measured against predicted, and the errors in per
+    cent.
     """
     figure, (left, right) = _figure(2)
     span = np.geomspace(points.params.min() / 1.15, points.params.max() * 1.15, 200)
@@ -74,8 +75,9 @@ def contours(law: ParallelScalingLaw, points: Points | None = None, *, streams: 
 
 
 def isoloss(law: ParallelScalingLaw, params: Sequence[float] = (5e8, 1e9, 2e9, 4e9), *, streams: float = 16) -> Figure:
-    """Curves of equal loss: for each plain model of `params`, the smaller models that reach its loss with P streams;
-    with bootstrap draws, their 90 % bands.
+    """Curves of equal loss: for each plain model of `params`, the smaller models that reach its loss with P streams.
+
+    With bootstrap draws they have 90 % bands.
     """
     figure, (axes,) = _figure(1)
     count = np.geomspace(1, streams, 100)
@@ -172,8 +174,9 @@ def plan_curve(plans: Sequence[Plan]) -> Figure:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes the figure; the ending (`.png`, `.pdf`, `.svg`) says as what. Nothing half-written is left when that
-    fails.
+    """Writes the figure; the ending (`.png`, `.pdf`, `.svg`) says as what.
+
+    Nothing half-written is left when that fails.
     """
     path = Path(path)
     if not path.suffix:

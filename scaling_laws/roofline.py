@@ -85,8 +85,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one kind of operation does in one step: arithmetic operations and bytes moved, each a number or one for
-    each step.
+    """What one kind of operation does in one step: arithmetic operations and bytes moved.
+
+    Each is a number, or one for each step.
     """
 
     name: str
@@ -150,8 +151,9 @@ def _price(operations: list[Operation], work: Workload, device: Hardware) -> Spl
 
 
 def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: Array) -> list[Operation]:
-    """Operations of steps that each take `tokens` new tokens a row onto `contexts` earlier ones; arrays are
-    `(steps,)`.
+    """Operations of steps that each take `tokens` new tokens a row onto `contexts` earlier ones.
+
+    Arrays are `(steps,)`.
     """
     h, n = shape.hidden, rows.rows * tokens
     number, weight = work.bits / 8, work.weight_bits / 8
@@ -209,8 +211,9 @@ def _mlp(shape: ModelShape, work: Workload, n: float, once: Array) -> Operation:
 
 
 def _attended(shape: ModelShape, tokens: int, contexts: Array) -> tuple[Array, Array]:
-    """Per row and summed over layers: pairs of a new token and a token it sees, and tokens whose keys and values are
-    read.
+    """Pairs of a new token and a token it sees, and tokens whose keys and values are read.
+
+    Both per row and summed over layers.
     """
     full = shape.attention_layers - shape.window_layers
     pairs = tokens * contexts + tokens * (tokens + 1) / 2

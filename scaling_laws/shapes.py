@@ -194,9 +194,7 @@ class ModelShape:
 
 
 def published_models() -> dict[str, dict[str, Any]]:
-    """The six configurations behind the published points by name (`"0.5B"` to `"4.4B"`), as the contents of a
-    `config.json`.
-    """
+    """The six configurations behind the published points by name (`"0.5B"` to `"4.4B"`), as in a `config.json`."""
     common = {
         "model_type": "qwen2",
         "num_hidden_layers": 36,

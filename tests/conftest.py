@@ -26,10 +26,15 @@ class Programs:
     def __init__(self, folder: Path) -> None:
         self.folder, self.numbers = folder, itertools.count()
         self.errors = folder / "server"
+        self.environment = os.environ | {
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         with self.errors.open("w") as errors:
             self.server = subprocess.Popen(
                 [sys.executable, Path(__file__).with_name("program_server.py")],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env=self.environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -52,7 +57,8 @@ class Programs:
         Args:
             arguments: of Python's command line, after the interpreter.
             cwd: the folder that it starts in.
-            environment: beside this process's.
+            environment: beside this process's. What libraries read of it when they are imported is set already: they
+                ask no hub, and have an empty home.
         """
         number = next(self.numbers)
         files = [self.folder / f"{number}.{kind}" for kind in ("output", "errors")]
@@ -62,7 +68,7 @@ class Programs:
         pid = self.ask(
             start=[str(argument) for argument in arguments],
             cwd=str(cwd),
-            environment=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            environment=self.environment | environment,
             output=str(output),
             errors=str(errors),
         )

@@ -49,8 +49,12 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == ARGUMENTS.keys() | {"pretrain_small_model"}
 
 
+# The next test runs this one too.
+NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name == "train_with_trainer" else name for name in ARGUMENTS]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_example(name, tmp_path, programs):
     if "from trl" in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"):
         pytest.importorskip("trl")  # make test-oldest has none

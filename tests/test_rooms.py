@@ -22,6 +22,7 @@ ROOMS = [
     "parscale.version",
     "parscale.errors",
     "parscale.descriptions",
+    "parscale.compat",
     "parscale.config",
     "parscale.kernels",
     "parscale.terminal",
@@ -40,7 +41,17 @@ ROOMS = [
     "parscale.integrations.vllm",
     "parscale",  # its names alone, which are found when they are used
     "parscale.scaling_laws",
-    "parscale.checkpoints",
+    "parscale.checkpoints.description",
+    "parscale.checkpoints.finite_values",
+    "parscale.checkpoints.versions",
+    "parscale.checkpoints.small_model",
+    "parscale.checkpoints.models",
+    "parscale.checkpoints.texts",
+    "parscale.checkpoints.evaluation",
+    "parscale.checkpoints.training",
+    "parscale.checkpoints.conversion",
+    "parscale.checkpoints.quickstart",
+    "parscale.checkpoints",  # the public names alone, which are found when they are used
     "parscale.cli",
     "parscale.__main__",
 ]

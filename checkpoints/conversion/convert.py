@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,5 +149,5 @@ def calibration_ids(
     return torch.stack([ids[stream * step :][:prefix_length] for stream in range(num_streams)])
 
 
-def _count(tensors: Any) -> int:
+def _count(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)

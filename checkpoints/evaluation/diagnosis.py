@@ -25,6 +25,8 @@ from parscale.hooks.stream_losses import stream_losses
 
 # From which mean correlation of token losses on streams are said to differ hardly, or little.
 HARDLY, LITTLE = 0.99, 0.9
+# Shares of the tokens, those of which stream 0 is least certain, that get all streams where the others get stream 0.
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
 
@@ -41,6 +43,10 @@ class Diagnosis:
         weights: mean aggregation weights by position in the window, `(S - 1, P)`: position s predicts token s + 1.
         entropy: mean entropy of the weights by position, nats, `(S - 1,)`; `log(P)` where all streams count the same.
         counts: how many tokens were predicted from each position, `(S - 1,)`.
+        gains: how much the loss falls below that of stream 0 alone when the tokens of which it is least certain get all
+            streams, `(len(SHARES),)`; the last is the gain of the mixture over stream 0.
+        thresholds: the entropy of stream 0's prediction, in nats, above which these tokens lie, `(len(SHARES),)`: what
+            `adaptive` is in `model.generate`.
         tokens: how many were predicted.
         sequence_length: the windows' length in tokens; S is the longest that there was.
     """
@@ -53,6 +59,8 @@ class Diagnosis:
     weights: np.ndarray
     entropy: np.ndarray
     counts: np.ndarray
+    gains: np.ndarray
+    thresholds: np.ndarray
     tokens: int
     sequence_length: int
 
@@ -76,6 +84,11 @@ class Diagnosis:
         """Over all pairs of streams."""
         return _mean_of_pairs(self.correlation)
 
+    @property
+    def gain_over_best(self) -> float:
+        """How much lower the loss of the mixture is than that of the best stream alone."""
+        return float(self.losses.min()) - self.mixture_loss
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; None for NaN."""
         correlation = [[None if math.isnan(value) else value for value in row] for row in self.correlation.tolist()]
@@ -85,6 +98,12 @@ class Diagnosis:
             "num_streams": self.num_streams,
             "losses": self.losses.tolist(),
             "mixture_loss": self.mixture_loss,
+            "gain_over_best": self.gain_over_best,
+            "gain_over_first": float(self.gains[-1]),
+            "gain_by_share": [
+                {"tokens": share, "gain": gain, "entropy_above": threshold}
+                for share, gain, threshold in zip(SHARES, self.gains.tolist(), self.thresholds.tolist(), strict=True)
+            ],
             "correlation": correlation,
             "mean_correlation": None if math.isnan(mean) else mean,
             "rms_difference": self.rms_difference.tolist(),
@@ -141,7 +160,11 @@ def diagnose(
             measured = stream_losses(model, input_ids, input_ids, mixture=True)
             for row, window in enumerate(batch):
                 predicted = len(window.ids) - 1
-                sums.add(measured.losses[:, row, :predicted], measured.weights[row, :predicted])
+                sums.add(
+                    measured.losses[:, row, :predicted],
+                    measured.weights[row, :predicted],
+                    measured.uncertainty[row, :predicted],
+                )
     return sums.result(state.active.name, length)
 
 
@@ -154,9 +177,10 @@ class _Sums:
         self.weights = np.zeros((positions, num_streams))
         self.entropy = np.zeros(positions)
         self.counts = np.zeros(positions, dtype=np.int64)
+        self.by_token: list[np.ndarray] = []
 
-    def add(self, losses: torch.Tensor, weights: torch.Tensor) -> None:
-        """One window: losses `(P + 1, n)` and weights `(n, P)`."""
+    def add(self, losses: torch.Tensor, weights: torch.Tensor, uncertainty: torch.Tensor) -> None:
+        """One window: losses `(P + 1, n)`, weights `(n, P)` and the entropy of stream 0's prediction `(n,)`."""
         values, shares = losses.double().cpu().numpy(), weights.double().cpu()
         n = values.shape[1]
         self.losses += values.sum(axis=1)
@@ -164,6 +188,7 @@ class _Sums:
         self.weights[:n] += shares.numpy()
         self.entropy[:n] -= torch.special.xlogy(shares, shares).sum(-1).numpy()
         self.counts[:n] += 1
+        self.by_token.append(np.stack([values[0] - values[-1], uncertainty.double().cpu().numpy()]))
 
     def result(self, name: str, length: int) -> Diagnosis:
         tokens = int(self.counts.sum())
@@ -171,6 +196,7 @@ class _Sums:
         covariance = squares - np.outer(means[:-1], means[:-1])
         variance, diagonal = np.diag(covariance), np.diag(squares)
         deviations = np.sqrt(np.where(variance > 1e-12 * diagonal, variance, np.nan))  # below it is what rounding left
+        gains, thresholds = _gains_by_share(np.concatenate(self.by_token, axis=1))
         return Diagnosis(
             streams=name,
             losses=means[:-1],
@@ -180,16 +206,29 @@ class _Sums:
             weights=self.weights / self.counts[:, None],
             entropy=self.entropy / self.counts,
             counts=self.counts,
+            gains=gains,
+            thresholds=thresholds,
             tokens=tokens,
             sequence_length=length,
         )
+
+
+def _gains_by_share(by_token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `SHARES`, the gain in nats per token of all, and the least entropy among the tokens that get it.
+
+    Args:
+        by_token: each token's gain over stream 0 and the entropy of stream 0's prediction, `(2, N)`.
+    """
+    gain, entropy = by_token[:, np.argsort(-by_token[1], kind="stable")]
+    counts = np.ceil(np.array(SHARES) * len(gain) - 1e-9).astype(int)
+    return np.cumsum(gain)[counts - 1] / len(gain), entropy[counts - 1]
 
 
 def sentences(diagnosis: Diagnosis) -> list[str]:
     """The diagnosis in words."""
     best, worst = int(diagnosis.losses.argmin()), int(diagnosis.losses.argmax())
     spread = diagnosis.losses[worst] - diagnosis.losses[best]
-    gain = diagnosis.losses[best] - diagnosis.mixture_loss
+    gain, of_first = diagnosis.gain_over_best, diagnosis.gains[-1]
     share = diagnosis.mean_entropy / math.log(diagnosis.num_streams)
     weights = diagnosis.mean_weights
     said = "better" if gain >= 0 else "worse"
@@ -197,11 +236,26 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
         f"Alone, the streams lose {diagnosis.losses[best]:.4f} (stream {best}) to {diagnosis.losses[worst]:.4f} "
         f"(stream {worst}) nats per token: they differ by {spread:.4f}.",
         f"Mixed, they lose {diagnosis.mixture_loss:.4f}, {abs(gain):.4f} {said} than the best of them alone.",
+        _where_it_lies(diagnosis)
+        if of_first > 0
+        else f"Mixed, they lose {-of_first:.4f} more than stream 0 alone, so there is no gain to find on any tokens.",
         f"Their token losses correlate by {diagnosis.mean_correlation:.4f} and differ by "
         f"{_mean_of_pairs(diagnosis.rms_difference):.4f} nats (root mean square): {_verdict(diagnosis)}.",
         f"They are weighed {weights.min():.3f} to {weights.max():.3f} on average, and the weights' entropy is "
         f"{100 * share:.1f} % of that of equal weights.",
     ]
+
+
+def _where_it_lies(diagnosis: Diagnosis) -> str:
+    """On which tokens the gain over stream 0 is found."""
+    kept = ", ".join(
+        f"{100 * diagnosis.gains[index] / diagnosis.gains[-1]:.0f} % on {100 * SHARES[index]:.0f} %"
+        for index in (1, 3, 4)
+    )
+    return (
+        f"Of the {diagnosis.gains[-1]:.4f} that they gain over stream 0 alone, so much lies on the tokens of which it "
+        f"is least certain: {kept} of the tokens."
+    )
 
 
 def _verdict(diagnosis: Diagnosis) -> str:
@@ -214,7 +268,7 @@ def _verdict(diagnosis: Diagnosis) -> str:
 
 
 def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
-    """Save a figure: losses alone and mixed, the correlation of token losses, and mean weights by position.
+    """Save a figure: losses alone and mixed, correlation of token losses, mean weights by position, gain by share.
 
     Args:
         diagnosis: what `diagnose` returned.
@@ -226,8 +280,8 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     """
     require_plot_path(path)
     P = diagnosis.num_streams
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(18, 4), layout="constrained")
+    left, middle, right, last = figure.subplots(1, 4)
     left.plot(range(P), diagnosis.losses, "o", label="a stream alone")
     left.axhline(diagnosis.mixture_loss, color="black", linewidth=1, label="mixed")
     left.set(title=f"Loss, {diagnosis.tokens:,} tokens", xlabel="stream", ylabel="nats per token")
@@ -253,6 +307,10 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     entropy = f"entropy {diagnosis.mean_entropy:.3f} of at most {math.log(P):.3f}"
     right.set(title=f"Mean weights; {entropy}", xlabel="position in the window", ylabel="weight")
     right.legend(fontsize=8)
+
+    last.plot((0, *SHARES), (0, *diagnosis.gains), "o-")
+    last.plot((0, 1), (0, diagnosis.gains[-1]), color="black", linewidth=0.8, linestyle=":")
+    last.set(title="Gain over stream 0", xlabel="share of tokens, least certain first", ylabel="nats per token")
     with staged_file(path) as beside:
         figure.savefig(beside, dpi=150)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,6 +23,7 @@ from parscale.methods import adaptive_streams
 from parscale.streams.passes import Adaptive
 
 DEFAULT_SEQUENCE_LENGTH = 1024
+W = TypeVar("W")
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def with_progress_bar(batches: list[list[Window]], shown: bool) -> Iterator[list[Window]]:
+def with_progress_bar(batches: list[list[W]], shown: bool) -> Iterator[list[W]]:
     """The batches, with a progress bar on standard error if it is wanted."""
     if not shown:
         yield from batches

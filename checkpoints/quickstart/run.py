@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.conversion.convert import calibration_ids
@@ -215,7 +215,7 @@ def write(model: Any, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> st
 
 
 def _rows(
-    backbone: Any,
+    backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: QuickstartTexts,
     settings: QuickstartSettings,
@@ -226,12 +226,14 @@ def _rows(
 ) -> dict[str, Row]:
     """Train and measure the four models, and save the two with streams."""
 
-    def row(model: Any, *training: Any) -> Row:
+    def row(
+        model: PreTrainedModel, training: Mapping[str, Any] | None = None, training_losses: Sequence[float] = ()
+    ) -> Row:
         losses = {
             kind: evaluate(model, tokenizer, documents, sequence_length=settings.window)
             for kind, documents in texts.measured.items()
         }
-        return Row(losses, write(model, tokenizer, settings.new_tokens), *training)
+        return Row(losses, write(model, tokenizer, settings.new_tokens), training, training_losses)
 
     rows = {UNTOUCHED: row(backbone)}
     wrapped = _wrapped(backbone, tokenizer, texts, settings, seed)
@@ -260,7 +262,7 @@ def _rows(
 
 
 def _wrapped(
-    backbone: Any,
+    backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: QuickstartTexts,
     settings: QuickstartSettings,
@@ -273,7 +275,11 @@ def _wrapped(
 
 
 def _affordable_tokens(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: QuickstartTexts, settings: QuickstartSettings, bf16: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: QuickstartTexts,
+    settings: QuickstartSettings,
+    bf16: bool,
 ) -> int:
     """How many tokens each row trains on, by the time that a step of the slowest row takes; at least one step's."""
     per_step = settings.batch_size * settings.sequence_length

@@ -145,7 +145,7 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def read_text(path: Path) -> str:
-    """All of a file's text, with line breaks as `\\n`; arguments and errors as `open_text`."""
+    r"""All of a file's text, with line breaks as `\n`; arguments and errors as `open_text`."""
     with open_bytes(path) as file:
         contents = file.read()
     encoding = encoding_of(contents)

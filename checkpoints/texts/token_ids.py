@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.distributed.parallel import whole_shape
+from parscale.compat.deepspeed import whole_shape
 
 
 def encode(
@@ -42,8 +42,9 @@ def encode(
 
 
 def require_text(where: str, text: str) -> str:
-    r"""The text, once it is known to be one: in JSON, `"\ud83d"` is half of a character, and on a command line such a
-    half stands for a byte that is not UTF-8.
+    r"""The text, once it is known to be one.
+
+    In JSON, `"\ud83d"` is half of a character, and on a command line such a half stands for a byte that is not UTF-8.
 
     Args:
         where: what an error names, such as `"a.jsonl, line 3"`.
@@ -80,13 +81,14 @@ def require_known(ids: Iterable[int], vocabulary: int) -> None:
         )
 
 
-def vocabulary_of(model: Any) -> int:
+def vocabulary_of(model: PreTrainedModel) -> int:
     """How many token ids a model knows: the rows of its embedding."""
-    return whole_shape(model.get_input_embeddings().weight)[0]
+    weight: Any = model.get_input_embeddings().weight
+    return whole_shape(weight)[0]
 
 
 @contextmanager
-def only_known_ids(model: Any) -> Iterator[None]:
+def only_known_ids(model: PreTrainedModel) -> Iterator[None]:
     """In this block a model refuses ids that it does not know, by a `ValueError`, whoever encoded the text."""
 
     def check(module: Any, args: Any) -> None:

@@ -7,13 +7,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from parscale.checkpoints.training.divergence import MEASURED
 from parscale.checkpoints.training.run_folder import Run
@@ -39,7 +39,9 @@ class RunMonitor(TrainerCallback):
         self._last = 0.0
         self._bar: Progress | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Opens the bar; a new run is first measured without its streams."""
         if state.is_world_process_zero and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -54,20 +56,30 @@ class RunMonitor(TrainerCallback):
             with model.use_streams(None):
                 trainer.evaluate(metric_key_prefix=BACKBONE)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Starts the clock."""
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Stops the clock: measuring and saving do not count."""
         self._last = time.perf_counter() - self._started
         self.seconds, self.steps = self.seconds + self._last, self.steps + 1
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: object,
     ) -> None:
         """One line for a step."""
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero or logs is None or "loss" not in logs or optimizer is None:
             return
         groups = optimizer.param_groups
         factor = logs["learning_rate"] / groups[0]["initial_lr"] if groups[0]["initial_lr"] else 0.0
@@ -88,11 +100,18 @@ class RunMonitor(TrainerCallback):
             with contextlib.suppress(OSError):  # the terminal may be gone
                 self.console.print(f"step {state.global_step} of {state.max_steps}  {text}", highlight=False)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """One line for a text."""
         if not state.is_world_process_zero:
             return
-        for key, value in metrics.items():
+        for key, value in (metrics or {}).items():
             prefix, _, rest = key.partition("_")
             if prefix in (BACKBONE, TEXT) and rest.endswith(MEASURED):
                 line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
@@ -103,7 +122,9 @@ class RunMonitor(TrainerCallback):
         """The mean over the steps of this process; None if there was none."""
         return round(self.steps * self.tokens_per_step / self.seconds, 1) if self.seconds else None
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Closes the bar."""
         self.close()
 
@@ -126,7 +147,9 @@ class Interruption(TrainerCallback):
         self.asked = False
         self.trainer: StreamsTrainer | None = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Asks for a checkpoint and for the end, on all processes after the same step."""
         accelerator = self.trainer.accelerator if self.trainer is not None else None
         if accelerator is not None and accelerator.num_processes > 1:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MEASURED = "_nats_per_token"  # the end of a loss's name in what `Trainer.evaluate` returns
 _FIRST = "the model gives no finite loss on this text as it is: compute in float32 (--no-bf16), or look at the text"
@@ -29,18 +28,32 @@ class StopWhenDiverged(TrainerCallback):
         self.scaled = False
         self._loss: float | None = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Looks at a step. With scaled gradients of float16 a norm may be infinite: that step is left out then."""
-        if "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
         self._require("loss", logs["loss"], state.global_step)
         if logs.get("grad_norm") is not None and not self.scaled:
             self._require("gradient norm", logs["grad_norm"], state.global_step)
         self._loss = logs["loss"]
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Looks at what was measured."""
-        for name, value in metrics.items():
+        for name, value in (metrics or {}).items():
             if name.endswith(MEASURED):
                 text = name.removesuffix(MEASURED).partition("_")[2]
                 self._require(f"loss on {text}" if text else "loss", value, state.global_step)

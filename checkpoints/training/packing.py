@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.documents import Document, Source
 from parscale.checkpoints.texts.token_ids import encode, require_known
@@ -204,14 +204,14 @@ def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) ->
     )
 
 
-def keeps_documents_apart(model: Any, vocabulary: int) -> bool:
+def keeps_documents_apart(model: PreTrainedModel, vocabulary: int) -> bool:
     """Whether a model's outputs for a document are the same when another stands before it in one block.
 
     Some do not: those with layers that carry a state along (Mamba and its like), or that make no mask from positions.
     """
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(2, 14, device=device).remainder(vocabulary)[None]  # (1, 12)
-    positions = torch.arange(6, device=device).repeat(2)[None]
+    weight: Any = model.get_input_embeddings().weight
+    ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary)[None]  # (1, 12)
+    positions = torch.arange(6, device=weight.device).repeat(2)[None]
     was_training = model.training
     model.eval()
     try:

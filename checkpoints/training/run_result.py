@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
@@ -21,7 +23,7 @@ from parscale.format.staging import staged
 PLOT = "loss.png"
 
 
-def finish(checkpoint: str, run: Run, steps: int, tokenizer: Any, report: dict[str, Any]) -> None:
+def finish(checkpoint: str, run: Run, steps: int, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]) -> None:
     """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
 
     Args:

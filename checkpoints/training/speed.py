@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any
 
 import torch
 from torch.utils.data import default_collate
+from transformers import PreTrainedModel
 
 from parscale.checkpoints.training.packing import Blocks
 
@@ -33,7 +33,7 @@ def faster_in_bf16(device: torch.device) -> bool:
     return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
 
 
-def seconds_of_step(model: Any, blocks: Blocks, batch_size: int, *, bf16: bool) -> float:
+def seconds_of_step(model: PreTrainedModel, blocks: Blocks, batch_size: int, *, bf16: bool) -> float:
     """How long a model takes for the forward and the backward pass of a batch; the faster of two counts.
 
     Args:

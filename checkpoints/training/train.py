@@ -22,7 +22,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from parscale.checkpoints.evaluation.text_loss import checked_length
 from parscale.checkpoints.finite_values import require_finite
@@ -42,6 +41,7 @@ from parscale.checkpoints.training.trainable_model import check_trainable, open_
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
 from parscale.checkpoints.versions import versions
+from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
 from parscale.terminal.console import Terminal
 
@@ -120,7 +120,7 @@ def _train_in(
 
     sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
-    unset_hf_deepspeed_config()  # with it, a model that is loaded is shared among all processes
+    forget_deepspeed()  # with it, a model that is loaded is shared among all processes
     if state.is_main_process:
         figures = {
             "output": str(run.folder),

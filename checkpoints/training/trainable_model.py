@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from parscale.checkpoints.description import PLAIN, describe, kind_of
 from parscale.checkpoints.models import load_any, require_language_model
 from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
+from parscale.compat.bitsandbytes import four_bits_with_gradients
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
@@ -107,27 +106,8 @@ def _quantized(checkpoint: str, quantize: str, dtype: torch.dtype | None, option
     options = options | {"quantization_config": _quantization(quantize), "dtype": dtype or "auto"}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
-    with _four_bits_with_gradients() if quantize == "nf4" else contextlib.nullcontext():
+    with four_bits_with_gradients() if quantize == "nf4" else contextlib.nullcontext():
         return _load_quantized(checkpoint, options)
-
-
-@contextlib.contextmanager
-def _four_bits_with_gradients() -> Iterator[None]:
-    """In this block bitsandbytes makes layers that can be differentiated on a CPU.
-
-    By itself it packs a layer's weights anew, where the processor has bfloat16 instructions, when the layer first runs
-    in eval mode, and gives no gradient from then on, also in train mode, without a word (0.50).
-    """
-    modules: Any = importlib.import_module("bitsandbytes.nn.modules")
-    own = getattr(modules, "has_avx512bf16", None)
-    if own is None:
-        yield
-        return
-    modules.has_avx512bf16 = lambda: False
-    try:
-        yield
-    finally:
-        modules.has_avx512bf16 = own
 
 
 def _load_quantized(source: str, options: dict[str, Any]) -> Any:

@@ -13,11 +13,13 @@ Each of them is one that `parscale.load`, PEFT or transformers reads, so that a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from parscale.checkpoints.description import kind_of
@@ -28,18 +30,18 @@ from parscale.format.pretrained import ADAPTER, read_adapter
 from parscale.streams.naming import part_of
 
 
-def is_adapted(model: Any) -> bool:
+def is_adapted(model: nn.Module) -> bool:
     """Whether the model is one with an adapter on it, from `peft.get_peft_model`."""
     return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
 
 
-def trains_streams_only(model: Any) -> bool:
+def trains_streams_only(model: nn.Module) -> bool:
     """Whether nothing but parameters of streams trains."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(part_of(name) for name in trained)
 
 
-def has_streams(model: Any) -> bool:
+def has_streams(model: nn.Module) -> bool:
     """Whether streams are active in a model, also under an adapter."""
     return getattr(model, "num_streams", 1) > 1
 
@@ -112,7 +114,7 @@ def _load_streams(model: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _copy(into: Any, values: Any) -> None:
+def _copy(into: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     if missing := sorted(into.keys() - values.keys()):
         raise ValueError(f"The checkpoint lacks {', '.join(missing[:3])} and does not fit this model.")
     for name, parameter in into.items():

@@ -13,14 +13,21 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.training.divergence import MEASURED, DivergedError
 from parscale.checkpoints.training.packing import IGNORED
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.trained_weights import has_streams, load_trained, save_trained, trains_streams_only
+from parscale.compat.transformers import counted_as_adapted, require_trainer_methods
 from parscale.format.staging import FULL, disk_error
 from parscale.streams.naming import part_of
 
@@ -71,7 +78,9 @@ class StreamsTrainer(Trainer):
     ) -> None:
         self.run, self.tokenizer, self.rates, self.weight_decay, self.keep = run, tokenizer, rates, weight_decay, keep
         self._staging: Path | None = None
-        with _streams_count_as_adapter(model):
+        require_trainer_methods(Trainer)
+        streams_train = getattr(model, "is_quantized", False) and has_streams(model)
+        with counted_as_adapted(model) if streams_train else contextlib.nullcontext():
             super().__init__(
                 model,
                 args,
@@ -205,20 +214,6 @@ class StreamsTrainer(Trainer):
 
 def _saves_whole_models(accelerator: Any) -> bool:
     return "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
-
-
-@contextlib.contextmanager
-def _streams_count_as_adapter(model: Any) -> Iterator[None]:
-    """In this block the Trainer takes a quantized backbone, which it takes under an adapter only, under streams too."""
-    if not (getattr(model, "is_quantized", False) and has_streams(model)):
-        yield
-        return
-    before = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        model._hf_peft_config_loaded = before
 
 
 def _sums_by_row(logits: Any, labels: torch.Tensor) -> torch.Tensor:

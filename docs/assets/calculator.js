@@ -12,11 +12,12 @@
   const choices = {
     model: figures.models.map((model) => model.name),
     streams: figures.streams.map(String),
+    kind: figures.kinds,
     batch: figures.batches.map(count),
     prompt: figures.prompts.map(count),
     device: figures.devices.map((device) => device.name),
   };
-  const start = { model: 1, streams: 1, batch: 0, prompt: 0, device: 0 };
+  const start = { model: 1, streams: 1, kind: 0, batch: 0, prompt: 0, device: 0 };
 
   // An address such as #model=2&batch=3 names options by their place.
   const named = new URLSearchParams(location.hash.slice(1));
@@ -32,7 +33,9 @@
     const places = [at.device, at.batch, at.prompt];
     const index = axes.reduce((sum, axis, depth) => sum * axis.length + places[depth], at.model);
     const rows = figures.cells[index];
-    return [rows[0], rows[1 + 2 * at.streams], rows[2 + 2 * at.streams]];
+    const kinds = figures.kinds.length;
+    const first = 1 + (kinds + 1) * at.streams;
+    return [rows[0], rows[first + at.kind], rows[first + kinds]];
   }
 
   function bar(colour, label, value, text, longest, limit) {

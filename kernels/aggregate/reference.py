@@ -22,6 +22,15 @@ def aggregate_reference(x: torch.Tensor, logits: torch.Tensor, smoothing: float)
 
 
 def stream_weights(logits: torch.Tensor, smoothing: float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The smoothed weights ``(..., P)`` of ``logits (..., P)``, in at least float32."""
+    """The weights that streams are mixed by, smoothed.
+
+    Args:
+        logits: ``(..., P)``.
+        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+        dtype: of the softmax; by default that of ``logits``, and at least float32.
+
+    Returns:
+        ``(..., P)``, which sum to 1.
+    """
     weights = torch.softmax(logits, dim=-1, dtype=dtype or torch.promote_types(logits.dtype, torch.float32))
     return weights * (1 - smoothing) + smoothing / logits.shape[-1]

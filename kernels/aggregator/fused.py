@@ -29,17 +29,24 @@ MAX_SPLITS = 16
 
 def few_rows_config(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     """Blocks, warps and stages of :func:`few_rows_kernel`."""
-    # 256 columns of weight at a time, or a multiple of 16
-    BH = max(1, 16 // P, (512 // dtype.itemsize) // P)
-    return {"BN": 16 if N <= 16 else FEW_ROWS, "BJ": 16, "BH": BH, "num_warps": 4, "num_stages": 2 if gpu.is_hip else 4}
+    # 512 bytes of a weight's row at a time; for more rows half as much, which more registers would not take
+    BN, size = (16, 512) if N <= 16 else (FEW_ROWS, 256)
+    BH = max(1, 16 // P, (size // dtype.itemsize) // P)
+    return {"BN": BN, "BJ": 16, "BH": BH, "num_warps": 4, "num_stages": 2 if gpu.is_hip else 4}
+
+
+def few_rows_programs(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> int:
+    """How many programs of :func:`few_rows_kernel` a multiprocessor holds at a time."""
+    config = few_rows_config(P, N, dtype, gpu)
+    rows, columns = config["BN"] + config["BJ"], config["BH"] * P
+    shared = (config["num_stages"] - 1) * rows * columns * dtype.itemsize
+    return gpu.programs(shared, config["num_warps"], registers=168 if gpu.is_hip else 128)
 
 
 def few_rows_splits(P: int, N: int, H: int, dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     """How many splits of the hidden dimension fill the GPU once, and the steps of each."""
     config = few_rows_config(P, N, dtype, gpu)
-    rows, columns = config["BN"] + config["BJ"], config["BH"] * P
-    shared = (config["num_stages"] - 1) * rows * columns * dtype.itemsize
-    places = gpu.processors * gpu.programs(shared, 32 * config["num_warps"])
+    places = gpu.processors * few_rows_programs(P, N, dtype, gpu)
     blocks = triton.cdiv(H, config["BH"])
     splits = max(1, min(blocks, places // triton.cdiv(H, config["BJ"]), MAX_SPLITS))
     steps = triton.cdiv(blocks, splits)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from parscale.kernels.causal_attention.merged import causal_attention_merged
+from parscale.kernels.compat import flash_for_gpu
 from parscale.kernels.dispatch import Impl, autocasts, transforms_are_active
 from parscale.kernels.prefix import prepend
 
@@ -24,6 +25,15 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
     On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
     bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where ``torch.nn.attention.sdpa_kernel`` forbids flash
     attention, or under a transform of ``torch.func``.
+
+    Args:
+        query: ``(P*B, heads, S, D)``.
+        key: ``(P*B, G, S, D)``.
+        value: ``(P*B, G, S, D)``.
+        impl: as ``wrap`` takes ``kernels``; ``"reference"`` is never mergeable.
+
+    Returns:
+        Whether it takes them.
     """
     if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
         return False
@@ -71,7 +81,7 @@ def causal_attention(
         return causal_attention_merged(query, key, value, prefix_k, prefix_v, scaling)
     keys, values = prepend(prefix_k, key), prepend(prefix_v, value)  # (R, G, T + S, D)
     # as torch.nn.attention.bias.causal_lower_right does: this operator's causal mask is aligned to the lower right
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, True, scale=scaling)[0]
+    return flash_for_gpu()(query, keys, values, 0.0, True, scale=scaling)[0]
 
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype:

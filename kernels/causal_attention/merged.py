@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from parscale.kernels.compat import flash_for_cpu, flash_for_cpu_backward
+
 TWICE = (
     "Causal attention by torch's flash attention is differentiable once. For second derivatives, run the forward pass "
     "within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or a model with attn_implementation='eager'."
 )
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def causal_attention_merged(
@@ -34,14 +34,16 @@ def causal_attention_merged(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """A part's gradients follow from the merged output and log-sum-exp as if it were the whole (FlashAttention, eq. 4
-    of arXiv 2205.14135): its probabilities are ``exp(scores - log-sum-exp)``."""
+    """A part's gradients follow from the merged output and log-sum-exp as if it were the whole.
+
+    Its probabilities are ``exp(scores - log-sum-exp)`` (FlashAttention, eq. 4 of arXiv 2205.14135).
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, scaling: Any) -> Any:
         P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
-        output, lse = _flash(query, key, value, 0.0, True, scale=scaling)  # (R, heads, S, D), (R, heads, S)
-        prefix_output, prefix_lse = _flash(_by_stream(query, P), prefix_k, prefix_v, 0.0, False, scale=scaling)
+        output, lse = flash_for_cpu()(query, key, value, 0.0, True, scale=scaling)  # (R, heads, S, D), (R, heads, S)
+        prefix_output, prefix_lse = flash_for_cpu()(_by_stream(query, P), prefix_k, prefix_v, 0.0, False, scale=scaling)
         prefix_output, prefix_lse = _by_row(prefix_output, B), _by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
         share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
         # not in place, which torch 2.11 forgets when it compiles the backward pass
@@ -88,10 +90,10 @@ def _gradients(
     """The gradients of query, key, value and both parts of the prefix."""
     P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
     tensors = (gradient, query, key, value, output, lse)
-    d_query, d_key, d_value = _flash_backward(*tensors, 0.0, True, scale=scaling)
+    d_query, d_key, d_value = flash_for_cpu_backward()(*tensors, 0.0, True, scale=scaling)
     gradient, queries, output = (_by_stream(x, P) for x in (gradient, query, output))
     lse = _by_stream(lse.unsqueeze(-1), P).squeeze(-1).contiguous()  # (P, heads, B*S)
-    d_queries, d_prefix_k, d_prefix_v = _flash_backward(
+    d_queries, d_prefix_k, d_prefix_v = flash_for_cpu_backward()(
         gradient, queries, prefix_k, prefix_v, output, lse, 0.0, False, scale=scaling
     )
     return d_query + _by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v

@@ -60,7 +60,7 @@ def decode_attention(
             "(P, G, T, D) and prefix_v (P, G, T, Dv), got " + ", ".join(str(tuple(x.shape)) for x in tensors) + "."
         )
     extra = [x for x in (mask, length, sinks) if x is not None]
-    if runs_fused(impl, query, _obstacle(tensors, extra)):
+    if runs_fused(impl, query, decode_obstacle(tensors, extra)):
         from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -84,7 +84,7 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
     return (seen * places).amax(dim=(1, 2, 3))
 
 
-def _obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> str | None:
+def decode_obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> str | None:
     """Why the kernels cannot take these tensors."""
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or tensors[0].dtype not in FLOATS:

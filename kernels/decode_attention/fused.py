@@ -28,20 +28,24 @@ def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
 
 
-def part_programs(n: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
+def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
     """How many programs of :func:`part_kernel` a multiprocessor holds at a time."""
     config = part_config(D, V, dtype, gpu)
-    BM, BD, BV = (max(16, power_of_2(x)) for x in (n, D, V))
+    BM, BD, BV = (max(16, power_of_2(x)) for x in (queries, D, V))
     # the blocks that are on the way, and queries and weights on their way between layouts
     shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
-    registers = 168 if dtype.itemsize == 2 else 64
-    return gpu.programs(shared * dtype.itemsize, 32 * config["num_warps"], registers)
+    if gpu.is_hip:
+        registers = 256 if BM < 64 else 512
+    else:
+        registers = 168 if dtype.itemsize == 2 else 64
+    return gpu.programs(shared * dtype.itemsize, config["num_warps"], registers)
 
 
 def choose_splits(heads: int, blocks: int, places: int) -> int:
     """Into how many parts the sequence of each head is cut.
 
     Of all numbers, the one with which the fewest blocks follow one another, counting one more for each program's start.
+    Several parts must save a tenth for what merging them costs.
 
     Args:
         heads: key/value heads of all rows.
@@ -49,8 +53,9 @@ def choose_splits(heads: int, blocks: int, places: int) -> int:
         places: programs that the GPU holds at a time.
     """
 
-    def steps(splits: int) -> int:
-        return triton.cdiv(heads * splits, places) * (triton.cdiv(blocks, splits) + 1)
+    def steps(splits: int) -> float:
+        waves = triton.cdiv(heads * splits, places)
+        return waves * (triton.cdiv(blocks, splits) + 1) * (1.1 if splits > 1 else 1.0)
 
     return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=steps)
 
@@ -69,31 +74,38 @@ def decode(
     *,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.decode_attention`; ``splits`` of the sequence, chosen if ``None``."""
-    (R, heads, _, D), (P, G, T, _) = query.shape, prefix_k.shape
-    K, V, n, gpu = key.shape[2], value.shape[3], heads // G, gpu_of(query.device)
+    """As :func:`parscale.kernels.decode_attention`, or as :func:`parscale.kernels.shared_decode_attention`.
+
+    The second, where there are fewer rows of keys than of queries. ``splits`` of the sequence are chosen if ``None``.
+    """
+    (R, heads, _, D), (P, G, T, _), (rows, _, K, _) = query.shape, prefix_k.shape, key.shape
+    V, n, gpu = value.shape[3], heads // G, gpu_of(query.device)
     out = torch.empty(R, heads, 1, V, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
+    S = R // rows  # streams that share keys
+    plain = S - P if S > 1 else 0
     query, prefix_k, prefix_v = query.contiguous(), prefix_k.contiguous(), prefix_v.contiguous()
     key, value = last_contiguous(key), last_contiguous(value)
     config = part_config(D, V, query.dtype, gpu)
     if splits is None:
-        blocks = triton.cdiv(T, config["BT"]) + triton.cdiv(K, config["BT"])
-        places = gpu.processors * part_programs(n, D, V, query.dtype, gpu)
-        splits = choose_splits(R * G, blocks, places)
+        blocks = triton.cdiv((S - plain) * T, config["BT"]) + triton.cdiv(K, config["BT"])
+        places = gpu.processors * part_programs(S * n, D, V, query.dtype, gpu)
+        splits = choose_splits(rows * G, blocks, places)
     parts, lse = out, None
     if splits > 1:
         parts = torch.empty(R * heads, splits, V, dtype=torch.float32, device=query.device)
         lse = torch.empty(R * heads, splits, dtype=torch.float32, device=query.device)
-    mask, mask_strides, mask_options = _mask_arguments(mask, R, heads, K)
+    mask, mask_strides, mask_options = _mask_arguments(mask, rows, heads, K)
     launch(
         part_kernel,
-        (R * G, splits),
+        (rows * G, splits),
         *(query, key, value, prefix_k, prefix_v, mask, length, sinks, parts, lse),
-        *(R // P, K, splits, float(scaling), *key.stride()[:3], *value.stride()[:3], *mask_strides),
+        *(R // P if S == 1 else rows, K, splits, float(scaling), *key.stride()[:3], *value.stride()[:3], *mask_strides),
         G=G,
         n=n,
+        S=S,
+        PLAIN=plain,
         T=T,
         D=D,
         V=V,
@@ -120,14 +132,14 @@ def decode(
 
 
 def _mask_arguments(
-    mask: torch.Tensor | None, R: int, heads: int, K: int
+    mask: torch.Tensor | None, rows: int, heads: int, K: int
 ) -> tuple[torch.Tensor | None, tuple[int, int], dict[str, Any]]:
     """The mask as the kernel takes it, its strides by row and by head, and what is compiled into the kernel."""
     if mask is None:
         return None, (0, 0), {"LEAST": None, "MASKED_PREFIX": False, "HEADS": False}
     least = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     mask = last_contiguous(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
-    strides = mask.expand(R, heads, 1, -1).stride()
+    strides = mask.expand(rows, heads, 1, -1).stride()
     options = {"LEAST": least, "MASKED_PREFIX": mask.shape[3] != K, "HEADS": mask.shape[1] != 1}
     return mask, (strides[0], strides[1]), options
 

@@ -5,7 +5,8 @@ of a head, ``BT`` tokens, ``BD`` and ``BV`` numbers of a key and a value make a 
 without strides are contiguous. A pointer that is ``None`` stands for an option that is not used.
 
 Shapes: R = P*B rows, stream-major; G key/value heads of n queries each; K cached tokens; T prefix tokens; D, V sizes of
-a key and a value.
+a key and a value. S streams share the keys of a row: 1, where each has its own; else all that run, of which the first
+PLAIN have no prefix. To a program they are S*n queries of one head.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -21,9 +22,8 @@ def _mask_block(p_mask, block, tokens, s_mh, n: tl.constexpr, BM: tl.constexpr, 
     o_t = block * BT + tl.arange(0, BT).to(tl.int64)  # (BT,)
     m_t = o_t < tokens
     if HEADS:
-        o_m = tl.arange(0, BM)
-        p_tile = p_mask + o_m[:, None] * s_mh + o_t[None, :]
-        b_mask = tl.load(p_tile, mask=(o_m < n)[:, None] & m_t[None, :], other=0)
+        o_m = tl.arange(0, BM) % n
+        b_mask = tl.load(p_mask + o_m[:, None] * s_mh + o_t[None, :], mask=m_t[None, :], other=0)
     else:
         b_mask = tl.load(p_mask + o_t, mask=m_t, other=0)
     return b_mask
@@ -52,10 +52,14 @@ def _attend(
     SOFTCAP: tl.constexpr,
     LEAST: tl.constexpr,
     HEADS: tl.constexpr,
+    OWN: tl.constexpr,
+    SKIP: tl.constexpr,
+    PLAIN: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Adds the blocks ``first .. last`` of one list of keys and values to a running softmax.
 
+    With OWN the list is made of runs of OWN tokens, SKIP others between them in memory, each seen by one stream alone.
     Loads of keys and values depend on nothing but ``tokens``, so that they run ahead of the products. The mask, bytes
     of which 0 hides if LEAST is ``None``, else numbers to add of which LEAST and below hide, is applied to the scores;
     its next block is on the way while this one is used.
@@ -74,9 +78,12 @@ def _attend(
             m_key = m_key & (o_d < D)[None, :]
         if V != BV:
             m_value = m_value & (o_v < V)[None, :]
+        m_score = m_t[None, :]
+        if OWN > 0:
+            m_score = m_score & ((tl.arange(0, BM) // n)[:, None] == (PLAIN + o_t // OWN)[None, :])
+            o_t += o_t // OWN * SKIP
         b_key = tl.load(p_key + o_t[:, None] * s_kt + o_d[None, :], mask=m_key, other=0.0)  # (BT, BD)
         b_value = tl.load(p_value + o_t[:, None] * s_vt + o_v[None, :], mask=m_value, other=0.0)  # (BT, BV)
-        m_score = m_t[None, :]
         if p_mask is not None:
             b_mask = b_ahead if HEADS else b_ahead[None, :]
             b_ahead = _mask_block(p_mask, block + 1, tokens, s_mh, n, BM, BT, HEADS)
@@ -127,6 +134,8 @@ def part_kernel(
     s_mh,
     G: tl.constexpr,
     n: tl.constexpr,
+    S: tl.constexpr,
+    PLAIN: tl.constexpr,
     T: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -139,31 +148,33 @@ def part_kernel(
     EARLY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """One split of one key/value head of one row.
+    """One split of one key/value head of one row of keys.
 
     Writes ``out (R*G*n, splits, V)``; with several splits also their log-sum-exp, ``lse (R*G*n, splits)``, and the rest
-    is :func:`merge_kernel`'s. ``query`` is ``(R, G*n, D)``, ``prefix_k`` ``(P, G, T, D)``. The mask is over the cache,
-    over prefix and cache if MASKED_PREFIX, for each head if HEADS. ``length`` is one number, one for each row if
+    is :func:`merge_kernel`'s. ``query`` is ``(R, G*n, D)``, ``prefix_k`` ``(P, G, T, D)``, without the PLAIN streams.
+    B is how many rows have the same prefix, and, where streams share keys, how many a stream has. The mask is over the
+    cache, over prefix and cache if MASKED_PREFIX, for each head if HEADS. ``length`` is one number, one for each row if
     LENGTHS. With EARLY the next kernel may start before this one has ended.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    BM: tl.constexpr = max(16, triton.next_power_of_2(n))
+    BM: tl.constexpr = max(16, triton.next_power_of_2(S * n))
     BD: tl.constexpr = max(16, triton.next_power_of_2(D))
     BV: tl.constexpr = max(16, triton.next_power_of_2(V))
     o_row = (tl.program_id(0) // G).to(tl.int64)
     o_group = (tl.program_id(0) % G).to(tl.int64)
-    o_prefix = (o_row // B) * G + o_group
+    o_prefix = o_group if S > 1 else (o_row // B) * G + o_group
     o_m, o_d, o_v = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BV)
-    o_head = (o_row * G + o_group) * n + o_m  # (BM,)
-    m_m = o_m < n
+    o_head = (((o_m // n) * B + o_row) * G + o_group) * n + o_m % n  # (BM,)
+    m_m = o_m < S * n
     p_tile = p_query + o_head[:, None] * D + o_d[None, :]
     b_query = tl.load(p_tile, mask=m_m[:, None] & (o_d < D)[None, :], other=0.0).to(DOT)  # (BM, BD)
 
     tokens = K
     if p_length is not None:
         tokens = tl.minimum(tl.load(p_length + o_row if LENGTHS else p_length).to(tl.int32), K)
-    prefix_blocks: tl.constexpr = (T + BT - 1) // BT
+    prefixes: tl.constexpr = (S - PLAIN) * T
+    prefix_blocks: tl.constexpr = (prefixes + BT - 1) // BT
     blocks = prefix_blocks + tl.cdiv(tokens, BT)
     share = tl.cdiv(blocks, splits)
     first = tl.program_id(1) * share
@@ -187,7 +198,7 @@ def part_kernel(
         p_ahead,
         first,
         tl.minimum(last, prefix_blocks),
-        T,
+        prefixes,
         scaling,
         D,
         V,
@@ -202,6 +213,9 @@ def part_kernel(
         SOFTCAP,
         LEAST,
         HEADS,
+        T if S > 1 else 0,
+        (G - 1) * T,
+        PLAIN,
         DOT,
     )
     b_max, b_sum, b_out = _attend(
@@ -226,6 +240,9 @@ def part_kernel(
         SOFTCAP,
         LEAST,
         HEADS,
+        0,
+        0,
+        0,
         DOT,
     )
 
@@ -235,7 +252,7 @@ def part_kernel(
         b_lse = tl.where(b_sum == 0, float("-inf"), b_max + tl.log2(tl.where(b_sum == 0, 1.0, b_sum)))
         tl.store(p_lse + o_part, b_lse, mask=m_m)
     elif p_sinks is not None:
-        b_sink = tl.load(p_sinks + o_group * n + o_m, mask=m_m, other=0.0).to(tl.float32) * 1.4426950408889634
+        b_sink = tl.load(p_sinks + o_group * n + o_m % n, mask=m_m, other=0.0).to(tl.float32) * 1.4426950408889634
         b_new = tl.maximum(b_max, b_sink)
         b_scale = tl.exp2(b_max - b_new)
         b_divisor = b_sum * b_scale + tl.exp2(b_sink - b_new)

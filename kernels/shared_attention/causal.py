@@ -59,8 +59,10 @@ def shared_causal_attention(
 
 
 class _SharedCausalAttention(torch.autograd.Function):
-    """A part's gradients follow from the merged output and log-sum-exp as if it were the whole (FlashAttention, eq. 4
-    of arXiv 2205.14135): its probabilities are ``exp(scores - log-sum-exp)``."""
+    """A part's gradients follow from the merged output and log-sum-exp as if it were the whole.
+
+    Its probabilities are ``exp(scores - log-sum-exp)`` (FlashAttention, eq. 4 of arXiv 2205.14135).
+    """
 
     @staticmethod
     def forward(

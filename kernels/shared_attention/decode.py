@@ -1,6 +1,8 @@
-"""Decode attention over shared keys in plain torch: one token of each stream, and the cache is read once for all.
+"""Decode attention over shared keys: one token of each stream, and the cache is read once for all.
 
-Prefixes and cache are read where they lie; only their scores are joined.
+In plain torch prefixes and cache are read where they lie, and only their scores are joined. The fused implementation is
+that of streams with keys of their own (:mod:`parscale.kernels.decode_attention`), to which the streams are further
+queries of a key/value head.
 """
 
 from __future__ import annotations
@@ -10,11 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from parscale.kernels.decode_attention.api import decode_obstacle
+from parscale.kernels.dispatch import Impl, runs_fused
 from parscale.kernels.shared_attention.layout import plain_rows
 
 # Half-precision keys and values are raised to single precision in pieces of this many numbers, which stay in the cache
 # of a processor and in the pool of its allocator.
 PIECE = 2**20
+MOST_QUERIES = 64  # of all streams on one key/value head, that a program of the fused implementation takes
+
+
+def fits_fused(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the fused implementation takes as many queries of one key/value head."""
+    return query.shape[0] * query.shape[1] <= MOST_QUERIES * key.shape[0] * key.shape[1]
 
 
 def shared_decode_attention(
@@ -25,12 +35,14 @@ def shared_decode_attention(
     prefix_v: torch.Tensor,
     mask: torch.Tensor | None,
     *,
+    length: torch.Tensor | None = None,
     scaling: float | None = None,
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Softmax attention of one token of each stream over ``[prefix of stream p | cache of stream 0]``.
 
-    On a CPU, half-precision tensors are multiplied in float32. On other devices, their products are rounded to their
-    own dtype before the softmax.
+    In plain torch, half-precision tensors are multiplied in float32: a score that was rounded to half precision, of
+    keys with a large bias say, would be wrong by per cents after the softmax.
 
     Args:
         query: ``(P*B, heads, 1, D)``, stream-major rows, of all streams or of those with a prefix.
@@ -39,19 +51,49 @@ def shared_decode_attention(
         prefix_k: ``(P - 1, G, T, D)``, of streams 1 to P - 1.
         prefix_v: ``(P - 1, G, T, Dv)``.
         mask: ``None``, or over the cache: boolean (True: attend) or additive, broadcasting to ``(B, heads, 1, K)``.
+        length: how many of the K tokens are real, ``(B,)`` or one, on the device.
         scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+        impl: as of :func:`parscale.kernels.decode_attention`; ``"fused"`` takes up to 64 queries of all streams for
+            each key/value head.
 
     Returns:
         ``(P*B, heads, 1, Dv)`` in the dtype of ``query``.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, an unknown ``impl``, or ``"fused"`` where it cannot run.
     """
     plain = plain_rows(query, key, prefix_k)
+    tensors = (query, key, value, prefix_k, prefix_v)
+    obstacle = decode_obstacle(tensors, [x for x in (mask, length) if x is not None])
+    if not fits_fused(query, key):
+        obstacle = f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
+    if runs_fused(impl, query, obstacle):
+        from parscale.kernels.decode_attention.fused import decode_op
+
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return decode_op(*tensors, mask, length, None, factor, None)
+    if length is not None:
+        real = torch.arange(key.shape[2], device=key.device) < length.view(-1, 1, 1, 1)  # (B or 1, 1, 1, K)
+        if mask is None or mask.dtype == torch.bool:
+            mask = real if mask is None else mask & real
+        else:
+            mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)
+    return _in_torch(query, key, value, prefix_k, prefix_v, mask, plain, scaling)
+
+
+def _in_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    plain: int,
+    scaling: float | None,
+) -> torch.Tensor:
     (R, heads, _, D), (B, G, _, _), (Q, _, T, _) = query.shape, key.shape, prefix_k.shape
     P, n = R // B, heads // G
-    exact = torch.promote_types(query.dtype, torch.float32)
-    dtype = exact if query.is_cpu else query.dtype  # of the products
+    dtype = torch.promote_types(query.dtype, torch.float32)
     piece = None
     if key.dtype != dtype and not torch.compiler.is_compiling():
         piece = max(1, PIECE // (B * G * D))
@@ -74,7 +116,7 @@ def shared_decode_attention(
         hidden = torch.finfo(of_cache.dtype).min
         of_cache = of_cache.masked_fill(~mask, hidden) if mask.dtype == torch.bool else of_cache + mask
     scores = torch.cat([of_prefix, of_cache], dim=-1)  # (B, G, P, n, T + K)
-    weights = torch.softmax(scores, dim=-1, dtype=exact).to(dtype)
+    weights = torch.softmax(scores, dim=-1, dtype=dtype)
 
     by_stream = weights[:, :, P - Q :, :, :T].permute(2, 1, 0, 3, 4).reshape(Q, G, B * n, T)
     output = torch.matmul(by_stream, prefix_v.to(dtype)).unflatten(2, (B, n)).permute(0, 2, 1, 3, 4)  # (Q, B, G, n, Dv)

@@ -15,7 +15,6 @@ T prefix tokens.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +24,15 @@ from transformers import PreTrainedModel
 
 from parscale.attention.functions import record
 from parscale.attention.masks import extend_dense_mask, extended_mask
-from parscale.attention.rotary import rotary_tables
+from parscale.attention.rotary import RotaryTable, rotary_tables
+from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS
+from parscale.compat.transformers import alibi_function, attn_implementation
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
 from parscale.streams.brief_runs import one_line, run_briefly
 from parscale.streams.places import AttentionLayer
 from parscale.streams.state import ParScaleState
-
-CACHE_ARGUMENTS = ("layer_past", "past_key_values", "cache")
-MASK_ARGUMENTS = ("attention_mask", "mask")
 
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values, (P, G, T, D)
 
@@ -80,21 +78,21 @@ class CachedAttention:
 
     Args:
         state: the streams of the model that the layer belongs to.
-        module: the layer; its ``forward`` has one of :data:`CACHE_ARGUMENTS`.
+        module: the layer; its ``forward`` has one of :data:`parscale.compat.arguments.LAYER_CACHES`.
     """
 
     def __init__(self, state: ParScaleState, module: nn.Module) -> None:
         self.state = state
         self.module = module
         self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.cache_argument = next(name for name in CACHE_ARGUMENTS if name in self.parameters)
+        self.cache_argument = next(name for name in LAYER_CACHES if name in self.parameters)
         self.trial: Prefix | None = None  # a prefix that belongs to no set, to see whether the layer takes one
         # names of tables of who may see whom, (1, 1, N, N), true where the row's token sees the column's
-        self.tables = [name for name, buffer in module._buffers.items() if _is_causal_table(buffer)]
-        self.rotation: tuple[dict[str, Any], str] | None = None  # the table behind RoFormer's sines and cosines
+        self.tables = [name for name, buffer in module.named_buffers(recurse=False) if _is_causal_table(buffer)]
+        self.rotation: RotaryTable | None = None  # the table behind RoFormer's sines and cosines
         self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
         for name in self.tables:
-            module.__dict__[name] = _CausalTable(self, module, name)  # in front of the buffer, which stays
+            vars(module)[name] = _CausalTable(self, module, name)  # in front of the buffer, which stays
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,7 +117,7 @@ class CachedAttention:
         for hook in self.hooks:
             hook.remove()
         for name in self.tables:
-            self.module.__dict__.pop(name, None)
+            vars(self.module).pop(name, None)
 
     def prefix(self, module: nn.Module) -> Prefix | None:
         """What the pass under way puts in front of the keys and values of the layer, or of its replica ``module``."""
@@ -135,8 +133,8 @@ class CachedAttention:
         """Extends each mask and each bias among the arguments, in place, by T columns in front."""
         T, D = prefix_k.shape[2:]
         R, S = arguments[self.parameters[0]].shape[:2]  # of the hidden states
-        implementation = self.state.backbone.config._attn_implementation
-        name = next((name for name in MASK_ARGUMENTS if name in self.parameters), "")
+        implementation = attn_implementation(self.state.backbone.config)
+        name = next((name for name in LAYER_MASKS if name in self.parameters), "")
         mask, alibi, bias = (arguments.get(x) for x in (name, "alibi", "position_bias"))
         if mask is not None and arguments.get("sinusoidal_pos") is not None:
             arguments["sinusoidal_pos"] = self._rotation_of_rows(arguments["sinusoidal_pos"], mask)
@@ -159,9 +157,9 @@ class CachedAttention:
         if extended is not None:
             arguments[name] = extended
         for table in self.tables:
-            whole = module.__dict__[table]
+            whole = vars(module)[table]
             if isinstance(whole, torch.Tensor):  # a replica on another device has it as an attribute
-                module.__dict__[table] = _CausalTable(self, module, table, whole)
+                vars(module)[table] = _CausalTable(self, module, table, whole)
 
     def _extended_mask(self, mask: torch.Tensor, T: int, rows: int, *, hides: bool) -> torch.Tensor:
         """The mask with T open columns in front.
@@ -191,16 +189,21 @@ class CachedAttention:
             self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
         if self.rotation is None:  # a table of anything else
             return rotation
-        held, name = self.rotation
+        module, name = self.rotation
         S, K = rotation.shape[-2], mask.shape[-1]
         hidden = ~mask if mask.dtype == torch.bool else mask < 0
         padding = _hidden_in_front(hidden)[:, None]  # (R, 1)
         positions = (torch.arange(K - S, K, device=mask.device) - padding).clamp(min=0)  # (R, S)
-        return held[name][positions][:, None]
+        return getattr(module, name)[positions][:, None]
 
 
 class _BiasOfRows:
     """A bias ``(R, heads, 1, K)`` for a layer that wants one for all rows, ``(heads, 1, K)``, and adds a piece of it.
+
+    MPT refuses a bias of any other number of dimensions than three, and adds a piece of it to scores ``(R, heads, S,
+    K)``. With padding, the prefix stands at another distance in each row, and no tensor of three dimensions has a
+    number for each row and head. So the layer gets an object that says it has three, of which a piece has four. It
+    knows the three operations that the layer asks of a bias, and nothing else.
 
     Args:
         bias: the bias.
@@ -225,6 +228,12 @@ class _BiasOfRows:
 class _CausalTable:
     """A layer's table of who may see whom, ``(1, 1, N, N)``; for a pass with a prefix, with T open columns in front.
 
+    It stands in front of the layer's buffer, among the layer's own attributes, where Python looks first; the buffer
+    stays, is moved with the layer, and is the layer's again once this is taken away. The layer takes a piece of its
+    table by ``self.bias[...]`` and nothing passes through an argument or a hook. A longer table in the buffer's place
+    would be one for all threads, and each may run with a prefix of another length, or with none.
+    ``torch.nn.utils.parametrize`` would give the layer another class, which can neither be pickled nor copied.
+
     Args:
         attention: the layer's hooks, which know the prefix.
         module: the layer, or its replica on another device.
@@ -242,9 +251,7 @@ class _CausalTable:
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
         """The piece ``(1, 1, S, T + K)``: rows are counted from the prefix's beginning, as the keys are."""
-        table = self.module._buffers[self.name] if self.own is None else self.own
-        assert table is not None
-        prefix = self.attention.prefix(self.module)
+        table, prefix = self.whole(), self.attention.prefix(self.module)
         if prefix is None:
             return table[index]
         T, (heads, rows, columns) = prefix[0].shape[2], index[1:]
@@ -254,22 +261,20 @@ class _CausalTable:
     def __getattr__(self, name: str) -> Any:
         if name in ("attention", "module", "name", "own"):  # before the state of an unpickled object is set
             raise AttributeError(name)
-        return getattr(self.module._buffers[self.name] if self.own is None else self.own, name)
+        return getattr(self.whole(), name)
+
+    def whole(self) -> Any:
+        """The layer's buffer itself, past what stands in front of it, or that of the replica."""
+        return nn.Module.__getattr__(self.module, self.name) if self.own is None else self.own
 
 
-def _is_causal_table(buffer: torch.Tensor | None) -> bool:
-    return (
-        buffer is not None and buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2]
-    )
+def _is_causal_table(buffer: torch.Tensor) -> bool:
+    return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2]
 
 
 def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor) -> torch.Tensor:
     """The bias of keys at -T..-1, ``(heads, 1, T)``, by the function that the layer's own file makes ``alibi`` with."""
-    build: Any = next(
-        sys.modules[cls.__module__].__dict__["build_alibi_tensor"]
-        for cls in type(module).__mro__
-        if hasattr(sys.modules[cls.__module__], "build_alibi_tensor")
-    )
+    build: Any = alibi_function(type(module))
     # slopes times 0..T
     ramp = build(torch.ones(1, T + 1, dtype=torch.long, device=alibi.device), heads, dtype=alibi.dtype)
     return -ramp[..., 1:].flip(-1)
@@ -364,4 +369,4 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
 def _takes_cache(module: nn.Module) -> bool:
     if isinstance(module, (PreTrainedModel, nn.ModuleList)):
         return False
-    return any(name in inspect.signature(type(module).forward).parameters for name in CACHE_ARGUMENTS)
+    return any(name in inspect.signature(type(module).forward).parameters for name in LAYER_CACHES)

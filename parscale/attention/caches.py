@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, StaticCache
-from transformers.cache_utils import StaticLayer
-
-CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
+from transformers import Cache, StaticCache, StaticLayer
 
 
 def fit_rows(cache: Any, rows: int, num_streams: int) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention.cache_seam import attach_caches
 from parscale.attention.registered import AttentionConfig
+from parscale.compat.transformers import use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import inner_modules
@@ -114,7 +115,7 @@ def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
 def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
     """Finds the layers whose heads are split over the mesh, by comparing them with the same model in one piece."""
     config = copy.deepcopy(state.model.config)
-    config._attn_implementation = "eager"
+    use_eager(config)
     with torch.device("meta"):
         model: Any = type(state.model)(config)
     undivided = ParScaleState(model)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.flash_attention import get_target_dtype
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.attention.functions import AttentionFunction, eager_function
+from parscale.compat.transformers import attention_functions, attn_implementation, flash_dtype
 from parscale.kernels.prefix import prepend
 
 
@@ -43,6 +42,7 @@ def flash_with_prefix(
         prefix_k: ``(P, G, T, D)``.
         prefix_v: ``(P, G, T, Dv)``.
         attention_mask: padding mask ``(P*B, K)``, 1 for real tokens, or ``None``.
+        **kwargs: for ``backbone``.
 
     Returns:
         ``(P*B, S, heads, Dv)`` and ``None``.
@@ -145,12 +145,11 @@ def _with_mask(
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
-    # as flash-attention does where float32 would meet half-precision weights
-    dtype = get_target_dtype(query, module) or query.dtype
+    dtype = flash_dtype(query, module)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
-    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    function = attention_functions()["sdpa"]
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        function = eager_function(module.layer, module.config._attn_implementation)
+        function = eager_function(module.layer, attn_implementation(module.config))
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     output, _ = function(module, query, keys, values, mask, **kwargs)
     return output, None

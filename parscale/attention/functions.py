@@ -5,13 +5,12 @@ Shapes: R = P*B rows, stream-major; K keys in sight before the prefix; G key/val
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from parscale.compat.transformers import attention_functions, eager_attention
 from parscale.distributed.parallel import gather_heads
 from parscale.streams.state import ParScaleState
 
@@ -30,8 +29,9 @@ def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: to
 
 def backbone_function(module: nn.Module, name: str) -> AttentionFunction:
     """The function that the layer would have called without streams."""
-    if name in ALL_ATTENTION_FUNCTIONS._global_mapping:
-        return ALL_ATTENTION_FUNCTIONS[name]
+    functions = attention_functions()
+    if name in functions:
+        return functions[name]
     return eager_function(module, name)
 
 
@@ -41,10 +41,9 @@ def eager_function(module: nn.Module, name: str) -> AttentionFunction:
     Raises:
         ValueError: there is none; the message has ``name``, the implementation that was asked for.
     """
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
+    function = eager_attention(type(module))
+    if function is not None:
+        return function
     raise ValueError(
         f"{type(module).__name__} has no attention function for attn_implementation={name!r}; "
         "choose another with model.set_attn_implementation(...)."

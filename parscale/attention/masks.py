@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from parscale.compat.torch import mark_static
 from parscale.kernels import visible_lengths
 
 
@@ -41,7 +42,7 @@ def keep_sizes_static(*tensors: torch.Tensor) -> None:
         return
     for tensor in tensors:
         if tensor.is_cpu:
-            torch._dynamo.mark_static(tensor)
+            mark_static(tensor)
 
 
 def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> BlockMask:

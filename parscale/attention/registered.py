@@ -15,21 +15,25 @@ T prefix tokens.
 from __future__ import annotations
 
 import functools
-import inspect
-import re
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.functions import AttentionFunction, backbone_function, record
 from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
 from parscale.attention.shared import attend_to_shared, keys_of_pass
+from parscale.compat.transformers import (
+    ConfigView,
+    attention_functions,
+    attn_implementation,
+    compares_implementation,
+    is_flash,
+    mask_functions,
+)
 from parscale.distributed.offloading import parameter_of
 from parscale.kernels import causal_attention, decode_attention, is_mergeable
 from parscale.kernels.prefix import prepend
@@ -46,8 +50,13 @@ CONTINUOUS_BATCHING = (
 class _BothNames(str):
     """The true name of an implementation, under which a dictionary finds the function with the prefix.
 
-    Some layers (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) make a mask of their own ``if self.config._attn_implementation
-    in ("eager", "sdpa")``. torch.compile cannot trace such a string, so only those layers get it.
+    A layer does two things with the name: it looks its function up, which has to give ours, and some compare it with
+    ``"sdpa"`` to choose the form of a mask of their own, which has to be that of ``"sdpa"``. Both read the same
+    attribute, so no plain string serves both. One that equals two names does, since a dictionary compares by ``==``.
+
+    Weighed against it: registering our function under ``"sdpa"`` itself would put it in front of every model of the
+    process. torch.compile cannot trace this string, so that only layers that compare get it
+    (:func:`parscale.compat.transformers.compares_implementation`).
     """
 
     def __eq__(self, other: object) -> bool:
@@ -60,17 +69,7 @@ class _BothNames(str):
         return hash(NAME_PREFIX + str(self))
 
 
-@functools.cache
-def _compares_names(cls: type) -> bool:
-    """Whether a layer of this class does something else under ``"sdpa"`` than under a name that it does not know."""
-    try:
-        sources = [inspect.getsource(base) for base in cls.__mro__ if base not in (nn.Module, object)]
-    except (OSError, TypeError):  # typed into an interpreter
-        return False
-    return any(re.search(r"""_attn_implementation (in \(|not in \(|[=!]= ["']sdpa)""", source) for source in sources)
-
-
-class AttentionConfig:
+class AttentionConfig(ConfigView):
     """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
 
     Args:
@@ -79,46 +78,30 @@ class AttentionConfig:
         layer: the layer's class.
     """
 
+    backbone: Any
+    state: ParScaleState
+    compared: bool
+    lender: Any
+
     def __init__(self, config: Any, state: ParScaleState, layer: type) -> None:
-        object.__setattr__(self, "backbone", config)
-        object.__setattr__(self, "state", state)
-        object.__setattr__(self, "compared", _compares_names(layer))
-        object.__setattr__(self, "lender", None)
+        super().__init__(config, state=state, compared=compares_implementation(layer), lender=None)
 
     def borrow(self, lender: nn.Module) -> None:
         """From here on the layer has the prefix of ``lender``, whose keys and values it takes."""
-        object.__setattr__(self, "lender", lender)
+        vars(self)["lender"] = lender
 
-    @property
-    def _attn_implementation(self) -> str:
-        true_name = self.backbone._attn_implementation or "eager"
+    def implementation(self) -> str:
+        """The name under which :func:`prefix_attention` is registered; the true one for the plain backbone."""
+        true_name = attn_implementation(self.backbone)
         call = self.state.call
         if (
             call.in_flight is None and call.recorder is None and call.passes is None
         ):  # the plain backbone, as if never wrapped
             return true_name
         name = NAME_PREFIX + true_name
-        if name not in ALL_ATTENTION_FUNCTIONS._global_mapping:
+        if name not in attention_functions():
             AttentionInterface.register(name, prefix_attention)
         return _BothNames(true_name) if self.compared else name
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "backbone":  # before the state of an unpickled object is set
-            raise AttributeError(name)
-        return getattr(self.backbone, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.backbone, name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new_attention_config, (), dict(self.__dict__)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-def _new_attention_config() -> AttentionConfig:
-    return AttentionConfig.__new__(AttentionConfig)
 
 
 class _BackboneView:
@@ -160,13 +143,13 @@ def prefix_attention(
         ``(R, S, heads, D)``, and the attention weights ``(R, heads, S, T + K)`` where the implementation has them.
     """
     state: ParScaleState = module.config.state
-    name = module.config.backbone._attn_implementation or "eager"
+    name = attn_implementation(module.config.backbone)
     backbone = backbone_function(module, name)
     call = state.call
     if call.recorder is not None:
         record(state, module, key, value)
     streams = call.in_flight
-    flash = _is_flash(name)
+    flash = is_flash(name)
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
@@ -222,7 +205,7 @@ def _with_prefix(
     """Attention of P*B rows with keys of their own, and P prefixes ``(P, G, T, D)``."""
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
-    if _is_flash(name):
+    if is_flash(name):
         return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
@@ -256,7 +239,7 @@ def _dense_attention(
     T, S = prefix_k.shape[2], query.shape[2]
     special = _is_special(kwargs)
     if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:
-        if name in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:  # others are never given a mask
+        if name in mask_functions():  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
         if name == "sdpa" and not special and is_mergeable(query, key, value, state.kernels):
@@ -287,11 +270,6 @@ def _dense_attention(
         return output.transpose(1, 2), None  # (R, 1, heads, D)
     mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
-
-
-def _is_flash(name: str) -> bool:
-    """Whether an implementation is flash-attention, or one of its contract."""
-    return ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name) is flash_attention_mask
 
 
 def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:

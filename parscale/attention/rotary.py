@@ -11,8 +11,10 @@ from torch import nn
 
 from parscale.streams.state import ParScaleState
 
+RotaryTable = tuple[nn.Module, str]  # the module that holds it, and its name in that
 
-def rotary_tables(state: ParScaleState, size: int | None = None) -> list[tuple[dict[str, Any], str]]:
+
+def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryTable]:
     """Tables ``(N, D or less)`` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
 
     Args:
@@ -20,16 +22,15 @@ def rotary_tables(state: ParScaleState, size: int | None = None) -> list[tuple[d
         size: D; by default that of the attention layers.
 
     Returns:
-        For each the dictionary of its module that holds it, and its name in that.
+        For each its module, and its name in that.
     """
     if size is None:
         size = max((layer.key_size for layer in state.layers), default=0)
     found = []
     for module_name, module in state.backbone.named_modules():
-        for held in (module._buffers, module._parameters):
-            for name, table in held.items():
-                if "position" in f"{module_name}.{name}" and table is not None and _is_rotary(table, size):
-                    found.append((held, name))
+        for name, table in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
+            if "position" in f"{module_name}.{name}" and _is_rotary(table, size):
+                found.append((module, name))
     return found
 
 
@@ -41,18 +42,19 @@ def _is_rotary(table: torch.Tensor, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def tables_moved(tables: list[tuple[dict[str, Any], str]], by: int) -> Iterator[None]:
+def tables_moved(tables: list[RotaryTable], by: int) -> Iterator[None]:
     """In this block rotary tables hold at position i what belongs to position i - ``by``."""
-    own = [held[name] for held, name in tables]
+    own = [getattr(module, name) for module, name in tables]
     try:
-        for (held, name), table in zip(tables, own, strict=True):
+        for (module, name), table in zip(tables, own, strict=True):
             sines, cosines = table[1 : by + 1].flip(0).chunk(2, dim=-1)  # of positions by..1
             moved = torch.cat([torch.cat([-sines, cosines], dim=-1), table[: table.shape[0] - by]])
-            held[name] = nn.Parameter(moved, requires_grad=False) if isinstance(table, nn.Parameter) else moved
+            moved = nn.Parameter(moved, requires_grad=False) if isinstance(table, nn.Parameter) else moved
+            setattr(module, name, moved)
         yield
     finally:
-        for (held, name), table in zip(tables, own, strict=True):
-            held[name] = table
+        for (module, name), table in zip(tables, own, strict=True):
+            setattr(module, name, table)
 
 
 @contextlib.contextmanager

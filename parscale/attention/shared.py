@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from parscale.attention.masks import last_queries_of_mask, rows_of_mask
+from parscale.attention.masks import last_queries_of_mask, rows_of_mask, visible_lengths_once
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
+from parscale.kernels.shared_attention import fits_fused
 from parscale.streams.calls import Call
 from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet
@@ -204,9 +205,11 @@ def attend_to_shared(
     R, S = query.shape[0], query.shape[2]
     B = R // running
     key, value, mask = key[:B], value[:B], rows_of_mask(call.masks, mask, B)
-    if by_sdpa and prefix is not None and state.kernels != "fused":
-        if S == 1:
-            output = shared_decode_attention(query, key, value, *prefix, mask, scaling=kwargs.get("scaling"))
+    if by_sdpa and prefix is not None:
+        if S == 1 and (state.kernels != "fused" or fits_fused(query, key)):
+            length = None if mask is None or not query.is_cuda else visible_lengths_once(call.masks, mask)
+            options: Any = {"length": length, "scaling": kwargs.get("scaling"), "impl": state.kernels}
+            output = shared_decode_attention(query, key, value, *prefix, mask, **options)
             return output.transpose(1, 2), None  # (R, 1, heads, Dv)
         if mask is None and causal and is_mergeable(query, key, value, state.kernels):
             output = shared_causal_attention(

@@ -136,8 +136,11 @@ def _sentence(found: dict[str, Any]) -> str:
 
 
 def _config_file(source: str) -> Path:
-    """The `config.json` that a user names; of streams only, their backbone's. An `OSError` or `ValueError` says there
-    is none.
+    """The `config.json` that a user names; of streams only, their backbone's.
+
+    Raises:
+        OSError: there is none.
+        ValueError: there is none.
     """
     from parscale.format.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
 

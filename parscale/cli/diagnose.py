@@ -55,6 +55,8 @@ def diagnose(
             "streams": result.streams,
             "loss_of_each_stream": result.losses.tolist(),
             "loss_of_the_mixture": result.mixture_loss,
+            "gain_over_the_best_stream": result.gain_over_best,
+            "gain_over_stream_0": float(result.gains[-1]),
             "mean_correlation": result.mean_correlation,
             "mean_weights": result.mean_weights.tolist(),
             "tokens": result.tokens,

@@ -17,23 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from parscale.compat.accelerate import execution_device_of, hook_of, offloading_hook, put_hook
+from parscale.compat.torch import set_parameter, take_parameter
 from parscale.distributed.parallel import local
-
-_HOOK = "_hf_hook"  # where accelerate keeps a module's hook, which has no other access
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks of a module."""
-    hook = module.__dict__.get(_HOOK)
-    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module runs: where its parameters are, or are fetched to."""
-    for hook in _hooks(module):
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-    return next(module.parameters()).device
+    device = execution_device_of(module)
+    return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def fetched(module: nn.Module, name: str) -> torch.Tensor:
@@ -41,16 +33,16 @@ def fetched(module: nn.Module, name: str) -> torch.Tensor:
     parameter: torch.Tensor = getattr(module, name)
     if not parameter.is_meta:
         return parameter
-    for hook in _hooks(module):
-        if getattr(hook, "offload", False):
-            values: torch.Tensor = hook.weights_map[name]
-            return values.to(hook.execution_device)
-    return parameter
+    hook = offloading_hook(module)
+    if hook is None:
+        return parameter
+    values: torch.Tensor = hook.weights_map[name]
+    return values.to(hook.execution_device)
 
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere while nothing runs."""
-    return any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
+    return any(offloading_hook(module) is not None for module in model.modules())
 
 
 def fetched_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -76,7 +68,7 @@ class _BesideStreams:
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
-        self.names: set[str] = set()
+        self.names: dict[str, None] = {}  # in their order in the module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """As the hook's own."""
@@ -90,11 +82,13 @@ class _BesideStreams:
 
     @contextlib.contextmanager
     def _hidden(self, module: nn.Module) -> Iterator[None]:
-        own = {name: module._parameters.pop(name) for name in [*module._parameters] if name in self.names}
+        own = {name: take_parameter(module, name) for name in self.names}
         try:
             yield
         finally:
-            module._parameters.update(own)
+            for name, parameter in own.items():
+                if parameter is not None:
+                    set_parameter(module, name, parameter)
 
     def __getattr__(self, name: str) -> Any:
         if name == "hook":  # before the state of an unpickled object is set
@@ -104,17 +98,19 @@ class _BesideStreams:
 
 def keep(module: Any, name: str) -> None:
     """Leaves a new parameter where it is, in a module that is offloaded already."""
-    if not any(getattr(hook, "offload", False) for hook in _hooks(module)):
+    if offloading_hook(module) is None:
         return
-    if not isinstance(module._hf_hook, _BesideStreams):
-        module._hf_hook = _BesideStreams(module._hf_hook)
-    module._hf_hook.names.add(name)
+    hook = hook_of(module)
+    if not isinstance(hook, _BesideStreams):
+        hook = _BesideStreams(hook)
+        put_hook(module, hook)
+    hook.names[name] = None
 
 
 def let_go(module: Any, name: str) -> None:
     """Undoes :func:`keep`."""
-    hook = module.__dict__.get(_HOOK)
+    hook = hook_of(module)
     if isinstance(hook, _BesideStreams):
-        hook.names.discard(name)
+        hook.names.pop(name, None)
         if not hook.names:
-            module._hf_hook = hook.hook
+            put_hook(module, hook.hook)

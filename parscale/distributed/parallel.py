@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parscale.compat.deepspeed import gathered, is_of_engine, is_partitioned
+
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -41,11 +43,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         with gathered([tensor]):
             return tensor.detach().clone()
     return tensor.full_tensor() if dist.is_available() and isinstance(tensor, DTensor) else tensor
-
-
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of all of a parameter."""
-    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -92,7 +89,7 @@ def check_takes_parameters(model: nn.Module) -> None:
     sharded_by = None
     if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
         sharded_by = "FSDP"
-    elif type(model._parameters).__name__ == "ZeROOrderedDict":
+    elif is_of_engine(model):
         sharded_by = "DeepSpeed"
     if sharded_by is not None:
         raise ValueError(
@@ -151,18 +148,12 @@ def distribute_parameter(module: nn.Module, name: str, mesh: Any, *, by_heads: b
         mesh: of the model.
         by_heads: each process keeps its own key/value heads; otherwise all.
     """
-    parameter = module._parameters[name]
-    assert parameter is not None
+    parameter = getattr(module, name)
     shared = distribute_tensor(parameter.detach(), mesh, [Shard(HEADS) if by_heads else Replicate()])
-    module._parameters[name] = nn.Parameter(shared, requires_grad=parameter.requires_grad)
+    setattr(module, name, nn.Parameter(shared, requires_grad=parameter.requires_grad))
 
 
 # -- DeepSpeed ZeRO-3
-
-
-def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is one of ZeRO-3's, whose own values are empty outside a module's forward pass."""
-    return hasattr(tensor, "ds_id")
 
 
 @contextlib.contextmanager
@@ -186,11 +177,3 @@ def each_module_gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def gathered(parameters: list[Any]) -> Iterator[None]:
-    """In this block ZeRO-3's parameters are whole, to be read."""
-    deepspeed: Any = sys.modules["deepspeed"]
-    with deepspeed.zero.GatheredParameters(parameters):
-        yield

@@ -13,25 +13,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.models.auto import modeling_auto
 
+from parscale.compat.transformers import auto_classes, class_names, model_mapping, share_conversion
 from parscale.format.folders import CAUSAL_LM, INFIX, TYPE_SUFFIX
 from parscale.format.values import check_values, configuration_of
 
-AUTO_CLASSES: dict[str, Any] = {
-    name: auto
-    for name, auto in vars(modeling_auto).items()
-    if name.startswith("AutoModel") and isinstance(getattr(auto, "_model_mapping", None), Mapping)
-}
+AUTO_CLASSES = auto_classes()
 READER = f"{INFIX}Model"  # what stands for an AutoModel... in an ``auto_map``, but for that of causal language models
 
 ClassListener = Callable[[type[PreTrainedConfig], type[PreTrainedConfig]], None]  # the class made, the backbone's
@@ -91,11 +83,7 @@ def register_backbone(model_type: str) -> None:
     if name in CONFIG_MAPPING:
         return
     CONFIG_MAPPING.register(name, type(f"{model_type}_recipe", (Recipe,), {"backbone_type": model_type}))
-    # The backbone's own class reads the backbone of such a checkpoint too: its experts are stored one by one, and put
-    # together by rules that are found by the type.
-    rules = get_checkpoint_conversion_mapping(model_type)
-    if rules is not None:
-        register_checkpoint_conversion_mapping(name, rules, overwrite=True)
+    share_conversion(model_type, name)  # the backbone's own class reads the backbone of such a checkpoint too
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
@@ -163,8 +151,7 @@ def architectures_in_checkpoints() -> set[str]:
     found: set[str] = set()
     for auto_name, auto in AUTO_CLASSES.items():
         name = causal_lm_in_checkpoints if auto_name == "AutoModelForCausalLM" else _with_infix
-        for classes in auto._model_mapping._model_mapping.values():
-            found.update(map(name, [classes] if isinstance(classes, str) else classes))
+        found.update(map(name, class_names(auto)))
     return found
 
 
@@ -180,7 +167,7 @@ def backbone_class(config: Any, plain: Any) -> Any:
     """
     names = getattr(config, "architectures", None)
     name = str(names[0]) if isinstance(names, list) and names else ""
-    causal = _classes(AutoModelForCausalLM, type(plain))
+    causal = classes_of(AutoModelForCausalLM, type(plain))
     if causal and (name.endswith(CAUSAL_LM) or not name):
         return causal[0]
     cls = class_named(name.replace(INFIX, "", 1))
@@ -197,23 +184,24 @@ def class_named(name: Any) -> Any:
 
 def class_read_by(reader: Any, config: Any) -> Any:
     """The class of the model that an ``AutoModel...``, or a class itself, makes of a configuration; ``None``: none."""
-    if not hasattr(reader, "_model_mapping"):
+    if model_mapping(reader) is None:
         return reader
-    classes = {cls.__name__: cls for cls in _classes(reader, type(config))}
+    classes = {cls.__name__: cls for cls in classes_of(reader, type(config))}
     named = [name for name in getattr(config, "architectures", None) or () if name in classes]
     return classes[named[0]] if named else next(iter(classes.values()), None)
 
 
 def readers(cls: Any, config: type[PreTrainedConfig]) -> list[str]:
     """The names of the ``AutoModel...`` that make a class of its configuration."""
-    return [name for name, auto in AUTO_CLASSES.items() if cls in _classes(auto, config)]
+    return [name for name, auto in AUTO_CLASSES.items() if cls in classes_of(auto, config)]
 
 
-def _classes(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
+def classes_of(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     """The classes that an ``AutoModel...`` may make of a configuration."""
-    if config not in auto._model_mapping:
+    mapping = model_mapping(auto)
+    if mapping is None or config not in mapping:
         return ()
-    classes = auto._model_mapping[config]
+    classes = mapping[config]
     return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
 
 

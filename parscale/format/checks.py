@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from parscale.compat.transformers import use_eager
 from parscale.config import NUM_STREAMS, ParScaleConfig
 from parscale.format.architectures import backbone_config
 from parscale.format.folders import CONFIG, TYPE_SUFFIX, Checkpoint
@@ -126,7 +127,7 @@ def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
     """
     with configuration_of(checkpoint), torch.device("meta"), _few_modules(16 * parts + 2**12):
         config = backbone_config(config)
-        config._attn_implementation = "eager"  # the one that needs nothing installed
+        use_eager(config)
         return cls(config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.distributed.parallel import whole_shape
+from parscale.compat.deepspeed import whole_shape
 from parscale.format.packed import BESIDE, BLOCKS, PACKED, TWO_IN_A_BYTE
 
 

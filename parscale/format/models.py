@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig
 
+from parscale.compat.transformers import loading_reports
 from parscale.format.architectures import backbone_class, backbone_config, class_read_by
 from parscale.format.checks import check_size, differences
 from parscale.format.folders import CONFIG, Checkpoint
 from parscale.format.headers import StoredTensor
 from parscale.format.pretrained import read_pretrained, warn_of_adapter
 from parscale.format.values import check_values, configuration_of
-from parscale.streams.naming import PATTERNS
+from parscale.streams.naming import part_of
 
 # What a field of the wrong type makes transformers raise when it looks at it.
 FAULTS = (ArithmeticError, AttributeError, LookupError)
 # How transformers says that the tensors are not those that it expects.
 _REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
-_patching = threading.Lock()
 
 
 def read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
@@ -76,7 +74,7 @@ def load_backbone(
     if getattr(plain, "quantization_config", None) is None:
         check_size(checkpoint, cls, plain, tensors)
     tolerant = kwargs.get("ignore_mismatched_sizes", False)
-    with _streams_expected(cls), _report_kept(shown=tolerant) as reports:
+    with _reports(shown=tolerant) as reports:
         try:
             with configuration_of(checkpoint, FAULTS):
                 options = checkpoint.hub | kwargs | {"config": plain, "output_loading_info": True}
@@ -86,7 +84,7 @@ def load_backbone(
                 raise
             found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
             raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
-    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {*PATTERNS}
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if part_of(key) is None}
     problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
     if problems and not tolerant:
@@ -99,35 +97,19 @@ def load_backbone(
 
 
 @contextmanager
-def _report_kept(*, shown: bool) -> Iterator[list[str]]:
-    """In this block transformers' table of tensors that do not fit goes into a list: an error will say it in a line."""
+def _reports(*, shown: bool) -> Iterator[list[str]]:
+    """In this block transformers' tables of tensors that do not fit go into a list: an error will say it in a line.
+
+    Args:
+        shown: they are shown too, without the rows of streams, which the backbone's class does not expect.
+    """
     reports: list[str] = []
 
-    def keep(record: logging.LogRecord) -> bool:
-        if shown or "LOAD REPORT" not in record.getMessage():
-            return True
-        reports.append(record.getMessage())
-        return False
+    def keep(report: str) -> str | None:
+        lines = [line for line in report.splitlines() if part_of(line.partition("|")[0].strip()) is None]
+        reports.append("\n".join(lines))
+        rows = sum("|" in line for line in lines) - 1  # below their head
+        return reports[-1] if shown and rows else None
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
+    with loading_reports(keep):
         yield reports
-    finally:
-        logger.removeFilter(keep)
-
-
-@contextmanager
-def _streams_expected(cls: Any) -> Iterator[None]:
-    """In this block the class's ``from_pretrained`` does not complain of the streams' tensors."""
-    attribute = "_keys_to_ignore_on_load_unexpected"
-    with _patching:
-        own = cls.__dict__.get(attribute)
-        setattr(cls, attribute, [*(getattr(cls, attribute, None) or ()), *PATTERNS])
-        try:
-            yield
-        finally:
-            if own is None:
-                delattr(cls, attribute)
-            else:
-                setattr(cls, attribute, own)

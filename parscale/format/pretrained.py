@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from parscale.errors import RefusedCheckpointError
+from parscale.compat.transformers import model_mapping
+from parscale.errors import IncompatibleVersionError, RefusedCheckpointError
 from parscale.format.folders import Checkpoint, read_json, require_regular
 from parscale.format.headers import read_header
 
@@ -53,6 +54,8 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
             f"{source} asks to run code of its own, which parscale does not: if you trust it, load the model with "
             "transformers and trust_remote_code=True, and give it to parscale.wrap, or as backbone= to parscale.load."
         ) from error
+    except IncompatibleVersionError:
+        raise
     except ImportError as error:
         raise RefusedCheckpointError(f"{source} needs a package that is not installed: {error}") from error
 
@@ -84,4 +87,4 @@ def warn_of_adapter(checkpoint: Checkpoint) -> None:
 
 
 def _reads_weights(reader: Any) -> bool:
-    return hasattr(reader, "_model_mapping") or (isinstance(reader, type) and issubclass(reader, PreTrainedModel))
+    return model_mapping(reader) is not None or (isinstance(reader, type) and issubclass(reader, PreTrainedModel))

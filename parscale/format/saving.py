@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
+from parscale.compat.transformers import has_adapter
 from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
 from parscale.distributed.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
@@ -79,7 +80,7 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     beside = None
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapter(model):
         beside = _tensors(state, _active(state), kwargs.get("state_dict"))
     if together:
         kwargs["state_dict"] = gathered_state_dict(model)
@@ -104,6 +105,8 @@ def _write_full(
     """Writes the folder of :func:`save_full`.
 
     Args:
+        model: the wrapped model.
+        save_directory: the folder.
         further: the further sets' tensors.
         beside: the active set's, where the class writes its adapters alone.
         push: what to do on the Hub.
@@ -261,7 +264,7 @@ def _write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def _backbone_name(model: Any) -> str | None:
-    name = getattr(model.config, "_name_or_path", "") or None
+    name = model.config.name_or_path or None
     return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
 
+from parscale.compat.transformers import stored_name
 from parscale.config import FIELDS, ParScaleConfig
 from parscale.format.checks import check_fit, check_streams
 from parscale.format.folders import (
@@ -69,7 +69,7 @@ def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
     """What a tensor is called in a file: some classes save their modules under other names than they have."""
     if name in stored:
         return name
-    return next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
+    return stored_name(model, name)
 
 
 @torch.inference_mode(False)  # what is loaded can train

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from parscale.attention.discovery import measure
+from parscale.compat.deepspeed import is_partitioned
+from parscale.compat.torch import take_parameter
 from parscale.config import PREFIX, SET_PATTERN, ParScaleConfig
 from parscale.distributed.offloading import keep, let_go
 from parscale.distributed.parallel import (
     check_takes_parameters,
     distribute_parameter,
-    is_partitioned,
     share_random_state,
     tensor_parallel_mesh,
 )
@@ -83,10 +84,11 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     if streams.num_streams > 1:
         streams.transform.detach()
         for place in streams.transform.places():
-            place.module._parameters.pop(streams.own_name(place.name), None)
+            take_parameter(place.module, streams.own_name(place.name))
             let_go(place.module, streams.own_name(place.name))
     for part in state.mixed:
-        part._modules.pop(streams.aggregator_name, None)
+        if hasattr(part, streams.aggregator_name):
+            delattr(part, streams.aggregator_name)
     state.sets.pop(streams.name, None)
 
 
@@ -151,7 +153,7 @@ def _distribute(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:
             distribute_parameter(layer.module, name, mesh, by_heads=layer.mesh is not None)
     for aggregator in state.aggregators(streams):
         for module in aggregator.modules():
-            for name in list(module._parameters):
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 distribute_parameter(module, name, mesh)
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.attention.caches import CACHES, fit_rows, is_empty
+from parscale.attention.caches import fit_rows, is_empty
+from parscale.compat.arguments import CACHES, NOISE
+from parscale.compat.torch import replicate, unwatch_replicas, watch_replicas
 from parscale.hooks.encoded import mark_output
 from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
 from parscale.hooks.rows import check_plain, copy_rows, first_input
 from parscale.hooks.two_passes import TwoPassHooks, after_pass, of_pass
-from parscale.streams.backbones import NOISE, masking_noise
+from parscale.streams.backbones import masking_noise
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import use_outside_of_blocks
@@ -41,6 +43,8 @@ class BackboneHooks:
     def attach(self) -> None:
         """Hangs the hooks; their handles are among ``state.hooks``."""
         state = self.state
+        for part in state.parts:
+            watch_replicas(part, functools.partial(self._replicate, part))
         hooks: list[Any] = [state.model.register_forward_hook(self._join_router_logits)]
         hooks.append(state.model.register_load_state_dict_pre_hook(self._load_into_active))
         for part in state.mixed:
@@ -53,8 +57,6 @@ class BackboneHooks:
             hooks.append(state.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
             hooks.append(state.encoder.register_forward_hook(self._mark_encoded))
         hooks += TwoPassHooks(state).attach()
-        for part in state.parts:
-            part._replicate_for_data_parallel = functools.partial(self._replicate, part)
         state.hooks += hooks
 
     # -- before the backbone
@@ -170,7 +172,7 @@ class BackboneHooks:
 
     def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
         """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
-        aggregator = self.state.call.running._modules[streams.aggregator_name]
+        aggregator = getattr(self.state.call.running, streams.aggregator_name)
         if hidden.ndim == 2:
             return aggregator(hidden[:, None], impl=self.state.kernels)[:, 0]
         return aggregator(hidden, impl=self.state.kernels)
@@ -187,8 +189,7 @@ class BackboneHooks:
 
     def _replicate(self, part: Any) -> Any:
         """A copy for ``nn.DataParallel``, whose threads do not know of a block around their caller."""
-        replica = type(part)._replicate_for_data_parallel(part)
-        replica.__dict__.pop("_replicate_for_data_parallel", None)
+        replica = replicate(part)
         replica.__dict__[REPLICA] = (part, self.state.active)
         return replica
 
@@ -213,7 +214,7 @@ def unhook(state: ParScaleState) -> None:
         hook.remove()
     stop_recomputing(state.parts)
     for part in state.parts:
-        part.__dict__.pop("_replicate_for_data_parallel", None)
+        unwatch_replicas(part)
 
 
 def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:

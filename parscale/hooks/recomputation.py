@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from parscale.compat.transformers import checkpointing_function, set_checkpointing_function
 from parscale.streams.calls import Call
 from parscale.streams.state import ParScaleState
-
-_FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps, in each layer, how it is checkpointed
 
 
 def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
     """Before a pass that is differentiated: makes layers of ``module`` that are recomputed use its streams."""
     checkpointing, call = False, state.call
     for layer in module.modules():
-        function = layer.__dict__.get(_FUNCTION)
+        function = checkpointing_function(layer)
         if function is not None and not isinstance(function, _Checkpoint):
-            setattr(layer, _FUNCTION, _Checkpoint(function, state))
+            set_checkpointing_function(layer, _Checkpoint(function, state))
         checkpointing |= function is not None
     tensors = state.tensors(call.in_flight) if checkpointing and call.in_flight is not None else {}
     call.trains = [(parameter, parameter.requires_grad) for parameter in tensors.values()]
@@ -35,9 +34,9 @@ def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
 def stop_recomputing(parts: Iterable[nn.Module]) -> None:
     """Gives the layers their own checkpointing function back."""
     for layer in (layer for part in parts for layer in part.modules()):
-        function = layer.__dict__.get(_FUNCTION)
+        function = checkpointing_function(layer)
         if isinstance(function, _Checkpoint):
-            setattr(layer, _FUNCTION, function.function)
+            set_checkpointing_function(layer, function.function)
 
 
 class _Checkpoint:

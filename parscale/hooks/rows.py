@@ -2,7 +2,8 @@
 
 The first input that is given counts the rows, B. An argument whose first dimension is B has one row for each of them
 and is copied P times, stream-major (row ``p*B + b``); one whose first dimension is 1 is for all rows and stays. That
-holds whatever the argument is called. The tables name those for which it does not hold. What fits nowhere is an error.
+holds whatever the argument is called; :mod:`parscale.compat.arguments` names those for which it does not hold. What
+fits nowhere is an error.
 """
 
 from __future__ import annotations
@@ -11,41 +12,8 @@ from typing import Any
 
 import torch
 
-from parscale.attention.caches import CACHES
+from parscale.compat.arguments import ENCODED, INPUTS, PACKED, POSITIONS, WHOLE
 from parscale.hooks.encoded import EncodedRows, rows_of_streams
-
-# The first given one counts the rows; a backbone's own main input does, too.
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "audio_input_ids")
-
-# For all rows of a batch, or of the streams' own P*B rows already.
-WHOLE = (
-    *CACHES,
-    "cache",
-    "encoder_past_key_values",
-    "mems",
-    "padding_cache",
-    "past_buckets_states",
-    # by layer and head, or by token; boundaries and lengths of packed documents, counted through the rows of a stream
-    "head_mask",
-    "cache_position",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "logits_to_keep",
-    "num_items_in_batch",
-)
-# Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles; sounds.
-PACKED = (
-    "deepstack_visual_embeds",
-    "deepstack_features",
-    "cross_attention_states",
-    "image_embeds",
-    "audio_input_ids",
-    "audio_input_ids_mask",
-)
-POSITIONS = "position_ids"
-ENCODED = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 def first_input(part: Any, arguments: dict[str, Any]) -> torch.Tensor | None:

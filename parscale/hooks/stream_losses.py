@@ -24,6 +24,8 @@ class StreamLosses(NamedTuple):
     """Where a loss counts, ``(B, S - 1)``."""
     weights: torch.Tensor
     """Aggregation weights, ``(B, S, P)``."""
+    uncertainty: torch.Tensor
+    """Entropy of stream 0's prediction in nats, ``(B, S - 1)``."""
 
 
 def stream_losses(
@@ -42,13 +44,15 @@ def stream_losses(
         logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B or (P + 1)*B, S, V)
     by_stream = logits.unflatten(0, (-1, len(input_ids)))  # (P or P + 1, B, S, V)
     targets = labels[:, 1:].to(logits.device)  # (B, S - 1)
-    rows = []
+    rows, uncertainty = [], []
     for row, target in enumerate(targets):  # one at a time: a float32 copy of all logits may be large
         predicted = by_stream[:, row, :-1].transpose(1, 2)  # (P or P + 1, V, S - 1)
         predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+        first = predicted[0].softmax(0)  # (V, S - 1)
+        uncertainty.append(torch.special.entr(first).sum(0))
         repeated = target.expand(len(predicted), -1)
         rows.append(cross_entropy(predicted, repeated, reduction="none", ignore_index=IGNORED))
-    return StreamLosses(torch.stack(rows, dim=1), targets != IGNORED, captured[0])
+    return StreamLosses(torch.stack(rows, dim=1), targets != IGNORED, captured[0], torch.stack(uncertainty))
 
 
 @contextmanager

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import TEXT, input_device, input_of, main_input
+from parscale.streams.backbones import input_device, input_of, main_input
 from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from parscale.attention.shared import SeenTokens, can_slice
-from parscale.hooks.rows import PACKED, POSITIONS, WHOLE, copy_rows
+from parscale.compat.arguments import PACKED, POSITIONS, WHOLE
+from parscale.hooks.rows import copy_rows
 from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
 

@@ -1,6 +1,6 @@
 """The reference of TRL's trainers: the same model, streams and all.
 
-Without an adapter, a trainer makes its reference (or its teacher) by loading ``model.config._name_or_path`` again. For
+Without an adapter, a trainer makes its reference (or its teacher) by loading ``model.config.name_or_path`` again. For
 a model that was wrapped in this process that names the plain backbone: rewards would not be zero at the first step, and
 the distance to the reference would be that of the streams. So the reference of a wrapped model is a copy of it as it
 is; the plain backbone is the reference only for whoever passes it as ``ref_model``.
@@ -9,13 +9,12 @@ is; the plain backbone is the reference only for whoever passes it as ``ref_mode
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
+from parscale.compat.accelerate import hook_of
+from parscale.compat.trl import extend_reference
 from parscale.distributed.parallel import is_sharded
-from parscale.integrations.patching import extend_everywhere, when_imported
 from parscale.streams.state import ALIVE, ParScaleState
 
 
@@ -27,14 +26,7 @@ class _NameOfWrapped(str):
 
 def keep_reference() -> None:
     """Makes TRL's reference of a wrapped model a copy of it, where TRL is installed."""
-    if importlib.util.find_spec("trl") is not None:
-        when_imported("trl.trainer.utils", _extend)
-
-
-def _extend(utils: ModuleType) -> None:
-    """The two functions with which every trainer makes a reference; nothing that they call sees the model."""
-    extend_everywhere(utils, "get_config_model_id", _name)
-    extend_everywhere(utils, "create_model_from_path", _create)
+    extend_reference(_name, _create)
 
 
 def _name(get_config_model_id: Callable[..., str], config: Any) -> str:
@@ -57,6 +49,6 @@ def _create(create_model_from_path: Callable[..., Any], model_id: str, *args: An
             "streams, and a model in parts cannot be copied: pass ref_model=, or save the model and pass the folder."
         )
     reference = copy.deepcopy(model)
-    if not hasattr(reference, "_hf_hook"):
+    if hook_of(reference) is None:
         reference.__dict__.pop("forward", None)  # by an earlier trainer, and bound to the model that was copied
     return reference.requires_grad_(False).eval()

@@ -7,6 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from parscale.compat.torch import has_hooks
 from parscale.distributed.parallel import local
 from parscale.kernels import aggregate, aggregator, stream_weights
 from parscale.kernels.dispatch import Impl
@@ -93,5 +94,4 @@ class Aggregator(nn.Sequential):
 
 def _is_untouched(layer: nn.Module) -> TypeGuard[Projection]:
     """Whether calling a layer does no more than its projection: no hook, no offloading, nothing in its place."""
-    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is Projection and not hooks and "forward" not in layer.__dict__
+    return type(layer) is Projection and not has_hooks(layer) and "forward" not in layer.__dict__

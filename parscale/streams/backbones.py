@@ -22,11 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from parscale.compat.arguments import AUDIO, IMAGES, TEXT
 from parscale.distributed.offloading import execution_device
 from parscale.errors import UnsupportedModelError
-
-TEXT, IMAGES, AUDIO = "input_ids", "pixel_values", "input_features"  # a model's main input, in transformers' words
-NOISE = "noise"  # an argument: numbers for the patches of an image, of which those with the largest are hidden
 
 
 @dataclasses.dataclass

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from parscale.compat.torch import fake_tensors, held_buffers, version_of
+from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
-from parscale.errors import UnsupportedModelError
+from parscale.errors import IncompatibleVersionError, UnsupportedModelError
 from parscale.streams.backbones import cuda_devices, input_device, input_of, reads
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -36,8 +37,7 @@ def run_briefly(
         UnsupportedModelError: one takes something else, or returns something else.
     """
     device = input_device(state.model)
-    # transformers looks at positions and masks as if they had values, but not at those of fake tensors
-    fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "meta" else contextlib.nullcontext()
+    fake: Any = fake_tensors() if device.type == "meta" else contextlib.nullcontext()
     results = []
     with backbone_only(state), fake, torch.set_grad_enabled(gradients), state.calls.choosing(streams):
         for part in state.mixed:
@@ -67,7 +67,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
     training = {module: module.training for module in state.model.modules()}
     experts: Any = contextlib.nullcontext()
     if any(p.is_meta for p in state.backbone.parameters()):
-        experts = _experts_without_data_dependence(state.model)
+        experts = experts_without_data_dependence(state.model.config)
     try:
         state.model.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
@@ -84,8 +84,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error is that of a device or of its memory, and says nothing of the model."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+    """Whether an error is that of a device, of its memory or of an installed library, and says nothing of the model."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | IncompatibleVersionError):
         return True
     return isinstance(error, RuntimeError) and "memory" in str(error)  # that of a CPU has no class of its own
 
@@ -102,10 +102,10 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
     Integers, such as quantized weights, are not copied: no forward pass in eval mode writes into them.
     """
-    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    held = [(buffers, dict(buffers)) for buffers in map(held_buffers, model.modules())]
     buffers = {id(buffer): buffer for _, own in held for buffer in own.values() if buffer is not None}
     numbers = [x for x in buffers.values() if x.is_floating_point() and not x.is_meta and not x.is_inference()]
-    copies = [(buffer, buffer._version, buffer.detach().clone()) for buffer in numbers]
+    copies = [(buffer, version_of(buffer), buffer.detach().clone()) for buffer in numbers]
     try:
         yield
     finally:
@@ -113,19 +113,5 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
             current.clear()
             current.update(own)
         for buffer, version, copy in copies:
-            if buffer._version != version:
+            if version_of(buffer) != version:
                 buffer.copy_(copy)
-
-
-@contextlib.contextmanager
-def _experts_without_data_dependence(model: Any) -> Iterator[None]:
-    """On the meta device a mixture of experts runs in the form whose shapes do not depend on the routing."""
-    previous = getattr(model.config, "_experts_implementation", None)
-    if previous is None:
-        yield
-        return
-    model.config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        model.config._experts_implementation = previous

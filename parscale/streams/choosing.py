@@ -10,8 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from parscale.compat.transformers import show_on_models
 from parscale.config import FIELDS
 from parscale.distributed.parallel import reshard
 from parscale.streams.calls import Block, innermost_block
@@ -152,8 +151,6 @@ class _NumStreams:
 def show_num_streams() -> None:
     """Lets wrapped models have :class:`_NumStreams`.
 
-    What is active depends on which thread asks, so that it cannot be a value in the model. Python asks a class for what
-    computes a value; the model's own class stays as it is, so it is the class of all of them.
+    What is active depends on which thread asks, so that it cannot be a value in the model.
     """
-    if "num_streams" not in vars(PreTrainedModel):
-        setattr(PreTrainedModel, "num_streams", _NumStreams())  # noqa: B010
+    show_on_models("num_streams", _NumStreams())

@@ -128,7 +128,7 @@ class ParScaleState:
         places = streams.transform.places()
         holders = {place.released_name: (place.module, streams.own_name(place.name)) for place in places}
         for root, part in zip(self.roots, self.mixed, strict=True):
-            aggregator = part._modules[streams.aggregator_name]
+            aggregator = getattr(part, streams.aggregator_name)
             for name in tensors_of(aggregator):
                 path, _, leaf = name.rpartition(".")
                 holders[f"{root}aggregate_layer.{name}"] = (aggregator.get_submodule(path), leaf)
@@ -151,7 +151,7 @@ class ParScaleState:
     def aggregators(self, streams: StreamSet) -> list[Aggregator]:
         """The aggregators that run with the set, one for each part that is mixed."""
         name = self.in_use(streams).aggregator_name
-        return [part._modules[name] for part in self.mixed]
+        return [getattr(part, name) for part in self.mixed]
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The one of the backbone."""

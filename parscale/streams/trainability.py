@@ -14,6 +14,7 @@ import weakref
 import torch
 from torch import nn
 
+from parscale.compat.torch import tensor_hooks
 from parscale.streams.calls import innermost_block
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -65,8 +66,7 @@ def train(parameter: nn.Parameter, trains: bool) -> None:
     """
     if parameter.requires_grad is trains:
         return
-    hooks = (parameter._backward_hooks or {}).values()
-    if not trains and not any(getattr(hook, "func", None) is _deliver for hook in hooks):
+    if not trains and not any(getattr(hook, "func", None) is _deliver for hook in tensor_hooks(parameter)):
         parameter.register_hook(functools.partial(_deliver, weakref.ref(parameter)))
     parameter.requires_grad_(trains)
 

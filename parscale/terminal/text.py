@@ -24,7 +24,7 @@ _LINE_ANEW = re.compile(r"(\r?)([^\r]*)(\r?)")
 
 
 def shown(text: str) -> str:
-    """Text in which each character that a terminal does not show as itself is an escape, such as ``\\x1b``."""
+    r"""Text in which each character that a terminal does not show as itself is an escape, such as ``\x1b``."""
     return _NOT_SHOWN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from parscale.compat.deepspeed import whole_shape
 from parscale.config import LORA, TEXT_INITS, ParScaleConfig
-from parscale.distributed.parallel import whole_shape
 from parscale.streams.backbones import cuda_devices, input_device, writes_text
 from parscale.streams.brief_runs import backbone_only
 from parscale.streams.sets import StreamSet

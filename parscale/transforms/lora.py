@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from parscale.distributed.offloading import execution_device, parameter_of
 from parscale.errors import UnsupportedModelError
@@ -36,7 +36,7 @@ class LoraTransform(ModelTransform):
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
-        self._down, self._up = streams.own_name("stream_down"), streams.own_name("stream_up")
+        self.down_name, self.up_name = streams.own_name("stream_down"), streams.own_name("stream_up")
         self._hooks: list[Any] = []
 
     def places(self) -> list[Place]:
@@ -76,7 +76,7 @@ class LoraTransform(ModelTransform):
         """After a linear layer: ``(P*B, ..., out)``, or ``(P*B*S, out)``, and the streams' differences."""
         if self.state.in_flight is not self.streams:
             return output
-        down, up = parameter_of(module, self._down), parameter_of(module, self._up)
+        down, up = parameter_of(module, self.down_name), parameter_of(module, self.up_name)
         P, x = down.shape[0], args[0].to(down.dtype)
         low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
         difference = torch.bmm(low, up.mT)  # (P, N, out)
@@ -138,14 +138,16 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
 @contextlib.contextmanager
 def _without_inference_tensors(state: ParScaleState) -> Iterator[None]:
     """In this block what the model has from ``torch.inference_mode``, which cannot be differentiated, is copied."""
-    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    own: list[tuple[nn.Module, str, torch.Tensor]] = []
     for module in (module for part in state.parts for module in part.modules()):
-        for tensors in (module._parameters, module._buffers):
-            own += [(tensors, name, x) for name, x in tensors.items() if x is not None and x.is_inference()]
+        for tensors in (module.named_parameters, module.named_buffers):
+            named = tensors(recurse=False, remove_duplicate=False)
+            own += [(module, name, x) for name, x in named if x.is_inference()]
     try:
-        for tensors, name, x in own:
-            tensors[name] = nn.Parameter(x.clone(), x.requires_grad) if isinstance(x, nn.Parameter) else x.clone()
+        for module, name, x in own:
+            copy = x.clone()
+            setattr(module, name, nn.Parameter(copy, x.requires_grad) if isinstance(x, nn.Parameter) else copy)
         yield
     finally:
-        for tensors, name, x in own:
-            tensors[name] = x
+        for module, name, x in own:
+            setattr(module, name, x)

@@ -14,8 +14,8 @@ from torch import nn
 
 from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.positions import RowPositions
-from parscale.attention.rotary import rotary_tables, rotation_moved, tables_moved
-from parscale.distributed.parallel import is_partitioned
+from parscale.attention.rotary import RotaryTable, rotary_tables, rotation_moved, tables_moved
+from parscale.compat.deepspeed import is_partitioned
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import has_learned_positions, writes_text
 from parscale.streams.brief_runs import backbone_only
@@ -70,7 +70,7 @@ class PrefixTransform(ModelTransform):
 
     def longest_text(self) -> int | None:
         """As many tokens as there are positions; a table that rotates keys has to hold the first token's too."""
-        tables = [len(held[name]) - 1 for held, name in rotary_tables(self.state)]
+        tables = [len(getattr(module, name)) - 1 for module, name in rotary_tables(self.state)]
         return min(tables) if tables else super().longest_text()
 
     def read(self, texts: torch.Tensor) -> None:
@@ -90,7 +90,7 @@ class PrefixTransform(ModelTransform):
             warnings.warn(reason, stacklevel=USER)
 
     def _keep_keys_and_values(
-        self, texts: torch.Tensor, positions: torch.Tensor, tables: list[tuple[dict[str, Any], str]]
+        self, texts: torch.Tensor, positions: torch.Tensor, tables: list[RotaryTable]
     ) -> list[nn.Module]:
         """Reads the texts at these positions ``(T,)``, and makes what attention sees the prefixes.
 
@@ -113,7 +113,7 @@ class PrefixTransform(ModelTransform):
                 )
             layers.append(module)
             for own, states in ((streams.key_name, key), (streams.value_name, value)):
-                prefix = module._parameters.get(own)
+                prefix = getattr(module, own, None)
                 if prefix is not None:  # a layer that borrows its keys has none
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 

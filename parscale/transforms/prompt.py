@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from transformers import Cache, StaticCache
 
-from parscale.attention.caches import CACHES, is_empty
+from parscale.attention.caches import is_empty
 from parscale.attention.masks import leading_zeros
 from parscale.attention.positions import RowPositions
+from parscale.compat.arguments import AS_FIRST, CACHES, SEES_IMAGES, TOKENS
+from parscale.compat.transformers import answer_by, answer_itself
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.streams.places import Place
@@ -31,29 +33,6 @@ from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 
 FIRST_LENGTH = "parscale_first_length"  # what a cache says of itself: how many tokens its first pass had
-# With one entry for each token; the prompt's are the first one's, or zero.
-AS_FIRST = (
-    "langs",
-    "task_type_ids",
-    "bbox",
-    "input_shape_ids",
-    "input_pronunciation_ids",
-    "xpath_tags_seq",
-    "xpath_subs_seq",
-)
-TOKENS = (
-    *AS_FIRST,
-    "token_type_ids",
-    "global_attention_mask",
-    "vision_mask",
-    "image_embeds_position_mask",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "visual_pos_masks",
-    "ple_input_ids",
-    "per_layer_inputs",
-)
-SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); the prompt sees none
 
 
 class PromptTransform(ModelTransform):
@@ -103,8 +82,7 @@ class PromptTransform(ModelTransform):
         begins = is_empty(cache)
         self._check_cache(cache, mask, begins)
         if isinstance(cache, Cache):
-            for name in OUTSIDE:
-                cache.__dict__.pop(name, None)  # the backbone counts the prompt
+            answer_itself(cache, OUTSIDE)  # the backbone counts the prompt
         if begins:
             return self._begin(arguments, mask, positions)
         padding = leading_zeros(mask)
@@ -230,8 +208,7 @@ class PromptTransform(ModelTransform):
             if isinstance(cache, Cache):
                 if index is not None:
                     setattr(cache, FIRST_LENGTH, index.shape[1])
-                for name, method in OUTSIDE.items():
-                    setattr(cache, name, functools.partial(method, T, cache))
+                answer_by(cache, {name: functools.partial(method, T, cache) for name, method in OUTSIDE.items()})
         call.tokens = call.cache = None
         if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
             raise ValueError("it foresees several tokens at once, and those of a prompt among them")  # ProphetNet

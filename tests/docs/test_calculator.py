@@ -41,7 +41,7 @@ def test_every_cell_is_there():
     stored = json.loads(FIGURES.read_text())
     axes = ("models", "devices", "batches", "prompts")
     assert len(stored["cells"]) == len(list(itertools.product(*(stored[axis] for axis in axes))))
-    assert all(len(cell) == 1 + 2 * len(stored["streams"]) for cell in stored["cells"])
+    assert all(len(cell) == 1 + 3 * len(stored["streams"]) for cell in stored["cells"])
 
 
 def test_the_page_has_what_the_program_looks_for():
@@ -65,6 +65,7 @@ def opened(tmp_path):
     body = part.replace(snippet, FIGURES.read_text()).replace(
         "assets/calculator.js", (ASSETS / "calculator.js").as_uri()
     )
+    body += "<script>document.body.dataset.overflow = document.documentElement.scrollWidth - innerWidth</script>"
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'>{style}"
     (tmp_path / "page.html").write_text(f"<!doctype html><html><head>{head}</head><body>{body}</body></html>")
 
@@ -77,6 +78,7 @@ def opened(tmp_path):
             [*command, "--window-size=390,800", "--dump-dom", address], capture_output=True, text=True, timeout=120
         )
         said = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
+        assert 'data-overflow="0"' in finished.stdout  # nothing is wider than a phone
         return html.unescape(finished.stdout.partition('<p class="verdict"')[2].partition("<noscript")[0]), said
 
     return run
@@ -89,13 +91,13 @@ def test_in_a_browser_each_control_changes_the_picture(opened):
     assert not said
     assert "P = 4 takes" in shown
     cell = json.loads(FIGURES.read_text())["cells"][7 * 9 * 4]  # the second model with the first of everything else
-    for memory, prefill, decode in (cell[0], cell[3], cell[4]):
+    for memory, prefill, decode in (cell[0], cell[4], cell[6]):  # plain, P = 4, of equal loss
         assert f"{1000 * (prefill + decode):.3g} ms" in shown
         assert f"{memory:.2f} GB" in shown
     seen = {shown}
-    for choice in ("model=3", "streams=2", "batch=4", "prompt=3", "device=4"):
+    for choice in ("model=3", "streams=2", "kind=1", "batch=4", "prompt=3", "device=4"):
         shown, said = opened(choice)
         assert not said
         seen.add(shown)
-    assert len(seen) == 6
+    assert len(seen) == 7
     assert "does not fit" in opened("model=4&device=4")[0]

@@ -48,7 +48,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for file, documents in zip(("corpus.txt", "held-out.txt"), standard_library_split(), strict=True):
         Path(file).write_text("\n".join(text for _, text in documents[:2])[:20_000])
-    text = "\n".join(blocks(DOCS / "tutorials" / "recycle.md", "sh"))
+    text = "\n".join(blocks(DOCS / "tutorials" / "recycle.md", "sh")).replace("\\\n", " ")
     for line in text.replace("Qwen/Qwen2.5-0.5B", str(small_model_path())).replace("20M", "8192").splitlines():
         assert run(shlex.split(line)[1:]) == 0, line
     assert "mean correlation" in capsys.readouterr().out

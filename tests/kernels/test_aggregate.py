@@ -66,6 +66,15 @@ def test_against_float64(size, dtype, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("size", [(3, 15, 65), (7, 2, 513), (5, 1, 1)], ids=str)
+def test_nothing_beside_the_tensors_is_read(size, device, guarded):
+    tensors = inputs(*size, torch.float32, device)
+    for own, clean in zip(run("fused", *map(guarded, tensors)), run("fused", *tensors), strict=True):
+        assert own.isfinite().all()
+        assert torch.equal(own, clean)
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("smoothing", [0.0, 0.01, 1.0])
 def test_smoothing(smoothing, device, poisoned, assert_as_exact):
     compare(assert_as_exact, *inputs(3, 5, 17, torch.float32, device), smoothing=smoothing)

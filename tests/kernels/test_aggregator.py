@@ -106,6 +106,16 @@ def test_large_activations(S, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("size", [(4, 1, 3, 48), (3, 1, 5, 20), (4, 1, 40, 33)], ids=str)
+def test_nothing_beside_the_tensors_is_read(size, device, guarded):
+    *tensors, gradient = inputs(*size, SINGLE, device)
+    kept = [guarded(x) for x in tensors]
+    for own, clean in zip(run("fused", kept, guarded(gradient)), run("fused", tensors, gradient), strict=True):
+        assert own.isfinite().all()
+        assert torch.equal(own, clean)
+
+
+@pytest.mark.kernel
 def test_both_regimes_agree(device, monkeypatch):
     """The kernel that reads the weights where they lie, and cuBLAS on rearranged rows."""
     from parscale.kernels.aggregator import fused

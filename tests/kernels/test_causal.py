@@ -21,11 +21,14 @@ def inputs(P=2, B=3, heads=4, G=2, S=5, T=3, D=8, dtype=torch.float64, device="c
     def draw(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype)
 
+    # keys with a bias, as Qwen2's, whose scores are large and nearly alike
+    bias = 5 * draw(1, G, 1, D)
     if joined:
-        states = draw(P * B, S, heads + 2 * G, D).transpose(1, 2).split([heads, G, G], dim=1)
+        states = list(draw(P * B, S, heads + 2 * G, D).transpose(1, 2).split([heads, G, G], dim=1))
     else:
         states = [draw(P * B, S, n, D).transpose(1, 2) for n in (heads, G, G)]
-    return [*states, draw(P, G, T, D), draw(P, G, T, D)]
+    states[1].add_(bias)
+    return [*states, draw(P, G, T, D) + bias, draw(P, G, T, D)]
 
 
 def gradients(function, tensors):

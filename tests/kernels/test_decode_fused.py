@@ -5,11 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from parscale.kernels import decode_attention
+from parscale.kernels import decode_attention, visible_lengths
 from parscale.kernels.decode_attention.joined import decode_attention_joined
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 INF = float("inf")
+BIAS = 5.0  # of keys
 
 
 class Shape(NamedTuple):
@@ -67,6 +68,9 @@ def inputs(shape, dtype, device, scale=1.0):
     )
     tensors = [torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes]
     tensors[0] *= scale
+    # as Qwen2's, whose scores are large and nearly alike
+    bias = BIAS * torch.randn(1, shape.G, 1, shape.D, generator=generator, dtype=torch.float64)
+    tensors[1], tensors[3] = tensors[1] + bias, tensors[3] + bias
     return [x.to(dtype).to(device) for x in tensors]
 
 
@@ -117,6 +121,18 @@ def test_masks(kind, shape, dtype, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("kind", [None, "additive, per head", "additive smallest, cache alone"])
+@pytest.mark.parametrize("shape", [TINY, ODD, GROUPED], ids=str)
+def test_nothing_beside_the_tensors_is_read(shape, kind, device, guarded):
+    tensors = inputs(shape, SINGLE, device)
+    mask = None if kind is None else make_mask(kind, shape, SINGLE, device)
+    sinks = torch.linspace(-2, 6, shape.G * shape.n, device=device)
+    found = decode_attention(*map(guarded, tensors), guarded(mask), sinks=guarded(sinks), impl="fused")
+    assert found.isfinite().all()
+    assert torch.equal(found, decode_attention(*tensors, mask, sinks=sinks, impl="fused"))
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_splits(splits, device, poisoned, assert_as_exact):
     """However the sequence is cut, with sinks and without, the parts make the same whole."""
@@ -147,6 +163,35 @@ def test_valid_length(length, device, poisoned, assert_as_exact):
         for cache in (spoiled, tensors[1:3])
     )
     assert torch.equal(found, clean)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "kind", ["boolean, cache alone", "additive smallest, cache alone", "boolean, cache alone, per head"]
+)
+def test_what_a_mask_hides_at_the_end_need_not_be_read(kind, device):
+    """With the length that a mask allows the result is the same, and what lies beyond may be anything."""
+    tensors = inputs(GROUPED, SINGLE, device)
+    mask = make_mask(kind, GROUPED, SINGLE, device)
+    for row, seen in enumerate((130, 77, 3, 0)):
+        mask[row, ..., seen:] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    length = visible_lengths(mask)
+    assert length.shape == (4,)
+    assert all(length.tolist()[row] <= seen for row, seen in enumerate((130, 77, 3, 0)))
+    hidden = torch.arange(130, device=device) >= length.view(-1, 1)
+    spoiled = [x.masked_fill(hidden[:, None, :, None], float("nan")) for x in tensors[1:3]]
+    found = decode_attention(tensors[0], *spoiled, *tensors[3:], mask, length=length, impl="fused")
+    torch.testing.assert_close(found, decode_attention(*tensors, mask, impl="fused"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, BRAIN], ids=str)
+def test_visible_lengths(dtype):
+    seen = torch.zeros(5, 2, 1, 9, dtype=torch.bool)
+    expected = [0, 1, 9, 4, 6]
+    for row, length in enumerate(expected):
+        seen[row, row % 2, 0, max(0, length - 3) : length] = True
+    mask = seen if dtype == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, -INF).to(dtype)
+    assert visible_lengths(mask).tolist() == expected
 
 
 @pytest.mark.kernel

@@ -10,6 +10,7 @@ from torch import nn
 from parscale.kernels import decode_attention
 
 INF = float("inf")
+BIAS = 5.0  # of keys
 
 
 class Shape(NamedTuple):
@@ -52,11 +53,12 @@ def tensors(shape, dtype=torch.float64, seed=0, scale=1.0):
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
     R = shape.P * shape.B
+    bias = BIAS * draw(1, shape.G, 1, shape.D)  # as Qwen2's keys have, whose scores are large and nearly alike
     return (
         draw(R, shape.G * shape.n, 1, shape.D) * scale,
-        draw(R, shape.G, shape.K, shape.D),
+        draw(R, shape.G, shape.K, shape.D) + bias,
         draw(R, shape.G, shape.K, shape.Dv),
-        draw(shape.P, shape.G, shape.T, shape.D),
+        draw(shape.P, shape.G, shape.T, shape.D) + bias,
         draw(shape.P, shape.G, shape.T, shape.Dv),
     )
 

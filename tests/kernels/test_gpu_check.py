@@ -1,5 +1,6 @@
 """The programs for a GPU, with tiny sizes and without one: they run through and write what they promise."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -28,7 +29,13 @@ def test_dry_run(tmp_path):
     rows = found["rows"]
     kinds = {row["what"] for row in rows}
     operations = {"aggregate", "aggregator", "decode attention", "prefill attention", "prefill attention, both ways"}
-    assert operations | {"ceilings", "causal attention without prefix", "decoding", "training"} <= kinds
+    others = {"ceilings", "step", "causal attention without prefix", "linear layer", "decoding", "training"}
+    assert operations | others <= kinds
+    steps = {(row["P"], row["attention"], row["kv"], row["length"]) for row in rows if row["what"] == "step"}
+    ways = [(1, "sdpa", "own"), (1, "own_decode", "own")]
+    ways += [(P, "sdpa", kv) for P in (2, 4, 8) for kv in ("own", "shared")]
+    assert steps == {(*way, length) for way in ways for length in (8, 16, 24)}
+    assert rows[1]["what"] == "step"  # the most valuable first
     assert {row["P"] for row in rows if row["what"] == "decoding"} == {1, 8}
     errors = [row for row in rows if row["what"].startswith("error ")]
     assert {row["dtype"] for row in errors} == {"bfloat16", "float16", "float32"}
@@ -37,6 +44,15 @@ def test_dry_run(tmp_path):
         if "prefill" not in row["what"]:  # which is merged on a CPU too; of all others, the reference runs
             assert row["fused"] == row["torch"]
     assert (tmp_path / "gpu.png").stat().st_size > 0
+
+
+def test_figures_are_written_as_they_come(tmp_path, monkeypatch):
+    """A run that is cut short leaves those that it has found."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench = importlib.import_module("gpu_bench").Bench(dry=True, output=tmp_path / "gpu.json")
+    for number in range(3):
+        bench.add("something", number=number)
+        assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == number + 1
 
 
 @pytest.mark.slow

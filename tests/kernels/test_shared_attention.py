@@ -128,3 +128,58 @@ def test_rows_that_do_not_fit_are_refused():
     for function, mask in ((shared_decode_attention, (None,)), (shared_causal_attention, ())):
         with pytest.raises(ValueError, match=r"queries of 2 or 3 streams of 2 rows .* got query \(5, 4, 1, 8\)"):
             function(query[:5], *others, *mask)
+
+
+# -- the kernel, to which the streams are further queries of a key/value head
+
+
+def test_interpreted(interpret):
+    interpret(__file__)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", [None, "boolean", "boolean, per head", "additive", "length"])
+@pytest.mark.parametrize("has_plain", [True, False], ids=["all streams", "without stream 0"])
+@pytest.mark.parametrize("size", [(2, 1, 4, 2), (3, 2, 6, 2), (5, 3, 3, 3), (8, 1, 16, 2)], ids=str)
+def test_fused_decode(size, has_plain, kind, device, poisoned, assert_as_exact):
+    P, B, heads, G = size
+    K, options = 70, {}
+    inputs = [x.detach().to(device) for x in tensors(P, B, heads, G, 1, K, torch.float32, has_plain, Dv=12)]
+    inputs[1] += 5 * torch.randn(1, G, 1, D, generator=torch.Generator().manual_seed(2)).to(device)  # biased keys
+    mask = None
+    if kind == "length":
+        options = {"length": torch.tensor([K - 9 * b for b in range(B)], device=device)}
+    elif kind is not None:
+        shape = (B, heads if "per head" in kind else 1, 1, K)
+        mask = (torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.6).to(device)
+        mask = torch.zeros(shape, device=device).masked_fill(~mask, -torch.inf) if kind == "additive" else mask
+    exact_mask = mask.double() if kind == "additive" else mask
+    exact = shared_decode_attention(*(x.double() for x in inputs), exact_mask, impl="reference", **options)
+    plain = shared_decode_attention(*inputs, mask, impl="reference", **options)
+    assert_as_exact(shared_decode_attention(*inputs, mask, impl="fused", **options), plain, exact)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_fused_decode_in_parts(splits, device, poisoned, assert_as_exact):
+    from parscale.kernels.decode_attention.fused import decode
+
+    inputs = [x.detach().to(device) for x in tensors(4, 2, 6, 2, 1, 300, torch.float32)]
+    exact = shared_decode_attention(*(x.double() for x in inputs), None, impl="reference")
+    found = decode(*inputs, None, None, None, D**-0.5, None, splits=splits)
+    assert_as_exact(found, shared_decode_attention(*inputs, None, impl="reference"), exact)
+
+
+def test_a_length_hides_what_lies_beyond():
+    inputs = [x.detach() for x in tensors(3, 2, 4, 2, 1, 9)]
+    for mask in (None, torch.rand(2, 1, 1, 9) < 0.7, torch.randn(2, 1, 1, 9, dtype=torch.float64)):
+        short = [inputs[0], *(x[:, :, :6] for x in inputs[1:3]), *inputs[3:]]
+        expected = shared_decode_attention(*short, None if mask is None else mask[..., :6])
+        found = shared_decode_attention(*inputs, mask, length=torch.tensor([6]))
+        torch.testing.assert_close(found, expected)
+
+
+def test_too_many_queries_for_the_kernel_are_named():
+    inputs = [x.detach() for x in tensors(9, 1, 8, 1, 1, 4, torch.float32)]
+    with pytest.raises(ValueError, match="up to 64 queries of all streams for each key/value head"):
+        shared_decode_attention(*inputs, None, impl="fused")

@@ -182,7 +182,10 @@ def test_wrapping_compiles_nothing(zoo, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plain_before", [False, True], ids=["first", "after the plain backbone"])
+@pytest.mark.parametrize(
+    "plain_before",
+    [pytest.param(False, id="first", marks=pytest.mark.nightly), pytest.param(True, id="after the plain backbone")],
+)
 def test_compiled(plain_before, zoo):
     """For real, as transformers runs it, at two lengths, so that the second makes a dimension dynamic.
 

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import parscale
-from parscale.hooks.rows import INPUTS, PACKED, WHOLE, copy_rows
+from parscale.compat.arguments import INPUTS, PACKED, WHOLE
+from parscale.hooks.rows import copy_rows
 
 P, B, S = 3, 2, 8
 TOLERANCE = 2e-5  # as in test_families.py

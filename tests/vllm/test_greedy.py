@@ -1,15 +1,21 @@
 """vLLM answers what transformers answers, greedily, with the same log-probabilities."""
 
+import itertools
+
 import pytest
 
 FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral"]
 AROUND_BLOCKS = [n + d for n in (16, 32, 48, 64, 128) for d in (-1, 0, 1)]
 LENGTHS = [1, 2, 3, 5, 8, *AROUND_BLOCKS, 100, *range(150, 501, 50), 750, 999, 1000]
 NEW = 6
+# Each family, each number of streams, and each of the four ways to serve; the other pairs are for the night.
+DAILY = [("Qwen2", 4), ("Qwen3", 1), ("Llama", 2), ("Mistral", 2)]
+NIGHTLY = [pair for pair in itertools.product(FAMILIES, [1, 2, 4]) if pair not in DAILY]
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "num_streams"), [*DAILY, *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in NIGHTLY)]
+)
 def test_many_at_once(make_folder, serving, family, num_streams):
     """32 requests of 1 to 1000 tokens; over the table, with and without prefix caching and small chunks."""
     folder = make_folder(family, num_streams)

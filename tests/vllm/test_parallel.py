@@ -14,6 +14,30 @@ def test_two_processes(make_folder, serving):
     serving.agree(outputs, folder, 8)
 
 
+def test_the_aggregators_weights_are_shared_out(monkeypatch):
+    """Each process's part, on rows that lie stream by stream, adds up to the logits of the released order."""
+    from parscale.integrations.vllm import aggregator as own
+
+    P, H, N, processes = 3, 8, 5, 2
+    x, first, last = torch.randn(N, P, H), torch.randn(H, H * P), torch.randn(P, H)
+    inner = nn.functional.silu(x.transpose(1, 2).flatten(1) @ first.T)  # released: hidden index outer, stream inner
+    ((name, rearranged), other) = own.stream_outer(
+        [("model.aggregate_layer.0.weight", first), ("model.aggregate_layer.2.weight", last)], P
+    )
+    assert name.endswith("0.weight")
+    assert other[1] is last
+    monkeypatch.setattr(own, "get_tensor_model_parallel_world_size", lambda: processes)
+    total = torch.zeros(N, P)
+    for rank, part in enumerate(rearranged.chunk(processes)):
+        monkeypatch.setattr(own, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        columns = nn.Parameter(torch.zeros(P, H // processes), requires_grad=False)
+        own._load_columns(columns, last)
+        total += nn.functional.silu(x.flatten(1) @ part.T) @ columns.T
+    torch.testing.assert_close(total, inner @ last.T)
+    with pytest.raises(ValueError, match=r"\(3, 9\) and does not fit"):
+        own._load_columns(columns, torch.zeros(3, 9))
+
+
 @pytest.mark.parametrize(
     ("heads", "processes", "expected"),
     [(4, 1, [[0, 1, 2, 3]]), (4, 2, [[0, 1], [2, 3]]), (2, 4, [[0], [0], [1], [1]]), (1, 2, [[0], [0]])],

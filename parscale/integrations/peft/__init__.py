@@ -1,49 +1,53 @@
 """Streams under PEFT: each adapter has streams of its own, which train, are saved and are switched off with it.
 
 PEFT freezes, saves and switches what its adapters own, and asks the model nothing about the rest. So, where it is
-installed, its public methods for that are extended, once, for models that parscale wrapped. What belongs to which
-adapter is in :mod:`parscale.integrations.peft.copies`, and which methods go with streams in
-:mod:`parscale.integrations.peft.methods`.
+installed, its methods for that are extended, once, for models that parscale wrapped: :mod:`parscale.compat.peft` says
+which and why. What belongs to which adapter is in :mod:`parscale.integrations.peft.copies`, and which methods go with
+streams in :mod:`parscale.integrations.peft.methods`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-
-from parscale.integrations.patching import extend, extend_everywhere
+from parscale.compat.peft import (
+    MIXED_MODEL,
+    MODEL,
+    POLY,
+    ROWS_OF_LAYERS,
+    ROWS_OF_POLY,
+    TUNER,
+    Functions,
+    Methods,
+    extend_all,
+)
 from parscale.integrations.peft import files, lifecycle, rows
+
+METHODS: Methods = {
+    **{(cls, "__init__"): lifecycle.init for cls in (MODEL, MIXED_MODEL)},
+    **{(cls, "add_adapter"): lifecycle.add_adapter for cls in (MODEL, MIXED_MODEL)},
+    **{(cls, "set_adapter"): lifecycle.set_adapter for cls in (MODEL, MIXED_MODEL, TUNER)},
+    **{(cls, "delete_adapter"): lifecycle.delete_adapter for cls in (MODEL, MIXED_MODEL, TUNER)},
+    **{(cls, "disable_adapter"): lifecycle.disable_adapter for cls in (MODEL, MIXED_MODEL)},
+    (MODEL, "save_pretrained"): files.save_pretrained,
+    (MODEL, "load_adapter"): files.load_adapter,
+    (MODEL, "get_prompt"): rows.get_prompt,
+    (MODEL, ROWS_OF_LAYERS): rows.with_rows,
+    (POLY, ROWS_OF_POLY): rows.with_tasks,
+    (TUNER, "forward"): lifecycle.forward,
+    (TUNER, "inject_adapter"): lifecycle.inject_adapter,
+    (TUNER, "disable_adapter_layers"): lifecycle.disable_adapter_layers,
+    (TUNER, "enable_adapter_layers"): lifecycle.enable_adapter_layers,
+    (TUNER, "unload"): lifecycle.unload,
+    (TUNER, "merge_and_unload"): lifecycle.merge_and_unload,
+}
+FUNCTIONS: Functions = {
+    "prepare_model_for_kbit_training": (lifecycle.prepare_for_kbit_training, ()),
+    # PEFT's own save_pretrained keeps the function as it is: the streams are written into a file of theirs
+    "get_peft_model_state_dict": (files.get_state_dict, ("peft.peft_model",)),
+    "set_peft_model_state_dict": (files.set_state_dict, ()),
+    "hotswap_adapter": (files.hotswap_adapter, ()),
+}
 
 
 def extend_peft() -> None:
     """Makes PEFT look after the streams of wrapped models, where it is installed."""
-    if importlib.util.find_spec("peft") is None:
-        return
-    import peft
-    from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils import hotswap
-
-    for cls in (peft.PeftModel, peft.PeftMixedModel):
-        extend(cls, "__init__", lifecycle.init)
-        extend(cls, "add_adapter", lifecycle.add_adapter)
-        extend(cls, "set_adapter", lifecycle.set_adapter)
-        extend(cls, "delete_adapter", lifecycle.delete_adapter)
-        extend(cls, "disable_adapter", lifecycle.disable_adapter)
-    extend(peft.PeftModel, "save_pretrained", files.save_pretrained)
-    extend(peft.PeftModel, "load_adapter", files.load_adapter)
-    extend(peft.PeftModel, "get_prompt", rows.get_prompt)
-    # Every task's forward and generate enter it, and only it sees what goes to the layers.
-    extend(peft.PeftModel, "_enable_peft_forward_hooks", rows.with_rows)
-    extend(peft.PolyModel, "_manage_pre_hooks", rows.with_tasks)
-    extend(BaseTuner, "forward", lifecycle.forward)
-    extend(BaseTuner, "inject_adapter", lifecycle.inject_adapter)  # transformers' own add_adapter comes here too
-    extend(BaseTuner, "set_adapter", lifecycle.set_adapter)
-    extend(BaseTuner, "delete_adapter", lifecycle.delete_adapter)
-    extend(BaseTuner, "disable_adapter_layers", lifecycle.disable_adapter_layers)
-    extend(BaseTuner, "enable_adapter_layers", lifecycle.enable_adapter_layers)
-    extend(BaseTuner, "unload", lifecycle.unload)
-    extend(BaseTuner, "merge_and_unload", lifecycle.merge_and_unload)
-    extend_everywhere(peft, "prepare_model_for_kbit_training", lifecycle.prepare_for_kbit_training)
-    # save_pretrained takes PEFT's own, and writes the streams into a file of theirs
-    extend_everywhere(peft, "get_peft_model_state_dict", files.get_state_dict, apart_from=["peft.peft_model"])
-    extend_everywhere(peft, "set_peft_model_state_dict", files.set_state_dict)
-    extend_everywhere(hotswap, "hotswap_adapter", files.hotswap_adapter)
+    extend_all(METHODS, FUNCTIONS, lambda model: lifecycle.state_of(model) is not None)

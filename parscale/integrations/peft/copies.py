@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.distributed.parallel import is_partitioned, reshard, whole
+from parscale.compat.deepspeed import is_partitioned
+from parscale.compat.torch import set_parameter
+from parscale.distributed.parallel import reshard, whole
 from parscale.integrations.peft.methods import check_method
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState, tensors_of
@@ -177,7 +179,7 @@ class AdapterStreams:
 
     def _tensors(self, streams: StreamSet) -> list[torch.Tensor]:
         """Those of exactly this set or copy."""
-        aggregators = [part._modules[streams.aggregator_name] for part in self.state.mixed]
+        aggregators = [getattr(part, streams.aggregator_name) for part in self.state.mixed]
         own = [tensor for aggregator in aggregators for tensor in tensors_of(aggregator).values()]
         return [*streams.transform.parameters(), *own]
 
@@ -189,7 +191,7 @@ class AdapterStreams:
             value: torch.Tensor = getattr(place.module, streams.own_name(place.name))
             _register(place.module, made.own_name(place.name), value, trains)
         for part in self.state.mixed:
-            aggregator = copy.deepcopy(part._modules[streams.aggregator_name])
+            aggregator = copy.deepcopy(getattr(part, streams.aggregator_name))
             for module in aggregator.modules():
                 for name, value in tensors_of(module, recurse=False).items():
                     delattr(module, name)
@@ -216,7 +218,7 @@ def adapters_on(state: ParScaleState | None) -> AdapterStreams | None:
 
 def _register(module: nn.Module, name: str, value: torch.Tensor, trains: bool) -> None:
     value = whole(value) if is_partitioned(value) else value.detach().clone()
-    if trains:  # not by register_parameter, which PEFT's low_cpu_mem_usage puts on the meta device
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    if trains:
+        set_parameter(module, name, nn.Parameter(value, requires_grad=False))
     else:
         module.register_buffer(name, value, persistent=False)

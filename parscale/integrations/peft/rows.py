@@ -6,14 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from parscale.compat.arguments import NO_ADAPTER, OF_ADAPTERS
 from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import Method, state_of
 from parscale.integrations.peft.methods import method_of
 from parscale.streams.state import ParScaleState
-
-# Arguments of a forward pass that PEFT hands to its layers, with one entry for each row.
-ROW_ARGUMENTS = ("adapter_names", "alora_offsets")
-BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +26,7 @@ def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[
     """As PEFT's own; its layers in the backbone get an entry for each of the P*B rows, stream-major."""
     state = state_of(self)
     P = 1 if state is None or state.active is None else state.active.num_streams
-    given = {name: kwargs[name] for name in ROW_ARGUMENTS if kwargs.get(name) is not None}
+    given = {name: kwargs[name] for name in OF_ADAPTERS if kwargs.get(name) is not None}
     if state is None or P == 1 or not given:
         with enable(self, *args, **kwargs):
             yield
@@ -65,7 +62,8 @@ def _streams_of_rows(state: ParScaleState, rows: list[str] | None) -> contextlib
     adapters = adapters_on(state)
     if rows is None or adapters is None or adapters.disabled:
         return contextlib.nullcontext()
-    names = [None if row == BASE else row for row in dict.fromkeys(rows) if row == BASE or row in adapters.names]
+    known = [row for row in dict.fromkeys(rows) if row == NO_ADAPTER or row in adapters.names]
+    names = [None if row == NO_ADAPTER else row for row in known]
     if not names:  # PEFT says so
         return contextlib.nullcontext()
     if not adapters.agree(names):

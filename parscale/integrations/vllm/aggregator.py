@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed import (
+
+from parscale.compat.vllm import (
+    ColumnParallelLinear,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    set_weight_attrs,
     tensor_model_parallel_all_reduce,
 )
-from vllm.model_executor.layers.linear import ColumnParallelLinear
-from vllm.model_executor.utils import set_weight_attrs
-
 from parscale.kernels import aggregate
 
 FIRST = "aggregate_layer.0.weight"

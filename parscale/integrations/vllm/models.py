@@ -15,18 +15,22 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.interfaces import SupportsQuant
-from vllm.model_executor.models.llama import LlamaModel
-from vllm.model_executor.models.mistral import MistralModel
-from vllm.model_executor.models.qwen2 import Qwen2Model
-from vllm.model_executor.models.qwen3 import Qwen3Model
-from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
-from vllm.model_executor.utils import set_weight_attrs
 
+from parscale.compat.vllm import (
+    Attention,
+    AutoWeightsLoader,
+    LlamaModel,
+    LogitsProcessor,
+    MistralModel,
+    ParallelLMHead,
+    Qwen2Model,
+    Qwen3Model,
+    SupportsQuant,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    maybe_prefix,
+    set_weight_attrs,
+)
 from parscale.config import ParScaleConfig
 from parscale.integrations.vllm.aggregator import StreamAggregator, stream_outer
 from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_of, further_streams, quantize_attention

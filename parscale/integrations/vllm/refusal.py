@@ -20,7 +20,7 @@ def refuse(architecture: str, reason: str) -> None:
     """
     ModelRegistry.register_model(architecture, f"{Refused.__module__}:{Refused.__name__}")
     try:
-        from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+        from parscale.compat.vllm import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     except ImportError:  # of another version; then the model itself refuses, when it is made
         return
 

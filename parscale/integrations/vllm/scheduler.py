@@ -9,17 +9,11 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import LogprobsTensors
-
+from parscale.compat.vllm import AsyncScheduler, LogprobsTensors, Scheduler, put_in_front
 from parscale.integrations.vllm.startup import SLOTS
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.metrics.stats import PrefillStats
-    from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request
+    from parscale.compat.vllm import ModelRunnerOutput, PrefillStats, Request, VllmConfig
 
 SLOT = 0  # the token in a slot: any that the vocabulary has, since the model never reads it
 
@@ -76,12 +70,7 @@ def _add_slots(request: Request, num_slots: int) -> None:
     if sampling is not None and sampling.prompt_logprob_token_ids is not None:
         request.sampling_params = sampling.clone()
         request.sampling_params.prompt_logprob_start = (sampling.prompt_logprob_start or 0) + num_slots
-    slots = [request.prompt_token_ids[0] if penalised else SLOT] * num_slots
-    request.prompt_token_ids = slots + request.prompt_token_ids
-    request._all_token_ids[:0] = slots
-    request.num_prompt_tokens += num_slots
-    request.block_hashes.clear()
-    request.update_block_hashes()
+    put_in_front(request, [request.prompt_token_ids[0] if penalised else SLOT] * num_slots)
 
 
 def _take_out(stats: PrefillStats, num_slots: int) -> None:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm import ModelRegistry
-from vllm.logger import init_logger
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from parscale.compat.vllm import MODELS_CONFIG_MAP, AttentionBackendEnum, VerifyAndUpdateConfig, init_logger
 from parscale.config import NUM_STREAMS, OWN, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
 from parscale.format.checks import check_streams
 from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
@@ -18,7 +16,7 @@ from parscale.format.headers import StoredTensor
 from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
 
-logger = init_logger("vllm.parscale")  # vLLM shows its own loggers' lines only
+logger = init_logger("vllm.parscale")
 
 # In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
 # is attended to apart.

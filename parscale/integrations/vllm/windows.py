@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
-from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+from parscale.compat.vllm import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    merge_attn_states,
+)
 
 
 def window_backend(own: type[Any]) -> type[Any]:
@@ -119,7 +124,7 @@ class FlashImpl(_Apart, FlashAttentionImpl):
         **further: Any,
     ) -> torch.Tensor:
         """``(N, P*heads, D)`` queries; writes ``(N, P*heads, D)`` into ``output``."""
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+        from parscale.compat.vllm import flash_attn_varlen_func
 
         if attn_metadata is None:  # a warm-up
             return output.fill_(0)

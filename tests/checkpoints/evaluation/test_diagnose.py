@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parscale import wrap
-from parscale.checkpoints.evaluation.diagnosis import diagnose, plot_diagnosis, sentences
+from parscale.checkpoints.evaluation.diagnosis import SHARES, diagnose, plot_diagnosis, sentences
 from parscale.checkpoints.evaluation.text_loss import evaluate
 
 VOCABULARY, P, LENGTH = 64, 3, 12
@@ -112,6 +112,35 @@ def test_streams_are_measured_as_if_alone(model, backbone):
 def test_the_mixture_is_the_model(model):
     found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=2)
     assert found.mixture_loss == pytest.approx(evaluate(model, Letters(), DOCUMENTS, sequence_length=LENGTH).loss)
+
+
+def test_the_gain_by_share_is_that_of_running_the_rest_on_stream_0(model, backbone):
+    """Token by token, with entropies of stream 0 as a model of its own and losses of the whole model."""
+    first, mixed, entropies = [], [], []
+    alone = wrap(copy.deepcopy(backbone), 2, prefix_length=4, init="random", seed=0)
+    tensors = model.parscale.tensors(model.parscale.active)
+    with torch.no_grad():
+        for name, tensor in alone.parscale.tensors(alone.parscale.active).items():
+            tensor.copy_(tensors[name][0].expand_as(tensor)) if "prefix_" in name else tensor.zero_()
+        for _, text in DOCUMENTS:
+            ids = torch.tensor(Letters()([text])["input_ids"], dtype=torch.long)
+            for start in range(0, ids.shape[1] - 1, LENGTH - 1):
+                window = ids[:, start : start + LENGTH]
+                for of_model, losses in ((alone, first), (model.eval(), mixed)):
+                    log = of_model(window).logits[0, :-1].log_softmax(-1)
+                    losses += (-log.gather(1, window[0, 1:, None])[:, 0]).tolist()
+                    if of_model is alone:
+                        entropies += (-(log.exp() * log).sum(-1)).tolist()
+    found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=3)
+    for share, gain, threshold in zip(SHARES, found.gains, found.thresholds, strict=True):
+        chosen = [entropy >= threshold * (1 - 1e-9) for entropy in entropies]
+        assert sum(chosen) == math.ceil(share * len(entropies) - 1e-9)
+        adaptive = [m if all_streams else f for f, m, all_streams in zip(first, mixed, chosen, strict=True)]
+        assert gain == pytest.approx((sum(first) - sum(adaptive)) / len(first))
+    assert found.gains[-1] == pytest.approx(found.losses[0] - found.mixture_loss)
+    assert found.gain_over_best == pytest.approx(found.losses.min() - found.mixture_loss)
+    entries = json.loads(json.dumps(found.to_dict(), allow_nan=False))["gain_by_share"]
+    assert [entry["tokens"] for entry in entries] == list(SHARES)
 
 
 @pytest.mark.parametrize("stream", range(P))

@@ -132,7 +132,12 @@ def test_the_same_run_twice_is_the_same(whole, server, checkpoint, options, tmp_
     assert_same(tmp_path / "run", whole[False][0])
 
 
-@pytest.mark.parametrize("seed", range(20))
+def sample(cases, daily):
+    """All cases; those that are not in `daily` are for the night."""
+    return [case if case in daily else pytest.param(case, marks=pytest.mark.nightly) for case in cases]
+
+
+@pytest.mark.parametrize("seed", sample(range(20), daily=range(4)))
 def test_killed_at_a_random_moment(whole, server, checkpoint, options, tmp_path, seed):
     frozen = seed % 2 == 0
     expected, seconds, _ = whole[frozen]
@@ -145,7 +150,7 @@ def test_killed_at_a_random_moment(whole, server, checkpoint, options, tmp_path,
     assert_same(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("share", range(24))
+@pytest.mark.parametrize("share", sample(range(24), daily=range(0, 24, 3)))
 def test_killed_at_a_file_operation(whole, server, checkpoint, options, tmp_path, share):
     """Spread over all operations that a run makes in its folder, from the first to the last."""
     frozen = share % 2 == 0
@@ -322,7 +327,7 @@ def test_how_the_batch_is_divided_may_change(stopped, checkpoint, options, whole
         torch.testing.assert_close(tensors[name], tensor, atol=1e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("kilobytes", [700, 1500])
+@pytest.mark.parametrize("kilobytes", sample([700, 1500], daily=[700]))
 def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
     """A small file system of its own: a clear error, the last checkpoint whole, and all goes on when there is room."""
     command = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
@@ -332,7 +337,7 @@ def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
         pytest.skip("this machine lets nobody mount a file system")
     chosen = options | {"keep_checkpoints": 100}
     script.write_text(
-        "from pathlib import Path\nfrom parscale.checkpoints.train import TrainSettings, train\n"
+        "from pathlib import Path\nfrom parscale.checkpoints import TrainSettings, train\n"
         f"try:\n    train({str(checkpoint)!r}, Path({str(disk / 'run')!r}), TrainSettings(**{chosen!r}))\n"
         "except OSError as error:\n    print('said:', error)\n"
     )

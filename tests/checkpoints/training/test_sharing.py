@@ -46,7 +46,7 @@ def settings(text_file, **options):
 def train_in_a_process(programs, tmp_path):
     def start(checkpoint, output, chosen, *, resume=False):
         script = (
-            "import sys\nfrom pathlib import Path\nfrom parscale.checkpoints.train import TrainSettings, train\n"
+            "import sys\nfrom pathlib import Path\nfrom parscale.checkpoints import TrainSettings, train\n"
             f"try:\n    train({str(checkpoint)!r}, Path({str(output)!r}), {chosen!r}, resume={resume})\n"
             "except (ValueError, OSError) as error:\n    sys.exit(f'said: {error}')\n"
         )

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from parscale.integrations.patching import extend, extend_everywhere, when_imported
+from parscale.compat.patching import extend, extend_everywhere, when_imported
 
 
 def twice(function, *args, **kwargs):

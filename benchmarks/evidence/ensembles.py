@@ -1,0 +1,66 @@
+"""What P trained models say on average: P times the parameters and P times the compute, a control at equal compute."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import Run, build
+from loop import non_embedding_parameters, write_row
+from scratch import measure
+from text import read_text
+from torch import nn
+from torch.nn.functional import log_softmax
+
+
+@dataclass(frozen=True)
+class EnsembleRun:
+    """Several seeds of one run, which need be finished."""
+
+    run: Run
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return f"average-{'-'.join(map(str, self.seeds))}-of-{self.run.name}"
+
+    @property
+    def members(self) -> list[Run]:
+        """The run at each seed."""
+        return [Run(**asdict(self.run) | {"seed": seed}) for seed in self.seeds]
+
+
+class Average(nn.Module):
+    """Models as one function of token ids, whose predicted probabilities are their mean."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``(B, S)`` to logarithms of the mean probabilities ``(B, S, V)``."""
+        each = torch.stack([log_softmax(model(ids).float(), dim=-1) for model in self.models])
+        return each.logsumexp(0) - torch.log(torch.tensor(float(len(self.models))))
+
+
+def train(run: EnsembleRun, work: Path, results: Path) -> dict[str, Any]:
+    """Nothing trains: the final weights are read, and the average is measured."""
+    models = []
+    for member in run.members:
+        model = build(member)
+        model.load_state_dict(torch.load(work / member.name / "final.pt", map_location="cpu"))
+        models.append(model)
+    text = read_text()
+    row = {
+        "run": asdict(run.run) | {"arm": "average", "seed": run.seeds[0], "streams": len(run.seeds)},
+        "params": sum(map(non_embedding_parameters, models)),
+        "tuning": measure(Average(models), text.tuning),
+        "test": measure(Average(models), text.test),
+        "text": text.digest,
+        "seconds": 0.0,
+    }
+    write_row(row, results / f"{run.name}.json")
+    return row

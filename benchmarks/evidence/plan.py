@@ -1,0 +1,217 @@
+"""Which models the study trains, in the order of what they tell for the hours they take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from arms import Run
+from ensembles import EnsembleRun
+from recycling import RecycleRun
+from synthetic import TaskRun
+
+SIZES = {  # by name: width, layers, training tokens
+    "0.1M": (48, 4, 2_500_000),
+    "0.2M": (64, 5, 5_400_000),
+    "0.4M": (80, 6, 9_700_000),
+    "0.7M": (96, 7, 16_600_000),
+    "1.0M": (128, 6, 25_000_000),
+    "21M": (512, 8, 100_000_000),  # on a GPU
+}
+FIRST_RATE = 8e-3
+VARIANTS = ("draw=7", "embedding", "lora=4", "probabilities", "left-out", "apart=0.1", "draw=3", "rate=3", "rate=0.3")
+PREFIX_LENGTHS = (2, 32)  # besides 8
+TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with their levels, widths and layers
+UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
+TASK_STEPS, TUNING_SEED = 2000, 100
+RECYCLED_TOKENS = 250_000  # at which its rates are tuned
+Rows = dict[str, dict[str, Any]]
+AnyRun = Run | TaskRun | RecycleRun | EnsembleRun
+R = TypeVar("R", Run, TaskRun)
+T = TypeVar("T", Run, TaskRun, RecycleRun)
+
+
+def read_rows(folder: Path) -> Rows:
+    """All finished rows by their runs' names."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*/[!.]*.json"))}
+
+
+def gpu_plan(rows: Rows) -> list[AnyRun]:
+    """The same studies at the size of one GPU: 21 million parameters on 100 million bytes, 4 million tokens recycled.
+
+    At the rates that the small models were tuned to, scaled by width; one seed.
+    """
+    dense = Run(512, 8, 1, 100_000_000, 0, FIRST_RATE, batch_size=128)
+    four = replace(dense, streams=4)
+    prefix = replace(dense, arm="prefix")
+    runs: list[AnyRun] = [dense, four, prefix, replace(four, arm="twin"), replace(four, streams=2)]
+    runs.append(replace(prefix, prefix_length=32))
+    tokens, both = 16 * RECYCLED_TOKENS, {"backbone_rate": 4e-4, "streams_rate": 2e-2}
+    runs += [
+        RecycleRun("untouched", 1, 0, 0),
+        RecycleRun("alone", 1, tokens, 0, 4e-4),
+        RecycleRun("prefix", 1, tokens, 0, 0.0, 2e-2),
+        RecycleRun("frozen", 4, tokens, 0, 0.0, 2e-2),
+        RecycleRun("prefix-and-backbone", 1, tokens, 0, **both),
+        RecycleRun("streams-and-backbone", 4, tokens, 0, **both),
+    ]
+    return runs
+
+
+def plan(rows: Rows) -> list[AnyRun]:
+    """Every run that can be named yet, those that are finished too: the study follows once its rates are tuned."""
+    runs: list[AnyRun] = []
+    rates: dict[int, float] = {}
+    for streams in (1, 4):
+        hidden, layers, tokens = SIZES["0.1M"]
+        first = Run(hidden, layers, streams, tokens, 0, FIRST_RATE)
+        needed, best = tuned(rows, first, lambda row: fmean(row["tuning"]["middle"]))
+        runs += needed
+        if best is not None:
+            rates[streams] = best.learning_rate
+    runs += _study(rows, rates) if len(rates) == 2 else _tasks(rows)
+    return list(dict.fromkeys(runs))
+
+
+def tuned(
+    rows: Rows, first: T, loss: Callable[[dict[str, Any]], float], rate: str = "learning_rate"
+) -> tuple[list[T], T | None]:
+    """The runs that find a learning rate, and the best: that with both neighbours, of a factor of two, tried and worse.
+
+    None for the best while runs are missing.
+
+    Args:
+        rows: those that are finished.
+        first: the run to begin with.
+        loss: of a row, on what is for tuning.
+        rate: the name of the rate.
+    """
+    runs, best = [first], first
+    while True:
+        more = [replace(best, **{rate: factor * getattr(best, rate)}) for factor in (0.5, 2)]
+        more = [run for run in more if run not in runs]
+        if not more:
+            return runs, best
+        runs += more
+        if any(run.name not in rows for run in runs):
+            return runs, None
+        best = min(runs, key=lambda run: loss(rows[run.name]))
+
+
+def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
+    yield from arms("0.1M", 0, rates)
+    yield from islice(variants(0, rates), 3)
+    yield from _tasks(rows)
+    yield from arms("0.1M", 1, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
+    yield from arms("0.1M", 2, rates)
+    for seed in (0, 1):
+        yield from arms("0.2M", seed, rates)
+    yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
+    for seed in (0, 1):
+        yield from variants(seed, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
+    yield from arms("0.4M", 0, rates)
+    for streams in (1, 4):
+        run = _run("0.4M", 0, rates, streams)
+        yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
+    for seed in (3, 4):
+        yield from arms("0.1M", seed, rates)
+    yield from _averages(rows, rates)
+    yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(1, 2))
+    yield from arms("0.4M", 1, rates)
+    yield from arms("0.2M", 2, rates)
+    yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(0,))
+    yield from arms("0.7M", 0, rates)
+    yield from arms("1.0M", 0, rates)
+    yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(1,))
+    yield from arms("0.7M", 1, rates)
+    yield from arms("1.0M", 1, rates)
+
+
+def arms(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """All arms of one size and seed: dense, streams, one prefix of T and 4 * T, equal parameters, equal compute."""
+    return _arms(_run(size, seed, rates, 1), _run(size, seed, rates, 4))
+
+
+def _arms(dense: R, four: R) -> Iterator[R]:
+    yield from (dense, four, replace(four, streams=2))
+    for rate in dict.fromkeys((dense.learning_rate, four.learning_rate)):  # the better one counts
+        for prefix_length in (8, 32):
+            yield replace(dense, arm="prefix", prefix_length=prefix_length, learning_rate=rate)
+    yield replace(four, arm="twin", learning_rate=dense.learning_rate)
+    yield replace(dense, hidden=2 * dense.hidden)
+
+
+def _averages(rows: Rows, rates: dict[int, float]) -> Iterator[EnsembleRun]:
+    """Four seeds of the dense model on average, for each seed four, that one first."""
+    dense = _run("0.1M", 0, rates, 1)
+    if all(replace(dense, seed=seed).name in rows for seed in range(5)):
+        for seed in range(5):
+            yield EnsembleRun(dense, tuple((seed + number) % 5 for number in range(4)))
+
+
+def variants(seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """What could make streams pay sooner, at the smallest size."""
+    four = _run("0.1M", seed, rates, 4)
+    yield from (replace(four, variant=variant) for variant in VARIANTS)
+    yield from (replace(four, prefix_length=prefix_length) for prefix_length in PREFIX_LENGTHS)
+
+
+def _run(size: str, seed: int, rates: dict[int, float], streams: int) -> Run:
+    hidden, layers, tokens = SIZES[size]
+    return Run(hidden, layers, streams, tokens, seed, rates[streams])
+
+
+def _tasks(rows: Rows) -> Iterator[TaskRun]:
+    """Each task: its rates, then all arms and seeds."""
+    for task in TASKS:
+        rates = {}
+        for streams in (1, 4):
+            first = TaskRun(*task, streams, TASK_STEPS, TUNING_SEED, FIRST_RATE)
+            needed, best = tuned(rows, first, lambda row: float(row["tuning"]["loss"]))
+            yield from needed
+            if best is not None:
+                rates[streams] = best.learning_rate
+        if len(rates) == 2:
+            for seed in (0, 1, 2):
+                dense, four = (TaskRun(*task, streams, TASK_STEPS, seed, rates[streams]) for streams in (1, 4))
+                yield from _arms(dense, four)
+    for task in UNLEARNED:
+        yield from _arms(*(TaskRun(*task, streams, TASK_STEPS, 0, FIRST_RATE) for streams in (1, 4)))
+
+
+def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
+    """The small model's arms at one budget, at rates that are tuned at the smallest; P = 2 and 4."""
+    best = {}
+    for arm, streams, backbone_rate, streams_rate in (
+        ("alone", 4, 4e-4, 0.0),
+        ("prefix", 4, 0.0, 2e-2),
+        ("frozen", 4, 0.0, 2e-2),
+        ("lora", 4, 2e-3, 0.0),
+    ):
+        first = RecycleRun(arm, streams, RECYCLED_TOKENS, TUNING_SEED, backbone_rate, streams_rate)
+        rate = "backbone_rate" if backbone_rate else "streams_rate"
+        needed, best[arm] = tuned(rows, first, lambda row: fmean(row["tuning"]["middle"]), rate)
+        yield from needed
+    alone, prefix, frozen, lora = (best[arm] for arm in ("alone", "prefix", "frozen", "lora"))
+    if alone is None or prefix is None or frozen is None or lora is None:
+        return
+    backbone, both = alone.backbone_rate, {"backbone_rate": alone.backbone_rate}
+    for seed in seeds:
+        yield RecycleRun("untouched", 1, 0, 0)
+        for streams in (4, 2):
+            yield RecycleRun("untrained", streams, 0, seed)
+        yield RecycleRun("alone", 1, tokens, seed, backbone)
+        yield RecycleRun("prefix", 1, tokens, seed, streams_rate=prefix.streams_rate)
+        for streams in (4, 2):
+            yield RecycleRun("frozen", streams, tokens, seed, streams_rate=frozen.streams_rate)
+            yield RecycleRun("streams-and-backbone", streams, tokens, seed, streams_rate=frozen.streams_rate, **both)
+        yield RecycleRun("prefix-and-backbone", 1, tokens, seed, streams_rate=prefix.streams_rate, **both)
+        yield RecycleRun("long-prefix", 4, tokens, seed, streams_rate=prefix.streams_rate)
+        yield RecycleRun("lora", 4, tokens, seed, lora.backbone_rate)

@@ -1,0 +1,165 @@
+"""The package's small model recycled: one arm of the controls trained on packages' source, and measured by document.
+
+The small model was pretrained on the standard library's source; the packages' source is new to it, and there is enough
+for sixteen million tokens. Everything trains through `parscale.checkpoints.training`, whose runs go on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loop import DEVICE, autocast, write_row
+from rich.console import Console
+from text import read_sides
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parscale import ParScaleConfig, wrap
+from parscale.checkpoints import (
+    ARMS,
+    Arm,
+    Document,
+    TrainSettings,
+    calibration_ids,
+    evaluate_places,
+    open_checkpoint,
+    prepare_arm,
+    small_model_path,
+)
+from parscale.checkpoints import train as train_checkpoint
+from parscale.checkpoints.evaluation.controls import ADAPTER, BOTH, NOTHING, STREAMS
+
+PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
+TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2
+BYTES_PER_TOKEN = 5  # more than there are
+ROUNDED = 5
+
+
+@dataclass(frozen=True)
+class RecycleRun:
+    """One arm at one budget."""
+
+    arm: str
+    streams: int
+    """P; it also says how long `long-prefix` is, and how large the adapter."""
+    tokens: int
+    seed: int
+    backbone_rate: float = 0.0
+    """Of the backbone or the adapter, where one trains."""
+    streams_rate: float = 0.0
+    """Of prefixes and aggregator, where they train."""
+
+    @property
+    def name(self) -> str:
+        """Of its row and its folder; it tells every field."""
+        rates = f"b{self.backbone_rate:g}-r{self.streams_rate:g}"
+        return f"recycle-{self.arm}-p{self.streams}-n{self.tokens}-{rates}-s{self.seed}"
+
+    @property
+    def of_arm(self) -> Arm:
+        """What is added, and what trains."""
+        return next(arm for arm in ARMS if arm.name == self.arm)
+
+
+def train(run: RecycleRun, work: Path, results: Path) -> dict[str, Any]:
+    """Trains an arm, or goes on where it stood; its row is written to `results` when it is finished."""
+    folder = work / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    start = _start(run, folder)
+    report: dict[str, Any] = {}
+    if run.of_arm.trains != NOTHING:
+        report = train_checkpoint(
+            str(start), folder / "trained", _settings(run, folder), resume=True, console=Console(quiet=True)
+        )
+    model, tokenizer = open_checkpoint(str(folder / "trained" if report else start))
+    assert tokenizer is not None
+    model = model.float().to(DEVICE)
+    row = {
+        "run": asdict(run),
+        "trained_parameters": report.get("trained_parameters", 0),
+        "losses": report.get("losses"),
+        "seconds": report.get("seconds", 0),
+    }
+    for side, count in (("tuning", TUNING_DOCUMENTS), ("test", TEST_DOCUMENTS)):
+        with autocast():
+            measured = evaluate_places(
+                model, tokenizer, _held_out(side, count), sequence_length=SEQUENCE_LENGTH, middles=MIDDLES
+            )
+        row[side] = {
+            where: [round(document.loss, ROUNDED) for document in evaluation.documents]
+            for where, evaluation in measured.items()
+        }
+    write_row(row, results / f"{run.name}.json")
+    return row
+
+
+def _start(run: RecycleRun, folder: Path) -> Path:
+    """The checkpoint that training starts from: the small model with what the arm adds."""
+    start = folder / "start"
+    if not run.of_arm.streams and not run.of_arm.prefix:
+        return small_model_path()
+    if start.exists():
+        return start
+    tokenizer = AutoTokenizer.from_pretrained(small_model_path())
+    model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
+    texts = _training(run.tokens)[run.seed :: 50]  # a fiftieth of them, another for each seed
+    calibration = calibration_ids(texts, tokenizer, run.streams, run.streams * PREFIX_LENGTH)
+    prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed), calibration)
+    model.save_pretrained(folder / "start.partial")
+    tokenizer.save_pretrained(folder / "start.partial")
+    (folder / "start.partial").rename(start)
+    return start
+
+
+def _settings(run: RecycleRun, folder: Path) -> TrainSettings:
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for _, text in _training(run.tokens)))
+    trains = run.of_arm.trains
+    return TrainSettings(
+        data=[str(data)],
+        tokens=run.tokens,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=BATCH_SIZE,
+        learning_rate=None if trains == STREAMS else run.backbone_rate,
+        streams_learning_rate=run.streams_rate if trains in (STREAMS, BOTH) else None,
+        freeze_backbone=trains == STREAMS,
+        lora_rank=adapter_rank(run.streams) if trains == ADAPTER else None,
+        bf16=True,
+        keep_checkpoints=1,
+        seed=run.seed,
+    )
+
+
+def adapter_rank(streams: int) -> int:
+    """The rank at which an adapter of all linear layers has the parameters of P streams."""
+    model: Any = AutoModelForCausalLM.from_pretrained(small_model_path())
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    before = model.num_parameters()
+    added = wrap(model, streams, prefix_length=PREFIX_LENGTH, init="random").num_parameters() - before
+    return max(1, round(added / per_rank))
+
+
+def _training(tokens: int) -> Sequence[Document]:
+    """As many documents as the tokens need, in the order of their names' hashes."""
+    texts, size = [], 0
+    for document in sorted(read_sides().train):
+        if size > tokens * BYTES_PER_TOKEN:
+            break
+        if not document.name.startswith("stdlib/"):
+            texts.append((document.name, document.contents.decode(errors="replace")))
+            size += len(document.contents)
+    return texts
+
+
+def _held_out(side: str, count: int) -> Sequence[Document]:
+    """Documents that have a middle."""
+    documents = sorted(getattr(read_sides(), side))
+    wanted = [document for document in documents if not document.name.startswith("stdlib/")]
+    long = [document for document in wanted if len(document.contents) >= 2 * SEQUENCE_LENGTH * BYTES_PER_TOKEN]
+    return [(document.name, document.contents.decode(errors="replace")) for document in long[:count]]

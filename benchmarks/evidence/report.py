@@ -1,0 +1,290 @@
+"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json`, `.md`, `.svg`.
+
+    .venv/bin/python -P benchmarks/evidence/report.py
+
+Every figure comes from rows; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from arms import Run
+from matplotlib.figure import Figure
+from plan import SIZES, Rows, read_rows
+from recycling import RecycleRun
+from synthetic import TaskRun
+
+from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval
+from parscale.scaling_laws import fit
+
+RESULTS = Path(__file__).parents[1] / "results"
+SCRATCH_PAIRS = {
+    "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
+    "P = 2": ("dense", "prefix", "long prefix"),
+    "prefix": ("dense",),
+    "long prefix": ("dense",),
+    "twin": ("dense",),
+    "twice as wide": ("dense",),
+    "average": ("dense",),
+}
+CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
+SHOWN = ("scratch", "dense", "middle")  # in the plot
+BySeed = dict[int, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=RESULTS / "evidence")
+    parser.add_argument("--output", type=Path, default=RESULTS / "evidence.json")
+    args = parser.parse_args()
+    rows = read_rows(args.rows)
+    comparisons = [*scratch_comparisons(rows), *recycled_comparisons(rows)]
+    report = {
+        "rows": len(rows),
+        "comparisons": comparisons,
+        "tasks": task_results(rows),
+        "gains": gains(comparisons),
+        "law": law(rows),
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(markdown(report))
+    plot(report, args.output.with_suffix(".svg"))
+    print(markdown(report))
+
+
+def label(run: Run | TaskRun, width: int) -> str:
+    """How tables name an arm of the models from scratch; `width` is the size's own."""
+    if run.arm == "prefix":
+        return "prefix" if run.prefix_length == 8 else "long prefix"
+    if run.arm in ("twin", "average"):
+        return run.arm
+    if run.hidden == 2 * width:
+        return "twice as wide"
+    if run.streams == 1:
+        return "dense"
+    changed = [f"T = {run.prefix_length}"] if run.prefix_length != 8 else []
+    return ", ".join([f"P = {run.streams}", *changed, *([run.variant] if run.variant else [])])
+
+
+def best_rates(groups: dict[str, dict[float, BySeed]]) -> dict[str, BySeed]:
+    """Of each arm the rows at its best rate, on what is for tuning, by the seed that all rates share."""
+    chosen = {}
+    for name, by_rate in groups.items():
+        seed = min(min(of_seed) for of_seed in by_rate.values())
+        usable = {rate: of_seed for rate, of_seed in by_rate.items() if seed in of_seed}
+        rate = min(usable, key=lambda rate: fmean(usable[rate][seed]["tuning"]["middle"]))
+        finished = {seed: row for seed, row in usable[rate].items() if "test" in row}
+        if finished:
+            chosen[name] = finished
+    return chosen
+
+
+def by_size(rows: Rows) -> dict[str, dict[str, BySeed]]:
+    """Rows from scratch by size, arm and seed, each arm at its best rate."""
+    result = {}
+    for size, (hidden, layers, tokens) in SIZES.items():
+        groups: dict[str, dict[float, BySeed]] = {}
+        for row in rows.values():
+            if "text" not in row:
+                continue
+            run = Run(**row["run"])
+            if run.hidden in (hidden, 2 * hidden) and (run.layers, run.tokens) == (layers, tokens):
+                of_rate = groups.setdefault(label(run, hidden), {}).setdefault(run.learning_rate, {})
+                of_rate[run.seed] = row
+        if groups:
+            result[size] = best_rates(groups)
+    return result
+
+
+def scratch_comparisons(rows: Rows) -> list[dict[str, Any]]:
+    """Every arm from scratch against its controls, by size; and each variant against the method as published."""
+    entries = []
+    for size, arms in by_size(rows).items():
+        pairs = [(arm, baseline) for arm, baselines in SCRATCH_PAIRS.items() for baseline in baselines]
+        pairs += [(arm, "P = 4") for arm in arms if arm.startswith("P = 4,")]
+        for arm, baseline in pairs:
+            if arm in arms and baseline in arms:
+                about = {"study": "scratch", "size": size, "text": "code", "tokens": SIZES[size][2]}
+                entries += held_against(arm, baseline, arms[arm], arms[baseline], about)
+    return entries
+
+
+def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
+    """Every arm of the recycled small model against its controls, by tokens and P; tuning seeds do not count."""
+    found: dict[tuple[int, int], dict[str, BySeed]] = {}
+    runs = [(RecycleRun(**row["run"]), row) for row in rows.values() if "backbone_rate" in row["run"]]
+    budgets = sorted({run.tokens for run, _ in runs if run.tokens})
+    for run, row in runs:
+        if run.seed >= 100:
+            continue
+        for tokens in [run.tokens] if run.tokens else budgets:
+            for streams in [run.streams] if run.streams > 1 else (2, 4):
+                found.setdefault((tokens, streams), {}).setdefault(run.arm, {})[run.seed] = row
+    entries = []
+    for (tokens, streams), arms in sorted(found.items()):
+        for arm, baselines in HELD_AGAINST.items():
+            for baseline in baselines:
+                if arm in arms and baseline in arms:
+                    about = {"study": "recycling", "size": f"P = {streams}", "text": "code", "tokens": tokens}
+                    entries += held_against(arm, baseline, arms[arm], arms[baseline], about)
+    return entries
+
+
+def held_against(
+    arm: str, baseline: str, rows: BySeed, of_baseline: BySeed, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One arm against another at both places, over the seeds that both have; what does not train has one for all."""
+    if set(of_baseline) == {0} and baseline == "untouched":
+        of_baseline = dict.fromkeys(rows, of_baseline[0])
+    seeds = sorted(set(rows) & set(of_baseline))
+    entries = []
+    for where in ("beginning", "middle") if seeds else ():
+        sides = [[of_seed[seed]["test"][where] for seed in seeds] for of_seed in (rows, of_baseline)]
+        differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(*sides, strict=True)]
+        losses = {"loss": fmean(map(fmean, sides[0])), "baseline_loss": fmean(map(fmean, sides[1]))}
+        entries.append(
+            {"arm": arm, "baseline": baseline, "where": where} | about | rounded(crossed_interval(differences)) | losses
+        )
+    return entries
+
+
+def task_results(rows: Rows) -> list[dict[str, Any]]:
+    """Of each task and arm, the share of right answers by seed, and the difference of P = 4 and 2 from it."""
+    groups: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
+    runs = [(TaskRun(**row["run"]), row) for row in rows.values() if "task" in row["run"]]
+    for run, row in runs:
+        if run.seed < 100:
+            width = min(other.hidden for other, _ in runs if (other.task, other.level) == (run.task, run.level))
+            by_arm = groups.setdefault((run.task, run.level, width, run.layers), {})
+            by_arm.setdefault(label(run, width), {})[run.seed] = row
+    results = []
+    for (task, level, hidden, layers), arms in groups.items():
+        for arm, by_seed in arms.items():
+            entry = {"task": task, "level": level, "hidden": hidden, "layers": layers, "arm": arm}
+            entry |= {"params": next(iter(by_seed.values()))["params"]}
+            entry |= {what: [row["test"][what] for row in by_seed.values()] for what in ("exact", "tokens", "loss")}
+            for other in ("P = 4", "P = 2"):
+                seeds = sorted(set(by_seed) & set(arms.get(other, {})))
+                if other != arm and len(seeds) > 1:
+                    more = [arms[other][seed]["test"]["exact"] - by_seed[seed]["test"]["exact"] for seed in seeds]
+                    entry[f"gain of {other}"] = over_seeds(more)
+            results.append(entry)
+    return results
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """The t interval over seeds of one figure of each."""
+    interval = crossed_interval([values])
+    return rounded(interval) | {"seeds": interval.documents, "documents": 1}
+
+
+def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
+    """Where streams gain by the rule: against every control, in the middle, over two seeds or more."""
+    middle = [entry for entry in comparisons if entry["where"] == "middle"]
+    found = []
+    for study, controls in CONTROLS.items():
+        keys = {(entry["size"], entry["tokens"]) for entry in middle if entry["study"] == study}
+        for size, tokens in sorted(keys, key=str):
+            for arm in ("P = 2", "P = 4", "frozen", "streams-and-backbone"):
+                against = {
+                    entry["baseline"]: entry["high"] < 0 and entry["seeds"] > 1
+                    for entry in middle
+                    if (entry["study"], entry["size"], entry["tokens"], entry["arm"]) == (study, size, tokens, arm)
+                }
+                needed = [control for control in controls if control in against or arm.startswith("P")]
+                if needed and all(against.get(control, False) for control in needed):
+                    found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
+    return found
+
+
+def law(rows: Rows) -> dict[str, Any] | None:
+    """k from the models from scratch, in the middle of documents; None until there are three sizes."""
+    points = [
+        (row["params"], row["run"]["streams"], fmean(row["test"]["middle"]))
+        for arms in by_size(rows).values()
+        for name in ("dense", "P = 2", "P = 4")
+        for row in arms.get(name, {}).values()
+    ]
+    if len({params for params, streams, _ in points if streams == 1}) < 3:
+        return None
+    params, streams, losses = zip(*points, strict=True)
+    fitted = fit(params, streams, losses, bootstrap=200)
+    values = {name: getattr(fitted, name) for name in ("E", "A", "alpha", "k", "r2")}
+    return {"points": len(points), "intervals": fitted.intervals} | values
+
+
+def rounded(interval: Interval) -> dict[str, Any]:
+    """As a row of the report."""
+    values = asdict(interval)
+    return values | {name: round(values[name], 5) for name in ("difference", "low", "high")}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The same as tables for a reader."""
+    lines = [
+        "# What streams are worth: all comparisons",
+        "",
+        "Made by `benchmarks/evidence/report.py` from the rows beside it; what counts as a gain is in",
+        "`benchmarks/evidence/RULE.md`. Differences of loss in nats for each byte (from scratch) or token (recycling),",
+        "negative is better for the arm; intervals are 95 %, over documents and, with two seeds or more, over seeds.",
+        "",
+        "Gains by the rule: " + ("; ".join(report["gains"]) or "none so far") + ".",
+        "",
+        "The law: " + (json.dumps(report["law"]) if report["law"] else "fewer than three sizes are finished") + ".",
+        "",
+        *_row("study", "size", "tokens", "arm", "against", "beginning", "middle", "seeds"),
+        *_row(*["---"] * 8),
+    ]
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for entry in report["comparisons"]:
+        key = [str(entry[name]) for name in ("study", "size", "tokens", "arm", "baseline", "seeds")]
+        figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
+        cells.setdefault(tuple(key), {})[entry["where"]] = figures
+    for (*key, seeds), places in cells.items():
+        lines += _row(*key, places.get("beginning", ""), places.get("middle", ""), seeds)
+    lines += ["", "Right answers as a whole, by seed, and how many more P = 4 gets:", ""]
+    lines += [*_row("task", "width, layers", "arm", "parameters", "right", "P = 4 more"), *_row(*["---"] * 6)]
+    for entry in report["tasks"]:
+        gain = entry.get("gain of P = 4")
+        shown = f"{gain['difference']:+.3f} ({gain['low']:+.3f}, {gain['high']:+.3f})" if gain else ""
+        exact = ", ".join(f"{value:.3f}" for value in entry["exact"])
+        shape = f"{entry['hidden']}, {entry['layers']}"
+        lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, shown)
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Differences from the dense model in the middle of documents, by arm and size, with their intervals."""
+    entries = [e for e in report["comparisons"] if (e["study"], e["baseline"], e["where"]) == SHOWN]
+    sizes = [size for size in SIZES if any(entry["size"] == size for entry in entries)]
+    if not sizes:
+        return
+    figure = Figure(figsize=(3.2 * len(sizes) + 1, 3.2), layout="constrained")
+    for index, (axes, size) in enumerate(zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True)):
+        of_size = [entry for entry in entries if entry["size"] == size]
+        for place, entry in enumerate(of_size):
+            below, above = entry["difference"] - entry["low"], entry["high"] - entry["difference"]
+            axes.errorbar(entry["difference"], place, xerr=[[below], [above]], fmt="o", color="black", capsize=3)
+        axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(of_size)), [entry["arm"] for entry in of_size] if index == 0 else [])
+        axes.set(title=size, xlabel="nats for each byte")
+    with path.open("w") as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+if __name__ == "__main__":
+    main()

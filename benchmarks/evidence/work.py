@@ -1,0 +1,84 @@
+r"""Does what is missing of the study, one model after another; several workers may run, and be killed, at any time.
+
+    for worker in 1 2; do
+        OMP_NUM_THREADS=1 setsid nohup nice -n 5 .venv/bin/python -P benchmarks/evidence/work.py \
+            >> build/evidence/$worker.log 2>&1 &
+    done
+
+Finished rows lie in `benchmarks/results/evidence/`, what is unfinished in `build/evidence/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ensembles
+import recycling
+import scratch
+import synthetic
+import torch
+from arms import Run
+from ensembles import EnsembleRun
+from plan import AnyRun, gpu_plan, plan, read_rows
+from synthetic import TaskRun
+
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "evidence")
+    parser.add_argument("--gpu", action="store_true", help="the two studies at the size of one GPU")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "evidence")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    planned = gpu_plan if args.gpu else plan
+    while missing := [run for rows in [read_rows(args.results)] for run in planned(rows) if run.name not in rows]:
+        for run in missing:
+            with claimed(args.work / f"{run.name}.lock") as is_mine:
+                if is_mine and run.name not in read_rows(args.results):
+                    print(time.strftime("%H:%M:%S"), run.name, do(run, args.work, args.results), flush=True)
+                    break
+        else:
+            time.sleep(10)  # the others are at work on what is left
+
+
+def do(run: AnyRun, work: Path, results: Path) -> str:
+    """Trains and measures one model; what to print of it."""
+    if isinstance(run, Run):
+        row = scratch.train(run, work, results / "scratch")
+        return ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
+    if isinstance(run, EnsembleRun):
+        row = ensembles.train(run, work, results / "averages")
+        return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
+    if isinstance(run, TaskRun):
+        row = synthetic.train(run, work, results / "tasks")
+        return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
+    row = recycling.train(run, work, results / "recycling")
+    return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
+
+
+@contextmanager
+def claimed(lock: Path) -> Iterator[bool]:
+    """Whether this process alone holds the lock; the system releases it when the process ends, however it ends."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+if __name__ == "__main__":
+    main()

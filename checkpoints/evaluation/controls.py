@@ -1,0 +1,245 @@
+"""Controls: what a gain of streams is held against, and the interval that says whether it is one.
+
+Streams gain when they beat one trained prefix *and* the backbone trained alone, after the same tokens in the same
+order, in the middle of documents, by an interval over documents and seeds that excludes zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student
+
+from parscale import ParScaleConfig, wrap
+from parscale.checkpoints.evaluation.text_loss import Evaluation
+
+NOTHING, BACKBONE, STREAMS, BOTH, ADAPTER = "nothing", "backbone", "streams", "both", "adapter"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend the training tokens, as data.
+
+    Attributes:
+        name: how results name it.
+        title: how tables show it.
+        trains: `"nothing"`, `"backbone"`, `"streams"` (or the one prefix), `"both"`, or `"adapter"`.
+        streams: whether it has the P streams that are in question.
+        prefix: whether it has one trained prefix.
+        long: whether that prefix has P * T tokens, as many as P streams have, in place of T.
+    """
+
+    name: str
+    title: str
+    trains: str
+    streams: bool = False
+    prefix: bool = False
+    long: bool = False
+
+
+ARMS = (
+    Arm("untouched", "untouched backbone", NOTHING),
+    Arm("alone", "backbone alone, trained", BACKBONE),
+    Arm("prefix", "one prefix of T, backbone frozen", STREAMS, prefix=True),
+    Arm("long-prefix", "one prefix of P*T, backbone frozen", STREAMS, prefix=True, long=True),
+    Arm("lora", "LoRA of as many parameters as the streams", ADAPTER),
+    Arm("untrained", "streams, untrained", NOTHING, streams=True),
+    Arm("frozen", "streams, backbone frozen", STREAMS, streams=True),
+    Arm("prefix-and-backbone", "one prefix of T and backbone", BOTH, prefix=True),
+    Arm("streams-and-backbone", "streams and backbone", BOTH, streams=True),
+)
+"""Those with P streams come behind what they are held against."""
+
+HELD_AGAINST = {
+    "untrained": ("untouched",),
+    "alone": ("untouched",),
+    "prefix": ("untouched",),
+    "long-prefix": ("untouched",),
+    "lora": ("untouched",),
+    "frozen": ("untouched", "alone", "prefix", "long-prefix", "lora"),
+    "prefix-and-backbone": ("untouched", "alone"),
+    "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone"),
+}
+"""The pairs that a report shows."""
+
+
+def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch.Tensor | None = None) -> Any:
+    """Gives a plain model what an arm adds to it, in place, before it trains, and freezes what the arm does not train.
+
+    One prefix is two streams that start from the same text. They get the same gradients and stay equal, so that their
+    mixture is each of them, whatever the aggregator says: the model is that of one trained prefix, at twice its cost,
+    and everything that trains, saves and loads streams serves it.
+
+    Args:
+        arm: one of `ARMS`; an adapter is left to who trains.
+        model: a plain causal language model.
+        config: of the P streams in question.
+        calibration: token ids `(P, P * T)`, real text; streams start from the first T tokens of each row, one prefix
+            from the first row. Without it the backbone samples the texts of streams.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: as :func:`parscale.wrap`; one prefix without calibration, or with too short a one.
+    """
+    if arm.streams:
+        texts = None if calibration is None else calibration[:, : config.prefix_length]
+        wrap(model, config, calibration=texts)
+    elif arm.prefix:
+        length = config.prefix_length * (config.num_streams if arm.long else 1)
+        if calibration is None or calibration.shape[1] < length:
+            given = "none" if calibration is None else f"{calibration.shape[1]} tokens"
+            raise ValueError(
+                f"One prefix of {length} tokens starts from a text of as many; give calibration of that length (it is "
+                f"{given})."
+            )
+        wrap(
+            model,
+            ParScaleConfig(2, length, smoothing=config.smoothing, seed=config.seed),
+            calibration=calibration[:1, :length].expand(2, -1),
+        )
+    if arm.trains == STREAMS:
+        model.freeze_backbone()
+    elif arm.trains == NOTHING:
+        model.requires_grad_(False)
+    return model
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How much one arm's loss differs from another's; negative is better.
+
+    Attributes:
+        difference: the mean over seeds and documents, each weighing the same.
+        low: the lower end of the interval.
+        high: its upper end.
+        seeds: how many there are; with one, the interval is over documents alone.
+        documents: how many there are.
+    """
+
+    difference: float
+    low: float
+    high: float
+    seeds: int
+    documents: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the difference has a sign."""
+        return self.low > 0 or self.high < 0
+
+
+def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """The interval of the mean of paired differences when seeds and documents are both samples.
+
+    Every seed is measured on the same documents, so that d(s, i) = mean + seed(s) + document(i) + rest(s, i), two
+    crossed random factors. With the mean squares MS of the two-way table without replication, the variance of the grand
+    mean is (MS_seeds + MS_documents - MS_rest) / (S * D), Student's t with Satterthwaite's degrees of freedom. A factor
+    whose mean square is below that of the rest is taken to have no variance of its own. With one seed it is the t
+    interval over documents: what further documents would give, not further training runs.
+
+    Args:
+        differences: `(S, D)`, one row for each seed.
+        confidence: between 0 and 1.
+
+    Returns:
+        The mean and its interval.
+
+    Raises:
+        ValueError: it is no table, or has fewer than two documents.
+    """
+    table = np.asarray(differences, dtype=np.float64)
+    if table.ndim != 2 or not table.shape[0] or table.shape[1] < 2:
+        raise ValueError(
+            f"An interval needs a table with a row for each seed and at least 2 documents, got the shape {table.shape}."
+        )
+    seeds, documents = table.shape
+    mean = float(table.mean())
+    variance, freedom = _variance(table)
+    half = float(student.ppf((1 + confidence) / 2, freedom)) * variance**0.5 if variance > 0 else 0.0
+    return Interval(mean, mean - half, mean + half, seeds, documents)
+
+
+def _variance(table: NDArray[np.float64]) -> tuple[float, float]:
+    """Of the grand mean, and its degrees of freedom."""
+    seeds, documents = table.shape
+    if seeds == 1:
+        return float(table.var(ddof=1)) / documents, documents - 1
+    rows, columns, mean = table.mean(1), table.mean(0), table.mean()
+    of_seeds = documents * float(((rows - mean) ** 2).sum()) / (seeds - 1)
+    of_documents = seeds * float(((columns - mean) ** 2).sum()) / (documents - 1)
+    free = (seeds - 1) * (documents - 1)
+    rest = float(((table - rows[:, None] - columns + mean) ** 2).sum()) / free
+    if of_seeds <= rest and of_documents <= rest:
+        return max((of_seeds, seeds - 1), (of_documents, documents - 1))[0] / table.size, documents - 1
+    if of_seeds <= rest:
+        return of_documents / table.size, documents - 1
+    if of_documents <= rest:
+        return of_seeds / table.size, seeds - 1
+    total = of_seeds + of_documents - rest
+    freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_documents**2 / (documents - 1) + rest**2 / free)
+    return total / table.size, freedom
+
+
+def hold_against(
+    arm: str,
+    baseline: str,
+    text: str,
+    evaluations: Mapping[str, Sequence[Mapping[str, Evaluation]]],
+    tokens: int,
+) -> list[dict[str, Any]]:
+    """One arm against another, by place: what `"comparisons"` in `benchmarks/results/evidence.json` holds.
+
+    Args:
+        arm: its name.
+        baseline: that of what it is held against.
+        text: what the documents are.
+        evaluations: by arm's name, for each seed, what `evaluate_places` gives. An arm that does not depend on the seed
+            may have one.
+        tokens: how many the arms were trained on.
+
+    Returns:
+        One entry for each place.
+
+    Raises:
+        ValueError: the two were measured on different documents or windows, or with different numbers of seeds.
+    """
+    entries = []
+    for where in evaluations[arm][0]:
+        differences = paired(
+            [of_seed[where] for of_seed in evaluations[arm]], [of_seed[where] for of_seed in evaluations[baseline]]
+        )
+        interval = asdict(crossed_interval(differences))
+        entries.append({"arm": arm, "baseline": baseline, "text": text, "where": where, "tokens": tokens} | interval)
+    return entries
+
+
+def paired(arm: Sequence[Evaluation], baseline: Sequence[Evaluation]) -> NDArray[np.float64]:
+    """Differences `(S, D)` of the documents' losses, seed by seed.
+
+    Raises:
+        ValueError: as :func:`hold_against`.
+    """
+    seeds = max(len(arm), len(baseline))
+    if not arm or not baseline or any(len(side) not in (1, seeds) for side in (arm, baseline)):
+        raise ValueError(
+            f"The arms have {len(arm)} and {len(baseline)} seeds; measure both with the same seeds, or one that does "
+            "not train once."
+        )
+    shown = {
+        (tuple(document.name for document in evaluation.documents), evaluation.sequence_length)
+        for evaluation in (*arm, *baseline)
+    }
+    if len(shown) > 1:
+        raise ValueError("The evaluations are of different documents or windows; measure all arms on the same ones.")
+    table, other = (
+        np.array([[document.loss for document in evaluation.documents] for evaluation in side])
+        for side in (arm, baseline)
+    )
+    return table - other

@@ -1,0 +1,152 @@
+"""The loss of a causal language model by document, at the documents' beginnings and in their middles.
+
+At the beginning of a document a model that lacks context gains from anything put in front of it; most tokens of most
+texts lie in the middle. So a gain is looked for in both, with the same context for every model:
+
+- The beginning is a document's first window. In front of it stands the token that begins a text where the tokenizer
+  puts one there itself, else the token that ends one, else nothing. Every token behind it is scored.
+- The middle is up to four windows of the document, spread evenly behind the first. The second half of each is scored,
+  so that half a window of real text stands before every scored token. A token that the tokenizer puts in front of every
+  text stands there too.
+
+A document too short for a middle has a beginning only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from parscale.checkpoints.evaluation.text_loss import (
+    DocumentLoss,
+    Evaluation,
+    Window,
+    checked_length,
+    evaluating,
+    padded,
+    with_progress_bar,
+)
+from parscale.checkpoints.texts.documents import Document
+from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
+
+BEGINNING, MIDDLE = "beginning", "middle"
+PLACES = (BEGINNING, MIDDLE)
+
+
+@dataclass(frozen=True)
+class _Scored(Window):
+    """A window, where it stands, and the index of the first token in it that is scored."""
+
+    place: str
+    first: int
+
+
+def evaluate_places(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    sequence_length: int = 512,
+    middles: int = 4,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, Evaluation]:
+    """Measure a model's loss on documents by place, in the state it is in: with its active streams, or with none.
+
+    Args:
+        model: a causal language model; it runs where it is, in its own dtype. Losses are summed in float64.
+        tokenizer: its tokenizer.
+        documents: pairs of a name and a text.
+        sequence_length: tokens in a window, at least 4 and at most as many as the model has positions for.
+        middles: windows of a document's middle, at most.
+        batch_size: windows in a batch.
+        progress: whether to show a progress bar on standard error.
+
+    Returns:
+        `{"beginning": ..., "middle": ...}`, the second only if a document is long enough for one.
+
+    Raises:
+        ValueError: a number is out of range, no document has a token to score, or as
+            :func:`parscale.checkpoints.texts.token_ids.encode`.
+    """
+    length = checked_length(model, sequence_length)
+    if length < 4 or middles < 1 or batch_size < 1:
+        raise ValueError(
+            f"sequence_length is {length}, middles {middles} and batch_size {batch_size}; they must be at least 4, 1 "
+            "and 1."
+        )
+    windows = _windows(documents, tokenizer, length, middles, vocabulary_of(model))
+    if not windows:
+        raise ValueError("No document has a token to score: give documents of two tokens or more.")
+    sums: dict[tuple[str, int], list[float]] = {}
+    counts: dict[tuple[str, int], int] = {}
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    with evaluating(model), torch.inference_mode():
+        for batch in with_progress_bar(batches, progress):
+            for window, loss in zip(batch, _losses(model, batch), strict=True):
+                key = (window.place, window.document)
+                sums.setdefault(key, []).append(loss)
+                counts[key] = counts.get(key, 0) + len(window.ids) - window.first
+    result = {}
+    for place in PLACES:
+        found = [index for index in range(len(documents)) if (place, index) in sums]
+        if not found:
+            continue
+        by_document = [
+            DocumentLoss(
+                documents[index][0], math.fsum(sums[place, index]) / counts[place, index], counts[place, index]
+            )
+            for index in found
+        ]
+        tokens = sum(document.tokens for document in by_document)
+        loss = math.fsum(sum_ for index in found for sum_ in sums[place, index]) / tokens
+        perplexity = math.inf if loss > 700 else math.exp(loss)
+        result[place] = Evaluation(loss, perplexity, tokens, length, tuple(by_document))
+    return result
+
+
+def _windows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, middles: int, vocabulary: int
+) -> list[_Scored]:
+    """All windows, the longest first: a batch then holds windows of like length."""
+    own = _own_beginning(tokenizer)
+    front = own or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    windows = []
+    for index, ids in enumerate(encode(documents, tokenizer, vocabulary, add_special_tokens=False)):
+        beginning = front + ids[: length - len(front)]
+        if len(beginning) > max(1, len(front)):
+            windows.append(_Scored(index, beginning, BEGINNING, max(1, len(front))))
+        size = length - len(own)  # of a middle, without what stands in front
+        start, last = length - len(front), len(ids) - size
+        count = min(middles, (len(ids) - start) // size)
+        for number in range(count):
+            at = start + (last - start) * number // max(1, count - 1)
+            middle = own + ids[at : at + size]
+            windows.append(_Scored(index, middle, MIDDLE, len(own) + size // 2))
+    return sorted(windows, key=lambda window: -len(window.ids))
+
+
+def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer itself puts in front of a text."""
+    (bare,), (whole,) = (tokenizer(["a"], add_special_tokens=own)["input_ids"] for own in (False, True))
+    at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return list(whole[:at])
+
+
+def _losses(model: Any, batch: Sequence[_Scored]) -> list[float]:
+    """Each window's summed loss of its scored tokens, in nats."""
+    input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
+    logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
+    sums = []
+    for row, window in enumerate(batch):  # one row at a time: a float32 copy of all logits may be large
+        predicted = logits[row, window.first - 1 : len(window.ids) - 1]
+        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+        targets = input_ids[row, window.first : len(window.ids)].to(predicted.device)
+        sums.append(cross_entropy(predicted, targets, reduction="none").double().sum().item())
+    return sums

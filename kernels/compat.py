@@ -1,0 +1,51 @@
+"""What the kernels' rooms need of torch that it has no documented name for; each is one function.
+
+This room imports nothing of the rest of parscale, so that a version of torch without one of them is refused here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def functorch_transforms_are_active() -> bool:
+    """Whether a transform of ``torch.func`` runs (``grad``, ``vmap``, ``jvp``, ...); torch has no public name for that.
+
+    They may differentiate any number of times, forward and backward, and map what they differentiate.
+    """
+    return _needed(torch._C, "_are_functorch_transforms_active")()
+
+
+def flash_for_cpu() -> Any:
+    """torch's flash attention on a CPU, with the log-sum-exp of the scores, which ``sdpa`` keeps to itself."""
+    return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def flash_for_cpu_backward() -> Any:
+    """The gradients of :func:`flash_for_cpu`, of an output and a log-sum-exp that may come from elsewhere."""
+    return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+
+
+def flash_for_gpu() -> Any:
+    """torch's flash attention on CUDA and ROCm devices, whose causal mask is aligned to the lower right.
+
+    ``sdpa`` aligns its own to the upper left, and ``torch.nn.attention.bias.causal_lower_right`` calls this operator.
+    """
+    return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention")
+
+
+def _needed(owner: Any, name: str) -> Any:
+    """``owner.name``; torch.compile traces this.
+
+    Raises:
+        ImportError: this version of torch has no such name.
+    """
+    value = getattr(owner, name, None)
+    if value is None:
+        raise ImportError(
+            f"parscale needs torch's {name}, which torch {torch.__version__} does not have: install an older torch, or "
+            "a newer parscale."
+        )
+    return value

@@ -1,0 +1,89 @@
+"""Looking up a name of another library, and the message where the installed version has no such name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from parscale.errors import IncompatibleVersionError
+
+
+def needed(owner: Any, name: str) -> Any:
+    """``owner.name``, of a module or a class.
+
+    torch.compile traces this function where it is called in a forward pass, so it neither caches nor catches.
+
+    Raises:
+        IncompatibleVersionError: the installed version has no such name.
+    """
+    value = getattr(owner, name, None)
+    if value is None:
+        raise missing(owner, name)
+    return value
+
+
+def needed_module(name: str) -> ModuleType:
+    """A module of a library, imported.
+
+    Raises:
+        ModuleNotFoundError: the library is not installed.
+        IncompatibleVersionError: the installed version has no such module.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        library = name.partition(".")[0]
+        if not is_installed(library) or error.name is None or not name.startswith(error.name):
+            raise
+        raise _incompatible(library, name) from error
+
+
+def is_installed(library: str) -> bool:
+    """Whether ``import library`` would find something."""
+    return importlib.util.find_spec(library) is not None
+
+
+def missing(owner: Any, name: str) -> IncompatibleVersionError:
+    """The error for a module or a class that has no such name."""
+    if isinstance(owner, ModuleType):
+        path = owner.__name__
+    else:
+        cls = owner if isinstance(owner, type) else type(owner)
+        path = f"{cls.__module__}.{cls.__qualname__}"
+    return _incompatible(path.partition(".")[0], f"{path}.{name}")
+
+
+def _incompatible(library: str, path: str) -> IncompatibleVersionError:
+    version = str(getattr(sys.modules.get(library), "__version__", None) or importlib.metadata.version(library))
+    return IncompatibleVersionError(
+        f"parscale needs {path}, which the installed {library} {version} does not have: {_remedy(library, version)}."
+    )
+
+
+def _remedy(library: str, version: str) -> str:
+    """What to install: a version that parscale allows, or an older one where this one is allowed."""
+    wanted = _requirement(library)
+    if wanted is None:
+        return f"install another version of {library}, or a newer parscale"
+    if wanted.specifier.contains(version, prereleases=True):
+        older = wanted.specifier & SpecifierSet(f"<{Version(version).public}")
+        return f"pip install '{library}{older}', or a newer parscale"
+    return f"pip install '{library}{wanted.specifier}'"
+
+
+def _requirement(library: str) -> Requirement | None:
+    """What parscale's own metadata says of a library."""
+    try:
+        lines = importlib.metadata.requires("parscale") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        lines = []
+    found = [Requirement(line) for line in lines]
+    return next((each for each in found if each.name.replace("-", "_") == library and each.specifier), None)

@@ -1,0 +1,87 @@
+"""vLLM: the layers, models, scheduler and attention of the engine that streams are built on.
+
+vLLM documents how a model class is registered (``ModelRegistry``, the plugin's entry point) and nothing of what such a
+class is made of. So everything else is here, by one table: a name, its module, and what it is for. A name is imported
+when it is first asked for, since some of their modules are slow to import or need a device. Most are classes to derive
+from, for which a function would not do: ``from parscale.compat.vllm import Attention``.
+
+Objects that vLLM hands over (its configuration, requests, metadata of attention) are read by attributes that no page
+documents either. They move with each minor version; :data:`parscale.integrations.vllm.TESTED` names those that serve
+models with streams, and any other version is refused at its start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parscale.compat.names import needed, needed_module
+
+_MODELS, _LAYERS = "vllm.model_executor.models", "vllm.model_executor.layers"
+_BACKENDS = "vllm.v1.attention.backends"
+_PLACES = {
+    # models: what the plugin derives its own from, and the parts of a language model around them
+    "LlamaModel": f"{_MODELS}.llama",
+    "MistralModel": f"{_MODELS}.mistral",
+    "Qwen2Model": f"{_MODELS}.qwen2",
+    "Qwen3Model": f"{_MODELS}.qwen3",
+    "SupportsQuant": f"{_MODELS}.interfaces",  # a model whose layers can be quantized
+    "ParallelLMHead": f"{_LAYERS}.vocab_parallel_embedding",
+    "LogitsProcessor": f"{_LAYERS}.logits_processor",
+    "Attention": f"{_LAYERS}.attention",  # with its part of the paged cache; streams are its heads
+    # weights: how they are named, split over devices and read
+    "AutoWeightsLoader": f"{_MODELS}.utils",
+    "maybe_prefix": f"{_MODELS}.utils",
+    "set_weight_attrs": "vllm.model_executor.utils",
+    "get_tensor_model_parallel_rank": "vllm.distributed",
+    "get_tensor_model_parallel_world_size": "vllm.distributed",
+    "tensor_model_parallel_all_reduce": "vllm.distributed",
+    "ColumnParallelLinear": f"{_LAYERS}.linear",  # of the aggregator, split as vLLM splits its own
+    # the start: a function of each architecture's own that may change vLLM's configuration, or refuse it
+    "MODELS_CONFIG_MAP": f"{_MODELS}.config",
+    "VerifyAndUpdateConfig": f"{_MODELS}.config",
+    "init_logger": "vllm.logger",  # vLLM shows lines of its own loggers only
+    # the scheduler, which puts slots for the prefix in front of each request and takes them out of what it reports
+    "Scheduler": "vllm.v1.core.sched.scheduler",
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
+    "LogprobsTensors": "vllm.v1.outputs",
+    "ModelRunnerOutput": "vllm.v1.outputs",
+    "PrefillStats": "vllm.v1.metrics.stats",
+    "Request": "vllm.v1.request",
+    "VllmConfig": "vllm.config",
+    # attention over a cache, to which the one over a prefix is added
+    "AttentionBackendEnum": f"{_BACKENDS}.registry",  # the names of all of them
+    "CPUAttentionBackend": f"{_BACKENDS}.cpu_attn",
+    "CPUAttentionBackendImpl": f"{_BACKENDS}.cpu_attn",
+    "FlashAttentionBackend": f"{_BACKENDS}.flash_attn",
+    "FlashAttentionImpl": f"{_BACKENDS}.flash_attn",
+    "flash_attn_varlen_func": f"{_BACKENDS}.fa_utils",  # there on GPUs only
+    "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """One of the names of the table.
+
+    Raises:
+        IncompatibleVersionError: the installed version does not have it.
+    """
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return needed(needed_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
+
+
+def put_in_front(request: Any, tokens: list[int]) -> None:
+    """Puts tokens in front of a request that the scheduler has not seen yet.
+
+    vLLM keeps a request's tokens in two lists and its blocks of the cache in hashes of them, and lengthens them at the
+    end only.
+    """
+    request.prompt_token_ids = tokens + request.prompt_token_ids
+    request._all_token_ids[:0] = tokens
+    request.num_prompt_tokens += len(tokens)
+    request.block_hashes.clear()
+    request.update_block_hashes()

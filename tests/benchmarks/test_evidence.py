@@ -1,0 +1,174 @@
+"""The models, tasks and runs of the study of what streams are worth."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable() -> Any:
+    """Its files import one another by name, as a program's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield
+    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
+def test_one_prefix_is_one_stream() -> None:
+    """Two streams with the same prefix and equal weights give the logits of one prefix at the plain model's cost."""
+    from arms import OnePrefix, backbone
+
+    from parscale import wrap
+
+    torch.manual_seed(0)
+    plain = backbone(48, 2, 128)
+    one = OnePrefix(plain, 8, seed=3).eval()
+    ids = torch.randint(1, 256, (2, 20))
+    with torch.no_grad():
+        expected = one(ids)
+        wrapped = wrap(plain, 2, prefix_length=8, init="random")
+        for layer, prefix in zip(wrapped.model.layers, one.prefixes, strict=True):
+            layer.self_attn.prefix_k.copy_(prefix[0].expand(2, -1, -1, -1))
+            layer.self_attn.prefix_v.copy_(prefix[1].expand(2, -1, -1, -1))
+        torch.testing.assert_close(wrapped(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_dense_twin_has_the_parameters_of_four_streams() -> None:
+    from arms import Run, build
+    from loop import non_embedding_parameters
+
+    four = Run(48, 4, 4, 1, 0, 1e-3)
+    twin = replace(four, arm="twin")
+    counts = [non_embedding_parameters(build(run)) for run in (four, twin)]
+    assert abs(counts[0] - counts[1]) <= 3 * 48 * 4  # one more neuron in each layer
+    assert counts[1] > non_embedding_parameters(build(replace(four, streams=1)))
+
+
+@pytest.mark.parametrize("variant", ["", "left-out"])
+def test_a_run_that_is_killed_comes_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    import loop
+    import synthetic
+
+    run = synthetic.TaskRun("hops", 2, 48, 1, 2, 6, 0, 1e-2, variant=variant)
+    monkeypatch.setattr(synthetic, "TEST_EXAMPLES", 128)
+    whole = synthetic.train(run, tmp_path / "whole", tmp_path / "whole")
+
+    monkeypatch.setattr(loop, "EVERY_SECONDS", 0.0)  # a checkpoint after each step
+    examples, calls = synthetic.examples, iter(range(4))
+    with monkeypatch.context() as killed:
+        killed.setattr(synthetic, "examples", lambda *args, **kwargs: (next(calls), examples(*args, **kwargs))[1])
+        with pytest.raises(StopIteration):
+            synthetic.train(run, tmp_path / "killed", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*.json"))
+    resumed = synthetic.train(run, tmp_path / "killed", tmp_path / "killed")
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    weights = [torch.load(tmp_path / name / run.name / "final.pt") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_answers_of_tasks_are_right() -> None:
+    from tasks import EQUALS, examples
+
+    def number(digits: Any) -> int:
+        return int("".join(map(str, digits)))
+
+    rng = np.random.default_rng(0)
+    for ids in examples("add", 3, rng, 20).ids:
+        assert number(ids[1:4]) + number(ids[5:8]) == number(ids[-4:])
+    for ids in examples("multiply", 3, rng, 20).ids:
+        assert number(ids[1:4]) * number(ids[5:7]) == number(ids[-5:])
+    for ids in examples("hops", 2, rng, 20).ids:
+        images = list(ids[1:11])
+        assert sorted(images) == list(range(10))
+        assert ids[-1] == images[images[ids[-2]]]
+    for ids in examples("sort", 5, rng, 20).ids:
+        assert sorted(ids[1:6]) == list(ids[-5:])
+        assert ids[6] == EQUALS
+    for ids in examples("modulo", 3, rng, 20).ids:
+        assert ids[1:4].sum() % 23 == ids[-1]
+    rows = examples("parity", 3, rng, 400).ids
+    for answer in rows[:, -8:].T:  # of exactly one set of three bits each is the parity
+        signs = 1 - 2 * rows[:, 1:25]
+        products = [(signs[:, places].prod(1) == 1 - 2 * answer).all() for places in combinations(range(24), 3)]
+        assert sum(products) == 1
+
+
+def test_no_held_out_example_is_trained_on() -> None:
+    from tasks import TASKS, examples
+
+    for task in TASKS:
+        train = examples(task, 3, np.random.default_rng(0), 500)
+        test = examples(task, 3, np.random.default_rng(1), 500, held_out=True)
+        prompts = [{tuple(ids) for ids in side.ids[:, : -side.answer]} for side in (train, test)]
+        assert len(train.ids) == len(test.ids) == 500
+        assert not prompts[0] & prompts[1]
+
+
+def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
+    from report import gains
+
+    def entries(**changed: Any) -> list[dict[str, Any]]:
+        common = {"study": "scratch", "size": "0.1M", "tokens": 10, "arm": "P = 4", "where": "middle"}
+        controls = ("dense", "prefix", "long prefix")
+        rows = [common | {"baseline": control, "high": -0.001, "seeds": 2} for control in controls]
+        rows[1] |= changed
+        return rows
+
+    assert gains(entries()) == ["scratch, 0.1M, 10 tokens: P = 4"]
+    for changed in ({"high": 0.001}, {"seeds": 1}, {"where": "beginning"}, {"baseline": "twin"}):
+        assert gains(entries(**changed)) == []
+
+
+def test_the_study_follows_when_its_rates_are_tuned() -> None:
+    from plan import plan
+
+    rows: dict[str, Any] = {}
+    for _ in range(1000):
+        missing = [run for run in plan(rows) if run.name not in rows]
+        if not missing:
+            break
+        rate = getattr(missing[0], "learning_rate", 8e-3)
+        loss = abs(np.log2(rate / 4e-3))  # so that 4e-3 is best everywhere
+        rows[missing[0].name] = {"tuning": {"middle": [loss], "loss": loss}, "run": missing[0]}
+    scratch = [row["run"] for row in rows.values() if hasattr(row["run"], "layers") and not hasattr(row["run"], "task")]
+    widths = {run.hidden for run in scratch}
+    assert {48, 64, 80, 96, 128} <= widths
+    of_study = [run for run in scratch if run.hidden == 64]
+    assert {run.learning_rate for run in of_study} == {4e-3}
+    assert {(run.arm, run.streams, run.prefix_length) for run in of_study} == {
+        ("streams", 1, 8),
+        ("streams", 2, 8),
+        ("streams", 4, 8),
+        ("prefix", 1, 8),
+        ("prefix", 1, 32),
+        ("twin", 4, 8),
+    }
+
+
+def test_the_average_of_models_is_that_of_their_probabilities() -> None:
+    from ensembles import Average
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, probabilities: list[float]) -> None:
+            super().__init__()
+            self.logits = torch.tensor(probabilities).log() + 3.0  # logits have no zero of their own
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.logits.expand(*ids.shape, -1)
+
+    average = Average([Fixed([0.5, 0.25, 0.25]), Fixed([0.1, 0.1, 0.8])])
+    found = average(torch.zeros(2, 3, dtype=torch.long)).exp()
+    torch.testing.assert_close(found, torch.tensor([0.3, 0.175, 0.525]).expand(2, 3, -1))

@@ -1,0 +1,192 @@
+"""Controls: intervals against closed forms and against how often they cover the truth, and what arms are."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from parscale import ParScaleConfig
+from parscale.checkpoints.evaluation.controls import ARMS, HELD_AGAINST, crossed_interval, hold_against, prepare_arm
+from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
+
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+# -- intervals
+
+
+def test_one_seed_is_the_t_interval_over_documents():
+    # mean -2, standard deviation 1, error 1/sqrt(3), t(2 degrees, 95 %) = 4.302653
+    interval = crossed_interval([[-1.0, -2.0, -3.0]])
+    assert (interval.difference, interval.seeds, interval.documents) == (-2.0, 1, 3)
+    assert (interval.low, interval.high) == pytest.approx((-2 - 4.302653 / 3**0.5, -2 + 4.302653 / 3**0.5))
+    assert not interval.excludes_zero
+
+
+def test_seeds_that_differ_alone_are_the_t_interval_over_seeds():
+    # every document alike: mean 2, standard deviation 1 over three seeds
+    interval = crossed_interval(np.repeat([[1.0], [2.0], [3.0]], 50, axis=1))
+    assert (interval.low, interval.high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+
+
+def test_documents_that_differ_alone_are_the_t_interval_over_documents():
+    interval = crossed_interval(np.repeat([[1.0, 2.0, 3.0]], 4, axis=0))
+    assert (interval.low, interval.high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+
+
+def test_both_factors_by_hand():
+    # rows 0, 2 and columns -3, 0, 3 around 1, and a rest of +-1 that leaves their means: MS 6, 18 and 1.5
+    rest = np.array([[0.5, -1.0, 0.5], [-0.5, 1.0, -0.5]])
+    interval = crossed_interval(np.array([[0.0], [2.0]]) + np.array([-3.0, 0.0, 3.0]) + rest)
+    variance = (6 + 18 - 1.5) / 6
+    freedom = 22.5**2 / (6**2 / 1 + 18**2 / 2 + 1.5**2 / 2)
+    assert interval.difference == pytest.approx(1.0)
+    assert interval.high - 1 == pytest.approx(1 - interval.low)
+    quantile = (interval.high - 1) / variance**0.5
+    # Student's density integrated over x = tan(u)
+    u = (np.arange(1_000_000) + 0.5) / 1_000_000 * np.pi - np.pi / 2
+    mass = (1 + np.tan(u) ** 2 / freedom) ** (-(freedom + 1) / 2) / np.cos(u) ** 2
+    assert mass[np.tan(u) < quantile].sum() / mass.sum() == pytest.approx(0.975, abs=1e-5)
+
+
+@pytest.mark.parametrize(("of_seeds", "of_documents"), [(0.0, 1.0), (1.0, 1.0), (1.0, 5.0)])
+def test_covers_the_truth_at_least_about_as_often_as_it_says(of_seeds, of_documents):
+    draw = np.random.default_rng(0)
+    runs, covered = 2000, 0
+    for _ in range(runs):
+        table = (
+            0.3
+            + of_seeds * draw.standard_normal((4, 1))
+            + of_documents * draw.standard_normal((1, 30))
+            + draw.standard_normal((4, 30))
+        )
+        interval = crossed_interval(table)
+        covered += interval.low <= 0.3 <= interval.high
+    assert covered / runs > 0.95 - 4 * (0.95 * 0.05 / runs) ** 0.5  # four standard errors
+
+
+@pytest.mark.parametrize("table", [[1.0, 2.0], [[1.0]], np.zeros((0, 3))])
+def test_what_is_no_table_is_refused(table):
+    with pytest.raises(ValueError, match="a row for each seed and at least 2 documents"):
+        crossed_interval(table)
+
+
+# -- comparisons
+
+
+def evaluation(losses, names="abc", sequence_length=32):
+    documents = tuple(DocumentLoss(name, loss, 10) for name, loss in zip(names, losses, strict=True))
+    return {"middle": Evaluation(0.0, 1.0, 30, sequence_length, documents)}
+
+
+def test_arms_are_paired_by_seed_and_document():
+    streams = [evaluation([1.0, 2.0, 3.0]), evaluation([2.0, 3.0, 4.0])]
+    (entry,) = hold_against(
+        "frozen", "untouched", "code", {"frozen": streams, "untouched": [evaluation([1.5, 2.5, 3.5])]}, 1000
+    )
+    expected = crossed_interval([[-0.5] * 3, [0.5] * 3])
+    assert entry == {
+        "arm": "frozen",
+        "baseline": "untouched",
+        "text": "code",
+        "where": "middle",
+        "tokens": 1000,
+        "difference": 0.0,
+        "low": expected.low,
+        "high": expected.high,
+        "seeds": 2,
+        "documents": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ([evaluation([1.0, 2.0, 3.0], names="abd")], "different documents or windows"),
+        ([evaluation([1.0, 2.0, 3.0], sequence_length=16)], "different documents or windows"),
+        ([evaluation([1.0, 2.0, 3.0])] * 2, "3 and 2 seeds"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(other, message):
+    with pytest.raises(ValueError, match=message):
+        hold_against("a", "b", "code", {"a": [evaluation([1.0, 2.0, 3.0])] * 3, "b": other}, 1)
+
+
+# -- arms
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+CONFIG = ParScaleConfig(3, 4, seed=0)
+IDS = torch.arange(60).remainder(61).view(5, 12)
+
+
+@pytest.mark.parametrize(("name", "length"), [("prefix", 4), ("long-prefix", 12)])
+def test_one_prefix_stays_one_under_training(plain, name, length):
+    texts = torch.randint(1, 64, (3, 12), generator=torch.Generator().manual_seed(1))
+    model = prepare_arm(BY_NAME[name], copy.deepcopy(plain), CONFIG, texts).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    prefixes = [parameter for key, parameter in model.named_parameters() if ".prefix_" in key]
+    assert prefixes
+    assert all(prefix.shape[2] == length for prefix in prefixes)
+    before = [prefix.clone() for prefix in prefixes]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    for _ in range(5):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for prefix, start in zip(prefixes, before, strict=True):
+        assert not torch.equal(prefix, start)
+        torch.testing.assert_close(prefix[0], prefix[1], rtol=0, atol=1e-5)
+    # and the mixture is each of the two
+    report = model.eval().stream_report(IDS)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(report.losses, loss.detach().expand(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_what_an_arm_trains(plain, arm):
+    texts = torch.randint(1, 64, (3, 12), generator=torch.Generator().manual_seed(1))
+    model = prepare_arm(arm, copy.deepcopy(plain), CONFIG, texts)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_streams = {name for name, _ in model.named_parameters() if ".prefix_" in name or "aggregate_layer" in name}
+    backbone = {name for name, _ in plain.named_parameters()}
+    expected = {
+        "nothing": set(),
+        "backbone": backbone,
+        "adapter": backbone,
+        "streams": of_streams,
+        "both": backbone | of_streams,
+    }[arm.trains]
+    assert trains == expected
+    assert getattr(model, "num_streams", 1) == (3 if arm.streams else 2 if arm.prefix else 1)
+
+
+def test_one_prefix_needs_a_text_of_its_length(plain):
+    for calibration, given in ((None, "none"), (IDS[:3, :8], "8 tokens")):
+        with pytest.raises(ValueError, match=rf"One prefix of 12 tokens .*\(it is {given}\)"):
+            prepare_arm(BY_NAME["long-prefix"], copy.deepcopy(plain), CONFIG, calibration)
+
+
+def test_every_arm_is_held_against_arms_that_stand_before_it():
+    order = [arm.name for arm in ARMS]
+    for name, baselines in HELD_AGAINST.items():
+        assert all(order.index(baseline) < order.index(name) for baseline in baselines)
+    assert set(HELD_AGAINST) | {"untouched"} == set(order)

@@ -1,0 +1,165 @@
+"""What can be counted without a GPU: compiled variants, launches, bytes, programs, and the time that they leave for.
+
+The host functions run on tensors without data, their launches are recorded, and nothing is compiled or run.
+"""
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+LENGTHS = sorted({*range(1, 70), *range(70, 4097, 53), *(2**i + d for i in range(5, 13) for d in (-1, 0, 16)), 4096})
+ROWS = sorted({*range(1, 70), *range(70, 8193, 101), *(2**i + d for i in range(5, 13) for d in (-1, 0, 16)), 8192})
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Imports a benchmark by its name."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+def fused(name):
+    return importlib.import_module(f"parscale.kernels.{name}.fused")
+
+
+def decode(targets, K, P=8, B=1, mask=None, shared=False):
+    rows, prefixes = (B, P - 1) if shared else (P * B, P)
+    sizes = ((P * B, 16, 1, 96), (rows, 2, K, 96), (rows, 2, K, 96), (prefixes, 2, 48, 96), (prefixes, 2, 48, 96))
+    mask = None if mask is None else targets.empty(rows, 1, 1, K, dtype=mask)
+    fused("decode_attention").decode(*(targets.empty(*s) for s in sizes), mask, None, None, 0.1, None)
+
+
+def variants(targets, launches):
+    """How many versions of each kernel Triton compiles for these launches."""
+    found = {}
+    for name, *what in map(targets.variant, launches):
+        found.setdefault(name, set()).add(tuple(what))
+    return {name: len(kinds) for name, kinds in found.items()}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own keys", "shared keys"])
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.bfloat16], ids=str)
+def test_a_growing_cache_compiles_nothing_new(benchmark, mask, shared):
+    """At most the sequence in one piece and in several."""
+    targets = benchmark("compile_targets")
+    with targets.recorded("sm_90") as launches:
+        for K in LENGTHS:
+            decode(targets, K, mask=mask, shared=shared)
+    assert len(launches) > len(LENGTHS)
+    assert variants(targets, launches) == {"part_kernel": 1, "merge_kernel": 1}
+    with targets.recorded("sm_90") as launches:
+        for B in (1, 2, 5, 40, 100, 400):
+            for K in (16, 17, 1000):
+                decode(targets, K, B=B, mask=mask, shared=shared)
+    assert variants(targets, launches) == {"part_kernel": 2, "merge_kernel": 1}
+
+
+def test_other_numbers_of_rows_compile_nothing_new(benchmark):
+    """Two blocks of few rows; what follows them starts early, what follows cuBLAS does not."""
+    targets = benchmark("compile_targets")
+    P, H = 8, 1536
+    weights = [targets.empty(*size) for size in ((H, H * P), (H,), (P, H), (P,))]
+    with targets.recorded("sm_90") as launches:
+        for N in ROWS:
+            x, logits = targets.empty(P, N, H), targets.empty(N, P, dtype=torch.float32)
+            fused("aggregator").forward(x, *weights, 0.1, False)
+            fused("aggregate").backward(targets.empty(N, H), x, logits, 0.1)
+    expected = {"few_rows_kernel": 2, "finish_kernel": 2, "join_kernel": 1, "backward_kernel": 1}
+    assert variants(targets, launches) == expected
+
+
+def test_one_warm_up_covers_what_vllm_runs(benchmark):
+    """Rows as they lie there, ``(N, P, H)``: any batch runs the version that the first one compiled."""
+    targets = benchmark("compile_targets")
+    with targets.recorded("sm_90") as launches:
+        for N in ROWS:
+            x = targets.empty(N, 8, 1536).transpose(0, 1)
+            fused("aggregate").forward(x, targets.empty(N, 8, dtype=torch.float32), 0.1)
+    assert variants(targets, launches) == {"forward_kernel": 1}
+
+
+def test_launches_of_a_step(benchmark):
+    """Two for each layer, the second of which starts early where the GPU can do that; two of the aggregator."""
+    targets = benchmark("compile_targets")
+    for target in TARGETS:
+        with targets.recorded(target) as launches:
+            decode(targets, 4096)
+        assert [launch.kernel.__name__ for launch in launches] == ["part_kernel", "merge_kernel"]
+        early = target in ("sm_90", "sm_100", "sm_120")
+        assert [launch.meta.get("launch_pdl", False) for launch in launches] == [False, early]
+        assert [launch.meta["EARLY"] for launch in launches] == [early, early]
+        with targets.recorded(target) as launches:
+            decode(targets, 4096, B=200)
+        assert [launch.kernel.__name__ for launch in launches] == ["part_kernel"]
+        assert launches[0].meta["EARLY"] is False  # what follows is not ours, and does not wait
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target):
+    targets = benchmark("compile_targets")
+    gpu = targets.TARGETS[target].gpu
+    part = fused("decode_attention")
+    places = gpu.processors * part.part_programs(8, 96, 96, torch.bfloat16, gpu)
+    for K in (512, 1000, 4096, 16384, 32768):
+        with targets.recorded(target) as launches:
+            decode(targets, K)
+        rows, splits = launches[0].grid
+        blocks = 1 + -(-K // launches[0].meta["BT"])
+        waves = -(-rows * splits // places)
+        assert waves == 1 or blocks > 5 * splits  # a second time only where the sequence is long
+        most = min(part.MAX_SPLITS, places // rows)
+        assert waves > 1 or -(-blocks // splits) == -(-blocks // most)  # no program could have fewer blocks
+
+
+def test_no_number_of_rows_is_a_cliff(benchmark):
+    """At every number the launches leave room for 40 per cent of the floor at least, and the next is no much worse."""
+    roofline = benchmark("roofline")
+    shares = []
+    for N in [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)]:
+        shares.append(roofline.aggregator(8, N, 1536)["of_floor"])
+    assert min(shares) >= 0.4
+    assert max(a - b for a, b in itertools.pairwise(shares)) < 0.2
+
+
+def test_the_sweep_finds_a_cliff(benchmark, monkeypatch):
+    """A product of one block for each 128 rows, as few rows once had it, falls below."""
+    roofline = benchmark("roofline")
+
+    def one_block(M, N, K, rates=roofline.RATES, processors=132):
+        blocks = -(-M // 128) * -(-N // 128)
+        return 2.0 * 128 * 128 * K * processors / rates.operations_per_second * -(-blocks // processors)
+
+    monkeypatch.setattr(roofline, "product_seconds", one_block)
+    assert roofline.aggregator(8, 64, 1536)["of_floor"] < 0.4
+
+
+def step_bytes(roofline, targets, K, shared):
+    """Bytes of a decoding step of a 1.8B shape with P = 8, to those with P = 1, counted from the launches."""
+    weights, layers, P, H = 3.61e9, 36, 8, 1536
+    attention = layers * roofline.decode(P, 1, K, shared=shared)["moved"]
+    tensors = [targets.empty(*size) for size in ((P, 1, H), (H, H * P), (H,), (P, H), (P,))]
+    with targets.recorded("sm_90") as launches:
+        fused("aggregator").forward(*tensors, 0.1, False)
+    return (weights + attention + sum(map(roofline.moved, launches))) / (weights + 27_648 * K)
+
+
+@pytest.mark.parametrize("K", [512, 1024, 1640, 4096, 8192, 16384])
+def test_bytes_of_a_step_with_shared_keys(benchmark, K):
+    """One cache for all streams: what must move is 1.013 times the plain backbone's at any length, and 5 per cent."""
+    roofline, targets = benchmark("roofline"), benchmark("compile_targets")
+    assert 1.01 <= step_bytes(roofline, targets, K, shared=True) <= 1.05 * 1.013
+
+
+@pytest.mark.parametrize(("K", "ratio"), [(512, 1.041), (1024, 1.068), (1640, 1.100), (4096, 1.226), (8192, 1.426)])
+def test_bytes_of_a_decoding_step(benchmark, K, ratio):
+    """Of a 1.8B shape with P = 8, counted from the launches, to those with P = 1: what must move, and 5 per cent."""
+    roofline, targets = benchmark("roofline"), benchmark("compile_targets")
+    assert ratio * 0.99 <= step_bytes(roofline, targets, K, shared=False) <= 1.05 * ratio
