@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from parscale.attention.masks import last_queries_of_mask, rows_of_mask, visible_lengths_once
-from parscale.compat.arguments import LAYER_CACHES
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
 from parscale.kernels.shared_attention import fits_fused
 from parscale.streams.calls import Call
@@ -122,7 +121,7 @@ class SharedLayers:
             return None
         names = self.parameters[type(module)][: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
-        name = next((name for name in LAYER_CACHES if arguments.get(name) is not None), None)
+        name = next((name for name, value in arguments.items() if isinstance(value, Cache)), None)
         if name is None:
             return None
         arguments[name] = SharedCache(arguments[name], self.streams.num_streams)

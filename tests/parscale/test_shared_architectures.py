@@ -51,7 +51,6 @@ def test_a_cache_two_passes_and_none(name, zoo):
     ("name", "reason"),
     [
         ("DeepseekV32ForCausalLM", "its cache holds an index of keys"),
-        ("DogeForCausalLM", "does not run with kv='shared'"),  # hides keys by their values
         ("MllamaForCausalLM", "layers without keys of the text"),
     ],
 )
