@@ -74,7 +74,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    texts = quickstart_texts()
+    texts = quickstart_texts(3500, 1000)
     training = list(texts.train) + (articles(args.prose) if args.prose else [])
     measured: dict[str, Sequence[Document]] = {CODE: texts.measured[CODE]}
     if args.held_out_prose:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from parscale.checkpoints.evaluation.places import MIDDLE
+
 Report = Mapping[str, Any]
+# What streams have to beat, by what of the model trains beside them.
+CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print what was measured, in figures and in words, and what each model wrote."""
-    for text in next(iter(report["models"].values()))["loss"]:
-        console.print(loss_table(report, text))
+    for text, places in next(iter(report["models"].values()))["loss"].items():
+        for where in places:
+            console.print(loss_table(report, text, where))
     for sentence in sentences(report):
         console.print(f"* {sentence}", highlight=False)
     for figures in report["models"].values():
@@ -32,37 +36,53 @@ def print_report(report: Report, console: Console) -> None:
     )
 
 
-def loss_table(report: Report, text: str) -> Table:
-    """Each model's loss on one kind of text, and its difference from the first model with its interval."""
+def loss_table(report: Report, text: str, where: str) -> Table:
+    """Each model's loss at one place of one kind of text, and its difference from the first model with its interval."""
     baseline = next(iter(report["models"]))
     differences = {
-        comparison["model"]: comparison
-        for comparison in report["comparisons"]
-        if comparison["baseline"] == baseline and comparison["text"] == text
+        entry["arm"]: entry
+        for entry in report["comparisons"]
+        if (entry["baseline"], entry["text"], entry["where"]) == (baseline, text, where)
     }
     documents = next(iter(differences.values()))["documents"]
-    table = Table(title=f"{text}, {documents} documents: mean loss in nats per token")
+    table = Table(title=f"{where} of {text}, {documents} documents: mean loss in nats per token")
     for column in ("", "trains", "loss", "difference (95 % interval)"):
         table.add_column(column, justify="right" if column else "left")
     for name, figures in report["models"].items():
-        difference = differences.get(name)
         table.add_row(
             figures["title"],
             f"{figures['trained_parameters']:,}",
-            f"{figures['loss'][text]:.4f}",
-            "{difference:+.4f} ({low:+.4f}, {high:+.4f})".format(**difference) if difference else "",
+            f"{figures['loss'][text][where]:.4f}",
+            _interval(differences[name]) if name in differences else "",
         )
     return table
 
 
 def sentences(report: Report) -> list[str]:
-    """The comparisons in words, which say that there is no gain where an interval does not show one."""
+    """The comparisons of streams with their controls in words, and whether they gain.
+
+    Streams gain on a text if, in the middles of its documents, they are better than the backbone trained alone and
+    than one trained prefix, by intervals that exclude zero. A run has one seed, so it can deny a gain, not prove it.
+    """
     result = []
-    for (model, baseline), comparisons in groupby(report["comparisons"], lambda c: (c["model"], c["baseline"])):
-        titles = [report["models"][name]["title"] for name in (model, baseline)]
-        findings = "; ".join(f"{comparison['text']}: {_finding(comparison)}" for comparison in comparisons)
-        result.append(f"{titles[0]}, against {titles[1]}: {findings}.")
+    for arm, controls in CONTROLS.items():
+        entries = {
+            (entry["text"], entry["baseline"]): entry
+            for entry in report["comparisons"]
+            if (entry["arm"], entry["where"]) == (arm, MIDDLE)
+        }
+        for text in dict.fromkeys(text for text, _ in entries):
+            held = [entries[text, baseline] for baseline in controls]
+            found = "; ".join(f"{report['models'][e['baseline']]['title']}: {_interval(e)}" for e in held)
+            gains = all(entry["high"] < 0 for entry in held)
+            verdict = "a gain with this seed" if gains else "no gain"
+            title = report["models"][arm]["title"]
+            result.append(f"{title}, in the middle of {text}: {verdict}. Difference to {found}.")
     return result
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    return "{difference:+.4f} ({low:+.4f}, {high:+.4f})".format(**entry)
 
 
 def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -87,23 +107,15 @@ def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: P
     left.legend()
 
     labels = []
-    for position, comparison in enumerate(reversed(report["comparisons"])):
-        mean, low, high = (comparison[key] for key in ("difference", "low", "high"))
+    entries = [entry for entry in report["comparisons"] if entry["baseline"] in CONTROLS.get(entry["arm"], ())]
+    for position, entry in enumerate(reversed(entries)):
+        mean, low, high = (entry[key] for key in ("difference", "low", "high"))
         color = "tab:green" if high < 0 else "tab:red" if low > 0 else "tab:gray"
         right.errorbar(mean, position, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color=color)
-        titles = [report["models"][comparison[key]]["title"] for key in ("model", "baseline")]
-        labels.append(f"{comparison['text']}: {titles[0]}\nagainst {titles[1]}")
+        titles = [report["models"][entry[key]]["title"] for key in ("arm", "baseline")]
+        labels.append(f"{entry['where']} of {entry['text']}: {titles[0]}\nagainst {titles[1]}")
     right.locator_params(axis="x", nbins=5)
     right.axvline(0, color="black", linewidth=0.8)
     right.set_yticks(range(len(labels)), labels, fontsize=7)
     right.set(title="Difference in loss by document, 95 % interval", xlabel="nats per token; left of 0 is better")
     figure.savefig(path, dpi=150)
-
-
-def _finding(comparison: Mapping[str, Any]) -> str:
-    count = f"better on {comparison['improved']} of {comparison['documents']} documents"
-    if comparison["high"] < 0:
-        return f"a gain of {-comparison['difference']:.4f}, {count}"
-    if comparison["low"] > 0:
-        return f"no gain: worse by {comparison['difference']:.4f}, {count}"
-    return f"no gain: {comparison['difference']:+.4f} is within chance, {count}"

@@ -1,4 +1,4 @@
-"""The main job on what is at hand: a small trained model is converted, post-trained on real text, compared, tried.
+"""The main job on what is at hand: a small model gets streams, is post-trained on real text, and held against controls.
 
 Nothing is downloaded. The text is the source of the running Python's standard library, of which 5 % of the files are
 held out; pydoc's copy of the language reference is text of another kind, which no model here was trained on.
@@ -20,10 +20,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale import ParScaleConfig, wrap
+from parscale import ParScaleConfig
 from parscale.checkpoints.conversion.convert import calibration_ids
-from parscale.checkpoints.evaluation.comparison import compare
-from parscale.checkpoints.evaluation.text_loss import Evaluation, evaluate
+from parscale.checkpoints.evaluation.controls import ARMS, HELD_AGAINST, NOTHING, STREAMS, hold_against, prepare_arm
+from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.checkpoints.evaluation.text_loss import Evaluation
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.quickstart.report import plot, print_report
 from parscale.checkpoints.small_model import small_model_path
@@ -45,15 +46,11 @@ CODE = "held-out code"
 """What the quickstart calls its files of code that no model saw."""
 PROSE = "prose"
 """What it calls its prose."""
-UNTOUCHED, FROZEN, EVERYTHING, ALONE = "untouched", "frozen", "everything", "alone"
-TITLES = {
-    UNTOUCHED: "untouched backbone",
-    FROZEN: "streams, backbone frozen",
-    EVERYTHING: "streams and backbone",
-    ALONE: "backbone alone, trained",
-}
-# What is held against what: each row against the untouched backbone, and streams against mere further training.
-PAIRS = ((FROZEN, UNTOUCHED), (EVERYTHING, UNTOUCHED), (ALONE, UNTOUCHED), (EVERYTHING, ALONE))
+FROZEN, BOTH = "frozen", "streams-and-backbone"  # the two arms with streams, whose models are kept
+SHOWN = ("untouched", "alone", "prefix", "prefix-and-backbone", FROZEN, BOTH)
+TRAINED = {arm.name: arm for arm in ARMS if arm.name in SHOWN and arm.trains != NOTHING}
+TITLES = {arm.name: arm.title for arm in ARMS if arm.name in SHOWN}
+UNTOUCHED = SHOWN[0]
 
 
 @dataclass(frozen=True)
@@ -71,22 +68,20 @@ class QuickstartSettings:
         window: tokens in a window of the evaluation; the small model was pretrained at this length.
         streams_learning_rate: of prefixes and aggregator.
         backbone_learning_rate: of everything else.
-        code_characters: from each held-out file's beginning, how many are measured.
-        prose_characters: the same of each topic.
+        middles: windows that are measured of each document's middle, at most.
         new_tokens: how many each model writes.
     """
 
     num_streams: int = 4
     prefix_length: int = 48
-    tokens: int = 250_000
+    tokens: int = 150_000
     seconds: float = 120.0
     sequence_length: int = 256
     batch_size: int = 4
     window: int = 512
     streams_learning_rate: float = 3e-2
     backbone_learning_rate: float = 3e-5
-    code_characters: int = 3500
-    prose_characters: int = 1000
+    middles: int = 4
     new_tokens: int = 80
 
 
@@ -108,13 +103,13 @@ class Row:
     """One model.
 
     Attributes:
-        losses: by kind of text.
+        losses: by kind of text, and by place in it, `"beginning"` or `"middle"`.
         written: what it wrote.
         training: the report of its training; None for the untouched backbone.
         training_losses: of each step.
     """
 
-    losses: Mapping[str, Evaluation]
+    losses: Mapping[str, Mapping[str, Evaluation]]
     written: str
     training: Mapping[str, Any] | None = None
     training_losses: Sequence[float] = ()
@@ -129,11 +124,14 @@ def run_quickstart(
     texts: QuickstartTexts | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Convert the small model, post-train it in two ways, compare both with the backbone, and write code.
+    """Give the small model streams, post-train it with its backbone frozen and not, and hold both against controls.
+
+    The controls are the untouched backbone, the backbone trained alone, and one trained prefix with its backbone frozen
+    and not: after the same tokens, with the same context in front, at the beginnings and in the middles of documents.
 
     Args:
         output: the folder to write, new or empty; it appears only when it is whole. It gets the two post-trained models
-            in `frozen` and `everything`, for `parscale.load`, and `report.json` and `report.png`.
+            in `frozen` and `streams-and-backbone`, for `parscale.load`, and `report.json` and `report.png`.
         seed: of the draws and of the order of the text.
         settings: the sizes.
         model_path: another model than the one that the package carries.
@@ -141,8 +139,8 @@ def run_quickstart(
         console: where progress and the table are shown; by default on standard output.
 
     Returns:
-        The report, which can be written as JSON: what each model measured and wrote, the paired differences, the
-        settings and versions, and the seconds it all took.
+        The report, which can be written as JSON: what each model measured and wrote, under `"comparisons"` the paired
+        differences as `hold_against` gives them, the settings and versions, and the seconds it all took.
 
     Raises:
         ValueError: `output` holds something, or there is too little text.
@@ -156,7 +154,7 @@ def run_quickstart(
         backbone: Any = read_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
         if torch.cuda.is_available():
             backbone.to("cuda")
-        texts = texts or quickstart_texts(settings.code_characters, settings.prose_characters)
+        texts = texts or quickstart_texts()
         console.print(
             f"A {type(backbone).__name__} of {backbone.num_parameters():,} parameters gets P = {settings.num_streams} "
             f"streams. It trains on {len(texts.train)} files, and is measured on {len(texts.measured[CODE])} others."
@@ -165,12 +163,7 @@ def run_quickstart(
         rows = _rows(backbone, tokenizer, texts, settings, seed, bf16, folder, console)
         report = {
             "models": {name: _figures(name, row) for name, row in rows.items()},
-            "comparisons": [
-                {"model": model, "baseline": baseline, "text": kind}
-                | asdict(compare(rows[model].losses[kind], rows[baseline].losses[kind]))
-                for model, baseline in PAIRS
-                for kind in texts.measured
-            ],
+            "comparisons": _comparisons(rows, list(texts.measured)),
             "settings": asdict(settings) | {"seed": seed, "training_dtype": "bfloat16" if bf16 else "float32"},
             "prompt": PROMPT,
             "versions": versions(),
@@ -184,12 +177,12 @@ def run_quickstart(
     return report
 
 
-def quickstart_texts(code_characters: int = 3500, prose_characters: int = 1000) -> QuickstartTexts:
+def quickstart_texts(code_characters: int | None = None, prose_characters: int | None = None) -> QuickstartTexts:
     """The standard library's files, and pydoc's topics as prose.
 
     Args:
-        code_characters: of each held-out file, how many are measured at most.
-        prose_characters: of each topic.
+        code_characters: of each held-out file, how many are measured at most; by default all.
+        prose_characters: the same of each topic.
 
     Returns:
         What to train on and what to measure on.
@@ -224,54 +217,54 @@ def _rows(
     folder: Path,
     console: Console,
 ) -> dict[str, Row]:
-    """Train and measure the four models, and save the two with streams."""
+    """Train and measure all arms, and save the two with streams."""
 
     def row(
         model: PreTrainedModel, training: Mapping[str, Any] | None = None, training_losses: Sequence[float] = ()
     ) -> Row:
         losses = {
-            kind: evaluate(model, tokenizer, documents, sequence_length=settings.window)
+            kind: evaluate_places(
+                model, tokenizer, documents, sequence_length=settings.window, middles=settings.middles
+            )
             for kind, documents in texts.measured.items()
         }
         return Row(losses, write(model, tokenizer, settings.new_tokens), training, training_losses)
 
+    P, T = settings.num_streams, settings.prefix_length
+    calibration = calibration_ids(texts.train, tokenizer, P, T, vocabulary=vocabulary_of(backbone))
+    config = ParScaleConfig(P, T, seed=seed)
+    starts = {name: prepare_arm(arm, copy.deepcopy(backbone), config, calibration) for name, arm in TRAINED.items()}
+    tokens = _affordable_tokens(starts[BOTH], tokenizer, texts, settings, bf16)
     rows = {UNTOUCHED: row(backbone)}
-    wrapped = _wrapped(backbone, tokenizer, texts, settings, seed)
-    tokens = _affordable_tokens(wrapped, tokenizer, texts, settings, bf16)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        for name, model in (("plain", backbone), ("converted", wrapped)):
-            model.save_pretrained(work / name)
-            tokenizer.save_pretrained(work / name)
-        for name in (FROZEN, EVERYTHING, ALONE):
-            console.print(f"training: {TITLES[name]}", highlight=False)
-            training = train(
-                str(work / ("plain" if name == ALONE else "converted")),
-                work / name,
-                _train_settings(name, texts, settings, tokens, bf16, seed),
-                console=console,
-            )
+        for name, arm in TRAINED.items():
+            start = work / f"{name}-start"
+            starts[name].save_pretrained(start)
+            tokenizer.save_pretrained(start)
+            console.print(f"training: {arm.title}", highlight=False)
+            wanted = _train_settings(texts, settings, tokens, bf16, seed, frozen=arm.trains == STREAMS)
+            training = train(str(start), work / name, wanted, console=console)
             console.print(f"{training['tokens']:,} tokens in {_seconds(training):.0f} seconds", highlight=False)
             model = load_any(str(work / name)).to(backbone.device)
             losses = [line["loss"] for line in Run(work / name).metrics() if "loss" in line]
             rows[name] = row(model, training, losses)
-            if name != ALONE:
+            if arm.streams:
                 model.save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
     return rows
 
 
-def _wrapped(
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: QuickstartTexts,
-    settings: QuickstartSettings,
-    seed: int,
-) -> Any:
-    """A copy of the backbone with streams, which start from the training text."""
-    P, T = settings.num_streams, settings.prefix_length
-    calibration = calibration_ids(texts.train, tokenizer, P, T, vocabulary=vocabulary_of(backbone))
-    return wrap(copy.deepcopy(backbone), ParScaleConfig(P, T, seed=seed), calibration=calibration)
+def _comparisons(rows: Mapping[str, Row], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Each arm against its controls, by text and place."""
+    entries = []
+    for name, row in rows.items():
+        for baseline in HELD_AGAINST.get(name, ()):
+            for text in texts if baseline in rows else ():
+                measured = {arm: [rows[arm].losses[text]] for arm in (name, baseline)}
+                tokens = row.training["tokens"] if row.training else 0
+                entries += hold_against(name, baseline, text, measured, tokens)
+    return entries
 
 
 def _affordable_tokens(
@@ -294,7 +287,7 @@ def _affordable_tokens(
 
 
 def _train_settings(
-    name: str, texts: QuickstartTexts, settings: QuickstartSettings, tokens: int, bf16: bool, seed: int
+    texts: QuickstartTexts, settings: QuickstartSettings, tokens: int, bf16: bool, seed: int, *, frozen: bool
 ) -> TrainSettings:
     return TrainSettings(
         data=[Source.of("the training files", texts.train)],
@@ -305,7 +298,7 @@ def _train_settings(
         learning_rate=settings.backbone_learning_rate,
         warmup=0.05,  # so short a run does not stay at its peak
         decay=0.95,
-        freeze_backbone=name == FROZEN,
+        freeze_backbone=frozen,
         bf16=bf16,
         save_every=tokens,  # at the end only
         seed=seed,
@@ -324,8 +317,11 @@ def _figures(name: str, row: Row) -> dict[str, Any]:
         "trained_tokens": row.training["tokens"] if row.training else 0,
         "training_seconds": round(_seconds(row.training), 1) if row.training else 0.0,
         "loss": {
-            kind: fmean(document.loss for document in evaluation.documents) for kind, evaluation in row.losses.items()
+            kind: {where: fmean(document.loss for document in found.documents) for where, found in places.items()}
+            for kind, places in row.losses.items()
         },
-        "measured_tokens": {kind: evaluation.tokens for kind, evaluation in row.losses.items()},
+        "measured_tokens": {
+            kind: {where: found.tokens for where, found in places.items()} for kind, places in row.losses.items()
+        },
         "written": row.written,
     }

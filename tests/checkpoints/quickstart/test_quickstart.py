@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from parscale import load
-from parscale.checkpoints.evaluation.text_loss import evaluate
+from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.quickstart import run as quickstart
 from parscale.checkpoints.quickstart.report import sentences
-from parscale.checkpoints.quickstart.run import CODE, PROSE, QuickstartSettings, QuickstartTexts, run_quickstart
+from parscale.checkpoints.quickstart.run import CODE, PROSE, SHOWN, QuickstartSettings, QuickstartTexts, run_quickstart
 
 SETTINGS = QuickstartSettings(
     num_streams=3,
@@ -22,12 +23,13 @@ SETTINGS = QuickstartSettings(
     tokens=6 * 4 * 16,
     sequence_length=16,
     window=32,
+    middles=2,
     new_tokens=6,
 )
 TEXTS = QuickstartTexts(
     train=[(f"train{n}.py", f"def f{n}(x):\n    return x + {n}\n" * 5) for n in range(12)],
     measured={
-        CODE: [(f"{n}.py", f"def g{n}(y):\n    return y * {n}\n") for n in range(5)],
+        CODE: [(f"{n}.py", f"def g{n}(y):\n    return y * {n}\n" * 4) for n in range(5)],
         PROSE: [(f"topic{n}", f"The {n}th sentence is about nothing.") for n in range(4)],
     },
 )
@@ -66,27 +68,33 @@ def finished(backbone, tmp_path_factory):
 
 def test_leaves_two_models_the_report_and_the_plot(finished):
     output, report, _ = finished
-    assert sorted(path.name for path in output.iterdir()) == ["everything", "frozen", "report.json", "report.png"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "frozen",
+        "report.json",
+        "report.png",
+        "streams-and-backbone",
+    ]
     assert json.loads((output / "report.json").read_text()) == report
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in output.parent.iterdir()) == ["output"]
 
 
-@pytest.mark.parametrize("name", ["frozen", "everything"])
+@pytest.mark.parametrize("name", ["frozen", "streams-and-backbone"])
 def test_losses_are_those_of_the_saved_models(finished, name):
     output, report, _ = finished
     model, tokenizer = load(output / name), AutoTokenizer.from_pretrained(output / name)
     assert model.num_streams == 3
     for kind, documents in TEXTS.measured.items():
-        measured = evaluate(model, tokenizer, documents, sequence_length=32)
-        mean = sum(document.loss for document in measured.documents) / len(documents)
-        assert report["models"][name]["loss"][kind] == pytest.approx(mean, abs=1e-6)
+        measured = evaluate_places(model, tokenizer, documents, sequence_length=32, middles=2)
+        assert list(measured) == (["beginning", "middle"] if kind == CODE else ["beginning"])  # topics are too short
+        means = {where: fmean(document.loss for document in found.documents) for where, found in measured.items()}
+        assert report["models"][name]["loss"][kind] == pytest.approx(means, abs=1e-6)
 
 
 def test_only_the_streams_of_the_frozen_row_have_moved(finished, backbone):
     output, report, _ = finished
     before = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).state_dict()
-    frozen, everything = load(output / "frozen").state_dict(), load(output / "everything").state_dict()
+    frozen, everything = (load(output / name).state_dict() for name in ("frozen", "streams-and-backbone"))
     assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
     assert not any(torch.equal(everything[name], tensor) for name, tensor in before.items())
     streams = {name: tensor for name, tensor in frozen.items() if name not in before}
@@ -99,12 +107,17 @@ def test_only_the_streams_of_the_frozen_row_have_moved(finished, backbone):
 def test_rows_train_on_the_same_number_of_tokens(finished):
     _, report, _ = finished
     tokens = {name: figures["trained_tokens"] for name, figures in report["models"].items()}
-    assert tokens == {
-        "untouched": 0,
-        "frozen": SETTINGS.tokens,
-        "everything": SETTINGS.tokens,
-        "alone": SETTINGS.tokens,
-    }
+    assert tokens == dict.fromkeys(SHOWN, SETTINGS.tokens) | {"untouched": 0}
+
+
+def test_one_prefix_trains_half_of_two_streams_that_stay_equal(finished):
+    """It is trained as two equal streams; what the table counts is what trains."""
+    _, report, _ = finished
+    trained = {name: figures["trained_parameters"] for name, figures in report["models"].items()}
+    layers, heads, T, size, H = 2, 2, 5, 8, 32
+    prefixes, aggregator = layers * 2 * 2 * heads * T * size, 2 * H * H + H + H * 2 + 2  # of P = 2
+    assert trained["prefix"] == prefixes + aggregator
+    assert trained["prefix-and-backbone"] == trained["prefix"] + trained["alone"]
 
 
 def test_a_slow_machine_trains_all_rows_on_fewer_tokens(backbone, tmp_path, monkeypatch):
@@ -118,65 +131,84 @@ def test_a_slow_machine_trains_all_rows_on_fewer_tokens(backbone, tmp_path, monk
         console=Console(file=io.StringIO()),
     )
     tokens = {name: figures["trained_tokens"] for name, figures in report["models"].items()}
-    assert tokens == {"untouched": 0, "frozen": 3 * 4 * 16, "everything": 3 * 4 * 16, "alone": 3 * 4 * 16}
+    assert tokens == dict.fromkeys(SHOWN, 3 * 4 * 16) | {"untouched": 0}
 
 
 def test_where_there_is_no_terminal_progress_is_printed(finished):
     _, _, printed = finished
-    assert printed.count("step 3 of 6  loss ") == 3
+    assert printed.count("step 3 of 6  loss ") == 5
 
 
-def test_comparisons_pair_the_losses_by_document(finished, backbone):
+@pytest.mark.parametrize("where", ["beginning", "middle"])
+def test_comparisons_pair_the_losses_by_document(finished, backbone, where):
     output, report, _ = finished
     tokenizer = AutoTokenizer.from_pretrained(backbone)
+    models = (load(output / "frozen"), AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32))
     losses = [
-        [document.loss for document in evaluate(model, tokenizer, TEXTS.measured[CODE], sequence_length=32).documents]
-        for model in (
-            load(output / "everything"),
-            AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32),
+        [document.loss for document in measured[where].documents]
+        for measured in (
+            evaluate_places(model, tokenizer, TEXTS.measured[CODE], sequence_length=32, middles=2) for model in models
         )
     ]
     differences = [new - old for new, old in zip(*losses, strict=True)]
     (entry,) = [
         entry
         for entry in report["comparisons"]
-        if (entry["model"], entry["baseline"], entry["text"]) == ("everything", "untouched", CODE)
+        if (entry["arm"], entry["baseline"], entry["text"], entry["where"]) == ("frozen", "untouched", CODE, where)
     ]
-    mean = sum(differences) / 5
-    error = math.sqrt(sum((difference - mean) ** 2 for difference in differences) / 4 / 5)
-    assert entry["difference"] == pytest.approx(mean, abs=1e-6)
-    assert entry["high"] - entry["difference"] == pytest.approx(2.776445 * error, rel=1e-4)  # t table: 4 degrees, 95 %
-    assert entry["improved"] == sum(difference < 0 for difference in differences)
+    assert (entry["seeds"], entry["documents"], entry["tokens"]) == (1, 5, SETTINGS.tokens)
+    assert entry["difference"] == pytest.approx(fmean(differences), abs=1e-6)
+    half = 2.776445 * stdev(differences) / math.sqrt(5)  # t table: 4 degrees, 95 %
+    assert entry["high"] - entry["difference"] == pytest.approx(half, rel=1e-4)
+
+
+def test_streams_are_held_against_every_control(finished):
+    _, report, _ = finished
+    pairs = {(entry["arm"], entry["baseline"]) for entry in report["comparisons"]}
+    assert {("frozen", "alone"), ("frozen", "prefix"), ("frozen", "untouched")} <= pairs
+    assert {("streams-and-backbone", "alone"), ("streams-and-backbone", "prefix-and-backbone")} <= pairs
 
 
 def test_the_table_and_the_sentences_say_what_the_report_says(finished):
     _, report, printed = finished
+    words = " ".join(printed.split())
     for figures in report["models"].values():
         assert figures["title"] in printed
-        assert all(f"{loss:.4f}" in printed for loss in figures["loss"].values())
+        assert all(f"{loss:.4f}" in printed for places in figures["loss"].values() for loss in places.values())
         assert f"{figures['trained_parameters']:,}" in printed
         assert figures["written"].splitlines()[0] in printed
     for entry in report["comparisons"]:
         if entry["baseline"] == "untouched":
             assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in printed
-    assert " ".join(sentences(report)[0].split()) in " ".join(printed.split())
+    assert len(sentences(report)) == 2  # two arms with streams; only code is long enough for a middle
+    assert all(" ".join(sentence.split()) in words for sentence in sentences(report))
+
+
+BETTER, WORSE, UNCLEAR = (-0.3, -0.1), (0.1, 0.3), (-0.1, 0.3)
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("alone", "prefix", "verdict"),
     [
-        (-0.3, -0.1, "CODE: a gain of 0.2000, better on 3 of 5 documents"),
-        (0.1, 0.3, "CODE: no gain: worse by 0.2000, better on 3 of 5 documents"),
-        (-0.1, 0.3, "CODE: no gain: +0.1000 is within chance, better on 3 of 5 documents"),
+        (BETTER, BETTER, "a gain with this seed"),
+        (BETTER, UNCLEAR, "no gain"),
+        (UNCLEAR, BETTER, "no gain"),
+        (WORSE, BETTER, "no gain"),
     ],
 )
-def test_sentences_claim_a_gain_only_when_the_interval_shows_one(low, high, words):
-    entry = {"model": "a", "baseline": "b", "text": "CODE", "documents": 5, "improved": 3}
+def test_a_gain_beats_the_backbone_alone_and_one_prefix_in_the_middle(alone, prefix, verdict):
+    def entry(baseline, where, low, high):
+        names = {"arm": "frozen", "baseline": baseline, "text": "CODE", "where": where}
+        return names | {"difference": (low + high) / 2, "low": low, "high": high}
+
+    held = {"alone": alone, "prefix": prefix}
     report = {
-        "models": {"a": {"title": "this"}, "b": {"title": "that"}},
-        "comparisons": [entry | {"difference": (low + high) / 2, "low": low, "high": high}],
+        "models": {name: {"title": name} for name in ("frozen", *held)},
+        "comparisons": [entry(name, "middle", *interval) for name, interval in held.items()]
+        + [entry(name, "beginning", -9.0, -8.0) for name in held],  # does not count
     }
-    assert sentences(report) == [f"this, against that: {words}."]
+    (sentence,) = sentences(report)
+    assert sentence.startswith(f"frozen, in the middle of CODE: {verdict}. Difference to alone: ")
 
 
 def test_the_same_seed_gives_the_same_figures(finished, backbone, tmp_path):
@@ -226,3 +258,5 @@ def test_standard_texts_are_cut_and_disjoint():
     assert len(texts.measured[CODE]) > 20
     assert len(texts.measured[PROSE]) > 50
     assert all(0 < len(text) <= 100 for documents in texts.measured.values() for _, text in documents)
+    whole = quickstart.quickstart_texts()
+    assert max(len(text) for _, text in whole.measured[CODE]) > 50_000
