@@ -58,7 +58,7 @@ def read_sass(cubin: bytes) -> dict[str, Any]:
     """Figures of the code for an NVIDIA GPU.
 
     The main loop is the longest that multiplies matrices, or the longest that loads, if none does; the whole code, if
-    no loop loads. ``load_bits`` counts its loads from global memory by width, and ``local_in_loop`` accesses to local
+    no loop loads. `load_bits` counts its loads from global memory by width, and `local_in_loop` accesses to local
     memory, where registers are spilled.
     """
     code = disassemble(cubin)

@@ -1,12 +1,12 @@
-"""Every model class of every ``AutoModelFor...`` of transformers, built tiny: it takes streams, or is refused cleanly.
+"""Every model class of every `AutoModelFor...` of transformers, built tiny: it takes streams, or is refused cleanly.
 
     python benchmarks/classes.py --output docs/classes.md --jobs 2
 
 writes the page, and the same for programs beside the other results.
 
 A class that takes streams returns what the plain model returns, in the same shapes, with a loss where the plain one has
-a loss, and the plain model's numbers to the last bit after ``unwrap``. One that is refused raises
-``parscale.UnsupportedModelError``, and the model is afterwards what it was. ``support.py`` holds the causal language
+a loss, and the plain model's numbers to the last bit after `unwrap`. One that is refused raises
+`parscale.UnsupportedModelError`, and the model is afterwards what it was. `support.py` holds the causal language
 models to more.
 """
 
@@ -74,7 +74,7 @@ def build(name: str) -> Any:
     """A tiny random model of a class, in eval mode; the same weights each time.
 
     Raises:
-        Exception: whatever transformers does with the small configuration, or a ``ValueError`` for one that is large.
+        Exception: whatever transformers does with the small configuration, or a `ValueError` for one that is large.
     """
     cls = getattr(transformers, name)
     config = tiny_models.tiny_config(cls.config_class, 6, tiny_models.SPECIAL.get(name, {}))
@@ -259,7 +259,7 @@ def results(verdicts: dict[str, Verdict]) -> dict[str, Any]:
 
 
 def page(found: dict[str, Any]) -> str:
-    """The counts in Markdown, and the reasons of refusals, from :func:`results`."""
+    """The counts in Markdown, and the reasons of refusals, from `results`."""
     by_version = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     verdicts = [verdict for verdict in (TAKES, REFUSED, BROKEN, NOT_BUILT, NO_INPUT) if verdict in found["counts"]]
     lines = [

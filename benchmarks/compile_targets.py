@@ -148,7 +148,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Launch]]:
-    """Launches are noted and not run; the host functions think that they are on ``target``."""
+    """Launches are noted and not run; the host functions think that they are on `target`."""
     launches: list[Launch] = []
 
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:

@@ -105,7 +105,7 @@ def aggregator_tensors(bench: Bench, P: int, N: int, H: int, dtype: torch.dtype)
 
 
 def prefill_tensors(bench: Bench, S: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    """Query, key and value ``(P*B, heads or G, S, D)`` of a projection, and both prefixes ``(P, G, 48, D)``."""
+    """Query, key and value `(P*B, heads or G, S, D)` of a projection, and both prefixes `(P, G, 48, D)`."""
     P, B, heads, G, D = 4, 2, 16, 2, bench.size(96, 8)
     states = [randn(bench, P * B, S, n, D, dtype=dtype).transpose(1, 2) for n in (heads, G, G)]
     bias = key_bias(bench, G, D, dtype)

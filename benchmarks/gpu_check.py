@@ -9,7 +9,7 @@ Each figure is written as it comes, so that a run that is cut short leaves those
 
 A floor is the larger of two times: the bytes that must move, each input read and each output written once, at the
 measured bandwidth of a copy; and the operations, two for each multiplication with its addition, at the measured rate of
-a large bfloat16 product. ``of_floor`` is the floor's time over the measured one.
+a large bfloat16 product. `of_floor` is the floor's time over the measured one.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def causal_without_prefix(query: torch.Tensor, key: torch.Tensor, value: torch.T
 
 
 def backward(bench: Bench) -> None:
-    """Forward and backward of ``aggregate``, aggregator and prefill attention, in bfloat16, captured."""
+    """Forward and backward of `aggregate`, aggregator and prefill attention, in bfloat16, captured."""
     P, N, H = 8, bench.size(4096, 8), bench.size(1536, 32)
     tensors = [t.requires_grad_() for t in aggregator_tensors(bench, P, N, H, torch.bfloat16)]
     logits, gradient = randn(bench, N, P).requires_grad_(), randn(bench, N, H)
@@ -244,7 +244,7 @@ def own_decode(module: Any, query: Any, key: Any, value: Any, attention_mask: An
 
 
 def captured_step(bench: Bench, model: Any, length: int, is_compiled: bool) -> Call:
-    """One decoding step after ``length`` tokens with a static cache, as a CUDA graph."""
+    """One decoding step after `length` tokens with a static cache, as a CUDA graph."""
     # every replay appends a token: room for those that warm up and those that are timed
     cache = transformers.StaticCache(config=model.config, max_cache_len=length + 128)
     ids = torch.randint(0, 64, (1, length), device=bench.device)
@@ -280,7 +280,7 @@ def decoding(bench: Bench) -> None:
 
 @torch.no_grad()
 def compiled_decoding(bench: Bench) -> None:
-    """The compiled step and the whole of ``generate``, P = 1 and 8, and the step of the released code."""
+    """The compiled step and the whole of `generate`, P = 1 and 8, and the step of the released code."""
     length, tokens = bench.size(512, 8), bench.size(64, 4)
     first: dict[str, float] = {}
     for P in (1, 8):

@@ -76,8 +76,8 @@ class Direct:
 class Reparametrised:
     """Prefixes are functions of other parameters, which are trained in their place; nothing of it is left afterwards.
 
-    ``"scale"``: start + scale * change, with a scale for each layer and head that starts as its start's deviation.
-    ``"mlp"``: start + the output of a two-layer perceptron on a vector for each stream and token, trained at a tenth of
+    `"scale"`: start + scale * change, with a scale for each layer and head that starts as its start's deviation.
+    `"mlp"`: start + the output of a two-layer perceptron on a vector for each stream and token, trained at a tenth of
     the learning rate.
     """
 
@@ -128,8 +128,8 @@ def likeness(kind: str, hidden: torch.Tensor, model: Any, labels: torch.Tensor) 
     the correlation over tokens of their losses.
 
     Args:
-        hidden: the streams' final hidden states ``(P*B, S, H)``.
-        labels: ``(B, S)``.
+        hidden: the streams' final hidden states `(P*B, S, H)`.
+        labels: `(B, S)`.
     """
     streams = hidden.unflatten(0, (P, -1)).float()  # (P, B, S, H)
     first, second = torch.triu_indices(P, P, offset=1)
@@ -210,7 +210,7 @@ def stays_below(curve: list[list[float]]) -> float | None:
 
 
 def interval(differences: np.ndarray) -> str:
-    """Mean over documents and its 95 % interval, of differences ``(seeds, documents)`` in nats per token."""
+    """Mean over documents and its 95 % interval, of differences `(seeds, documents)` in nats per token."""
     by_document = differences.mean(0)
     half = student.ppf(0.975, len(by_document) - 1) * by_document.std(ddof=1) / len(by_document) ** 0.5
     return f"{by_document.mean():+.4f} ({by_document.mean() - half:+.4f}, {by_document.mean() + half:+.4f})"

@@ -4,7 +4,7 @@
     tar -xzf build/transformers-5.23.0.tar.gz -C build
     python benchmarks/mixins.py build/transformers-5.23.0
 
-needs ``pip install parameterized``. Each test of ``ModelTesterMixin`` (and of ``GenerationTesterMixin``, where the
+needs `pip install parameterized`. Each test of `ModelTesterMixin` (and of `GenerationTesterMixin`, where the
 source has it; a source distribution does not) runs twice: on a small random model as its class makes it, and on one
 that is wrapped as soon as it is made or loaded. The exit code is 1 if a test fails on the wrapped model alone and is
 not listed here with a reason.
@@ -198,7 +198,7 @@ class Wrapping:
 
 
 def _reader_of_streams(cls: type, path: Any) -> Any:
-    """What reads a folder of this class with streams; ``None`` for any other folder."""
+    """What reads a folder of this class with streams; `None` for any other folder."""
     config = None if path is None else Path(path, "config.json")
     names = json.loads(config.read_text()).get("architectures") if config is not None and config.exists() else None
     if not names or "ParScale" not in names[0] or names[0].replace("ParScale", "") != cls.__name__:
@@ -246,7 +246,7 @@ def case_of(family: Family, mixins: list[type]) -> type[unittest.TestCase]:
 
 
 def outcome_of(case: unittest.TestCase) -> str:
-    """``"passes"``, ``"skipped"`` or what went wrong, in one line."""
+    """`"passes"`, `"skipped"` or what went wrong, in one line."""
 
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError(f"more than {SECONDS} s")

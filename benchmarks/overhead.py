@@ -1,6 +1,6 @@
 """What streams cost beside the arithmetic of P rows: ratios to the plain backbone at batch P*B, in one run.
 
-The backbone's ``lm_head`` and loss run on B rows only, as ParScale's do. Prefill, decoding and training steps of both
+The backbone's `lm_head` and loss run on B rows only, as ParScale's do. Prefill, decoding and training steps of both
 models, with the same tensors, alternate in one process, and the fastest of each counts: whatever else a machine does
 only adds time, and the ratio at P = 1, where both do the same, shows what is left of it. Peak memory comes from one
 process for each model. The released code, where its folder is named, is held against the plain backbone likewise.
@@ -44,7 +44,7 @@ Step = Callable[[], Any]
 
 
 def build(kind: str, P: int, released: Path | None, device: str, shape: dict[str, Any] = SHAPE) -> Any:
-    """A Qwen2 model of ``shape``: ``"plain"``, ``"parscale"`` or ``"released"``."""
+    """A Qwen2 model of `shape`: `"plain"`, `"parscale"` or `"released"`."""
     torch.manual_seed(0)
     if kind == "released":
         assert released is not None
@@ -85,7 +85,7 @@ def prefill(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
 
 
 def decode(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
-    """One token after ``ids``; the cache grows with every call."""
+    """One token after `ids`; the cache grows with every call."""
     cache: Any = transformers.DynamicCache()
     with torch.inference_mode():
         if kind == "released":  # which makes its own
@@ -151,7 +151,7 @@ def peak_bytes(kind: str, P: int, B: int, S: int, released: Path | None, device:
 
 
 def _peak_resident() -> int:
-    """Peak resident bytes of this process (Linux; ``getrusage`` would count the parent's too)."""
+    """Peak resident bytes of this process (Linux; `getrusage` would count the parent's too)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

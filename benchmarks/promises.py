@@ -17,7 +17,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 import parscale
 
-TRANSFORMS = ("prefix", "prompt", "lora")  # what makes the streams differ: the values of wrap's argument ``transform``
+TRANSFORMS = ("prefix", "prompt", "lora")  # what makes the streams differ: the values of wrap's argument `transform`
 P, T, B = 3, 4, 2
 TEXT = 6  # tokens of a stream that starts as a text
 # How tokens come with a cache: so many at a time, and whether with their positions. A way counts in which the plain
@@ -44,11 +44,11 @@ class Verdict:
     """What was found for a class under one transform.
 
     Args:
-        verdict: ``"supported"``, ``"not"`` or ``"cannot be built"``.
+        verdict: `"supported"`, `"not"` or `"cannot be built"`.
         reason: why it is not.
         without: kinds of layers that have no prefix.
-        context: whether a stream that starts as a text is the backbone that reads the text: ``"exact"``,
-            ``"approximate"``, or ``"refused"``; with ``", without a warning"`` where wrap should have given one.
+        context: whether a stream that starts as a text is the backbone that reads the text: `"exact"`,
+            `"approximate"`, or `"refused"`; with `", without a warning"` where wrap should have given one.
         notes: what the plain backbone itself does not do.
     """
 
@@ -64,7 +64,7 @@ def examine(name: str, transform: str = "prefix") -> Verdict:
 
     Args:
         name: of the class.
-        transform: as in ``wrap``.
+        transform: as in `wrap`.
     """
     tiny = tiny_models.Tiny(name)
     with warnings.catch_warnings():
@@ -90,7 +90,7 @@ class Examination:
     Args:
         tiny: the class.
         plain: a model of it.
-        transform: as in ``wrap``.
+        transform: as in `wrap`.
         verdict: to which notes are added.
     """
 
@@ -255,7 +255,7 @@ class Examination:
 
 
 def ids(rows: int = B, length: int = 9, seed: int = 2) -> torch.Tensor:
-    """Random token ids ``(rows, length)``, none of them special."""
+    """Random token ids `(rows, length)`, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, tiny_models.FIRST_SPECIAL, (rows, length), generator=generator)
 
@@ -271,9 +271,9 @@ def cached(model: Any, tokens: torch.Tensor, sizes: tuple[int, ...], positions: 
 
     Args:
         model: the model.
-        tokens: ``(B, S)``.
+        tokens: `(B, S)`.
         sizes: of the pieces.
-        positions: whether it is told at which positions a piece stands, as ``generate`` does.
+        positions: whether it is told at which positions a piece stands, as `generate` does.
     """
     pieces, cache, arguments, start = [], {}, {}, 0
     for piece in tokens.split(sizes, dim=1):

@@ -1,7 +1,7 @@
 """The released ParScale code under transformers 5, where it no longer imports, so that both are timed on one machine.
 
 It wants names that are gone, and a cache that is two lists of tensors. Only these are supplied here; all that it
-computes it computes itself. ``python benchmarks/released.py FOLDER`` holds it against the reference vectors of the
+computes it computes itself. `python benchmarks/released.py FOLDER` holds it against the reference vectors of the
 tests, which it wrote itself under transformers 4.51.
 """
 
@@ -26,7 +26,7 @@ class LossKwargs(TypedDict, total=False):
 
 
 def default_rope(config: Any, device: Any = None, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies ``(D/2,)`` of plain rotary embeddings, and the factor on them."""
+    """Inverse frequencies `(D/2,)` of plain rotary embeddings, and the factor on them."""
     size = config.hidden_size // config.num_attention_heads
     return config.rope_theta ** (-torch.arange(0, size, 2, device=device).float() / size), 1.0
 
@@ -41,7 +41,7 @@ class ListCache(transformers.Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(R, G, K, D)`` of a layer, the new ones included."""
+        """Keys and values `(R, G, K, D)` of a layer, the new ones included."""
         for cache, states in ((self.key_cache, key_states), (self.value_cache, value_states)):
             if layer_idx == len(cache):
                 cache.append(states)
@@ -55,10 +55,10 @@ class ListCache(transformers.Cache):
 
 
 def load_released(folder: Path) -> tuple[Any, Any]:
-    """The released ``Qwen2ParScaleConfig`` and ``Qwen2ParScaleForCausalLM``.
+    """The released `Qwen2ParScaleConfig` and `Qwen2ParScaleForCausalLM`.
 
     Args:
-        folder: with ``configuration_qwen2_parscale.py`` and ``modeling_qwen2_parscale.py``; einops is installed.
+        folder: with `configuration_qwen2_parscale.py` and `modeling_qwen2_parscale.py`; einops is installed.
     """
     package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("released", None, is_package=True))
     package.__path__ = [str(folder)]
@@ -85,8 +85,8 @@ def released_model(folder: Path, shape: dict[str, Any], P: int) -> Any:
     """A random model of the released code, of the paper's prefix length and smoothing, on the default device.
 
     Args:
-        folder: as :func:`load_released`.
-        shape: the arguments of a ``Qwen2Config``.
+        folder: as `load_released`.
+        shape: the arguments of a `Qwen2Config`.
         P: streams.
     """
     config_class, model_class = load_released(folder)
@@ -100,7 +100,7 @@ def released_model(folder: Path, shape: dict[str, Any], P: int) -> Any:
 
 @torch.no_grad()
 def check(folder: Path, vectors: Path) -> None:
-    """Logits within 5e-5 and the same greedy tokens, from every checkpoint of ``vectors``."""
+    """Logits within 5e-5 and the same greedy tokens, from every checkpoint of `vectors`."""
     config_class, model_class = load_released(folder)
     for checkpoint in sorted(path.parent for path in vectors.glob("*/config.json")):
         config = config_class(**json.loads((checkpoint / "config.json").read_text()), attn_implementation="sdpa")

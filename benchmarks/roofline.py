@@ -49,7 +49,7 @@ def launch_seconds(launch: Launch, rates: Rates = RATES, processors: int = 132) 
 
 
 def product_seconds(M: int, N: int, K: int, rates: Rates = RATES, processors: int = 132) -> float:
-    """``(M, K) @ (K, N)`` in half precision with float32 results."""
+    """`(M, K) @ (K, N)` in half precision with float32 results."""
     best = float("inf")
     for rows, columns in TILES:
         tiles = -(-M // rows) * -(-N // columns)
@@ -81,7 +81,7 @@ def aggregator(P: int, N: int, H: int, rates: Rates = RATES) -> dict[str, Any]:
 
 
 def decode(P: int, B: int, K: int, *, shared: bool = False) -> dict[str, Any]:
-    """The same of decode attention in a 1.8B shape, with ``moved`` bytes; ``shared``: over the keys of stream 0."""
+    """The same of decode attention in a 1.8B shape, with `moved` bytes; `shared`: over the keys of stream 0."""
     fused = importlib.import_module("parscale.kernels.decode_attention.fused")
     G, n, D, T = 2, 8, 96, 48
     rows, prefixes = (B, P - 1) if shared else (P * B, P)

@@ -92,8 +92,8 @@ def selected(lab: Lab, seed: int, candidates: torch.Tensor, scored: torch.Tensor
     """P of N candidates, one after another: each time the one with which the equally weighed streams' loss is lowest.
 
     Args:
-        candidates: ``(N, T)``.
-        scored: blocks ``(B, S)`` on which the loss is taken.
+        candidates: `(N, T)`.
+        scored: blocks `(B, S)` on which the loss is taken.
     """
     model = lab.wrapped(seed, texts=candidates).eval()
     with streams_of(model) as captured:
@@ -116,7 +116,7 @@ def selected(lab: Lab, seed: int, candidates: torch.Tensor, scored: torch.Tensor
 
 @contextmanager
 def streams_of(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Collects the streams' final hidden states ``(P*B, S, H)`` of each forward pass, before they are mixed."""
+    """Collects the streams' final hidden states `(P*B, S, H)` of each forward pass, before they are mixed."""
     captured: list[torch.Tensor] = []
     hook = model.get_decoder().register_forward_hook(lambda m, args, output: captured.append(output[0]), prepend=True)
     try:

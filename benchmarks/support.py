@@ -64,14 +64,14 @@ def results(found: dict[str, dict[str, Verdict]]) -> dict[str, Any]:
 
 
 def counts(classes: dict[str, Any], *transforms: str) -> dict[str, int]:
-    """Classes by verdict, of :func:`results`: the best one under any of the transforms."""
+    """Classes by verdict, of `results`: the best one under any of the transforms."""
     best = (SUPPORTED, NOT, NOT_BUILT)
     verdicts = [min((fields[x]["verdict"] for x in transforms), key=best.index) for fields in classes.values()]
     return {verdict: verdicts.count(verdict) for verdict in best}
 
 
 def page(found: dict[str, Any]) -> str:
-    """The table in Markdown, with what stands around it, from :func:`results`."""
+    """The table in Markdown, with what stands around it, from `results`."""
     classes, transforms = found["classes"], [x for x in TRANSFORMS if x in next(iter(found["classes"].values()))]
     by_version = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [

@@ -2,7 +2,7 @@
 
 A configuration is its class's default with every size made small: fields are found by their names, in nested
 configurations too, and layers are thinned out until one of each kind is left. A class for which that is not enough has
-a line in ``SPECIAL``.
+a line in `SPECIAL`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST_SPECIAL = 80  # ids from here on may stand for images and the like
 # positive number. The first match counts.
 WINDOW = r"(sliding|local)_(window|attention)(_size)?|window_size|attention_(window|chunk)_size|index_topk"
 SIZES: dict[str, int] = {
-    WINDOW: 0,  # the argument ``window`` of ``Tiny.config``
+    WINDOW: 0,  # the argument `window` of `Tiny.config`
     r"(.*_)?vocab_size(_per_layer_input|_base)?|encoder_hash_byte_group_vocab|pronunciation_size": VOCABULARY,
     r"(original_)?max_(position_embeddings|source_positions|target_positions|seq_len)|n_positions|n_ctx": POSITIONS,
     r"context_length|model_max_length": POSITIONS,
@@ -207,7 +207,7 @@ def tiny_config(cls: Any, window: int, special: dict[str, Any]) -> Any:
 
     Args:
         cls: the configuration's class.
-        window: as :meth:`Tiny.config`.
+        window: as `Tiny.config`.
         special: fields that are set to other values.
     """
     nested = {name: value for name, value in special.items() if name in cls.sub_configs}

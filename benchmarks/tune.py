@@ -5,7 +5,7 @@
     TRITON_INTERPRET=1 python benchmarks/tune.py --dry-run   # two candidates at tiny sizes, for a test
 
 Every candidate's results are compared with torch's before its time counts. The configurations that ship stand in the
-functions named ``..._config`` of ``kernels/*/fused.py``.
+functions named `..._config` of `kernels/*/fused.py`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Subject:
 
     Args:
         name: for the table.
-        module: of the host functions, under ``parscale.kernels``.
+        module: of the host functions, under `parscale.kernels`.
         config: the function there that chooses the configuration.
-        choices: values for each of its entries; ``MAX_SPLITS`` is the module's number. Every combination is tried.
-        call: the operation, given ``impl``.
+        choices: values for each of its entries; `MAX_SPLITS` is the module's number. Every combination is tried.
+        call: the operation, given `impl`.
         fits: which combinations make sense.
         captured: as a CUDA graph; a backward pass is launched from Python.
     """
@@ -61,7 +61,7 @@ class Subject:
 
     @contextlib.contextmanager
     def using(self, options: Options) -> Iterator[Options]:
-        """The host functions choose ``options``, and beside them what they ship with; yields what was chosen."""
+        """The host functions choose `options`, and beside them what they ship with; yields what was chosen."""
         module = importlib.import_module(f"parscale.kernels.{self.module}.fused")
         config, chosen = getattr(module, self.config), dict(options)
         replaced: Options = {}

@@ -110,7 +110,7 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool 
 
 
 def _own_class(checkpoint: Checkpoint) -> Any:
-    """The class that a plain checkpoint names, unless that is what ``AutoModelForCausalLM`` chooses."""
+    """The class that a plain checkpoint names, unless that is what `AutoModelForCausalLM` chooses."""
     names = checkpoint.read_json(CONFIG).get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     cls = None if str(name).endswith(("ForCausalLM", "LMHeadModel")) else class_named(name)

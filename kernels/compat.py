@@ -11,7 +11,7 @@ import torch
 
 
 def functorch_transforms_are_active() -> bool:
-    """Whether a transform of ``torch.func`` runs (``grad``, ``vmap``, ``jvp``, ...); torch has no public name for that.
+    """Whether a transform of `torch.func` runs (`grad`, `vmap`, `jvp`, ...); torch has no public name for that.
 
     They may differentiate any number of times, forward and backward, and map what they differentiate.
     """
@@ -19,30 +19,30 @@ def functorch_transforms_are_active() -> bool:
 
 
 def flash_for_cpu() -> Any:
-    """torch's flash attention on a CPU, with the log-sum-exp of the scores, which ``sdpa`` keeps to itself."""
+    """torch's flash attention on a CPU, with the log-sum-exp of the scores, which `sdpa` keeps to itself."""
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
 def flash_for_cpu_backward() -> Any:
-    """The gradients of :func:`flash_for_cpu`, of an output and a log-sum-exp that may come from elsewhere."""
+    """The gradients of `flash_for_cpu`, of an output and a log-sum-exp that may come from elsewhere."""
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
 def flash_for_gpu() -> Any:
     """torch's flash attention on CUDA and ROCm devices, whose causal mask is aligned to the lower right.
 
-    ``sdpa`` aligns its own to the upper left, and ``torch.nn.attention.bias.causal_lower_right`` calls this operator.
+    `sdpa` aligns its own to the upper left, and `torch.nn.attention.bias.causal_lower_right` calls this operator.
     """
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention")
 
 
 def flash_for_gpu_backward() -> Any:
-    """The gradients of :func:`flash_for_gpu`, of an output and a log-sum-exp that may come from elsewhere."""
+    """The gradients of `flash_for_gpu`, of an output and a log-sum-exp that may come from elsewhere."""
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_backward")
 
 
 def _needed(owner: Any, name: str) -> Any:
-    """``owner.name``; torch.compile traces this.
+    """`owner.name`; torch.compile traces this.
 
     Raises:
         ImportError: this version of torch has no such name.

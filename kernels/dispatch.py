@@ -14,7 +14,7 @@ Impl = Literal["auto", "fused", "reference"]
 
 
 def triton_is_installed() -> bool:
-    """Whether ``import triton`` would find something."""
+    """Whether `import triton` would find something."""
     try:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):  # something on the way forbids it
@@ -25,7 +25,7 @@ TRITON = triton_is_installed()
 
 
 def check_impl(impl: Impl, name: str = "impl") -> Impl:
-    """Gives back a known way to run an operation; ``name`` is the argument that gave it.
+    """Gives back a known way to run an operation; `name` is the argument that gave it.
 
     Raises:
         ValueError: it is none.
@@ -39,13 +39,13 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
     """Whether the Triton kernels take these tensors.
 
     Args:
-        impl: ``"reference"`` never; ``"auto"`` for tensors on a CUDA or ROCm device, if Triton is installed, nothing is
-            in the way and no transform of ``torch.func`` is active; ``"fused"`` always, or an error.
+        impl: `"reference"` never; `"auto"` for tensors on a CUDA or ROCm device, if Triton is installed, nothing is
+            in the way and no transform of `torch.func` is active; `"fused"` always, or an error.
         x: one of the operation's tensors; they share a device.
         obstacle: why the kernels cannot take these arguments, if they cannot.
 
     Raises:
-        ValueError: an unknown ``impl``, or ``"fused"`` where it cannot run; the message says why.
+        ValueError: an unknown `impl`, or `"fused"` where it cannot run; the message says why.
     """
     if check_impl(impl) == "reference":
         return False
@@ -61,17 +61,17 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``; torch raises where it knows of none."""
+    """Whether autocast is on for the device of `x`; torch raises where it knows of none."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A block in which autocast is off for the device of ``x``: a kernel's products are of the dtypes it chooses."""
+    """A block in which autocast is off for the device of `x`: a kernel's products are of the dtypes it chooses."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def transforms_are_active() -> bool:
-    """Whether a transform of ``torch.func`` runs, which may map and differentiate any number of times."""
+    """Whether a transform of `torch.func` runs, which may map and differentiate any number of times."""
     return functorch_transforms_are_active()
 
 

@@ -1,7 +1,7 @@
 """Torch's flash attention with its log-sum-exp, by which parts of an attention that ran apart are merged.
 
 A part's gradients follow from the merged output and log-sum-exp as if it were the whole: its probabilities are
-``exp(scores - log-sum-exp)`` (FlashAttention, eq. 4 of arXiv 2205.14135).
+`exp(scores - log-sum-exp)` (FlashAttention, eq. 4 of arXiv 2205.14135).
 
 Shapes: R rows; P streams of B rows each; G key/value heads; S tokens; D head size.
 """
@@ -24,11 +24,11 @@ TWICE = (
 def flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float | None
 ) -> tuple[torch.Tensor, ...]:
-    """Attention of ``(R, heads, S, D)`` over ``(R, G, K, D)``.
+    """Attention of `(R, heads, S, D)` over `(R, G, K, D)`.
 
     Returns:
-        The output ``(R, heads, S, D)`` and the log-sum-exp ``(R, heads, S)``; on a GPU also the two tensors that
-        dropout would need, for :func:`flash_backward`.
+        The output `(R, heads, S, D)` and the log-sum-exp `(R, heads, S)`; on a GPU also the two tensors that
+        dropout would need, for `flash_backward`.
     """
     if query.is_cpu:
         return flash_for_cpu()(query, key, value, 0.0, causal, scale=scaling)
@@ -51,14 +51,14 @@ def flash_backward(
 
     Args:
         gradient: of the output.
-        query: as in :func:`flash`.
-        key: as in :func:`flash`.
-        value: as in :func:`flash`.
-        output: ``(R, heads, S, D)``.
-        lse: log-sum-exp ``(R, heads, S)``, contiguous.
-        random: what :func:`flash` returned beyond the log-sum-exp.
-        causal: as in :func:`flash`.
-        scaling: as in :func:`flash`.
+        query: as in `flash`.
+        key: as in `flash`.
+        value: as in `flash`.
+        output: `(R, heads, S, D)`.
+        lse: log-sum-exp `(R, heads, S)`, contiguous.
+        random: what `flash` returned beyond the log-sum-exp.
+        causal: as in `flash`.
+        scaling: as in `flash`.
     """
     tensors = (gradient, query, key, value, output, lse)
     if query.is_cpu:
@@ -68,9 +68,9 @@ def flash_backward(
 
 
 def gradients_once(function: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> tuple[torch.Tensor, ...]:
-    """A backward pass, which raises where it is to be differentiated itself (``create_graph``).
+    """A backward pass, which raises where it is to be differentiated itself (`create_graph`).
 
-    torch's ``once_differentiable`` would not do: a graph that asks for the gradients of chosen tensors passes it by,
+    torch's `once_differentiable` would not do: a graph that asks for the gradients of chosen tensors passes it by,
     and their second derivatives would lack what comes through here.
     """
     return _Once.apply(function, *args) if torch.is_grad_enabled() else function(*args)
@@ -89,10 +89,10 @@ class _Once(torch.autograd.Function):
 
 
 def by_stream(x: torch.Tensor, P: int) -> torch.Tensor:
-    """``(P*B, heads, S, D)`` as ``(P, heads, B*S, D)``: all rows of a stream meet the same prefix."""
+    """`(P*B, heads, S, D)` as `(P, heads, B*S, D)`: all rows of a stream meet the same prefix."""
     return x.transpose(1, 2).unflatten(0, (P, -1)).flatten(1, 2).transpose(1, 2)  # over (P, B, S, heads, D)
 
 
 def by_row(x: torch.Tensor, B: int) -> torch.Tensor:
-    """``(P, heads, B*S, D)`` as ``(P*B, heads, S, D)``."""
+    """`(P, heads, B*S, D)` as `(P*B, heads, S, D)`."""
     return x.transpose(1, 2).unflatten(1, (B, -1)).flatten(0, 1).transpose(1, 2)  # over (P, B, S, heads, D)

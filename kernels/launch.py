@@ -75,7 +75,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Runs ``kernel`` on the device of its first tensor, which need not be the current one."""
+    """Runs `kernel` on the device of its first tensor, which need not be the current one."""
     device = next(x.device for x in args if isinstance(x, torch.Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=True, **meta)  # Triton 3.9 warns where this is left open
@@ -87,20 +87,20 @@ def dependent(early: bool) -> dict[str, bool]:
 
 
 def accumulator(dtype: torch.dtype) -> Any:
-    """The Triton type in which values of ``dtype`` are added up: float64 for itself, else float32."""
+    """The Triton type in which values of `dtype` are added up: float64 for itself, else float32."""
     return TRITON_DTYPES[torch.promote_types(dtype, torch.float32)]
 
 
 def operand(dtype: torch.dtype) -> Any:
-    """The Triton type in which tiles of ``dtype`` enter a matrix product."""
+    """The Triton type in which tiles of `dtype` enter a matrix product."""
     return TRITON_DTYPES[torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype]
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself if its last dimension lies contiguous, as the kernels ask, else a copy."""
+    """`x` itself if its last dimension lies contiguous, as the kernels ask, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def power_of_2(number: int) -> int:
-    """The smallest power of 2 that is not below ``number``, and at least 1."""
+    """The smallest power of 2 that is not below `number`, and at least 1."""
     return 1 << max(0, number - 1).bit_length()

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Puts each stream's prefix ``(P, G, T, D)`` in front of its rows ``(P*B, G, K, D)``, in one copy."""
+    """Puts each stream's prefix `(P, G, T, D)` in front of its rows `(P*B, G, K, D)`, in one copy."""
     P = prefix.shape[0]
     rows = states.unflatten(0, (P, -1))  # (P, B, G, K, D)
     prefix = prefix.to(states.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1)  # (P, B, G, T, D)

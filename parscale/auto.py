@@ -1,6 +1,6 @@
-"""Makes ``AutoConfig`` and ``AutoModel...`` read full checkpoints; importing this module is enough.
+"""Makes `AutoConfig` and `AutoModel...` read full checkpoints; importing this module is enough.
 
-The configuration classes are those of :mod:`parscale.format.architectures`. The model that comes out is of the
+The configuration classes are those of `parscale.format.architectures`. The model that comes out is of the
 backbone's own class, and wrapped. The names here are those that the remote code in saved checkpoints imports.
 """
 
@@ -29,21 +29,21 @@ from parscale.wrapping import wrap
 
 
 def register_architecture(name: Any) -> None:
-    """Lets ``getattr(transformers, name).from_pretrained(folder)`` read full checkpoints of this architecture.
+    """Lets `getattr(transformers, name).from_pretrained(folder)` read full checkpoints of this architecture.
 
     Args:
-        name: as a checkpoint says it, ``"Qwen2ParScaleForCausalLM"``; anything else is passed over.
+        name: as a checkpoint says it, `"Qwen2ParScaleForCausalLM"`; anything else is passed over.
     """
     if isinstance(name, str) and INFIX in name:
         show_class(name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
 
 
 class ParScaleModelConfig:
-    """What a full checkpoint's ``auto_map`` names as its configuration; reads any of them."""
+    """What a full checkpoint's `auto_map` names as its configuration; reads any of them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As ``AutoConfig.from_pretrained``."""
+        """As `AutoConfig.from_pretrained`."""
         return read_pretrained(AutoConfig, pretrained_model_name_or_path, **without_own_arguments(kwargs))
 
     @classmethod
@@ -52,15 +52,15 @@ class ParScaleModelConfig:
 
 
 class ParScaleModel:
-    """What an ``AutoModel...`` finds for a full checkpoint; makes a wrapped model of the backbone's own class."""
+    """What an `AutoModel...` finds for a full checkpoint; makes a wrapped model of the backbone's own class."""
 
-    auto = ""  # the name of the one that it stands in; "" for any, as in an ``auto_map``
+    auto = ""  # the name of the one that it stands in; "" for any, as in an `auto_map`
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As the backbone's own ``from_pretrained``, with all its arguments."""
+        """As the backbone's own `from_pretrained`, with all its arguments."""
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             config = read_pretrained(AutoConfig, pretrained_model_name_or_path, **hub)
@@ -80,13 +80,13 @@ class ParScaleModel:
 
 
 class ParScaleForCausalLM(ParScaleModel):
-    """The same for ``AutoModelForCausalLM``."""
+    """The same for `AutoModelForCausalLM`."""
 
     auto = "AutoModelForCausalLM"
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """A model with new weights and streams, as ``AutoModelForCausalLM.from_config`` asks for."""
+        """A model with new weights and streams, as `AutoModelForCausalLM.from_config` asks for."""
         streams = ParScaleConfig.from_fields(vars(config))
         streams.init = "random"  # new weights have nothing to say
         return wrap(AutoModelForCausalLM.from_config(backbone_config(config), **kwargs), streams)
@@ -99,7 +99,7 @@ _READERS = {
 
 
 def register_readers(made: type[PreTrainedConfig], backbone: type[PreTrainedConfig]) -> None:
-    """Lets each ``AutoModel...`` that makes a model of the backbone's configuration make a wrapped one of ``made``."""
+    """Lets each `AutoModel...` that makes a model of the backbone's configuration make a wrapped one of `made`."""
     for name, auto in AUTO_CLASSES.items():
         if classes_of(auto, backbone) or auto is AutoModelForCausalLM:
             auto.register(made, _READERS[name], exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a set of streams is described: the fields of ``config.json`` and the arguments of :func:`parscale.wrap`."""
+"""How a set of streams is described: the fields of `config.json` and the arguments of `parscale.wrap`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRANSFORMS = (PREFIX, PROMPT, LORA)
 OWN, SHARED = "own", "shared"
 KVS = (OWN, SHARED)
 
-# Field names in a ``config.json``. The first three are those of the released checkpoints; a released config
+# Field names in a `config.json`. The first three are those of the released checkpoints; a released config
 # without the smoothing means 0.01, the default of the released code's configuration class.
 NUM_STREAMS, PREFIX_LENGTH, SMOOTHING = "parscale_n", "parscale_n_tokens", "parscale_attn_smooth"
 INIT, SEED = "parscale_init", "parscale_seed"
@@ -35,8 +35,8 @@ RELEASED_PREFIX_LENGTH = 48
 class ParScaleConfig:
     """One set of P streams (Chen et al., arXiv 2505.10475).
 
-    What makes streams differ is described in :mod:`parscale.transforms`, how they start in
-    :mod:`parscale.transforms.inits`, and how they share keys and values in :mod:`parscale.transforms.shared`.
+    What makes streams differ is described in `parscale.transforms`, how they start in
+    `parscale.transforms.inits`, and how they share keys and values in `parscale.transforms.shared`.
 
     Attributes:
         num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the
@@ -98,7 +98,7 @@ class ParScaleConfig:
 
     @classmethod
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
-        """The arguments of :func:`parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
+        """The arguments of `parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
 
         Args:
             num_streams: P, or a configuration.
@@ -122,7 +122,7 @@ class ParScaleConfig:
         return dataclasses.replace(num_streams)
 
     def to_fields(self) -> dict[str, Any]:
-        """The fields to write into a ``config.json``, under the released names."""
+        """The fields to write into a `config.json`, under the released names."""
         fields = {
             NUM_STREAMS: self.num_streams,
             PREFIX_LENGTH: self.prefix_length,
@@ -140,17 +140,17 @@ class ParScaleConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ParScaleConfig:
-        """Reads the fields that :meth:`to_fields` or the released code wrote.
+        """Reads the fields that `to_fields` or the released code wrote.
 
         Args:
-            fields: contents of a ``config.json``; other keys are ignored, but an unknown ``parscale_*`` key warns,
+            fields: contents of a `config.json`; other keys are ignored, but an unknown `parscale_*` key warns,
                 since a newer version may have written it.
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: ``parscale_n`` is missing, or a field is of the wrong type or out of range.
+            ValueError: `parscale_n` is missing, or a field is of the wrong type or out of range.
         """
         if NUM_STREAMS not in fields:
             raise ValueError(f"The config has no {NUM_STREAMS!r}: it does not describe a ParScale model.")

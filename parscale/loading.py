@@ -1,22 +1,22 @@
-"""Loading: ``parscale.load``, and what ``AutoModelForCausalLM`` does with a full checkpoint.
+"""Loading: `parscale.load`, and what `AutoModelForCausalLM` does with a full checkpoint.
 
 A full checkpoint is a folder of the backbone's own format with the active set of streams among its tensors. For Qwen2
-it is the format of the released ``ParScale/*`` checkpoints:
+it is the format of the released `ParScale/*` checkpoints:
 
-- ``config.json``: the backbone's, with ``model_type: <backbone>_parscale``, ``parscale_n`` (P), ``parscale_n_tokens``
-  (T), ``parscale_attn_smooth`` (without it, 0.01), and, with more than one set, ``parscale_name`` and
-  ``parscale_sets``;
-- ``model.safetensors`` or shards: ``<attention>.prefix_k`` and ``.prefix_v`` of ``(P, G, T, D)`` (or what another
-  transform has, which ``parscale_transform`` then names), and ``<backbone>.aggregate_layer.{0,2}.{weight,bias}``,
+- `config.json`: the backbone's, with `model_type: <backbone>_parscale`, `parscale_n` (P), `parscale_n_tokens`
+  (T), `parscale_attn_smooth` (without it, 0.01), and, with more than one set, `parscale_name` and
+  `parscale_sets`;
+- `model.safetensors` or shards: `<attention>.prefix_k` and `.prefix_v` of `(P, G, T, D)` (or what another
+  transform has, which `parscale_transform` then names), and `<backbone>.aggregate_layer.{0,2}.{weight,bias}`,
   beside the backbone's tensors;
-- ``modeling_parscale.py``: for ``trust_remote_code=True``;
+- `modeling_parscale.py`: for `trust_remote_code=True`;
 - a streams-only folder for each further set, by its name.
 
-A streams-only checkpoint is ``streams.safetensors`` with those tensors and ``parscale_config.json`` with P, T, the
+A streams-only checkpoint is `streams.safetensors` with those tensors and `parscale_config.json` with P, T, the
 smoothing, the backbone's name and what is needed to see whether another one fits. Of a backbone in a folder it has two
-paths: the absolute one, and ``backbone_path``, as seen from the checkpoint, which counts once nothing is at the first.
+paths: the absolute one, and `backbone_path`, as seen from the checkpoint, which counts once nothing is at the first.
 
-Adapters that PEFT saved beside either kind are left to PEFT: ``PeftModel.from_pretrained(load(folder), folder)``.
+Adapters that PEFT saved beside either kind are left to PEFT: `PeftModel.from_pretrained(load(folder), folder)`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load(
     tp_plan: str | Mapping[str, str] | None = None,
     distributed_config: Any = None,
 ) -> Any:
-    """Reads a checkpoint with streams: a full one, also a released ``ParScale/*`` one, or streams only.
+    """Reads a checkpoint with streams: a full one, also a released `ParScale/*` one, or streams only.
 
     The set that was active when it was saved is active; further sets of a full checkpoint come back inactive. No code
     from the checkpoint runs, and nothing is unpickled. An adapter in the folder is not applied, and a warning says so.
@@ -77,21 +77,21 @@ def load(
         path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
         backbone: for streams only, in place of the backbone that they name: a folder, a name on the Hub, or a model,
             which is wrapped in place. Streams of its own that a folder has are left out.
-        dtype: as saved unless given: a ``torch.dtype`` or its name.
-        device_map: as in ``from_pretrained``.
-        attn_implementation: as in ``from_pretrained``.
+        dtype: as saved unless given: a `torch.dtype` or its name.
+        device_map: as in `from_pretrained`.
+        attn_implementation: as in `from_pretrained`.
         revision: of the repository: a branch, a tag or a commit.
-        kernels: as in :func:`parscale.wrap`.
-        tp_plan: splits each layer over all processes that ``torchrun`` started: ``"auto"`` by the plan that
+        kernels: as in `parscale.wrap`.
+        tp_plan: splits each layer over all processes that `torchrun` started: `"auto"` by the plan that
             transformers has for the backbone, or a plan of that form. With one process, nothing is split.
-        distributed_config: as in ``from_pretrained``, in place of ``tp_plan``; for tensor parallelism only.
+        distributed_config: as in `from_pretrained`, in place of `tp_plan`; for tensor parallelism only.
 
     Returns:
         The wrapped model, of the backbone's own class, in eval mode.
 
     Raises:
         ValueError: it is not a ParScale checkpoint, is damaged, or does not fit the backbone.
-        OSError: a folder or a file is not there (``FileNotFoundError``) or cannot be read.
+        OSError: a folder or a file is not there (`FileNotFoundError`) or cannot be read.
     """
     check_impl(kernels, "kernels")
     checkpoint = Checkpoint(path_or_repo, revision=revision)
@@ -119,16 +119,16 @@ def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
 
 @torch.inference_mode(False)  # what is loaded can train
 def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: Any, **kwargs: Any) -> Any:
-    """Reads a full checkpoint, with the arguments of ``from_pretrained``.
+    """Reads a full checkpoint, with the arguments of `from_pretrained`.
 
     Args:
         path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
-        config: its configuration, from ``AutoConfig``.
+        config: its configuration, from `AutoConfig`.
         *model_args: for the backbone's class.
-        **kwargs: for the backbone's ``from_pretrained``.
+        **kwargs: for the backbone's `from_pretrained`.
 
     Raises:
-        ValueError: the checkpoint is damaged, or ``use_safetensors=False``.
+        ValueError: the checkpoint is damaged, or `use_safetensors=False`.
         OSError: a folder or a file is not there or cannot be read.
     """
     checkpoint = Checkpoint(path_or_repo, **{key: kwargs.get(key) for key in HUB_ARGUMENTS})

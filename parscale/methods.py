@@ -42,22 +42,22 @@ def add_streams(
     rank: int = 8,
     kv: str = OWN,
 ) -> None:
-    """Adds a further set of streams on the same backbone, inactive and frozen until ``set_streams(name)``.
+    """Adds a further set of streams on the same backbone, inactive and frozen until `set_streams(name)`.
 
     Args:
-        name: of the set; letters, digits, ``-`` and ``_``.
-        num_streams: P, or a :class:`ParScaleConfig` in place of all numbers.
-        prefix_length: as in :class:`ParScaleConfig`.
-        smoothing: as in :class:`ParScaleConfig`.
-        init: as in :class:`ParScaleConfig`.
-        seed: as in :class:`ParScaleConfig`.
-        calibration: token ids ``(P, T)``, as for :func:`parscale.wrap`.
-        transform: as in :class:`ParScaleConfig`.
-        rank: as in :class:`ParScaleConfig`.
-        kv: as in :class:`ParScaleConfig`.
+        name: of the set; letters, digits, `-` and `_`.
+        num_streams: P, or a `ParScaleConfig` in place of all numbers.
+        prefix_length: as in `ParScaleConfig`.
+        smoothing: as in `ParScaleConfig`.
+        init: as in `ParScaleConfig`.
+        seed: as in `ParScaleConfig`.
+        calibration: token ids `(P, T)`, as for `parscale.wrap`.
+        transform: as in `ParScaleConfig`.
+        rank: as in `ParScaleConfig`.
+        kv: as in `ParScaleConfig`.
 
     Raises:
-        ValueError: as :func:`parscale.wrap`, or a name that is taken or not a name.
+        ValueError: as `parscale.wrap`, or a name that is taken or not a name.
     """
     config = ParScaleConfig.from_arguments(
         num_streams,
@@ -111,10 +111,10 @@ class StreamReport:
     """What the streams of a model do on some text.
 
     Args:
-        losses: mean next-token loss of each stream alone, nats, ``(P,)``.
-        weights: aggregation weights, ``(B, S, P)``.
-        entropy: of the weights at each token, nats, ``(B, S)``; ``log(P)`` where all streams count the same.
-        correlation: over tokens, of the streams' token losses, ``(P, P)``.
+        losses: mean next-token loss of each stream alone, nats, `(P,)`.
+        weights: aggregation weights, `(B, S, P)`.
+        entropy: of the weights at each token, nats, `(B, S)`; `log(P)` where all streams count the same.
+        correlation: over tokens, of the streams' token losses, `(P, P)`.
     """
 
     losses: torch.Tensor
@@ -130,9 +130,9 @@ def stream_report(
     """Each stream's loss, the weights they are mixed by, and how much their errors have in common.
 
     Args:
-        input_ids: ``(B, S)``.
-        labels: ``(B, S)``, -100 where no loss counts; ``input_ids`` if ``None``.
-        **kwargs: passed to the model (``attention_mask``, ...).
+        input_ids: `(B, S)`.
+        labels: `(B, S)`, -100 where no loss counts; `input_ids` if `None`.
+        **kwargs: passed to the model (`attention_mask`, ...).
 
     Returns:
         Losses, weights, their entropy, and the correlation of the streams.
@@ -161,13 +161,13 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs
 
     Args:
         save_directory: the folder to write; it appears only when it is whole.
-        **kwargs: as transformers' own ``save_pretrained``.
+        **kwargs: as transformers' own `save_pretrained`.
     """
     saving.save_full(model, save_directory, **kwargs)
 
 
 def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
-    """Writes the active streams and the backbone's name, for :func:`parscale.load` and ``load_streams``.
+    """Writes the active streams and the backbone's name, for `parscale.load` and `load_streams`.
 
     Args:
         save_directory: the folder to write; it appears only when it is whole.
@@ -176,7 +176,7 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
 
 
 def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until ``set_streams(name)``.
+    """Adds a set of streams that was saved, inactive until `set_streams(name)`.
 
     Args:
         path_or_repo: a folder, or a name on the Hugging Face Hub.
@@ -186,13 +186,13 @@ def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | N
 
 
 def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: Any) -> Any:
-    """As the model's own, which takes an encoder's output, ``encoder_outputs``, for one row of it for each source.
+    """As the model's own, which takes an encoder's output, `encoder_outputs`, for one row of it for each source.
 
     Args:
         *args: of the model's own.
-        adaptive: of streams that share keys and values (``kv="shared"``): entropy, nats, of stream 0's prediction of
+        adaptive: of streams that share keys and values (`kv="shared"`): entropy, nats, of stream 0's prediction of
             a token above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain backbone.
-            ``model.last_mean_streams`` is then how many streams ran for a token on average; where beams or several
+            `model.last_mean_streams` is then how many streams ran for a token on average; where beams or several
             rows are written, of all of them.
         **kwargs: of the model's own.
 
@@ -200,7 +200,7 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
         As the model's own.
 
     Raises:
-        ValueError: ``adaptive`` is no such number, or the active streams do not share keys; or streams are active and
+        ValueError: `adaptive` is no such number, or the active streams do not share keys; or streams are active and
             the assistant is a decoder alone, which would read this model's encoder.
     """
     if adaptive is not None:
@@ -219,7 +219,7 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
 
 
 def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
-    """As :func:`generate`, with streams where the entropy is above ``threshold``."""
+    """As `generate`, with streams where the entropy is above `threshold`."""
     with adaptive_streams(model, threshold) as adaptive:
         output = type(model).generate(model, *args, disable_compile=True, **kwargs)
     model.last_mean_streams = adaptive.mean_streams
@@ -260,11 +260,11 @@ def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
 
 
 def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
-    """Moves the cache's rows with the beams, in every stream (``generate`` counts B rows, the cache has P*B).
+    """Moves the cache's rows with the beams, in every stream (`generate` counts B rows, the cache has P*B).
 
     Args:
         past_key_values: the cache.
-        beam_idx: ``(B,)``, the row that each row continues.
+        beam_idx: `(B,)`, the row that each row continues.
     """
     active, B = model.parscale.active, beam_idx.shape[0]
     P = 1 if active is None else active.cache_copies
@@ -277,11 +277,11 @@ def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> A
 
 
 def static_cache_init_shape(model: Any) -> None:
-    """Tells ``generate`` to let a static cache take its number of rows from the first keys: P*B, not B."""
+    """Tells `generate` to let a static cache take its number of rows from the first keys: P*B, not B."""
 
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' own, for the plain backbone (``generate_batch`` comes here too).
+    """As transformers' own, for the plain backbone (`generate_batch` comes here too).
 
     Args:
         *args: as transformers' own.

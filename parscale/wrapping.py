@@ -1,4 +1,4 @@
-"""``wrap`` and ``unwrap``: a Hugging Face model gets P streams in place, and loses them again."""
+"""`wrap` and `unwrap`: a Hugging Face model gets P streams in place, and loses them again."""
 
 from __future__ import annotations
 
@@ -63,34 +63,34 @@ def wrap(
 ) -> M:
     """Gives a Hugging Face model P parallel streams, in place.
 
-    The model keeps its class, its methods and its names; ``generate``, ``Trainer``, ``save_pretrained``, PEFT and
-    ``torch.compile`` work as before. Its dtype, its device and whether it trains stay its own. The set of streams made
-    here is called ``"default"``. Method: Chen et al., arXiv 2505.10475.
+    The model keeps its class, its methods and its names; `generate`, `Trainer`, `save_pretrained`, PEFT and
+    `torch.compile` work as before. Its dtype, its device and whether it trains stay its own. The set of streams made
+    here is called `"default"`. Method: Chen et al., arXiv 2505.10475.
 
     Args:
-        model: a ``transformers.PreTrainedModel``: a causal language model, also with images; an encoder of text or
+        model: a `transformers.PreTrainedModel`: a causal language model, also with images; an encoder of text or
             images; two such encoders side by side; or an encoder with a decoder (see
-            :mod:`parscale.streams.backbones`). It may be split by tensor parallelism, or partitioned by ZeRO-3 when it
+            `parscale.streams.backbones`). It may be split by tensor parallelism, or partitioned by ZeRO-3 when it
             was loaded; then every process calls this. FSDP shards it afterwards. It is run on two tokens or on an
             image, without streams and with them.
-        num_streams: P, or a :class:`ParScaleConfig` in place of all numbers. 1 adds nothing.
-        prefix_length: as in :class:`ParScaleConfig`.
-        smoothing: as in :class:`ParScaleConfig`.
-        init: as in :class:`ParScaleConfig`.
-        seed: as in :class:`ParScaleConfig`.
-        calibration: token ids ``(P, T)`` that all inits but ``"random"`` read; without it the backbone samples them.
-            With shared keys and values ``(P - 1, T)``.
-        transform: as in :class:`ParScaleConfig`.
-        rank: as in :class:`ParScaleConfig`.
-        kv: as in :class:`ParScaleConfig`.
-        kernels: how the operations that streams add run: ``"auto"`` by Triton kernels on CUDA and ROCm devices,
-            ``"reference"`` by plain torch everywhere, ``"fused"`` by the kernels or not at all. Not saved.
+        num_streams: P, or a `ParScaleConfig` in place of all numbers. 1 adds nothing.
+        prefix_length: as in `ParScaleConfig`.
+        smoothing: as in `ParScaleConfig`.
+        init: as in `ParScaleConfig`.
+        seed: as in `ParScaleConfig`.
+        calibration: token ids `(P, T)` that all inits but `"random"` read; without it the backbone samples them.
+            With shared keys and values `(P - 1, T)`.
+        transform: as in `ParScaleConfig`.
+        rank: as in `ParScaleConfig`.
+        kv: as in `ParScaleConfig`.
+        kernels: how the operations that streams add run: `"auto"` by Triton kernels on CUDA and ROCm devices,
+            `"reference"` by plain torch everywhere, `"fused"` by the kernels or not at all. Not saved.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: a number out of range, a ``calibration`` that does not fit, or a model that is wrapped already.
+        ValueError: a number out of range, a `calibration` that does not fit, or a model that is wrapped already.
         UnsupportedModelError: not a Hugging Face model, one in which the transform has no place, such as a prefix
             where no attention was found, or one that as a whole does not return what it should with streams. The model
             is then what it was.
@@ -171,12 +171,12 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     """Everything of wrapping but the tensors: hooks, members, a configuration of its own.
 
     Args:
-        model: as :func:`wrap`.
-        kernels: as :func:`wrap`.
+        model: as `wrap`.
+        kernels: as `wrap`.
 
     Raises:
-        ValueError: the model is wrapped already, or an unknown ``kernels``.
-        UnsupportedModelError: as :func:`wrap`.
+        ValueError: the model is wrapped already, or an unknown `kernels`.
+        UnsupportedModelError: as `wrap`.
     """
     if isinstance(getattr(model, "parscale", None), ParScaleState):
         raise ValueError(
@@ -242,7 +242,7 @@ def _decompress(model: Any) -> None:
 
 
 def detach(state: ParScaleState) -> None:
-    """Undoes :func:`attach`, and removes all sets."""
+    """Undoes `attach`, and removes all sets."""
     model = state.model
     if state.adapters is not None:
         state.adapters.drop()

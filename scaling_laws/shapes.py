@@ -158,7 +158,7 @@ class ModelShape:
 
         Args:
             streams: P.
-            kv: as :meth:`prefix_params`.
+            kv: as `prefix_params`.
 
         Returns:
             N.

@@ -17,7 +17,7 @@ import pytest
 
 
 class Programs:
-    """Starts Python programs from one process that has imported the large libraries; see ``program_server.py``.
+    """Starts Python programs from one process that has imported the large libraries; see `program_server.py`.
 
     Args:
         folder: for what the programs print.
@@ -81,7 +81,7 @@ class Programs:
         return program
 
     def run_together(self, number: int, *arguments: object, cwd: Path, **environment: str) -> None:
-        """Runs as many processes as ``torchrun --nproc-per-node`` would start, and asserts that all succeed."""
+        """Runs as many processes as `torchrun --nproc-per-node` would start, and asserts that all succeed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

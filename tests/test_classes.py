@@ -1,6 +1,6 @@
 """Every model class of transformers takes streams, or is refused in one line and left as it was.
 
-``benchmarks/classes.py`` goes through all of them; here, of each kind of task, one class for each verdict.
+`benchmarks/classes.py` goes through all of them; here, of each kind of task, one class for each verdict.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
 
 
 def load_script(name):
-    """A script by its path, for the next one to import: ``benchmarks/`` is no package."""
+    """A script by its path, for the next one to import: `benchmarks/` is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -169,7 +169,7 @@ def third_party(names: set[str]) -> set[str]:
 
 
 def test_the_oldest_versions_are_those_that_are_tested():
-    """``make test-oldest`` installs the lower bounds of the package and of its extras."""
+    """`make test-oldest` installs the lower bounds of the package and of its extras."""
     project = PROJECT["project"]
     of_other_extras = ("all", "test", "dev", "docs", "release", "vllm")
     extras = [needed for name, needed in project["optional-dependencies"].items() if name not in of_other_extras]

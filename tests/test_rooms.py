@@ -93,7 +93,7 @@ def arrows(found: dict[str, Path]) -> dict[str, set[str]]:
 
 
 def room_of(module: str) -> str | None:
-    """The room that a module belongs to; only the package's own names belong to ``parscale``."""
+    """The room that a module belongs to; only the package's own names belong to `parscale`."""
     fitting = [room for room in ROOMS if module == room or (module.startswith(f"{room}.") and room != "parscale")]
     return max(fitting, key=len, default=None)
 

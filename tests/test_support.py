@@ -1,4 +1,4 @@
-"""What ``docs/architectures.md`` says of each architecture is still so, and it knows each that transformers has."""
+"""What `docs/architectures.md` says of each architecture is still so, and it knows each that transformers has."""
 
 import importlib.util
 import itertools
@@ -19,7 +19,7 @@ PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
 
 
 def load_script(name):
-    """A script by its path, for the next one to import: ``benchmarks/`` is no package."""
+    """A script by its path, for the next one to import: `benchmarks/` is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ ALWAYS = {"BloomForCausalLM", "LlamaForCausalLM", "MambaForCausalLM", "MixtralFo
 
 
 def cases():
-    """Every class with every transform; but for ``ALWAYS`` and the first with each answer, they are for the night."""
+    """Every class with every transform; but for `ALWAYS` and the first with each answer, they are for the night."""
     answers = set()
     for name, transform in itertools.product(HERE, promises.TRANSFORMS):
         recorded = CLASSES[name][transform]

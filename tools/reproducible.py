@@ -1,7 +1,7 @@
 """The build backend: setuptools', whose archives are then written anew so that the same source gives the same bytes.
 
 setuptools copies the times, the modes and, into the source distribution, the owner that files have where it runs. Here
-every member has the time of ``SOURCE_DATE_EPOCH`` (a standard of reproducible builds; without it, 1980, the earliest
+every member has the time of `SOURCE_DATE_EPOCH` (a standard of reproducible builds; without it, 1980, the earliest
 that a wheel can say), the mode 644, or 755 for folders, and no owner, and members are in the order of their names.
 """
 
@@ -72,7 +72,7 @@ def rewrite_zip(path: Path) -> None:
 
 
 def rewrite_tar(path: Path) -> None:
-    """Writes a ``.tar.gz`` archive anew, with nothing in it of where and when it was made."""
+    """Writes a `.tar.gz` archive anew, with nothing in it of where and when it was made."""
     with tarfile.open(path) as archive:
         members = {member.name: (member, archive.extractfile(member)) for member in archive}
         contents = {name: (member.isdir(), file.read() if file else b"") for name, (member, file) in members.items()}

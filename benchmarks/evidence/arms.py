@@ -55,7 +55,7 @@ class Plain(nn.Module):
         self.model = model
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``(B, S)`` to logits ``(B, S, V)``."""
+        """`(B, S)` to logits `(B, S, V)`."""
         return self.model(input_ids=ids, use_cache=False).logits
 
 
@@ -78,7 +78,7 @@ class OnePrefix(nn.Module):
         )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``(B, S)`` to logits ``(B, S, V)``."""
+        """`(B, S)` to logits `(B, S, V)`."""
         cache = DynamicCache()
         for layer, prefix in enumerate(self.prefixes):
             key, value = prefix.expand(-1, len(ids), -1, -1, -1)  # each (B, G, T, D)

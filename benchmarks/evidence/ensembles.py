@@ -41,7 +41,7 @@ class Average(nn.Module):
         self.models = nn.ModuleList(models)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``(B, S)`` to logarithms of the mean probabilities ``(B, S, V)``."""
+        """`(B, S)` to logarithms of the mean probabilities `(B, S, V)`."""
         each = torch.stack([log_softmax(model(ids).float(), dim=-1) for model in self.models])
         return each.logsumexp(0) - torch.log(torch.tensor(float(len(self.models))))
 

@@ -1,13 +1,11 @@
 """Tasks whose difficulty is computation for each token and not knowledge, made without end from a seed.
 
-=============== =====================================================================================================
-``add``         two numbers of N digits, then their sum, first digit first
-``multiply``    a number of N digits times one of two, then the product, first digit first
-``hops``        a permutation of ten symbols, written out, and one of them; then where N steps of it lead
-``sort``        N numbers below 32; then the same in order
-``parity``      24 bits; then eight bits, each the parity of N of them, always of the same places
-``modulo``      N numbers below 23; then their sum modulo 23
-=============== =====================================================================================================
+- `add`: two numbers of N digits, then their sum, first digit first
+- `multiply`: a number of N digits times one of two, then the product, first digit first
+- `hops`: a permutation of ten symbols, written out, and one of them; then where N steps of it lead
+- `sort`: N numbers below 32; then the same in order
+- `parity`: 24 bits; then eight bits, each the parity of N of them, always of the same places
+- `modulo`: N numbers below 23; then their sum modulo 23
 
 Every eighth example, by a hash of its prompt, is held out: no model trains on it. All examples of a task are of one
 length. Only the answer's tokens are learned and scored.

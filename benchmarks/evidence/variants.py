@@ -1,14 +1,12 @@
 """Changes to the method that could make streams pay sooner, each by its name.
 
-========================== ==========================================================================================
-``draw=D``                 prefixes drawn D times as large as by default
-``embedding``              a learned vector for each stream, added to its input
-``lora=R``                 low-rank differences of rank R for each stream in place of prefixes
-``left-out``               in each training step one stream, drawn anew, does not count in the mixture
-``apart=C``                C times the mean cosine of the streams' final states is added to the loss
-``probabilities``          the streams' predicted probabilities are mixed, in place of their states
-``rate=F``                 prefixes and aggregator train at F times the rate
-========================== ==========================================================================================
+- `draw=D`: prefixes drawn D times as large as by default
+- `embedding`: a learned vector for each stream, added to its input
+- `lora=R`: low-rank differences of rank R for each stream in place of prefixes
+- `left-out`: in each training step one stream, drawn anew, does not count in the mixture
+- `apart=C`: C times the mean cosine of the streams' final states is added to the loss
+- `probabilities`: the streams' predicted probabilities are mixed, in place of their states
+- `rate=F`: prefixes and aggregator train at F times the rate
 
 P streams, B rows, S tokens, H hidden size, V vocabulary.
 """
@@ -39,7 +37,7 @@ class Streams(nn.Module):
         self.generator.manual_seed(seed * 1_000_003 + step)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``(B, S)`` to logits ``(B, S, V)``."""
+        """`(B, S)` to logits `(B, S, V)`."""
         return self.model(input_ids=ids, use_cache=False).logits
 
 
@@ -97,7 +95,7 @@ class Probabilities(Streams):
         self.states = args[0]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``(B, S)`` to logarithms of the mixed probabilities ``(B, S, V)``."""
+        """`(B, S)` to logarithms of the mixed probabilities `(B, S, V)`."""
         self.model.get_decoder()(input_ids=ids, use_cache=False)
         weights = self.model.get_decoder().aggregate_layer.weights(self.states)  # (B, S, P)
         logits = self.model.lm_head(self.states).unflatten(0, (self.streams, -1))  # (P, B, S, V)

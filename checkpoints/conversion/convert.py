@@ -135,7 +135,7 @@ def calibration_ids(
         Token ids `(P, T)`.
 
     Raises:
-        ValueError: there are fewer than P * T tokens, or as :func:`parscale.checkpoints.texts.token_ids.encode`.
+        ValueError: there are fewer than P * T tokens, or as `parscale.checkpoints.texts.token_ids.encode`.
     """
     encoded = encode(documents, tokenizer, vocabulary, add_special_tokens=False)
     ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)  # (N,)

@@ -86,7 +86,7 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
         The same object.
 
     Raises:
-        ValueError: as :func:`parscale.wrap`; one prefix without calibration, or with too short a one.
+        ValueError: as `parscale.wrap`; one prefix without calibration, or with too short a one.
     """
     if arm.streams:
         texts = None if calibration is None else calibration[:, : config.prefix_length]
@@ -224,7 +224,7 @@ def paired(arm: Sequence[Evaluation], baseline: Sequence[Evaluation]) -> NDArray
     """Differences `(S, D)` of the documents' losses, seed by seed.
 
     Raises:
-        ValueError: as :func:`hold_against`.
+        ValueError: as `hold_against`.
     """
     seeds = max(len(arm), len(baseline))
     if not arm or not baseline or any(len(side) not in (1, seeds) for side in (arm, baseline)):

@@ -73,7 +73,7 @@ def evaluate_places(
 
     Raises:
         ValueError: a number is out of range, no document has a token to score, or as
-            :func:`parscale.checkpoints.texts.token_ids.encode`.
+            `parscale.checkpoints.texts.token_ids.encode`.
     """
     length = checked_length(model, sequence_length)
     if length < 4 or middles < 1 or batch_size < 1:

@@ -61,10 +61,10 @@ def evaluate_tasks(
             machine when lm-eval reads them (`!function`, templates): a warning names them first.
         confirm_run_unsafe_code: whether tasks may run the code that the model writes. It has no say in what task files
             run.
-        adaptive: as :func:`parscale.checkpoints.evaluation.text_loss.evaluate`.
+        adaptive: as `parscale.checkpoints.evaluation.text_loss.evaluate`.
 
     Returns:
-        lm-eval's results, as it writes them to files, with `"parscale"`: what :func:`stamp` says, and with `adaptive`
+        lm-eval's results, as it writes them to files, with `"parscale"`: what `stamp` says, and with `adaptive`
         its `mean_streams`, over the questions' own tokens too. Can be written as JSON.
 
     Raises:
@@ -137,7 +137,7 @@ def stamp(model: Any, **versions: str) -> dict[str, Any]:
 
 
 def scores(results: dict[str, Any]) -> list[tuple[str, str, str, float, float | None]]:
-    """The figures of :func:`evaluate_tasks`: task or group, metric, filter, value and standard error."""
+    """The figures of `evaluate_tasks`: task or group, metric, filter, value and standard error."""
     rows = []
     for task, figures in (results["results"] | results.get("groups", {})).items():
         for name, value in figures.items():

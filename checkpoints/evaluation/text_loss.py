@@ -132,7 +132,7 @@ def evaluate(
 
 
 def adapting(model: PreTrainedModel, threshold: float | None) -> AbstractContextManager[Adaptive | None]:
-    """In this block streams run for chosen tokens, if there is a threshold; see :func:`evaluate`."""
+    """In this block streams run for chosen tokens, if there is a threshold; see `evaluate`."""
     return nullcontext() if threshold is None else adaptive_streams(model, threshold)
 
 
@@ -162,7 +162,7 @@ def windows_of(
     """The documents' windows of at most `length` ids, the longest first: a batch then holds windows of like length.
 
     Raises:
-        ValueError: as :func:`parscale.checkpoints.texts.token_ids.encode`.
+        ValueError: as `parscale.checkpoints.texts.token_ids.encode`.
     """
     encoded = encode(documents, tokenizer, vocabulary)
     windows = [Window(index, ids) for index, whole in enumerate(encoded) for ids in _cut(whole, length)]

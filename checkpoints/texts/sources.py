@@ -24,22 +24,20 @@ _FILE_SUFFIXES = {".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 def open_source(name: str, *, text_column: str = "text", streaming: bool = False, seed: int = 0) -> Source:
     """Opens training text by its name; documents without a character that is no space are left out.
 
-    Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (``.gz``, ``.bz2``,
-    ``.xz``, ``.zst``). What a file holds is told by the ending of its name:
+    Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (`.gz`, `.bz2`,
+    `.xz`, `.zst`). What a file holds is told by the ending of its name:
 
-    ======================== =========================================================================================
-    ``.jsonl``, ``.ndjson``  JSON Lines; each row is a document
-    ``.json``                the same, or a list of rows, or an object that holds one such list
-    ``.csv``, ``.tsv``       a header, then rows; each row is a document
-    ``.parquet``, ``.arrow`` a table; each row is a document
-    any other                text, which is one document
-    ======================== =========================================================================================
+    - `.jsonl`, `.ndjson`: JSON Lines; each row is a document
+    - `.json`: the same, or a list of rows, or an object that holds one such list
+    - `.csv`, `.tsv`: a header, then rows; each row is a document
+    - `.parquet`, `.arrow`: a table; each row is a document
+    - any other: text, which is one document
 
     Args:
         name: a file; a folder, of which every such file that is not hidden counts, also by links to folders; or
-            ``NAME`` or ``NAME:CONFIGURATION`` of a dataset on the Hugging Face Hub, its split ``train``.
-        text_column: what holds the text in a row. In a folder, ``.json``, ``.csv`` and ``.tsv`` files without it are
-            left out, with a warning; to train on one as it is, call it ``.txt``.
+            `NAME` or `NAME:CONFIGURATION` of a dataset on the Hugging Face Hub, its split `train`.
+        text_column: what holds the text in a row. In a folder, `.json`, `.csv` and `.tsv` files without it are
+            left out, with a warning; to train on one as it is, call it `.txt`.
         streaming: read datasets as they are needed, and not as a whole beforehand; their documents are then shuffled
             within a window of 10,000.
         seed: of that shuffling.
@@ -213,8 +211,8 @@ def open_sources(
     """Several sources, each looked into, so that what is wrong is said before anything long begins.
 
     Args:
-        data: names as :func:`open_source` takes them, and sources, which stay as they are.
-        text_column: as for :func:`open_source`.
+        data: names as `open_source` takes them, and sources, which stay as they are.
+        text_column: as for `open_source`.
         streaming: likewise.
         seed: likewise.
 

@@ -57,7 +57,7 @@ class TrainingFacts:
         checkpoint: what the trained checkpoint is called: its folder's name, or its repository on the Hub.
         backbone_class: such as `"Qwen2ForCausalLM"`.
         backbone: the backbone's name on the Hub, or its path; None if it is not known.
-        num_streams: as in :class:`parscale.ParScaleConfig`.
+        num_streams: as in `parscale.ParScaleConfig`.
         prefix_length: as there; None where streams have none.
         smoothing: as there.
         init: as there; None if it is not known.
@@ -65,7 +65,7 @@ class TrainingFacts:
         trains: `"streams"`, `"everything"` or `"lora"`.
         trained_parameters: how many were trained.
         parameters: how many there are, streams and backbone.
-        tokens: as in :class:`TrainSettings`.
+        tokens: as in `TrainSettings`.
         sequence_length: as there.
         batch_size: as there.
         learning_rates: at their peak, by what they are for, such as `{"streams": 3e-2, "backbone": 3e-5}`.

@@ -1,13 +1,11 @@
 """The folder of a training run: what it was started with, its checkpoints, and the metrics that it has written.
 
-========================== ==========================================================================================
-`run.json`                 what the run was started with; going on with other settings is refused
-`metrics.jsonl`            one line for each step, and for each text that was measured
-`checkpoint-N`             what going on needs after N steps, with `manifest.json`: its files, their sizes and checksums
-`training.json`            the report, written when the run has ended and the model stands in the folder
-========================== ==========================================================================================
+- `run.json`: what the run was started with; going on with other settings is refused
+- `metrics.jsonl`: one line for each step, and for each text that was measured
+- `checkpoint-N`: what going on needs after N steps, with `manifest.json`: its files, their sizes and checksums
+- `training.json`: the report, written when the run has ended and the model stands in the folder
 
-A checkpoint is written in a working folder (:mod:`parscale.format.working`), flushed to the disk, and moved to its
+A checkpoint is written in a working folder (`parscale.format.working`), flushed to the disk, and moved to its
 place when it is whole. The process that runs holds a lock on `run.json`, which ends with it.
 
 Nothing is removed for its name alone: a working folder is known by its marker, a checkpoint by its manifest.
@@ -51,7 +49,7 @@ _CHUNK = 1 << 22
 
 
 class Run:
-    """A run's folder. Once a process has begun or gone on with the run, it holds a lock on it until :meth:`release`.
+    """A run's folder. Once a process has begun or gone on with the run, it holds a lock on it until `release`.
 
     Args:
         folder: where; it need not exist.
@@ -161,15 +159,15 @@ class Run:
 
     @property
     def saving(self) -> Path:
-        """Where checkpoints are written before they are published; inside a block of :meth:`working`."""
+        """Where checkpoints are written before they are published; inside a block of `working`."""
         return working_folder(self.folder, "checkpoint")
 
     def working(self) -> AbstractContextManager[Path]:
-        """Makes :attr:`saving` for a block, and removes it after it."""
+        """Makes `saving` for a block, and removes it after it."""
         return working(self.folder, "checkpoint")
 
     def publish(self, written: Path, step: int, *, keep: int, processes: int = 1) -> None:
-        """Moves a checkpoint from :attr:`saving` to its place, and removes older ones.
+        """Moves a checkpoint from `saving` to its place, and removes older ones.
 
         What has a checkpoint's name but no manifest stays; if it is in the way, it gets another name.
 

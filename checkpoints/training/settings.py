@@ -18,7 +18,7 @@ BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
 class TrainSettings:
     """How to post-train a checkpoint.
 
-    From Python, `data` and the values of `eval_data` may also be a :class:`Source`, whose documents are in memory.
+    From Python, `data` and the values of `eval_data` may also be a `Source`, whose documents are in memory.
 
     Attributes:
         data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or

@@ -1,7 +1,7 @@
 """Post-training of a checkpoint on text, from beginning to end: `train` is what `parscale train` calls.
 
 The loop is the Hugging Face Trainer's, on one device or, under `torchrun` or `accelerate launch`, on many. The output
-folder holds what :mod:`parscale.checkpoints.training.run_folder` says, and at the end a checkpoint of the kind that was
+folder holds what `parscale.checkpoints.training.run_folder` says, and at the end a checkpoint of the kind that was
 trained.
 """
 
@@ -102,7 +102,7 @@ def _train_in(
     name: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    """As :func:`train`; the run's folder stays locked for this process until it is released."""
+    """As `train`; the run's folder stays locked for this process until it is released."""
     state = PartialState(cpu=_on_cpu())
     if state.is_main_process:
         run.check(resume=resume)

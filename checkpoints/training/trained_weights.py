@@ -1,12 +1,10 @@
 """What a run trains, written to a checkpoint, read back into the model, and put into the model that was started from.
 
-=================================  =====================================================================================
-what trains                        what a checkpoint holds
-=================================  =====================================================================================
-the streams of a frozen backbone   a streams-only folder
-an adapter and the streams         an adapter's folder, with the streams in it
-everything                         a full checkpoint, or a plain model's folder where there are no streams
-=================================  =====================================================================================
+What trains: what a checkpoint holds.
+
+- the streams of a frozen backbone: a streams-only folder
+- an adapter and the streams: an adapter's folder, with the streams in it
+- everything: a full checkpoint, or a plain model's folder where there are no streams
 
 Each of them is one that `parscale.load`, PEFT or transformers reads, so that a run can be looked at while it lasts.
 """
@@ -66,7 +64,7 @@ def save_trained(
 
 
 def load_trained(model: Any, folder: Path) -> None:
-    """Reads what :func:`save_trained` wrote into a model of the same kind, in the dtypes that the model has."""
+    """Reads what `save_trained` wrote into a model of the same kind, in the dtypes that the model has."""
     if (folder / ADAPTER).exists():
         from peft import set_peft_model_state_dict
 
@@ -86,7 +84,7 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
 
     Args:
         checkpoint: a full one, streams only, or a plain model, as it was before the run.
-        trained: a folder that :func:`save_trained` wrote.
+        trained: a folder that `save_trained` wrote.
         output: the folder to save in; each tensor has the dtype that it has in `checkpoint`.
 
     Raises:

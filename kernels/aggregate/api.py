@@ -23,18 +23,18 @@ def aggregate(
     Both implementations compute in float32, float64 tensors in float64, and cast once, at the end.
 
     Args:
-        x: hidden states of the streams, ``(P, N, H)``, any strides.
-        logits: one row for each token, ``(N, P)``.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, in [0, 1].
-        impl: ``"reference"`` is plain torch, differentiable any number of times. ``"fused"`` is one Triton kernel
-            forward and one backward, differentiable once, for up to 64 streams. ``"auto"`` is ``"fused"`` on CUDA and
-            ROCm devices where Triton is installed, and ``"reference"`` elsewhere and for more streams.
+        x: hidden states of the streams, `(P, N, H)`, any strides.
+        logits: one row for each token, `(N, P)`.
+        smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`, in [0, 1].
+        impl: `"reference"` is plain torch, differentiable any number of times. `"fused"` is one Triton kernel
+            forward and one backward, differentiable once, for up to 64 streams. `"auto"` is `"fused"` on CUDA and
+            ROCm devices where Triton is installed, and `"reference"` elsewhere and for more streams.
 
     Returns:
-        ``(N, H)`` in the dtype of ``x``.
+        `(N, H)` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes do not fit, an unknown ``impl``, or ``"fused"`` where it cannot run.
+        ValueError: shapes do not fit, an unknown `impl`, or `"fused"` where it cannot run.
     """
     if x.ndim != 3 or logits.ndim != 2 or logits.shape != (x.shape[1], x.shape[0]):
         raise ValueError(

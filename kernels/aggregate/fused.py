@@ -1,8 +1,8 @@
 """The weighted sum over streams in Triton: forward, backward, and their registration with torch.
 
-Read from top to bottom: forward kernel, backward kernel, host functions, operators. In kernels ``b_x`` is a value,
-``p_x`` a pointer, ``o_d`` an offset, ``m_d`` a mask, ``s_xd`` a stride; ``BN``, ``BP``, ``BH`` are the sizes of blocks.
-Tensors without strides are contiguous; ``x (P, N, H)`` is so in its last dimension.
+Read from top to bottom: forward kernel, backward kernel, host functions, operators. In kernels `b_x` is a value,
+`p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; `BN`, `BP`, `BH` are the sizes of blocks.
+Tensors without strides are contiguous; `x (P, N, H)` is so in its last dimension.
 
 One program of the forward pass reads each of its numbers once. One program of the backward pass holds a whole row, so
 that the gradient of the logits, a sum over H, needs neither atomics nor a second pass.
@@ -37,7 +37,7 @@ def forward_kernel(
     ACC: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """``x (P, N, H)``, ``logits (N, P)`` -> ``out (N, H)``, contiguous; a program for each BN x BH of it."""
+    """`x (P, N, H)`, `logits (N, P)` -> `out (N, H)`, contiguous; a program for each BN x BH of it."""
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # (BN,)
     o_h = tl.program_id(1).to(tl.int64) * BH + tl.arange(0, BH)  # (BH,)
     o_p = tl.arange(0, BP).to(tl.int64)  # (BP,)
@@ -78,7 +78,7 @@ def backward_kernel(
     BH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``gradient (N, H)`` -> ``dx (P, N, H)``, ``dlogits (N, P)``, contiguous; a program for each row."""
+    """`gradient (N, H)` -> `dx (P, N, H)`, `dlogits (N, P)`, contiguous; a program for each row."""
     o_n = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BP).to(tl.int64)  # (BP,)
     m_p = o_p < P
@@ -106,7 +106,7 @@ def backward_kernel(
 
 
 def forward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks and warps of :func:`forward_kernel`: the same for any number of rows."""
+    """Blocks and warps of `forward_kernel`: the same for any number of rows."""
     BH = min(512, max(128, power_of_2(H)))
     double = dtype == torch.float64
     BN = max(1, (1024 if double else 2048) // BH)
@@ -114,13 +114,13 @@ def forward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def backward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks and warps of :func:`backward_kernel`."""
+    """Blocks and warps of `backward_kernel`."""
     tile = 4096 if dtype.itemsize == 2 else 2048  # numbers that a program holds
     return {"BH": min(power_of_2(H), tile // power_of_2(P)), "num_warps": 4}
 
 
 def forward(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """``x (P, N, H)``, ``logits (N, P)`` -> ``(N, H)``; any strides."""
+    """`x (P, N, H)`, `logits (N, P)` -> `(N, H)`; any strides."""
     P, N, H = x.shape
     out = torch.empty(N, H, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -142,7 +142,7 @@ def forward(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Te
 def backward(
     gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``gradient (N, H)`` -> gradients of ``x (P, N, H)`` and ``logits (N, P)``; any strides."""
+    """`gradient (N, H)` -> gradients of `x (P, N, H)` and `logits (N, P)`; any strides."""
     P, N, H = x.shape
     dx = torch.empty(P, N, H, dtype=x.dtype, device=x.device)
     dlogits = torch.empty(N, P, dtype=logits.dtype, device=x.device)
@@ -164,7 +164,7 @@ def backward(
 
 @torch.library.custom_op("parscale::aggregate", mutates_args=())
 def aggregate_op(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """As :func:`forward`, registered: torch.compile, CUDA graphs, autograd (once) and vmap know it."""
+    """As `forward`, registered: torch.compile, CUDA graphs, autograd (once) and vmap know it."""
     return forward(x, logits, smoothing)
 
 
@@ -177,7 +177,7 @@ def _(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
 def aggregate_backward_op(
     gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`backward`, registered; not differentiable again."""
+    """As `backward`, registered; not differentiable again."""
     return backward(gradient, x, logits, smoothing)
 
 

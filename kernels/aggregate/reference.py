@@ -9,12 +9,12 @@ def aggregate_reference(x: torch.Tensor, logits: torch.Tensor, smoothing: float)
     Runs in float32 (float64 inputs stay float64) and casts down once, at the end.
 
     Args:
-        x: hidden states of the streams, ``(P, N, H)``.
-        logits: ``(N, P)``.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+        x: hidden states of the streams, `(P, N, H)`.
+        logits: `(N, P)`.
+        smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`.
 
     Returns:
-        ``(N, H)`` in the dtype of ``x``.
+        `(N, H)` in the dtype of `x`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weights = stream_weights(logits, smoothing, dtype)  # (N, P)
@@ -25,12 +25,12 @@ def stream_weights(logits: torch.Tensor, smoothing: float, dtype: torch.dtype | 
     """The weights that streams are mixed by, smoothed.
 
     Args:
-        logits: ``(..., P)``.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
-        dtype: of the softmax; by default that of ``logits``, and at least float32.
+        logits: `(..., P)`.
+        smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`.
+        dtype: of the softmax; by default that of `logits`, and at least float32.
 
     Returns:
-        ``(..., P)``, which sum to 1.
+        `(..., P)`, which sum to 1.
     """
     weights = torch.softmax(logits, dim=-1, dtype=dtype or torch.promote_types(logits.dtype, torch.float32))
     return weights * (1 - smoothing) + smoothing / logits.shape[-1]

@@ -21,29 +21,29 @@ def aggregator(
     *,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
+    """`Linear(P*H -> H)`, SiLU, `Linear(H -> P)`, softmax over streams, smoothing, weighted sum.
 
     As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation rounds nothing between the first
     projection's sum and the result: sums, SiLU, softmax and mixture are float32. Up to 32 rows it makes no rearranged
-    copy of ``hidden``. Under autocast the projections take its dtype, as linear layers do, and the mixture that of
-    ``hidden``.
+    copy of `hidden`. Under autocast the projections take its dtype, as linear layers do, and the mixture that of
+    `hidden`.
 
     Args:
-        hidden: the streams' hidden states, ``(P*B, S, H)``, stream-major rows.
-        weight1: ``(H, H*P)``, column ``h*P + p`` for hidden index h of stream p.
-        bias1: ``(H,)``.
-        weight2: ``(P, H)``.
-        bias2: ``(P,)``.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``, in [0, 1].
-        impl: ``"reference"`` is plain torch. ``"fused"`` takes tensors of one dtype (float16, bfloat16 or float32), up
-            to 64 streams, and is differentiable once. ``"auto"`` is ``"fused"`` on CUDA and ROCm
-            devices where Triton is installed and the tensors are such, and ``"reference"`` elsewhere.
+        hidden: the streams' hidden states, `(P*B, S, H)`, stream-major rows.
+        weight1: `(H, H*P)`, column `h*P + p` for hidden index h of stream p.
+        bias1: `(H,)`.
+        weight2: `(P, H)`.
+        bias2: `(P,)`.
+        smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`, in [0, 1].
+        impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32), up
+            to 64 streams, and is differentiable once. `"auto"` is `"fused"` on CUDA and ROCm
+            devices where Triton is installed and the tensors are such, and `"reference"` elsewhere.
 
     Returns:
-        ``(B, S, H)`` in the dtype of ``hidden``.
+        `(B, S, H)` in the dtype of `hidden`.
 
     Raises:
-        ValueError: shapes do not fit, an unknown ``impl``, or ``"fused"`` where it cannot run.
+        ValueError: shapes do not fit, an unknown `impl`, or `"fused"` where it cannot run.
     """
     tensors = (hidden, weight1, bias1, weight2, bias2)
     P, H = weight2.shape[0], hidden.shape[-1]

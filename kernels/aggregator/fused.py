@@ -1,14 +1,14 @@
 """The whole aggregator on a GPU: host functions, and their registration with torch.
 
-Two regimes. With few rows (decoding) the time is that of reading ``weight1`` once: one kernel multiplies it as it lies,
-in splits of the hidden dimension. With more rows the streams are put into the order of ``weight1``'s columns, and
+Two regimes. With few rows (decoding) the time is that of reading `weight1` once: one kernel multiplies it as it lies,
+in splits of the hidden dimension. With more rows the streams are put into the order of `weight1`'s columns, and
 cuBLAS multiplies, whatever their number. In both, a second kernel does everything else.
 
 The weights are never copied in a forward pass, nor kept in another order between calls: what is kept would have to know
-of every change of the weights, and some (``.data``, loaders, sharding) leave no trace. Up to ``N = H`` rows the copy of
+of every change of the weights, and some (`.data`, loaders, sharding) leave no trace. Up to `N = H` rows the copy of
 the activations is the smaller one.
 
-``x (P, N, H)`` may have another dtype than the weights, as under autocast: products take the weights'.
+`x (P, N, H)` may have another dtype than the weights, as under autocast: products take the weights'.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_SPLITS = 16
 
 
 def few_rows_config(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
-    """Blocks, warps and stages of :func:`few_rows_kernel`."""
+    """Blocks, warps and stages of `few_rows_kernel`."""
     # 512 bytes of a weight's row at a time; for more rows half as much, which more registers would not take
     BN, size = (16, 512) if N <= 16 else (FEW_ROWS, 256)
     BH = max(1, 16 // P, (size // dtype.itemsize) // P)
@@ -36,7 +36,7 @@ def few_rows_config(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, i
 
 
 def few_rows_programs(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> int:
-    """How many programs of :func:`few_rows_kernel` a multiprocessor holds at a time."""
+    """How many programs of `few_rows_kernel` a multiprocessor holds at a time."""
     config = few_rows_config(P, N, dtype, gpu)
     rows = (config["num_stages"] - 1) * (config["BN"] + config["BJ"])
     if dtype == torch.float32:  # whose rows are laid out anew for the product
@@ -56,22 +56,22 @@ def few_rows_splits(P: int, N: int, H: int, dtype: torch.dtype, gpu: Gpu) -> tup
 
 
 def finish_config(P: int, H: int) -> dict[str, int]:
-    """Block and warps of :func:`finish_kernel`."""
+    """Block and warps of `finish_kernel`."""
     return {"BH": min(power_of_2(H), max(64, 4096 // power_of_2(P))), "num_warps": 8}
 
 
 def join_config(P: int, H: int) -> dict[str, int]:
-    """Block and warps of :func:`join_kernel`."""
+    """Block and warps of `join_kernel`."""
     return {"BH": min(power_of_2(H), max(16, 4096 // power_of_2(P))), "num_warps": 4}
 
 
 def split_config(P: int) -> dict[str, int]:
-    """Block and warps of :func:`split_kernel`."""
+    """Block and warps of `split_kernel`."""
     return {"BM": 4096 // power_of_2(P), "num_warps": 4}
 
 
 def join_streams(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``(P, N, H)`` -> ``(N, H*P)`` in ``dtype``: all streams of a hidden feature together."""
+    """`(P, N, H)` -> `(N, H*P)` in `dtype`: all streams of a hidden feature together."""
     P, N, H = x.shape
     joined = torch.empty(N, H * P, dtype=dtype, device=x.device)
     config = join_config(P, H)
@@ -82,7 +82,7 @@ def join_streams(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def split_streams(weight: torch.Tensor, P: int) -> torch.Tensor:
-    """``(H, H*P)`` -> ``(P, H, H)``, by stream, output feature, hidden feature."""
+    """`(H, H*P)` -> `(P, H, H)`, by stream, output feature, hidden feature."""
     H = weight.shape[0]
     split = torch.empty(P, H, H, dtype=weight.dtype, device=weight.device)
     config = split_config(P)
@@ -92,7 +92,7 @@ def split_streams(weight: torch.Tensor, P: int) -> torch.Tensor:
 
 
 def takes_few_rows(P: int, N: int, H: int) -> bool:
-    """Whether :func:`few_rows_kernel` does the first projection: it loads 16 bytes at a time where these hold."""
+    """Whether `few_rows_kernel` does the first projection: it loads 16 bytes at a time where these hold."""
     return N <= FEW_ROWS and power_of_2(P) == P and H % 16 == 0
 
 
@@ -105,14 +105,14 @@ def forward(
     smoothing: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``x (P, N, H)`` -> mixed ``(N, H)``; before SiLU ``(N, H)`` if ``save``, else nothing; float32 logits ``(N, P)``.
+    """`x (P, N, H)` -> mixed `(N, H)`; before SiLU `(N, H)` if `save`, else nothing; float32 logits `(N, P)`.
 
     Args:
         x: any strides.
-        weight1: ``(H, H*P)``.
-        bias1: ``(H,)``.
-        weight2: ``(P, H)``.
-        bias2: ``(P,)``.
+        weight1: `(H, H*P)`.
+        bias1: `(H,)`.
+        weight2: `(P, H)`.
+        bias2: `(P,)`.
         smoothing: epsilon.
         save: whether a backward pass follows.
     """
@@ -141,7 +141,7 @@ def forward(
 
 
 def _multiply_few(x: torch.Tensor, weight: torch.Tensor, gpu: Gpu) -> torch.Tensor:
-    """``x (P, N, H)``, ``weight (H, H*P)`` -> parts of the product, ``(splits, N, H)``, float32."""
+    """`x (P, N, H)`, `weight (H, H*P)` -> parts of the product, `(splits, N, H)`, float32."""
     P, N, H = x.shape
     config = few_rows_config(P, N, weight.dtype, gpu)
     splits, steps = few_rows_splits(P, N, H, weight.dtype, gpu)
@@ -159,7 +159,7 @@ def _multiply_few(x: torch.Tensor, weight: torch.Tensor, gpu: Gpu) -> torch.Tens
 
 
 def _multiply(joined: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``joined (N, H*P)``, ``weight (H, H*P)`` -> ``(N, H)`` in float32; on ROCm, rounded to their dtype."""
+    """`joined (N, H*P)`, `weight (H, H*P)` -> `(N, H)` in float32; on ROCm, rounded to their dtype."""
     with without_autocast(joined):
         if joined.dtype == torch.float32 or not joined.is_cuda:
             return joined.float() @ weight.float().T
@@ -177,7 +177,7 @@ def backward(
     logits: torch.Tensor,
     smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of ``x``, ``weight1``, ``bias1``, ``weight2`` and ``bias2``; sums in fixed order, no atomics."""
+    """The gradients of `x`, `weight1`, `bias1`, `weight2` and `bias2`; sums in fixed order, no atomics."""
     P, N, H = x.shape
     if N == 0:
         zeros = torch.zeros_like
@@ -211,7 +211,7 @@ def aggregator_op(
     smoothing: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`forward`, registered: torch.compile, CUDA graphs, autograd (once) and vmap know it."""
+    """As `forward`, registered: torch.compile, CUDA graphs, autograd (once) and vmap know it."""
     return forward(x, weight1, bias1, weight2, bias2, smoothing, save)
 
 
@@ -239,7 +239,7 @@ def aggregator_backward_op(
     logits: torch.Tensor,
     smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`backward`, registered; not differentiable again."""
+    """As `backward`, registered; not differentiable again."""
     return backward(gradient, x, weight1, weight2, inner, logits, smoothing)
 
 

@@ -1,4 +1,4 @@
-"""The public function of causal attention over ``[prefix of stream p | new tokens]``, by torch's flash attention.
+"""The public function of causal attention over `[prefix of stream p | new tokens]`, by torch's flash attention.
 
 On a GPU the prefix is put in front of the keys, and torch's operator aligns its causal mask to the lower right: one
 call, forward and backward. On a CPU it does not, and two calls are merged.
@@ -20,17 +20,17 @@ LARGEST_HEAD = 256
 
 
 def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: Impl = "auto") -> bool:
-    """Whether :func:`causal_attention` takes these tensors: whether torch's flash attention does, and may.
+    """Whether `causal_attention` takes these tensors: whether torch's flash attention does, and may.
 
     On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
-    bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where ``torch.nn.attention.sdpa_kernel`` forbids flash
-    attention, or under a transform of ``torch.func``.
+    bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where `torch.nn.attention.sdpa_kernel` forbids flash
+    attention, or under a transform of `torch.func`.
 
     Args:
-        query: ``(P*B, heads, S, D)``.
-        key: ``(P*B, G, S, D)``.
-        value: ``(P*B, G, S, D)``.
-        impl: as ``wrap`` takes ``kernels``; ``"reference"`` is never mergeable.
+        query: `(P*B, heads, S, D)`.
+        key: `(P*B, G, S, D)`.
+        value: `(P*B, G, S, D)`.
+        impl: as `wrap` takes `kernels`; `"reference"` is never mergeable.
 
     Returns:
         Whether it takes them.
@@ -62,16 +62,16 @@ def causal_attention(
     """Each token attends to its stream's whole prefix and to the tokens up to itself.
 
     Args:
-        query: ``(P*B, heads, S, D)``, stream-major rows; tensors that :func:`is_mergeable` takes.
-        key: ``(P*B, G, S, D)``; ``heads`` is a multiple of G (grouped queries).
-        value: ``(P*B, G, S, D)``.
-        prefix_k: ``(P, G, T, D)``, shared by the B rows of each stream.
-        prefix_v: ``(P, G, T, D)``.
-        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+        query: `(P*B, heads, S, D)`, stream-major rows; tensors that `is_mergeable` takes.
+        key: `(P*B, G, S, D)`; `heads` is a multiple of G (grouped queries).
+        value: `(P*B, G, S, D)`.
+        prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
+        prefix_v: `(P, G, T, D)`.
+        scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:
-        ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor, and
-        a second time is a ``RuntimeError``.
+        `(P*B, heads, S, D)` in the dtype of `query`, or that of autocast; differentiable once in every tensor, and
+        a second time is a `RuntimeError`.
     """
     dtype = _autocast_dtype(query)
     # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass

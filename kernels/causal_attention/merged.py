@@ -24,12 +24,12 @@ def causal_attention_merged(
     prefix_v: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.causal_attention`, for tensors of one dtype on a CPU."""
+    """As `parscale.kernels.causal_attention`, for tensors of one dtype on a CPU."""
     return _CausalAttention.apply(query, key, value, prefix_k, prefix_v, scaling)
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Both parts and their merging, as one step; see :mod:`parscale.kernels.flash` for its gradients."""
+    """Both parts and their merging, as one step; see `parscale.kernels.flash` for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, scaling: Any) -> Any:

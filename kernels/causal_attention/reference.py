@@ -17,18 +17,18 @@ def causal_attention_reference(
     *,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.causal_attention`, by one call with a mask: what it is held against.
+    """As `parscale.kernels.causal_attention`, by one call with a mask: what it is held against.
 
     Args:
-        query: ``(P*B, heads, S, D)``, stream-major rows.
-        key: ``(P*B, G, S, D)``.
-        value: ``(P*B, G, S, D)``.
-        prefix_k: ``(P, G, T, D)``.
-        prefix_v: ``(P, G, T, D)``.
-        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+        query: `(P*B, heads, S, D)`, stream-major rows.
+        key: `(P*B, G, S, D)`.
+        value: `(P*B, G, S, D)`.
+        prefix_k: `(P, G, T, D)`.
+        prefix_v: `(P, G, T, D)`.
+        scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:
-        ``(P*B, heads, S, D)``.
+        `(P*B, heads, S, D)`.
     """
     T, S = prefix_k.shape[2], query.shape[2]
     visible = torch.ones(S, T + S, dtype=torch.bool, device=query.device).tril(T)

@@ -26,32 +26,32 @@ def decode_attention(
     softcap: float | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Softmax attention of one token per row over ``[prefix of stream p | cache]``, both read where they lie.
+    """Softmax attention of one token per row over `[prefix of stream p | cache]`, both read where they lie.
 
     Args:
-        query: ``(P*B, heads, 1, D)``, stream-major rows.
-        key: ``(P*B, G, K, D)``; ``heads`` is a multiple of G (grouped queries). Read in place if the last dimension of
+        query: `(P*B, heads, 1, D)`, stream-major rows.
+        key: `(P*B, G, K, D)`; `heads` is a multiple of G (grouped queries). Read in place if the last dimension of
             keys and values lies contiguous.
-        value: ``(P*B, G, K, Dv)``.
-        prefix_k: ``(P, G, T, D)``, shared by the B rows of each stream.
-        prefix_v: ``(P, G, T, Dv)``.
-        mask: ``None``, or boolean (True: attend) or additive, broadcasting to ``(P*B, heads, 1, T + K)``, or ``K`` in
-            place of ``T + K``: then it is about the cache alone. Padding and sliding windows are masks. An additive
-            mask's ``-inf`` and its dtype's smallest number hide. What is hidden is read, and must be finite.
-        length: how many of the K tokens are real, for a cache that is longer: integers, ``(P*B,)`` or one, on the
+        value: `(P*B, G, K, Dv)`.
+        prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
+        prefix_v: `(P, G, T, Dv)`.
+        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or `K` in
+            place of `T + K`: then it is about the cache alone. Padding and sliding windows are masks. An additive
+            mask's `-inf` and its dtype's smallest number hide. What is hidden is read, and must be finite.
+        length: how many of the K tokens are real, for a cache that is longer: integers, `(P*B,)` or one, on the
             device, so that a captured graph reads it anew. What lies beyond may be anything.
-        sinks: logits ``(heads,)`` that take a part of the softmax and give nothing (GPT-OSS).
-        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
-        impl: ``"reference"`` is plain torch. ``"fused"`` takes tensors of one dtype (float16, bfloat16 or float32) and
-            heads of up to 256 numbers, and has no gradient. ``"auto"`` is ``"fused"`` on CUDA and ROCm devices where
-            Triton is installed, the tensors are such and no gradient is recorded, and ``"reference"`` elsewhere.
+        sinks: logits `(heads,)` that take a part of the softmax and give nothing (GPT-OSS).
+        scaling: factor on the scores; `D ** -0.5` if `None`.
+        softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2).
+        impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32) and
+            heads of up to 256 numbers, and has no gradient. `"auto"` is `"fused"` on CUDA and ROCm devices where
+            Triton is installed, the tensors are such and no gradient is recorded, and `"reference"` elsewhere.
 
     Returns:
-        ``(P*B, heads, 1, Dv)`` in the dtype of ``query``.
+        `(P*B, heads, 1, Dv)` in the dtype of `query`.
 
     Raises:
-        ValueError: shapes do not fit, an unknown ``impl``, or ``"fused"`` where it cannot run.
+        ValueError: shapes do not fit, an unknown `impl`, or `"fused"` where it cannot run.
     """
     tensors = (query, key, value, prefix_k, prefix_v)
     if any(x.ndim != 4 for x in tensors) or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
@@ -74,10 +74,10 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
     """How far each row of a mask sees: one more than the last token that any of its heads sees.
 
     Args:
-        mask: over the cache, ``(R or 1, heads or 1, 1, K)``, boolean or additive.
+        mask: over the cache, `(R or 1, heads or 1, 1, K)`, boolean or additive.
 
     Returns:
-        ``(R or 1,)`` int32, on the mask's device: a ``length`` for :func:`decode_attention`.
+        `(R or 1,)` int32, on the mask's device: a `length` for `decode_attention`.
     """
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)

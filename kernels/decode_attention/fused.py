@@ -1,7 +1,7 @@
 """Decode attention on a GPU: one token of each row over its stream's prefix and its cache, both read in place.
 
 Split over the sequence: a program takes one key/value head of one row, all queries that share it, and a part of
-``[prefix | cache]``; a second kernel merges the parts by their log-sum-exp. Tokens beyond ``length`` are not read.
+`[prefix | cache]`; a second kernel merges the parts by their log-sum-exp. Tokens beyond `length` are not read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_SPLITS = 64
 
 
 def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
-    """Block of tokens, warps and stages of :func:`part_kernel`."""
+    """Block of tokens, warps and stages of `part_kernel`."""
     half = dtype.itemsize == 2
     size = (max(16, power_of_2(D)) + max(16, power_of_2(V))) * dtype.itemsize  # bytes of a token
     # keys and values of a block in 32 KiB, in 16 of float32, and a power of 2
@@ -29,7 +29,7 @@ def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
 
 
 def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
-    """How many programs of :func:`part_kernel` a multiprocessor holds at a time."""
+    """How many programs of `part_kernel` a multiprocessor holds at a time."""
     config = part_config(D, V, dtype, gpu)
     BM, BD, BV = (max(16, power_of_2(x)) for x in (queries, D, V))
     # the blocks that are on the way, and queries and weights on their way between layouts
@@ -74,9 +74,9 @@ def decode(
     *,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.decode_attention`, or as :func:`parscale.kernels.shared_decode_attention`.
+    """As `parscale.kernels.decode_attention`, or as `parscale.kernels.shared_decode_attention`.
 
-    The second, where there are fewer rows of keys than of queries. ``splits`` of the sequence are chosen if ``None``.
+    The second, where there are fewer rows of keys than of queries. `splits` of the sequence are chosen if `None`.
     """
     (R, heads, _, D), (P, G, T, _), (rows, _, K, _) = query.shape, prefix_k.shape, key.shape
     V, n, gpu = value.shape[3], heads // G, gpu_of(query.device)
@@ -157,7 +157,7 @@ def decode_op(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """As :func:`decode`, registered: torch.compile and CUDA graphs know it. It has no gradient."""
+    """As `decode`, registered: torch.compile and CUDA graphs know it. It has no gradient."""
     return decode(query, key, value, prefix_k, prefix_v, mask, length, sinks, scaling, softcap)
 
 

@@ -21,7 +21,7 @@ def decode_attention_joined(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As :func:`parscale.kernels.decode_attention`, on a copy of the cache: what the others are held against."""
+    """As `parscale.kernels.decode_attention`, on a copy of the cache: what the others are held against."""
     (R, heads, _, D), (_, G, T, _) = query.shape, prefix_k.shape
     K, device, dtype = key.shape[2], query.device, torch.promote_types(query.dtype, torch.float32)
     keys, values = (

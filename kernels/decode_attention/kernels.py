@@ -1,8 +1,8 @@
 """The Triton kernels of decode attention.
 
-In kernels ``b_x`` is a value, ``p_x`` a pointer, ``o_d`` an offset, ``m_d`` a mask, ``s_xd`` a stride; ``BM`` queries
-of a head, ``BT`` tokens, ``BD`` and ``BV`` numbers of a key and a value make a block. Logarithms are to base 2. Tensors
-without strides are contiguous. A pointer that is ``None`` stands for an option that is not used.
+In kernels `b_x` is a value, `p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; `BM` queries
+of a head, `BT` tokens, `BD` and `BV` numbers of a key and a value make a block. Logarithms are to base 2. Tensors
+without strides are contiguous. A pointer that is `None` stands for an option that is not used.
 
 Shapes: R = P*B rows, stream-major; G key/value heads of n queries each; K cached tokens; T prefix tokens; D, V sizes of
 a key and a value. S streams share the keys of a row: 1, where each has its own; else all that run, of which the first
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _mask_block(p_mask, block, tokens, s_mh, n: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, HEADS: tl.constexpr):
-    """One block of the mask, ``(BM, BT)`` if it differs by head, else ``(BT,)``."""
+    """One block of the mask, `(BM, BT)` if it differs by head, else `(BT,)`."""
     o_t = block * BT + tl.arange(0, BT).to(tl.int64)  # (BT,)
     m_t = o_t < tokens
     if HEADS:
@@ -57,11 +57,11 @@ def _attend(
     PLAIN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Adds the blocks ``first .. last`` of one list of keys and values to a running softmax.
+    """Adds the blocks `first .. last` of one list of keys and values to a running softmax.
 
     With OWN the list is made of runs of OWN tokens, SKIP others between them in memory, each seen by one stream alone.
-    Loads of keys and values depend on nothing but ``tokens``, so that they run ahead of the products. The mask, bytes
-    of which 0 hides if LEAST is ``None``, else numbers to add of which LEAST and below hide, is applied to the scores;
+    Loads of keys and values depend on nothing but `tokens`, so that they run ahead of the products. The mask, bytes
+    of which 0 hides if LEAST is `None`, else numbers to add of which LEAST and below hide, is applied to the scores;
     its next block is on the way while this one is used.
     """
     BM: tl.constexpr = b_out.shape[0]
@@ -150,10 +150,10 @@ def part_kernel(
 ):
     """One split of one key/value head of one row of keys.
 
-    Writes ``out (R*G*n, splits, V)``; with several splits also their log-sum-exp, ``lse (R*G*n, splits)``, and the rest
-    is :func:`merge_kernel`'s. ``query`` is ``(R, G*n, D)``, ``prefix_k`` ``(P, G, T, D)``, without the PLAIN streams.
+    Writes `out (R*G*n, splits, V)`; with several splits also their log-sum-exp, `lse (R*G*n, splits)`, and the rest
+    is `merge_kernel`'s. `query` is `(R, G*n, D)`, `prefix_k` `(P, G, T, D)`, without the PLAIN streams.
     B is how many rows have the same prefix, and, where streams share keys, how many a stream has. The mask is over the
-    cache, over prefix and cache if MASKED_PREFIX, for each head if HEADS. ``length`` is one number, one for each row if
+    cache, over prefix and cache if MASKED_PREFIX, for each head if HEADS. `length` is one number, one for each row if
     LENGTHS. With EARLY the next kernel may start before this one has ended.
     """
     if EARLY:
@@ -274,7 +274,7 @@ def merge_kernel(
     BS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """``parts (R*heads, splits, V)`` weighed by ``lse (R*heads, splits)`` -> ``out (R*heads, V)``; a program a row.
+    """`parts (R*heads, splits, V)` weighed by `lse (R*heads, splits)` -> `out (R*heads, V)`; a program a row.
 
     Takes BS splits at a time. With EARLY it has started before the parts were there, and waits for them.
     """

@@ -1,4 +1,4 @@
-"""Causal attention over ``[prefix of stream p | tokens of stream 0]``, for prefill and training without padding.
+"""Causal attention over `[prefix of stream p | tokens of stream 0]`, for prefill and training without padding.
 
 The queries of all streams attend to stream 0's tokens in one call of torch's flash attention, as grouped queries, and
 those of streams 1 to P - 1 to their prefix in another. The two are merged by their log-sum-exp. Neither keys nor
@@ -31,17 +31,17 @@ def shared_causal_attention(
     """Each token attends to its stream's whole prefix and to stream 0's tokens up to its own position.
 
     Args:
-        query: ``(P*B, heads, S, D)``, stream-major rows, of all streams or of those with a prefix; tensors that
-            :func:`parscale.kernels.is_mergeable` takes.
-        key: ``(B, G, S, D)``, of stream 0; ``heads`` is a multiple of G (grouped queries).
-        value: ``(B, G, S, D)``.
-        prefix_k: ``(P - 1, G, T, D)``, of streams 1 to P - 1.
-        prefix_v: ``(P - 1, G, T, D)``.
-        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+        query: `(P*B, heads, S, D)`, stream-major rows, of all streams or of those with a prefix; tensors that
+            `parscale.kernels.is_mergeable` takes.
+        key: `(B, G, S, D)`, of stream 0; `heads` is a multiple of G (grouped queries).
+        value: `(B, G, S, D)`.
+        prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
+        prefix_v: `(P - 1, G, T, D)`.
+        scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:
-        ``(P*B, heads, S, D)`` in the dtype of ``query``, or that of autocast; differentiable once in every tensor, and
-        a second time is a ``RuntimeError``.
+        `(P*B, heads, S, D)` in the dtype of `query`, or that of autocast; differentiable once in every tensor, and
+        a second time is a `RuntimeError`.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -55,7 +55,7 @@ def shared_causal_attention(
 
 
 class _SharedCausalAttention(torch.autograd.Function):
-    """Both parts and their merging, as one step; see :mod:`parscale.kernels.flash` for its gradients."""
+    """Both parts and their merging, as one step; see `parscale.kernels.flash` for its gradients."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """Decode attention over shared keys: one token of each stream, and the cache is read once for all.
 
 In plain torch prefixes and cache are read where they lie, and only their scores are joined. The fused implementation is
-that of streams with keys of their own (:mod:`parscale.kernels.decode_attention`), to which the streams are further
+that of streams with keys of their own (`parscale.kernels.decode_attention`), to which the streams are further
 queries of a key/value head.
 """
 
@@ -39,28 +39,28 @@ def shared_decode_attention(
     scaling: float | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Softmax attention of one token of each stream over ``[prefix of stream p | cache of stream 0]``.
+    """Softmax attention of one token of each stream over `[prefix of stream p | cache of stream 0]`.
 
     In plain torch, half-precision tensors are multiplied in float32: a score that was rounded to half precision, of
     keys with a large bias say, would be wrong by per cents after the softmax.
 
     Args:
-        query: ``(P*B, heads, 1, D)``, stream-major rows, of all streams or of those with a prefix.
-        key: ``(B, G, K, D)``; ``heads`` is a multiple of G (grouped queries).
-        value: ``(B, G, K, Dv)``.
-        prefix_k: ``(P - 1, G, T, D)``, of streams 1 to P - 1.
-        prefix_v: ``(P - 1, G, T, Dv)``.
-        mask: ``None``, or over the cache: boolean (True: attend) or additive, broadcasting to ``(B, heads, 1, K)``.
-        length: how many of the K tokens are real, ``(B,)`` or one, on the device.
-        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
-        impl: as of :func:`parscale.kernels.decode_attention`; ``"fused"`` takes up to 64 queries of all streams for
+        query: `(P*B, heads, 1, D)`, stream-major rows, of all streams or of those with a prefix.
+        key: `(B, G, K, D)`; `heads` is a multiple of G (grouped queries).
+        value: `(B, G, K, Dv)`.
+        prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
+        prefix_v: `(P - 1, G, T, Dv)`.
+        mask: `None`, or over the cache: boolean (True: attend) or additive, broadcasting to `(B, heads, 1, K)`.
+        length: how many of the K tokens are real, `(B,)` or one, on the device.
+        scaling: factor on the scores; `D ** -0.5` if `None`.
+        impl: as of `parscale.kernels.decode_attention`; `"fused"` takes up to 64 queries of all streams for
             each key/value head.
 
     Returns:
-        ``(P*B, heads, 1, Dv)`` in the dtype of ``query``.
+        `(P*B, heads, 1, Dv)` in the dtype of `query`.
 
     Raises:
-        ValueError: shapes that do not belong together, an unknown ``impl``, or ``"fused"`` where it cannot run.
+        ValueError: shapes that do not belong together, an unknown `impl`, or `"fused"` where it cannot run.
     """
     plain = plain_rows(query, key, prefix_k)
     tensors = (query, key, value, prefix_k, prefix_v)

@@ -1,7 +1,7 @@
 """Queries of all streams as further queries of the key/value heads that they share: grouped-query attention.
 
-To attention over shared keys, P streams of ``heads`` queries are one row of ``P * heads`` queries. Those of a key/value
-head have to lie side by side, so head ``(g, i)`` of stream p becomes head ``(g, p, i)``.
+To attention over shared keys, P streams of `heads` queries are one row of `P * heads` queries. Those of a key/value
+head have to lie side by side, so head `(g, i)` of stream p becomes head `(g, p, i)`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 
 
 def fold(x: torch.Tensor, B: int, G: int) -> torch.Tensor:
-    """``(P*B, heads, S, D)``, stream-major, as ``(B, P*heads, S, D)``, grouped by key/value head."""
+    """`(P*B, heads, S, D)`, stream-major, as `(B, P*heads, S, D)`, grouped by key/value head."""
     x = x.transpose(1, 2).unflatten(0, (-1, B)).unflatten(3, (G, -1))  # (P, B, S, G, n, D)
     return x.permute(1, 2, 3, 0, 4, 5).flatten(2, 4).transpose(1, 2)  # over (B, S, G, P, n, D)
 
 
 def unfold(x: torch.Tensor, P: int, G: int) -> torch.Tensor:
-    """``(B, P*heads, S, D)`` as ``(P*B, heads, S, D)``: undoes :func:`fold`."""
+    """`(B, P*heads, S, D)` as `(P*B, heads, S, D)`: undoes `fold`."""
     x = x.transpose(1, 2).unflatten(2, (G, P, -1))  # (B, S, G, P, n, D)
     return x.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(0, 1).transpose(1, 2)  # over (P, B, S, G, n, D)
 

@@ -21,17 +21,17 @@ def shared_attention_reference(
     """Each query attends to its stream's whole prefix and to the keys that the mask lets it see.
 
     Args:
-        query: ``(P*B, heads, S, D)``, stream-major rows, of all streams or of those with a prefix.
-        key: ``(B, G, K, D)``, of stream 0; ``heads`` is a multiple of G.
-        value: ``(B, G, K, Dv)``.
-        prefix_k: ``(P - 1, G, T, D)``, of streams 1 to P - 1.
-        prefix_v: ``(P - 1, G, T, Dv)``.
-        mask: boolean (True: attend), broadcasting to ``(B, heads, S, K)``; ``None``: each token sees those up to
+        query: `(P*B, heads, S, D)`, stream-major rows, of all streams or of those with a prefix.
+        key: `(B, G, K, D)`, of stream 0; `heads` is a multiple of G.
+        value: `(B, G, K, Dv)`.
+        prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
+        prefix_v: `(P - 1, G, T, Dv)`.
+        mask: boolean (True: attend), broadcasting to `(B, heads, S, K)`; `None`: each token sees those up to
             itself, aligned to the last of the K keys.
-        scaling: factor on the scores; ``D ** -0.5`` if ``None``.
+        scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:
-        ``(P*B, heads, S, Dv)``.
+        `(P*B, heads, S, Dv)`.
     """
     B, S, K, T = key.shape[0], query.shape[2], key.shape[2], prefix_k.shape[2]
     if mask is None:

@@ -1,7 +1,7 @@
 """The prefix in attention that does not come from transformers' registry: BLOOM, Falcon, GPT-J, GPT-Neo, MPT, ...
 
-Such a layer computes with whatever its cache's ``update`` gives back. A hook hands it, at each call, a cache of which
-``update`` puts the prefix in front of what the caller's own cache gives back, or of the new keys and values where there
+Such a layer computes with whatever its cache's `update` gives back. A hook hands it, at each call, a cache of which
+`update` puts the prefix in front of what the caller's own cache gives back, or of the new keys and values where there
 is none. The hook also makes room for the prefix in the masks and position biases of the call. So the caller's cache,
 its length and all positions know real tokens only.
 
@@ -41,7 +41,7 @@ class PrefixCache:
     """What an attention layer takes for its cache during one call.
 
     Args:
-        cache: the caller's; ``None`` if there is none.
+        cache: the caller's; `None` if there is none.
         prefix: to put in front of what it gives back, if any.
         record: shown what it gives back, if any.
     """
@@ -54,7 +54,7 @@ class PrefixCache:
         self.record = record
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Prefix:
-        """The caller's ``update`` with the prefix in front: ``(R, G, T + K, D)`` each."""
+        """The caller's `update` with the prefix in front: `(R, G, T + K, D)` each."""
         if self.cache is not None:
             key, value = self.cache.update(key, value, *args, **kwargs)
         if self.record is not None:
@@ -78,7 +78,7 @@ class CachedAttention:
 
     Args:
         state: the streams of the model that the layer belongs to.
-        module: the layer; its ``forward`` has one of :data:`parscale.compat.arguments.LAYER_CACHES`.
+        module: the layer; its `forward` has one of `parscale.compat.arguments.LAYER_CACHES`.
     """
 
     def __init__(self, state: ParScaleState, module: nn.Module) -> None:
@@ -120,7 +120,7 @@ class CachedAttention:
             vars(self.module).pop(name, None)
 
     def prefix(self, module: nn.Module) -> Prefix | None:
-        """What the pass under way puts in front of the keys and values of the layer, or of its replica ``module``."""
+        """What the pass under way puts in front of the keys and values of the layer, or of its replica `module`."""
         streams = self.state.in_flight
         if streams is None or not hasattr(module, streams.key_name):
             return self.trial
@@ -165,10 +165,10 @@ class CachedAttention:
         """The mask with T open columns in front.
 
         Args:
-            mask: ``(R, 1, S, K)``, boolean or additive, or what a model makes itself, ``(R, K)`` or ``(R, S, K)``.
+            mask: `(R, 1, S, K)`, boolean or additive, or what a model makes itself, `(R, K)` or `(R, S, K)`.
             T: prefix length.
             rows: R.
-            hides: a boolean ``(R, 1, S, K)`` was cast from an additive one, as MPT does, and is true where it hides.
+            hides: a boolean `(R, 1, S, K)` was cast from an additive one, as MPT does, and is true where it hides.
         """
         if mask.ndim == 4 and mask.dtype == torch.bool and hides:
             return nn.functional.pad(mask, (T, 0))
@@ -179,11 +179,11 @@ class CachedAttention:
         return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
 
     def _rotation_of_rows(self, rotation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """RoFormer's sines and cosines ``(R, 1, S, D)``, by the places of each row's tokens behind its padding.
+        """RoFormer's sines and cosines `(R, 1, S, D)`, by the places of each row's tokens behind its padding.
 
         Args:
-            rotation: by their places in the row, ``(1, 1, S, D)``; gives the width of the table to look them up in.
-            mask: ``(R, 1, S, K)``, boolean (True: attend) or additive.
+            rotation: by their places in the row, `(1, 1, S, D)`; gives the width of the table to look them up in.
+            mask: `(R, 1, S, K)`, boolean (True: attend) or additive.
         """
         if self.rotation is None and not rotation.is_meta:
             self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
@@ -198,10 +198,10 @@ class CachedAttention:
 
 
 class _BiasOfRows:
-    """A bias ``(R, heads, 1, K)`` for a layer that wants one for all rows, ``(heads, 1, K)``, and adds a piece of it.
+    """A bias `(R, heads, 1, K)` for a layer that wants one for all rows, `(heads, 1, K)`, and adds a piece of it.
 
-    MPT refuses a bias of any other number of dimensions than three, and adds a piece of it to scores ``(R, heads, S,
-    K)``. With padding, the prefix stands at another distance in each row, and no tensor of three dimensions has a
+    MPT refuses a bias of any other number of dimensions than three, and adds a piece of it to scores `(R, heads, S,
+    K)`. With padding, the prefix stands at another distance in each row, and no tensor of three dimensions has a
     number for each row and head. So the layer gets an object that says it has three, of which a piece has four. It
     knows the three operations that the layer asks of a bias, and nothing else.
 
@@ -226,13 +226,13 @@ class _BiasOfRows:
 
 
 class _CausalTable:
-    """A layer's table of who may see whom, ``(1, 1, N, N)``; for a pass with a prefix, with T open columns in front.
+    """A layer's table of who may see whom, `(1, 1, N, N)`; for a pass with a prefix, with T open columns in front.
 
     It stands in front of the layer's buffer, among the layer's own attributes, where Python looks first; the buffer
     stays, is moved with the layer, and is the layer's again once this is taken away. The layer takes a piece of its
-    table by ``self.bias[...]`` and nothing passes through an argument or a hook. A longer table in the buffer's place
+    table by `self.bias[...]` and nothing passes through an argument or a hook. A longer table in the buffer's place
     would be one for all threads, and each may run with a prefix of another length, or with none.
-    ``torch.nn.utils.parametrize`` would give the layer another class, which can neither be pickled nor copied.
+    `torch.nn.utils.parametrize` would give the layer another class, which can neither be pickled nor copied.
 
     Args:
         attention: the layer's hooks, which know the prefix.
@@ -250,7 +250,7 @@ class _CausalTable:
         self.own = own
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        """The piece ``(1, 1, S, T + K)``: rows are counted from the prefix's beginning, as the keys are."""
+        """The piece `(1, 1, S, T + K)`: rows are counted from the prefix's beginning, as the keys are."""
         table, prefix = self.whole(), self.attention.prefix(self.module)
         if prefix is None:
             return table[index]
@@ -273,7 +273,7 @@ def _is_causal_table(buffer: torch.Tensor) -> bool:
 
 
 def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor) -> torch.Tensor:
-    """The bias of keys at -T..-1, ``(heads, 1, T)``, by the function that the layer's own file makes ``alibi`` with."""
+    """The bias of keys at -T..-1, `(heads, 1, T)`, by the function that the layer's own file makes `alibi` with."""
     build: Any = alibi_function(type(module))
     # slopes times 0..T
     ramp = build(torch.ones(1, T + 1, dtype=torch.long, device=alibi.device), heads, dtype=alibi.dtype)
@@ -281,12 +281,12 @@ def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor)
 
 
 def _alibi_of_rows(bias: torch.Tensor, T: int, mask: torch.Tensor) -> torch.Tensor:
-    """MPT's bias with the prefix in front of the first real token of each row, ``(R, heads, 1, T + K)``.
+    """MPT's bias with the prefix in front of the first real token of each row, `(R, heads, 1, T + K)`.
 
     Args:
-        bias: ``(heads, 1, N)``, slopes times ``1 - N..0``; its last K are those of the keys.
+        bias: `(heads, 1, N)`, slopes times `1 - N..0`; its last K are those of the keys.
         T: prefix length.
-        mask: ``(R, 1, S, K)``, true where it hides.
+        mask: `(R, 1, S, K)`, true where it hides.
     """
     K = mask.shape[-1]
     padding = _hidden_in_front(mask)
@@ -296,7 +296,7 @@ def _alibi_of_rows(bias: torch.Tensor, T: int, mask: torch.Tensor) -> torch.Tens
 
 
 def _hidden_in_front(mask: torch.Tensor) -> torch.Tensor:
-    """How many keys in front the last query of each row does not see, ``(R,)``; the mask is true where it hides."""
+    """How many keys in front the last query of each row does not see, `(R,)`; the mask is true where it hides."""
     return mask[:, 0, -1].long().cumprod(dim=-1).sum(dim=-1)
 
 

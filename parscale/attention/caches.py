@@ -37,7 +37,7 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether nothing was read with a cache: with ``None``, a new one, or one that was reset."""
+    """Whether nothing was read with a cache: with `None`, a new one, or one that was reset."""
     if cache is None:
         return True
     if not isinstance(cache, Cache):  # of a model's own kind (RWKV, xLSTM)

@@ -23,10 +23,10 @@ from parscale.streams.state import ParScaleState
 
 
 def attach_attention(state: ParScaleState) -> None:
-    """Shows the attention layers their configuration through :class:`AttentionConfig`, and records the layers.
+    """Shows the attention layers their configuration through `AttentionConfig`, and records the layers.
 
     Where none takes its attention function from transformers' registry, those that read a cache are hooked
-    (:mod:`parscale.attention.cache_seam`). Where none does either, ``state.without_layers`` says why.
+    (`parscale.attention.cache_seam`). Where none does either, `state.without_layers` says why.
 
     Raises:
         UnsupportedModelError: the backbone is none that streams run on.
@@ -75,7 +75,7 @@ def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelE
     """The error that says that the backbone does not run by itself, whatever it did with what it was given.
 
     Raises:
-        Exception: ``error``, if it says nothing of the model.
+        Exception: `error`, if it says nothing of the model.
     """
     if is_of_the_machine(error):
         raise error
@@ -89,7 +89,7 @@ def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelE
 def measure(state: ParScaleState) -> None:
     """Records anew of which dtype and on which device keys and hidden states are, if the weights are no longer so.
 
-    A model can have been moved, cast, offloaded or given its memory (``to_empty``) since its layers were found.
+    A model can have been moved, cast, offloaded or given its memory (`to_empty`) since its layers were found.
     """
     weights = _weights(state)
     if weights == state.measured:

@@ -1,4 +1,4 @@
-"""The prefix under flash-attention: ``flash_attention_2``, ``flash_attention_3`` and Hub kernels of their contract.
+"""The prefix under flash-attention: `flash_attention_2`, `flash_attention_3` and Hub kernels of their contract.
 
 Their causal mask is aligned to the lower right, so keys with T more rows in front need no other mask. Two cases need
 more: documents packed in one row, each of which must see the prefix, and a sliding window, which would hide it.
@@ -28,24 +28,24 @@ def flash_with_prefix(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Calls ``backbone`` with the prefix ``(P, G, T, D)`` in front of the keys and values.
+    """Calls `backbone` with the prefix `(P, G, T, D)` in front of the keys and values.
 
-    A layer with a sliding window that T + K tokens exceed runs through ``sdpa`` (or ``eager``, with caps or sinks) with
+    A layer with a sliding window that T + K tokens exceed runs through `sdpa` (or `eager`, with caps or sinks) with
     an explicit mask instead: no flash-attention interface leaves the prefix out of its window.
 
     Args:
         backbone: transformers' flash-attention function.
-        module: the attention layer, with the backbone's own configuration; ``module.layer`` is the layer itself.
-        query: ``(P*B, heads, S, D)``.
-        key: ``(P*B, G, K, D)``.
-        value: ``(P*B, G, K, Dv)``.
-        prefix_k: ``(P, G, T, D)``.
-        prefix_v: ``(P, G, T, Dv)``.
-        attention_mask: padding mask ``(P*B, K)``, 1 for real tokens, or ``None``.
-        **kwargs: for ``backbone``.
+        module: the attention layer, with the backbone's own configuration; `module.layer` is the layer itself.
+        query: `(P*B, heads, S, D)`.
+        key: `(P*B, G, K, D)`.
+        value: `(P*B, G, K, Dv)`.
+        prefix_k: `(P, G, T, D)`.
+        prefix_v: `(P, G, T, Dv)`.
+        attention_mask: padding mask `(P*B, K)`, 1 for real tokens, or `None`.
+        **kwargs: for `backbone`.
 
     Returns:
-        ``(P*B, S, heads, Dv)`` and ``None``.
+        `(P*B, S, heads, Dv)` and `None`.
     """
     P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
     if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
@@ -72,13 +72,13 @@ def flash_with_prefix(
 
 
 def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch.Tensor | None:
-    """Where packed documents begin and end, counted through a stream's rows, ``(documents + 1,)``; ``None`` for one.
+    """Where packed documents begin and end, counted through a stream's rows, `(documents + 1,)`; `None` for one.
 
-    As transformers' own flash path does, reads ``cu_seq_lens_k`` where a collator gives it; and positions that restart,
+    As transformers' own flash path does, reads `cu_seq_lens_k` where a collator gives it; and positions that restart,
     for a batch of one row only.
 
     Raises:
-        ValueError: ``cu_seq_lens_k`` beside a cache.
+        ValueError: `cu_seq_lens_k` beside a cache.
     """
     if kwargs.get("cu_seq_lens_k") is not None:
         if S != K:
@@ -144,7 +144,7 @@ def _with_mask(
     mask: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
-    """By ``sdpa``; or by the layer's eager function, for caps and sinks, which ``sdpa`` refuses or ignores."""
+    """By `sdpa`; or by the layer's eager function, for caps and sinks, which `sdpa` refuses or ignores."""
     dtype = flash_dtype(query, module)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
     function = attention_functions()["sdpa"]
@@ -164,7 +164,7 @@ def _windowed_mask(
     is_causal: bool | None,
     module: Any,
 ) -> torch.Tensor:
-    """What flash-attention would mask, as booleans ``(P*B or 1, 1, S, K)``: window, causality, padding, documents."""
+    """What flash-attention would mask, as booleans `(P*B or 1, 1, S, K)`: window, causality, padding, documents."""
     S, device = query.shape[2], query.device
     keys = torch.arange(K, device=device)
     distance = torch.arange(K - S, K, device=device)[:, None] - keys[None, :]  # (S, K), aligned to the lower right

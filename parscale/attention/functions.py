@@ -36,10 +36,10 @@ def backbone_function(module: nn.Module, name: str) -> AttentionFunction:
 
 
 def eager_function(module: nn.Module, name: str) -> AttentionFunction:
-    """The function of a layer's own file, which runs under ``"eager"``.
+    """The function of a layer's own file, which runs under `"eager"`.
 
     Raises:
-        ValueError: there is none; the message has ``name``, the implementation that was asked for.
+        ValueError: there is none; the message has `name`, the implementation that was asked for.
     """
     function = eager_attention(type(module))
     if function is not None:

@@ -13,7 +13,7 @@ from parscale.kernels import visible_lengths
 
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
-    """A mask ``(..., S, K)`` as ``(..., S, T + K)``.
+    """A mask `(..., S, K)` as `(..., S, T + K)`.
 
     Args:
         mask: boolean (True: attend), or additive floats (0: attend).
@@ -26,7 +26,7 @@ def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
 
 
 def leading_zeros(mask: Any) -> torch.Tensor | None:
-    """How many zeros each row of a mask ``(R, K)`` begins with, ``(R,)``; ``None`` for another mask or none."""
+    """How many zeros each row of a mask `(R, K)` begins with, `(R,)`; `None` for another mask or none."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     return (mask.cumsum(-1) == 0).sum(-1)
@@ -46,7 +46,7 @@ def keep_sizes_static(*tensors: torch.Tensor) -> None:
 
 
 def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> BlockMask:
-    """A FlexAttention mask over ``(S, K)`` as one over ``(S, T + K)``.
+    """A FlexAttention mask over `(S, K)` as one over `(S, T + K)`.
 
     Args:
         mask: made for the P*B rows of the streams, or by the caller for B rows or one: it then repeats for each stream.
@@ -108,10 +108,10 @@ def extended_mask(
 
 
 def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -> torch.Tensor:
-    """As :func:`parscale.kernels.visible_lengths`; counted once for all layers that share the mask.
+    """As `parscale.kernels.visible_lengths`; counted once for all layers that share the mask.
 
     Args:
-        made: as for :func:`extended_mask`.
+        made: as for `extended_mask`.
         mask: dense.
     """
     if torch.compiler.is_compiling():
@@ -126,8 +126,8 @@ def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> 
     """The mask of the first rows; made once for all layers that share it.
 
     Args:
-        made: as :func:`extended_mask`, under a key of its own.
-        mask: dense, a padding mask ``(R, K)`` or FlexAttention's, of as many rows or more, or of one for all; or none.
+        made: as `extended_mask`, under a key of its own.
+        mask: dense, a padding mask `(R, K)` or FlexAttention's, of as many rows or more, or of one for all; or none.
         num_rows: how many.
     """
     if mask is None or mask.shape[0] in (1, num_rows):
@@ -149,11 +149,11 @@ def last_queries_of_mask(
     """The mask of the last queries of chosen rows; made once for all layers that share it.
 
     Args:
-        made: as :func:`extended_mask`, under a key of its own.
-        mask: ``(B or 1, heads or 1, S, K)``; a padding mask ``(B, K)``; or FlexAttention's, of which all queries are
+        made: as `extended_mask`, under a key of its own.
+        mask: `(B or 1, heads or 1, S, K)`; a padding mask `(B, K)`; or FlexAttention's, of which all queries are
             wanted.
         positions: how many queries.
-        chosen: numbers of the rows; ``None``: all.
+        chosen: numbers of the rows; `None`: all.
     """
     key = ("last", id(mask))
     if key not in made:

@@ -3,7 +3,7 @@
 A backbone that is given no positions counts from the padding in front of a text. To rotary attention among tokens that
 is the same as counting from the text's first token, but a prefix stands right before position 0, and a prompt at the
 first positions. So with these, each row is counted from its first token. A text then gives what it gives alone, and
-what it gives in ``generate``, which counts so. Zeros inside a mask keep their places, as in the plain backbone, and so
+what it gives in `generate`, which counts so. Zeros inside a mask keep their places, as in the plain backbone, and so
 do positions that the caller gives.
 
 Learned positions are not touched: what a text gives then depends on the padding in the plain backbone, or the backbone
@@ -56,7 +56,7 @@ class RowPositions:
                 self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     def detach(self) -> None:
-        """Undoes :meth:`attach`."""
+        """Undoes `attach`."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

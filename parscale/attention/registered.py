@@ -1,10 +1,10 @@
 """The prefix in attention: one function that every attention layer of a wrapped model calls.
 
-transformers looks its attention function up by ``config._attn_implementation``. A wrapped model's attention layers see
-their configuration through :class:`AttentionConfig`, which answers ``"parscale_sdpa"`` for ``"sdpa"`` and so on, and
-under those names :func:`prefix_attention` is registered. It puts the prefix in front of keys and values, makes room for
+transformers looks its attention function up by `config._attn_implementation`. A wrapped model's attention layers see
+their configuration through `AttentionConfig`, which answers `"parscale_sdpa"` for `"sdpa"` and so on, and
+under those names `prefix_attention` is registered. It puts the prefix in front of keys and values, makes room for
 it in the mask, and hands over to the backbone's own function. Everything else in the model (mask creation,
-``generate``, ``set_attn_implementation``) goes on seeing the true name.
+`generate`, `set_attn_implementation`) goes on seeing the true name.
 
 Rulings: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
 
@@ -51,12 +51,12 @@ class _BothNames(str):
     """The true name of an implementation, under which a dictionary finds the function with the prefix.
 
     A layer does two things with the name: it looks its function up, which has to give ours, and some compare it with
-    ``"sdpa"`` to choose the form of a mask of their own, which has to be that of ``"sdpa"``. Both read the same
-    attribute, so no plain string serves both. One that equals two names does, since a dictionary compares by ``==``.
+    `"sdpa"` to choose the form of a mask of their own, which has to be that of `"sdpa"`. Both read the same
+    attribute, so no plain string serves both. One that equals two names does, since a dictionary compares by `==`.
 
-    Weighed against it: registering our function under ``"sdpa"`` itself would put it in front of every model of the
+    Weighed against it: registering our function under `"sdpa"` itself would put it in front of every model of the
     process. torch.compile cannot trace this string, so that only layers that compare get it
-    (:func:`parscale.compat.transformers.compares_implementation`).
+    (`parscale.compat.transformers.compares_implementation`).
     """
 
     def __eq__(self, other: object) -> bool:
@@ -87,11 +87,11 @@ class AttentionConfig(ConfigView):
         super().__init__(config, state=state, compared=compares_implementation(layer), lender=None)
 
     def borrow(self, lender: nn.Module) -> None:
-        """From here on the layer has the prefix of ``lender``, whose keys and values it takes."""
+        """From here on the layer has the prefix of `lender`, whose keys and values it takes."""
         vars(self)["lender"] = lender
 
     def implementation(self) -> str:
-        """The name under which :func:`prefix_attention` is registered; the true one for the plain backbone."""
+        """The name under which `prefix_attention` is registered; the true one for the plain backbone."""
         true_name = attn_implementation(self.backbone)
         call = self.state.call
         if (
@@ -129,18 +129,18 @@ def prefix_attention(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over ``[prefix of stream p | cache | new tokens]``, by the backbone's own implementation.
+    """Attention over `[prefix of stream p | cache | new tokens]`, by the backbone's own implementation.
 
     Args:
-        module: the attention layer; its ``config`` is an :class:`AttentionConfig`.
-        query: ``(R, heads, S, D)``.
-        key: ``(R, G, K, D)``, after the cache's update.
-        value: ``(R, G, K, D)``; its head size may differ from the key's (MLA).
+        module: the attention layer; its `config` is an `AttentionConfig`.
+        query: `(R, heads, S, D)`.
+        key: `(R, G, K, D)`, after the cache's update.
+        value: `(R, G, K, D)`; its head size may differ from the key's (MLA).
         attention_mask: what the backbone's implementation expects for K keys.
-        **kwargs: passed on (``scaling``, ``dropout``, ``sliding_window``, ...).
+        **kwargs: passed on (`scaling`, `dropout`, `sliding_window`, ...).
 
     Returns:
-        ``(R, S, heads, D)``, and the attention weights ``(R, heads, S, T + K)`` where the implementation has them.
+        `(R, S, heads, D)`, and the attention weights `(R, heads, S, T + K)` where the implementation has them.
     """
     state: ParScaleState = module.config.state
     name = attn_implementation(module.config.backbone)
@@ -202,7 +202,7 @@ def _with_prefix(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of P*B rows with keys of their own, and P prefixes ``(P, G, T, D)``."""
+    """Attention of P*B rows with keys of their own, and P prefixes `(P, G, T, D)`."""
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if is_flash(name):
@@ -218,7 +218,7 @@ def _with_prefix(
 
 
 def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """``(R, G, K, D)`` as ``(R, heads, K, D)``, each key/value head for all of its queries."""
+    """`(R, G, K, D)` as `(R, heads, K, D)`, each key/value head for all of its queries."""
     return states[:, torch.arange(heads, device=states.device) // (heads // states.shape[1])]
 
 
@@ -235,7 +235,7 @@ def _dense_attention(
     state: ParScaleState,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """For ``eager``, ``sdpa`` and functions of their contract: a mask over ``(S, K)``, or none."""
+    """For `eager`, `sdpa` and functions of their contract: a mask over `(S, K)`, or none."""
     T, S = prefix_k.shape[2], query.shape[2]
     special = _is_special(kwargs)
     if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:

@@ -15,7 +15,7 @@ RotaryTable = tuple[nn.Module, str]  # the module that holds it, and its name in
 
 
 def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryTable]:
-    """Tables ``(N, D or less)`` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
+    """Tables `(N, D or less)` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
 
     Args:
         state: of the model.
@@ -43,7 +43,7 @@ def _is_rotary(table: torch.Tensor, size: int) -> bool:
 
 @contextlib.contextmanager
 def tables_moved(tables: list[RotaryTable], by: int) -> Iterator[None]:
-    """In this block rotary tables hold at position i what belongs to position i - ``by``."""
+    """In this block rotary tables hold at position i what belongs to position i - `by`."""
     own = [getattr(module, name) for module, name in tables]
     try:
         for (module, name), table in zip(tables, own, strict=True):

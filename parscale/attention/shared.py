@@ -1,10 +1,10 @@
 """Attention of streams that share the keys and values of stream 0, which is the plain backbone.
 
 A layer projects keys and values for all of its P*B rows. Its cache stores and gives back those of stream 0 alone, B
-rows (:class:`SharedCache`); where there is no cache, the attention function takes these rows itself. To it the streams
+rows (`SharedCache`); where there is no cache, the attention function takes these rows itself. To it the streams
 are further queries of the same keys, beside a prefix of their own for streams 1 to P - 1.
 
-In a call of two passes (:mod:`parscale.streams.passes`) the layers' keys are remembered in the first, and streams 1 to
+In a call of two passes (`parscale.streams.passes`) the layers' keys are remembered in the first, and streams 1 to
 P - 1 attend to those in the second.
 
 Shapes: R rows of queries, B for each stream that runs; S query tokens; K keys in sight before the prefix; G key/value
@@ -47,7 +47,7 @@ class SharedCache:
         self.num_streams = num_streams
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The cache's ``update`` with the first B of P*B rows, those of stream 0; gives B rows."""
+        """The cache's `update` with the first B of P*B rows, those of stream 0; gives B rows."""
         B = key.shape[0] // self.num_streams
         return self.cache.update(key[:B], value[:B], *args, **kwargs)
 
@@ -141,9 +141,9 @@ def keys_of_pass(
     Args:
         call: the one under way.
         module: the layer.
-        query: ``(R, heads, S, D)``.
-        key: ``(R, G, K, D)``.
-        value: ``(R, G, K, Dv)``.
+        query: `(R, heads, S, D)`.
+        key: `(R, G, K, D)`.
+        value: `(R, G, K, Dv)`.
         mask: of the pass.
         name: of the implementation.
     """
@@ -183,20 +183,20 @@ def attend_to_shared(
 
     Args:
         state: of the model.
-        attend: attention with a prefix, by the backbone's implementation: ``(query, key, value, prefix_k, prefix_v,
-            mask, **kwargs)``, of rows that have keys of their own.
-        backbone: the same without: ``(query, key, value, mask, **kwargs)``.
-        query: ``(R, heads, S, D)``, stream-major.
-        key: ``(B, G, K, D)``, or ``(R, G, K, D)``, of which stream 0's rows are taken.
-        value: ``(B or R, G, K, Dv)``.
-        prefix: ``(P - 1, G, T, D)`` and ``(P - 1, G, T, Dv)``; ``None`` on a layer that has none.
+        attend: attention with a prefix, by the backbone's implementation: `(query, key, value, prefix_k, prefix_v,
+            mask, **kwargs)`, of rows that have keys of their own.
+        backbone: the same without: `(query, key, value, mask, **kwargs)`.
+        query: `(R, heads, S, D)`, stream-major.
+        key: `(B, G, K, D)`, or `(R, G, K, D)`, of which stream 0's rows are taken.
+        value: `(B or R, G, K, Dv)`.
+        prefix: `(P - 1, G, T, D)` and `(P - 1, G, T, Dv)`; `None` on a layer that has none.
         mask: of R rows, of one for all, or none.
-        by_sdpa: the implementation is ``sdpa``, and asked for nothing that only itself knows.
+        by_sdpa: the implementation is `sdpa`, and asked for nothing that only itself knows.
         causal: a mask that is left out stands for the causal one.
         kwargs: of the implementation.
 
     Returns:
-        ``(R, S, heads, Dv)``, and the weights ``(R, heads, S, T + K)`` where the implementation has them.
+        `(R, S, heads, Dv)`, and the weights `(R, heads, S, T + K)` where the implementation has them.
     """
     call = state.call
     assert call.in_flight is not None
@@ -236,7 +236,7 @@ def _of_rows(x: Any, R: int, B: int) -> Any:
 
 
 def _joined(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """The weights of all streams ``(R, heads, S, T + K)``; stream 0 gives its T columns nothing."""
+    """The weights of all streams `(R, heads, S, T + K)`; stream 0 gives its T columns nothing."""
     found = [weight for weight in weights if weight is not None]
     if len(found) < len(weights):
         return None

@@ -10,7 +10,7 @@ _HOOK = "_hf_hook"
 
 
 def hook_of(module: nn.Module) -> Any:
-    """accelerate's hook of a module; ``None`` if it has none.
+    """accelerate's hook of a module; `None` if it has none.
 
     accelerate adds and removes hooks by documented functions, and has none that gives the hook of a module.
     """
@@ -26,17 +26,17 @@ def hooks_of(module: nn.Module) -> list[Any]:
 def put_hook(module: nn.Module, hook: Any) -> None:
     """Puts another hook in the place of accelerate's own.
 
-    ``add_hook_to_module`` would run the hook's ``init_hook`` again, which moves weights.
+    `add_hook_to_module` would run the hook's `init_hook` again, which moves weights.
     """
     setattr(module, _HOOK, hook)
 
 
 def offloading_hook(module: nn.Module) -> Any:
-    """The hook that fetches a module's weights before it runs; ``None`` if they stay where they are."""
+    """The hook that fetches a module's weights before it runs; `None` if they stay where they are."""
     return next((hook for hook in hooks_of(module) if getattr(hook, "offload", False)), None)
 
 
 def execution_device_of(module: nn.Module) -> Any:
-    """The device to which a module's weights are fetched; ``None`` if none of its hooks names one."""
+    """The device to which a module's weights are fetched; `None` if none of its hooks names one."""
     devices = (getattr(hook, "execution_device", None) for hook in hooks_of(module))
     return next((device for device in devices if device is not None), None)

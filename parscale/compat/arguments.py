@@ -5,7 +5,7 @@ model; there is no list of all. Most need none here: of a tensor whose first dim
 is copied for each stream, whatever the argument is called. These tables name those for which that does not hold, and
 those that have one entry for each token, where a prompt has to make room.
 
-``tests/compat/test_arguments.py`` runs each architecture, and reports an argument with one entry for each row or token
+`tests/compat/test_arguments.py` runs each architecture, and reports an argument with one entry for each row or token
 that no table knows. A new name is added to the table that says what it holds.
 """
 

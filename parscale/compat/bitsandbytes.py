@@ -17,7 +17,7 @@ def four_bits_with_gradients() -> Iterator[None]:
     By itself it packs a layer's weights anew, where the processor has bfloat16 instructions, when the layer first runs
     in eval mode. From then on the layer has no gradient, also in train mode, and no error says so (0.50). A layer asks
     for the instructions once, when it is made, by a function that this block replaces; the layers are made inside
-    ``from_pretrained``, and a wrapped model runs there for the first time, so that nothing later is early enough.
+    `from_pretrained`, and a wrapped model runs there for the first time, so that nothing later is early enough.
     A version that packs nothing (0.48) is left as it is.
 
     Raises:

@@ -17,7 +17,7 @@ from parscale.errors import IncompatibleVersionError
 
 
 def needed(owner: Any, name: str) -> Any:
-    """``owner.name``, of a module or a class.
+    """`owner.name`, of a module or a class.
 
     torch.compile traces this function where it is called in a forward pass, so it neither caches nor catches.
 
@@ -47,7 +47,7 @@ def needed_module(name: str) -> ModuleType:
 
 
 def is_installed(library: str) -> bool:
-    """Whether ``import library`` would find something."""
+    """Whether `import library` would find something."""
     return importlib.util.find_spec(library) is not None
 
 

@@ -14,14 +14,14 @@ Extension = Callable[..., Any]  # takes the function, then its arguments
 
 
 def extend(owner: Any, name: str, extension: Extension) -> None:
-    """Replaces a class's method or a module's function by ``extension(function, *its_arguments)``, once."""
+    """Replaces a class's method or a module's function by `extension(function, *its_arguments)`, once."""
     function = getattr(owner, name)
     if not _is_extended(function):
         setattr(owner, name, _extended(function, extension))
 
 
 def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_from: Sequence[str] = ()) -> None:
-    """:func:`extend` for a module's function, also under the names by which other modules have imported it.
+    """`extend` for a module's function, also under the names by which other modules have imported it.
 
     Args:
         owner: the module.
@@ -40,7 +40,7 @@ def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
-    """Calls ``act`` with a module: now if it is imported already, else once it is."""
+    """Calls `act` with a module: now if it is imported already, else once it is."""
     if name in sys.modules:
         act(sys.modules[name])
     elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):

@@ -2,12 +2,12 @@
 
 PEFT freezes, saves and switches what its adapters own, and asks the model nothing about the rest; it has no hooks. So
 its own methods are extended, once for the process and for wrapped models only: for any other model each does what it
-did. What they are extended by is in :mod:`parscale.integrations.peft`.
+did. What they are extended by is in `parscale.integrations.peft`.
 
-Most are public methods of public classes. Without a documented name are ``BaseTuner``, which transformers' own
-``add_adapter`` and mixtures of adapters go through; the module ``peft.utils.hotswap``; and two methods that alone see
-what goes to an adapter's layers, one entry for each row of the batch: ``PeftModel._enable_peft_forward_hooks``, which
-every task's ``forward`` and ``generate`` enter, and ``PolyModel._manage_pre_hooks``.
+Most are public methods of public classes. Without a documented name are `BaseTuner`, which transformers' own
+`add_adapter` and mixtures of adapters go through; the module `peft.utils.hotswap`; and two methods that alone see
+what goes to an adapter's layers, one entry for each row of the batch: `PeftModel._enable_peft_forward_hooks`, which
+every task's `forward` and `generate` enter, and `PolyModel._manage_pre_hooks`.
 """
 
 from __future__ import annotations

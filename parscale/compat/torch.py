@@ -16,16 +16,16 @@ from parscale.compat.names import missing, needed, needed_module
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Gives a module a parameter as it is.
 
-    ``register_parameter`` and assignment go through a method that accelerate and PEFT replace while they build on the
-    meta device (``low_cpu_mem_usage``), where a parameter with values would lose them.
+    `register_parameter` and assignment go through a method that accelerate and PEFT replace while they build on the
+    meta device (`low_cpu_mem_usage`), where a parameter with values would lose them.
     """
     _own(module, "_parameters")[name] = parameter
 
 
 def take_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Takes a parameter out of a module, which :func:`set_parameter` gives back; ``None`` if there is none.
+    """Takes a parameter out of a module, which `set_parameter` gives back; `None` if there is none.
 
-    ``delattr`` would do; it is here beside its counterpart.
+    `delattr` would do; it is here beside its counterpart.
     """
     return _own(module, "_parameters").pop(name, None)
 
@@ -33,7 +33,7 @@ def take_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 def held_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """A module's own dictionary of its buffers, to be read and put back.
 
-    ``named_buffers`` leaves out buffers that are ``None``, and no documented method makes a module's buffers those of
+    `named_buffers` leaves out buffers that are `None`, and no documented method makes a module's buffers those of
     before once a forward pass has registered further ones.
     """
     return _own(module, "_buffers")
@@ -47,7 +47,7 @@ def _own(module: nn.Module, name: str) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is hooked to a module, so that calling it does more than its ``forward``.
+    """Whether anything is hooked to a module, so that calling it does more than its `forward`.
 
     torch has methods to register and remove hooks, and none to ask for them. torch.compile traces this function.
     """
@@ -57,7 +57,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def tensor_hooks(tensor: torch.Tensor) -> list[Any]:
-    """The hooks of :meth:`torch.Tensor.register_hook` on a tensor, which torch does not list otherwise."""
+    """The hooks of `torch.Tensor.register_hook` on a tensor, which torch does not list otherwise."""
     return list((tensor._backward_hooks or {}).values())
 
 
@@ -65,24 +65,24 @@ _REPLICATE = "_replicate_for_data_parallel"
 
 
 def replicate(module: Any) -> Any:
-    """What ``nn.DataParallel`` makes of a module for one of its devices, by the method of the module's class."""
+    """What `nn.DataParallel` makes of a module for one of its devices, by the method of the module's class."""
     replica = needed(type(module), _REPLICATE)(module)
-    vars(replica).pop(_REPLICATE, None)  # of the module itself, see :func:`watch_replicas`
+    vars(replica).pop(_REPLICATE, None)  # of the module itself, see `watch_replicas`
     return replica
 
 
 def watch_replicas(module: Any, make: Callable[[], Any]) -> None:
-    """Lets ``nn.DataParallel`` call ``make`` in place of the module's own method, for each of its devices.
+    """Lets `nn.DataParallel` call `make` in place of the module's own method, for each of its devices.
 
     A replica is made in the caller's thread and runs in another: only there is it known which block of the caller it
-    belongs to. DataParallel has no hook for it. :func:`unwatch_replicas` undoes it.
+    belongs to. DataParallel has no hook for it. `unwatch_replicas` undoes it.
     """
     needed(type(module), _REPLICATE)
     setattr(module, _REPLICATE, make)
 
 
 def unwatch_replicas(module: nn.Module) -> None:
-    """Undoes :func:`watch_replicas`."""
+    """Undoes `watch_replicas`."""
     vars(module).pop(_REPLICATE, None)
 
 
@@ -112,5 +112,5 @@ def fake_tensors() -> Any:
 
 
 def mark_static(tensor: torch.Tensor) -> None:
-    """Lets torch.compile make code for exactly this tensor's sizes; ``torch.compiler`` has no name for it."""
+    """Lets torch.compile make code for exactly this tensor's sizes; `torch.compiler` has no name for it."""
     needed(torch._dynamo, "mark_static")(tensor)

@@ -1,7 +1,7 @@
 """transformers: attention, configurations, auto classes, loading, generation and training.
 
-Documented and used directly: ``AttentionInterface``, ``AttentionMaskInterface``, ``CONFIG_MAPPING``, the ``Auto...``
-classes, ``get_decoder``, ``register_for_auto_class``, ``output_loading_info`` and so on.
+Documented and used directly: `AttentionInterface`, `AttentionMaskInterface`, `CONFIG_MAPPING`, the `Auto...`
+classes, `get_decoder`, `register_for_auto_class`, `output_loading_info` and so on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from parscale.compat.names import missing, needed, needed_module
 
 
 def attention_functions() -> AttentionInterface:
-    """The attention functions of all models, by the names of implementations; ``"eager"`` is none of them.
+    """The attention functions of all models, by the names of implementations; `"eager"` is none of them.
 
     Every instance of the documented class is a view of the one table.
     """
@@ -38,7 +38,7 @@ def attention_functions() -> AttentionInterface:
 
 
 def mask_functions() -> AttentionMaskInterface:
-    """The functions that make the masks for :func:`attention_functions`, by the same names."""
+    """The functions that make the masks for `attention_functions`, by the same names."""
     return _MASKS
 
 
@@ -55,9 +55,9 @@ def is_flash(implementation: str) -> bool:
 
 
 def attn_implementation(config: Any) -> str:
-    """The name of the implementation that a configuration asks for; ``"eager"`` where it names none.
+    """The name of the implementation that a configuration asks for; `"eager"` where it names none.
 
-    transformers documents how it is set (``attn_implementation=``, ``set_attn_implementation``), not how it is read.
+    transformers documents how it is set (`attn_implementation=`, `set_attn_implementation`), not how it is read.
     """
     name: str | None = config._attn_implementation
     return name or "eager"
@@ -66,7 +66,7 @@ def attn_implementation(config: Any) -> str:
 def use_eager(config: Any) -> None:
     """Makes models of a configuration attend by plain torch, the one implementation that needs nothing installed.
 
-    ``set_attn_implementation`` is of models, and there is none yet.
+    `set_attn_implementation` is of models, and there is none yet.
     """
     config._attn_implementation = "eager"
 
@@ -74,7 +74,7 @@ def use_eager(config: Any) -> None:
 class ConfigView:
     """A live view of a configuration that answers with another implementation of attention.
 
-    A layer reads ``config._attn_implementation`` at each call and looks the name up; nothing documented stands between
+    A layer reads `config._attn_implementation` at each call and looks the name up; nothing documented stands between
     the two. Other attributes are the configuration's own, to be read and set.
 
     Args:
@@ -117,7 +117,7 @@ def looks_up_attention(cls: type) -> bool:
 
 
 def eager_attention(cls: type) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
-    """The function of a layer's own file that runs under ``"eager"``, which is in no table; ``None``: there is none."""
+    """The function of a layer's own file that runs under `"eager"`, which is in no table; `None`: there is none."""
     return _function_of(cls, "eager_attention_forward")
 
 
@@ -145,12 +145,12 @@ def _function_of(cls: type, name: str) -> Any:
 
 @functools.cache
 def compares_implementation(cls: type) -> bool:
-    """Whether a layer of this class does something else under ``"sdpa"`` than under a name that it does not know.
+    """Whether a layer of this class does something else under `"sdpa"` than under a name that it does not know.
 
-    Such a layer (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) makes a mask of its own ``if
-    self.config._attn_implementation in ("eager", "sdpa")``. Nothing but its source says so. The source is parsed and
-    not searched, so that a comment or a string means nothing. Comparisons with ``"eager"`` alone are left out: a name
-    that is not known is not eager, and neither is ``"sdpa"``.
+    Such a layer (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) makes a mask of its own `if
+    self.config._attn_implementation in ("eager", "sdpa")`. Nothing but its source says so. The source is parsed and
+    not searched, so that a comment or a string means nothing. Comparisons with `"eager"` alone are left out: a name
+    that is not known is not eager, and neither is `"sdpa"`.
     """
     for base in cls.__mro__:
         if base in (nn.Module, object):
@@ -165,7 +165,7 @@ def compares_implementation(cls: type) -> bool:
 
 
 def _names_sdpa(node: ast.AST) -> bool:
-    """Whether a piece of source compares the name of an implementation with ``"sdpa"``."""
+    """Whether a piece of source compares the name of an implementation with `"sdpa"`."""
     if not isinstance(node, ast.Compare):
         return False
     sides = [inner for side in (node.left, *node.comparators) for inner in ast.walk(side)]
@@ -206,7 +206,7 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def checkpointing_function(layer: nn.Module) -> Callable[..., Any] | None:
-    """The function by which a layer is computed again in the backward pass; ``None``: it is not.
+    """The function by which a layer is computed again in the backward pass; `None`: it is not.
 
     transformers puts it into each layer when checkpointing is switched on, and offers nothing around its call.
     """
@@ -233,34 +233,34 @@ def show_on_models(name: str, descriptor: Any) -> None:
 
 
 def model_mapping(auto: Any) -> Mapping[Any, Any] | None:
-    """What an ``AutoModel...`` makes of which configuration class; ``None`` for any other class.
+    """What an `AutoModel...` makes of which configuration class; `None` for any other class.
 
-    ``register`` is documented, and nothing that says what is registered.
+    `register` is documented, and nothing that says what is registered.
     """
     mapping = getattr(auto, "_model_mapping", None)
     return mapping if isinstance(mapping, Mapping) else None
 
 
 def class_names(auto: Any) -> list[str]:
-    """The names of all classes that an ``AutoModel...`` of transformers makes, without importing them."""
+    """The names of all classes that an `AutoModel...` of transformers makes, without importing them."""
     found = needed(needed(auto, "_model_mapping"), "_model_mapping").values()
     return [name for names in found for name in ([names] if isinstance(names, str) else names)]
 
 
 def auto_classes() -> dict[str, Any]:
-    """transformers' ``AutoModel...`` classes by name."""
+    """transformers' `AutoModel...` classes by name."""
     modeling_auto = needed_module("transformers.models.auto.modeling_auto")
     found = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
     return {name: auto for name, auto in found.items() if model_mapping(auto) is not None}
 
 
 def without_own_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``from_pretrained`` without the one by which an ``Auto...`` class marks its own call."""
+    """The arguments of a `from_pretrained` without the one by which an `Auto...` class marks its own call."""
     return {name: value for name, value in options.items() if name != "_from_auto"}
 
 
 def share_conversion(model_type: str, name: str) -> None:
-    """Reads weights of ``name`` by the rules of ``model_type``, if it has any.
+    """Reads weights of `name` by the rules of `model_type`, if it has any.
 
     The experts of a mixture are stored one by one, and put together by rules that are found by the type. The functions
     that register rules are public in their module, and no page documents them.
@@ -272,12 +272,12 @@ def share_conversion(model_type: str, name: str) -> None:
 
 
 def show_class(name: str, cls: type) -> None:
-    """Makes ``getattr(transformers, name)`` find a class, unless it finds one already.
+    """Makes `getattr(transformers, name)` find a class, unless it finds one already.
 
-    ``transformers serve`` looks a checkpoint's class up there, by its ``architectures``, and asks neither its
-    ``auto_map`` nor the ``Auto...`` classes (5.23). Two objects can be the package: ``transformers.processing_utils``
+    `transformers serve` looks a checkpoint's class up there, by its `architectures`, and asks neither its
+    `auto_map` nor the `Auto...` classes (5.23). Two objects can be the package: `transformers.processing_utils`
     makes it anew when it is imported, and modules that were imported before keep the first. The server's module is
-    named, the others are those of ``sys.modules`` and of this module.
+    named, the others are those of `sys.modules` and of this module.
     """
     server = sys.modules.get("transformers.cli.serving.model_manager")
     packages = (transformers, sys.modules.get("transformers"), getattr(server, "transformers", None))
@@ -297,13 +297,13 @@ def stored_name(model: PreTrainedModel, name: str) -> str:
 
 @contextlib.contextmanager
 def loading_reports(shown: Callable[[str], str | None]) -> Iterator[None]:
-    """In this block ``from_pretrained`` says what ``shown`` makes of its tables of tensors that do not fit.
+    """In this block `from_pretrained` says what `shown` makes of its tables of tensors that do not fit.
 
-    transformers logs the table before it raises, and has no argument for it. ``output_loading_info`` gives the same in
+    transformers logs the table before it raises, and has no argument for it. `output_loading_info` gives the same in
     lists, but only once nothing was raised. Other threads' tables are left alone.
 
     Args:
-        shown: takes a table, and gives what to log in its place; ``None``: nothing.
+        shown: takes a table, and gives what to log in its place; `None`: nothing.
     """
     thread = threading.get_ident()
 
@@ -324,7 +324,7 @@ def loading_reports(shown: Callable[[str], str | None]) -> Iterator[None]:
 
 
 def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:
-    """The ``distributed_config`` that splits each layer over ``size`` processes, by a plan or by transformers' own."""
+    """The `distributed_config` that splits each layer over `size` processes, by a plan or by transformers' own."""
     return needed(needed_module("transformers.distributed"), "DistributedConfig")(tp_size=size, tp_plan=plan)
 
 
@@ -343,11 +343,11 @@ def carries_state(layer: Any) -> bool:
 def answer_by(cache: Cache, answers: Mapping[str, Callable[..., Any]]) -> None:
     """Lets a cache answer by other functions than the methods of its class.
 
-    A cache that was filled behind a prompt holds the prompt too. ``generate``, models around the backbone and users ask
+    A cache that was filled behind a prompt holds the prompt too. `generate`, models around the backbone and users ask
     it how many tokens it has read, to know which ids are new and where they stand, and they mean those of the text.
     They ask the very object that they hold: a view of it, which a backbone could be handed, would not reach them, and
-    another class of it would no longer be the one that ``isinstance`` looks for. So the object itself answers
-    otherwise, while no backbone runs; :func:`answer_itself` undoes it.
+    another class of it would no longer be the one that `isinstance` looks for. So the object itself answers
+    otherwise, while no backbone runs; `answer_itself` undoes it.
     """
     for name, answer in answers.items():
         needed(type(cache), name)
@@ -355,7 +355,7 @@ def answer_by(cache: Cache, answers: Mapping[str, Callable[..., Any]]) -> None:
 
 
 def answer_itself(cache: Cache, names: Iterable[str]) -> None:
-    """Undoes :func:`answer_by`."""
+    """Undoes `answer_by`."""
     for name in names:
         vars(cache).pop(name, None)
 
@@ -377,9 +377,9 @@ _HAS_ADAPTER = "_hf_peft_config_loaded"
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether an adapter was put on a model by its own ``add_adapter``.
+    """Whether an adapter was put on a model by its own `add_adapter`.
 
-    ``active_adapters`` raises where there is none, or where PEFT is not installed.
+    `active_adapters` raises where there is none, or where PEFT is not installed.
     """
     return bool(getattr(model, _HAS_ADAPTER, False))
 

@@ -1,7 +1,7 @@
 """TRL: the two functions with which its trainers make a reference model.
 
-A trainer that is given no ``ref_model`` asks ``get_config_model_id`` for the name of the model's folder and hands it to
-``create_model_from_path``. No hook lies between the two, and neither sees the model. Importing TRL takes seconds, so
+A trainer that is given no `ref_model` asks `get_config_model_id` for the name of the model's folder and hands it to
+`create_model_from_path`. No hook lies between the two, and neither sees the model. Importing TRL takes seconds, so
 that its module is watched for instead: the functions are extended once somebody imports it.
 """
 
@@ -25,8 +25,8 @@ def extend_reference(name: Extension, create: Extension) -> None:
     trainer makes a reference at all.
 
     Args:
-        name: for ``get_config_model_id(config)``.
-        create: for ``create_model_from_path(model_id, ...)``.
+        name: for `get_config_model_id(config)`.
+        create: for `create_model_from_path(model_id, ...)`.
     """
 
     def act(module: ModuleType) -> None:

@@ -1,12 +1,12 @@
 """vLLM: the layers, models, scheduler and attention of the engine that streams are built on.
 
-vLLM documents how a model class is registered (``ModelRegistry``, the plugin's entry point) and nothing of what such a
+vLLM documents how a model class is registered (`ModelRegistry`, the plugin's entry point) and nothing of what such a
 class is made of. So everything else is here, by one table: a name, its module, and what it is for. A name is imported
 when it is first asked for, since some of their modules are slow to import or need a device. Most are classes to derive
-from, for which a function would not do: ``from parscale.compat.vllm import Attention``.
+from, for which a function would not do: `from parscale.compat.vllm import Attention`.
 
 Objects that vLLM hands over (its configuration, requests, metadata of attention) are read by attributes that no page
-documents either. They move with each minor version; :data:`parscale.integrations.vllm.TESTED` names those that serve
+documents either. They move with each minor version; `parscale.integrations.vllm.TESTED` names those that serve
 models with streams, and any other version is refused at its start.
 """
 

@@ -1,11 +1,11 @@
 """Streams of a model whose weights accelerate keeps elsewhere while nothing runs: on the CPU, or on a disk.
 
-Its hooks fetch a module's parameters right before the module's ``forward`` and put the meta device's in their place
+Its hooks fetch a module's parameters right before the module's `forward` and put the meta device's in their place
 right after it. Two things follow for the parameters of streams, which are parameters of such modules:
 
-- Offloaded after wrapping, they are offloaded with their module. What reads them before or after its ``forward`` (a
-  prompt, a low-rank difference, a prefix that other layers borrow, saving) fetches them itself: :func:`parameter_of`.
-- Made in a module that is offloaded already, they stay on its device and can train: :func:`keep`.
+- Offloaded after wrapping, they are offloaded with their module. What reads them before or after its `forward` (a
+  prompt, a low-rank difference, a prefix that other layers borrow, saving) fetches them itself: `parameter_of`.
+- Made in a module that is offloaded already, they stay on its device and can train: `keep`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def fetched_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` of an offloaded model with the values of all its tensors, on the CPU."""
+    """The `state_dict` of an offloaded model with the values of all its tensors, on the CPU."""
     values = {}
     for name in model.state_dict():
         path, _, leaf = name.rpartition(".")
@@ -108,7 +108,7 @@ def keep(module: Any, name: str) -> None:
 
 
 def let_go(module: Any, name: str) -> None:
-    """Undoes :func:`keep`."""
+    """Undoes `keep`."""
     hook = hook_of(module)
     if isinstance(hook, _BesideStreams):
         hook.names.pop(name, None)

@@ -2,12 +2,12 @@
 
 Data parallelism (DDP) needs nothing here, and neither does FSDP2, which shards a model after it was wrapped.
 
-**Tensor parallelism**: transformers has replaced the backbone's matrices by ``DTensor`` parameters on a mesh of one
+**Tensor parallelism**: transformers has replaced the backbone's matrices by `DTensor` parameters on a mesh of one
 dimension, and each device attends with its own G / size key/value heads, or, where the plan gathers them, with all.
-The streams' parameters are of the same kind: a prefix is one ``(P, G, T, D)``, sharded along G as the layer's keys
-are, and the aggregator is replicated. So gradients, their norm, the optimizer's state and ``full_tensor()`` are
+The streams' parameters are of the same kind: a prefix is one `(P, G, T, D)`, sharded along G as the layer's keys
+are, and the aggregator is replicated. So gradients, their norm, the optimizer's state and `full_tensor()` are
 those of one device, and all parameters that a frozen backbone leaves to train are of one kind, without which
-``clip_grad_norm_`` and fused optimizers refuse them.
+`clip_grad_norm_` and fused optimizers refuse them.
 
 **DeepSpeed ZeRO-3** keeps the backbone's parameters in pieces from the moment it is loaded, and brings them together
 itself only once its engine runs. Wrapping runs the backbone before that.
@@ -51,12 +51,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes files, as in transformers' own ``save_pretrained``."""
+    """Whether this process is the one that writes files, as in transformers' own `save_pretrained`."""
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` of whole tensors, on the CPU, in the writing process; an empty one in all others.
+    """The `state_dict` of whole tensors, on the CPU, in the writing process; an empty one in all others.
 
     Every process has to call this. One tensor at a time is whole on the devices.
     """
@@ -114,14 +114,14 @@ def reshard(model: nn.Module) -> None:
 
 
 def tensor_parallel_mesh(model: nn.Module) -> Any:
-    """The ``DeviceMesh`` over which the model's layers are split; ``None`` if they are not."""
+    """The `DeviceMesh` over which the model's layers are split; `None` if they are not."""
     if not dist.is_available():
         return None
     return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1), None)
 
 
 def gather_heads(states: torch.Tensor, mesh: Any) -> torch.Tensor:
-    """The heads of all devices, ``(R, G, K, D)``, of each one's ``(R, G / size, K, D)``."""
+    """The heads of all devices, `(R, G, K, D)`, of each one's `(R, G / size, K, D)`."""
     return DTensor.from_local(states, mesh, [Shard(HEADS)], run_check=False).full_tensor()
 
 

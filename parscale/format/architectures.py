@@ -1,11 +1,11 @@
 """What a full checkpoint calls its architecture, and the configuration classes by which transformers reads it.
 
-A full checkpoint of a Llama says ``model_type: llama_parscale``. Under that name, and the like for every model that
+A full checkpoint of a Llama says `model_type: llama_parscale`. Under that name, and the like for every model that
 transformers knows, a recipe is registered; the configuration class that it stands for, a subclass of the backbone's, is
-made when the first such checkpoint is read. :mod:`parscale.auto` registers what makes models of these classes.
+made when the first such checkpoint is read. `parscale.auto` registers what makes models of these classes.
 
-Which class the model is of, ``architectures`` says: ``BertForMaskedLM`` with streams is ``BertParScaleForMaskedLM``.
-All causal language models end in ``ParScaleForCausalLM``, as the released ones do, and the class is transformers'
+Which class the model is of, `architectures` says: `BertForMaskedLM` with streams is `BertParScaleForMaskedLM`.
+All causal language models end in `ParScaleForCausalLM`, as the released ones do, and the class is transformers'
 choice.
 """
 
@@ -24,7 +24,7 @@ from parscale.format.folders import CAUSAL_LM, INFIX, TYPE_SUFFIX
 from parscale.format.values import check_values, configuration_of
 
 AUTO_CLASSES = auto_classes()
-READER = f"{INFIX}Model"  # what stands for an AutoModel... in an ``auto_map``, but for that of causal language models
+READER = f"{INFIX}Model"  # what stands for an AutoModel... in an `auto_map`, but for that of causal language models
 
 ClassListener = Callable[[type[PreTrainedConfig], type[PreTrainedConfig]], None]  # the class made, the backbone's
 ArchitectureListener = Callable[[Any], None]  # what a checkpoint that is read says
@@ -35,11 +35,11 @@ _ARCHITECTURE_LISTENERS: list[ArchitectureListener] = []
 
 
 def listen(to_class: ClassListener, to_architecture: ArchitectureListener) -> None:
-    """Calls ``to_class`` for each configuration class, also those made before, and ``to_architecture`` when one reads.
+    """Calls `to_class` for each configuration class, also those made before, and `to_architecture` when one reads.
 
     Args:
         to_class: takes the class and the backbone's own.
-        to_architecture: takes the first of a checkpoint's ``architectures``, whatever that is, or ``None``.
+        to_architecture: takes the first of a checkpoint's `architectures`, whatever that is, or `None`.
     """
     _CLASS_LISTENERS.append(to_class)
     _ARCHITECTURE_LISTENERS.append(to_architecture)
@@ -54,7 +54,7 @@ def _backbone_of(made: Any) -> Any:
 class Recipe:
     """Stands for the configuration class of one backbone's full checkpoints, which is made when it is needed.
 
-    Subclasses are made by :func:`register_backbone`.
+    Subclasses are made by `register_backbone`.
     """
 
     backbone_type = ""
@@ -64,9 +64,9 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As ``PreTrainedConfig.from_dict``, of :func:`config_class`.
+        """As `PreTrainedConfig.from_dict`, of `config_class`.
 
-        In memory ``model_type`` is the backbone's, by which transformers finds tokenizers and much else; the class, and
+        In memory `model_type` is the backbone's, by which transformers finds tokenizers and much else; the class, and
         what it writes, has the checkpoint's.
         """
         check_values("a checkpoint", config_dict, None)
@@ -78,7 +78,7 @@ class Recipe:
 
 
 def register_backbone(model_type: str) -> None:
-    """Lets transformers read full checkpoints with a backbone of this ``model_type``."""
+    """Lets transformers read full checkpoints with a backbone of this `model_type`."""
     name = model_type + TYPE_SUFFIX
     if name in CONFIG_MAPPING:
         return
@@ -87,7 +87,7 @@ def register_backbone(model_type: str) -> None:
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:
-    """The configuration class of full checkpoints with a backbone of this ``model_type``: a subclass of the backbone's.
+    """The configuration class of full checkpoints with a backbone of this `model_type`: a subclass of the backbone's.
 
     Raises:
         ValueError: transformers knows no backbone of this type.
@@ -123,10 +123,10 @@ def backbone_config(config: Any) -> Any:
 
 
 def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
-    """What a full checkpoint calls the model's class, and by which of transformers' ``AutoModel...`` it is read.
+    """What a full checkpoint calls the model's class, and by which of transformers' `AutoModel...` it is read.
 
     Returns:
-        ``BertParScaleForMaskedLM``, and of the ``AutoModel...`` the class that stands for it in :mod:`parscale.auto`.
+        `BertParScaleForMaskedLM`, and of the `AutoModel...` the class that stands for it in `parscale.auto`.
     """
     cls, config = type(model), type(model.config)
     name = cls.__name__.removeprefix("FSDP")
@@ -138,7 +138,7 @@ def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
 
 
 def causal_lm_in_checkpoints(class_name: str) -> str:
-    """What a full checkpoint calls a causal language model: ``Qwen2ForCausalLM`` is ``Qwen2ParScaleForCausalLM``."""
+    """What a full checkpoint calls a causal language model: `Qwen2ForCausalLM` is `Qwen2ParScaleForCausalLM`."""
     return re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", class_name) + CAUSAL_LM
 
 
@@ -160,7 +160,7 @@ def backbone_class(config: Any, plain: Any) -> Any:
 
     Args:
         config: the checkpoint's.
-        plain: the backbone's own, as :func:`backbone_config` gives it.
+        plain: the backbone's own, as `backbone_config` gives it.
 
     Raises:
         ValueError: transformers knows none.
@@ -177,13 +177,13 @@ def backbone_class(config: Any, plain: Any) -> Any:
 
 
 def class_named(name: Any) -> Any:
-    """A model class of transformers by its name; ``None`` if there is none."""
+    """A model class of transformers by its name; `None` if there is none."""
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
 def class_read_by(reader: Any, config: Any) -> Any:
-    """The class of the model that an ``AutoModel...``, or a class itself, makes of a configuration; ``None``: none."""
+    """The class of the model that an `AutoModel...`, or a class itself, makes of a configuration; `None`: none."""
     if model_mapping(reader) is None:
         return reader
     classes = {cls.__name__: cls for cls in classes_of(reader, type(config))}
@@ -192,12 +192,12 @@ def class_read_by(reader: Any, config: Any) -> Any:
 
 
 def readers(cls: Any, config: type[PreTrainedConfig]) -> list[str]:
-    """The names of the ``AutoModel...`` that make a class of its configuration."""
+    """The names of the `AutoModel...` that make a class of its configuration."""
     return [name for name, auto in AUTO_CLASSES.items() if cls in classes_of(auto, config)]
 
 
 def classes_of(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
-    """The classes that an ``AutoModel...`` may make of a configuration."""
+    """The classes that an `AutoModel...` may make of a configuration."""
     mapping = model_mapping(auto)
     if mapping is None or config not in mapping:
         return ()

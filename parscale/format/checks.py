@@ -62,7 +62,7 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
 
     Args:
         checkpoint: streams only.
-        fields: of its ``parscale_config.json``.
+        fields: of its `parscale_config.json`.
         config: the backbone's.
 
     Raises:
@@ -107,7 +107,7 @@ def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[s
 
 
 def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Tensors that have another shape in the files than the configuration says; arguments as :func:`check_size`."""
+    """Tensors that have another shape in the files than the configuration says; arguments as `check_size`."""
     described = _on_meta(checkpoint, cls, config, len(tensors)).state_dict()
     return [
         f"{name} is {tensors[name].shape} in the files and should be {tuple(described[name].shape)}"

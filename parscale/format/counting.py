@@ -1,4 +1,4 @@
-"""How many parameters a model in memory has, also a quantized one; see :mod:`parscale.format.packed`."""
+"""How many parameters a model in memory has, also a quantized one; see `parscale.format.packed`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _size(module: Any, name: str, tensor: Any) -> int | None:
-    """The parameters in one of a module's own tensors; ``None``: it is beside them, such as a scale."""
+    """The parameters in one of a module's own tensors; `None`: it is beside them, such as a scale."""
     if type(tensor).__name__ == "Params4bit":
         state = getattr(tensor, "quant_state", None)
         if state is not None:

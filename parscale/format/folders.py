@@ -1,12 +1,10 @@
 """What a checkpoint holds, read from its files' heads alone: damage is found before any weight is allocated.
 
-A checkpoint is a folder, or a repository on the Hugging Face Hub. Three kinds (see :mod:`parscale.loading`):
+A checkpoint is a folder, or a repository on the Hugging Face Hub. Three kinds (see `parscale.loading`):
 
-================ ======================================================================================
-full             ``config.json`` with ``parscale_n``, and ``model.safetensors`` or shards with their index
-streams only     ``parscale_config.json`` and ``streams.safetensors``
-plain backbone   ``config.json`` without ``parscale_n``; refused
-================ ======================================================================================
+- full: `config.json` with `parscale_n`, and `model.safetensors` or shards with their index
+- streams only: `parscale_config.json` and `streams.safetensors`
+- plain backbone: `config.json` without `parscale_n`; refused
 """
 
 from __future__ import annotations
@@ -45,8 +43,8 @@ class Checkpoint:
 
     Args:
         path_or_repo: a folder, or the name of a repository on the Hub.
-        **hub: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``,
-            ``proxies``, as in ``from_pretrained``.
+        **hub: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`,
+            `proxies`, as in `from_pretrained`.
 
     Raises:
         ValueError: not a path.
@@ -71,7 +69,7 @@ class Checkpoint:
         return self.name if self.folder is None else str(self.folder)
 
     def kind(self) -> str:
-        """``"full"`` or ``"streams only"``.
+        """`"full"` or `"streams only"`.
 
         Raises:
             FileNotFoundError: it is empty, or there is no such repository.
@@ -97,7 +95,7 @@ class Checkpoint:
         raise FileNotFoundError(f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint.")
 
     def file(self, name: str) -> Path | None:
-        """Where a file lies, fetched if the checkpoint is on the Hub; ``None`` if there is none.
+        """Where a file lies, fetched if the checkpoint is on the Hub; `None` if there is none.
 
         Raises:
             ValueError: it is no regular file.
@@ -135,7 +133,7 @@ class Checkpoint:
         """Names, shapes and places of the tensors of a full checkpoint.
 
         Args:
-            variant: of the file names, as in ``from_pretrained``.
+            variant: of the file names, as in `from_pretrained`.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -239,7 +237,7 @@ def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig
 
 
 def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
-    """The name of the set in a streams-only checkpoint, from its ``parscale_config.json``.
+    """The name of the set in a streams-only checkpoint, from its `parscale_config.json`.
 
     Raises:
         ValueError: what should be a name is none.
@@ -253,7 +251,7 @@ def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
 
 
 def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """The active set's name (``None``: none is active) and the further sets' of a full checkpoint.
+    """The active set's name (`None`: none is active) and the further sets' of a full checkpoint.
 
     Raises:
         ValueError: what should be a name is none, or one appears twice.
@@ -271,7 +269,7 @@ def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | 
 
 
 def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | None:
-    """Where the backbone of a streams-only checkpoint is: a folder, or a name on the Hub; ``None``: it is not said.
+    """Where the backbone of a streams-only checkpoint is: a folder, or a name on the Hub; `None`: it is not said.
 
     A relative path starts from the checkpoint's folder; if nothing is there, from the working directory. Where the
     backbone was when the streams were saved counts first, then where it lay as seen from them: both folders may have
@@ -279,7 +277,7 @@ def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | N
 
     Args:
         checkpoint: streams only.
-        fields: of its ``parscale_config.json``.
+        fields: of its `parscale_config.json`.
     """
     name, path = fields.get(BACKBONE), fields.get(BACKBONE_PATH)
     if not isinstance(name, str) or not name:

@@ -31,7 +31,7 @@ class StoredTensor:
 
     Args:
         file: the safetensors file.
-        dtype: as the format spells it (``"F32"``).
+        dtype: as the format spells it (`"F32"`).
         shape: of the tensor.
     """
 
@@ -119,7 +119,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, held: int) -> StoredTensor
 
 
 def _numel(shape: list[int], most: int) -> int:
-    """The product of the sizes; where it is more than ``most``, some number above that."""
+    """The product of the sizes; where it is more than `most`, some number above that."""
     if 0 in shape:
         return 0
     count = 1

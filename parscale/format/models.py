@@ -29,7 +29,7 @@ def read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapp
 
     Args:
         checkpoint: the folder or repository.
-        fields: of its ``config.json``.
+        fields: of its `config.json`.
         tensors: in its files.
 
     Raises:
@@ -45,8 +45,8 @@ def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tup
 
     Args:
         checkpoint: of the model.
-        reader: an ``AutoModel...`` or the model's class.
-        **options: for ``from_pretrained``.
+        reader: an `AutoModel...` or the model's class.
+        **options: for `from_pretrained`.
 
     Raises:
         ValueError: the checkpoint is damaged, or needs code of its own.
@@ -64,7 +64,7 @@ def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tup
 def load_backbone(
     checkpoint: Checkpoint, config: Any, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The plain backbone of a full checkpoint, by its class's own ``from_pretrained``, and that one's report."""
+    """The plain backbone of a full checkpoint, by its class's own `from_pretrained`, and that one's report."""
     if kwargs.setdefault("use_safetensors", True) is False:
         raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
     plain = backbone_config(config)

@@ -3,16 +3,14 @@
 Packed integers hold several parameters each, and scales and zero points beside them are none. Which tensors are packed,
 and of what shape they were, each library says in its own way:
 
-=================== ============================== ===========================================
-library             in memory                      in files
-=================== ============================== ===========================================
-bitsandbytes, 4 bit ``Params4bit``                 ``weight`` beside ``weight.quant_state...``
-HQQ                 ``W_q``, and its ``meta``
-GPTQ, AWQ           ``qweight``, and features      ``qweight``, and the configuration's bits
-compressed-tensors  ``weight_packed``              the same, and the configuration's bits
-MXFP4 (GPT-OSS)     ``..._blocks``                 the same
-torchao, quanto     tensors with their true shapes ``..._qdata`` (torchao)
-=================== ============================== ===========================================
+Library: in memory; in files.
+
+- bitsandbytes, 4 bit: `Params4bit`; `weight` beside `weight.quant_state...`
+- HQQ: `W_q`, and its `meta`
+- GPTQ, AWQ: `qweight`, and features; `qweight`, and the configuration's bits
+- compressed-tensors: `weight_packed`; the same, and the configuration's bits
+- MXFP4 (GPT-OSS): `..._blocks`; the same
+- torchao, quanto: tensors with their true shapes; `..._qdata` (torchao)
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ def stored_sizes(tensors: Mapping[str, StoredTensor], quantization: Any) -> dict
 
     Args:
         tensors: in the files, by name.
-        quantization: ``quantization_config`` of the checkpoint's ``config.json``, if there is one.
+        quantization: `quantization_config` of the checkpoint's `config.json`, if there is one.
     """
     if not isinstance(quantization, Mapping):
         return {name: tensor.numel for name, tensor in tensors.items()}

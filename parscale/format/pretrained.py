@@ -1,4 +1,4 @@
-"""The one way to transformers' and PEFT's ``from_pretrained``: no code from a checkpoint runs, nothing is unpickled."""
+"""The one way to transformers' and PEFT's `from_pretrained`: no code from a checkpoint runs, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NO_ADAPTER = {"subfolder": ".no-adapter"}
 
 
 def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-    """What ``reader.from_pretrained(source)`` makes: a configuration, a tokenizer or a model.
+    """What `reader.from_pretrained(source)` makes: a configuration, a tokenizer or a model.
 
-    Code that a checkpoint brings along does not run, and weights are read from safetensors only, unless ``options`` say
+    Code that a checkpoint brings along does not run, and weights are read from safetensors only, unless `options` say
     otherwise. An adapter beside a model is left to PEFT, with a warning that says so.
 
     Args:
-        reader: an ``Auto...`` class of transformers, or a model's class.
+        reader: an `Auto...` class of transformers, or a model's class.
         source: a folder, or a name on the Hugging Face Hub.
-        *arguments: for ``from_pretrained``.
-        **options: for ``from_pretrained``.
+        *arguments: for `from_pretrained`.
+        **options: for `from_pretrained`.
 
     Raises:
         RefusedCheckpointError: what is there asks for code of its own, or for a package that is not installed.

@@ -1,4 +1,4 @@
-"""Saving: a full checkpoint, or the streams alone; see :mod:`parscale.loading` for what the folders hold."""
+"""Saving: a full checkpoint, or the streams alone; see `parscale.loading` for what the folders hold."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ REMOTE_CODE = Path(__file__).parents[1] / "modeling_parscale.py"
 def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """Writes a full checkpoint: the backbone with the active set of streams, and each further set in a sub-folder.
 
-    The backbone is written by its own class, with everything that its ``save_pretrained`` does. A folder that exists
+    The backbone is written by its own class, with everything that its `save_pretrained` does. A folder that exists
     keeps its other files; an older checkpoint in it is replaced. If it fails, the folder is as it was.
 
     In a distributed run the first process writes. Where the model's tensors are spread over the processes, all of them
-    call this together, and the folder holds whole tensors; with ``state_dict``, gathered before, the first one may
+    call this together, and the folder holds whole tensors; with `state_dict`, gathered before, the first one may
     call it alone.
 
     Args:
         model: a wrapped model.
         save_directory: the folder; made if it does not exist.
-        **kwargs: ``state_dict``, ``max_shard_size``, ``is_main_process``, ``push_to_hub`` and all else that the class's
-            own ``save_pretrained`` takes, but for ``distributed_checkpoint``.
+        **kwargs: `state_dict`, `max_shard_size`, `is_main_process`, `push_to_hub` and all else that the class's
+            own `save_pretrained` takes, but for `distributed_checkpoint`.
 
     Raises:
-        ValueError: ``distributed_checkpoint=True``, or streams on the meta device.
+        ValueError: `distributed_checkpoint=True`, or streams on the meta device.
         OSError: the folder is a file, cannot be written, or the disk is full.
     """
     state: ParScaleState = model.parscale
@@ -102,7 +102,7 @@ def _write_full(
     without_weights: bool,
     kwargs: dict[str, Any],
 ) -> None:
-    """Writes the folder of :func:`save_full`.
+    """Writes the folder of `save_full`.
 
     Args:
         model: the wrapped model.
@@ -111,7 +111,7 @@ def _write_full(
         beside: the active set's, where the class writes its adapters alone.
         push: what to do on the Hub.
         without_weights: somebody else writes them.
-        kwargs: for the class's own ``save_pretrained``.
+        kwargs: for the class's own `save_pretrained`.
     """
     state: ParScaleState = model.parscale
     stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
@@ -161,7 +161,7 @@ def save_streams(
 
 @contextmanager
 def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, Any] | None) -> Iterator[None]:
-    """In this block the model's ``state_dict()`` has the active set only, by its released names; ``state_dict`` too."""
+    """In this block the model's `state_dict()` has the active set only, by its released names; `state_dict` too."""
 
     def rename(model: Any, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
         if prefix:
@@ -188,7 +188,7 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
 
 
 def _mark(path: Path, model: Any) -> None:
-    """Makes the backbone's ``config.json`` that of a full checkpoint."""
+    """Makes the backbone's `config.json` that of a full checkpoint."""
     state: ParScaleState = model.parscale
     config = read_json(path)
     streams = state.active.config if state.active is not None else ParScaleConfig(num_streams=1)
@@ -284,7 +284,7 @@ def _further_sets(
 def _tensors(
     state: ParScaleState, streams: StreamSet, state_dict: MutableMapping[str, Any] | None = None
 ) -> dict[str, torch.Tensor]:
-    """A set's values by their released names, on the CPU; from ``state_dict`` where it has them."""
+    """A set's values by their released names, on the CPU; from `state_dict` where it has them."""
     names = state.names(streams)
     if state_dict is not None and all(name in state_dict for name in names.values()):
         values: dict[str, Any] = {released: state_dict[name] for released, name in names.items()}

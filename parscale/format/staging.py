@@ -1,6 +1,6 @@
 """Folders and files that change as a whole.
 
-Everything is written in a working folder beside its place (:mod:`parscale.format.working`), flushed to the disk, and
+Everything is written in a working folder beside its place (`parscale.format.working`), flushed to the disk, and
 then moved there; the folders that it moved into are flushed too. So neither a kill nor a power cut leaves half of it
 under its name, and what fails changes nothing.
 
@@ -36,7 +36,7 @@ def staged(
     replaces: Callable[[str], bool] = lambda name: False,
     new: bool = False,
 ) -> Iterator[Path]:
-    """A folder whose files move to ``save_directory`` when the block ends; if it fails, nothing changes.
+    """A folder whose files move to `save_directory` when the block ends; if it fails, nothing changes.
 
     A folder that exists keeps its other files. If nothing was written in the block, nothing happens.
 
@@ -48,8 +48,8 @@ def staged(
         new: refuse a folder that holds something, also when it was filled while the block ran.
 
     Raises:
-        ValueError: with ``new``, as :func:`require_new_folder`.
-        NotADirectoryError: ``save_directory`` is a file.
+        ValueError: with `new`, as `require_new_folder`.
+        NotADirectoryError: `save_directory` is a file.
         OSError: it cannot be written, another process is writing to it, or the disk is full.
     """
     target = folder_to_write(save_directory)
@@ -76,7 +76,7 @@ def staged(
 
 
 def final_place(path: str | os.PathLike[str]) -> Path:
-    """Where a path will be once no :func:`staged` block is open any more: outside of their folders, where it is."""
+    """Where a path will be once no `staged` block is open any more: outside of their folders, where it is."""
     path = Path(os.path.abspath(path))
     places = _PLACES.get()
     above = next((folder for folder in (path, *path.parents) if folder in places), None)
@@ -85,10 +85,10 @@ def final_place(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def staged_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path of the same name to write to, whose file moves to ``path`` when the block ends.
+    """A path of the same name to write to, whose file moves to `path` when the block ends.
 
     Raises:
-        ValueError: as :func:`file_to_write`.
+        ValueError: as `file_to_write`.
         OSError: it cannot be written, or another process is writing it.
     """
     target = file_to_write(path)
@@ -181,7 +181,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     """Tries whether a file can be written, and leaves nothing behind.
 
     Raises:
-        ValueError: as :func:`file_to_write`, or its folder does not exist.
+        ValueError: as `file_to_write`, or its folder does not exist.
         OSError: nothing can be written in its folder, or another process is writing it.
     """
     target = file_to_write(path)
@@ -217,7 +217,7 @@ def _flush_all(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _folders_above(target: Path) -> Iterator[None]:
-    """In this block the folders above ``target`` exist; those that were missing and stay empty are removed again."""
+    """In this block the folders above `target` exist; those that were missing and stay empty are removed again."""
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         for folder in reversed(missing):
@@ -237,10 +237,10 @@ def _working_at(target: Path) -> contextlib.AbstractContextManager[Path]:
 
 
 def _move_into(work: Path, target: Path, last: Sequence[str], replaces: Callable[[str], bool]) -> None:
-    """Moves all files below ``work`` into a folder that exists; if that fails, all that was moved goes back.
+    """Moves all files below `work` into a folder that exists; if that fails, all that was moved goes back.
 
-    The disk sees it in four parts, one after another: files of ``last`` leave, the other old files leave, the new ones
-    come, and those of ``last`` come.
+    The disk sees it in four parts, one after another: files of `last` leave, the other old files leave, the new ones
+    come, and those of `last` come.
     """
     new = _files(work)
     for name in new:

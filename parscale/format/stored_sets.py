@@ -78,7 +78,7 @@ def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: st
 
     Args:
         model: wrapped, of the backbone that the streams were made for.
-        path_or_repo: a folder that ``save_streams`` wrote, or the name of a repository on the Hugging Face Hub.
+        path_or_repo: a folder that `save_streams` wrote, or the name of a repository on the Hugging Face Hub.
         name: of the set in this model; by default the one that it was saved under.
 
     Raises:

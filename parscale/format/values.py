@@ -38,8 +38,8 @@ def check_values(checkpoint: object, fields: Mapping[str, Any], tensors: Mapping
 
     Args:
         checkpoint: a full one or a plain backbone, for the error.
-        fields: of its ``config.json``, or the attributes of a configuration.
-        tensors: in the checkpoint's files; ``None`` if they are not known.
+        fields: of its `config.json`, or the attributes of a configuration.
+        tensors: in the checkpoint's files; `None` if they are not known.
 
     Raises:
         ValueError: names the field.

@@ -1,6 +1,6 @@
 """Working folders: hidden folders in which one process writes what then moves to its place.
 
-A working folder holds the file :data:`MARKER`, which its process keeps locked. The lock ends with the process, also
+A working folder holds the file `MARKER`, which its process keeps locked. The lock ends with the process, also
 when that is killed; the folder is a leftover then, and the next process at this place clears it away. A folder without
 the marker belongs to somebody else, whatever its name, and is left alone.
 """
@@ -34,7 +34,7 @@ class NotUndoneError(OSError):
 
 @contextlib.contextmanager
 def working(place: Path, name: str = "") -> Iterator[Path]:
-    """Makes the working folder ``.NAME.parscale-working`` in ``place``, and removes it after the block.
+    """Makes the working folder `.NAME.parscale-working` in `place`, and removes it after the block.
 
     Args:
         place: an existing folder, on the disk that what is written will move to.
@@ -43,7 +43,7 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
     Raises:
         BlockingIOError: another process works there.
         FileExistsError: something else has this name.
-        OSError: nothing can be written in ``place``.
+        OSError: nothing can be written in `place`.
     """
     folder = working_folder(place, name)
     marker = _claim(folder)
@@ -61,7 +61,7 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
 
 
 def working_folder(place: Path, name: str = "") -> Path:
-    """Where the working folder of :func:`working` lies."""
+    """Where the working folder of `working` lies."""
     return place / (f".{name}{SUFFIX}" if name else SUFFIX)
 
 
@@ -95,7 +95,7 @@ def is_working_folder(folder: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the working folders in ``folder`` whose processes have ended."""
+    """Removes the working folders in `folder` whose processes have ended."""
     for entry in folder.iterdir():
         if is_working_folder(entry):
             with contextlib.suppress(BlockingIOError):

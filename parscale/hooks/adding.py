@@ -43,12 +43,12 @@ def add(
     """Adds a set of streams, inactive and frozen.
 
     Args:
-        state: of the model, from ``parscale.wrapping``.
-        name: of the set; letters, digits, ``-`` and ``_``.
+        state: of the model, from `parscale.wrapping`.
+        name: of the set; letters, digits, `-` and `_`.
         config: its numbers.
-        calibration: as :func:`parscale.wrap`.
-        tensors: its values by their released names in the model (as :meth:`ParScaleState.tensors` gives them), from
-            a checkpoint; without them the set starts by ``config.init``.
+        calibration: as `parscale.wrap`.
+        tensors: its values by their released names in the model (as `ParScaleState.tensors` gives them), from
+            a checkpoint; without them the set starts by `config.init`.
 
     Raises:
         ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
@@ -132,7 +132,7 @@ def _give_values(
     calibration: torch.Tensor | None,
     tensors: Mapping[str, torch.Tensor] | None,
 ) -> None:
-    """Gives a new set its first values, on all devices of a tensor-parallel model; arguments as :func:`add`."""
+    """Gives a new set its first values, on all devices of a tensor-parallel model; arguments as `add`."""
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None and streams.config.seed is None:
         share_random_state(mesh)

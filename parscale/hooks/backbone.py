@@ -41,7 +41,7 @@ class BackboneHooks:
         self.state = state
 
     def attach(self) -> None:
-        """Hangs the hooks; their handles are among ``state.hooks``."""
+        """Hangs the hooks; their handles are among `state.hooks`."""
         state = self.state
         for part in state.parts:
             watch_replicas(part, functools.partial(self._replicate, part))
@@ -64,7 +64,7 @@ class BackboneHooks:
     def _copy_to_streams(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the backbone, or its encoder: every row P times, stream-major (row ``p*B + b``)."""
+        """Before the backbone, or its encoder: every row P times, stream-major (row `p*B + b`)."""
         state, call = self.state, self.state.call
         part, streams = module.__dict__.get(REPLICA) or (module, state.active)
         if streams is not None:
@@ -107,7 +107,7 @@ class BackboneHooks:
         return output if streams is None else mark_output(output, streams.name, streams.num_streams)
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Before a pooler inside the backbone: it gets ``(B, S, H)``, or the mixed states of one token, ``(B, H)``."""
+        """Before a pooler inside the backbone: it gets `(B, S, H)`, or the mixed states of one token, `(B, H)`."""
         call, states = self.state.call, args[0]
         streams = call.in_flight
         if streams is None or not call.aggregating:
@@ -121,7 +121,7 @@ class BackboneHooks:
         return (mixed, *args[1:])
 
     def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the backbone: ``(P*B, S, H)`` to ``(B, S, H)``, in ``hidden_states[-1]`` and what heads take too."""
+        """After the backbone: `(P*B, S, H)` to `(B, S, H)`, in `hidden_states[-1]` and what heads take too."""
         call = self.state.call
         call.masks.clear()
         streams = call.in_flight
@@ -154,8 +154,8 @@ class BackboneHooks:
 
         Args:
             streams: those that ran.
-            last: the final hidden states ``(P*B, S, H)``.
-            mixed: their mixture ``(B, S, H)``.
+            last: the final hidden states `(P*B, S, H)`.
+            mixed: their mixture `(B, S, H)`.
             states: the output; the layers' hidden states get the mixture for the last of them, unless the caller did
                 not choose it.
         """
@@ -171,14 +171,14 @@ class BackboneHooks:
         return states
 
     def _mixture(self, streams: StreamSet, hidden: torch.Tensor) -> torch.Tensor:
-        """``(P*B, S, H)`` to ``(B, S, H)``, or ``(P*B, H)`` to ``(B, H)``."""
+        """`(P*B, S, H)` to `(B, S, H)`, or `(P*B, H)` to `(B, H)`."""
         aggregator = getattr(self.state.call.running, streams.aggregator_name)
         if hidden.ndim == 2:
             return aggregator(hidden[:, None], impl=self.state.kernels)[:, 0]
         return aggregator(hidden, impl=self.state.kernels)
 
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the whole model: a mixture of experts' router logits by layer again, ``(P*B*S, E)``."""
+        """After the whole model: a mixture of experts' router logits by layer again, `(P*B*S, E)`."""
         streams = self.state.in_flight
         if streams is not None and getattr(output, "router_logits", None):
             P, pieces = streams.num_streams, output.router_logits
@@ -188,16 +188,16 @@ class BackboneHooks:
     # -- beside a forward pass
 
     def _replicate(self, part: Any) -> Any:
-        """A copy for ``nn.DataParallel``, whose threads do not know of a block around their caller."""
+        """A copy for `nn.DataParallel`, whose threads do not know of a block around their caller."""
         replica = replicate(part)
         replica.__dict__[REPLICA] = (part, self.state.active)
         return replica
 
     def _load_into_active(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Before ``load_state_dict``: the released names of a saved checkpoint mean the active set.
+        """Before `load_state_dict`: the released names of a saved checkpoint mean the active set.
 
         A checkpoint that the Trainer loads back has the set that was active under the released names. A model's own
-        ``state_dict()`` has every set under its own, and is left as it is.
+        `state_dict()` has every set under its own, and is left as it is.
         """
         streams = self.state.active
         names = {} if streams is None else self.state.names(streams)
@@ -218,7 +218,7 @@ def unhook(state: ParScaleState) -> None:
 
 
 def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:
-    """Each layer's ``(P*B*S, E)`` as P pieces ``(B*S, E)``.
+    """Each layer's `(P*B*S, E)` as P pieces `(B*S, E)`.
 
     The load-balancing loss is taken with the caller's mask, which has B rows. It sums over layers and tokens alike, so
     that it takes the pieces for as many layers, and counts the real tokens of all streams.

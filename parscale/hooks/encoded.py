@@ -1,8 +1,8 @@
 """What a wrapped encoder returns: P rows for each source, and a mark that says so.
 
-A decoder is given the encoder's output in many ways: at once, by ``generate`` with its rows repeated for beams, or by a
+A decoder is given the encoder's output in many ways: at once, by `generate` with its rows repeated for beams, or by a
 user who encodes once and decodes several times. The number of rows does not say whether they are streams. So the
-tensors that a wrapped encoder returns are :class:`EncodedRows`, which carry the name of the set and P with them.
+tensors that a wrapped encoder returns are `EncodedRows`, which carry the name of the set and P with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Mark:
     Args:
         name: of the set of streams.
         num_streams: P.
-        by_source: the tensor is ``(B, S, P, ...)``, one entry for each source; otherwise ``(P*B, S, ...)``,
+        by_source: the tensor is `(B, S, P, ...)`, one entry for each source; otherwise `(P*B, S, ...)`,
             stream-major.
         ordered: it is known which stream each row belongs to.
     """
@@ -36,7 +36,7 @@ class Mark:
 
 
 class EncodedRows(torch.Tensor):
-    """A tensor of a wrapped encoder's output, ``(P*B, S, ...)``, stream-major, or one computed from it.
+    """A tensor of a wrapped encoder's output, `(P*B, S, ...)`, stream-major, or one computed from it.
 
     Attributes:
         mark: which streams made it.
@@ -46,7 +46,7 @@ class EncodedRows(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs ``func``; its results are marked too."""
+        """Runs `func`; its results are marked too."""
         kwargs = kwargs or {}
         if func is torch.Tensor.view_as:  # how plain() takes the mark off; torch.compile can trace this one
             return torch.Tensor.__torch_function__(func, (torch.Tensor,), args, kwargs)
@@ -79,7 +79,7 @@ def _first_marked(values: Any) -> EncodedRows | None:
 
 
 def _mark_of_result(func: Any, source: EncodedRows, args: Any, result: torch.Tensor) -> Mark:
-    """The mark of what ``func`` made of ``source``: ordered while every row stays where it was, or is repeated."""
+    """The mark of what `func` made of `source`: ordered while every row stays where it was, or is repeated."""
     mark = source.mark
     if mark.by_source:
         ordered = result.ndim > 2 and result.shape[2] == mark.num_streams
@@ -111,7 +111,7 @@ def plain(x: EncodedRows) -> torch.Tensor:
 
 
 def mark_output(output: Any, name: str, P: int) -> Any:
-    """An encoder's output, ``(P*B, S, ...)`` in each of its tensors, with the mark of a set of streams.
+    """An encoder's output, `(P*B, S, ...)` in each of its tensors, with the mark of a set of streams.
 
     Hidden states of inner layers are not marked: a decoder does not read them.
     """
@@ -134,7 +134,7 @@ def mark_output(output: Any, name: str, P: int) -> Any:
 
 
 def by_source(encoded: Any) -> Any:
-    """Encoder outputs as ``generate`` takes them: one entry for each source, ``(B, S, P, ...)`` in place of P*B rows.
+    """Encoder outputs as `generate` takes them: one entry for each source, `(B, S, P, ...)` in place of P*B rows.
 
     Args:
         encoded: a model's output, a tuple or a tensor; what is not marked stays as it is.
@@ -161,12 +161,12 @@ def rows_of_streams(part: Any, argument: str, value: EncodedRows, name: str | No
         part: the decoder, for messages.
         argument: what it was given, for messages.
         value: marked.
-        name: of the set that the decoder runs with; ``None`` is the plain backbone.
+        name: of the set that the decoder runs with; `None` is the plain backbone.
         P: of that set.
         B: rows of the decoder's input.
 
     Returns:
-        ``(P*B, S, ...)``, stream-major, without a mark. One source serves all B rows.
+        `(P*B, S, ...)`, stream-major, without a mark. One source serves all B rows.
 
     Raises:
         ValueError: another set encoded it; its rows were chosen or joined, so that their streams are not known; or
@@ -203,7 +203,7 @@ def _check_ordered(value: EncodedRows, given: str) -> None:
 
 
 def _map_output(function: Any, output: Any) -> Any:
-    """A model's output, a tuple or a tensor with ``function`` applied to each part."""
+    """A model's output, a tuple or a tensor with `function` applied to each part."""
     if isinstance(output, ModelOutput):
         return type(output)(**{key: function(value) for key, value in output.items()})
     if isinstance(output, SEQUENCES):

@@ -1,7 +1,7 @@
 """Layers that are computed again in the backward pass (gradient checkpointing) use the streams of their forward pass.
 
 By then another set may be active, or other parameters may train, and on a GPU it is another thread that runs them. So
-what the forward pass was (:class:`parscale.streams.calls.Call`) goes with each function that is to be run again.
+what the forward pass was (`parscale.streams.calls.Call`) goes with each function that is to be run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parscale.streams.state import ParScaleState
 
 
 def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
-    """Before a pass that is differentiated: makes layers of ``module`` that are recomputed use its streams."""
+    """Before a pass that is differentiated: makes layers of `module` that are recomputed use its streams."""
     checkpointing, call = False, state.call
     for layer in module.modules():
         function = checkpointing_function(layer)
@@ -61,7 +61,7 @@ class _Checkpoint:
 
 @contextlib.contextmanager
 def _trained_as_in(forward: Call) -> Iterator[None]:
-    """In this block the parameters of the pass ``forward`` train as they did then."""
+    """In this block the parameters of the pass `forward` train as they did then."""
     changed = [parameter for parameter, trained in forward.trains if parameter.requires_grad is not trained]
     for parameter in changed:
         parameter.requires_grad_(not parameter.requires_grad)

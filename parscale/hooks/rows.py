@@ -1,8 +1,8 @@
 """Which arguments of a backbone have one row for each sequence, and how they are copied to the streams.
 
 The first input that is given counts the rows, B. An argument whose first dimension is B has one row for each of them
-and is copied P times, stream-major (row ``p*B + b``); one whose first dimension is 1 is for all rows and stays. That
-holds whatever the argument is called; :mod:`parscale.compat.arguments` names those for which it does not hold. What
+and is copied P times, stream-major (row `p*B + b`); one whose first dimension is 1 is for all rows and stays. That
+holds whatever the argument is called; `parscale.compat.arguments` names those for which it does not hold. What
 fits nowhere is an error.
 """
 
@@ -17,7 +17,7 @@ from parscale.hooks.encoded import EncodedRows, rows_of_streams
 
 
 def first_input(part: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
-    """The first input of a backbone or its encoder that is given, whose rows are counted; ``None`` if none is."""
+    """The first input of a backbone or its encoder that is given, whose rows are counted; `None` if none is."""
     names = (*INPUTS, getattr(part, "main_input_name", INPUTS[0]))
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
@@ -26,7 +26,7 @@ def check_plain(part: Any, arguments: dict[str, Any]) -> None:
     """Refuses what streams encoded, before a pass of the plain backbone.
 
     Raises:
-        ValueError: as :func:`parscale.hooks.encoded.rows_of_streams`.
+        ValueError: as `parscale.hooks.encoded.rows_of_streams`.
     """
     for name in ENCODED:
         if isinstance(arguments.get(name), EncodedRows):

@@ -19,13 +19,13 @@ class StreamLosses(NamedTuple):
     """What the streams do on some text."""
 
     losses: torch.Tensor
-    """Next-token losses in nats, ``(P, B, S - 1)``, of a mixture behind them ``(P + 1, B, S - 1)``; 0 if ignored."""
+    """Next-token losses in nats, `(P, B, S - 1)`, of a mixture behind them `(P + 1, B, S - 1)`; 0 if ignored."""
     counted: torch.Tensor
-    """Where a loss counts, ``(B, S - 1)``."""
+    """Where a loss counts, `(B, S - 1)`."""
     weights: torch.Tensor
-    """Aggregation weights, ``(B, S, P)``."""
+    """Aggregation weights, `(B, S, P)`."""
     uncertainty: torch.Tensor
-    """Entropy of stream 0's prediction in nats, ``(B, S - 1)``."""
+    """Entropy of stream 0's prediction in nats, `(B, S - 1)`."""
 
 
 def stream_losses(
@@ -35,10 +35,10 @@ def stream_losses(
 
     Args:
         model: with at least two active streams.
-        input_ids: ``(B, S)``.
-        labels: ``(B, S)``, -100 where no loss counts.
+        input_ids: `(B, S)`.
+        labels: `(B, S)`, -100 where no loss counts.
         mixture: also measure what the streams are mixed to, which is the model itself.
-        **kwargs: passed to the model (``attention_mask``, ...).
+        **kwargs: passed to the model (`attention_mask`, ...).
     """
     with _streams_apart(model, mixture) as captured:
         logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B or (P + 1)*B, S, V)
@@ -59,7 +59,7 @@ def stream_losses(
 def _streams_apart(model: Any, mixture: bool) -> Iterator[list[torch.Tensor]]:
     """In this block the head sees the streams' hidden states and, if wanted, their mixture behind them.
 
-    The list that is yielded gets the aggregation weights ``(B, S, P)`` of each forward pass.
+    The list that is yielded gets the aggregation weights `(B, S, P)` of each forward pass.
     """
     state = model.parscale
     aggregator = state.aggregator(state.active)

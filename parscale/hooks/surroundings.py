@@ -12,8 +12,8 @@ import torch
 def undisturbed() -> Iterator[None]:
     """In this block new parameters can train later, and are where and of which dtype they are asked to be.
 
-    Left outside are inference mode, autocast, and a default device (``torch.set_default_device`` or ``with
-    torch.device(...):``). Whether gradients are recorded stays as it is.
+    Left outside are inference mode, autocast, and a default device (`torch.set_default_device` or `with
+    torch.device(...):`). Whether gradients are recorded stays as it is.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]

@@ -1,4 +1,4 @@
-"""A run of the whole model as its users call it, without streams and with them, before ``wrap`` promises anything.
+"""A run of the whole model as its users call it, without streams and with them, before `wrap` promises anything.
 
 That the backbone runs with streams does not say that what is around it does: a head may ask for as many rows as the
 backbone was given, a second encoder may never meet the streams, a loss may be taken from what was not mixed.
@@ -92,7 +92,7 @@ def _by_plain_torch(state: ParScaleState) -> Iterator[None]:
 
 
 def _output(model: Any, arguments: dict[str, Any]) -> Any:
-    """What the plain model returns; ``None`` where this is not an input that it takes."""
+    """What the plain model returns; `None` where this is not an input that it takes."""
     try:
         return model(**arguments)
     except Exception as error:
@@ -146,7 +146,7 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids ``(ROWS, 2)``: a word, which stands neither for padding nor for an image, and the end of a text."""
+    """Token ids `(ROWS, 2)`: a word, which stands neither for padding nor for an image, and the end of a text."""
     text = model.config.get_text_config()
     fields = [*vars(model.config).items(), *vars(text).items()]
     special = {value for name, value in fields if "token" in name and isinstance(value, int)}

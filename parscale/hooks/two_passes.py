@@ -6,8 +6,8 @@ streams 1 to P - 1. So in a call without gradients
 1. the backbone runs as it is, on B rows, and what its attention layers attend to is remembered;
 2. it runs on the positions that are wanted, with (P - 1)*b rows that attend to that, and the streams are mixed there.
 
-Wanted are the last positions, where the caller keeps fewer logits than there are new tokens (``logits_to_keep``, as
-``generate`` does with a prompt). In an adaptive call they are those where the entropy of stream 0's prediction is above
+Wanted are the last positions, where the caller keeps fewer logits than there are new tokens (`logits_to_keep`, as
+`generate` does with a prompt). In an adaptive call they are those where the entropy of stream 0's prediction is above
 a threshold, and b are the rows that have any. Everything else runs all streams in one batch.
 """
 
@@ -107,7 +107,7 @@ class TwoPassHooks:
         return output
 
     def _run_second(self, module: Any, passes: TwoPasses, kept: Any) -> torch.Tensor:
-        """The logits ``(b, n, V)`` of all streams. The ids do not matter: the backbone has those of the first pass."""
+        """The logits `(b, n, V)` of all streams. The ids do not matter: the backbone has those of the first pass."""
         call = self.state.call
         b = passes.rows if passes.chosen is None else len(passes.chosen)
         assert passes.hidden is not None
@@ -122,7 +122,7 @@ class TwoPassHooks:
 
 
 def _choose(passes: TwoPasses, adaptive: Adaptive, logits: torch.Tensor) -> torch.Tensor:
-    """Where stream 0 is uncertain, ``(B, n)``; notes which rows the second pass has."""
+    """Where stream 0 is uncertain, `(B, n)`; notes which rows the second pass has."""
     where = torch.stack([_entropy(row) for row in logits]) > adaptive.threshold
     adaptive.chosen = where
     adaptive.ran += int(where.sum())
@@ -134,7 +134,7 @@ def _choose(passes: TwoPasses, adaptive: Adaptive, logits: torch.Tensor) -> torc
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Nats, ``(n,)``, of predictions ``(n, V)``, in at least float32."""
+    """Nats, `(n,)`, of predictions `(n, V)`, in at least float32."""
     return torch.special.entr(torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))).sum(-1)
 
 
@@ -156,14 +156,14 @@ def _is_block_mask(passes: TwoPasses) -> bool:
 def of_pass(
     state: ParScaleState, module: nn.Module, part: nn.Module, arguments: dict[str, Any], rows: torch.Tensor
 ) -> dict[str, Any] | None:
-    """Before the backbone: its arguments in the pass under way; ``None`` if all streams run in one batch after all.
+    """Before the backbone: its arguments in the pass under way; `None` if all streams run in one batch after all.
 
     Args:
         state: of the model.
         module: the backbone, or its replica.
         part: the backbone.
         arguments: by name, of B rows.
-        rows: the first input, ``(B, S, ...)``.
+        rows: the first input, `(B, S, ...)`.
     """
     call = state.call
     passes = call.passes

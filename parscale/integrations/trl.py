@@ -1,9 +1,9 @@
 """The reference of TRL's trainers: the same model, streams and all.
 
-Without an adapter, a trainer makes its reference (or its teacher) by loading ``model.config.name_or_path`` again. For
+Without an adapter, a trainer makes its reference (or its teacher) by loading `model.config.name_or_path` again. For
 a model that was wrapped in this process that names the plain backbone: rewards would not be zero at the first step, and
 the distance to the reference would be that of the streams. So the reference of a wrapped model is a copy of it as it
-is; the plain backbone is the reference only for whoever passes it as ``ref_model``.
+is; the plain backbone is the reference only for whoever passes it as `ref_model`.
 """
 
 from __future__ import annotations

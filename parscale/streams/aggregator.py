@@ -1,4 +1,4 @@
-"""The learned mixture of the streams, between the backbone's final norm and ``lm_head``."""
+"""The learned mixture of the streams, between the backbone's final norm and `lm_head`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from parscale.kernels.dispatch import Impl
 
 
 class Projection(nn.Module):
-    """``x @ weight.T + bias``.
+    """`x @ weight.T + bias`.
 
-    Not an ``nn.Linear``, because tools that look for linear layers by type mean the backbone's: PEFT's ``all-linear``
+    Not an `nn.Linear`, because tools that look for linear layers by type mean the backbone's: PEFT's `all-linear`
     would put adapters on the aggregator, and quantizers would round it.
 
     Args:
@@ -30,24 +30,24 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
+        """`(..., in_features)` to `(..., out_features)`."""
         return nn.functional.linear(x, local(self.weight), local(self.bias))
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows of it."""
+        """What `print(model)` shows of it."""
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
 
 
 class Aggregator(nn.Sequential):
-    """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
+    """`Linear(P*H -> H)`, SiLU, `Linear(H -> P)`, softmax over streams, smoothing, weighted sum.
 
-    As in Chen et al., arXiv 2505.10475, section 3.2; its parameters are named ``0.*`` and ``2.*`` as in the released
+    As in Chen et al., arXiv 2505.10475, section 3.2; its parameters are named `0.*` and `2.*` as in the released
     checkpoints. All zeros after construction: equal weights.
 
     Args:
         num_streams: P.
         hidden_size: H.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+        smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Aggregator(nn.Sequential):
         self.smoothing = smoothing
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The unnormalised weights ``(B, S, P)`` of the streams' hidden states ``(P*B, S, H)``, stream-major."""
+        """The unnormalised weights `(B, S, P)` of the streams' hidden states `(P*B, S, H)`, stream-major."""
         x = hidden.unflatten(0, (self.num_streams, -1))  # (P, B, S, H)
         # the released order of the first layer's inputs: hidden index outer, stream index inner
         return super().forward(x.permute(1, 2, 3, 0).flatten(2))  # (B, S, H, P) -> (B, S, H*P) -> (B, S, P)
 
     def weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The aggregation weights ``(B, S, P)``, in at least float32, that :meth:`forward` uses."""
+        """The aggregation weights `(B, S, P)`, in at least float32, that `forward` uses."""
         return stream_weights(self.logits(hidden), self.smoothing)
 
     def forward(self, hidden: torch.Tensor, impl: Impl = "auto") -> torch.Tensor:
-        """Mixes ``(P*B, S, H)``, stream-major, into ``(B, S, H)``; on a GPU by fused kernels.
+        """Mixes `(P*B, S, H)`, stream-major, into `(B, S, H)`; on a GPU by fused kernels.
 
         Args:
             hidden: the streams' final hidden states.
-            impl: ``"reference"`` for plain torch, ``"fused"`` for the kernels or an error.
+            impl: `"reference"` for plain torch, `"fused"` for the kernels or an error.
         """
         first, last = self[0], self[2]
         if (hidden.is_cuda or impl == "fused") and _is_untouched(first) and _is_untouched(last):

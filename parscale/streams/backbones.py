@@ -1,13 +1,11 @@
 """The part of a model whose rows are copied and mixed.
 
-================================ =================== ==========================================================
-kind                             copied before       mixed
-================================ =================== ==========================================================
-causal LM, vision-language model the language model  its final hidden states
-encoder (text, vision)           the encoder         its final hidden states, before any pooling of them
-encoder-decoder (text, audio)    encoder and decoder the decoder's final hidden states; the encoder's stay P*B rows
-two encoders side by side (CLIP) both                the final hidden states of each, by an aggregator of its own
-================================ =================== ==========================================================
+Kind: copied before; mixed.
+
+- causal LM, vision-language model: the language model; its final hidden states
+- encoder (text, vision): the encoder; its final hidden states, before any pooling of them
+- encoder-decoder (text, audio): encoder and decoder; the decoder's final hidden states; the encoder's stay P*B rows
+- two encoders side by side (CLIP): both; the final hidden states of each, by an aggregator of its own
 """
 
 from __future__ import annotations
@@ -86,7 +84,7 @@ def find_parts(model: Any) -> Parts:
 
 
 def _side_by_side(model: Any, owner: Any) -> Parts:
-    """Encoders of a text and of something else, side by side in ``owner``: the one of text is the backbone."""
+    """Encoders of a text and of something else, side by side in `owner`: the one of text is the backbone."""
     inputs = inspect.signature(owner.forward).parameters
     children = [child for child in owner.children() if isinstance(child, PreTrainedModel)]
     towers = [child for child in children if main_input(child) in inputs]
@@ -113,7 +111,7 @@ def reads(part: Any, name: str) -> bool:
 
 
 def _arguments(part: Any) -> list[str]:
-    """Of its class: another library may have put something else in front of the object's own ``forward``."""
+    """Of its class: another library may have put something else in front of the object's own `forward`."""
     return list(inspect.signature(type(part).forward).parameters)[1:]
 
 
@@ -154,10 +152,10 @@ def masking_noise(part: Any, images: torch.Tensor) -> torch.Tensor | None:
 
     Args:
         part: the backbone.
-        images: ``(B, C, height, width)``.
+        images: `(B, C, height, width)`.
 
     Returns:
-        ``(B, patches)``, from torch's random state, as the plain backbone draws it; ``None`` where patches overlap.
+        `(B, patches)`, from torch's random state, as the plain backbone draws it; `None` where patches overlap.
     """
     size = part.config.patch_size
     if hasattr(part.config, "patch_stride"):

@@ -31,7 +31,7 @@ def run_briefly(
         gradients: whether the result can be differentiated.
 
     Returns:
-        The final hidden states ``(rows, S, H)`` of each part that is mixed, the backbone's first.
+        The final hidden states `(rows, S, H)` of each part that is mixed, the backbone's first.
 
     Raises:
         UnsupportedModelError: one takes something else, or returns something else.

@@ -3,13 +3,13 @@
 Any number of threads may call one model at once, each with a set of streams of its own, and so may the tasks of an
 event loop. Two things keep them apart:
 
-- :class:`Block`, what ``with model.use_streams(name):`` chose. A context variable holds the open ones, so that a block
+- `Block`, what `with model.use_streams(name):` chose. A context variable holds the open ones, so that a block
   lasts for the code inside it, also in functions that it awaits, and for no other thread or task.
-- :class:`Call`, the record of the forward pass under way. Each thread has one, since a pass never leaves its thread.
+- `Call`, the record of the forward pass under way. Each thread has one, since a pass never leaves its thread.
   Layers that are recomputed in a backward pass may run in another thread, and take with them what they need of it.
 
-How calls run is set here and nowhere else: :meth:`Calls.choosing`, :meth:`Calls.recording` and :meth:`Calls.unmixed`
-for a block of code, :meth:`Call.begin` for a pass.
+How calls run is set here and nowhere else: `Calls.choosing`, `Calls.recording` and `Calls.unmixed`
+for a block of code, `Call.begin` for a pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Block:
 
     Args:
         calls: the model's; two models in one block do not disturb each other.
-        chosen: the set; ``None`` is the plain backbone.
+        chosen: the set; `None` is the plain backbone.
     """
 
     def __init__(self, calls: Calls, chosen: StreamSet | None) -> None:
@@ -54,7 +54,7 @@ class Call:
     """The forward pass under way in this thread, or the last one.
 
     Args:
-        in_flight: the set that it runs with. ``None``: the plain backbone.
+        in_flight: the set that it runs with. `None`: the plain backbone.
         trains: the set's parameters, and whether they train; filled where layers are recomputed.
         part: what runs and is mixed: the backbone, or a tower beside it.
         running: itself, or its replica on another device.
@@ -62,9 +62,9 @@ class Call:
         aggregating: whether the streams are mixed.
         masks: what was made of masks for all layers, those with room for the prefix by the id of the mask they extend.
         pooled: what a pooler inside the backbone was given, and its mixture.
-        mask_around: the mask ``(B, K)`` that the module around the backbone was called with, without positions.
-        tokens: of ``transform="prompt"``: where the tokens stand, ``(R, S)``; ``None``: everywhere.
-        cache: of ``transform="prompt"``: the cache of the pass.
+        mask_around: the mask `(B, K)` that the module around the backbone was called with, without positions.
+        tokens: of `transform="prompt"`: where the tokens stand, `(R, S)`; `None`: everywhere.
+        cache: of `transform="prompt"`: the cache of the pass.
         block: the innermost open block, for compiled code, which cannot ask a context variable.
         passes: of the call of the whole model under way, where it has two.
         adaptive: where streams run, for calls that do not run them everywhere.
@@ -150,13 +150,13 @@ class Calls(_NotCopied, threading.local):
 
     @contextlib.contextmanager
     def choosing(self, streams: StreamSet | None) -> Iterator[None]:
-        """Calls in this block run with ``streams``. Which parameters train stays as it is."""
+        """Calls in this block run with `streams`. Which parameters train stays as it is."""
         with self.opened(Block(self, streams)):
             yield
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
-        """Calls in this block show ``recorder`` the keys and values of each attention layer."""
+        """Calls in this block show `recorder` the keys and values of each attention layer."""
         call = self.call
         before, call.recorder = call.recorder, recorder
         try:
@@ -166,7 +166,7 @@ class Calls(_NotCopied, threading.local):
 
     @contextlib.contextmanager
     def unmixed(self) -> Iterator[None]:
-        """Calls in this block give the final hidden states of all streams, ``(P*B, S, H)``."""
+        """Calls in this block give the final hidden states of all streams, `(P*B, S, H)`."""
         call = self.call
         before, call.aggregating = call.aggregating, False
         try:
@@ -207,7 +207,7 @@ def innermost_block(calls: Calls) -> Block | None:
 
 
 class Blocks(_NotCopied):
-    """The open blocks of a model that decide which parameters train; see :mod:`parscale.streams.trainability`."""
+    """The open blocks of a model that decide which parameters train; see `parscale.streams.trainability`."""
 
     def __init__(self) -> None:
         self.innermost: list[Block] = []  # of each thread or task

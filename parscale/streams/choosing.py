@@ -1,7 +1,7 @@
 """Which set of streams runs and trains: the model's choice, and that of a block of code for itself.
 
-``set_streams`` chooses for the model; ``use_streams`` for a block, in its own thread or task alone
-(:mod:`parscale.streams.calls`). Both also decide which parameters train (:mod:`parscale.streams.trainability`).
+`set_streams` chooses for the model; `use_streams` for a block, in its own thread or task alone
+(`parscale.streams.calls`). Both also decide which parameters train (`parscale.streams.trainability`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from parscale.streams.trainability import LOCK, decide_what_trains, parameters_o
 
 
 def set_streams(model: Any, name: str | None) -> None:
-    """Chooses the active set of streams; ``None`` is the plain backbone.
+    """Chooses the active set of streams; `None` is the plain backbone.
 
     Only the active set trains: the one that was active is frozen, the chosen one is not. A forward pass that ran
-    before still gives its gradients to the set that it ran with. Inside a ``use_streams`` block the choice lasts to the
+    before still gives its gradients to the set that it ran with. Inside a `use_streams` block the choice lasts to the
     end of the block.
 
     Args:
-        name: of the set; ``None`` for the plain backbone.
+        name: of the set; `None` for the plain backbone.
 
     Raises:
         ValueError: there is no set of that name.
@@ -49,15 +49,15 @@ def set_streams(model: Any, name: str | None) -> None:
 
 @contextlib.contextmanager
 def use_streams(model: Any, name: str | None) -> Iterator[Any]:
-    """``with model.use_streams(name):`` is :func:`set_streams` for a block, in its thread or task alone.
+    """`with model.use_streams(name):` is `set_streams` for a block, in its thread or task alone.
 
     Other threads go on with the sets that they use. So does one that is started inside the block, such as the one that
-    generates for a ``TextIteratorStreamer``: open the block in that thread, or start it with
-    ``contextvars.copy_context().run`` (``asyncio.to_thread`` does). After the block, everything is as before: the
+    generates for a `TextIteratorStreamer`: open the block in that thread, or start it with
+    `contextvars.copy_context().run` (`asyncio.to_thread` does). After the block, everything is as before: the
     active set, and which parameters train. What the configuration records is the model's choice, not the block's.
 
     Args:
-        name: of the set; ``None`` for the plain backbone.
+        name: of the set; `None` for the plain backbone.
 
     Yields:
         The model.
@@ -104,7 +104,7 @@ def forget(state: ParScaleState, streams: StreamSet) -> None:
 
 
 def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
-    """The set of that name; ``None`` for ``None``.
+    """The set of that name; `None` for `None`.
 
     Raises:
         ValueError: there is none.
@@ -137,7 +137,7 @@ def _record(state: ParScaleState) -> None:
 
 
 class _NumStreams:
-    """``model.num_streams``: P of the active streams; 1 when they are off. A model that is not wrapped has none."""
+    """`model.num_streams`: P of the active streams; 1 when they are off. A model that is not wrapped has none."""
 
     def __get__(self, model: Any, owner: type | None = None) -> Any:
         if model is None:
@@ -149,7 +149,7 @@ class _NumStreams:
 
 
 def show_num_streams() -> None:
-    """Lets wrapped models have :class:`_NumStreams`.
+    """Lets wrapped models have `_NumStreams`.
 
     What is active depends on which thread asks, so that it cannot be a value in the model.
     """

@@ -27,5 +27,5 @@ def is_copy(name: str) -> bool:
 
 
 def part_of(name: str) -> str | None:
-    """``"transform"`` or ``"aggregator"`` for a tensor of streams; ``None`` for the backbone's."""
+    """`"transform"` or `"aggregator"` for a tensor of streams; `None` for the backbone's."""
     return next((part for part, pattern in _PATTERNS.items() if pattern.search(name)), None)

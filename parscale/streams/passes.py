@@ -2,7 +2,7 @@
 
 Stream 0 is the plain backbone, and no other stream's state outlives its token. So stream 0 may run first, alone, and
 the others afterwards, for the tokens where they are wanted: the last ones of a prompt, or those that stream 0 is
-uncertain about. :mod:`parscale.hooks.two_passes` makes the passes.
+uncertain about. `parscale.hooks.two_passes` makes the passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Adaptive:
         num_streams: P.
         ran: tokens on which all streams ran.
         tokens: all tokens that were predicted.
-        chosen: of the last call, where all streams ran, ``(B, positions)``.
+        chosen: of the last call, where all streams ran, `(B, positions)`.
     """
 
     threshold: float
@@ -48,7 +48,7 @@ class Adaptive:
         return float(self.num_streams) if self.threshold == 0 else self.mean_of(self.ran, self.tokens)
 
     def mean_of(self, ran: int, tokens: int) -> float:
-        """The same where all streams ran on ``ran`` of these tokens."""
+        """The same where all streams ran on `ran` of these tokens."""
         return 1.0 + (self.num_streams - 1) * ran / max(1, tokens)
 
 
@@ -58,17 +58,17 @@ class TwoPasses:
 
     Args:
         streams: the set.
-        kept: how many of the last positions the caller wants; ``None``: all.
-        adaptive: where the streams run; ``None``: everywhere.
+        kept: how many of the last positions the caller wants; `None`: all.
+        adaptive: where the streams run; `None`: everywhere.
         is_second: whether stream 0 is through, and the other streams run.
         arguments: the backbone's in the first pass, by their names; B rows.
         rows: B.
         length: S, new tokens.
         seen: tokens in the cache before them.
         positions: how many of the last positions the second pass has.
-        hidden: final hidden states of stream 0 there, ``(B, positions, H)``.
+        hidden: final hidden states of stream 0 there, `(B, positions, H)`.
         keys: what the attention of each layer was given in the first pass, call after call.
-        chosen: which rows the second pass has; ``None``: all.
+        chosen: which rows the second pass has; `None`: all.
     """
 
     streams: StreamSet

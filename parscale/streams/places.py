@@ -29,7 +29,7 @@ class AttentionLayer:
         value_size: D of the values (another one in MLA).
         dtype: of its keys.
         device: of its keys.
-        mesh: under tensor parallelism, the ``DeviceMesh`` over which its key/value heads are split.
+        mesh: under tensor parallelism, the `DeviceMesh` over which its key/value heads are split.
     """
 
     name: str

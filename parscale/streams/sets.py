@@ -1,7 +1,7 @@
 """A set of streams, what makes its streams differ, and what an adapter library keeps beside it.
 
-:class:`Transform` and :class:`Adapters` say what the rest of the package may ask of the two; :mod:`parscale.transforms`
-and :mod:`parscale.integrations.peft` answer.
+`Transform` and `Adapters` say what the rest of the package may ask of the two; `parscale.transforms`
+and `parscale.integrations.peft` answer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class StreamSet:
     """One named set of streams. Its tensors are parameters of the backbone's modules, under names of its own.
 
     Args:
-        name: ``"default"`` keeps the released names; another set adds ``@name`` to each.
+        name: `"default"` keeps the released names; another set adds `@name` to each.
         config: its numbers.
         copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
 
     Attributes:
-        transform: what makes its streams differ; :func:`parscale.transforms.make_set` gives it one.
+        transform: what makes its streams differ; `parscale.transforms.make_set` gives it one.
     """
 
     transform: Transform
@@ -82,21 +82,21 @@ class Transform:
         """Once its parameters exist: what it hangs into the model."""
 
     def attach(self) -> None:
-        """:meth:`hang`, and whatever shows that the model runs with it."""
+        """`hang`, and whatever shows that the model runs with it."""
         self.hang()
 
     def detach(self) -> None:
-        """Undoes :meth:`hang`."""
+        """Undoes `hang`."""
 
     def longest_text(self) -> int | None:
-        """How many tokens a text may have that streams start from; ``None``: any number."""
+        """How many tokens a text may have that streams start from; `None`: any number."""
         raise NotImplementedError
 
     def read(self, texts: torch.Tensor) -> None:
         """Starts each stream from a text.
 
         Args:
-            texts: token ids ``(P, T)``, on the device of the model's input.
+            texts: token ids `(P, T)`, on the device of the model's input.
         """
         raise NotImplementedError
 
@@ -110,13 +110,13 @@ class Transform:
             parameter.normal_(0.0, std)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Its parameters by their names in a checkpoint, in the order of :meth:`places`."""
+        """Its parameters by their names in a checkpoint, in the order of `places`."""
         return {
             place.released_name: getattr(place.module, self.streams.own_name(place.name)) for place in self.places()
         }
 
     def parameters(self) -> list[nn.Parameter]:
-        """Its parameters, in the order of :meth:`places`."""
+        """Its parameters, in the order of `places`."""
         return list(self.tensors().values())
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Transform:
         return arguments
 
     def before_pooling(self, states: torch.Tensor) -> torch.Tensor:
-        """The final hidden states ``(P*B, S, H)`` that a pooler inside the backbone is given, as it shall see them."""
+        """The final hidden states `(P*B, S, H)` that a pooler inside the backbone is given, as it shall see them."""
         return states
 
     def after(self, output: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a wrapped model carries beside its tensors: its parts, its attention layers, its sets of streams, its calls.
 
-All of it is data: making a :class:`ParScaleState` changes nothing in the model. What hangs on the model is in
-:mod:`parscale.hooks` and :mod:`parscale.attention`.
+All of it is data: making a `ParScaleState` changes nothing in the model. What hangs on the model is in
+`parscale.hooks` and `parscale.attention`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class ParScaleState:
 
     Args:
         model: the model to wrap.
-        kernels: how the operations of :mod:`parscale.kernels` run, their ``impl``.
+        kernels: how the operations of `parscale.kernels` run, their `impl`.
 
     Attributes:
         backbone: what runs and is mixed.
         encoder: before it, in a model that is an encoder with a decoder.
         mixed: the backbone and the towers beside it.
         backbone_name: its name in the model.
-        roots: for each of ``mixed``, what its tensors' names begin with.
-        positional: for each of ``parts``, the names of its arguments in their order.
+        roots: for each of `mixed`, what its tensors' names begin with.
+        positional: for each of `parts`, the names of its arguments in their order.
         layers: the attention layers that can carry a prefix.
         without_layers: why there are none.
         linears: the linear layers that run on whole rows, found when a set asks for them.
-        hidden: the final hidden states of each of ``mixed``.
-        measured: dtypes and devices of the weights when ``layers`` and ``hidden`` were looked up.
+        hidden: the final hidden states of each of `mixed`.
+        measured: dtypes and devices of the weights when `layers` and `hidden` were looked up.
         sets: by name.
-        default: the set that is active where no block chose one; ``None``: the backbone.
+        default: the set that is active where no block chose one; `None`: the backbone.
         adapters: the copies of the sets that belong to adapters, while PEFT has some on the model.
         blocks: those that decide what trains.
         calls: those of each thread.
@@ -135,7 +135,7 @@ class ParScaleState:
         return holders
 
     def names(self, streams: StreamSet) -> dict[str, str]:
-        """The set's names in the model's ``state_dict`` by the released ones."""
+        """The set's names in the model's `state_dict` by the released ones."""
         streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}

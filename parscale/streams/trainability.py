@@ -1,6 +1,6 @@
 """Which parameters of the sets of streams train.
 
-Whether a parameter trains is a mark on the parameter, so it is the model's, and not a thread's. While ``use_streams``
+Whether a parameter trains is a mark on the parameter, so it is the model's, and not a thread's. While `use_streams`
 blocks are open, those of all threads count: a set trains if one of them chose it. The set that is active outside of
 blocks rests then, unless a pass outside of them is differentiated. When the last block ends, all is as it was.
 """
@@ -23,7 +23,7 @@ LOCK = threading.RLock()  # held while it is decided what trains
 
 
 def parameters_of(state: ParScaleState, streams: StreamSet | None) -> list[nn.Parameter]:
-    """The parameters of a set; none for ``None``, or while its tensors are buffers, which never train."""
+    """The parameters of a set; none for `None`, or while its tensors are buffers, which never train."""
     tensors = {} if streams is None else state.tensors(streams)
     return [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
 

@@ -18,7 +18,7 @@ class Terminal(Console):
 
     Args:
         stderr: write to standard error instead of standard output.
-        **options: for :class:`rich.console.Console`.
+        **options: for `rich.console.Console`.
     """
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
@@ -27,10 +27,10 @@ class Terminal(Console):
         super().__init__(file=stream, stderr=stderr, **plain | options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's, of the text :func:`parscale.terminal.text.shown`: columns are as wide as that."""
+        """As rich's, of the text `parscale.terminal.text.shown`: columns are as wide as that."""
         return super().render_str(shown(text), **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """As rich's, with the text of every piece :func:`parscale.terminal.text.shown`."""
+        """As rich's, with the text of every piece `parscale.terminal.text.shown`."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(shown(segment.text), segment.style)

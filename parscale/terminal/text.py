@@ -1,8 +1,8 @@
 """What a terminal is shown of text that others wrote: names in files, errors of libraries, what a model generates.
 
 Such text can hold what a terminal obeys (escape sequences, carriage returns) and what turns its order around. On its
-way to a stream it meets :func:`shown`: in the command line every stream is a :class:`ShownStream`, and tables, status
-lines and progress bars come from :class:`parscale.terminal.console.Terminal`.
+way to a stream it meets `shown`: in the command line every stream is a `ShownStream`, and tables, status
+lines and progress bars come from `parscale.terminal.console.Terminal`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _LINE_ANEW = re.compile(r"(\r?)([^\r]*)(\r?)")
 
 
 def shown(text: str) -> str:
-    r"""Text in which each character that a terminal does not show as itself is an escape, such as ``\x1b``."""
+    r"""Text in which each character that a terminal does not show as itself is an escape, such as `\x1b`."""
     return _NOT_SHOWN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class ShownStream:
-    """A stream that writes what :func:`shown` makes of its text; otherwise the stream that it is given.
+    """A stream that writes what `shown` makes of its text; otherwise the stream that it is given.
 
     A carriage return at either end of what is written stays: progress bars of libraries begin their line anew by it.
     """
@@ -57,7 +57,7 @@ class ShownStream:
 
 
 def raw_stream(stream: Any) -> TextIO:
-    """The stream itself, where it is a :class:`ShownStream`."""
+    """The stream itself, where it is a `ShownStream`."""
     return stream.raw if isinstance(stream, ShownStream) else stream
 
 

@@ -1,15 +1,13 @@
 """What makes the streams of one set differ: three transforms of the input or of the layers that read it.
 
-========== ================================================================= ======================================
-``prefix`` keys and values in front of those of each attention layer         models with attention; the paper's own
-``prompt`` embeddings in front of those of the input                         models that read token ids
-``lora``   a low-rank difference to each linear layer                        any
-========== ================================================================= ======================================
+- `prefix`: keys and values in front of those of each attention layer (models with attention; the paper's own)
+- `prompt`: embeddings in front of those of the input (models that read token ids)
+- `lora`: a low-rank difference to each linear layer (any)
 
-A prefix may also stand in front of keys and values that all streams share (:mod:`parscale.transforms.shared`).
+A prefix may also stand in front of keys and values that all streams share (`parscale.transforms.shared`).
 
 Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more. How a set starts is
-in :mod:`parscale.transforms.inits`.
+in `parscale.transforms.inits`.
 
 May import: `attention`, `streams` and what is below them.
 """

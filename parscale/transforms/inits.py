@@ -1,16 +1,15 @@
 """How a new set of streams starts.
 
-============= ====================================================================================================
-``random``    prefixes or prompts drawn independently from a normal of the backbone's ``initializer_range``; for
-              ``transform="lora"`` the streams are the backbone itself, and differ as soon as they train
-``context``   each stream has read a different text of T tokens: its prefix is the text's keys and values, at positions
-              -T..-1, or its prompt the text's embeddings
-``documents`` the same, with the end-of-text token in place of each text's last, so that the input begins a new document
-all           aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
-============= ====================================================================================================
+- `random`: prefixes or prompts drawn independently from a normal of the backbone's `initializer_range`; for
+  `transform="lora"` the streams are the backbone itself, and differ as soon as they train
+- `context`: each stream has read a different text of T tokens: its prefix is the text's keys and values, at positions
+  -T..-1, or its prompt the text's embeddings
+- `documents`: the same, with the end-of-text token in place of each text's last, so that the input begins a new
+  document
+- all: aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
 
-The end-of-text token is the model's ``eos_token_id``, the first where there are several. Where a model has none in its
-vocabulary, and where T is 1, which has no room for a text beside it, ``documents`` is ``context``.
+The end-of-text token is the model's `eos_token_id`, the first where there are several. Where a model has none in its
+vocabulary, and where T is 1, which has no room for a text beside it, `documents` is `context`.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
 
 
 def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
-    """Fills the tensors of a new set of streams, by its ``config.init`` and ``config.seed``.
+    """Fills the tensors of a new set of streams, by its `config.init` and `config.seed`.
 
     Args:
         state: of the wrapped model.
         streams: a set whose parameters exist.
-        calibration: token ids ``(P, T)``, for ``"documents"`` and ``"context"``; without it the backbone samples them
+        calibration: token ids `(P, T)`, for `"documents"` and `"context"`; without it the backbone samples them
             itself.
 
     Raises:
@@ -63,7 +62,7 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
 
 
 def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> torch.Tensor:
-    """The texts that the streams start from, token ids ``(P, T)``."""
+    """The texts that the streams start from, token ids `(P, T)`."""
     T, init = streams.config.prefix_length, streams.config.init
     if next(iter(state.tensors(streams).values())).is_meta:
         raise ValueError(
@@ -84,7 +83,7 @@ def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor |
 
 
 def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
-    """P texts of T tokens, ``(P, T)``, drawn from the backbone itself; each starts with another token."""
+    """P texts of T tokens, `(P, T)`, drawn from the backbone itself; each starts with another token."""
     P, T = streams.config.num_transformed, streams.config.prefix_length
     model: Any = state.model
     vocabulary = _vocabulary_size(model)
@@ -120,7 +119,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
     """Refuses a calibration that the set cannot read, and a start from texts of a model that has none.
 
     Raises:
-        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside ``init="random"``; or an
+        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside `init="random"`; or an
             init that reads texts, for a model that does not write them.
     """
     if streams.config.init in TEXT_INITS and not writes_text(state.model):
@@ -153,7 +152,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
-    """Draws in this block come from ``seed``; the caller's random state is as before afterwards. None: no change."""
+    """Draws in this block come from `seed`; the caller's random state is as before afterwards. None: no change."""
     if seed is None:
         yield
         return

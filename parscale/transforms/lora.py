@@ -1,9 +1,9 @@
-"""``lora``: a low-rank difference of its own for each stream in each linear layer.
+"""`lora`: a low-rank difference of its own for each stream in each linear layer.
 
     y = W x + up_p (down_p x)         down (P, r, in), up (P, out, r)
 
-for a row of stream p, in one batched product over the streams (Hu et al., arXiv 2106.09685, with alpha = r). ``down``
-starts as in that paper's code and ``up`` at zero, so that each stream begins as the backbone itself.
+for a row of stream p, in one batched product over the streams (Hu et al., arXiv 2106.09685, with alpha = r). `down`
+starts as in that paper's code and `up` at zero, so that each stream begins as the backbone itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens that were route
 
 
 class LoraTransform(ModelTransform):
-    """``stream_down`` and ``stream_up`` on each linear layer of the backbone that runs on whole rows."""
+    """`stream_down` and `stream_up` on each linear layer of the backbone that runs on whole rows."""
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
@@ -66,14 +66,14 @@ class LoraTransform(ModelTransform):
         self._hooks = []
 
     def draw(self, std: float) -> None:
-        """``down`` uniform in +-1/sqrt(in), ``up`` zero."""
+        """`down` uniform in +-1/sqrt(in), `up` zero."""
         for place, parameter in zip(self.places(), self.parameters(), strict=True):
             if place.name == "stream_down":
                 bound = 1 / math.sqrt(place.shape[-1])
                 parameter.uniform_(-bound, bound)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """After a linear layer: ``(P*B, ..., out)``, or ``(P*B*S, out)``, and the streams' differences."""
+        """After a linear layer: `(P*B, ..., out)`, or `(P*B*S, out)`, and the streams' differences."""
         if self.state.in_flight is not self.streams:
             return output
         down, up = parameter_of(module, self.down_name), parameter_of(module, self.up_name)
@@ -137,7 +137,7 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
 
 @contextlib.contextmanager
 def _without_inference_tensors(state: ParScaleState) -> Iterator[None]:
-    """In this block what the model has from ``torch.inference_mode``, which cannot be differentiated, is copied."""
+    """In this block what the model has from `torch.inference_mode`, which cannot be differentiated, is copied."""
     own: list[tuple[nn.Module, str, torch.Tensor]] = []
     for module in (module for part in state.parts for module in part.modules()):
         for tensors in (module.named_parameters, module.named_buffers):

@@ -1,6 +1,6 @@
-"""``prefix``: learned keys and values in front of those of each attention layer (Chen et al., arXiv 2505.10475).
+"""`prefix`: learned keys and values in front of those of each attention layer (Chen et al., arXiv 2505.10475).
 
-:mod:`parscale.attention` puts them there. To start from texts, the backbone reads them, and the keys and values that
+`parscale.attention` puts them there. To start from texts, the backbone reads them, and the keys and values that
 its attention sees are kept.
 """
 
@@ -30,7 +30,7 @@ USER = 7  # frames from a warning here to the caller of wrap or add_streams
 
 
 class PrefixTransform(ModelTransform):
-    """``prefix_k`` and ``prefix_v`` ``(P, G, T, D)`` on each attention layer."""
+    """`prefix_k` and `prefix_v` `(P, G, T, D)` on each attention layer."""
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
@@ -92,12 +92,12 @@ class PrefixTransform(ModelTransform):
     def _keep_keys_and_values(
         self, texts: torch.Tensor, positions: torch.Tensor, tables: list[RotaryTable]
     ) -> list[nn.Module]:
-        """Reads the texts at these positions ``(T,)``, and makes what attention sees the prefixes.
+        """Reads the texts at these positions `(T,)`, and makes what attention sees the prefixes.
 
         Args:
-            texts: token ids ``(P, T)``.
+            texts: token ids `(P, T)`.
             positions: of the tokens.
-            tables: that rotate keys, as :func:`parscale.attention.rotary.rotary_tables` finds them.
+            tables: that rotate keys, as `parscale.attention.rotary.rotary_tables` finds them.
 
         Returns:
             The attention layers in the order in which they ran.
@@ -126,7 +126,7 @@ class PrefixTransform(ModelTransform):
         """Why a stream is not quite the backbone that has read its text; nothing where it is.
 
         Args:
-            texts: that were read, ``(P, T)``.
+            texts: that were read, `(P, T)`.
             layers: the attention layers in the order in which they ran.
             learned: the backbone has learned positions.
         """
@@ -144,7 +144,7 @@ class PrefixTransform(ModelTransform):
         )
 
     def _expected_approximation(self, layers: list[nn.Module], learned: bool) -> str:
-        """What in the backbone makes its start from texts an approximation; arguments as :meth:`_why_approximate`."""
+        """What in the backbone makes its start from texts an approximation; arguments as `_why_approximate`."""
         init, name, T = self.streams.config.init, type(self.state.model).__name__, self.streams.config.prefix_length
         if len(layers) > len(set(layers)):
             return (
@@ -166,7 +166,7 @@ class PrefixTransform(ModelTransform):
         """How far each stream by itself is from the backbone that reads its text, on tokens that come after.
 
         Returns:
-            The largest difference of hidden states, in units of the largest; ``None`` where the prefixes cannot run
+            The largest difference of hidden states, in units of the largest; `None` where the prefixes cannot run
             yet, since their layers' heads or their values are spread over devices.
         """
         state = self.state

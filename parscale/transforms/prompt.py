@@ -1,7 +1,7 @@
-"""``prompt``: learned embeddings in front of those of the input (Lester et al., arXiv 2104.08691), for each stream.
+"""`prompt`: learned embeddings in front of those of the input (Lester et al., arXiv 2104.08691), for each stream.
 
 They run through the backbone as tokens do, so any model with an embedding of token ids can have them, also one without
-keys and values (Mamba, RWKV). A row ``[padding | tokens]`` becomes ``[padding | prompt | tokens]``, so that a layer
+keys and values (Mamba, RWKV). A row `[padding | tokens]` becomes `[padding | prompt | tokens]`, so that a layer
 which carries a state along meets no padding between the two; the prompt has positions 0..T-1 and the tokens those from
 T on. The backbone's output has the tokens alone. The cache holds the prompt too, and counts tokens. Of documents that
 are packed into one row, each gets the prompt in front of it.
@@ -36,7 +36,7 @@ FIRST_LENGTH = "parscale_first_length"  # what a cache says of itself: how many 
 
 
 class PromptTransform(ModelTransform):
-    """``prompt`` ``(P, T, H)`` on the backbone."""
+    """`prompt` `(P, T, H)` on the backbone."""
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
@@ -94,7 +94,7 @@ class PromptTransform(ModelTransform):
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
     def _prompt(self) -> torch.Tensor:
-        """The prompt ``(P, T, H)`` of the backbone that runs."""
+        """The prompt `(P, T, H)` of the backbone that runs."""
         return parameter_of(self.state.call.running, self.streams.own_name("prompt"))
 
     def _check_cache(self, cache: Any, mask: Any, begins: bool) -> None:
@@ -143,7 +143,7 @@ class PromptTransform(ModelTransform):
         return arguments
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of ids ``(R, S)``, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
+        """Of ids `(R, S)`, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
         names, backbone = self.state.positional[self.state.backbone], self.state.call.running
         if "ple_input_ids" in names:
             return {"ple_input_ids": ids}
@@ -154,7 +154,7 @@ class PromptTransform(ModelTransform):
         return {}
 
     def _packed(self, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows ``(R, S, H)`` of several documents, whose positions start anew: each gets the prompt in front of it.
+        """Rows `(R, S, H)` of several documents, whose positions start anew: each gets the prompt in front of it.
 
         The rows are then as long as the one of most documents, and end in what no token sees.
         """
@@ -182,7 +182,7 @@ class PromptTransform(ModelTransform):
         return {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
 
     def _positions(self, positions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        """Positions ``([3,] R or 1, S)`` moved by T, behind those of the prompt."""
+        """Positions `([3,] R or 1, S)` moved by T, behind those of the prompt."""
         T = self.streams.config.prefix_length
         own = torch.arange(T, device=positions.device).expand(*positions.shape[:-1], -1)
         if padding is None or positions.ndim == 3:
@@ -227,9 +227,9 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
     """What has one entry for each token of the prompt and the text, without the prompt's.
 
     Args:
-        states: hidden states ``(R, T + S, H)``, attention weights ``(R, heads, T + S, T + S)`` (of which columns stay),
-            router logits ``(R*(T + S), E)``, or a tuple of such for the layers; anything else comes back as it is.
-        index: ``(R, S)``, where the tokens stand.
+        states: hidden states `(R, T + S, H)`, attention weights `(R, heads, T + S, T + S)` (of which columns stay),
+            router logits `(R*(T + S), E)`, or a tuple of such for the layers; anything else comes back as it is.
+        index: `(R, S)`, where the tokens stand.
         whole: T + S.
     """
     if isinstance(states, (tuple, list)) and not isinstance(states, Cache):
@@ -247,7 +247,7 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
 
 
 def _restarts(positions: torch.Tensor) -> bool:
-    """Whether positions ``(R or 1, S)`` are those of several documents in one row.
+    """Whether positions `(R or 1, S)` are those of several documents in one row.
 
     Raises:
         ValueError: that is not known while torch compiles.
@@ -263,13 +263,13 @@ def _restarts(positions: torch.Tensor) -> bool:
 
 
 def _length_without(prompt_length: int, cache: Cache, layer_idx: int = 0) -> int:
-    """``cache.get_seq_length()`` for those outside the backbone: of the tokens alone."""
+    """`cache.get_seq_length()` for those outside the backbone: of the tokens alone."""
     length: int = type(cache).get_seq_length(cache, layer_idx)
     return max(length - prompt_length, 0)
 
 
 def _mask_sizes_without(prompt_length: int, cache: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
-    """``cache.get_mask_sizes(...)`` for those outside the backbone: length and offset of the tokens alone."""
+    """`cache.get_mask_sizes(...)` for those outside the backbone: length and offset of the tokens alone."""
     length, offset = type(cache).get_mask_sizes(cache, query_length, layer_idx)
     start = max(offset - prompt_length, 0)
     return max(offset + length - prompt_length - start, query_length), start
@@ -288,7 +288,7 @@ def _embeddings(backbone: Any) -> Any:
 
 
 def _insert(new: torch.Tensor, old: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Rows ``old`` ``(R, K, ...)`` with ``new`` ``(R, T, ...)`` behind their first ``padding`` ``(R,)`` entries."""
+    """Rows `old` `(R, K, ...)` with `new` `(R, T, ...)` behind their first `padding` `(R,)` entries."""
     both = torch.cat([new, old], dim=1)  # (R, T + K, ...)
     if padding is None:
         return both
@@ -299,7 +299,7 @@ def _insert(new: torch.Tensor, old: torch.Tensor, padding: torch.Tensor | None) 
 
 
 def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of ``(R, K, ...)`` the entries ``index`` ``(R, S)`` of each row."""
+    """Of `(R, K, ...)` the entries `index` `(R, S)` of each row."""
     index = index.to(states.device).reshape(*index.shape, *[1] * (states.ndim - 2))
     return states.gather(1, index.expand(-1, -1, *states.shape[2:]))
 

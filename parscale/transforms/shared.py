@@ -1,4 +1,4 @@
-"""``kv="shared"``: all streams attend to the keys and values of stream 0, which is the backbone without a prefix.
+"""`kv="shared"`: all streams attend to the keys and values of stream 0, which is the backbone without a prefix.
 
     layer, stream p:   q_p = W_q h_p      keys, values: [prefix_p | W_k h_0, W_v h_0 of the tokens 0..t]
 
@@ -7,7 +7,7 @@ Everything after it is as with keys of their own: residual stream, MLP, final no
 - The cache is the plain backbone's: as many rows, the same numbers. A text that the backbone has read is continued
   with streams, and the other way round.
 - No token's cache depends on streams 1 to P - 1, so they run only where somebody wants their prediction: the last
-  positions of a prompt (:mod:`parscale.hooks.two_passes`), or tokens that stream 0 is uncertain about.
+  positions of a prompt (`parscale.hooks.two_passes`), or tokens that stream 0 is uncertain about.
 - A step reads the cache once for all streams.
 
 A start from texts is an approximation: a stream that begins as a text sees it in front of keys that have not.
@@ -35,7 +35,7 @@ INSTEAD = "Use kv='own'."
 
 
 class SharedPrefixTransform(PrefixTransform):
-    """``prefix_k`` and ``prefix_v`` ``(P - 1, G, T, D)`` on each attention layer, of streams 1 to P - 1."""
+    """`prefix_k` and `prefix_v` `(P - 1, G, T, D)` on each attention layer, of streams 1 to P - 1."""
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
@@ -59,7 +59,7 @@ class SharedPrefixTransform(PrefixTransform):
         self._layers.detach()
 
     def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As :meth:`before`, for stream 0 alone: B rows."""
+        """As `before`, for stream 0 alone: B rows."""
         return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
 
     def try_out(self) -> None:

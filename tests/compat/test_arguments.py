@@ -1,6 +1,6 @@
 """Each architecture is run, and an argument of a kind that no table knows is reported.
 
-A new one is added to the table of ``parscale/compat/arguments.py`` that says what it holds.
+A new one is added to the table of `parscale/compat/arguments.py` that says what it holds.
 """
 
 import contextlib

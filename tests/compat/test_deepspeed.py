@@ -1,7 +1,7 @@
 """ZeRO-3's parameters and engine are told from others; DeepSpeed itself has no place on a CPU, so that these stand in.
 
-The stand-ins have the names that DeepSpeed 0.15 to 0.18 give: ``ds_id`` and ``ds_shape`` on a parameter, and the class
-``ZeROOrderedDict`` for the parameters of a module.
+The stand-ins have the names that DeepSpeed 0.15 to 0.18 give: `ds_id` and `ds_shape` on a parameter, and the class
+`ZeROOrderedDict` for the parameters of a module.
 """
 
 import contextlib

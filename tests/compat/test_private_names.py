@@ -1,4 +1,4 @@
-"""Names of other libraries that begin with an underscore, or that nobody documents, stand in ``compat`` alone."""
+"""Names of other libraries that begin with an underscore, or that nobody documents, stand in `compat` alone."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""``aggregate``: the Triton kernels against float64, forward and every gradient; and which implementation runs."""
+"""`aggregate`: the Triton kernels against float64, forward and every gradient; and which implementation runs."""
 
 import os
 import subprocess

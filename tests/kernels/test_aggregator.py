@@ -1,4 +1,4 @@
-"""``aggregator``: the Triton kernels against float64, forward and every gradient, in both regimes."""
+"""`aggregator`: the Triton kernels against float64, forward and every gradient, in both regimes."""
 
 import pytest
 import torch

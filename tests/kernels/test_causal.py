@@ -15,7 +15,7 @@ NAMES = ["query", "key", "value", "prefix_k", "prefix_v"]
 
 
 def inputs(P=2, B=3, heads=4, G=2, S=5, T=3, D=8, dtype=torch.float64, device="cpu", joined=False):
-    """As attention layers make them, ``(R, S, heads, D)`` transposed; with ``joined``, slices of one projection."""
+    """As attention layers make them, `(R, S, heads, D)` transposed; with `joined`, slices of one projection."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size):

@@ -77,7 +77,7 @@ def test_other_numbers_of_rows_compile_nothing_new(benchmark):
 
 
 def test_one_warm_up_covers_what_vllm_runs(benchmark):
-    """Rows as they lie there, ``(N, P, H)``: any batch runs the version that the first one compiled."""
+    """Rows as they lie there, `(N, P, H)`: any batch runs the version that the first one compiled."""
     targets = benchmark("compile_targets")
     with targets.recorded("sm_90") as launches:
         for N in ROWS:

@@ -210,7 +210,7 @@ def test_under_compile(dtype):
 
 
 def test_a_query_that_is_a_view():
-    """As layers hand it over: ``(R, 1, heads, D)`` transposed, and a cache that is a slice of a longer one."""
+    """As layers hand it over: `(R, 1, heads, D)` transposed, and a cache that is a slice of a longer one."""
     shape = SHAPES[1]
     query, key, value, prefix_k, prefix_v = tensors(shape)
     as_view = query.transpose(1, 2).contiguous().transpose(1, 2)

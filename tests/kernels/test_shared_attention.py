@@ -26,7 +26,7 @@ def tensors(P, B, heads, G, S, K, dtype=torch.float64, has_plain=True, Dv=D):
 
 
 def by_loops(query, key, value, prefix_k, prefix_v, visible, scaling=D**-0.5):
-    """One query of one head at a time; ``visible(b, s, k)`` says whether row b's query s sees key k."""
+    """One query of one head at a time; `visible(b, s, k)` says whether row b's query s sees key k."""
     query, key, value, prefix_k, prefix_v = (x.double() for x in (query, key, value, prefix_k, prefix_v))
     R, heads, S, _ = query.shape
     B, G, K, _ = key.shape

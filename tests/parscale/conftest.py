@@ -1,7 +1,7 @@
 """The zoo: tiny random models of many families, and a reference that runs none of parscale's code.
 
-Tests ask for ``family``, one :class:`Family` after another; ``@pytest.mark.parametrize("family", ["llama"],
-indirect=True)`` narrows it down. ``case`` also goes through the attention implementations that the family supports.
+Tests ask for `family`, one `Family` after another; `@pytest.mark.parametrize("family", ["llama"],
+indirect=True)` narrows it down. `case` also goes through the attention implementations that the family supports.
 """
 
 import dataclasses
@@ -43,16 +43,16 @@ class Family:
     """A family of models.
 
     Args:
-        name: of its classes, as in ``LlamaConfig``.
+        name: of its classes, as in `LlamaConfig`.
         options: of its configuration, beside the common ones.
         common: the common options.
         attention: the implementations that it supports on a CPU.
         window: its sliding window, in the layers that have one.
         learned_positions: an embedding table of positions, in place of RoPE.
-        attention_layers: indices of the layers with keys and values; ``None``: all.
+        attention_layers: indices of the layers with keys and values; `None`: all.
         latent_cache: the cache holds something else than keys and values.
         packs: it keeps documents in one row apart by positions that restart.
-        balances: the name of the module with ``load_balancing_loss_func``.
+        balances: the name of the module with `load_balancing_loss_func`.
         suffix: of the model's class.
     """
 
@@ -239,7 +239,7 @@ class Case:
     attention: str = "eager"
 
     def plain(self, **changes: Any) -> Any:
-        """A model that was never wrapped; the same weights at every call. Arguments as :meth:`Family.build`."""
+        """A model that was never wrapped; the same weights at every call. Arguments as `Family.build`."""
         return self.family.build(self.attention, **changes)
 
     def wrapped(self, num_streams: int = P, prefix_length: int = T, smoothing: float = 0.1, **changes: Any) -> Any:
@@ -250,7 +250,7 @@ class Case:
         return model
 
     def reference(self, model: Any, **changes: Any) -> "Reference":
-        """The independent computation of what ``model``, made by :meth:`wrapped`, should give."""
+        """The independent computation of what `model`, made by `wrapped`, should give."""
         return Reference(self.family, self.plain(**changes), model)
 
 
@@ -289,7 +289,7 @@ def wrapped(zoo: ModuleType) -> Any:
 
 @pytest.fixture(params=grid({name: name in DAILY for name in FAMILIES}))
 def family(request: pytest.FixtureRequest) -> Case:
-    """Each family, under ``sdpa`` where it supports that."""
+    """Each family, under `sdpa` where it supports that."""
     return Case(FAMILIES[request.param], FAMILIES[request.param].attention[-1])
 
 
@@ -301,7 +301,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def token_ids(rows: int = B, length: int = S, seed: int = 2) -> torch.Tensor:
-    """Random token ids ``(rows, length)``, none of them special."""
+    """Random token ids `(rows, length)`, none of them special."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -313,14 +313,14 @@ def allowed(
     padding: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which keys each query may see, ``(rows or 1, 1, length, prefix + length)``, from the rulings alone.
+    """Which keys each query may see, `(rows or 1, 1, length, prefix + length)`, from the rulings alone.
 
     Args:
         length: tokens.
         window: sliding window.
         prefix: keys in front that nothing hides.
-        padding: ``(rows, length)``, 1 for real tokens.
-        mask: in place of causality and window, ``(rows or 1, 1, length, length)``.
+        padding: `(rows, length)`, 1 for real tokens.
+        mask: in place of causality and window, `(rows or 1, 1, length, length)`.
     """
     if mask is None:
         distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
@@ -333,7 +333,7 @@ def allowed(
 def reference_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention in float64 with ``module.reference_prefix``, two tensors ``(G, T, D)``, in front of keys and values."""
+    """Attention in float64 with `module.reference_prefix`, two tensors `(G, T, D)`, in front of keys and values."""
     keys, values = (
         torch.cat([prefix.expand(states.shape[0], -1, -1, -1).to(states), states], dim=2)
         for prefix, states in zip(module.reference_prefix, (key, value), strict=True)
@@ -381,7 +381,7 @@ class Reference:
 
     @torch.no_grad()
     def hidden(self, p: int, ids: torch.Tensor, positions: torch.Tensor | None = None, **mask: Any) -> torch.Tensor:
-        """Final hidden states ``(rows, length, H)`` of stream p; further arguments as :func:`allowed`."""
+        """Final hidden states `(rows, length, H)` of stream p; further arguments as `allowed`."""
         rows, length = ids.shape
         config = self.plain.config.get_text_config()
 
@@ -411,7 +411,7 @@ class Reference:
             self.plain.config._attn_implementation = previous
 
     def weights(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Aggregation weights ``(rows, length, P)`` in float64."""
+        """Aggregation weights `(rows, length, P)` in float64."""
         x = torch.stack([h.double() for h in hidden], dim=-1)  # (rows, length, H, P)
         inner = x.reshape(*x.shape[:2], -1) @ self.aggregator["0.weight"].T + self.aggregator["0.bias"]
         logits = (inner * torch.sigmoid(inner)) @ self.aggregator["2.weight"].T + self.aggregator["2.bias"]
@@ -427,7 +427,7 @@ class Reference:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def logits(self, ids: torch.Tensor, positions: torch.Tensor | None = None, **mask: Any) -> torch.Tensor:
-        """Logits ``(rows, length, vocabulary)`` of the mixture."""
+        """Logits `(rows, length, vocabulary)` of the mixture."""
         hidden = [self.hidden(p, ids, positions, **mask) for p in range(len(self.prefixes[0][0]))]
         weights = self.weights(hidden)
         return self.head(sum(w[..., None] * h.double() for w, h in zip(weights.unbind(-1), hidden, strict=True)))

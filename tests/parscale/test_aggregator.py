@@ -22,7 +22,7 @@ def filled(smoothing=0.1, dtype=torch.float64, num_streams=P, hidden=H):
 
 
 def by_hand(module, hidden, smoothing):
-    """Token by token; the input of the first layer at ``h * P + p`` is element h of stream p."""
+    """Token by token; the input of the first layer at `h * P + p` is element h of stream p."""
     weights = {name: tensor.detach().double() for name, tensor in module.named_parameters()}
     rows, mixed = hidden.double().unflatten(0, (P, B)), torch.zeros(B, S, H, dtype=torch.float64)
     for b in range(B):

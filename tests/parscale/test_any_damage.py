@@ -79,7 +79,7 @@ def survives(folder, read=load):
 
 
 def refusal(read, folder):
-    """The error; ``None`` if it is read."""
+    """The error; `None` if it is read."""
     try:
         read(folder)
     except (ValueError, OSError) as error:

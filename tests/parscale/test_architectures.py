@@ -1,4 +1,4 @@
-"""Architectures that do something that others do not; ``tests/test_support.py`` goes through all there are."""
+"""Architectures that do something that others do not; `tests/test_support.py` goes through all there are."""
 
 import importlib.util
 import json
@@ -92,7 +92,7 @@ def test_no_gradient_is_missing_where_a_further_model_advises(zoo):
 
 
 def test_a_table_of_positions_under_another_name(zoo):
-    """Whisper's configuration has no ``max_position_embeddings``."""
+    """Whisper's configuration has no `max_position_embeddings`."""
     with pytest.raises(ValueError, match=f"WhisperForCausalLM has {tiny_models.POSITIONS} positions"):
         parscale.wrap(build("WhisperForCausalLM"), 2, prefix_length=tiny_models.POSITIONS + 1, init="context")
     with pytest.warns(UserWarning, match="learned positions"):

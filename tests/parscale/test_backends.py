@@ -40,7 +40,7 @@ def draw(zoo, S, K, seed=0):
 
 @torch.no_grad()
 def attend(model, query, key, value, mask, **kwargs):
-    """What the first layer's attention function gives, ``(R, heads, S, D)``."""
+    """What the first layer's attention function gives, `(R, heads, S, D)`."""
     state, layer = model.parscale, model.parscale.layers[0].module
     state.call.in_flight = state.active
     try:
@@ -52,7 +52,7 @@ def attend(model, query, key, value, mask, **kwargs):
 
 @torch.no_grad()
 def by_hand(model, query, key, value, visible=None, bias=0.0):
-    """One softmax in float64 over prefix and keys; ``visible`` broadcasts to ``(R, heads, S, K)``."""
+    """One softmax in float64 over prefix and keys; `visible` broadcasts to `(R, heads, S, K)`."""
     layer = model.parscale.layers[0].module
     rows = query.shape[0] // layer.prefix_k.shape[0]
     keys, values = (
@@ -69,7 +69,7 @@ def by_hand(model, query, key, value, visible=None, bias=0.0):
 
 
 def some_keys(zoo, S, K, rows, heads):
-    """A random pattern ``(rows, heads, S, K)``; one query sees no key at all, only the prefix."""
+    """A random pattern `(rows, heads, S, K)`; one query sees no key at all, only the prefix."""
     visible = torch.rand(rows, heads, S, K, generator=torch.Generator().manual_seed(1)) < 0.6
     visible[-1, -1, 0] = False
     return visible
@@ -102,7 +102,7 @@ def test_masks_of_every_shape(name, form, S, K, one_row, heads, llama, zoo):
     ids=["causal", "static cache", "static cache, two tokens", "decoding", "said to be causal", "not causal"],
 )
 def test_without_a_mask(S, K, causal, llama, zoo):
-    """``sdpa`` alone may be given none: it then means the first S keys, or all of them for one token."""
+    """`sdpa` alone may be given none: it then means the first S keys, or all of them for one token."""
     model, inputs = llama.wrapped(dtype=torch.float64), draw(zoo, S, K)
     visible = torch.ones(S, K, dtype=torch.bool)
     if S > 1 and causal is not False:
@@ -179,7 +179,7 @@ def test_unknown_names_get_the_backbones_error(llama, zoo):
 
 
 def test_attention_weights_are_the_eager_functions(llama, zoo):
-    """Asked for in the configuration: ``eager`` gives them with the prefix's columns, ``sdpa`` refuses as ever."""
+    """Asked for in the configuration: `eager` gives them with the prefix's columns, `sdpa` refuses as ever."""
     model, plain, ids = llama.wrapped(), llama.plain(), zoo.token_ids()
     for each in (model, plain):
         with pytest.raises(ValueError, match="eager"):
@@ -288,7 +288,7 @@ SPARSE = {
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_a_sparse_choice_of_keys_stays(name, zoo, monkeypatch):
-    """DeepSeek-V3.2 masks all but a few chosen keys, and only if it reads ``"eager"`` or ``"sdpa"``."""
+    """DeepSeek-V3.2 masks all but a few chosen keys, and only if it reads `"eager"` or `"sdpa"`."""
     family = zoo.Family("DeepseekV32", SPARSE)
     plain, model = (family.build(name) for _ in range(2))
     parscale.wrap(model, zoo.P, prefix_length=zoo.T, init="random")

@@ -54,7 +54,7 @@ def copied(originals, tmp_path):
 
 
 def edit(path, **changes):
-    """Changes fields of a JSON file; ``...`` removes one."""
+    """Changes fields of a JSON file; `...` removes one."""
     fields = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in fields.items() if value is not ...}))
 

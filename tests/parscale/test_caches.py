@@ -158,7 +158,7 @@ class AsIs(QuantizedLayer):
 
 
 def quantized(model, backend, bits, residual):
-    """A cache that rounds whatever is older than ``residual`` tokens; its groups divide these small tensors."""
+    """A cache that rounds whatever is older than `residual` tokens; its groups divide these small tensors."""
     if backend == "as it is":
         return Cache(layers=[AsIs(residual_length=residual) for _ in range(model.config.num_hidden_layers)])
     return QuantizedCache(backend, model.config, nbits=bits, q_group_size=16, residual_length=residual)

@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)`` with a static cache: one graph, the same numbers, and no graph too many."""
+"""`torch.compile(fullgraph=True)` with a static cache: one graph, the same numbers, and no graph too many."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def graphs():
 
 @torch.no_grad()
 def along(run, model, ids, prompt=4, length=16):
-    """Logits of a prompt and of one token after another, by ``run``, into a static cache."""
+    """Logits of a prompt and of one token after another, by `run`, into a static cache."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     pieces = ids.split([prompt] + [1] * (ids.shape[1] - prompt), dim=1)
     return torch.cat([run(input_ids=piece, past_key_values=cache).logits for piece in pieces], dim=1)

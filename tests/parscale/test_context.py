@@ -1,4 +1,4 @@
-"""How streams start: ``"context"`` as the backbone having read a text, ``"random"`` as independent normal numbers."""
+"""How streams start: `"context"` as the backbone having read a text, `"random"` as independent normal numbers."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Second derivatives, forward derivatives and the transforms of ``torch.func``: what the plain backbone can, no less.
+"""Second derivatives, forward derivatives and the transforms of `torch.func`: what the plain backbone can, no less.
 
 Everything is float64. RMS norms inside the backbone run in float32, which leaves an error of about 1e-6.
 """
@@ -18,7 +18,7 @@ TRANSFORMS = ["prefix", "prompt", "lora"]
 
 @pytest.fixture
 def make(tiny):
-    """A model in float64 with streams that differ; ``None``: without streams."""
+    """A model in float64 with streams that differ; `None`: without streams."""
 
     def build(transform, attention="sdpa"):
         model = tiny(dtype=torch.float64)

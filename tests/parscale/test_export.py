@@ -1,4 +1,4 @@
-"""``torch.export`` with any number of rows and tokens, and static caches that have memory before their first call."""
+"""`torch.export` with any number of rows and tokens, and static caches that have memory before their first call."""
 
 import pytest
 import torch

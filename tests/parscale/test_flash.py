@@ -1,7 +1,7 @@
 """Flash-attention: transformers' own code around it, run on a stand-in for the two functions of its package.
 
 No flash-attention kernel runs here: it needs a GPU. The stand-in keeps its contract (causality and windows aligned to
-the lower right, sequences joined by ``cu_seqlens``, rows that see nothing are zero), but takes float32, so that the
+the lower right, sequences joined by `cu_seqlens`, rows that see nothing are zero), but takes float32, so that the
 results can be held against the reference's. Where a kernel runs for real, its rounding to half precision comes on top.
 """
 
@@ -24,7 +24,7 @@ HUB_NAME = "someone/flash-kernel"
 
 
 class StandIn:
-    """The functions of ``flash-attn``, and what they were called with.
+    """The functions of `flash-attn`, and what they were called with.
 
     Args:
         tuples: whether they return the log-sum-exp beside the output, as flash-attention 3 does.
@@ -35,7 +35,7 @@ class StandIn:
         self.calls: list[str] = []
 
     def one(self, q, k, v, scale, causal, window, softcap, sinks):
-        """A sequence: q ``(S, heads, D)``, k and v ``(K, G, D)``; gives ``(S, heads, D)``."""
+        """A sequence: q `(S, heads, D)`, k and v `(K, G, D)`; gives `(S, heads, D)`."""
         (S, heads, D), (K, G, _) = q.shape, k.shape
         assert k.shape == v.shape
         assert v.shape[-1] == D <= 256
@@ -312,7 +312,7 @@ def test_gradients(name, what, flash, zoo):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "deepseek_v3"])
 def test_generate(name, cache, flash, zoo):
-    """Greedy and with beams, one row padded, as under ``eager``."""
+    """Greedy and with beams, one row padded, as under `eager`."""
     _, model = make(zoo, name)
     padding = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
     arguments = {

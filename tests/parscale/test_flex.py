@@ -111,7 +111,7 @@ def every_third(b, h, q, kv):
 
 
 def by_row(skipped):
-    """Causal, but no token sees the one ``skipped[b]`` places before it."""
+    """Causal, but no token sees the one `skipped[b]` places before it."""
     return lambda b, h, q, kv: (q >= kv) & (q - kv != skipped[b])
 
 

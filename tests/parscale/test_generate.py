@@ -1,4 +1,4 @@
-"""``generate`` in all its ways, against loops by hand that run the whole text anew for every token, with no cache."""
+"""`generate` in all its ways, against loops by hand that run the whole text anew for every token, with no cache."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def generate(model, ids, padding=None, **arguments):
 
 @torch.no_grad()
 def next_logits(model, ids):
-    """Of the token after each row, ``(rows, vocabulary)``."""
+    """Of the token after each row, `(rows, vocabulary)`."""
     return model(ids, use_cache=False).logits[:, -1]
 
 
@@ -91,7 +91,7 @@ def test_sampling(name, zoo):
 
 
 def beams_by_hand(model, ids, beams, steps=STEPS):
-    """The best ``beams`` continuations of one row ``(1, n)``, best first: at each step the best ones of all."""
+    """The best `beams` continuations of one row `(1, n)`, best first: at each step the best ones of all."""
     texts, scores = ids, torch.zeros(1)
     for _ in range(steps):
         candidates = scores[:, None] + next_logits(model, texts).float().log_softmax(-1)  # (texts, vocabulary)
@@ -232,7 +232,7 @@ def test_scores_hidden_states_and_attention_weights(name, zoo):
 
 
 def test_beams_with_scores(llama, zoo):
-    """Sequence scores are mean log-probabilities; the transitions that ``generate`` reports add up to them."""
+    """Sequence scores are mean log-probabilities; the transitions that `generate` reports add up to them."""
     output = generate(
         llama, zoo.token_ids(), num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True
     )
@@ -315,7 +315,7 @@ def test_logits_processors(llama, zoo):
 
 
 def test_guidance_by_a_second_prompt(llama, zoo):
-    """``guidance_scale`` runs the model on the prompt's last token too, with a cache of its own."""
+    """`guidance_scale` runs the model on the prompt's last token too, with a cache of its own."""
     ids = zoo.token_ids()
 
     def change(text, logits):
@@ -326,7 +326,7 @@ def test_guidance_by_a_second_prompt(llama, zoo):
 
 
 def test_a_decoding_loop_of_the_users_own(llama, zoo):
-    """``custom_generate`` gets the wrapped model itself."""
+    """`custom_generate` gets the wrapped model itself."""
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         assert model is llama
@@ -342,7 +342,7 @@ def test_a_decoding_loop_of_the_users_own(llama, zoo):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_next"])
 def test_switching_sets_between_texts(name, cache, zoo):
-    """Each text is its set's, in whichever order, with a static cache whose size ``generate`` remembers."""
+    """Each text is its set's, in whichever order, with a static cache whose size `generate` remembers."""
     model, ids = make(zoo, name), zoo.token_ids()
     for other, P in (("other", zoo.P), ("two", 2)):  # of the same shape, and of another
         model.add_streams(other, P, prefix_length=3, init="random")

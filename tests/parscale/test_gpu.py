@@ -104,7 +104,7 @@ def test_a_training_step_compiles_as_one_graph(zoo):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_decoding_is_captured_in_graphs(name, zoo):
-    """As ``generate`` compiles it with a static cache: nothing of it is left to Python."""
+    """As `generate` compiles it with a static cache: nothing of it is left to Python."""
     model, _ = make(zoo, name, torch.bfloat16)
     ids = zoo.token_ids()
     cache = StaticCache(config=model.config, max_cache_len=16)

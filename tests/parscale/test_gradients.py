@@ -44,7 +44,7 @@ def test_gradients_reach_every_new_parameter(case, zoo):
 
 @pytest.mark.parametrize("case", ["llama-eager"], indirect=True)
 def test_gradients_leave_the_start(case, zoo):
-    """Right after ``"random"``, with an aggregator whose last layer is zero, everything but its first layer moves."""
+    """Right after `"random"`, with an aggregator whose last layer is zero, everything but its first layer moves."""
     model = parscale.wrap(case.plain(), zoo.P, prefix_length=zoo.T, init="random", seed=0)
     found = gradients(model, zoo.token_ids())
     still = {name for name in new_tensors(model) if not found[name].any()}
@@ -54,7 +54,7 @@ def test_gradients_leave_the_start(case, zoo):
 def test_finite_differences(case, zoo):
     """Directional derivatives in float64 against central differences of fourth order.
 
-    RMS norms inside the backbones, and ``eager``'s softmax, run in float32 even in a float64 model. What passes through
+    RMS norms inside the backbones, and `eager`'s softmax, run in float32 even in a float64 model. What passes through
     them, as the prefixes do and the aggregator does not, has noise of about 1e-7 in the loss, so of 1e-7 / h in the
     quotient: at a step of h = 4e-3 that is 2.5e-5; measured: 5e-5 at most. Without such norms, and for the aggregator,
     what is left is the curvature; measured: 2e-6 at most (4e-6 at OPT's ReLU). Derivatives are of size 0.1 to 1, and
@@ -197,7 +197,7 @@ def test_embeddings_in_place_of_ids_pass_the_gradient_on(family, zoo):
 
 @pytest.mark.parametrize("case", ["llama-eager", "llama-sdpa", "mistral-sdpa", "opt-sdpa"], indirect=True)
 def test_the_two_implementations_agree(case, zoo):
-    """``eager`` and ``sdpa`` are different code, with and without a mask; their gradients are the same."""
+    """`eager` and `sdpa` are different code, with and without a mask; their gradients are the same."""
     ids, mask = zoo.token_ids(), torch.ones(zoo.B, zoo.S, dtype=torch.long)
     mask[1, 6:] = 0
     reference = type(case)(case.family, "eager")

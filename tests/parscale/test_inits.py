@@ -1,4 +1,4 @@
-"""``"documents"``, the default start: each stream has read a text that ends with the end-of-text token."""
+"""`"documents"`, the default start: each stream has read a text that ends with the end-of-text token."""
 
 import pytest
 import torch

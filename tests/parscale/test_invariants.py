@@ -178,7 +178,7 @@ def test_configuration_asks_for_states_and_weights(family, zoo):
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.22"), reason="which came with 5.22")
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_chosen_hidden_states(family, zoo):
-    """``output_hidden_states`` may name the layers whose states are kept."""
+    """`output_hidden_states` may name the layers whose states are kept."""
     model, ids = family.wrapped(), zoo.token_ids()
     with torch.no_grad():
         plain = family.plain()(input_ids=ids, output_hidden_states=[0, 1]).hidden_states
@@ -191,7 +191,7 @@ def test_chosen_hidden_states(family, zoo):
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_multimodal_positions_have_three_rows_before_the_batch(family, zoo):
-    """``(3, B, S)`` positions, with B = 3 as the case that looks like a batch of three."""
+    """`(3, B, S)` positions, with B = 3 as the case that looks like a batch of three."""
     seen = {}
     model, ids = family.wrapped(), zoo.token_ids(rows=3)
 

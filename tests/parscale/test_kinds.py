@@ -92,7 +92,7 @@ def sound(rows=2):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A class of models: its configuration's options, what it reads, and which ``AutoModel...`` makes it."""
+    """A class of models: its configuration's options, what it reads, and which `AutoModel...` makes it."""
 
     name: str
     config: str
@@ -169,7 +169,7 @@ def result_of(model, **arguments):
 
 
 def attention_by_hand(module, query, key, value, mask, **kwargs):
-    """Attention in float64 with ``module.own_prefix``, two tensors ``(G, T, D)``, which nothing hides."""
+    """Attention in float64 with `module.own_prefix`, two tensors `(G, T, D)`, which nothing hides."""
     keys, values = (
         torch.cat([prefix.expand(len(states), -1, -1, -1), states], dim=2).double()
         for prefix, states in zip(module.own_prefix, (key, value), strict=True)

@@ -33,7 +33,7 @@ def wrapped(zoo):
 
 @pytest.fixture
 def folder(wrapped, tmp_path):
-    """A full checkpoint of ``wrapped``."""
+    """A full checkpoint of `wrapped`."""
     wrapped.save_pretrained(tmp_path / "full")
     return tmp_path / "full"
 
@@ -278,7 +278,7 @@ def test_a_process_that_did_not_import_parscale(folder, tmp_path, programs):
 
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
-    """A cache as the Hub's client leaves it: a repository ``org/model`` of two revisions, its files links to blobs."""
+    """A cache as the Hub's client leaves it: a repository `org/model` of two revisions, its files links to blobs."""
     cache = tmp_path / "cache"
     repository = cache / "models--org--model"
     (repository / "blobs").mkdir(parents=True)

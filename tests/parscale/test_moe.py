@@ -16,9 +16,9 @@ def balancing_loss(router_logits, k, keep):
     """Switch Transformer's equations 4 to 6 over the tokens of all layers together, as transformers sums them.
 
     Args:
-        router_logits: of each layer, ``(tokens, E)``.
+        router_logits: of each layer, `(tokens, E)`.
         k: experts for each token.
-        keep: which tokens count, ``(tokens,)``.
+        keep: which tokens count, `(tokens,)`.
     """
     logits = torch.cat([layer.double()[keep] for layer in router_logits])
     probabilities = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)

@@ -26,7 +26,7 @@ def options(transform):
 
 
 def further_set(model, transform, way, tiny, folder):
-    """A set ``"two"``, made anew or read from a folder that a float32 model has written."""
+    """A set `"two"`, made anew or read from a folder that a float32 model has written."""
     if way == "add_streams":
         model.add_streams("two", 2, **options(transform))
     else:

@@ -171,7 +171,7 @@ def test_rows_under_every_task(zoo, name, kind):
 
 @pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING", "ADAPTION_PROMPT"])
 def test_a_model_without_a_head_runs_its_streams(llama, zoo, kind):
-    """It is its own backbone, and so its own ``forward`` runs no streams."""
+    """It is its own backbone, and so its own `forward` runs no streams."""
     model, ids = transformers.LlamaModel(llama.config("sdpa")).eval(), zoo.token_ids()
     parscale.wrap(model, 3, prefix_length=4, init="random", seed=0)
     expected = model(input_ids=ids)[0]

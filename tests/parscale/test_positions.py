@@ -15,7 +15,7 @@ ROUNDING = 1e-5  # float32, of logits of size 1 to 5; the plain backbones' own d
 
 
 def padded(ids):
-    """``(B, S)`` as ``(B, FRONT + S)``, and its mask."""
+    """`(B, S)` as `(B, FRONT + S)`, and its mask."""
     front = torch.zeros(ids.shape[0], FRONT, dtype=torch.long)
     return torch.cat([front, ids], dim=1), torch.cat([front, torch.ones_like(ids)], dim=1)
 

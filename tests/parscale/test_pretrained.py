@@ -171,7 +171,7 @@ def test_a_repository_on_the_hub_is_read(folders, way, monkeypatch):
 
 
 def on_the_hub(folders, monkeypatch):
-    """Moves the backbone into the cache of the Hub's client, as ``org/model``, and has the streams name it so."""
+    """Moves the backbone into the cache of the Hub's client, as `org/model`, and has the streams name it so."""
     repository = folders / "cache" / "models--org--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)

@@ -1,7 +1,7 @@
-"""Replicas as ``nn.DataParallel`` makes them: the Trainer puts it around a model on several GPUs without a launcher.
+"""Replicas as `nn.DataParallel` makes them: the Trainer puts it around a model on several GPUs without a launcher.
 
 torch copies tensors to devices with CUDA only, so here the two functions that do are replaced by copies on the CPU;
-everything else of ``torch.nn.parallel.replicate`` is its own. Each replica runs in a thread of its own, as there.
+everything else of `torch.nn.parallel.replicate` is its own. Each replica runs in a thread of its own, as there.
 """
 
 import functools

@@ -29,7 +29,7 @@ def trained(model):
 
 @pytest.fixture
 def model(family, zoo):
-    """Three sets: ``default`` with P = 3, ``two`` with P = 2 and another T, ``one`` with P = 1."""
+    """Three sets: `default` with P = 3, `two` with P = 2 and another T, `one` with P = 1."""
     model = family.wrapped()
     model.add_streams("two", 2, prefix_length=6, smoothing=0.3, init="random")
     model.add_streams("one", 1)

@@ -28,12 +28,12 @@ def attention_by_streams(module, query, key, value, mask, **kwargs):
     """Each stream by itself, in float64: its queries, its prefix if it is not the first, and the first stream's keys.
 
     Args:
-        module: its ``reference_prefix`` is ``(P - 1, G, T, D)``, keys and values.
-        query: ``(P*B, heads, S, D)``.
-        key: ``(P*B, G, S, D)``.
-        value: ``(P*B, G, S, Dv)``.
-        mask: ``(1 or B, 1, S, S)``, additive.
-        kwargs: ``scaling``, ``softcap``, ``s_aux``.
+        module: its `reference_prefix` is `(P - 1, G, T, D)`, keys and values.
+        query: `(P*B, heads, S, D)`.
+        key: `(P*B, G, S, D)`.
+        value: `(P*B, G, S, Dv)`.
+        mask: `(1 or B, 1, S, S)`, additive.
+        kwargs: `scaling`, `softcap`, `s_aux`.
     """
     prefixes = module.reference_prefix
     B = query.shape[0] // (len(prefixes[0]) + 1)
@@ -61,7 +61,7 @@ def attention_by_streams(module, query, key, value, mask, **kwargs):
 
 @torch.no_grad()
 def reference(zoo, case, model, ids, positions=None, **mask):
-    """The logits that ``model`` should give, by an unwrapped model that runs P*B rows; ``mask`` as ``zoo.allowed``."""
+    """The logits that `model` should give, by an unwrapped model that runs P*B rows; `mask` as `zoo.allowed`."""
     plain = case.plain()
     by_hand = zoo.Reference(case.family, plain, model)
     config, length, P = plain.config.get_text_config(), ids.shape[1], len(by_hand.prefixes[0][0]) + 1

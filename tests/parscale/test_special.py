@@ -160,7 +160,7 @@ def ministral3(zoo):
 
 
 def llama4(zoo):
-    """Attends within chunks; and ``get_decoder`` does not find its backbone."""
+    """Attends within chunks; and `get_decoder` does not find its backbone."""
     config = transformers.Llama4TextConfig(
         **zoo.COMMON, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=64
     )
@@ -168,7 +168,7 @@ def llama4(zoo):
 
 
 def modernbert(zoo):
-    """Calls its head ``decoder``."""
+    """Calls its head `decoder`."""
     options = {name: value for name, value in zoo.COMMON.items() if name != "num_key_value_heads"}
     return transformers.ModernBertDecoderForCausalLM(
         transformers.ModernBertDecoderConfig(**options, local_attention=64)
@@ -193,7 +193,7 @@ def build(make, zoo):
 
 
 def picture_inputs(make, zoo, rows):
-    """Ids ``(rows, 9)`` with an image of four tokens in each row, after a text if given, and what else is needed."""
+    """Ids `(rows, 9)` with an image of four tokens in each row, after a text if given, and what else is needed."""
     ids = zoo.token_ids(rows).clamp(max=89)
     ids[:, 1] = 90
     ids[:, 2:6] = IMAGE

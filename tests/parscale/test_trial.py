@@ -1,4 +1,4 @@
-"""``wrap`` runs the whole model before it promises anything, leaves it as it was, and refuses in one line."""
+"""`wrap` runs the whole model before it promises anything, leaves it as it was, and refuses in one line."""
 
 import copy
 

@@ -144,7 +144,7 @@ def reference_of(trainer):
 
 
 def check(trainer_of, trainer, expected):
-    """The reference answers as ``expected`` before and after training, and the first step has no distance to it."""
+    """The reference answers as `expected` before and after training, and the first step has no distance to it."""
     assert torch.equal(reference_of(trainer), expected)
     trainer.train()
     assert torch.equal(reference_of(trainer), expected)

@@ -74,7 +74,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(model: Path, work: Path, *options: str) -> Iterator[Server]:
-    """A server of ``model``, which has ended when the block ends."""
+    """A server of `model`, which has ended when the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,7 +129,7 @@ def server(folder, tmp_path_factory) -> Iterator[Server]:
 
 @dataclasses.dataclass
 class Expected:
-    """What ``generate`` gives: the text, and the numbers of the user's tokens and of new ones."""
+    """What `generate` gives: the text, and the numbers of the user's tokens and of new ones."""
 
     text: str
     prompt_tokens: int
@@ -138,7 +138,7 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def generated(folder):
-    """A function from a prompt to what ``load(folder).generate`` makes of it."""
+    """A function from a prompt to what `load(folder).generate` makes of it."""
     model, tokenizer = parscale.load(folder), AutoTokenizer.from_pretrained(folder)
 
     def generate(prompt: str | list[dict[str, str]], streams: str | None = "default") -> Expected:

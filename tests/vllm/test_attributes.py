@@ -73,7 +73,7 @@ def attributes(cls):
 
 
 def reads(tree, names):
-    """``(name, attribute, classes)`` for each attribute that is read from a known object, through local names too."""
+    """`(name, attribute, classes)` for each attribute that is read from a known object, through local names too."""
     names = names | {name: [path] for name, path in CONFIGS.items()}
 
     def known(node):

@@ -1,7 +1,7 @@
 """Quantized backbones: the streams run on vLLM's quantized layers, and stay in floating point themselves.
 
 The layouts are written here by a few lines each, and what vLLM answers is held against transformers on the same folder
-with its weights in floating point again, :func:`dequantized`.
+with its weights in floating point again, `dequantized`.
 """
 
 import json
@@ -27,7 +27,7 @@ def pack(values, dim):
 
 
 def four_bits(weight):
-    """``(O, I)`` to numbers from -8 to 7 with their scales ``(O, groups)``, and the product."""
+    """`(O, I)` to numbers from -8 to 7 with their scales `(O, groups)`, and the product."""
     grouped = weight.unflatten(1, (-1, GROUP))
     scale = grouped.abs().amax(-1, keepdim=True) / 7
     q = (grouped / scale).round()
@@ -97,7 +97,7 @@ LAYOUTS = {
 
 
 def quantized(source, folder, layout, ignored=()):
-    """A folder with its linear layers in a layout of :data:`LAYOUTS`, and one with those weights as they round."""
+    """A folder with its linear layers in a layout of `LAYOUTS`, and one with those weights as they round."""
     quantize, settings = LAYOUTS[layout]
     small, plain = (shutil.copytree(source, folder / name) for name in ("small", "plain"))
     stored, rounded = {}, {}

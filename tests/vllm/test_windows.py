@@ -41,7 +41,7 @@ def batch(lengths, new, metadata_class):
 
 
 def attend(query, text, window, prefix=None):
-    """The last tokens of a text: ``(n, P*heads, D)`` and the log-sum-exp ``(P*heads, n)``, each key by itself."""
+    """The last tokens of a text: `(n, P*heads, D)` and the log-sum-exp `(P*heads, n)`, each key by itself."""
     k, v = text.split(D, dim=-1)  # (P*G, length, D)
     n, length = query.shape[0], text.shape[1]
     distance = torch.arange(length - n, length)[:, None] - torch.arange(length)
@@ -71,7 +71,7 @@ def flash_attention(**arguments):
 
 
 def by_hand(*, q, k, v, cu_seqlens_q, seqused_k, block_table, softmax_scale, window_size, causal, **others):
-    """Over pages of ``(blocks, size, P*G, D)``."""
+    """Over pages of `(blocks, size, P*G, D)`."""
     assert (softmax_scale, causal, others["return_softmax_lse"]) == (SCALE, True, True)
     window = q.shape[0] + 10**6 if window_size[0] < 0 else window_size[0] + 1
     assert window_size[1] in (-1, 0)

@@ -1,9 +1,9 @@
 """Streams under PEFT: each adapter has streams of its own, which train, are saved and are switched off with it.
 
 PEFT freezes, saves and switches what its adapters own, and asks the model nothing about the rest. So, where it is
-installed, its methods for that are extended, once, for models that parscale wrapped: :mod:`parscale.compat.peft` says
-which and why. What belongs to which adapter is in :mod:`parscale.integrations.peft.copies`, and which methods go with
-streams in :mod:`parscale.integrations.peft.methods`.
+installed, its methods for that are extended, once, for models that parscale wrapped: `parscale.compat.peft` says
+which and why. What belongs to which adapter is in `parscale.integrations.peft.copies`, and which methods go with
+streams in `parscale.integrations.peft.methods`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
 """The streams of each adapter that PEFT has on a wrapped model.
 
-Streams train beside an adapter, and so belong to it, as PEFT's ``modules_to_save`` do: each adapter has its own copy of
+Streams train beside an adapter, and so belong to it, as PEFT's `modules_to_save` do: each adapter has its own copy of
 every set, and one more copy, which never trains, is what the sets were before the first adapter came.
 
-============================== =======================================================
-what runs                      the tensors
-============================== =======================================================
-the first adapter              the set itself, under its own names
-a further adapter              a copy, which starts as the streams in use when it is added
-no adapter, or all switched off the copy made before the first adapter
-============================== =======================================================
+What runs: the tensors.
 
-A copy is a :class:`~parscale.streams.sets.StreamSet` with tensors of its own beside those of the set, so that devices,
-dtypes and ``copy.deepcopy`` treat it as any other set. They are parameters where they may train; the copy made before
+- the first adapter: the set itself, under its own names
+- a further adapter: a copy, which starts as the streams in use when it is added
+- no adapter, or all switched off: the copy made before the first adapter
+
+A copy is a `StreamSet` with tensors of its own beside those of the set, so that devices,
+dtypes and `copy.deepcopy` treat it as any other set. They are parameters where they may train; the copy made before
 the first adapter is of buffers, which nothing trains, counts or saves.
 """
 
@@ -119,7 +117,7 @@ class AdapterStreams:
         self._copies[adapter] = {name: self._copy(streams, trains=True) for name, streams in in_use.items()}
 
     def activate(self, adapter: str | None, *, trains: bool = True) -> None:
-        """Makes an adapter's copies the ones that run and train; without ``trains``, that run."""
+        """Makes an adapter's copies the ones that run and train; without `trains`, that run."""
         if adapter not in self._copies:
             return
         reshard(self.state.model)

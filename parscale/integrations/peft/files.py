@@ -27,7 +27,7 @@ def save_pretrained(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """As PEFT's own; the active set of each adapter is written beside it, as ``save_streams`` writes it."""
+    """As PEFT's own; the active set of each adapter is written beside it, as `save_streams` writes it."""
     state = state_of(self)
     adapters = adapters_on(state)
     if state is not None and adapters is not None:
@@ -47,7 +47,7 @@ def save_pretrained(
 
 
 def _of_set(model: Any, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The values of an adapter's streams in a ``state_dict``, by the names that the set has without adapters."""
+    """The values of an adapter's streams in a `state_dict`, by the names that the set has without adapters."""
     state = state_of(model)
     if state_dict is None or state is None or state.active is None:
         return None
@@ -123,7 +123,7 @@ def set_state_dict(
 
 
 def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
-    """What an adapter's streams are called in the ``state_dict`` of the model with adapters, by their released names.
+    """What an adapter's streams are called in the `state_dict` of the model with adapters, by their released names.
 
     By the tensors themselves, since some adapters put layers around the modules that hold them.
     """

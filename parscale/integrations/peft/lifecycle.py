@@ -74,7 +74,7 @@ def _transforms(state: ParScaleState) -> set[str]:
 
 
 def inject_adapter(inject_adapter: Method, self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """An adapter's layers, also those that transformers' own ``add_adapter`` and mixtures of adapters ask for."""
+    """An adapter's layers, also those that transformers' own `add_adapter` and mixtures of adapters ask for."""
     state = state_of(model)
     with _trainable_as_before(state):
         inject_adapter(self, model, adapter_name, *args, **kwargs)
@@ -138,7 +138,7 @@ def disable_adapter(disable_adapter: Method, self: Any) -> Iterator[None]:
 
 
 def forward(forward: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """As PEFT's own, of which older versions call the model's ``forward``, past the hooks on the model."""
+    """As PEFT's own, of which older versions call the model's `forward`, past the hooks on the model."""
     return forward(self, *args, **kwargs) if state_of(self) is None else self.model(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Which of PEFT's methods go with streams; ``docs/peft.md`` shows the table."""
+"""Which of PEFT's methods go with streams; `docs/peft.md` shows the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PeftMethod:
     Args:
         refused: why it does not.
         merges: PEFT can merge it into the backbone; the streams it was trained with stay.
-        keeps_outputs: it adds to what a linear layer gives, so that the low-rank differences of ``transform="lora"``
+        keeps_outputs: it adds to what a linear layer gives, so that the low-rank differences of `transform="lora"`
             stay what they are, also when it is merged. Others compute with the layer's weights, or scale what it gives.
         fills_cache: it hands the model a cache that is filled already.
     """

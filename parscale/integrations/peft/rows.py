@@ -42,7 +42,7 @@ def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[
 
 @contextlib.contextmanager
 def with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
-    """As PEFT's own, of Poly: the same for the tasks of the rows, ``(B,)``."""
+    """As PEFT's own, of Poly: the same for the tasks of the rows, `(B,)`."""
     state = state_of(self)
     if task_ids is None or state is None or state.active is None:
         with manage(self, task_ids):

@@ -1,16 +1,16 @@
-"""A vLLM plugin: ``vllm serve FOLDER`` on a full checkpoint with parallel streams.
+"""A vLLM plugin: `vllm serve FOLDER` on a full checkpoint with parallel streams.
 
-vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and calls it in each of its processes. How the
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. How the
 streams run in it:
 
-- a token is P rows of the linear layers, and one row of ``P * heads`` heads of the attention, stream-major, so that
+- a token is P rows of the linear layers, and one row of `P * heads` heads of the attention, stream-major, so that
   vLLM's paged cache, batching, prefix caching and chunked prefill work as they are
-  (:mod:`parscale.integrations.vllm.models`);
+  (`parscale.integrations.vllm.models`);
 - the prefix lies in T slots of the cache in front of each request. The engine's scheduler puts them there, and nobody
-  outside the engine sees them (:mod:`parscale.integrations.vllm.scheduler`);
+  outside the engine sees them (`parscale.integrations.vllm.scheduler`);
 - out of a sliding window such slots would fall: there the prefix is attended to apart
-  (:mod:`parscale.integrations.vllm.windows`);
-- what cannot be served is refused at the start (:mod:`parscale.integrations.vllm.startup`).
+  (`parscale.integrations.vllm.windows`);
+- what cannot be served is refused at the start (`parscale.integrations.vllm.startup`).
 """
 
 from __future__ import annotations

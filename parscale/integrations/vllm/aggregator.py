@@ -1,6 +1,6 @@
 """The learned mixture of the streams in vLLM: one linear layer on rows that lie right, shared out over processes.
 
-A token's P rows lie side by side, ``(N, P*H)``. With the columns of the first projection in that order, stream outer,
+A token's P rows lie side by side, `(N, P*H)`. With the columns of the first projection in that order, stream outer,
 it is one product without a copy of either. Its H inner features are shared out over the tensor-parallel processes, so
 that each holds its part of the weights, and the sums of P logits for each token are what they exchange.
 """
@@ -26,15 +26,15 @@ FIRST = "aggregate_layer.0.weight"
 
 
 class StreamAggregator(nn.Module):
-    """``Linear(P*H -> H)``, SiLU, ``Linear(H -> P)``, softmax over streams, smoothing, weighted sum.
+    """`Linear(P*H -> H)`, SiLU, `Linear(H -> P)`, softmax over streams, smoothing, weighted sum.
 
-    Its parameters are named as in checkpoints; the first one's columns come by :func:`stream_outer`. The logits,
+    Its parameters are named as in checkpoints; the first one's columns come by `stream_outer`. The logits,
     which a softmax follows, are float32.
 
     Args:
         num_streams: P.
         hidden_size: H.
-        smoothing: epsilon in ``w * (1 - epsilon) + epsilon / P``.
+        smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`.
         prefix: of the names of its layers.
     """
 
@@ -55,7 +55,7 @@ class StreamAggregator(nn.Module):
         self.add_module("2", last)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``(N*P, H)``, token-major, to ``(N, H)``."""
+        """`(N*P, H)`, token-major, to `(N, H)`."""
         first: Any = self.get_submodule("0")
         last: Any = self.get_submodule("2")
         x = hidden.unflatten(0, (-1, self.num_streams))  # (N, P, H)
@@ -75,7 +75,7 @@ def stream_outer(weights: Iterable[tuple[str, torch.Tensor]], num_streams: int) 
 
 
 def _load_columns(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    """Fills ``(P, H / processes)`` with this process's columns of ``(P, H)``."""
+    """Fills `(P, H / processes)` with this process's columns of `(P, H)`."""
     size = parameter.shape[1]
     if whole.shape != (parameter.shape[0], size * get_tensor_model_parallel_world_size()):
         raise ValueError(f"The aggregator's last projection is {tuple(whole.shape)} and does not fit the backbone.")

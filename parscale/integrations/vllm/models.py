@@ -1,7 +1,7 @@
 """Models with parallel streams in vLLM: its own layers, run on P rows for each token.
 
 vLLM's batch is a flat list of N tokens. From the embedding to the final norm a token has P rows, token-major, so that
-``(N*P, H)`` is a view of ``(N, P, H)``; in the attention it has one row of ``P * heads`` query heads and ``P * G`` key
+`(N*P, H)` is a view of `(N, P, H)`; in the attention it has one row of `P * heads` query heads and `P * G` key
 and value heads, stream-major, so that the heads of a stream find their own keys. The parameters are named as in full
 checkpoints, the released ones included.
 """
@@ -78,7 +78,7 @@ class StreamAttention(nn.Module):
             self.attn.impl.prefix = (self.prefix_k, self.prefix_v)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """``(N*P, H)`` to ``(N*P, H)``; ``positions``, ``(N,)``, count the slots."""
+        """`(N*P, H)` to `(N*P, H)`; `positions`, `(N,)`, count the slots."""
         N = positions.shape[0]
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.sizes, dim=-1)
@@ -94,14 +94,14 @@ class StreamAttention(nn.Module):
         return output
 
     def _fill_slots(self, positions: torch.Tensor, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        """The keys or values ``(N, P*G*D)``, with those of the prefix where a token is a slot."""
+        """The keys or values `(N, P*G*D)`, with those of the prefix where a token is a slot."""
         is_slot = positions < self.num_slots
         learned = prefix.permute(2, 0, 1, 3)[positions.clamp(max=self.num_slots - 1)]  # (N, P, G, D)
         return torch.where(is_slot[:, None], learned.flatten(1).to(x.dtype), x)
 
 
 def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    """Fills ``(P, G, T, D)`` with the heads that this process has of all ``(P, G_total, T, D)``."""
+    """Fills `(P, G, T, D)` with the heads that this process has of all `(P, G_total, T, D)`."""
     num_heads, ranks = parameter.shape[1], get_tensor_model_parallel_world_size()
     copies = max(1, ranks // whole.shape[1])  # of each head, where there are fewer than processes
     first = get_tensor_model_parallel_rank() // copies * num_heads
@@ -135,7 +135,7 @@ class _Streams(nn.Module):
         intermediate_tensors: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(N,)`` tokens or ``(N, H)`` embeddings to ``(N, H)``."""
+        """`(N,)` tokens or `(N, H)` embeddings to `(N, H)`."""
         P = self.num_streams
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # (N, H)
         x = x.repeat_interleave(P, dim=0)  # (N*P, H)
@@ -163,7 +163,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
     """A language model with streams.
 
     Args:
-        vllm_config: vLLM's, as :func:`parscale.integrations.vllm.startup.prepare` left it.
+        vllm_config: vLLM's, as `parscale.integrations.vllm.startup.prepare` left it.
         prefix: of the names of its layers.
     """
 
@@ -191,7 +191,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``(N,)`` to ``(N, H)``."""
+        """`(N,)` to `(N, H)`."""
         return self.model.embed_input_ids(input_ids)
 
     def forward(
@@ -201,11 +201,11 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         intermediate_tensors: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(N,)`` tokens or ``(N, H)`` embeddings to the mixed states ``(N, H)``."""
+        """`(N,)` tokens or `(N, H)` embeddings to the mixed states `(N, H)`."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """``(N, H)`` to ``(N, vocabulary)``; ``None`` on processes that do not sample."""
+        """`(N, H)` to `(N, vocabulary)`; `None` on processes that do not sample."""
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -15,7 +15,7 @@ def refuse(architecture: str, reason: str) -> None:
     Without it vLLM would look for a way to run the model that knows nothing of its streams.
 
     Args:
-        architecture: as in ``config.json``.
+        architecture: as in `config.json`.
         reason: what to say.
     """
     ModelRegistry.register_model(architecture, f"{Refused.__module__}:{Refused.__name__}")

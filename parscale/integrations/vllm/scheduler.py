@@ -21,7 +21,7 @@ SLOT = 0  # the token in a slot: any that the vocabulary has, since the model ne
 class _WithSlots(Scheduler):
     """What both schedulers have in common.
 
-    :func:`parscale.integrations.vllm.startup.prepare` has made room for the slots.
+    `parscale.integrations.vllm.startup.prepare` has made room for the slots.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -27,9 +27,9 @@ BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "ROCM_A
 
 
 def serve(architecture: str) -> None:
-    """Makes an architecture of :mod:`parscale.integrations.vllm.models` known to vLLM.
+    """Makes an architecture of `parscale.integrations.vllm.models` known to vLLM.
 
-    vLLM then calls :func:`prepare` for it.
+    vLLM then calls `prepare` for it.
     """
     ModelRegistry.register_model(architecture, f"parscale.integrations.vllm.models:{architecture}")
     MODELS_CONFIG_MAP[architecture] = _Prepared
@@ -107,7 +107,7 @@ def checkpoint_of(vllm_config: Any) -> Checkpoint:
 
 
 def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
-    """The file with the streams that ``config`` asks for; ``None`` if they are among the model's tensors."""
+    """The file with the streams that `config` asks for; `None` if they are among the model's tensors."""
     name = getattr(config, SET_NAME, DEFAULT)
     active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
     return None if name == active else checkpoint.inside(name).file(STREAMS)
@@ -117,7 +117,7 @@ def quantize_attention(vllm_config: Any) -> None:
     """Has vLLM quantize the layers of attention modules, which it would leave out for the prefix beside them.
 
     Where the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all that
-    hold a tensor in floating point, ``self_attn`` with its ``prefix_k`` among them, and leaves out what is inside.
+    hold a tensor in floating point, `self_attn` with its `prefix_k` among them, and leaves out what is inside.
     """
     config = vllm_config.quant_config
     given = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
@@ -165,7 +165,7 @@ def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
 def check_backend(backend: type) -> None:
     """Refuses an attention backend that would take the backbone's number of heads for the P-fold one of the layers.
 
-    By its class: AITER's flash attention calls itself ``FLASH_ATTN``.
+    By its class: AITER's flash attention calls itself `FLASH_ATTN`.
 
     Raises:
         ValueError: it is not known to ask the layers; the message says which do.

@@ -37,7 +37,7 @@ def window_backend(own: type[Any]) -> type[Any]:
 
 
 class _Apart:
-    """In front of an implementation of vLLM's; ``prefix`` is set by the layer: keys and values ``(P, G, T, D)``."""
+    """In front of an implementation of vLLM's; `prefix` is set by the layer: keys and values `(P, G, T, D)`."""
 
     prefix: tuple[torch.Tensor, torch.Tensor]
     kv_cache_dtype: str
@@ -54,7 +54,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Writes ``(N, P*G, D)`` keys and values into the cache, ``(blocks, P*G, block, 2*D)``, in plain order."""
+        """Writes `(N, P*G, D)` keys and values into the cache, `(blocks, P*G, block, 2*D)`, in plain order."""
         block = kv_cache.shape[2]
         kv_cache[slot_mapping // block, :, slot_mapping % block] = torch.cat((key, value), dim=-1)
 
@@ -70,7 +70,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
         *scales: Any,
         **further: Any,
     ) -> torch.Tensor:
-        """``(N, P*heads, D)`` queries; writes ``(N, P*heads, D)`` into ``output``."""
+        """`(N, P*heads, D)` queries; writes `(N, P*heads, D)` into `output`."""
         if attn_metadata is None:  # a warm-up
             return output
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
@@ -84,7 +84,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
     def _seen(
         self, kv_cache: torch.Tensor, blocks: torch.Tensor, new: int, length: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the last ``new`` of ``length`` tokens attend to: ``(P*G, T + m, D)`` twice, and ``(new, T + m)``."""
+        """What the last `new` of `length` tokens attend to: `(P*G, T + m, D)` twice, and `(new, T + m)`."""
         size, D = kv_cache.shape[2], self.head_size
         window = self.sliding_window if self.sliding_window > 0 else length
         start = max(0, length - new - window + 1)
@@ -100,7 +100,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
 
 
 class CpuBackend(CPUAttentionBackend):
-    """For :class:`CpuImpl`."""
+    """For `CpuImpl`."""
 
     @staticmethod
     def get_impl_cls() -> type[CpuImpl]:
@@ -123,7 +123,7 @@ class FlashImpl(_Apart, FlashAttentionImpl):
         *scales: Any,
         **further: Any,
     ) -> torch.Tensor:
-        """``(N, P*heads, D)`` queries; writes ``(N, P*heads, D)`` into ``output``."""
+        """`(N, P*heads, D)` queries; writes `(N, P*heads, D)` into `output`."""
         from parscale.compat.vllm import flash_attn_varlen_func
 
         if attn_metadata is None:  # a warm-up
@@ -154,7 +154,7 @@ class FlashImpl(_Apart, FlashAttentionImpl):
 
 
 class FlashBackend(FlashAttentionBackend):
-    """For :class:`FlashImpl`."""
+    """For `FlashImpl`."""
 
     @staticmethod
     def get_impl_cls() -> type[FlashImpl]:
@@ -168,13 +168,13 @@ def attend_to_prefix(
     """The part of attention that falls on a prefix.
 
     Args:
-        query: ``(N, P*heads, D)``, stream-major.
-        prefix_k: ``(P, G, T, D)``.
+        query: `(N, P*heads, D)`, stream-major.
+        prefix_k: `(P, G, T, D)`.
         prefix_v: the same.
         scale: of the scores.
 
     Returns:
-        The mixture ``(N, P*heads, D)``, and the log-sum-exp of the scores, ``(P*heads, N)`` in float32.
+        The mixture `(N, P*heads, D)`, and the log-sum-exp of the scores, `(P*heads, N)` in float32.
     """
     keys, values = prefix_k.flatten(0, 1), prefix_v.flatten(0, 1)  # (P*G, T, D)
     q = query.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (P*G, heads/G * N, D)

@@ -47,7 +47,7 @@ class Kind:
     Args:
         model_type: of its configuration.
         options: of its configuration.
-        positions: how tokens get theirs: ``"given"`` (an argument), ``"alibi"``, ``"length"`` (the cache's), ``"own"``.
+        positions: how tokens get theirs: `"given"` (an argument), `"alibi"`, `"length"` (the cache's), `"own"`.
         caches: it continues with new tokens alone.
     """
 
@@ -163,7 +163,7 @@ def kinds():
 
 @pytest.fixture(params=KINDS)
 def kind(request):
-    """Each of them; ``@pytest.mark.parametrize("kind", [...], indirect=True)`` narrows it down."""
+    """Each of them; `@pytest.mark.parametrize("kind", [...], indirect=True)` narrows it down."""
     return KINDS[request.param]
 
 
@@ -199,7 +199,7 @@ def positions_moved(backbone):
 
 @contextlib.contextmanager
 def hand_made_attention(backbone, prefixes):
-    """In this block CPM-Ant and XLM attend in float64 to ``prefixes``, keys and values ``(rows, G, T, D)``, as well."""
+    """In this block CPM-Ant and XLM attend in float64 to `prefixes`, keys and values `(rows, G, T, D)`, as well."""
 
     def attend(module, q, k, v, seen, bias, heads):
         q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))

@@ -31,7 +31,7 @@ class Run:
 
     Args:
         backbone: its name.
-        kind: ``"plain"`` (DDP where there are several processes), ``"fsdp2"`` or ``"zero3"``.
+        kind: `"plain"` (DDP where there are several processes), `"fsdp2"` or `"zero3"`.
         frozen: the backbone does not train.
         further: there is an inactive set of streams beside the one that trains.
         checkpoints: under fsdp2, the type of the Trainer's checkpoints.
