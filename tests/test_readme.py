@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, in one namespace and an empty folder; its figures are those on file."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,3 +43,35 @@ def test_the_counts_of_architectures_are_those_on_file():
     }
     assert sum(counts["prefix"][:2]) == built
     assert (counts["any of them"][0], counts["prefix"][0]) == (some, prefix)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "title"),
+    [
+        ("dense", "the dense model, P = 1"),
+        ("prefix", "one trained prefix of T tokens"),
+        ("long prefix", "one trained prefix of 4 T tokens"),
+        ("twin", "a dense model of as many parameters"),
+        ("twice as wide", "a dense model of about the same compute"),
+    ],
+)
+def test_the_figures_against_controls_are_those_on_file(baseline, title):
+    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    found = {
+        entry["where"]: entry
+        for entry in comparisons
+        if (entry["study"], entry["size"]) == ("scratch", "0.1M")
+        and (entry["arm"], entry["baseline"]) == ("P = 4", baseline)
+    }
+    cells = [
+        f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
+        for entry in (found["beginning"], found["middle"])
+    ]
+    assert f"| {title} | {' | '.join(cells)} |" in README
+    assert found["middle"]["seeds"] == 1
+    assert "(one seed;" in README  # with more, the text says how many
+
+
+def test_no_gain_is_claimed_that_the_rule_does_not_give():
+    gains = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["gains"]
+    assert bool(gains) is ("Nowhere yet that we could measure." not in README)
