@@ -9,6 +9,7 @@ Reads requests from standard input, one JSON object a line, and answers each wit
 Nothing of parscale is imported here: what a program finds of it is its own.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -105,5 +106,6 @@ def serve() -> list[str]:
 del sys.path[0]  # this file's folder
 gc.collect()
 gc.freeze()  # what is here already is not looked at again in each process
+atexit.register(gc.unfreeze)  # but taken away at its end, or nanobind (of Triton) reports it as leaked
 if program := serve():
     run_program(program)
