@@ -268,6 +268,7 @@ def test_a_report_is_said_in_another_way(mismatched, caplog, shown):
         tables.append(table)
         return shown
 
+    caplog.set_level(logging.WARNING, logger="transformers")  # a command in this process may have quietened it
     logging.getLogger("transformers").propagate = True
     with compat.loading_reports(keep), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(mismatched)
@@ -280,6 +281,7 @@ def test_a_report_is_said_in_another_way(mismatched, caplog, shown):
 def test_a_tolerant_reader_sees_no_rows_of_streams(make, tmp_path, caplog):
     model = parscale.wrap(make(), 2, prefix_length=3, init="random")
     model.save_pretrained(tmp_path)
+    caplog.set_level(logging.WARNING, logger="transformers")  # a command in this process may have quietened it
     logging.getLogger("transformers").propagate = True
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
     assert not info["unexpected_keys"]

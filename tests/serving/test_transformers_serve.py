@@ -272,16 +272,16 @@ def test_transformers_has_the_class_that_a_folder_names(folder):
 
 
 def test_classes_are_named_in_each_copy_of_transformers(monkeypatch):
-    """Importing its processors makes transformers' package anew; modules that were there before keep the first."""
-    copies = [ModuleType("transformers") for _ in range(2)]
-    taken = copies[1].TinyParScaleForCausalLM = object()
-    for number, copy in enumerate(copies):
-        holder = ModuleType(f"holder_{number}")
-        holder.transformers = copy
-        monkeypatch.setitem(sys.modules, holder.__name__, holder)
+    """Importing its processors makes transformers' package anew; the server's module keeps the first."""
+    of_server, imported = (ModuleType("transformers") for _ in range(2))
+    taken = imported.TinyParScaleForCausalLM = object()
+    manager = ModuleType("transformers.cli.serving.model_manager")
+    manager.transformers = of_server
+    monkeypatch.setitem(sys.modules, manager.__name__, manager)
+    monkeypatch.setitem(sys.modules, "transformers", imported)
     monkeypatch.setitem(vars(transformers), "TinyParScaleForCausalLM", None)
     for name in ("TinyParScaleForCausalLM", "TinyForCausalLM", ["TinyParScaleModel"], None):
         register_architecture(name)
-    assert copies[0].TinyParScaleForCausalLM is parscale.auto.ParScaleForCausalLM
-    assert copies[1].TinyParScaleForCausalLM is taken
-    assert not hasattr(copies[0], "TinyForCausalLM")
+    assert of_server.TinyParScaleForCausalLM is parscale.auto.ParScaleForCausalLM
+    assert imported.TinyParScaleForCausalLM is taken
+    assert not hasattr(of_server, "TinyForCausalLM")
