@@ -102,8 +102,8 @@ def _gradients(
         folded_gradient, folded_query, key, value, folded_output, lse_folded, random[:half], True, scaling
     )
     d_query = unfold(d_folded, R // B, G)
-    by_stream = (by_stream(x[plain:], Q) for x in (gradient, query, output, lse))
-    stream_gradient, stream_query, stream_output, stream_lse = by_stream
+    of_streams = (by_stream(x[plain:], Q) for x in (gradient, query, output, lse))
+    stream_gradient, stream_query, stream_output, stream_lse = of_streams
     d_queries, d_prefix_k, d_prefix_v = flash_backward(
         *(stream_gradient, stream_query, prefix_k, prefix_v, stream_output, stream_lse.squeeze(-1).contiguous()),
         *(random[half:], False, scaling),
