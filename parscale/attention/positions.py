@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parscale.attention.masks import leading_zeros
+from parscale.compat.arguments import given_cache
 from parscale.streams.backbones import has_learned_positions
 from parscale.streams.state import ParScaleState
 
@@ -88,7 +89,7 @@ class RowPositions:
             padding = leading_zeros(torch.cat([outer] * num_streams))
         if padding is None or (positions is not None and positions.ndim != 2):
             return arguments
-        padding, cache, S = padding.to(rows.device)[:, None], arguments.get("past_key_values"), rows.shape[1]  # (R, 1)
+        padding, cache, S = padding.to(rows.device)[:, None], given_cache(arguments), rows.shape[1]  # (R, 1)
         start = 0 if cache is None else cache.get_seq_length()
         if positions is None:
             positions = (torch.arange(S, device=rows.device) + start)[None]  # (1, S)

@@ -11,6 +11,9 @@ that no table knows. A new name is added to the table that says what it holds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # -- inputs
 
 TEXT, IMAGES, AUDIO = "input_ids", "pixel_values", "input_features"
@@ -21,8 +24,20 @@ NOISE = "noise"  # numbers for the patches of an image, of which those with the 
 
 # -- caches
 
-CACHES = ("past_key_values", "cache_params", "state")  # a backbone's argument and output, by its kind
+# A backbone's argument, by its kind. Since transformers 5.24 all but RWKV's `state` are called `cache`; until 5.40 it
+# also takes the names that they had before.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
 LAYER_CACHES = ("layer_past", "past_key_values", "cache")  # an attention layer's argument
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a backbone's arguments, under whichever of its names; `None` if there is none.
+
+    Args:
+        arguments: by their names.
+    """
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+
 
 # -- masks and positions
 
@@ -34,7 +49,6 @@ POSITIONS = "position_ids"  # also (S,), of the tokens of any row, and (3, B, S)
 # For all rows of a batch, or of the streams' own P*B rows already.
 WHOLE = (
     *CACHES,
-    "cache",
     "encoder_past_key_values",
     "mems",
     "padding_cache",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from parscale.attention.caches import fit_rows, is_empty
-from parscale.compat.arguments import CACHES, NOISE
+from parscale.compat.arguments import NOISE, given_cache
 from parscale.compat.torch import replicate, unwatch_replicas, watch_replicas
 from parscale.hooks.encoded import mark_output
 from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
@@ -78,8 +78,8 @@ class BackboneHooks:
             if module.training:
                 recompute_with_own_streams(state, module)
         arguments = dict(zip(state.positional[part][: len(args)], args, strict=True)) | kwargs
-        for name in CACHES:
-            _check_cache(arguments.get(name), streams)
+        cache = given_cache(arguments)
+        _check_cache(cache, streams)
         if streams is None:
             check_plain(module, arguments)
             return None
@@ -91,7 +91,7 @@ class BackboneHooks:
                 f"transformers' {type(module).__name__} goes on from its state with one row only, and "
                 f"{streams.num_streams} streams are as many rows: use_cache=False."
             )
-        fit_rows(arguments.get("past_key_values"), rows.shape[0], streams.cache_copies)
+        fit_rows(cache, rows.shape[0], streams.cache_copies)
         if call.passes is not None and (alone := of_pass(state, module, part, arguments, rows)) is not None:
             return (), alone
         if NOISE in state.positional[part] and arguments.get(NOISE) is None:

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from parscale.attention.shared import SeenTokens, can_slice
-from parscale.compat.arguments import PACKED, POSITIONS, WHOLE
+from parscale.compat.arguments import CACHES, PACKED, POSITIONS, WHOLE, given_cache
 from parscale.compat.transformers import attn_implementation
 from parscale.hooks.rows import copy_rows
+from parscale.streams.backbones import cache_argument
 from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
 
@@ -182,7 +183,7 @@ def of_pass(
         return None
     call.in_flight = None
     passes.arguments = passes.streams.transform.before_alone(part, arguments)
-    cache = arguments.get("past_key_values")
+    cache = given_cache(arguments)
     passes.rows, passes.length, passes.positions = B, S, positions
     passes.seen = 0 if cache is None else int(cache.get_seq_length())
     return passes.arguments
@@ -206,9 +207,11 @@ def after_pass(passes: TwoPasses, output: Any) -> Any:
 
 def _last_positions(module: nn.Module, passes: TwoPasses) -> dict[str, Any]:
     """The arguments of the second pass: (P - 1)*b rows of the last positions."""
+    cache_name = cache_argument(module)
     assert passes.arguments is not None
-    arguments = {name: _piece(passes, name, value) for name, value in passes.arguments.items()}
-    arguments["past_key_values"] = SeenTokens(passes.seen + passes.length - passes.positions)
+    assert cache_name is not None
+    arguments = {name: _piece(passes, name, value) for name, value in passes.arguments.items() if name not in CACHES}
+    arguments[cache_name] = SeenTokens(passes.seen + passes.length - passes.positions)
     b = passes.rows if passes.chosen is None else len(passes.chosen)
     return copy_rows(module, arguments, passes.streams.name, passes.streams.num_streams - 1, b)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.compat.arguments import AUDIO, IMAGES, TEXT
+from parscale.compat.arguments import AUDIO, CACHES, IMAGES, TEXT
 from parscale.distributed.offloading import execution_device
 from parscale.errors import UnsupportedModelError
 
@@ -108,6 +108,11 @@ def main_input(part: Any) -> str:
 def reads(part: Any, name: str) -> bool:
     """Whether a part takes an argument of that name."""
     return name in _arguments(part)
+
+
+def cache_argument(part: Any) -> str | None:
+    """The name under which a part takes a cache; `None` if it takes none."""
+    return next((name for name in CACHES if reads(part, name)), None)
 
 
 def _arguments(part: Any) -> list[str]:

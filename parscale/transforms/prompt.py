@@ -23,7 +23,7 @@ from transformers import Cache, StaticCache
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import leading_zeros
 from parscale.attention.positions import RowPositions
-from parscale.compat.arguments import AS_FIRST, CACHES, SEES_IMAGES, TOKENS
+from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, given_cache
 from parscale.compat.transformers import answer_by, answer_itself
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
@@ -77,7 +77,7 @@ class PromptTransform(ModelTransform):
         T = self.streams.config.prefix_length
         arguments = self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        cache = next((arguments[x] for x in CACHES if arguments.get(x) is not None), None)
+        cache = given_cache(arguments)
         self.state.call.tokens, self.state.call.cache = None, cache
         begins = is_empty(cache)
         self._check_cache(cache, mask, begins)

@@ -25,7 +25,7 @@ from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import input_device, reads, writes_text
+from parscale.streams.backbones import cache_argument, input_device, reads, writes_text
 from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -72,12 +72,14 @@ class SharedPrefixTransform(PrefixTransform):
         device = input_device(state.model)
         if device.type == "meta":
             return
-        ids = torch.zeros(2, 3, dtype=torch.long, device=device)
+        ids, cache_name = torch.zeros(2, 3, dtype=torch.long, device=device), cache_argument(state.backbone)
+        assert cache_name is not None
         try:
             with backbone_only(state), state.calls.choosing(self.streams):
                 whole = state.backbone(input_ids=ids, use_cache=False)[0][:, -1:]
-                output = state.backbone(input_ids=ids[:, :2], use_cache=True)
-                last = state.backbone(input_ids=ids[:, 2:], past_key_values=output.past_key_values, use_cache=True)[0]
+                cache = {cache_name: DynamicCache(config=state.backbone.config)}
+                state.backbone(input_ids=ids[:, :2], use_cache=True, **cache)
+                last = state.backbone(input_ids=ids[:, 2:], use_cache=True, **cache)[0]
                 difference = _difference(last, whole)
                 if writes_text(state.model) and reads(state.model, "logits_to_keep"):
                     logits = state.model(input_ids=ids, use_cache=False).logits[:, -1:]
@@ -115,7 +117,7 @@ def check_can_share(state: ParScaleState) -> None:
     registered = set(registered_layers(state))
     if state.encoder is not None or len(state.mixed) > 1:
         reason = "it is an encoder with a decoder, or two encoders: streams share the keys of one decoder"
-    elif not reads(state.backbone, "past_key_values") or not all(getattr(x.module, "is_causal", True) for x in layers):
+    elif cache_argument(state.backbone) is None or not all(getattr(x.module, "is_causal", True) for x in layers):
         reason = "it is an encoder, which has no cache to share"
     elif not all(layer.module in registered for layer in layers):
         reason = "its attention does not come from transformers' registry (ALL_ATTENTION_FUNCTIONS)"

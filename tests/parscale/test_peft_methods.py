@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import parscale
 from parscale.integrations.peft.methods import METHODS
@@ -148,6 +149,9 @@ MODELS = {  # class, configuration, task, layers, labels
     "BertForQuestionAnswering": (BERT, "QUESTION_ANS", ["query"], {}),
     "BertModel": (BERT, "FEATURE_EXTRACTION", ["query"], {}),
 }
+# For these tasks PEFT looks the cache up by its name, which 5.24 changed; a PEFT older than 5.24 asks for knows it not.
+RENAMED = Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version(MIN_PEFT_VERSION)
+TASKS_WITHOUT_PREFIX = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") if RENAMED else ()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -164,8 +168,13 @@ def test_rows_under_every_task(zoo, name, kind):
         torch.manual_seed(0)
         config = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](task_type=task, **arguments)
         tuned, ids = peft.get_peft_model(model, config).eval(), zoo.token_ids()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | labels
+        if kind == "PREFIX_TUNING" and task in TASKS_WITHOUT_PREFIX and not wrapped:
+            with pytest.raises(ValueError, match="does not support past key values"):
+                tuned(**inputs)
+            pytest.skip(f"PEFT {peft.__version__} knows no cache of this transformers, without streams either")
         with torch.no_grad():
-            found.append(tuned(input_ids=ids, attention_mask=torch.ones_like(ids), **labels)[0])
+            found.append(tuned(**inputs)[0])
     zoo.close(found[1], found[0], 2e-5)
 
 
