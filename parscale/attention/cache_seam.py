@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from parscale.attention.functions import record
 from parscale.attention.masks import extend_dense_mask, extended_mask
 from parscale.attention.rotary import RotaryTable, rotary_tables
 from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS
-from parscale.compat.transformers import alibi_function, attn_implementation
+from parscale.compat.transformers import alibi_function, attn_implementation, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
@@ -344,6 +344,8 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
 def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, AttentionLayer]]:
     names = {id(module): name for name, module in state.model.named_modules()}
     takes_cache = [module for part in state.parts for module in part.modules() if _takes_cache(module)]
+    if takes_cache and all(map(carries_state, DynamicCache(config=state.backbone.config).layers)):
+        return []  # their cache holds no keys (Mamba)
     candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
     found: dict[int, AttentionLayer] = {}
 
