@@ -17,6 +17,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 import parscale
 
+CACHE_ARGUMENTS = ("past_key_values", "cache")  # the second since transformers 5.24
 TRANSFORMS = ("prefix", "prompt", "lora")  # what makes the streams differ: the values of wrap's argument `transform`
 P, T, B = 3, 4, 2
 TEXT = 6  # tokens of a stream that starts as a text
@@ -281,8 +282,9 @@ def cached(model: Any, tokens: torch.Tensor, sizes: tuple[int, ...], positions: 
             arguments["position_ids"] = torch.arange(start, start + piece.shape[1])[None].expand(len(piece), -1)
         output = model(input_ids=piece, use_cache=True, **arguments, **cache)
         cache |= {name: output[name] for name in ALL_CACHE_NAMES if getattr(output, name, None) is not None}
-        if not cache and "past_key_values" in inspect.signature(model.forward).parameters:  # takes one, and gives none
-            cache = {"past_key_values": DynamicCache(config=model.config)}
+        taken = [name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters]
+        if not cache and taken:  # takes one, and gives none
+            cache = {taken[0]: DynamicCache(config=model.config)}
             output = model(input_ids=piece, use_cache=True, **arguments, **cache)
         if not cache:
             return None
