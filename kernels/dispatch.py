@@ -79,3 +79,8 @@ def _interpreted() -> bool:
     from parscale.kernels.launch import INTERPRETED
 
     return INTERPRETED
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which an operation on this tensor runs: its own, or that of autocast."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

@@ -12,7 +12,7 @@ import torch
 
 from parscale.kernels.causal_attention.merged import causal_attention_merged
 from parscale.kernels.compat import flash_for_gpu
-from parscale.kernels.dispatch import Impl, autocasts, transforms_are_active
+from parscale.kernels.dispatch import Impl, autocast_dtype, transforms_are_active
 from parscale.kernels.prefix import prepend
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
     """
     if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
         return False
-    dtype, size = _autocast_dtype(query), query.shape[-1]
+    dtype, size = autocast_dtype(query), query.shape[-1]
     if not query.is_cpu and (not query.is_cuda or dtype not in HALVES or size % 8 or size > LARGEST_HEAD):
         return False
     return _flash_runs(query.device)
@@ -73,7 +73,7 @@ def causal_attention(
         `(P*B, heads, S, D)` in the dtype of `query`, or that of autocast; differentiable once in every tensor, and
         a second time is a `RuntimeError`.
     """
-    dtype = _autocast_dtype(query)
+    dtype = autocast_dtype(query)
     # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
     query, key, value, prefix_k, prefix_v = (x.to(dtype) for x in (query, key, value, *prefix))
@@ -82,7 +82,3 @@ def causal_attention(
     keys, values = prepend(prefix_k, key), prepend(prefix_v, value)  # (R, G, T + S, D)
     # as torch.nn.attention.bias.causal_lower_right does: this operator's causal mask is aligned to the lower right
     return flash_for_gpu()(query, keys, values, 0.0, True, scale=scaling)[0]
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

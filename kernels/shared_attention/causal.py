@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from parscale.kernels.dispatch import autocasts
+from parscale.kernels.dispatch import autocast_dtype
 from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
 from parscale.kernels.shared_attention.layout import fold, plain_rows, unfold
 
@@ -47,7 +47,7 @@ def shared_causal_attention(
         ValueError: shapes that do not belong together.
     """
     plain = plain_rows(query, key, prefix_k)
-    dtype = torch.get_autocast_dtype(query.device.type) if autocasts(query) else query.dtype
+    dtype = autocast_dtype(query)
     # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
     tensors = (x.to(dtype) for x in (query, key, value, *prefix))
