@@ -13,6 +13,7 @@ import typer
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.cli.options import Checkpoint, Json, Special, count, takes_settings
 from parscale.cli.output import print_figures, print_json, quiet_libraries
+from parscale.cli.recipes import Recipe
 
 WIDEST = 1000  # columns of a table; it takes what it needs
 
@@ -44,6 +45,7 @@ def train(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option(help="The folder of the run; new or empty, unless --resume is given.")],
     settings: TrainSettings,
+    recipe: Recipe = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
     ] = False,
