@@ -65,7 +65,7 @@ def test_the_backbone_alone_sees_the_batches_of_the_run(finished, full, backbone
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
     assert losses_of(folder / "controls" / "alone")[0] == pytest.approx(loss.item(), abs=1e-5)
     after = load_plain(folder / "controls" / "alone")
-    assert all(not torch.equal(after[name], tensor.bfloat16()) for name, tensor in model.state_dict().items())
+    assert any(not torch.equal(after[name], tensor.bfloat16()) for name, tensor in model.state_dict().items())
 
 
 def load_plain(folder):
