@@ -1,9 +1,9 @@
 """`--recipe`: what a recipe says holds unless an option is given beside it, and every name in it is one."""
 
 import json
+import tomllib
 
 import pytest
-import yaml
 
 from parscale.checkpoints.training import train as training
 from parscale.cli import recipes
@@ -52,21 +52,21 @@ def test_converts_by_it(backbone, tmp_path, capsys):
 
 
 def test_a_file_of_ones_own(settings_of, tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("train: {eval-data: [code=x.txt, prose=y.txt], keep-checkpoints: 3, bf16: false}\n")
+    path = tmp_path / "mine.toml"
+    path.write_text('[train]\neval-data = ["code=x.txt", "prose=y.txt"]\nkeep-checkpoints = 3\nbf16 = false\n')
     settings = settings_of("--recipe", str(path))
     assert settings.eval_data == {"code": "x.txt", "prose": "y.txt"}
     assert (settings.keep_checkpoints, settings.bf16) == (3, False)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_name_in_a_recipe_is_an_option(path):
     import typer
 
     from parscale.cli.application import app
 
     commands = typer.main.get_command(app).commands
-    for command, options in yaml.safe_load(path.read_text()).items():
+    for command, options in tomllib.loads(path.read_text()).items():
         known = {name for parameter in commands[command].params for name in parameter.opts}
         assert {f"--{option}" for option in options} <= known
 
@@ -74,18 +74,18 @@ def test_every_name_in_a_recipe_is_an_option(path):
 @pytest.mark.parametrize(
     ("contents", "said"),
     [
-        (None, "There is no recipe 'nothing'; give one of nd-lora, or the path of a YAML file."),
-        ("train: [", "is not YAML"),
-        ("convert: {}", "says nothing of train"),
-        ("train: {epochs: 3}", "gives train 'epochs', which is none of its options"),
-        ("train: {tokens: many}", "'many' is no size"),
+        (None, "There is no recipe 'nothing'; give one of nd-lora, or the path of a TOML file."),
+        ("train: [", "is not TOML"),
+        ("[convert]", "says nothing of train"),
+        ("[train]\nepochs = 3", "gives train 'epochs', which is none of its options"),
+        ("[train]\ntokens = 'many'", "'many' is no size"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(contents, said, tmp_path, capsys):
     name = "nothing"
     if contents is not None:
-        name = str(tmp_path / "wrong.yaml")
-        (tmp_path / "wrong.yaml").write_text(contents)
+        name = str(tmp_path / "wrong.toml")
+        (tmp_path / "wrong.toml").write_text(contents)
     assert run(["train", "x", "--data", "a.txt", "--output", str(tmp_path / "run"), "--recipe", name]) == BAD_INPUT
     error = capsys.readouterr().err
     assert said in error
