@@ -18,6 +18,7 @@ Report = Mapping[str, Any]
 # What streams have to beat, by what of the model trains beside them.
 CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
 EXPLANATION = (
+    "Trained: how many parameters. Difference: from the untouched backbone, paired by document; negative is better.",
     "One prefix is trained as two streams that stay equal, which is why it counts more parameters than it needs.",
     "Do streams gain? They do if, in the middles of documents, their loss is below that of the backbone trained alone "
     "and of one trained prefix. To be lower than the untouched backbone's is not enough, nor is it at beginnings.",
@@ -56,8 +57,9 @@ def loss_table(report: Report, text: str, where: str) -> Table:
     places = {BEGINNING: "Beginnings", MIDDLE: "Middles"}
     title = f"{places[where]} of {documents} documents of {text}: mean loss in nats per token, lower is better"
     table = Table(title=title, title_justify="left")
-    for column in ("", "parameters trained", "loss", "less the untouched backbone's (95 % interval)"):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column("")
+    for column in ("trained", "loss", "difference (95 % interval)"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, figures in report["models"].items():
         table.add_row(
             figures["title"],
@@ -76,8 +78,8 @@ def sentences(report: Report) -> list[str]:
     """
     result = []
     for arm, controls in CONTROLS.items():
-        title = report["models"][arm]["title"]
         for text, held in in_the_middle(report["comparisons"], arm, controls).items():
+            title = report["models"][arm]["title"]
             found = "; ".join(f"{report['models'][entry['baseline']]['title']}: {interval(entry)}" for entry in held)
             result.append(f"{title}, in the middle of {text}: {verdict(held)}. Difference to {found}.")
     return result
