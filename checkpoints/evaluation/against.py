@@ -70,8 +70,6 @@ def first_documents(
     found, count = [], 0
     for document in documents:
         (ids,) = encode([document], tokenizer)
-        if len(ids) < 2:
-            continue
         found.append(document)
         count += min(len(ids), (1 + MIDDLES) * window)
         if count >= tokens:

@@ -16,7 +16,7 @@ from parscale.checkpoints.evaluation.against import (
     interval,
     paired_entries,
 )
-from parscale.checkpoints.evaluation.places import MIDDLE, evaluate_places
+from parscale.checkpoints.evaluation.places import MIDDLE, evaluate_places, holds_tokens_to_score
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.texts.documents import Document, Source
 
@@ -28,8 +28,9 @@ Texts = Mapping[str, Sequence[Document]]
 def texts_to_measure(
     sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int
 ) -> dict[str, list[Document]]:
-    """Of each text the documents that are measured, by its name; see `first_documents`."""
-    return {name: first_documents(source, tokenizer, window, tokens) for name, source in sources.items()}
+    """Of each text that holds tokens to score, the documents that are measured; see `first_documents`."""
+    texts = {name: first_documents(source, tokenizer, window, tokens) for name, source in sources.items()}
+    return {name: documents for name, documents in texts.items() if holds_tokens_to_score(tokenizer, documents)}
 
 
 def measure_places(

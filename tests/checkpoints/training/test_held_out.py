@@ -1,5 +1,6 @@
 """What a run reports of held-out text: the trained model against the untouched backbone, by place."""
 
+import copy
 from statistics import fmean
 
 import numpy as np
@@ -11,7 +12,7 @@ from parscale import load, unwrap
 from parscale.checkpoints.evaluation.against import first_documents, interval, verdict
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.documents import Source
-from parscale.checkpoints.training.held_out import sentences
+from parscale.checkpoints.training.held_out import sentences, texts_to_measure
 from parscale.checkpoints.training.train import TrainSettings, train
 
 S = 16
@@ -80,9 +81,20 @@ def test_without_held_out_text_nothing_is_compared(full, text_file, tmp_path, mo
 
 
 def test_documents_are_taken_until_there_are_enough_tokens(byte_tokenizer):
-    documents = [("empty", "a"), *((str(n), "x" * 50) for n in range(9))]  # of one byte nothing is predicted
+    documents = [(str(n), "x" * 50) for n in range(9)]
     assert [name for name, _ in first_documents(documents, byte_tokenizer, 16, 120)] == ["0", "1", "2"]
     assert [name for name, _ in first_documents(documents, byte_tokenizer, 4, 41)] == ["0", "1", "2"]  # 5 windows of 4
+
+
+def test_a_text_without_a_token_to_score_is_left_out(byte_tokenizer):
+    def texts(tokenizer):
+        sources = {name: Source.of(name, [("one", text)]) for name, text in (("letter", "x"), ("word", "import"))}
+        return list(texts_to_measure(sources, tokenizer, 16, 100))
+
+    assert texts(byte_tokenizer) == ["letter", "word"]  # the end-of-text token stands in front of the letter
+    nothing_in_front = copy.deepcopy(byte_tokenizer)
+    nothing_in_front.eos_token = None
+    assert texts(nothing_in_front) == ["word"]
 
 
 @pytest.mark.parametrize(("highs", "gain"), [((-0.1, -0.2), True), ((-0.1, 0.2), False), ((-0.1, None), False)])
