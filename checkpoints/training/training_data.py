@@ -30,7 +30,8 @@ class TrainingData:
         rows: what to train on, in its order.
         steps: how many there are.
         digest: of the rows; of streamed ones, of their beginning.
-        measured: what to measure on, by name.
+        measured: what to measure on while training, by name.
+        held_out: the documents of the same texts.
         datasets: the names of what came from the Hugging Face Hub.
     """
 
@@ -38,6 +39,7 @@ class TrainingData:
     steps: int
     digest: str
     measured: dict[str, Blocks]
+    held_out: dict[str, Source]
     datasets: list[str]
 
 
@@ -69,7 +71,7 @@ class Sources:
             name: _measured_blocks(source, encode, length, self.settings) for name, source in self.eval_data.items()
         }
         datasets = [source.dataset for source in self.data if source.dataset is not None]
-        return TrainingData(rows, steps, digest, measured, datasets)
+        return TrainingData(rows, steps, digest, measured, self.eval_data, datasets)
 
 
 def _training_rows(
