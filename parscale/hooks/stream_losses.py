@@ -1,4 +1,4 @@
-"""The measurement behind `stream_report` and `parscale diagnose`: each stream's losses in one pass, and the weights.
+"""The measurement behind `stream_report` and `parscale diagnose`: every stream's losses and weights in one pass.
 
 P streams, B rows, S tokens, H hidden size, V vocabulary.
 """
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-IGNORED = -100  # as a label: no loss counts there
+IGNORED = -100  # as a label: no loss is counted here
 
 
 class StreamLosses(NamedTuple):
-    """What the streams do on some text."""
+    """The losses and aggregation weights of the streams on a text."""
 
     losses: torch.Tensor
-    """Next-token losses in nats, `(P, B, S - 1)`, of a mixture behind them `(P + 1, B, S - 1)`; 0 if ignored."""
+    """Next-token losses in nats, `(P, B, S - 1)`, or `(P + 1, B, S - 1)` with the mixture last; 0 where ignored."""
     counted: torch.Tensor
-    """Where a loss counts, `(B, S - 1)`."""
+    """Where a loss is counted, `(B, S - 1)`."""
     weights: torch.Tensor
     """Aggregation weights, `(B, S, P)`."""
     uncertainty: torch.Tensor

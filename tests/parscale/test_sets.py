@@ -303,7 +303,7 @@ def test_saved_sets_come_onto_one_model(tiny, tmp_path):
     model.load_streams(tmp_path / "wide", "again")
     model.set_streams("again")
     assert torch.equal(model(ids).logits, expected["wide"])
-    with pytest.raises(ValueError, match="There is a set of streams 'wide' already: choose another name"):
+    with pytest.raises(ValueError, match="A set of streams 'wide' exists already: choose another name"):
         model.load_streams(tmp_path / "wide")
     model.save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match="has a backbone of its own: load_streams takes what save_streams"):
