@@ -133,7 +133,7 @@ def test_unknown_sets_are_refused(model):
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "@a", "ä", "-a", "a/b", 3, None, "a@b", "a\n"])
 def test_names_that_are_none(model, name):
-    with pytest.raises(ValueError, match="named by letters, digits, '-' and '_', got"):
+    with pytest.raises(ValueError, match="takes a name of letters, digits, '-' and '_', got"):
         model.add_streams(name, 2, init="random")
     assert list(model.parscale.sets) == ["default", "two", "one"]
 
