@@ -1,4 +1,4 @@
-"""The end of a training run: the trained checkpoint, its model card, the plot and the report."""
+"""The result of a training run: the trained checkpoint, its model card, the plot and the report."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PLOT = "loss.png"
 
 
 def finish(checkpoint: str, run: Run, steps: int, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]) -> None:
-    """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
+    """Writes the trained checkpoint, its tokenizer, its card, the plot and the report to the run's folder.
 
     Args:
-        checkpoint: what the run was started from.
+        checkpoint: the checkpoint that the run started from.
         run: its folder, with the checkpoint after the last step.
-        steps: how many there were.
+        steps: number of steps.
         tokenizer: of the model.
-        report: what is written to `training.json`, and stated by the card.
+        report: the contents of `training.json`, also stated by the card.
     """
     with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
         put_together(checkpoint, run.checkpoint(steps), work)
@@ -45,7 +45,7 @@ def finish(checkpoint: str, run: Run, steps: int, tokenizer: PreTrainedTokenizer
 
 
 def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
-    """What the model card states, or None for a model without streams."""
+    """The facts for the model card; None for a model without streams."""
     what = describe(str(folder))
     if what["num_streams"] == 1:
         return None
@@ -88,7 +88,7 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
 
 
 def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Each text's loss in nats per token, from a run's metrics: of the backbone, before the first step, at the end."""
+    """The losses of each text in nats per token, from a run's metrics: backbone, before the first step, at the end."""
     losses: dict[str, dict[str, float]] = {}
     for line in metrics:
         if "text" not in line:

@@ -148,7 +148,7 @@ def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--tasks", "helaswag"], "knows no task 'helaswag'; did you mean hellaswag"),
+        (["--tasks", "helaswag"], "has no task 'helaswag'; did you mean hellaswag"),
         (["--tasks", "nowhere.yaml"], "nowhere.yaml is no file"),
         (["--limit", "0"], "limit is 0, and must be a number of questions, or a share of them"),
         (["--limit", "1.5"], "limit is 1.5, and must be"),

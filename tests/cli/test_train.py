@@ -77,6 +77,6 @@ def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, monkey
     monkeypatch.setattr(Interruption, "on_step_end", asked)
     arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
     assert run(arguments) == INTERRUPTED
-    assert "checkpoint-1; --resume goes on from there" in capsys.readouterr().err
+    assert "checkpoint-1; --resume continues from there" in capsys.readouterr().err
     monkeypatch.undo()
     assert run([*arguments, "--resume"]) == 0

@@ -186,7 +186,7 @@ def test_other_contents_are_refused(own, monkeypatch, what):
     kept = (own / path).read_bytes()
     change(own / path)
     before = sorted(entry.name for entry in (own / "run").iterdir())
-    with pytest.raises(ValueError, match=f"{said}.* have changed; put back what they were"):
+    with pytest.raises(ValueError, match=f"{said}.* have changed; restore the old contents"):
         train(str(own / which), own / "run", chosen, resume=True)
     assert sorted(entry.name for entry in (own / "run").iterdir()) == before
     if what == "the text to measure on":  # as an example of all
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_changes_while_the_run_lasts(own, monkeypatch):
     kept = weights.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(Run, "publish", change_after(Run.publish, lambda: change_weights(weights)))
-        with pytest.raises(ValueError, match=r"full has changed while the run lasted.* go on with --resume"):
+        with pytest.raises(ValueError, match=r"full has changed during the run.* continue with --resume"):
             train(str(own / "full"), own / "run", settings(own / "text.py"))
     assert Run(own / "run").report() is None
     weights.write_bytes(kept)
@@ -283,7 +283,7 @@ def test_of_several_gpus_one_process_uses_one(full, text_file, tmp_path, two_gpu
     assert TrainingArguments(tmp_path).n_gpu == 2
     assert OneDeviceArguments(tmp_path, per_device_train_batch_size=BATCH).train_batch_size == BATCH
     with pytest.warns(
-        UserWarning, match=r"2 GPUs .* one of them is used; .*torchrun --nproc-per-node 2 -m parscale train"
+        UserWarning, match=r"2 GPUs .* only one is used; .*torchrun --nproc-per-node 2 -m parscale train"
     ):
         report = train(str(full), tmp_path / "run", settings(text_file))
     assert report["tokens"] == STEPS * BATCH * S
