@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MEASURED = "_nats_per_token"  # the end of the name of a loss in the result of `Trainer.evaluate`
-_FIRST = "the untrained model has no finite loss on this text: compute in float32 (--no-bf16), or check the text"
+_FIRST = "the loss on this text is not finite before training: compute in float32 (--no-bf16), or check the text"
 
 
 class DivergedError(ValueError):

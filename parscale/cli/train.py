@@ -24,7 +24,7 @@ def _named(texts: list[str]) -> dict[str, str]:
             name, source = Path(text).stem or text, text
         name = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in name)
         if name in named:
-            raise ValueError(f"Two texts to measure on are called {name!r}; name them apart, as in NAME={source}.")
+            raise ValueError(f"Two evaluation texts are called {name!r}; give each its own name, as in NAME={source}.")
         named[name] = source
     return named
 
@@ -43,10 +43,10 @@ def train(
     output: Annotated[Path, typer.Option(help="The folder of the run; new or empty, unless --resume is given.")],
     settings: TrainSettings,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
     ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the result to this repository of the Hugging Face Hub.", metavar="NAME")
+        str | None, typer.Option(help="Upload the result to this repository on the Hugging Face Hub.", metavar="NAME")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -59,7 +59,7 @@ def train(
     try:
         report = train_checkpoint(checkpoint, output, settings, resume=resume, command=command, name=push_to_hub)
     except Interrupted as interruption:
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             print(f"parscale: {interruption}", file=sys.stderr)
         raise
     from accelerate import PartialState
@@ -78,7 +78,7 @@ def train(
 
 def _print(report: dict[str, Any]) -> None:
     if report["finished_before"]:
-        print(f"The run in {report['output']} has finished before; nothing was left to do.")
+        print(f"The run in {report['output']} had already finished; there was nothing to do.")
     losses = {
         f"loss on {name}": ", ".join(f"{when} {value:.4f}" for when, value in found.items())
         for name, found in report["losses"].items()

@@ -41,7 +41,7 @@ def test_plain_backbone(backbone, capsys):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--prompt", ""], "The prompt holds no token"),
+        (["--prompt", ""], "The prompt has no tokens"),
         (["--prompt", "x", "--streams", "nothing"], "nothing"),
         (["--prompt", "x", "--device", "abacus"], "There is no device 'abacus'"),
     ],

@@ -152,7 +152,7 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
         (["law", "fit", "stack", "--bootstrap", "0", "--plot", "x"], "x has no ending to say what to write"),
         (
             ["law", "predict", "stack", "--params", "big", "--streams", "1"],
-            "'big' is no size; give a number such as 1.6e9",
+            "'big' is not a size; give a number such as 1.6e9",
         ),
         (["law", "predict", "stack", "--params", "-1", "--streams", "1"], "params must be finite and above 0"),
         (["law", "predict", "stack", "--params", "1B", "--streams", "0"], "'--streams'"),
