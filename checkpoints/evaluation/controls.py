@@ -72,10 +72,8 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
     """Prepares a plain model for an arm, in place, before training: adds its streams, freezes what it does not train.
 
     One prefix is built as two streams that start from the same text. They get the same gradients and stay equal, so
-    their
-    mixture equals each of them, whatever the aggregator's weights are. The model is that of one trained prefix, at
-    twice
-    its cost, and all code that trains, saves and loads streams works on it.
+    their mixture equals each of them, whatever the aggregator's weights are. The model is that of one trained prefix,
+    at twice its cost, and all code that trains, saves and loads streams works on it.
 
     Args:
         arm: one of `ARMS`; the caller adds the adapter of an adapter arm.
@@ -141,12 +139,10 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
     """The interval of the mean of paired differences, with seeds and documents both as samples.
 
     Every seed is measured on the same documents, so d(s, i) = mean + seed(s) + document(i) + rest(s, i): two crossed
-    random
-    factors. With the mean squares MS of the two-way table without replication, the variance of the grand mean is
+    random factors. With the mean squares MS of the two-way table without replication, the variance of the grand mean is
     (MS_seeds + MS_documents - MS_rest) / (S * D), with Student's t and Satterthwaite's degrees of freedom. A factor
-    whose
-    mean square is below that of the rest counts as having no variance. With one seed the result is the t interval over
-    documents: it predicts the result on more documents, not of more training runs.
+    whose mean square is below that of the rest counts as having no variance. With one seed the result is the t interval
+    over documents: it predicts the result on more documents, not of more training runs.
 
     Args:
         differences: `(S, D)`, one row for each seed.
@@ -205,8 +201,7 @@ def hold_against(
         baseline: name of the arm to compare with.
         text: what the documents are.
         evaluations: by name of the arm, one result of `evaluate_places` for each seed. An arm that does not depend on
-            the seed
-            may have one.
+            the seed may have one.
         tokens: number of training tokens of the arms.
 
     Returns:

@@ -44,10 +44,9 @@ class Diagnosis:
         entropy: mean entropy of the weights by position, in nats, `(S - 1,)`; `log(P)` for equal weights.
         counts: number of tokens predicted from each position, `(S - 1,)`.
         gains: how much the loss falls below that of stream 0 alone when the least certain tokens of stream 0 get all
-                streams, `(len(SHARES),)`; the last value is the gain of the mixture over stream 0.
+            streams, `(len(SHARES),)`; the last value is the gain of the mixture over stream 0.
         thresholds: the entropy of stream 0's prediction, in nats, above which these tokens lie, `(len(SHARES),)`: a
-            value
-            for `adaptive` in `model.generate`.
+            value for `adaptive` in `model.generate`.
         tokens: number of predicted tokens.
         sequence_length: the length of the windows in tokens; S is that of the longest window in the text.
     """

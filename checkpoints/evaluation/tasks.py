@@ -47,8 +47,7 @@ def evaluate_tasks(
     """Runs lm-eval's tasks on a model, with its active streams or as the plain backbone.
 
     Random choices of lm-eval (few-shot examples, bootstrapped errors) use its default seeds. Its progress, and what
-    tasks
-    print, goes to standard error.
+    tasks print, goes to standard error.
 
     Args:
         model: a causal language model; it runs on its own device and in its own dtype.
@@ -59,11 +58,9 @@ def evaluate_tasks(
         batch_size: questions in a batch.
         sequence_length: tokens that the model sees at once; by default the number of its positions.
         include_path: a folder with your own task files. These, and task files given by path, can run code on this
-            machine
-            when lm-eval reads them (`!function`, templates): a warning names them first.
+            machine when lm-eval reads them (`!function`, templates): a warning names them first.
         confirm_run_unsafe_code: whether tasks may run the code that the model writes. It does not affect the code that
-            task
-            files run.
+            task files run.
         adaptive: as in `parscale.checkpoints.evaluation.text_loss.evaluate`.
 
     Returns:
@@ -73,8 +70,7 @@ def evaluate_tasks(
 
     Raises:
         ValueError: lm-eval is missing, a number is out of range, a task does not exist or cannot be loaded, or it runs
-            the
-            model's code without permission.
+            the model's code without permission.
         OSError: the data of a task is not available.
     """
     _check_numbers(num_fewshot, limit, batch_size)
@@ -129,8 +125,7 @@ def stamp(model: Any, **versions: str) -> dict[str, Any]:
 
     Returns:
         `num_streams` is P; `streams` is the active set's name, or `"off"` for the plain backbone; `versions` holds
-        those of
-        parscale, torch and transformers, and the given ones.
+        those of parscale, torch and transformers, and the given ones.
     """
     state = getattr(model, "parscale", None)
     active = None if state is None else state.active

@@ -87,8 +87,7 @@ def evaluate(
         tokenizer: its tokenizer; each document begins with the special tokens that it adds.
         documents: pairs of a name and a text.
         sequence_length: tokens in a window, at least 2 and at most the number of the model's positions; by default
-            1024,
-            or the number of positions if that is smaller.
+            1024, or the number of positions if that is smaller.
         batch_size: windows in a batch; memory for logits grows with `batch_size * sequence_length * vocabulary`.
         adaptive: for streams that share keys and values: the entropy of stream 0's prediction, in nats, above which
             streams 1 to P - 1 run for a token. 0: always, infinity: never.
@@ -99,8 +98,7 @@ def evaluate(
 
     Raises:
         ValueError: a number is out of range, the active streams cannot adapt, no document has two tokens, a text holds
-            half
-            a surrogate pair, or the tokenizer gives an id outside the model's vocabulary.
+            half a surrogate pair, or the tokenizer gives an id outside the model's vocabulary.
     """
     length = checked_length(model, sequence_length)
     if batch_size < 1:

@@ -140,8 +140,7 @@ class Interruption(TrainerCallback):
     """Stops a run on a signal: the first one after the current step, with a checkpoint; a second one immediately.
 
     A terminal that closes sends SIGHUP, often twice and with other signals, so SIGHUP never counts as a second signal.
-    If
-    it is ignored, as under `nohup`, it stays ignored.
+    If it is ignored, as under `nohup`, it stays ignored.
     """
 
     def __init__(self) -> None:

@@ -115,8 +115,7 @@ def model_card(facts: TrainingFacts) -> str:
     """The card as Markdown with a YAML header, for a checkpoint's `README.md`.
 
     Names may hold any character: they are in code spans, or escaped in YAML. The YAML names the backbone and the data
-    only
-    if they are on the Hub, which rejects other names there.
+    only if they are on the Hub, which rejects other names there.
     """
     data = ModelCardData(
         base_model=facts.backbone if _is_hub_name(facts.backbone) else None,

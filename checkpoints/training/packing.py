@@ -136,8 +136,7 @@ def pack_documents(
 
     Raises:
         ValueError: `sequence_length` is below 1, the tokenizer gives an id outside the vocabulary, or a text holds half
-            a
-            surrogate pair.
+            a surrogate pair.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")

@@ -31,18 +31,15 @@ class TrainSettings:
         batch_size: Sequences in an optimizer step; over all devices.
         micro_batch_size: Sequences on a device at once. Default: its whole share of the batch.
         learning_rate: Peak learning rate of everything but the streams; with a frozen backbone, of the streams.
-            Default: 3e-5,
-            for an adapter 2e-4.
+            Default: 3e-5, for an adapter 2e-4.
         streams_learning_rate: Peak learning rate of the streams. Default: 1e-2, for prompts 1e-3, for low-rank
-            differences
-            3e-3.
+            differences 3e-3.
         weight_decay: Weight decay of the backbone's matrices.
         warmup: Share of the steps in which the learning rate rises; then it is constant.
         decay: Share of the steps at the end in which the learning rate falls to zero.
         freeze_backbone: Train only the streams.
         lora_rank: Rank of an adapter that is trained with the streams, in place of the backbone; at the end it is
-            merged into
-            the backbone.
+            merged into the backbone.
         quantize: Type of a frozen backbone's weights during training: `int8` (torchao) or `nf4` (bitsandbytes).
         bf16: Compute in bfloat16 under autocast, with float32 weights where they are trained. Default: on GPUs that
             support it.

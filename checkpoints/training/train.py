@@ -71,8 +71,7 @@ def train(
         output: the folder of the run: new or empty, or with `resume` the folder of a stopped run.
         settings: data, amount and options.
         resume: continue from the latest complete checkpoint in `output`, with the same settings: on one device the
-            result is
-            the same to the last bit. Without a checkpoint the run starts; a finished run is not changed.
+            result is the same to the last bit. Without a checkpoint the run starts; a finished run is not changed.
         command: the command that the model card shows.
         name: the name of the result on the model card, such as its repository on the Hub; by default the folder's name.
         console: where progress is shown; by default standard error.
@@ -84,8 +83,7 @@ def train(
         ValueError: the data, the checkpoint or the settings do not fit; nothing has been written.
         DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays complete.
         OSError: something is missing or cannot be written, or another process is running the run; the last checkpoint
-            stays
-            complete.
+            stays complete.
         Interrupted: a signal ended the run, after a checkpoint.
     """
     run = Run(output)

@@ -39,8 +39,7 @@ class OneDeviceArguments(TrainingArguments):
     """The Trainer's arguments for one device in each process.
 
     A process that sees several GPUs and was not started by a launcher uses one of them. The Trainer itself would split
-    each
-    batch over all GPUs with `nn.DataParallel`.
+    each batch over all GPUs with `nn.DataParallel`.
     """
 
     @property

@@ -53,8 +53,7 @@ class ListOptionCommand(TyperCommand):
     """A command whose list options take several values after one name, as in `--data a.txt b.txt`.
 
     `--data a.txt --data b.txt` works too. While a positional argument is missing, the value after the first one becomes
-    that
-    argument: `--data a.txt CHECKPOINT` and `CHECKPOINT --data a.txt` mean the same.
+    that argument: `--data a.txt CHECKPOINT` and `CHECKPOINT --data a.txt` mean the same.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

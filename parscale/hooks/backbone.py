@@ -157,8 +157,7 @@ class BackboneHooks:
             last: the final hidden states `(P*B, S, H)`.
             mixed: the mixed states `(B, S, H)`.
             states: the output. A tuple of hidden states gets the mixed states as its last entry, unless the last entry
-                is
-                not the final hidden state.
+                is not the final hidden state.
         """
         if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
             return (*states[:-1], mixed)

@@ -30,8 +30,7 @@ class StreamAggregator(nn.Module):
     """`Linear(P*H -> H)`, SiLU, `Linear(H -> P)`, softmax over streams, smoothing, weighted sum.
 
     Its parameters have the names of checkpoints; `stream_outer` reorders the columns of the first one. The logits,
-    which
-    go into a softmax, are float32.
+    which go into a softmax, are float32.
 
     Args:
         num_streams: P.

@@ -29,8 +29,7 @@ class _WithSlots(Scheduler):
         model_config = self.vllm_config.model_config
         self.num_slots: int = getattr(model_config.hf_config, SLOTS)
         # The engine has allocated the cache for this length. The rest after the slots is the user's: the engine reports
-        # it
-        # to the front end as its limit.
+        # it to the front end as its limit.
         model_config.max_model_len -= self.num_slots
 
     def add_request(self, request: Request) -> None:
