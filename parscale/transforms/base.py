@@ -1,4 +1,4 @@
-"""What the transforms have in common: they look at the model, and try whether it runs with them."""
+"""The common parts of the transforms: they examine the model, and test whether it runs with them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ModelTransform(Transform):
         self.state = state
 
     def try_out(self) -> None:
-        """Runs the backbone with the streams, to see whether it can.
+        """Tests whether the backbone runs with the streams.
 
         Raises:
-            UnsupportedModelError: it cannot.
+            UnsupportedModelError: it does not.
         """
         try:
             run_briefly(self.state, streams=self.streams)
-        except Exception as error:  # whatever the backbone does with what it does not expect
+        except Exception as error:  # whatever the backbone raises for unexpected input
             if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
                 raise
             raise UnsupportedModelError(
@@ -38,7 +38,7 @@ class ModelTransform(Transform):
             ) from error
 
     def longest_text(self) -> int | None:
-        """As many tokens as there are learned positions; any number where there are none."""
+        """The number of learned positions; `None`, any number, if there are none."""
         if not has_learned_positions(self.state.backbone):
             return None
         config = self.state.model.config.get_text_config()

@@ -208,7 +208,7 @@ def test_source_without_attention(tmp_path, capsys):
 def test_source_that_is_cut_short(damaged, tmp_path, capsys):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(capsys, tmp_path, damaged, tmp_path / "output", "--num-streams", 2, complaint="cut short")
+    refused(capsys, tmp_path, damaged, tmp_path / "output", "--num-streams", 2, complaint="truncated")
 
 
 def test_source_with_a_pickle(damaged, tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_freeze_backbone_needs_streams_that_train(model):
     for name in (None, "one"):
         model.set_streams(name)
         before = trained(model)
-        with pytest.raises(ValueError, match=r"nothing would train.*set_streams"):
+        with pytest.raises(ValueError, match=r"nothing would be trainable.*set_streams"):
             model.freeze_backbone()
         assert trained(model) == before
 
@@ -306,7 +306,7 @@ def test_saved_sets_come_onto_one_model(tiny, tmp_path):
     with pytest.raises(ValueError, match="A set of streams 'wide' exists already: choose another name"):
         model.load_streams(tmp_path / "wide")
     model.save_pretrained(tmp_path / "full")
-    with pytest.raises(ValueError, match="has a backbone of its own: load_streams takes what save_streams"):
+    with pytest.raises(ValueError, match="has its own backbone: load_streams reads folders written by save_streams"):
         model.load_streams(tmp_path / "full")
 
 

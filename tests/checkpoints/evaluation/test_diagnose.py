@@ -246,7 +246,7 @@ def test_plot(model, tmp_path, ending):
 
 def test_plot_of_an_unknown_kind(model, tmp_path):
     found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
-    with pytest.raises(ValueError, match=r"plot does not end in .png, .pdf, .svg"):
+    with pytest.raises(ValueError, match=r"plot must end in one of .png, .pdf, .svg"):
         plot_diagnosis(found, tmp_path / "plot")
     with pytest.raises(ValueError, match="There is no folder"):
         plot_diagnosis(found, tmp_path / "nowhere" / "plot.png")

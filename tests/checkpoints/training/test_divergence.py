@@ -197,7 +197,7 @@ def test_values_that_do_not_fit_the_dtype_of_the_checkpoint(full, text_file, tmp
     AutoTokenizer.from_pretrained(full).save_pretrained(tmp_path / "half")
     chosen = settings(text_file, tokens=BATCH * S, freeze_backbone=True, streams_learning_rate=1e6)
     with pytest.raises(
-        ValueError, match=r"do not fit into float16, in which .*half is saved; .*The trained values are in float32 in"
+        ValueError, match=r"do not fit into float16, the dtype of .*half; .*The trained values are in float32 in"
     ):
         train(str(tmp_path / "half"), tmp_path / "run", chosen)
     assert Run(tmp_path / "run").steps() == [1]

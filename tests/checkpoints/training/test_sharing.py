@@ -72,7 +72,7 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(
 
     monkeypatch.setattr(Run, "publish", publish_later)
     train(str(full), tmp_path / "run", settings(text_file))
-    assert ("another process writes there" if resume else "is not empty") in others[0]
+    assert ("another process is writing there" if resume else "is not empty") in others[0]
     train(str(full), tmp_path / "alone", settings(text_file))
     for name in ("model.safetensors", "checkpoint-4/optimizer.pt"):
         if name.endswith("safetensors"):
@@ -87,7 +87,7 @@ def test_two_that_begin_at_one_time(full, text_file, tmp_path, train_in_a_proces
     codes = [process.wait() for process in processes]
     assert 0 in codes
     for code, process in zip(codes, processes, strict=True):
-        assert code == 0 or "another process writes there" in process.stderr, process.stderr
+        assert code == 0 or "another process is writing there" in process.stderr, process.stderr
     assert Run(tmp_path / "run").report()["steps"] == STEPS
     assert [line["step"] for line in Run(tmp_path / "run").metrics() if "loss" in line] == [1, 2, 3, 4]
 
@@ -125,7 +125,7 @@ def test_two_conversions_into_one_folder(backbone, tmp_path, monkeypatch):
         errors.append(str(error))
     end.set()
     thread.join()
-    assert "another process writes there" in errors[0]
+    assert "another process is writing there" in errors[0]
     assert load(tmp_path / "model").num_streams == 2
     assert os.listdir(tmp_path) == ["model"]
 
