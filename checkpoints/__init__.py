@@ -2,7 +2,7 @@
 
     from parscale.checkpoints import TrainSettings, convert, evaluate, train
 
-Importing this package imports neither torch nor transformers: each name below is fetched when it is first used.
+Importing this package imports neither torch nor transformers: each name below is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {  # of the public names, below this package
+_HOMES = {  # the module of each public name in this package
     "conversion.convert": (
         "calibration_ids",
         "convert",
