@@ -60,9 +60,7 @@ def convert(
     documents = read_documents(calibration_files, text_column=text_column)
     require_new_folder(output)
     if (kind := kind_of(Checkpoint(source))) != PLAIN:
-        raise ValueError(
-            f"{source} already has streams ({kind}); give a plain model, such as its backbone."
-        )
+        raise ValueError(f"{source} already has streams ({kind}); give a plain model, such as its backbone.")
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)
         model = load_plain(source, any_task=True)

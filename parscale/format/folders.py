@@ -244,9 +244,7 @@ def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
     """
     name = fields.get("name", DEFAULT_SET)
     if not _is_set_name(name):
-        raise ValueError(
-            f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, but has {brief(repr(name))}."
-        )
+        raise ValueError(f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, but has {brief(repr(name))}.")
     return name
 
 

@@ -86,9 +86,7 @@ class PromptTransform(ModelTransform):
         if begins:
             return self._begin(arguments, mask, positions)
         padding = leading_zeros(mask)
-        if (
-            mask is not None and padding is not None
-        ):  # the first pass contains the prompt, even if it was padding alone
+        if mask is not None and padding is not None:  # the first pass contains the prompt, even if it was padding alone
             padding = padding.clamp(max=getattr(cache, FIRST_LENGTH, mask.shape[-1]))
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})

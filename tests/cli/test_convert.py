@@ -188,7 +188,7 @@ def test_source_that_is_empty(tmp_path, capsys):
 
 
 def test_source_that_has_streams(two_sets, tmp_path, capsys):
-    complaint = "has streams already (full)"
+    complaint = "already has streams (full)"
     refused(capsys, tmp_path, two_sets, tmp_path / "output", "--num-streams", 2, complaint=complaint)
 
 

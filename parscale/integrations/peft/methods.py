@@ -142,7 +142,5 @@ def _reason(name: str, method: PeftMethod, peft_config: Any, transforms: Collect
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         value = getattr(peft_config, field, None) or ()
         if any(AGGREGATOR in entry for entry in ([value] if isinstance(value, str) else value)):
-            return (
-                f"{field} with {AGGREGATOR!r}: streams are trained and saved with every adapter anyway. Omit it."
-            )
+            return f"{field} with {AGGREGATOR!r}: streams are trained and saved with every adapter anyway. Omit it."
     return ""
