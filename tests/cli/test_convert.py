@@ -285,7 +285,7 @@ def test_an_encoder(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("text")
     for command in (["eval", "--data", str(tmp_path / "text.txt")], ["generate", "--prompt", "x"]):
         assert run([command[0], str(tmp_path / "wide"), *command[1:]]) == 2
-        assert "holds a BertForMaskedLM, and this is for causal language models" in capsys.readouterr().err
+        assert "holds a BertForMaskedLM, but this is for causal language models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("transform", ["prompt", "lora"])

@@ -43,7 +43,7 @@ def test_trains_and_reports(two_sets, text_file, tmp_path, capsys):
         (["--data", "short.txt", "--quantize", "int8"], "A quantized backbone cannot train"),
         ([], "Missing option '--data'"),
         (["--data", "short.txt", "--tokens", "1.5"], "'1.5' is not a whole number; give one such as 20000000 or 20M"),
-        (["--data", "short.txt", "--tokens", "many"], "'many' is no size"),
+        (["--data", "short.txt", "--tokens", "many"], "'many' is not a size"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(two_sets, tmp_path, monkeypatch, capsys, arguments, said):

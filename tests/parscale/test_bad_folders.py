@@ -92,7 +92,7 @@ def test_a_missing_folder(name):
 
 @pytest.mark.parametrize("given", [None, 3, "", b"folder", torch.nn.Linear(1, 1)], ids=str)
 def test_not_a_folder(given):
-    with pytest.raises(ValueError, match="given as a folder or as a name on the Hub"):
+    with pytest.raises(ValueError, match="must be a folder or a name on the Hub"):
         load(given)
 
 
@@ -439,8 +439,8 @@ def test_a_further_set_that_is_damaged(copied):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"hidden_size": 32}, "its hidden_size is 32, and the streams were made for 16"),
-        ({"num_hidden_layers": 3}, "its num_layers is 3, and the streams were made for 2"),
+        ({"hidden_size": 32}, "its hidden_size is 32, but the streams were made for 16"),
+        ({"num_hidden_layers": 3}, "its num_layers is 3, but the streams were made for 2"),
         ({"num_key_value_heads": 2}, r"is \(2, 1, 3, 8\), not \(2, 2, 3, 8\)"),
     ],
     ids=["hidden size", "layers", "heads"],
@@ -455,7 +455,7 @@ def test_a_backbone_that_does_not_fit(copied, tmp_path, changes, match, given):
 
 
 def test_a_backbone_of_another_type(copied, zoo):
-    with pytest.raises(ValueError, match="its model_type is qwen2, and the streams were made for llama"):
+    with pytest.raises(ValueError, match="its model_type is qwen2, but the streams were made for llama"):
         load(copied("streams"), backbone=zoo.FAMILIES["qwen2"].build())
 
 

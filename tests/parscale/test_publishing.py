@@ -105,7 +105,7 @@ def test_a_folder_that_stands_for_a_file_is_refused(target):
     (target / "model.safetensors").mkdir()
     (target / "model.safetensors" / "mine").write_text("mine")
     before = tree(target.parent)
-    with pytest.raises(OSError, match="should be a file, and is a folder; move it elsewhere"):
+    with pytest.raises(OSError, match="should be a file, but is a folder; move it elsewhere"):
         publish(target, ["config.json", "model.safetensors"])
     assert tree(target.parent) == before
 

@@ -142,7 +142,7 @@ def test_names_that_are_none(model, name):
 def test_a_name_that_is_taken(model, zoo):
     expected, before = logits_of(model, zoo.token_ids()), [name for name, _ in model.named_parameters()]
     for name in ("default", "two", "one"):
-        with pytest.raises(ValueError, match=f"set of streams '{name}' already"):
+        with pytest.raises(ValueError, match=f"set of streams '{name}' exists already"):
             model.add_streams(name, 2, init="random")
     assert [name for name, _ in model.named_parameters()] == before
     assert torch.equal(logits_of(model, zoo.token_ids()), expected)
