@@ -121,7 +121,7 @@ def _further(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 
-def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: Any = None) -> dict[str, int]:
+def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: object = None) -> dict[str, int]:
     counts = {None: 0, TRANSFORM_PART: 0, AGGREGATOR_PART: 0}
     for name, size in stored_sizes(tensors, quantization).items():
         counts[part_of(name)] += size

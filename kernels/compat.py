@@ -41,7 +41,7 @@ def flash_for_gpu_backward() -> Any:
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_backward")
 
 
-def _needed(owner: Any, name: str) -> Any:
+def _needed(owner: object, name: str) -> Any:
     """`owner.name`; torch.compile traces this.
 
     Raises:

@@ -80,11 +80,11 @@ class _Once(torch.autograd.Function):
     """A backward pass as a separate step, which raises an error when it is differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> Any:
+    def forward(ctx: object, function: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> Any:
         return function(*args)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: object, *gradients: Any) -> Any:
         raise RuntimeError(TWICE)
 
 

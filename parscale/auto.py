@@ -28,7 +28,7 @@ from parscale.loading import load_full
 from parscale.wrapping import wrap
 
 
-def register_architecture(name: Any) -> None:
+def register_architecture(name: object) -> None:
     """Lets `getattr(transformers, name).from_pretrained(folder)` read full checkpoints of this architecture.
 
     Args:
@@ -47,7 +47,7 @@ class ParScaleModelConfig:
         return read_pretrained(AutoConfig, pretrained_model_name_or_path, **without_own_arguments(kwargs))
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+    def register_for_auto_class(cls, auto_class: object = None) -> None:
         """Does nothing: this class is never saved as code."""
 
 
@@ -75,7 +75,7 @@ class ParScaleModel:
         return load_full(pretrained_model_name_or_path, config, *model_args, **kwargs)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+    def register_for_auto_class(cls, auto_class: object = None) -> None:
         """Does nothing: this class is never saved as code."""
 
 

@@ -173,7 +173,7 @@ class ParScaleConfig:
         )
 
 
-def _integer(name: str, value: Any, *, minimum: int) -> int:
+def _integer(name: str, value: object, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
     if value < minimum:

@@ -276,7 +276,7 @@ def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> A
     return past_key_values
 
 
-def static_cache_init_shape(model: Any) -> None:
+def static_cache_init_shape(model: object) -> None:
     """Makes `generate` let a static cache take its number of rows from the first keys: P*B, not B."""
 
 

@@ -116,7 +116,7 @@ def wrap(
 
 
 @contextlib.contextmanager
-def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
+def _as_it_was_if_it_fails(model: object) -> Iterator[None]:
     """If this block fails, the model's configurations and its modules' children are restored.
 
     BigBird replaces children when it first reads a short text.
@@ -153,7 +153,7 @@ def unwrap(model: M) -> M:
     return model
 
 
-def state_of(model: Any) -> ParScaleState:
+def state_of(model: object) -> ParScaleState:
     """The streams of a wrapped model.
 
     Raises:
@@ -206,7 +206,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     return state
 
 
-def _held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
+def _held_configs(model: object) -> list[tuple[nn.Module, Any]]:
     """Each module that holds a configuration, and that object."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [(module, module.__dict__["config"]) for module in modules if "config" in module.__dict__]

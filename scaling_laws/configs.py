@@ -235,11 +235,11 @@ def _flag(contents: Mapping[str, Any], name: str, default: bool) -> bool:
     return default if value is None else bool(value)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     """A value for an error message: shortened if it is a number with thousands of digits or a long list."""
     if isinstance(value, int) and value > LARGEST:
         return f"a number of {value.bit_length()} bits"
@@ -247,7 +247,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _require_finite(contents: Any, name: str = "") -> None:
+def _require_finite(contents: object, name: str = "") -> None:
     """Raises `ValueError` for NaN, and for infinity unless it is an open limit, such as that of time steps."""
     waiting = [(name, contents)]
     while waiting:

@@ -173,11 +173,11 @@ class ParallelScalingLaw:
         return gain
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _intervals(contents: Any) -> dict[str, Interval] | None:
+def _intervals(contents: object) -> dict[str, Interval] | None:
     """Intervals by name of the parameter, as `to_dict` writes them, with None for an infinite end."""
     if not contents:
         return None

@@ -116,7 +116,7 @@ def evaluate_tasks(
     return {"parscale": measured} | written
 
 
-def stamp(model: Any, **versions: str) -> dict[str, Any]:
+def stamp(model: object, **versions: str) -> dict[str, Any]:
     """What a result was measured with: the model's streams, and versions of packages.
 
     Args:

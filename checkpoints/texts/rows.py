@@ -59,7 +59,7 @@ def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def text_of(where: str, row: Any, column: str) -> str:
+def text_of(where: str, row: object, column: str) -> str:
     """The text of one row.
 
     Args:
@@ -124,7 +124,7 @@ def _after_space(text: str, at: int) -> int:
     return at if match is None else match.end()
 
 
-def _is_list_of_rows(value: Any) -> bool:
+def _is_list_of_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 

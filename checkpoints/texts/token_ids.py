@@ -91,7 +91,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def only_known_ids(model: PreTrainedModel) -> Iterator[None]:
     """In this block a model raises a `ValueError` for ids outside its vocabulary, whoever encoded the text."""
 
-    def check(module: Any, args: Any) -> None:
+    def check(module: object, args: Any) -> None:
         (ids,) = args
         if ids.numel():
             require_known([int(ids.max())], vocabulary)

@@ -229,7 +229,7 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _placed(value: Any) -> Any:
+def _placed(value: object) -> Any:
     """A setting with all paths in it made absolute, so that one file is always the same setting."""
     if isinstance(value, str):
         return os.path.abspath(value) if os.path.exists(value) else value
@@ -306,7 +306,7 @@ def _files_in_manifest(folder: Path) -> dict[str, Any] | None:
     return files if written else None
 
 
-def _change(key: str, before: Any, now: Any) -> str:
+def _change(key: str, before: Any, now: object) -> str:
     """A changed setting, in words."""
     change = f"{key} was {before!r} and is {now!r}"
     if key not in CONTENTS:

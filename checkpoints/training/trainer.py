@@ -124,7 +124,7 @@ class StreamsTrainer(Trainer):
 
     # -- checkpoints
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -216,7 +216,7 @@ def _saves_whole_models(accelerator: Any) -> bool:
     return "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
 
 
-def _sums_by_row(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+def _sums_by_row(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """Each row's summed loss in nats and its number of predicted tokens, `(rows, 2)`, from `(rows, S, V)` logits."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]  # (rows, S - 1)

@@ -188,7 +188,7 @@ def _(
     return x.new_empty(x.shape), logits.new_empty(logits.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     x, logits, ctx.smoothing = inputs
     ctx.save_for_backward(x, logits)
 
@@ -208,13 +208,15 @@ def _rows(x: torch.Tensor, dim: int | None, size: int, row_dim: int) -> torch.Te
 
 
 @aggregate_op.register_vmap
-def _(info: Any, dims: tuple[Any, ...], x: Any, logits: Any, smoothing: float) -> tuple[Any, int]:
+def _(info: Any, dims: tuple[Any, ...], x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> tuple[Any, int]:
     x, logits = _rows(x, dims[0], info.batch_size, 1), _rows(logits, dims[1], info.batch_size, 0)
     return aggregate_op(x, logits, smoothing).unflatten(0, (info.batch_size, -1)), 0
 
 
 @aggregate_backward_op.register_vmap
-def _(info: Any, dims: tuple[Any, ...], gradient: Any, x: Any, logits: Any, smoothing: float) -> tuple[Any, Any]:
+def _(
+    info: Any, dims: tuple[Any, ...], gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
+) -> tuple[Any, Any]:
     size = info.batch_size
     rows = (_rows(gradient, dims[0], size, 0), _rows(x, dims[1], size, 1), _rows(logits, dims[2], size, 0))
     dx, dlogits = aggregate_backward_op(*rows, smoothing)

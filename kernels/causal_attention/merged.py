@@ -32,7 +32,15 @@ class _CausalAttention(torch.autograd.Function):
     """Both parts and their merge, as one step; see `parscale.kernels.flash` for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, scaling: Any) -> Any:
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prefix_k: torch.Tensor,
+        prefix_v: torch.Tensor,
+        scaling: float | None,
+    ) -> Any:
         P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
         output, lse = flash(query, key, value, True, scaling)  # (R, heads, S, D), (R, heads, S)
         prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
@@ -46,20 +54,20 @@ class _CausalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return *gradients_once(_gradients, ctx.scaling, gradient, *ctx.saved_tensors), None
 
 
 def _gradients(
     scaling: float | None,
-    gradient: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    prefix_k: Any,
-    prefix_v: Any,
-    output: Any,
-    lse: Any,
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""
     P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]

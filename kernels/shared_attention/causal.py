@@ -59,7 +59,14 @@ class _SharedCausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, plain: int, scaling: Any
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prefix_k: torch.Tensor,
+        prefix_v: torch.Tensor,
+        plain: int,
+        scaling: float | None,
     ) -> Any:
         (B, G), R, Q = key.shape[:2], query.shape[0], prefix_k.shape[0]
         output, lse, *random = flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
@@ -76,21 +83,21 @@ class _SharedCausalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return *gradients_once(_gradients, ctx.plain, ctx.scaling, gradient, *ctx.saved_tensors), None, None
 
 
 def _gradients(
     plain: int,
     scaling: float | None,
-    gradient: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    prefix_k: Any,
-    prefix_v: Any,
-    output: Any,
-    lse: Any,
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
     *random: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""

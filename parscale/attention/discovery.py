@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
 from parscale.streams.naming import part_of
 from parscale.streams.places import AttentionLayer, Hidden
 from parscale.streams.state import ParScaleState
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def attach_attention(state: ParScaleState) -> None:
@@ -112,7 +115,7 @@ def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
     return [(x.dtype, x.device) for name, x in named if part_of(name) is None]
 
 
-def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
+def _count_heads_of_all_devices(state: ParScaleState, mesh: DeviceMesh) -> None:
     """Finds the layers whose heads are split over the mesh, by a comparison with the unsplit model."""
     config = copy.deepcopy(state.model.config)
     use_eager(config)

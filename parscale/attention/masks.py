@@ -25,7 +25,7 @@ def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
     return torch.cat([mask.new_ones(*mask.shape[:-1], prefix_length), mask], dim=-1)
 
 
-def leading_zeros(mask: Any) -> torch.Tensor | None:
+def leading_zeros(mask: object) -> torch.Tensor | None:
     """The number of leading zeros in each row of a mask `(R, K)`, `(R,)`; `None` for another mask or none."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None

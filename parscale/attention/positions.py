@@ -68,7 +68,7 @@ class RowPositions:
         unaware = arguments.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2
         self.state.call.mask_around = mask if unaware else None
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.state.call.mask_around = None
 
     def of_rows(self, is_backbone: bool, arguments: dict[str, Any], num_streams: int) -> dict[str, Any]:

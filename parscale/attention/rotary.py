@@ -61,7 +61,7 @@ def tables_moved(tables: list[RotaryTable], by: int) -> Iterator[None]:
 def rotation_moved(backbone: nn.Module, by: int) -> Iterator[None]:
     """In this block, rotary embeddings see positions that are larger by `by` than those of the rest of the backbone."""
 
-    def move(x: Any) -> Any:
+    def move(x: object) -> Any:
         return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
 
     def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

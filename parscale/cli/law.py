@@ -226,7 +226,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     Terminal(soft_wrap=True).print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None or value != value:
         return "-"
     if isinstance(value, bool):

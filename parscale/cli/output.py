@@ -30,7 +30,7 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
         beside.write_text(_json(figures), encoding="utf-8")
 
 
-def without_nan(figures: Any) -> Any:
+def without_nan(figures: object) -> Any:
     """The same figures with None in place of NaN and infinities, which JSON does not support."""
     if isinstance(figures, Mapping):
         return {name: without_nan(value) for name, value in figures.items()}
@@ -88,7 +88,7 @@ def quiet_hub() -> None:
     logging.set_verbosity(CRITICAL)
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

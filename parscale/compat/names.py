@@ -16,7 +16,7 @@ from packaging.version import Version
 from parscale.errors import IncompatibleVersionError
 
 
-def needed(owner: Any, name: str) -> Any:
+def needed(owner: object, name: str) -> Any:
     """`owner.name`, of a module or a class.
 
     torch.compile traces this function inside forward passes, so it neither caches nor catches exceptions.
@@ -51,7 +51,7 @@ def is_installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
-def missing(owner: Any, name: str) -> IncompatibleVersionError:
+def missing(owner: object, name: str) -> IncompatibleVersionError:
     """The error for a name that a module or a class lacks."""
     if isinstance(owner, ModuleType):
         path = owner.__name__

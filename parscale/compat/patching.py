@@ -13,7 +13,7 @@ from typing import Any
 Extension = Callable[..., Any]  # takes the function, then its arguments
 
 
-def extend(owner: Any, name: str, extension: Extension) -> None:
+def extend(owner: object, name: str, extension: Extension) -> None:
     """Replaces a class's method or a module's function by `extension(function, *its_arguments)`, once."""
     function = getattr(owner, name)
     if not _is_extended(function):
@@ -79,5 +79,5 @@ def _extended(function: Callable[..., Any], extension: Extension) -> Callable[..
     return extended
 
 
-def _is_extended(function: Any) -> bool:
+def _is_extended(function: object) -> bool:
     return getattr(function, "extended_by_parscale", False)

@@ -218,7 +218,7 @@ def set_checkpointing_function(layer: nn.Module, function: Callable[..., Any]) -
     setattr(layer, _CHECKPOINT, function)
 
 
-def show_on_models(name: str, descriptor: Any) -> None:
+def show_on_models(name: str, descriptor: object) -> None:
     """Adds a computed attribute to all models.
 
     Python looks up a computed attribute on the class, not on the object. A wrapped model keeps its class, so the

@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from parscale.compat.deepspeed import gathered, is_of_engine, is_partitioned
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -119,12 +122,12 @@ def tensor_parallel_mesh(model: nn.Module) -> Any:
     return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1), None)
 
 
-def gather_heads(states: torch.Tensor, mesh: Any) -> torch.Tensor:
+def gather_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Gathers the heads of all devices, `(R, G, K, D)`, from `(R, G / size, K, D)` on each."""
     return DTensor.from_local(states, mesh, [Shard(HEADS)], run_check=False).full_tensor()
 
 
-def share_random_state(mesh: Any) -> None:
+def share_random_state(mesh: DeviceMesh) -> None:
     """Gives every process of the mesh the random state of its first one, so that all draw the same numbers."""
     group = mesh.get_group()
     generators: list[Any] = [torch]
@@ -136,7 +139,7 @@ def share_random_state(mesh: Any) -> None:
         generator.set_rng_state(state.cpu())
 
 
-def distribute_parameter(module: nn.Module, name: str, mesh: Any, *, by_heads: bool = False) -> None:
+def distribute_parameter(module: nn.Module, name: str, mesh: DeviceMesh, *, by_heads: bool = False) -> None:
     """Turns a module's parameter, which every process holds, into a parameter of a tensor-parallel model, in place.
 
     All processes get the values of the first process in the mesh.
@@ -160,11 +163,11 @@ def each_module_gathered(model: nn.Module) -> Iterator[None]:
     """In this block ZeRO-3's parameters are gathered while a module that holds them runs, and partitioned otherwise."""
     inside: dict[nn.Module, Any] = {}
 
-    def bring(module: nn.Module, args: Any) -> None:
+    def bring(module: nn.Module, args: object) -> None:
         inside[module] = gathered(list(module.parameters(recurse=False)))
         inside[module].__enter__()
 
-    def let_go(module: nn.Module, args: Any, output: Any) -> None:
+    def let_go(module: nn.Module, args: object, output: object) -> None:
         inside.pop(module).__exit__(None, None, None)
 
     hooks: list[Any] = []

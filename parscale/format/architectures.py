@@ -175,7 +175,7 @@ def backbone_class(config: Any, plain: Any) -> Any:
     return cls
 
 
-def class_named(name: Any) -> Any:
+def class_named(name: object) -> Any:
     """A model class of transformers by its name; `None` if there is none."""
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None

@@ -136,7 +136,7 @@ def _few_modules(most: int) -> Iterator[None]:
     """In this block this thread can only build models with at most `most` modules and parameters."""
     thread, count = threading.get_ident(), 0
 
-    def counted(module: nn.Module, name: str, part: Any) -> None:
+    def counted(module: nn.Module, name: str, part: object) -> None:
         nonlocal count
         count += threading.get_ident() == thread
         if count > most:

@@ -285,7 +285,7 @@ def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | N
     return next(filter(os.path.isdir, places), name)
 
 
-def _is_set_name(name: Any) -> bool:
+def _is_set_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(SET_PATTERN, name) is not None
 
 
@@ -307,7 +307,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
-def _is_plain_name(name: Any) -> bool:
+def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 

@@ -130,5 +130,5 @@ def _numel(shape: list[int], most: int) -> int:
     return count
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

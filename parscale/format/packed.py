@@ -30,7 +30,7 @@ BESIDE = re.compile(
 TWO_IN_A_BYTE = 2
 
 
-def stored_sizes(tensors: Mapping[str, StoredTensor], quantization: Any) -> dict[str, int]:
+def stored_sizes(tensors: Mapping[str, StoredTensor], quantization: object) -> dict[str, int]:
     """The number of parameters in each tensor of a checkpoint's files; tensors without parameters are omitted.
 
     Args:

@@ -163,7 +163,7 @@ def save_streams(
 def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, Any] | None) -> Iterator[None]:
     """In this block the model's `state_dict()`, and `state_dict`, hold only the active set, by its released names."""
 
-    def rename(model: Any, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
+    def rename(model: object, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
         if prefix:
             return
         in_use = set() if state.active is None else set(state.names(state.active).values())

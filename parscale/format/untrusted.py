@@ -52,7 +52,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_text(value: Any) -> None:
+def _check_text(value: object) -> None:
     """Raises an error for lone surrogates, which cannot be written to a file or a terminal."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -60,7 +60,7 @@ def _check_text(value: Any) -> None:
         raise ValueError(f"it holds half a character, \\u{ord(error.object[error.start]):04x}") from error
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     level = [value]
     for _ in range(_DEEPEST):
         containers = [each for each in level if isinstance(each, dict | list)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
 from parscale.transforms.inits import check_calibration, default_init, initialize
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @undisturbed()
@@ -92,7 +95,7 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     state.sets.pop(streams.name, None)
 
 
-def _check_name(state: ParScaleState, name: Any) -> None:
+def _check_name(state: ParScaleState, name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
         raise ValueError(f"A set of streams takes a name of letters, digits, '-' and '_', got {name!r}.")
     if name in state.sets:
@@ -144,7 +147,7 @@ def _give_values(
         _distribute(state, streams, mesh)
 
 
-def _distribute(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:
+def _distribute(state: ParScaleState, streams: StreamSet, mesh: DeviceMesh) -> None:
     """Replicates a new set's parameters, in place, on every process of a tensor-parallel model."""
     if streams.num_streams == 1:
         return

@@ -72,5 +72,5 @@ def _trained_as_in(forward: Call) -> Iterator[None]:
             parameter.requires_grad_(not parameter.requires_grad)
 
 
-def _is_differentiable(x: Any) -> bool:
+def _is_differentiable(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()

@@ -65,7 +65,7 @@ def _streams_apart(model: Any, mixture: bool) -> Iterator[list[torch.Tensor]]:
     aggregator = state.aggregator(state.active)
     captured: list[torch.Tensor] = []
 
-    def weigh(module: Any, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
+    def weigh(module: object, args: object, output: Any) -> None:  # while FSDP has the aggregator in one piece
         if state.call.aggregating:  # another thread's pass
             return
         hidden = output[0]  # (P*B, S, H)

@@ -104,7 +104,7 @@ def _output(model: Any, arguments: dict[str, Any]) -> Any:
 def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
     """The model's output with noise added to the mixed states: every output that depends on them changes."""
 
-    def disturb(module: Any, args: Any, output: Any) -> Any:
+    def disturb(module: object, args: object, output: Any) -> Any:
         if isinstance(output, tuple):
             return (output[0] + torch.randn_like(output[0]), *output[1:])
         for name in ("last_hidden_state", "pooler_output"):

@@ -99,28 +99,28 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
     return Parts(backbones[0], towers=backbones[1:])
 
 
-def main_input(part: Any) -> str:
+def main_input(part: nn.Module) -> str:
     """The name of a part's main input: the one that its class declares, or else its first argument."""
     name: str | None = getattr(part, "main_input_name", None)
     return name if name is not None and reads(part, name) else _arguments(part)[0]
 
 
-def reads(part: Any, name: str) -> bool:
+def reads(part: nn.Module, name: str) -> bool:
     """Whether a part takes an argument of this name."""
     return name in _arguments(part)
 
 
-def cache_argument(part: Any) -> str | None:
+def cache_argument(part: nn.Module) -> str | None:
     """The name of a part's cache argument; `None` if it takes none."""
     return next((name for name in CACHES if reads(part, name)), None)
 
 
-def _arguments(part: Any) -> list[str]:
+def _arguments(part: nn.Module) -> list[str]:
     """The arguments of its class's forward: another library may have replaced the object's own `forward`."""
     return list(inspect.signature(type(part).forward).parameters)[1:]
 
 
-def has_head(model: Any) -> bool:
+def has_head(model: object) -> bool:
     """Whether the model has a language model head after its backbone."""
     return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
@@ -181,7 +181,7 @@ def input_device(model: Any) -> torch.device:
     return execution_device(embeddings)
 
 
-def cuda_devices(model: Any) -> list[int]:
+def cuda_devices(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that hold parameters of the model."""
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 

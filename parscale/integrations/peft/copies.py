@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ from torch import nn
 from parscale.compat.deepspeed import is_partitioned
 from parscale.compat.torch import set_parameter
 from parscale.distributed.parallel import reshard, whole
-from parscale.integrations.peft.methods import check_method
+from parscale.integrations.peft.methods import AdapterConfig, check_method
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState, tensors_of
 from parscale.transforms import make_set
@@ -44,7 +43,7 @@ class AdapterStreams:
         peft_config: its configuration.
     """
 
-    def __init__(self, state: ParScaleState, first: str, peft_config: Any) -> None:
+    def __init__(self, state: ParScaleState, first: str, peft_config: AdapterConfig) -> None:
         self.state = state
         self.configs = {first: peft_config}
         self.active: str | None = None
@@ -107,7 +106,7 @@ class AdapterStreams:
         for adapter, copies in self._copies.items():
             copies[streams.name] = streams if adapter == own else self._copy(streams, trains=adapter is not None)
 
-    def add(self, adapter: str, peft_config: Any) -> None:
+    def add(self, adapter: str, peft_config: AdapterConfig) -> None:
         """Makes copies of the streams in use for a new adapter. Once active, they are trainable as those are."""
         if adapter in self._copies:
             return

@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Protocol
 
 from parscale.config import LORA, PROMPT
 from parscale.streams.naming import AGGREGATOR
+
+
+class AdapterConfig(Protocol):
+    """The part of a PEFT configuration that every method has."""
+
+    peft_type: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +91,17 @@ METHODS: dict[str, PeftMethod] = {
 UNKNOWN = _ADDS  # for a method in a newer PEFT, after a warning
 
 
-def method_of(peft_config: Any) -> PeftMethod:
+def method_of(peft_config: AdapterConfig) -> PeftMethod:
     """How the method of a configuration works with streams."""
     return METHODS.get(name_of(peft_config), UNKNOWN)
 
 
-def name_of(peft_config: Any) -> str:
+def name_of(peft_config: AdapterConfig) -> str:
     """The name of the method."""
     return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
 
 
-def check_method(peft_config: Any, transforms: Collection[str]) -> None:
+def check_method(peft_config: AdapterConfig, transforms: Collection[str]) -> None:
     """Checks that an adapter supports the streams of a model.
 
     Args:
@@ -119,7 +125,7 @@ def check_method(peft_config: Any, transforms: Collection[str]) -> None:
         raise ValueError(f"This adapter does not support streams: {reason}")
 
 
-def _reason(name: str, method: PeftMethod, peft_config: Any, transforms: Collection[str]) -> str:
+def _reason(name: str, method: PeftMethod, peft_config: AdapterConfig, transforms: Collection[str]) -> str:
     if method.refused:
         return f"{name}: {method.refused}. Use another method (see docs/peft.md), or unwrap the model first."
     if LORA in transforms and not method.keeps_outputs:

@@ -79,7 +79,7 @@ def _outside_backbone(state: ParScaleState, model: Any, given: dict[str, Any]) -
     """Layers outside the backbone, which see B rows, get the original entries."""
     inside = {module for part in state.parts for module in part.modules()}
 
-    def as_given(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def as_given(module: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {name: rows for name, rows in given.items() if name in kwargs}
 
     outside = [module for module in model.modules() if hasattr(module, "base_layer") and module not in inside]

@@ -24,7 +24,7 @@ def refuse(architecture: str, reason: str) -> None:
     except ImportError:  # another version of vLLM; then the model itself raises the error, when it is made
         return
 
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: object) -> None:
         raise ValueError(reason)
 
     body = {verify_and_update_config.__name__: staticmethod(verify_and_update_config)}

@@ -52,7 +52,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
     """Attends to the prefix and the request's keys, gathered into one tensor."""
 
     def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self, layer: object, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Writes `(N, P*G, D)` keys and values into the cache, `(blocks, P*G, block, 2*D)`, in plain order."""
         block = kv_cache.shape[2]
@@ -60,7 +60,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -113,7 +113,7 @@ class FlashImpl(_Apart, FlashAttentionImpl):
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
