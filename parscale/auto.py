@@ -107,7 +107,7 @@ def register_readers(made: type[PreTrainedConfig], backbone: type[PreTrainedConf
     made.__reduce__ = _reduce  # type: ignore[assignment, method-assign]
 
 
-def _reduce(config: Any) -> tuple[Any, ...]:
+def _reduce(config: object) -> tuple[Any, ...]:
     """How pickle stores a configuration: its class is made again when it is read, possibly in another process."""
     backbone: Any = type(config).__mro__[1]
     return _new_config, (backbone.model_type,), vars(config)

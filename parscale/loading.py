@@ -58,9 +58,9 @@ from parscale.wrapping import attach, detach
 def load(
     path_or_repo: str | os.PathLike[str],
     *,
-    backbone: Any = None,
-    dtype: Any = None,
-    device_map: Any = None,
+    backbone: str | os.PathLike[str] | PreTrainedModel | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     kernels: Impl = "auto",
@@ -94,7 +94,7 @@ def load(
     """
     check_impl(kernels, "kernels")
     checkpoint = Checkpoint(path_or_repo, revision=revision)
-    options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     if tp_plan is not None and distributed_config is not None:
         raise ValueError("distributed_config has its own tp_plan: give only one of them.")
     options["distributed_config"] = distributed_config if tp_plan is None else _tensor_parallel(tp_plan)
@@ -165,7 +165,7 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
     return (model, info) if with_info else model
 
 
-def _load_streams(checkpoint: Checkpoint, backbone: Any, options: dict[str, Any]) -> Any:
+def _load_streams(checkpoint: Checkpoint, backbone: object, options: dict[str, Any]) -> Any:
     fields = checkpoint.read_json(STREAMS_CONFIG)
     streams, stored = read_streams(checkpoint)
     name = set_name(checkpoint, fields)

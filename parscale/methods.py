@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.transformers import own_reorder_cache
@@ -156,7 +157,7 @@ def stream_report(
     )
 
 
-def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """Writes a full checkpoint: backbone and active streams, and each other set in a folder of its name.
 
     Args:
@@ -166,7 +167,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs
     saving.save_full(model, save_directory, **kwargs)
 
 
-def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
+def save_streams(model: PreTrainedModel, save_directory: str | os.PathLike[str]) -> None:
     """Writes the active streams and the backbone's name, for `parscale.load` and `load_streams`.
 
     Args:
@@ -175,7 +176,7 @@ def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
     saving.save_streams(model, save_directory)
 
 
-def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+def load_streams(model: PreTrainedModel, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
     """Adds a saved set of streams, inactive until `set_streams(name)`.
 
     Args:
@@ -227,7 +228,7 @@ def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any
 
 
 @contextlib.contextmanager
-def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
+def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adaptive]:
     """In this block, streams 1 to P - 1 run only where the entropy of stream 0's prediction is above a threshold.
 
     Args:

@@ -233,7 +233,7 @@ def _anchor_name(model: Any) -> None:
         model.config.name_or_path = os.path.abspath(name)
 
 
-def _decompress(model: Any) -> None:
+def _decompress(model: object) -> None:
     """Decompresses the weights, as compressed-tensors does in a model's first call: here its backbone runs earlier."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and hasattr(model, "ct_decompress_hook"):

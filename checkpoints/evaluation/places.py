@@ -17,11 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.text_loss import (
     DocumentLoss,
@@ -48,7 +47,7 @@ class _Scored(Window):
 
 
 def evaluate_places(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     *,
@@ -139,7 +138,7 @@ def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(whole[:at])
 
 
-def _losses(model: Any, batch: Sequence[_Scored]) -> list[float]:
+def _losses(model: PreTrainedModel, batch: Sequence[_Scored]) -> list[float]:
     """The summed loss of each window's scored tokens, in nats."""
     input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
     logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)

@@ -258,7 +258,7 @@ def _(
     return x.new_empty(x.shape), *weights
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, weight1, _, weight2, _, ctx.smoothing, ctx.save = inputs
     _, inner, logits = output
     ctx.mark_non_differentiable(inner, logits)

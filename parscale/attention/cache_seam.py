@@ -349,7 +349,7 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
     candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
     found: dict[int, AttentionLayer] = {}
 
-    def find(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    def find(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         found[id(module)] = AttentionLayer(
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )

@@ -99,7 +99,7 @@ def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch
 
 def _packed(
     backbone: AttentionFunction,
-    module: Any,
+    module: object,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -98,6 +98,6 @@ class RowPositions:
         return arguments | {"position_ids": (positions - padding).clamp(min=0)}  # (R, S)
 
 
-def _counts_positions(part: Any) -> bool:
+def _counts_positions(part: nn.Module) -> bool:
     """Whether a backbone or its encoder takes positions, and has no learned embeddings for them."""
     return "position_ids" in inspect.signature(part.forward).parameters and not has_learned_positions(part)

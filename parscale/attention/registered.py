@@ -193,7 +193,7 @@ def _with_prefix(
     state: ParScaleState,
     backbone: AttentionFunction,
     name: str,
-    view: Any,
+    view: object,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -225,7 +225,7 @@ def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
 def _dense_attention(
     backbone: AttentionFunction,
     name: str,
-    module: Any,
+    module: object,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -272,7 +272,7 @@ def _dense_attention(
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 
 
-def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+def _is_causal(module: object, kwargs: dict[str, Any]) -> bool:
     """Whether no mask means the causal mask."""
     causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)

@@ -23,7 +23,7 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def put_hook(module: nn.Module, hook: Any) -> None:
+def put_hook(module: nn.Module, hook: object) -> None:
     """Replaces accelerate's hook of a module.
 
     `add_hook_to_module` would run the hook's `init_hook` again, which moves weights.

@@ -71,7 +71,7 @@ def replicate(module: Any) -> Any:
     return replica
 
 
-def watch_replicas(module: Any, make: Callable[[], Any]) -> None:
+def watch_replicas(module: nn.Module, make: Callable[[], Any]) -> None:
     """Makes `nn.DataParallel` call `make` in place of the module's own method, for each of its devices.
 
     A replica is made in the caller's thread and runs in another one: only the caller's thread knows which context

@@ -98,7 +98,7 @@ class ConfigView:
             raise AttributeError(name)
         return getattr(self.backbone, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self.backbone, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -232,7 +232,7 @@ def show_on_models(name: str, descriptor: object) -> None:
 # -- auto classes
 
 
-def model_mapping(auto: Any) -> Mapping[Any, Any] | None:
+def model_mapping(auto: object) -> Mapping[Any, Any] | None:
     """The model classes of an `AutoModel...` by configuration class; `None` for other classes.
 
     `register` is documented, but nothing that reads the registered classes.
@@ -241,7 +241,7 @@ def model_mapping(auto: Any) -> Mapping[Any, Any] | None:
     return mapping if isinstance(mapping, Mapping) else None
 
 
-def class_names(auto: Any) -> list[str]:
+def class_names(auto: object) -> list[str]:
     """The names of all classes that an `AutoModel...` of transformers can make, without importing them."""
     found = needed(needed(auto, "_model_mapping"), "_model_mapping").values()
     return [name for names in found for name in ([names] if isinstance(names, str) else names)]
@@ -331,7 +331,7 @@ def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:
 # -- caches
 
 
-def carries_state(layer: Any) -> bool:
+def carries_state(layer: object) -> bool:
     """Whether a layer of a cache holds a recurrent state (such as Mamba's), alone or with keys.
 
     The classes of such layers are documented one by one, but not what they have in common.
@@ -376,7 +376,7 @@ def own_reorder_cache(cls: type) -> Callable[..., Any] | None:
 _HAS_ADAPTER = "_hf_peft_config_loaded"
 
 
-def has_adapter(model: Any) -> bool:
+def has_adapter(model: object) -> bool:
     """Whether a model has an adapter from its own `add_adapter`.
 
     `active_adapters` raises an error if there is none, or if PEFT is not installed.
@@ -385,7 +385,7 @@ def has_adapter(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def counted_as_adapted(model: Any) -> Iterator[None]:
+def counted_as_adapted(model: object) -> Iterator[None]:
     """In this block a model is marked as one with an adapter.
 
     The Trainer refuses a quantized model without a trainable adapter, and checks only this mark (5.23). Streams train

@@ -75,7 +75,7 @@ class _BesideStreams:
         with self._hidden(module):
             return self.hook.pre_forward(module, *args, **kwargs)
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, output: object) -> Any:
         """Calls the hook's method."""
         with self._hidden(module):
             return self.hook.post_forward(module, output)
@@ -96,7 +96,7 @@ class _BesideStreams:
         return getattr(self.hook, name)
 
 
-def keep(module: Any, name: str) -> None:
+def keep(module: nn.Module, name: str) -> None:
     """Keeps a new parameter on its device, in a module that is already offloaded."""
     if offloading_hook(module) is None:
         return
@@ -107,7 +107,7 @@ def keep(module: Any, name: str) -> None:
     hook.names[name] = None
 
 
-def let_go(module: Any, name: str) -> None:
+def let_go(module: nn.Module, name: str) -> None:
     """Undoes `keep`."""
     hook = hook_of(module)
     if isinstance(hook, _BesideStreams):

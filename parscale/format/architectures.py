@@ -154,7 +154,7 @@ def architectures_in_checkpoints() -> set[str]:
     return found
 
 
-def backbone_class(config: Any, plain: Any) -> Any:
+def backbone_class(config: object, plain: Any) -> Any:
     """The class of a full checkpoint's backbone.
 
     Args:
@@ -181,7 +181,7 @@ def class_named(name: object) -> Any:
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
-def class_read_by(reader: Any, config: Any) -> Any:
+def class_read_by(reader: object, config: PreTrainedConfig) -> Any:
     """The class of the model that an `AutoModel...`, or a class itself, makes from a configuration; `None` if none."""
     if model_mapping(reader) is None:
         return reader
@@ -190,12 +190,12 @@ def class_read_by(reader: Any, config: Any) -> Any:
     return classes[named[0]] if named else next(iter(classes.values()), None)
 
 
-def readers(cls: Any, config: type[PreTrainedConfig]) -> list[str]:
+def readers(cls: object, config: type[PreTrainedConfig]) -> list[str]:
     """The names of the `AutoModel...` that make a class from its configuration."""
     return [name for name, auto in AUTO_CLASSES.items() if cls in classes_of(auto, config)]
 
 
-def classes_of(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
+def classes_of(auto: object, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     """The classes that an `AutoModel...` can make from a configuration."""
     mapping = model_mapping(auto)
     if mapping is None or config not in mapping:

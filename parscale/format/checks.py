@@ -13,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.transformers import use_eager
 from parscale.config import NUM_STREAMS, ParScaleConfig
@@ -57,7 +58,7 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
         raise ValueError(f"{name} of {checkpoint} has the shape {shape}, but its configuration says {wanted}.")
 
 
-def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) -> None:
+def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Checks, by its configuration alone, that a backbone is the one that streams were made for.
 
     Args:
@@ -84,7 +85,9 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
             )
 
 
-def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
+def check_size(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]
+) -> None:
     """Checks, before allocation, that a configuration does not describe a far larger model than the files hold.
 
     Args:
@@ -106,7 +109,9 @@ def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[s
         )
 
 
-def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> list[str]:
+def differences(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]
+) -> list[str]:
     """Tensors whose shape in the files differs from the configuration; arguments as in `check_size`."""
     described = _on_meta(checkpoint, cls, config, len(tensors)).state_dict()
     return [
@@ -116,7 +121,7 @@ def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[
     ]
 
 
-def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
+def _on_meta(checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PreTrainedConfig, parts: int) -> Any:
     """The backbone that the configuration describes, without weights.
 
     Args:

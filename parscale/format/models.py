@@ -40,7 +40,7 @@ def read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapp
         return read_pretrained(AutoConfig, checkpoint.name, **checkpoint.hub)
 
 
-def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_plain_model(checkpoint: Checkpoint, reader: object, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Loads a model without streams, after its files and configuration have been checked; also returns the report.
 
     Args:
@@ -62,7 +62,7 @@ def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tup
 
 
 def load_backbone(
-    checkpoint: Checkpoint, config: Any, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
+    checkpoint: Checkpoint, config: object, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Loads the plain backbone of a full checkpoint by its class's `from_pretrained`; also returns the report."""
     if kwargs.setdefault("use_safetensors", True) is False:

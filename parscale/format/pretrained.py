@@ -86,5 +86,5 @@ def warn_of_adapter(checkpoint: Checkpoint) -> None:
         )
 
 
-def _reads_weights(reader: Any) -> bool:
+def _reads_weights(reader: object) -> bool:
     return model_mapping(reader) is not None or (isinstance(reader, type) and issubclass(reader, PreTrainedModel))

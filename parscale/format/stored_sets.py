@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from parscale.compat.transformers import stored_name
 from parscale.config import FIELDS, ParScaleConfig
@@ -65,7 +66,7 @@ def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTen
     return values
 
 
-def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
+def _stored_name(model: PreTrainedModel, name: str, stored: Iterable[str]) -> str:
     """The name of a tensor in a file: some classes save their modules under other names."""
     if name in stored:
         return name

@@ -101,7 +101,7 @@ class BackboneHooks:
 
     # -- after the forward
 
-    def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: object) -> Any:
         """After the encoder: marks its output with the streams that made its P*B rows."""
         streams = self.state.in_flight
         return output if streams is None else mark_output(output, streams.name, streams.num_streams)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def mark_output(output: Any, name: str, P: int) -> Any:
     """
     last, rows = output[0], output[0].shape[0]
 
-    def with_mark(value: Any) -> Any:
+    def with_mark(value: object) -> Any:
         # a distributed or fake tensor keeps its class
         if type(value) is torch.Tensor and value.ndim > 0 and value.shape[0] == rows:
             return marked(value, Mark(name, P))
@@ -124,7 +125,7 @@ def mark_output(output: Any, name: str, P: int) -> Any:
 
     marked_last = with_mark(last)
 
-    def replaced(value: Any) -> Any:
+    def replaced(value: object) -> Any:
         if type(value) is tuple:  # hidden states by layer: the inner ones stay unmarked
             return tuple(marked_last if one is last else one for one in value)
         return marked_last if value is last else with_mark(value)
@@ -142,7 +143,7 @@ def by_source(encoded: Any) -> Any:
         ValueError: rows were selected or joined, so it is not known which stream each belongs to.
     """
 
-    def moved(value: Any) -> Any:
+    def moved(value: object) -> Any:
         if not isinstance(value, EncodedRows) or value.mark.by_source:
             return value
         _check_ordered(value, f"A tensor {tuple(value.shape)} in encoder_outputs")
@@ -153,7 +154,7 @@ def by_source(encoded: Any) -> Any:
     return _map_output(moved, encoded)
 
 
-def rows_of_streams(part: Any, argument: str, value: EncodedRows, name: str | None, P: int, B: int) -> torch.Tensor:
+def rows_of_streams(part: object, argument: str, value: EncodedRows, name: str | None, P: int, B: int) -> torch.Tensor:
     """The rows that a decoder takes for its own B rows.
 
     Args:
@@ -201,7 +202,7 @@ def _check_ordered(value: EncodedRows, given: str) -> None:
         )
 
 
-def _map_output(function: Any, output: Any) -> Any:
+def _map_output(function: Callable[..., Any], output: Any) -> Any:
     """A model's output, a tuple or a tensor, with `function` applied to each part."""
     if isinstance(output, ModelOutput):
         return type(output)(**{key: function(value) for key, value in output.items()})

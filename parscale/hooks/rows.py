@@ -16,13 +16,13 @@ from parscale.compat.arguments import ENCODED, INPUTS, PACKED, POSITIONS, WHOLE
 from parscale.hooks.encoded import EncodedRows, rows_of_streams
 
 
-def first_input(part: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+def first_input(part: object, arguments: dict[str, Any]) -> torch.Tensor | None:
     """The first given input of a backbone or its encoder, which defines the number of rows; `None` without one."""
     names = (*INPUTS, getattr(part, "main_input_name", INPUTS[0]))
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
-def check_plain(part: Any, arguments: dict[str, Any]) -> None:
+def check_plain(part: object, arguments: dict[str, Any]) -> None:
     """Before a pass of the plain backbone: raises an error for rows that streams encoded.
 
     Raises:
@@ -33,7 +33,7 @@ def check_plain(part: Any, arguments: dict[str, Any]) -> None:
             rows_of_streams(part, name, arguments[name], None, 1, 1)
 
 
-def copy_rows(part: Any, arguments: dict[str, Any], streams: str, P: int, B: int) -> dict[str, Any]:
+def copy_rows(part: object, arguments: dict[str, Any], streams: str, P: int, B: int) -> dict[str, Any]:
     """The arguments of a backbone or its encoder, with every row repeated P times, stream-major.
 
     Args:
@@ -49,7 +49,7 @@ def copy_rows(part: Any, arguments: dict[str, Any], streams: str, P: int, B: int
     return {name: _copied(part, name, value, streams, P, B) for name, value in arguments.items()}
 
 
-def _copied(part: Any, name: str, value: Any, streams: str, P: int, B: int) -> Any:
+def _copied(part: object, name: str, value: Any, streams: str, P: int, B: int) -> Any:
     if name in WHOLE:
         return value
     if isinstance(value, dict):  # masks by layer type

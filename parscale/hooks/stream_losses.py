@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 IGNORED = -100  # as a label: no loss is counted here
@@ -29,7 +30,7 @@ class StreamLosses(NamedTuple):
 
 
 def stream_losses(
-    model: Any, input_ids: torch.Tensor, labels: torch.Tensor, *, mixture: bool = False, **kwargs: Any
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, mixture: bool = False, **kwargs: Any
 ) -> StreamLosses:
     """Measures every active stream alone, in one pass.
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -91,7 +92,7 @@ def _by_plain_torch(state: ParScaleState) -> Iterator[None]:
         state.kernels = kernels
 
 
-def _output(model: Any, arguments: dict[str, Any]) -> Any:
+def _output(model: nn.Module, arguments: dict[str, Any]) -> Any:
     """What the plain model returns; `None` if it does not accept these inputs."""
     try:
         return model(**arguments)

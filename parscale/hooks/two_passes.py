@@ -107,7 +107,7 @@ class TwoPassHooks:
         output.logits = mixed
         return output
 
-    def _run_second(self, module: Any, passes: TwoPasses, kept: Any) -> torch.Tensor:
+    def _run_second(self, module: Any, passes: TwoPasses, kept: object) -> torch.Tensor:
         """The logits `(b, n, V)` of all streams. The ids have no effect: the backbone uses those of the first pass."""
         call = self.state.call
         b = passes.rows if passes.chosen is None else len(passes.chosen)

@@ -29,7 +29,7 @@ def keep_reference() -> None:
     extend_reference(_name, _create)
 
 
-def _name(get_config_model_id: Callable[..., str], config: Any) -> str:
+def _name(get_config_model_id: Callable[..., str], config: object) -> str:
     name = get_config_model_id(config)
     for state in ALIVE:
         if getattr(state.model, "parscale", None) is state and state.model.config is config:

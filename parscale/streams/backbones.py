@@ -125,12 +125,12 @@ def has_head(model: object) -> bool:
     return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
-def writes_text(model: Any) -> bool:
+def writes_text(model: PreTrainedModel) -> bool:
     """Whether the model is a causal language model, which can continue a text."""
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
 
 
-def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+def input_of(part: nn.Module, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A small input that a backbone or an encoder accepts."""
     name = main_input(part)
     config: Any = getattr(part, "config", None)

@@ -94,7 +94,7 @@ class Call:
         self.pooled = None
         self.in_flight = streams
 
-    def enter(self, part: Any, running: Any) -> None:
+    def enter(self, part: nn.Module, running: nn.Module) -> None:
         """Records the mixed part that runs, and itself or its replica on another device."""
         self.part, self.running = part, running
 

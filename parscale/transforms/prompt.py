@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import leading_zeros
@@ -277,7 +277,7 @@ def _mask_sizes_without(prompt_length: int, cache: Cache, query_length: int, lay
 OUTSIDE: dict[str, Callable[..., Any]] = {"get_seq_length": _length_without, "get_mask_sizes": _mask_sizes_without}
 
 
-def _embeddings(backbone: Any) -> Any:
+def _embeddings(backbone: PreTrainedModel) -> Any:
     try:
         embeddings = backbone.get_input_embeddings()
     except NotImplementedError:

@@ -6,6 +6,8 @@ import os
 import warnings
 from typing import Any
 
+from torch import nn
+
 from parscale.distributed.parallel import is_sharded
 from parscale.format.folders import STREAMS_CONFIG, Checkpoint
 from parscale.format.saving import save_streams
@@ -19,7 +21,7 @@ HUB = ("subfolder", "revision", "token", "cache_dir")
 
 def save_pretrained(
     save_pretrained: Method,
-    self: Any,
+    self: nn.Module,
     save_directory: str | os.PathLike[str],
     safe_serialization: bool = True,
     selected_adapters: list[str] | None = None,
@@ -46,7 +48,7 @@ def save_pretrained(
     )
 
 
-def _of_set(model: Any, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+def _of_set(model: nn.Module, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
     """The values of an adapter's streams in a `state_dict`, by their names without adapters."""
     state = state_of(model)
     if state_dict is None or state is None or state.active is None:
@@ -56,7 +58,12 @@ def _of_set(model: Any, adapter_name: str, state_dict: dict[str, Any] | None) ->
 
 
 def load_adapter(
-    load_adapter: Method, self: Any, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+    load_adapter: Method,
+    self: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Extends PEFT's method: also loads the streams that were saved with the adapter."""
     result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
@@ -64,13 +71,13 @@ def load_adapter(
     return result
 
 
-def hotswap_adapter(hotswap: Method, model: Any, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+def hotswap_adapter(hotswap: Method, model: object, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Extends PEFT's function: also loads the new adapter's streams."""
     hotswap(model, path, adapter_name, *args, **kwargs)
     _load_streams(model, path, adapter_name, kwargs)
 
 
-def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
+def _load_streams(model: object, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
     """Loads the streams that were saved with an adapter, if there are any, into the adapter's copies."""
     state = state_of(model)
     adapters = adapters_on(state)
@@ -90,7 +97,7 @@ def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, o
 
 def get_state_dict(
     get: Method,
-    model: Any,
+    model: nn.Module,
     state_dict: dict[str, Any] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
     **kwargs: Any,
@@ -106,7 +113,11 @@ def get_state_dict(
 
 
 def set_state_dict(
-    set_state_dict: Method, model: Any, state_dict: dict[str, Any], adapter_name: str = DEFAULT_ADAPTER, **kwargs: Any
+    set_state_dict: Method,
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    adapter_name: str = DEFAULT_ADAPTER,
+    **kwargs: Any,
 ) -> Any:
     """Extends PEFT's function: also sets the streams that are in the state dict."""
     root = _root(model)
@@ -122,7 +133,7 @@ def set_state_dict(
     return result
 
 
-def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
+def _stream_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """The names of an adapter's streams in the `state_dict` of the model with adapters, by released name.
 
     They are found by the tensors themselves, since some adapters wrap the modules that hold them.
@@ -137,7 +148,7 @@ def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
     return {released: names[id(tensor)] for released, tensor in tensors.items()}
 
 
-def _root(model: Any) -> str:
+def _root(model: nn.Module) -> str:
     """The prefix that PEFT adds to the names of the model under the adapters."""
     base = state_of(model)
     found = {id(module): name for name, module in model.named_modules()}

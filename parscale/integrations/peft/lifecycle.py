@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
+
 from parscale.integrations.peft.copies import AdapterStreams, adapters_on
-from parscale.integrations.peft.methods import check_method
+from parscale.integrations.peft.methods import AdapterConfig, check_method
 from parscale.streams.state import ParScaleState
 
 DEFAULT_ADAPTER = "default"
@@ -15,7 +17,7 @@ DEFAULT_ADAPTER = "default"
 Method = Callable[..., Any]
 
 
-def state_of(model: Any) -> ParScaleState | None:
+def state_of(model: object) -> ParScaleState | None:
     """The state of a wrapped model, also through adapters around it."""
     state = getattr(model, "parscale", None)
     return state if isinstance(state, ParScaleState) else None
@@ -34,8 +36,8 @@ def _trainable_as_before(state: ParScaleState | None) -> Iterator[None]:
 def init(
     init: Method,
     self: Any,
-    model: Any,
-    peft_config: Any,
+    model: object,
+    peft_config: AdapterConfig,
     adapter_name: str = DEFAULT_ADAPTER,
     *args: Any,
     **kwargs: Any,
@@ -57,7 +59,9 @@ def init(
             adapters.activate(adapter_name)
 
 
-def add_adapter(add_adapter: Method, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+def add_adapter(
+    add_adapter: Method, self: nn.Module, adapter_name: str, peft_config: AdapterConfig, *args: Any, **kwargs: Any
+) -> None:
     """Another adapter starts from the streams in use."""
     state = state_of(self)
     if state is not None:
@@ -73,7 +77,9 @@ def _transforms(state: ParScaleState) -> set[str]:
     return {streams.config.transform for streams in state.sets.values() if streams.num_streams > 1}
 
 
-def inject_adapter(inject_adapter: Method, self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+def inject_adapter(
+    inject_adapter: Method, self: Any, model: object, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
     """Also for layers that transformers' own `add_adapter` and mixtures of adapters insert."""
     state = state_of(model)
     with _trainable_as_before(state):
@@ -83,7 +89,7 @@ def inject_adapter(inject_adapter: Method, self: Any, model: Any, adapter_name: 
         adapters.add(adapter_name, self.peft_config[adapter_name])
 
 
-def set_adapter(set_adapter: Method, self: Any, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
+def set_adapter(set_adapter: Method, self: nn.Module, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
     """Activates the streams of the chosen adapter; of several, those of the first one."""
     set_adapter(self, adapter_name, *args, **kwargs)
     adapters = adapters_on(state_of(self))
@@ -104,7 +110,7 @@ def delete_adapter(delete_adapter: Method, self: Any, adapter_name: Any) -> None
         adapters.activate(names[0] if names else None)
 
 
-def unload(unload: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+def unload(unload: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Restores the streams as they were before the first adapter."""
     model, adapters = unload(self, *args, **kwargs), adapters_on(state_of(self))
     if adapters is not None:
@@ -112,7 +118,7 @@ def unload(unload: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
     return model
 
 
-def merge_and_unload(merge_and_unload: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+def merge_and_unload(merge_and_unload: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Keeps the streams of the merged adapter."""
     model, adapters = merge_and_unload(self, *args, **kwargs), adapters_on(state_of(self))
     if adapters is not None:
@@ -121,7 +127,7 @@ def merge_and_unload(merge_and_unload: Method, self: Any, *args: Any, **kwargs: 
     return model
 
 
-def prepare_for_kbit_training(prepare: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
+def prepare_for_kbit_training(prepare: Method, model: object, *args: Any, **kwargs: Any) -> Any:
     """Freezes only the backbone."""
     with _trainable_as_before(state_of(model)):
         return prepare(model, *args, **kwargs)
@@ -142,19 +148,19 @@ def forward(forward: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
     return forward(self, *args, **kwargs) if state_of(self) is None else self.model(*args, **kwargs)
 
 
-def disable_adapter_layers(disable: Method, self: Any) -> None:
+def disable_adapter_layers(disable: Method, self: nn.Module) -> None:
     """Switches to the streams before the first adapter."""
     disable(self)
     _set_disabled(self, True)
 
 
-def enable_adapter_layers(enable: Method, self: Any) -> None:
+def enable_adapter_layers(enable: Method, self: nn.Module) -> None:
     """Switches to the streams of the active adapter."""
     enable(self)
     _set_disabled(self, False)
 
 
-def _set_disabled(tuner: Any, disabled: bool) -> None:
+def _set_disabled(tuner: object, disabled: bool) -> None:
     adapters = adapters_on(state_of(tuner))
     if adapters is not None:
         adapters.disabled = disabled

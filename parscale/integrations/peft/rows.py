@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from parscale.compat.arguments import NO_ADAPTER, OF_ADAPTERS
 from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import Method, state_of
@@ -22,7 +24,7 @@ def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwa
 
 
 @contextlib.contextmanager
-def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+def with_rows(enable: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Extends PEFT's method: its layers in the backbone get an entry for each of the P*B rows, stream-major."""
     state = state_of(self)
     P = 1 if state is None or state.active is None else state.active.num_streams
@@ -41,7 +43,7 @@ def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[
 
 
 @contextlib.contextmanager
-def with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
+def with_tasks(manage: Method, self: nn.Module, task_ids: Any) -> Iterator[None]:
     """Extends Poly's method in the same way for the tasks of the rows, `(B,)`."""
     state = state_of(self)
     if task_ids is None or state is None or state.active is None:
@@ -75,7 +77,7 @@ def _streams_of_rows(state: ParScaleState, rows: list[str] | None) -> contextlib
 
 
 @contextlib.contextmanager
-def _outside_backbone(state: ParScaleState, model: Any, given: dict[str, Any]) -> Iterator[None]:
+def _outside_backbone(state: ParScaleState, model: nn.Module, given: dict[str, Any]) -> Iterator[None]:
     """Layers outside the backbone, which see B rows, get the original entries."""
     inside = {module for part in state.parts for module in part.modules()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -37,6 +37,9 @@ from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_
 from parscale.integrations.vllm.windows import window_backend
 from parscale.streams.naming import part_of
 
+if TYPE_CHECKING:
+    from parscale.compat.vllm import VllmConfig
+
 
 class StreamAttention(nn.Module):
     """Replaces a layer's attention: the same projections, with the streams as heads and a prefix for each stream.
@@ -48,7 +51,7 @@ class StreamAttention(nn.Module):
         vllm_config: vLLM's.
     """
 
-    def __init__(self, own: Any, streams: ParScaleConfig, num_slots: int, vllm_config: Any) -> None:
+    def __init__(self, own: Any, streams: ParScaleConfig, num_slots: int, vllm_config: VllmConfig) -> None:
         super().__init__()
         P, G, T, D = streams.num_streams, own.num_kv_heads, streams.prefix_length, own.head_dim
         self.num_slots, self.head_dim = num_slots, D
@@ -117,7 +120,7 @@ class _Streams(nn.Module):
     layers: Any
     embed_input_ids: Any
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
         streams = ParScaleConfig.from_fields(vars(config))
@@ -174,7 +177,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.vllm_config = vllm_config
         quantize_attention(vllm_config)

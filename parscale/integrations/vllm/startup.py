@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import ModelRegistry
 
@@ -15,6 +15,9 @@ from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Chec
 from parscale.format.headers import StoredTensor
 from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
+
+if TYPE_CHECKING:
+    from parscale.compat.vllm import VllmConfig
 
 logger = init_logger("vllm.parscale")
 
@@ -37,11 +40,11 @@ def serve(architecture: str) -> None:
 
 class _Prepared(VerifyAndUpdateConfig):
     @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
         prepare(vllm_config)
 
 
-def prepare(vllm_config: Any) -> None:
+def prepare(vllm_config: VllmConfig) -> None:
     """Checks a checkpoint and vLLM's settings, and changes the settings that streams need.
 
     With one stream the model is the plain backbone, and vLLM's own class serves it.
@@ -97,7 +100,7 @@ def prepare(vllm_config: Any) -> None:
     scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
 
 
-def checkpoint_of(vllm_config: Any) -> Checkpoint:
+def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
     """The folder or repository that vLLM was started with."""
     model = vllm_config.model_config
     token = model.hf_token
@@ -113,7 +116,7 @@ def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
     return None if name == active else checkpoint.inside(name).file(STREAMS)
 
 
-def quantize_attention(vllm_config: Any) -> None:
+def quantize_attention(vllm_config: VllmConfig) -> None:
     """Makes vLLM quantize the layers inside attention modules, which it would skip because of their prefix.
 
     If the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all modules
@@ -145,7 +148,7 @@ def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapp
     return numbers(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
 
 
-def _has_window(vllm_config: Any) -> bool:
+def _has_window(vllm_config: VllmConfig) -> bool:
     """Whether a layer has a window shorter than the longest text."""
     config = vllm_config.model_config.hf_config
     window = vllm_config.cache_config.sliding_window
@@ -180,7 +183,7 @@ def check_backend(backend: type) -> None:
         )
 
 
-def _check_settings(vllm_config: Any) -> None:
+def _check_settings(vllm_config: VllmConfig) -> None:
     """Raises an error for settings without support for streams, which could silently give wrong results."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
