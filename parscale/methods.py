@@ -46,7 +46,7 @@ def add_streams(
     """Adds a set of streams on the same backbone, inactive and frozen until `set_streams(name)`.
 
     Args:
-        name: of the set; letters, digits, `-` and `_`.
+        name: the set's name; letters, digits, `-` and `_`.
         num_streams: P, or a `ParScaleConfig` in place of all other fields.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
@@ -181,7 +181,7 @@ def load_streams(model: PreTrainedModel, path_or_repo: str | os.PathLike[str], n
 
     Args:
         path_or_repo: a folder, or a name on the Hugging Face Hub.
-        name: of the set in this model; by default the name that it was saved with.
+        name: the set's name in this model; by default the name that it was saved with.
     """
     stored_sets.add_saved_streams(model, path_or_repo, name)
 

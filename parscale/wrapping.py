@@ -104,7 +104,7 @@ def wrap(
         rank=rank,
         kv=kv,
     )
-    with _as_it_was_if_it_fails(model):
+    with _restored_on_failure(model):
         state = attach(model, kernels)
         try:
             add(state, DEFAULT, config, calibration=calibration)
@@ -116,7 +116,7 @@ def wrap(
 
 
 @contextlib.contextmanager
-def _as_it_was_if_it_fails(model: object) -> Iterator[None]:
+def _restored_on_failure(model: object) -> Iterator[None]:
     """If this block fails, the model's configurations and its modules' children are restored.
 
     BigBird replaces children when it first reads a short text.

@@ -129,7 +129,7 @@ def cost(
     if method == "paper":
         if work.shares:
             raise ValueError('the paper\'s count supports kv="own" only, not kv="shared"; use method="roofline"')
-        _refuse_what_the_paper_did_not_count(shape, dtype, overhead)
+        _require_countable_by_paper(shape, dtype, overhead)
         memory, (time, prefill, decode) = paper.memory(shape, work), paper.seconds(shape, work, device)
     else:
         memory, (time, prefill, decode) = roofline.memory(shape, work), roofline.seconds(shape, work, device, overhead)
@@ -149,7 +149,7 @@ def cost(
     )
 
 
-def _refuse_what_the_paper_did_not_count(shape: ModelShape, dtype: str, overhead: float) -> None:
+def _require_countable_by_paper(shape: ModelShape, dtype: str, overhead: float) -> None:
     if shape.experts or shape.kv_rank or not shape.gated or shape.head_dim * shape.heads != shape.hidden:
         raise ValueError(
             "the paper's count is for dense models with a gated MLP and heads of hidden size / heads, and "

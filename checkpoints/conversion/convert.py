@@ -124,7 +124,7 @@ def calibration_ids(
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         num_streams: P, or the number of streams that start from a text.
         prefix_length: T.
         vocabulary: number of token ids that the model has; without it, ids are not checked.

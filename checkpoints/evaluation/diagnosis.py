@@ -236,7 +236,7 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
         f"Alone, the streams have losses of {diagnosis.losses[best]:.4f} (stream {best}) to "
         f"{diagnosis.losses[worst]:.4f} (stream {worst}) nats per token: they differ by {spread:.4f}.",
         f"Mixed, their loss is {diagnosis.mixture_loss:.4f}, {abs(gain):.4f} {said} than that of the best one alone.",
-        _where_it_lies(diagnosis)
+        _gain_by_tokens(diagnosis)
         if of_first > 0
         else f"Mixed, their loss is {-of_first:.4f} above that of stream 0 alone: there is no gain on any tokens.",
         f"Their token losses correlate by {diagnosis.mean_correlation:.4f} and differ by "
@@ -246,7 +246,7 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
     ]
 
 
-def _where_it_lies(diagnosis: Diagnosis) -> str:
+def _gain_by_tokens(diagnosis: Diagnosis) -> str:
     """The share of tokens on which most of the gain over stream 0 lies."""
     kept = ", ".join(
         f"{100 * diagnosis.gains[index] / diagnosis.gains[-1]:.0f} % on {100 * SHARES[index]:.0f} %"

@@ -128,7 +128,7 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
     """A file as text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is removed.
 
     Args:
-        path: of the file, as in `open_bytes`.
+        path: the file's path, as in `open_bytes`.
         newline: as in `open`.
 
     Raises:

@@ -38,7 +38,7 @@ def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
     """The texts of a file's rows with their names, such as `"a.jsonl:3"`; texts without a letter are skipped.
 
     Args:
-        path: of a file for which `has_rows` holds.
+        path: a file for which `has_rows` holds.
         column: the column that holds the text.
 
     Raises:

@@ -22,7 +22,7 @@ def encode(
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         vocabulary: number of token ids that the model has; without it, ids are not checked.
         add_special_tokens: as in a call of the tokenizer.
 

@@ -34,23 +34,23 @@ def checkpoint_digest(name: str) -> str:
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The files that loading a checkpoint reads, in a fixed order."""
     if kind_of(checkpoint) == STREAMS_ONLY:
-        yield from _there(checkpoint, STREAMS_CONFIG, STREAMS)
+        yield from _existing_files(checkpoint, STREAMS_CONFIG, STREAMS)
         backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
         if isinstance(backbone, str) and backbone:
             yield from _files(Checkpoint(backbone))
         return
-    yield from _there(checkpoint, CONFIG)
+    yield from _existing_files(checkpoint, CONFIG)
     try:
         weights = checkpoint.weights()
     except (FileNotFoundError, ValueError):
-        yield from _there(checkpoint, _PICKLE)
+        yield from _existing_files(checkpoint, _PICKLE)
     else:
         yield from sorted({tensor.file for tensor in weights.values()}, key=lambda path: path.name)
     for name in checkpoint.read_json(CONFIG).get(SETS, []):
-        yield from _there(checkpoint.inside(name), STREAMS_CONFIG, STREAMS)
+        yield from _existing_files(checkpoint.inside(name), STREAMS_CONFIG, STREAMS)
 
 
-def _there(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:
+def _existing_files(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:
     return (path for name in names if (path := checkpoint.file(name)) is not None)
 
 

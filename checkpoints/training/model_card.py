@@ -126,7 +126,7 @@ def model_card(facts: TrainingFacts) -> str:
     )
     sections = [
         f"# {_plain(facts.checkpoint)}",
-        _what_it_is(facts),
+        _introduction(facts),
         "## Use",
         _use(facts),
         "## Numbers",
@@ -193,7 +193,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
     ).commit_url
 
 
-def _what_it_is(facts: TrainingFacts) -> str:
+def _introduction(facts: TrainingFacts) -> str:
     backbone = facts.backbone_class if facts.backbone is None else f"{_code(facts.backbone)} ({facts.backbone_class})"
     differing = "each time behind a learned prefix of its own"
     if facts.kv == SHARED:

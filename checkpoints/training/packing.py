@@ -31,7 +31,7 @@ class Encoder:
     """Turns documents into token ids: each with its tokenizer's special tokens, and the end-of-text token after it.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         vocabulary: number of token ids that the model has; without it, ids are not checked.
     """
 
@@ -127,7 +127,7 @@ def pack_documents(
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         sequence_length: S, of a block, in tokens.
         vocabulary: number of token ids that the model has; without it, ids are not checked.
 

@@ -109,7 +109,7 @@ class Run:
         changed = [
             _change(key, before.get(key), settings.get(key))
             for key in {**settings, **before}
-            if _placed(settings.get(key)) != _placed(before.get(key))
+            if _with_absolute_paths(settings.get(key)) != _with_absolute_paths(before.get(key))
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
         ]
         if changed:
@@ -229,14 +229,14 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _placed(value: object) -> Any:
+def _with_absolute_paths(value: object) -> Any:
     """A setting with all paths in it made absolute, so that one file is always the same setting."""
     if isinstance(value, str):
         return os.path.abspath(value) if os.path.exists(value) else value
     if isinstance(value, list):
-        return [_placed(item) for item in value]
+        return [_with_absolute_paths(item) for item in value]
     if isinstance(value, dict):
-        return {key: _placed(item) for key, item in value.items()}
+        return {key: _with_absolute_paths(item) for key, item in value.items()}
     return value
 
 
@@ -244,7 +244,7 @@ def write_manifest(folder: Path, processes: int = 1) -> None:
     """Flushes a checkpoint's files to disk and stores their sizes and checksums.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
         processes: number of processes of the run.
 
     Raises:

@@ -30,7 +30,7 @@ def finish(checkpoint: str, run: Run, steps: int, tokenizer: PreTrainedTokenizer
         checkpoint: the checkpoint that the run started from.
         run: its folder, with the checkpoint after the last step.
         steps: number of steps.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         report: the contents of `training.json`, also stated by the card.
     """
     with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:

@@ -45,7 +45,7 @@ class Sources:
     """The sources of a run, opened and checked, so that errors are reported before a model is loaded.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
 
     Raises:
         ValueError: a source is missing, damaged or empty.

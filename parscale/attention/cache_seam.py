@@ -304,7 +304,7 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
     """Hooks and records the attention layers that update a cache.
 
     Args:
-        state: of a model in which no layer looks up its attention in transformers' registry.
+        state: the state of a model in which no layer looks up its attention in transformers' registry.
 
     Raises:
         UnsupportedModelError: there is no such layer, or one fails with a prefix before its keys.

@@ -16,7 +16,7 @@ from parscale.compat.transformers import use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import inner_modules
-from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
+from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.naming import part_of
 from parscale.streams.places import AttentionLayer, Hidden
 from parscale.streams.state import ParScaleState
@@ -80,7 +80,7 @@ def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelE
     Raises:
         Exception: `error` itself, if the model is not its cause.
     """
-    if is_of_the_machine(error):
+    if is_machine_error(error):
         raise error
     return UnsupportedModelError(
         f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on two "

@@ -18,7 +18,7 @@ def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryT
     """Tables `(N, D or less)` of sines and cosines that rotate keys (GPT-J, CodeGen, RoFormer).
 
     Args:
-        state: of the model.
+        state: the model's state.
         size: D; by default that of the attention layers.
 
     Returns:

@@ -91,7 +91,7 @@ class SharedLayers:
     """Hooks on attention layers that keep only the rows of stream 0 in the caches of a set.
 
     Args:
-        state: of the model.
+        state: the model's state.
         streams: the set.
     """
 
@@ -145,7 +145,7 @@ def keys_of_pass(
         key: `(R, G, K, D)`.
         value: `(R, G, K, Dv)`.
         mask: the mask of this pass.
-        name: of the attention implementation.
+        name: the attention implementation.
     """
     passes: TwoPasses | None = call.passes
     assert passes is not None
@@ -182,7 +182,7 @@ def attend_to_shared(
     """Attention of all streams, or of those with a prefix, over the keys and values of stream 0.
 
     Args:
-        state: of the model.
+        state: the model's state.
         attend: the backbone's attention with a prefix, for rows that have keys of their own: `(query, key, value,
             prefix_k, prefix_v, mask, **kwargs)`.
         backbone: the backbone's attention without a prefix: `(query, key, value, mask, **kwargs)`.

@@ -80,7 +80,7 @@ def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: st
     Args:
         model: wrapped, with the backbone that the streams were made for.
         path_or_repo: a folder written by `save_streams`, or the name of a repository on the Hugging Face Hub.
-        name: of the set in this model; by default the name that it was saved with.
+        name: the set's name in this model; by default the name that it was saved with.
 
     Raises:
         ValueError: the folder is damaged or not a streams-only checkpoint, its streams do not fit the model, or a set

@@ -47,7 +47,7 @@ def add(
 
     Args:
         state: of the model, from `parscale.wrapping`.
-        name: of the set; letters, digits, `-` and `_`.
+        name: the set's name; letters, digits, `-` and `_`.
         config: the configuration of the set.
         calibration: as in `parscale.wrap`.
         tensors: its values from a checkpoint, by their released names in the model (as `ParScaleState.tensors` gives

@@ -34,7 +34,7 @@ class BackboneHooks:
     """The hooks on a model's backbone, its encoder and its other towers, shared by all sets.
 
     Args:
-        state: of the model.
+        state: the model's state.
     """
 
     def __init__(self, state: ParScaleState) -> None:

@@ -23,7 +23,7 @@ class Mark:
     """Which streams made the rows of a tensor.
 
     Args:
-        name: of the set of streams.
+        name: the name of the set of streams.
         num_streams: P.
         by_source: the tensor is `(B, S, P, ...)`, one entry for each source; otherwise `(P*B, S, ...)`, stream-major.
         ordered: whether it is known which stream each row belongs to.

@@ -55,12 +55,12 @@ class _Checkpoint:
         return self.function(functools.partial(self._run, forward, function), *args, **kwargs)
 
     def _run(self, forward: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.state.call.as_in(forward), _trained_as_in(forward):
+        with self.state.call.as_in(forward), _trainable_as_in(forward):
             return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _trained_as_in(forward: Call) -> Iterator[None]:
+def _trainable_as_in(forward: Call) -> Iterator[None]:
     """In this block the parameters require gradients as they did in the pass `forward`."""
     changed = [parameter for parameter, trained in forward.trains if parameter.requires_grad is not trained]
     for parameter in changed:

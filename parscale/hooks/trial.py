@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import input_device, input_of, main_input
-from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -38,7 +38,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
     enough.
 
     Args:
-        state: of the model.
+        state: the model's state.
         streams: a set that is already attached.
 
     Raises:
@@ -56,10 +56,10 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         if labels and _output(model, arguments | labels) is None:
             labels = {}
         try:
-            with state.calls.choosing(streams), _by_plain_torch(state):
+            with state.calls.choosing(streams), _reference_kernels(state):
                 mixed = _disturbed(state, arguments | labels)
         except Exception as error:  # whatever the model raises for its backbone's new output
-            if is_of_the_machine(error):
+            if is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{name} as a whole does not run with streams, which are mixed in {type(state.backbone).__name__} "
@@ -83,7 +83,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
 
 
 @contextlib.contextmanager
-def _by_plain_torch(state: ParScaleState) -> Iterator[None]:
+def _reference_kernels(state: ParScaleState) -> Iterator[None]:
     """In this block the PyTorch reference runs: fused kernels may be meant for a device that comes later."""
     kernels, state.kernels = state.kernels, "reference"
     try:
@@ -97,7 +97,7 @@ def _output(model: nn.Module, arguments: dict[str, Any]) -> Any:
     try:
         return model(**arguments)
     except Exception as error:
-        if is_of_the_machine(error):
+        if is_machine_error(error):
             raise
         return None
 

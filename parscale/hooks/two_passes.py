@@ -35,7 +35,7 @@ class TwoPassHooks:
     """The hooks on the whole model that plan two passes and run the second.
 
     Args:
-        state: of the model.
+        state: the model's state.
     """
 
     def __init__(self, state: ParScaleState) -> None:
@@ -160,7 +160,7 @@ def of_pass(
     """Before the backbone: its arguments for the current pass; `None` if all streams run in one batch after all.
 
     Args:
-        state: of the model.
+        state: the model's state.
         module: the backbone, or its replica.
         part: the backbone itself.
         arguments: by name, of B rows.

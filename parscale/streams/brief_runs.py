@@ -25,7 +25,7 @@ def run_briefly(
     """Runs the backbone and its towers on two tokens in each row, on an image, or on silence.
 
     Args:
-        state: of the model.
+        state: the model's state.
         rows: number of rows.
         streams: a set to run with; by default the plain backbone.
         gradients: whether to record gradients.
@@ -72,7 +72,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         state.model.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
-        pieces, buffers = each_module_gathered(state.model), _same_buffers(state.model)
+        pieces, buffers = each_module_gathered(state.model), _restored_buffers(state.model)
         plain = state.calls.choosing(None)
         with plain, torch.no_grad(), own_draws, experts, uncompiled, pieces, buffers, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
@@ -83,7 +83,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             module.training = training.get(module, training[state.backbone])
 
 
-def is_of_the_machine(error: BaseException) -> bool:
+def is_machine_error(error: BaseException) -> bool:
     """Whether an error comes from a device, its memory or an installed library, not from the model."""
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | IncompatibleVersionError):
         return True
@@ -97,7 +97,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
     """After this block every buffer is the same tensor, with the same values, as before.
 
     Integers, such as quantized weights, are not copied: no forward pass in eval mode changes them.

@@ -27,7 +27,7 @@ def set_streams(model: Any, name: str | None) -> None:
     end of the block.
 
     Args:
-        name: of the set; `None` for the plain backbone.
+        name: the set's name; `None` for the plain backbone.
 
     Raises:
         ValueError: there is no set of this name.
@@ -57,7 +57,7 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
     parameters are as before. The configuration records the model's choice, not the block's.
 
     Args:
-        name: of the set; `None` for the plain backbone.
+        name: the set's name; `None` for the plain backbone.
 
     Yields:
         The model.

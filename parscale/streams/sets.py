@@ -78,15 +78,15 @@ class Transform:
         """
         raise NotImplementedError
 
-    def hang(self) -> None:
+    def add_hooks(self) -> None:
         """Adds the hooks of the transform to the model, once its parameters exist."""
 
     def attach(self) -> None:
-        """Calls `hang`, and tests that the model runs with the transform."""
-        self.hang()
+        """Calls `add_hooks`, and tests that the model runs with the transform."""
+        self.add_hooks()
 
     def detach(self) -> None:
-        """Undoes `hang`."""
+        """Undoes `add_hooks`."""
 
     def longest_text(self) -> int | None:
         """The maximum number of tokens in a text that streams start from; `None`: any number."""

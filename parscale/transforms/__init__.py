@@ -30,8 +30,8 @@ def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int 
     """Makes a set of streams, with the transform that its configuration names, without adding it to the model.
 
     Args:
-        state: of the model.
-        name: of the set.
+        state: the model's state.
+        name: the set's name.
         config: its configuration.
         copy: number of a copy of the set for an adapter; 0 is the set itself.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import has_learned_positions
-from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
+from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.sets import StreamSet, Transform
 from parscale.streams.state import ParScaleState
 
@@ -13,7 +13,7 @@ class ModelTransform(Transform):
     """A transform of one model.
 
     Args:
-        state: of the wrapped model.
+        state: the wrapped model's state.
         streams: the set.
     """
 
@@ -30,7 +30,7 @@ class ModelTransform(Transform):
         try:
             run_briefly(self.state, streams=self.streams)
         except Exception as error:  # whatever the backbone raises for unexpected input
-            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{type(self.state.model).__name__} does not run with transform={self.streams.config.transform!r} "

@@ -39,7 +39,7 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
     """Fills the tensors of a new set of streams, by its `config.init` and `config.seed`.
 
     Args:
-        state: of the wrapped model.
+        state: the wrapped model's state.
         streams: a set whose parameters exist.
         calibration: token ids `(P, T)`, for `"documents"` and `"context"`; without it the backbone samples them.
 

@@ -50,13 +50,13 @@ class LoraTransform(ModelTransform):
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
 
-    def hang(self) -> None:
+    def add_hooks(self) -> None:
         """Adds a hook to each linear layer."""
         self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.state.linears]
 
     def attach(self) -> None:
         """Adds a hook to each linear layer, and tests that the model runs."""
-        self.hang()
+        self.add_hooks()
         self.try_out()
 
     def detach(self) -> None:

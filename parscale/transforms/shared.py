@@ -26,7 +26,7 @@ from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument, input_device, reads, writes_text
-from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.prefix import EXACT, FEW_BITS, PrefixTransform
@@ -43,14 +43,14 @@ class SharedPrefixTransform(PrefixTransform):
         if state.layers and streams.num_streams > 1:
             check_can_share(state)
 
-    def hang(self) -> None:
+    def add_hooks(self) -> None:
         """Adds a hook to each attention layer."""
         self._layers.attach(registered_layers(self.state))
 
     def attach(self) -> None:
         """Hooks the attention layers and the modules around the backbone, and tests that one and two passes agree."""
         self._row_positions.attach()
-        self.hang()
+        self.add_hooks()
         self.try_out()
 
     def detach(self) -> None:
@@ -86,7 +86,7 @@ class SharedPrefixTransform(PrefixTransform):
                     by_passes = state.model(input_ids=ids, logits_to_keep=1).logits
                     difference = max(difference, _difference(by_passes, logits))
         except Exception as error:  # whatever the backbone raises for fewer rows of keys than of queries
-            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"

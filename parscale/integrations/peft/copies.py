@@ -38,7 +38,7 @@ class AdapterStreams:
     """Which copy of each set runs, is trained and is saved.
 
     Args:
-        state: of the wrapped model, before its first adapter runs.
+        state: the wrapped model's state, before its first adapter runs.
         first: the name of that adapter, which becomes the active one.
         peft_config: its configuration.
     """
@@ -194,7 +194,7 @@ class AdapterStreams:
                     delattr(module, name)
                     _register(module, name, value, trains)
             part.add_module(made.aggregator_name, aggregator)
-        made.transform.hang()
+        made.transform.add_hooks()
         return made
 
     def _forget(self, copies: Copies) -> None:

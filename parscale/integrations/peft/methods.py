@@ -105,7 +105,7 @@ def check_method(peft_config: AdapterConfig, transforms: Collection[str]) -> Non
     """Checks that an adapter supports the streams of a model.
 
     Args:
-        peft_config: of the adapter.
+        peft_config: the adapter's configuration.
         transforms: of the model's sets with more than one stream.
 
     Raises:

@@ -36,7 +36,7 @@ class StreamAggregator(nn.Module):
         num_streams: P.
         hidden_size: H.
         smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`.
-        prefix: of the names of its layers.
+        prefix: the prefix of its layers' names.
     """
 
     def __init__(self, num_streams: int, hidden_size: int, smoothing: float, *, prefix: str) -> None:

@@ -167,7 +167,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
 
     Args:
         vllm_config: vLLM's, as `parscale.integrations.vllm.startup.prepare` left it.
-        prefix: of the names of its layers.
+        prefix: the prefix of its layers' names.
     """
 
     backbone: type[nn.Module]
