@@ -99,7 +99,7 @@ def test_calibration_pieces_are_spread_over_the_text():
     assert ids.tolist() == [[0, 1], [3, 4], [6, 7]]
     exact = calibration_ids([("a", "012345")], tokenizer, num_streams=3, prefix_length=2)
     assert exact.tolist() == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(ValueError, match="holds 5 tokens, and 3 streams of 2 tokens need 6"):
+    with pytest.raises(ValueError, match="holds 5 tokens, but 3 streams of 2 tokens need 6"):
         calibration_ids([("a", "01234")], tokenizer, num_streams=3, prefix_length=2)
 
 
@@ -147,7 +147,7 @@ def test_calibration_for_a_random_start(backbone, tmp_path, text_file, capsys):
 def test_too_little_calibration(backbone, tmp_path, text_file, capsys):
     text_file.write_text("short")
     options = ["--num-streams", 2, "--prefix-length", 5, "--init", "context", "--calibration", text_file]
-    complaint = "holds 5 tokens, and 2 streams of 5 tokens need 10"
+    complaint = "holds 5 tokens, but 2 streams of 5 tokens need 10"
     refused(capsys, tmp_path, backbone, tmp_path / "output", *options, complaint=complaint)
 
 

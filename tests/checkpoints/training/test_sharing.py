@@ -292,7 +292,7 @@ def test_of_several_gpus_one_process_uses_one(full, text_file, tmp_path, two_gpu
 def test_the_steps_are_those_of_one_device(full, text_file, tmp_path, request):
     train(str(full), tmp_path / "one", settings(text_file))
     request.getfixturevalue("two_gpus")
-    with pytest.warns(UserWarning, match="2 GPUs are here"):
+    with pytest.warns(UserWarning, match="2 GPUs are available"):
         train(str(full), tmp_path / "two", settings(text_file))
     one, two = (
         [line.get("loss", line.get("eval_loss")) for line in Run(tmp_path / name).metrics()] for name in ("one", "two")
