@@ -365,7 +365,7 @@ def test_a_folder_that_can_no_longer_be_written(backbone, options, tmp_path, mon
     with monkeypatch.context() as patched:
         refused = OSError(errno.EACCES, "Permission denied")
         patched.setattr(Run, "publish", lambda self, *args, **kwargs: (_ for _ in ()).throw(refused))
-        with pytest.raises(OSError, match=r"\(Permission denied\); .* Make it a folder that can be written and continue"):
+        with pytest.raises(OSError, match=r"\(Permission denied\); .* that can be written and continue"):
             train(str(backbone), tmp_path / "run", TrainSettings(**options))
 
 
