@@ -2,7 +2,7 @@
 
     from parscale.checkpoints import TrainSettings, convert, evaluate, train
 
-Importing this package imports neither torch nor transformers: each name below is fetched when it is first used.
+Importing this package imports neither torch nor transformers: each name below is imported when it is first used.
 """
 
 from __future__ import annotations

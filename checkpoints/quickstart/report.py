@@ -1,4 +1,4 @@
-"""The quickstart's report for people: tables, a few sentences, what the models wrote, and a plot."""
+"""The quickstart's report for people: tables, sentences, generated text, and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parscale.checkpoints.evaluation.against import in_the_middle, interval, ver
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
-# What streams have to beat, by what of the model trains beside them.
+# The baselines of streams, by which part of the model is trained with them.
 CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
 EXPLANATION = (
     "Trained: how many parameters. Difference: from the untouched backbone, paired by document; negative is better.",
@@ -26,7 +26,7 @@ EXPLANATION = (
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print what was measured, in figures and in words, and what each model wrote."""
+    """Prints the measurements, as figures and in words, and the text that each model generated."""
     for text, places in next(iter(report["models"].values()))["loss"].items():
         for where in places:
             console.print(loss_table(report, text, where))
@@ -46,7 +46,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def loss_table(report: Report, text: str, where: str) -> Table:
-    """Each model's loss at one place of one kind of text, and its difference from the first model with its interval."""
+    """Each model's loss at one place of one kind of text, and the interval of its difference from the first model."""
     baseline = next(iter(report["models"]))
     differences = {
         entry["arm"]: entry
@@ -71,10 +71,11 @@ def loss_table(report: Report, text: str, where: str) -> Table:
 
 
 def sentences(report: Report) -> list[str]:
-    """The comparisons of streams with their controls in words, and whether they gain.
+    """The comparisons of streams with their controls, in words, and whether streams gain.
 
-    Streams gain on a text if, in the middles of its documents, they are better than the backbone trained alone and
-    than one trained prefix, by intervals that exclude zero. A run has one seed, so it can deny a gain, not prove it.
+    Streams gain on a text if, in the middle of its documents, they are better than the backbone trained alone and than
+    one trained prefix, by intervals that exclude zero. A run has one seed, so it can disprove a gain, but not prove
+    one.
     """
     result = []
     for arm, controls in CONTROLS.items():
@@ -86,9 +87,9 @@ def sentences(report: Report) -> list[str]:
 
 
 def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Save a figure: training losses, the same less those of the last row, and the paired differences with intervals.
+    """Saves a figure: training losses, their differences from the last row, and paired differences with intervals.
 
-    All rows see the same batches in the same order, so between rows the difference from step to step is a fair one.
+    All rows see the same batches in the same order, so they can be compared step by step.
     """
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 4))

@@ -1,4 +1,4 @@
-"""What every kind of text is read as: documents with names, and sources that give them one after another."""
+"""Documents with names, and sources that yield them: the form in which all text is read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 Document = tuple[str, str]
-"""A name, as errors say it, and a text."""
+"""A name, for error messages, and a text."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents under one name, read anew each time that they are iterated over.
+    """Documents under one name, read again each time that they are iterated over.
 
     Attributes:
-        name: as errors and model cards say it.
-        read: opens it anew.
-        dataset: its name on the Hugging Face Hub; None for what lay on the disk or in memory when it was opened.
+        name: for error messages and model cards.
+        read: starts reading from the beginning.
+        dataset: its name on the Hugging Face Hub; None for files and for text in memory.
     """
 
     name: str
@@ -28,10 +28,10 @@ class Source:
 
     @classmethod
     def of(cls, name: str, documents: Sequence[Document]) -> Source:
-        """A source of documents that are in memory.
+        """A source of documents in memory.
 
         Args:
-            name: as errors and model cards say it.
+            name: for error messages and model cards.
             documents: pairs of a name and a text.
 
         Returns:

@@ -1,8 +1,8 @@
-"""Documents packed into blocks of one length, in which no token attends to another document.
+"""Documents packed into blocks of equal length, in which no token attends to another document.
 
-A document that does not fit a block goes on in the next one, as if it began there. `position_ids` restart at 0 wherever
-a document begins, from which transformers makes a mask that keeps documents apart, and `labels` are -100 there: nothing
-is predicted from the end of another document.
+A document that does not fit into a block continues in the next one, as if it began there. `position_ids` restart at 0
+where a document begins; from this, transformers makes a mask that keeps documents apart. `labels` are -100 there, so
+nothing is predicted from the end of another document.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parscale.checkpoints.texts.documents import Document, Source
 from parscale.checkpoints.texts.token_ids import encode, require_known
 
-IGNORED = -100  # as a label: nothing is predicted there
+IGNORED = -100  # as a label: nothing is predicted here
 _DOCUMENTS_AT_ONCE = 64
 
 Block = tuple[np.ndarray, np.ndarray]  # token ids and positions, both (S,)
@@ -28,11 +28,11 @@ Row = dict[str, torch.Tensor]
 
 
 class Encoder:
-    """Documents as token ids, each with the special tokens that its tokenizer adds and the end-of-text token behind it.
+    """Turns documents into token ids: each with its tokenizer's special tokens, and the end-of-text token after it.
 
     Args:
-        tokenizer: of the model.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        tokenizer: the model's tokenizer.
+        vocabulary: number of token ids that the model has; without it, ids are not checked.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
@@ -40,10 +40,10 @@ class Encoder:
         self.vocabulary = vocabulary
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[list[int]]:
-        """Token ids of one document after another.
+        """The token ids of one document after another.
 
         Raises:
-            ValueError: the tokenizer gives an id that the model does not know, or a text holds half a character.
+            ValueError: the tokenizer gives an id outside the vocabulary, or a text holds half a surrogate pair.
         """
         end = self.tokenizer.eos_token_id
         rest = iter(documents)
@@ -57,12 +57,12 @@ class Encoder:
 
 
 def pack(encoded: Iterable[list[int]], sequence_length: int, *, padding: int | None = None) -> Iterator[Block]:
-    """Blocks of `sequence_length` tokens; what is left at the end and fills none is dropped, or padded.
+    """Blocks of `sequence_length` tokens; an incomplete last block is dropped, or padded.
 
     Args:
         encoded: token ids by document.
         sequence_length: S.
-        padding: a token id that fills the last block; its positions restart at 0, so that nothing sees it.
+        padding: a token id that fills the last block; its positions restart at 0, so no token sees it.
 
     Returns:
         The blocks, one by one.
@@ -82,7 +82,7 @@ def pack(encoded: Iterable[list[int]], sequence_length: int, *, padding: int | N
     if ids and padding is not None:
         missing = sequence_length - len(ids)
         ids += [padding] * missing
-        # every padded token stands for a document of its own, of which nothing is predicted
+        # every padding token is a document of its own, in which nothing is predicted
         positions += [0] * missing
         yield np.array(ids, dtype=np.int32), np.array(positions, dtype=np.int32)
 
@@ -92,7 +92,7 @@ class Blocks(Dataset[Row]):
 
     Attributes:
         ids: the tokens of all blocks, `(n, S)`.
-        positions: of each in its document or piece of one, `(n, S)`.
+        positions: of each token in its document, or in its piece of a document, `(n, S)`.
     """
 
     def __init__(self, blocks: Iterable[Block], sequence_length: int) -> None:
@@ -121,22 +121,22 @@ def pack_documents(
     *,
     vocabulary: int | None = None,
 ) -> Blocks:
-    """Documents as rows for the Trainer, each with the end-of-text token behind it, as `train` packs them.
+    """Documents as rows for the Trainer, each followed by the end-of-text token, as `train` packs them.
 
-    What is left at the end and does not fill a block is dropped.
+    An incomplete last block is dropped.
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         sequence_length: S, of a block, in tokens.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        vocabulary: number of token ids that the model has; without it, ids are not checked.
 
     Returns:
         The rows.
 
     Raises:
-        ValueError: `sequence_length` is below 1, the tokenizer gives an id that the model does not know, or a text
-            holds half a character.
+        ValueError: `sequence_length` is below 1, the tokenizer gives an id outside the vocabulary, or a text holds half
+            a surrogate pair.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")
@@ -146,7 +146,7 @@ def pack_documents(
 class Shuffled(Dataset[Row]):
     """`count` rows drawn from blocks: all of them in one random order, then all in another, and so on.
 
-    Which row stands where depends on the seed alone, and on no number of processes or devices.
+    The order depends only on the seed, not on the number of processes or devices.
     """
 
     def __init__(self, blocks: Blocks, count: int, seed: int) -> None:
@@ -165,9 +165,9 @@ class Shuffled(Dataset[Row]):
 
 
 class Streamed(IterableDataset[Row]):
-    """`count` rows packed from sources while they are read; after their end it begins again.
+    """`count` rows packed from sources while they are read; after the end of the sources it starts again.
 
-    Raises, when iterated, `ValueError` if the sources hold less than one block or something is wrong with them.
+    Iterating raises `ValueError` if the sources hold less than one block or are damaged.
     """
 
     def __init__(self, sources: list[Source], encode: Encoder, sequence_length: int, count: int) -> None:
@@ -196,7 +196,7 @@ def documents_of(sources: Sequence[Source]) -> Iterator[Document]:
 
 
 def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) -> ValueError:
-    """The error for less text than one block."""
+    """The error for data with less text than one block."""
     tokens = sum(map(len, encode(documents_of(sources))))
     return ValueError(
         f"The data holds {tokens:,} tokens, fewer than one sequence of {sequence_length:,}; give more text, or a "
@@ -205,9 +205,9 @@ def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) ->
 
 
 def keeps_documents_apart(model: PreTrainedModel, vocabulary: int) -> bool:
-    """Whether a model's outputs for a document are the same when another stands before it in one block.
+    """Whether a model's outputs for a document stay the same if another document comes before it in one block.
 
-    Some do not: those with layers that carry a state along (Mamba and its like), or that make no mask from positions.
+    This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions.
     """
     weight: Any = model.get_input_embeddings().weight
     ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary)[None]  # (1, 12)

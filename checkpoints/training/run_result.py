@@ -1,4 +1,4 @@
-"""The end of a training run: the trained checkpoint, its model card, the plot and the report."""
+"""The result of a training run: the trained checkpoint, its model card, the plot and the report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def finish(
     """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
 
     Args:
-        checkpoint: what the run was started from.
+        checkpoint: the checkpoint that the run started from.
         run: its folder, with the checkpoint after the last step.
         steps: how many there were.
         tokenizer: of the model.
@@ -100,7 +100,7 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
 
 
 def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Each text's loss in nats per token, from a run's metrics: of the backbone, before the first step, at the end."""
+    """The losses of each text in nats per token, from a run's metrics: backbone, before the first step, at the end."""
     losses: dict[str, dict[str, float]] = {}
     for line in metrics:
         if "text" not in line:

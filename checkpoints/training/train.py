@@ -1,8 +1,8 @@
-"""Post-training of a checkpoint on text, from beginning to end: `train` is what `parscale train` calls.
+"""Post-training of a checkpoint on text, from start to end: `train` is the function behind `parscale train`.
 
-The loop is the Hugging Face Trainer's, on one device or, under `torchrun` or `accelerate launch`, on many. The output
-folder holds what `parscale.checkpoints.training.run_folder` says, and at the end a checkpoint of the kind that was
-trained.
+The loop is that of the Hugging Face Trainer, on one device or, under `torchrun` or `accelerate launch`, on many. The
+output folder is described in `parscale.checkpoints.training.run_folder`; at the end it holds a checkpoint of the same
+kind as the one that was trained.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
 from parscale.terminal.console import Terminal
 
-REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
+REMEDY = "start again in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run after a step, with a checkpoint; the message names it."""
+    """A signal stopped a run after a step, with a checkpoint; the message names it."""
 
 
 def train(
@@ -66,26 +66,26 @@ def train(
     name: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Post-trains a checkpoint and saves it, of the same kind and in the same dtypes, with its tokenizer.
+    """Post-trains a checkpoint and saves it, as the same kind and in the same dtypes, with its tokenizer.
 
     Args:
         checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model.
-        output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
-        settings: what on, how much and how.
-        resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
-            result is the same to the last bit. Where there is none, the run starts; a finished one is left as it is.
-        command: what the model card says it was made by.
-        name: what the model card calls the result, such as its repository on the Hub; by default the folder's name.
+        output: the folder of the run: new or empty, or with `resume` the folder of a stopped run.
+        settings: data, amount and options.
+        resume: continue from the latest complete checkpoint in `output`, with the same settings: on one device the
+            result is the same to the last bit. Without a checkpoint the run starts; a finished run is not changed.
+        command: the command that the model card shows.
+        name: the name of the result on the model card, such as its repository on the Hub; by default the folder's name.
         console: where progress is shown; by default standard error.
 
     Returns:
-        The report, as in `training.json`; `"finished_before"` is true if there was nothing left to do.
+        The report, as in `training.json`; `"finished_before"` is true if the run had already finished.
 
     Raises:
-        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written then.
-        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays whole.
-        OSError: something is missing or cannot be written, or another process goes on with the run; the last checkpoint
-            stays whole.
+        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written.
+        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays complete.
+        OSError: something is missing or cannot be written, or another process is running the run; the last checkpoint
+            stays complete.
         Interrupted: a signal ended the run, after a checkpoint.
     """
     run = Run(output)
@@ -104,7 +104,7 @@ def _train_in(
     name: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    """As `train`; the run's folder stays locked for this process until it is released."""
+    """Does the work of `train`; the run's folder stays locked by this process until it is released."""
     state = PartialState(cpu=_on_cpu())
     if state.is_main_process:
         run.check(resume=resume)
@@ -207,13 +207,13 @@ def _finish(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a run starts with: everything is read and checked, and nothing written yet."""
+    """The state of a run before its first step: everything is read and checked, nothing is written yet."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     length: int  # of a sequence, in tokens
-    micro: int  # sequences that a device takes at once
+    micro: int  # sequences on a device at once
     rates: tuple[float, float]
     bf16: bool
     described: dict[str, Any]
@@ -289,20 +289,20 @@ def _on_cpu() -> bool:
 def _require_unchanged(checkpoint: str, described: Mapping[str, Any]) -> None:
     if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
         raise ValueError(
-            f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
-            "back what it was, and go on with --resume."
+            f"{checkpoint} has changed during the run, so the result would mix two checkpoints; restore the old one, "
+            "and continue with --resume."
         )
 
 
 def _one_of(devices: int) -> str:
     return (
-        f"{devices} GPUs are here, and one of them is used; all of them take part with "
+        f"{devices} GPUs are available, but only one is used; to use all of them, run "
         f"torchrun --nproc-per-node {devices} -m parscale train ..."
     )
 
 
 def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
-    """The model, ready to train; warns if it mixes documents that are packed together."""
+    """The model, ready for training; warns if it mixes documents that are packed together."""
     model = open_for_training(
         checkpoint,
         trains=settings.trains,
@@ -317,18 +317,18 @@ def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
         apart = keeps_documents_apart(model, vocabulary_of(model))
     if not apart:
         warnings.warn(
-            f"{checkpoint} is a model in which documents that are packed into one sequence see each other.",
+            f"{checkpoint} lets documents that are packed into one sequence see each other.",
             stacklevel=3,
         )
     return model
 
 
 def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
-    """Makes the run's folder ready on one process, for all; the checkpoint to go on from, if there is one."""
+    """Prepares the run's folder on one process, for all; returns the checkpoint to resume from, if there is one."""
     found: list[Path | None] = [None]
     if state.is_main_process:
         run.begin(described, resume=resume)
-        newest = run.newest_checkpoint() if resume else None  # reads all of it
+        newest = run.newest_checkpoint() if resume else None  # reads all files
         run.keep_metrics(-1 if newest is None else int(newest.name.rpartition("-")[2]))
         found = [newest]
     broadcast_object_list(found)
@@ -336,7 +336,7 @@ def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: 
 
 
 def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
-    """Of the Trainer's arguments, those that depend on the settings and the number of steps alone."""
+    """The arguments of the Trainer that depend only on the settings and the number of steps."""
     tenth = max(1, steps // 10)
     return {
         "max_steps": steps,
@@ -361,27 +361,27 @@ def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
 def _run_steps(
     trainer: StreamsTrainer, run: Run, newest: Path | None, monitor: RunMonitor, interruption: Interruption
 ) -> None:
-    """Trains to the last step, or says why not."""
+    """Trains to the last step, or raises the reason for stopping."""
     try:
         with interruption.listening(), _explained(run):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finally:
         monitor.close()
     if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
+        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume continues from there.")
 
 
 @contextlib.contextmanager
 def _explained(run: Run) -> Iterator[None]:
-    """Says how a run goes on whose disk is full."""
+    """In this block an error of a full disk says how to resume the run."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            f"The disk of {run.folder} is full. Make room there and go on with --resume; the last whole checkpoint is "
-            f"{run.newest_checkpoint() or 'none, so that it will begin again'}."
+            f"The disk of {run.folder} is full. Free some space and continue with --resume; the last complete "
+            f"checkpoint is {run.newest_checkpoint() or 'none, so the run will start again'}."
         ) from error
 
 
@@ -405,7 +405,7 @@ def _described(
     length: int,
     steps: int,
 ) -> dict[str, Any]:
-    """What a run is started with, as far as its result depends on it; without the contents of what it reads."""
+    """The settings that the result of a run depends on, without digests of the contents that it reads."""
     of_streams, rest = rates
     return {
         "checkpoint": checkpoint,

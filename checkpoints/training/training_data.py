@@ -1,4 +1,4 @@
-"""What a run trains on and measures on: sources opened, packed into rows, counted in steps, and known by digests."""
+"""The data of a run: opens sources, packs them into rows, counts the steps, and takes digests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from parscale.checkpoints.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Packed text.
+    """Packed text for training and evaluation.
 
     Attributes:
         rows: what to train on, in its order.
@@ -44,10 +44,10 @@ class TrainingData:
 
 
 class Sources:
-    """What a run reads, opened and looked into, so that what is wrong is said before a model is loaded.
+    """The sources of a run, opened and checked, so that errors are reported before a model is loaded.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
 
     Raises:
         ValueError: a source is missing, damaged or empty.
@@ -61,10 +61,10 @@ class Sources:
         self.eval_data = dict(zip(settings.eval_data, texts, strict=True))
 
     def packed(self, encode: Encoder, length: int) -> TrainingData:
-        """Their text as rows of `length` tokens.
+        """Their text, packed into rows of `length` tokens.
 
         Raises:
-            ValueError: there is too little of it, or the tokenizer is that of another model.
+            ValueError: there is too little text, or the tokenizer belongs to another model.
         """
         rows, steps, digest = _training_rows(self.data, encode, length, self.settings)
         measured = {
@@ -77,7 +77,7 @@ class Sources:
 def _training_rows(
     sources: Sequence[Source], encode: Encoder, length: int, settings: TrainSettings
 ) -> tuple[Shuffled | Streamed, int, str]:
-    """What to train on, in how many steps, and a digest of it; of streamed data, of its beginning."""
+    """The training data, its number of steps, and a digest of it; for streamed data, of its beginning."""
     per_step = settings.batch_size * length
     if settings.streaming:
         assert settings.tokens is not None
@@ -111,5 +111,5 @@ def _measured_blocks(source: Source, encode: Encoder, length: int, settings: Tra
         if len(blocks) * length >= settings.eval_tokens:
             break
     if not any((positions > 0).any() for _, positions in blocks):
-        raise ValueError(f"{source.name} holds no document of two tokens, so no loss can be measured on it.")
+        raise ValueError(f"{source.name} has no document of two tokens or more, so its loss cannot be measured.")
     return Blocks(blocks, length)

@@ -1,4 +1,4 @@
-"""The aggregator in plain torch: what the fused kernels are held against."""
+"""The aggregator in plain torch: the baseline for the fused kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def aggregator_reference(
     bias2: torch.Tensor,
     smoothing: float,
 ) -> torch.Tensor:
-    """As `parscale.kernels.aggregator`, with the copy into the order of `weight1`'s columns."""
+    """`parscale.kernels.aggregator`, with a copy of `hidden` in the order of `weight1`'s columns."""
     x = hidden.unflatten(0, (weight2.shape[0], -1))  # (P, B, S, H)
     joined = x.permute(1, 2, 3, 0).flatten(2)  # (B, S, H, P) -> (B, S, H*P)
     inner = nn.functional.silu(nn.functional.linear(joined, weight1, bias1))  # (B, S, H)

@@ -1,4 +1,4 @@
-"""Decode attention in plain torch: prefix and cache are read where they lie, only their scores are joined."""
+"""Decode attention in plain torch: prefix and cache are read in place; only their scores are joined."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-# Half-precision keys and values are raised to single precision in pieces of this many numbers, which stay in the cache
-# of a processor and in the pool of its allocator.
+# Half-precision keys and values are converted to single precision in pieces of this many elements, which stay in the
+# cache of a processor and in the pool of its allocator.
 PIECE = 2**20
 
 
@@ -23,8 +23,8 @@ def decode_attention_reference(
 ) -> torch.Tensor:
     """Softmax attention of one token per row over `[prefix of stream p | cache]`.
 
-    Half-precision tensors are multiplied in float32: a score that was rounded to half precision, of keys with a large
-    bias say, would be wrong by per cents after the softmax.
+    Half-precision tensors are multiplied in float32: scores rounded to half precision, such as those of keys with a
+    large bias, would give errors of some percent after the softmax.
 
     Args:
         query: `(P*B, heads, 1, D)`, stream-major rows.
@@ -32,8 +32,8 @@ def decode_attention_reference(
         value: `(P*B, G, K, Dv)`.
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
         prefix_v: `(P, G, T, Dv)`.
-        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or `K` in
-            place of `T + K`: then it is about the cache alone.
+        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or with `K` in
+            place of `T + K`, for the cache alone.
         scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:

@@ -1,14 +1,14 @@
-"""The prefix in attention: one function that every attention layer of a wrapped model calls.
+"""The prefix in attention: one function that all attention layers of a wrapped model call.
 
-transformers looks its attention function up by `config._attn_implementation`. A wrapped model's attention layers see
-their configuration through `AttentionConfig`, which answers `"parscale_sdpa"` for `"sdpa"` and so on, and
-under those names `prefix_attention` is registered. It puts the prefix in front of keys and values, makes room for
-it in the mask, and hands over to the backbone's own function. Everything else in the model (mask creation,
-`generate`, `set_attn_implementation`) goes on seeing the true name.
+transformers looks up its attention function by `config._attn_implementation`. The attention layers of a wrapped model
+have an `AttentionConfig` as their configuration, which says `"parscale_sdpa"` for `"sdpa"` and so on.
+`prefix_attention` is registered under these names. It puts the prefix before keys and values, adds columns for it to
+the mask, and calls the backbone's own function. Everything else in the model (mask creation, `generate`,
+`set_attn_implementation`) still sees the true name.
 
-Rulings: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
+Rules: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
 
-Shapes: R = P*B rows, stream-major; S query tokens; K keys in sight before the prefix; G key/value heads; D head size;
+Shapes: R = P*B rows, stream-major; S query tokens; K visible keys without the prefix; G key/value heads; D head size;
 T prefix tokens.
 """
 
@@ -48,14 +48,14 @@ CONTINUOUS_BATCHING = (
 
 
 class _BothNames(str):
-    """The true name of an implementation, under which a dictionary finds the function with the prefix.
+    """The true name of an implementation, which as a dictionary key also finds the function with the prefix.
 
-    A layer does two things with the name: it looks its function up, which has to give ours, and some compare it with
-    `"sdpa"` to choose the form of a mask of their own, which has to be that of `"sdpa"`. Both read the same
-    attribute, so no plain string serves both. One that equals two names does, since a dictionary compares by `==`.
+    A layer uses the name in two ways. It looks up its attention function, which must be ours; and some layers compare
+    it with `"sdpa"` to choose the form of their own mask, which must match. Both read the same attribute, so no plain
+    string works for both. A string that equals two names does, since a dictionary compares by `==`.
 
-    Weighed against it: registering our function under `"sdpa"` itself would put it in front of every model of the
-    process. torch.compile cannot trace this string, so that only layers that compare get it
+    The alternative, to register our function as `"sdpa"` itself, would affect every model in the process. torch.compile
+    cannot trace this class, so only layers that compare the name get it
     (`parscale.compat.transformers.compares_implementation`).
     """
 
@@ -70,7 +70,7 @@ class _BothNames(str):
 
 
 class AttentionConfig(ConfigView):
-    """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
+    """The configuration that an attention layer of a wrapped model sees: a live view that changes one name.
 
     Args:
         config: the backbone's configuration object.
@@ -87,16 +87,16 @@ class AttentionConfig(ConfigView):
         super().__init__(config, state=state, compared=compares_implementation(layer), lender=None)
 
     def borrow(self, lender: nn.Module) -> None:
-        """From here on the layer has the prefix of `lender`, whose keys and values it takes."""
+        """Makes the layer use the prefix of `lender`, whose keys and values it uses."""
         vars(self)["lender"] = lender
 
     def implementation(self) -> str:
-        """The name under which `prefix_attention` is registered; the true one for the plain backbone."""
+        """The name that `prefix_attention` is registered under; the true name for the plain backbone."""
         true_name = attn_implementation(self.backbone)
         call = self.state.call
         if (
             call.in_flight is None and call.recorder is None and call.passes is None
-        ):  # the plain backbone, as if never wrapped
+        ):  # the plain backbone, as before wrapping
             return true_name
         name = NAME_PREFIX + true_name
         if name not in attention_functions():
@@ -105,7 +105,7 @@ class AttentionConfig(ConfigView):
 
 
 class _BackboneView:
-    """An attention layer with the backbone's own configuration, for functions that read the name from it."""
+    """An attention layer with the backbone's own configuration, for functions that read the name from there."""
 
     def __init__(self, module: Any) -> None:
         self.layer = module
@@ -116,7 +116,7 @@ class _BackboneView:
 
 
 class _UngroupedView(_BackboneView):
-    """An attention layer that has as many key/value heads as queries."""
+    """An attention layer with as many key/value heads as query heads."""
 
     num_key_value_groups = 1
 
@@ -129,18 +129,18 @@ def prefix_attention(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over `[prefix of stream p | cache | new tokens]`, by the backbone's own implementation.
+    """Attention over `[prefix of stream p | cache | new tokens]`, computed by the backbone's own implementation.
 
     Args:
         module: the attention layer; its `config` is an `AttentionConfig`.
         query: `(R, heads, S, D)`.
         key: `(R, G, K, D)`, after the cache's update.
         value: `(R, G, K, D)`; its head size may differ from the key's (MLA).
-        attention_mask: what the backbone's implementation expects for K keys.
+        attention_mask: the mask that the backbone's implementation expects for K keys.
         **kwargs: passed on (`scaling`, `dropout`, `sliding_window`, ...).
 
     Returns:
-        `(R, S, heads, D)`, and the attention weights `(R, heads, S, T + K)` where the implementation has them.
+        `(R, S, heads, D)`, and the attention weights `(R, heads, S, T + K)` if the implementation returns them.
     """
     state: ParScaleState = module.config.state
     name = attn_implementation(module.config.backbone)
@@ -153,7 +153,7 @@ def prefix_attention(
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
-    # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
+    # torch.export cannot prove what the backbones' way of repeating heads requires of a dynamic length T + S
     repeats = streams is not None and not flash and torch.compiler.is_exporting()
     if repeats:
         view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
@@ -171,7 +171,7 @@ def prefix_attention(
         prefix_v = parameter_of(owner, streams.value_name)
         if repeats:
             prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
-        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
+        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values to the keys' head size
             prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
         prefix = prefix_k, prefix_v
     attend = functools.partial(_with_prefix, state, backbone, name, view)
@@ -193,7 +193,7 @@ def _with_prefix(
     state: ParScaleState,
     backbone: AttentionFunction,
     name: str,
-    view: Any,
+    view: object,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -202,7 +202,7 @@ def _with_prefix(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of P*B rows with keys of their own, and P prefixes `(P, G, T, D)`."""
+    """Attention of P*B rows, which have their own keys, with P prefixes `(P, G, T, D)`."""
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if is_flash(name):
@@ -218,14 +218,14 @@ def _with_prefix(
 
 
 def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """`(R, G, K, D)` as `(R, heads, K, D)`, each key/value head for all of its queries."""
+    """Repeats each key/value head for its queries: `(R, G, K, D)` to `(R, heads, K, D)`."""
     return states[:, torch.arange(heads, device=states.device) // (heads // states.shape[1])]
 
 
 def _dense_attention(
     backbone: AttentionFunction,
     name: str,
-    module: Any,
+    module: object,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -235,17 +235,17 @@ def _dense_attention(
     state: ParScaleState,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """For `eager`, `sdpa` and functions of their contract: a mask over `(S, K)`, or none."""
+    """For `eager`, `sdpa` and functions with their interface: a mask over `(S, K)`, or none."""
     T, S = prefix_k.shape[2], query.shape[2]
     special = _is_special(kwargs)
     if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:
-        if name in mask_functions():  # others are never given a mask
-            # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+        if name in mask_functions():  # others never get a mask
+            # No mask means the causal mask over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
         if name == "sdpa" and not special and is_mergeable(query, key, value, state.kernels):
             output = causal_attention(query, key, value, prefix_k, prefix_v, scaling=kwargs.get("scaling"))
             return output.transpose(1, 2), None  # (R, S, heads, D)
-        # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.
+        # A mask with columns for the prefix would lose the fast causal path; T leading zero queries keep it.
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         queries = nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
         if kwargs.get("position_bias") is not None:
@@ -254,7 +254,7 @@ def _dense_attention(
         return output[:, T:], weights
     masks = state.call.masks
     if name == "sdpa" and S == 1 and not special:
-        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
+        # a mask means a static cache with free space, or padding: on a GPU the rest is not read
         length = None if attention_mask is None or not query.is_cuda else visible_lengths_once(masks, attention_mask)
         output = decode_attention(
             query,
@@ -272,12 +272,12 @@ def _dense_attention(
     return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 
 
-def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a mask that is left out stands for the causal one."""
+def _is_causal(module: object, kwargs: dict[str, Any]) -> bool:
+    """Whether no mask means the causal mask."""
     causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _is_special(kwargs: dict[str, Any]) -> bool:
-    """Whether something is asked for that only the backbone's own function knows."""
+    """Whether an argument is set that only the backbone's own function supports."""
     return bool(kwargs.get("dropout")) or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))

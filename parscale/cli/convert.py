@@ -36,7 +36,7 @@ def convert(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Recycle a checkpoint: give a model P parallel streams and save it."""
+    """Recycle a checkpoint: add P parallel streams to a model and save it."""
     from parscale.checkpoints.conversion.convert import convert as convert_checkpoint
 
     quiet_libraries()

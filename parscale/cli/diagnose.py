@@ -19,16 +19,16 @@ def diagnose(
     text_column: TextColumn = "text",
     streams: Streams = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once. Default: 1024, or fewer if it takes fewer.")
+        int | None, typer.Option(help="Tokens the model sees at once. Default: 1024, or fewer if its limit is lower.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a batch; each has logits for every stream.")] = 1,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw it into this file: .png, .pdf or .svg.", metavar="FILE.png")
+        Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")
     ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Say whether the streams differ at all: their losses alone, what they have in common, how they are weighed."""
+    """Tell whether the streams differ: the loss of each alone, the correlation of their losses, their weights."""
     from parscale.checkpoints.evaluation.diagnosis import diagnose as diagnose_documents
     from parscale.checkpoints.evaluation.diagnosis import plot_diagnosis, require_plot_path, sentences
     from parscale.checkpoints.models import open_checkpoint, require_tokenizer

@@ -11,7 +11,7 @@ from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextC
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
 
-WIDEST = 1000  # columns of a table; it takes what it needs
+WIDEST = 1000  # columns of a table, which uses only what it needs
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tasks of lm-eval, by name, pattern or YAML file; or general, math, code: the paper's benchmarks.",
+            help="Tasks of lm-eval, by name, pattern or YAML file; or general, math, code for the paper's benchmarks.",
             metavar="NAME...",
         ),
     ] = None,
@@ -39,16 +39,14 @@ def evaluate(
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens the model sees at once. Default: as many as it takes, with --data not more than 1024."
-        ),
+        typer.Option(help="Tokens the model sees at once. Default: its limit, with --data at most 1024."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
     adaptive: Annotated[
         float | None,
         typer.Option(
-            help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
-            "H nats. 0: always, inf: never.",
+            help="For streams that share keys and values: run them where the entropy of stream 0's prediction is "
+            "above H nats. 0: always, inf: never.",
             metavar="H",
         ),
     ] = None,
@@ -56,21 +54,21 @@ def evaluate(
         int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(help="With --tasks: questions of each at most, or a share below 1; to try out.")
+        float | None, typer.Option(help="With --tasks: maximum questions of each, or a share below 1; for trial runs.")
     ] = None,
     include_path: Annotated[
         Path | None,
-        typer.Option(help="With --tasks: a folder of your own task files, which can run code.", metavar="DIR"),
+        typer.Option(help="With --tasks: a folder with your own task files, which can run code.", metavar="DIR"),
     ] = None,
     confirm_run_unsafe_code: Annotated[
         bool,
         typer.Option(
             "--confirm-run-unsafe-code",
-            help="With --tasks: run the code that the model writes. What task files run (!function) runs without.",
+            help="With --tasks: run code that the model writes. Code in task files (!function) always runs.",
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Also write all figures into this file, as JSON.", metavar="FILE")
+        Path | None, typer.Option(help="Also write all figures to this file, as JSON.", metavar="FILE")
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -87,7 +85,7 @@ def evaluate(
         "--confirm-run-unsafe-code": confirm_run_unsafe_code,
     }
     if bool(data) == bool(tasks):
-        raise ValueError("Give either --data FILE... or --tasks NAME..., one of the two. Try 'parscale eval --help'.")
+        raise ValueError("Give either --data FILE... or --tasks NAME..., not both. Try 'parscale eval --help'.")
     if data and (given := [name for name, is_given in of_tasks.items() if is_given]):
         raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
     if against and (tasks or adaptive is not None):
@@ -202,9 +200,9 @@ def _print_scores(figures: dict[str, Any]) -> None:
     for column in ("value", "standard error", "questions", "examples before each"):
         table.add_column(column, justify="right", no_wrap=True)
     for task, metric, answer_filter, value, error in scores(figures):
-        asked = figures["n-samples"].get(task)  # a group has none
+        asked = figures["n-samples"].get(task)  # a group has no entry
         questions = "" if asked is None else f"{asked['effective']:,} of {asked['original']:,}"
         standard_error = "-" if error is None else f"{error:.4f}"
         examples = str(figures["n-shot"].get(task, ""))
         table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
-    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut
+    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut off

@@ -27,7 +27,7 @@ def _named(texts: list[str]) -> dict[str, str]:
             name, source = Path(text).stem or text, text
         name = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in name)
         if name in named:
-            raise ValueError(f"Two texts to measure on are called {name!r}; name them apart, as in NAME={source}.")
+            raise ValueError(f"Two evaluation texts are called {name!r}; give each its own name, as in NAME={source}.")
         named[name] = source
     return named
 
@@ -47,7 +47,7 @@ def train(
     settings: TrainSettings,
     recipe: Recipe = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
     ] = False,
     controls: Annotated[
         bool,
@@ -58,7 +58,7 @@ def train(
         ),
     ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the result to this repository of the Hugging Face Hub.", metavar="NAME")
+        str | None, typer.Option(help="Upload the result to this repository on the Hugging Face Hub.", metavar="NAME")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -77,7 +77,7 @@ def train(
         if controls:
             report = report | train_controls(checkpoint, output, settings)
     except Interrupted as interruption:
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             print(f"parscale: {interruption}", file=sys.stderr)
         raise
     from accelerate import PartialState
@@ -96,7 +96,7 @@ def train(
 
 def _print(report: dict[str, Any]) -> None:
     if report["finished_before"]:
-        print(f"The run in {report['output']} has finished before; nothing was left to do.")
+        print(f"The run in {report['output']} had already finished; there was nothing to do.")
     losses = {
         f"loss on {name}": ", ".join(f"{when} {value:.4f}" for when, value in found.items())
         for name, found in report["losses"].items()

@@ -1,13 +1,13 @@
-"""What makes the streams of one set differ: three transforms of the input or of the layers that read it.
+"""How the streams of a set differ: three transforms, of the input or of the layers that read it.
 
-- `prefix`: keys and values in front of those of each attention layer (models with attention; the paper's own)
-- `prompt`: embeddings in front of those of the input (models that read token ids)
-- `lora`: a low-rank difference to each linear layer (any)
+- `prefix`: learned keys and values before those of each attention layer (models with attention; the paper's method)
+- `prompt`: learned embeddings before those of the input (models that read token ids)
+- `lora`: a low-rank difference in each linear layer (any model)
 
-A prefix may also stand in front of keys and values that all streams share (`parscale.transforms.shared`).
+A prefix can also come before keys and values that all streams share (`parscale.transforms.shared`).
 
-Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more. How a set starts is
-in `parscale.transforms.inits`.
+Chen et al., arXiv 2505.10475, found nearly equal losses for them; the number of streams matters more. How a set starts
+is described in `parscale.transforms.inits`.
 
 May import: `attention`, `streams` and what is below them.
 """
@@ -27,13 +27,13 @@ CLASSES: dict[str, type[ModelTransform]] = {PREFIX: PrefixTransform, PROMPT: Pro
 
 
 def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int = 0) -> StreamSet:
-    """A set of streams for a model, with the transform that its configuration names; it is not added to the model.
+    """Makes a set of streams, with the transform that its configuration names, without adding it to the model.
 
     Args:
-        state: of the model.
-        name: of the set.
-        config: its numbers.
-        copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
+        state: the model's state.
+        name: the set's name.
+        config: its configuration.
+        copy: number of a copy of the set for an adapter; 0 is the set itself.
     """
     streams = StreamSet(name, config, copy)
     streams.transform = (SharedPrefixTransform if streams.shares_keys else CLASSES[config.transform])(state, streams)

@@ -2,15 +2,15 @@
 
     layer, stream p:   q_p = W_q h_p      keys, values: [prefix_p | W_k h_0, W_v h_0 of the tokens 0..t]
 
-Everything after it is as with keys of their own: residual stream, MLP, final norm, aggregator. What follows from it:
+Everything else is as with separate keys and values: residual stream, MLP, final norm, aggregator. Consequences:
 
-- The cache is the plain backbone's: as many rows, the same numbers. A text that the backbone has read is continued
-  with streams, and the other way round.
-- No token's cache depends on streams 1 to P - 1, so they run only where somebody wants their prediction: the last
-  positions of a prompt (`parscale.hooks.two_passes`), or tokens that stream 0 is uncertain about.
+- The cache is that of the plain backbone: same rows, same values. A text that the backbone has read can be continued
+  with streams, and vice versa.
+- No token's cache depends on streams 1 to P - 1, so they run only where their prediction is needed: at the last
+  positions of a prompt (`parscale.hooks.two_passes`), or at tokens where stream 0 is uncertain.
 - A step reads the cache once for all streams.
 
-A start from texts is an approximation: a stream that begins as a text sees it in front of keys that have not.
+A start from texts is an approximation: a stream sees its text before keys that have not seen it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument, input_device, reads, writes_text
-from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.prefix import EXACT, FEW_BITS, PrefixTransform
@@ -43,14 +43,14 @@ class SharedPrefixTransform(PrefixTransform):
         if state.layers and streams.num_streams > 1:
             check_can_share(state)
 
-    def hang(self) -> None:
-        """A hook on each attention layer."""
+    def add_hooks(self) -> None:
+        """Adds a hook to each attention layer."""
         self._layers.attach(registered_layers(self.state))
 
     def attach(self) -> None:
-        """Hooks the attention layers and what is around the backbone, and tries whether both ways agree."""
+        """Hooks the attention layers and the modules around the backbone, and tests that one and two passes agree."""
         self._row_positions.attach()
-        self.hang()
+        self.add_hooks()
         self.try_out()
 
     def detach(self) -> None:
@@ -59,14 +59,14 @@ class SharedPrefixTransform(PrefixTransform):
         self._layers.detach()
 
     def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As `before`, for stream 0 alone: B rows."""
+        """As `before`, for stream 0 alone, with B rows."""
         return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
 
     def try_out(self) -> None:
-        """Reads three tokens at once; two and one with a cache; and the last by two passes.
+        """Compares three ways to read three tokens: at once, two and one with a cache, and the last one by two passes.
 
         Raises:
-            UnsupportedModelError: the backbone fails with streams, or the two differ.
+            UnsupportedModelError: the backbone fails with streams, or the results differ.
         """
         state, name = self.state, type(self.state.model).__name__
         device = input_device(state.model)
@@ -85,8 +85,8 @@ class SharedPrefixTransform(PrefixTransform):
                     logits = state.model(input_ids=ids, use_cache=False).logits[:, -1:]
                     by_passes = state.model(input_ids=ids, logits_to_keep=1).logits
                     difference = max(difference, _difference(by_passes, logits))
-        except Exception as error:  # whatever the backbone does with keys of fewer rows than it has queries
-            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+        except Exception as error:  # whatever the backbone raises for fewer rows of keys than of queries
+            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"
@@ -98,20 +98,20 @@ class SharedPrefixTransform(PrefixTransform):
             )
 
     def _error_alone(self, texts: torch.Tensor) -> float | None:
-        """Not looked for: no stream equals the backbone that reads its text."""
+        """Always `None`: no stream equals the backbone after its text."""
         return None
 
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The largest, in units of the largest number."""
+    """The largest difference, relative to the largest value."""
     return float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
 
 
 def check_can_share(state: ParScaleState) -> None:
-    """Refuses a model in which streams cannot share keys and values.
+    """Checks that streams of a model can share keys and values.
 
     Raises:
-        UnsupportedModelError: with the reason.
+        UnsupportedModelError: they cannot; the message gives the reason.
     """
     name, layers = type(state.model).__name__, state.layers
     registered = set(registered_layers(state))
@@ -131,6 +131,6 @@ def check_can_share(state: ParScaleState) -> None:
 
 
 def _carries(state: ParScaleState) -> bool:
-    """Whether the cache that transformers makes for the backbone has room for states that layers carry along."""
+    """Whether the cache that transformers makes for the backbone holds recurrent states."""
     cache = DynamicCache(config=state.backbone.config)
     return any(map(carries_state, cache.layers))

@@ -58,7 +58,7 @@ def test_as_text(two_sets, files, capsys, tmp_path):
         (["--batch-size", "0"], "batch_size is 0, and must be at least 1"),
         (["--streams", "nothing"], "nothing"),
         (["--streams", "off"], "No streams are active"),
-        (["--plot", "streams.xyz"], "streams.xyz does not end in .png, .pdf, .svg"),
+        (["--plot", "streams.xyz"], "streams.xyz must end in one of .png, .pdf, .svg"),
         (["--plot", "nowhere/streams.png"], "There is no folder nowhere"),
     ],
 )

@@ -148,8 +148,8 @@ def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--tasks", "helaswag"], "knows no task 'helaswag'; did you mean hellaswag"),
-        (["--tasks", "nowhere.yaml"], "nowhere.yaml is no file"),
+        (["--tasks", "helaswag"], "has no task 'helaswag'; did you mean hellaswag"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml is not a file"),
         (["--limit", "0"], "limit is 0, and must be a number of questions, or a share of them"),
         (["--limit", "1.5"], "limit is 1.5, and must be"),
         (["--batch-size", "0"], "batch_size is 0, and must be at least 1"),
@@ -176,7 +176,7 @@ def test_bad_input_for_tasks(two_sets, capsys, options, complaint, tmp_path, mon
 def test_tasks_need_a_tokenizer(two_sets, capsys, tmp_path):
     parscale.load(two_sets).save_pretrained(tmp_path)
     assert run(["eval", str(tmp_path), "--tasks", PROSE]) == 2
-    assert f"{tmp_path} holds no tokenizer" in capsys.readouterr().err
+    assert f"{tmp_path} has no tokenizer" in capsys.readouterr().err
 
 
 def test_a_result_that_cannot_be_written_is_printed(two_sets, text_file, capsys, tmp_path, monkeypatch):

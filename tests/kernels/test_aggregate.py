@@ -208,7 +208,7 @@ def test_fused_does_not_fall_back_in_silence():
         "try: aggregate(torch.zeros(2, 3, 4), torch.zeros(3, 2), 0.1, impl='fused')\n"
         "except ValueError as error: print(error)"
     )
-    assert "the tensors are on cpu, and the kernels need a CUDA or ROCm device" in python(script)
+    assert "the tensors are on cpu, but the kernels need a CUDA or ROCm device" in python(script)
 
 
 def test_without_triton():

@@ -152,7 +152,7 @@ def test_what_is_no_entropy_is_refused(threshold, llama, zoo):
 
 
 def test_streams_with_keys_of_their_own_cannot_adapt(wrapped, zoo):
-    with pytest.raises(ValueError, match=r"share keys and values, and 'default' is P = 4, own.*kv='shared'"):
+    with pytest.raises(ValueError, match=r"share keys and values, but 'default' is P = 4, own.*kv='shared'"):
         wrapped.generate(zoo.token_ids(), adaptive=1.0)
     with wrapped.use_streams(None), pytest.raises(ValueError, match="none are active"):
         wrapped.generate(zoo.token_ids(), adaptive=1.0)

@@ -92,7 +92,7 @@ def test_a_missing_folder(name):
 
 @pytest.mark.parametrize("given", [None, 3, "", b"folder", torch.nn.Linear(1, 1)], ids=str)
 def test_not_a_folder(given):
-    with pytest.raises(ValueError, match="given as a folder or as a name on the Hub"):
+    with pytest.raises(ValueError, match="must be a folder or a name on the Hub"):
         load(given)
 
 
@@ -162,8 +162,8 @@ def test_no_number_of_streams(copied):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"parscale_n": 3}, r"2.weight of .* is \(2, 16\), and its configuration says \(3, hidden size\)"),
-        ({"parscale_n_tokens": 4}, r"is \(2, 1, 3, 8\), and its configuration says \(2, heads, 4"),
+        ({"parscale_n": 3}, r"2.weight of .* has the shape \(2, 16\), but its configuration says \(3, hidden size\)"),
+        ({"parscale_n_tokens": 4}, r"has the shape \(2, 1, 3, 8\), but its configuration says \(2, heads, 4"),
         ({"parscale_n": 10**12}, "its configuration says"),
         ({"parscale_n": 1}, "one stream .* has no such tensor"),
     ],
@@ -186,7 +186,7 @@ def test_streams_of_another_shape_than_the_configuration_says(copied, kind, chan
         ({"num_hidden_layers": 10**9}, "says num_hidden_layers = 1000000000, and its files hold"),
         ({"num_labels": 10**12}, "says num_labels = 1000000000000, and its files hold"),
         ({"vocab_size": 10**9}, "says vocab_size = 1000000000, and its files hold"),
-        ({"vocab_size": 10**7}, "describes a model of .* numbers, and its files hold"),
+        ({"vocab_size": 10**7}, "describes a model of .* numbers, but its files hold"),
         ({"num_attention_heads": 0}, "does not describe a model"),
         ({"hidden_act": "no such"}, "does not describe a model"),
         ({"hidden_size": "sixteen"}, "does not describe a model"),
@@ -265,7 +265,7 @@ def test_a_truncated_file(copied, kind, kept):
     folder = copied(kind)
     path = sorted(folder.glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:kept])
-    refused(folder, "cut short|cannot be read|not a sound safetensors")
+    refused(folder, "truncated|cannot be read|not a sound safetensors")
 
 
 def test_a_longer_file(copied):
@@ -282,8 +282,8 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     ("header", "match"),
     [
         ({PREFIX: ENTRY | {"shape": [2**62, 2**62]}}, "its header is damaged"),
-        ({PREFIX: ENTRY | {"shape": [2**40], "data_offsets": [0, 2**42]}}, "cut short or damaged"),
-        ({PREFIX: ENTRY | {"data_offsets": [4, 0]}}, "cut short or damaged"),
+        ({PREFIX: ENTRY | {"shape": [2**40], "data_offsets": [0, 2**42]}}, "truncated or damaged"),
+        ({PREFIX: ENTRY | {"data_offsets": [4, 0]}}, "truncated or damaged"),
         ({PREFIX: ENTRY | {"data_offsets": [-4, 0]}}, "does not describe"),
         ({PREFIX: ENTRY | {"data_offsets": [0]}}, "does not describe"),
         ({PREFIX: ENTRY | {"shape": [-1]}}, "does not describe"),
@@ -311,7 +311,7 @@ def test_a_header_that_promises_what_is_not_there(copied, header, match):
 def test_a_header_of_absurd_length(copied):
     folder = copied("full")
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}")
-    refused(folder, "its header should be 9223372036854775808 bytes and the file has 10")
+    refused(folder, "its header should have 9223372036854775808 bytes, but the file has 10")
 
 
 def without(name):
@@ -347,7 +347,7 @@ def test_streams_that_are_not_all_there(copied, kind, change, match):
 def test_no_streams_at_all(copied):
     folder = copied("full")
     shutil.copy(copied("plain") / "model.safetensors", folder)
-    refused(folder, "should hold 2 streams, and has no prefix_k")
+    refused(folder, "should have 2 streams, but has no prefix_k")
 
 
 BAD_BACKBONES = {
@@ -439,8 +439,8 @@ def test_a_further_set_that_is_damaged(copied):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"hidden_size": 32}, "its hidden_size is 32, and the streams were made for 16"),
-        ({"num_hidden_layers": 3}, "its num_layers is 3, and the streams were made for 2"),
+        ({"hidden_size": 32}, "its hidden_size is 32, but the streams were made for 16"),
+        ({"num_hidden_layers": 3}, "its num_layers is 3, but the streams were made for 2"),
         ({"num_key_value_heads": 2}, r"is \(2, 1, 3, 8\), not \(2, 2, 3, 8\)"),
     ],
     ids=["hidden size", "layers", "heads"],
@@ -455,7 +455,7 @@ def test_a_backbone_that_does_not_fit(copied, tmp_path, changes, match, given):
 
 
 def test_a_backbone_of_another_type(copied, zoo):
-    with pytest.raises(ValueError, match="its model_type is qwen2, and the streams were made for llama"):
+    with pytest.raises(ValueError, match="its model_type is qwen2, but the streams were made for llama"):
         load(copied("streams"), backbone=zoo.FAMILIES["qwen2"].build())
 
 
@@ -463,6 +463,6 @@ def test_no_backbone(copied, tmp_path):
     folder = copied("streams")
     refused(folder, "does not name its backbone")
     edit(folder / "parscale_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    refused(folder, "The backbone .*gone of .* cannot be read; give backbone=", FileNotFoundError)
+    refused(folder, "The backbone .*gone of .* cannot be read; pass backbone=", FileNotFoundError)
     with pytest.raises(FileNotFoundError, match=r"elsewhere.*cannot be read"):
         load(folder, backbone=tmp_path / "elsewhere")

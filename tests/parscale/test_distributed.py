@@ -175,9 +175,9 @@ def test_a_tensor_parallel_plan_for_one_process_splits_nothing(wrapped, tmp_path
 
 def test_plans_that_are_none(wrapped, tmp_path):
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="tp_plan is 'auto' or a dictionary of names and styles, got 'all'"):
+    with pytest.raises(ValueError, match="tp_plan must be 'auto' or a dictionary of names and styles, got 'all'"):
         load(tmp_path, tp_plan="all")
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="give only one of them"):
         load(tmp_path, tp_plan="auto", distributed_config={"tp_size": 1})
 
 

@@ -397,7 +397,7 @@ def test_what_is_for_models_that_write_text(tmp_path):
         model.stream_report(ids())
     plain = KINDS["T5ForConditionalGeneration"].plain()
     for init in ("context", "documents"):
-        with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is not: leave it out, or use init='random'"):
+        with pytest.raises(ValueError, match=r"T5ForConditionalGeneration is not one: omit it, or use init='random'"):
             parscale.wrap(copy.deepcopy(plain), 2, prefix_length=3, init=init)
     with pytest.raises(parscale.UnsupportedModelError, match=r"T5Stack of T5ForConditionalGeneration does not"):
         parscale.wrap(plain, 2, transform="prompt")

@@ -347,7 +347,7 @@ def test_without_a_connection_the_hub_is_asked_once(monkeypatch):
 
 def test_a_backbone_that_is_given_as_a_model_takes_no_options(wrapped, zoo, tmp_path):
     wrapped.save_streams(tmp_path)
-    with pytest.raises(ValueError, match="loaded already: leave out dtype"):
+    with pytest.raises(ValueError, match="is a loaded model: omit dtype"):
         load(tmp_path, backbone=zoo.FAMILIES["llama"].build(), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="wrapped already"):
         load(tmp_path, backbone=wrapped)
@@ -356,7 +356,7 @@ def test_a_backbone_that_is_given_as_a_model_takes_no_options(wrapped, zoo, tmp_
 
 
 def test_a_full_checkpoint_takes_no_backbone(folder, zoo):
-    with pytest.raises(ValueError, match="leave out backbone="):
+    with pytest.raises(ValueError, match="omit backbone="):
         load(folder, backbone=zoo.FAMILIES["llama"].build())
 
 

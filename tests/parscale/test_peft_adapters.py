@@ -291,7 +291,7 @@ def test_an_adapter_without_streams_leaves_them_as_they_are(make, zoo, tmp_path)
 def test_streams_of_other_numbers_are_refused(make, tmp_path, changes):
     adapted(make()).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"holds streams .*num_streams=3.*, and this model's are others .*wrap the model"
+        ValueError, match=r"holds streams .*num_streams=3.* that differ from this model's .*wrap the model"
     ):
         peft.PeftModel.from_pretrained(make(**changes), tmp_path)
 
@@ -359,7 +359,7 @@ def test_a_mixture_of_adapters_has_streams_of_its_own(make):
 
 def test_a_model_without_streams_says_what_it_leaves_out(make, zoo, tmp_path):
     adapted(make()).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"holds streams beside the adapter.*parscale\.load\(folder, backbone="):
+    with pytest.warns(UserWarning, match=r"holds streams for its adapter.*parscale\.load\(folder, backbone="):
         peft.PeftModel.from_pretrained(zoo.FAMILIES["llama"].build("sdpa"), tmp_path)
 
 

@@ -229,7 +229,7 @@ def test_streams_stay_when_it_is_merged(llama, zoo, kind, transform):
     model = llama.build("sdpa", dtype=torch.float32 if kind == "PSOFT" else torch.float64)  # whose start takes no other
     parscale.wrap(model, 3, prefix_length=3, init="random", transform=transform, seed=0)
     if transform == "lora" and not METHODS[kind].keeps_outputs:
-        with pytest.raises(ValueError, match=rf"does not go with streams: {kind} with transform='lora'.*Use LoRA, or"):
+        with pytest.raises(ValueError, match=rf"does not support streams: {kind} with transform='lora'.*Use LoRA, or"):
             peft.get_peft_model(model, config_of(kind))
         return
     tuned = adapted(model, kind)
@@ -245,6 +245,6 @@ def test_streams_stay_when_it_is_merged(llama, zoo, kind, transform):
 def test_what_does_not_go_is_refused_and_leaves_the_model_as_it_was(wrapped, zoo, kind):
     model = wrapped()
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match=rf"^This adapter does not go with streams: {kind}: .*Use another method"):
+    with pytest.raises(ValueError, match=rf"^This adapter does not support streams: {kind}: .*Use another method"):
         peft.get_peft_model(model, config_of(kind))
     assert [name for name, _ in model.named_modules()] == names

@@ -108,7 +108,7 @@ def test_code_that_a_backbone_brings_does_not_run(folders, way, monkeypatch):
     bring_code(folders / "backbone", "config.json", "AutoConfig")
     edit(folders / "backbone" / "config.json", model_type="of_its_own")
     edit(folders / "streams" / "parscale_config.json", backbone_model_type="of_its_own")
-    with pytest.raises((ValueError, OSError), match=r"asks to run code of its own.*trust_remote_code=True"):
+    with pytest.raises((ValueError, OSError), match=r"needs to run its own code.*trust_remote_code=True"):
         way(folders)
     assert not (folders / "ran").exists()
 
@@ -118,7 +118,7 @@ def test_code_that_a_tokenizer_brings_does_not_run(folders, backbone, monkeypatc
     AutoTokenizer.from_pretrained(backbone).save_pretrained(folders / "backbone")
     edit(folders / "backbone" / "tokenizer_config.json", tokenizer_class="OfItsOwn")
     bring_code(folders / "backbone", "tokenizer_config.json", "AutoTokenizer", ["code.Config", "code.Config"])
-    with pytest.raises(ValueError, match="asks to run code of its own"):
+    with pytest.raises(ValueError, match="needs to run its own code"):
         find_tokenizer(str(folders / "backbone"))
     assert not (folders / "ran").exists()
 
@@ -228,7 +228,7 @@ def test_an_adapter_beside_a_model_is_left_to_peft(folders, adapter, name, read)
 
     expected = logits_of(read(folders / name))
     shutil.copytree(folders / "adapter", folders / name, dirs_exist_ok=True)
-    with pytest.warns(UserWarning, match=r"holds an adapter too.*not applied: peft.PeftModel.from_pretrained\(model"):
+    with pytest.warns(UserWarning, match=r"also holds an adapter.*not applied: peft.PeftModel.from_pretrained\(model"):
         model = read(folders / name)
     assert torch.equal(logits_of(model), expected)
     assert not any("lora" in key for key, _ in model.named_parameters())
@@ -238,7 +238,7 @@ def test_an_adapter_beside_a_model_is_left_to_peft(folders, adapter, name, read)
         assert not torch.equal(logits_of(adapter), expected)
     (folders / name / "adapter_model.safetensors").unlink()
     (folders / name / "adapter_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.warns(UserWarning, match="holds an adapter too"):
+    with pytest.warns(UserWarning, match="also holds an adapter"):
         read(folders / name)
 
 

@@ -96,7 +96,7 @@ def test_nothing_is_written_through_what_stands_for_a_sub_folder(target, place, 
     else:
         path.symlink_to(target.parent / ("elsewhere" if what == "link" else "nowhere"))
     before = tree(target.parent)
-    with pytest.raises(OSError, match=f"{place} should be a folder, and is .*move it elsewhere"):
+    with pytest.raises(OSError, match=f"{place} should be a folder, but is .*move it elsewhere"):
         publish(target, ["config.json", f"{place}/streams.safetensors"])
     assert tree(target.parent) == before
 
@@ -105,7 +105,7 @@ def test_a_folder_that_stands_for_a_file_is_refused(target):
     (target / "model.safetensors").mkdir()
     (target / "model.safetensors" / "mine").write_text("mine")
     before = tree(target.parent)
-    with pytest.raises(OSError, match="should be a file, and is a folder; move it elsewhere"):
+    with pytest.raises(OSError, match="should be a file, but is a folder; move it elsewhere"):
         publish(target, ["config.json", "model.safetensors"])
     assert tree(target.parent) == before
 
@@ -243,7 +243,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path, existing):
     other.start()
     assert started.wait(60)
     for options in ({}, {} if existing else {"new": True}):
-        with pytest.raises(BlockingIOError, match=r"another process writes there; wait .*model"):
+        with pytest.raises(BlockingIOError, match=r"another process is writing there; wait .*model"):
             publish(target, ["config.json"], **options)
     end.set()
     other.join()

@@ -244,7 +244,7 @@ def test_another_process_writes_nothing(wrapped, tmp_path):
 
 
 def test_distributed_checkpoint_is_refused(wrapped, tmp_path):
-    with pytest.raises(ValueError, match="leave out distributed_checkpoint"):
+    with pytest.raises(ValueError, match="omit distributed_checkpoint"):
         wrapped.save_pretrained(tmp_path, distributed_checkpoint=True)
 
 

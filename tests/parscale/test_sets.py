@@ -78,7 +78,7 @@ def test_freeze_backbone_needs_streams_that_train(model):
     for name in (None, "one"):
         model.set_streams(name)
         before = trained(model)
-        with pytest.raises(ValueError, match=r"nothing would train.*set_streams"):
+        with pytest.raises(ValueError, match=r"nothing would be trainable.*set_streams"):
             model.freeze_backbone()
         assert trained(model) == before
 
@@ -133,7 +133,7 @@ def test_unknown_sets_are_refused(model):
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "@a", "ä", "-a", "a/b", 3, None, "a@b", "a\n"])
 def test_names_that_are_none(model, name):
-    with pytest.raises(ValueError, match="named by letters, digits, '-' and '_', got"):
+    with pytest.raises(ValueError, match="takes a name of letters, digits, '-' and '_', got"):
         model.add_streams(name, 2, init="random")
     assert list(model.parscale.sets) == ["default", "two", "one"]
 
@@ -142,7 +142,7 @@ def test_names_that_are_none(model, name):
 def test_a_name_that_is_taken(model, zoo):
     expected, before = logits_of(model, zoo.token_ids()), [name for name, _ in model.named_parameters()]
     for name in ("default", "two", "one"):
-        with pytest.raises(ValueError, match=f"set of streams '{name}' already"):
+        with pytest.raises(ValueError, match=f"set of streams '{name}' exists already"):
             model.add_streams(name, 2, init="random")
     assert [name for name, _ in model.named_parameters()] == before
     assert torch.equal(logits_of(model, zoo.token_ids()), expected)
@@ -303,10 +303,10 @@ def test_saved_sets_come_onto_one_model(tiny, tmp_path):
     model.load_streams(tmp_path / "wide", "again")
     model.set_streams("again")
     assert torch.equal(model(ids).logits, expected["wide"])
-    with pytest.raises(ValueError, match="There is a set of streams 'wide' already: choose another name"):
+    with pytest.raises(ValueError, match="A set of streams 'wide' exists already: choose another name"):
         model.load_streams(tmp_path / "wide")
     model.save_pretrained(tmp_path / "full")
-    with pytest.raises(ValueError, match="has a backbone of its own: load_streams takes what save_streams"):
+    with pytest.raises(ValueError, match="has its own backbone: load_streams reads folders written by save_streams"):
         model.load_streams(tmp_path / "full")
 
 

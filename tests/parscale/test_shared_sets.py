@@ -120,7 +120,7 @@ def test_a_damaged_number_of_streams_is_named(llama, zoo, tmp_path):
     zoo.share(llama).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"parscale_kv": "own"}))
-    with pytest.raises(ValueError, match=r"prefix_[kv] .*\(2, 2, 4, 8\), and its configuration says \(3, heads, 4"):
+    with pytest.raises(ValueError, match=r"prefix_[kv] .*\(2, 2, 4, 8\), but its configuration says \(3, heads, 4"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"parscale_kv": "mine"}))
     with pytest.raises(ValueError, match=r"kv must be one of 'own', 'shared', got 'mine'"):

@@ -410,7 +410,7 @@ def test_on_the_meta_device(model_and_plain, transform):
     [
         ({"transform": "bias"}, "transform must be one of 'prefix', 'prompt', 'lora', got 'bias'"),
         ({"transform": "lora", "rank": 0}, "rank must be at least 1, got 0"),
-        ({"transform": "lora", "init": "context"}, "transform='lora' has none: leave it out"),
+        ({"transform": "lora", "init": "context"}, "transform='lora' cannot do: omit it"),
     ],
 )
 def test_wrong_arguments(tiny, options, message):

@@ -118,7 +118,7 @@ def test_a_configuration_object_in_place_of_numbers(family, zoo):
     for call in (parscale.wrap, lambda model, *args, **kwargs: one.add_streams("more", *args, **kwargs)):
         with pytest.raises(ValueError, match=r"num_streams must be at least 1, got 0"):
             call(family.plain(), config)
-        with pytest.raises(ValueError, match=r"stands in place of all numbers, so smoothing=0\.5"):
+        with pytest.raises(ValueError, match=r"sets all fields, so smoothing=0\.5"):
             call(family.plain(), ParScaleConfig(2), smoothing=0.5)
 
 

@@ -192,7 +192,7 @@ def test_a_number_of_streams_that_the_tensors_do_not_have(serving, make_folder, 
     folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 3}))
-    refused(serving, folder, r"layer.2.weight of .* is \(4, 128\), and its configuration says \(3, hidden size\)")
+    refused(serving, folder, r"layer.2.weight of .* \(4, 128\), but its configuration says \(3, hidden size\)")
 
 
 def test_streams_of_another_backbone(serving, make_folder, tmp_path):

@@ -1,10 +1,10 @@
-"""What is looked at when vLLM starts on a checkpoint with streams: which set to serve, and whether it can be served."""
+"""The checks when vLLM starts on a checkpoint with streams: which set to serve, and whether it is supported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import ModelRegistry
 
@@ -16,18 +16,21 @@ from parscale.format.headers import StoredTensor
 from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
 
+if TYPE_CHECKING:
+    from parscale.compat.vllm import VllmConfig
+
 logger = init_logger("vllm.parscale")
 
-# In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
-# is attended to apart.
+# The key, in the configuration that vLLM passes to its processes, of the number of cache slots before a request; 0 if
+# the prefix is attended to separately.
 SLOTS = "prefix_slots"
 
-# The attention backends that take the number of heads from the layers, or make nothing of its size.
+# The attention backends that take the number of heads from the layers, or do not depend on it.
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "CPU_ATTN")
 
 
 def serve(architecture: str) -> None:
-    """Makes an architecture of `parscale.integrations.vllm.models` known to vLLM.
+    """Registers an architecture of `parscale.integrations.vllm.models` with vLLM.
 
     vLLM then calls `prepare` for it.
     """
@@ -37,20 +40,20 @@ def serve(architecture: str) -> None:
 
 class _Prepared(VerifyAndUpdateConfig):
     @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
         prepare(vllm_config)
 
 
-def prepare(vllm_config: Any) -> None:
-    """Checks a checkpoint and vLLM's settings, and sets what the streams need.
+def prepare(vllm_config: VllmConfig) -> None:
+    """Checks a checkpoint and vLLM's settings, and changes the settings that streams need.
 
-    With one stream it is the plain backbone, and vLLM's own class for it takes over.
+    With one stream the model is the plain backbone, and vLLM's own class serves it.
 
     Args:
-        vllm_config: vLLM's; the model's configuration in it gets the numbers of the chosen set.
+        vllm_config: vLLM's; its model configuration gets the values of the chosen set.
 
     Raises:
-        ValueError: the checkpoint or a setting is one that cannot be served; names it and what to do.
+        ValueError: the checkpoint or a setting is not supported; the message names it and what to do.
         OSError: a file of the checkpoint is missing.
     """
     model = vllm_config.model_config
@@ -89,7 +92,7 @@ def prepare(vllm_config: Any) -> None:
         return
     setattr(config, SLOTS, streams.prefix_length)
     scheduler = vllm_config.scheduler_config
-    # A window as long as the longest text hides nothing of it, and must not hide the slots either.
+    # A window as long as the longest text hides nothing, and must not hide the slots.
     config.sliding_window = vllm_config.cache_config.sliding_window = None
     model.max_model_len += streams.prefix_length
     if not scheduler.enable_chunked_prefill:
@@ -97,8 +100,8 @@ def prepare(vllm_config: Any) -> None:
     scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
 
 
-def checkpoint_of(vllm_config: Any) -> Checkpoint:
-    """The folder or repository that vLLM was started on."""
+def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
+    """The folder or repository that vLLM was started with."""
     model = vllm_config.model_config
     token = model.hf_token
     return Checkpoint(
@@ -107,17 +110,18 @@ def checkpoint_of(vllm_config: Any) -> Checkpoint:
 
 
 def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
-    """The file with the streams that `config` asks for; `None` if they are among the model's tensors."""
+    """The file with the streams that `config` selects; `None` if they are among the model's tensors."""
     name = getattr(config, SET_NAME, DEFAULT)
     active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
     return None if name == active else checkpoint.inside(name).file(STREAMS)
 
 
-def quantize_attention(vllm_config: Any) -> None:
-    """Has vLLM quantize the layers of attention modules, which it would leave out for the prefix beside them.
+def quantize_attention(vllm_config: VllmConfig) -> None:
+    """Makes vLLM quantize the layers inside attention modules, which it would skip because of their prefix.
 
-    Where the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all that
-    hold a tensor in floating point, `self_attn` with its `prefix_k` among them, and leaves out what is inside.
+    If the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all modules
+    that hold a floating-point tensor. `self_attn` with its `prefix_k` is one of them, and vLLM skips all that is
+    inside.
     """
     config = vllm_config.quant_config
     given = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
@@ -129,7 +133,7 @@ def quantize_attention(vllm_config: Any) -> None:
 
 
 def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
-    """The numbers and tensors of a set of streams, and whether it is the active one of its folder."""
+    """The configuration and tensors of a set of streams, and whether it is the active set of its folder."""
     fields = checkpoint.read_json(CONFIG)
     active, further = set_names(checkpoint, fields)
     if name == active:
@@ -144,8 +148,8 @@ def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapp
     return numbers(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
 
 
-def _has_window(vllm_config: Any) -> bool:
-    """Whether a layer does not see all of the longest text."""
+def _has_window(vllm_config: VllmConfig) -> bool:
+    """Whether a layer has a window shorter than the longest text."""
     config = vllm_config.model_config.hf_config
     window = vllm_config.cache_config.sliding_window
     if window is None and "sliding_attention" in (getattr(config, "layer_types", None) or []):
@@ -154,7 +158,7 @@ def _has_window(vllm_config: Any) -> bool:
 
 
 def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
-    """Refuses weights that vLLM would read for compressed ones, without a word."""
+    """Raises an error for uncompressed weights that vLLM would silently read as compressed ones."""
     if (getattr(config, "quantization_config", None) or {}).get("quantization_status") == "decompressed":
         raise ValueError(
             f"{checkpoint} was saved after its weights had been decompressed, and vLLM reads compressed ones: call "
@@ -163,12 +167,12 @@ def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
 
 
 def check_backend(backend: type) -> None:
-    """Refuses an attention backend that would take the backbone's number of heads for the P-fold one of the layers.
+    """Raises an error for an attention backend that would use the backbone's number of heads, not P times as many.
 
-    By its class: AITER's flash attention calls itself `FLASH_ATTN`.
+    The check is by class: AITER's flash attention calls itself `FLASH_ATTN`.
 
     Raises:
-        ValueError: it is not known to ask the layers; the message says which do.
+        ValueError: the backend is not known to read the number from the layers; the message lists those that do.
     """
     name = f"{backend.__module__}.{backend.__qualname__}"
     if name not in {AttentionBackendEnum[served].value for served in BACKENDS}:
@@ -179,8 +183,8 @@ def check_backend(backend: type) -> None:
         )
 
 
-def _check_settings(vllm_config: Any) -> None:
-    """Refuses what was not built for streams, where it could go wrong in silence."""
+def _check_settings(vllm_config: VllmConfig) -> None:
+    """Raises an error for settings without support for streams, which could silently give wrong results."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     refused = {

@@ -1,8 +1,8 @@
-"""Attention for models with a sliding window: the prefix is attended to apart, where no window hides it.
+"""Attention for models with a sliding window: queries attend to the prefix separately, where no window hides it.
 
-The cache then holds the user's tokens only, and layers without a window attend in the same way. On CPUs the keys that a
-request sees are gathered behind the prefix, and torch attends; on GPUs vLLM's flash attention sees the cache, a product
-of matrices sees the prefix, and the two are merged by their log-sum-exp.
+The cache then holds only the user's tokens, and layers without a window attend in the same way. On CPUs the keys that
+a request sees are gathered after the prefix, and torch computes the attention. On GPUs vLLM's flash attention reads the
+cache, matrix products read the prefix, and the two results are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from parscale.compat.vllm import (
 
 
 def window_backend(own: type[Any]) -> type[Any]:
-    """The backend that attends to a prefix apart, in place of the one that vLLM has chosen.
+    """The backend that attends to a prefix separately, in place of the one that vLLM has chosen.
 
     Raises:
-        ValueError: there is none for it.
+        ValueError: there is no such backend.
     """
     for backend in (CpuBackend, FlashBackend):
         if issubclass(backend, own):
@@ -37,7 +37,7 @@ def window_backend(own: type[Any]) -> type[Any]:
 
 
 class _Apart:
-    """In front of an implementation of vLLM's; `prefix` is set by the layer: keys and values `(P, G, T, D)`."""
+    """A mixin for vLLM's implementations; the layer sets `prefix`: keys and values `(P, G, T, D)`."""
 
     prefix: tuple[torch.Tensor, torch.Tensor]
     kv_cache_dtype: str
@@ -49,10 +49,10 @@ class _Apart:
 
 
 class CpuImpl(_Apart, CPUAttentionBackendImpl):
-    """The keys that a request sees are gathered behind the prefix."""
+    """Attends to the prefix and the request's keys, gathered into one tensor."""
 
     def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self, layer: object, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Writes `(N, P*G, D)` keys and values into the cache, `(blocks, P*G, block, 2*D)`, in plain order."""
         block = kv_cache.shape[2]
@@ -60,7 +60,7 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -104,16 +104,16 @@ class CpuBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[CpuImpl]:
-        """As vLLM asks for it."""
+        """The method that vLLM calls for the implementation."""
         return CpuImpl
 
 
 class FlashImpl(_Apart, FlashAttentionImpl):
-    """Cache and prefix apart, merged by their log-sum-exp."""
+    """Attends to the cache and to the prefix separately, and merges the results by their log-sum-exp."""
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -158,27 +158,27 @@ class FlashBackend(FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[FlashImpl]:
-        """As vLLM asks for it."""
+        """The method that vLLM calls for the implementation."""
         return FlashImpl
 
 
 def attend_to_prefix(
     query: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of attention that falls on a prefix.
+    """Attention over a prefix alone.
 
     Args:
         query: `(N, P*heads, D)`, stream-major.
         prefix_k: `(P, G, T, D)`.
-        prefix_v: the same.
-        scale: of the scores.
+        prefix_v: likewise.
+        scale: of the attention scores.
 
     Returns:
-        The mixture `(N, P*heads, D)`, and the log-sum-exp of the scores, `(P*heads, N)` in float32.
+        The output `(N, P*heads, D)`, and the log-sum-exp of the scores, `(P*heads, N)` in float32.
     """
     keys, values = prefix_k.flatten(0, 1), prefix_v.flatten(0, 1)  # (P*G, T, D)
     q = query.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (P*G, heads/G * N, D)
-    # in float32: a score rounded to half precision, of keys with a large bias say, is wrong by per cents after softmax
+    # in float32: scores rounded to half precision, such as those of keys with a large bias, give errors of some percent
     scores = _in_float32(q, keys.transpose(1, 2)) * scale  # (P*G, heads/G * N, T)
     mixed = torch.bmm(scores.softmax(-1).to(values.dtype), values)  # (P*G, heads/G * N, D)
     N = query.shape[0]
@@ -187,8 +187,8 @@ def attend_to_prefix(
 
 
 def _in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of two batches of matrices, summed and returned in float32, float64 in its own."""
+    """The batched matrix product, computed and returned in float32 (in float64 for float64)."""
     if a.is_cuda and torch.version.hip is None and a.dtype.itemsize == 2:
-        return torch.bmm(a, b, out_dtype=torch.float32)  # CPUs and ROCm have no such product
+        return torch.bmm(a, b, out_dtype=torch.float32)  # CPUs and ROCm do not support out_dtype
     dtype = torch.promote_types(a.dtype, torch.float32)
     return torch.bmm(a.to(dtype), b.to(dtype))

@@ -198,7 +198,7 @@ def test_losses_that_are_all_equal_have_no_correlation(model):
     assert found.losses == pytest.approx(math.log(VOCABULARY))
     assert np.isnan(found.correlation).all()
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["mean_correlation"] is None
-    assert "a correlation says nothing" in " ".join(sentences(found))
+    assert "there is no correlation" in " ".join(sentences(found))
 
 
 def test_the_model_is_as_before(model):
@@ -251,7 +251,7 @@ def test_plot(model, tmp_path, ending):
 
 def test_plot_of_an_unknown_kind(model, tmp_path):
     found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
-    with pytest.raises(ValueError, match=r"plot does not end in .png, .pdf, .svg"):
+    with pytest.raises(ValueError, match=r"plot must end in one of .png, .pdf, .svg"):
         plot_diagnosis(found, tmp_path / "plot")
     with pytest.raises(ValueError, match="There is no folder"):
         plot_diagnosis(found, tmp_path / "nowhere" / "plot.png")

@@ -248,7 +248,9 @@ def test_code_runs_only_when_it_was_allowed(tokenizer, tmp_path):
         (tmp_path / name).write_text((TASKS / name).read_text())
     path = tmp_path / "prose.yaml"
     path.write_text(Path(FILES[1]).read_text() + "unsafe_code: true\n")
-    with pytest.raises(ValueError, match=r"run by prose: allow it by --confirm-run-unsafe-code, in a sandbox\."):
+    with pytest.raises(
+        ValueError, match=r"prose would run code .*: allow it by --confirm-run-unsafe-code, in a sandbox\."
+    ):
         evaluate_tasks(build(None), tokenizer, [str(path)], limit=1)
     assert scores(evaluate_tasks(build(None), tokenizer, [str(path)], limit=1, confirm_run_unsafe_code=True))
 
@@ -259,7 +261,7 @@ def test_a_task_that_the_model_is_too_short_for(tokenizer):
 
 
 def test_no_task(tokenizer):
-    with pytest.raises(ValueError, match="There is no task to run"):
+    with pytest.raises(ValueError, match="No task was given"):
         evaluate_tasks(build(None), tokenizer, [])
 
 

@@ -137,7 +137,7 @@ def test_every_document_ends_with_the_end_of_text(byte_tokenizer):
 
 
 def test_a_tokenizer_of_another_vocabulary(byte_tokenizer):
-    with pytest.raises(ValueError, match="gives the token id 256, and the model knows 200 ids"):
+    with pytest.raises(ValueError, match="gives the token id 256, but the model has only 200 ids"):
         list(Encoder(byte_tokenizer, 200)([("a", "x")]))
 
 
