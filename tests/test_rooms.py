@@ -52,6 +52,7 @@ ROOMS = [
     "parscale.checkpoints.conversion",
     "parscale.checkpoints.quickstart",
     "parscale.checkpoints",  # the public names alone, which are found when they are used
+    "parscale.export",
     "parscale.cli",
     "parscale.__main__",
 ]
