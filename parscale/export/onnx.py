@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import transformers
 
 from parscale.attention.grouped import GROUPED, register_grouped
 from parscale.checkpoints.models import open_checkpoint
