@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from parscale.compat.transformers import carries_state
 from parscale.config import PROMPT
 from parscale.errors import UnsupportedModelError
-from parscale.streams.brief_runs import one_line
+from parscale.streams.brief_runs import is_of_the_machine, one_line
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,6 +56,9 @@ class FoldedLayer(DynamicLayer):
         values: likewise.
         copies: C.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: int) -> None:
         super().__init__()
@@ -95,8 +98,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.shape = shape
-        parameters = inspect.signature(type(model).forward).parameters
-        self.takes_positions = "position_ids" in parameters
+        self.takes_positions = takes_positions(model)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[Pair]
@@ -111,13 +113,19 @@ class Decoder(nn.Module):
         Returns:
             The logits `(B, S, V)`, and keys and values `(B, C*G, K + S, D)`.
         """
-        cache = Cache(layers=[FoldedLayer(*pair, self.shape.copies) for pair in past])
+        layers = [FoldedLayer(*pair, self.shape.copies) for pair in past]
+        cache = Cache(layers=[*layers])
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # (B, S)
         options = {"position_ids": positions} if self.takes_positions else {}
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **options
         )
-        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits, [(layer.keys, layer.values) for layer in layers]
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a model is told where its tokens stand; others count them by the mask."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 @torch.no_grad()
@@ -142,8 +150,11 @@ def cache_shape(model: Any) -> CacheShape:
     cache = DynamicCache()
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
-        shapes = {(*layer.keys.shape, layer.values.shape[-1]) for layer in cache.layers}
+        layers: list[Any] = cache.layers
+        shapes = {(*layer.keys.shape, layer.values.shape[-1]) for layer in layers}
     except Exception as error:  # whatever a model does with a cache that is not its own kind
+        if is_of_the_machine(error):
+            raise
         raise UnsupportedModelError(
             f"{name} cannot be exported: it does not run with a cache of keys and values for each layer "
             f"({type(error).__name__}: {one_line(error)})."
@@ -153,4 +164,4 @@ def cache_shape(model: Any) -> CacheShape:
             f"{name} cannot be exported: its layers keep keys and values of different shapes, and a runtime's "
             "configuration names one number of heads and one head size for all."
         )
-    return CacheShape(len(cache.layers), shape[0], shape[1], shape[3])
+    return CacheShape(len(layers), shape[0], shape[1], shape[3])

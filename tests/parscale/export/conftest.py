@@ -70,7 +70,7 @@ def saved(tmp_path_factory, zoo) -> Callable[..., tuple[Any, Path]]:
 
     @functools.cache
     def make(family: str, P: int, kv: str = "own", transform: str = "prefix") -> tuple[Any, Path]:
-        model = zoo.FAMILIES[family].build("sdpa", max_position_embeddings=1024)
+        model = zoo.FAMILIES[family].build(zoo.FAMILIES[family].attention[-1], max_position_embeddings=1024)
         if P > 1:
             options = {"prefix_length": zoo.T, "init": "random", "kv": kv, "transform": transform}
             parscale.wrap(model, P, **options)

@@ -6,6 +6,7 @@ import json
 import pytest
 from transformers import BertConfig, BertModel
 
+import parscale
 from parscale.cli.application import run
 from parscale.errors import UnsupportedModelError
 from parscale.export.onnx import export_onnx
@@ -30,11 +31,10 @@ def test_a_missing_package(saved, tmp_path, monkeypatch):
 
 def test_an_encoder(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path / "source")
-    output = tmp_path / "output"
+    parscale.wrap(BertModel(BertConfig(vocab_size=32, **sizes)), 2, init="random").save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match="causal language models"):
-        export_onnx(str(tmp_path / "source"), output)
-    assert not output.exists()
+        export_onnx(str(tmp_path / "source"), tmp_path / "output")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_streams_that_begin_with_a_prompt(saved, tmp_path):
