@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,7 @@ def _program(model: Any, shape: CacheShape) -> Any:
     past = {0: "batch", 2: "past"}
     sizes = ({0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}, [(past, past)] * shape.layers)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that several inputs share the name of a size
+        with _without_hints():
             return torch.onnx.export(
                 Decoder(model, shape).eval(),
                 arguments,
@@ -85,3 +86,17 @@ def _program(model: Any, shape: CacheShape) -> Any:
             f"{type(model).__name__} cannot be exported: torch.onnx.export makes no graph of it "
             f"({type(cause).__name__}: {one_line(cause)})."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_hints() -> Iterator[None]:
+    """In this block torch does not say that inputs share the name of a size, or that torchvision is not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

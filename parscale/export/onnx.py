@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,7 +83,6 @@ def _write(model: Any, path: Path, dtype: Dtype, made_of: dict[str, Any]) -> Cac
     shape, known = cache_shape(model), sample(model)  # by the attention that the model has
     register_grouped()
     model.set_attn_implementation(GROUPED)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names operators of torchvision
     provenance = {name: str(value) for name, value in (made_of | versions()).items()}
     mixing = write_graph(model, shape, path, provenance)
     check_graph(path, shape, known)
