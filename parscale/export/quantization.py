@@ -57,7 +57,7 @@ def _transpose_constants(graph: Any) -> None:
 
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in constants]:
-        (order,) = (list(attribute.ints) for attribute in node.attribute if attribute.name == "perm")
+        order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
         array = numpy_helper.to_array(constants[node.input[0]]).transpose(order)
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
         graph.node.remove(node)
