@@ -83,7 +83,9 @@ def _write(model: Any, path: Path, dtype: Dtype, made_of: dict[str, Any]) -> Cac
     shape, known = cache_shape(model), sample(model)  # by the attention that the model has
     register_grouped()
     model.set_attn_implementation(GROUPED)
-    provenance = {name: str(value) for name, value in (made_of | versions()).items()}
+    place = Path(made_of["checkpoint"])
+    named = {"checkpoint": place.name} if place.is_dir() else {}  # where a folder lay is nobody else's concern
+    provenance = {name: str(value) for name, value in (made_of | named | versions()).items()}
     mixing = write_graph(model, shape, path, provenance)
     check_graph(path, shape, known)
     if dtype in ("int8", "int4"):

@@ -91,7 +91,7 @@ def test_the_folder_is_whole(exported):
     graph = onnx.load(folder / config["decoder"]["filename"])
     onnx.checker.check_model(folder / "model.onnx", full_check=True)
     made_of = {entry.key: entry.value for entry in graph.metadata_props}
-    assert made_of["backbone"] == "LlamaForCausalLM"
+    assert (made_of["checkpoint"], made_of["backbone"]) == ("model", "LlamaForCausalLM")
     assert (made_of["num_streams"], made_of["transform"], made_of["dtype"]) == ("2", "prefix", "float32")
     assert made_of["torch"] == torch.__version__
     assert not any(entry.value for node in graph.graph.node for entry in node.metadata_props)
