@@ -1,4 +1,4 @@
-"""Attention by two products that read keys and values once for all of their queries, for graphs without loops.
+"""Attention by two products that read keys and values once for all of their queries, for exported graphs.
 
 The other implementations repeat each key/value head for its queries, or leave that to a kernel. A graph that is
 exported has no such kernel, and would copy the cache at every step.
