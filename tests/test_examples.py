@@ -20,6 +20,7 @@ ARGUMENTS = {
     "three_transforms": [],
     "classify_and_translate": [],
     "serve_and_ask": ["--max-new-tokens", "5"],
+    "export_onnx": ["--max-new-tokens", "5"],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
@@ -33,6 +34,7 @@ PROMISES = {
     "streams_for_each_p": "each set loaded as it was trained: True",
     "three_transforms": "MambaForCausalLM with 4 streams wrote 5 tokens",
     "classify_and_translate": "T5ForConditionalGeneration: logits (2, 5, 100), the same when loaded again: True",
+    "export_onnx": "the tokens that generate writes: True",
     "serve_and_ask": "\n\n8 tokens in, 5 out",
     "generate_code_samples": r'{"task_id": "Example/0", "solution": "def double(x):\n    \"\"\"Return twice x.\"\"\"\n',
 }

@@ -54,6 +54,7 @@ ROOMS = [
     "parscale.checkpoints.control_runs",
     "parscale.checkpoints.quickstart",
     "parscale.checkpoints",  # the public names alone, which are found when they are used
+    "parscale.export",
     "parscale.cli",
     "parscale.__main__",
 ]

@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.grouped import GROUPED
 from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
 from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.compat.transformers import (
@@ -153,8 +154,8 @@ def prefix_attention(
     # a flash-attention function reads the implementation's name from the layer's configuration
     view = _BackboneView(module) if flash else module
     owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
-    # torch.export cannot prove what the backbones' way of repeating heads requires of a dynamic length T + S
-    repeats = streams is not None and not flash and torch.compiler.is_exporting()
+    # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
+    repeats = streams is not None and not flash and name != GROUPED and torch.compiler.is_exporting()
     if repeats:
         view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
     if call.passes is not None:

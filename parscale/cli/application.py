@@ -21,6 +21,7 @@ from parscale.cli.convert import convert
 from parscale.cli.cost import cost
 from parscale.cli.diagnose import diagnose
 from parscale.cli.evaluate import evaluate
+from parscale.cli.export import export
 from parscale.cli.generate import generate
 from parscale.cli.info import info
 from parscale.cli.law import app as law
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "eval": evaluate,
     "diagnose": diagnose,
+    "export": export,
     "cost": cost,
 }
 for name, command in COMMANDS.items():
