@@ -14,7 +14,7 @@ from parscale.compat.vllm import DefaultModelState
 from parscale.integrations.vllm.sampling import Wish
 
 
-class StreamState(DefaultModelState):  # type: ignore[misc]
+class StreamState(DefaultModelState):
     """By the number that the runner gives a request."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -85,7 +85,7 @@ def wishes_of(vllm_config: Any) -> Wishes:
     return found
 
 
-class WishProcessor(LogitsProcessorV1):  # type: ignore[misc]
+class WishProcessor(LogitsProcessorV1):
     """Changes no logits: it notes what each request asks for.
 
     Args:
@@ -116,7 +116,7 @@ class WishProcessor(LogitsProcessorV1):  # type: ignore[misc]
             self.wishes.update(batch_update)
 
 
-class WishCheck(LogitsProcessorV2):  # type: ignore[misc]
+class WishCheck(LogitsProcessorV2):
     """The same for Model Runner V2, which needs it for the check alone."""
 
     @classmethod

@@ -114,10 +114,12 @@ def _share_keys(own: Any, streams: ParScaleConfig, rows: StreamRows, vllm_config
     """Gives vLLM's attention of a layer the prefixes, and an attention that knows of the streams."""
     P, T = streams.num_streams, streams.prefix_length
     shape = (P - 1, own.num_kv_heads, T, own.head_dim)
-    own.prefix_k, own.prefix_v = prefix_parameter(*shape), prefix_parameter(*shape)
+    prefix_k, prefix_v = prefix_parameter(*shape), prefix_parameter(*shape)
+    own.register_parameter("prefix_k", prefix_k)
+    own.register_parameter("prefix_v", prefix_v)
     backend = shared_backend(own.attn.attn_backend)
     own.attn = attention_in_place(own, own.num_heads, own.num_kv_heads, backend, vllm_config)
-    own.attn.impl.share(rows, own.prefix_k, own.prefix_v)
+    own.attn.impl.share(rows, prefix_k, prefix_v)
 
 
 @contextmanager
