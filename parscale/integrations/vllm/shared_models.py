@@ -74,7 +74,9 @@ class _SharedForCausalLM(StreamsForCausalLM):
         chooses them; without it they are found here. `None`: all tokens.
         """
         metadata = next(iter((get_forward_context().attn_metadata or {}).values()), None)
-        if self.wishes is not None and metadata is not None:
+        if metadata is None:  # a step without requests, by which vLLM measures how much memory the largest one takes
+            chosen = None
+        elif self.wishes is not None:
             chosen = self._choose(metadata)
         self.rows.choose(chosen, positions, None if metadata is None else metadata.query_start_loc)
         ids, embeds = (None if x is None else self.rows.spread(x) for x in (input_ids, inputs_embeds))
