@@ -35,7 +35,7 @@ class Sequences(NamedTuple):
     num_splits: int = 0
 
     @classmethod
-    def of(cls, attn_metadata: Any) -> Sequences:
+    def of(cls, attn_metadata: Any, schedule: Any = None, num_splits: int = 0) -> Sequences:
         """The requests of a step."""
         return cls(
             attn_metadata.query_start_loc,
@@ -43,6 +43,8 @@ class Sequences(NamedTuple):
             attn_metadata.block_table,
             attn_metadata.max_query_len,
             attn_metadata.max_seq_len,
+            schedule,
+            num_splits,
         )
 
 
@@ -92,9 +94,7 @@ class FlashCache(FlashAttentionImpl):
 
     def planned(self, attn_metadata: Any) -> Sequences:
         """The requests of a step, with what vLLM planned for the layer's number of heads."""
-        return Sequences.of(attn_metadata)._replace(
-            schedule=attn_metadata.scheduler_metadata, num_splits=attn_metadata.max_num_splits
-        )
+        return Sequences.of(attn_metadata, attn_metadata.scheduler_metadata, attn_metadata.max_num_splits)
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, sequences: Sequences
