@@ -1,9 +1,10 @@
 """vLLM: the layers, models, scheduler and attention of the engine that streams use.
 
-vLLM documents how to register a model class (`ModelRegistry`, the plugin's entry point), but not the parts of such a
-class. So they are all listed here, in one table: a name, its module and its purpose. A name is imported when it is
-first used, since some modules are slow to import or need a device. Most are base classes, for which a function would
-not do: `from parscale.compat.vllm import Attention`.
+vLLM documents how a model class is registered (`ModelRegistry`, the plugin's entry point) and nothing of what such a
+class is made of. So everything else is here, by one table: a name, its module, and what it is for (and after a colon
+vLLM's own name, where another thing of vLLM's has it too). A name is imported when it is first asked for, since some of
+their modules are slow to import or need a device. Most are classes to derive from, for which a function would not do:
+`from parscale.compat.vllm import Attention`.
 
 Objects that vLLM passes (its configuration, requests, attention metadata) are read by attributes that are not
 documented either. They change with each minor version; `parscale.integrations.vllm.TESTED` lists the supported
@@ -56,6 +57,17 @@ _PLACES = {
     "FlashAttentionImpl": f"{_BACKENDS}.flash_attn",
     "flash_attn_varlen_func": f"{_BACKENDS}.fa_utils",  # on GPUs only
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
+    "canonicalize_singleton_dim_strides": "vllm.utils.torch_utils",  # of the cache of one key head, for its kernel
+    # what a step is: its metadata, its CUDA graph
+    "get_forward_context": "vllm.forward_context",
+    "CUDAGraphMode": "vllm.config",
+    "is_breakable_cudagraph_enabled": "vllm.compilation.breakable_cudagraph",
+    # what each request asks for, as the worker learns it: by Model Runner V1 as a logits processor, by V2 as the
+    # model's state
+    "LogitsProcessorV1": "vllm.v1.sample.logits_processor:LogitsProcessor",
+    "LogitsProcessorV2": "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor",
+    "MoveDirectionality": "vllm.v1.sample.logits_processor",
+    "DefaultModelState": "vllm.v1.worker.gpu.model_states.default",
 }
 
 
@@ -67,7 +79,8 @@ def __getattr__(name: str) -> Any:
     """
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return needed(needed_module(_PLACES[name]), name)
+    module, _, own_name = _PLACES[name].partition(":")
+    return needed(needed_module(module), own_name or name)
 
 
 def __dir__() -> list[str]:

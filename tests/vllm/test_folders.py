@@ -117,11 +117,12 @@ def test_compiled(make_folder, serving):
         assert agrees(llm, serving, model_of(folder))
 
 
-def test_cut_into_pieces(make_folder, serving, monkeypatch):
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_cut_into_pieces(make_folder, serving, monkeypatch, kv):
     """As vLLM runs on GPUs by default: the graph is cut at the attention, and a piece knows how many tokens it may get.
 
     On a CPU vLLM switches this off; here it is on, with eager torch in place of the compiler. A piece that took the P
-    rows of a token for P tokens would find more than it may get.
+    rows of a token for P tokens would find more than it may get; with shared keys it gets rows, and knows how many.
     """
     from vllm.compilation.counter import compilation_counter
     from vllm.platforms.cpu import CpuPlatform
@@ -135,7 +136,7 @@ def test_cut_into_pieces(make_folder, serving, monkeypatch):
         compilation.mode, compilation.backend, compilation.compile_sizes = mode, "eager", []
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keeps_the_mode))
-    folder = make_folder("Qwen2", 4)
+    folder = make_folder("Qwen2", 4, kv=kv)
     before = compilation_counter.num_piecewise_graphs_seen
     pieces = {"mode": 3, "cudagraph_mode": "NONE"}
     with serving.engine(folder, enforce_eager=False, max_num_batched_tokens=32, compilation_config=pieces) as llm:

@@ -1,5 +1,8 @@
 """Models with parallel streams in vLLM: its own layers, run on P rows for each token.
 
+These are the streams with keys and values of their own; those that share them are in
+`parscale.integrations.vllm.shared_models`.
+
 vLLM's batch is a flat list of N tokens. From the embedding to the final norm a token has P rows, token-major, so that
 `(N*P, H)` is a view of `(N, P, H)`. In the attention it has one row of `P * heads` query heads and `P * G` key and
 value heads, stream-major, so that each stream's query heads use its own keys. The parameters have the names of full
@@ -58,25 +61,10 @@ class StreamAttention(nn.Module):
         self.sizes = [own.q_size, own.kv_size, own.kv_size]
         self.qkv_proj, self.o_proj, self.rotary_emb = own.qkv_proj, own.o_proj, own.rotary_emb
         self.q_norm, self.k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
-        self.prefix_k, self.prefix_v = (
-            nn.Parameter(torch.zeros(P, G, T, D), requires_grad=False) for _ in ("keys", "values")
-        )
-        for prefix in (self.prefix_k, self.prefix_v):
-            set_weight_attrs(prefix, {"weight_loader": _load_heads})
+        self.prefix_k, self.prefix_v = (prefix_parameter(P, G, T, D) for _ in ("keys", "values"))
         check_backend(own.attn.attn_backend)
-        layer_name = own.attn.layer_name
-        del vllm_config.compilation_config.static_forward_context[layer_name]  # the new layer takes its name and cache
-        self.attn = Attention(
-            P * own.num_heads,
-            D,
-            own.scaling,
-            num_kv_heads=P * G,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            per_layer_sliding_window=own.attn.sliding_window,
-            prefix=layer_name,
-            attn_backend=None if num_slots else window_backend(own.attn.attn_backend),
-        )
+        backend = None if num_slots else window_backend(own.attn.attn_backend)
+        self.attn = attention_in_place(own, P * own.num_heads, P * G, backend, vllm_config)
         if not num_slots:
             self.attn.impl.prefix = (self.prefix_k, self.prefix_v)
 
@@ -101,6 +89,38 @@ class StreamAttention(nn.Module):
         is_slot = positions < self.num_slots
         learned = prefix.permute(2, 0, 1, 3)[positions.clamp(max=self.num_slots - 1)]  # (N, P, G, D)
         return torch.where(is_slot[:, None], learned.flatten(1).to(x.dtype), x)
+
+
+def attention_in_place(own: Any, num_heads: int, num_kv_heads: int, backend: Any, vllm_config: Any) -> Any:
+    """vLLM's attention over a cache, with other heads or another backend, in place of that of a layer.
+
+    Args:
+        own: vLLM's attention of the layer; what is returned takes the name and the cache of its `attn`.
+        num_heads: of the queries.
+        num_kv_heads: of the cache.
+        backend: `None` for vLLM's choice.
+        vllm_config: vLLM's.
+    """
+    layer_name = own.attn.layer_name
+    del vllm_config.compilation_config.static_forward_context[layer_name]
+    return Attention(
+        num_heads,
+        own.head_dim,
+        own.scaling,
+        num_kv_heads=num_kv_heads,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        per_layer_sliding_window=own.attn.sliding_window,
+        prefix=layer_name,
+        attn_backend=backend,
+    )
+
+
+def prefix_parameter(*shape: int) -> nn.Parameter:
+    """A prefix `(P, G, T, D)` to be read from a checkpoint."""
+    parameter = nn.Parameter(torch.zeros(*shape), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": _load_heads})
+    return parameter
 
 
 def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
@@ -162,7 +182,7 @@ class _Mistral(_Streams, MistralModel):
     pass
 
 
-class _ForCausalLM(nn.Module, SupportsQuant):
+class StreamsForCausalLM(nn.Module, SupportsQuant):
     """A language model with streams.
 
     Args:
@@ -225,25 +245,25 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         return AutoWeightsLoader(self).load_weights(stream_outer(weights, self.model.num_streams))
 
 
-class Qwen2ParScaleForCausalLM(_ForCausalLM):
+class Qwen2ParScaleForCausalLM(StreamsForCausalLM):
     """Qwen2 with streams."""
 
     backbone = _Qwen2
 
 
-class Qwen3ParScaleForCausalLM(_ForCausalLM):
+class Qwen3ParScaleForCausalLM(StreamsForCausalLM):
     """Qwen3 with streams."""
 
     backbone = _Qwen3
 
 
-class LlamaParScaleForCausalLM(_ForCausalLM):
+class LlamaParScaleForCausalLM(StreamsForCausalLM):
     """Llama with streams."""
 
     backbone = _Llama
 
 
-class MistralParScaleForCausalLM(_ForCausalLM):
+class MistralParScaleForCausalLM(StreamsForCausalLM):
     """Mistral with streams."""
 
     backbone = _Mistral

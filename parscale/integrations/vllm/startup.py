@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm import ModelRegistry
 
-from parscale.compat.vllm import MODELS_CONFIG_MAP, AttentionBackendEnum, VerifyAndUpdateConfig, init_logger
-from parscale.config import NUM_STREAMS, OWN, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
+from parscale.compat.vllm import (
+    MODELS_CONFIG_MAP,
+    AttentionBackendEnum,
+    CUDAGraphMode,
+    VerifyAndUpdateConfig,
+    init_logger,
+    is_breakable_cudagraph_enabled,
+)
+from parscale.config import KV, NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SHARED, SMOOTHING, ParScaleConfig
 from parscale.format.checks import check_streams
 from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
 from parscale.format.headers import StoredTensor
@@ -30,11 +37,13 @@ BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "ROCM_A
 
 
 def serve(architecture: str) -> None:
-    """Registers an architecture of `parscale.integrations.vllm.models` with vLLM.
+    """Makes an architecture known to vLLM, of `parscale.integrations.vllm.models` and of `shared_models`.
 
     vLLM then calls `prepare` for it.
     """
     ModelRegistry.register_model(architecture, f"parscale.integrations.vllm.models:{architecture}")
+    shared = _sharing(architecture)
+    ModelRegistry.register_model(shared, f"parscale.integrations.vllm.shared_models:{shared}")
     MODELS_CONFIG_MAP[architecture] = _Prepared
 
 
@@ -44,8 +53,13 @@ class _Prepared(VerifyAndUpdateConfig):
         prepare(vllm_config)
 
 
-def prepare(vllm_config: VllmConfig) -> None:
-    """Checks a checkpoint and vLLM's settings, and changes the settings that streams need.
+def _sharing(architecture: str) -> str:
+    """The name by which vLLM knows an architecture whose streams share keys and values."""
+    return architecture.replace(INFIX, f"{INFIX}Shared")
+
+
+def prepare(vllm_config: Any) -> None:
+    """Checks a checkpoint and vLLM's settings, and sets what the streams need.
 
     With one stream the model is the plain backbone, and vLLM's own class serves it.
 
@@ -67,41 +81,70 @@ def prepare(vllm_config: VllmConfig) -> None:
     if streams.num_streams == 1:
         if not is_active:
             raise ValueError(f"The set {name!r} of {checkpoint} has one stream: serve the backbone itself.")
-        plain = [architecture.replace(INFIX, "") for architecture in config.architectures]
-        config.architectures = model.model_arch_config.architectures = plain
+        _rename(model, lambda name: name.replace(INFIX, ""))
         return
     if streams.transform != PREFIX:
         raise ValueError(
             f"The streams of {checkpoint} are made by transform={streams.transform!r}, and vLLM serves those of "
             f"{PREFIX!r} only: `transformers serve --trust-remote-code` serves any."
         )
-    if streams.kv != OWN:
-        raise ValueError(
-            f"The streams of {checkpoint} share keys and values (kv={streams.kv!r}), and vLLM serves those of "
-            f"kv={OWN!r} only: `transformers serve --trust-remote-code` serves any."
-        )
     _check_settings(vllm_config)
-    has_window = _has_window(vllm_config)
-    where = "apart from the cache" if has_window else "in slots of the cache"
-    logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
     setattr(config, NUM_STREAMS, streams.num_streams)
     setattr(config, PREFIX_LENGTH, streams.prefix_length)
     setattr(config, SMOOTHING, streams.smoothing)
-    if has_window:
+    setattr(config, KV, streams.kv)
+    if streams.kv == SHARED:
+        _prepare_shared(vllm_config)
+        where = "apart from the cache, which all share"
+    elif _has_window(vllm_config):
         setattr(config, SLOTS, 0)
-        return
-    setattr(config, SLOTS, streams.prefix_length)
-    scheduler = vllm_config.scheduler_config
-    # A window as long as the longest text hides nothing, and must not hide the slots.
-    config.sliding_window = vllm_config.cache_config.sliding_window = None
-    model.max_model_len += streams.prefix_length
+        where = "apart from the cache"
+    else:
+        _make_room(vllm_config, streams.prefix_length)
+        where = "in slots of the cache"
+    logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
+
+
+def _rename(model_config: Any, rename: Callable[[str], str]) -> None:
+    """Has vLLM run another class than the one that the checkpoint names."""
+    names = [rename(name) for name in model_config.hf_config.architectures]
+    model_config.hf_config.architectures = model_config.model_arch_config.architectures = names
+
+
+def _make_room(vllm_config: Any, num_slots: int) -> None:
+    """For T slots in front of each request, which the engine's scheduler fills."""
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    setattr(model.hf_config, SLOTS, num_slots)
+    # A window as long as the longest text hides nothing of it, and must not hide the slots either.
+    model.hf_config.sliding_window = vllm_config.cache_config.sliding_window = None
+    model.max_model_len += num_slots
     if not scheduler.enable_chunked_prefill:
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
     scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
 
 
-def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
-    """The folder or repository that vLLM was started with."""
+def _prepare_shared(vllm_config: Any) -> None:
+    """For streams that share keys: their classes, and how a worker learns what each request asks for."""
+    model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    is_v2 = vllm_config.use_v2_model_runner
+    _refuse(
+        {
+            "--speculative-config with Model Runner V1": vllm_config.speculative_config is not None and not is_v2,
+            "--enable-dbo": vllm_config.parallel_config.use_ubatching,
+            "VLLM_USE_BREAKABLE_CUDAGRAPH": is_breakable_cudagraph_enabled(),
+        }
+    )
+    _rename(model, _sharing)
+    processor = f"parscale.integrations.vllm.sampling:{'WishCheck' if is_v2 else 'WishProcessor'}"
+    model.logits_processors = [*(model.logits_processors or ()), processor]
+    if is_v2:
+        return
+    if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE  # a whole graph would not ask what the requests want
+
+
+def checkpoint_of(vllm_config: Any) -> Checkpoint:
+    """The folder or repository that vLLM was started on."""
     model = vllm_config.model_config
     token = model.hf_token
     return Checkpoint(
@@ -200,6 +243,11 @@ def _check_settings(vllm_config: VllmConfig) -> None:
         "dual chunk attention": getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
         "a scale of the cache for each head": isinstance(scheme, dict) and scheme.get("strategy") == "attn_head",
     }
-    given = [name for name, is_given in refused.items() if is_given]
+    _refuse(refused)
+
+
+def _refuse(settings: Mapping[str, bool]) -> None:
+    """Refuses the settings that are given."""
+    given = [name for name, is_given in settings.items() if is_given]
     if given:
         raise ValueError(f"Models with parallel streams are served without {' and '.join(given)}: leave it out.")

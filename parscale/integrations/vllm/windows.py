@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from parscale.compat.vllm import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    merge_attn_states,
-)
+from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
+from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache
 
 
 def window_backend(own: type[Any]) -> type[Any]:
@@ -36,27 +31,25 @@ def window_backend(own: type[Any]) -> type[Any]:
     )
 
 
-class _Apart:
-    """A mixin for vLLM's implementations; the layer sets `prefix`: keys and values `(P, G, T, D)`."""
+class Apart:
+    """In front of an implementation of vLLM's that attends to a prefix apart from the cache."""
 
-    prefix: tuple[torch.Tensor, torch.Tensor]
+    served = "A sliding window and a prefix are served"
     kv_cache_dtype: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.kv_cache_dtype.startswith("fp8"):
-            raise ValueError("A sliding window and a prefix are served without --kv-cache-dtype fp8: leave it out.")
+            raise ValueError(f"{self.served} without --kv-cache-dtype fp8: leave it out.")
 
 
-class CpuImpl(_Apart, CPUAttentionBackendImpl):
-    """Attends to the prefix and the request's keys, gathered into one tensor."""
+class CpuImpl(Apart, CpuCache):
+    """The keys that a request sees are gathered behind the prefix.
 
-    def do_kv_cache_update(
-        self, layer: object, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Writes `(N, P*G, D)` keys and values into the cache, `(blocks, P*G, block, 2*D)`, in plain order."""
-        block = kv_cache.shape[2]
-        kv_cache[slot_mapping // block, :, slot_mapping % block] = torch.cat((key, value), dim=-1)
+    `prefix` is set by the layer: keys and values `(P, G, T, D)`.
+    """
+
+    prefix: tuple[torch.Tensor, torch.Tensor]
 
     def forward(
         self,
@@ -76,27 +69,12 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
         for first, last, length, blocks in zip(starts, starts[1:], lengths, attn_metadata.block_table, strict=False):
             q = query[first:last].transpose(0, 1)  # (P*heads, n, D)
-            k, v, mask = self._seen(kv_cache, blocks, q.shape[1], length)
+            k, v, is_seen = self.seen(kv_cache, blocks, last - first, length)
+            k, v = (torch.cat((x.flatten(0, 1), y), dim=1) for x, y in zip(self.prefix, (k, v), strict=True))
+            mask = torch.nn.functional.pad(is_seen, (k.shape[1] - is_seen.shape[1], 0), value=True)  # (n, T + m)
             mixed = scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
             output[first:last] = mixed.transpose(0, 1)
         return output
-
-    def _seen(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, new: int, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the last `new` of `length` tokens attend to: `(P*G, T + m, D)` twice, and `(new, T + m)`."""
-        size, D = kv_cache.shape[2], self.head_size
-        window = self.sliding_window if self.sliding_window > 0 else length
-        start = max(0, length - new - window + 1)
-        held = kv_cache[blocks[start // size : -(-length // size)]]  # (blocks, P*G, size, 2*D)
-        held = held.transpose(0, 1).flatten(1, 2)[:, start % size :][:, : length - start]  # (P*G, m, 2*D)
-        k, v = (
-            torch.cat((learned.flatten(0, 1), part), dim=1)
-            for learned, part in zip(self.prefix, held.split(D, dim=-1), strict=True)
-        )
-        distance = torch.arange(length - new, length)[:, None] - torch.arange(start, length)  # (new, m)
-        is_seen = (distance >= 0) & (distance < window)
-        return k, v, torch.nn.functional.pad(is_seen, (k.shape[1] - is_seen.shape[1], 0), value=True)
 
 
 class CpuBackend(CPUAttentionBackend):
@@ -108,8 +86,13 @@ class CpuBackend(CPUAttentionBackend):
         return CpuImpl
 
 
-class FlashImpl(_Apart, FlashAttentionImpl):
-    """Attends to the cache and to the prefix separately, and merges the results by their log-sum-exp."""
+class FlashImpl(Apart, FlashCache):
+    """Cache and prefix apart, merged by their log-sum-exp.
+
+    `prefix` is set by the layer: keys and values `(P, G, T, D)`.
+    """
+
+    prefix: tuple[torch.Tensor, torch.Tensor]
 
     def forward(
         self,
@@ -124,30 +107,10 @@ class FlashImpl(_Apart, FlashAttentionImpl):
         **further: Any,
     ) -> torch.Tensor:
         """`(N, P*heads, D)` queries; writes `(N, P*heads, D)` into `output`."""
-        from parscale.compat.vllm import flash_attn_varlen_func
-
         if attn_metadata is None:  # a warm-up
             return output.fill_(0)
         N = attn_metadata.num_actual_tokens
-        # (blocks, P*G, size, 2*D) -> (blocks, size, P*G, D), twice
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        mixed, lse = flash_attn_varlen_func(
-            q=query[:N],
-            k=keys,
-            v=values,
-            cu_seqlens_q=attn_metadata.query_start_loc,
-            max_seqlen_q=attn_metadata.max_query_len,
-            seqused_k=attn_metadata.seq_lens,
-            max_seqlen_k=attn_metadata.max_seq_len,
-            softmax_scale=self.scale,
-            causal=True,
-            window_size=list(self.sliding_window),
-            block_table=attn_metadata.block_table,
-            return_softmax_lse=True,
-            scheduler_metadata=attn_metadata.scheduler_metadata,
-            fa_version=self.vllm_flash_attn_version,
-            num_splits=attn_metadata.max_num_splits,
-        )
+        mixed, lse = self.attend(query[:N], kv_cache, self.planned(attn_metadata))
         learned, learned_lse = attend_to_prefix(query[:N], *self.prefix, self.scale)
         merge_attn_states(output[:N], learned, learned_lse, mixed, lse)
         return output

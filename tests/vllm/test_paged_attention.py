@@ -1,4 +1,4 @@
-"""Attention with a window and a prefix, by itself: against one softmax over both, in float64."""
+"""Attention over pages and a prefix, by itself: against one softmax over both, in float64."""
 
 import ast
 import importlib
@@ -11,18 +11,18 @@ P, G, HEADS, D, T, SIZE = 2, 2, 4, 8, 3, 4  # SIZE: tokens in a block of the cac
 SCALE = D**-0.5
 
 
-def batch(lengths, new, metadata_class):
+def batch(lengths, new, metadata_class, heads=P * G):
     """A cache of pages in disorder, the keys and values in it by request, and queries for the last tokens of each.
 
     Each head's keys have a bias, as Qwen2's: their scores are large, and all alike.
     """
-    bias = torch.zeros(P * G, 1, 2 * D, dtype=torch.float64)
-    bias[:, :, :D] = 20 * torch.randn(P * G, 1, D)
+    bias = torch.zeros(heads, 1, 2 * D, dtype=torch.float64)
+    bias[:, :, :D] = 20 * torch.randn(heads, 1, D)
     blocks = [-(-length // SIZE) for length in lengths]
     places = torch.randperm(sum(blocks)) + 1
     table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-    cache = torch.full((sum(blocks) + 1, P * G, SIZE, 2 * D), torch.nan, dtype=torch.float64)
-    texts = [torch.randn(P * G, length, 2 * D, dtype=torch.float64) + bias for length in lengths]
+    cache = torch.full((sum(blocks) + 1, heads, SIZE, 2 * D), torch.nan, dtype=torch.float64)
+    texts = [torch.randn(heads, length, 2 * D, dtype=torch.float64) + bias for length in lengths]
     for row, (text, number) in enumerate(zip(texts, blocks, strict=True)):
         table[row, :number], places = places[:number], places[number:]
         for position in range(text.shape[1]):
@@ -49,7 +49,7 @@ def attend(query, text, window, prefix=None):
     if prefix is not None:
         k, v = (torch.cat((learned.flatten(0, 1), x), dim=1) for learned, x in zip(prefix, (k, v), strict=True))
         is_seen = torch.cat((torch.ones(n, T, dtype=torch.bool), is_seen), dim=1)
-    k, v = (x.repeat_interleave(HEADS // G, dim=0) for x in (k, v))
+    k, v = (x.repeat_interleave(query.shape[1] // x.shape[0], dim=0) for x in (k, v))
     scores = (query.transpose(0, 1) @ k.transpose(1, 2) * SCALE).masked_fill(~is_seen, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1)
 
@@ -190,3 +190,133 @@ def test_other_backends_are_refused():
         ValueError, match="CPU_ATTN and FLASH_ATTN, and vLLM has chosen FLEX_ATTENTION: give --attention"
     ):
         window_backend(FlexAttentionBackend)
+
+
+# -- Streams that share keys
+
+STREAMS = 3
+
+
+@pytest.mark.parametrize("window", [2, 100])
+@pytest.mark.parametrize("chosen", [None, [0, 6, 10], [2, 3, 9], []], ids=["all", "last", "some", "none"])
+@pytest.mark.parametrize("program", ["cpu", "flash"])
+def test_streams_on_one_cache(monkeypatch, program, chosen, window):
+    """Stream 0 sees the cache alone; the others their prefix too, on the tokens that are chosen."""
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+
+    from parscale.integrations.vllm.rows import StreamRows
+    from parscale.integrations.vllm.shared_attention import CpuImpl, FlashImpl
+
+    torch.manual_seed(window)
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)
+    lengths, new = [9, 6, 13], [1, 6, 4]
+    metadata_class = {"cpu": CPUAttentionMetadata, "flash": FlashAttentionMetadata}[program]
+    cache, texts, metadata, _ = batch(lengths, new, metadata_class, G)
+    N = sum(new)
+    owner = torch.tensor([row for row, number in enumerate(new) for _ in range(number)])
+    position = torch.cat([torch.arange(length - n, length) for length, n in zip(lengths, new, strict=True)])
+    dtype, tolerance = {"cpu": (torch.float64, 1e-12), "flash": (torch.float32, 1e-5)}[program]
+
+    rows = StreamRows(STREAMS, 32)
+    places = None if chosen is None else torch.tensor(chosen, dtype=torch.long)
+    rows.choose(places, position, metadata.query_start_loc)
+    query = torch.randn(N, STREAMS, HEADS, D, dtype=torch.float64)
+    extra = query[:, 1:] if places is None else query[places, 1:]
+    flat = torch.cat((query[:, 0], extra.flatten(0, 1)))
+
+    impl = object.__new__({"cpu": CpuImpl, "flash": FlashImpl}[program])
+    impl.scale, impl.head_size, impl.vllm_flash_attn_version = SCALE, D, 3
+    impl.num_heads, impl.num_kv_heads = HEADS, G
+    impl.sliding_window = {"cpu": window, "flash": (window - 1, 0)}[program]
+    prefix = tuple(torch.randn(STREAMS - 1, G, T, D, dtype=torch.float64) for _ in range(2))
+    impl.share(rows, *(x.to(dtype) for x in prefix))
+    output = torch.full_like(flat, torch.nan, dtype=dtype)
+    impl.forward(None, flat.to(dtype), None, None, cache.to(dtype), metadata, output)
+
+    first, others = rows.split(output.double())
+    for token in range(N):
+        text = texts[owner[token]][:, : position[token] + 1]
+        expected, _ = attend(query[token, :1], text, window)
+        torch.testing.assert_close(first[token], expected[0], rtol=0, atol=tolerance)
+        at = token if chosen is None else chosen.index(token) if token in chosen else None
+        for stream in range(STREAMS - 1 if at is not None else 0):
+            own = [x[stream : stream + 1] for x in prefix]
+            expected, _ = attend(query[token, stream + 1 : stream + 2], text, window, own)
+            torch.testing.assert_close(others[at, stream], expected[0], rtol=0, atol=tolerance)
+
+
+def test_one_query_of_each_request(monkeypatch):
+    """The step that writes: on a CPU all requests at once, whatever the pages behind their ends hold."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+    from parscale.integrations.vllm.rows import StreamRows
+    from parscale.integrations.vllm.shared_attention import CpuImpl
+
+    torch.manual_seed(0)
+    lengths = [9, 1, 14]
+    cache, texts, metadata, _ = batch(lengths, [1, 1, 1], CPUAttentionMetadata, G)
+    rows = StreamRows(STREAMS, 32)
+    impl = object.__new__(CpuImpl)
+    impl.scale, impl.head_size, impl.num_heads, impl.num_kv_heads, impl.sliding_window = SCALE, D, HEADS, G, -1
+    prefix = tuple(torch.randn(STREAMS - 1, G, T, D, dtype=torch.float64) for _ in range(2))
+    impl.share(rows, *prefix)
+    query = torch.randn(STREAMS * 3, HEADS, D, dtype=torch.float64)
+    output = torch.full_like(query, torch.nan)
+    impl.forward(None, query, None, None, cache, metadata, output)
+    first, others = rows.split(output)
+    own_first, own_others = rows.split(query)
+    for row, text in enumerate(texts):
+        expected, _ = attend(own_first[row : row + 1], text, 100)
+        torch.testing.assert_close(first[row], expected[0], rtol=0, atol=1e-12)
+        for stream in range(STREAMS - 1):
+            own = [x[stream : stream + 1] for x in prefix]
+            expected, _ = attend(own_others[row, stream : stream + 1], text, 100, own)
+            torch.testing.assert_close(others[row, stream], expected[0], rtol=0, atol=1e-12)
+
+
+def test_the_cache_holds_stream_0():
+    from parscale.integrations.vllm.shared_attention import CpuImpl
+
+    cache, places = torch.zeros(3, G, 4, 2 * D), torch.tensor([11, 2, 3])
+    key, value = torch.randn(2, 3 * STREAMS, G, D)
+    CpuImpl.do_kv_cache_update(object.__new__(CpuImpl), None, key, value, cache, places)
+    for row, place in enumerate(places.tolist()):
+        assert torch.equal(cache[place // 4, :, place % 4], torch.cat((key[row], value[row]), dim=-1))
+    assert cache.count_nonzero() == 2 * 3 * G * D
+
+
+def test_other_backends_are_refused_for_shared_keys():
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+
+    from parscale.integrations.vllm.shared_attention import shared_backend
+
+    with pytest.raises(ValueError, match="served by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has"):
+        shared_backend(FlexAttentionBackend)
+
+
+def test_rows():
+    """Stream 0's rows in front, then those of the others, token by token."""
+    from parscale.integrations.vllm.rows import StreamRows
+
+    rows, ids = StreamRows(STREAMS, 8), torch.tensor([10, 11, 12, 13])
+    rows.choose(None, ids, None)
+    assert rows.spread(ids).tolist() == [10, 11, 12, 13, 10, 10, 11, 11, 12, 12, 13, 13]
+    rows.choose(torch.tensor([1, 3]), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 2, 4]))
+    spread = rows.spread(ids)
+    assert spread.tolist() == [10, 11, 12, 13, 11, 11, 13, 13]
+    assert (rows.owners.tolist(), rows.lengths.tolist()) == ([0, 1], [2, 2])
+    first, others = rows.split(spread)
+    assert (first.tolist(), others.tolist()) == (ids.tolist(), [[11, 11], [13, 13]])
+
+
+def test_marks_are_taken_back():
+    from parscale.integrations.vllm.rows import StreamRows
+
+    rows = StreamRows(STREAMS, 5)
+    rows.mark(torch.tensor([True, False, True]))
+    rows.mark(torch.tensor([True]))
+    assert rows.is_single.tolist() == [True, False, False, False, False]
+    rows.mark(None)
+    assert not rows.is_single.any()
