@@ -43,7 +43,7 @@ def test_what_a_configuration_refuses():
     with pytest.raises(ValueError, match="kv must be one of 'own', 'shared', got 'both'"):
         ParScaleConfig(4, kv="both")
     for transform in ("prompt", "lora"):
-        with pytest.raises(ValueError, match=f"kv='shared' takes transform='prefix' only, got '{transform}'"):
+        with pytest.raises(ValueError, match=f"kv='shared' supports transform='prefix' only, got '{transform}'"):
             ParScaleConfig(4, kv="shared", transform=transform)
 
 

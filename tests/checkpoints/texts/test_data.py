@@ -362,7 +362,7 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path, name, read):
 
 @pytest.mark.parametrize("place", ["out", "sub/out", ".", "sub/../out", "../elsewhere/out", "link/out"])
 def test_an_output_among_the_data_is_refused(folder, place):
-    with pytest.raises(ValueError, match=r"lies in .*data, which is read as data"):
+    with pytest.raises(ValueError, match=r"is inside .*data, which is read as data"):
         refuse_output_in_data(folder / place, ["a.txt", str(folder)])
 
 
