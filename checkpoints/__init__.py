@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         run_quickstart,
     )
     from parscale.checkpoints.small_model import small_model_path
-    from parscale.checkpoints.texts.documents import Document, Source
+    from parscale.checkpoints.texts.documents import Chat, Completion, Document, Source
     from parscale.checkpoints.texts.sources import open_source, read_documents
     from parscale.checkpoints.texts.standard_library import standard_library_split
     from parscale.checkpoints.training.divergence import DivergedError
@@ -55,7 +55,9 @@ __all__ = [
     "RECIPES",
     "Arm",
     "Blocks",
+    "Chat",
     "Comparison",
+    "Completion",
     "Diagnosis",
     "DivergedError",
     "Document",
@@ -142,6 +144,8 @@ _HOMES = {  # of the public names, below this package
     ),
     "small_model": ("small_model_path",),
     "texts.documents": (
+        "Chat",
+        "Completion",
         "Document",
         "Source",
     ),

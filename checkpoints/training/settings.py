@@ -22,7 +22,8 @@ class TrainSettings:
 
     Attributes:
         data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or
-            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION.
+            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION. Rows may hold chats in place of text, of
+            which the assistant's turns are learned: `messages`, or `prompt` and `completion`.
         eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
         text_column: What holds the text in rows of data.
         streaming: Read data while training, not beforehand; needs `tokens`.

@@ -165,6 +165,7 @@ def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: Partial
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
     refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
     sources = Sources(settings)
+    sources.check_chats(tokenizer)
     set_seed(settings.seed)
     model = _model(checkpoint, settings, bf16)
     length = checked_length(model, settings.sequence_length)
