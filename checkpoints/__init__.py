@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from parscale.checkpoints.texts.standard_library import standard_library_split
     from parscale.checkpoints.training.divergence import DivergedError
     from parscale.checkpoints.training.model_card import push
+    from parscale.checkpoints.training.new_model import NewModel
     from parscale.checkpoints.training.packing import Blocks, pack, pack_documents
     from parscale.checkpoints.training.settings import TrainSettings
     from parscale.checkpoints.training.speed import faster_in_bf16
@@ -65,6 +66,7 @@ __all__ = [
     "Evaluation",
     "Interrupted",
     "Interval",
+    "NewModel",
     "QuickstartSettings",
     "QuickstartTexts",
     "Source",
@@ -156,6 +158,7 @@ _HOMES = {  # of the public names, below this package
     "texts.standard_library": ("standard_library_split",),
     "training.divergence": ("DivergedError",),
     "training.model_card": ("push",),
+    "training.new_model": ("NewModel",),
     "training.packing": (
         "Blocks",
         "pack",

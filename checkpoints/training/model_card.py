@@ -77,6 +77,7 @@ class TrainingFacts:
         datasets: those of `data` that are data sets on the Hub.
         streams_only: whether the checkpoint holds the streams alone, and takes its backbone from elsewhere.
         kv: whose keys and values a stream reads, `"own"` or `"shared"`.
+        new: the configuration of a model that began with random weights; None for one that was trained before.
 
     Raises:
         ValueError: `trains` is none of these.
@@ -105,6 +106,7 @@ class TrainingFacts:
     datasets: tuple[str, ...] = ()
     streams_only: bool = False
     kv: str = OWN
+    new: str | None = None
 
     def __post_init__(self) -> None:
         if self.trains not in TRAINED:
@@ -201,7 +203,8 @@ def _what_it_is(facts: TrainingFacts) -> str:
     return (
         f"{backbone} with {facts.num_streams} parallel streams (ParScale, "
         "[arXiv 2505.10475](https://arxiv.org/abs/2505.10475)): each token passes the backbone "
-        f"{facts.num_streams} times, {differing}, and a small network mixes the results. Post-trained with `parscale`."
+        f"{facts.num_streams} times, {differing}, and a small network mixes the results. "
+        + ("Post-trained with `parscale`." if facts.new is None else "Trained from nothing with `parscale`.")
     )
 
 
@@ -238,6 +241,7 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
         (label["smoothing"], f"{facts.smoothing:g}"),
         (label["init"], "-" if facts.init is None else _code(facts.init)),
         ("trained", TRAINED[facts.trains]),
+        *([("began as", f"random weights of {_code(facts.new)}")] if facts.new is not None else []),
         ("trained parameters", f"{facts.trained_parameters:,} of {facts.parameters:,} ({share:.2f} %)"),
     ]
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.run_folder import REPORT, Run
 from parscale.checkpoints.training.settings import LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import put_together
@@ -23,7 +24,9 @@ from parscale.format.staging import staged
 PLOT = "loss.png"
 
 
-def finish(checkpoint: str, run: Run, steps: int, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]) -> None:
+def finish(
+    checkpoint: str | NewModel, run: Run, steps: int, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
+) -> None:
     """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
 
     Args:
@@ -53,7 +56,8 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
     if report["trains"] != STREAMS:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]
-    source = describe(report["checkpoint"])["backbone"]["name"]
+    new = report.get("new_model")
+    source = None if new else describe(report["checkpoint"])["backbone"]["name"]
     return TrainingFacts(
         checkpoint=report["name"],
         backbone_class=str(backbone["class"]),
@@ -78,12 +82,13 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
         datasets=tuple(report["datasets"]),
         command=report["command"] or "parscale.checkpoints.train(...)",
         losses={
-            name: TextLosses(found.get("backbone"), found.get("before"), found.get("after"))
+            name: TextLosses(None if new else found.get("backbone"), found.get("before"), found.get("after"))
             for name, found in report["losses"].items()
         },
         versions=report["versions"],
         streams_only=what["kind"] == STREAMS_ONLY,
         kv=what.get("kv", OWN),
+        new=None if new is None else new["config"],
     )
 
 

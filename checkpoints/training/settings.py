@@ -11,7 +11,7 @@ from parscale.checkpoints.texts.documents import Source
 STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what trains
 
 STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
-BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
+BACKBONE_RATE, LORA_RATE, NEW_RATE = 3e-5, 2e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class TrainSettings:
         batch_size: Sequences in an optimizer step; over all devices.
         micro_batch_size: Sequences that a device takes at once. Default: its whole share of the batch.
         learning_rate: Learning rate at its peak, of all that trains but the streams; with a frozen backbone, of the
-            streams. Default: 3e-5, of an adapter 2e-4.
+            streams. Default: 3e-5, of an adapter 2e-4, of a new model 1e-3.
         streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
-            differences 3e-3.
+            differences 3e-3, in a new model that of the rest.
         weight_decay: Weight decay of the backbone's matrices.
         warmup: Share of the steps in which the learning rate rises; after it, it is constant.
         decay: Share of the steps at the end in which the learning rate falls to zero.
@@ -123,20 +123,23 @@ class TrainSettings:
         """`"streams"`, `"lora"` or `"everything"`."""
         return STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
 
-    def rates(self, transform: str) -> tuple[float, float]:
+    def rates(self, transform: str, *, new: bool = False) -> tuple[float, float]:
         """The peak learning rates of the streams' parameters and of all others.
 
         Args:
             transform: what makes the streams differ.
+            new: whether the model begins with random weights.
 
         Returns:
             The streams' and the others'.
         """
-        of_streams = self.streams_learning_rate
+        of_streams, rest = self.streams_learning_rate, self.learning_rate
+        if new:
+            rest = NEW_RATE if rest is None else rest
+            return rest if of_streams is None else of_streams, rest
         if of_streams is None:
             given = self.learning_rate if self.trains == STREAMS else None
             of_streams = STREAMS_RATES[transform] if given is None else given
-        rest = self.learning_rate
         if rest is None:
             rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE
         return of_streams, rest

@@ -33,6 +33,7 @@ from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.divergence import StopWhenDiverged
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
@@ -55,7 +56,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    checkpoint: str,
+    checkpoint: str | NewModel,
     output: Path,
     settings: TrainSettings,
     *,
@@ -67,7 +68,8 @@ def train(
     """Post-trains a checkpoint and saves it, of the same kind and in the same dtypes, with its tokenizer.
 
     Args:
-        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model.
+        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model; or a
+            model that does not exist yet.
         output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
         settings: what on, how much and how.
         resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
@@ -95,7 +97,7 @@ def train(
 
 def _train_in(
     run: Run,
-    checkpoint: str,
+    checkpoint: str | NewModel,
     settings: TrainSettings,
     resume: bool,
     command: str | None,
@@ -157,12 +159,14 @@ class _Prepared:
     described: dict[str, Any]
 
 
-def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: PartialState, console: Console) -> _Prepared:
+def _prepared(
+    run: Run, checkpoint: str | NewModel, settings: TrainSettings, state: PartialState, console: Console
+) -> _Prepared:
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     check_trainable(checkpoint, settings.trains)
-    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    tokenizer = _tokenizer(checkpoint)
     refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
     sources = Sources(settings)
     sources.check_chats(tokenizer)
@@ -175,12 +179,14 @@ def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: Partial
     if torch.cuda.device_count() > 1 and state.num_processes == 1:
         warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
 
+    new = checkpoint if isinstance(checkpoint, NewModel) else None
     active = model.parscale.active if hasattr(model, "parscale") else None
-    rates = settings.rates("prefix" if active is None else active.config.transform)
-    described = _described(checkpoint, settings, rates, bf16, length, data.steps) | {
+    rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
+    described = _described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
         "data_digest": data.digest,
         "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
+        **({} if new is None else {"new_model": new.described()}),
     }
     return _Prepared(model, tokenizer, data, length, micro, rates, bf16, described)
 
@@ -225,7 +231,7 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _require_unchanged(checkpoint: str, described: Mapping[str, Any]) -> None:
+def _require_unchanged(checkpoint: str | NewModel, described: Mapping[str, Any]) -> None:
     if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
         raise ValueError(
             f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
@@ -240,7 +246,13 @@ def _one_of(devices: int) -> str:
     )
 
 
-def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
+def _tokenizer(checkpoint: str | NewModel) -> PreTrainedTokenizerBase:
+    if isinstance(checkpoint, NewModel):
+        return checkpoint.find_tokenizer()
+    return require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+
+
+def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool) -> Any:
     """The model, ready to train; warns if it mixes documents that are packed together."""
     model = open_for_training(
         checkpoint,
@@ -251,7 +263,7 @@ def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing,
         attn_implementation=settings.attn_implementation,
     )
-    require_finite(model, checkpoint)
+    require_finite(model, str(checkpoint))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         apart = keeps_documents_apart(model, vocabulary_of(model))
     if not apart:
