@@ -25,6 +25,7 @@ from parscale.cli.generate import generate
 from parscale.cli.info import info
 from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
+from parscale.cli.push import push
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
 from parscale.terminal.text import shown, shown_streams
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "eval": evaluate,
     "diagnose": diagnose,
+    "push": push,
     "cost": cost,
 }
 for name, command in COMMANDS.items():
