@@ -50,7 +50,7 @@ class TrainSettings:
         eval_tokens: Tokens of each text that are measured, at most.
         save_every: Steps between checkpoints. Default: a tenth of the run.
         keep_checkpoints: How many checkpoints stay.
-        report_to: Trackers of the Trainer, such as tensorboard or trackio.
+        report_to: Trackers of the Trainer, such as tensorboard, wandb, trackio or mlflow.
         seed: Seed of the order of the text and of what else is drawn.
 
     Raises:

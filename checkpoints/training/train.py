@@ -38,6 +38,7 @@ from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
 from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
@@ -165,6 +166,7 @@ def _prepared(
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_trackers(settings.report_to)
     check_trainable(checkpoint, settings.trains)
     tokenizer = _tokenizer(checkpoint)
     refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
