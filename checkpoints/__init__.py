@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from parscale.checkpoints.control_runs import train_controls
     from parscale.checkpoints.conversion.convert import calibration_ids, convert
     from parscale.checkpoints.description import describe
     from parscale.checkpoints.evaluation.comparison import Comparison, compare
@@ -96,9 +97,11 @@ __all__ = [
     "small_model_path",
     "standard_library_split",
     "train",
+    "train_controls",
 ]
 
 _HOMES = {  # of the public names, below this package
+    "control_runs": ("train_controls",),
     "conversion.convert": (
         "calibration_ids",
         "convert",

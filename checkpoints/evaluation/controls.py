@@ -17,6 +17,7 @@ from scipy.stats import t as student
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.evaluation.text_loss import Evaluation
+from parscale.config import PREFIX, PROMPT
 
 NOTHING, BACKBONE, STREAMS, BOTH, ADAPTER = "nothing", "backbone", "streams", "both", "adapter"
 
@@ -99,9 +100,12 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
                 f"One prefix of {length} tokens starts from a text of as many; give calibration of that length (it is "
                 f"{given})."
             )
+        of_prompts = config.transform == PROMPT
         wrap(
             model,
-            ParScaleConfig(2, length, smoothing=config.smoothing, seed=config.seed),
+            ParScaleConfig(
+                2, length, smoothing=config.smoothing, seed=config.seed, transform=PROMPT if of_prompts else PREFIX
+            ),
             calibration=calibration[:1, :length].expand(2, -1),
         )
     if arm.trains == STREAMS:

@@ -89,6 +89,12 @@ class Diagnosis:
         """How much lower the loss of the mixture is than that of the best stream alone."""
         return float(self.losses.min()) - self.mixture_loss
 
+    @property
+    def kept(self) -> list[float | None]:
+        """By share of the tokens, the share of the gain over stream 0 that is kept; None where there is no gain."""
+        whole = float(self.gains[-1])
+        return [gain / whole if whole > 0 else None for gain in self.gains.tolist()]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it; None for NaN."""
         correlation = [[None if math.isnan(value) else value for value in row] for row in self.correlation.tolist()]
@@ -101,8 +107,10 @@ class Diagnosis:
             "gain_over_best": self.gain_over_best,
             "gain_over_first": float(self.gains[-1]),
             "gain_by_share": [
-                {"tokens": share, "gain": gain, "entropy_above": threshold}
-                for share, gain, threshold in zip(SHARES, self.gains.tolist(), self.thresholds.tolist(), strict=True)
+                {"tokens": share, "gain": gain, "kept": kept, "entropy_above": threshold}
+                for share, gain, kept, threshold in zip(
+                    SHARES, self.gains.tolist(), self.kept, self.thresholds.tolist(), strict=True
+                )
             ],
             "correlation": correlation,
             "mean_correlation": None if math.isnan(mean) else mean,
@@ -248,10 +256,7 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
 
 def _where_it_lies(diagnosis: Diagnosis) -> str:
     """On which tokens the gain over stream 0 is found."""
-    kept = ", ".join(
-        f"{100 * diagnosis.gains[index] / diagnosis.gains[-1]:.0f} % on {100 * SHARES[index]:.0f} %"
-        for index in (1, 3, 4)
-    )
+    kept = ", ".join(f"{100 * (diagnosis.kept[i] or 0):.0f} % on {100 * SHARES[i]:.0f} %" for i in (1, 3, 4))
     return (
         f"Of the {diagnosis.gains[-1]:.4f} that they gain over stream 0 alone, so much lies on the tokens of which it "
         f"is least certain: {kept} of the tokens."

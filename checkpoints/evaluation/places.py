@@ -111,8 +111,13 @@ def evaluate_places(
     return result
 
 
+def holds_tokens_to_score(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> bool:
+    """Whether `evaluate_places` finds anything in documents."""
+    return bool(_windows(documents, tokenizer, 4, 1, None))
+
+
 def _windows(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, middles: int, vocabulary: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, middles: int, vocabulary: int | None
 ) -> list[_Scored]:
     """All windows, the longest first: a batch then holds windows of like length."""
     own = _own_beginning(tokenizer)

@@ -11,11 +11,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from parscale.checkpoints.evaluation.places import MIDDLE
+from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
+from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
 # What streams have to beat, by what of the model trains beside them.
 CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
+EXPLANATION = (
+    "Trained: how many parameters. Difference: from the untouched backbone, paired by document; negative is better.",
+    "One prefix is trained as two streams that stay equal, which is why it counts more parameters than it needs.",
+    "Do streams gain? They do if, in the middles of documents, their loss is below that of the backbone trained alone "
+    "and of one trained prefix. To be lower than the untouched backbone's is not enough, nor is it at beginnings.",
+)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -23,6 +30,8 @@ def print_report(report: Report, console: Console) -> None:
     for text, places in next(iter(report["models"].values()))["loss"].items():
         for where in places:
             console.print(loss_table(report, text, where))
+    for line in EXPLANATION:
+        console.print(line, highlight=False)
     for sentence in sentences(report):
         console.print(f"* {sentence}", highlight=False)
     for figures in report["models"].values():
@@ -45,15 +54,18 @@ def loss_table(report: Report, text: str, where: str) -> Table:
         if (entry["baseline"], entry["text"], entry["where"]) == (baseline, text, where)
     }
     documents = next(iter(differences.values()))["documents"]
-    table = Table(title=f"{where} of {text}, {documents} documents: mean loss in nats per token")
-    for column in ("", "trains", "loss", "difference (95 % interval)"):
-        table.add_column(column, justify="right" if column else "left")
+    places = {BEGINNING: "Beginnings", MIDDLE: "Middles"}
+    title = f"{places[where]} of {documents} documents of {text}: mean loss in nats per token, lower is better"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("trained", "loss", "difference (95 % interval)"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, figures in report["models"].items():
         table.add_row(
             figures["title"],
             f"{figures['trained_parameters']:,}",
             f"{figures['loss'][text][where]:.4f}",
-            _interval(differences[name]) if name in differences else "",
+            interval(differences[name]) if name in differences else "",
         )
     return table
 
@@ -66,23 +78,11 @@ def sentences(report: Report) -> list[str]:
     """
     result = []
     for arm, controls in CONTROLS.items():
-        entries = {
-            (entry["text"], entry["baseline"]): entry
-            for entry in report["comparisons"]
-            if (entry["arm"], entry["where"]) == (arm, MIDDLE)
-        }
-        for text in dict.fromkeys(text for text, _ in entries):
-            held = [entries[text, baseline] for baseline in controls]
-            found = "; ".join(f"{report['models'][e['baseline']]['title']}: {_interval(e)}" for e in held)
-            gains = all(entry["high"] < 0 for entry in held)
-            verdict = "a gain with this seed" if gains else "no gain"
+        for text, held in in_the_middle(report["comparisons"], arm, controls).items():
             title = report["models"][arm]["title"]
-            result.append(f"{title}, in the middle of {text}: {verdict}. Difference to {found}.")
+            found = "; ".join(f"{report['models'][entry['baseline']]['title']}: {interval(entry)}" for entry in held)
+            result.append(f"{title}, in the middle of {text}: {verdict(held)}. Difference to {found}.")
     return result
-
-
-def _interval(entry: Mapping[str, Any]) -> str:
-    return "{difference:+.4f} ({low:+.4f}, {high:+.4f})".format(**entry)
 
 
 def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: Path) -> None:

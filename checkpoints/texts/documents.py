@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,3 +73,8 @@ class Source:
             The source.
         """
         return cls(name, lambda: iter(documents))
+
+
+def text_documents(examples: Iterable[Example]) -> Iterator[Document]:
+    """Those of the examples that are texts."""
+    return ((name, text) for name, text in examples if isinstance(text, str))

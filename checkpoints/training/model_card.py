@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
 from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
@@ -21,7 +23,7 @@ from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 CARD = "README.md"
 # What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
-NOT_UPLOADED = ("checkpoint-[0-9]*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
+NOT_UPLOADED = ("checkpoint-[0-9]*", "controls/*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
 TRAINED = {
     "streams": "the streams and their aggregator; the backbone was frozen",
     "everything": "streams and backbone",
@@ -78,6 +80,8 @@ class TrainingFacts:
         streams_only: whether the checkpoint holds the streams alone, and takes its backbone from elsewhere.
         kv: whose keys and values a stream reads, `"own"` or `"shared"`.
         new: the configuration of a model that began with random weights; None for one that was trained before.
+        comparisons: by place in the held-out documents, as `parscale.checkpoints.evaluation.against.paired_entries`.
+        controls: titles by name of the controls that the model was held against in `comparisons`.
 
     Raises:
         ValueError: `trains` is none of these.
@@ -107,6 +111,8 @@ class TrainingFacts:
     streams_only: bool = False
     kv: str = OWN
     new: str | None = None
+    comparisons: tuple[Mapping[str, Any], ...] = ()
+    controls: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.trains not in TRAINED:
@@ -139,6 +145,7 @@ def model_card(facts: TrainingFacts) -> str:
         _fenced(facts.command),
         "## Losses on held-out text",
         *_losses(facts.losses),
+        *_by_place(facts),
         "## Limits",
         "The losses hold for text like the held-out text above. Streams trained on little text of one kind can do harm "
         "on another: measure on text outside the training domain before relying on the model. Each token costs "
@@ -272,6 +279,42 @@ def _losses(losses: Mapping[str, TextLosses]) -> list[str]:
     header = ("nats per token", "untouched backbone", "before training", "after training", "after, against backbone")
     verdict = [f"No gain over the backbone on: {', '.join(worse)}."] if worse else []
     return [_table(header, rows), *verdict]
+
+
+def _by_place(facts: TrainingFacts) -> list[str]:
+    """The model against the untouched backbone and against controls, and whether streams gain."""
+    if not facts.comparisons:
+        return []
+    header = (
+        "nats per token",
+        "where",
+        "documents",
+        "against",
+        "its loss",
+        "this model's",
+        "difference (95 % interval)",
+    )
+    rows = [
+        (
+            _code(entry["text"]),
+            entry["where"],
+            str(entry["documents"]),
+            facts.controls.get(entry["baseline"], "untouched backbone"),
+            f"{entry['baseline_loss']:.4f}",
+            f"{entry['loss']:.4f}",
+            interval(entry),
+        )
+        for entry in facts.comparisons
+        if entry["arm"] == THIS_MODEL
+    ]
+    held = in_the_middle(facts.comparisons, THIS_MODEL, list(facts.controls))
+    verdicts = [f"Streams in the middle of {_code(text)}: {verdict(entries)}." for text, entries in held.items()]
+    if not facts.controls:
+        verdicts = [
+            "A lower loss than the untouched backbone's is not yet a gain of streams. It was not measured whether the "
+            "backbone trained alone, or one trained prefix, does as well after the same tokens."
+        ]
+    return [_table(header, rows), *verdicts]
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

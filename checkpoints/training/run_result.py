@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ PLOT = "loss.png"
 
 
 def finish(
-    checkpoint: str | NewModel, run: Run, steps: int, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
+    checkpoint: str | NewModel,
+    run: Run,
+    steps: int,
+    tokenizer: PreTrainedTokenizerBase,
+    report: dict[str, Any],
+    measure: Callable[[str], list[dict[str, Any]]],
 ) -> None:
     """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
 
@@ -35,20 +40,22 @@ def finish(
         steps: how many there were.
         tokenizer: of the model.
         report: what is written to `training.json`, and stated by the card.
+        measure: the trained model in a folder against the untouched backbone; it becomes `"comparisons"` of the report.
     """
     with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
         put_together(checkpoint, run.checkpoint(steps), work)
         tokenizer.save_pretrained(work)
         plot_metrics(run.metrics(), work / PLOT)
-        facts = _facts(work, report)
-        if facts is not None:
-            (work / CARD).write_text(model_card(facts), encoding="utf-8")
+        report = report | {"comparisons": measure(str(work))}
+        card = card_of(work, report)
+        if card is not None:
+            (work / CARD).write_text(card, encoding="utf-8")
         text = json.dumps(report, indent=2, allow_nan=False)
         (work / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
-    """What the model card states, or None for a model without streams."""
+def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
+    """The model card of a trained folder by its run's report, or None for a model without streams."""
     what = describe(str(folder))
     if what["num_streams"] == 1:
         return None
@@ -58,7 +65,7 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
     backbone = what["backbone"]
     new = report.get("new_model")
     source = None if new else describe(report["checkpoint"])["backbone"]["name"]
-    return TrainingFacts(
+    facts = TrainingFacts(
         checkpoint=report["name"],
         backbone_class=str(backbone["class"]),
         backbone=None if source == "in this folder" else source,
@@ -89,7 +96,10 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
         streams_only=what["kind"] == STREAMS_ONLY,
         kv=what.get("kv", OWN),
         new=None if new is None else new["config"],
+        comparisons=tuple(report.get("comparisons", ())),
+        controls=report.get("controls", {}),
     )
+    return model_card(facts)
 
 
 def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

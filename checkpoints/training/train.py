@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import time
 import warnings
@@ -33,6 +34,7 @@ from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.divergence import StopWhenDiverged
+from parscale.checkpoints.training.held_out import against_untouched, texts_to_measure
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
@@ -114,6 +116,38 @@ def _train_in(
         return before | {"finished_before": True}
 
     start = time.perf_counter()
+    trained = _run(run, checkpoint, settings, state, console, resume=resume)
+    if state.is_main_process:
+        gc.collect()  # the model and its optimizer, which refer to each other
+        torch.cuda.empty_cache()
+        _finish(run, checkpoint, settings, trained, command=command, name=name, start=start)
+    state.wait_for_everyone()
+    report = run.report()
+    assert report is not None
+    return report | {"finished_before": False}
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is left of a run's steps, beside its last checkpoint."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    micro: int
+    sharded: bool  # whether one device may be too small for the model
+    figures: dict[str, Any]
+
+
+def _run(
+    run: Run,
+    checkpoint: str | NewModel,
+    settings: TrainSettings,
+    state: PartialState,
+    console: Console,
+    *,
+    resume: bool,
+) -> _Trained:
+    """Trains to the last step; the model and its optimizer live no longer than this call."""
     prepared = _prepared(run, checkpoint, settings, state, console)
     newest = _begin(run, prepared.described, state, resume=resume)
     monitor, interruption = RunMonitor(run, settings.batch_size * prepared.length, console), Interruption()
@@ -123,27 +157,63 @@ def _train_in(
 
     sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     forget_deepspeed()  # with it, a model that is loaded is shared among all processes
-    if state.is_main_process:
-        figures = {
-            "output": str(run.folder),
-            "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
-            "parameters": sum(sizes.values()),
-            "losses": losses_by_text(run.metrics()),
-            "tokens_per_second": monitor.tokens_per_second,
-            "seconds": round(time.perf_counter() - start, 1),
-            "versions": versions(),
-            "command": None if command is None else shown(command),
-            "name": name or run.folder.resolve().name,
-            "datasets": prepared.data.datasets,
-        }
-        _require_unchanged(checkpoint, prepared.described)
-        with _explained(run):
-            finish(checkpoint, run, prepared.data.steps, prepared.tokenizer, prepared.described | figures)
-    trainer.accelerator.wait_for_everyone()
-    report = run.report()
-    assert report is not None
-    return report | {"finished_before": False}
+    figures = {
+        "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
+        "parameters": sum(sizes.values()),
+        "tokens_per_second": monitor.tokens_per_second,
+    }
+    return _Trained(prepared.tokenizer, prepared.data, prepared.micro, sharded, prepared.described | figures)
+
+
+def _finish(
+    run: Run,
+    checkpoint: str | NewModel,
+    settings: TrainSettings,
+    trained: _Trained,
+    *,
+    command: str | None,
+    name: str | None,
+    start: float,
+) -> None:
+    """Puts the trained checkpoint and the report into the run's folder."""
+    described, data = trained.figures, trained.data
+    report = described | {
+        "output": str(run.folder),
+        "losses": losses_by_text(run.metrics()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": versions(),
+        "command": None if command is None else shown(command),
+        "name": name or run.folder.resolve().name,
+        "datasets": data.datasets,
+    }
+    _require_unchanged(checkpoint, described)
+    window = described["sequence_length"]
+
+    def measure(folder: str) -> list[dict[str, Any]]:
+        if isinstance(checkpoint, NewModel):  # whose backbone was never trained without the streams
+            return []
+        if trained.sharded and data.held_out:
+            warnings.warn(
+                "The model was trained in parts, and one device may be too small for it; compare it with the "
+                f"untouched backbone by: parscale eval {run.folder} --data ... --against off",
+                stacklevel=2,
+            )
+            return []
+        texts = texts_to_measure(data.held_out, trained.tokenizer, window, settings.eval_tokens)
+        return against_untouched(
+            folder,
+            checkpoint,
+            trained.tokenizer,
+            texts,
+            window=window,
+            batch_size=trained.micro,
+            tokens=described["tokens"],
+        )
+
+    with _explained(run):
+        finish(checkpoint, run, data.steps, trained.tokenizer, report, measure)
 
 
 @dataclass(frozen=True)

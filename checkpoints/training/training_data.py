@@ -32,7 +32,8 @@ class TrainingData:
         rows: what to train on, in its order.
         steps: how many there are.
         digest: of the rows; of streamed ones, of their beginning.
-        measured: what to measure on, by name.
+        measured: what to measure on while training, by name.
+        held_out: the documents of the same texts.
         datasets: the names of what came from the Hugging Face Hub.
     """
 
@@ -40,6 +41,7 @@ class TrainingData:
     steps: int
     digest: str
     measured: dict[str, Blocks]
+    held_out: dict[str, Source]
     datasets: list[str]
 
 
@@ -83,7 +85,7 @@ class Sources:
             name: _measured_blocks(source, encode, length, self.settings) for name, source in self.eval_data.items()
         }
         datasets = [source.dataset for source in self.data if source.dataset is not None]
-        return TrainingData(rows, steps, digest, measured, datasets)
+        return TrainingData(rows, steps, digest, measured, self.eval_data, datasets)
 
 
 def _training_rows(

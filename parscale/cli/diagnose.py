@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,5 +63,25 @@ def diagnose(
             "sequence_length": result.sequence_length,
         }
     )
+    _print_gain_by_share(result.to_dict()["gain_by_share"])
     for sentence in sentences(result):
         typer.echo(sentence)
+    typer.echo(
+        "All this compares the streams with each other. Whether they gain anything is said by controls: parscale train "
+        "--controls."
+    )
+
+
+def _print_gain_by_share(rows: list[dict[str, Any]]) -> None:
+    """What is left of the gain over stream 0 when only the tokens of which it is least certain get all streams."""
+    from rich.table import Table
+
+    from parscale.terminal.console import Terminal
+
+    table = Table(title="Streams on the least certain tokens only, stream 0 on the rest", title_justify="left")
+    for column in ("tokens with streams", "gain over stream 0", "of the whole gain", "entropy above (nats)"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        kept = "-" if row["kept"] is None else f"{100 * row['kept']:.0f} %"
+        table.add_row(f"{100 * row['tokens']:.0f} %", f"{row['gain']:+.4f}", kept, f"{row['entropy_above']:.3f}")
+    Terminal().print(table)

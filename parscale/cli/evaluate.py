@@ -29,6 +29,14 @@ def evaluate(
     ] = None,
     text_column: TextColumn = "text",
     streams: Streams = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --data: other checkpoints to hold this one against, or 'off' for its own plain backbone; at the "
+            "beginnings and in the middles of the documents, with intervals.",
+            metavar="CHECKPOINT...",
+        ),
+    ] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(
@@ -82,6 +90,8 @@ def evaluate(
         raise ValueError("Give either --data FILE... or --tasks NAME..., one of the two. Try 'parscale eval --help'.")
     if data and (given := [name for name, is_given in of_tasks.items() if is_given]):
         raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
+    if against and (tasks or adaptive is not None):
+        raise ValueError("--against compares losses on --data, with all streams; leave --tasks and --adaptive out.")
     if output is not None:
         require_writable(output)
     documents = read_documents(data or [], text_column=text_column)
@@ -107,14 +117,27 @@ def evaluate(
         figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
     else:
         figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
+        if against:
+            from parscale.checkpoints.held_against import compare_checkpoints
+
+            figures["comparisons"] = compare_checkpoints(
+                (model, tokenizer, checkpoint),
+                against,
+                documents,
+                sequence_length=figures["sequence_length"],
+                batch_size=batch_size,
+                device=device,
+            )
     if json:
         print_json(figures)
     elif tasks:
         _print_scores(figures)
     else:
         shown = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
-        del shown["parscale"]
+        shown.pop("parscale")
+        comparisons = shown.pop("comparisons", [])
         print_figures(shown | {"documents": len(figures["documents"])})
+        _print_comparisons(comparisons)
     if output is not None:
         write_json(output, figures)
 
@@ -155,6 +178,16 @@ def _measure(
         ],
         "parscale": {"checkpoint": checkpoint} | stamp(model),
     }
+
+
+def _print_comparisons(comparisons: list[dict[str, Any]]) -> None:
+    from parscale.checkpoints.evaluation.against import table_of
+    from parscale.terminal.console import Terminal
+
+    if comparisons:
+        names = {entry[side] for entry in comparisons for side in ("arm", "baseline")}
+        table = table_of(comparisons, {name: name for name in names})
+        Terminal(soft_wrap=True, width=WIDEST).print(table)
 
 
 def _print_scores(figures: dict[str, Any]) -> None:

@@ -13,11 +13,13 @@ import typer
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.cli.options import Json, Special, count, takes_settings
 from parscale.cli.output import print_figures, print_json, quiet_libraries
+from parscale.cli.recipes import Recipe
 from parscale.config import ParScaleConfig
 from parscale.descriptions import descriptions, plain
 
 _NEW = "Of a new model"
 _OF_STREAMS = descriptions(ParScaleConfig)
+WIDEST = 1000  # columns of a table; it takes what it needs
 
 
 def _named(texts: list[str]) -> dict[str, str]:
@@ -60,8 +62,17 @@ def train(
     num_streams: Annotated[int | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['num_streams'])}")] = None,
     prefix_length: Annotated[int | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['prefix_length'])}")] = None,
     kv: Annotated[str | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['kv'])}")] = None,
+    recipe: Recipe = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
+    ] = False,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Also train what a gain of streams has to beat, the backbone alone and one prefix of T and of P * T "
+            "tokens, on the same tokens in the same order, and compare; with --resume also beside a finished run.",
+        ),
     ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository of the Hugging Face Hub.", metavar="NAME")
@@ -77,7 +88,15 @@ def train(
     quiet_libraries()
     command = shlex.join(["parscale", *sys.argv[1:]])
     try:
+        if controls:
+            from parscale.checkpoints.control_runs import check_controls, train_controls
+
+            if checkpoint is None:
+                raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
+            check_controls(checkpoint, settings)
         report = train_checkpoint(start, output, settings, resume=resume, command=command, name=push_to_hub)
+        if controls and checkpoint is not None:
+            report = report | train_controls(checkpoint, output, settings)
     except Interrupted as interruption:
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"parscale: {interruption}", file=sys.stderr)
@@ -132,3 +151,36 @@ def _print(report: dict[str, Any]) -> None:
     shown = ("checkpoint", "output", "trains", "trained_parameters", "tokens", "tokens_per_second", "seconds")
     uploaded = {"uploaded_to": report["uploaded_to"]} if "uploaded_to" in report else {}
     print_figures({name: report[name] for name in shown} | losses | uploaded)
+    if report.get("comparisons"):
+        _print_comparisons(report)
+
+
+def _print_comparisons(report: dict[str, Any]) -> None:
+    """The trained model against the untouched backbone and, where they were trained, against controls."""
+    from parscale.checkpoints.description import describe
+    from parscale.checkpoints.evaluation.against import table_of
+    from parscale.checkpoints.training.held_out import TRAINED, UNTOUCHED, sentences
+    from parscale.terminal.console import Terminal
+
+    trained = [entry for entry in report["comparisons"] if entry["arm"] == TRAINED]
+    controls = report.get("controls", {})
+    console = Terminal(soft_wrap=True, width=WIDEST)
+    for text in dict.fromkeys(entry["text"] for entry in trained):
+        entries = [entry for entry in trained if entry["text"] == text]
+        console.print(table_of(entries, {TRAINED: "the trained model", UNTOUCHED: "untouched backbone"} | controls))
+    for sentence in sentences([entry for entry in trained if entry["baseline"] == UNTOUCHED]):
+        print(sentence)
+    for sentence in report.get("sentences", []):
+        print(sentence)
+    if not controls and describe(report["output"])["num_streams"] > 1:
+        print(
+            "A lower loss than the untouched backbone's is not yet a gain of streams: the backbone trained alone and "
+            "one trained prefix have to be beaten too, after the same tokens. This trains them and compares:"
+        )
+        print(f"  {_with_controls(report['command'] or 'parscale train ...')}")
+
+
+def _with_controls(command: str) -> str:
+    """The command of a run, to train its controls."""
+    missing = [option for option in ("--resume", "--controls") if option not in command.split()]
+    return " ".join([command, *missing])

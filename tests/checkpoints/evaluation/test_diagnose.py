@@ -1,6 +1,7 @@
 """`diagnose` against one call of `stream_report`, against streams run alone, and by closed forms."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -141,6 +142,10 @@ def test_the_gain_by_share_is_that_of_running_the_rest_on_stream_0(model, backbo
     assert found.gain_over_best == pytest.approx(found.losses.min() - found.mixture_loss)
     entries = json.loads(json.dumps(found.to_dict(), allow_nan=False))["gain_by_share"]
     assert [entry["tokens"] for entry in entries] == list(SHARES)
+    better = dataclasses.replace(found, gains=np.array([0.1, 0.2, 0.3, 0.3, 0.5, 0.45, 0.4]))
+    assert better.kept == pytest.approx([0.25, 0.5, 0.75, 0.75, 1.25, 1.125, 1.0])
+    worse = dataclasses.replace(found, gains=-better.gains)
+    assert worse.kept == [None] * len(SHARES)
 
 
 @pytest.mark.parametrize("stream", range(P))

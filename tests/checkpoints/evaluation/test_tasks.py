@@ -274,7 +274,7 @@ def test_recipes(caplog):
     manager = TaskManager(include_path=RECIPES)
     assert "overrides" not in caplog.text
     recipes = {path.stem: path for path in RECIPES.iterdir()}
-    assert recipes.keys() == {"general", "math", "code"}
+    assert recipes.keys() == {"general", "math", "code", "hallucination"}
     for name, path in recipes.items():
         entry = manager.task_index[name]
         assert entry.yaml_path == path

@@ -190,7 +190,7 @@ BETTER, WORSE, UNCLEAR = (-0.3, -0.1), (0.1, 0.3), (-0.1, 0.3)
 @pytest.mark.parametrize(
     ("alone", "prefix", "verdict"),
     [
-        (BETTER, BETTER, "a gain with this seed"),
+        (BETTER, BETTER, "ahead of each control with this seed; a gain needs several seeds"),
         (BETTER, UNCLEAR, "no gain"),
         (UNCLEAR, BETTER, "no gain"),
         (WORSE, BETTER, "no gain"),
