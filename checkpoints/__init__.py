@@ -38,11 +38,12 @@ if TYPE_CHECKING:
         run_quickstart,
     )
     from parscale.checkpoints.small_model import small_model_path
-    from parscale.checkpoints.texts.documents import Document, Source
+    from parscale.checkpoints.texts.documents import Chat, Completion, Document, Source
     from parscale.checkpoints.texts.sources import open_source, read_documents
     from parscale.checkpoints.texts.standard_library import standard_library_split
     from parscale.checkpoints.training.divergence import DivergedError
     from parscale.checkpoints.training.model_card import push
+    from parscale.checkpoints.training.new_model import NewModel
     from parscale.checkpoints.training.packing import Blocks, pack, pack_documents
     from parscale.checkpoints.training.settings import TrainSettings
     from parscale.checkpoints.training.speed import faster_in_bf16
@@ -56,7 +57,9 @@ __all__ = [
     "RECIPES",
     "Arm",
     "Blocks",
+    "Chat",
     "Comparison",
+    "Completion",
     "Diagnosis",
     "DivergedError",
     "Document",
@@ -64,6 +67,7 @@ __all__ = [
     "Evaluation",
     "Interrupted",
     "Interval",
+    "NewModel",
     "QuickstartSettings",
     "QuickstartTexts",
     "Source",
@@ -145,6 +149,8 @@ _HOMES = {  # of the public names, below this package
     ),
     "small_model": ("small_model_path",),
     "texts.documents": (
+        "Chat",
+        "Completion",
         "Document",
         "Source",
     ),
@@ -155,6 +161,7 @@ _HOMES = {  # of the public names, below this package
     "texts.standard_library": ("standard_library_split",),
     "training.divergence": ("DivergedError",),
     "training.model_card": ("push",),
+    "training.new_model": ("NewModel",),
     "training.packing": (
         "Blocks",
         "pack",

@@ -26,7 +26,7 @@ from parscale.checkpoints.evaluation.against import Places, in_the_middle, inter
 from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
 from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
 from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer
-from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.documents import Document, Source, text_documents
 from parscale.checkpoints.texts.sources import open_sources
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.held_out import (
@@ -246,7 +246,7 @@ def _beginning(
         settings.data, text_column=settings.text_column, streaming=settings.streaming, seed=settings.seed
     )
     documents: list[Document] = []
-    rest = documents_of(sources)
+    rest = text_documents(documents_of(sources))
     while more := list(islice(rest, 8)):
         documents += more
         if sum(len(text) for _, text in documents) > 8 * length:

@@ -44,7 +44,7 @@ from parscale.format.folders import (
     set_names,
 )
 from parscale.format.models import FAULTS, load_backbone, load_plain_model, read_config
-from parscale.format.pretrained import warn_of_adapter
+from parscale.format.pretrained import warn_of_adapter, warn_of_licences
 from parscale.format.stored_sets import read_streams, values_in
 from parscale.format.values import check_values, configuration_of
 from parscale.hooks.adding import add
@@ -154,6 +154,8 @@ def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: 
     sets = {other: read_streams(checkpoint.inside(other)) for other in further}
     with_info = kwargs.pop("output_loading_info", False)
     warn_of_adapter(checkpoint)
+    if checkpoint.folder is None:
+        warn_of_licences(checkpoint.name)
     model, info = load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
     with configuration_of(checkpoint, (*FAULTS, TypeError)):
         state = attach(model)

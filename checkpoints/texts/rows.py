@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from parscale.checkpoints.texts.chats import COLUMNS, chat_of, is_chat
+from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
 from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
 from parscale.checkpoints.texts.token_ids import require_text
 
@@ -34,8 +36,8 @@ def has_rows(path: Path) -> bool:
     return suffix_of(path) in ENDINGS
 
 
-def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    """The texts of a file's rows with their names, such as `"a.jsonl:3"`; texts without a letter are skipped.
+def texts_of_rows(path: Path, column: str) -> Iterator[Document]:
+    """The texts of a file's rows with their names, such as `"a.jsonl:3"`; those without a letter are left out.
 
     Args:
         path: a file for which `has_rows` holds.
@@ -46,20 +48,51 @@ def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
             read.
         OSError: it cannot be read.
     """
-    suffix = suffix_of(path)
-    if suffix in TABLES:
-        rows = _table(path, column)
-    elif suffix in SEPARATED:
-        rows = _separated(path, SEPARATED[suffix], column)
-    else:
-        rows = _json(path, column) if suffix == JSON else _json_lines(path)
-    for where, name, row in rows:
+    for where, name, row in _rows(path, column):
         text = text_of(where, row, column)
         if text.strip():
             yield name, text
 
 
-def text_of(where: str, row: object, column: str) -> str:
+def examples_of_rows(path: Path, column: str) -> Iterator[Example]:
+    """As `texts_of_rows`, but a row that has no such column may hold a chat, as `example_of` says."""
+    for where, name, row in _rows(path, column):
+        example = example_of(where, row, column)
+        if not isinstance(example, str) or example.strip():
+            yield name, example
+
+
+def example_of(where: str, row: Any, column: str) -> str | Completion | Chat:
+    """What is learned of a row: its text, or a chat in `messages`, or in `prompt` and `completion`.
+
+    Args:
+        where: what an error names.
+        row: its columns; anything else is refused.
+        column: what holds the text; a row that has it is no chat.
+
+    Raises:
+        ValueError: there is neither, or it is damaged.
+    """
+    if isinstance(row, dict) and column not in row and is_chat(row):
+        return chat_of(where, row)
+    try:
+        return text_of(where, row, column)
+    except ValueError as error:
+        if not isinstance(row, dict) or column in row:
+            raise
+        raise ValueError(f"{error} A row of chats has messages, or prompt and completion.") from None
+
+
+def _rows(path: Path, column: str) -> Iterator[Row]:
+    suffix = suffix_of(path)
+    if suffix in TABLES:
+        return _table(path, column)
+    if suffix in SEPARATED:
+        return _separated(path, SEPARATED[suffix], column)
+    return _json(path, column) if suffix == JSON else _json_lines(path)
+
+
+def text_of(where: str, row: Any, column: str) -> str:
     """The text of one row.
 
     Args:
@@ -97,7 +130,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json(path: Path, column: str) -> Iterator[Row]:
     """JSON Lines, a list of rows, one row, or an object that contains one list of rows, such as `{"data": [...]}`."""
     values = _json_values(path)
-    if len(values) == 1 and isinstance(values[0], dict) and column not in values[0]:
+    if len(values) == 1 and isinstance(values[0], dict) and column not in values[0] and not is_chat(values[0]):
         lists = [value for value in values[0].values() if _is_list_of_rows(value)]
         values = lists if len(lists) == 1 else values
     rows = [row for value in values for row in (value if isinstance(value, list) else [value])]
@@ -171,7 +204,10 @@ def _table(path: Path, column: str) -> Iterator[Row]:
 
 
 def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str, Any]]]:
-    """Batches of a table's rows with only this column; a row is empty if the table has no such column."""
+    """A table's rows with this column alone, or without it with those of chats, some at a time.
+
+    A row has no value where the table has none of these columns.
+    """
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -181,7 +217,7 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
         if suffix_of(path) == ".parquet":
             table = ParquetFile(file)
             names = table.schema_arrow.names
-            batches = table.iter_batches(columns=[column] if column in names else names[:1])
+            batches = table.iter_batches(columns=_read(names, column) or names[:1])
         else:
             start = file.read(len(_ARROW_FILE))
             file.seek(0)
@@ -189,11 +225,18 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             names = reader.schema.names
             batches = map(reader.get_batch, range(reader.num_record_batches)) if start == _ARROW_FILE else reader
         for batch in batches:
-            if column in names:
-                texts = batch.column(column)
-                texts.validate(full=True)  # otherwise damaged offsets would crash the process
-                yield [{column: text} for text in texts.to_pylist()]
+            if read := _read(names, column):
+                batch = batch.select(read)
+                batch.validate(full=True)  # without which offsets that are damaged end the process
+                yield batch.to_pylist()
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow raises many types for damage, and Python another for text that is not UTF-8
         raise ValueError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+
+
+def _read(names: list[str], column: str) -> list[str]:
+    """Which of a table's columns are read."""
+    if column in names:
+        return [column]
+    return [name for name in names if name in COLUMNS] if is_chat(dict.fromkeys(names)) else []

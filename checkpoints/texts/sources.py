@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.documents import Document, Example, Source
 from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
-from parscale.checkpoints.texts.rows import JSON, SEPARATED, has_rows, text_of, texts_of_rows
+from parscale.checkpoints.texts.rows import JSON, SEPARATED, example_of, examples_of_rows, has_rows, texts_of_rows
 
 MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be other files, such as settings
 LOOKED_AT = 8  # number of documents of each source to check before any long work
@@ -32,6 +32,8 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
     - `.csv`, `.tsv`: a header, then rows; each row is a document
     - `.parquet`, `.arrow`: a table; each row is a document
     - any other suffix: text, which is one document
+
+    A row that has no text may hold a chat in place of it: `messages`, or `prompt` and `completion`.
 
     Args:
         name: a file; a folder, of which all such files that are not hidden are read, also through links to folders; or
@@ -151,20 +153,20 @@ def _folder(folder: Path, text_column: str) -> Source:
 def _problem(path: Path, text_column: str) -> str | None:
     """What is wrong with a file's first row; None if nothing is."""
     try:
-        next(texts_of_rows(path, text_column), None)
+        next(examples_of_rows(path, text_column), None)
     except ValueError as error:
         return str(error).rstrip(".")
     return None
 
 
-def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterator[Document]:
+def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterator[Example]:
     require_file(path)
     if path.stat().st_size == 0:
         if may_be_empty:
             return
         raise ValueError(f"{shown(path)} is empty; give a file with text.")
     if has_rows(path):
-        yield from texts_of_rows(path, text_column)
+        yield from examples_of_rows(path, text_column)
         return
     text = read_text(path)
     if "\0" in text:
@@ -175,11 +177,11 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
         raise ValueError(f"{shown(path)} holds nothing but white space; give a file with text.")
 
 
-def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
+def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Example]:
     for number, row in enumerate(_read(name, rows), 1):
-        text = text_of(f"{name}, row {number}", row, text_column)
-        if text.strip():
-            yield f"{name}:{number}", text
+        example = example_of(f"{name}, row {number}", row, text_column)
+        if not isinstance(example, str) or example.strip():
+            yield f"{name}:{number}", example
 
 
 def _read(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -8,22 +8,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parscale.checkpoints.description import kind_of
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
 from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 _PICKLE = "pytorch_model.bin"  # the weights of a backbone that has no other format
 
 
-def checkpoint_digest(name: str) -> str:
-    """A digest of the configuration and weights of a checkpoint, and of the backbone that streams alone name.
+def checkpoint_digest(name: str | NewModel) -> str:
+    """A digest of the configuration and the weights of a checkpoint, with the backbone that streams alone name.
 
     Args:
-        name: a folder, or a name on the Hugging Face Hub.
+        name: a folder, a name on the Hugging Face Hub, or a new model, which has no weights yet.
 
     Raises:
         OSError: there is no such checkpoint.
         ValueError: the checkpoint is damaged.
     """
+    if isinstance(name, NewModel):
+        return name.digest()
     digest = hashlib.sha256()
     for path in _files(Checkpoint(name)):
         with path.open("rb") as file:

@@ -18,7 +18,7 @@ from parscale.checkpoints.evaluation.against import (
 )
 from parscale.checkpoints.evaluation.places import MIDDLE, evaluate_places, holds_tokens_to_score
 from parscale.checkpoints.models import load_any
-from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.documents import Document, Source, text_documents
 
 TRAINED, UNTOUCHED = "trained", "untouched"
 LEAST_WINDOW = 4
@@ -28,8 +28,12 @@ Texts = Mapping[str, Sequence[Document]]
 def texts_to_measure(
     sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int
 ) -> dict[str, list[Document]]:
-    """Of each text that holds tokens to score, the documents that are measured; see `first_documents`."""
-    texts = {name: first_documents(source, tokenizer, window, tokens) for name, source in sources.items()}
+    """Of each text that holds tokens to score, the documents that are measured; see `first_documents`.
+
+    Chats are left out: they are measured while training, on what the assistant says.
+    """
+    documents = {name: text_documents(source) for name, source in sources.items()}
+    texts = {name: first_documents(found, tokenizer, window, tokens) for name, found in documents.items()}
     return {name: documents for name, documents in texts.items() if holds_tokens_to_score(tokenizer, documents)}
 
 

@@ -79,6 +79,7 @@ class TrainingFacts:
         datasets: the entries of `data` that are datasets on the Hub.
         streams_only: whether the checkpoint holds only the streams and takes its backbone from elsewhere.
         kv: whose keys and values a stream reads, `"own"` or `"shared"`.
+        new: the configuration of a model that began with random weights; None for one that was trained before.
         comparisons: by place in the held-out documents, as `parscale.checkpoints.evaluation.against.paired_entries`.
         controls: titles by name of the controls that the model was held against in `comparisons`.
 
@@ -109,6 +110,7 @@ class TrainingFacts:
     datasets: tuple[str, ...] = ()
     streams_only: bool = False
     kv: str = OWN
+    new: str | None = None
     comparisons: tuple[Mapping[str, Any], ...] = ()
     controls: Mapping[str, str] = field(default_factory=dict)
 
@@ -208,7 +210,8 @@ def _introduction(facts: TrainingFacts) -> str:
     return (
         f"{backbone} with {facts.num_streams} parallel streams (ParScale, "
         "[arXiv 2505.10475](https://arxiv.org/abs/2505.10475)): each token passes the backbone "
-        f"{facts.num_streams} times, {differing}, and a small network mixes the results. Post-trained with `parscale`."
+        f"{facts.num_streams} times, {differing}, and a small network mixes the results. "
+        + ("Post-trained with `parscale`." if facts.new is None else "Trained from nothing with `parscale`.")
     )
 
 
@@ -245,6 +248,7 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
         (label["smoothing"], f"{facts.smoothing:g}"),
         (label["init"], "-" if facts.init is None else _code(facts.init)),
         ("trained", TRAINED[facts.trains]),
+        *([("began as", f"random weights of {_code(facts.new)}")] if facts.new is not None else []),
         ("trained parameters", f"{facts.trained_parameters:,} of {facts.parameters:,} ({share:.2f} %)"),
     ]
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.run_folder import REPORT, Run
 from parscale.checkpoints.training.settings import LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import put_together
@@ -24,7 +25,7 @@ PLOT = "loss.png"
 
 
 def finish(
-    checkpoint: str,
+    checkpoint: str | NewModel,
     run: Run,
     steps: int,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,7 +63,8 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
     if report["trains"] != STREAMS:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]
-    source = describe(report["checkpoint"])["backbone"]["name"]
+    new = report.get("new_model")
+    source = None if new else describe(report["checkpoint"])["backbone"]["name"]
     facts = TrainingFacts(
         checkpoint=report["name"],
         backbone_class=str(backbone["class"]),
@@ -87,12 +89,13 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
         datasets=tuple(report["datasets"]),
         command=report["command"] or "parscale.checkpoints.train(...)",
         losses={
-            name: TextLosses(found.get("backbone"), found.get("before"), found.get("after"))
+            name: TextLosses(None if new else found.get("backbone"), found.get("before"), found.get("after"))
             for name, found in report["losses"].items()
         },
         versions=report["versions"],
         streams_only=what["kind"] == STREAMS_ONLY,
         kv=what.get("kv", OWN),
+        new=None if new is None else new["config"],
         comparisons=tuple(report.get("comparisons", ())),
         controls=report.get("controls", {}),
     )

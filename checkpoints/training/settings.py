@@ -10,8 +10,8 @@ from parscale.checkpoints.texts.documents import Source
 
 STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what is trained
 
-STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by transform
-BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
+STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
+BACKBONE_RATE, LORA_RATE, NEW_RATE = 3e-5, 2e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,19 @@ class TrainSettings:
 
     Attributes:
         data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or
-            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION.
-        eval_data: Texts to measure on, each with a name, which the metrics use.
-        text_column: The column that holds the text, in files of rows.
+            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION. Rows may hold chats in place of text, of
+            which the assistant's turns are learned: `messages`, or `prompt` and `completion`.
+        eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
+        text_column: What holds the text in rows of data.
         streaming: Read data while training, not beforehand; needs `tokens`.
         tokens: Tokens to train on; rounded down to whole steps. Default: the data once.
         sequence_length: Tokens in a sequence. Default: 1024, or fewer if the model takes fewer.
         batch_size: Sequences in an optimizer step; over all devices.
-        micro_batch_size: Sequences on a device at once. Default: its whole share of the batch.
-        learning_rate: Peak learning rate of everything but the streams; with a frozen backbone, of the streams.
-            Default: 3e-5, for an adapter 2e-4.
-        streams_learning_rate: Peak learning rate of the streams. Default: 1e-2, for prompts 1e-3, for low-rank
-            differences 3e-3.
+        micro_batch_size: Sequences that a device takes at once. Default: its whole share of the batch.
+        learning_rate: Learning rate at its peak, of all that trains but the streams; with a frozen backbone, of the
+            streams. Default: 3e-5, of an adapter 2e-4, of a new model 1e-3.
+        streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
+            differences 3e-3, in a new model that of the rest.
         weight_decay: Weight decay of the backbone's matrices.
         warmup: Share of the steps in which the learning rate rises; then it is constant.
         decay: Share of the steps at the end in which the learning rate falls to zero.
@@ -49,9 +50,9 @@ class TrainSettings:
         eval_every: Steps between measurements. Default: a tenth of the run.
         eval_tokens: Maximum number of tokens to measure of each text.
         save_every: Steps between checkpoints. Default: a tenth of the run.
-        keep_checkpoints: Number of checkpoints to keep.
-        report_to: Trackers of the Trainer, such as tensorboard or trackio.
-        seed: Seed of the order of the text and of other random choices.
+        keep_checkpoints: How many checkpoints stay.
+        report_to: Trackers of the Trainer, such as tensorboard, wandb, trackio or mlflow.
+        seed: Seed of the order of the text and of what else is drawn.
 
     Raises:
         ValueError: a number is out of range, or two settings exclude each other.
@@ -123,20 +124,23 @@ class TrainSettings:
         """`"streams"`, `"lora"` or `"everything"`."""
         return STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
 
-    def rates(self, transform: str) -> tuple[float, float]:
-        """The peak learning rates of the streams' parameters and of all other parameters.
+    def rates(self, transform: str, *, new: bool = False) -> tuple[float, float]:
+        """The peak learning rates of the streams' parameters and of all others.
 
         Args:
             transform: what makes the streams differ.
+            new: whether the model begins with random weights.
 
         Returns:
             The rate of the streams and the rate of the others.
         """
-        of_streams = self.streams_learning_rate
+        of_streams, rest = self.streams_learning_rate, self.learning_rate
+        if new:
+            rest = NEW_RATE if rest is None else rest
+            return rest if of_streams is None else of_streams, rest
         if of_streams is None:
             given = self.learning_rate if self.trains == STREAMS else None
             of_streams = STREAMS_RATES[transform] if given is None else given
-        rest = self.learning_rate
         if rest is None:
             rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE
         return of_streams, rest

@@ -35,10 +35,12 @@ from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.divergence import StopWhenDiverged
 from parscale.checkpoints.training.held_out import against_untouched, texts_to_measure
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
 from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
@@ -57,7 +59,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    checkpoint: str,
+    checkpoint: str | NewModel,
     output: Path,
     settings: TrainSettings,
     *,
@@ -69,13 +71,14 @@ def train(
     """Post-trains a checkpoint and saves it, as the same kind and in the same dtypes, with its tokenizer.
 
     Args:
-        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model.
-        output: the folder of the run: new or empty, or with `resume` the folder of a stopped run.
-        settings: data, amount and options.
-        resume: continue from the latest complete checkpoint in `output`, with the same settings: on one device the
-            result is the same to the last bit. Without a checkpoint the run starts; a finished run is not changed.
-        command: the command that the model card shows.
-        name: the name of the result on the model card, such as its repository on the Hub; by default the folder's name.
+        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model; or a
+            model that does not exist yet.
+        output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
+        settings: what on, how much and how.
+        resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
+            result is the same to the last bit. Where there is none, the run starts; a finished one is left as it is.
+        command: what the model card says it was made by.
+        name: what the model card calls the result, such as its repository on the Hub; by default the folder's name.
         console: where progress is shown; by default standard error.
 
     Returns:
@@ -97,7 +100,7 @@ def train(
 
 def _train_in(
     run: Run,
-    checkpoint: str,
+    checkpoint: str | NewModel,
     settings: TrainSettings,
     resume: bool,
     command: str | None,
@@ -136,7 +139,13 @@ class _Trained:
 
 
 def _run(
-    run: Run, checkpoint: str, settings: TrainSettings, state: PartialState, console: Console, *, resume: bool
+    run: Run,
+    checkpoint: str | NewModel,
+    settings: TrainSettings,
+    state: PartialState,
+    console: Console,
+    *,
+    resume: bool,
 ) -> _Trained:
     """Trains to the last step; the model and its optimizer live no longer than this call."""
     prepared = _prepared(run, checkpoint, settings, state, console)
@@ -160,7 +169,7 @@ def _run(
 
 def _finish(
     run: Run,
-    checkpoint: str,
+    checkpoint: str | NewModel,
     settings: TrainSettings,
     trained: _Trained,
     *,
@@ -183,6 +192,8 @@ def _finish(
     window = described["sequence_length"]
 
     def measure(folder: str) -> list[dict[str, Any]]:
+        if isinstance(checkpoint, NewModel):  # whose backbone was never trained without the streams
+            return []
         if trained.sharded and data.held_out:
             warnings.warn(
                 "The model was trained in parts, and one device may be too small for it; compare it with the "
@@ -219,14 +230,18 @@ class _Prepared:
     described: dict[str, Any]
 
 
-def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: PartialState, console: Console) -> _Prepared:
+def _prepared(
+    run: Run, checkpoint: str | NewModel, settings: TrainSettings, state: PartialState, console: Console
+) -> _Prepared:
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_trackers(settings.report_to)
     check_trainable(checkpoint, settings.trains)
-    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    tokenizer = _tokenizer(checkpoint)
     refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
     sources = Sources(settings)
+    sources.check_chats(tokenizer)
     set_seed(settings.seed)
     model = _model(checkpoint, settings, bf16)
     length = checked_length(model, settings.sequence_length)
@@ -236,12 +251,14 @@ def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: Partial
     if torch.cuda.device_count() > 1 and state.num_processes == 1:
         warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
 
+    new = checkpoint if isinstance(checkpoint, NewModel) else None
     active = model.parscale.active if hasattr(model, "parscale") else None
-    rates = settings.rates("prefix" if active is None else active.config.transform)
-    described = _described(checkpoint, settings, rates, bf16, length, data.steps) | {
+    rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
+    described = _described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
         "data_digest": data.digest,
         "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
+        **({} if new is None else {"new_model": new.described()}),
     }
     return _Prepared(model, tokenizer, data, length, micro, rates, bf16, described)
 
@@ -286,7 +303,7 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _require_unchanged(checkpoint: str, described: Mapping[str, Any]) -> None:
+def _require_unchanged(checkpoint: str | NewModel, described: Mapping[str, Any]) -> None:
     if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
         raise ValueError(
             f"{checkpoint} has changed during the run, so the result would mix two checkpoints; restore the old one, "
@@ -301,8 +318,14 @@ def _one_of(devices: int) -> str:
     )
 
 
-def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
-    """The model, ready for training; warns if it mixes documents that are packed together."""
+def _tokenizer(checkpoint: str | NewModel) -> PreTrainedTokenizerBase:
+    if isinstance(checkpoint, NewModel):
+        return checkpoint.find_tokenizer()
+    return require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+
+
+def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool) -> Any:
+    """The model, ready to train; warns if it mixes documents that are packed together."""
     model = open_for_training(
         checkpoint,
         trains=settings.trains,
@@ -312,7 +335,7 @@ def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing,
         attn_implementation=settings.attn_implementation,
     )
-    require_finite(model, checkpoint)
+    require_finite(model, str(checkpoint))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         apart = keeps_documents_apart(model, vocabulary_of(model))
     if not apart:

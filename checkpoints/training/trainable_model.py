@@ -12,6 +12,7 @@ import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
 from parscale.checkpoints.description import PLAIN, describe, kind_of
 from parscale.checkpoints.models import load_any, require_language_model
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.compat.bitsandbytes import four_bits_with_gradients
@@ -20,13 +21,22 @@ from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 
 
-def check_trainable(checkpoint: str, trains: str) -> None:
-    """Checks, before any weight is read, that a checkpoint can be trained and saved again as the same kind.
+def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
+    """Refuses what cannot be trained and saved again as a checkpoint of the same kind, before a weight is read.
 
     Raises:
-        ValueError: no streams and a frozen backbone, or a streams-only checkpoint and a backbone that is trained.
+        ValueError: a checkpoint without streams or a new model with a frozen backbone, streams only with one that
+            trains, or a configuration of which no model can be made.
         OSError: there is no such checkpoint.
     """
+    if isinstance(checkpoint, NewModel):
+        if trains != EVERYTHING:
+            raise ValueError(
+                "A new model's backbone has random weights, so that all of it has to train; leave --freeze-backbone "
+                "and --lora-rank out."
+            )
+        checkpoint.check()
+        return
     kind = kind_of(Checkpoint(checkpoint))
     if kind == STREAMS_ONLY and trains != STREAMS:
         raise ValueError(
@@ -41,7 +51,7 @@ def check_trainable(checkpoint: str, trains: str) -> None:
 
 
 def open_for_training(
-    checkpoint: str,
+    checkpoint: str | NewModel,
     *,
     trains: str,
     lora_rank: int | None = None,
@@ -53,7 +63,7 @@ def open_for_training(
     """Loads a checkpoint in train mode, with trainable parameters in float32.
 
     Args:
-        checkpoint: a folder or a name on the Hugging Face Hub, with streams or without.
+        checkpoint: a folder or a name on the Hugging Face Hub, with streams or without, or a new model.
         trains: `"streams"`, `"lora"` or `"everything"`.
         lora_rank: of the adapter.
         quantize: None, `"int8"` or `"nf4"`, for the frozen backbone.
@@ -70,12 +80,14 @@ def open_for_training(
     """
     dtype = None if keep_dtype and trains != EVERYTHING else torch.float32
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if quantize is not None:
+    if isinstance(checkpoint, NewModel):
+        model = checkpoint.make(dtype, **options)
+    elif quantize is not None:
         model = _quantized(checkpoint, quantize, dtype, options)
     else:
         model = load_any(checkpoint, dtype=dtype, **options)
-    require_language_model(model, checkpoint)
-    if trains != EVERYTHING and has_streams(model):  # a loaded model trains everything but inactive sets
+    require_language_model(model, str(checkpoint))
+    if trains != EVERYTHING and has_streams(model):  # as it is loaded, all but inactive sets trains
         model.freeze_backbone()
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from parscale.checkpoints.description import kind_of
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import load_any
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.format.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
 from parscale.format.pretrained import ADAPTER, read_adapter
 from parscale.streams.naming import part_of
@@ -79,18 +80,19 @@ def load_trained(model: Any, folder: Path) -> None:
         _copy(dict(model.named_parameters()), dict(other.named_parameters()))
 
 
-def put_together(checkpoint: str, trained: Path, output: Path) -> None:
-    """Merges trained weights into the checkpoint that they were trained from, and saves it as the same kind.
+def put_together(checkpoint: str | NewModel, trained: Path, output: Path) -> None:
+    """Puts what was trained into the checkpoint that it was trained on, and saves it as one of the same kind.
 
     Args:
-        checkpoint: a full checkpoint, streams only, or a plain model, as it was before the run.
-        trained: a folder written by `save_trained`.
-        output: the folder to save in; each tensor keeps its dtype in `checkpoint`.
+        checkpoint: a full one, streams only, a plain model or a new one, as it was before the run.
+        trained: a folder that `save_trained` wrote.
+        output: the folder to save in; each tensor has the dtype that it has in `checkpoint`, in a new model that of
+            its configuration.
 
     Raises:
         ValueError: a trained value is too large for its dtype.
     """
-    model = load_any(checkpoint)
+    model = checkpoint.make() if isinstance(checkpoint, NewModel) else load_any(checkpoint)
     if (trained / ADAPTER).exists():
         model = read_adapter(model, trained).merge_and_unload()
     else:
@@ -101,7 +103,7 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
             f"The trained values of {name} do not fit into {dtype}, the dtype of {checkpoint}; save that checkpoint in "
             f"bfloat16 or float32 and train it again. The trained values are in float32 in {trained}."
         )
-    if kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
+    if not isinstance(checkpoint, NewModel) and kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
         model.save_streams(output)
     else:
         model.save_pretrained(output)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.documents import Source
-from parscale.checkpoints.texts.sources import open_sources
+from parscale.checkpoints.texts.sources import LOOKED_AT, open_sources
 from parscale.checkpoints.training.digests import streamed_digest
 from parscale.checkpoints.training.packing import (
+    Block,
     Blocks,
     Encoder,
     Shuffled,
@@ -60,6 +62,18 @@ class Sources:
         texts = open_sources([*settings.eval_data.values()], text_column=column)
         self.eval_data = dict(zip(settings.eval_data, texts, strict=True))
 
+    def check_chats(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Puts the first chats of each source through the chat template.
+
+        Raises:
+            ValueError: there is none, or it refuses one of them.
+        """
+        encode = Encoder(tokenizer)
+        for source in (*self.data, *self.eval_data.values()):
+            chats = [example for example in islice(source, LOOKED_AT) if not isinstance(example[1], str)]
+            for _ in encode(chats):
+                pass
+
     def packed(self, encode: Encoder, length: int) -> TrainingData:
         """Their text, packed into rows of `length` tokens.
 
@@ -105,11 +119,11 @@ def _steps(tokens: int, per_step: int, settings: TrainSettings, length: int) -> 
 
 def _measured_blocks(source: Source, encode: Encoder, length: int, settings: TrainSettings) -> Blocks:
     padding = encode.tokenizer.eos_token_id or 0
-    blocks: list[Any] = []
+    blocks: list[Block] = []
     for block in pack(encode(source), length, padding=padding):
         blocks.append(block)
         if len(blocks) * length >= settings.eval_tokens:
             break
-    if not any((positions > 0).any() for _, positions in blocks):
-        raise ValueError(f"{source.name} has no document of two tokens or more, so its loss cannot be measured.")
+    if not any((block[1] > 0).any() for block in blocks):
+        raise ValueError(f"{source.name} holds no document of two tokens, so no loss can be measured on it.")
     return Blocks(blocks, length)

@@ -26,6 +26,7 @@ from parscale.cli.generate import generate
 from parscale.cli.info import info
 from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
+from parscale.cli.push import push
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
 from parscale.terminal.text import shown, shown_streams
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "diagnose": diagnose,
     "export": export,
+    "push": push,
     "cost": cost,
 }
 for name, command in COMMANDS.items():

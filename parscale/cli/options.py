@@ -49,6 +49,9 @@ def count(text: str) -> int:
     return int(value)
 
 
+_NO_ARGUMENT = "--from-config"  # stands in place of the argument of a command
+
+
 class ListOptionCommand(TyperCommand):
     """A command whose list options take several values after one name, as in `--data a.txt b.txt`.
 
@@ -65,6 +68,8 @@ def repeat_list_options(arguments: Sequence[str], parameters: Iterable[Any]) -> 
     """Turns `["--data", "a", "b"]` into `["--data", "a", "--data", "b"]` for parameters that take several values."""
     options = {name: parameter for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     positional_left = sum(parameter.param_type_name == "argument" for parameter in parameters)
+    if any(argument.partition("=")[0] == _NO_ARGUMENT for argument in arguments):
+        positional_left = 0
     result: list[str] = []
     values_of: str | None = None  # the list option of the further values
     rest = iter(arguments)

@@ -11,10 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from parscale.checkpoints.training.settings import TrainSettings
-from parscale.cli.options import Checkpoint, Json, Special, count, takes_settings
+from parscale.cli.options import Json, Special, count, takes_settings
 from parscale.cli.output import print_figures, print_json, quiet_libraries
 from parscale.cli.recipes import Recipe
+from parscale.config import ParScaleConfig
+from parscale.descriptions import descriptions, plain
 
+_NEW = "Of a new model"
+_OF_STREAMS = descriptions(ParScaleConfig)
 WIDEST = 1000  # columns of a table; it takes what it needs
 
 
@@ -42,9 +46,22 @@ def _named(texts: list[str]) -> dict[str, str]:
     seed=Special(option={"min": 0}),
 )
 def train(
-    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option(help="The folder of the run; new or empty, unless --resume is given.")],
     settings: TrainSettings,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face Hub; or give --from-config."),
+    ] = None,
+    from_config: Annotated[
+        Path | None,
+        typer.Option(help="Train a new model from nothing, of this config.json.", metavar="CONFIG.json"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help=f"{_NEW}: a folder with its tokenizer, or a name on the Hugging Face Hub.")
+    ] = None,
+    num_streams: Annotated[int | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['num_streams'])}")] = None,
+    prefix_length: Annotated[int | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['prefix_length'])}")] = None,
+    kv: Annotated[str | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['kv'])}")] = None,
     recipe: Recipe = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
@@ -62,19 +79,23 @@ def train(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Post-train a checkpoint on text; also under torchrun or accelerate launch, on many devices."""
+    """Train a checkpoint, or a new model, on text and chats; also under torchrun or accelerate launch."""
     from parscale.checkpoints.training.train import Interrupted
     from parscale.checkpoints.training.train import train as train_checkpoint
 
+    of_new = {"num_streams": num_streams, "prefix_length": prefix_length, "kv": kv}
+    start = _start(checkpoint, from_config, tokenizer, of_new, settings)
     quiet_libraries()
     command = shlex.join(["parscale", *sys.argv[1:]])
     try:
         if controls:
             from parscale.checkpoints.control_runs import check_controls, train_controls
 
+            if checkpoint is None:
+                raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
             check_controls(checkpoint, settings)
-        report = train_checkpoint(checkpoint, output, settings, resume=resume, command=command, name=push_to_hub)
-        if controls:
+        report = train_checkpoint(start, output, settings, resume=resume, command=command, name=push_to_hub)
+        if controls and checkpoint is not None:
             report = report | train_controls(checkpoint, output, settings)
     except Interrupted as interruption:
         with contextlib.suppress(OSError):  # the terminal may be closed
@@ -92,6 +113,32 @@ def train(
         print_json(report)
     else:
         _print(report)
+
+
+def _start(
+    checkpoint: str | None,
+    config: Path | None,
+    tokenizer: str | None,
+    streams: dict[str, Any],
+    settings: TrainSettings,
+) -> Any:
+    """The checkpoint's name, or the new model that stands in its place."""
+    if config is None:
+        given = [name for name, value in {"tokenizer": tokenizer, **streams}.items() if value is not None]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{option} is of a new model: give --from-config with it, or leave it out.")
+        if checkpoint is None:
+            raise ValueError("Missing argument 'CHECKPOINT', or --from-config for a new model.")
+        return checkpoint
+    if checkpoint is not None:
+        raise ValueError(f"--from-config makes a new model, and {checkpoint} is one; give one of the two.")
+    if tokenizer is None or streams["num_streams"] is None:
+        raise ValueError("--from-config needs --tokenizer and --num-streams (1 for a model without streams).")
+    from parscale.checkpoints.training.new_model import NewModel
+
+    chosen = {name: value for name, value in streams.items() if value is not None}
+    return NewModel(config, tokenizer, ParScaleConfig(**chosen), settings.seed)
 
 
 def _print(report: dict[str, Any]) -> None:

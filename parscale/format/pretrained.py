@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from parscale.format.folders import Checkpoint, read_json, require_regular
 from parscale.format.headers import read_header
 
 ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Where transformers looks for an adapter of a model: a folder that does not exist, so that it applies none.
+_RELEASED = "ParScale/"  # the owner of the released checkpoints
+# Where transformers looks for an adapter beside a model: in a folder that is not there, so that it applies none.
 _NO_ADAPTER = {"subfolder": ".no-adapter"}
 
 
@@ -86,5 +88,16 @@ def warn_of_adapter(checkpoint: Checkpoint) -> None:
         )
 
 
-def _reads_weights(reader: object) -> bool:
+@cache
+def warn_of_licences(name: str) -> None:
+    """Says once that a released checkpoint, known by its name on the Hub, carries two licences."""
+    if name.startswith(_RELEASED):
+        warnings.warn(
+            f"{name} carries two licences: Apache-2.0 in its card's metadata, academic use only in the card's text; "
+            "ask its authors before any other use.",
+            stacklevel=2,
+        )
+
+
+def _reads_weights(reader: Any) -> bool:
     return model_mapping(reader) is not None or (isinstance(reader, type) and issubclass(reader, PreTrainedModel))

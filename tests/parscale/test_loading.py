@@ -306,6 +306,17 @@ def test_a_name_on_the_hub(hub, wrapped, read, zoo):
     assert read("org/model", revision="other").config.tie_word_embeddings
 
 
+def test_the_two_licences_of_a_released_checkpoint_are_said_once(hub, recwarn):
+    (hub / "models--org--model").rename(hub / "models--ParScale--ParScale-9B")
+    for _ in range(2):
+        load("ParScale/ParScale-9B")
+    said = [str(warning.message) for warning in recwarn if "licences" in str(warning.message)]
+    assert said == [
+        "ParScale/ParScale-9B carries two licences: Apache-2.0 in its card's metadata, academic use only in the card's "
+        "text; ask its authors before any other use."
+    ]
+
+
 def test_a_snapshot_in_the_cache(hub, wrapped, read, zoo):
     """A folder of links to files outside it."""
     zoo.close(logits_of(read(hub / "models--org--model" / "snapshots" / ("0" * 40))), logits_of(wrapped), 1e-5)
