@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from parscale.compat.transformers import carries_state
 from parscale.config import PROMPT
 from parscale.errors import UnsupportedModelError
-from parscale.streams.brief_runs import is_of_the_machine, one_line
+from parscale.streams.brief_runs import is_machine_error, one_line
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -153,7 +153,7 @@ def cache_shape(model: Any) -> CacheShape:
         layers: list[Any] = cache.layers
         shapes = {(*layer.keys.shape, layer.values.shape[-1]) for layer in layers}
     except Exception as error:  # whatever a model does with a cache that is not its own kind
-        if is_of_the_machine(error):
+        if is_machine_error(error):
             raise
         raise UnsupportedModelError(
             f"{name} cannot be exported: it does not run with a cache of keys and values for each layer "

@@ -13,7 +13,7 @@ import torch
 
 from parscale.errors import UnsupportedModelError
 from parscale.export.decoder import CacheShape, Decoder
-from parscale.streams.brief_runs import is_of_the_machine, one_line
+from parscale.streams.brief_runs import is_machine_error, one_line
 
 OPSET = 18
 WEIGHTS_SUFFIX = ".data"  # of the file of weights beside a graph
@@ -80,7 +80,7 @@ def _program(model: Any, shape: CacheShape) -> Any:
             )
     except Exception as error:  # whatever the exporter meets in a model
         cause = error.__cause__ or error
-        if is_of_the_machine(error) or is_of_the_machine(cause):
+        if is_machine_error(error) or is_machine_error(cause):
             raise
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be exported: torch.onnx.export makes no graph of it "
