@@ -16,6 +16,30 @@ from typing import Any
 import pytest
 
 
+def covering(cases: list[set[Any]]) -> set[int]:
+    """Which cases to take so that every value of any of them is met: each time the one with the most that are new."""
+    open_values, taken = set().union(*cases), set[int]()
+    while open_values:
+        best = max(range(len(cases)), key=lambda number: len(cases[number] & open_values))
+        taken.add(best)
+        open_values -= cases[best]
+    return taken
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves to the night what meets no new value of a parameter, in tests that are marked as grids."""
+    grids: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("grid") and not item.get_closest_marker("nightly"):
+            grids.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cells in grids.values():
+        daily = covering([{(name, id(value)) for name, value in cell.callspec.params.items()} for cell in cells])
+        for number, cell in enumerate(cells):
+            if number not in daily:
+                cell.add_marker(pytest.mark.nightly)
+
+
 class Programs:
     """Starts Python programs from one process that has imported the large libraries; see `program_server.py`.
 
@@ -127,6 +151,26 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     assert programs.server.stdin is not None
     programs.server.stdin.close()
     programs.server.wait()
+
+
+@pytest.fixture(scope="session")
+def tasks_read_once() -> Iterator[None]:
+    """lm-eval reads each of its thousands of task files once, and not for each index anew."""
+    from lm_eval.tasks import _index
+
+    load, found = _index.load_yaml, {}
+
+    def load_once(path: Path, **options: Any) -> Any:
+        if Path(_index.__file__).parent not in path.parents:
+            return load(path, **options)
+        key = (path, *options.items())
+        if key not in found:
+            found[key] = load(path, **options)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_index, "load_yaml", load_once)
+        yield
 
 
 @pytest.fixture(scope="session")

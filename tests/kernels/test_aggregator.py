@@ -51,10 +51,6 @@ def compare(check, *tensors, gradient):
         check(*results)
 
 
-def test_interpreted(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize(("size", "dtype"), SIZES, ids=str)
 def test_against_float64(size, dtype, device, poisoned, assert_as_exact):

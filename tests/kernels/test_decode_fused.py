@@ -103,16 +103,13 @@ def compare(check, tensors, mask=None, **options):
     check(decode_attention(*tensors, mask, impl="fused", **options), reference, exact)
 
 
-def test_interpreted(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_against_float64(shape, dtype, device, poisoned, assert_as_exact):
     compare(assert_as_exact, inputs(shape, dtype, device))
 
 
+@pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(("shape", "dtype"), [(ODD, SINGLE), (GROUPED, HALF)], ids=str)
@@ -120,6 +117,7 @@ def test_masks(kind, shape, dtype, device, poisoned, assert_as_exact):
     compare(assert_as_exact, inputs(shape, dtype, device), make_mask(kind, shape, dtype, device))
 
 
+@pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", [None, "additive, per head", "additive smallest, cache alone"])
 @pytest.mark.parametrize("shape", [TINY, ODD, GROUPED], ids=str)

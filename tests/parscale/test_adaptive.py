@@ -60,6 +60,7 @@ def between(model, ids):
     return float(entropy_of(logits_of(model, ids, None)).median())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("name", NAMES)
 def test_text_and_share(name, cache, zoo):

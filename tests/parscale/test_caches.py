@@ -46,6 +46,7 @@ def logits_of(model, ids, **arguments):
 # -- text by generate, logits along it
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", NAMES)
@@ -61,6 +62,7 @@ def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
     assert int(output.past_key_values.get_seq_length()) == zoo.S + STEPS - 1
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[9, 1, 1], [4, 4, 2, 1]], ids=["prefill and decoding", "in chunks"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
@@ -80,6 +82,7 @@ def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
 # -- the next turn of a chat
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static of the user's"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
@@ -167,6 +170,7 @@ def quantized(model, backend, bits, residual):
 BACKENDS = {"quanto": (4, QuantoQuantizedLayer), "hqq": (8, HQQQuantizedLayer)}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("residual", [1, 4, 128])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -181,6 +185,7 @@ def test_a_quantized_cache_that_does_not_round(name, residual, search, zoo):
     assert torch.equal(generate(model, ids, past_key_values=cache, **search), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_quantized_cache(name, backend, zoo):
@@ -224,6 +229,7 @@ class Stream(contextlib.nullcontext):
         pass
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next"])
 def test_offloaded_caches(name, cache, zoo, monkeypatch):

@@ -86,6 +86,7 @@ def test_generate_compiles_its_decoding(name, zoo):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # by day FlexAttention is compiled by it, see test_flex.py
 def test_by_inductor(zoo):
     """Torch's own backend, with code made for this machine."""
     model, ids = make(zoo, "llama"), zoo.token_ids()

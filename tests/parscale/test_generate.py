@@ -129,6 +129,7 @@ def test_beams_that_sample_are_the_same_without_a_cache(llama, zoo):
 # -- assisted decoding
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("draft", ["wrapped", "plain", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 def test_assisted_decoding_as_target(name, draft, zoo):
@@ -339,6 +340,7 @@ def test_a_decoding_loop_of_the_users_own(llama, zoo):
 # -- sets of streams
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_next"])
 def test_switching_sets_between_texts(name, cache, zoo):

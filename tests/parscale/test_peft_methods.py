@@ -154,6 +154,7 @@ RENAMED = Version(transformers.__version__) >= Version("5.24") and Version(peft.
 TASKS_WITHOUT_PREFIX = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") if RENAMED else ()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING"])
 def test_rows_under_every_task(zoo, name, kind):
@@ -222,6 +223,7 @@ def test_streams_are_saved_and_loaded_with_it(wrapped, zoo, tmp_path, kind):
     zoo.close(logits_of(again, ids, kind), logits_of(tuned, ids, kind), 1e-6)  # CPT saves a sum that it else computes
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", [kind for kind in TAKEN if METHODS[kind].merges])
 @pytest.mark.parametrize("transform", ["prefix", "lora"])
 def test_streams_stay_when_it_is_merged(llama, zoo, kind, transform):

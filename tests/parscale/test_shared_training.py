@@ -45,6 +45,7 @@ def loss_of(model, ids, **arguments):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("padded", [False, True], ids=["whole rows", "padded"])
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_differences(name, padded, zoo):
