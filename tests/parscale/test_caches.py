@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -167,6 +168,15 @@ def quantized(model, backend, bits, residual):
     return QuantizedCache(backend, model.config, nbits=bits, q_group_size=16, residual_length=residual)
 
 
+@pytest.fixture
+def unpacked_in_python(monkeypatch):
+    """quanto by its own function in Python, and not by its extension, which is compiled first, for half a minute."""
+    from optimum.quanto.library.extensions.extension import get_extension
+    from optimum.quanto.library.unpack import unpack
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", types.SimpleNamespace(unpack=unpack))
+
+
 BACKENDS = {"quanto": (4, QuantoQuantizedLayer), "hqq": (8, HQQQuantizedLayer)}
 
 
@@ -188,7 +198,7 @@ def test_a_quantized_cache_that_does_not_round(name, residual, search, zoo):
 @pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_quantized_cache(name, backend, zoo):
+def test_a_quantized_cache(name, backend, unpacked_in_python, zoo):
     """The next token's logits are those over the keys and values that the cache gives back, and not the exact ones."""
     model, ids = make(zoo, name), zoo.token_ids(length=17)
     prompt, new = ids[:, :16], ids[:, 16:]
@@ -209,7 +219,7 @@ def test_a_quantized_cache(name, backend, zoo):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_generate_makes_a_quantized_cache(backend, llama, zoo):
+def test_generate_makes_a_quantized_cache(backend, unpacked_in_python, llama, zoo):
     config = {"backend": backend, "nbits": BACKENDS[backend][0], "q_group_size": 16, "residual_length": 64}
     ids = zoo.token_ids(length=16)
     arguments = {"cache_implementation": "quantized", "cache_config": config, "return_dict_in_generate": True}
