@@ -14,7 +14,8 @@ from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQu
 STEPS = 7
 TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
 # dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
-NAMES = ["llama", "mistral", "gemma3", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
 CACHES = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},

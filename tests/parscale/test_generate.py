@@ -13,7 +13,8 @@ import parscale
 
 STEPS = 7
 # dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
-NAMES = ["llama", "mistral", "gemma3", "gpt2", "opt", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "opt", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
 PLAIN_ARGUMENTS = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 

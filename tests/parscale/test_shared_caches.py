@@ -12,7 +12,8 @@ import parscale
 
 TOLERANCE = 2e-5  # as in test_caches.py
 STEPS = 7
-NAMES = ["llama", "mistral", "gemma3", "gpt2", "mixtral", "deepseek_v3", "gpt_oss"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", *NIGHTLY]
 PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 CACHES = {
     "dynamic": {},
