@@ -3,6 +3,7 @@
 Imports stand inside: what this module imports, pytest's controlling process does too, and prints when all is over.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -154,9 +155,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
 
 
 @pytest.fixture(scope="session")
-def tasks_read_once() -> Iterator[None]:
-    """lm-eval reads each of its thousands of task files once, and not for each index anew."""
+def brief_lm_eval() -> Iterator[None]:
+    """lm-eval reads each of its thousands of task files once, and describes the machine once, not at each run."""
     from lm_eval.tasks import _index
+    from torch.utils import collect_env
 
     load, found = _index.load_yaml, {}
 
@@ -170,6 +172,7 @@ def tasks_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_index, "load_yaml", load_once)
+        patched.setattr(collect_env, "get_pretty_env_info", functools.cache(collect_env.get_pretty_env_info))
         yield
 
 

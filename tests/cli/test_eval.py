@@ -19,7 +19,7 @@ TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 NEXT_LINE, PROSE, REST_OF_LINE = (str(TASKS / f"{name}.yaml") for name in ("next_line", "prose", "rest_of_line"))
 
 
-pytestmark = pytest.mark.usefixtures("tasks_read_once")
+pytestmark = pytest.mark.usefixtures("brief_lm_eval")
 
 
 def measure(capsys, *arguments: object) -> dict:

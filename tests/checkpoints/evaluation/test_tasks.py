@@ -27,7 +27,7 @@ WINDOW = 48  # of rolling log-likelihoods: the longest text takes several
 TOLERANCE = {torch.float32: {"rel": 1e-7, "abs": 1e-5}, torch.float64: {"rel": 1e-14, "abs": 1e-12}}
 
 
-pytestmark = pytest.mark.usefixtures("tasks_read_once")
+pytestmark = pytest.mark.usefixtures("brief_lm_eval")
 
 
 @pytest.fixture(autouse=True)
