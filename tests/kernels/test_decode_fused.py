@@ -41,6 +41,7 @@ SHAPES = [
     (Shape(2, 0, 2, 1, 16, 16, 5, 20), SINGLE),  # no rows
     (Shape(2, 1, 2, 1, 16, 16, 5, 0), SINGLE),  # nothing cached
 ]
+AT_THE_ENDS = [pytest.param([length], marks=pytest.mark.nightly) for length in (0, 130, 200)]  # of the cache
 MASKS = [
     "boolean",
     "boolean, one row",
@@ -131,7 +132,7 @@ def test_nothing_beside_the_tensors_is_read(shape, kind, device, guarded):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("splits", [1, 3, *(pytest.param(splits, marks=pytest.mark.nightly) for splits in (2, 7))])
 def test_splits(splits, device, poisoned, assert_as_exact):
     """However the sequence is cut, with sinks and without, the parts make the same whole."""
     from parscale.kernels.decode_attention.fused import decode
@@ -148,7 +149,7 @@ def test_splits(splits, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("length", [[0], [7], [130], [200], [0, 1, 64, 65]], ids=str)
+@pytest.mark.parametrize("length", [[7], [0, 1, 64, 65], *AT_THE_ENDS], ids=str)
 def test_valid_length(length, device, poisoned, assert_as_exact):
     """What lies beyond it may be anything."""
     tensors = inputs(GROUPED, SINGLE, device)

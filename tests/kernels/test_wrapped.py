@@ -53,7 +53,7 @@ def test_texts_and_scores(name, kv, cache, device):
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
     padding = torch.ones_like(ids)
     padding[1, :4] = 0
-    arguments = {"attention_mask": padding, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    arguments = {"attention_mask": padding, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     arguments |= {"output_logits": True, "return_dict_in_generate": True, "cache_implementation": cache}
     fused, plain = (model.generate(ids * padding, **arguments) for model in make(name, device, kv))
     assert torch.equal(fused.sequences, plain.sequences)
