@@ -3,7 +3,9 @@
 Imports stand inside: what this module imports, pytest's controlling process does too, and prints when all is over.
 """
 
+import atexit
 import functools
+import gc
 import itertools
 import json
 import os
@@ -39,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for number, cell in enumerate(cells):
             if number not in daily:
                 cell.add_marker(pytest.mark.nightly)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not looked for in what is imported by now; training does that at the end of each run."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind (of Triton) reports it as leaked
 
 
 class Programs:
