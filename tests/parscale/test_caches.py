@@ -171,9 +171,11 @@ def quantized(model, backend, bits, residual):
 
 @pytest.fixture
 def unpacked_in_python(monkeypatch):
-    """quanto by its own function in Python, and not by its extension, which is compiled first, for half a minute."""
+    """Without quanto's extension, which is compiled first, for half a minute, and has this one function."""
     from optimum.quanto.library.extensions.extension import get_extension
-    from optimum.quanto.library.unpack import unpack
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> bits * place & 2**bits - 1 for place in range(8 // bits)])
 
     monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", types.SimpleNamespace(unpack=unpack))
 
