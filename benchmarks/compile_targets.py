@@ -106,6 +106,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (8, 4096, 1536, torch.bfloat16),
         (4, 16384, 2048, torch.float16),
         (8, 64, 1536, torch.bfloat16),
+        (5, 64, 1536, torch.bfloat16),
         (1, 1, 1, torch.bfloat16),
         (1, 40, 1, torch.bfloat16),
     ):

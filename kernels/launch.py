@@ -47,6 +47,11 @@ class Gpu:
     is_hip: bool = False
     dependent_launch: bool = False
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a multiprocessor has little shared memory for its registers, as those without HBM (100 KiB)."""
+        return not self.is_hip and self.shared_memory <= 128 * 1024
+
     def programs(self, shared_bytes: int, warps: int, registers: int) -> int:
         """How many programs one multiprocessor holds at a time.
 

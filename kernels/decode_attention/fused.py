@@ -20,9 +20,10 @@ MAX_SPLITS = 64
 def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     """Block of tokens, warps and stages of `part_kernel`."""
     half = dtype.itemsize == 2
+    # 32 KiB of keys and values in a block; 16 of float32, and where they would leave a multiprocessor a single program
+    block = 32768 if half and not gpu.is_small else 16384
     size = (max(16, power_of_2(D)) + max(16, power_of_2(V))) * dtype.itemsize  # bytes of a token
-    # keys and values of a block in 32 KiB, in 16 of float32, and a power of 2
-    BT = 1 << ((32768 if half else 16384) // size).bit_length() - 1
+    BT = 1 << (block // size).bit_length() - 1  # a power of 2
     BT = max(16, min(64 if gpu.is_hip else 128, BT))
     # float32 products keep their factors in registers
     return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
