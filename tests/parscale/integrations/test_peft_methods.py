@@ -16,7 +16,7 @@ from parscale.streams.naming import part_of
 peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
+PAGE = Path(__file__).parents[3] / "docs" / "peft.md"
 LAYERS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 PROMPTS = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
 SPECIAL = {

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from parscale import load
 
-WORKERS = Path(__file__).with_name("distributed")
-EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
+WORKERS = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[3] / "examples" / "accelerate"
 
 
 def imported(name: str) -> ModuleType:
