@@ -72,13 +72,20 @@ def python_files(source: str) -> Iterator[tuple[str, bytes]]:
         installed = dict.fromkeys(Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
         roots += [("site-packages", path) for path in installed]
     for label, root in roots:
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if not _EXCLUDED.isdisjoint(relative.parts[:-1]) or not 0 < path.stat().st_size <= _LARGEST_FILE:
+        for path in _python_paths(root):
+            if not 0 < path.stat().st_size <= _LARGEST_FILE:
                 continue
             text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
             if _is_text(text):
-                yield f"{label}/{relative.as_posix()}", text
+                yield f"{label}/{path.relative_to(root).as_posix()}", text
+
+
+def _python_paths(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _EXCLUDED]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def blocks(text: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:

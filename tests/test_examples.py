@@ -55,8 +55,9 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == ARGUMENTS.keys() | {"pretrain_small_model"}
 
 
-# The next test runs this one too.
-NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name == "train_with_trainer" else name for name in ARGUMENTS]
+# By day the next test runs the first, and the tests of serving start a server as the second does.
+NIGHTLY = {"train_with_trainer", "serve_and_ask"}
+NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else name for name in ARGUMENTS]
 
 
 @pytest.mark.slow

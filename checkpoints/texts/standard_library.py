@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import sysconfig
 import tokenize
 from fnmatch import fnmatchcase
@@ -24,9 +26,11 @@ def standard_library_files(*, tests: bool = False) -> list[Path]:
     Args:
         tests: return its test suites instead; some distributions do not include them.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    wanted = (path for path in root.rglob("*.py") if path.is_file() and _is_wanted(path, tests))
-    return sorted(wanted, key=_relative_name)
+    found: list[Path] = []
+    for folder, inside, files in os.walk(_root()):
+        inside[:] = [name for name in inside if name not in EXCLUDED_FOLDERS]  # installed packages are many
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted((path for path in found if _is_wanted(path, tests) and path.is_file()), key=_relative_name)
 
 
 def is_held_out(relative_name: str) -> bool:
@@ -67,8 +71,13 @@ def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document],
     return train, held_out
 
 
+@functools.cache
+def _root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def _relative_name(path: Path) -> str:
-    return path.relative_to(sysconfig.get_path("stdlib")).as_posix()
+    return path.relative_to(_root()).as_posix()
 
 
 def _is_wanted(path: Path, tests: bool) -> bool:

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -177,13 +175,13 @@ def test_another_process_reads_a_pickled_configuration(folder, tmp_path, program
         "from parscale.format.architectures import config_class; config_class('llama'); import parscale.auto",
     ],
 )
-def test_auto_classes_read_it_after_any_use_of_the_package(use, folder):
+def test_auto_classes_read_it_after_any_use_of_the_package(use, folder, programs):
     program = (
         f"import sys; {use}; from transformers import AutoModelForCausalLM\n"
         "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_streams)"
     )
-    read = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, check=True)
-    assert read.stdout.decode().strip() == "4"
+    read = programs.run("-c", program, folder, cwd="/")
+    assert read.stdout.strip() == "4", read.stderr
 
 
 def test_other_fields_through_the_configuration(folder):

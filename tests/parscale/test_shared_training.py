@@ -11,7 +11,8 @@ import parscale
 
 SAME = 2e-6  # as in test_gradients.py
 TOLERANCE = 2e-5
-NAMES = ["llama", "mistral", "gemma2", "gpt2", "mixtral", "deepseek_v3"]  # whose losses have no kinks
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", *NIGHTLY]  # whose losses have no kinks
 PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 
 
@@ -45,6 +46,7 @@ def loss_of(model, ids, **arguments):
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("padded", [False, True], ids=["whole rows", "padded"])
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_differences(name, padded, zoo):

@@ -27,6 +27,9 @@ WINDOW = 48  # of rolling log-likelihoods: the longest text takes several
 TOLERANCE = {torch.float32: {"rel": 1e-7, "abs": 1e-5}, torch.float64: {"rel": 1e-14, "abs": 1e-12}}
 
 
+pytestmark = pytest.mark.usefixtures("brief_lm_eval")
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -101,6 +104,7 @@ def requests(kind, arguments):
     return [Instance(kind, {}, given, index) for index, given in enumerate(arguments)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("num_streams", [1, 4])
@@ -115,6 +119,7 @@ def test_log_likelihoods(tokenizer, num_streams, batch_size, dtype):
     assert {greedy for _, greedy in expected} == {True, False}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("num_streams", [1, 4])

@@ -55,7 +55,7 @@ def train_in_a_process(programs, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("resume", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_second_process_is_refused_and_the_first_is_not_disturbed(
     full, text_file, tmp_path, monkeypatch, train_in_a_process, resume
 ):

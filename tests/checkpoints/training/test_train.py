@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -297,8 +298,15 @@ def test_on_a_gpu(full, text_file, tmp_path, frozen):
     assert losses_of(tmp_path / "again") == pytest.approx(losses, rel=1e-3)
 
 
-def test_compiled(full, text_file, tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_compiled(full, text_file, tmp_path, backend, monkeypatch):
+    """By day without the code that torch's own backend makes, which takes a compiler of C++ its time."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **options | {"backend": backend}))
+    torch._dynamo.reset()
+    graphs = counters["stats"]["unique_graphs"]
     train(str(full), tmp_path / "run", settings(text_file, compile=True, freeze_backbone=True))
+    assert counters["stats"]["unique_graphs"] > graphs
     assert losses_of(tmp_path / "run") == pytest.approx(by_hand(full, text_file, frozen=True)[0], abs=1e-4)
 
 

@@ -52,6 +52,7 @@ WAYS = ["at once", "embeddings", "dynamic cache", "static cache"]
 FEW = ["llama", "phi3", "qwen3_next"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 def test_padding_in_front_changes_nothing(case, way, zoo):
     if case.family.attention_layers and "cache" in way:
@@ -68,6 +69,7 @@ def test_padding_in_front_changes_nothing(case, way, zoo):
     assert torch.equal(of_padded(model, ids, way), of_padded(plain, ids, way))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", ["at once", "dynamic cache"])
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("transform", ["prompt", "lora"])

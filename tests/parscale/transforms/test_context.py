@@ -116,6 +116,7 @@ def test_sampling_asks_nothing_of_the_models_own_generation_settings(family, zoo
     assert all(torch.equal(a, b) for a, b in zip(prefixes(model).values(), prefixes(expected).values(), strict=True))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("init", ["random", "context"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"], indirect=True)
 def test_seeds(family, init):

@@ -87,6 +87,7 @@ def logits(model):
     return model(IDS).logits
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", ["prefix", "prompt", "lora"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_each_thread_runs_the_set_that_it_chose(kind, transform, at_once):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from parscale import load
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 GENERATION = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
 

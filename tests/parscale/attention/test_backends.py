@@ -75,6 +75,7 @@ def some_keys(zoo, S, K, rows, heads):
     return visible
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("heads", [1, HEADS], ids=["shared by heads", "per head"])
 @pytest.mark.parametrize("one_row", [False, True], ids=["each row its own", "one row"])
 @pytest.mark.parametrize(("S", "K"), [(9, 9), (3, 9), (1, 9)])
@@ -142,6 +143,7 @@ def test_dropout_in_training_is_torchs_own(S, llama, zoo):
 # -- documents packed in several rows
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_packed_documents_in_several_rows(family, name, zoo):

@@ -172,6 +172,7 @@ def test_forward(name, implementation, flash, zoo):
         assert torch.equal(logits_of(model, ids), logits_of(flash(case.plain(), implementation), ids))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 3, 1]], ids=["token by token", "in chunks"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_a_cache(name, chunks, flash, zoo):
@@ -186,6 +187,7 @@ def test_with_a_cache(name, chunks, flash, zoo):
         zoo.close(torch.cat(pieces, dim=1), expected, TOLERANCE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -200,6 +202,7 @@ def test_padding(name, side, given, flash, zoo):
     zoo.close(logits[padding.bool()], expected[padding.bool()], TOLERANCE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padded_decoding(name, given, flash, zoo):
@@ -236,6 +239,7 @@ def documents(lengths):
     }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("given", ["positions", "boundaries", "boundaries through two rows"])
 @pytest.mark.parametrize("name", [*PLAIN, *WINDOWED])
 def test_packed_documents(name, given, flash, zoo):
@@ -285,6 +289,7 @@ def test_short_documents_in_a_long_row_stay_with_flash_attention(flash, zoo):
     assert flash.stand_in.calls == ["joined"] * model.config.num_hidden_layers
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("what", ["plain", "padded", "packed"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "deepseek_v3"])
 def test_gradients(name, what, flash, zoo):
@@ -309,6 +314,7 @@ def test_gradients(name, what, flash, zoo):
     assert any("prefix_k" in path and gradient.ne(0).any() for path, gradient in gradients[1].items())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "deepseek_v3"])
 def test_generate(name, cache, flash, zoo):

@@ -10,7 +10,8 @@ from parscale.methods import adaptive_streams
 
 TOLERANCE = 2e-5
 STEPS = 6
-NAMES = ["llama", "mistral", "gemma2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss", *NIGHTLY]
 PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 
 
@@ -60,6 +61,7 @@ def between(model, ids):
     return float(entropy_of(logits_of(model, ids, None)).median())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("name", NAMES)
 def test_text_and_share(name, cache, zoo):

@@ -32,6 +32,7 @@ def names_in(folder):
 # -- round trips
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_streams", [1, 4])
 def test_every_family_comes_back_bit_for_bit(family, num_streams, tmp_path):
     model = family.wrapped(num_streams)

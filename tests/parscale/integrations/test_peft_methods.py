@@ -16,7 +16,7 @@ from parscale.streams.naming import part_of
 peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 
-PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
+PAGE = Path(__file__).parents[3] / "docs" / "peft.md"
 LAYERS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 PROMPTS = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
 SPECIAL = {
@@ -154,6 +154,7 @@ RENAMED = Version(transformers.__version__) >= Version("5.24") and Version(peft.
 TASKS_WITHOUT_PREFIX = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") if RENAMED else ()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING"])
 def test_rows_under_every_task(zoo, name, kind):
@@ -222,6 +223,7 @@ def test_streams_are_saved_and_loaded_with_it(wrapped, zoo, tmp_path, kind):
     zoo.close(logits_of(again, ids, kind), logits_of(tuned, ids, kind), 1e-6)  # CPT saves a sum that it else computes
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", [kind for kind in TAKEN if METHODS[kind].merges])
 @pytest.mark.parametrize("transform", ["prefix", "lora"])
 def test_streams_stay_when_it_is_merged(llama, zoo, kind, transform):

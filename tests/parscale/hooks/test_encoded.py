@@ -212,6 +212,7 @@ def test_what_was_saved_before_the_module_moved(monkeypatch):
     assert torch.equal(read.as_subclass(torch.Tensor), rows.as_subclass(torch.Tensor))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_generation(name, model, options):
     if options.keys() & set(KINDS[name].without):

@@ -54,6 +54,7 @@ def test_forward(name, uncompiled, zoo):
         assert torch.equal(logits_of(model, ids), logits_of(case.plain(), ids))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("name", NAMES)
 def test_with_a_cache(name, given, uncompiled, zoo):
@@ -115,6 +116,7 @@ def by_row(skipped):
     return lambda b, h, q, kv: (q >= kv) & (q - kv != skipped[b])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("block", BLOCK_SIZES, ids=str)
 @pytest.mark.parametrize("length", [9, 33, 48])  # not all of them whole blocks
 @pytest.mark.parametrize("kind", ["no row", "one row", "each row its own"])
@@ -137,6 +139,7 @@ def test_the_users_block_mask_for_one_row_of_text(uncompiled, zoo):
     zoo.close(logits_of(model, ids, attention_mask=mask), case.reference(model).logits(ids, mask=visible), TOLERANCE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("block", BLOCK_SIZES, ids=str)
 @pytest.mark.parametrize(("heads", "rows"), [(None, None), (2, None), (None, 3), (2, 3)])
 @pytest.mark.parametrize("T", [4, 16, 130])  # less than a block, a whole one, more

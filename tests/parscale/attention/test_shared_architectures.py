@@ -11,7 +11,7 @@ import parscale
 
 TOLERANCE = 2e-5
 spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).parents[2] / "benchmarks" / "tiny_models.py"
+    "tiny_models", Path(__file__).parents[3] / "benchmarks" / "tiny_models.py"
 )
 tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_models)

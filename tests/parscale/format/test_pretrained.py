@@ -20,7 +20,7 @@ from parscale.config import ParScaleConfig
 from parscale.format.folders import Checkpoint, backbone_place
 from parscale.format.pretrained import read_pretrained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IDS = torch.arange(8)[None]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQu
 STEPS = 7
 TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
 # dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
-NAMES = ["llama", "mistral", "gemma3", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
 CACHES = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
@@ -46,6 +48,7 @@ def logits_of(model, ids, **arguments):
 # -- text by generate, logits along it
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", NAMES)
@@ -61,6 +64,7 @@ def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
     assert int(output.past_key_values.get_seq_length()) == zoo.S + STEPS - 1
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[9, 1, 1], [4, 4, 2, 1]], ids=["prefill and decoding", "in chunks"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
@@ -80,6 +84,7 @@ def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
 # -- the next turn of a chat
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static of the user's"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
@@ -164,9 +169,21 @@ def quantized(model, backend, bits, residual):
     return QuantizedCache(backend, model.config, nbits=bits, q_group_size=16, residual_length=residual)
 
 
+@pytest.fixture
+def unpacked_in_python(monkeypatch):
+    """Without quanto's extension, which is compiled first, for half a minute, and has this one function."""
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> bits * place & 2**bits - 1 for place in range(8 // bits)])
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", types.SimpleNamespace(unpack=unpack))
+
+
 BACKENDS = {"quanto": (4, QuantoQuantizedLayer), "hqq": (8, HQQQuantizedLayer)}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("residual", [1, 4, 128])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -181,9 +198,10 @@ def test_a_quantized_cache_that_does_not_round(name, residual, search, zoo):
     assert torch.equal(generate(model, ids, past_key_values=cache, **search), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_quantized_cache(name, backend, zoo):
+def test_a_quantized_cache(name, backend, unpacked_in_python, zoo):
     """The next token's logits are those over the keys and values that the cache gives back, and not the exact ones."""
     model, ids = make(zoo, name), zoo.token_ids(length=17)
     prompt, new = ids[:, :16], ids[:, 16:]
@@ -204,7 +222,7 @@ def test_a_quantized_cache(name, backend, zoo):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_generate_makes_a_quantized_cache(backend, llama, zoo):
+def test_generate_makes_a_quantized_cache(backend, unpacked_in_python, llama, zoo):
     config = {"backend": backend, "nbits": BACKENDS[backend][0], "q_group_size": 16, "residual_length": 64}
     ids = zoo.token_ids(length=16)
     arguments = {"cache_implementation": "quantized", "cache_config": config, "return_dict_in_generate": True}
@@ -224,6 +242,7 @@ class Stream(contextlib.nullcontext):
         pass
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next"])
 def test_offloaded_caches(name, cache, zoo, monkeypatch):

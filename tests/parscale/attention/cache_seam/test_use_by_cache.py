@@ -46,6 +46,7 @@ def test_gradients_reach_every_prefix(kind, zoo, wrapped):
     assert all(g.flatten(1).norm(dim=1).min() > 1e-6 for name, g in gradients.items() if "prefix_" in name)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", CHECKPOINTS, indirect=True)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])

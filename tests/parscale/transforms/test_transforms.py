@@ -105,6 +105,7 @@ def test_prompt_is_each_stream_by_itself_then_the_mixture(model_and_plain, zoo):
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in plain.named_parameters()}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 1, 1, 1], [5, 1, 3]], ids=str)
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
 def test_with_a_cache_it_is_the_full_forward(model_and_plain, zoo, chunks, transform):
@@ -135,6 +136,7 @@ def decode(model, ids, chunks):
     return torch.cat(pieces, dim=1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_real_token(model_and_plain, zoo, side):
     model, plain = model_and_plain
@@ -329,6 +331,7 @@ def test_lora_leaves_experts_alone_and_takes_what_sees_whole_rows(zoo):
 # -- both
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
 def test_gradients_reach_every_parameter_also_under_checkpointing(model_and_plain, zoo, transform):
     model, _ = model_and_plain
@@ -351,6 +354,7 @@ def test_gradients_reach_every_parameter_also_under_checkpointing(model_and_plai
             zoo.close(other[name], gradient, 1e-5 * max(1.0, gradient.abs().max().item()))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
 def test_saved_and_loaded(model_and_plain, zoo, transform, tmp_path):
     model, plain = model_and_plain
@@ -393,6 +397,7 @@ def test_compiled_in_one_graph(zoo, transform):
         zoo.close(compiled(input_ids=ids, use_cache=False).logits, expected, TOLERANCE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
 def test_on_the_meta_device(model_and_plain, transform):
     solid, plain = model_and_plain

@@ -12,7 +12,8 @@ import parscale
 
 TOLERANCE = 2e-5  # as in test_caches.py
 STEPS = 7
-NAMES = ["llama", "mistral", "gemma3", "gpt2", "mixtral", "deepseek_v3", "gpt_oss"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", *NIGHTLY]
 PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
 CACHES = {
     "dynamic": {},
@@ -55,6 +56,7 @@ def assert_equal(cache, other):
 # -- the plain backbone's
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_streams", [2, 3, 8])
 @pytest.mark.parametrize("name", NAMES)
 def test_after_a_prompt_the_cache_is_the_backbones_to_the_last_bit(name, num_streams, zoo):
@@ -111,6 +113,7 @@ def test_a_cache_of_streams_with_keys_of_their_own_is_refused(llama, zoo):
 # -- what generate does with it
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", NAMES)
@@ -149,6 +152,7 @@ def test_assisted_decoding(help_, zoo):
 # -- step by step
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_of_any_length(name, kind, zoo):
@@ -162,6 +166,7 @@ def test_pieces_of_any_length(name, kind, zoo):
         zoo.close(found, whole[:, start:stop], TOLERANCE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kept", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
 @pytest.mark.parametrize("name", NAMES)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from parscale import load
 
-WORKERS = Path(__file__).with_name("distributed")
-EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
+WORKERS = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[3] / "examples" / "accelerate"
 
 
 def imported(name: str) -> ModuleType:
@@ -112,6 +112,7 @@ def test_the_trainer_under_ddp_and_fsdp2(backbones, launch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # as prefixes above, which run by day
 def test_prompts_and_low_rank_differences_under_ddp_and_fsdp2(backbones, launch):
     worker = imported("train")
     one = {transform: worker.train(backbones, f"one-{transform}") for transform in ("prompt", "lora")}

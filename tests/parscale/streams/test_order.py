@@ -52,6 +52,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("change", CHANGES)
@@ -101,6 +102,7 @@ AROUND = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", ["wrap", "texts", "add_streams", "load_streams", "load"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("around", AROUND)

@@ -18,6 +18,7 @@ def logits_of(model):
     return model.eval()(IDS).logits
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("shards", [None, "100KB"], ids=["single", "shards"])
 @pytest.mark.parametrize("active", ["default", "code"])
 def test_the_trainer_loads_back_what_it_saved(wrapped, zoo, active, shards, tmp_path, monkeypatch):

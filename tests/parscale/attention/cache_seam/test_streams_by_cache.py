@@ -113,6 +113,7 @@ def test_cached_equals_full(kind, zoo, wrapped):
         assert own.layers[0].keys.shape[0] == P * zoo.B
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", [*GPTS, "megatron-bert", "rembert", "big_bird"], indirect=True)
 @pytest.mark.parametrize("attended", ["full", "cached"])
 def test_left_padding(kind, attended, zoo, wrapped):
@@ -122,6 +123,7 @@ def test_left_padding(kind, attended, zoo, wrapped):
     assert_padding_does_not_matter(wrapped(kind), attended, wide, mask, given, zoo)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", RELATIVE, indirect=True)
 @pytest.mark.parametrize("attended", ["full", "cached"])
 def test_left_padding_without_positions(kind, attended, zoo, wrapped):
@@ -148,6 +150,7 @@ def assert_padding_does_not_matter(model, attended, wide, mask, given, zoo):
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_a_cache_is_generation_without(kind, beams, zoo, wrapped):
     changes = {}

@@ -102,6 +102,7 @@ def checkpointed(model, reentrant):
     return model.train()
 
 
+@pytest.mark.grid
 @REENTRANT
 def test_checkpointing_changes_no_gradient(family, zoo, reentrant):
     ids = zoo.token_ids()
@@ -112,6 +113,7 @@ def test_checkpointing_changes_no_gradient(family, zoo, reentrant):
     assert_same(gradients(model, ids, use_cache=False), expected, zoo)
 
 
+@pytest.mark.grid
 @REENTRANT
 def test_checkpointing_with_a_frozen_backbone(family, zoo, reentrant):
     """A reentrant checkpoint gives nothing back when nothing that goes in needs a gradient."""
@@ -125,6 +127,7 @@ def test_checkpointing_with_a_frozen_backbone(family, zoo, reentrant):
     assert_same(found, expected, zoo)
 
 
+@pytest.mark.grid
 @REENTRANT
 def test_checkpointing_without_streams(family, zoo, reentrant):
     ids = zoo.token_ids()
@@ -140,6 +143,7 @@ def test_checkpointing_without_streams(family, zoo, reentrant):
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reentrant", [True, False, None], ids=["reentrant", "not reentrant", "no checkpointing"])
 @pytest.mark.parametrize("switch", ["set_streams", "use_streams"])
 def test_switching_between_forward_and_backward(family, zoo, reentrant, switch):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import parscale
 from parscale import ParScaleConfig, UnsupportedModelError, load
 
-NAMES = ["llama", "qwen2", "gemma3", "gpt2", "mixtral", "deepseek_v3"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen2", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", *NIGHTLY]
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def logits_of(model, zoo):
     return model(zoo.token_ids()).logits
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("how", OFFLOAD)
 def test_offloaded_after_wrapping(how, transform, plain, zoo, tmp_path):
@@ -113,6 +114,7 @@ def test_offloaded_after_wrapping(how, transform, plain, zoo, tmp_path):
     assert torch.equal(logits_of(model, zoo), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("how", OFFLOAD)
 def test_wrapped_after_offloading(how, transform, plain, zoo, tmp_path):
@@ -131,6 +133,7 @@ def test_wrapped_after_offloading(how, transform, plain, zoo, tmp_path):
     assert torch.equal(logits_of(parscale.unwrap(model), zoo), logits_of(plain(), zoo))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_loaded_by_a_map(transform, tiny, zoo, tmp_path):
     tiny().save_pretrained(tmp_path / "plain")
