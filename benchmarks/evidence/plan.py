@@ -104,19 +104,22 @@ def tuned(
 
 
 def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
-    yield from arms("0.1M", 0, rates)
+    for seed in (0, 1, 2):
+        yield from arms("0.1M", seed, rates)
+        yield shared("0.1M", seed, rates)
     yield from islice(variants(0, rates), 3)
-    yield from _tasks(rows)
-    yield from arms("0.1M", 1, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
-    yield from arms("0.1M", 2, rates)
-    for seed in (0, 1):
-        yield from arms("0.2M", seed, rates)
-    yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
-    for seed in (0, 1):
-        yield from variants(seed, rates)
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
+    yield from arms("0.2M", 0, rates)
+    yield shared("0.2M", 0, rates)
+    yield from _tasks(rows)
+    yield from arms("0.2M", 1, rates)
+    yield shared("0.2M", 1, rates)
     yield from arms("0.4M", 0, rates)
+    yield shared("0.4M", 0, rates)
+    yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
+    yield from variants(0, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
+    yield from variants(1, rates)
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
@@ -132,6 +135,11 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(1,))
     yield from arms("0.7M", 1, rates)
     yield from arms("1.0M", 1, rates)
+
+
+def shared(size: str, seed: int, rates: dict[int, float]) -> Run:
+    """P = 4 with one cache for all streams."""
+    return replace(_run(size, seed, rates, 4), variant="shared")
 
 
 def arms(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:

@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SCRATCH_PAIRS = {
     "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
     "P = 2": ("dense", "prefix", "long prefix"),
+    "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
     "prefix": ("dense",),
     "long prefix": ("dense",),
     "twin": ("dense",),

@@ -7,6 +7,7 @@
 - `apart=C`: C times the mean cosine of the streams' final states is added to the loss
 - `probabilities`: the streams' predicted probabilities are mixed, in place of their states
 - `rate=F`: prefixes and aggregator train at F times the rate
+- `shared`: all streams read stream 0's keys and values, `kv="shared"`
 
 P streams, B rows, S tokens, H hidden size, V vocabulary.
 """
@@ -109,7 +110,8 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     if kind == "lora":
         wrapped = wrap(model, streams, transform="lora", rank=int(value), seed=seed)
         return Streams(wrapped, streams)
-    wrapped = wrap(model, streams, prefix_length=prefix_length, init="random", seed=seed)
+    kv = "shared" if kind == "shared" else "own"
+    wrapped = wrap(model, streams, prefix_length=prefix_length, init="random", seed=seed, kv=kv)
     if kind == "draw":
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
@@ -120,7 +122,7 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     simple = {"embedding": Embedding, "left-out": LeftOut, "probabilities": Probabilities}
     if kind in simple:
         return simple[kind](wrapped, streams)
-    if kind not in ("", "draw", "rate"):
+    if kind not in ("", "draw", "rate", "shared"):
         raise ValueError(f"no variant {variant!r}")
     result = Streams(wrapped, streams)
     if kind == "rate":
