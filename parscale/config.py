@@ -80,8 +80,11 @@ class ParScaleConfig:
         self.rank = _integer("rank", self.rank, minimum=1)
         if self.kv not in KVS:
             raise ValueError(f"kv must be one of {', '.join(map(repr, KVS))}, got {self.kv!r}.")
-        if self.kv == SHARED and self.transform != PREFIX:
-            raise ValueError(f"kv={SHARED!r} takes transform={PREFIX!r} only, got {self.transform!r}: leave one out.")
+        if self.kv == SHARED and self.transform == PROMPT:
+            raise ValueError(
+                f"kv={SHARED!r} takes transform={PREFIX!r} or {LORA!r}, got {self.transform!r}: a prompt stands among "
+                "the keys that streams share. Leave one out."
+            )
         if self.init is not None and self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if self.init in TEXT_INITS and self.transform == LORA:
