@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
+from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
 
@@ -36,14 +36,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
-    adaptive: Annotated[
-        float | None,
-        typer.Option(
-            help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
-            "H nats. 0: always, inf: never.",
-            metavar="H",
-        ),
-    ] = None,
+    adaptive: Adaptive = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
     ] = None,
@@ -131,7 +124,6 @@ def _measure(
 ) -> dict[str, Any]:
     from parscale.checkpoints.evaluation.tasks import stamp
     from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
-    from parscale.checkpoints.evaluation.text_loss import shown_threshold
 
     result = evaluate_documents(
         model,
@@ -149,12 +141,22 @@ def _measure(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
-        **({} if adaptive is None else {"adaptive": shown_threshold(adaptive), "mean_streams": result.mean_streams}),
+        **_adapted(adaptive, result.mean_streams, model),
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],
         "parscale": {"checkpoint": checkpoint} | stamp(model),
     }
+
+
+def _adapted(threshold: float | None, mean_streams: float | None, model: Any) -> dict[str, Any]:
+    """The threshold, how many streams ran for a token on average, and the share of the tokens that got them all."""
+    from parscale.checkpoints.evaluation.text_loss import shown_threshold
+
+    if threshold is None or mean_streams is None:
+        return {}
+    share = (mean_streams - 1) / (model.num_streams - 1)
+    return {"adaptive": shown_threshold(threshold), "mean_streams": mean_streams, "share_of_tokens": share}
 
 
 def _print_scores(figures: dict[str, Any]) -> None:
