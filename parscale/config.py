@@ -52,7 +52,7 @@ class ParScaleConfig:
             `lora`.
         rank: Rank of the low-rank matrices of `lora`.
         kv: Keys and values that a stream attends to: `own` (its own, as published) or `shared` (those of stream 0,
-            which is the backbone without a prefix; with `prefix` only).
+            which is the backbone without a prefix; not with `prompt`).
 
     Raises:
         ValueError: a field is of the wrong type or out of range.
