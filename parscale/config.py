@@ -51,7 +51,7 @@ class ParScaleConfig:
             `lora`.
         rank: Rank of the low-rank matrices of `lora`.
         kv: Keys and values that a stream attends to: `own` (its own, as published) or `shared` (those of stream 0,
-            which is the backbone without a prefix; with `prefix` only).
+            which is the backbone without a prefix; not with `prompt`).
 
     Raises:
         ValueError: a field has the wrong type or is out of range.
@@ -79,8 +79,11 @@ class ParScaleConfig:
         self.rank = _integer("rank", self.rank, minimum=1)
         if self.kv not in KVS:
             raise ValueError(f"kv must be one of {', '.join(map(repr, KVS))}, got {self.kv!r}.")
-        if self.kv == SHARED and self.transform != PREFIX:
-            raise ValueError(f"kv={SHARED!r} supports transform={PREFIX!r} only, got {self.transform!r}: omit one.")
+        if self.kv == SHARED and self.transform == PROMPT:
+            raise ValueError(
+                f"kv={SHARED!r} takes transform={PREFIX!r} or {LORA!r}, got {self.transform!r}: a prompt stands among "
+                "the keys that streams share. Leave one out."
+            )
         if self.init is not None and self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if self.init in TEXT_INITS and self.transform == LORA:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from variants import Streams
 
 MEASURED_AT_ONCE = 8 if DEVICE.type == "cpu" else 256  # windows; more leave a CPU's caches and are slower
+COMPILED_FROM = 3_000_000  # tokens: all of a size alike
 ROUNDED = 5  # digits of a document's loss
 
 
@@ -35,7 +36,8 @@ def train(run: Run, work: Path, results: Path) -> dict[str, Any]:
 
     rate = run.learning_rate * BASE_WIDTH / run.hidden
     steps = run.tokens // (WINDOW * run.batch_size)
-    trained = fit(model, batch_of, steps, rate=rate, seed=run.seed, folder=folder)
+    compiled = run.tokens > COMPILED_FROM
+    trained = fit(model, batch_of, steps, rate=rate, seed=run.seed, folder=folder, compiled=compiled)
     row = _row(run, model, text) | trained._asdict()
     finish(row, model, folder, results / f"{run.name}.json")
     return row

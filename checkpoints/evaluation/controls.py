@@ -79,9 +79,10 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
     Args:
         arm: one of `ARMS`; the caller adds the adapter of an adapter arm.
         model: a plain causal language model.
-        config: of the P streams under study.
-        calibration: token ids `(P, P * T)` of real text; streams start from the first T tokens of each row, one prefix
-            from the first row. Without it the backbone samples the texts that streams start from.
+        config: of the P streams in question.
+        calibration: token ids `(P, P * T)`, real text; streams start from the first T tokens of each row (those that
+            share keys, all but stream 0, leave the last row out), one prefix from the first row. Without it the
+            backbone samples the texts of streams.
 
     Returns:
         The same object.
@@ -90,7 +91,7 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
         ValueError: as in `parscale.wrap`; or one prefix has no calibration, or a calibration that is too short.
     """
     if arm.streams:
-        texts = None if calibration is None else calibration[:, : config.prefix_length]
+        texts = None if calibration is None else calibration[: config.num_transformed, : config.prefix_length]
         wrap(model, config, calibration=texts)
     elif arm.prefix:
         length = config.prefix_length * (config.num_streams if arm.long else 1)

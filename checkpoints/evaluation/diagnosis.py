@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,44 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.checkpoints.evaluation.text_loss import checked_length, evaluating, padded, windows_of, with_progress_bar
+from parscale.checkpoints.evaluation.text_loss import (
+    checked_length,
+    evaluating,
+    padded,
+    shown_threshold,
+    windows_of,
+    with_progress_bar,
+)
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.format.staging import require_writable, staged_file
 from parscale.hooks.stream_losses import stream_losses
+from parscale.streams.sets import StreamSet
 
 # Thresholds of the mean correlation of token losses, above which streams are said to differ hardly, or little.
 HARDLY, LITTLE = 0.99, 0.9
 # Shares of the tokens, those where stream 0 is least certain, that get all streams; the other tokens get stream 0.
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 PLOT_ENDINGS = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A threshold for `adaptive`, and what came of it on the text.
+
+    Attributes:
+        wanted: the share of the tokens that should get all streams.
+        threshold: entropy of stream 0's prediction, nats, above which they run.
+        share: of the tokens that lie above it.
+        mean_streams: how many streams run for a token on average.
+        loss: with all streams on these tokens, and stream 0 on the others.
+    """
+
+    wanted: float
+    threshold: float
+    share: float
+    mean_streams: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,7 @@ class Diagnosis:
             value for `adaptive` in `model.generate`.
         tokens: number of predicted tokens.
         sequence_length: the length of the windows in tokens; S is that of the longest window in the text.
+        proposal: a threshold, if a share was wanted.
     """
 
     streams: str
@@ -63,6 +91,7 @@ class Diagnosis:
     thresholds: np.ndarray
     tokens: int
     sequence_length: int
+    proposal: Proposal | None = None
 
     @property
     def num_streams(self) -> int:
@@ -95,6 +124,18 @@ class Diagnosis:
         whole = float(self.gains[-1])
         return [gain / whole if whole > 0 else None for gain in self.gains.tolist()]
 
+    @property
+    def by_mean_streams(self) -> list[tuple[float, float]]:
+        """For each of `SHARES`, how many streams run for a token on average, and the loss."""
+        first, others = float(self.losses[0]), self.num_streams - 1
+        return [(1 + others * share, first - gain) for share, gain in zip(SHARES, self.gains.tolist(), strict=True)]
+
+    @property
+    def proposal_as_json(self) -> dict[str, Any]:
+        """The proposal, with an infinite threshold as text."""
+        assert self.proposal is not None
+        return asdict(self.proposal) | {"threshold": shown_threshold(self.proposal.threshold)}
+
     def to_dict(self) -> dict[str, Any]:
         """All figures in types that JSON supports; None for NaN."""
         correlation = [[None if math.isnan(value) else value for value in row] for row in self.correlation.tolist()]
@@ -107,11 +148,24 @@ class Diagnosis:
             "gain_over_best": self.gain_over_best,
             "gain_over_first": float(self.gains[-1]),
             "gain_by_share": [
-                {"tokens": share, "gain": gain, "kept": kept, "entropy_above": threshold}
-                for share, gain, kept, threshold in zip(
-                    SHARES, self.gains.tolist(), self.kept, self.thresholds.tolist(), strict=True
+                {
+                    "tokens": share,
+                    "gain": gain,
+                    "kept": kept,
+                    "entropy_above": threshold,
+                    "mean_streams": streams,
+                    "loss": loss,
+                }
+                for share, gain, kept, threshold, (streams, loss) in zip(
+                    SHARES,
+                    self.gains.tolist(),
+                    self.kept,
+                    self.thresholds.tolist(),
+                    self.by_mean_streams,
+                    strict=True,
                 )
             ],
+            **({} if self.proposal is None else {"proposal": self.proposal_as_json}),
             "correlation": correlation,
             "mean_correlation": None if math.isnan(mean) else mean,
             "rms_difference": self.rms_difference.tolist(),
@@ -131,6 +185,7 @@ def diagnose(
     *,
     sequence_length: int | None = None,
     batch_size: int = 1,
+    share: float | None = None,
     progress: bool = False,
 ) -> Diagnosis:
     """Measures the active streams one by one and mixed, on documents cut into windows as `evaluate` does.
@@ -142,13 +197,16 @@ def diagnose(
         sequence_length: tokens in a window, as in `evaluate`.
         batch_size: windows in a batch. Every stream has its own logits here, so memory for them grows with
             `(P + 1) * batch_size * sequence_length * vocabulary`.
+        share: of streams that share keys and values: the share of the tokens, 0 to 1, that should get all streams; a
+            threshold for it is proposed.
         progress: whether to show a progress bar on standard error.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: no streams are active, a number is out of range, or no document has three tokens.
+        ValueError: no streams are active, a number is out of range, a share is wanted of streams that do not share
+            keys, or no document has three tokens.
     """
     state = getattr(model, "parscale", None)
     if state is None or state.active is None or state.active.num_streams == 1:
@@ -156,6 +214,8 @@ def diagnose(
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
+    if share is not None:
+        _check_share(share, state.active)
     windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
     if sum(len(window.ids) - 1 for window in windows) < 2:
         raise ValueError("No document has three tokens, and a correlation needs two predictions; give more text.")
@@ -173,7 +233,17 @@ def diagnose(
                     measured.weights[row, :predicted],
                     measured.uncertainty[row, :predicted],
                 )
-    return sums.result(state.active.name, length)
+    return sums.result(state.active.name, length, share)
+
+
+def _check_share(share: float, streams: StreamSet) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share:g}, and must be between 0 (no token gets all streams) and 1 (every token).")
+    if not streams.shares_keys:
+        raise ValueError(
+            "A threshold is proposed for streams that share keys and values (kv='shared'), which can run on some "
+            f"tokens only; {streams.name!r} have their own. Leave share out."
+        )
 
 
 class _Sums:
@@ -198,13 +268,14 @@ class _Sums:
         self.counts[:n] += 1
         self.by_token.append(np.stack([values[0] - values[-1], uncertainty.double().cpu().numpy()]))
 
-    def result(self, name: str, length: int) -> Diagnosis:
+    def result(self, name: str, length: int, share: float | None) -> Diagnosis:
         tokens = int(self.counts.sum())
         means, squares = self.losses / tokens, self.products[:-1, :-1] / tokens
         covariance = squares - np.outer(means[:-1], means[:-1])
         variance, diagonal = np.diag(covariance), np.diag(squares)
-        deviations = np.sqrt(np.where(variance > 1e-12 * diagonal, variance, np.nan))  # below: rounding errors
-        gains, thresholds = _gains_by_share(np.concatenate(self.by_token, axis=1))
+        deviations = np.sqrt(np.where(variance > 1e-12 * diagonal, variance, np.nan))  # below it is what rounding left
+        by_token = np.concatenate(self.by_token, axis=1)
+        gains, thresholds = _gains_by_share(by_token)
         return Diagnosis(
             streams=name,
             losses=means[:-1],
@@ -218,6 +289,7 @@ class _Sums:
             thresholds=thresholds,
             tokens=tokens,
             sequence_length=length,
+            proposal=None if share is None else _propose(by_token, share, float(means[0]), len(means) - 1),
         )
 
 
@@ -230,6 +302,26 @@ def _gains_by_share(by_token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     gain, entropy = by_token[:, np.argsort(-by_token[1], kind="stable")]
     counts = np.ceil(np.array(SHARES) * len(gain) - 1e-9).astype(int)
     return np.cumsum(gain)[counts - 1] / len(gain), entropy[counts - 1]
+
+
+def _propose(by_token: np.ndarray, wanted: float, first: float, num_streams: int) -> Proposal:
+    """A threshold between the entropies of the last token that should get all streams and of the next one.
+
+    Args:
+        by_token: as for `_gains_by_share`.
+        wanted: the share of the tokens.
+        first: the loss of stream 0 alone.
+        num_streams: P.
+    """
+    gain, entropy = by_token
+    count = math.ceil(wanted * len(entropy) - 1e-9)
+    threshold = math.inf if count == 0 else 0.0
+    if 0 < count < len(entropy):
+        threshold = float(np.sort(entropy)[::-1][count - 1 : count + 1].mean())
+    chosen = (entropy > threshold) | (threshold == 0)
+    share = float(chosen.mean())
+    loss = first - float(gain[chosen].sum()) / len(gain)
+    return Proposal(wanted, threshold, share, 1 + (num_streams - 1) * share, loss)
 
 
 def sentences(diagnosis: Diagnosis) -> list[str]:
@@ -251,7 +343,16 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
         f"{_mean_of_pairs(diagnosis.rms_difference):.4f} nats (root mean square): {_verdict(diagnosis)}.",
         f"Their weights are {weights.min():.3f} to {weights.max():.3f} on average, and the entropy of the weights is "
         f"{100 * share:.1f} % of that of equal weights.",
+        *([] if diagnosis.proposal is None else [_proposal_in_words(diagnosis.proposal)]),
     ]
+
+
+def _proposal_in_words(proposal: Proposal) -> str:
+    return (
+        f"For all streams on {100 * proposal.wanted:.3g} % of the tokens, take adaptive = {proposal.threshold:.4g} "
+        f"nats: here {100 * proposal.share:.1f} % lie above it, {proposal.mean_streams:.2f} streams run for a token on "
+        f"average, and the loss is {proposal.loss:.4f}."
+    )
 
 
 def _gain_by_tokens(diagnosis: Diagnosis) -> str:
@@ -273,7 +374,7 @@ def _verdict(diagnosis: Diagnosis) -> str:
 
 
 def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
-    """Saves a figure: losses alone and mixed, correlation of token losses, mean weights by position, gain by share.
+    """Save a figure: losses alone and mixed, correlation of token losses, mean weights by position, adaptive losses.
 
     Args:
         diagnosis: the result of `diagnose`.
@@ -313,9 +414,11 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     right.set(title=f"Mean weights; {entropy}", xlabel="position in the window", ylabel="weight")
     right.legend(fontsize=8)
 
-    last.plot((0, *SHARES), (0, *diagnosis.gains), "o-")
-    last.plot((0, 1), (0, diagnosis.gains[-1]), color="black", linewidth=0.8, linestyle=":")
-    last.set(title="Gain over stream 0", xlabel="share of tokens, least certain first", ylabel="nats per token")
+    first = float(diagnosis.losses[0])
+    streams, losses = zip((1.0, first), *diagnosis.by_mean_streams, strict=True)
+    last.plot(streams, losses, "o-")
+    last.plot((1, P), (first, losses[-1]), color="black", linewidth=0.8, linestyle=":")
+    last.set(title="All streams on the least certain tokens", xlabel="streams for a token on average", ylabel="loss")
     with staged_file(path) as beside:
         figure.savefig(beside, dpi=150)
 

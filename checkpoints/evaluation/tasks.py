@@ -1,7 +1,8 @@
 """lm-eval's tasks on a model with or without streams: lm-eval asks and scores, and the result records the settings.
 
-The model goes to lm-eval unchanged, in lm-eval's own `HFLM`, so a score means the same as for any other model.
-`RECIPES` is a folder of task lists in lm-eval's format, each called by its file name.
+The model goes to lm-eval as it is, in lm-eval's own `HFLM`, so that a figure means what it means for any other model;
+where streams share keys and values, contexts run with one row (`parscale.checkpoints.evaluation.answers`).
+`RECIPES` is a folder of task lists in lm-eval's format; its file names are their names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import __version__
+from parscale.checkpoints.evaluation.answers import harness_model
 from parscale.checkpoints.evaluation.text_loss import adapting, checked_length, evaluating, shown_threshold
 from parscale.checkpoints.models import STREAMS_OFF
 from parscale.checkpoints.texts.token_ids import only_known_ids
@@ -64,9 +66,8 @@ def evaluate_tasks(
         adaptive: as in `parscale.checkpoints.evaluation.text_loss.evaluate`.
 
     Returns:
-        lm-eval's results, as it writes them to files, with `"parscale"`: the result of `stamp`, and with `adaptive`
-        also
-            `mean_streams`, averaged over the tokens of the questions too. Can be written as JSON.
+        lm-eval's results, as it writes them to files, with `"parscale"`: what `stamp` says, and with `adaptive`
+        its `mean_streams`, over all positions of each batch from its first answer on. Can be written as JSON.
 
     Raises:
         ValueError: lm-eval is missing, a number is out of range, a task does not exist or cannot be loaded, or it runs
@@ -81,7 +82,6 @@ def evaluate_tasks(
         _warn_of_code(Path(include_path), [path for path in Path(include_path).rglob("*") if path.suffix in _YAML])
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.utils import handle_non_serializable
     except ImportError as error:
         raise ValueError(f"Tasks need the package lm-eval: pip install 'parscale[eval]'. ({error})") from error
@@ -89,8 +89,8 @@ def evaluate_tasks(
     with contextlib.redirect_stdout(sys.stderr), evaluating(model), only_known_ids(model):
         manager = _task_manager(tasks, include_path, model.name_or_path or "", confirm_run_unsafe_code)
         names = _known(tasks, manager)
-        with _quiet("lm_eval.models.huggingface"):  # it warns about a model object in place of a name
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
+        with _quiet("lm_eval.models.huggingface"):  # it warns of being given a model and not a name
+            lm = harness_model(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
         try:
             with adapting(model, adaptive) as chooser:
                 results = simple_evaluate(

@@ -22,6 +22,14 @@ def diagnose(
         int | None, typer.Option(help="Tokens the model sees at once. Default: 1024, or fewer if its limit is lower.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a batch; each has logits for every stream.")] = 1,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Of streams that share keys and values: propose a threshold for --adaptive at which this share of the "
+            "tokens gets all streams, 0 to 1.",
+            metavar="S",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")
     ] = None,
@@ -42,7 +50,7 @@ def diagnose(
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
     tokenizer = require_tokenizer(tokenizer, checkpoint)
     result = diagnose_documents(
-        model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, progress=True
+        model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, share=share, progress=True
     )
     if plot is not None:
         plot_diagnosis(result, plot)
@@ -59,6 +67,7 @@ def diagnose(
             "gain_over_stream_0": float(result.gains[-1]),
             "mean_correlation": result.mean_correlation,
             "mean_weights": result.mean_weights.tolist(),
+            **({} if result.proposal is None else {"adaptive": result.proposal.threshold}),
             "tokens": result.tokens,
             "sequence_length": result.sequence_length,
         }

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
+from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
 
@@ -42,14 +42,7 @@ def evaluate(
         typer.Option(help="Tokens the model sees at once. Default: its limit, with --data at most 1024."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
-    adaptive: Annotated[
-        float | None,
-        typer.Option(
-            help="For streams that share keys and values: run them where the entropy of stream 0's prediction is "
-            "above H nats. 0: always, inf: never.",
-            metavar="H",
-        ),
-    ] = None,
+    adaptive: Adaptive = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
     ] = None,
@@ -152,7 +145,6 @@ def _measure(
 ) -> dict[str, Any]:
     from parscale.checkpoints.evaluation.tasks import stamp
     from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
-    from parscale.checkpoints.evaluation.text_loss import shown_threshold
 
     result = evaluate_documents(
         model,
@@ -170,7 +162,7 @@ def _measure(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
-        **({} if adaptive is None else {"adaptive": shown_threshold(adaptive), "mean_streams": result.mean_streams}),
+        **_adapted(adaptive, result.mean_streams, model),
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],
@@ -186,6 +178,16 @@ def _print_comparisons(comparisons: list[dict[str, Any]]) -> None:
         names = {entry[side] for entry in comparisons for side in ("arm", "baseline")}
         table = table_of(comparisons, {name: name for name in names})
         Terminal(soft_wrap=True, width=WIDEST).print(table)
+
+
+def _adapted(threshold: float | None, mean_streams: float | None, model: Any) -> dict[str, Any]:
+    """The threshold, how many streams ran for a token on average, and the share of the tokens that got them all."""
+    from parscale.checkpoints.evaluation.text_loss import shown_threshold
+
+    if threshold is None or mean_streams is None:
+        return {}
+    share = (mean_streams - 1) / (model.num_streams - 1)
+    return {"adaptive": shown_threshold(threshold), "mean_streams": mean_streams, "share_of_tokens": share}
 
 
 def _print_scores(figures: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Seed, Streams
+from parscale.cli.options import Adaptive, Checkpoint, Device, Seed, Streams
 from parscale.cli.output import quiet_libraries, waiting
 from parscale.terminal.text import raw_stream
 
@@ -15,15 +15,17 @@ from parscale.terminal.text import raw_stream
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    adaptive: Adaptive = None,
     streams: Streams = None,
     seed: Seed = None,
     device: Device = None,
 ) -> None:
     """Continue a text, and print it while it is generated.
 
-    A file or a pipe gets the text unchanged; on a terminal, control characters are shown as escapes.
+    A file or a pipe gets the text as it is; a terminal is shown control characters as escapes. With --adaptive the last
+    line on standard error says how many streams ran for a token on average.
     """
     from parscale.checkpoints.models import open_checkpoint, require_tokenizer
     from parscale.checkpoints.texts.token_ids import require_known, require_text, vocabulary_of
@@ -42,14 +44,18 @@ def generate(
 
     if seed is not None:
         set_seed(seed)
+    options = {} if adaptive is None else {"adaptive": adaptive}
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],  # passed by name: some tokenizers return more than every model takes
         **sampling,
+        **options,
         max_new_tokens=max_new_tokens,
         streamer=_streamer(tokenizer),
     )
+    if adaptive is not None:
+        typer.echo(f"Streams for a token on average: {model.last_mean_streams:.2f} of {model.num_streams}.", err=True)
 
 
 def _streamer(tokenizer: Any) -> Any:

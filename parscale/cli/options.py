@@ -23,7 +23,15 @@ Streams = Annotated[
     str | None,
     typer.Option(help="The set of streams to use, by name, or 'off' for the plain backbone. Default: the active set."),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of random choices.")]
+Adaptive = Annotated[
+    float | None,
+    typer.Option(
+        help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
+        "H nats. 0: always, inf: never.",
+        metavar="H",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repeatable.")]
 Files = list[Path]
 TextColumn = Annotated[str, typer.Option(help=descriptions(TrainSettings).get("text_column"))]
 

@@ -41,18 +41,18 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
     for name, tensor in stored.items():
         shape = tensor.shape
         if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{name} of {checkpoint} is {tensor.dtype}, but streams are floating-point numbers.")
-        prefixes = streams.num_transformed
-        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (prefixes, T)):
-            wanted = f"({prefixes}, heads, {T}, head size)"
+            raise ValueError(f"{name} of {checkpoint} is of {tensor.dtype}; streams are floating-point numbers.")
+        own = streams.num_transformed
+        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (own, T)):
+            wanted = f"({own}, heads, {T}, head size)"
         elif name.endswith("aggregate_layer.2.weight") and (len(shape) != 2 or shape[0] != P):
             wanted = f"({P}, hidden size)"
         elif name.endswith("prompt") and (len(shape) != 3 or shape[:2] != (P, T)):
             wanted = f"({P}, {T}, hidden size)"
-        elif name.endswith("stream_down") and (len(shape) != 3 or shape[:2] != (P, streams.rank)):
-            wanted = f"({P}, {streams.rank}, inputs)"
-        elif name.endswith("stream_up") and (len(shape) != 3 or shape[::2] != (P, streams.rank)):
-            wanted = f"({P}, outputs, {streams.rank})"
+        elif name.endswith("stream_down") and (len(shape) != 3 or shape[:2] != (own, streams.rank)):
+            wanted = f"({own}, {streams.rank}, inputs)"
+        elif name.endswith("stream_up") and (len(shape) != 3 or shape[::2] != (own, streams.rank)):
+            wanted = f"({own}, outputs, {streams.rank})"
         else:
             continue
         raise ValueError(f"{name} of {checkpoint} has the shape {shape}, but its configuration says {wanted}.")

@@ -33,11 +33,13 @@ class ParScaleState:
         encoder: of an encoder-decoder model.
         mixed: the backbone and its towers.
         backbone_name: its name in the model.
-        roots: for each of `mixed`, the prefix of its tensors' names.
-        positional: for each of `parts`, the names of its arguments in order.
-        layers: the attention layers that can have a prefix.
-        without_layers: the reason if there are none.
-        linears: the linear layers that run on whole rows, found when a set needs them.
+        roots: for each of `mixed`, what its tensors' names begin with.
+        positional: for each of `parts`, the names of its arguments in their order.
+        layers: the attention layers that can carry a prefix.
+        without_layers: why there are none.
+        linears: the linear layers that run on whole rows, found when a set asks for them.
+        key_projections: the linear layers that make nothing but keys and values, and whether they can be given stream
+            0's rows alone; found when a set that shares them asks, `None` before.
         hidden: the final hidden states of each of `mixed`.
         measured: dtypes and devices of the weights when `layers` and `hidden` were measured.
         sets: by name.
@@ -64,6 +66,7 @@ class ParScaleState:
         self.layers: list[AttentionLayer] = []
         self.without_layers = ""
         self.linears: list[Linear] = []
+        self.key_projections: dict[nn.Module, bool] | None = None
         self.hidden: list[Hidden] = []
         self.measured: list[tuple[torch.dtype, torch.device]] = []
         self.sets: dict[str, StreamSet] = {}

@@ -4,7 +4,7 @@
 - `prompt`: learned embeddings before those of the input (models that read token ids)
 - `lora`: a low-rank difference in each linear layer (any model)
 
-A prefix can also come before keys and values that all streams share (`parscale.transforms.shared`).
+Streams with a prefix or low-rank differences may share keys and values (`parscale.transforms.shared`).
 
 Chen et al., arXiv 2505.10475, found nearly equal losses for them; the number of streams matters more. How a set starts
 is described in `parscale.transforms.inits`.
@@ -21,9 +21,10 @@ from parscale.transforms.base import ModelTransform
 from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import PrefixTransform
 from parscale.transforms.prompt import PromptTransform
-from parscale.transforms.shared import SharedPrefixTransform
+from parscale.transforms.shared import SharedLoraTransform, SharedPrefixTransform
 
 CLASSES: dict[str, type[ModelTransform]] = {PREFIX: PrefixTransform, PROMPT: PromptTransform, LORA: LoraTransform}
+SHARED_CLASSES: dict[str, type[ModelTransform]] = {PREFIX: SharedPrefixTransform, LORA: SharedLoraTransform}
 
 
 def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int = 0) -> StreamSet:
@@ -36,7 +37,8 @@ def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int 
         copy: number of a copy of the set for an adapter; 0 is the set itself.
     """
     streams = StreamSet(name, config, copy)
-    streams.transform = (SharedPrefixTransform if streams.shares_keys else CLASSES[config.transform])(state, streams)
+    classes = SHARED_CLASSES if streams.shares_keys else CLASSES
+    streams.transform = classes[config.transform](state, streams)
     return streams
 
 

@@ -39,20 +39,24 @@ class LoraTransform(ModelTransform):
         self.down_name, self.up_name = streams.own_name("stream_down"), streams.own_name("stream_up")
         self._hooks: list[Any] = []
 
-    def places(self) -> list[Place]:
-        """Two parameters on each linear layer."""
-        P, r = self.streams.config.num_streams, self.streams.config.rank
+    def linears(self) -> list[Linear]:
+        """The layers that get a difference."""
         if not self.state.linears:
             self.state.linears = _find_linears(self.state)
+        return self.state.linears
+
+    def places(self) -> list[Place]:
+        """Two on each linear layer."""
+        P, r = self.streams.config.num_transformed, self.streams.config.rank
         return [
             Place(layer.path, layer.module, name, shape, self.state.hidden[0].dtype, execution_device(layer.module))
-            for layer in self.state.linears
+            for layer in self.linears()
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
 
     def add_hooks(self) -> None:
-        """Adds a hook to each linear layer."""
-        self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.state.linears]
+        """A hook on each linear layer."""
+        self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.linears()]
 
     def attach(self) -> None:
         """Adds a hook to each linear layer, and tests that the model runs."""
@@ -76,11 +80,13 @@ class LoraTransform(ModelTransform):
         """After a linear layer: adds the streams' differences to `(P*B, ..., out)` or `(P*B*S, out)`."""
         if self.state.in_flight is not self.streams:
             return output
+        return output + self.difference(module, args[0]).reshape(output.shape).to(output.dtype)
+
+    def difference(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Of the streams that have one: `(P*B, ..., in)`, stream-major, to `(P, N, out)`."""
         down, up = parameter_of(module, self.down_name), parameter_of(module, self.up_name)
-        P, x = down.shape[0], args[0].to(down.dtype)
-        low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
-        difference = torch.bmm(low, up.mT)  # (P, N, out)
-        return output + difference.reshape(output.shape).to(output.dtype)
+        low = torch.bmm(x.to(down.dtype).reshape(len(down), -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r)
+        return torch.bmm(low, up.mT)
 
 
 def _find_linears(state: ParScaleState) -> list[Linear]:

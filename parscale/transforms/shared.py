@@ -2,7 +2,9 @@
 
     layer, stream p:   q_p = W_q h_p      keys, values: [prefix_p | W_k h_0, W_v h_0 of the tokens 0..t]
 
-Everything else is as with separate keys and values: residual stream, MLP, final norm, aggregator. Consequences:
+Everything after it is as with keys of their own: residual stream, MLP, final norm, aggregator. Streams that differ by
+low-rank differences in place of prefixes have them on all linear layers but those that make nothing but keys and
+values. What follows from it:
 
 - The cache is that of the plain backbone: same rows, same values. A text that the backbone has read can be continued
   with streams, and vice versa.
@@ -22,34 +24,40 @@ from torch import nn
 from transformers import DynamicCache
 
 from parscale.attention.discovery import number_of_attention_layers
+from parscale.attention.projections import SharedProjections, find_projections
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument, input_device, reads, writes_text
 from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
+from parscale.streams.places import Linear
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
+from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import EXACT, FEW_BITS, PrefixTransform
 
 INSTEAD = "Use kv='own'."
+TRIED = 0.1  # size of the differences with which a set is tried out
 
 
-class SharedPrefixTransform(PrefixTransform):
-    """`prefix_k` and `prefix_v` `(P - 1, G, T, D)` on each attention layer, of streams 1 to P - 1."""
+class SharedTransform(ModelTransform):
+    """What streams that share keys add to a transform: hooks on attention layers, and a trial of both ways to run."""
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
-        self._layers = SharedLayers(state, streams)
+        self._layers, self._projections = SharedLayers(state, streams), SharedProjections(state, streams)
         if state.layers and streams.num_streams > 1:
             check_can_share(state)
 
     def add_hooks(self) -> None:
-        """Adds a hook to each attention layer."""
+        """Also hooks on each attention layer, and on its projections of keys and values."""
+        super().add_hooks()
         self._layers.attach(registered_layers(self.state))
+        self._projections.attach(self.key_projections())
 
     def attach(self) -> None:
-        """Hooks the attention layers and the modules around the backbone, and tests that one and two passes agree."""
-        self._row_positions.attach()
+        """Hangs the hooks, and tries whether both ways agree."""
         self.add_hooks()
         self.try_out()
 
@@ -57,10 +65,13 @@ class SharedPrefixTransform(PrefixTransform):
         """Removes the hooks."""
         super().detach()
         self._layers.detach()
+        self._projections.detach()
 
-    def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As `before`, for stream 0 alone, with B rows."""
-        return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
+    def key_projections(self) -> dict[nn.Module, bool]:
+        """The linear layers of which only stream 0's rows are read, as `find_projections` finds them."""
+        if self.state.key_projections is None:
+            self.state.key_projections = find_projections(self.state, self.streams)
+        return self.state.key_projections
 
     def try_out(self) -> None:
         """Compares three ways to read three tokens: at once, two and one with a cache, and the last one by two passes.
@@ -97,9 +108,55 @@ class SharedPrefixTransform(PrefixTransform):
                 f"layer keeps more than keys and values. {INSTEAD}"
             )
 
+
+class SharedPrefixTransform(SharedTransform, PrefixTransform):
+    """`prefix_k` and `prefix_v` `(P - 1, G, T, D)` on each attention layer, of streams 1 to P - 1."""
+
+    def attach(self) -> None:
+        """Hooks what is around the backbone, too."""
+        self._row_positions.attach()
+        super().attach()
+
+    def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As `before`, for stream 0 alone: B rows."""
+        return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
+
     def _error_alone(self, texts: torch.Tensor) -> float | None:
         """Always `None`: no stream equals the backbone after its text."""
         return None
+
+
+class SharedLoraTransform(SharedTransform, LoraTransform):
+    """`stream_down` `(P - 1, r, in)` and `stream_up` `(P - 1, out, r)`, of streams 1 to P - 1.
+
+    On each linear layer of the backbone that runs on whole rows, but for those that make nothing but keys and values.
+    """
+
+    def linears(self) -> list[Linear]:
+        """The layers that get a difference."""
+        return [layer for layer in super().linears() if layer.module not in self.key_projections()]
+
+    def try_out(self) -> None:
+        """With differences that are none at the start: a layer that runs on other rows with a cache would not show."""
+        ups = [up for name, up in self.tensors().items() if name.endswith("stream_up") and not up.is_meta]
+        before, generator = [up.detach().clone() for up in ups], torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            try:
+                for up in ups:
+                    up.add_(TRIED * torch.randn(up.shape, generator=generator).to(up))
+                super().try_out()
+            finally:
+                for up, values in zip(ups, before, strict=True):
+                    up.copy_(values)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """As of streams with keys of their own; stream 0's rows, where it runs too, stay as they are."""
+        call, x = self.state.call, args[0]
+        if call.in_flight is not self.streams:
+            return output
+        first = 0 if call.passes is not None else len(x) // self.streams.num_streams
+        difference = self.difference(module, x[first:]).reshape(output[first:].shape)
+        return torch.cat([output[:first], output[first:] + difference.to(output.dtype)])
 
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -148,6 +148,52 @@ def test_the_gain_by_share_is_that_of_running_the_rest_on_stream_0(model, backbo
     assert worse.kept == [None] * len(SHARES)
 
 
+@pytest.fixture
+def shared(backbone):
+    model = wrap(copy.deepcopy(backbone), P, prefix_length=4, init="random", seed=1, kv="shared")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prefix_" in name or "aggregate_layer" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.75, 1.0])
+def test_a_proposed_threshold_gives_what_it_promises(shared, share):
+    """Held against an evaluation that runs streams above it."""
+    found = diagnose(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=3, share=share)
+    proposal = found.proposal
+    evaluation = evaluate(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, adaptive=proposal.threshold)
+    assert proposal.loss == pytest.approx(evaluation.loss, rel=1e-9)
+    assert proposal.mean_streams == pytest.approx(evaluation.mean_streams)
+    assert proposal.share == math.ceil(share * found.tokens - 1e-9) / found.tokens
+    assert {0.0: math.inf, 1.0: 0.0}.get(share, proposal.threshold) == proposal.threshold
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["proposal"]["threshold"] == (proposal.threshold if share else "inf")
+    assert any("take adaptive =" in sentence for sentence in sentences(found))
+
+
+def test_losses_by_mean_streams_are_those_of_an_evaluation(shared):
+    found = diagnose(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=3)
+    for (streams, loss), threshold in zip(found.by_mean_streams, found.thresholds, strict=True):
+        below = math.nextafter(threshold * (1 - 1e-9), 0)  # the last token that gets all streams lies at it
+        evaluation = evaluate(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, adaptive=below)
+        assert loss == pytest.approx(evaluation.loss, rel=1e-9)
+        assert streams == pytest.approx(evaluation.mean_streams, abs=(P - 1) / found.tokens)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_is_between_none_and_all(shared, share):
+    with pytest.raises(ValueError, match="must be between 0"):
+        diagnose(shared, Letters(), DOCUMENTS, share=share)
+
+
+def test_streams_with_keys_of_their_own_get_no_threshold(model):
+    with pytest.raises(ValueError, match="'default' have their own"):
+        diagnose(model, Letters(), DOCUMENTS, share=0.5)
+
+
 @pytest.mark.parametrize("stream", range(P))
 def test_an_aggregator_that_chooses_one_stream(model, stream):
     """The mixture is then that stream, and the weights have no entropy."""

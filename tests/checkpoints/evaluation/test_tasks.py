@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
+from parscale.checkpoints.evaluation.answers import harness_model
 from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks, scores, stamp
 from parscale.checkpoints.small_model import small_model_path
 
@@ -41,12 +42,12 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(small_model_path())
 
 
-def build(num_streams, dtype=torch.float32):
+def build(num_streams, dtype=torch.float32, kv="own"):
     """The small model, without streams (None) or with streams that matter, and a further set of two."""
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=dtype)
     if num_streams is None:
         return model
-    wrap(model, num_streams, prefix_length=6, init="random", seed=0)
+    wrap(model, num_streams, prefix_length=6, init="random", seed=0, kv=kv)
     model.add_streams("other", 2, prefix_length=4, init="random", seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -131,6 +132,28 @@ def test_rolling_log_likelihoods(tokenizer, num_streams, batch_size, dtype):
     measured = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
     expected = [whole_text(model, tokenizer, text, WINDOW) for text in texts]
     assert measured == pytest.approx(expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_contexts_run_with_one_row_where_streams_share_keys(tokenizer, batch_size):
+    """As lm-eval's own class has it; only what it reads of answers runs with all streams."""
+    model = build(3, torch.float64, kv="shared").eval()
+    pairs = [("def f(x):\n    return", following) for following in (" x", " x + 1", " None")]
+    pairs += [("import os\nimport sys\n\n\ndef main():", "\n    print(os.getcwd())")]
+    options = {"tokenizer": tokenizer, "backend": "causal", "batch_size": batch_size, "max_length": WINDOW}
+    theirs, ours = HFLM(pretrained=model, **options), harness_model(model, **options)
+    expected, shapes = theirs.loglikelihood(requests("loglikelihood", pairs)), []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    found = ours.loglikelihood(requests("loglikelihood", pairs))
+    hook.remove()
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-9)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    first, second = shapes[::2], shapes[1::2]
+    assert all(rows <= batch_size for rows, _ in first)
+    assert all(after == 2 * rows and 0 < n < S for (rows, S), (after, n) in zip(first, second, strict=True))
+    long = [("x = 1\n" * 40,)]  # several windows
+    whole = [lm.loglikelihood_rolling(requests("loglikelihood_rolling", long))[0] for lm in (ours, theirs)]
+    assert whole[0] == pytest.approx(whole[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("num_streams", [1, 4])

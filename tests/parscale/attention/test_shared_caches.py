@@ -238,6 +238,22 @@ def test_a_prompt_runs_with_one_row_and_its_last_token_with_all(llama, zoo):
     assert shapes == [(zoo.B, zoo.S), (others, 1), (zoo.P * zoo.B, 1), (zoo.P * zoo.B, 1)]
 
 
+def test_a_turn_of_a_chat_reads_its_own_tokens_with_one_row(llama, zoo):
+    """Three turns over one cache: with streams, of the plain backbone, and with streams again."""
+    ids, cache, turns = zoo.token_ids(length=12), DynamicCache(config=llama.config), []
+    shapes, text = rows_and_tokens(llama), ids[:, :4]
+    for turn, chosen in enumerate(["default", None, "default"]):
+        before = len(shapes)
+        with llama.use_streams(chosen):
+            output = generate(llama, text, max_new_tokens=2, past_key_values=cache)
+            turns.append(shapes[before:])
+            assert torch.equal(output, generate(llama, text, max_new_tokens=2, use_cache=False))
+        text = torch.cat([output, ids[:, 4 + 3 * turn : 7 + 3 * turn]], 1)
+    others, all_rows = ((zoo.P - 1) * zoo.B, 1), (zoo.P * zoo.B, 1)
+    assert turns[0] == turns[2] == [(zoo.B, 4), others, all_rows]  # later: the last token said, and three new ones
+    assert turns[1] == [(zoo.B, 4), (zoo.B, 1)]
+
+
 def test_who_wants_more_gets_one_batch(llama, zoo):
     """Hidden states, labels or gradients: of all streams at all positions."""
     shapes, ids = rows_and_tokens(llama), zoo.token_ids()
