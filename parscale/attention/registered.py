@@ -28,6 +28,7 @@ from parscale.attention.masks import extended_mask, keep_sizes_static, visible_l
 from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.compat.transformers import (
     ConfigView,
+    attention_functions,
     attn_implementation,
     compares_implementation,
     is_flash,
@@ -68,15 +69,6 @@ class _BothNames(str):
         return hash(NAME_PREFIX + str(self))
 
 
-_NAMES: dict[str, str] = {}  # of implementations: the name under which their `prefix_attention` is registered
-
-
-def _register(true_name: str) -> str:
-    name = _NAMES[true_name] = NAME_PREFIX + true_name
-    AttentionInterface.register(name, functools.partial(prefix_attention, true_name))
-    return name
-
-
 class AttentionConfig(ConfigView):
     """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
 
@@ -106,7 +98,9 @@ class AttentionConfig(ConfigView):
             call.in_flight is None and call.recorder is None and call.passes is None
         ):  # the plain backbone, as if never wrapped
             return true_name
-        name = _NAMES.get(true_name) or _register(true_name)
+        name = NAME_PREFIX + true_name
+        if name not in attention_functions():
+            AttentionInterface.register(name, functools.partial(prefix_attention, true_name))
         return _BothNames(true_name) if self.compared else name
 
 
