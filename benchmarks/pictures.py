@@ -60,8 +60,8 @@ def overhead(colours: Sequence[str]) -> Figure:
     figure, panels = _panels(2)
     for axes, S in zip(panels, (256, 1024), strict=True):
         for what, colour, marker in zip(("prefill", "decode", "train"), colours[1:], MARKERS[1:], strict=True):
-            wanted = ("parscale", what, S)
-            found = {row["P"]: row["ratio"] for row in rows if (row["model"], row["what"], row["S"]) == wanted}
+            wanted = {"shape": "small", "model": "parscale", "what": what, "S": S}
+            found = {row["P"]: row["ratio"] for row in rows if wanted.items() <= row.items()}
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
             label = "training step" if what == "train" else what
             axes.plot(STREAMS, [found[P] for P in STREAMS], label=label, gid=f"overhead-{S}-{what}", **style)

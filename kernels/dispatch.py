@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from parscale.kernels.compat import functorch_transforms_are_active
 
 Impl = Literal["auto", "fused", "reference"]
+IMPLS = get_args(Impl)
 
 
 def triton_is_installed() -> bool:
@@ -30,19 +32,19 @@ def check_impl(impl: Impl, name: str = "impl") -> Impl:
     Raises:
         ValueError: `impl` is not valid.
     """
-    if impl not in get_args(Impl):
+    if impl not in IMPLS:
         raise ValueError(f"{name} must be 'auto', 'fused' or 'reference', got {impl!r}.")
     return impl
 
 
-def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool:
-    """Whether the Triton kernels process these tensors.
+def runs_fused(impl: Impl, x: torch.Tensor, find_obstacle: Callable[[], str | None]) -> bool:
+    """Whether the Triton kernels take these tensors.
 
     Args:
-        impl: `"reference"` never; `"auto"` for tensors on a CUDA or ROCm device, if Triton is installed, there is no
-            obstacle and no transform of `torch.func` is active; `"fused"` always, or an error.
-        x: one of the operation's tensors, which share a device.
-        obstacle: why the kernels cannot process these arguments; `None` if they can.
+        impl: `"reference"` never; `"auto"` for tensors on a CUDA or ROCm device, if Triton is installed, nothing is
+            in the way and no transform of `torch.func` is active; `"fused"` always, or an error.
+        x: one of the operation's tensors; they share a device.
+        find_obstacle: says why the kernels cannot take these arguments, if they cannot; asked where they might run.
 
     Raises:
         ValueError: `impl` is unknown, or `"fused"` cannot run; the message says why.
@@ -50,10 +52,9 @@ def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool
     if check_impl(impl) == "reference":
         return False
     if impl == "auto":
-        return TRITON and x.is_cuda and obstacle is None and not transforms_are_active()
-    if not TRITON:
-        obstacle = "Triton is not installed"
-    elif obstacle is None and not x.is_cuda and not _interpreted():
+        return TRITON and x.is_cuda and not transforms_are_active() and find_obstacle() is None
+    obstacle = find_obstacle() if TRITON else "Triton is not installed"
+    if obstacle is None and not x.is_cuda and not _interpreted():
         obstacle = f"the tensors are on {x.device}, but the kernels need a CUDA or ROCm device"
     if obstacle is not None:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}. Use impl='auto' or impl='reference'.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from parscale.kernels.aggregate.reference import aggregate_reference
@@ -40,7 +42,7 @@ def aggregate(
         raise ValueError(
             f"aggregate takes x (P, N, H) and logits (N, P), got {tuple(x.shape)} and {tuple(logits.shape)}."
         )
-    if runs_fused(impl, x, _obstacle(x, logits)):
+    if runs_fused(impl, x, functools.partial(_obstacle, x, logits)):
         from parscale.kernels.aggregate.fused import aggregate_op
 
         return aggregate_op(x, logits, smoothing)

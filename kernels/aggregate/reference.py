@@ -18,7 +18,8 @@ def aggregate_reference(x: torch.Tensor, logits: torch.Tensor, smoothing: float)
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weights = stream_weights(logits, smoothing, dtype)  # (N, P)
-    return torch.einsum("pnh,np->nh", x.to(dtype), weights).to(x.dtype)
+    mixed = torch.bmm(x.to(dtype).permute(1, 2, 0), weights.unsqueeze(-1))  # (N, H, P) by (N, P, 1)
+    return mixed.squeeze(-1).to(x.dtype)
 
 
 def stream_weights(logits: torch.Tensor, smoothing: float, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from parscale.kernels.aggregate.api import MAX_FUSED_STREAMS
@@ -58,7 +60,7 @@ def aggregator(
     weights = list(tensors[1:])
     if autocasts(hidden):
         weights = [x.to(torch.get_autocast_dtype(hidden.device.type)) for x in weights]
-    if runs_fused(impl, hidden, _obstacle(hidden, weights, autocasts(hidden))):
+    if runs_fused(impl, hidden, functools.partial(_obstacle, hidden, weights, autocasts(hidden))):
         from parscale.kernels.aggregator.fused import aggregator_op
 
         x = hidden.unflatten(0, (P, -1)).flatten(1, 2)  # (P, B*S, H)

@@ -45,9 +45,10 @@ class _CausalAttention(torch.autograd.Function):
         output, lse = flash(query, key, value, True, scaling)  # (R, heads, S, D), (R, heads, S)
         prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
         prefix_output, prefix_lse = by_row(prefix_output, B), by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
-        share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the weight of the prefix, (R, heads, S, 1)
-        # not in place: torch 2.11 loses in-place changes when it compiles the backward pass
-        output = output.lerp(prefix_output, share.to(output.dtype))
+        share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
+        # torch 2.11 forgets what is done in place when it compiles the backward pass
+        merge = output.lerp if torch.compiler.is_compiling() else output.lerp_
+        output = merge(prefix_output, share.to(output.dtype))
         lse = torch.logaddexp(lse, prefix_lse).contiguous()
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse)
         ctx.scaling = scaling
@@ -77,4 +78,5 @@ def _gradients(
     d_queries, d_prefix_k, d_prefix_v = flash_backward(
         gradient, queries, prefix_k, prefix_v, output, lse, (), False, scaling
     )
-    return d_query + by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v
+    add = d_query.add if torch.compiler.is_compiling() else d_query.add_
+    return add(by_row(d_queries, B)), d_key, d_value, d_prefix_k, d_prefix_v

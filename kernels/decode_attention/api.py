@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from parscale.kernels.decode_attention.joined import decode_attention_joined
@@ -54,13 +56,12 @@ def decode_attention(
         ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (query, key, value, prefix_k, prefix_v)
-    if any(x.ndim != 4 for x in tensors) or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
+    if [x.ndim for x in tensors] != [4] * 5 or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
         raise ValueError(
             "decode_attention takes query (P*B, heads, 1, D), key (P*B, G, K, D), value (P*B, G, K, Dv), prefix_k "
             "(P, G, T, D) and prefix_v (P, G, T, Dv), got " + ", ".join(str(tuple(x.shape)) for x in tensors) + "."
         )
-    extra = [x for x in (mask, length, sinks) if x is not None]
-    if runs_fused(impl, query, decode_obstacle(tensors, extra)):
+    if runs_fused(impl, query, functools.partial(decode_obstacle, tensors, (mask, length, sinks))):
         from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -84,8 +85,9 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
     return (seen * places).amax(dim=(1, 2, 3))
 
 
-def decode_obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> str | None:
-    """Why the kernels cannot process these tensors; `None` if they can."""
+def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    extra = [x for x in options if x is not None]
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or tensors[0].dtype not in FLOATS:
         return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"

@@ -50,29 +50,41 @@ def decode_attention_reference(
     def pieces(states: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
         return (states,) if piece is None else states.split(piece, dim)
 
-    grouped = (query.to(dtype) * scaling).view(R, G, n, D)  # the queries of a key/value head as its rows
-    by_stream = grouped.unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, D)  # (P, B, G, n, D) -> ...
-    scores = torch.matmul(by_stream, prefix_k.to(dtype).transpose(-1, -2))  # (P, G, B*n, T)
-    parts = [scores.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, T)]
-    cached = [torch.matmul(grouped, keys.to(dtype).transpose(-1, -2)) for keys in pieces(key, 2)]
+    grouped = (query.to(dtype) * scaling).reshape(R * G, n, D)  # the queries of a key/value head as its rows
+    of_prefix = torch.bmm(_by_stream(grouped, P, B, G), prefix_k.to(dtype).flatten(0, 1).mT)  # (P*G, B*n, T)
+    scores = [_by_row(of_prefix, P, B, G)]
+    scores += [torch.bmm(grouped, keys.to(dtype).flatten(0, 1).mT) for keys in pieces(key, 2)]  # (R*G, n, K)
     if mask is not None:
-        mask = mask.expand(R, heads, 1, -1).reshape(R, G, n, -1) if mask.shape[1] != 1 else mask
+        if mask.shape[1] != 1:
+            mask = mask.expand(R, heads, 1, -1).reshape(R, G, n, -1)
         if mask.shape[-1] == K:
-            cached = [_masked(part, seen) for part, seen in zip(cached, pieces(mask, -1), strict=True)]
-    scores = torch.cat(parts + cached, dim=-1)  # (R, G, n, T + K)
+            seen = pieces(mask, -1)
+            scores[1:] = [_masked(*pair, G) for pair in zip(scores[1:], seen, strict=True)]
+    joined = torch.cat(scores, dim=-1)  # (R*G, n, T + K)
     if mask is not None and mask.shape[-1] != K:
-        scores = _masked(scores, mask)
-    weights = torch.softmax(scores, dim=-1, dtype=dtype)
+        joined = _masked(joined, mask, G)
+    weights = torch.softmax(joined, dim=-1, dtype=dtype)
 
-    by_stream = weights[..., :T].unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, T)
-    output = torch.matmul(by_stream, prefix_v.to(dtype))  # (P, G, B*n, Dv)
-    output = output.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, -1)
+    of_prefix = torch.bmm(_by_stream(weights[..., :T], P, B, G), prefix_v.to(dtype).flatten(0, 1))  # (P*G, B*n, Dv)
+    output = _by_row(of_prefix, P, B, G)  # (R*G, n, Dv)
     for part, values in zip(pieces(weights[..., T:], -1), pieces(value, 2), strict=True):
-        output = output + torch.matmul(part, values.to(dtype))
+        output = output + torch.bmm(part, values.to(dtype).flatten(0, 1))
     return output.view(R, heads, 1, -1).to(query.dtype)
 
 
-def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _by_stream(x: torch.Tensor, P: int, B: int, G: int) -> torch.Tensor:
+    """`(P*B*G, n, N)` as `(P*G, B*n, N)`: all rows of a stream meet the same prefix."""
+    return x if B == 1 else x.reshape(P, B, G, *x.shape[1:]).transpose(1, 2).reshape(P * G, -1, x.shape[-1])
+
+
+def _by_row(x: torch.Tensor, P: int, B: int, G: int) -> torch.Tensor:
+    """`(P*G, B*n, N)` as `(P*B*G, n, N)`."""
+    return x if B == 1 else x.view(P, G, B, -1, x.shape[-1]).transpose(1, 2).reshape(P * B * G, -1, x.shape[-1])
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor, G: int) -> torch.Tensor:
+    """Scores `(R*G, n, N)` under a mask that broadcasts to `(R, G, n, N)`."""
+    by_head = scores.unflatten(0, (-1, G))
     if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask
+        return by_head.masked_fill(~mask, torch.finfo(scores.dtype).min).flatten(0, 1)
+    return (by_head + mask).flatten(0, 1)

@@ -7,6 +7,7 @@ key/value head.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -64,10 +65,7 @@ def shared_decode_attention(
     """
     plain = plain_rows(query, key, prefix_k)
     tensors = (query, key, value, prefix_k, prefix_v)
-    obstacle = decode_obstacle(tensors, [x for x in (mask, length) if x is not None])
-    if not fits_fused(query, key):
-        obstacle = f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
-    if runs_fused(impl, query, obstacle):
+    if runs_fused(impl, query, functools.partial(_obstacle, tensors, (mask, length))):
         from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -79,6 +77,13 @@ def shared_decode_attention(
         else:
             mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)
     return _in_torch(query, key, value, prefix_k, prefix_v, mask, plain, scaling)
+
+
+def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    if not fits_fused(*tensors[:2]):
+        return f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
+    return decode_obstacle(tensors, options)
 
 
 def _in_torch(

@@ -31,12 +31,18 @@ if TYPE_CHECKING:
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+    DISTRIBUTED: tuple[type, ...] = (DTensor,)
+else:
+    DISTRIBUTED = ()  # asked for at each layer of each token
+
 HEADS = 1  # the dimension of G in a prefix (P, G, T, D) and in keys (R, G, K, D)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This device's part of a parameter; the parameter itself if it is not distributed."""
-    return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+    """This device's part of a parameter; the parameter itself where nothing is distributed."""
+    parameter: Any = tensor
+    part: torch.Tensor = parameter.to_local() if isinstance(tensor, DISTRIBUTED) else parameter
+    return part
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

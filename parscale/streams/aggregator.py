@@ -10,6 +10,7 @@ from torch import nn
 from parscale.compat.torch import has_hooks
 from parscale.distributed.parallel import local
 from parscale.kernels import aggregate, aggregator, stream_weights
+from parscale.kernels.aggregator.layout import stream_innermost
 from parscale.kernels.dispatch import Impl
 
 
@@ -62,10 +63,8 @@ class Aggregator(nn.Sequential):
         self.smoothing = smoothing
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The unnormalized weights `(B, S, P)` for the streams' hidden states `(P*B, S, H)`, stream-major."""
-        x = hidden.unflatten(0, (self.num_streams, -1))  # (P, B, S, H)
-        # the released order of the first layer's inputs: hidden index outer, stream index inner
-        return super().forward(x.permute(1, 2, 3, 0).flatten(2))  # (B, S, H, P) -> (B, S, H*P) -> (B, S, P)
+        """The unnormalised weights `(B, S, P)` of the streams' hidden states `(P*B, S, H)`, stream-major."""
+        return super().forward(stream_innermost(hidden, self.num_streams))  # (B, S, H*P) -> (B, S, P)
 
     def weights(self, hidden: torch.Tensor) -> torch.Tensor:
         """The aggregation weights `(B, S, P)`, in at least float32, as `forward` uses them."""
@@ -82,9 +81,10 @@ class Aggregator(nn.Sequential):
         if (hidden.is_cuda or impl == "fused") and _is_untouched(first) and _is_untouched(last):
             w1, b1, w2, b2 = (local(x) for x in (first.weight, first.bias, last.weight, last.bias))
             return aggregator(hidden, w1, b1, w2, b2, self.smoothing, impl=impl)
-        logits = self.logits(hidden)  # (B, S, P)
+        innermost = stream_innermost(hidden, self.num_streams)  # (B, S, H*P)
+        logits = super().forward(innermost)  # (B, S, P)
         mixed = aggregate(
-            hidden.reshape(self.num_streams, -1, hidden.shape[-1]),  # (P, B*S, H)
+            innermost.view(-1, hidden.shape[-1], self.num_streams).permute(2, 0, 1),  # (P, B*S, H)
             logits.flatten(0, 1),  # (B*S, P)
             self.smoothing,
             impl=impl,

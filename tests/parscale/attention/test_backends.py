@@ -41,10 +41,10 @@ def draw(zoo, S, K, seed=0):
 @torch.no_grad()
 def attend(model, query, key, value, mask, **kwargs):
     """What the first layer's attention function gives, `(R, heads, S, D)`."""
-    state, layer = model.parscale, model.parscale.layers[0].module
+    state, layer, name = model.parscale, model.parscale.layers[0].module, model.config._attn_implementation
     state.call.in_flight = state.active
     try:
-        output, _ = prefix_attention(layer, query, key, value, mask, scaling=0.4, **kwargs)
+        output, _ = prefix_attention(name, layer, query, key, value, mask, scaling=0.4, **kwargs)
     finally:
         state.call.in_flight = None
     return output.transpose(1, 2)
