@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from parscale.compat.transformers import reporting_callbacks
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -15,7 +15,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            for callback in get_reporting_integration_callbacks([name]):
+            for callback in reporting_callbacks([name]):
                 callback()
         except ValueError as error:
             raise ValueError(f"There is no tracker {name!r} to report to: {error}") from error

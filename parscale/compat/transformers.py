@@ -416,6 +416,19 @@ def require_trainer_methods(cls: type) -> None:
         needed(cls, name)
 
 
+def reporting_callbacks(names: Iterable[str]) -> list[type]:
+    """The Trainer's callbacks that report to trackers, which are named as in `TrainingArguments.report_to`.
+
+    The Trainer looks them up by an undocumented function when a run has begun already.
+
+    Raises:
+        ValueError: there is no such tracker.
+    """
+    module = needed_module("transformers.integrations.integration_utils")
+    found: list[type] = needed(module, "get_reporting_integration_callbacks")(list(names))
+    return found
+
+
 def forget_deepspeed() -> None:
     """Ends the mode in which loaded models are partitioned over all processes (ZeRO-3)."""
     needed(needed_module("transformers.integrations.deepspeed"), "unset_hf_deepspeed_config")()

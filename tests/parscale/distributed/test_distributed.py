@@ -113,14 +113,15 @@ def test_the_trainer_under_ddp_and_fsdp2(backbones, launch):
 
 @pytest.mark.slow
 @pytest.mark.nightly  # as prefixes above, which run by day
-def test_prompts_and_low_rank_differences_under_ddp_and_fsdp2(backbones, launch):
+def test_other_streams_under_ddp_and_fsdp2(backbones, launch):
+    """Prompts, low-rank differences, and prefixes in front of keys that all streams share."""
     worker = imported("train")
-    one = {transform: worker.train(backbones, f"one-{transform}") for transform in ("prompt", "lora")}
-    runs = [f"{kind}-{transform}" for kind in ("ddp", "fsdp2") for transform in one]
+    one = {name: worker.train(backbones, f"one-{name}") for name in ("prompt", "lora", "shared")}
+    runs = [f"{kind}-{name}" for kind in ("ddp", "fsdp2") for name in one]
     launch(2, "train", backbones, *runs)
     for run in runs:
-        kind, transform = run.split("-")
-        actual = check_run(backbones, run, one[transform], f"one-{transform}", steps=4)
+        kind, name = run.split("-")
+        actual = check_run(backbones, run, one[name], f"one-{name}", steps=4)
         assert actual["processes"] == 2
         assert actual["sharded"] == (kind == "fsdp2")
 
@@ -137,7 +138,7 @@ def test_tensor_parallelism(backbones, launch):
     assert [actual[f"{name} heads here"] for name in worker.BACKBONES] == [1, 1, 2]
     assert actual["all of them DTensors"]
     for name, value in expected.items():
-        if name in ("generated", "sampled", "its further set"):
+        if name in ("generated", "sampled", "its further set", "generated with shared keys"):
             assert actual[name] == value, name
         elif isinstance(value, float | list):
             close(actual[name], value)
