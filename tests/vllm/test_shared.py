@@ -171,7 +171,7 @@ def test_two_processes(folder, serving):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config with Model"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config with shared"),
         ({"kv_cache_dtype": "fp8"}, "that share keys and values are served without --kv-cache-dtype fp8"),
     ],
 )

@@ -129,7 +129,7 @@ def _prepare_shared(vllm_config: Any) -> None:
     is_v2 = vllm_config.use_v2_model_runner
     _refuse(
         {
-            "--speculative-config with Model Runner V1": vllm_config.speculative_config is not None and not is_v2,
+            "--speculative-config with shared keys and values": vllm_config.speculative_config is not None,
             "--enable-dbo": vllm_config.parallel_config.use_ubatching,
             "VLLM_USE_BREAKABLE_CUDAGRAPH": is_breakable_cudagraph_enabled(),
         }
