@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.chats import ASSISTANT
@@ -135,7 +134,7 @@ class _Renderer:
         given: dict[str, Any] = {"tools": self.chat.tools, **self.chat.template_options, **options}
         try:
             return self.tokenizer.apply_chat_template([*messages], return_dict=True, **given)  # type: ignore[arg-type]
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # of Jinja, or whatever a template does with a message that it did not expect
             raise ValueError(f"{self.name}: the chat template refuses these messages: {first_line(error)}") from error
 
 

@@ -78,6 +78,9 @@ class NewModel:
             dtype: as the configuration says unless given, and float32 if that says none.
             **options: for `AutoModelForCausalLM.from_config`, such as `attn_implementation`.
 
+        Returns:
+            The wrapped or plain model.
+
         Raises:
             ValueError: the configuration is damaged, or no causal language model's.
         """
