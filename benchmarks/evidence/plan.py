@@ -25,6 +25,7 @@ SIZES = {  # by name: width, layers, training tokens
 }
 FIRST_RATE = 8e-3
 VARIANTS = ("draw=7", "embedding", "lora=4", "probabilities", "left-out", "apart=0.1", "draw=3", "rate=3", "rate=0.3")
+SHARED_VARIANTS = ("shared-own", "shared-window=8", "shared-prefix")
 PREFIX_LENGTHS = (2, 32)  # besides 8
 TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with their levels, widths and layers
 UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
@@ -108,12 +109,14 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from arms("0.1M", seed, rates)
         yield shared("0.1M", seed, rates)
     yield from islice(variants(0, rates), 3)
+    yield from shared_variants(0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     yield from arms("0.2M", 0, rates)
     yield shared("0.2M", 0, rates)
     yield from _tasks(rows)
     yield from arms("0.2M", 1, rates)
     yield shared("0.2M", 1, rates)
+    yield from shared_variants(1, rates)
     yield from arms("0.4M", 0, rates)
     yield shared("0.4M", 0, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
@@ -140,6 +143,12 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
 def shared(size: str, seed: int, rates: dict[int, float]) -> Run:
     """P = 4 with one cache for all streams."""
     return replace(_run(size, seed, rates, 4), variant="shared")
+
+
+def shared_variants(seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """What else one cache could mean, at the smallest size."""
+    four = _run("0.1M", seed, rates, 4)
+    yield from (replace(four, variant=variant) for variant in SHARED_VARIANTS)
 
 
 def arms(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
@@ -223,3 +232,8 @@ def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[Recycle
         yield RecycleRun("prefix-and-backbone", 1, tokens, seed, streams_rate=prefix.streams_rate, **both)
         yield RecycleRun("long-prefix", 4, tokens, seed, streams_rate=prefix.streams_rate)
         yield RecycleRun("lora", 4, tokens, seed, lora.backbone_rate)
+        if tokens == RECYCLED_TOKENS:
+            yield RecycleRun("frozen", 4, tokens, seed, streams_rate=frozen.streams_rate, kv="shared")
+            yield RecycleRun(
+                "streams-and-backbone", 4, tokens, seed, streams_rate=frozen.streams_rate, kv="shared", **both
+            )

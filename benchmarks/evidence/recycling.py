@@ -52,12 +52,15 @@ class RecycleRun:
     """Of the backbone or the adapter, where one trains."""
     streams_rate: float = 0.0
     """Of prefixes and aggregator, where they train."""
+    kv: str = "own"
+    """Of the streams, as in `parscale.wrap`."""
 
     @property
     def name(self) -> str:
         """Of its row and its folder; it tells every field."""
         rates = f"b{self.backbone_rate:g}-r{self.streams_rate:g}"
-        return f"recycle-{self.arm}-p{self.streams}-n{self.tokens}-{rates}-s{self.seed}"
+        name = f"recycle-{self.arm}-p{self.streams}-n{self.tokens}-{rates}-s{self.seed}"
+        return name if self.kv == "own" else f"{name}-{self.kv}"
 
     @property
     def of_arm(self) -> Arm:
@@ -108,7 +111,7 @@ def _start(run: RecycleRun, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
     texts = _training(run.tokens)[run.seed :: 50]  # a fiftieth of them, another for each seed
     calibration = calibration_ids(texts, tokenizer, run.streams, run.streams * PREFIX_LENGTH)
-    prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed), calibration)
+    prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed, kv=run.kv), calibration)
     model.save_pretrained(folder / "start.partial")
     tokenizer.save_pretrained(folder / "start.partial")
     (folder / "start.partial").rename(start)

@@ -113,6 +113,7 @@ def scratch_comparisons(rows: Rows) -> list[dict[str, Any]]:
     for size, arms in by_size(rows).items():
         pairs = [(arm, baseline) for arm, baselines in SCRATCH_PAIRS.items() for baseline in baselines]
         pairs += [(arm, "P = 4") for arm in arms if arm.startswith("P = 4,")]
+        pairs += [(arm, "P = 4, shared") for arm in arms if arm.startswith("P = 4, shared-")]
         for arm, baseline in pairs:
             if arm in arms and baseline in arms:
                 about = {"study": "scratch", "size": size, "text": "code", "tokens": SIZES[size][2]}
@@ -130,14 +131,17 @@ def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
             continue
         for tokens in [run.tokens] if run.tokens else budgets:
             for streams in [run.streams] if run.streams > 1 else (2, 4):
-                found.setdefault((tokens, streams), {}).setdefault(run.arm, {})[run.seed] = row
+                arm = run.arm if run.kv == "own" else f"{run.arm}, {run.kv}"
+                found.setdefault((tokens, streams), {}).setdefault(arm, {})[run.seed] = row
     entries = []
     for (tokens, streams), arms in sorted(found.items()):
-        for arm, baselines in HELD_AGAINST.items():
-            for baseline in baselines:
-                if arm in arms and baseline in arms:
-                    about = {"study": "recycling", "size": f"P = {streams}", "text": "code", "tokens": tokens}
-                    entries += held_against(arm, baseline, arms[arm], arms[baseline], about)
+        pairs = [(arm, baseline) for arm, baselines in HELD_AGAINST.items() for baseline in baselines]
+        pairs += [(f"{arm}, shared", baseline) for arm, baseline in pairs]
+        pairs += [(f"{arm}, shared", arm) for arm in HELD_AGAINST]
+        for arm, baseline in pairs:
+            if arm in arms and baseline in arms:
+                about = {"study": "recycling", "size": f"P = {streams}", "text": "code", "tokens": tokens}
+                entries += held_against(arm, baseline, arms[arm], arms[baseline], about)
     return entries
 
 

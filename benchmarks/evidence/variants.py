@@ -8,17 +8,23 @@
 - `probabilities`: the streams' predicted probabilities are mixed, in place of their states
 - `rate=F`: prefixes and aggregator train at F times the rate
 - `shared`: all streams read stream 0's keys and values, `kv="shared"`
+- `shared-own`: the same, but each stream reads its own key and value of the current token
+- `shared-window=W`: each stream also reads its own keys and values of the last W tokens, the current one included; a
+  learned number for each head of a layer is added to their logits
+- `shared-prefix`: stream 0 has a prefix too
 
-P streams, B rows, S tokens, H hidden size, V vocabulary.
+P streams, B rows, S tokens, H hidden size, V vocabulary; h heads of size D, T prefix tokens.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity, log_softmax
+from torch.nn.functional import cosine_similarity, log_softmax, pad
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
 from parscale import wrap
 
@@ -104,13 +110,88 @@ class Probabilities(Streams):
         return by_stream.logsumexp(0)
 
 
+class SharedVariant(Streams):
+    """`shared-own`, `shared-window` and `shared-prefix`: `shared` with every softmax written out, for whole sequences.
+
+    Args:
+        model: a Qwen2 with streams that share keys and values.
+        streams: P.
+        window: how many of its own keys and values each stream reads, the last of them its own position's.
+        gated: they come beside all of stream 0's, and not for stream 0, with a learned number for each head added to
+            their logits; otherwise they take their places.
+        first_prefix: stream 0 has a prefix too.
+    """
+
+    def __init__(
+        self, model: Any, streams: int, *, window: int = 0, gated: bool = False, first_prefix: bool = False
+    ) -> None:
+        super().__init__(model, streams)
+        self.window = window
+        layers = [layer.self_attn for layer in model.model.layers]
+        heads, std = model.config.num_attention_heads, model.config.initializer_range
+        generator = torch.Generator().manual_seed(1)
+        self.gates_of_streams = nn.ParameterList(torch.zeros(heads) for _ in layers if gated)
+        shapes = [(2, 1, *layer.prefix_k.shape[1:]) for layer in layers if first_prefix]
+        self.first_prefixes = nn.ParameterList(torch.randn(shape, generator=generator) * std for shape in shapes)
+        for index, layer in enumerate(layers):
+            layer.forward = functools.partial(self._attention, index, layer)
+
+    def _attention(
+        self, index: int, layer: Any, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """In place of the layer's forward: `(P*B, S, H)` to the same."""
+        projected = [project(hidden_states) for project in (layer.q_proj, layer.k_proj, layer.v_proj)]
+        query, key, value = (x.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for x in projected)  # (P*B, h, S, D)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        rows = [query, *(repeat_kv(x, layer.num_key_value_groups) for x in (key, value))]
+        query, key, value = (x.unflatten(0, (self.streams, -1)) for x in rows)  # (P, B, h, S, D)
+        prefix_k, prefix_v = (repeat_kv(x, layer.num_key_value_groups) for x in self._prefix(index, layer))
+        query = query * layer.scaling
+        logits = [torch.einsum("pbhsd,phtd->pbhst", query, prefix_k), torch.einsum("pbhsd,bhtd->pbhst", query, key[0])]
+        if self.window:  # tokens s - window + 1 to s, as (P, B, h, S, D, window)
+            own_key, own_value = (pad(x, (0, 0, self.window - 1, 0)).unfold(3, self.window, 1) for x in (key, value))
+            logits.append((query[..., None] * own_key).sum(-2))
+        if self.gates_of_streams:
+            logits[2] = logits[2] + self.gates_of_streams[index].view(1, 1, -1, 1, 1)
+        sizes = [x.shape[-1] for x in logits]
+        scores = torch.cat(logits, -1).masked_fill(~self._visible(sizes, query), -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+        of_prefix, of_shared, *of_own = weights.split(sizes, -1)
+        output = torch.einsum("pbhst,phtd->pbhsd", of_prefix, prefix_v)
+        output = output + torch.einsum("pbhst,bhtd->pbhsd", of_shared, value[0])
+        if self.window:
+            output = output + (of_own[0][..., None, :] * own_value).sum(-1)
+        return layer.o_proj(output.transpose(2, 3).flatten(-2).flatten(0, 1)), None  # (P*B, S, H)
+
+    def _prefix(self, index: int, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all streams, each `(P, G, T, D)`; zeros for a stream 0 that has none."""
+        of_others = layer.prefix_k, layer.prefix_v
+        first = self.first_prefixes[index] if self.first_prefixes else [torch.zeros_like(x[:1]) for x in of_others]
+        prefix_k, prefix_v = (torch.cat(pair) for pair in zip(first, of_others, strict=True))
+        return prefix_k, prefix_v
+
+    def _visible(self, sizes: list[int], query: torch.Tensor) -> torch.Tensor:
+        """What each query sees of the prefix, stream 0's tokens and the window, `(P, 1, 1, S, T + S + window)`."""
+        P, S, device = self.streams, query.shape[3], query.device
+        gated, position = bool(self.gates_of_streams), torch.arange(S, device=device)
+        has_prefix, has_window = torch.ones(2, P, 1, 1, 1, 1, dtype=torch.bool, device=device)
+        has_prefix[0], has_window[0] = bool(self.first_prefixes), not gated
+        replaced = 0 if gated else self.window
+        shared = position[None] <= position[:, None] - replaced  # (S, S)
+        seen = [has_prefix.expand(P, 1, 1, S, sizes[0]), shared.expand(P, 1, 1, S, S)]
+        if self.window:
+            own = position[:, None] + torch.arange(self.window, device=device) >= self.window - 1  # (S, window)
+            seen.append(has_window & own)
+        return torch.cat(seen, -1)
+
+
 def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, seed: int) -> Streams:
     """The model with P streams, and with a variant if it has a name."""
     kind, _, value = variant.partition("=")
     if kind == "lora":
         wrapped = wrap(model, streams, transform="lora", rank=int(value), seed=seed)
         return Streams(wrapped, streams)
-    kv = "shared" if kind == "shared" else "own"
+    kv = "shared" if kind.startswith("shared") else "own"
     wrapped = wrap(model, streams, prefix_length=prefix_length, init="random", seed=seed, kv=kv)
     if kind == "draw":
         with torch.no_grad():
@@ -122,6 +203,12 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     simple = {"embedding": Embedding, "left-out": LeftOut, "probabilities": Probabilities}
     if kind in simple:
         return simple[kind](wrapped, streams)
+    if kind == "shared-own":
+        return SharedVariant(wrapped, streams, window=1)
+    if kind == "shared-window":
+        return SharedVariant(wrapped, streams, window=int(value), gated=True)
+    if kind == "shared-prefix":
+        return SharedVariant(wrapped, streams, first_prefix=True)
     if kind not in ("", "draw", "rate", "shared"):
         raise ValueError(f"no variant {variant!r}")
     result = Streams(wrapped, streams)

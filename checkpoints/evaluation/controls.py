@@ -79,8 +79,9 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
         arm: one of `ARMS`; an adapter is left to who trains.
         model: a plain causal language model.
         config: of the P streams in question.
-        calibration: token ids `(P, P * T)`, real text; streams start from the first T tokens of each row, one prefix
-            from the first row. Without it the backbone samples the texts of streams.
+        calibration: token ids `(P, P * T)`, real text; streams start from the first T tokens of each row (those that
+            share keys, all but stream 0, leave the last row out), one prefix from the first row. Without it the
+            backbone samples the texts of streams.
 
     Returns:
         The same object.
@@ -89,7 +90,7 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
         ValueError: as `parscale.wrap`; one prefix without calibration, or with too short a one.
     """
     if arm.streams:
-        texts = None if calibration is None else calibration[:, : config.prefix_length]
+        texts = None if calibration is None else calibration[: config.num_transformed, : config.prefix_length]
         wrap(model, config, calibration=texts)
     elif arm.prefix:
         length = config.prefix_length * (config.num_streams if arm.long else 1)

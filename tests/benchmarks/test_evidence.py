@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+import parscale
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
 
@@ -42,6 +44,95 @@ def test_one_prefix_is_one_stream() -> None:
             layer.self_attn.prefix_k.copy_(prefix[0].expand(2, -1, -1, -1))
             layer.self_attn.prefix_v.copy_(prefix[1].expand(2, -1, -1, -1))
         torch.testing.assert_close(wrapped(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def _shared(variant: str, layers: int = 2, streams: int = 3) -> Any:
+    """A small model with streams that share keys; the same weights for each variant."""
+    from arms import backbone
+    from variants import apply_variant
+
+    torch.manual_seed(0)
+    model = apply_variant(variant, backbone(48, layers, 128), streams, prefix_length=4, seed=3).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "aggregate_layer.2" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(5))
+            if ".prefix_" in name:
+                parameter.mul_(10)
+    return model
+
+
+@torch.no_grad()
+def test_with_a_closed_gate_the_window_of_own_keys_is_none() -> None:
+    ids = torch.randint(1, 256, (2, 20), generator=torch.Generator().manual_seed(1))
+    model, expected = _shared("shared-window=8"), _shared("shared")(ids)
+    assert (model(ids) - expected).abs().max() > 1e-3
+    for gate in model.gates_of_streams:
+        gate.fill_(-torch.inf)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_in_a_single_layer_the_own_position_is_that_of_stream_0() -> None:
+    """Streams enter the first layer alike, so own and shared keys differ from the second on."""
+    ids = torch.randint(1, 256, (2, 20), generator=torch.Generator().manual_seed(1))
+    one, two = (_shared("shared-own", layers)(ids) for layers in (1, 2))
+    torch.testing.assert_close(one, _shared("shared", 1)(ids), rtol=1e-5, atol=1e-5)
+    assert (two - _shared("shared", 2)(ids)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_streams_with_the_prefix_of_stream_0_are_one_prefix() -> None:
+    from arms import OnePrefix, backbone
+
+    model = _shared("shared-prefix")
+    torch.manual_seed(0)
+    one = OnePrefix(backbone(48, 2, 128), 4, seed=7).double().eval()
+    for layer, first, prefix in zip(model.model.model.layers, model.first_prefixes, one.prefixes, strict=True):
+        first.copy_(prefix)
+        layer.self_attn.prefix_k.copy_(prefix[0].expand(2, -1, -1, -1))
+        layer.self_attn.prefix_v.copy_(prefix[1].expand(2, -1, -1, -1))
+    ids = torch.randint(1, 256, (2, 20))
+    torch.testing.assert_close(model(ids), one(ids), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("variant", "window"), [("shared-own", 1), ("shared-window=3", 3), ("shared-prefix", 0)])
+def test_a_stream_attends_to_what_its_variant_says(variant: str, window: int) -> None:
+    """Against a softmax over a list of keys for each query, put together token by token."""
+    model = _shared(variant, layers=1)
+    layer = model.model.model.layers[0].self_attn
+    states = torch.randn(3, 6, 48, dtype=torch.float64)  # three streams of one row
+    for parameter in model.gates_of_streams:
+        parameter.copy_(torch.tensor([0.7, -0.4]))
+    angle = torch.zeros(1, 6, layer.head_dim, dtype=torch.float64)
+    found, _ = layer(hidden_states=states, position_embeddings=(angle.cos(), angle.sin()), attention_mask=None)
+    query, key, value = (
+        project(states).unflatten(-1, (-1, layer.head_dim)) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    for stream, token, head in product(range(3), range(6), range(2)):
+        replaces = variant == "shared-own"
+        seen = [(key[0, t, 0], value[0, t, 0], 0.0) for t in range(token + 1 - replaces)]
+        if replaces or stream > 0:
+            first = max(0, token - window + 1)
+            gate = 0.0 if replaces else (0.7, -0.4)[head]
+            seen += [(key[stream, t, 0], value[stream, t, 0], gate) for t in range(first, token + 1) if window]
+        if stream > 0:
+            seen += [(layer.prefix_k[stream - 1, 0, t], layer.prefix_v[stream - 1, 0, t], 0.0) for t in range(4)]
+        elif variant == "shared-prefix":
+            seen += [(k, v, 0.0) for k, v in zip(*model.first_prefixes[0][:, 0, 0], strict=True)]
+        keys, values = (torch.stack([entry[i] for entry in seen]) for i in (0, 1))
+        gates = torch.tensor([entry[2] for entry in seen], dtype=torch.float64)
+        scores = keys @ query[stream, token, head] / layer.head_dim**0.5 + gates
+        states[stream, token, head * layer.head_dim : (head + 1) * layer.head_dim] = scores.softmax(0) @ values
+    torch.testing.assert_close(found, layer.o_proj(states))
+
+
+def test_every_parameter_of_a_variant_trains() -> None:
+    for variant in ("shared-own", "shared-window=3", "shared-prefix"):
+        model = _shared(variant)
+        model(torch.randint(1, 256, (2, 12))).logsumexp(-1).sum().backward()
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()), variant
 
 
 def test_the_dense_twin_has_the_parameters_of_four_streams() -> None:
@@ -77,6 +168,27 @@ def test_a_run_that_is_killed_comes_to_the_same_result(
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
     weights = [torch.load(tmp_path / name / run.name / "final.pt") for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_recycled_run_with_one_cache_has_a_name_of_its_own() -> None:
+    from recycling import RecycleRun
+
+    own, shared = (RecycleRun("frozen", 4, 1000, 0, kv=kv) for kv in ("own", "shared"))
+    assert own.name == "recycle-frozen-p4-n1000-b0-r0-s0"  # as rows on file have it
+    assert shared.name == own.name + "-shared"
+
+
+def test_one_cache_starts_from_the_texts_of_streams_with_their_own(tmp_path: Path) -> None:
+    import recycling
+
+    starts = []
+    for kv in ("own", "shared"):
+        run = recycling.RecycleRun("frozen", 2, 2000, 0, kv=kv)
+        (tmp_path / run.name).mkdir()
+        starts.append(parscale.load(recycling._start(run, tmp_path / run.name)))
+    own, shared = (start.get_decoder().layers[0].self_attn.prefix_k for start in starts)
+    assert starts[1].config.parscale_kv == "shared"
+    torch.testing.assert_close(shared, own[:1])
 
 
 def test_answers_of_tasks_are_right() -> None:
