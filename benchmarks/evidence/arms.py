@@ -13,8 +13,6 @@ from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from variants import apply_variant
 
-from parscale import wrap
-
 VOCABULARY = 256
 BASE_WIDTH = 48  # at which learning rates are tuned; beyond, they fall as the inverse width
 
@@ -34,7 +32,7 @@ class Run:
     """`"streams"` (with P = 1: the dense model), `"prefix"`, or `"twin"`: dense, with the parameters of P streams."""
     prefix_length: int = 8
     variant: str = ""
-    """Of the streams; see `variants.py`."""
+    """Of the streams, or of those whose parameters a twin has; see `variants.py`."""
     batch_size: int = 8
     """Sequences in a step."""
 
@@ -145,4 +143,5 @@ def _added_parameters(run: Described) -> int:
     torch.manual_seed(run.seed)
     model: Any = backbone(run.hidden, run.layers, 8 * round(run.hidden / 3))
     before = model.num_parameters()
-    return int(wrap(model, run.streams, prefix_length=run.prefix_length, init="random").num_parameters() - before)
+    wrapped = apply_variant(run.variant, model, run.streams, run.prefix_length, run.seed)
+    return sum(parameter.numel() for parameter in wrapped.parameters()) - int(before)

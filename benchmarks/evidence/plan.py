@@ -109,16 +109,22 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from arms("0.1M", seed, rates)
         yield shared("0.1M", seed, rates)
     yield from islice(variants(0, rates), 3)
+    for seed in (1, 2, 0):
+        yield from embedded("0.1M", seed, rates)
+        yield from low_rank("0.1M", seed, rates)
     yield from shared_variants(0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     yield from arms("0.2M", 0, rates)
     yield shared("0.2M", 0, rates)
+    yield from embedded("0.2M", 0, rates)
     yield from _tasks(rows)
     yield from arms("0.2M", 1, rates)
     yield shared("0.2M", 1, rates)
+    yield from embedded("0.2M", 1, rates)
     yield from shared_variants(1, rates)
     yield from arms("0.4M", 0, rates)
     yield shared("0.4M", 0, rates)
+    yield from embedded("0.4M", 0, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from variants(0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
@@ -138,6 +144,21 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(1,))
     yield from arms("0.7M", 1, rates)
     yield from arms("1.0M", 1, rates)
+
+
+def embedded(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """A vector for each stream, added to its input: the variant that was ahead of the published method."""
+    four = _run(size, seed, rates, 4)
+    yield replace(four, variant="embedding")
+    yield replace(four, variant="embedding=shared")
+    yield replace(four, streams=2, variant="embedding")
+
+
+def low_rank(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """Low-rank differences between streams in place of prefixes, and the dense twin of as many parameters."""
+    four = replace(_run(size, seed, rates, 4), variant="lora=4")
+    yield four
+    yield replace(four, arm="twin", learning_rate=rates[1])
 
 
 def shared(size: str, seed: int, rates: dict[int, float]) -> Run:

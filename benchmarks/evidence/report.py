@@ -32,13 +32,19 @@ SCRATCH_PAIRS = {
     "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
     "P = 2": ("dense", "prefix", "long prefix"),
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
+    "P = 4, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
+    "P = 4, embedding=shared": ("dense", "prefix", "long prefix", "twin"),
+    "P = 2, embedding": ("dense", "prefix", "long prefix"),
+    "P = 4, lora=4": ("dense", "prefix", "long prefix", "twin, lora=4", "twice as wide"),
     "prefix": ("dense",),
     "long prefix": ("dense",),
     "twin": ("dense",),
+    "twin, lora=4": ("dense",),
     "twice as wide": ("dense",),
     "average": ("dense",),
 }
 CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
+STREAM_ARMS = [arm for arm in SCRATCH_PAIRS if arm.startswith("P")] + ["frozen", "streams-and-backbone"]
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 
@@ -68,7 +74,7 @@ def label(run: Run | TaskRun, width: int) -> str:
     if run.arm == "prefix":
         return "prefix" if run.prefix_length == 8 else "long prefix"
     if run.arm in ("twin", "average"):
-        return run.arm
+        return f"{run.arm}, {run.variant}" if run.variant else run.arm
     if run.hidden == 2 * width:
         return "twice as wide"
     if run.streams == 1:
@@ -200,7 +206,7 @@ def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
     for study, controls in CONTROLS.items():
         keys = {(entry["size"], entry["tokens"]) for entry in middle if entry["study"] == study}
         for size, tokens in sorted(keys, key=str):
-            for arm in ("P = 2", "P = 4", "frozen", "streams-and-backbone"):
+            for arm in STREAM_ARMS:
                 against = {
                     entry["baseline"]: entry["high"] < 0 and entry["seeds"] > 1
                     for entry in middle

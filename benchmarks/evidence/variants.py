@@ -1,7 +1,8 @@
 """Changes to the method that could make streams pay sooner, each by its name.
 
 - `draw=D`: prefixes drawn D times as large as by default
-- `embedding`: a learned vector for each stream, added to its input
+- `embedding`: a learned vector for each stream, added to its input; `embedding=shared`: with `kv="shared"`, for all
+  streams but the first
 - `lora=R`: low-rank differences of rank R for each stream in place of prefixes
 - `left-out`: in each training step one stream, drawn anew, does not count in the mixture
 - `apart=C`: C times the mean cosine of the streams' final states is added to the loss
@@ -49,18 +50,22 @@ class Streams(nn.Module):
 
 
 class Embedding(Streams):
-    """`embedding`."""
+    """`embedding`; where the cache is shared, stream 0 stays the plain backbone."""
 
-    def __init__(self, model: Any, streams: int) -> None:
+    def __init__(self, model: Any, streams: int, shared: bool = False) -> None:
         super().__init__(model, streams)
+        self.first = int(shared)
         embedding = model.get_input_embeddings()
         generator = torch.Generator().manual_seed(1)
         std = model.config.initializer_range
-        self.of_stream = nn.Parameter(torch.randn(streams, embedding.embedding_dim, generator=generator) * std)
+        vectors = torch.randn(streams, embedding.embedding_dim, generator=generator)[self.first :]
+        self.of_stream = nn.Parameter(vectors * std)
         embedding.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return (output.unflatten(0, (self.streams, -1)) + self.of_stream[:, None, None]).flatten(0, 1)  # (P*B, S, H)
+        by_stream = output.unflatten(0, (self.streams, -1))  # (P, B, S, H)
+        changed = by_stream[self.first :] + self.of_stream[:, None, None]
+        return torch.cat([by_stream[: self.first], changed]).flatten(0, 1)  # (P*B, S, H)
 
 
 class LeftOut(Streams):
@@ -191,7 +196,7 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     if kind == "lora":
         wrapped = wrap(model, streams, transform="lora", rank=int(value), seed=seed)
         return Streams(wrapped, streams)
-    kv = "shared" if kind.startswith("shared") else "own"
+    kv = "shared" if kind.startswith("shared") or value == "shared" else "own"
     wrapped = wrap(model, streams, prefix_length=prefix_length, init="random", seed=seed, kv=kv)
     if kind == "draw":
         with torch.no_grad():
@@ -200,7 +205,9 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
                     parameter.mul_(float(value))
     if kind == "apart":
         return Apart(wrapped, streams, float(value))
-    simple = {"embedding": Embedding, "left-out": LeftOut, "probabilities": Probabilities}
+    if kind == "embedding":
+        return Embedding(wrapped, streams, shared=value == "shared")
+    simple = {"left-out": LeftOut, "probabilities": Probabilities}
     if kind in simple:
         return simple[kind](wrapped, streams)
     if kind == "shared-own":
