@@ -12,7 +12,7 @@ such counts see Korthikanti et al., arXiv 2205.05198):
         Qwen3's norms there   4*n*(heads + G)*(D + 1), and c*n*(heads + G)*D for gradients of their weights
     its MLP               c*n*3*I, and c*n*I for the last matrix's input
     final norm            4*(n*H + n)
-    aggregator, P > 1     2*c*n*H + 2*c*b*H + (4 + c)*b*P
+    aggregator, P > 1     c*n*H + 2*c*b*H + (4 + c)*b*P; 2*c*n*H under autocast, which casts for two products
     head                  4*b*V, the log-probabilities; never P times
 
 The inputs of matrices are stored only if these are trained; a frozen backbone passes gradients without them, and in its
@@ -323,6 +323,6 @@ def _head(run: _Run) -> tuple[float, float, float]:
     kept = 4 * b * shape.vocab + (c * b * h if run.everything else 0)
     copies = 2 * shape.vocab * h if run.everything or run.stored == 4 else 0
     if P > 1:
-        kept += 2 * c * n * h + 2 * c * b * h + (4 + c) * b * P
+        kept += (1 if c == 4 else 2) * c * n * h + 2 * c * b * h + (4 + c) * b * P
         copies += 2 * (P * h * h + h * P)
     return final_norm, kept, copies if run.casts else 0

@@ -14,6 +14,7 @@ from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.models import find_tokenizer, require_language_model, require_tokenizer
 from parscale.config import NUM_STREAMS
 from parscale.format.folders import CONFIG, TYPE_SUFFIX, read_json
+from parscale.format.pretrained import read_pretrained
 from parscale.format.values import configuration_of
 
 
@@ -106,7 +107,7 @@ class NewModel:
 
     def _configuration(self) -> Any:
         with configuration_of(self):
-            config = AutoConfig.from_pretrained(self.config)
+            config = read_pretrained(AutoConfig, self.config)
         tokenizer, text = self.find_tokenizer(), config.get_text_config()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(text, name, getattr(tokenizer, name))

@@ -44,7 +44,7 @@ def test_as_text(two_sets, files, capsys, tmp_path):
     assert run(command) == 0
     printed = capsys.readouterr().out
     assert "loss of each stream" in printed
-    assert "Alone, the streams lose" in printed
+    assert "Alone, the streams have losses of" in printed
     assert "of the whole gain" in printed
     assert "Whether they gain anything is said by controls: parscale train --controls." in printed
     assert plot.read_bytes().startswith(b"\x89PNG")

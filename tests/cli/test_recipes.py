@@ -78,7 +78,7 @@ def test_every_name_in_a_recipe_is_an_option(path):
         ("train: [", "is not TOML"),
         ("[convert]", "says nothing of train"),
         ("[train]\nepochs = 3", "gives train 'epochs', which is none of its options"),
-        ("[train]\ntokens = 'many'", "'many' is no size"),
+        ("[train]\ntokens = 'many'", "'many' is not a size"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(contents, said, tmp_path, capsys):

@@ -396,7 +396,7 @@ def test_loss_is_that_of_the_mixed_logits(zoo):
 def test_what_is_for_models_that_write_text(tmp_path):
     model = wrapped(KINDS["BertForMaskedLM"])
     assert model.config.parscale_init == "random"
-    with pytest.raises(ValueError, match="BertForMaskedLM has not"):
+    with pytest.raises(ValueError, match="which BertForMaskedLM does not have"):
         model.stream_report(ids())
     plain = KINDS["T5ForConditionalGeneration"].plain()
     for init in ("context", "documents"):

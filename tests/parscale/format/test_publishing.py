@@ -152,7 +152,7 @@ def test_what_cannot_be_put_back_is_kept(target, monkeypatch):
         replace(source, destination)
 
     monkeypatch.setattr(staging.os, "replace", move)
-    with pytest.raises(OSError, match=r"2 of the files .* are in .*old") as raised:
+    with pytest.raises(OSError, match=r"2 of the old files could not be restored: they are in .*old") as raised:
         publish(target, ["config.json", "model.safetensors"])
     monkeypatch.undo()
     away = Path(str(raised.value).partition(" are in ")[2].rstrip("."))

@@ -457,7 +457,7 @@ def test_what_fails_leaves_streams_trainable(make):
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_the_aggregator_is_no_target(make, field):
-    with pytest.raises(ValueError, match=rf"{field} with 'aggregate_layer'.*Leave it out"):
+    with pytest.raises(ValueError, match=rf"{field} with 'aggregate_layer'.*Omit it"):
         adapted(make(), **{field: ["q_proj", "aggregate_layer"]})
 
 

@@ -128,7 +128,7 @@ def test_a_damaged_number_of_streams_is_named(zoo, tmp_path):
     name = next(name for name in tensors if name.endswith("stream_up"))
     tensors[name] = tensors[name][:1].contiguous()
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{name} of .* and its configuration says \(2, outputs, 3\)"):
+    with pytest.raises(ValueError, match=rf"{name} of .* but its configuration says \(2, outputs, 3\)"):
         parscale.load(tmp_path, backbone=plain(zoo, "llama"))
 
 
