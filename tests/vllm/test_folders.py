@@ -210,7 +210,7 @@ def test_streams_that_are_missing(serving, make_folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "prefix" not in name and "aggregate" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(serving, folder, "should hold 4 streams")
+    refused(serving, folder, "should have 4 streams, but has no prefix_k")
 
 
 def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):
