@@ -22,6 +22,7 @@ import json
 import re
 import signal
 import sys
+import tempfile
 import types
 import unittest
 import warnings
@@ -60,6 +61,12 @@ EXPECTED = (
         "^test_batching_equivalence$",
         "encoder_last_hidden_state",
         "an encoder's output has P rows for each source, stream-major",
+    ),
+    (
+        "^test_retain_grad_hidden_states_attentions$",
+        "unexpectedly None",
+        'with `kv="shared"` the attention weights are those of several calls joined for the caller; the output does '
+        "not go through the joined tensor, so its retained gradient stays `None`",
     ),
     (
         "^test_model_weights_reload_no_missing_tied_weights$",
@@ -272,7 +279,8 @@ def outcome_of(case: unittest.TestCase) -> str:
         lines = [
             line for line in problems[0][1].strip().splitlines() if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)
         ]
-        return (lines or problems[0][1].strip().splitlines())[-1][:300]
+        message = (lines or problems[0][1].strip().splitlines())[-1]
+        return re.sub(re.escape(tempfile.gettempdir()) + r"/\w+", "FOLDER", message)[:300]
     return "skipped" if result.skipped else "passes"
 
 

@@ -86,6 +86,8 @@ def main() -> None:
         title = f"PEFT {found['peft']}: tests of decoder models"
         page += section(title, {", ".join(name.split("/")[-1] for name in found["models"]): found})
         page += f'\nChosen with `-k "{found["only"]}"`.\n' if found["only"] else ""
+    else:
+        page += "\nPEFT's tests have not been run to their end yet (`python benchmarks/mixins_peft.py`).\n"
     args.output.write_text(page)
 
 
