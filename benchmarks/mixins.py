@@ -5,9 +5,9 @@
     python benchmarks/mixins.py build/transformers-5.23.0
 
 needs `pip install parameterized`. Each test of `ModelTesterMixin` (and of `GenerationTesterMixin`, where the
-source has it; a source distribution does not) runs twice: on a small random model as its class makes it, and on one
-that is wrapped as soon as it is made or loaded. The exit code is 1 if a test fails on the wrapped model alone and is
-not listed here with a reason.
+source has it; a source distribution does not) runs on a small random model as its class makes it, and then on one that
+is wrapped as soon as it is made or loaded, once for each P and each `kv`. The exit code is 1 if a test fails on a
+wrapped model alone and is not listed here with a reason.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import json
 import re
 import signal
 import sys
+import tempfile
 import types
 import unittest
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ import torch
 import transformers
 
 import parscale
+from parscale.auto import ParScaleModel
 
 RESULTS = Path(__file__).with_name("results") / "mixins.json"
 SECONDS = 120  # for one test
 ROWS, LENGTH = 3, 7
-STREAMS = {"num_streams": 2, "prefix_length": 3, "init": "random", "seed": 0}
+STREAMS = {"prefix_length": 3, "init": "random", "seed": 0}
 
 SIZES = {
     "vocab_size": 99,
@@ -51,16 +53,27 @@ SIZES = {
 GROUPED = SIZES | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 
 _COLUMNS = "attention weights have one column more for each token of the prefix"
-# Tests that should fail on a wrapped model: in which families, and why.
-EXPECTED = {
-    "test_attention_outputs": (("llama", "qwen2", "gpt2", "mixtral", "gemma3", "bert", "t5"), _COLUMNS),
-    "test_sliding_window_mask": (("qwen2", "mixtral"), _COLUMNS),
-    "test_batching_equivalence": (("t5",), "an encoder's output has P rows for each source, stream-major"),
-    "test_model_weights_reload_no_missing_tied_weights": (
-        ("llama", "qwen2", "gpt2", "mixtral", "gemma3", "bert", "t5"),
+# Tests that should fail on a wrapped model: patterns of the name and of what the test says, and why.
+EXPECTED = (
+    ("^test_attention_outputs$", "Lists differ", _COLUMNS),
+    ("^test_sliding_window_mask$", "shape of the mask", _COLUMNS),
+    (
+        "^test_batching_equivalence$",
+        "encoder_last_hidden_state",
+        "an encoder's output has P rows for each source, stream-major",
+    ),
+    (
+        "^test_retain_grad_hidden_states_attentions$",
+        "unexpectedly None",
+        'with `kv="shared"` the attention weights are those of several calls joined for the caller; the output does '
+        "not go through the joined tensor, so its retained gradient stays `None`",
+    ),
+    (
+        "^test_model_weights_reload_no_missing_tied_weights$",
+        "has no prefix_k",
         "it takes all weights out of a saved folder, and one that should hold streams and has none is refused",
     ),
-}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +108,12 @@ FAMILIES = {
         "Gemma3TextConfig",
         ("Gemma3TextModel", "Gemma3ForCausalLM"),
         GROUPED | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+    ),
+    "opt": Family(
+        "OPTConfig",
+        ("OPTModel", "OPTForCausalLM"),
+        {key: value for key, value in SIZES.items() if key != "intermediate_size"}
+        | {"ffn_dim": 48, "word_embed_proj_dim": 32, "bos_token_id": 1, "eos_token_id": 2},
     ),
     "bert": Family("BertConfig", ("BertModel", "BertForMaskedLM", "BertForSequenceClassification"), SIZES),
     "t5": Family(
@@ -141,8 +160,9 @@ class ModelTester:
 class Wrapping:
     """While it is on, every model of some classes is wrapped as soon as it is made or loaded."""
 
-    def __init__(self, classes: list[type]) -> None:
+    def __init__(self, classes: list[type], **streams: Any) -> None:
         self.classes = classes
+        self.streams = STREAMS | streams
         self.depth = 0  # of constructors, or of a loader, that run
 
     @contextlib.contextmanager
@@ -176,7 +196,7 @@ class Wrapping:
             with self._inside() as outermost:
                 init(model, *args, **kwargs)
                 if outermost and type(model) in self.classes:
-                    parscale.wrap(model, **STREAMS)
+                    parscale.wrap(model, **self.streams)
 
         return construct
 
@@ -185,26 +205,22 @@ class Wrapping:
         def load(cls: type, *args: Any, **kwargs: Any) -> Any:
             with self._inside() as outermost:
                 path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-                reader = _reader_of_streams(cls, path) if outermost else None
-                if reader is not None:
-                    return reader.from_pretrained(*args, **kwargs)
+                if outermost and _holds_streams(cls, path):
+                    return ParScaleModel.from_pretrained(*args, **kwargs)
                 result = loader(cls, *args, **kwargs)
                 model = result[0] if isinstance(result, tuple) else result
                 if outermost:
-                    parscale.wrap(model, **STREAMS)
+                    parscale.wrap(model, **self.streams)
             return result
 
         return load
 
 
-def _reader_of_streams(cls: type, path: Any) -> Any:
-    """What reads a folder of this class with streams; `None` for any other folder."""
+def _holds_streams(cls: type, path: Any) -> bool:
+    """Whether a folder is of this class with streams."""
     config = None if path is None else Path(path, "config.json")
     names = json.loads(config.read_text()).get("architectures") if config is not None and config.exists() else None
-    if not names or "ParScale" not in names[0] or names[0].replace("ParScale", "") != cls.__name__:
-        return None
-    transformers.AutoConfig.from_pretrained(path)  # makes the name known
-    return getattr(transformers, names[0])
+    return bool(names) and "ParScale" in names[0] and names[0].replace("ParScale", "") == cls.__name__
 
 
 def mixins_of(source: Path) -> tuple[list[type], list[str]]:
@@ -263,31 +279,60 @@ def outcome_of(case: unittest.TestCase) -> str:
         lines = [
             line for line in problems[0][1].strip().splitlines() if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)
         ]
-        return (lines or problems[0][1].strip().splitlines())[-1][:300]
+        message = (lines or problems[0][1].strip().splitlines())[-1]
+        return re.sub(re.escape(tempfile.gettempdir()) + r"/\w+", "FOLDER", message)[:300]
     return "skipped" if result.skipped else "passes"
 
 
-def examine(family: Family, mixins: list[type], only: str) -> dict[str, Any]:
-    """Counts, and for each test that passes on the plain model and not on the wrapped one, what it says there."""
+def run_all(case: type[unittest.TestCase], names: Iterable[str]) -> dict[str, str]:
+    """The outcome of each test."""
+    return {name: outcome_of(case(name)) for name in names}
+
+
+def examine(family: Family, mixins: list[type], grid: list[dict[str, Any]], only: str) -> dict[str, Any]:
+    """Outcomes on the plain model, and for each set of streams those that differ on the wrapped one."""
     case = case_of(family, mixins)
-    wrapping = Wrapping([getattr(transformers, name) for name in family.classes])
-    passed, failed = 0, {}
-    for name in unittest.TestLoader().getTestCaseNames(case):
-        if not re.search(only, name) or outcome_of(case(name)) != "passes":
-            continue
-        with wrapping.on():
-            outcome = outcome_of(case(name))
-        if outcome == "passes":
-            passed += 1
-        elif outcome != "skipped":
-            failed[name] = outcome
-    return {"pass on both": passed, "fail on the wrapped model": failed}
+    plain = run_all(case, (name for name in unittest.TestLoader().getTestCaseNames(case) if re.search(only, name)))
+    passing = [name for name, outcome in plain.items() if outcome == "passes"]
+    outcomes = list(plain.values())
+    result: dict[str, Any] = {
+        "tests": len(plain),
+        "do not apply to the plain model": outcomes.count("skipped"),
+        "fail on the plain model": {k: v for k, v in plain.items() if v not in ("passes", "skipped")},
+        "wrapped": [],
+    }
+    for streams in grid:
+        with Wrapping([getattr(transformers, name) for name in family.classes], **streams).on():
+            wrapped = run_all(case, passing)
+        result["wrapped"].append(
+            streams
+            | {
+                "pass": list(wrapped.values()).count("passes"),
+                "skipped": [name for name, outcome in wrapped.items() if outcome == "skipped"],
+                "fail": {k: v for k, v in wrapped.items() if v not in ("passes", "skipped")},
+            }
+        )
+    return result
+
+
+def reason_of(test: str, outcome: str) -> str | None:
+    """Why a test should fail like this on a wrapped model; `None` if it should not."""
+    return next((why for name, text, why in EXPECTED if re.search(name, test) and re.search(text, outcome)), None)
+
+
+def earlier_families(output: Path, versions: dict[str, Any]) -> dict[str, Any]:
+    """The families that an earlier run with the same versions has examined."""
+    earlier = json.loads(output.read_text()) if output.exists() else {}
+    families: dict[str, Any] = earlier.pop("families", {})
+    return families if earlier == versions else {}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of transformers' source, with its tests")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--num-streams", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--kv", nargs="+", choices=("own", "shared"), default=["own", "shared"])
     parser.add_argument("--only", default="", help="a regular expression for the tests' names")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -300,18 +345,20 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     mixins, absent = mixins_of(args.source)
+    grid = [{"num_streams": count, "kv": kv} for kv in args.kv for count in args.num_streams]
     results: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__, "absent": absent}
-    results |= {"expected": {test: reason for test, (_, reason) in EXPECTED.items()}, "families": {}}
+    results["families"] = earlier_families(args.output, results)
     unexpected = 0
     for name in args.families:
-        found = examine(FAMILIES[name], mixins, args.only)
-        results["families"][name] = found
+        found = results["families"][name] = examine(FAMILIES[name], mixins, grid, args.only)
+        for row in found["wrapped"]:
+            print(f"{name} P = {row['num_streams']} {row['kv']}: {row['pass']} tests pass on both")
+            for test, outcome in row["fail"].items():
+                why = reason_of(test, outcome)
+                unexpected += why is None
+                row["fail"][test] = {"outcome": outcome, "reason": why}
+                print(f"  {'UNEXPECTED' if why is None else 'expected  '} {test}: {outcome}", flush=True)
         args.output.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"{name}: {found['pass on both']} tests pass on both")
-        for test, outcome in found["fail on the wrapped model"].items():
-            expected = name in EXPECTED.get(test, ((), ""))[0]
-            unexpected += not expected
-            print(f"  {'expected  ' if expected else 'UNEXPECTED'} {test}: {outcome}", flush=True)
     return int(unexpected > 0)
 
 

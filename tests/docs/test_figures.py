@@ -81,6 +81,13 @@ def test_of_the_overhead(table):
     assert table("overhead.py", RESULTS / "overhead.json").strip() in page("results/overhead.md")
 
 
+def test_of_the_mixins(monkeypatch, tmp_path):
+    written = tmp_path / "mixins.md"
+    monkeypatch.setattr(sys, "argv", ["mixins_page.py", "--output", str(written)])
+    runpy.run_path(str(ROOT / "benchmarks" / "mixins_page.py"), run_name="__main__")
+    assert written.read_text(encoding="utf-8") == page("results/mixins.md")
+
+
 def test_of_the_cost():
     text = page("results/cost.md")
     for row in on_file("cost.json")["rows"]:

@@ -1,0 +1,95 @@
+"""Writes the page of what the tests of transformers and PEFT say about wrapped models.
+
+python benchmarks/mixins_page.py --output docs/results/mixins.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+HEAD = """# The tests of transformers and PEFT
+
+Made by `python benchmarks/mixins_page.py`.
+
+A test that the authors of transformers or PEFT wrote for a plain model should pass on the same model with streams.
+Each test runs on a small random model, and, if it passes there, on one that is wrapped as soon as it is made or
+loaded (float32, on a CPU, prefixes of three tokens).
+
+- **tests**: all tests that were collected.
+- **do not apply**: the tests skip themselves on the plain model.
+- **fail plain**: fail on the plain model too, so they say nothing about streams.
+- **pass**, **skip**, **fail**: on the wrapped model, of those that pass on the plain one.
+"""
+COLUMNS = [
+    "| model | P | `kv` | tests | do not apply | fail plain | pass | skip | fail |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+PLAIN = "do not apply to the plain model", "fail on the plain model"
+
+
+def rows_of(name: str, found: dict[str, Any]) -> list[str]:
+    """The rows of a table, one for each set of streams."""
+    skipped, failing = (found[key] for key in PLAIN)
+    return [
+        f"| {name} | {row['num_streams']} | {row['kv']} | {found['tests']} | {skipped} | {len(failing)} "
+        f"| {row['pass']} | {len(row['skipped'])} | {len(row['fail'])} |"
+        for row in found["wrapped"]
+    ]
+
+
+def failures_of(families: dict[str, Any]) -> list[str]:
+    """One line for each test that fails on a wrapped model alone, and why."""
+    seen: dict[str, set[str]] = {}
+    for name, found in families.items():
+        for row in found["wrapped"]:
+            for test, failure in row["fail"].items():
+                why = failure["reason"] or f"unexplained: `{failure['outcome']}`"
+                seen.setdefault(f"| `{test}` | {why} |", set()).add(name)
+    if not seen:
+        return ["No test fails on a wrapped model alone."]
+    lines = [f"{line} {', '.join(sorted(names))} |" for line, names in sorted(seen.items())]
+    return ["| fails on wrapped models | why | models |", "|---|---|---|", *lines]
+
+
+def plain_failures_of(families: dict[str, Any]) -> list[str]:
+    """One line for each test that fails on a plain model, and what it says."""
+    lines = [
+        f"| `{test}` | {name} | `{outcome.replace('|', '/')}` |"
+        for name, found in families.items()
+        for test, outcome in found[PLAIN[1]].items()
+    ]
+    return ["", "| fails on the plain model | model | says |", "|---|---|---|", *lines] if lines else []
+
+
+def section(title: str, families: dict[str, Any]) -> str:
+    """A table of counts and one of reasons."""
+    counts = [*COLUMNS, *(line for name, found in families.items() for line in rows_of(name, found))]
+    return "\n".join(["", f"## {title}", "", *counts, "", *failures_of(families), *plain_failures_of(families), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    measured = json.loads((RESULTS / "mixins.json").read_text())
+    page = HEAD + section(f"transformers {measured['transformers']}: `ModelTesterMixin`", measured["families"])
+    if measured["absent"]:
+        names = ", ".join(f"`{name}`" for name in measured["absent"])
+        page += f"\nNot run, because a source distribution of transformers does not contain them: {names}.\n"
+    adapters = RESULTS / "mixins_peft.json"
+    if adapters.exists():
+        found = json.loads(adapters.read_text())
+        title = f"PEFT {found['peft']}: tests of decoder models"
+        page += section(title, {", ".join(name.split("/")[-1] for name in found["models"]): found})
+        page += f'\nChosen with `-k "{found["only"]}"`.\n' if found["only"] else ""
+    else:
+        page += "\nPEFT's tests have not been run to their end yet (`python benchmarks/mixins_peft.py`).\n"
+    args.output.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
