@@ -63,7 +63,7 @@ class Control:
         title: how the table shows it.
         arm: what it adds to the backbone.
         lora_rank: of an adapter that trains in it.
-        learning_rate: of what is no stream; None for the default.
+        learning_rate: of all parameters but the streams'; None for the default.
     """
 
     name: str

@@ -39,7 +39,7 @@ def compare_checkpoints(
         For each of the others and each place an entry, as `parscale.checkpoints.evaluation.against.paired_entries`.
 
     Raises:
-        ValueError: a checkpoint is damaged, or reads the documents as other tokens.
+        ValueError: a checkpoint is damaged, or has another tokenization of the documents.
         OSError: there is no such checkpoint.
     """
     model, tokenizer, name = this
@@ -59,7 +59,7 @@ def compare_checkpoints(
     entries = []
     for other in dict.fromkeys(others):
         if other == name:
-            raise ValueError(f"{name} cannot be held against itself; its own plain backbone is called 'off'.")
+            raise ValueError(f"{name} cannot be compared with itself; its own plain backbone is called 'off'.")
         if other == STREAMS_OFF:
             if not hasattr(model, "parscale"):
                 raise ValueError(f"{name} has no streams to turn off; leave 'off' out of --against.")

@@ -110,7 +110,7 @@ def interval(entry: Mapping[str, Any]) -> str:
 def direction(entry: Mapping[str, Any]) -> str:
     """What the interval says of a difference."""
     if entry["low"] is None:
-        return "one document says nothing about others"
+        return "there is no interval with one document"
     if entry["high"] < 0:
         return "lower"
     return "higher" if entry["low"] > 0 else "no difference that these documents show"

@@ -102,7 +102,7 @@ def _from_json(where: str, column: str, value: Any, kind: type) -> Any:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"{where}: {column} is a text and no JSON: {error}.") from error
+            raise ValueError(f"{where}: {column} is a text that is not JSON: {error}.") from error
     if value is not None and not isinstance(value, kind):
         wanted = "list" if kind is list else "JSON object"
         raise ValueError(f"{where}: {column} is a {type(value).__name__}, and should be a {wanted}.")

@@ -53,7 +53,9 @@ def grouped_attention(
     """
     further = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if further:
-        raise ValueError(f"{type(module).__name__} attends with {' and '.join(further)}, which is not written here.")
+        raise ValueError(
+            f"{type(module).__name__} attends with {' and '.join(further)}, which an export does not support."
+        )
     if attention_mask is None:
         raise ValueError(f"{type(module).__name__} attends without a mask: give attention_mask.")
     G, S = key.shape[1], query.shape[2]
@@ -64,7 +66,7 @@ def grouped_attention(
         scores = softcap * torch.tanh(scores / softcap)
     mask = attention_mask[:, :, None]  # (R or 1, 1, 1, S, K)
     if mask.dtype == torch.bool:
-        # not -inf: a row of padding sees nothing, and what is no number would reach the others through its values
+        # not -inf: a row of padding sees nothing, and NaN would reach the others through its values
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
     else:
         scores = scores + mask

@@ -27,7 +27,7 @@ from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
 NARROWED = ("k_proj", "v_proj", "kv_a_proj_with_mqa")
-BEHIND_THE_CACHE = ("kv_b_proj",)  # of MLA: it gets what the cache gives back, and is left as it is
+BEHIND_THE_CACHE = ("kv_b_proj",)  # of MLA: it runs on what the cache returns, and is left as it is
 NOISE = 10.0
 ROWS = 2  # of the input of the experiment
 
@@ -117,7 +117,7 @@ def _are_not_read(state: ParScaleState, streams: StreamSet, modules: Iterable[nn
 
 
 def _narrow_fits(state: ParScaleState, streams: StreamSet, modules: dict[nn.Module, bool]) -> bool:
-    """Whether the backbone runs with a cache while the layers see fewer rows; it raises what it does not know."""
+    """Whether the backbone runs with a cache while the layers see fewer rows; unknown errors are raised."""
     narrow, layers = SharedProjections(state, streams), SharedLayers(state, streams)
     name = cache_argument(state.backbone)
     assert name is not None

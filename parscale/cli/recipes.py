@@ -1,4 +1,4 @@
-"""Recipes: files with options of commands, for runs that are worth a name."""
+"""Recipes: files with options of commands, for runs that others may want to repeat."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _apply(context: typer.Context, name: str | None) -> str | None:
     defaults = {}
     for option, value in read_recipe(name, command).items():
         if option not in parameters or option == "recipe":
-            raise ValueError(f"The recipe {name} gives {command} {option!r}, which is none of its options.")
+            raise ValueError(f"The recipe {name} gives {command} {option!r}, which is not one of its options.")
         plain = isinstance(value, bool | list)
         defaults[parameters[option]] = value if plain else str(value)
     context.default_map = {**(context.default_map or {}), **defaults}
@@ -57,7 +57,7 @@ def _apply(context: typer.Context, name: str | None) -> str | None:
 Recipe = Annotated[
     str | None,
     typer.Option(
-        help="Take options from a recipe: nd-lora, or a TOML file. Those given beside it count more.",
+        help="Take options from a recipe: nd-lora, or a TOML file. Options on the command line take precedence.",
         metavar="NAME_OR_FILE",
         is_eager=True,
         callback=_apply,

@@ -51,7 +51,7 @@ def check_graph(path: Path, shape: CacheShape, known: Sample) -> None:
     """Runs a graph on the sample, several tokens first and then one at a time.
 
     Raises:
-        UnsupportedModelError: it says something else than the model.
+        UnsupportedModelError: its logits differ from the model's.
     """
     import onnxruntime
 
@@ -68,7 +68,7 @@ def check_graph(path: Path, shape: CacheShape, known: Sample) -> None:
     seen = known.mask.astype(bool)
     difference = np.abs(np.concatenate(found, axis=1) - known.logits)[seen].max()
     largest = np.abs(known.logits[seen]).max()
-    if not difference <= TOLERANCE[known.dtype] * largest:  # also what is no number
+    if not difference <= TOLERANCE[known.dtype] * largest:  # also true for NaN
         raise UnsupportedModelError(
             f"The exported graph differs from the model: by {difference:.2g}, where the largest logit is "
             f"{largest:.2g}. Models of this architecture, or in this dtype, cannot be exported."

@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: `(B, S)`.
-            attention_mask: `(B, K + S)`, 0 for padding; a row's first token that is none has position 0.
+            attention_mask: `(B, K + S)`, 0 for padding; the first real token of a row has position 0.
             past: keys and values of each layer, `(B, C*G, K, D)`.
 
         Returns:

@@ -25,7 +25,7 @@ def genai_config(model: Any, shape: CacheShape, filename: str) -> dict[str, Any]
     padding = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
     if padding is None:
         padding = ends[0] if ends else 0
-    # without a token of its own, the number after the last one, which no text has
+    # without a token of its own, the id after the last one, which the tokenizer never gives
     tokens = {
         "bos_token_id": config.vocab_size if start is None else start,
         "eos_token_id": ends,

@@ -84,7 +84,7 @@ def _write(model: Any, path: Path, dtype: Dtype, made_of: dict[str, Any]) -> Cac
     register_grouped()
     model.set_attn_implementation(GROUPED)
     place = Path(made_of["checkpoint"])
-    named = {"checkpoint": place.name} if place.is_dir() else {}  # where a folder lay is nobody else's concern
+    named = {"checkpoint": place.name} if place.is_dir() else {}  # its name, not its path on this machine
     provenance = {name: str(value) for name, value in (made_of | named | versions()).items()}
     mixing = write_graph(model, shape, path, provenance)
     check_graph(path, shape, known)

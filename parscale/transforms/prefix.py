@@ -167,8 +167,7 @@ class PrefixTransform(ModelTransform):
 
         Returns:
             The largest difference of hidden states, relative to the largest value; `None` if the prefixes cannot run
-            yet, since
-                the layers' heads or their values are spread over devices.
+            yet, since the layers' heads or their values are spread over devices.
         """
         state = self.state
         if any(layer.mesh is not None for layer in state.layers) or any(map(is_partitioned, state.model.parameters())):

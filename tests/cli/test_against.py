@@ -77,7 +77,7 @@ def test_eval_against_other_checkpoints(two_sets, backbone, held_out, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--against", "THIS"], "cannot be held against itself"),
+        (["--against", "THIS"], "cannot be compared with itself"),
         (["--against", "off", "--adaptive", "1"], "leave --tasks and --adaptive out"),
         (["--against", "nowhere"], "nowhere"),
     ],

@@ -77,7 +77,7 @@ def test_every_name_in_a_recipe_is_an_option(path):
         (None, "There is no recipe 'nothing'; give one of nd-lora, or the path of a TOML file."),
         ("train: [", "is not TOML"),
         ("[convert]", "says nothing of train"),
-        ("[train]\nepochs = 3", "gives train 'epochs', which is none of its options"),
+        ("[train]\nepochs = 3", "gives train 'epochs', which is not one of its options"),
         ("[train]\ntokens = 'many'", "'many' is not a size"),
     ],
 )

@@ -1,6 +1,6 @@
 """Attention over vLLM's paged cache by itself: with its log-sum-exp, or as the keys and values that a request sees.
 
-A prefix that lies in no cache is attended to beside it. On CPUs vLLM's own kernel keeps the log-sum-exp to itself and
+A prefix that lies in no cache is attended to beside it. On CPUs vLLM's own kernel does not return the log-sum-exp and
 lays out the cache for itself, so there the cache is written in plain order and read from torch.
 """
 

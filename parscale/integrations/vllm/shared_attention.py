@@ -82,7 +82,7 @@ class _Shared(Apart):
         """`(N + (P - 1) * M, heads, D)` queries; writes as many into `output`."""
         if attn_metadata is None:  # a warm-up
             return output.fill_(0)
-        N = attn_metadata.num_actual_tokens  # without what fills up a CUDA graph
+        N = attn_metadata.num_actual_tokens  # without the padding of a CUDA graph
         (first, others), (out_first, out_others) = self.rows.split(query), self.rows.split(output)
         if self.rows.chosen is None:
             others, out_others = others[:N], out_others[:N]

@@ -80,7 +80,7 @@ def test_tables(tmp_path, ending):
         ({"prompt": [USER, ANSWER], "completion": [USER]}, "no message in completion is of the role 'assistant'"),
         ({"messages": []}, "messages holds no message; write"),
         ({"messages": None}, "prompt holds no message"),
-        ({"messages": "Hello?"}, "messages is a text and no JSON"),
+        ({"messages": "Hello?"}, "messages is a text that is not JSON"),
         ({"messages": {"role": "user"}}, "messages is a dict, and should be a list"),
         ({"messages": [USER, "Yes."]}, r"messages\[1\] is a str; write \{'role'"),
         ({"messages": [{"from": "human", "value": "a"}]}, r"messages\[0\] has no role; it has 'from', 'value'"),
