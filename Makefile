@@ -4,12 +4,15 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-ON_THE_CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+# Tests start many processes: they keep what they compile of Python, also where the surroundings say not to.
+FOR_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+ON_THE_CPU := CUDA_VISIBLE_DEVICES= $(FOR_TESTS)
 # Each worker begins with whole files, whose fixtures are then made once, and takes from the others when it has done.
 WORKERS := -n $(JOBS) --dist worksteal
 PLAIN := $(VENV)/.plain
 READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
+VLLM_PACKAGES := $(VLLM_VENV)/.packages
 VLLM_READY := $(VLLM_VENV)/.ready
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
@@ -57,19 +60,22 @@ unit: $(READY) ## The tests alone, on the CPU; JOBS of them at once
 	$(ON_THE_CPU) $(BIN)/pytest $(WORKERS) -m "not gpu and not nightly"
 
 test-nightly: $(READY) $(VLLM_READY) ## The tests that the others leave to the night: whole tables, full grids, every target
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m nightly tests/vllm
+	$(FOR_TESTS) $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m nightly tests/vllm
 	$(ON_THE_CPU) $(BIN)/pytest $(WORKERS) -m "nightly and not gpu"
 
 # An environment of its own: vLLM pins torch and much else. --no-deps, since its list asks for packages of GPUs.
-$(VLLM_READY): pyproject.toml requirements-vllm.txt
+$(VLLM_PACKAGES): constraints.txt requirements-vllm.txt
 	$(call environment,$(VLLM_VENV))
 	$(VLLM_VENV)/bin/python -m pip install --constraint constraints.txt torch
 	$(VLLM_VENV)/bin/python -m pip install --no-deps --requirement requirements-vllm.txt
+	@touch $@
+
+$(VLLM_READY): pyproject.toml $(VLLM_PACKAGES)
 	$(VLLM_VENV)/bin/python -m pip install --no-deps --editable .
 	@touch $@
 
 test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for CPUs
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m "not nightly" tests/vllm
+	$(FOR_TESTS) $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m "not nightly" tests/vllm
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(call environment,$(OLDEST_VENV))

@@ -2,11 +2,17 @@
 
 The backbone's `lm_head` and loss run on B rows only, as ParScale's do. Prefill, decoding and training steps of both
 models, with the same tensors, alternate in one process, and the fastest of each counts: whatever else a machine does
-only adds time, and the ratio at P = 1, where both do the same, shows what is left of it. Peak memory comes from one
-process for each model. The released code, where its folder is named, is held against the plain backbone likewise.
+only adds time, and the ratio at P = 1, where both do the same, shows what is left of it. `low` and `high` are the
+quartiles of the ratio over the pairs of turns. Peak memory comes from one process for each model. The released code,
+where its folder is named, is held against the plain backbone likewise.
+
+Beside each ratio stands its floor: the same ratio of what has to be done, once the aggregator's and the prefix's own
+arithmetic is added; operations for a prefill and a training step, bytes for a decoded token.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
-    python benchmarks/overhead.py --released FOLDER
+    python benchmarks/overhead.py --shapes narrow --streams 4 --lengths 256
+    python benchmarks/overhead.py --released FOLDER --shapes small
+    python benchmarks/overhead.py --table benchmarks/results/overhead.json
 """
 
 from __future__ import annotations
@@ -18,8 +24,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -39,21 +46,53 @@ SHAPE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": SHAPE,
+    # little beside what streams add
+    "narrow": SHAPE | {"vocab_size": 4096, "intermediate_size": 1408},
+    # Qwen2.5-0.5B, but for its number of layers
+    "qwen": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "heads": SHAPE | {"intermediate_size": 1408, "num_attention_heads": 32, "num_key_value_heads": 32},
+}
+PREFIX_LENGTH = 48  # T, as wrap takes it by default
+LONGEST = 4096  # tokens in a cache, beside the lengths of prompts
 DECODED_TOKENS = 24
 Step = Callable[[], Any]
 
 
-def build(kind: str, P: int, released: Path | None, device: str, shape: dict[str, Any] = SHAPE) -> Any:
-    """A Qwen2 model of `shape`: `"plain"`, `"parscale"` or `"released"`."""
+def build(
+    kind: str, P: int, released: Path | None, device: str, shape: dict[str, Any] = SHAPE, family: str = "Qwen2"
+) -> Any:
+    """A model of `shape`: `"plain"`, `"parscale"`, `"shared"` (streams that share keys and values) or `"released"`."""
     torch.manual_seed(0)
     if kind == "released":
         assert released is not None
         return released_model(released, shape, P).to(device)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape, attn_implementation="sdpa"))
-    if kind == "parscale":
+    config = getattr(transformers, f"{family}Config")
+    positions = {"max_position_embeddings": 2 * LONGEST}
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**shape | positions, attn_implementation="sdpa"))
+    if kind != "plain":
         from parscale import wrap
 
-        wrap(model, P, init="random", seed=0)
+        kv = "shared" if kind == "shared" else "own"
+        wrap(model, P, prefix_length=PREFIX_LENGTH, init="random", seed=0, kv=kv)
     return model.to(device)
 
 
@@ -85,19 +124,28 @@ def prefill(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
 
 
 def decode(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
-    """One token after `ids`; the cache grows with every call."""
+    """One token after as many as `ids` has; the cache grows with every call."""
     cache: Any = transformers.DynamicCache()
+    model.eval()
     with torch.inference_mode():
         if kind == "released":  # which makes its own
-            cache = model.eval()(ids, use_cache=True).past_key_values
+            cache = model(ids, use_cache=True).past_key_values
         else:
-            forward(kind, model.eval(), ids, P, cache)
+            fill(cache, model.config, ids.shape[0] * (1 if kind == "shared" else P), ids)
 
     def step() -> None:
         with torch.inference_mode():
             forward(kind, model, ids[:, :1], P, cache)
 
     return step
+
+
+def fill(cache: Any, config: Any, rows: int, ids: torch.Tensor) -> None:
+    """Keys and values of a text, at random: what they are takes no time."""
+    size = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        states = torch.randn(rows, config.num_key_value_heads, ids.shape[1], size, device=ids.device)
+        cache.update(states, states.clone(), layer)
 
 
 def train(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
@@ -134,18 +182,72 @@ def ratio(one: Step, plain: Step, repeats: int, device: str) -> dict[str, float]
         for step in (one, plain) if index % 2 == 0 else (plain, one):
             times[step].append(seconds(step, device))
     fastest, plain_fastest = min(times[one]), min(times[plain])
-    return {"ratio": fastest / plain_fastest, "seconds": fastest, "plain_seconds": plain_fastest}
+    pairs = [a / b for a, b in zip(times[one], times[plain], strict=True)]
+    low, _, high = quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    found = {"ratio": fastest / plain_fastest, "low": low, "high": high}
+    return found | {"seconds": fastest, "plain_seconds": plain_fastest}
 
 
-def peak_bytes(kind: str, P: int, B: int, S: int, released: Path | None, device: str) -> int:
+# -- what has to be done
+
+
+def extra_operations(shape: dict[str, Any], P: int, rows: int, S: int) -> tuple[int, int]:
+    """Multiplications and additions of a forward pass that streams add: the aggregator's, and attention to prefixes.
+
+    Args:
+        shape: of the model.
+        P: streams.
+        rows: B.
+        S: tokens.
+    """
+    if P == 1:
+        return 0, 0
+    H = shape["hidden_size"]
+    aggregator = 2 * rows * S * (P * H * H + H * P + P * H)  # both projections and the mixture
+    return aggregator, 4 * P * rows * S * PREFIX_LENGTH * H * shape["num_hidden_layers"]
+
+
+def floor(what: str, kind: str, shape: dict[str, Any], P: int, rows: int, S: int) -> float:
+    """The ratio of what has to be done, with streams to the plain backbone at P*B rows; arguments as above."""
+    H, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
+    keys = H // shape["num_attention_heads"] * shape["num_key_value_heads"]  # G*D
+    weights = layers * (2 * H * H + 2 * H * keys + 3 * H * shape["intermediate_size"])
+    if what == "decode":  # bytes in units of one number: weights, cache, prefixes, aggregator
+        cache = 2 * layers * keys * rows * S
+        plain = weights + vocabulary * H + P * cache
+        own = weights + vocabulary * H + (1 if kind == "shared" else P) * cache
+        streams = P - (kind == "shared")
+        extra = 2 * layers * keys * streams * PREFIX_LENGTH + P * H * (H + 1) if P > 1 else 0
+        return (own + extra) / plain
+    attention = 4 * P * rows * S * (S + 1) // 2 * H * layers
+    matrices = 2 * rows * S * (P * weights + vocabulary * H)
+    aggregator, prefix = extra_operations(shape, P, rows, S)
+    # backwards a matrix product is two, and attention without its weights is five in place of two
+    linear, attended = (3.0, 3.5) if what == "train" else (1.0, 1.0)
+    plain = linear * matrices + attended * attention
+    return (plain + linear * aggregator + attended * prefix) / plain
+
+
+# -- all of them
+
+
+def peak_bytes(kind: str, P: int, S: int, args: argparse.Namespace) -> int:
     """Peak memory above what the interpreter and its libraries take, of one training step after another."""
+    name, B = args.shapes[0], args.batch_size
+    shape = SHAPES[name]
     small = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    train(kind, build(kind, P, released, device, SHAPE | small), torch.zeros(B, S, dtype=int).to(device), P)()
+    few = small | {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def steps(shape: dict[str, Any]) -> None:
+        model = build(kind, P, args.released, args.device, shape, family(name))
+        step = train(kind, model, torch.randint(256, (B, S)).to(args.device), P)
+        for _ in range(2):
+            step()
+
+    steps(shape | few)
     before = _peak_resident()
-    step = train(kind, build(kind, P, released, device), torch.randint(SHAPE["vocab_size"], (B, S)).to(device), P)
-    for _ in range(2):
-        step()
-    if device == "cuda":
+    steps(shape)
+    if args.device == "cuda":
         return torch.cuda.max_memory_allocated()
     return _peak_resident() - before
 
@@ -156,29 +258,43 @@ def _peak_resident() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def measure(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each P, S and what is measured."""
-    rows = []
-    for P in args.streams:
-        model, plain = build(kind, P, args.released, args.device), build("plain", P, None, args.device)
-        share(model, plain)
-        for S in args.lengths:
-            ids = torch.randint(SHAPE["vocab_size"], (args.batch_size, S), device=args.device)
-            for what, make in STEPS.items():
-                repeats = DECODED_TOKENS if what == "decode" else args.repeats
-                found = ratio(make(kind, model, ids, P), make("plain", plain, ids, P), repeats, args.device)
-                rows.append({"model": kind, "what": what, "P": P, "S": S, "B": args.batch_size} | found)
-                print(f"{kind:9} {what:8} P={P} S={S:5}  ratio {found['ratio']:.3f}", file=sys.stderr)
-            if args.device == "cuda" or Path("/proc/self/status").exists():
-                peaks = [_peak_in_process(name, P, S, args) for name in (kind, "plain")]
-                found = {"ratio": peaks[0] / peaks[1], "bytes": peaks[0], "plain_bytes": peaks[1]}
-                rows.append({"model": kind, "what": "train memory", "P": P, "S": S, "B": args.batch_size} | found)
-                print(f"{kind:9} memory   P={P} S={S:5}  ratio {found['ratio']:.3f}", file=sys.stderr)
-    return rows
+def family(name: str) -> str:
+    """The architecture of a shape."""
+    return "Llama" if name == "llama" else "Qwen2"
 
 
-def _peak_in_process(kind: str, P: int, S: int, args: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, "--peak", kind, "--streams", str(P), "--lengths", str(S)]
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each shape, P, S and what is measured."""
+    kinds = ["parscale", "shared"] if args.released is None else ["parscale", "shared", "released"]
+    for name in args.shapes:
+        for P in args.streams:
+            plain = build("plain", P, None, args.device, SHAPES[name], family(name))
+            for kind in kinds:
+                model = build(kind, P, args.released, args.device, SHAPES[name], family(name))
+                share(model, plain)
+                for what, S in _measured(kind, args):
+                    ids = torch.randint(SHAPES[name]["vocab_size"], (args.batch_size, S), device=args.device)
+                    make, repeats = STEPS[what], DECODED_TOKENS if what == "decode" else args.repeats
+                    steps = make(kind, model, ids, P), make("plain", plain, ids, P)
+                    row = {"shape": name, "model": kind, "what": what, "P": P, "S": S, "B": args.batch_size}
+                    least = {"floor": floor(what, kind, SHAPES[name], P, args.batch_size, S)}
+                    yield row | ratio(*steps, repeats, args.device) | least
+            for S in args.lengths if args.device == "cuda" or Path("/proc/self/status").exists() else ():
+                peaks = {kind: _peak_in_process(kind, name, P, S, args) for kind in ("plain", *kinds)}
+                for kind in kinds:
+                    row = {"shape": name, "model": kind, "what": "train memory", "P": P, "S": S, "B": args.batch_size}
+                    found = {"bytes": peaks[kind], "plain_bytes": peaks["plain"]}
+                    yield row | {"ratio": peaks[kind] / peaks["plain"]} | found
+
+
+def _measured(kind: str, args: argparse.Namespace) -> list[tuple[str, int]]:
+    """What is measured of a model, and at which S; of shared keys and values, what is another computation."""
+    found = [("decode", S) for S in sorted({*args.lengths, *args.cached})]
+    return found if kind == "shared" else found + [(what, S) for what in ("prefill", "train") for S in args.lengths]
+
+
+def _peak_in_process(kind: str, name: str, P: int, S: int, args: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--peak", kind, "--shapes", name, "--streams", str(P), "--lengths", str(S)]
     command += ["--batch-size", str(args.batch_size), "--device", args.device, "--threads", str(args.threads)]
     if args.released is not None:
         command += ["--released", str(args.released)]
@@ -187,31 +303,61 @@ def _peak_in_process(kind: str, P: int, S: int, args: argparse.Namespace) -> int
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
+LABELS = {"parscale": "own", "shared": "shared", "released": "own, released code"}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: ratios, and their floors in brackets."""
+    lines = ["| shape | keys and values | P | S | prefill | decode, per token | training step | memory in training |"]
+    lines.append("|---" * 8 + "|")
+    found = {tuple(row[key] for key in ("shape", "model", "P", "S", "what")): row for row in rows}
+    for name, model, P, S in dict.fromkeys(key[:4] for key in found):
+        cells = [_cell(found.get((name, model, P, S, what))) for what in (*STEPS, "train memory")]
+        lines.append(f"| {name} | {LABELS[model]} | {P} | {S} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ratio']:.2f}" + (f" ({row['floor']:.2f})" if "floor" in row else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8], help="values of P")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024], help="values of S, tokens")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="values of S, tokens")
+    parser.add_argument("--cached", type=int, nargs="+", default=[LONGEST], help="further S, for a decoded token")
     parser.add_argument("--batch-size", type=int, default=1, help="B, sequences")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of prefill and training steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--released", type=Path, help="folder of the released modeling code")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
     parser.add_argument("--peak", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.peak:
-        print(peak_bytes(args.peak, args.streams[0], args.batch_size, args.lengths[0], args.released, args.device))
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
         return
-    kinds = ["parscale"] if args.released is None else ["parscale", "released"]
-    rows = [row for kind in kinds for row in measure(kind, args)]
+    if args.peak:
+        print(peak_bytes(args.peak, args.streams[0], args.lengths[0], args))
+        return
+    rows = []
+    for row in measure(args):
+        rows.append(row)
+        beside = f"  floor {row['floor']:.3f}" if "floor" in row else ""
+        kept = {key: row[key] for key in ("shape", "model", "what", "P", "S")}
+        print(*kept.values(), f"ratio {row['ratio']:.3f}{beside}", file=sys.stderr)
     result = {
         "processor": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": args.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "shape": SHAPE,
+        "shapes": {name: SHAPES[name] for name in args.shapes},
         "rows": rows,
     }
     text = json.dumps(result, indent=1)

@@ -32,6 +32,11 @@ MARKERS = "so^D"
 STREAMS = (1, 2, 4, 8)
 DEVICE, MODEL, NEW_TOKENS = "h100", "1.6B", 256
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+EVIDENCE_SIZE = "0.1M"
+EVIDENCE = (  # those of several seeds
+    *("prefix", "long prefix", "twin", "twice as wide"),
+    *("P = 2", "P = 4", "P = 4, shared", "P = 4, embedding"),
+)
 PROMPTS = (64, 256, 1024, 4096, 16384)
 
 
@@ -60,8 +65,8 @@ def overhead(colours: Sequence[str]) -> Figure:
     figure, panels = _panels(2)
     for axes, S in zip(panels, (256, 1024), strict=True):
         for what, colour, marker in zip(("prefill", "decode", "train"), colours[1:], MARKERS[1:], strict=True):
-            wanted = ("parscale", what, S)
-            found = {row["P"]: row["ratio"] for row in rows if (row["model"], row["what"], row["S"]) == wanted}
+            wanted = {"shape": "small", "model": "parscale", "what": what, "S": S}
+            found = {row["P"]: row["ratio"] for row in rows if wanted.items() <= row.items()}
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
             label = "training step" if what == "train" else what
             axes.plot(STREAMS, [found[P] for P in STREAMS], label=label, gid=f"overhead-{S}-{what}", **style)
@@ -115,11 +120,30 @@ def batch(colours: Sequence[str]) -> Figure:
     return figure
 
 
+def evidence(colours: Sequence[str]) -> Figure:
+    """Arms from scratch against the dense model of their size, in the middle of documents; streams in colour."""
+    entries = json.loads((RESULTS / "evidence.json").read_text(encoding="utf-8"))["comparisons"]
+    wanted = {"study": "scratch", "size": EVIDENCE_SIZE, "where": "middle", "baseline": "dense"}
+    found = {entry["arm"]: entry for entry in entries if wanted.items() <= entry.items() and entry["seeds"] > 1}
+    figure = Figure(figsize=(7.4, 0.28 * len(EVIDENCE) + 0.9), layout="constrained")
+    axes = figure.add_subplot()
+    for place, arm in enumerate(EVIDENCE):
+        entry, colour = found[arm], colours[2] if arm.startswith("P") else colours[0]
+        axes.plot([entry["low"], entry["high"]], [place] * 2, color=colour, linewidth=1, gid=f"interval-{place}")
+        axes.plot([entry["difference"]], [place], "o", color=colour, markersize=4, gid=f"difference-{place}")
+    axes.axvline(0, linewidth=0.8, linestyle=":", color=colours[0])
+    _ticks(axes.yaxis, range(len(EVIDENCE)), EVIDENCE)
+    axes.invert_yaxis()
+    axes.set(xlabel="difference of loss from the dense model, nats per byte: the left is better")
+    return figure
+
+
 PICTURES: dict[str, Callable[[Sequence[str]], Figure]] = {
     "law": law,
     "overhead": overhead,
     "cost": cost,
     "batch": batch,
+    "evidence": evidence,
 }
 
 

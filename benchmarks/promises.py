@@ -18,7 +18,12 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 import parscale
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")  # the second since transformers 5.24
-TRANSFORMS = ("prefix", "prompt", "lora")  # what makes the streams differ: the values of wrap's argument `transform`
+TRANSFORMS = {  # columns of the table by what they give `wrap`
+    "prefix": {},
+    "prompt": {"transform": "prompt"},
+    "lora": {"transform": "lora"},
+    "shared": {"kv": "shared"},
+}
 P, T, B = 3, 4, 2
 TEXT = 6  # tokens of a stream that starts as a text
 # How tokens come with a cache: so many at a time, and whether with their positions. A way counts in which the plain
@@ -42,7 +47,7 @@ class BrokenPromiseError(Exception):
 
 @dataclasses.dataclass
 class Verdict:
-    """What was found for a class under one transform.
+    """What was found for a class in one column.
 
     Args:
         verdict: `"supported"`, `"not"` or `"cannot be built"`.
@@ -65,7 +70,7 @@ def examine(name: str, transform: str = "prefix") -> Verdict:
 
     Args:
         name: of the class.
-        transform: as in `wrap`.
+        transform: the column, one of `TRANSFORMS`.
     """
     tiny = tiny_models.Tiny(name)
     with warnings.catch_warnings():
@@ -91,13 +96,13 @@ class Examination:
     Args:
         tiny: the class.
         plain: a model of it.
-        transform: as in `wrap`.
+        transform: the column, one of `TRANSFORMS`.
         verdict: to which notes are added.
     """
 
     def __init__(self, tiny: Any, plain: Any, transform: str, verdict: Verdict) -> None:
         self.tiny, self.plain, self.verdict = tiny, plain, verdict
-        self.options = {} if transform == "prefix" else {"transform": transform}
+        self.options, self.shares_keys = TRANSFORMS[transform], transform == "shared"
         self.ids = ids()
         self.expected = logits(plain, self.ids)
         self.known = {name for name, _ in plain.named_parameters()}
@@ -117,7 +122,10 @@ class Examination:
         self.generates(model)
         self.loads_what_it_saved(model)
         self.gradients_reach_every_stream(model)
-        self.equal_streams_are_one(model)
+        if self.shares_keys:
+            self.the_cache_is_the_backbones(model)
+        else:
+            self.equal_streams_are_one(model)
         if not self.options:
             self.verdict.without = layers_without_prefix(model)
         parscale.unwrap(model)
@@ -209,7 +217,7 @@ class Examination:
                 raise BrokenPromiseError(f"the gradient of {name} is zero")
         model.zero_grad()
         model.eval()
-        if self.options:
+        if self.options and not self.shares_keys:
             return
         model(input_ids=self.ids).logits[:, -1].square().sum().backward()
         for name, parameter in self.added(model):
@@ -231,6 +239,19 @@ class Examination:
         model.set_streams("pair")
         check(logits(model, self.ids), three, "with two equal streams in place of three, the logits")
         model.set_streams("default")
+
+    @torch.no_grad()
+    def the_cache_is_the_backbones(self, model: Any) -> None:
+        """As many rows; and the last positions by two passes, where the model can keep those alone."""
+        full = logits(model, self.ids)
+        output = model(input_ids=self.ids, use_cache=True)
+        cache = next((output[name] for name in ALL_CACHE_NAMES if getattr(output, name, None) is not None), None)
+        layers = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+        if any(layer.keys.shape[0] != B for layer in layers):
+            raise BrokenPromiseError("the cache has rows of other streams")
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            kept = model(input_ids=self.ids, logits_to_keep=2).logits
+            check(kept, full[:, -2:], "of the last positions alone, the logits")
 
     def context(self) -> str:
         """A stream that starts as a text, alone, against the backbone that reads the text first."""

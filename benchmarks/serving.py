@@ -1,12 +1,17 @@
-"""What serving costs: vLLM with streams beside vLLM on the plain backbone, and beside transformers' `generate`.
+r"""What serving costs: vLLM with streams beside vLLM on the plain backbone, and beside transformers' `generate`.
 
 Every engine has a process of its own, all of them live, and take turns on the same prompts of random tokens, new ones
 in each turn, so that prefix caching finds only what all requests share. Of each engine the turn with the highest
-throughput counts, and the one with the shortest time to the first token. Requests come all at once; transformers gets
-a batch.
+throughput counts, and the one with the shortest time to the first token; a further token takes what is left of the one
+after the other, divided by their number. Requests come all at once; transformers gets a batch.
 
     .venv-vllm/bin/python benchmarks/serving.py --output benchmarks/results/serving.json
     .venv-vllm/bin/python benchmarks/serving.py --table benchmarks/results/serving.json
+
+Streams with keys and values of their own beside streams that share them, by vLLM alone:
+
+    .venv-vllm/bin/python benchmarks/serving.py --kv own shared --programs vllm --streams 2 4 \
+        --prompt-tokens 1024 --output benchmarks/results/serving_shared.json
 """
 
 from __future__ import annotations
@@ -30,21 +35,32 @@ from overhead import SHAPE
 PLAIN = "plain"  # the backbone, as vLLM's own class serves it
 
 
-def engines(streams: list[int]) -> list[tuple[str, str]]:
+def named(P: int, kv: str) -> str:
+    """A model's name: P streams, and whose keys and values they attend to."""
+    return f"{P}-{kv}"
+
+
+def models(streams: list[int], kvs: list[str]) -> list[tuple[int, str]]:
+    """Pairs of P and `kv`; one stream has no keys to share."""
+    return [(P, kv) for kv in kvs for P in streams if P > 1 or kv == kvs[0]]
+
+
+def engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Pairs of a program and a model."""
-    return [("vllm", PLAIN), *(("vllm", str(P)) for P in streams), *(("transformers", str(P)) for P in streams)]
+    names = [named(*model) for model in models(args.streams, args.kv)]
+    return [("vllm", PLAIN), *((program, name) for program in args.programs for name in names)]
 
 
-def save_models(folder: Path, streams: list[int], dtype: torch.dtype) -> None:
+def save_models(folder: Path, streams: list[int], kvs: list[str], dtype: torch.dtype) -> None:
     """One backbone, and the same with P streams for each P."""
     import parscale
 
     torch.manual_seed(0)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).to(dtype)
     model.save_pretrained(folder / PLAIN)
-    for P in streams:
-        parscale.wrap(model, P, init="random", seed=0)
-        model.save_pretrained(folder / str(P))
+    for P, kv in models(streams, kvs):
+        parscale.wrap(model, P, init="random", seed=0, kv=kv)
+        model.save_pretrained(folder / named(P, kv))
         parscale.unwrap(model)
 
 
@@ -125,9 +141,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     best: dict[tuple[str, str, int], dict[str, float]] = {}
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        save_models(Path(folder), args.streams, getattr(torch, args.dtype))
+        save_models(Path(folder), args.streams, args.kv, getattr(torch, args.dtype))
         workers = {}
-        for engine in engines(args.streams):
+        for engine in engines(args):
             command = [sys.executable, __file__, *sys.argv[1:], "--work", engine[0], f"{folder}/{engine[1]}"]
             workers[engine] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             assert workers[engine].stdout.readline() == "ready\n", engine
@@ -156,24 +172,35 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """Throughput and time to the first token as ratios, in Markdown."""
-    rows = {(row["program"], row["model"], row["concurrency"]): row for row in result["rows"]}
-    titles = ["P", "requests at once"]
-    titles += [f"{what}, to {other}" for other in ("plain vLLM", "`generate`") for what in ("tokens/s", "first token")]
+    new = result["new_tokens"]
+    rows = {
+        (row["program"], row["model"], row["concurrency"]): row
+        | {"token": (row["seconds"] - row["first"]) / (new - 1), "rate": row["tokens_per_second"]}
+        for row in result["rows"]
+    }
+    has_generate = "transformers" in result["programs"]
+    others = ("plain vLLM", "`generate`") if has_generate else ("plain vLLM",)
+    titles = ["P", "keys", "requests at once"]
+    titles += [f"{what}, to {other}" for other in others for what in ("tokens/s", "first token", "further token")]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for P in result["streams"]:
+    for P, kv in models(result["streams"], result["kv"]):
         for number in result["concurrency"]:
-            own = rows["vllm", str(P), number]
+            own = rows["vllm", named(P, kv), number]
             cells = []
-            for other in (rows["vllm", PLAIN, number], rows["transformers", str(P), number]):
-                cells.append(own["tokens_per_second"] / other["tokens_per_second"])
-                cells.append(own["first"] / other["first"])
-            lines.append(f"| {P} | {number} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+            for other in (("vllm", PLAIN), ("transformers", named(P, kv)))[: len(others)]:
+                against = rows[*other, number]
+                cells += [own[what] / against[what] for what in ("rate", "first", "token")]
+            lines.append(f"| {P} | {kv} | {number} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4], help="values of P")
+    parser.add_argument("--kv", nargs="+", choices=["own", "shared"], default=["own"], help="whose keys and values")
+    parser.add_argument(
+        "--programs", nargs="+", choices=["vllm", "transformers"], default=["vllm", "transformers"], help="what serves"
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -203,6 +230,8 @@ def main() -> None:
         "shape": SHAPE,
         **{name: getattr(args, name) for name in ("dtype", "block_size", "prompt_tokens", "new_tokens", "turns")},
         "streams": args.streams,
+        "kv": args.kv,
+        "programs": args.programs,
         "concurrency": args.concurrency,
         "rows": measure(args),
     }

@@ -2,7 +2,8 @@
 
     python benchmarks/support.py --output docs/architectures.md --jobs 2
 
-writes the table, and the same for programs beside the other results.
+writes the table, and the same for programs beside the other results. `--columns shared` examines that one alone, and
+keeps the others as they were.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from promises import CONTEXT_TOLERANCE, NOT, NOT_BUILT, SUPPORTED, TOLERANCE, TR
 
 import parscale
 
+SHARED = "shared"
 RESULTS = Path(__file__).with_name("results") / "support.json"
 
 
-def examine_all(names: list[str], jobs: int) -> dict[str, dict[str, Verdict]]:
-    """Verdicts by class and transform.
+def examine_all(names: list[str], columns: list[str], jobs: int) -> dict[str, dict[str, Verdict]]:
+    """Verdicts by class and column.
 
     Args:
         names: of the classes.
+        columns: of `TRANSFORMS`.
         jobs: how many at once.
     """
-    tasks = [(name, transform) for name in names for transform in TRANSFORMS]
+    tasks = [(name, transform) for name in names for transform in columns]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=quiet) as pool:
         verdicts = list(pool.map(examine, *zip(*tasks, strict=True)))
@@ -73,6 +76,7 @@ def counts(classes: dict[str, Any], *transforms: str) -> dict[str, int]:
 def page(found: dict[str, Any]) -> str:
     """The table in Markdown, with what stands around it, from `results`."""
     classes, transforms = found["classes"], [x for x in TRANSFORMS if x in next(iter(found["classes"].values()))]
+    own = [transform for transform in transforms if transform != SHARED]
     by_version = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [
         "# Which architectures take streams",
@@ -93,8 +97,9 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {label} | " + " | ".join(map(str, counts(classes, *chosen).values())) + " |")
     lines += [
         "",
-        f"- **{', '.join(transforms)}**: what makes the streams differ. *yes*: every promise is kept; a number: the",
+        f"- **{', '.join(own)}**: what makes the streams differ. *yes*: every promise is kept; a number: the",
         "  reason below.",
+        *_about_shared(transforms),
         "- **without a prefix**: kinds of layers that have no keys and values to put a prefix in front of; there the",
         "  streams differ by what reaches these layers.",
         '- **context**: whether a stream that starts as a text (`init="context"`), by itself, is the backbone that',
@@ -123,22 +128,36 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _about_shared(transforms: list[str]) -> list[str]:
+    if SHARED not in transforms:
+        return []
+    return [
+        '- **shared**: streams with a prefix that read the keys and values of stream 0 (`kv="shared"`). Equal streams',
+        "  are not asked for, since stream 0 has no prefix; the cache has the rows of the backbone's.",
+    ]
+
+
 def main() -> None:
+    columns = list(TRANSFORMS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes, and nothing is written")
     parser.add_argument("--output", type=Path, help="the page to write, and beside the other results the same as JSON")
+    parser.add_argument("--columns", nargs="+", choices=columns, default=columns, help="by default all of them")
     parser.add_argument("--jobs", type=int, default=2, help="classes at once")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.only or ()) - set(tiny_models.names()))
     if unknown:
         parser.error(f"transformers {transformers.__version__} has no {', '.join(unknown)} for causal language models")
-    verdicts = examine_all(arguments.only or tiny_models.names(), arguments.jobs)
+    verdicts = examine_all(arguments.only or tiny_models.names(), arguments.columns, arguments.jobs)
     for name, by_transform in verdicts.items():
         for transform, verdict in by_transform.items():
             details = filter(None, [verdict.reason, *verdict.without, verdict.context, *verdict.notes])
             print(f"{name} ({transform}): {verdict.verdict}", *details, sep="; ")
     found = results(verdicts)
-    for transform in TRANSFORMS:
+    if arguments.columns != columns and not arguments.only:
+        earlier = json.loads(RESULTS.read_text(encoding="utf-8"))["classes"]
+        found["classes"] = {name: earlier.get(name, {}) | fields for name, fields in found["classes"].items()}
+    for transform in arguments.columns:
         numbers = counts(found["classes"], transform)
         print(transform, *(f"{number} {verdict}" for verdict, number in numbers.items()), sep=", ")
     if arguments.output is not None and not arguments.only:

@@ -2,7 +2,7 @@
 
     from parscale.checkpoints import TrainSettings, convert, evaluate, train
 
-Importing this package imports neither torch nor transformers: each name below is fetched when it is first used.
+Importing this package imports neither torch nor transformers: each name below is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from parscale.checkpoints.control_runs import train_controls
     from parscale.checkpoints.conversion.convert import calibration_ids, convert
     from parscale.checkpoints.description import describe
     from parscale.checkpoints.evaluation.comparison import Comparison, compare
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
         run_quickstart,
     )
     from parscale.checkpoints.small_model import small_model_path
-    from parscale.checkpoints.texts.documents import Document, Source
+    from parscale.checkpoints.texts.documents import Chat, Completion, Document, Source
     from parscale.checkpoints.texts.sources import open_source, read_documents
     from parscale.checkpoints.texts.standard_library import standard_library_split
     from parscale.checkpoints.training.divergence import DivergedError
     from parscale.checkpoints.training.model_card import push
+    from parscale.checkpoints.training.new_model import NewModel
     from parscale.checkpoints.training.packing import Blocks, pack, pack_documents
     from parscale.checkpoints.training.settings import TrainSettings
     from parscale.checkpoints.training.speed import faster_in_bf16
@@ -55,7 +57,9 @@ __all__ = [
     "RECIPES",
     "Arm",
     "Blocks",
+    "Chat",
     "Comparison",
+    "Completion",
     "Diagnosis",
     "DivergedError",
     "Document",
@@ -63,6 +67,7 @@ __all__ = [
     "Evaluation",
     "Interrupted",
     "Interval",
+    "NewModel",
     "QuickstartSettings",
     "QuickstartTexts",
     "Source",
@@ -92,9 +97,11 @@ __all__ = [
     "small_model_path",
     "standard_library_split",
     "train",
+    "train_controls",
 ]
 
 _HOMES = {  # of the public names, below this package
+    "control_runs": ("train_controls",),
     "conversion.convert": (
         "calibration_ids",
         "convert",
@@ -142,6 +149,8 @@ _HOMES = {  # of the public names, below this package
     ),
     "small_model": ("small_model_path",),
     "texts.documents": (
+        "Chat",
+        "Completion",
         "Document",
         "Source",
     ),
@@ -152,6 +161,7 @@ _HOMES = {  # of the public names, below this package
     "texts.standard_library": ("standard_library_split",),
     "training.divergence": ("DivergedError",),
     "training.model_card": ("push",),
+    "training.new_model": ("NewModel",),
     "training.packing": (
         "Blocks",
         "pack",

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its configuration and from the heads of its files: no weight is read."""
+"""Describes a checkpoint from its configuration and the headers of its files, without reading any weight."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from parscale.format.headers import StoredTensor
 from parscale.format.packed import stored_sizes
 from parscale.streams.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
 
-PLAIN = "plain backbone"  # beside the two kinds of parscale.format.folders
+PLAIN = "plain backbone"  # in addition to the kinds of parscale.format.folders
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def describe(path_or_repo: str) -> dict[str, Any]:
-    """What a checkpoint is, as a report that can be written as JSON.
+    """Describes a checkpoint, as a report that can be written as JSON.
 
     Args:
-        path_or_repo: a folder, or a name on the Hugging Face Hub, of which the weights are then fetched.
+        path_or_repo: a folder, or a name on the Hugging Face Hub, whose weights are then downloaded.
 
     Returns:
-        `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `backbone` (its class, type and name), the numbers of
-        the active streams, `dtype`, `parameters` by where they are, and `further_streams` by name.
+        `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `backbone` (its class, type and name), the
+        configuration of the active streams, `dtype`, `parameters` by part, and `further_streams` by name.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: it is not there.
+        ValueError: the checkpoint is damaged.
+        OSError: it does not exist.
     """
     checkpoint = Checkpoint(path_or_repo)
     kind = kind_of(checkpoint)
@@ -71,7 +71,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
     """`"full"`, `"streams only"` or `"plain backbone"`.
 
     Raises:
-        OSError: there is no such checkpoint.
+        OSError: the checkpoint does not exist.
     """
     config = checkpoint.file(CONFIG)
     if config is not None:
@@ -88,7 +88,7 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
             name: value if isinstance(value := fields.get(field), str) else None
             for name, field in (("class", "backbone_class"), ("model_type", "backbone_model_type"), ("name", BACKBONE))
         }
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes a second to import
 
     model_type = str(fields.get("model_type")).removesuffix(TYPE_SUFFIX)
     classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -121,7 +121,7 @@ def _further(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 
-def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: Any = None) -> dict[str, int]:
+def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: object = None) -> dict[str, int]:
     counts = {None: 0, TRANSFORM_PART: 0, AGGREGATOR_PART: 0}
     for name, size in stored_sizes(tensors, quantization).items():
         counts[part_of(name)] += size
@@ -129,7 +129,7 @@ def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantizatio
 
 
 def _dtype(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """The dtype of most of the numbers."""
+    """The dtype that most of the parameters have."""
     numbers: Counter[str] = Counter()
     for tensor in tensors.values():
         numbers[_DTYPES.get(tensor.dtype, tensor.dtype)] += tensor.numel

@@ -1,4 +1,4 @@
-"""Whether weights are numbers at all: what is damaged or has diverged holds infinite values, or none."""
+"""Checks that weights are finite: damaged or diverged models hold NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from parscale.distributed.parallel import local
 
 
 def first_not_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first parameter that holds an infinite value or none at all; None where there is none.
+    """The name of the first parameter with NaN or infinite values; None if all are finite.
 
-    Of a parameter that is spread over devices, this one's part counts. Quantized ones are left out.
+    If a parameter is sharded over devices, only this device's part counts. Quantized parameters are skipped.
     """
     for name, parameter in parameters:
         values = local(parameter.detach())
@@ -24,10 +24,10 @@ def first_not_finite(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | No
 
 
 def require_finite(model: torch.nn.Module, checkpoint: str) -> None:
-    """Refuses a model that cannot be trained.
+    """Checks that all parameters of a model are finite, before it is trained.
 
     Raises:
-        ValueError: a parameter holds a value that is not finite.
+        ValueError: a parameter has a value that is not finite.
     """
     if (name := first_not_finite(model.named_parameters())) is not None:
-        raise ValueError(f"{name} of {checkpoint} holds values that are not finite: it is damaged, give another one.")
+        raise ValueError(f"{name} of {checkpoint} holds values that are not finite: the checkpoint is damaged.")

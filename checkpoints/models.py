@@ -1,4 +1,4 @@
-"""Reading what a user names: checkpoints with their tokenizers."""
+"""Loads the checkpoints that a user names, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
 def open_checkpoint(
     checkpoint: str, *, streams: str | None = None, device: str | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Load a checkpoint for use, not for training, with its tokenizer if it has one.
+    """Loads a checkpoint for inference, with its tokenizer if it has one.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub; with streams, or a plain model.
         streams: the set of streams to switch to, or `"off"` for the plain backbone; by default the active set.
-        device: where to put the model; by default on a GPU if there is one.
+        device: the device for the model; by default a GPU if there is one.
 
     Returns:
-        The model, ready for use, and its tokenizer or None.
+        The model in eval mode, and its tokenizer or None.
 
     Raises:
-        ValueError: there is no such set of streams or device, or the checkpoint is damaged or no causal language model.
-        OSError: there is no such checkpoint.
+        ValueError: the set of streams or the device does not exist, or the checkpoint is damaged or not a causal
+            language model.
+        OSError: the checkpoint does not exist.
     """
     place = _device(device)
     is_plain = kind_of(Checkpoint(checkpoint)) == PLAIN
     if is_plain and streams not in (None, STREAMS_OFF):
-        raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; leave the set out.")
+        raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; omit the set.")
     model = load_any(checkpoint)
     require_language_model(model, checkpoint)
     if not is_plain and streams is not None:
@@ -51,45 +52,45 @@ def open_checkpoint(
 
 
 def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """A checkpoint's model, wrapped or plain as it is.
+    """Loads a checkpoint's model, wrapped if it has streams, otherwise plain.
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub; with streams, or a plain model.
-        dtype: as saved unless given.
-        **options: for `parscale.load` or `from_pretrained`.
+        dtype: by default that of the saved tensors.
+        **options: passed to `parscale.load` or `from_pretrained`.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: there is no such checkpoint.
+        ValueError: the checkpoint is damaged.
+        OSError: it does not exist.
     """
     read = load_plain if kind_of(Checkpoint(checkpoint)) == PLAIN else load
     return read(checkpoint, dtype=dtype, **options)
 
 
 def require_language_model(model: PreTrainedModel, checkpoint: str) -> None:
-    """Refuses what does not read and write text, such as an encoder.
+    """Checks that a model is a causal language model, unlike an encoder.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is not.
     """
     if not writes_text(model):
         raise ValueError(
-            f"{checkpoint} holds a {type(model).__name__}, and this is for causal language models: use it from Python, "
+            f"{checkpoint} holds a {type(model).__name__}, but this is for causal language models: use it from Python, "
             "by parscale.load."
         )
 
 
 def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool = False, **options: Any) -> Any:
-    """A model without streams.
+    """Loads a model without streams.
 
     Args:
         source: a folder, or a name on the Hugging Face Hub.
-        dtype: as saved unless given.
-        any_task: of the class that it was saved from, also an encoder; otherwise a causal language model.
-        **options: for `from_pretrained`.
+        dtype: by default that of the saved tensors.
+        any_task: load the class that it was saved from, also an encoder; otherwise a causal language model.
+        **options: passed to `from_pretrained`.
 
     Raises:
-        ValueError: its files are damaged or do not fit its configuration, or it needs code of its own.
+        ValueError: its files are damaged or do not fit its configuration, or it needs its own code.
     """
     checkpoint = Checkpoint(source)
     reader: Any = _own_class(checkpoint) if any_task else AutoModelForCausalLM
@@ -97,20 +98,20 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool 
         model, report = load_plain_model(checkpoint, reader, dtype=dtype or "auto", **options)
     except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:  # of tensors in other shapes than the configuration says
+    except RuntimeError as error:  # tensors whose shapes differ from the configuration
         raise ValueError(f"The weights of {source} do not fit its {CONFIG}: {error}") from error
-    except Exception as error:  # whatever a configuration without sense leads to
+    except Exception as error:  # whatever an invalid configuration raises
         problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"No model can be made of {source}, its {CONFIG} is damaged ({problem}).") from error
+        raise ValueError(f"No model can be made from {source}: its {CONFIG} is damaged ({problem}).") from error
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{source} lacks {_few(missing)}: it is damaged, or no {type(model).__name__}.")
+        raise ValueError(f"{source} lacks {_few(missing)}: it is damaged, or not a {type(model).__name__}.")
     if unknown := sorted(report["unexpected_keys"]):
         warnings.warn(f"{source} holds {_few(unknown)}, which a {type(model).__name__} does not use.", stacklevel=2)
     return model
 
 
 def _own_class(checkpoint: Checkpoint) -> Any:
-    """The class that a plain checkpoint names, unless that is what `AutoModelForCausalLM` chooses."""
+    """The class that a plain checkpoint names, unless `AutoModelForCausalLM` chooses the same."""
     names = checkpoint.read_json(CONFIG).get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     cls = None if str(name).endswith(("ForCausalLM", "LMHeadModel")) else class_named(name)
@@ -118,7 +119,7 @@ def _own_class(checkpoint: Checkpoint) -> Any:
 
 
 def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that belongs to a checkpoint, or None if its folder has none.
+    """The tokenizer of a checkpoint; None if its folder has none.
 
     Raises:
         ValueError: the tokenizer cannot be read.
@@ -133,11 +134,11 @@ def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, checkpoint: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, once it is known that there is one.
+    """Returns the tokenizer, or raises an error if there is none.
 
     Args:
-        tokenizer: what was found beside the model, or None.
-        checkpoint: as the error calls it.
+        tokenizer: the tokenizer of the model, or None.
+        checkpoint: its name, for the error message.
 
     Returns:
         The tokenizer.
@@ -146,7 +147,7 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, checkpoint: str
         ValueError: there is none.
     """
     if tokenizer is None:
-        raise ValueError(f"{checkpoint} holds no tokenizer; put the files of the backbone's tokenizer beside it.")
+        raise ValueError(f"{checkpoint} has no tokenizer; copy the files of the backbone's tokenizer into its folder.")
     return tokenizer
 
 
@@ -160,6 +161,6 @@ def _device(device: str | None) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"There is no device {device!r} here; give cpu, or a GPU that torch sees.") from error
+    except (RuntimeError, AssertionError) as error:  # without CUDA, torch raises an AssertionError
+        raise ValueError(f"The device {device!r} is not available; give cpu, or a GPU that torch sees.") from error
     return place

@@ -1,4 +1,4 @@
-"""Where the small language model lies that the package carries."""
+"""The path of the small language model in the package."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from parscale import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of the software that a run's result depends on."""
+    """The versions of the software that a run's result depends on."""
     return {
         "parscale": __version__,
         "torch": torch.__version__,

@@ -43,6 +43,10 @@ def main() -> None:
 
         for moment, loss in report["losses"]["held-out"].items():
             print(f"{moment:>9}: {loss:.4f} nats per token")
+        for entry in report["comparisons"]:
+            place = f"{entry['where']} of {entry['documents']} files"
+            print(f"{place}, against the untouched backbone: {entry['difference']:+.4f}")
+        print("No gain of streams yet: the backbone trained alone and one prefix have to be beaten too (--controls).")
         print(f"P = {load(work / 'trained').num_streams}, {report['trained_parameters']:,} parameters were trained")
 
 

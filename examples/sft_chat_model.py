@@ -68,7 +68,7 @@ def main() -> None:
             per_device_train_batch_size=4,
             learning_rate=3e-2,
             max_length=128,
-            assistant_only_loss=True,
+            assistant_only_loss=True,  # packing=True joins conversations into sequences of max_length
             bf16=torch.cuda.is_available(),
             logging_steps=10,
             save_strategy="no",

@@ -1,4 +1,4 @@
-"""Operations that P streams add to a model, one folder for each, with its torch reference."""
+"""The operations that P streams add to a model: one folder each, with a torch reference."""
 
 from parscale.kernels.aggregate import aggregate, stream_weights
 from parscale.kernels.aggregator import aggregator

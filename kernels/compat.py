@@ -1,6 +1,6 @@
-"""What the kernels' rooms need of torch that it has no documented name for; each is one function.
+"""The undocumented names of torch that the kernels use, one function each.
 
-This room imports nothing of the rest of parscale, so that a version of torch without one of them is refused here.
+`parscale.kernels` imports nothing from the rest of parscale, so an unsupported version of torch is reported here.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ import torch
 
 
 def functorch_transforms_are_active() -> bool:
-    """Whether a transform of `torch.func` runs (`grad`, `vmap`, `jvp`, ...); torch has no public name for that.
+    """Whether a transform of `torch.func` is active (`grad`, `vmap`, `jvp`, ...); torch has no public function for it.
 
-    They may differentiate any number of times, forward and backward, and map what they differentiate.
+    Transforms may differentiate any number of times, forward and backward, and map over the result.
     """
     return _needed(torch._C, "_are_functorch_transforms_active")()
 
 
 def flash_for_cpu() -> Any:
-    """torch's flash attention on a CPU, with the log-sum-exp of the scores, which `sdpa` keeps to itself."""
+    """torch's flash attention on a CPU, with the log-sum-exp of the scores, which `sdpa` does not return."""
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
 def flash_for_cpu_backward() -> Any:
-    """The gradients of `flash_for_cpu`, of an output and a log-sum-exp that may come from elsewhere."""
+    """The gradients of `flash_for_cpu`, for an output and a log-sum-exp that may be merged ones."""
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
 def flash_for_gpu() -> Any:
     """torch's flash attention on CUDA and ROCm devices, whose causal mask is aligned to the lower right.
 
-    `sdpa` aligns its own to the upper left, and `torch.nn.attention.bias.causal_lower_right` calls this operator.
+    `sdpa` aligns its mask to the upper left; `torch.nn.attention.bias.causal_lower_right` calls this operator.
     """
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention")
 
 
 def flash_for_gpu_backward() -> Any:
-    """The gradients of `flash_for_gpu`, of an output and a log-sum-exp that may come from elsewhere."""
+    """The gradients of `flash_for_gpu`, for an output and a log-sum-exp that may be merged ones."""
     return _needed(torch.ops.aten, "_scaled_dot_product_flash_attention_backward")
 
 
-def _needed(owner: Any, name: str) -> Any:
+def _needed(owner: object, name: str) -> Any:
     """`owner.name`; torch.compile traces this.
 
     Raises:

@@ -1,9 +1,10 @@
-"""Which implementation of an operation runs: one rule for all of them, without importing Triton."""
+"""Chooses the implementation of an operation: one rule for all of them, without importing Triton."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,13 +12,14 @@ import torch
 from parscale.kernels.compat import functorch_transforms_are_active
 
 Impl = Literal["auto", "fused", "reference"]
+IMPLS = get_args(Impl)
 
 
 def triton_is_installed() -> bool:
-    """Whether `import triton` would find something."""
+    """Whether `import triton` would find a module."""
     try:
         return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):  # something on the way forbids it
+    except (ImportError, ValueError):  # something prevents the import
         return False
 
 
@@ -25,53 +27,52 @@ TRITON = triton_is_installed()
 
 
 def check_impl(impl: Impl, name: str = "impl") -> Impl:
-    """Gives back a known way to run an operation; `name` is the argument that gave it.
+    """Returns a valid `impl`; `name` is the name of the argument, for the error message.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `impl` is not valid.
     """
-    if impl not in get_args(Impl):
+    if impl not in IMPLS:
         raise ValueError(f"{name} must be 'auto', 'fused' or 'reference', got {impl!r}.")
     return impl
 
 
-def runs_fused(impl: Impl, x: torch.Tensor, obstacle: str | None = None) -> bool:
+def runs_fused(impl: Impl, x: torch.Tensor, find_obstacle: Callable[[], str | None]) -> bool:
     """Whether the Triton kernels take these tensors.
 
     Args:
         impl: `"reference"` never; `"auto"` for tensors on a CUDA or ROCm device, if Triton is installed, nothing is
             in the way and no transform of `torch.func` is active; `"fused"` always, or an error.
         x: one of the operation's tensors; they share a device.
-        obstacle: why the kernels cannot take these arguments, if they cannot.
+        find_obstacle: says why the kernels cannot take these arguments, if they cannot; asked where they might run.
 
     Raises:
-        ValueError: an unknown `impl`, or `"fused"` where it cannot run; the message says why.
+        ValueError: `impl` is unknown, or `"fused"` cannot run; the message says why.
     """
     if check_impl(impl) == "reference":
         return False
     if impl == "auto":
-        return TRITON and x.is_cuda and obstacle is None and not transforms_are_active()
-    if not TRITON:
-        obstacle = "Triton is not installed"
-    elif obstacle is None and not x.is_cuda and not _interpreted():
-        obstacle = f"the tensors are on {x.device}, and the kernels need a CUDA or ROCm device"
+        return TRITON and x.is_cuda and not transforms_are_active() and find_obstacle() is None
+    obstacle = find_obstacle() if TRITON else "Triton is not installed"
+    if obstacle is None and not x.is_cuda and not _interpreted():
+        obstacle = f"the tensors are on {x.device}, but the kernels need a CUDA or ROCm device"
     if obstacle is not None:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}. Use impl='auto' or impl='reference'.")
     return True
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on for the device of `x`; torch raises where it knows of none."""
+    """Whether autocast is on for the device of `x`; torch raises an error for a device without autocast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A block in which autocast is off for the device of `x`: a kernel's products are of the dtypes it chooses."""
+    """A block without autocast for the device of `x`, so that a kernel's products have the dtypes it chooses."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def transforms_are_active() -> bool:
-    """Whether a transform of `torch.func` runs, which may map and differentiate any number of times."""
+    """Whether a transform of `torch.func` is active, which may map and differentiate any number of times."""
     return functorch_transforms_are_active()
 
 

@@ -1,7 +1,7 @@
-"""Torch's flash attention with its log-sum-exp, by which parts of an attention that ran apart are merged.
+"""torch's flash attention with its log-sum-exp, by which separately computed parts of an attention are merged.
 
-A part's gradients follow from the merged output and log-sum-exp as if it were the whole: its probabilities are
-`exp(scores - log-sum-exp)` (FlashAttention, eq. 4 of arXiv 2205.14135).
+A part's gradients follow from the merged output and log-sum-exp as if the part were the whole attention: its
+probabilities are `exp(scores - log-sum-exp)` (FlashAttention, eq. 4 of arXiv 2205.14135).
 
 Shapes: R rows; P streams of B rows each; G key/value heads; S tokens; D head size.
 """
@@ -47,7 +47,7 @@ def flash_backward(
     causal: bool,
     scaling: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of query, key and value, of an output and a log-sum-exp that may be merged ones.
+    """The gradients of query, key and value, for an output and a log-sum-exp that may be merged ones.
 
     Args:
         gradient: of the output.
@@ -56,40 +56,40 @@ def flash_backward(
         value: as in `flash`.
         output: `(R, heads, S, D)`.
         lse: log-sum-exp `(R, heads, S)`, contiguous.
-        random: what `flash` returned beyond the log-sum-exp.
+        random: the additional results of `flash`.
         causal: as in `flash`.
         scaling: as in `flash`.
     """
     tensors = (gradient, query, key, value, output, lse)
     if query.is_cpu:
         return flash_for_cpu_backward()(*tensors, 0.0, causal, scale=scaling)
-    sizes = (None, None, query.shape[2], key.shape[2])  # no rows of different lengths
+    sizes = (None, None, query.shape[2], key.shape[2])  # all rows have the same length
     return flash_for_gpu_backward()(*tensors, *sizes, 0.0, causal, *random, scale=scaling)
 
 
 def gradients_once(function: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> tuple[torch.Tensor, ...]:
-    """A backward pass, which raises where it is to be differentiated itself (`create_graph`).
+    """Runs a backward pass that raises an error if it is differentiated itself (`create_graph`).
 
-    torch's `once_differentiable` would not do: a graph that asks for the gradients of chosen tensors passes it by,
-    and their second derivatives would lack what comes through here.
+    torch's `once_differentiable` is not enough: a graph that requests the gradients of chosen tensors bypasses it, and
+    their second derivatives would silently lack the part that comes through here.
     """
     return _Once.apply(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
 class _Once(torch.autograd.Function):
-    """A backward pass as a step of its own, which says that it is not differentiable."""
+    """A backward pass as a separate step, which raises an error when it is differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> Any:
+    def forward(ctx: object, function: Callable[..., tuple[torch.Tensor, ...]], *args: Any) -> Any:
         return function(*args)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: object, *gradients: Any) -> Any:
         raise RuntimeError(TWICE)
 
 
 def by_stream(x: torch.Tensor, P: int) -> torch.Tensor:
-    """`(P*B, heads, S, D)` as `(P, heads, B*S, D)`: all rows of a stream meet the same prefix."""
+    """`(P*B, heads, S, D)` as `(P, heads, B*S, D)`: all rows of a stream attend to the same prefix."""
     return x.transpose(1, 2).unflatten(0, (P, -1)).flatten(1, 2).transpose(1, 2)  # over (P, B, S, heads, D)
 
 

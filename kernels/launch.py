@@ -1,4 +1,4 @@
-"""What the Triton host functions share: launching, and what they need to know about the device."""
+"""The common parts of the Triton host functions: launching, and properties of the device."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _probe():
     pass
 
 
-# Triton's interpreter runs kernels on CPU tensors, for tests. Its bfloat16 products are wrong: tiles are raised first.
+# Triton's interpreter runs kernels on CPU tensors, for tests. Its bfloat16 products are wrong, so tiles are cast first.
 INTERPRETED = not isinstance(_probe, JITFunction)
 
 TRITON_DTYPES = {
@@ -32,14 +32,14 @@ TRITON_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What a choice of blocks and splits depends on.
+    """The properties of a GPU that determine blocks and splits.
 
     Args:
         processors: multiprocessors (compute units on AMD).
         shared_memory: bytes of shared memory of one multiprocessor.
         is_hip: whether torch was built for ROCm.
-        dependent_launch: whether a kernel may start before the one that it waits for has ended (programmatic dependent
-            launch, from compute capability 9 on).
+        dependent_launch: whether a kernel may start before the kernel that it waits for has ended (programmatic
+            dependent launch, from compute capability 9).
     """
 
     processors: int
@@ -47,8 +47,13 @@ class Gpu:
     is_hip: bool = False
     dependent_launch: bool = False
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a multiprocessor has little shared memory for its registers, as in GPUs without HBM (100 KiB)."""
+        return not self.is_hip and self.shared_memory <= 128 * 1024
+
     def programs(self, shared_bytes: int, warps: int, registers: int) -> int:
-        """How many programs one multiprocessor holds at a time.
+        """The number of programs that one multiprocessor holds at a time.
 
         Args:
             shared_bytes: shared memory of a program; NVIDIA's runtime takes 1 KiB more for itself.

@@ -1,4 +1,4 @@
-"""Room for a stream's prefix in front of keys, values and masks, in plain torch."""
+"""Puts a stream's prefix before keys, values and masks, in plain torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Puts each stream's prefix `(P, G, T, D)` in front of its rows `(P*B, G, K, D)`, in one copy."""
+    """Puts each stream's prefix `(P, G, T, D)` before its rows `(P*B, G, K, D)`, with one copy."""
     P = prefix.shape[0]
     rows = states.unflatten(0, (P, -1))  # (P, B, G, K, D)
     prefix = prefix.to(states.dtype).unsqueeze(1).expand(-1, rows.shape[1], -1, -1, -1)  # (P, B, G, T, D)
@@ -15,7 +15,7 @@ def prepend(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def with_room(mask: torch.Tensor, T: int, K: int) -> torch.Tensor:
-    """A mask over the cache alone as one over prefix and cache, open over the prefix; another one as it is."""
+    """Extends a mask over the cache alone to prefix and cache, with the prefix visible; other masks are unchanged."""
     if mask.shape[-1] != K:
         return mask
     return nn.functional.pad(mask, (T, 0), value=mask.dtype == torch.bool)

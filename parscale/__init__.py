@@ -35,7 +35,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("load", "wrap"):
-        import_module("parscale.auto")  # from here on AutoModel... reads what wrapped models save
+        import_module("parscale.auto")  # from now on AutoModel... reads the folders of wrapped models
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

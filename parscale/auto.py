@@ -1,7 +1,7 @@
 """Makes `AutoConfig` and `AutoModel...` read full checkpoints; importing this module is enough.
 
-The configuration classes are those of `parscale.format.architectures`. The model that comes out is of the
-backbone's own class, and wrapped. The names here are those that the remote code in saved checkpoints imports.
+The configuration classes are those of `parscale.format.architectures`. The loaded model has the backbone's own class
+and is wrapped. The names here are those that the remote code in saved checkpoints imports.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from parscale.loading import load_full
 from parscale.wrapping import wrap
 
 
-def register_architecture(name: Any) -> None:
+def register_architecture(name: object) -> None:
     """Lets `getattr(transformers, name).from_pretrained(folder)` read full checkpoints of this architecture.
 
     Args:
-        name: as a checkpoint says it, `"Qwen2ParScaleForCausalLM"`; anything else is passed over.
+        name: as in a checkpoint, such as `"Qwen2ParScaleForCausalLM"`; other names are ignored.
     """
     if isinstance(name, str) and INFIX in name:
         show_class(name, ParScaleForCausalLM if name.endswith(CAUSAL_LM) else ParScaleModel)
 
 
 class ParScaleModelConfig:
-    """What a full checkpoint's `auto_map` names as its configuration; reads any of them."""
+    """The configuration class in a full checkpoint's `auto_map`; reads any full checkpoint."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -47,20 +47,20 @@ class ParScaleModelConfig:
         return read_pretrained(AutoConfig, pretrained_model_name_or_path, **without_own_arguments(kwargs))
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: this class is never saved as code."""
+    def register_for_auto_class(cls, auto_class: object = None) -> None:
+        """Does nothing: this class is never saved as code."""
 
 
 class ParScaleModel:
-    """What an `AutoModel...` finds for a full checkpoint; makes a wrapped model of the backbone's own class."""
+    """The class that an `AutoModel...` finds for a full checkpoint; makes a wrapped model of the backbone's class."""
 
-    auto = ""  # the name of the one that it stands in; "" for any, as in an `auto_map`
+    auto = ""  # the Auto class that it represents; "" for any, as in an `auto_map`
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As the backbone's own `from_pretrained`, with all its arguments."""
+        """Loads a model as the backbone's own `from_pretrained` does, with all its arguments."""
         if config is None:
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             config = read_pretrained(AutoConfig, pretrained_model_name_or_path, **hub)
@@ -75,20 +75,20 @@ class ParScaleModel:
         return load_full(pretrained_model_name_or_path, config, *model_args, **kwargs)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: this class is never saved as code."""
+    def register_for_auto_class(cls, auto_class: object = None) -> None:
+        """Does nothing: this class is never saved as code."""
 
 
 class ParScaleForCausalLM(ParScaleModel):
-    """The same for `AutoModelForCausalLM`."""
+    """The class for `AutoModelForCausalLM`."""
 
     auto = "AutoModelForCausalLM"
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """A model with new weights and streams, as `AutoModelForCausalLM.from_config` asks for."""
+        """A model with new weights and streams, for `AutoModelForCausalLM.from_config`."""
         streams = ParScaleConfig.from_fields(vars(config))
-        streams.init = "random"  # new weights have nothing to say
+        streams.init = "random"  # a text has no meaning to new weights
         return wrap(AutoModelForCausalLM.from_config(backbone_config(config), **kwargs), streams)
 
 
@@ -99,16 +99,16 @@ _READERS = {
 
 
 def register_readers(made: type[PreTrainedConfig], backbone: type[PreTrainedConfig]) -> None:
-    """Lets each `AutoModel...` that makes a model of the backbone's configuration make a wrapped one of `made`."""
+    """Lets each `AutoModel...` that accepts the backbone's configuration make a wrapped model from `made`."""
     for name, auto in AUTO_CLASSES.items():
         if classes_of(auto, backbone) or auto is AutoModelForCausalLM:
             auto.register(made, _READERS[name], exist_ok=True)
-    made.__module__ = __name__  # where a process that unpickles one looks
+    made.__module__ = __name__  # where unpickling looks it up
     made.__reduce__ = _reduce  # type: ignore[assignment, method-assign]
 
 
-def _reduce(config: Any) -> tuple[Any, ...]:
-    """How pickle writes a configuration: its class is made anew where it is read, which may be another process."""
+def _reduce(config: object) -> tuple[Any, ...]:
+    """How pickle stores a configuration: its class is made again when it is read, possibly in another process."""
     backbone: Any = type(config).__mro__[1]
     return _new_config, (backbone.model_type,), vars(config)
 

@@ -1,4 +1,4 @@
-"""How a set of streams is described: the fields of `config.json` and the arguments of `parscale.wrap`."""
+"""The configuration of a set of streams: fields of `config.json` and arguments of `parscale.wrap`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-TEXT_INITS = ("context", "documents")  # those that read a text for each stream
+TEXT_INITS = ("context", "documents")  # inits that read a text for each stream
 INITS = (*TEXT_INITS, "random")
 PREFIX, PROMPT, LORA = "prefix", "prompt", "lora"
 TRANSFORMS = (PREFIX, PROMPT, LORA)
 OWN, SHARED = "own", "shared"
 KVS = (OWN, SHARED)
 
-# Field names in a `config.json`. The first three are those of the released checkpoints; a released config
-# without the smoothing means 0.01, the default of the released code's configuration class.
+# Field names in a `config.json`. The first three are those of the released checkpoints; a released config without the
+# smoothing means 0.01, the default of the released code.
 NUM_STREAMS, PREFIX_LENGTH, SMOOTHING = "parscale_n", "parscale_n_tokens", "parscale_attn_smooth"
 INIT, SEED = "parscale_init", "parscale_seed"
 TRANSFORM, RANK = "parscale_transform", "parscale_rank"  # without the first, "prefix"
 KV = "parscale_kv"  # without it, "own"
 FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK, KV)
-# Of a full checkpoint only: the active set's name, if not "default" (null: no set is active), and the further sets'.
+# In full checkpoints only: the active set's name, if not "default" (null: no set is active), and the other sets.
 SET_NAME, SETS = "parscale_name", "parscale_sets"
 DEFAULT_SET = "default"
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -35,27 +35,26 @@ RELEASED_PREFIX_LENGTH = 48
 class ParScaleConfig:
     """One set of P streams (Chen et al., arXiv 2505.10475).
 
-    What makes streams differ is described in `parscale.transforms`, how they start in
-    `parscale.transforms.inits`, and how they share keys and values in `parscale.transforms.shared`.
+    How streams differ is described in `parscale.transforms`, how they start in `parscale.transforms.inits`, and how
+    they share keys and values in `parscale.transforms.shared`.
 
     Attributes:
         num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the
             plain backbone.
-        prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs in front of each attention
-            layer (`prefix`), or learned embeddings in front of the input (`prompt`). `lora` has none.
+        prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs before the keys of each
+            attention layer (`prefix`), or learned embeddings before the input (`prompt`). `lora` has none.
         smoothing: Smoothing of the aggregation weights: epsilon in `w * (1 - epsilon) + epsilon / P`, between 0 and 1.
-        init: How the streams start: `documents` (from texts that have come to their end), `context` (from texts as they
-            are) or `random`. Default: `documents` where the model writes text and the streams can be made of it, else
-            `random`.
-        seed: Seed of the draws, which makes them repeatable. Default: they come from torch's global generator.
-        transform: What makes the streams differ: `prefix`, `prompt` (also for models without keys and values) or
+        init: How the streams start: `documents` (from complete texts), `context` (from texts as they are) or `random`.
+            Default: `documents` where the model generates text and streams can start from it, else `random`.
+        seed: Seed of random choices, which makes them repeatable. Default: torch's global generator.
+        transform: How the streams differ: `prefix`, `prompt` (also for models without keys and values) or
             `lora`.
         rank: Rank of the low-rank matrices of `lora`.
         kv: Keys and values that a stream attends to: `own` (its own, as published) or `shared` (those of stream 0,
-            which is the backbone without a prefix; with `prefix` only).
+            which is the backbone without a prefix; not with `prompt`).
 
     Raises:
-        ValueError: a field is of the wrong type or out of range.
+        ValueError: a field has the wrong type or is out of range.
     """
 
     num_streams: int = 4
@@ -80,12 +79,15 @@ class ParScaleConfig:
         self.rank = _integer("rank", self.rank, minimum=1)
         if self.kv not in KVS:
             raise ValueError(f"kv must be one of {', '.join(map(repr, KVS))}, got {self.kv!r}.")
-        if self.kv == SHARED and self.transform != PREFIX:
-            raise ValueError(f"kv={SHARED!r} takes transform={PREFIX!r} only, got {self.transform!r}: leave one out.")
+        if self.kv == SHARED and self.transform == PROMPT:
+            raise ValueError(
+                f"kv={SHARED!r} takes transform={PREFIX!r} or {LORA!r}, got {self.transform!r}: a prompt stands among "
+                "the keys that streams share. Leave one out."
+            )
         if self.init is not None and self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
         if self.init in TEXT_INITS and self.transform == LORA:
-            raise ValueError(f"init={self.init!r} makes streams of texts, and transform='lora' has none: leave it out.")
+            raise ValueError(f"init={self.init!r} starts from texts, which transform='lora' cannot do: omit it.")
         if self.seed is not None:
             self.seed = _integer("seed", self.seed, minimum=0)
             if self.seed >= 2**64:
@@ -93,22 +95,22 @@ class ParScaleConfig:
 
     @property
     def num_transformed(self) -> int:
-        """How many streams have a prefix, or whatever the transform gives them: all, or all but stream 0."""
+        """The number of streams with a prefix (or what else the transform adds): all, or all but stream 0."""
         return self.num_streams - 1 if self.kv == SHARED else self.num_streams
 
     @classmethod
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
-        """The arguments of `parscale.wrap` as a configuration: numbers, or one in place of them all, copied.
+        """The arguments of `parscale.wrap` as a new configuration: single fields, or a configuration to copy.
 
         Args:
             num_streams: P, or a configuration.
             **others: the other fields.
 
         Returns:
-            A configuration of its own.
+            A new configuration.
 
         Raises:
-            ValueError: a field is of the wrong type or out of range, or is given beside a configuration.
+            ValueError: a field has the wrong type or is out of range, or is given together with a configuration.
         """
         if not isinstance(num_streams, ParScaleConfig):
             return cls(num_streams, **others)
@@ -116,7 +118,7 @@ class ParScaleConfig:
         for name, value in others.items():
             if value != getattr(default, name):
                 raise ValueError(
-                    f"A ParScaleConfig stands in place of all numbers, so {name}={value!r} beside it has no place: "
+                    f"A ParScaleConfig sets all fields, so {name}={value!r} cannot be given beside it: "
                     f"write ParScaleConfig({name}={value!r}, ...)."
                 )
         return dataclasses.replace(num_streams)
@@ -143,14 +145,14 @@ class ParScaleConfig:
         """Reads the fields that `to_fields` or the released code wrote.
 
         Args:
-            fields: contents of a `config.json`; other keys are ignored, but an unknown `parscale_*` key warns,
-                since a newer version may have written it.
+            fields: contents of a `config.json`; other keys are ignored, but an unknown `parscale_*` key warns, since a
+                newer version may have written it.
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: `parscale_n` is missing, or a field is of the wrong type or out of range.
+            ValueError: `parscale_n` is missing, or a field has the wrong type or is out of range.
         """
         if NUM_STREAMS not in fields:
             raise ValueError(f"The config has no {NUM_STREAMS!r}: it does not describe a ParScale model.")
@@ -174,7 +176,7 @@ class ParScaleConfig:
         )
 
 
-def _integer(name: str, value: Any, *, minimum: int) -> int:
+def _integer(name: str, value: object, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
     if value < minimum:

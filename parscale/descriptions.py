@@ -1,6 +1,6 @@
-"""What a dataclass's docstring says of its fields: settings are described there, and read from there.
+"""Reads the descriptions of a dataclass's fields from its docstring.
 
-The command line's help, the tables of the documentation and the model cards all show these descriptions.
+The command line's help, the tables in the documentation and the model cards show these descriptions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ _LABEL_END = re.compile(r"[.;:](\s|$)")
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """Each field's description, from the docstring's section `Attributes`, on one line.
+    """The description of each field, from the docstring's section `Attributes`, on one line.
 
-    Empty where Python has left docstrings out (`python -OO`).
+    Empty if Python has removed docstrings (`python -OO`).
     """
     found: dict[str, str] = {}
     name = None
@@ -32,10 +32,10 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def labels(cls: type) -> dict[str, str]:
-    """Each field in a few words: its description up to the first full stop, colon or semicolon, without code marks."""
+    """A short label for each field: its description up to the first stop, colon or semicolon, without backticks."""
     return {name: plain(_LABEL_END.split(text)[0]) for name, text in descriptions(cls).items()}
 
 
 def plain(text: str) -> str:
-    """A description without the marks of code, for a terminal."""
+    """A description without backticks, for a terminal."""
     return text.replace("`", "")

@@ -1,13 +1,13 @@
-"""Errors that parscale raises on its own account."""
+"""The errors that parscale defines."""
 
 
 class IncompatibleVersionError(ImportError):
-    """A library is installed in a version that lacks a name which parscale needs; says which version to install."""
+    """An installed library lacks a name that parscale needs; the message says which version to install."""
 
 
 class RefusedCheckpointError(ValueError):
-    """A checkpoint asks for what it is not given: to run code of its own, or a package that is not installed."""
+    """A checkpoint needs what parscale does not allow: its own code, or a package that is not installed."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot carry streams: it is no Hugging Face model, or has no place for what makes them differ."""
+    """Streams do not run on the model: it is not a Hugging Face model, or its architecture is not supported."""

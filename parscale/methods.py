@@ -1,4 +1,4 @@
-"""What a wrapped model can do beside what its class can: each function becomes a method of the model."""
+"""The methods that a wrapped model has in addition to those of its class: one function each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.transformers import own_reorder_cache
@@ -42,22 +43,22 @@ def add_streams(
     rank: int = 8,
     kv: str = OWN,
 ) -> None:
-    """Adds a further set of streams on the same backbone, inactive and frozen until `set_streams(name)`.
+    """Adds a set of streams on the same backbone, inactive and frozen until `set_streams(name)`.
 
     Args:
-        name: of the set; letters, digits, `-` and `_`.
-        num_streams: P, or a `ParScaleConfig` in place of all numbers.
+        name: the set's name; letters, digits, `-` and `_`.
+        num_streams: P, or a `ParScaleConfig` in place of all other fields.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
         init: as in `ParScaleConfig`.
         seed: as in `ParScaleConfig`.
-        calibration: token ids `(P, T)`, as for `parscale.wrap`.
+        calibration: token ids `(P, T)`, as in `parscale.wrap`.
         transform: as in `ParScaleConfig`.
         rank: as in `ParScaleConfig`.
         kv: as in `ParScaleConfig`.
 
     Raises:
-        ValueError: as `parscale.wrap`, or a name that is taken or not a name.
+        ValueError: as in `parscale.wrap`, or the name is taken or invalid.
     """
     config = ParScaleConfig.from_arguments(
         num_streams,
@@ -73,14 +74,14 @@ def add_streams(
 
 
 def freeze_backbone(model: Any) -> None:
-    """Only the active streams' parameters train from here on.
+    """Freezes all parameters but those of the active streams.
 
     Raises:
-        ValueError: no streams with parameters are active, so nothing would train.
+        ValueError: no streams with parameters are active, so nothing would be trainable.
     """
     state: ParScaleState = model.parscale
     if state.active is None or state.active.num_streams == 1:
-        raise ValueError("No streams are active (or P is 1), so nothing would train: set_streams(name) first.")
+        raise ValueError("No streams are active (or P is 1), so nothing would be trainable: set_streams(name) first.")
     reshard(model)
     model.requires_grad_(False)
     for parameter in parameters_of(state, state.active):
@@ -88,7 +89,7 @@ def freeze_backbone(model: Any) -> None:
 
 
 def print_trainable_parameters(model: Any) -> None:
-    """Prints how many parameters train, of how many, in per cent, and what they are."""
+    """Prints the number of trainable parameters, of all parameters, their ratio in per cent, and the parts."""
     state: ParScaleState = model.parscale
     sizes = parameter_sizes(model)
     total = sum(sizes.values())
@@ -108,13 +109,13 @@ def print_trainable_parameters(model: Any) -> None:
 
 @dataclasses.dataclass
 class StreamReport:
-    """What the streams of a model do on some text.
+    """What the streams of a model do on a text.
 
     Args:
-        losses: mean next-token loss of each stream alone, nats, `(P,)`.
+        losses: mean next-token loss of each stream alone, in nats, `(P,)`.
         weights: aggregation weights, `(B, S, P)`.
-        entropy: of the weights at each token, nats, `(B, S)`; `log(P)` where all streams count the same.
-        correlation: over tokens, of the streams' token losses, `(P, P)`.
+        entropy: of the weights at each token, in nats, `(B, S)`; `log(P)` for equal weights.
+        correlation: of the token losses of each pair of streams, `(P, P)`.
     """
 
     losses: torch.Tensor
@@ -127,25 +128,25 @@ class StreamReport:
 def stream_report(
     model: Any, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
 ) -> StreamReport:
-    """Each stream's loss, the weights they are mixed by, and how much their errors have in common.
+    """Measures each stream's loss, the aggregation weights, and the correlation of the streams' losses.
 
     Args:
         input_ids: `(B, S)`.
-        labels: `(B, S)`, -100 where no loss counts; `input_ids` if `None`.
+        labels: `(B, S)`, -100 where no loss is counted; `input_ids` if `None`.
         **kwargs: passed to the model (`attention_mask`, ...).
 
     Returns:
         Losses, weights, their entropy, and the correlation of the streams.
 
     Raises:
-        ValueError: no streams are active, or the model is no causal language model.
+        ValueError: no streams are active, or the model is not a causal language model.
     """
     state: ParScaleState = model.parscale
     streams = state.active
     if streams is None or streams.num_streams == 1:
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
     if not writes_text(model):
-        raise ValueError(f"stream_report measures losses of the next token, which {type(model).__name__} has not.")
+        raise ValueError(f"stream_report measures next-token losses, which {type(model).__name__} does not have.")
     measured = stream_losses(model, input_ids, input_ids if labels is None else labels, **kwargs)
     losses, weights = measured.losses[:, measured.counted], measured.weights  # (P, tokens), (B, S, P)
     return StreamReport(
@@ -156,52 +157,52 @@ def stream_report(
     )
 
 
-def save_pretrained(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: backbone and active streams, each further set in a folder of its name.
+def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Writes a full checkpoint: backbone and active streams, and each other set in a folder of its name.
 
     Args:
-        save_directory: the folder to write; it appears only when it is whole.
-        **kwargs: as transformers' own `save_pretrained`.
+        save_directory: the folder to write; it appears only when it is complete.
+        **kwargs: as in transformers' own `save_pretrained`.
     """
     saving.save_full(model, save_directory, **kwargs)
 
 
-def save_streams(model: Any, save_directory: str | os.PathLike[str]) -> None:
+def save_streams(model: PreTrainedModel, save_directory: str | os.PathLike[str]) -> None:
     """Writes the active streams and the backbone's name, for `parscale.load` and `load_streams`.
 
     Args:
-        save_directory: the folder to write; it appears only when it is whole.
+        save_directory: the folder to write; it appears only when it is complete.
     """
     saving.save_streams(model, save_directory)
 
 
-def load_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams that was saved, inactive until `set_streams(name)`.
+def load_streams(model: PreTrainedModel, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+    """Adds a saved set of streams, inactive until `set_streams(name)`.
 
     Args:
         path_or_repo: a folder, or a name on the Hugging Face Hub.
-        name: of the set here; by default the one that it was saved under.
+        name: the set's name in this model; by default the name that it was saved with.
     """
     stored_sets.add_saved_streams(model, path_or_repo, name)
 
 
 def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: Any) -> Any:
-    """As the model's own, which takes an encoder's output, `encoder_outputs`, for one row of it for each source.
+    """Generates as the model's own method does; `encoder_outputs` have one row for each source.
 
     Args:
-        *args: of the model's own.
-        adaptive: of streams that share keys and values (`kv="shared"`): entropy, nats, of stream 0's prediction of
-            a token above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain backbone.
-            `model.last_mean_streams` is then how many streams ran for a token on average; where beams or several
-            rows are written, of all of them.
-        **kwargs: of the model's own.
+        *args: passed to the model's own method.
+        adaptive: for streams that share keys and values (`kv="shared"`): the entropy of stream 0's prediction of a
+            token, in nats, above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain
+            backbone. `model.last_mean_streams` is then the mean number of streams that ran for a token, over all beams
+            and returned sequences.
+        **kwargs: passed to the model's own method.
 
     Returns:
-        As the model's own.
+        The result of the model's own method.
 
     Raises:
-        ValueError: `adaptive` is no such number, or the active streams do not share keys; or streams are active and
-            the assistant is a decoder alone, which would read this model's encoder.
+        ValueError: `adaptive` is not such a number, or the active streams do not share keys; or streams are active and
+            the assistant model has no encoder and would use this model's.
     """
     if adaptive is not None:
         return _generate_adaptively(model, adaptive, *args, **kwargs)
@@ -219,7 +220,7 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
 
 
 def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
-    """As `generate`, with streams where the entropy is above `threshold`."""
+    """Calls `generate`, with streams where the entropy is above `threshold`."""
     with adaptive_streams(model, threshold) as adaptive:
         output = type(model).generate(model, *args, disable_compile=True, **kwargs)
     model.last_mean_streams = adaptive.mean_streams
@@ -227,17 +228,17 @@ def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any
 
 
 @contextlib.contextmanager
-def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
-    """Calls in this block run streams 1 to P - 1 only where the entropy of stream 0's prediction is above a threshold.
+def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adaptive]:
+    """In this block, streams 1 to P - 1 run only where the entropy of stream 0's prediction is above a threshold.
 
     Args:
-        threshold: nats; 0: always, infinity: never. To the last bit, these are all streams and the plain backbone.
+        threshold: in nats; 0: always, infinity: never. These equal all streams and the plain backbone to the last bit.
 
     Yields:
         Counts of tokens, and where the streams ran in the last call.
 
     Raises:
-        ValueError: no such number, or the active streams do not share keys and values.
+        ValueError: the threshold is invalid, or the active streams do not share keys and values.
     """
     state: ParScaleState | None = getattr(model, "parscale", None)
     is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
@@ -249,7 +250,7 @@ def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
         if streams is not None:
             given = f"{streams.name!r} is P = {streams.num_streams}, {streams.config.kv}"
         raise ValueError(
-            f"adaptive chooses tokens for streams that share keys and values, and {given}: wrap(model, P, kv='shared')."
+            f"adaptive chooses tokens for streams that share keys and values, but {given}: wrap(model, P, kv='shared')."
         )
     adaptive = Adaptive(float(threshold), streams.num_streams)
     if threshold == 0:
@@ -260,7 +261,7 @@ def adaptive_streams(model: Any, threshold: float) -> Iterator[Adaptive]:
 
 
 def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
-    """Moves the cache's rows with the beams, in every stream (`generate` counts B rows, the cache has P*B).
+    """Reorders the cache's rows with the beams, in every stream (`generate` counts B rows, the cache has P*B).
 
     Args:
         past_key_values: the cache.
@@ -276,19 +277,19 @@ def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> A
     return past_key_values
 
 
-def static_cache_init_shape(model: Any) -> None:
-    """Tells `generate` to let a static cache take its number of rows from the first keys: P*B, not B."""
+def static_cache_init_shape(model: object) -> None:
+    """Makes `generate` let a static cache take its number of rows from the first keys: P*B, not B."""
 
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' own, for the plain backbone (`generate_batch` comes here too).
+    """Calls transformers' own method, for the plain backbone only (`generate_batch` uses it too).
 
     Args:
-        *args: as transformers' own.
-        **kwargs: as transformers' own.
+        *args: passed to transformers' own method.
+        **kwargs: passed to transformers' own method.
 
     Returns:
-        As transformers' own.
+        The result of transformers' own method.
 
     Raises:
         ValueError: streams are active: continuous batching packs all requests into one row with one cache.

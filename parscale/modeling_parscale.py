@@ -1,6 +1,6 @@
-"""What `trust_remote_code=True` runs for a checkpoint with parallel streams (ParScale): the installed package.
+"""The code that `trust_remote_code=True` runs for a checkpoint with parallel streams (ParScale): the installed package.
 
-This file lies in every full checkpoint that parscale saves.
+This file is part of every full checkpoint that parscale saves.
 """
 
 try:

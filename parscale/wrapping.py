@@ -1,4 +1,4 @@
-"""`wrap` and `unwrap`: a Hugging Face model gets P streams in place, and loses them again."""
+"""`wrap` and `unwrap`: add P streams to a Hugging Face model in place, and remove them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from parscale.streams import choosing
 from parscale.streams.sets import DEFAULT
 from parscale.streams.state import ParScaleState
 
-M = TypeVar("M")  # the caller's class of model, which stays
+M = TypeVar("M")  # the caller's class of model, which does not change
 
 MEMBERS: dict[str, Callable[..., Any]] = {
     "add_streams": methods.add_streams,
@@ -61,39 +61,38 @@ def wrap(
     kv: str = OWN,
     kernels: Impl = "auto",
 ) -> M:
-    """Gives a Hugging Face model P parallel streams, in place.
+    """Adds P parallel streams to a Hugging Face model, in place.
 
     The model keeps its class, its methods and its names; `generate`, `Trainer`, `save_pretrained`, PEFT and
-    `torch.compile` work as before. Its dtype, its device and whether it trains stay its own. The set of streams made
-    here is called `"default"`. Method: Chen et al., arXiv 2505.10475.
+    `torch.compile` work as before. Its dtype, device and training mode do not change. The set of streams made here is
+    called `"default"`. Method: Chen et al., arXiv 2505.10475.
 
     Args:
         model: a `transformers.PreTrainedModel`: a causal language model, also with images; an encoder of text or
-            images; two such encoders side by side; or an encoder with a decoder (see
-            `parscale.streams.backbones`). It may be split by tensor parallelism, or partitioned by ZeRO-3 when it
-            was loaded; then every process calls this. FSDP shards it afterwards. It is run on two tokens or on an
-            image, without streams and with them.
-        num_streams: P, or a `ParScaleConfig` in place of all numbers. 1 adds nothing.
+            images; two parallel encoders; or an encoder-decoder model (see `parscale.streams.backbones`). It may be
+            split by tensor parallelism, or partitioned by ZeRO-3 when it was loaded; then every process calls this.
+            FSDP shards it afterwards. The model is run on two tokens or on an image, with and without streams.
+        num_streams: P, or a `ParScaleConfig` in place of all other fields. 1 adds nothing.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
         init: as in `ParScaleConfig`.
         seed: as in `ParScaleConfig`.
-        calibration: token ids `(P, T)` that all inits but `"random"` read; without it the backbone samples them.
-            With shared keys and values `(P - 1, T)`.
+        calibration: token ids `(P, T)` that all inits but `"random"` read, or `(P - 1, T)` with shared keys and values;
+            without it the backbone samples them.
         transform: as in `ParScaleConfig`.
         rank: as in `ParScaleConfig`.
         kv: as in `ParScaleConfig`.
-        kernels: how the operations that streams add run: `"auto"` by Triton kernels on CUDA and ROCm devices,
-            `"reference"` by plain torch everywhere, `"fused"` by the kernels or not at all. Not saved.
+        kernels: how the operations that streams add run: `"auto"` with Triton kernels on CUDA and ROCm devices,
+            `"reference"` with plain torch everywhere, `"fused"` with the kernels or an error. Not saved.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: a number out of range, a `calibration` that does not fit, or a model that is wrapped already.
-        UnsupportedModelError: not a Hugging Face model, one in which the transform has no place, such as a prefix
-            where no attention was found, or one that as a whole does not return what it should with streams. The model
-            is then what it was.
+        ValueError: a number is out of range, `calibration` does not fit, or the model is already wrapped.
+        UnsupportedModelError: it is not a Hugging Face model; the transform has no place in it, such as a prefix
+            without attention; or the whole model does not return the right outputs with streams. The model is then
+            unchanged.
     """
     config = ParScaleConfig.from_arguments(
         num_streams,
@@ -105,7 +104,7 @@ def wrap(
         rank=rank,
         kv=kv,
     )
-    with _as_it_was_if_it_fails(model):
+    with _restored_on_failure(model):
         state = attach(model, kernels)
         try:
             add(state, DEFAULT, config, calibration=calibration)
@@ -117,10 +116,10 @@ def wrap(
 
 
 @contextlib.contextmanager
-def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
-    """If this block fails, the model's configurations and its modules' children are those of before.
+def _restored_on_failure(model: object) -> Iterator[None]:
+    """If this block fails, the model's configurations and its modules' children are restored.
 
-    BigBird puts other children in their place when it first reads a short text.
+    BigBird replaces children when it first reads a short text.
     """
     configs = _held_configs(model)
     modules = model.modules() if isinstance(model, nn.Module) else ()
@@ -139,10 +138,10 @@ def _as_it_was_if_it_fails(model: Any) -> Iterator[None]:
 
 
 def unwrap(model: M) -> M:
-    """Takes all streams off a wrapped model, in place; its logits are the backbone's to the last bit.
+    """Removes all streams from a wrapped model, in place; its logits are the backbone's to the last bit.
 
     Args:
-        model: that was wrapped.
+        model: a wrapped model.
 
     Returns:
         The same object.
@@ -154,7 +153,7 @@ def unwrap(model: M) -> M:
     return model
 
 
-def state_of(model: Any) -> ParScaleState:
+def state_of(model: object) -> ParScaleState:
     """The streams of a wrapped model.
 
     Raises:
@@ -168,20 +167,20 @@ def state_of(model: Any) -> ParScaleState:
 
 @undisturbed()
 def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
-    """Everything of wrapping but the tensors: hooks, members, a configuration of its own.
+    """Does everything of `wrap` except for the tensors: hooks, methods, a separate configuration.
 
     Args:
-        model: as `wrap`.
-        kernels: as `wrap`.
+        model: as in `wrap`.
+        kernels: as in `wrap`.
 
     Raises:
-        ValueError: the model is wrapped already, or an unknown `kernels`.
-        UnsupportedModelError: as `wrap`.
+        ValueError: the model is already wrapped, or `kernels` is unknown.
+        UnsupportedModelError: as in `wrap`.
     """
     if isinstance(getattr(model, "parscale", None), ParScaleState):
         raise ValueError(
-            f"This {type(model).__name__} is wrapped already: add_streams(name, ...) adds a further set of streams, "
-            "parscale.unwrap(model) takes them off."
+            f"This {type(model).__name__} is wrapped already: add_streams(name, ...) adds another set of streams, "
+            "parscale.unwrap(model) removes them."
         )
     check_impl(kernels, "kernels")
     state = ParScaleState(model, kernels)
@@ -207,8 +206,8 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     return state
 
 
-def _held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
-    """Each module that holds a configuration, and the object that it holds."""
+def _held_configs(model: object) -> list[tuple[nn.Module, Any]]:
+    """Each module that holds a configuration, and that object."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [(module, module.__dict__["config"]) for module in modules if "config" in module.__dict__]
 
@@ -216,8 +215,8 @@ def _held_configs(model: Any) -> list[tuple[nn.Module, Any]]:
 def _own_config(model: PreTrainedModel) -> None:
     """Gives the model a configuration object that no other model holds.
 
-    Every module of the model that held the old object, or one of its parts, holds the new one. What a quantizer says
-    there of the weights stays the quantizer's own object, which changes with them.
+    Every module that held the old object, or one of its parts, gets the new one. A quantizer's description of the
+    weights stays the quantizer's own object, which changes with the weights.
     """
     quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     copies: dict[int, Any] = {} if quantization is None else {id(quantization): quantization}
@@ -228,14 +227,14 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _anchor_name(model: Any) -> None:
-    """Makes the path of the backbone's folder absolute: streams that are saved name it, maybe from elsewhere."""
+    """Makes the path of the backbone's folder absolute: saved streams name it, possibly from another folder."""
     name = model.config.name_or_path
     if name and os.path.isdir(name):
         model.config.name_or_path = os.path.abspath(name)
 
 
-def _decompress(model: Any) -> None:
-    """What compressed-tensors does when a model is first called; here its backbone is called before it."""
+def _decompress(model: object) -> None:
+    """Decompresses the weights, as compressed-tensors does in a model's first call: here its backbone runs earlier."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and hasattr(model, "ct_decompress_hook"):
         quantizer.compressor.decompress_model(model)

@@ -1,9 +1,9 @@
-"""Reading a model's shape from its `config.json`, whatever its architecture calls things.
+"""Reads a model's shape from its `config.json`, under any architecture's field names.
 
-Tested against transformers' own models: exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their
-sparse versions, Gemma, OLMo, Cohere, GLM, Granite, Phi, DeepSeek, GPT-2, OPT, NeoX and others; within some per cent
-for families that add something of their own; an estimate for those with other layers than attention, which `cost`
-says in its notes.
+Tested against transformers' own models: exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their sparse
+versions, Gemma, OLMo, Cohere, GLM, Granite, Phi, DeepSeek, GPT-2, OPT, NeoX and others; within some percent for
+families with additional parts; an estimate for those with layers other than attention, which `cost` reports in its
+notes.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from parscale.scaling_laws.shapes import PREFIX_LENGTH, ModelShape
 
 MOST_LAYERS = 100_000
 LARGEST = 10**12
-"""No number of a model's shape is above it."""
+"""The upper limit of every number in a model's shape."""
 
-# Families whose MLP is one matrix up and one down; all others gate, with two up and one down.
+# Families whose MLP has one matrix up and one down; all others have a gate, with two up and one down.
 UNGATED = {
     "apertus", "arcee", "bart", "biogpt", "bloom", "codegen", "cpmant", "ctrl", "falcon", "gpt-sw3", "gpt2",
     "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat", "nemotron",
     "openai-gpt", "opt", "persimmon", "phi", "starcoder2", "xglm",
 }  # fmt: skip
-# Families that share the output matrix with the embedding unless the configuration denies it.
+# Families that tie the output matrix to the embedding unless the configuration says otherwise.
 TIED = {
     "biogpt", "bloom", "cohere", "cohere2", "ctrl", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2",
     "gpt_bigcode", "gpt_neo", "mpt", "openai-gpt", "opt", "starcoder2", "xglm",
 }  # fmt: skip
-# Families whose projections all carry biases, and those where only queries, keys and values do.
+# Families whose projections all have biases, and those where only queries, keys and values do.
 ALL_BIASED = {"bart", "biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2", "xglm"}
 QKV_BIASED = {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"}
 LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt"}
@@ -49,10 +49,10 @@ NAMES = {
 
 
 def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a `config.json`: from its path, from its folder's path, or as they are.
+    """The contents of a `config.json`: from its path, from its folder's path, or given directly.
 
-    A configuration object of transformers, which has a `to_dict`, is taken for its contents. Raises `FileNotFoundError`
-    for a path where there is none and `ValueError` for a file that is no JSON object and for what is no path.
+    A configuration object of transformers, which has a `to_dict`, is read as its contents. Raises `FileNotFoundError`
+    if the path does not exist, and `ValueError` for a file without a JSON object and for an argument of another type.
     """
     if hasattr(config, "to_dict"):
         return dict(config.to_dict())
@@ -69,7 +69,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         contents = None
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} is no configuration; give {wanted}")
+        raise ValueError(f"{path} is not a configuration; give {wanted}")
     return contents
 
 
@@ -83,8 +83,8 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         The shape.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: it is no configuration, or a size that is needed is missing or cannot be right.
+        FileNotFoundError: the path does not exist.
+        ValueError: it is not a configuration, or a required size is missing or impossible.
     """
     contents = read_config(config)
     _require_finite(contents)
@@ -144,17 +144,17 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Whole numbers of a configuration under any of several names."""
+    """Whole numbers of a configuration, each under one of several names."""
 
     contents: Mapping[str, Any]
     model: str
 
     def optional(self, *names: str) -> int:
-        """The first of `names` that is given; 0 when none is."""
+        """The first of `names` that is present; 0 if none is."""
         for name in names:
             value = self.contents.get(name)
             if isinstance(value, list) and value and all(_is_size(item) for item in value):
-                value = round(sum(value) / len(value))  # one for each layer: count with their mean
+                value = round(sum(value) / len(value))  # one for each layer: use their mean
             if value is None or isinstance(value, bool):
                 continue
             if not _is_size(value):
@@ -166,7 +166,7 @@ class _Reader:
         return 0
 
     def needed(self, key: str) -> int:
-        """As `optional`; `ValueError` when there is none or it is 0."""
+        """Like `optional`, but raises `ValueError` if the number is missing or 0."""
         names = NAMES.get(key, (key,))
         value = self.optional(*names)
         if not value:
@@ -235,20 +235,20 @@ def _flag(contents: Mapping[str, Any], name: str, default: bool) -> bool:
     return default if value is None else bool(value)
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
-def _brief(value: Any) -> str:
-    """A value as an error shows it: a number of thousands of digits, or a long list, cut."""
+def _brief(value: object) -> str:
+    """A value for an error message: shortened if it is a number with thousands of digits or a long list."""
     if isinstance(value, int) and value > LARGEST:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _require_finite(contents: Any, name: str = "") -> None:
-    """`ValueError` for NaN anywhere, and for infinity where it is no open limit, as of time steps."""
+def _require_finite(contents: object, name: str = "") -> None:
+    """Raises `ValueError` for NaN, and for infinity unless it is an open limit, such as that of time steps."""
     waiting = [(name, contents)]
     while waiting:
         name, value = waiting.pop()

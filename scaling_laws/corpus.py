@@ -1,6 +1,6 @@
-"""Real text for a sweep: Python source that is at hand, or a data set by name, as bytes.
+"""Real text for a sweep, as bytes: Python source on this machine, or a dataset by name.
 
-A token is a byte of UTF-8, so no tokenizer stands between two sweeps; each document ends with a zero byte.
+A token is a byte of UTF-8, so sweeps do not differ by their tokenizer; each document ends with a zero byte.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ END_OF_TEXT = 0
 HELD_OUT_PERCENT = 5
 SOURCES = ("stdlib", "packages")
 _EXCLUDED = {"site-packages", "dist-packages", "__pycache__", "idle_test", "tests", "test", "encodings"}
-_LARGEST_FILE = 1 << 20  # larger ones are tables that a program wrote
+_LARGEST_FILE = 1 << 20  # larger files are generated tables
 
 
 class Corpus(NamedTuple):
-    """Documents one after another, as bytes."""
+    """Consecutive documents, as bytes."""
 
     train: NDArray[np.uint8]
     held_out: NDArray[np.uint8]
 
 
 def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corpus:
-    """Text to train on and text to measure loss on; a document is on the same side in every sweep.
+    """Text to train on and text to evaluate on; a document is on the same side in every sweep.
 
-    source: `"stdlib"`, the source of Python's standard library (some 10 MB); `"packages"`, that and the source of every
-    installed package (hundreds of MB beside PyTorch); any other name is a data set of the `datasets` package, whose
-    column `text` or `content` is read. Of equal documents only the first is kept. max_bytes: stop after so many.
+    source: `"stdlib"`, the source of Python's standard library (some 10 MB); `"packages"`, the same and the source of
+        every
+    installed package (hundreds of MB with PyTorch); any other name is a dataset of the `datasets` package, whose column
+    `text` or `content` is read. Of equal documents only the first is kept. max_bytes: stop after this number of bytes.
 
-    Raises `ValueError` for a data set that cannot be read or has no such column.
+    Raises `ValueError` for a dataset that cannot be read or has no such column.
     """
     documents = python_files(source) if source in SOURCES else _data_set(source)
     sides: dict[bool, list[bytes]] = {False: [], True: []}
@@ -63,51 +64,58 @@ def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corp
 def python_files(source: str) -> Iterator[tuple[str, bytes]]:
     """Name and contents of Python source files, sorted by name.
 
-    They are those of the standard library, and for `"packages"` also of what is installed. Test suites and what is no
-    UTF-8 are left out.
+    They are those of the standard library, and for `"packages"` also those of installed packages. Test suites and files
+    that are not UTF-8 are skipped.
     """
     roots = [("stdlib", Path(sysconfig.get_path("stdlib")))]
     if source == "packages":
         installed = dict.fromkeys(Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
         roots += [("site-packages", path) for path in installed]
     for label, root in roots:
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if not _EXCLUDED.isdisjoint(relative.parts[:-1]) or not 0 < path.stat().st_size <= _LARGEST_FILE:
+        for path in _python_paths(root):
+            if not 0 < path.stat().st_size <= _LARGEST_FILE:
                 continue
             text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
             if _is_text(text):
-                yield f"{label}/{relative.as_posix()}", text
+                yield f"{label}/{path.relative_to(root).as_posix()}", text
+
+
+def _python_paths(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _EXCLUDED]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def blocks(text: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
-    """The text cut into `(n, length)`; what is left at the end is dropped."""
+    """The text cut into `(n, length)`; an incomplete last block is dropped."""
     count = text.size // length
     return text[: count * length].reshape(count, length)
 
 
 def _data_set(name: str) -> Iterable[tuple[str, bytes]]:
     place = os.path.abspath(name)
-    if os.path.exists(place) and glob.escape(place) != place:  # the package datasets would look for a pattern
-        raise ValueError(f"{place} holds one of the characters *, ? and [, which stand for others; rename it")
+    if os.path.exists(place) and glob.escape(place) != place:  # the package datasets would read a pattern
+        raise ValueError(f"{place} contains one of the characters *, ? and [, which are wildcards; rename it")
     try:
         from datasets import load_dataset
 
         rows = load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the package raises many kinds, also for a name that does not exist
+    except Exception as error:  # the package raises many types, also for an unknown name
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise ValueError(
-            f"no text source {name!r}: give {', '.join(SOURCES)} or the name of a data set that can be read ({reason})"
+            f"no text source {name!r}: give {', '.join(SOURCES)} or the name of a dataset that can be read ({reason})"
         ) from error
     for index, row in enumerate(rows):
         text = row.get("text", row.get("content"))
         if not isinstance(text, str):
-            raise ValueError(f"the data set {name!r} has no column text or content; it has {', '.join(map(str, row))}")
+            raise ValueError(f"the dataset {name!r} has no column text or content; it has {', '.join(map(str, row))}")
         try:
             yield f"{name}/{index}", text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the data set {name!r} holds half a character, {text[error.start]!a}, in row {index + 1}; correct it"
+                f"the dataset {name!r} holds half a character, {text[error.start]!a}, in row {index + 1}; correct it"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""What generation costs: memory and time, and where they go."""
+"""The cost of generation: memory and time, split by operation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ DTYPES = {
     "fp8": (16, 8),
     "int4": (16, 4.5),
 }
-"""Bits of activations and cache, and of weights; of 4-bit weights with their scales. 8 and 4 bits are for weights
-only.
-"""
+"""Bits of activations and cache, and of weights; 4-bit weights include scales. 8 and 4 bits are for weights only."""
 
 MOST = 10**9
-"""Of streams, prompts and prompt tokens."""
+"""The upper limit of streams, prompts and prompt tokens."""
 MOST_STEPS = 1 << 20
-"""Of tokens to generate, whose steps are counted one by one."""
+"""The upper limit of tokens to generate, whose steps are counted one by one."""
 
 Config = str | Path | Mapping[str, Any] | ModelShape
 
@@ -41,30 +39,30 @@ class Cost:
     """Memory and time of generating for one batch."""
 
     memory_bytes: float
-    """At the peak."""
+    """Peak memory, in bytes."""
     seconds: float
-    """From prompts to the last token."""
+    """Time from the prompts to the last token, in seconds."""
     memory: dict[str, float]
-    """`memory_bytes` by what it holds."""
+    """`memory_bytes`, split by content."""
     time: dict[str, float]
-    """`seconds` by operation."""
+    """`seconds`, split by operation."""
     prefill_seconds: float
-    """Until the first token, the prompts' passes alone."""
+    """Time until the first token: the prefill."""
     decode_seconds: float
-    """All further steps."""
+    """Time of all other steps."""
     params: float
-    """N, non-embedding parameters with those of the streams."""
+    """N, non-embedding parameters including those of the streams."""
     fits: bool
-    """Whether it fits into the device's memory."""
+    """Whether it fits into the memory of the device."""
     hardware: str
-    """The device's name."""
+    """The name of the device."""
     method: str
     """`"roofline"` or `"paper"`."""
     notes: tuple[str, ...] = ()
-    """What was counted only approximately, in sentences."""
+    """Approximations in the count, as sentences."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """All fields in types that JSON supports."""
         return asdict(self) | {"notes": list(self.notes)}
 
 
@@ -81,28 +79,28 @@ def cost(
     overhead: float = 0.0,
     kv: str = "own",
 ) -> Cost:
-    """What it takes to generate a number of tokens for a batch of prompts.
+    """The memory and time to generate a number of tokens for a batch of prompts.
 
     Args:
         config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; any architecture with attention.
         num_streams: P.
-        batch_size: B, prompts at once.
+        batch_size: B, prompts in a batch.
         input_length: tokens of each prompt.
         output_length: tokens to generate for each.
         hardware: a name from `data/hardware.csv` or a `Hardware`.
-        method: `"roofline"` counts how this package runs (see `roofline`); `"paper"` counts as arXiv 2505.10475 did,
+        method: `"roofline"` counts what this package runs (see `roofline`); `"paper"` counts as arXiv 2505.10475 did,
             with its efficiencies and its omissions (see `paper`), in 16 bits and without `overhead`.
         dtype: one of `DTYPES`.
-        overhead: seconds for each layer of each step that are neither arithmetic nor traffic, such as starting kernels;
-            0 is the ideal.
-        kv: `"own"`, keys and values of each stream, as published; or `"shared"`, those of stream 0 for all.
+        overhead: seconds for each layer of each step that are neither arithmetic nor memory traffic, such as kernel
+            launches; 0 is the ideal.
+        kv: `"own"`, keys and values for each stream, as published; or `"shared"`, those of stream 0 for all.
 
     Returns:
-        Memory in bytes and time in seconds, both split by where they go.
+        Memory in bytes and time in seconds, both split.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: a number is out of range, a name unknown, or the configuration lacks what is needed.
+        FileNotFoundError: the path does not exist.
+        ValueError: a number is out of range, a name is unknown, or the configuration lacks a required size.
     """
     counts = {
         "num_streams": num_streams,
@@ -115,7 +113,7 @@ def cost(
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         most = MOST_STEPS if name == "output_length" else MOST
         if value > most:
-            raise ValueError(f"{name} is above {most:,}, beyond which nothing is counted; give a smaller one")
+            raise ValueError(f"{name} is above the maximum of {most:,}; give a smaller one")
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; give one of {', '.join(METHODS)}")
     if dtype not in DTYPES:
@@ -130,8 +128,8 @@ def cost(
     work = Workload(num_streams, batch_size, input_length, output_length, bits, weight_bits, kv)
     if method == "paper":
         if work.shares:
-            raise ValueError('the paper\'s count knows kv="own" only, not kv="shared"; use method="roofline"')
-        _refuse_what_the_paper_did_not_count(shape, dtype, overhead)
+            raise ValueError('the paper\'s count supports kv="own" only, not kv="shared"; use method="roofline"')
+        _require_countable_by_paper(shape, dtype, overhead)
         memory, (time, prefill, decode) = paper.memory(shape, work), paper.seconds(shape, work, device)
     else:
         memory, (time, prefill, decode) = roofline.memory(shape, work), roofline.seconds(shape, work, device, overhead)
@@ -151,16 +149,16 @@ def cost(
     )
 
 
-def _refuse_what_the_paper_did_not_count(shape: ModelShape, dtype: str, overhead: float) -> None:
+def _require_countable_by_paper(shape: ModelShape, dtype: str, overhead: float) -> None:
     if shape.experts or shape.kv_rank or not shape.gated or shape.head_dim * shape.heads != shape.hidden:
         raise ValueError(
             "the paper's count is for dense models with a gated MLP and heads of hidden size / heads, and "
-            f"{shape.name!r} is none; "
+            f"{shape.name!r} is not one; "
             'use method="roofline"'
         )
     if dtype not in ("bfloat16", "float16") or overhead:
         raise ValueError(
-            f"the paper's count knows 16 bits and no overhead, not dtype {dtype!r} and overhead {overhead:g}; use "
+            f"the paper's count supports 16 bits and no overhead, not dtype {dtype!r} and overhead {overhead:g}; use "
             'method="roofline"'
         )
 

@@ -1,4 +1,4 @@
-"""The published points, and reading and checking points of one's own."""
+"""The published points, and functions that read and check other points."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLUMNS = ("params", "streams", "loss")
 
 
 class Points(NamedTuple):
-    """Final losses of trained models, one entry for each run; each array is `(n,)`."""
+    """Final losses of trained models, one entry for each run; each array has the shape `(n,)`."""
 
     params: Array
-    """Non-embedding parameters, those that the streams add included."""
+    """Non-embedding parameters, including those of the streams."""
     streams: Array
     """P, the number of parallel streams."""
     losses: Array
@@ -43,7 +43,7 @@ def published(corpus: str) -> Points:
         Their sizes, P and losses.
 
     Raises:
-        ValueError: another name.
+        ValueError: the corpus is unknown.
     """
     if corpus not in CORPORA:
         raise ValueError(f"no published corpus {corpus!r}; give one of {', '.join(map(repr, CORPORA))}")
@@ -53,7 +53,7 @@ def published(corpus: str) -> Points:
 
 
 def data_rows(name: str) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file that comes with the package; lines that start with `#` give its source and are skipped."""
+    """The rows of a CSV file in the package; lines that start with `#` name its source and are skipped."""
     text = (files(__package__) / "data" / name).read_text(encoding="utf-8")
     yield from csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
 
@@ -61,8 +61,8 @@ def data_rows(name: str) -> Iterator[dict[str, str]]:
 def read_csv(path: str | Path, columns: Sequence[str] = COLUMNS) -> dict[str, Array]:
     """Reads the named columns of a CSV file with a header, as `read_table` does; other columns are skipped.
 
-    Returns one array `(n,)` for each name. Raises `FileNotFoundError` when there is no such file and `ValueError`,
-    naming the line, when a column is missing, a row has more or fewer cells than the header, or an entry is no finite
+    Returns one array `(n,)` for each name. Raises `FileNotFoundError` if the file does not exist, and `ValueError`,
+    with the line, if a column is missing, a row has more or fewer cells than the header, or an entry is not a finite
     number.
     """
     lines = read_table(path, columns, " (non-embedding parameters, P, nats per token)")
@@ -81,20 +81,19 @@ def read_points(path: str | Path) -> Points:
         Their sizes, P and losses.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a column is missing or a number cannot be right.
+        FileNotFoundError: the file does not exist.
+        ValueError: a column is missing or a number is impossible.
     """
     table = read_csv(path)
     return check_points(*(table[name] for name in COLUMNS))
 
 
 def check_points(params: ArrayLike, streams: ArrayLike, losses: ArrayLike, tokens: ArrayLike | None = None) -> Points:
-    """The three as flat float arrays of one length.
+    """The three arguments as flat float arrays of equal length.
 
-    With `tokens`, only a run with the same tokens too is a repeated one.
-    Raises `ValueError`, naming the point and what is allowed, for lengths that differ, entries that are no finite
-    numbers, sizes or losses that are not positive, a P that is no whole number of at least 1, and rows that are given
-    twice.
+    With `tokens`, a run counts as repeated only if its tokens are also equal. Raises `ValueError`, with the point and
+    the allowed values, for different lengths, entries that are not finite numbers, sizes or losses that are not
+    positive, a P that is not a whole number of at least 1, and repeated rows.
     """
     points = Points(
         positive("params", params, "non-embedding parameters"),
@@ -118,7 +117,7 @@ def check_points(params: ArrayLike, streams: ArrayLike, losses: ArrayLike, token
 
 
 def positive(name: str, values: ArrayLike, meaning: str) -> Array:
-    """`values` as a flat float array; `ValueError` for an entry that is no finite positive number."""
+    """`values` as a flat float array; raises `ValueError` for an entry that is not a finite positive number."""
     try:
         array = np.asarray(values, dtype=np.float64).reshape(-1)
     except (TypeError, ValueError):
@@ -127,29 +126,29 @@ def positive(name: str, values: ArrayLike, meaning: str) -> Array:
     if wrong.size:
         raise ValueError(
             f"{name} of point {wrong[0] + 1} is {array[wrong[0]]:g}; every one must be finite and above 0 ({meaning}): "
-            "correct the point or leave it out"
+            "correct or remove the point"
         )
     return array
 
 
 def no_repeats(rows: Array) -> None:
-    """`ValueError` when two rows of `(n, columns)` are the same to the last digit."""
+    """Raises `ValueError` if two rows of `(n, columns)` are exactly equal."""
     seen: dict[tuple[float, ...], int] = {}
     for index, row in enumerate(map(tuple, rows.tolist())):
         if row in seen:
             raise ValueError(
                 f"points {seen[row] + 1} and {index + 1} are the same in every digit "
                 f"({', '.join(f'{value:g}' for value in row)}); "
-                "a row given twice would count twice: leave one out (a repeated run has a loss of its own)"
+                "a repeated row would count twice: remove one (a repeated run has a different loss)"
             )
         seen[row] = index
 
 
 def size_groups(points: Points) -> NDArray[np.int64]:
-    """Which backbone each point belongs to, `(n,)`, 0 for the smallest.
+    """The backbone of each point, `(n,)`, 0 for the smallest.
 
-    Streams add parameters, so one backbone has a different size at each P. Where every P has equally many different
-    sizes they are matched by rank; otherwise sizes within 5 % of their neighbour are one backbone.
+    Streams add parameters, so one backbone has a different size at each P. If every P has the same number of different
+    sizes, they are matched by rank; otherwise sizes within 5 % of their neighbour are one backbone.
     """
     by_streams = {streams: np.unique(points.params[points.streams == streams]) for streams in np.unique(points.streams)}
     if len({sizes.size for sizes in by_streams.values()}) == 1:

@@ -1,4 +1,4 @@
-"""Files that a user names: text in any Unicode encoding that its first bytes tell, tables, and JSON."""
+"""Reads files that a user names: text in the Unicode encoding that its first bytes indicate, tables, and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-# A byte-order mark, and the encoding that takes it off again. That of UTF-32 begins like that of UTF-16.
+# Byte-order marks, and the encodings that remove them. The mark of UTF-32 begins like that of UTF-16.
 _ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -24,18 +24,19 @@ _DELIMITERS = (",", ";", "\t")
 
 
 def require_file(path: str | Path, wanted: str) -> None:
-    """`FileNotFoundError` when there is nothing, `ValueError` for a folder, a pipe, a device or a socket."""
+    """Raises `FileNotFoundError` if nothing exists, `ValueError` for a folder, a pipe, a device or a socket."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise ValueError(f"{path} is {kind} and no file; give {wanted}")
+        raise ValueError(f"{path} is {kind}, not a file; give {wanted}")
 
 
 def read_text(path: str | Path, wanted: str) -> str:
-    """All of a text file, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is no part of it.
+    """The whole text of a file, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is removed.
 
-    wanted: what the file should be, for errors. Raises `FileNotFoundError` when there is nothing and `ValueError` for
-    what is no file (a pipe would be waited for) or no text.
+    wanted: the expected file, for errors. Raises `FileNotFoundError` if it does not exist, and `ValueError` if it is
+        not a
+    file (a pipe would block) or not text.
     """
     require_file(path, wanted)
     contents = Path(path).read_bytes()
@@ -50,7 +51,7 @@ def read_text(path: str | Path, wanted: str) -> str:
 
 
 def read_json(path: str | Path, wanted: str) -> Any:
-    """The value in a JSON file; errors as `read_text`, and `ValueError` for what is no JSON or nested too deeply."""
+    """The value in a JSON file; errors as in `read_text`, and `ValueError` for invalid or too deeply nested JSON."""
     text = read_text(path, wanted)
     try:
         return json.loads(text)
@@ -61,14 +62,14 @@ def read_json(path: str | Path, wanted: str) -> Any:
 
 
 def read_table(path: str | Path, columns: Collection[str], meaning: str = "") -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a CSV file with a header: where each stands, such as `"runs.csv, line 2"`, and its cells by column.
+    """The rows of a CSV file with a header: the place of each, such as `"runs.csv, line 2"`, and its cells by column.
 
     Commas, semicolons or tabs separate the cells, as in the header, and a cell may be quoted. Blank lines and lines
     that start with `#` are skipped.
 
-    columns: those that the header must have. meaning: what they hold, for errors. Errors as `read_text`, and
-    `ValueError`, naming the line, for a header that lacks one of `columns` or names one twice, and for a row with more
-    or fewer cells than the header.
+    columns: required columns. meaning: their contents, for errors. Errors as in `read_text`, and `ValueError`, with the
+    line, for a header that lacks one of `columns` or names one twice, and for a row with more or fewer cells than the
+    header.
     """
     needed = ", ".join(columns)
     lines = [
@@ -84,7 +85,7 @@ def read_table(path: str | Path, columns: Collection[str], meaning: str = "") ->
     delimiter = next((one for one in _DELIMITERS if set(columns) <= set(_names(where, first, one))), ",")
     header = _names(where, first, delimiter)
     if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-        raise ValueError(f"{where}: the header names {', '.join(twice)} twice; leave one of the columns out")
+        raise ValueError(f"{where}: the header names {', '.join(twice)} twice; remove one of the columns")
     if missing := [name for name in columns if name not in header]:
         raise ValueError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(header)}; name its columns {needed}{meaning}"
@@ -94,17 +95,17 @@ def read_table(path: str | Path, columns: Collection[str], meaning: str = "") ->
         if len(cells) != len(header):
             problem = f"{header[len(cells)]} is 'empty': the line has" if len(cells) < len(header) else "the line has"
             raise ValueError(
-                f"{where}: {problem} {len(cells)} cells and the header {len(header)} columns; write numbers without "
-                "thousands separators and with a decimal point, or put a cell that holds a separator into quotes"
+                f"{where}: {problem} {len(cells)} cells, but the header has {len(header)} columns; write numbers "
+                "without thousands separators and with a decimal point, or put a cell that holds a separator in quotes"
             )
         yield where, dict(zip(header, cells, strict=True))
 
 
 def number(text: str, column: str, where: str) -> float:
-    """A cell as a finite number; `ValueError` for anything else.
+    """A cell as a finite number; raises `ValueError` for other text.
 
-    Commas are understood where they can only separate thousands, as in `1,571,472,384` and `1,500.5`: in `1,571` one
-    may be a decimal comma.
+    Commas are accepted where they can only separate thousands, as in `1,571,472,384` and `1,500.5`: in `1,571` the
+    comma may be a decimal comma.
     """
     if re.fullmatch(r"[+-]?\d{1,3}((,\d{3}){2,}(\.\d*)?|(,\d{3})+\.\d*)", text.strip()):
         text = text.replace(",", "")
@@ -115,7 +116,7 @@ def number(text: str, column: str, where: str) -> float:
     if not math.isfinite(value):
         raise ValueError(
             f"{where}: {column} is {text.strip() or 'empty'!r}; give a finite number with a decimal point and without "
-            "thousands separators, or leave the row out"
+            "thousands separators, or remove the row"
         )
     return value
 
@@ -128,4 +129,4 @@ def _cells(where: str, line: str, delimiter: str) -> list[str]:
     try:
         return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{where} cannot be read: {error}; a quoted cell begins and ends on its line") from None
+        raise ValueError(f"{where} cannot be read: {error}; a quoted cell must begin and end on one line") from None

@@ -1,4 +1,4 @@
-"""Fitting a law to runs: least Huber loss of log loss, from a grid of starts."""
+"""Fits a law to runs: least Huber loss of log loss, from a grid of starting points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.solve import Problem, solve
 
 LEVEL = 0.9
-"""Coverage that the intervals aim at."""
+"""Coverage of the intervals."""
 
 
 @dataclass(frozen=True)
@@ -23,31 +23,29 @@ class Fit:
     """A form with fitted parameters."""
 
     form: Form
-    """Which function of N, P and tokens the loss is."""
+    """The form: the loss as a function of N, P and tokens."""
     values: dict[str, float]
     """The parameters by name."""
     r2: float
-    """Share of the losses' variance that the fit explains."""
+    """R²: the share of the losses' variance that the fit explains."""
     huber: float
     """Summed Huber loss of log loss."""
     intervals: dict[str, Interval] | None
-    """90 % interval of each parameter, a profile with the limits of `calibrated_limits`; None without a
-    bootstrap.
-    """
+    """90 % interval of each parameter, a profile with the limits of `calibrated_limits`; None without a bootstrap."""
     draws: Array | None = field(repr=False)
     """`(bootstrap, p)` parameters of each draw, in the form's order; None without a bootstrap."""
     notes: tuple[str, ...]
-    """What the runs do not settle, in sentences."""
+    """What the runs leave undetermined, as sentences."""
     optimum: Optimum = field(repr=False)
-    """The problem that was solved, for `profile_intervals`."""
+    """The problem that was solved, used by `profile_intervals`."""
 
     def predict(self, params: ArrayLike, streams: ArrayLike, tokens: ArrayLike | None = None) -> Array:
-        """Loss of each run that is described.
+        """Predicts the loss of runs.
 
         Args:
-            params: N of each.
-            streams: P of each.
-            tokens: training tokens of each, for a form that has a term in them.
+            params: N of each run.
+            streams: P of each run.
+            tokens: training tokens of each run, for a form with a term in tokens.
 
         Returns:
             `(n,)`, nats per token.
@@ -64,13 +62,13 @@ class Fit:
         return self.form.predict(self.optimum.theta[None], np.stack(columns, axis=1), count)[0]
 
     def profile_intervals(self, level: float = LEVEL) -> dict[str, Interval]:
-        """Profile-likelihood interval of each parameter with the limits of the F distribution; see `intervals.profile`.
+        """Profile-likelihood interval of each parameter, by the limits of the F distribution; see `intervals.profile`.
 
         Args:
-            level: the probability that an interval holds the truth.
+            level: the coverage of an interval.
 
         Returns:
-            Both ends by the parameter's name.
+            Both ends, by name of the parameter.
         """
         return profile(self.optimum, f_limits(self.optimum, level))
 
@@ -80,21 +78,21 @@ def fit(
 ) -> ParallelScalingLaw:
     """Fits `L(N, P) = E + (A / (N * (k*ln P + 1)))**alpha` to finished runs.
 
-    Least sum of Huber losses (delta 1e-3) of log loss, solved from a grid of starts, as arXiv 2505.10475 does it.
+    Least sum of Huber losses (delta 1e-3) of log loss, from a grid of starting points, as in arXiv 2505.10475.
 
     Args:
-        params: N of each run, non-embedding parameters with those of the streams.
+        params: N of each run, non-embedding parameters including those of the streams.
         streams: P of each run.
-        losses: of each run, nats per token; all three of one shape.
-        bootstrap: how many resampled data sets to refit for `intervals` and `draws`; 1000 take about a second.
+        losses: of each run, in nats per token; all three have the same shape.
+        bootstrap: number of resampled datasets to refit for `intervals` and `draws`; 1000 take about a second.
         seed: of the resampling.
 
     Returns:
         The law.
 
     Raises:
-        ValueError: points that cannot be right (see `check_points`), fewer than four, or all of one P (k could be
-            anything), one size (alpha could be) or one loss.
+        ValueError: impossible points (see `check_points`), fewer than four points, or all with the same P (then k is
+            undetermined), the same size (then alpha is) or the same loss.
     """
     points = check_points(params, streams, losses)
     result = fit_form("log", *points, bootstrap=bootstrap, seed=seed)
@@ -122,18 +120,18 @@ def fit_form(
 
     Args:
         form: a name from `FORMS`, or a form.
-        params: as `fit`.
-        streams: as `fit`.
-        losses: as `fit`.
+        params: as in `fit`.
+        streams: as in `fit`.
+        losses: as in `fit`.
         tokens: training tokens of each run, for the joint forms.
-        bootstrap: as `fit`.
-        seed: as `fit`.
+        bootstrap: as in `fit`.
+        seed: as in `fit`.
 
     Returns:
         The form with its parameters.
 
     Raises:
-        ValueError: as `fit`, for an unknown form, and where a form needs `tokens` that are missing or all equal.
+        ValueError: as in `fit`, or the form is unknown, or it needs `tokens` that are missing or all equal.
     """
     if isinstance(form, str):
         if form not in FORMS:
@@ -141,7 +139,7 @@ def fit_form(
         form = FORMS[form]
     problem = _problem(form, params, streams, losses, tokens)
     if not isinstance(bootstrap, Integral) or bootstrap < 0:
-        raise ValueError(f"bootstrap is the number of resampled data sets, 0 for none; got {bootstrap}")
+        raise ValueError(f"bootstrap is the number of resampled datasets, 0 for none; got {bootstrap}")
     optimum = _solve(problem)
     names = form.parameters
     natural = optimum.natural(optimum.theta)
@@ -227,14 +225,14 @@ def _notes(problem: Problem, optimum: Optimum, intervals: dict[str, Interval] | 
     sizes = np.unique(size_groups(points)).size
     if sizes < 3:
         notes.append(
-            f"{sizes} sizes cannot tell E, A and alpha apart by themselves: these rest on the assumed shape in P; "
+            f"{sizes} sizes cannot determine E, A and alpha alone: the values depend on the assumed form in P; "
             "add a third size."
         )
     if np.exp(optimum.theta[0]) < 1e-3 * problem.losses.min():
         notes.append("E came out as 0: these runs show no floor; predictions for larger models are a plain power law.")
     values = dict(zip(problem.form.parameters, optimum.theta, strict=True))
     if problem.form.name == "log" and 1 + values["k"] * np.log(problem.streams.max()) < 1e-2:
-        notes.append("k came out as low as it can be: at the largest P these runs are far worse than the law can say.")
+        notes.append("k came out at its lower limit: at the largest P these runs are worse than the law can express.")
     if not 1e-3 < values["alpha"] < 10:
         notes.append(f"alpha came out as {values['alpha']:.3g}: these runs show no power law in size.")
     for name in ("k", "m", "gamma"):

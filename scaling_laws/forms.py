@@ -1,7 +1,7 @@
-"""The shapes a law can have: a floor plus one power term for each thing that is scaled, and how P enters.
+"""The forms of a law: a floor plus one power term for each scaled quantity, and how P enters.
 
 Every form here is `L = E + sum_i C_i`. A term `C = (A / (N * q))**alpha * r` falls with one size N (parameters, or
-tokens) and holds the streams in `q` or `r`, which have one parameter, the strength:
+tokens) and contains the streams in `q` or `r`, which have one parameter, the strength:
 
 | streams | factor | source |
 |---|---|---|
@@ -9,8 +9,8 @@ tokens) and holds the streams in `q` or `r`, which have one parameter, the stren
 | `"power"` | `q = P**gamma` | the natural rival: no diminishing returns |
 | `"rho"` | `r = ((P-1)*rho + 1) / P` | the paper's theory, rho the correlation of the streams' residuals |
 
-`r` is that theory's `N * P**(1/alpha) * DIVERSITY`, `DIVERSITY = ((P-1)*rho + 1)**(-1/alpha)`, raised to alpha and
-cleared of roots.
+`r` is that theory's `N * P**(1/alpha) * DIVERSITY`, `DIVERSITY = ((P-1)*rho + 1)**(-1/alpha)`, raised to the power
+alpha without roots.
 
 Shapes in this file: S sets of parameters side by side, n points, m terms (the floor is term 0), p parameters.
 Parameters are held as `theta` (S, p): logarithms of E and of the scales, the others as they are.
@@ -50,7 +50,7 @@ def _rho_effect(rho: Array, streams: Array) -> tuple[Array, Array, Array]:
 
 
 EFFECTS: dict[str, Effect] = {"log": _log_effect, "power": _power_effect, "rho": _rho_effect}
-"""Logarithm of the streams' factor with its first and second derivative by the strength."""
+"""Logarithm of the streams' factor, with its first and second derivative with respect to the strength."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Term:
     scale: str
     exponent: str
     size: int
-    """Which of the sizes falls: 0 parameters, 1 tokens."""
+    """The size that it depends on: 0 parameters, 1 tokens."""
     effect: str | None = None
     strength: str | None = None
 
 
 @dataclass(frozen=True)
 class Form:
-    """A law's shape; its parameters are E and those of its terms, in order."""
+    """The form of a law; its parameters are E and those of its terms, in order."""
 
     name: str
     equation: str
@@ -75,7 +75,7 @@ class Form:
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters, in the order of `theta`."""
+        """The names of the parameters, in the order of `theta`."""
         names = ["E"]
         for term in self.terms:
             names += [term.scale, term.exponent, *([term.strength] if term.strength else [])]
@@ -83,7 +83,7 @@ class Form:
 
     @cached_property
     def logarithmic(self) -> tuple[bool, ...]:
-        """Which parameters `theta` holds as logarithms."""
+        """Which parameters are logarithms in `theta`."""
         scales = {"E", *(term.scale for term in self.terms)}
         return tuple(name in scales for name in self.parameters)
 
@@ -94,14 +94,15 @@ class Form:
 
     @property
     def uses_streams(self) -> bool:
-        """Whether P enters at all."""
+        """Whether it depends on P."""
         return any(term.strength for term in self.terms)
 
     def log_terms(self, theta: Array, sizes: Array, streams: Array) -> tuple[Array, Array]:
         """Logarithm of each term and its gradient: `(S, n, m)` and `(S, n, m, p)`.
 
-        sizes: `(n, 1)` or `(n, 2)`, parameters and tokens. streams: `(n,)`. Not finite where a strength leaves a
-        factor at or below 0.
+        sizes: `(n, 1)` or `(n, 2)`, parameters and tokens. streams: `(n,)`. Not finite if a strength makes a factor 0
+            or
+        negative.
         """
         sets, points = theta.shape[0], streams.size
         values = np.zeros((sets, points, len(self.terms) + 1))
@@ -126,7 +127,7 @@ class Form:
         return values, slopes
 
     def curvature(self, theta: Array, streams: Array, weights: Array) -> Array:
-        """Second derivatives of the terms' logarithms summed over points with `weights` (S, n, m): `(S, p, p)`."""
+        """Second derivatives of the terms' logarithms, summed over points with `weights` (S, n, m): `(S, p, p)`."""
         total = np.zeros((*theta.shape, theta.shape[1]))
         for row, term in enumerate(self.terms, 1):
             a, b, c = self._columns(term)
@@ -144,9 +145,9 @@ class Form:
         return total
 
     def feasible(self, theta: Array, streams: Array) -> NDArray[np.bool_]:
-        """Which rows of `theta` are laws at all, `(S,)` bool.
+        """Which rows of `theta` are valid laws, `(S,)` bool.
 
-        Their exponents are above 0, their factors above 0 at the largest P, and nothing overflows.
+        Their exponents are above 0, their factors are above 0 at the largest P, and nothing overflows.
         """
         good: NDArray[np.bool_] = np.all(np.isfinite(theta) & (np.abs(theta) < 1e4), axis=1)
         largest = streams.max()
@@ -164,7 +165,7 @@ class Form:
         return np.exp(self.log_terms(theta, sizes, streams)[0]).sum(axis=2)
 
     def starts(self, sizes: Array, streams: Array, losses: Array) -> Array:
-        """A grid of starting points `(S, p)` around the data; each passes through the mean of what the floor leaves."""
+        """A grid of starting points `(S, p)` around the data; each fits the mean of the losses minus its floor."""
         floors = (0.2, 0.5, 0.75, 0.9)
         exponents = (0.07, 0.2, 0.5, 1.0)
         strengths = (0.05, 0.5)

@@ -1,4 +1,4 @@
-"""The table of devices, which anyone can extend."""
+"""The table of devices, which can be extended."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from parscale.scaling_laws.files import read_table
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device, as a row of `data/hardware.csv` describes it."""
+    """One device: a row of `data/hardware.csv`."""
 
     name: str
-    """As `cost` takes it."""
+    """The name that `cost` takes."""
     label: str
-    """As people say it."""
+    """The common name."""
     memory_gb: float
     """Memory in 10^9 bytes."""
     bandwidth_gbs: float
     """Peak memory bandwidth in 10^9 bytes per second."""
     tflops_16bit: float
-    """Peak dense arithmetic on 16-bit numbers, 10^12 operations per second."""
+    """Peak dense arithmetic on 16-bit numbers, in 10^12 operations per second."""
     tflops_32bit: float
-    """The same on 32-bit numbers."""
+    """Likewise on 32-bit numbers."""
     flops_efficiency: float = 0.7
-    """Share of the peak arithmetic that is reached."""
+    """The achievable share of the peak arithmetic."""
     bandwidth_efficiency: float = 0.9
-    """Share of the peak bandwidth that is reached."""
+    """The achievable share of the peak bandwidth."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[2:]:
@@ -42,10 +42,10 @@ class Hardware:
                 raise ValueError(f"{field.name} of {self.name!r} is {value:g}; it must be {allowed}")
 
     def flops(self, bits: int) -> float:
-        """Arithmetic that is reached.
+        """The achievable arithmetic.
 
         Args:
-            bits: of a number: 32, or 16 and fewer.
+            bits: of a number: 32, or at most 16.
 
         Returns:
             Operations per second.
@@ -54,12 +54,12 @@ class Hardware:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second that are reached."""
+        """The achievable bandwidth, in bytes per second."""
         return self.bandwidth_gbs * 1e9 * self.bandwidth_efficiency
 
 
 def read_hardware(path: str | Path) -> dict[str, Hardware]:
-    """Reads devices of your own.
+    """Reads a table of devices.
 
     Args:
         path: a CSV file with the columns of `data/hardware.csv`.
@@ -68,8 +68,8 @@ def read_hardware(path: str | Path) -> dict[str, Hardware]:
         The devices by name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a column is missing, an entry is no positive number, or a device is given twice.
+        FileNotFoundError: the file does not exist.
+        ValueError: a column is missing, an entry is not a positive number, or a device appears twice.
     """
     needed = [field.name for field in dataclasses.fields(Hardware) if field.default is dataclasses.MISSING]
     return _devices((cells for _, cells in read_table(path, needed)), str(path))
@@ -77,12 +77,12 @@ def read_hardware(path: str | Path) -> dict[str, Hardware]:
 
 @cache
 def known_hardware() -> Mapping[str, Hardware]:
-    """The devices that come with the package, by name."""
+    """The devices in the package, by name."""
     return _devices(data_rows("hardware.csv"), "hardware.csv")
 
 
 def find_hardware(hardware: str | Hardware) -> Hardware:
-    """The device itself, or the known one of that name; `ValueError` for another name."""
+    """The given device, or the known one of this name; raises `ValueError` for an unknown name."""
     if isinstance(hardware, Hardware):
         return hardware
     if hardware not in known_hardware():
@@ -105,8 +105,8 @@ def _devices(rows: Iterable[Mapping[str, str]], source: str) -> dict[str, Hardwa
         try:
             numbers = {field.name: float(row[field.name]) for field in fields[2:] if row.get(field.name)}
         except ValueError as error:
-            raise ValueError(f"{source}: {row['name']}: {error}; everything but name and label is a number") from None
+            raise ValueError(f"{source}: {row['name']}: {error}; all columns but name and label are numbers") from None
         if row["name"] in devices:
-            raise ValueError(f"{source}: {row['name']} is given twice; leave one of the rows out")
+            raise ValueError(f"{source}: {row['name']} appears twice; remove one of the rows")
         devices[row["name"]] = Hardware(row["name"], row["label"], **numbers)
     return devices

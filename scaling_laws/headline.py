@@ -12,11 +12,11 @@ from parscale.scaling_laws.data import published
 from parscale.scaling_laws.shapes import published_models
 
 LENGTHS = (64, 128, 256, 512)
-"""Input lengths, equal to the output lengths, that the paper averages over."""
+"""Input lengths, equal to the output lengths, over which the paper averages."""
 
 
 def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = LENGTHS) -> tuple[float, float]:
-    """Memory in bytes and seconds of a published model, over the mean of `lengths`: an entry of the paper's figure."""
+    """Memory in bytes and seconds of a published model, as the mean over `lengths`: an entry of the paper's figure."""
     models = published_models()
     if size not in models:
         raise ValueError(f"no published model {size!r}; give one of {', '.join(models)}")
@@ -33,8 +33,8 @@ def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = L
 def dense_of_equal_loss(streams: int = 8, size: str = "1.6B", *, batch_size: int = 1) -> tuple[float, float]:
     """Memory in bytes and seconds of a plain model that reaches the loss (Stack) of `size` with `streams` streams.
 
-    Both are interpolated by loss between the two published plain models around it, at the paper's average over lengths.
-    Raises `ValueError` for a size or P without a published point, and when no two plain models surround its loss.
+    Both are interpolated by loss between the two nearest published plain models, at the paper's average over lengths.
+    Raises `ValueError` for a size or P without a published point, and if the loss is not between two plain models.
     """
     names = list(published_models())
     points = published("stack")
@@ -54,9 +54,9 @@ def dense_of_equal_loss(streams: int = 8, size: str = "1.6B", *, batch_size: int
 
 
 def increase_ratios(batch_size: int = 1, streams: int = 8, size: str = "1.6B") -> tuple[float, float]:
-    """How many times more memory, and time, a plain model adds than streams do for the same loss.
+    """The memory and the time that a plain model adds, divided by what streams add for the same loss.
 
-    The paper's "22x" and "6x".
+    The paper reports "22x" and "6x".
     """
     base, wide = np.array(average(size, 1, batch_size)), np.array(average(size, streams, batch_size))
     dense = np.array(dense_of_equal_loss(streams, size, batch_size=batch_size))

@@ -1,4 +1,4 @@
-"""Which form predicts what it has not seen: forms compared by held-out sizes and held-out P."""
+"""Compares forms by their predictions for held-out sizes and held-out P."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HeldOut:
     group: str
     """Which runs were held out, such as `"P = 8"`."""
     predicted: Array
-    """Loss of each of its runs as the other runs predict it."""
+    """Loss of each of its runs, as predicted from the other runs."""
     actual: Array
     """Loss of each of its runs."""
 
@@ -32,7 +32,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one form does on one set of runs."""
+    """The result of one form on a set of runs."""
 
     form: str
     values: dict[str, float]
@@ -40,9 +40,7 @@ class Comparison:
     r2: float
     huber: float
     size_error: float
-    """Root mean square error in log loss over all runs, each predicted without the runs of its size; NaN with fewer
-    than three sizes.
-    """
+    """Root mean square error in log loss, each run predicted without its size; NaN with fewer than three sizes."""
     streams_error: float
     """The same without the runs of its P; NaN with fewer than three P."""
 
@@ -50,27 +48,27 @@ class Comparison:
 def leave_one_out(
     params: ArrayLike, streams: ArrayLike, losses: ArrayLike, *, by: str, form: str = "log"
 ) -> list[HeldOut]:
-    """Fits a form to all runs but those of one size or one P and predicts these, for each in turn.
+    """Fits a form to all runs except those of one size or one P, and predicts these, for each in turn.
 
     Args:
-        params: as `fit`.
-        streams: as `fit`.
-        losses: as `fit`.
+        params: as in `fit`.
+        streams: as in `fit`.
+        losses: as in `fit`.
         by: `"size"` or `"streams"`.
         form: a name from `FORMS`.
 
     Returns:
-        What was held out, with its predictions, in order.
+        The held-out groups with their predictions, in order.
 
     Raises:
-        ValueError: another `by`, fewer than three groups (the rest would not determine a fit), or as `fit_form`.
+        ValueError: `by` is invalid, there are fewer than three groups (the rest would not determine a fit), or as in
+            `fit_form`.
     """
     points = check_points(params, streams, losses)
     labels, names = _groups(points, by)
     if len(names) < 3:
         raise ValueError(
-            f"holding out one {_NOUNS[by]} of {len(names)} leaves too few to fit the others by; give runs with at "
-            "least three"
+            f"holding out one {_NOUNS[by]} of {len(names)} leaves too few for a fit; give runs with at least three"
         )
     result = []
     for label, name in enumerate(names):
@@ -86,16 +84,16 @@ def compare(
     """Fits forms of the law to the runs and tests each on held-out sizes and held-out P.
 
     Args:
-        params: as `fit`.
-        streams: as `fit`.
-        losses: as `fit`.
+        params: as in `fit`.
+        streams: as in `fit`.
+        losses: as in `fit`.
         forms: names from `FORMS`.
 
     Returns:
         One row for each form, best at held-out P first.
 
     Raises:
-        ValueError: as `fit_form`.
+        ValueError: as in `fit_form`.
     """
     points = check_points(params, streams, losses)
     result = []
@@ -118,7 +116,7 @@ def _held_out_error(points: Points, by: str, form: str) -> float:
 
 
 def _groups(points: Points, by: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Group of each run, and the groups' names."""
+    """The group of each run, and the groups' names."""
     if by == "streams":
         values, labels = np.unique(points.streams, return_inverse=True)
         return labels, [f"P = {value:g}" for value in values]

@@ -1,6 +1,6 @@
 """Intervals by profile likelihood, for the batched fit of `solve`.
 
-Their limits are those of a seeded bootstrap or of the F distribution.
+The limits are those of a seeded bootstrap or of the F distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parscale.scaling_laws.solve import DELTA, Problem, solve
 Interval = tuple[float, float]
 
 TOLERANCE = 1e-8
-"""Relative, of the Huber loss at an optimum that only an interval's end depends on."""
+"""Relative tolerance of the Huber loss at optima that affect only the end of an interval."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Optimum:
 
     @property
     def freedom(self) -> int:
-        """Points minus parameters; `ValueError` when there are none left to measure the noise by."""
+        """Points minus parameters; raises `ValueError` if this is 0, since the noise is then unknown."""
         spare = self.problem.losses.size - self.theta.size
         if spare < 1:
             raise ValueError(
-                f"{self.problem.losses.size} points for {self.theta.size} parameters leave nothing to measure the "
-                "noise by: "
+                f"{self.problem.losses.size} points for {self.theta.size} parameters leave no way to estimate the "
+                "noise: "
                 "no interval can be given; add runs, or ask for none (bootstrap 0)"
             )
         return spare
@@ -57,28 +57,28 @@ class Optimum:
         return float(np.sqrt((self.residuals**2).sum() / self.freedom))
 
     def natural(self, theta: Array) -> Array:
-        """Parameters `(..., p)` with the logarithms taken off."""
+        """Parameters `(..., p)` without logarithms."""
         return np.where(self.problem.form.logarithmic, np.exp(np.minimum(theta, 700)), theta)
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """B data sets with new noise on a fitted law, each fitted again."""
+    """B datasets with new noise on a fitted law, each fitted again."""
 
     log_losses: Array
     """`(B, n)`."""
     theta: Array
-    """Parameters of each, `(B, p)`."""
+    """The parameters of each, `(B, p)`."""
     values: Array
-    """Summed Huber loss of each, `(B,)`."""
+    """The summed Huber loss of each, `(B,)`."""
 
 
 def bootstrap(optimum: Optimum, draws: int, seed: int) -> Resampled:
-    """Refits `draws` data sets with new noise on the fitted law.
+    """Refits `draws` datasets with new noise on the fitted law.
 
-    The runs stay where they are and their noise is drawn anew: a residual of either sign, widened for the degrees of
-    freedom that the fit used up, smoothed with as much normal noise. (Drawing whole runs instead can lose a size or a
-    P altogether.) Each draw is solved from the optimum and from some starts of the grid, and the best is kept.
+    Sizes and P of the runs stay the same and their noise is resampled: a residual with a random sign, scaled for the
+    degrees of freedom that the fit used, plus normal noise of the same size. (Resampling whole runs can lose a size or
+    a P.) Each draw is solved from the optimum and from some starting points of the grid, and the best solution is kept.
     """
     problem, noise = optimum.problem, optimum.noise
     generator = np.random.default_rng(seed)
@@ -95,13 +95,13 @@ def bootstrap(optimum: Optimum, draws: int, seed: int) -> Resampled:
 
 
 def calibrated_limits(optimum: Optimum, resampled: Resampled, level: float) -> Array:
-    """How far the likelihood ratio of `profile` may rise for each parameter, `(p,)`.
+    """The limits of the likelihood ratio of `profile` for each parameter, `(p,)`.
 
-    So far that a share `level` of the resampled data sets would have their true value, the optimum's, within their own
-    interval; never less than `f_limits`, which is right while the law is straight over an interval.
+    They are chosen so that a share `level` of the resampled datasets have their true value, the optimum's, within their
+    own interval; they are never below `f_limits`, which is correct for a law that is linear over an interval.
 
-    Percentiles of the draws would miss the truth on one side where the law bends, as A does along the valley in which
-    E, A and alpha trade off; the ratio does not care how a parameter is written.
+    Percentiles of the draws would miss the truth on one side where the law is curved, as A is along the valley in which
+    E, A and alpha trade off; the ratio does not depend on how a parameter is written.
     """
     problem, (draws, number) = optimum.problem, resampled.theta.shape
     fitted = np.log(problem.form.predict(resampled.theta, problem.sizes, problem.streams))
@@ -119,10 +119,10 @@ def calibrated_limits(optimum: Optimum, resampled: Resampled, level: float) -> A
 def corrected_percentiles(
     draws: Array, estimate: Array, level: float, freedom: int | None = None
 ) -> tuple[Array, Array]:
-    """Ends `(p,)` of the bias-corrected percentile interval of `draws` `(B, p)` around `estimate` `(p,)`.
+    """The ends `(p,)` of the bias-corrected percentile interval of `draws` `(B, p)` around `estimate` `(p,)`.
 
-    Efron's correction: where most draws lie to one side of the estimate, the percentiles move the other way. With
-    `freedom`, points minus parameters, they also move outward as Student's t does (Hesterberg's expanded percentiles,
+    Efron's correction: if most draws lie on one side of the estimate, the percentiles move to the other side. With
+    `freedom`, points minus parameters, they also move outward like Student's t (Hesterberg's expanded percentiles,
     arXiv 1411.5279).
     """
     below = np.clip((draws < estimate).mean(axis=0), 1 / len(draws), 1 - 1 / len(draws))
@@ -136,19 +136,19 @@ def corrected_percentiles(
 
 
 def f_limits(optimum: Optimum, level: float) -> Array:
-    """The F distribution's limits for `profile`, `(p,)`, exact for a straight law with normal noise."""
+    """The limits of the F distribution for `profile`, `(p,)`, exact for a linear law with normal noise."""
     return np.full(optimum.theta.size, stats.f.ppf(level, 1, optimum.freedom))
 
 
 def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
-    """Profile-likelihood interval of each parameter, `(low, high)`.
+    """The profile-likelihood interval of each parameter, `(low, high)`.
 
-    An end that the runs do not settle is infinite (0 for E and A).
+    An end that the runs leave undetermined is infinite (0 for E and A).
 
-    A parameter is held at ever more distant values while all others are fitted again; the interval ends where the
-    Huber loss has risen by more than chance explains. The rise is measured in units of Huber's own dispersion
-    (Schrader and Hettmansperger, Biometrika 67, 1980) with normal noise, and compared with `limits` `(p,)`: of
-    `f_limits` or `calibrated_limits`.
+    A parameter is fixed at more and more distant values while all others are fitted again; the interval ends where the
+    Huber loss has risen by more than chance explains. The rise is measured in units of Huber's own dispersion (Schrader
+    and Hettmansperger, Biometrika 67, 1980) with normal noise, and compared with `limits` `(p,)`, from `f_limits` or
+    `calibrated_limits`.
     """
     form = optimum.problem.form
     spread, ridge = _search_scale(optimum)
@@ -157,7 +157,7 @@ def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
     reach = sides * spread[columns]
     offsets = np.concatenate([[0.0], np.geomspace(0.25, 200, 16)]) * reach[:, None]
     settled = np.ones(len(columns), dtype=bool)
-    for _ in range(4):  # each time the step in which the profile rises through the limit for the last time, cut finer
+    for _ in range(4):  # each time, refines the step in which the profile crosses the limit for the last time
         inside = _likelihood_ratio(optimum, columns, offsets, ridge) <= limits[columns, None]
         inside[:, 0] = True
         last = offsets.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
@@ -172,12 +172,12 @@ def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
 
 
 def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Array, ridge: Array) -> Array:
-    """F statistic for parameter `columns[i]` held at each of `offsets[i]` from the optimum, `(len(columns), m)`.
+    """The F statistic for parameter `columns[i]` fixed at each of `offsets[i]` from the optimum, `(len(columns), m)`.
 
-    It is infinite where no law is possible.
+    It is infinite where no law is valid.
     """
     problem, theta = optimum.problem, optimum.theta
-    straight = theta + offsets[:, :, None] * ridge[columns][:, None]  # along the ridge, as far as it is straight
+    straight = theta + offsets[:, :, None] * ridge[columns][:, None]  # along the ridge, as far as it is linear
     unit = np.eye(theta.size)[columns]
     aside = theta + offsets[:, :, None] * unit[:, None]
     starts = np.concatenate([straight, aside]).reshape(-1, theta.size)
@@ -188,9 +188,9 @@ def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Arr
 
 
 def _dispersion(residuals: Array, freedom: int) -> Any:
-    """What twice the rise of the Huber loss is measured in, for residuals `(..., n)`.
+    """The unit of twice the rise of the Huber loss, for residuals `(..., n)`.
 
-    The mean square of its derivative over the mean of its second one.
+    It is the mean square of the derivative divided by the mean of the second derivative.
     """
     force = np.clip(residuals, -DELTA, DELTA)
     noise = np.sqrt((residuals**2).sum(axis=-1) / freedom)
@@ -199,10 +199,10 @@ def _dispersion(residuals: Array, freedom: int) -> Any:
 
 
 def _search_scale(optimum: Optimum) -> tuple[Array, Array]:
-    """Where a search for an interval's end starts.
+    """The start of the search for an interval's end.
 
-    Each parameter's approximate standard error `(p,)`, and how the others go with it, `(p, p)`: from the slopes of log
-    loss at the optimum, and where these settle nothing, a step of 1 alone.
+    Returns each parameter's approximate standard error `(p,)`, and how the others change with it, `(p, p)`: from the
+    slopes of log loss at the optimum or, where these determine nothing, a step of 1 in this parameter alone.
     """
     problem = optimum.problem
     values, slopes = problem.form.log_terms(optimum.theta[None], problem.sizes, problem.streams)

@@ -1,4 +1,4 @@
-"""The parallel scaling law itself."""
+"""The parallel scaling law."""
 
 from __future__ import annotations
 
@@ -18,65 +18,64 @@ from parscale.scaling_laws.intervals import Interval, corrected_percentiles
 class ParallelScalingLaw:
     """`L(N, P) = E + (A / (N * (k*ln P + 1)))**alpha`, arXiv 2505.10475.
 
-    N: non-embedding parameters, those that the streams add included. P: streams. L: nats per token. `fit` makes one
-    from runs; one with known parameters is `ParallelScalingLaw(E=0.6912, A=1.131e7, alpha=0.1894, k=0.3935)`.
+    N: non-embedding parameters, including those of the streams. P: streams. L: nats per token. `fit` makes a law from
+        runs;
+    with known parameters it is `ParallelScalingLaw(E=0.6912, A=1.131e7, alpha=0.1894, k=0.3935)`.
     """
 
     E: float
-    """Loss that no size removes, nats per token."""
+    """The irreducible loss, in nats per token."""
     A: float
-    """Scale, in parameters."""
+    """The scale, in parameters."""
     alpha: float
-    """How fast the rest falls with size."""
+    """The exponent of the rest in the size."""
     k: float
-    """What a stream is worth: P streams act like `k*ln(P) + 1` times the parameters."""
+    """The worth of a stream: P streams act like `k*ln(P) + 1` times the parameters."""
     r2: float = math.nan
-    """Share of the losses' variance that the fit explains."""
+    """R²: the share of the losses' variance that the fit explains."""
     huber: float = math.nan
     """Summed Huber loss (delta 1e-3) of log loss at the optimum."""
     intervals: dict[str, Interval] | None = None
-    """For each of E, A, alpha, k the ends of its 90 % interval, by the bootstrap; None without one. An end that the
-    runs do not settle is infinite.
-    """
+    """90 % intervals of E, A, alpha and k, by the bootstrap; None without one. An undetermined end is infinite."""
     draws: Array | None = field(default=None, repr=False, compare=False)
-    """`(bootstrap, 4)`: E, A, alpha, k of each bootstrap draw; None without one."""
+    """`(bootstrap, 4)`: E, A, alpha, k of each bootstrap draw; None without a bootstrap."""
     notes: tuple[str, ...] = ()
-    """What these runs do not settle, in sentences."""
+    """What the runs leave undetermined, as sentences."""
 
     def predict(self, params: ArrayLike, streams: ArrayLike) -> Any:
-        """Loss at each size and number of streams.
+        """Predicts the loss at each size and number of streams.
 
         Args:
-            params: N, non-embedding parameters with those of the streams, above 0.
+            params: N, non-embedding parameters including those of the streams, above 0.
             streams: P, at least 1. Both broadcast.
 
         Returns:
-            Nats per token; a float for two numbers.
+            Nats per token; a float for two scalars.
 
         Raises:
-            ValueError: a number is out of range or, with k below 0, there are so many streams that the law ends.
+            ValueError: a number is out of range or, with k below 0, there are too many streams for the law.
         """
         size, count = _checked(params, streams)
         return self.E + (self.A / (size * self._gain(count))) ** self.alpha
 
     def equivalent_params(self, params: ArrayLike, streams: ArrayLike) -> Any:
-        """Parameters of the plain model with the same predicted loss.
+        """The parameters of the plain model with the same predicted loss.
 
         Args:
-            params: as `predict`.
-            streams: as `predict`.
+            params: as in `predict`.
+            streams: as in `predict`.
 
         Returns:
-            `N * (k*ln P + 1)`; a float for two numbers.
+            `N * (k*ln P + 1)`; a float for two scalars.
 
         Raises:
-            ValueError: as `predict`.
+            ValueError: as in `predict`.
         """
         size, count = _checked(params, streams)
         return size * self._gain(count)
 
     def params_for(self, loss: float, streams: float = 1) -> float:
-        """The size that is predicted to reach a loss.
+        """The predicted size that reaches a loss.
 
         Args:
             loss: in nats per token, above E.
@@ -86,7 +85,7 @@ class ParallelScalingLaw:
             N, non-embedding parameters.
 
         Raises:
-            ValueError: the loss is at or below E, or as `predict`.
+            ValueError: the loss is not above E, or as in `predict`.
         """
         if not loss > self.E:
             raise ValueError(
@@ -96,31 +95,31 @@ class ParallelScalingLaw:
         return float(self.A * (loss - self.E) ** (-1 / self.alpha) / self._gain(np.float64(streams)))
 
     def predict_interval(self, params: ArrayLike, streams: ArrayLike, level: float = 0.9) -> tuple[Any, Any]:
-        """The bootstrap's interval for the predicted loss, not for a new run, whose own noise comes on top.
+        """The bootstrap interval of the predicted loss; a new run has noise of its own in addition.
 
         Args:
-            params: as `predict`.
-            streams: as `predict`.
+            params: as in `predict`.
+            streams: as in `predict`.
             level: the share of draws inside.
 
         Returns:
-            Both ends, each as `predict`.
+            Both ends, each as in `predict`.
 
         Raises:
-            ValueError: the law has no bootstrap draws, or as `predict`.
+            ValueError: the law has no bootstrap draws, or as in `predict`.
         """
         if self.draws is None:
             raise ValueError("this law has no bootstrap draws to make an interval from; fit it with bootstrap=1000")
         size, count = np.broadcast_arrays(*_checked(params, streams))
         floor, scale, exponent, gain = (self.draws[:, [column]] for column in range(4))
         flat, flat_count = size.reshape(1, -1), count.reshape(1, -1)
-        left = np.maximum(gain * np.log(flat_count) + 1, 1e-100)  # nothing is left where a draw's k is far below 0
+        left = np.maximum(gain * np.log(flat_count) + 1, 1e-100)  # nearly 0 where a draw's k is far below 0
         losses = floor + (scale / (flat * left)) ** exponent
         low, high = corrected_percentiles(losses, np.asarray(self.predict(flat[0], flat_count[0])), level)
         return low.reshape(size.shape)[()], high.reshape(size.shape)[()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Parameters, quality, intervals (None for an infinite end) and notes, as JSON can hold them."""
+        """Parameters, quality, intervals (None for an infinite end) and notes, in types that JSON supports."""
         result: dict[str, Any] = {name: getattr(self, name) for name in ("E", "A", "alpha", "k", "r2", "huber")}
         result = {name: value if math.isfinite(value) else None for name, value in result.items()}
         result["intervals"] = None
@@ -133,7 +132,7 @@ class ParallelScalingLaw:
 
     @classmethod
     def from_dict(cls, contents: Mapping[str, Any]) -> ParallelScalingLaw:
-        """The law that `to_dict` wrote.
+        """The law from the result of `to_dict`.
 
         Args:
             contents: the dictionary.
@@ -142,7 +141,7 @@ class ParallelScalingLaw:
             The law, without bootstrap draws.
 
         Raises:
-            ValueError: E, A, alpha or k is missing or no finite number, or there is what `to_dict` does not write.
+            ValueError: E, A, alpha or k is missing or not a finite number, or `contents` is not from `to_dict`.
         """
         values: dict[str, Any] = {name: contents.get(name) for name in ("E", "A", "alpha", "k")}
         for name, value in values.items():
@@ -163,23 +162,23 @@ class ParallelScalingLaw:
         return cls(**values, notes=tuple(notes))
 
     def _gain(self, streams: Any) -> Any:
-        """What P streams multiply the parameters by; `ValueError` where that is not above 0."""
+        """The factor by which P streams multiply the parameters; raises `ValueError` if it is not above 0."""
         gain = self.k * np.log(streams) + 1
         if not (gain > 0).all():
             worst = float(np.max(streams))
             raise ValueError(
-                f"this law has k = {self.k:g}, by which {worst:g} streams leave nothing of a model "
+                f"this law has k = {self.k:g}, with which {worst:g} streams make the effective size 0 or less "
                 f"(k*ln P + 1 = {self.k * math.log(worst) + 1:.2g}); ask for P below {math.exp(-1 / self.k):.3g}"
             )
         return gain
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _intervals(contents: Any) -> dict[str, Interval] | None:
-    """Intervals by the parameter's name, as `to_dict` writes them, with None for an infinite end."""
+def _intervals(contents: object) -> dict[str, Interval] | None:
+    """Intervals by name of the parameter, as `to_dict` writes them, with None for an infinite end."""
     if not contents:
         return None
     if not isinstance(contents, Mapping):

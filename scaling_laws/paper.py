@@ -1,26 +1,24 @@
-"""The cost that arXiv 2505.10475 reports, counted as its authors counted (`method="paper"`).
+"""The cost that arXiv 2505.10475 reports, by its authors' method (`method="paper"`).
 
-They used llm-analysis 0.2.2 with 0.7 of an A100's arithmetic and 0.9 of its bandwidth, 16-bit everywhere, and
-averaged over input = output = 64, 128, 256, 512 (`headline`). What this count does that a real run does not, or the
-other way round:
+They used llm-analysis 0.2.2 with 0.7 of an A100's arithmetic and 0.9 of its bandwidth, 16 bits everywhere, and averaged
+over input = output = 64, 128, 256, 512 (`headline`). The differences between this count and a real run:
 
-- The prefix is counted as T more prompt tokens of every row: computed by every layer of the prefill, and cached P*B
-  times over. `parscale` keeps it once for each stream and computes nothing for it. Too dear for ParScale.
-- The aggregator is charged once, for all tokens in one pass; that its `P*H*H` weights are read again for each
-  generated token is left out (at 1.6B and P = 8, 38 MB a token beside 3.6 GB of other weights). Too cheap for
-  ParScale.
-- Prefixes are in the cache but not among the parameters; the aggregator's biases and its second matrix are left out.
+- The prefix counts as T more prompt tokens of every row: computed by every layer of the prefill, and cached P*B times.
+  `parscale` stores it once for each stream and computes nothing for it. Too high for ParScale.
+- The aggregator is counted once, for all tokens in one pass; its `P*H*H` weights, which are read again for each
+  generated token, are omitted (at 1.6B and P = 8, 38 MB a token next to 3.6 GB of other weights). Too low for ParScale.
+- Prefixes are in the cache but not among the parameters; the aggregator's biases and its second matrix are omitted.
   Negligible.
 - Each decoding step reads *and writes* the cache at its final length, and its attention arithmetic sees one token.
-  Too dear at long context, for every model.
-- The whole embedding table is read at each step although a step looks up a few rows, while the output matrix, which
-  is read, is charged arithmetic only. The two cancel when embeddings are tied.
+  Too high at long context, for every model.
+- The whole embedding table is read at each step although a step looks up a few rows, while the output matrix, which is
+  read, counts as arithmetic only. The two errors cancel if embeddings are tied.
 - The prefill computes logits for every prompt token, and keeps them in memory: V*S*2 bytes, 0.14 GiB at S = 512. For
   P > 1 the prefix tokens have logits too.
-- Activations count the largest buffer of a layer without the residual stream beside it.
-- No kernel takes time to start. At batch 1 the six models would need 0.8 to 5.3 ms a token, less than 36 layers take
-  to launch on many stacks; what is launch-bound makes streams cheaper than this count says.
-- Sequences of 64 to 512 tokens are short: the P-fold cache, small here, is what grows with context.
+- Activations count the largest buffer of a layer without the residual stream.
+- Kernel launches take no time. At batch 1 the six models would need 0.8 to 5.3 ms a token, less than the launches of 36
+  layers take on many systems; where launches dominate, streams are cheaper than this count says.
+- Sequences of 64 to 512 tokens are short: the P-fold cache, small here, grows with context.
 """
 
 from __future__ import annotations
@@ -30,11 +28,11 @@ from parscale.scaling_laws.roofline import Split, Workload
 from parscale.scaling_laws.shapes import ModelShape
 
 BYTES = 2
-"""Of every number: the paper counts 16 bits throughout."""
+"""Bytes of a number: the paper counts 16 bits throughout."""
 
 
 def memory(shape: ModelShape, work: Workload) -> Split:
-    """Bytes, by what they hold."""
+    """Bytes, split by content."""
     length = _prompt(shape, work)
     rows, h = work.rows, shape.hidden
     layer = max(3 * h, 2 * h + 4 * shape.heads, shape.intermediate)
@@ -48,7 +46,7 @@ def memory(shape: ModelShape, work: Workload) -> Split:
 
 
 def seconds(shape: ModelShape, work: Workload, device: Hardware) -> tuple[Split, float, float]:
-    """Time by operation, the prefill's time and the decoding's, in seconds; the aggregator's one pass is in neither."""
+    """Seconds by operation, of the prefill and of decoding; the last two exclude the aggregator's one pass."""
     rate, bandwidth = device.flops(16), device.bandwidth
     length = _prompt(shape, work)
     tokens = work.input_length + work.output_length
@@ -81,7 +79,7 @@ def seconds(shape: ModelShape, work: Workload, device: Hardware) -> tuple[Split,
         }
         for span in (length, 1)
     )
-    # The logits were counted for every row; all but B rows' are taken off again, for the tokens without the prefix.
+    # The logits were counted for every row; all but those of B rows are subtracted, for the tokens without the prefix.
     surplus = logits(work.rows, tokens) - logits(work.batch, tokens)
     split = {name: prefill[name] + out * decode[name] for name in prefill}
     split["embedding_and_head"] -= surplus
@@ -110,6 +108,6 @@ def _aggregator_params(shape: ModelShape, streams: int) -> float:
 
 
 def _cache_bytes(shape: ModelShape, work: Workload) -> float:
-    """Keys and values of every row at its final length, prefix included."""
+    """Keys and values of every row at its final length, including the prefix."""
     length = _prompt(shape, work) + work.output_length
     return 2 * work.rows * length * shape.hidden * shape.kv_heads / shape.heads * BYTES * shape.layers

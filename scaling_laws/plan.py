@@ -20,31 +20,31 @@ BUDGETS = ("train_flops", "memory_bytes", "seconds")
 
 @dataclass(frozen=True)
 class Plan:
-    """A size and a number of streams, and what they are predicted to bring and to cost."""
+    """A size and a number of streams, with predicted loss and cost."""
 
     params: float
-    """N, non-embedding parameters with those of the streams."""
+    """N, non-embedding parameters including those of the streams."""
     streams: int
     """P."""
     loss: float
-    """Predicted, nats per token."""
+    """Predicted loss, in nats per token."""
     shape: ModelShape
-    """The model: the given one, wider or narrower."""
+    """The shape of the model: the given one, wider or narrower."""
     costs: dict[str, float]
-    """What it takes of each kind of budget."""
+    """The cost in each kind of budget."""
 
 
 def training_flops(params: float, streams: float, tokens: float) -> float:
-    """Operations of training: `6 * N * P * D`, six for each parameter, stream and token, without attention's own."""
+    """Operations of training: `6 * N * P * D`, six for each parameter, stream and token, without attention scores."""
     return 6 * params * streams * tokens
 
 
 def optimal_streams_for_compute(k: float) -> float:
-    """P that gains most from `N * P` fixed, whatever the rest of the law: 1 for k up to 1, else `exp(1 - 1/k)`.
+    """The optimal P for fixed `N * P`, whatever the rest of the law: 1 for k up to 1, else `exp(1 - 1/k)`.
 
-    With C = N*P the law's effective size is `C * (k*ln P + 1) / P`, whose derivative by P vanishes at `k = k*ln P +
-    1`. Both published k are below 1/2: per operation of training, a larger plain model is better, and streams pay in
-    memory and latency.
+    With C = N*P the law's effective size is `C * (k*ln P + 1) / P`, whose derivative with respect to P is 0 at
+    `k = k*ln P + 1`. Both published k are below 1/2: for a given training compute a larger plain model is better, and
+    streams save memory and latency.
     """
     return 1.0 if k <= 1 else math.exp(1 - 1 / k)
 
@@ -60,26 +60,26 @@ def optimal(
     tokens: float = 42e9,
     **workload: Any,
 ) -> Plan:
-    """The lowest predicted loss within given budgets, over P and over widths of a model.
+    """The lowest predicted loss within budgets, over P and over widths of a model.
 
-    Depth and the numbers of heads stay those of the model. The law was fitted between certain sizes and P; what it says
-    beyond them is extrapolation.
+    Depth and numbers of heads stay those of the model. The law was fitted for a range of sizes and P; beyond it, the
+    result is extrapolation.
 
     Args:
-        law: that predicts.
-        config: of the model, as `cost` takes it.
-        train_flops: operations that training may take.
-        memory_bytes: that one call of generate may take.
-        seconds: that it may take.
-        streams: the P to choose from.
+        law: the law for predictions.
+        config: of the model, as in `cost`.
+        train_flops: budget of training operations.
+        memory_bytes: memory budget of one call of generate.
+        seconds: time budget of this call.
+        streams: the values of P to choose from.
         tokens: training tokens.
-        **workload: of that call, as for `cost`; batch size 1 and 256 tokens in and out unless given.
+        **workload: of this call, as in `cost`; by default batch size 1 and 256 tokens in and out.
 
     Returns:
         The best plan.
 
     Raises:
-        ValueError: there is no budget, one is not above 0, or not even a narrow model keeps it.
+        ValueError: there is no budget, one is not above 0, or even the narrowest model exceeds it.
     """
     return best(
         frontier(
@@ -96,7 +96,7 @@ def optimal(
 
 
 def best(plans: Sequence[Plan]) -> Plan:
-    """The one with the lowest predicted loss."""
+    """The plan with the lowest predicted loss."""
     return min(plans, key=lambda plan: plan.loss)
 
 
@@ -111,23 +111,23 @@ def frontier(
     tokens: float = 42e9,
     **workload: Any,
 ) -> list[Plan]:
-    """For each P that can keep the budgets, its widest model that does.
+    """The widest model within the budgets, for each P that has one.
 
     Args:
-        law: as `optimal`.
-        config: as `optimal`.
-        train_flops: as `optimal`.
-        memory_bytes: as `optimal`.
-        seconds: as `optimal`.
-        streams: as `optimal`.
-        tokens: as `optimal`.
-        **workload: as `optimal`.
+        law: as in `optimal`.
+        config: as in `optimal`.
+        train_flops: as in `optimal`.
+        memory_bytes: as in `optimal`.
+        seconds: as in `optimal`.
+        streams: as in `optimal`.
+        tokens: as in `optimal`.
+        **workload: as in `optimal`.
 
     Returns:
         The plans, in the order of `streams`.
 
     Raises:
-        ValueError: as `optimal`.
+        ValueError: as in `optimal`.
     """
     budgets = {
         name: value
@@ -164,9 +164,9 @@ def frontier(
 def _widest(
     base: ModelShape, budgets: dict[str, float], costs: Callable[[ModelShape], dict[str, float]]
 ) -> ModelShape | None:
-    """The largest scaling of `base` whose costs keep the budgets; None if none does.
+    """The largest scaling of `base` within the budgets; None if there is none.
 
-    Widths lie between a hundredth and a hundredfold of its own.
+    Widths range from a hundredth of its own to a hundred times it.
     """
 
     def keeps(width: float) -> bool:

@@ -1,6 +1,6 @@
-"""Plots of the law, of runs against it, and of costs: figures of matplotlib that no window or global state holds.
+"""Plots of the law, of runs and of costs: matplotlib figures without a window or global state.
 
-Colours are told apart by people with any colour vision and in print; sizes suit one column of a paper.
+Colours are distinguishable with any colour vision and in print; sizes fit one column of a paper.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ MARKERS = "osD^vP*"
 
 
 def measured_and_predicted(law: ParallelScalingLaw, points: Points) -> Figure:
-    """A law beside its runs.
+    """A law and its runs.
 
-    Left: loss over N, one curve for each P, with the runs. Right: measured against predicted, and the errors in per
-    cent.
+    Left: loss over N, one curve for each P, with the runs. Right: measured and predicted loss, and errors in per cent.
     """
     figure, (left, right) = _figure(2)
     span = np.geomspace(points.params.min() / 1.15, points.params.max() * 1.15, 200)
@@ -56,7 +55,7 @@ def measured_and_predicted(law: ParallelScalingLaw, points: Points) -> Figure:
 
 
 def contours(law: ParallelScalingLaw, points: Points | None = None, *, streams: float = 16) -> Figure:
-    """Loss over (N, P) as contours, with the runs if given; N spans theirs, or 0.3B to 10B."""
+    """Contours of the loss over (N, P), with the runs if given; N covers their range, or 0.3B to 10B."""
     figure, (axes,) = _figure(1)
     low, high = (float(points.params.min()) / 1.3, float(points.params.max()) * 1.3) if points else (3e8, 1e10)
     top = max(streams, float(points.streams.max()) if points else 1.0)
@@ -77,7 +76,7 @@ def contours(law: ParallelScalingLaw, points: Points | None = None, *, streams: 
 def isoloss(law: ParallelScalingLaw, params: Sequence[float] = (5e8, 1e9, 2e9, 4e9), *, streams: float = 16) -> Figure:
     """Curves of equal loss: for each plain model of `params`, the smaller models that reach its loss with P streams.
 
-    With bootstrap draws they have 90 % bands.
+    With bootstrap draws, they have 90 % bands.
     """
     figure, (axes,) = _figure(1)
     count = np.geomspace(1, streams, 100)
@@ -98,7 +97,7 @@ def isoloss(law: ParallelScalingLaw, params: Sequence[float] = (5e8, 1e9, 2e9, 4
 
 
 def cost_bars(costs: Mapping[str, Cost]) -> Figure:
-    """Memory and time of each named cost, stacked by where they go."""
+    """Memory and time of each named cost, stacked by part."""
     figure, (left, right) = _figure(2)
     for axes, attribute, unit, label in ((left, "memory", GIB, "memory (GiB)"), (right, "time", 1.0, "time (s)")):
         parts = list(dict.fromkeys(name for item in costs.values() for name in getattr(item, attribute)))
@@ -141,9 +140,9 @@ def pareto(
     streams: Sequence[int] = (1, 2, 4, 8),
     **workload: Any,
 ) -> Figure:
-    """Predicted loss over memory and over time: a line through all sizes for each P; the front is its lower left edge.
+    """Predicted loss over memory and over time: a line through all sizes for each P; the lower left edge is the front.
 
-    `workload` as for `cost`.
+    `workload` as in `cost`.
     """
     figure, (left, right) = _figure(2)
     for index, count in enumerate(streams):
@@ -161,7 +160,7 @@ def pareto(
 
 
 def plan_curve(plans: Sequence[Plan]) -> Figure:
-    """Predicted loss and size of the best model at each P within one budget (`plan.frontier`)."""
+    """Predicted loss and size of the best model at each P within a budget (`plan.frontier`)."""
     figure, (left, right) = _figure(2)
     streams = [plan.streams for plan in plans]
     left.plot(streams, [plan.loss for plan in plans], "o-", color=COLOURS[0])
@@ -174,13 +173,13 @@ def plan_curve(plans: Sequence[Plan]) -> Figure:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes the figure; the ending (`.png`, `.pdf`, `.svg`) says as what.
+    """Writes the figure; the suffix (`.png`, `.pdf`, `.svg`) sets the format.
 
-    Nothing half-written is left when that fails.
+    An error leaves no incomplete file.
     """
     path = Path(path)
     if not path.suffix:
-        raise ValueError(f"{path} has no ending to say what to write; give .png, .pdf or .svg")
+        raise ValueError(f"{path} has no suffix that sets a format; give .png, .pdf or .svg")
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=200)
@@ -206,7 +205,7 @@ def _size_axis(axes: Axes) -> None:
 
 
 def short(value: float) -> str:
-    """A number of parameters as people say it: 1.57e9 is 1.57B."""
+    """A number of parameters in common notation: 1.57e9 is 1.57B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:.3g}{letter}"

@@ -1,14 +1,13 @@
-"""Memory and time of generation, counted operation by operation.
+"""Memory and time of generation, operation by operation.
 
-Each operation takes the longer of its arithmetic at the device's reachable rate and its memory traffic at the
-reachable bandwidth; operations follow each other. What is counted is how `parscale` runs: B sequences become P*B
-rows; prefixes lie once in memory, whatever the batch; the aggregator, the output matrix and the logits are never P
+Each operation takes the longer of its arithmetic at the device's achievable rate and its memory traffic at the
+achievable bandwidth; operations run one after another. The count follows `parscale`: B sequences become P*B rows;
+prefixes are stored once, whatever the batch; the aggregator, the output matrix and the logits are never counted P
 times; the prefill computes logits of the last token only. Streams that share keys and values (`kv="shared"`) have a
-cache of B rows; their prompt runs with B rows, and then its last token with the others; a step's attention reads the
-cache once for all streams. Not counted: the time to start kernels (give `overhead`),
-copies of a fragmented allocator, sampling.
+cache of B rows; their prompt runs with B rows, and then its last token with the others; attention in a step reads the
+cache once for all streams. Not counted: kernel launches (see `overhead`), fragmentation of the allocator, sampling.
 
-Shapes: n = rows * tokens of a step. `bits` is 16 or 32 for activations and the cache, `weight_bits` may be fewer.
+Shapes: n = rows * tokens of a step. `bits` is 16 or 32 for activations and the cache; `weight_bits` may be lower.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Split = dict[str, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """One call of generate: B prompts of one length, all answered at one length."""
+    """One call of generate: B prompts of equal length, with outputs of equal length."""
 
     streams: int
     batch: int
@@ -53,13 +52,13 @@ class Workload:
 
     @property
     def together(self) -> Pass:
-        """All streams in one batch, as in a step of decoding."""
+        """All streams in one batch, as in a decoding step."""
         prefixed = self.streams - self.shares if self.streams > 1 else 0
         return Pass(self.rows, self.cache_rows, prefixed, self.batch if self.streams > 1 else 0)
 
     @property
     def of_prompt(self) -> list[tuple[Pass, int]]:
-        """The passes that read a prompt, each with its number of tokens a row."""
+        """The passes over a prompt, each with its number of tokens per row."""
         if not self.shares:
             return [(self.together, self.input_length)]
         others = self.streams - 1
@@ -71,21 +70,21 @@ class Workload:
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows that pass the model at once."""
+    """Rows that go through the model together."""
 
     rows: int
     """Rows of queries."""
     cache_rows: int
-    """Rows of keys and values that they attend to."""
+    """Rows of keys and values that these attend to."""
     prefixes: int
-    """Streams among them that have a prefix."""
+    """The number of streams with a prefix among them."""
     mixed: int
-    """Rows that the streams are mixed to; 0 if they are not."""
+    """Rows after the streams are mixed; 0 if they are not mixed."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What one kind of operation does in one step: arithmetic operations and bytes moved.
+    """One kind of operation in one step: arithmetic operations and bytes moved.
 
     Each is a number, or one for each step.
     """
@@ -96,17 +95,17 @@ class Operation:
 
 
 def memory(shape: ModelShape, work: Workload) -> Split:
-    """Bytes at the peak, which is at the end of generation or in the prefill, by what they hold."""
+    """Peak bytes, at the end of generation or in the prefill, split by content."""
     number, weight = work.bits / 8, work.weight_bits / 8
-    length = work.input_length + work.output_length - 1  # the last token's keys and values are never asked for
+    length = work.input_length + work.output_length - 1  # the last token's keys and values are not needed
     streamed = work.streams > 1
-    tokens = work.cache_rows * work.input_length  # of the prompt's pass, the largest
+    tokens = work.cache_rows * work.input_length  # in the pass over the prompt, the largest
     query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
     attention = query + shape.kv_per_token + value
     inner = (shape.mlp_matrices - 1) * max(
         shape.intermediate, shape.active_experts * shape.expert_intermediate + shape.shared_intermediate
     )
-    gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output beside the residual stream
+    gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output, besides the residual stream
     return {
         "weights": (shape.backbone_params + shape.embedding_params) * weight,
         "prefixes": shape.prefix_params(work.streams, work.kv) * number,
@@ -118,10 +117,10 @@ def memory(shape: ModelShape, work: Workload) -> Split:
 
 
 def seconds(shape: ModelShape, work: Workload, device: Hardware, overhead: float = 0.0) -> tuple[Split, float, float]:
-    """Time by operation, the prefill's time and the decoding's, all in seconds.
+    """Time by operation, of the prefill and of decoding, all in seconds.
 
-    The prefill yields the first token, so there are `output_length - 1` decoding steps. overhead: seconds for each
-    layer of each step that no operation accounts for.
+    The prefill yields the first token, so there are `output_length - 1` decoding steps. overhead: additional seconds
+    for each layer of each step.
     """
     passes = [
         _price(_step(shape, work, each, tokens, np.full(1, work.input_length - tokens)), work, device)
@@ -151,7 +150,7 @@ def _price(operations: list[Operation], work: Workload, device: Hardware) -> Spl
 
 
 def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: Array) -> list[Operation]:
-    """Operations of steps that each take `tokens` new tokens a row onto `contexts` earlier ones.
+    """Operations of steps that add `tokens` new tokens per row to `contexts` earlier ones.
 
     Arrays are `(steps,)`.
     """
@@ -194,7 +193,7 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
 
 
 def _mlp(shape: ModelShape, work: Workload, n: float, once: Array) -> Operation:
-    """Dense layers and layers with experts; of the experts, those that n tokens are expected to meet are loaded."""
+    """Dense layers and layers with experts; only the experts that n tokens are expected to use are loaded."""
     number, weight = work.bits / 8, work.weight_bits / 8
     dense = shape.layers - shape.sparse_layers
     flops = dense * shape.dense_mlp_params
@@ -211,7 +210,7 @@ def _mlp(shape: ModelShape, work: Workload, n: float, once: Array) -> Operation:
 
 
 def _attended(shape: ModelShape, tokens: int, contexts: Array) -> tuple[Array, Array]:
-    """Pairs of a new token and a token it sees, and tokens whose keys and values are read.
+    """Pairs of a new token and a visible token, and tokens whose keys and values are read.
 
     Both per row and summed over layers.
     """
@@ -221,7 +220,7 @@ def _attended(shape: ModelShape, tokens: int, contexts: Array) -> tuple[Array, A
     if not shape.window_layers:
         return full * pairs, full * kept
     window = shape.window
-    near = np.clip(window - contexts, 0, tokens)  # new tokens whose view does not reach the window's edge
+    near = np.clip(window - contexts, 0, tokens)  # new tokens whose window is not full
     narrow = near * contexts + near * (near + 1) / 2 + (tokens - near) * window
     return full * pairs + shape.window_layers * narrow, full * kept + shape.window_layers * np.minimum(
         kept, window + tokens - 1

@@ -1,4 +1,4 @@
-"""A model's shape, and how many parameters follow from it."""
+"""A model's shape, and its numbers of parameters."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from parscale.scaling_laws.data import data_rows
 
 PREFIX_LENGTH = 48
-"""T, the prefix tokens of each stream, where a configuration does not give them."""
+"""T, the prefix tokens of each stream, if the configuration does not give it."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What parameters, memory and time are counted from. Sizes in elements."""
+    """The sizes that determine parameters, memory and time, in elements."""
 
     name: str
     """The configuration's `model_type`."""
@@ -35,35 +35,35 @@ class ModelShape:
     vocab: int
     """Tokens in the vocabulary."""
     gated: bool
-    """Whether the MLP has two matrices up and one down, and not one of each."""
+    """Whether the MLP is gated: two matrices up and one down, rather than one of each."""
     tied: bool
-    """Whether the output matrix is the embedding."""
+    """Whether the output matrix is tied to the embedding."""
     attention_layers: int
-    """Layers that keep keys and values; the others (linear attention, state space) keep a state that does not grow."""
+    """Layers that cache keys and values; the others (linear attention, state space) have a state of constant size."""
     query_rank: int = 0
     """Rank of a low-rank query projection; 0 for a full one."""
     kv_rank: int = 0
     """Rank of multi-head latent attention; 0 without it."""
     rope_dim: int = 0
-    """With latent attention: the part of `head_dim` that carries positions."""
+    """With latent attention: the part of `head_dim` that encodes positions."""
     window: int = 0
-    """Tokens that a layer with a sliding window keeps; 0 without one."""
+    """Tokens in the window of a layer with a sliding window; 0 without one."""
     window_layers: int = 0
-    """How many of `attention_layers` have that window."""
+    """The number of `attention_layers` with this window."""
     experts: int = 0
     """Routed experts in a sparse layer; 0 for a dense model."""
     active_experts: int = 0
-    """Routed experts that each token passes."""
+    """Routed experts per token."""
     expert_intermediate: float = 0
     """Inner size of a routed expert."""
     shared_intermediate: float = 0
-    """Inner size of the experts that every token passes."""
+    """Inner size of the shared experts."""
     sparse_layers: int = 0
     """Layers with experts."""
     biases: str = "none"
     """`"none"`, `"qkv"` or `"all"`."""
     norms_per_layer: int = 2
-    """Normalisations over H in a layer."""
+    """Normalizations over H in a layer."""
     positions: int = 0
     """Rows of a learned position table."""
     prefix_length: int = PREFIX_LENGTH
@@ -71,12 +71,12 @@ class ModelShape:
 
     @property
     def mlp_matrices(self) -> int:
-        """Matrices in an MLP: 3 when gated, 2 otherwise."""
+        """Matrices in an MLP: 3 if gated, 2 otherwise."""
         return 3 if self.gated else 2
 
     @property
     def attention_params(self) -> float:
-        """Matrices and biases of one layer's attention."""
+        """Matrices and biases of the attention in one layer."""
         h, query, key, value = (
             self.hidden,
             self.heads * self.head_dim,
@@ -95,24 +95,24 @@ class ModelShape:
 
     @property
     def dense_mlp_params(self) -> float:
-        """One dense MLP."""
+        """Parameters of one dense MLP."""
         return self.mlp_matrices * self.hidden * self.intermediate + (self.hidden + self.intermediate) * (
             self.biases == "all"
         )
 
     @property
     def expert_params(self) -> float:
-        """One routed expert."""
+        """Parameters of one routed expert."""
         return self.mlp_matrices * self.hidden * self.expert_intermediate
 
     @property
     def shared_params(self) -> float:
-        """What every token passes in a sparse layer: shared experts and the router."""
+        """Parameters that every token uses in a sparse layer: shared experts and the router."""
         return self.mlp_matrices * self.hidden * self.shared_intermediate + self.hidden * self.experts
 
     @property
     def embedding_params(self) -> float:
-        """Embedding, output matrix if it is another one, learned positions."""
+        """Embedding, output matrix if it is not tied, learned positions."""
         return self.hidden * (self.vocab * (1 if self.tied else 2) + self.positions)
 
     @property
@@ -133,10 +133,10 @@ class ModelShape:
 
         Args:
             streams: P.
-            kv: whose keys and values a stream reads, `"own"` or `"shared"`.
+            kv: the keys and values that a stream reads, `"own"` or `"shared"`.
 
         Returns:
-            `attention layers * P * G * T * (D of keys + D of values)`; `P - 1` in place of P where the streams share
+            `attention layers * P * G * T * (D of keys + D of values)`; with `P - 1` in place of P if the streams share
             keys, since stream 0 has no prefix then; 0 at P = 1.
         """
         prefixed = streams - (kv == "shared") if streams > 1 else 0
@@ -154,11 +154,11 @@ class ModelShape:
         return streams * self.hidden**2 + self.hidden + (self.hidden + 1) * streams if streams > 1 else 0
 
     def params(self, streams: int = 1, kv: str = "own") -> float:
-        """Non-embedding parameters with those of the streams.
+        """Non-embedding parameters including those of the streams.
 
         Args:
             streams: P.
-            kv: as `prefix_params`.
+            kv: as in `prefix_params`.
 
         Returns:
             N.
@@ -166,10 +166,10 @@ class ModelShape:
         return self.backbone_params + self.prefix_params(streams, kv) + self.aggregator_params(streams)
 
     def scaled(self, width: float) -> ModelShape:
-        """The same model in another width: hidden, head and MLP sizes grow; layers, heads and experts stay as many.
+        """The same model with another width: hidden, head and MLP sizes change; layers, heads and experts do not.
 
         Args:
-            width: how many times as wide.
+            width: the factor of the width.
 
         Returns:
             A shape whose sizes may be fractions.
@@ -178,13 +178,13 @@ class ModelShape:
         return dataclasses.replace(self, **{name: getattr(self, name) * width for name in names})
 
     def scaled_to(self, params: float) -> ModelShape:
-        """The same model widened or narrowed until it has a given size.
+        """The same model, wider or narrower, with a given size.
 
         Args:
             params: non-embedding parameters, at P = 1.
 
         Returns:
-            A shape of that size to a part in 10^12.
+            A shape of this size, to a part in 10^12.
         """
         low, high = 1e-4, 1e4
         for _ in range(100):
@@ -194,7 +194,7 @@ class ModelShape:
 
 
 def published_models() -> dict[str, dict[str, Any]]:
-    """The six configurations behind the published points by name (`"0.5B"` to `"4.4B"`), as in a `config.json`."""
+    """The six configurations of the published points by name (`"0.5B"` to `"4.4B"`), as in a `config.json`."""
     common = {
         "model_type": "qwen2",
         "num_hidden_layers": 36,

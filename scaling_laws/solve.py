@@ -1,7 +1,7 @@
-"""The fit itself: least Huber loss of the logarithm, for many starts or many resamples at once.
+"""Solves the fit: least Huber loss of the logarithm, for many starting points or many resamples at once.
 
-A damped Newton method with exact derivatives. All problems of a batch take their steps together, so that a grid of
-starts, the draws of a bootstrap and the points of a profile each cost about what one problem costs.
+A damped Newton method with exact derivatives. All problems of a batch take their steps together, so a grid of starting
+points, the draws of a bootstrap or the points of a profile cost about as much as one problem.
 
 Shapes: S problems, n points, p parameters.
 """
@@ -17,17 +17,17 @@ from parscale.scaling_laws.data import Array
 from parscale.scaling_laws.forms import Form
 
 DELTA = 1e-3
-"""Where the Huber loss turns from square to linear, in units of log loss (Hoffmann et al., arXiv 2203.15556, and the
-paper).
+"""The limit between the quadratic and the linear part of the Huber loss, in units of log loss (Hoffmann et al., arXiv
+2203.15556, and the paper).
 """
 
 CHUNK = 2_000_000
-"""Numbers that one batch may hold in its gradients; larger batches are solved in parts."""
+"""The maximum number of elements in the gradients of a batch; larger batches are solved in parts."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is fitted: a form and the points' sizes `(n, 1 or 2)`, streams `(n,)` and losses `(n,)`."""
+    """A fit: a form and the points' sizes `(n, 1 or 2)`, streams `(n,)` and losses `(n,)`."""
 
     form: Form
     sizes: Array
@@ -36,7 +36,7 @@ class Problem:
 
 
 def huber(residuals: Array, delta: float = DELTA) -> Array:
-    """Huber's loss of each residual: square below `delta`, linear above."""
+    """The Huber loss of each residual: quadratic below `delta`, linear above."""
     size = np.abs(residuals)
     return np.where(size <= delta, 0.5 * residuals**2, delta * (size - 0.5 * delta))
 
@@ -52,11 +52,12 @@ def solve(
     newton_steps: int = 60,
     tolerance: float = 1e-14,
 ) -> tuple[Array, Array]:
-    """Goes down from each of `starts` (S, p); returns `theta` (S, p) and the summed Huber loss `(S,)`.
+    """Minimizes from each of `starts` (S, p); returns `theta` (S, p) and the summed Huber loss `(S,)`.
 
-    log_losses: `(S, n)`, a data set of its own for each problem (a bootstrap). free: `(S, p)` bool, parameters that
-    may move (a profile). First up to `robust_steps` with a Hessian that is positive everywhere, then up to
-    `newton_steps` with the exact one.
+    log_losses: `(S, n)`, a separate dataset for each problem (a bootstrap). free: `(S, p)` bool, parameters that are
+        fitted
+    (a profile). First takes up to `robust_steps` with a Hessian that is positive everywhere, then up to `newton_steps`
+    with the exact one.
     """
     observed = np.log(problem.losses)[None] if log_losses is None else log_losses
     movable = np.ones(starts.shape, dtype=bool) if free is None else free
@@ -64,9 +65,7 @@ def solve(
     per_problem = problem.streams.size * (len(problem.form.terms) + 1) * starts.shape[1]
     parts = max(1, int(np.ceil(starts.shape[0] * per_problem / CHUNK)))
     thetas, values = [], []
-    with np.errstate(
-        all="ignore"
-    ):  # a step may leave what numbers can hold; its loss is then infinite, and it is refused
+    with np.errstate(all="ignore"):  # a step may overflow; its loss is then infinite, and the step is rejected
         for rows in np.array_split(np.arange(starts.shape[0]), parts):
             batch = _Batch(problem, observed[rows], movable[rows], delta)
             theta, _ = batch.descend(starts[rows], robust_steps, exact=False, tolerance=1e-5)
@@ -86,9 +85,9 @@ class _Batch:
     delta: float
 
     def descend(self, starts: Array, steps: int, *, exact: bool, tolerance: float) -> tuple[Array, Array]:
-        """Levenberg's damping: a step that does not lower the loss is refused and tried again shorter.
+        """Levenberg's damping: a step that does not lower the loss is rejected and tried again with more damping.
 
-        A problem rests once a step lowers its loss by less than `tolerance` of it, or no step lowers it at all.
+        A problem stops when a step lowers its loss by less than the share `tolerance`, or no step lowers it.
         """
         theta = starts.copy()
         best = self.objective(theta, np.arange(theta.shape[0]))
@@ -116,7 +115,7 @@ class _Batch:
         return theta, best
 
     def objective(self, theta: Array, rows: NDArray[np.int64]) -> Array:
-        """Summed Huber loss `(S,)`; infinite where `theta` is no law."""
+        """Summed Huber loss `(S,)`; infinite where `theta` is not a valid law."""
         problem = self.problem
         values, _ = problem.form.log_terms(theta, problem.sizes, problem.streams)
         log_loss, _ = _log_sum_exp(values)
@@ -151,7 +150,7 @@ class _Batch:
 
 
 def _log_sum_exp(values: Array) -> tuple[Array, Array]:
-    """Logarithm of the sum of the terms, `(S, n)`, and each term's share of it, `(S, n, m)`."""
+    """The logarithm of the sum of the terms, `(S, n)`, and the share of each term, `(S, n, m)`."""
     largest = values[:, :, 0]
     for term in range(1, values.shape[2]):
         largest = np.maximum(largest, values[:, :, term])
@@ -164,7 +163,7 @@ def _log_sum_exp(values: Array) -> tuple[Array, Array]:
 
 
 def _solve_scaled(hessian: Array, gradient: Array, scale: Array) -> Array:
-    """`hessian^-1 gradient` after dividing rows and columns by `scale`; where that is singular, the gradient itself."""
+    """`hessian^-1 gradient`, with rows and columns divided by `scale`; if that is singular, the gradient itself."""
     scaled = hessian / (scale[:, :, None] * scale[:, None, :])
     right = (gradient / scale)[:, :, None]
     try:

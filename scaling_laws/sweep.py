@@ -1,11 +1,11 @@
-"""A sweep of one's own: small models trained over sizes and P on real text, one row for each run, then a fit.
+"""A sweep: small models trained over sizes and P on real text, one row for each run, then a fit.
 
-Each model is a Qwen2 of bytes, trained from nothing with its streams, on one pass over the same text in the same order;
-its loss is that of held-out text. A folder holds `runs.csv`, a row for each finished run, in the columns that
-`parscale law fit` reads. Started again it does what is missing.
+Each model is a Qwen2 of bytes, trained from scratch with its streams, for one pass over the same text in the same
+order; its loss is that on held-out text. A folder holds `runs.csv`, a row for each finished run, in the columns that
+`parscale law fit` reads. When it is started again, the sweep runs only what is missing.
 
-What gives a model its streams is handed in, as `wrap`: this room knows nothing of the model. `parscale law sweep` hands
-in `parscale.wrap`. torch and transformers are imported when a run starts.
+The function that adds streams is an argument, `wrap`: this package does not depend on the model. `parscale law sweep`
+passes `parscale.wrap`. torch and transformers are imported when a run starts.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class Run:
     """One model to train."""
 
     hidden: int
-    """Width; heads are 16 or 32 wide, and the MLP is 8/3 as wide as the model."""
+    """Hidden size; heads have size 16 or 32, and the MLP is 8/3 times as wide as the model."""
     layers: int
     streams: int
     tokens: int
-    """Training tokens, bytes of text."""
+    """Training tokens: bytes of text."""
     seed: int = 0
     sequence_length: int = 256
     batch_size: int = 8
     """Sequences in a step."""
     prefix_length: int = 8
     learning_rate: float = 4e-3
-    """At its peak, up to a width of 64; beyond, it falls as the inverse width."""
+    """Peak learning rate up to a hidden size of 64; beyond, it falls with the inverse of the size."""
     source: str = "stdlib"
-    """Where the text is from; see `read_corpus`."""
+    """The source of the text; see `read_corpus`."""
 
     @property
     def steps(self) -> int:
@@ -63,13 +63,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One finished run: what a fit needs, what it was, and what it took."""
+    """One finished run: the values for a fit, its settings, and its cost."""
 
     params: int
-    """Non-embedding parameters, those of the streams included."""
+    """Non-embedding parameters, including those of the streams."""
     streams: int
     loss: float
-    """On held-out text, nats per byte."""
+    """Loss on held-out text, in nats per byte."""
     tokens: int
     hidden: int
     layers: int
@@ -83,14 +83,14 @@ class Row:
     device: str
 
     def run(self) -> Run:
-        """The run that this is the row of."""
+        """The run of this row."""
         return Run(**{field.name: getattr(self, field.name) for field in fields(Run)})
 
 
 def plan(
     sizes: Iterable[tuple[int, int]], streams: Iterable[int], tokens: int, seeds: Iterable[int] = (0,), **settings: Any
 ) -> list[Run]:
-    """Every size, as (hidden, layers), with every P and seed; the cheapest first."""
+    """Every size, as (hidden, layers), with every P and seed; cheapest first."""
     seeds, streams = tuple(seeds), tuple(streams)
     runs = [Run(h, depth, p, tokens, seed, **settings) for h, depth in sizes for p in streams for seed in seeds]
     return sorted(runs, key=lambda run: run.layers * run.hidden**2 * run.streams)
@@ -130,13 +130,14 @@ def sweep(
     workers: int | None = None,
     report: Report | None = None,
 ) -> list[Row]:
-    """Trains what is missing of `runs` and returns the rows of all, in their order; `folder/runs.csv` grows with each.
+    """Trains the missing `runs` and returns all rows, in order; appends each to `folder/runs.csv`.
 
-    wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`. workers: runs at a time, spread over the
-    GPUs; default: one for each, or one. report: called with a run and the share of it that is done.
+    wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`. workers: parallel runs, spread over the
+        GPUs; by
+    default one for each GPU, or one. report: called with a run and its completed share.
 
-    Raises `ValueError` for runs whose text would be too short or that differ in their source, and for a damaged
-    `runs.csv`; `ChildProcessError` when a worker is killed.
+    Raises `ValueError` for runs with too little text or with different sources, and for a damaged `runs.csv`;
+    `ChildProcessError` if a worker is killed.
     """
     sources = {run.source for run in runs}
     if len(sources) != 1:
@@ -152,7 +153,7 @@ def sweep(
         longest = max(run.tokens for run in missing)
         if corpus.train.size < longest:
             raise ValueError(
-                f"the text has {corpus.train.size:,} bytes to train on and a run wants {longest:,}: give fewer tokens "
+                f"the text has {corpus.train.size:,} bytes to train on, but a run needs {longest:,}: give fewer tokens "
                 "or a larger source, such as packages"
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def sweep(
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a `runs.csv`; none if there is no such file. `ValueError` when it is damaged."""
+    """The rows of a `runs.csv`; an empty list if the file does not exist. Raises `ValueError` if it is damaged."""
     path = Path(path)
     if not path.exists():
         return []
@@ -173,12 +174,12 @@ def read_rows(path: str | Path) -> list[Row]:
         try:
             rows.append(Row(**{field.name: kinds[str(field.type)](cells[field.name]) for field in fields(Row)}))
         except (KeyError, ValueError):
-            raise ValueError(f"{where} is no row of a sweep; delete the line, and its run is done again") from None
+            raise ValueError(f"{where} is not a row of a sweep; delete the line to repeat its run") from None
     return rows
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes all rows; the file is the old one or the new one, never half of it."""
+    """Writes all rows; the file is always completely old or completely new."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -214,8 +215,8 @@ def _train_all(
                 yield future.result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a process of the sweep was killed, perhaps for want of memory; finished runs are kept: start the "
-                "sweep again, with fewer workers, and it goes on"
+                "a process of the sweep was killed, perhaps by a lack of memory; finished runs are kept: start the "
+                "sweep again, with fewer workers, to continue it"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -237,10 +238,10 @@ def _train_in_worker(run: Run, wrap: Wrap) -> Row:
 
 
 def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Report | None = None) -> Row:
-    """Trains one model from nothing and measures it; repeatable on one kind of device.
+    """Trains one model from scratch and evaluates it; repeatable on one kind of device.
 
-    Weights start from a normal of standard deviation `hidden**-0.5`. AdamW, learning rate up over a twentieth of the
-    steps and down to zero along a cosine. On a GPU in bfloat16.
+    Weights start from a normal distribution with standard deviation `hidden**-0.5`. AdamW; the learning rate rises over
+    a twentieth of the steps and falls to zero along a cosine. On a GPU in bfloat16.
     """
     import torch
 
@@ -281,7 +282,7 @@ def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Rep
 
 
 def evaluate(model: Any, corpus: Corpus, run: Run, device: str, *, limit: int = 200_000) -> float:
-    """Mean loss, nats per byte, on the first `limit` bytes of held-out text, the same for every run."""
+    """Mean loss in nats per byte, on the first `limit` bytes of held-out text, the same for every run."""
     import torch
 
     model.eval()

@@ -1,26 +1,26 @@
-"""What training takes of each GPU's memory, counted: for planning a run before renting the machines.
+"""The memory of each GPU in training, counted for planning a run.
 
 Counted for decoders with a gated MLP and RMSNorm (Llama, Mistral, Qwen2, Qwen3, Granite, Gemma), without norms that
-other families add, trained on sequences without padding by AdamW, fused, with 32-bit states and 32-bit masters of what
-trains. Attention is `sdpa`: flash attention, whose backward pass keeps queries, keys, values, output and log-sum-exp
-and no scores (Dao et al., arXiv 2205.14135); `eager` keeps the scores too. n = P*B*S tokens pass the layers, b = B*S
-the head. Kept for the backward pass, in bytes, where a computed number has c (such counts: Korthikanti et al., arXiv
-2205.05198):
+other families add, trained on sequences without padding by fused AdamW, with 32-bit states and 32-bit master weights of
+the trained parameters. Attention is `sdpa`: flash attention, whose backward pass needs queries, keys, values, output
+and log-sum-exp but no scores (Dao et al., arXiv 2205.14135); `eager` stores the scores too. n = P*B*S tokens go through
+the layers, b = B*S through the head. Stored for the backward pass, in bytes, with c bytes for a computed number (for
+such counts see Korthikanti et al., arXiv 2205.05198):
 
-    a layer's norms       8*n*(H + 1), and more for their weights' gradients and the matrices' inputs where these train
+        a layer's norms       8*n*(H + 1), and more for gradients of their weights and the inputs of trained matrices
     its attention         c*n*(2*heads*D + 2*G*D) + 4*n*heads
-    Qwen3's norms there   4*n*(heads + G)*(D + 1), and c*n*(heads + G)*D for their weights' gradients
+        Qwen3's norms there   4*n*(heads + G)*(D + 1), and c*n*(heads + G)*D for gradients of their weights
     its MLP               c*n*3*I, and c*n*I for the last matrix's input
     final norm            4*(n*H + n)
-    aggregator, P > 1     2*c*n*H + 2*c*b*H + (4 + c)*b*P
+    aggregator, P > 1     c*n*H + 2*c*b*H + (4 + c)*b*P; 2*c*n*H under autocast, which casts for two products
     head                  4*b*V, the log-probabilities; never P times
 
-Inputs of matrices are kept only where these train; a frozen backbone lets gradients pass without them, and in its first
-layer nothing before the attention needs any. With checkpointing each layer keeps its input alone, c*n*H or 4*n*H, and
-one layer at a time is computed again. Outside the count: the device's context, communication buffers of NCCL, a
-fragmented allocator, and the data loader. Tests hold the count against the tensors that
-transformers' Llama, Qwen2 and Qwen3 keep (equal) and against the peak of bytes alive (to 2 %), on a CPU; on a GPU the
-fused aggregator keeps less.
+The inputs of matrices are stored only if these are trained; a frozen backbone passes gradients without them, and in its
+first layer nothing before the attention needs gradients. With checkpointing each layer stores only its input, c*n*H or
+4*n*H, and one layer at a time is recomputed. Not counted: the device's context, communication buffers of NCCL,
+fragmentation of the allocator, and the data loader. Tests compare the count with the tensors that transformers' Llama,
+Qwen2 and Qwen3 store (equal) and with the peak of allocated bytes (within 2 %), on a CPU; on a GPU the fused aggregator
+stores less.
 """
 
 from __future__ import annotations
@@ -38,39 +38,40 @@ from parscale.scaling_laws.shapes import ModelShape
 
 TRAINS = ("streams", "everything", "lora")
 SHARDINGS = ("none", "fsdp")
-QUERY_KEY_NORMS = ("qwen3",)  # model types that normalise each head's queries and keys
-MASTER = 4  # bytes of a number that trains, of its gradient, and of each of AdamW's two states
-CACHED_LAYERS = 2  # of FSDP: the layer that runs and the one that is fetched meanwhile
+QUERY_KEY_NORMS = ("qwen3",)  # model types that normalize the queries and keys of each head
+MASTER = 4  # bytes of a trained number, of its gradient, and of each of AdamW's two states
+CACHED_LAYERS = 2  # for FSDP: the layer that runs and the next one, which is being gathered
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """What training takes of each GPU at its peak, in bytes."""
+    """The peak memory of training on each GPU, in bytes."""
 
     memory_bytes: float
-    """On one GPU."""
+    """Bytes on one GPU."""
     memory: dict[str, float]
-    """`memory_bytes` by what it holds:
+    """`memory_bytes`, split by content:
 
-    weights: in 32 bits where they train. gradients, optimizer: of what trains. copies: trained and 32-bit weights in 16
-    bits, as autocast makes them. gathered: FSDP's layers that are whole at the time, with their gradients; for copies
-    of the model on several GPUs (DDP), the buckets in which gradients are exchanged. activations: what is kept for the
-    backward pass. workspace: what else is alive at the peak: the logits' gradient, or one layer's gradients and, with
+    weights: in 32 bits if they are trained. gradients, optimizer: of trained parameters. copies: 16-bit copies of
+        trained and
+    32-bit weights, made by autocast. gathered: the layers that FSDP has gathered, with their gradients; for a
+    replicated model on several GPUs (DDP), the buckets for exchanging gradients. activations: stored for the backward
+    pass. workspace: other memory at the peak: the gradient of the logits, or the gradients of one layer and, with
     checkpointing, its activations.
     """
     params: float
-    """All there are, embedding, streams and adapters included."""
+    """The number of all parameters, including embedding, streams and adapters."""
     trained_params: float
-    """Those that train."""
+    """The number of trained parameters."""
     fits: bool
-    """Whether it fits into the device's memory, of which nothing is set aside."""
+    """Whether it fits into the memory of the device, without any reserve."""
     hardware: str
-    """The device's name."""
+    """The name of the device."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What is counted. Bytes: c of a computed number, r of the residual stream, stored of a frozen weight."""
+    """The settings of the count. Bytes: c of a computed number, r of the residual stream, stored of a frozen weight."""
 
     shape: ModelShape
     P: int
@@ -117,22 +118,22 @@ def training_memory(
     checkpointing: bool = False,
     hardware: str | Hardware = "a100-80gb",
 ) -> TrainingMemory:
-    """Bytes that training takes on each GPU, at the peak of a step's second micro-batch.
+    """The bytes of training on each GPU, at the peak of a step's second micro-batch.
 
     Args:
         config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; a decoder with a gated MLP.
         num_streams: P.
         batch_size: sequences on each GPU at once, before they are copied to the streams.
-        sequence_length: tokens of each.
+        sequence_length: tokens in each.
         prefix_length: T; by default the configuration's own, or 48.
-        gpus: how many there are.
-        sharding: `"none"` (every GPU holds everything) or `"fsdp"` (parameters, gradients and states are divided among
-            the GPUs, and a decoder layer is gathered at a time).
+        gpus: number of GPUs.
+        sharding: `"none"` (every GPU holds everything) or `"fsdp"` (parameters, gradients and states are sharded over
+            the GPUs, and one decoder layer at a time is gathered).
         trains: `"streams"`, `"everything"`, or `"lora"`: streams and adapters on all of the layers' matrices.
         lora_rank: of these adapters.
         dtype: `"bfloat16"` computes under autocast, `"float32"` without.
-        frozen_dtype: in which frozen weights lie, one of `costs.DTYPES`, by default `dtype`; 8 and 4 bits are for the
-            layers' matrices, and the rest has 16.
+        frozen_dtype: dtype of frozen weights, one of `costs.DTYPES`, by default `dtype`; 8 and 4 bits apply to the
+            matrices of the layers, and the rest has 16.
         checkpointing: of activations, by layer.
         hardware: for `fits`.
 
@@ -140,9 +141,9 @@ def training_memory(
         The bytes, split by what they hold.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: a number is out of range, a name unknown, the model of another kind, or P = 1 where streams
-            alone train.
+        FileNotFoundError: the path does not exist.
+        ValueError: a number is out of range, a name is unknown, the model is not supported, or P = 1 where only streams
+            are trained.
     """
     counts = {"num_streams": num_streams, "batch_size": batch_size, "sequence_length": sequence_length, "gpus": gpus}
     counts |= {"lora_rank": lora_rank} | ({} if prefix_length is None else {"prefix_length": prefix_length})
@@ -166,7 +167,7 @@ def training_memory(
     shape = config if isinstance(config, ModelShape) else read_shape(config)
     if shape.experts or shape.kv_rank or not shape.gated or shape.attention_layers != shape.layers:
         raise ValueError(
-            f"training is counted for decoders with a gated MLP in every layer, and {shape.name!r} is none"
+            f"training is counted for decoders with a gated MLP in every layer, but {shape.name!r} is not one"
         )
     if prefix_length is not None:
         shape = dataclasses.replace(shape, prefix_length=prefix_length)
@@ -204,7 +205,7 @@ def training_memory(
 
 
 def known_backbones() -> dict[str, dict[str, Any]]:
-    """Shapes of released models by name (`data/backbones.csv`), as the contents of a `config.json`."""
+    """The shapes of released models by name (`data/backbones.csv`), as the contents of a `config.json`."""
     backbones: dict[str, dict[str, Any]] = {}
     for row in data_rows("backbones.csv"):
         name, kind, tied = (row.pop(key) for key in ("name", "model_type", "tie_word_embeddings"))
@@ -214,7 +215,7 @@ def known_backbones() -> dict[str, dict[str, Any]]:
 
 
 def _matrices(shape: ModelShape) -> list[tuple[float, float]]:
-    """Inputs and outputs of one layer's seven matrices."""
+    """The input and output sizes of one layer's seven matrices."""
     h, query, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return [(h, query), (h, kv), (h, kv), (query, h)] + [(h, shape.intermediate)] * 2 + [(shape.intermediate, h)]
 
@@ -228,7 +229,7 @@ def _lora_params(run: _Run) -> float:
 
 
 def _stored_bytes(run: _Run) -> float:
-    """Of the frozen backbone."""
+    """The stored bytes of the frozen backbone."""
     if run.everything:
         return 0.0
     shape = run.shape
@@ -238,7 +239,7 @@ def _stored_bytes(run: _Run) -> float:
 
 
 def _gathered(run: _Run) -> float:
-    """Under FSDP: the root (embedding, head, aggregator), two layers, and the gradients of root and one layer."""
+    """With FSDP: the root (embedding, head, aggregator), two layers, and the gradients of the root and one layer."""
     shape = run.shape
     trained_layer = shape.prefix_params(run.P) / shape.layers + _lora_params(run) / shape.layers
     layer = (shape.backbone_params - shape.hidden) / shape.layers
@@ -255,7 +256,7 @@ def _gathered(run: _Run) -> float:
 
 
 def _activations(run: _Run) -> tuple[float, float, float]:
-    """Bytes kept for the backward pass, bytes of weights' copies, and bytes of what else is alive at the peak."""
+    """Bytes stored for the backward pass, bytes of copied weights, and bytes of other memory at the peak."""
     shape, n, b = run.shape, run.n, run.b
     layer, first = _layer(run)
     final_norm, mixing, head_copies = _head(run)
@@ -265,22 +266,22 @@ def _activations(run: _Run) -> tuple[float, float, float]:
     kept, copies, again = final_norm + mixing + ids, head_copies, 0.0
     if run.checkpointing:
         kept += shape.layers * residual
-        again = layer + layer_copies - (residual if run.r == 4 else 0)  # its input is there already
+        again = layer + layer_copies - (residual if run.r == 4 else 0)  # its input is already stored
     else:
-        kept += first + (shape.layers - 1) * layer + 2 * run.S * shape.head_dim * run.r  # and cosines and sines
+        kept += first + (shape.layers - 1) * layer + 2 * run.S * shape.head_dim * run.r  # and sines and cosines
         copies += shape.layers * layer_copies
     moments: list[float] = [2 * logits]  # the loss: gradients of log-probabilities and of logits
     freed = mixing + head_copies
     moments.append((16 if run.r == 4 else 20) * n * shape.hidden - freed)  # final norm: gradients and products, fp32
     gradients = 3 * inner + residual - (0 if run.trains == "streams" else inner)
     moments.append(again + gradients - freed - final_norm)  # the last layer's MLP
-    if run.checkpointing and run.everything:  # the forward pass's end, when autocast forgets the copies that it made
+    if run.checkpointing and run.everything:  # the end of the forward pass, when autocast frees its copies
         moments.append(shape.layers * layer_copies + (run.c * b * shape.vocab + logits if run.casts else 0))
     return kept, copies, max(moments)
 
 
 def _layer(run: _Run) -> tuple[float, float]:
-    """Bytes that a layer keeps, and the first one."""
+    """The bytes that a layer stores, and those of the first layer."""
     shape, n, c = run.shape, run.n, run.c
     h, inner = shape.hidden, shape.intermediate
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -290,7 +291,7 @@ def _layer(run: _Run) -> tuple[float, float]:
     into_attention, into_mlp, others = 0.0, 0.0, 0.0
     if run.everything:
         norm += run.r * n * h
-        apart = run.r != c  # each matrix then has a copy of its own
+        apart = run.r != c  # each matrix then has its own copy
         into_attention, into_mlp = c * n * h * (3 if apart else 1), c * n * h * (2 if apart else 1)
         others = c * n * inner
     elif run.lora:
@@ -306,7 +307,7 @@ def _layer(run: _Run) -> tuple[float, float]:
 
 
 def _layer_copies(run: _Run) -> float:
-    """Bytes of a layer's weights in 16 bits, where autocast makes them of 32."""
+    """The bytes of a layer's weights in 16 bits, if autocast copies them from 32."""
     if not run.casts:
         return 0.0
     shape = run.shape
@@ -315,13 +316,13 @@ def _layer_copies(run: _Run) -> float:
 
 
 def _head(run: _Run) -> tuple[float, float, float]:
-    """Bytes kept by the final norm, by aggregator and head, and of their weights' copies."""
+    """The bytes stored by the final norm, by aggregator and head, and those of copies of their weights."""
     shape, n, b, c, P = run.shape, run.n, run.b, run.c, run.P
     h = shape.hidden
     final_norm = 4 * n * (h + 1) + (run.r * n * h if run.everything else 0)
     kept = 4 * b * shape.vocab + (c * b * h if run.everything else 0)
     copies = 2 * shape.vocab * h if run.everything or run.stored == 4 else 0
     if P > 1:
-        kept += 2 * c * n * h + 2 * c * b * h + (4 + c) * b * P
+        kept += (1 if c == 4 else 2) * c * n * h + 2 * c * b * h + (4 + c) * b * P
         copies += 2 * (P * h * h + h * P)
     return final_norm, kept, copies if run.casts else 0

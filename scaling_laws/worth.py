@@ -1,4 +1,4 @@
-"""ParScale beside the plain model of equal loss: what each costs, and where the streams stop paying."""
+"""ParScale compared with the plain model of equal loss: the cost of each, and where streams stop being cheaper."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from parscale.scaling_laws.shapes import ModelShape
 QUANTITIES = ("seconds", "memory_bytes")
 AXES = ("batch_size", "input_length", "output_length")
 LARGEST = 1 << 20
-"""Where the search for a crossover gives up."""
+"""The limit of the search for a crossover."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model with streams and a plain, wider one that is predicted to reach the same loss, on one workload."""
+    """A model with streams and a plain, wider model with the same predicted loss, on one workload."""
 
     plain: Cost
     """The model without streams."""
@@ -33,17 +33,17 @@ class Comparison:
         return float(getattr(self.streams, quantity) / getattr(self.dense, quantity))
 
     def increase_ratio(self, quantity: str) -> float:
-        """How many times more the dense model adds than the streams do: the form of the paper's headline."""
+        """What the dense model adds divided by what the streams add: the form of the paper's headline."""
         base = getattr(self.plain, quantity)
         return float((getattr(self.dense, quantity) - base) / (getattr(self.streams, quantity) - base))
 
 
 def dense_equivalent(law: ParallelScalingLaw, config: Config, num_streams: int) -> ModelShape:
-    """The plain model, as deep and wider, that is predicted to have the loss of a model with streams.
+    """The plain model, of equal depth but wider, with the predicted loss of a model with streams.
 
     Args:
-        law: that predicts.
-        config: of the model that gets streams, as `cost` takes it.
+        law: the law for predictions.
+        config: of the model that gets streams, as in `cost`.
         num_streams: P.
 
     Returns:
@@ -64,29 +64,29 @@ def versus(
     hardware: str | Hardware = "a100-80gb",
     **options: Any,
 ) -> Comparison:
-    """What a model costs without streams, with them, and what the dense model of equal loss costs.
+    """The costs of a model without streams, with streams, and of the dense model of equal loss.
 
     Args:
-        law: that says which dense model has the same loss.
-        config: as `cost`.
+        law: the law that determines the dense model of equal loss.
+        config: as in `cost`.
         num_streams: P.
-        batch_size: as `cost`.
-        input_length: as `cost`.
-        output_length: as `cost`.
-        hardware: as `cost`.
-        **options: further arguments of `cost`.
+        batch_size: as in `cost`.
+        input_length: as in `cost`.
+        output_length: as in `cost`.
+        hardware: as in `cost`.
+        **options: other arguments of `cost`.
 
     Returns:
         The three costs.
 
     Raises:
-        FileNotFoundError: as `cost`.
-        ValueError: as `cost`.
+        FileNotFoundError: as in `cost`.
+        ValueError: as in `cost`.
     """
     shape = config if isinstance(config, ModelShape) else read_shape(config)
     work: dict[str, Any] = {"batch_size": batch_size, "input_length": input_length, "output_length": output_length}
     work |= {"hardware": hardware, **options}
-    with_streams = cost(shape, num_streams=num_streams, **work)  # refuses a P below 1 before the law is asked
+    with_streams = cost(shape, num_streams=num_streams, **work)  # raises an error for a P below 1
     return Comparison(
         plain=cost(shape, num_streams=1, **work),
         streams=with_streams,
@@ -103,21 +103,21 @@ def crossover(
     along: str = "batch_size",
     **workload: Any,
 ) -> int | None:
-    """From where on the streams cost more than the dense model of equal loss.
+    """The point from which streams cost more than the dense model of equal loss.
 
     Args:
-        law: as `versus`.
-        config: as `cost`.
+        law: as in `versus`.
+        config: as in `cost`.
         num_streams: P, at least 2.
         quantity: `"seconds"` or `"memory_bytes"`.
-        along: what grows: `"batch_size"`, `"input_length"` or `"output_length"`.
-        **workload: the rest, as for `versus`.
+        along: the growing quantity: `"batch_size"`, `"input_length"` or `"output_length"`.
+        **workload: the other quantities, as in `versus`.
 
     Returns:
-        The smallest value of `along`; None if the streams still win at 2^20.
+        The smallest value of `along`; None if streams are still cheaper at 2^20.
 
     Raises:
-        ValueError: another quantity or axis, P = 1, or as `cost`.
+        ValueError: `quantity` or `along` is invalid, P = 1, or as in `cost`.
     """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is {quantity!r}; give one of {', '.join(QUANTITIES)}")

@@ -3,6 +3,9 @@
 Imports stand inside: what this module imports, pytest's controlling process does too, and prints when all is over.
 """
 
+import atexit
+import functools
+import gc
 import itertools
 import json
 import os
@@ -14,6 +17,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def covering(cases: list[set[Any]]) -> set[int]:
+    """Which cases to take so that every value of any of them is met: each time the one with the most that are new."""
+    open_values, taken = set().union(*cases), set[int]()
+    while open_values:
+        best = max(range(len(cases)), key=lambda number: len(cases[number] & open_values))
+        taken.add(best)
+        open_values -= cases[best]
+    return taken
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves to the night what meets no new value of a parameter, in tests that are marked as grids."""
+    grids: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("grid") and not item.get_closest_marker("nightly"):
+            grids.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cells in grids.values():
+        daily = covering([{(name, id(value)) for name, value in cell.callspec.params.items()} for cell in cells])
+        for number, cell in enumerate(cells):
+            if number not in daily:
+                cell.add_marker(pytest.mark.nightly)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is not looked for in what is imported by now; training does that at the end of each run."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind (of Triton) reports it as leaked
 
 
 class Programs:
@@ -127,6 +161,28 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     assert programs.server.stdin is not None
     programs.server.stdin.close()
     programs.server.wait()
+
+
+@pytest.fixture(scope="session")
+def brief_lm_eval() -> Iterator[None]:
+    """lm-eval reads each of its thousands of task files once, and describes the machine once, not at each run."""
+    from lm_eval.tasks import _index
+    from torch.utils import collect_env
+
+    load, found = _index.load_yaml, {}
+
+    def load_once(path: Path, **options: Any) -> Any:
+        if Path(_index.__file__).parent not in path.parents:
+            return load(path, **options)
+        key = (path, *options.items())
+        if key not in found:
+            found[key] = load(path, **options)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_index, "load_yaml", load_once)
+        patched.setattr(collect_env, "get_pretty_env_info", functools.cache(collect_env.get_pretty_env_info))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def forked(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     for number, name in enumerate((os.devnull, request["output"], request["errors"])):
         file = os.open(name, os.O_RDWR | os.O_APPEND)
         os.dup2(file, number)

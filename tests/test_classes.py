@@ -30,13 +30,13 @@ def load_script(name):
 
 
 def sample():
-    """Of each task, the first class that takes streams and the first that is refused."""
-    chosen = set()
+    """Of each task, the first class that takes streams and, at night, the first that is refused."""
+    chosen = {}
     for names in classes.tasks().values():
-        for verdict in (classes.TAKES, classes.REFUSED):
+        for verdict, marks in ((classes.REFUSED, [pytest.mark.nightly]), (classes.TAKES, [])):
             known = [name for name in names if RECORDED["classes"].get(name, {}).get("verdict") == verdict]
-            chosen |= set(known[:1])
-    return sorted(chosen)
+            chosen |= {name: pytest.param(name, marks=marks) for name in known[:1]}
+    return [chosen[name] for name in sorted(chosen)]
 
 
 @pytest.mark.parametrize("name", sample())

@@ -15,11 +15,14 @@ ARGUMENTS = {
     "lora": ["--steps", "2"],
     "scaling_law": [],
     "sft_chat_model": ["--steps", "2", "--max-new-tokens", "5"],
+    "dpo_chat_model": ["--steps", "2"],
+    "grpo_model": ["--steps", "1", "--max-new-tokens", "4"],
     "streams_for_each_p": ["--steps", "2", "--sequence-length", "64"],
     "generate_code_samples": ["--max-new-tokens", "5"],
     "three_transforms": [],
     "classify_and_translate": [],
     "serve_and_ask": ["--max-new-tokens", "5"],
+    "export_onnx": ["--max-new-tokens", "5"],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
@@ -30,9 +33,12 @@ PROMISES = {
     "scaling_law": "Each stream: k = 0.39",
     "lora": "loaded again, the same logits: True",
     "sft_chat_model": "Qwen2ForCausalLM with 4 streams answers:\nuser: How do I open a file?\nassistant: ",
+    "dpo_chat_model": "preferred answers told apart: ",
+    "grpo_model": "Qwen2ForCausalLM with 4 streams: reward 0.",
     "streams_for_each_p": "each set loaded as it was trained: True",
     "three_transforms": "MambaForCausalLM with 4 streams wrote 5 tokens",
     "classify_and_translate": "T5ForConditionalGeneration: logits (2, 5, 100), the same when loaded again: True",
+    "export_onnx": "the tokens that generate writes: True",
     "serve_and_ask": "\n\n8 tokens in, 5 out",
     "generate_code_samples": r'{"task_id": "Example/0", "solution": "def double(x):\n    \"\"\"Return twice x.\"\"\"\n',
 }
@@ -49,8 +55,9 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == ARGUMENTS.keys() | {"pretrain_small_model"}
 
 
-# The next test runs this one too.
-NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name == "train_with_trainer" else name for name in ARGUMENTS]
+# By day the next test runs the first, and the tests of serving start a server as the second does.
+NIGHTLY = {"train_with_trainer", "serve_and_ask"}
+NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else name for name in ARGUMENTS]
 
 
 @pytest.mark.slow

@@ -261,6 +261,7 @@ def test_the_wheel_says_its_licences(distributions):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # a second build; by day the times inside the archives are looked at
 def test_builds_elsewhere_and_at_another_time_have_the_same_bytes(distributions, tmp_path):
     """From files with other times and modes, in another folder, under another umask."""
     copy = tmp_path / "elsewhere"

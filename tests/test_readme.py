@@ -68,8 +68,19 @@ def test_the_figures_against_controls_are_those_on_file(baseline, title):
         for entry in (found["beginning"], found["middle"])
     ]
     assert f"| {title} | {' | '.join(cells)} |" in README
-    assert found["middle"]["seeds"] == 1
-    assert "(one seed;" in README  # with more, the text says how many
+    assert found["middle"]["seeds"] == 3
+    assert "(three seeds;" in README
+
+
+def test_what_one_cache_costs_is_on_file():
+    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    entry = next(
+        entry
+        for entry in comparisons
+        if (entry["arm"], entry["baseline"], entry["where"]) == ("P = 4, shared", "P = 4", "middle")
+        and entry["size"] == "0.1M"
+    )
+    assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in README
 
 
 def test_no_gain_is_claimed_that_the_rule_does_not_give():

@@ -48,10 +48,13 @@ ROOMS = [
     "parscale.checkpoints.models",
     "parscale.checkpoints.texts",
     "parscale.checkpoints.evaluation",
+    "parscale.checkpoints.held_against",
     "parscale.checkpoints.training",
     "parscale.checkpoints.conversion",
+    "parscale.checkpoints.control_runs",
     "parscale.checkpoints.quickstart",
     "parscale.checkpoints",  # the public names alone, which are found when they are used
+    "parscale.export",
     "parscale.cli",
     "parscale.__main__",
 ]

@@ -16,13 +16,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 SECTIONS = (
     (
         ParScaleConfig,
-        "Of a set of streams",
+        "A set of streams",
         "Arguments of `wrap` and `add_streams`, fields of `ParScaleConfig`, options of `parscale convert` "
         "(`--num-streams`, ...).",
     ),
     (
         TrainSettings,
-        "Of training",
+        "Training",
         "Fields of `parscale.checkpoints.TrainSettings`, options of `parscale train` (`--batch-size`, ...). Documents "
         "in memory are given as a `parscale.checkpoints.Source`.",
     ),

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity, log_softmax, pad
+from torch.nn.functional import cosine_similarity, linear, log_softmax, pad
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
 from parscale import wrap
@@ -145,7 +145,9 @@ class SharedVariant(Streams):
         self, index: int, layer: Any, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """In place of the layer's forward: `(P*B, S, H)` to the same."""
-        projected = [project(hidden_states) for project in (layer.q_proj, layer.k_proj, layer.v_proj)]
+        # not called: the package gives the projections of keys and values stream 0's rows alone
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+        projected = [linear(hidden_states, project.weight, project.bias) for project in projections]
         query, key, value = (x.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for x in projected)  # (P*B, h, S, D)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         rows = [query, *(repeat_kv(x, layer.num_key_value_groups) for x in (key, value))]

@@ -1,1 +1,1 @@
-"""A model's checkpoint becomes one with parallel streams."""
+"""Converts a model's checkpoint into one with parallel streams."""

@@ -1,4 +1,4 @@
-"""Conversion: a model's checkpoint is read, gets parallel streams, and is saved with its tokenizer."""
+"""Conversion: loads a model's checkpoint, adds parallel streams, and saves it with its tokenizer."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def convert(
     text_column: str = "text",
     streams_only: bool = False,
 ) -> dict[str, Any]:
-    """Give a saved model P streams and save it, in the dtype that it was saved in.
+    """Adds P streams to a saved model and saves it, in the dtype that it was saved in.
 
     Args:
         source: the backbone's folder, or its name on the Hugging Face Hub.
-        output: the folder to write, new or empty; it appears only when it is whole.
-        config: the streams. A seed makes what is random repeatable.
+        output: the folder to write, new or empty; it appears only when it is complete.
+        config: the configuration of the streams. A seed makes random choices repeatable.
         calibration_files: text files for every init but `"random"`, where streams start from text: each from a
             different piece of `config.prefix_length` tokens, spread evenly over the text. Without them the backbone
             samples the texts.
-        text_column: what holds the text in rows of JSON, JSON Lines, CSV and tables.
+        text_column: the column that holds the text, in JSON, JSON Lines, CSV and tables.
         streams_only: write the streams and the backbone's name instead of a full checkpoint.
 
     Returns:
@@ -49,20 +49,18 @@ def convert(
         takes on disk, and the seconds it took.
 
     Raises:
-        ValueError: `source` is damaged or has streams already, `output` holds something, a number is out of range, or
+        ValueError: `source` is damaged or already has streams, `output` is not empty, a number is out of range, or
             there is too little calibration text.
-        OSError: there is no such source, the output cannot be written, or another process writes it.
+        OSError: the source does not exist, the output cannot be written, or another process is writing it.
     """
     start = time.perf_counter()
     if calibration_files and config.init not in (None, *TEXT_INITS):
         readers = " or ".join(map(repr, TEXT_INITS))
-        raise ValueError(f"Calibration text is for init {readers}, and init is {config.init!r}; leave one of them out.")
+        raise ValueError(f"Calibration text is for init {readers}, but init is {config.init!r}; omit one of them.")
     documents = read_documents(calibration_files, text_column=text_column)
     require_new_folder(output)
     if (kind := kind_of(Checkpoint(source))) != PLAIN:
-        raise ValueError(
-            f"{source} has streams already ({kind}); give a plain model, such as the backbone it is made of."
-        )
+        raise ValueError(f"{source} already has streams ({kind}); give a plain model, such as its backbone.")
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)
         model = load_plain(source, any_task=True)
@@ -122,27 +120,27 @@ def calibration_ids(
     *,
     vocabulary: int | None = None,
 ) -> torch.Tensor:
-    """P pieces of the documents' tokens, one document after another, spread evenly over them.
+    """P pieces of the documents' tokens, spread evenly over all documents in order.
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
-        num_streams: P, or as many of them as start from a text.
+        tokenizer: the model's tokenizer.
+        num_streams: P, or the number of streams that start from a text.
         prefix_length: T.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        vocabulary: number of token ids that the model has; without it, ids are not checked.
 
     Returns:
         Token ids `(P, T)`.
 
     Raises:
-        ValueError: there are fewer than P * T tokens, or as `parscale.checkpoints.texts.token_ids.encode`.
+        ValueError: there are fewer than P * T tokens, or as in `parscale.checkpoints.texts.token_ids.encode`.
     """
     encoded = encode(documents, tokenizer, vocabulary, add_special_tokens=False)
     ids = torch.tensor([token for document in encoded for token in document], dtype=torch.long)  # (N,)
     needed = num_streams * prefix_length
     if len(ids) < needed:
         raise ValueError(
-            f"The calibration text holds {len(ids)} tokens, and {num_streams} streams of {prefix_length} tokens need "
+            f"The calibration text holds {len(ids)} tokens, but {num_streams} streams of {prefix_length} tokens need "
             f"{needed}; give more text, fewer streams or a shorter prefix."
         )
     step = len(ids) // num_streams

@@ -1,1 +1,1 @@
-"""What a model is worth: its loss on text, lm-eval's tasks, differences with intervals, streams apart."""
+"""Evaluation: loss on text, lm-eval's tasks, paired differences with intervals, the streams one by one."""

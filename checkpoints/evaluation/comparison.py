@@ -1,4 +1,4 @@
-"""Whether one model is better than another on the same documents: differences paired by document."""
+"""Compares two models on the same documents, by paired differences."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from parscale.checkpoints.evaluation.text_loss import Evaluation
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the loss of one model differs from that of another, in nats per token; negative is better.
+    """The difference between the losses of two models, in nats per token; negative is better.
 
     Attributes:
-        difference: the mean over documents of the difference in loss, each document weighing the same.
-        low: the lower end of the interval that holds the mean difference with probability `confidence`.
-        high: its upper end.
+        difference: the mean over documents of the difference in loss; every document has the same weight.
+        low: lower end of the interval that holds the mean difference with probability `confidence`.
+        high: upper end.
         confidence: of the interval, between 0 and 1.
-        documents: how many there are.
-        improved: how many of them have a lower loss.
+        documents: number of documents.
+        improved: number of documents with a lower loss.
     """
 
     difference: float
@@ -32,14 +32,14 @@ class Comparison:
 
 
 def compare(evaluation: Evaluation, baseline: Evaluation, *, confidence: float = 0.95) -> Comparison:
-    """Compare two models' losses on the same documents by the t interval of the paired differences.
+    """Compares two models' losses on the same documents by the t interval of the paired differences.
 
-    The interval takes the documents as a sample of all such documents, so it says what to expect of further documents
-    of the kind, and not what further training runs would give.
+    The interval treats the documents as a sample of all such documents. So it predicts the result on more documents of
+    this kind, not the result of more training runs.
 
     Args:
-        evaluation: of the model in question.
-        baseline: of the model that it is held against.
+        evaluation: of the model.
+        baseline: of the model to compare with.
         confidence: between 0 and 1.
 
     Returns:
@@ -50,7 +50,7 @@ def compare(evaluation: Evaluation, baseline: Evaluation, *, confidence: float =
     """
     names = [document.name for document in evaluation.documents]
     if names != [document.name for document in baseline.documents]:
-        raise ValueError("The two evaluations are of different documents; measure both models on the same ones.")
+        raise ValueError("The two evaluations used different documents; measure both models on the same ones.")
     if evaluation.sequence_length != baseline.sequence_length:
         raise ValueError(
             f"The two evaluations have windows of {evaluation.sequence_length} and {baseline.sequence_length} tokens; "

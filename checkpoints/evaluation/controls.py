@@ -1,7 +1,7 @@
-"""Controls: what a gain of streams is held against, and the interval that says whether it is one.
+"""Controls: the baselines that a gain of streams is compared with, and the interval that tells whether it is a gain.
 
-Streams gain when they beat one trained prefix *and* the backbone trained alone, after the same tokens in the same
-order, in the middle of documents, by an interval over documents and seeds that excludes zero.
+Streams gain if they beat one trained prefix *and* the backbone trained alone, after the same tokens in the same order,
+in the middle of documents, with an interval over documents and seeds that excludes zero.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from scipy.stats import t as student
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.evaluation.text_loss import Evaluation
+from parscale.config import PREFIX, PROMPT
 
 NOTHING, BACKBONE, STREAMS, BOTH, ADAPTER = "nothing", "backbone", "streams", "both", "adapter"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to spend the training tokens, as data.
+    """One way to spend the training tokens.
 
     Attributes:
-        name: how results name it.
-        title: how tables show it.
+        name: its name in results.
+        title: its name in tables.
         trains: `"nothing"`, `"backbone"`, `"streams"` (or the one prefix), `"both"`, or `"adapter"`.
-        streams: whether it has the P streams that are in question.
+        streams: whether it has the P streams under study.
         prefix: whether it has one trained prefix.
-        long: whether that prefix has P * T tokens, as many as P streams have, in place of T.
+        long: whether that prefix has P * T tokens, as many as P streams have, rather than T.
     """
 
     name: str
@@ -53,7 +54,7 @@ ARMS = (
     Arm("prefix-and-backbone", "one prefix of T and backbone", BOTH, prefix=True),
     Arm("streams-and-backbone", "streams and backbone", BOTH, streams=True),
 )
-"""Those with P streams come behind what they are held against."""
+"""Arms with P streams come after the arms that they are compared with."""
 
 HELD_AGAINST = {
     "untrained": ("untouched",),
@@ -65,18 +66,18 @@ HELD_AGAINST = {
     "prefix-and-backbone": ("untouched", "alone"),
     "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone"),
 }
-"""The pairs that a report shows."""
+"""The baselines of each arm in a report."""
 
 
 def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch.Tensor | None = None) -> Any:
-    """Gives a plain model what an arm adds to it, in place, before it trains, and freezes what the arm does not train.
+    """Prepares a plain model for an arm, in place, before training: adds its streams, freezes what it does not train.
 
-    One prefix is two streams that start from the same text. They get the same gradients and stay equal, so that their
-    mixture is each of them, whatever the aggregator says: the model is that of one trained prefix, at twice its cost,
-    and everything that trains, saves and loads streams serves it.
+    One prefix is built as two streams that start from the same text. They get the same gradients and stay equal, so
+    their mixture equals each of them, whatever the aggregator's weights are. The model is that of one trained prefix,
+    at twice its cost, and all code that trains, saves and loads streams works on it.
 
     Args:
-        arm: one of `ARMS`; an adapter is left to who trains.
+        arm: one of `ARMS`; the caller adds the adapter of an adapter arm.
         model: a plain causal language model.
         config: of the P streams in question.
         calibration: token ids `(P, P * T)`, real text; streams start from the first T tokens of each row (those that
@@ -87,7 +88,7 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
         The same object.
 
     Raises:
-        ValueError: as `parscale.wrap`; one prefix without calibration, or with too short a one.
+        ValueError: as in `parscale.wrap`; or one prefix has no calibration, or a calibration that is too short.
     """
     if arm.streams:
         texts = None if calibration is None else calibration[: config.num_transformed, : config.prefix_length]
@@ -100,9 +101,12 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
                 f"One prefix of {length} tokens starts from a text of as many; give calibration of that length (it is "
                 f"{given})."
             )
+        of_prompts = config.transform == PROMPT
         wrap(
             model,
-            ParScaleConfig(2, length, smoothing=config.smoothing, seed=config.seed),
+            ParScaleConfig(
+                2, length, smoothing=config.smoothing, seed=config.seed, transform=PROMPT if of_prompts else PREFIX
+            ),
             calibration=calibration[:1, :length].expand(2, -1),
         )
     if arm.trains == STREAMS:
@@ -114,14 +118,14 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
 
 @dataclass(frozen=True)
 class Interval:
-    """How much one arm's loss differs from another's; negative is better.
+    """The difference between the losses of two arms; negative is better.
 
     Attributes:
-        difference: the mean over seeds and documents, each weighing the same.
-        low: the lower end of the interval.
-        high: its upper end.
-        seeds: how many there are; with one, the interval is over documents alone.
-        documents: how many there are.
+        difference: the mean over seeds and documents, which all have the same weight.
+        low: lower end of the interval.
+        high: upper end.
+        seeds: number of seeds; with one seed, the interval is over documents alone.
+        documents: number of documents.
     """
 
     difference: float
@@ -132,18 +136,18 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the difference has a sign."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """The interval of the mean of paired differences when seeds and documents are both samples.
+    """The interval of the mean of paired differences, with seeds and documents both as samples.
 
-    Every seed is measured on the same documents, so that d(s, i) = mean + seed(s) + document(i) + rest(s, i), two
-    crossed random factors. With the mean squares MS of the two-way table without replication, the variance of the grand
-    mean is (MS_seeds + MS_documents - MS_rest) / (S * D), Student's t with Satterthwaite's degrees of freedom. A factor
-    whose mean square is below that of the rest is taken to have no variance of its own. With one seed it is the t
-    interval over documents: what further documents would give, not further training runs.
+    Every seed is measured on the same documents, so d(s, i) = mean + seed(s) + document(i) + rest(s, i): two crossed
+    random factors. With the mean squares MS of the two-way table without replication, the variance of the grand mean is
+    (MS_seeds + MS_documents - MS_rest) / (S * D), with Student's t and Satterthwaite's degrees of freedom. A factor
+    whose mean square is below that of the rest counts as having no variance. With one seed the result is the t interval
+    over documents: it predicts the result on more documents, not of more training runs.
 
     Args:
         differences: `(S, D)`, one row for each seed.
@@ -153,7 +157,7 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
         The mean and its interval.
 
     Raises:
-        ValueError: it is no table, or has fewer than two documents.
+        ValueError: `differences` is not a table, or has fewer than two documents.
     """
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or not table.shape[0] or table.shape[1] < 2:
@@ -168,7 +172,7 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
 
 
 def _variance(table: NDArray[np.float64]) -> tuple[float, float]:
-    """Of the grand mean, and its degrees of freedom."""
+    """The variance of the grand mean, and its degrees of freedom."""
     seeds, documents = table.shape
     if seeds == 1:
         return float(table.var(ddof=1)) / documents, documents - 1
@@ -195,21 +199,21 @@ def hold_against(
     evaluations: Mapping[str, Sequence[Mapping[str, Evaluation]]],
     tokens: int,
 ) -> list[dict[str, Any]]:
-    """One arm against another, by place: what `"comparisons"` in `benchmarks/results/evidence.json` holds.
+    """Compares one arm with another, by place: the entries of `"comparisons"` in `benchmarks/results/evidence.json`.
 
     Args:
-        arm: its name.
-        baseline: that of what it is held against.
+        arm: name of the arm.
+        baseline: name of the arm to compare with.
         text: what the documents are.
-        evaluations: by arm's name, for each seed, what `evaluate_places` gives. An arm that does not depend on the seed
-            may have one.
-        tokens: how many the arms were trained on.
+        evaluations: by name of the arm, one result of `evaluate_places` for each seed. An arm that does not depend on
+            the seed may have one.
+        tokens: number of training tokens of the arms.
 
     Returns:
         One entry for each place.
 
     Raises:
-        ValueError: the two were measured on different documents or windows, or with different numbers of seeds.
+        ValueError: the arms were measured on different documents or windows, or with different numbers of seeds.
     """
     entries = []
     for where in evaluations[arm][0]:
@@ -222,23 +226,23 @@ def hold_against(
 
 
 def paired(arm: Sequence[Evaluation], baseline: Sequence[Evaluation]) -> NDArray[np.float64]:
-    """Differences `(S, D)` of the documents' losses, seed by seed.
+    """The differences `(S, D)` of the documents' losses, seed by seed.
 
     Raises:
-        ValueError: as `hold_against`.
+        ValueError: as in `hold_against`.
     """
     seeds = max(len(arm), len(baseline))
     if not arm or not baseline or any(len(side) not in (1, seeds) for side in (arm, baseline)):
         raise ValueError(
-            f"The arms have {len(arm)} and {len(baseline)} seeds; measure both with the same seeds, or one that does "
-            "not train once."
+            f"The arms have {len(arm)} and {len(baseline)} seeds; measure both with the same seeds, or measure an arm "
+            "that does not train once."
         )
     shown = {
         (tuple(document.name for document in evaluation.documents), evaluation.sequence_length)
         for evaluation in (*arm, *baseline)
     }
     if len(shown) > 1:
-        raise ValueError("The evaluations are of different documents or windows; measure all arms on the same ones.")
+        raise ValueError("The evaluations used different documents or windows; measure all arms on the same ones.")
     table, other = (
         np.array([[document.loss for document in evaluation.documents] for evaluation in side])
         for side in (arm, baseline)

@@ -1,15 +1,15 @@
-"""The loss of a causal language model by document, at the documents' beginnings and in their middles.
+"""The loss of a causal language model by document, at the beginning of documents and in their middle.
 
-At the beginning of a document a model that lacks context gains from anything put in front of it; most tokens of most
-texts lie in the middle. So a gain is looked for in both, with the same context for every model:
+At the beginning of a document a model lacks context and gains from any prefix, but most tokens of most texts lie in the
+middle. So a gain is measured in both places, with the same context for every model:
 
-- The beginning is a document's first window. In front of it stands the token that begins a text where the tokenizer
-  puts one there itself, else the token that ends one, else nothing. Every token behind it is scored.
-- The middle is up to four windows of the document, spread evenly behind the first. The second half of each is scored,
-  so that half a window of real text stands before every scored token. A token that the tokenizer puts in front of every
-  text stands there too.
+- The beginning is the first window of a document. Before it comes the token that begins a text, if the tokenizer adds
+  one itself, else the token that ends a text, else nothing. Every token after it is scored.
+- The middle is up to four windows of the document, spread evenly after the first. The second half of each is scored, so
+  that half a window of real text comes before every scored token. If the tokenizer adds a token before every text,
+  these windows have it too.
 
-A document too short for a middle has a beginning only.
+A document that is too short for a middle has only a beginning.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.text_loss import (
     DocumentLoss,
@@ -41,14 +40,14 @@ PLACES = (BEGINNING, MIDDLE)
 
 @dataclass(frozen=True)
 class _Scored(Window):
-    """A window, where it stands, and the index of the first token in it that is scored."""
+    """A window, its place, and the index of its first scored token."""
 
     place: str
     first: int
 
 
 def evaluate_places(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     *,
@@ -57,22 +56,22 @@ def evaluate_places(
     batch_size: int = 8,
     progress: bool = False,
 ) -> dict[str, Evaluation]:
-    """Measure a model's loss on documents by place, in the state it is in: with its active streams, or with none.
+    """Measures a model's loss on documents by place, with its active streams or as the plain backbone.
 
     Args:
-        model: a causal language model; it runs where it is, in its own dtype. Losses are summed in float64.
+        model: a causal language model; it runs on its own device and in its own dtype. Losses are summed in float64.
         tokenizer: its tokenizer.
         documents: pairs of a name and a text.
-        sequence_length: tokens in a window, at least 4 and at most as many as the model has positions for.
-        middles: windows of a document's middle, at most.
+        sequence_length: tokens in a window, at least 4 and at most the number of the model's positions.
+        middles: maximum number of windows from the middle of a document.
         batch_size: windows in a batch.
         progress: whether to show a progress bar on standard error.
 
     Returns:
-        `{"beginning": ..., "middle": ...}`, the second only if a document is long enough for one.
+        `{"beginning": ..., "middle": ...}`; `"middle"` only if a document is long enough.
 
     Raises:
-        ValueError: a number is out of range, no document has a token to score, or as
+        ValueError: a number is out of range, no document has a token to score, or as in
             `parscale.checkpoints.texts.token_ids.encode`.
     """
     length = checked_length(model, sequence_length)
@@ -111,10 +110,15 @@ def evaluate_places(
     return result
 
 
+def holds_tokens_to_score(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> bool:
+    """Whether `evaluate_places` finds anything in documents."""
+    return bool(_windows(documents, tokenizer, 4, 1, None))
+
+
 def _windows(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, middles: int, vocabulary: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, middles: int, vocabulary: int | None
 ) -> list[_Scored]:
-    """All windows, the longest first: a batch then holds windows of like length."""
+    """All windows, longest first, so that a batch holds windows of similar length."""
     own = _own_beginning(tokenizer)
     front = own or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     windows = []
@@ -122,7 +126,7 @@ def _windows(
         beginning = front + ids[: length - len(front)]
         if len(beginning) > max(1, len(front)):
             windows.append(_Scored(index, beginning, BEGINNING, max(1, len(front))))
-        size = length - len(own)  # of a middle, without what stands in front
+        size = length - len(own)  # of a middle, without the tokens before it
         start, last = length - len(front), len(ids) - size
         count = min(middles, (len(ids) - start) // size)
         for number in range(count):
@@ -133,14 +137,14 @@ def _windows(
 
 
 def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer itself puts in front of a text."""
+    """The tokens that a tokenizer itself adds before a text."""
     (bare,), (whole,) = (tokenizer(["a"], add_special_tokens=own)["input_ids"] for own in (False, True))
     at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
     return list(whole[:at])
 
 
-def _losses(model: Any, batch: Sequence[_Scored]) -> list[float]:
-    """Each window's summed loss of its scored tokens, in nats."""
+def _losses(model: PreTrainedModel, batch: Sequence[_Scored]) -> list[float]:
+    """The summed loss of each window's scored tokens, in nats."""
     input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
     logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
     sums = []

@@ -1,6 +1,7 @@
-"""lm-eval's tasks on a model with streams or a plain one: lm-eval reads, asks and scores, and the result says of what.
+"""lm-eval's tasks on a model with or without streams: lm-eval asks and scores, and the result records the settings.
 
-The model goes to lm-eval as it is, in lm-eval's own `HFLM`, so that a figure means what it means for any other model.
+The model goes to lm-eval as it is, in lm-eval's own `HFLM`, so that a figure means what it means for any other model;
+where streams share keys and values, contexts run with one row (`parscale.checkpoints.evaluation.answers`).
 `RECIPES` is a folder of task lists in lm-eval's format; its file names are their names.
 """
 
@@ -22,12 +23,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import __version__
+from parscale.checkpoints.evaluation.answers import harness_model
 from parscale.checkpoints.evaluation.text_loss import adapting, checked_length, evaluating, shown_threshold
 from parscale.checkpoints.models import STREAMS_OFF
 from parscale.checkpoints.texts.token_ids import only_known_ids
 
 RECIPES = Path(__file__).with_name("recipes")
-"""The folder of our task files for lm-eval, which its own command takes as `--include_path`."""
+"""The folder of this package's task files for lm-eval, for its own command's `--include_path`."""
 _YAML = (".yaml", ".yml")
 
 
@@ -44,43 +46,42 @@ def evaluate_tasks(
     confirm_run_unsafe_code: bool = False,
     adaptive: float | None = None,
 ) -> dict[str, Any]:
-    """Run lm-eval's tasks on a model in the state it is in: with its active streams, or with none.
+    """Runs lm-eval's tasks on a model, with its active streams or as the plain backbone.
 
-    Where lm-eval's numbers are random (few-shot examples, bootstrapped errors) its own default seeds hold. It shows
-    its progress on standard error, and what tasks print goes there too.
+    Random choices of lm-eval (few-shot examples, bootstrapped errors) use its default seeds. Its progress, and what
+    tasks print, goes to standard error.
 
     Args:
-        model: a causal language model; it runs where it is, in its own dtype.
+        model: a causal language model; it runs on its own device and in its own dtype.
         tokenizer: its tokenizer; lm-eval gives it a padding token if it has none.
         tasks: names of tasks, groups and tags, patterns such as `"mmlu_*"`, recipes, or files of single tasks.
-        num_fewshot: examples in front of each question, in place of the tasks' own numbers, but for those that say 0.
-        limit: questions of each task at most, or below 1 the share of them; for trying out only.
+        num_fewshot: examples before each question, in place of the tasks' own numbers, except for tasks that set 0.
+        limit: maximum number of questions of each task, or, below 1, a share of them; for trial runs only.
         batch_size: questions in a batch.
-        sequence_length: tokens the model sees at once; by default as many as it has positions for.
-        include_path: a folder with task files of your own. These, and those given by their path, can run code on this
+        sequence_length: tokens that the model sees at once; by default the number of its positions.
+        include_path: a folder with your own task files. These, and task files given by path, can run code on this
             machine when lm-eval reads them (`!function`, templates): a warning names them first.
-        confirm_run_unsafe_code: whether tasks may run the code that the model writes. It has no say in what task files
-            run.
-        adaptive: as `parscale.checkpoints.evaluation.text_loss.evaluate`.
+        confirm_run_unsafe_code: whether tasks may run the code that the model writes. It does not affect the code that
+            task files run.
+        adaptive: as in `parscale.checkpoints.evaluation.text_loss.evaluate`.
 
     Returns:
         lm-eval's results, as it writes them to files, with `"parscale"`: what `stamp` says, and with `adaptive`
-        its `mean_streams`, over the questions' own tokens too. Can be written as JSON.
+        its `mean_streams`, over all positions of each batch from its first answer on. Can be written as JSON.
 
     Raises:
-        ValueError: lm-eval is missing, a number is out of range, there is no such task, a task cannot be loaded, or it
-            runs the model's code and this was not allowed.
-        OSError: a task's data cannot be had.
+        ValueError: lm-eval is missing, a number is out of range, a task does not exist or cannot be loaded, or it runs
+            the model's code without permission.
+        OSError: the data of a task is not available.
     """
     _check_numbers(num_fewshot, limit, batch_size)
     length = None if sequence_length is None else checked_length(model, sequence_length)
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise ValueError(f"There is no folder {include_path}; give one that holds task files (.yaml).")
+            raise ValueError(f"There is no folder {include_path}; give a folder with task files (.yaml).")
         _warn_of_code(Path(include_path), [path for path in Path(include_path).rglob("*") if path.suffix in _YAML])
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.utils import handle_non_serializable
     except ImportError as error:
         raise ValueError(f"Tasks need the package lm-eval: pip install 'parscale[eval]'. ({error})") from error
@@ -89,7 +90,7 @@ def evaluate_tasks(
         manager = _task_manager(tasks, include_path, model.name_or_path or "", confirm_run_unsafe_code)
         names = _known(tasks, manager)
         with _quiet("lm_eval.models.huggingface"):  # it warns of being given a model and not a name
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
+            lm = harness_model(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
         try:
             with adapting(model, adaptive) as chooser:
                 results = simple_evaluate(
@@ -103,11 +104,11 @@ def evaluate_tasks(
                     log_samples=False,
                     confirm_run_unsafe_code=confirm_run_unsafe_code,
                 )
-        except AssertionError as error:  # so lm-eval says that a task does not fit the model
+        except AssertionError as error:  # how lm-eval reports a task that does not fit the model
             if not str(error):
                 raise
             raise ValueError(f"lm-eval cannot run {', '.join(tasks)} on this model: {error}") from error
-    assert results is not None  # this is one process
+    assert results is not None  # None only on other processes
     written: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
     measured = stamp(model, lm_eval=version("lm_eval"))
     if adaptive is not None and chooser is not None:
@@ -115,16 +116,16 @@ def evaluate_tasks(
     return {"parscale": measured} | written
 
 
-def stamp(model: Any, **versions: str) -> dict[str, Any]:
-    """What a result was measured with: the model's streams, and versions.
+def stamp(model: object, **versions: str) -> dict[str, Any]:
+    """What a result was measured with: the model's streams, and versions of packages.
 
     Args:
         model: wrapped or plain.
-        **versions: of further packages.
+        **versions: of more packages.
 
     Returns:
         `num_streams` is P; `streams` is the active set's name, or `"off"` for the plain backbone; `versions` holds
-        those of parscale, torch and transformers, and those given.
+        those of parscale, torch and transformers, and the given ones.
     """
     state = getattr(model, "parscale", None)
     active = None if state is None else state.active
@@ -159,9 +160,9 @@ def _check_numbers(num_fewshot: int | None, limit: float | None, batch_size: int
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None, pretrained: str, confirmed: bool) -> Any:
-    """lm-eval's index of tasks, whose `load` says in a `ValueError` which task is wrong.
+    """lm-eval's index of tasks, whose `load` raises a `ValueError` that names the wrong task.
 
-    lm-eval's own tasks, which take seconds to index, are left out where only files are asked for.
+    If only files are requested, lm-eval's own tasks, which take seconds to index, are left out.
     """
     from lm_eval.tasks import TaskManager
 
@@ -171,13 +172,13 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None, pretrai
                 loaded = super().load(task_list)
             except (ValueError, OSError):
                 raise
-            except Exception as error:  # whatever a task file without sense leads to
+            except Exception as error:  # whatever an invalid task file raises
                 names = ", ".join(map(str, task_list))
                 raise ValueError(f"The tasks {names} cannot be loaded: {type(error).__name__}: {error}") from error
             unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
             if unsafe and not confirmed:
                 raise ValueError(
-                    f"Code that the model writes is run by {', '.join(unsafe)}: allow it by --confirm-run-unsafe-code, "
+                    f"{', '.join(unsafe)} would run code that the model writes: allow it by --confirm-run-unsafe-code, "
                     "in a sandbox."
                 )
             return loaded
@@ -188,10 +189,10 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None, pretrai
 
 
 def _known(tasks: Sequence[str], manager: Any) -> list[str]:
-    """The tasks' names, patterns resolved, and paths.
+    """The names of the tasks, with patterns resolved, and paths.
 
     Raises:
-        ValueError: none is given, or there is no such task.
+        ValueError: no task is given, or a task does not exist.
     """
     found: dict[str, None] = {}
     for name in tasks:
@@ -202,35 +203,35 @@ def _known(tasks: Sequence[str], manager: Any) -> list[str]:
         else:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise ValueError(
-                f"lm-eval {version('lm_eval')} knows no task {name!r}"
+                f"lm-eval {version('lm_eval')} has no task {name!r}"
                 + (f"; did you mean {' or '.join(near)}?" if near else ".")
                 + " All names: lm-eval ls tasks. Tasks of your own: --include-path, or the path of a YAML file."
             )
     if not found:
-        raise ValueError("There is no task to run; give the name of one.")
+        raise ValueError("No task was given; give at least one name.")
     return list(found)
 
 
 def _task_file(path: Path) -> Path:
     if not path.is_file():
-        raise ValueError(f"{path} is no file; give a task file, or a task's name.")
+        raise ValueError(f"{path} is not a file; give a task file, or a task's name.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: byte {error.start} cannot be read.") from error
-    if re.search(r"^group:", text, re.MULTILINE):  # lm-eval reads single tasks by their path
+    if re.search(r"^group:", text, re.MULTILINE):  # lm-eval accepts only single tasks by path
         raise ValueError(f"{path} describes a group; give its folder as --include-path, and its name as the task.")
     _warn_of_code(path, [path])
     return path
 
 
 def _warn_of_code(given: Path, files: Sequence[Path]) -> None:
-    """Says that task files can run code, before lm-eval reads them, and what they name."""
+    """Warns, before lm-eval reads task files, that they can run code, and lists the functions that they name."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file()]
     functions = sorted({name for text in texts for name in re.findall(r"!function\s+[\"']?([\w./-]+)", text)})
     named = f" It names {', '.join(functions[:3])}{' and more' if len(functions) > 3 else ''}." if functions else ""
     warnings.warn(
-        f"lm-eval runs code that task files hold or name, with and without --confirm-run-unsafe-code: read {given} "
+        f"lm-eval runs code that task files contain or name, with and without --confirm-run-unsafe-code: read {given} "
         f"first if others wrote it.{named}",
         stacklevel=3,
     )
@@ -238,7 +239,7 @@ def _warn_of_code(given: Path, files: Sequence[Path]) -> None:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """In this block a logger reports errors alone."""
+    """In this block a logger reports errors only."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """The loss of a causal language model on text, by document.
 
-A document is cut into windows of `sequence_length` tokens, each of which begins with the token that the one before
-ended with. So each token of a document except its first is predicted exactly once, from the tokens that stand before it
-in its window, and how many tokens are predicted does not depend on the windows' length.
+A document is cut into windows of `sequence_length` tokens. Each window begins with the last token of the window before.
+So each token of a document except its first is predicted exactly once, from the tokens before it in its window, and the
+number of predicted tokens does not depend on the length of the windows.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ W = TypeVar("W")
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """One document.
+    """The loss on one document.
 
     Attributes:
-        name: as it was given.
+        name: its name, as given.
         loss: mean over its predicted tokens, in nats.
-        tokens: how many were predicted.
+        tokens: number of predicted tokens.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        loss: nats per predicted token, each token weighing the same.
+        loss: nats per predicted token; every token has the same weight.
         perplexity: `exp(loss)`.
-        tokens: how many tokens were predicted.
-        sequence_length: the windows' length in tokens.
-        documents: the same by document, in the order given, without those of fewer than two tokens.
-        mean_streams: how many streams ran for a token on average, where they ran for chosen tokens only.
+        tokens: number of predicted tokens.
+        sequence_length: the length of the windows in tokens.
+        documents: the results by document, in the given order, without documents of fewer than two tokens.
+        mean_streams: the mean number of streams that ran for a token, if streams run on chosen tokens only.
     """
 
     loss: float
@@ -64,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a document: which document of those given, and its token ids."""
+    """A piece of a document: the index of the document, and its token ids."""
 
     document: int
     ids: list[int]
@@ -80,32 +80,32 @@ def evaluate(
     adaptive: float | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a model's loss on documents, in the state it is in: with its active streams, or with none.
+    """Measures a model's loss on documents, with its active streams or as the plain backbone.
 
     Args:
-        model: a causal language model; it runs where it is, in its own dtype. Losses are summed in float64.
-        tokenizer: its tokenizer; each document begins with the special tokens that it puts there.
+        model: a causal language model; it runs on its own device and in its own dtype. Losses are summed in float64.
+        tokenizer: its tokenizer; each document begins with the special tokens that it adds.
         documents: pairs of a name and a text.
-        sequence_length: tokens in a window, at least 2 and at most as many as the model has positions for; by default
-            1024, or as many positions as there are.
+        sequence_length: tokens in a window, at least 2 and at most the number of the model's positions; by default
+            1024, or the number of positions if that is smaller.
         batch_size: windows in a batch; memory for logits grows with `batch_size * sequence_length * vocabulary`.
-        adaptive: of streams that share keys and values: entropy, nats, of stream 0's prediction above which streams 1
-            to P - 1 run for a token. 0: always, infinity: never.
+        adaptive: for streams that share keys and values: the entropy of stream 0's prediction, in nats, above which
+            streams 1 to P - 1 run for a token. 0: always, infinity: never.
         progress: whether to show a progress bar on standard error.
 
     Returns:
-        The losses, as a whole and by document.
+        The losses, over all documents and by document.
 
     Raises:
         ValueError: a number is out of range, the active streams cannot adapt, no document has two tokens, a text holds
-            half a character, or the tokenizer gives an id that the model does not know.
+            half a surrogate pair, or the tokenizer gives an id outside the model's vocabulary.
     """
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
     windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
     if not windows:
-        raise ValueError("No document has two tokens, and at least one must: the first token is not predicted.")
+        raise ValueError("No document has two tokens, but the first token is never predicted: give longer text.")
 
     sums = [0.0] * len(documents)
     counts = [0] * len(documents)
@@ -132,17 +132,17 @@ def evaluate(
 
 
 def adapting(model: PreTrainedModel, threshold: float | None) -> AbstractContextManager[Adaptive | None]:
-    """In this block streams run for chosen tokens, if there is a threshold; see `evaluate`."""
+    """In this block streams run on chosen tokens, if there is a threshold; see `evaluate`."""
     return nullcontext() if threshold is None else adaptive_streams(model, threshold)
 
 
 def shown_threshold(threshold: float) -> float | str:
-    """A threshold as JSON can hold it."""
+    """A threshold in a type that JSON supports."""
     return threshold if math.isfinite(threshold) else "inf"
 
 
 def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
-    """The tokens in a window or sequence: as given, or 1024, or as many as the model has positions for.
+    """The number of tokens in a window or sequence: as given, or 1024, or the model's positions if they are fewer.
 
     Raises:
         ValueError: it is below 2, or the model has fewer positions.
@@ -170,7 +170,7 @@ def windows_of(
 
 
 def padded(batch: Sequence[list[int]], device: torch.device) -> torch.Tensor:
-    """Windows as one tensor `(B, S)`, padded on the right: what follows, a causal model's tokens never see."""
+    """Windows as one tensor `(B, S)`, padded on the right, where a causal model's tokens never look."""
     longest = max(len(ids) for ids in batch)
     return torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch], device=device)
 
@@ -182,7 +182,7 @@ def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
 
 
 def _losses(model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
-    """Each window's summed loss in nats."""
+    """Each window's summed loss, in nats."""
     input_ids = padded(batch, model.device)  # (B, S)
     logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
     sums = []

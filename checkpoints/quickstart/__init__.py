@@ -1,1 +1,1 @@
-"""The main job on what is at hand: a small model is converted, trained, compared and tried."""
+"""The quickstart: converts, trains, compares and tries a small model, with what is on this machine."""

@@ -1,4 +1,4 @@
-"""The quickstart's report for people: tables, a few sentences, what the models wrote, and a plot."""
+"""The quickstart's report for people: tables, sentences, generated text, and a plot."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from parscale.checkpoints.evaluation.places import MIDDLE
+from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
+from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
-# What streams have to beat, by what of the model trains beside them.
+# The baselines of streams, by which part of the model is trained with them.
 CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
+EXPLANATION = (
+    "Trained: how many parameters. Difference: from the untouched backbone, paired by document; negative is better.",
+    "One prefix is trained as two streams that stay equal, which is why it counts more parameters than it needs.",
+    "Do streams gain? They do if, in the middles of documents, their loss is below that of the backbone trained alone "
+    "and of one trained prefix. To be lower than the untouched backbone's is not enough, nor is it at beginnings.",
+)
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print what was measured, in figures and in words, and what each model wrote."""
+    """Prints the measurements, as figures and in words, and the text that each model generated."""
     for text, places in next(iter(report["models"].values()))["loss"].items():
         for where in places:
             console.print(loss_table(report, text, where))
+    for line in EXPLANATION:
+        console.print(line, highlight=False)
     for sentence in sentences(report):
         console.print(f"* {sentence}", highlight=False)
     for figures in report["models"].values():
@@ -37,7 +46,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def loss_table(report: Report, text: str, where: str) -> Table:
-    """Each model's loss at one place of one kind of text, and its difference from the first model with its interval."""
+    """Each model's loss at one place of one kind of text, and the interval of its difference from the first model."""
     baseline = next(iter(report["models"]))
     differences = {
         entry["arm"]: entry
@@ -45,50 +54,42 @@ def loss_table(report: Report, text: str, where: str) -> Table:
         if (entry["baseline"], entry["text"], entry["where"]) == (baseline, text, where)
     }
     documents = next(iter(differences.values()))["documents"]
-    table = Table(title=f"{where} of {text}, {documents} documents: mean loss in nats per token")
-    for column in ("", "trains", "loss", "difference (95 % interval)"):
-        table.add_column(column, justify="right" if column else "left")
+    places = {BEGINNING: "Beginnings", MIDDLE: "Middles"}
+    title = f"{places[where]} of {documents} documents of {text}: mean loss in nats per token, lower is better"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in ("trained", "loss", "difference (95 % interval)"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, figures in report["models"].items():
         table.add_row(
             figures["title"],
             f"{figures['trained_parameters']:,}",
             f"{figures['loss'][text][where]:.4f}",
-            _interval(differences[name]) if name in differences else "",
+            interval(differences[name]) if name in differences else "",
         )
     return table
 
 
 def sentences(report: Report) -> list[str]:
-    """The comparisons of streams with their controls in words, and whether they gain.
+    """The comparisons of streams with their controls, in words, and whether streams gain.
 
-    Streams gain on a text if, in the middles of its documents, they are better than the backbone trained alone and
-    than one trained prefix, by intervals that exclude zero. A run has one seed, so it can deny a gain, not prove it.
+    Streams gain on a text if, in the middle of its documents, they are better than the backbone trained alone and than
+    one trained prefix, by intervals that exclude zero. A run has one seed, so it can disprove a gain, but not prove
+    one.
     """
     result = []
     for arm, controls in CONTROLS.items():
-        entries = {
-            (entry["text"], entry["baseline"]): entry
-            for entry in report["comparisons"]
-            if (entry["arm"], entry["where"]) == (arm, MIDDLE)
-        }
-        for text in dict.fromkeys(text for text, _ in entries):
-            held = [entries[text, baseline] for baseline in controls]
-            found = "; ".join(f"{report['models'][e['baseline']]['title']}: {_interval(e)}" for e in held)
-            gains = all(entry["high"] < 0 for entry in held)
-            verdict = "a gain with this seed" if gains else "no gain"
+        for text, held in in_the_middle(report["comparisons"], arm, controls).items():
             title = report["models"][arm]["title"]
-            result.append(f"{title}, in the middle of {text}: {verdict}. Difference to {found}.")
+            found = "; ".join(f"{report['models'][entry['baseline']]['title']}: {interval(entry)}" for entry in held)
+            result.append(f"{title}, in the middle of {text}: {verdict(held)}. Difference to {found}.")
     return result
 
 
-def _interval(entry: Mapping[str, Any]) -> str:
-    return "{difference:+.4f} ({low:+.4f}, {high:+.4f})".format(**entry)
-
-
 def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Save a figure: training losses, the same less those of the last row, and the paired differences with intervals.
+    """Saves a figure: training losses, their differences from the last row, and paired differences with intervals.
 
-    All rows see the same batches in the same order, so between rows the difference from step to step is a fair one.
+    All rows see the same batches in the same order, so they can be compared step by step.
     """
     figure = Figure(figsize=(16, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 4))

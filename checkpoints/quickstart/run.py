@@ -1,7 +1,7 @@
-"""The main job on what is at hand: a small model gets streams, is post-trained on real text, and held against controls.
+"""The quickstart: adds streams to a small model, post-trains it on real text, and compares it with controls.
 
-Nothing is downloaded. The text is the source of the running Python's standard library, of which 5 % of the files are
-held out; pydoc's copy of the language reference is text of another kind, which no model here was trained on.
+Nothing is downloaded. The text is the source of the running Python's standard library, with 5 % of the files held out;
+pydoc's copy of the language reference is text of another kind, which no model here was trained on.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from parscale.terminal.console import Terminal
 
 PROMPT = "def read_config(path):\n"
 CODE = "held-out code"
-"""What the quickstart calls its files of code that no model saw."""
+"""The quickstart's name for its held-out code."""
 PROSE = "prose"
-"""What it calls its prose."""
-FROZEN, BOTH = "frozen", "streams-and-backbone"  # the two arms with streams, whose models are kept
+"""Its name for its prose."""
+FROZEN, BOTH = "frozen", "streams-and-backbone"  # the two arms with streams, whose models are saved
 SHOWN = ("untouched", "alone", "prefix", "prefix-and-backbone", FROZEN, BOTH)
 TRAINED = {arm.name: arm for arm in ARMS if arm.name in SHOWN and arm.trains != NOTHING}
 TITLES = {arm.name: arm.title for arm in ARMS if arm.name in SHOWN}
@@ -55,21 +55,21 @@ UNTOUCHED = SHOWN[0]
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The quickstart's sizes; as they are, it takes about five minutes on two CPU cores.
+    """The quickstart's sizes; with the defaults it takes about five minutes on two CPU cores.
 
     Attributes:
         num_streams: P.
         prefix_length: T.
-        tokens: how many each row trains on.
-        seconds: about how long the slowest row may train. On a machine that is too slow for `tokens`, all rows train on
-            as many fewer.
+        tokens: training tokens of each row.
+        seconds: approximate limit for the training of the slowest row. On a machine that is too slow for `tokens`, all
+            rows train on fewer tokens.
         sequence_length: tokens in a training block.
         batch_size: blocks in a step.
         window: tokens in a window of the evaluation; the small model was pretrained at this length.
         streams_learning_rate: of prefixes and aggregator.
-        backbone_learning_rate: of everything else.
-        middles: windows that are measured of each document's middle, at most.
-        new_tokens: how many each model writes.
+        backbone_learning_rate: of all other parameters.
+        middles: maximum number of windows from the middle of each document.
+        new_tokens: number of tokens that each model generates.
     """
 
     num_streams: int = 4
@@ -87,11 +87,11 @@ class QuickstartSettings:
 
 @dataclass(frozen=True)
 class QuickstartTexts:
-    """What the quickstart reads.
+    """The texts of the quickstart.
 
     Attributes:
         train: documents to train on.
-        measured: documents to measure on, by their kind.
+        measured: documents to evaluate on, by kind.
     """
 
     train: Sequence[Document]
@@ -100,13 +100,13 @@ class QuickstartTexts:
 
 @dataclass(frozen=True)
 class Row:
-    """One model.
+    """One row of the results: one model.
 
     Attributes:
-        losses: by kind of text, and by place in it, `"beginning"` or `"middle"`.
-        written: what it wrote.
+        losses: by kind of text, and by place, `"beginning"` or `"middle"`.
+        written: the text that it generated.
         training: the report of its training; None for the untouched backbone.
-        training_losses: of each step.
+        training_losses: the loss of each step.
     """
 
     losses: Mapping[str, Mapping[str, Evaluation]]
@@ -124,26 +124,26 @@ def run_quickstart(
     texts: QuickstartTexts | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Give the small model streams, post-train it with its backbone frozen and not, and hold both against controls.
+    """Adds streams to the small model, post-trains it with its backbone frozen and trained, and compares with controls.
 
     The controls are the untouched backbone, the backbone trained alone, and one trained prefix with its backbone frozen
     and not: after the same tokens, with the same context in front, at the beginnings and in the middles of documents.
 
     Args:
-        output: the folder to write, new or empty; it appears only when it is whole. It gets the two post-trained models
-            in `frozen` and `streams-and-backbone`, for `parscale.load`, and `report.json` and `report.png`.
-        seed: of the draws and of the order of the text.
+        output: the folder to write, new or empty; it appears only when it is complete. It gets the two post-trained
+            models in `frozen` and `streams-and-backbone`, for `parscale.load`, and `report.json` and `report.png`.
+        seed: of random choices and of the order of the text.
         settings: the sizes.
-        model_path: another model than the one that the package carries.
-        texts: other documents than the standard library's.
-        console: where progress and the table are shown; by default on standard output.
+        model_path: a model to use in place of the one in the package.
+        texts: documents to use in place of the standard library's.
+        console: where progress and the table are shown; by default standard output.
 
     Returns:
-        The report, which can be written as JSON: what each model measured and wrote, under `"comparisons"` the paired
-        differences as `hold_against` gives them, the settings and versions, and the seconds it all took.
+        The report, which can be written as JSON: losses and generated text of each model, under `"comparisons"` the
+        paired differences of `hold_against`, the settings and versions, and the total seconds.
 
     Raises:
-        ValueError: `output` holds something, or there is too little text.
+        ValueError: `output` is not empty, or there is too little text.
     """
     start = time.perf_counter()
     settings, console = settings or QuickstartSettings(), console or Terminal()
@@ -157,7 +157,7 @@ def run_quickstart(
         texts = texts or quickstart_texts()
         console.print(
             f"A {type(backbone).__name__} of {backbone.num_parameters():,} parameters gets P = {settings.num_streams} "
-            f"streams. It trains on {len(texts.train)} files, and is measured on {len(texts.measured[CODE])} others."
+            f"streams. It is trained on {len(texts.train)} files and evaluated on {len(texts.measured[CODE])} others."
         )
         bf16 = faster_in_bf16(backbone.device)
         rows = _rows(backbone, tokenizer, texts, settings, seed, bf16, folder, console)
@@ -181,11 +181,11 @@ def quickstart_texts(code_characters: int | None = None, prose_characters: int |
     """The standard library's files, and pydoc's topics as prose.
 
     Args:
-        code_characters: of each held-out file, how many are measured at most; by default all.
-        prose_characters: the same of each topic.
+        code_characters: maximum number of characters of each held-out file; by default all.
+        prose_characters: likewise for each topic.
 
     Returns:
-        What to train on and what to measure on.
+        The documents to train and to evaluate on.
     """
     from pydoc_data.topics import topics
 
@@ -200,7 +200,7 @@ def quickstart_texts(code_characters: int | None = None, prose_characters: int |
 
 
 def write(model: Any, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
-    """What a model makes of `PROMPT`, always taking the likeliest token."""
+    """The model's continuation of `PROMPT`, with the most likely token at each step."""
     model.eval()
     inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
@@ -217,7 +217,7 @@ def _rows(
     folder: Path,
     console: Console,
 ) -> dict[str, Row]:
-    """Train and measure all arms, and save the two with streams."""
+    """Trains and evaluates all arms, and saves the two with streams."""
 
     def row(
         model: PreTrainedModel, training: Mapping[str, Any] | None = None, training_losses: Sequence[float] = ()
@@ -256,7 +256,7 @@ def _rows(
 
 
 def _comparisons(rows: Mapping[str, Row], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Each arm against its controls, by text and place."""
+    """Compares each arm with its controls, by text and place."""
     entries = []
     for name, row in rows.items():
         for baseline in HELD_AGAINST.get(name, ()):
@@ -274,13 +274,13 @@ def _affordable_tokens(
     settings: QuickstartSettings,
     bf16: bool,
 ) -> int:
-    """How many tokens each row trains on, by the time that a step of the slowest row takes; at least one step's."""
+    """The number of training tokens of each row, from the time of a step in the slowest row; at least one step's."""
     per_step = settings.batch_size * settings.sequence_length
     if settings.tokens <= per_step:
         return settings.tokens
     documents = texts.train[: settings.batch_size]
     blocks = pack_documents(documents, tokenizer, settings.sequence_length, vocabulary=vocabulary_of(model))
-    if not len(blocks):  # so little text that training will refuse it
+    if not len(blocks):  # training will report that there is too little text
         return settings.tokens
     steps = int(settings.seconds / seconds_of_step(model, blocks, settings.batch_size, bf16=bf16))
     return min(settings.tokens, max(1, steps) * per_step)
@@ -296,17 +296,17 @@ def _train_settings(
         batch_size=settings.batch_size,
         streams_learning_rate=settings.streams_learning_rate,
         learning_rate=settings.backbone_learning_rate,
-        warmup=0.05,  # so short a run does not stay at its peak
+        warmup=0.05,  # a short run does not stay at its peak
         decay=0.95,
         freeze_backbone=frozen,
         bf16=bf16,
-        save_every=tokens,  # at the end only
+        save_every=tokens,  # only at the end
         seed=seed,
     )
 
 
 def _seconds(training: Mapping[str, Any]) -> float:
-    """Of the steps alone."""
+    """The seconds of the steps alone."""
     return float(training["tokens"] / training["tokens_per_second"])
 
 

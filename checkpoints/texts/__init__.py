@@ -1,1 +1,1 @@
-"""Text as documents and as token ids: what a user names, and what lies wherever Python is installed."""
+"""Text as documents and as token ids: data that a user names, and text that comes with Python."""

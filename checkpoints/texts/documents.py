@@ -1,40 +1,80 @@
-"""What every kind of text is read as: documents with names, and sources that give them one after another."""
+"""What every kind of text is read as: documents and chats with names, and sources that give them one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 Document = tuple[str, str]
-"""A name, as errors say it, and a text."""
+"""A name, for error messages, and a text."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text of which the end alone is learned.
+
+    Attributes:
+        prompt: the beginning.
+        completion: what is learned.
+    """
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages of which the assistant's are learned.
+
+    Attributes:
+        messages: in the form that chat templates read, with a `role` and `content`.
+        learned_from: the first message that may be learned; those before it are the prompt.
+        tools: that the assistant may call, as JSON schemas.
+        template_options: further arguments of the chat template.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    learned_from: int = 0
+    tools: Sequence[Any] | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Example = tuple[str, str | Completion | Chat]
+"""A name, as errors say it, and what a model is trained on."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents under one name, read anew each time that they are iterated over.
+    """Documents or chats under one name, read anew each time that they are iterated over.
 
     Attributes:
-        name: as errors and model cards say it.
-        read: opens it anew.
-        dataset: its name on the Hugging Face Hub; None for what lay on the disk or in memory when it was opened.
+        name: for error messages and model cards.
+        read: starts reading from the beginning.
+        dataset: its name on the Hugging Face Hub; None for files and for text in memory.
     """
 
     name: str
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[], Iterator[Example]]
     dataset: str | None = None
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[Example]:
         return self.read()
 
     @classmethod
-    def of(cls, name: str, documents: Sequence[Document]) -> Source:
+    def of(cls, name: str, documents: Sequence[Example]) -> Source:
         """A source of documents that are in memory.
 
         Args:
             name: as errors and model cards say it.
-            documents: pairs of a name and a text.
+            documents: pairs of a name and a text, a `Completion` or a `Chat`.
 
         Returns:
             The source.
         """
         return cls(name, lambda: iter(documents))
+
+
+def text_documents(examples: Iterable[Example]) -> Iterator[Document]:
+    """Those of the examples that are texts."""
+    return ((name, text) for name, text in examples if isinstance(text, str))

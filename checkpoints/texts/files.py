@@ -1,4 +1,4 @@
-"""Files that a user names, opened as text: compressed or not, in the encoding that their first bytes tell."""
+"""Opens files that a user names as text: compressed or not, in the encoding that their first bytes indicate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-# A byte-order mark, and the encoding that takes it off again. That of UTF-32 begins like that of UTF-16.
+# Byte-order marks, and the encodings that remove them. The mark of UTF-32 begins like that of UTF-16.
 _ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -42,7 +42,7 @@ def _zstandard(path: Path, mode: str) -> Any:
 
 
 class _Raw(io.RawIOBase):
-    """A stream of pyarrow as one that Python can buffer."""
+    """Wraps a stream of pyarrow so that Python can buffer it."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -57,7 +57,7 @@ class _Raw(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """Fills a buffer, as far as there is something left."""
+        """Fills a buffer with the remaining bytes, as far as they reach."""
         data = self.stream.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -72,44 +72,44 @@ _COMPRESSIONS: dict[str, tuple[str, Callable[[Path, str], Any]]] = {
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    r"""A path, or text with paths, as it can be written: a byte 0xe9 that is not UTF-8 stands as `\udce9`."""
+    r"""A path, or text with paths, that can be printed: a byte 0xe9 that is not UTF-8 becomes `\udce9`."""
     return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, on one line."""
+    """The message of a library's error, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def suffix_of(path: Path) -> str:
-    """The ending that tells what a file holds, in lower case, without a compression's: `".json"` of `a.JSON.gz`."""
+    """The suffix that indicates a file's contents, in lower case, without a compression's: `".json"` of `a.JSON.gz`."""
     name = Path(path.name.lower())
     return Path(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix
 
 
 def require_file(path: Path) -> None:
-    """Refuses what is no file, before it is opened: a pipe would wait for a writer.
+    """Checks that a path is a regular file, before it is opened: a pipe would block.
 
     Raises:
-        ValueError: there is nothing, or a folder, a pipe, a device or a socket.
+        ValueError: it does not exist, or is a folder, a pipe, a device or a socket.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        problem = "is a link to nothing" if path.is_symlink() else "does not exist"
+        problem = "is a broken link" if path.is_symlink() else "does not exist"
     else:
         if stat.S_ISREG(mode):
             return
-        problem = next((name for is_one, name in _NO_FILES if is_one(mode)), "is no file")
+        problem = next((name for is_one, name in _NO_FILES if is_one(mode)), "is not a file")
     raise ValueError(f"{shown(path)} {problem}; give a text file.")
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, uncompressed where its name ends in `.gz`, `.bz2`, `.xz` or `.zst`.
+    """A file's bytes, uncompressed if its name ends in `.gz`, `.bz2`, `.xz` or `.zst`.
 
     Raises:
-        ValueError: it is no file, or its compression is damaged; also later, when it is read in the block.
+        ValueError: it is not a file, or its compression is damaged; also raised later, while it is read in the block.
         OSError: it cannot be read.
     """
     require_file(path)
@@ -120,19 +120,19 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or not compression):
             raise
-        raise ValueError(f"{shown(path)} is no whole {compression} file: {error}.") from error
+        raise ValueError(f"{shown(path)} is not a complete {compression} file: {error}.") from error
 
 
 @contextlib.contextmanager
 def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
-    """A file as text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is no part of the text.
+    """A file as text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is removed.
 
     Args:
-        path: of the file, as for `open_bytes`.
-        newline: as for `open`.
+        path: the file's path, as in `open_bytes`.
+        newline: as in `open`.
 
     Raises:
-        ValueError: as `open_bytes`, or it is no such text; also later, when it is read in the block.
+        ValueError: as in `open_bytes`, or it is not such text; also raised later, while it is read in the block.
         OSError: it cannot be read.
     """
     with open_bytes(path) as file:
@@ -145,7 +145,7 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def read_text(path: Path) -> str:
-    r"""All of a file's text, with line breaks as `\n`; arguments and errors as `open_text`."""
+    r"""The whole text of a file, with line breaks as `\n`; arguments and errors as in `open_text`."""
     with open_bytes(path) as file:
         contents = file.read()
     encoding = encoding_of(contents)
@@ -159,17 +159,17 @@ def read_text(path: Path) -> str:
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding that the first four bytes of a text tell; without a byte-order mark, UTF-8."""
+    """The encoding that the first four bytes of a text indicate; UTF-8 without a byte-order mark."""
     return next((encoding for mark, encoding in _ENCODINGS if start.startswith(mark)), "utf-8")
 
 
 def is_text(path: Path, size: int = 8192) -> bool:
-    """Whether a file begins with text, by its first `size` bytes; raises as `open_bytes`."""
+    """Whether the first `size` bytes of a file are text; errors as in `open_bytes`."""
     with open_bytes(path) as file:
         start = file.read(size)
     decoder = codecs.getincrementaldecoder(encoding_of(start))()
     try:
-        return "\0" not in decoder.decode(start)  # a character that the end cuts is no fault
+        return "\0" not in decoder.decode(start)  # a character that is cut off at the end is no error
     except UnicodeDecodeError:
         return False
 
@@ -180,12 +180,12 @@ def _label(encoding: str) -> str:
 
 @dataclass(frozen=True)
 class Below:
-    """What lies below a folder, without what is hidden.
+    """The contents of a folder, without hidden files.
 
     Attributes:
-        files: everything that is no folder, in the order of names.
-        folders: where they lie, by their real paths; the folder itself is the first.
-        again: links that lead to a folder which is among `folders` already.
+        files: everything except folders, sorted by name.
+        folders: their real paths; the first is the folder itself.
+        again: links to a folder that is already in `folders`.
     """
 
     files: list[Path]

@@ -1,6 +1,6 @@
-"""Rows of data files: JSON, JSON Lines, comma- and tab-separated values, and tables of Arrow and Parquet.
+"""Rows of data files: JSON, JSON Lines, comma- and tab-separated values, and tables in Arrow and Parquet.
 
-What a file holds is told by the ending of its name, in capitals too, and before that of a compression.
+The suffix of the name determines the format, in any case, and before the suffix of a compression.
 """
 
 from __future__ import annotations
@@ -14,63 +14,97 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from parscale.checkpoints.texts.chats import COLUMNS, chat_of, is_chat
+from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
 from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
 from parscale.checkpoints.texts.token_ids import require_text
 
-Row = tuple[str, str, dict[str, Any]]  # where it stands, as an error says it; the name of its document; its columns
+Row = tuple[str, str, dict[str, Any]]  # its place, for error messages; the name of its document; its columns
 
 JSON, JSON_LINES = ".json", (".jsonl", ".ndjson")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 TABLES = (".parquet", ".arrow")
 ENDINGS = (JSON, *JSON_LINES, *SEPARATED, *TABLES)
-_ARROW_FILE = b"ARROW1"  # begins a file of Arrow, and no stream
+_ARROW_FILE = b"ARROW1"  # the first bytes of an Arrow file, but not of an Arrow stream
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MOST_NAMES, _LONGEST_NAME = 20, 60  # of columns, and characters of each, in an error
-_LONGEST_CELL = 2**31 - 1  # characters; the csv module stops at 131,072, which a document may exceed
+_LONGEST_CELL = 2**31 - 1  # characters; the default of the csv module is 131,072, which a document may exceed
 
 
 def has_rows(path: Path) -> bool:
-    """Whether a file, by its name, holds rows and is not text itself."""
+    """Whether a file, by its name, holds rows rather than plain text."""
     return suffix_of(path) in ENDINGS
 
 
-def texts_of_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
+def texts_of_rows(path: Path, column: str) -> Iterator[Document]:
     """The texts of a file's rows with their names, such as `"a.jsonl:3"`; those without a letter are left out.
 
     Args:
-        path: of a file for which `has_rows` holds.
-        column: what holds the text in a row.
+        path: a file for which `has_rows` holds.
+        column: the column that holds the text.
 
     Raises:
-        ValueError: it is no file, damaged, or has a row without a text in this column; found when it comes to that.
+        ValueError: it is not a file, is damaged, or has a row without text in this column; raised when that row is
+            read.
         OSError: it cannot be read.
     """
-    suffix = suffix_of(path)
-    if suffix in TABLES:
-        rows = _table(path, column)
-    elif suffix in SEPARATED:
-        rows = _separated(path, SEPARATED[suffix], column)
-    else:
-        rows = _json(path, column) if suffix == JSON else _json_lines(path)
-    for where, name, row in rows:
+    for where, name, row in _rows(path, column):
         text = text_of(where, row, column)
         if text.strip():
             yield name, text
+
+
+def examples_of_rows(path: Path, column: str) -> Iterator[Example]:
+    """As `texts_of_rows`, but a row that has no such column may hold a chat, as `example_of` says."""
+    for where, name, row in _rows(path, column):
+        example = example_of(where, row, column)
+        if not isinstance(example, str) or example.strip():
+            yield name, example
+
+
+def example_of(where: str, row: Any, column: str) -> str | Completion | Chat:
+    """What is learned of a row: its text, or a chat in `messages`, or in `prompt` and `completion`.
+
+    Args:
+        where: what an error names.
+        row: its columns; anything else is refused.
+        column: what holds the text; a row that has it is no chat.
+
+    Raises:
+        ValueError: there is neither, or it is damaged.
+    """
+    if isinstance(row, dict) and column not in row and is_chat(row):
+        return chat_of(where, row)
+    try:
+        return text_of(where, row, column)
+    except ValueError as error:
+        if not isinstance(row, dict) or column in row:
+            raise
+        raise ValueError(f"{error} A row of chats has messages, or prompt and completion.") from None
+
+
+def _rows(path: Path, column: str) -> Iterator[Row]:
+    suffix = suffix_of(path)
+    if suffix in TABLES:
+        return _table(path, column)
+    if suffix in SEPARATED:
+        return _separated(path, SEPARATED[suffix], column)
+    return _json(path, column) if suffix == JSON else _json_lines(path)
 
 
 def text_of(where: str, row: Any, column: str) -> str:
     """The text of one row.
 
     Args:
-        where: what an error names.
-        row: its columns; anything else is refused.
-        column: what holds the text.
+        where: the place of the row, for error messages.
+        row: its columns; other types raise an error.
+        column: the column that holds the text.
 
     Raises:
-        ValueError: there is no such column, or it holds no text.
+        ValueError: there is no such column, or it does not hold text.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where}, is no JSON object but a {type(row).__name__}; write {{{column!r}: ...}}.")
+        raise ValueError(f"{where}, is not a JSON object but a {type(row).__name__}; write {{{column!r}: ...}}.")
     if column not in row:
         names = [repr(name)[:_LONGEST_NAME] for name in islice(row, _MOST_NAMES)] or ["none"]
         more = f" and {len(row) - _MOST_NAMES:,} more" if len(row) > _MOST_NAMES else ""
@@ -79,7 +113,7 @@ def text_of(where: str, row: Any, column: str) -> str:
             "Name the one that holds the text with --text-column."
         )
     if not isinstance(row[column], str):
-        raise ValueError(f"{where}: column {column!r} is no text but a {type(row[column]).__name__}.")
+        raise ValueError(f"{where}: column {column!r} is not text but a {type(row[column]).__name__}.")
     return require_text(where, row[column])
 
 
@@ -94,9 +128,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path, column: str) -> Iterator[Row]:
-    """JSON Lines, a list of rows, one row, or an object in which one list of rows stands, such as `{"data": [...]}`."""
+    """JSON Lines, a list of rows, one row, or an object that contains one list of rows, such as `{"data": [...]}`."""
     values = _json_values(path)
-    if len(values) == 1 and isinstance(values[0], dict) and column not in values[0]:
+    if len(values) == 1 and isinstance(values[0], dict) and column not in values[0] and not is_chat(values[0]):
         lists = [value for value in values[0].values() if _is_list_of_rows(value)]
         values = lists if len(lists) == 1 else values
     rows = [row for value in values for row in (value if isinstance(value, list) else [value])]
@@ -105,7 +139,7 @@ def _json(path: Path, column: str) -> Iterator[Row]:
 
 
 def _json_values(path: Path) -> list[Any]:
-    """The values that stand one after another in a file."""
+    """The consecutive JSON values in a file."""
     text = read_text(path)
     values: list[Any] = []
     decoder = json.JSONDecoder()
@@ -123,7 +157,7 @@ def _after_space(text: str, at: int) -> int:
     return at if match is None else match.end()
 
 
-def _is_list_of_rows(value: Any) -> bool:
+def _is_list_of_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
@@ -133,7 +167,7 @@ def _is_json(what: str) -> Iterator[None]:
         yield
     except RecursionError as error:
         raise ValueError(f"{what} not JSON that can be read: it is nested too deeply.") from error
-    except ValueError as error:  # of JSON, or of a number of thousands of digits
+    except ValueError as error:  # invalid JSON, or a number with thousands of digits
         raise ValueError(f"{what} not JSON: {error}.") from error
 
 
@@ -150,12 +184,12 @@ def _separated(path: Path, delimiter: str, column: str) -> Iterator[Row]:
                 if not header:
                     header = [name.strip() for name in cells]
                     if header.count(column) > 1:
-                        raise ValueError(f"{where}, names the column {column!r} twice; leave one of them out.")
+                        raise ValueError(f"{where}, has the column {column!r} twice; remove one of them.")
                     continue
                 if len(cells) != len(header):
                     raise ValueError(
-                        f"{where}, has {len(cells)} cells, and the header names {len(header)} columns; put a cell that "
-                        "holds a separator into quotes."
+                        f"{where}, has {len(cells)} cells, but the header has {len(header)} columns; put a cell that "
+                        "contains a separator in quotes."
                     )
                 yield where, f"{shown(path)}:{reader.line_num}", dict(zip(header, cells, strict=True))
         except csv.Error as error:
@@ -170,7 +204,10 @@ def _table(path: Path, column: str) -> Iterator[Row]:
 
 
 def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str, Any]]]:
-    """A table's rows with this column alone, some at a time; a row without any value where it has no such column."""
+    """A table's rows with this column alone, or without it with those of chats, some at a time.
+
+    A row has no value where the table has none of these columns.
+    """
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -180,7 +217,7 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
         if suffix_of(path) == ".parquet":
             table = ParquetFile(file)
             names = table.schema_arrow.names
-            batches = table.iter_batches(columns=[column] if column in names else names[:1])
+            batches = table.iter_batches(columns=_read(names, column) or names[:1])
         else:
             start = file.read(len(_ARROW_FILE))
             file.seek(0)
@@ -188,11 +225,18 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             names = reader.schema.names
             batches = map(reader.get_batch, range(reader.num_record_batches)) if start == _ARROW_FILE else reader
         for batch in batches:
-            if column in names:
-                texts = batch.column(column)
-                texts.validate(full=True)  # without which offsets that are damaged end the process
-                yield [{column: text} for text in texts.to_pylist()]
+            if read := _read(names, column):
+                batch = batch.select(read)
+                batch.validate(full=True)  # without which offsets that are damaged end the process
+                yield batch.to_pylist()
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
-    except Exception as error:  # pyarrow has many kinds for damage, and Python one for text that is not UTF-8
+    except Exception as error:  # pyarrow raises many types for damage, and Python another for text that is not UTF-8
         raise ValueError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+
+
+def _read(names: list[str], column: str) -> list[str]:
+    """Which of a table's columns are read."""
+    if column in names:
+        return [column]
+    return [name for name in names if name in COLUMNS] if is_chat(dict.fromkeys(names)) else []

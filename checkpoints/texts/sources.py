@@ -1,4 +1,4 @@
-"""Text that a user names: files of text or of rows, folders, and datasets of the Hugging Face Hub, as documents."""
+"""Text that a user names, as documents: files of text or of rows, folders, and datasets on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,44 +10,46 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.documents import Document, Example, Source
 from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
-from parscale.checkpoints.texts.rows import JSON, SEPARATED, has_rows, text_of, texts_of_rows
+from parscale.checkpoints.texts.rows import JSON, SEPARATED, example_of, examples_of_rows, has_rows, texts_of_rows
 
-MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be something else, such as settings
-LOOKED_AT = 8  # documents, of each source, before anything long begins
-SHUFFLE_BUFFER = 10_000  # documents, of a dataset that is streamed
+MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be other files, such as settings
+LOOKED_AT = 8  # number of documents of each source to check before any long work
+SHUFFLE_BUFFER = 10_000  # number of documents, for a streamed dataset
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _FILE_SUFFIXES = {".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 
 def open_source(name: str, *, text_column: str = "text", streaming: bool = False, seed: int = 0) -> Source:
-    """Opens training text by its name; documents without a character that is no space are left out.
+    """Opens training text by name; documents that contain only white space are skipped.
 
     Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (`.gz`, `.bz2`,
-    `.xz`, `.zst`). What a file holds is told by the ending of its name:
+    `.xz`, `.zst`). The suffix of a file's name determines its format:
 
     - `.jsonl`, `.ndjson`: JSON Lines; each row is a document
     - `.json`: the same, or a list of rows, or an object that holds one such list
     - `.csv`, `.tsv`: a header, then rows; each row is a document
     - `.parquet`, `.arrow`: a table; each row is a document
-    - any other: text, which is one document
+    - any other suffix: text, which is one document
+
+    A row that has no text may hold a chat in place of it: `messages`, or `prompt` and `completion`.
 
     Args:
-        name: a file; a folder, of which every such file that is not hidden counts, also by links to folders; or
-            `NAME` or `NAME:CONFIGURATION` of a dataset on the Hugging Face Hub, its split `train`.
-        text_column: what holds the text in a row. In a folder, `.json`, `.csv` and `.tsv` files without it are
-            left out, with a warning; to train on one as it is, call it `.txt`.
-        streaming: read datasets as they are needed, and not as a whole beforehand; their documents are then shuffled
+        name: a file; a folder, of which all such files that are not hidden are read, also through links to folders; or
+            `NAME` or `NAME:CONFIGURATION` of a dataset on the Hugging Face Hub, of which the split `train` is read.
+        text_column: the column that holds the text. In a folder, `.json`, `.csv` and `.tsv` files without it are
+            skipped, with a warning; to train on such a file as plain text, rename it to `.txt`.
+        streaming: read datasets when needed, not completely beforehand; their documents are then shuffled
             within a window of 10,000.
-        seed: of that shuffling.
+        seed: of that shuffle.
 
     Returns:
-        The documents, read anew each time that they are iterated over.
+        The documents, read again each time that they are iterated over.
 
     Raises:
-        ValueError: there is no such file or dataset, or it is no file but a pipe, a device or a socket. What is wrong
-            inside is found when it is read.
+        ValueError: the file or dataset does not exist, or it is a pipe, a device or a socket. Errors in the contents
+            are raised when they are read.
         OSError: a folder cannot be entered.
     """
     path = Path(name)
@@ -69,17 +71,17 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
 
 
 def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[Document]:
-    """Files to measure on or to start from: a text file is one document, in a file of rows each row is.
+    """Reads files to evaluate on or to start from: a text file is one document; each row of a file of rows is one.
 
     Args:
-        files: as `open_source` takes them, but for folders.
-        text_column: what holds the text in a row.
+        files: as in `open_source`, but no folders.
+        text_column: the column that holds the text.
 
     Returns:
         Pairs of a name and a text.
 
     Raises:
-        ValueError: a file does not exist, is a folder or no file, or cannot be read as what its name says.
+        ValueError: a file does not exist, is a folder or not a file, or its contents do not match its suffix.
         OSError: it cannot be opened.
     """
     documents: list[Document] = []
@@ -93,14 +95,14 @@ def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[
 
 
 def refuse_output_in_data(output: Path, data: Sequence[str | Source]) -> None:
-    """Refuses an output folder from whose own files a run would be read when it goes on.
+    """Raises an error for an output folder inside the data: a resumed run would read its own files.
 
     Args:
-        output: of the run; it need not exist.
-        data: what a user named as data, and sources, which lie in no folder.
+        output: the output folder of the run; it need not exist.
+        data: names of data, and sources, which are not in a folder.
 
     Raises:
-        ValueError: the output lies in a folder of data, also by a link.
+        ValueError: the output is inside a folder of data, also through a link.
         OSError: a folder cannot be entered.
     """
     place = output.resolve()
@@ -108,8 +110,8 @@ def refuse_output_in_data(output: Path, data: Sequence[str | Source]) -> None:
         for folder in below(Path(name)).folders:
             if place.is_relative_to(folder) and not _is_hidden(place.relative_to(folder)):
                 raise ValueError(
-                    f"The output {shown(output)} lies in {shown(name)}, which is read as data, and so would its own "
-                    "files be; give an output folder elsewhere."
+                    f"The output {shown(output)} is inside {shown(name)}, which is read as data, so that its own files "
+                    "would be read too; give an output folder elsewhere."
                 )
 
 
@@ -118,7 +120,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _folder(folder: Path, text_column: str) -> Source:
-    """Every file with text below a folder, in the order of their names; warns of what is left out."""
+    """Reads every file with text below a folder, sorted by name; warns about skipped files."""
     found = below(folder)
     readable, other, useless = [], [], []
     for path in found.files:
@@ -135,12 +137,12 @@ def _folder(folder: Path, text_column: str) -> Source:
     for what, names in (
         (f"of {count} files are not text", other),
         (f"of {count} files have no rows that can be read", useless),
-        ("links lead to a folder that is read already", [shown(path) for path in found.again]),
+        ("links lead to a folder that is already read", [shown(path) for path in found.again]),
     ):
         if names:
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
-                f"{shown(folder)}: {len(names)} {what}, and are left out: {'; '.join(names[:3])}{more}.", stacklevel=3
+                f"{shown(folder)}: {len(names)} {what}, and are skipped: {'; '.join(names[:3])}{more}.", stacklevel=3
             )
     return Source(
         shown(folder),
@@ -149,22 +151,22 @@ def _folder(folder: Path, text_column: str) -> Source:
 
 
 def _problem(path: Path, text_column: str) -> str | None:
-    """What is wrong with a file's first row, if something is."""
+    """What is wrong with a file's first row; None if nothing is."""
     try:
-        next(texts_of_rows(path, text_column), None)
+        next(examples_of_rows(path, text_column), None)
     except ValueError as error:
         return str(error).rstrip(".")
     return None
 
 
-def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterator[Document]:
+def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterator[Example]:
     require_file(path)
     if path.stat().st_size == 0:
         if may_be_empty:
             return
         raise ValueError(f"{shown(path)} is empty; give a file with text.")
     if has_rows(path):
-        yield from texts_of_rows(path, text_column)
+        yield from examples_of_rows(path, text_column)
         return
     text = read_text(path)
     if "\0" in text:
@@ -175,11 +177,11 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
         raise ValueError(f"{shown(path)} holds nothing but white space; give a file with text.")
 
 
-def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Document]:
+def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Example]:
     for number, row in enumerate(_read(name, rows), 1):
-        text = text_of(f"{name}, row {number}", row, text_column)
-        if text.strip():
-            yield f"{name}:{number}", text
+        example = example_of(f"{name}, row {number}", row, text_column)
+        if not isinstance(example, str) or example.strip():
+            yield f"{name}:{number}", example
 
 
 def _read(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -187,7 +189,7 @@ def _read(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]
         yield from rows
     except OSError:
         raise
-    except Exception as error:  # of many kinds where a dataset is streamed: a damaged file, another column type
+    except Exception as error:  # of many types for a streamed dataset: a damaged file, another column type
         raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
 
 
@@ -199,7 +201,7 @@ def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, config, split="train", streaming=streaming)
-    except Exception as error:  # of many kinds: no such name, no network, no such configuration
+    except Exception as error:  # of many types: unknown name, no network, unknown configuration
         raise ValueError(
             f"{name} is neither a file nor a folder here, nor a dataset that can be loaded: {first_line(error)}"
         ) from error
@@ -208,16 +210,16 @@ def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
 def open_sources(
     data: Sequence[str | Source], *, text_column: str = "text", streaming: bool = False, seed: int = 0
 ) -> list[Source]:
-    """Several sources, each looked into, so that what is wrong is said before anything long begins.
+    """Opens several sources and checks the beginning of each, so that errors are reported before any long work.
 
     Args:
-        data: names as `open_source` takes them, and sources, which stay as they are.
-        text_column: as for `open_source`.
+        data: names as in `open_source`, and sources, which are used unchanged.
+        text_column: as in `open_source`.
         streaming: likewise.
         seed: likewise.
 
     Raises:
-        ValueError: one is missing, damaged or empty.
+        ValueError: a source is missing, damaged or empty.
     """
     sources = [
         open_source(each, text_column=text_column, streaming=streaming, seed=seed) if isinstance(each, str) else each
@@ -225,5 +227,5 @@ def open_sources(
     ]
     for source in sources:
         if not list(islice(source, LOOKED_AT)):
-            raise ValueError(f"{source.name} holds no text.")
+            raise ValueError(f"{source.name} has no text.")
     return sources

@@ -1,4 +1,4 @@
-"""Texts as token ids, checked: a text that no tokenizer reads, and an id that the model does not know, are refused."""
+"""Turns texts into token ids, and checks for text that no tokenizer reads and for ids outside the vocabulary."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def encode(
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        tokenizer: the model's tokenizer.
+        vocabulary: number of token ids that the model has; without it, ids are not checked.
         add_special_tokens: as in a call of the tokenizer.
 
     Raises:
-        ValueError: a text holds half a character, or the tokenizer gives an id that the model does not know.
+        ValueError: a text holds half a surrogate pair, or the tokenizer gives an id outside the vocabulary.
     """
     if not documents:
         return []
@@ -42,56 +42,56 @@ def encode(
 
 
 def require_text(where: str, text: str) -> str:
-    r"""The text, once it is known to be one.
+    r"""Returns the text, or raises an error if it is not valid text.
 
-    In JSON, `"\ud83d"` is half of a character, and on a command line such a half stands for a byte that is not UTF-8.
+    In JSON, `"\ud83d"` is half of a surrogate pair; on a command line such a half stands for a byte that is not UTF-8.
 
     Args:
-        where: what an error names, such as `"a.jsonl, line 3"`.
-        text: to look at.
+        where: the place, for error messages, such as `"a.jsonl, line 3"`.
+        text: the text to check.
 
     Raises:
-        ValueError: it holds half a character.
+        ValueError: it holds half a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where}: character {error.start + 1} is {text[error.start]!a}, half of a character or a byte that is "
-            "not UTF-8, which no tokenizer reads; correct the text or leave it out."
+            "not UTF-8, which no tokenizer reads; correct or remove the text."
         ) from error
     return text
 
 
 def require_known(ids: Iterable[int], vocabulary: int) -> None:
-    """Refuses token ids that a model does not know.
+    """Checks that token ids are in the vocabulary of a model.
 
     Args:
         ids: of a text.
-        vocabulary: how many the model knows.
+        vocabulary: number of ids that the model has.
 
     Raises:
-        ValueError: there is such an id.
+        ValueError: an id is not.
     """
     largest = max(ids, default=0)
     if largest >= vocabulary:
         raise ValueError(
-            f"The tokenizer gives the token id {largest}, and the model knows {vocabulary} ids: it "
-            "is the tokenizer of another model. Put the model's own beside its weights."
+            f"The tokenizer gives the token id {largest}, but the model has only {vocabulary} ids: it "
+            "is the tokenizer of another model. Put the model's own tokenizer into its folder."
         )
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many token ids a model knows: the rows of its embedding."""
+    """The number of token ids that a model has: the rows of its embedding."""
     weight: Any = model.get_input_embeddings().weight
     return whole_shape(weight)[0]
 
 
 @contextmanager
 def only_known_ids(model: PreTrainedModel) -> Iterator[None]:
-    """In this block a model refuses ids that it does not know, by a `ValueError`, whoever encoded the text."""
+    """In this block a model raises a `ValueError` for ids outside its vocabulary, whoever encoded the text."""
 
-    def check(module: Any, args: Any) -> None:
+    def check(module: object, args: Any) -> None:
         (ids,) = args
         if ids.numel():
             require_known([int(ids.max())], vocabulary)

@@ -1,4 +1,4 @@
-"""What goes on beside the steps of a run: its metrics and progress, and signals to stop it."""
+"""Callbacks of a run: its metrics and progress, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.checkpoints.training.trainer import BACKBONE, TEXT, StreamsTrainer
 
-LINES = 10  # of a run, where there is no terminal for a bar
+LINES = 10  # printed in a run without a terminal for a progress bar
 
 
 class RunMonitor(TrainerCallback):
     """Writes `metrics.jsonl`, shows a progress bar or a few lines, and measures the backbone before the first step.
 
     Args:
-        run: where the metrics go.
-        tokens_per_step: of a step.
-        console: where the bar is shown, if it is a terminal; if not, a line now and then.
+        run: the run that the metrics belong to.
+        tokens_per_step: number of tokens in a step.
+        console: where progress is shown: as a bar on a terminal, otherwise as a line from time to time.
     """
 
     def __init__(self, run: Run, tokens_per_step: int, console: Console) -> None:
@@ -42,7 +42,7 @@ class RunMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Opens the bar; a new run is first measured without its streams."""
+        """Opens the progress bar; before a new run, measures the model without its streams."""
         if state.is_world_process_zero and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)
@@ -65,7 +65,7 @@ class RunMonitor(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Stops the clock: measuring and saving do not count."""
+        """Stops the clock, so that evaluation and saving are not counted."""
         self._last = time.perf_counter() - self._started
         self.seconds, self.steps = self.seconds + self._last, self.steps + 1
 
@@ -78,7 +78,7 @@ class RunMonitor(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: object,
     ) -> None:
-        """One line for a step."""
+        """Writes one line for a step."""
         if not state.is_world_process_zero or logs is None or "loss" not in logs or optimizer is None:
             return
         groups = optimizer.param_groups
@@ -97,7 +97,7 @@ class RunMonitor(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, description=text)
         elif state.global_step % max(1, state.max_steps // LINES) == 0:
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 self.console.print(f"step {state.global_step} of {state.max_steps}  {text}", highlight=False)
 
     def on_evaluate(
@@ -108,7 +108,7 @@ class RunMonitor(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """One line for a text."""
+        """Writes one line for a text."""
         if not state.is_world_process_zero:
             return
         for key, value in (metrics or {}).items():
@@ -119,28 +119,28 @@ class RunMonitor(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The mean over the steps of this process; None if there was none."""
+        """The mean over the steps of this process; None before the first step."""
         return round(self.steps * self.tokens_per_step / self.seconds, 1) if self.seconds else None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Closes the bar."""
+        """Closes the progress bar."""
         self.close()
 
     def close(self) -> None:
-        """Closes the bar, also after an error."""
+        """Closes the progress bar, also after an error."""
         if self._bar is not None:
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 self._bar.stop()
             self._bar = None
 
 
 class Interruption(TrainerCallback):
-    """A signal to stop ends the run after the step under way, with a checkpoint; a second one ends it at once.
+    """Stops a run on a signal: the first one after the current step, with a checkpoint; a second one immediately.
 
-    A terminal that closes sends SIGHUP, often twice and beside others: it never counts as a second signal. Where it is
-    ignored, as under `nohup`, it stays so.
+    A terminal that closes sends SIGHUP, often twice and with other signals, so SIGHUP never counts as a second signal.
+    If it is ignored, as under `nohup`, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Interruption(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Asks for a checkpoint and for the end, on all processes after the same step."""
+        """Requests a checkpoint and the end, on all processes after the same step."""
         accelerator = self.trainer.accelerator if self.trainer is not None else None
         if accelerator is not None and accelerator.num_processes > 1:
             if self.asked:
@@ -161,11 +161,11 @@ class Interruption(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In this block SIGINT, SIGTERM and SIGHUP are heard, if it runs in the main thread."""
+        """In this block SIGINT, SIGTERM and SIGHUP are handled, if it runs in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.asked and number != hangup:

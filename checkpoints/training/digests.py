@@ -1,4 +1,4 @@
-"""What a run reads, by its contents: a run that goes on has to read the same."""
+"""Digests of what a run reads: a resumed run must read the same contents."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parscale.checkpoints.description import kind_of
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
 from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
-_PICKLE = "pytorch_model.bin"  # of a backbone that transformers reads, where it has no other weights
+_PICKLE = "pytorch_model.bin"  # the weights of a backbone that has no other format
 
 
-def checkpoint_digest(name: str) -> str:
+def checkpoint_digest(name: str | NewModel) -> str:
     """A digest of the configuration and the weights of a checkpoint, with the backbone that streams alone name.
 
     Args:
-        name: a folder, or a name on the Hugging Face Hub.
+        name: a folder, a name on the Hugging Face Hub, or a new model, which has no weights yet.
 
     Raises:
         OSError: there is no such checkpoint.
-        ValueError: it is damaged.
+        ValueError: the checkpoint is damaged.
     """
+    if isinstance(name, NewModel):
+        return name.digest()
     digest = hashlib.sha256()
     for path in _files(Checkpoint(name)):
         with path.open("rb") as file:
@@ -32,34 +35,34 @@ def checkpoint_digest(name: str) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """What loading a checkpoint reads, in an order of its own."""
+    """The files that loading a checkpoint reads, in a fixed order."""
     if kind_of(checkpoint) == STREAMS_ONLY:
-        yield from _there(checkpoint, STREAMS_CONFIG, STREAMS)
+        yield from _existing_files(checkpoint, STREAMS_CONFIG, STREAMS)
         backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
         if isinstance(backbone, str) and backbone:
             yield from _files(Checkpoint(backbone))
         return
-    yield from _there(checkpoint, CONFIG)
+    yield from _existing_files(checkpoint, CONFIG)
     try:
         weights = checkpoint.weights()
     except (FileNotFoundError, ValueError):
-        yield from _there(checkpoint, _PICKLE)
+        yield from _existing_files(checkpoint, _PICKLE)
     else:
         yield from sorted({tensor.file for tensor in weights.values()}, key=lambda path: path.name)
     for name in checkpoint.read_json(CONFIG).get(SETS, []):
-        yield from _there(checkpoint.inside(name), STREAMS_CONFIG, STREAMS)
+        yield from _existing_files(checkpoint.inside(name), STREAMS_CONFIG, STREAMS)
 
 
-def _there(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:
+def _existing_files(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:
     return (path for name in names if (path := checkpoint.file(name)) is not None)
 
 
 def streamed_digest(beginning: str, sources: Sequence[str]) -> str:
-    """A digest of data that is read while training: of its beginning, and of the sizes of the files that are here.
+    """A digest of streamed data: of its beginning, and of the sizes of the local files.
 
     Args:
         beginning: a digest of the first rows.
-        sources: what the data is, by the names that the user gave.
+        sources: the names that the user gave to the data.
     """
     digest = hashlib.sha256(beginning.encode())
     for source in map(Path, sources):

@@ -1,4 +1,4 @@
-"""Runs whose numbers are no numbers any more: they stop, and nothing of them is saved."""
+"""Stops runs whose losses, gradients or weights become NaN or infinite, before anything of them is saved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-MEASURED = "_nats_per_token"  # the end of a loss's name in what `Trainer.evaluate` returns
-_FIRST = "the model gives no finite loss on this text as it is: compute in float32 (--no-bf16), or look at the text"
+MEASURED = "_nats_per_token"  # the end of the name of a loss in the result of `Trainer.evaluate`
+_FIRST = "the loss on this text is not finite before training: compute in float32 (--no-bf16), or check the text"
 
 
 class DivergedError(ValueError):
@@ -16,11 +16,11 @@ class DivergedError(ValueError):
 
 
 class StopWhenDiverged(TrainerCallback):
-    """Ends a run at a loss or a gradient norm that is not finite, before anything is saved after that step.
+    """Stops a run at a loss or gradient norm that is not finite, before anything is saved after that step.
 
     Args:
         remedy: what to change.
-        kept: says what is there to go on from.
+        kept: returns the end of the message: which checkpoint the run can continue from.
     """
 
     def __init__(self, remedy: str, kept: Callable[[], str]) -> None:
@@ -36,7 +36,7 @@ class StopWhenDiverged(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Looks at a step. With scaled gradients of float16 a norm may be infinite: that step is left out then."""
+        """Checks a step. With scaled gradients in float16 a norm may be infinite: then that step is skipped."""
         if logs is None or "loss" not in logs:
             return
         self._require("loss", logs["loss"], state.global_step)
@@ -52,7 +52,7 @@ class StopWhenDiverged(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Looks at what was measured."""
+        """Checks the measured losses."""
         for name, value in (metrics or {}).items():
             if name.endswith(MEASURED):
                 text = name.removesuffix(MEASURED).partition("_")[2]

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 
 def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Save a figure: the training loss and its running mean, and the losses on the texts that were measured.
+    """Saves a figure: the training loss and its running mean, and the losses on the evaluation texts.
 
     Args:
         metrics: the lines of `metrics.jsonl`.
-        path: a file whose suffix says the format.
+        path: the file; its suffix sets the format.
     """
     steps = [line for line in metrics if "loss" in line]
     measured: dict[str, list[tuple[float, float]]] = {}

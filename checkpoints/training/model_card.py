@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
 from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
@@ -21,7 +23,7 @@ from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 
 CARD = "README.md"
 # What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
-NOT_UPLOADED = ("checkpoint-[0-9]*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
+NOT_UPLOADED = ("checkpoint-[0-9]*", "controls/*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
 TRAINED = {
     "streams": "the streams and their aggregator; the backbone was frozen",
     "everything": "streams and backbone",
@@ -39,47 +41,50 @@ CITATION = """\
 
 
 class TextLosses(NamedTuple):
-    """Losses on one held-out text, in nats per predicted token; None where it was not measured."""
+    """Losses on one held-out text, in nats per predicted token; None if not measured."""
 
     backbone: float | None
-    """Of the untouched backbone."""
+    """The loss of the untouched backbone."""
     before: float | None
-    """Of the checkpoint before training."""
+    """The loss of the checkpoint before training."""
     after: float | None
-    """And after it."""
+    """The loss of the checkpoint after training."""
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a model card states of a trained checkpoint.
+    """The facts that a model card states about a trained checkpoint.
 
     Attributes:
-        checkpoint: what the trained checkpoint is called: its folder's name, or its repository on the Hub.
+        checkpoint: the name of the trained checkpoint: its folder's name, or its repository on the Hub.
         backbone_class: such as `"Qwen2ForCausalLM"`.
-        backbone: the backbone's name on the Hub, or its path; None if it is not known.
+        backbone: the backbone's name on the Hub, or its path; None if unknown.
         num_streams: as in `parscale.ParScaleConfig`.
-        prefix_length: as there; None where streams have none.
-        smoothing: as there.
-        init: as there; None if it is not known.
-        transform: as there.
+        prefix_length: likewise; None for streams without prefixes.
+        smoothing: likewise.
+        init: likewise; None if unknown.
+        transform: likewise.
         trains: `"streams"`, `"everything"` or `"lora"`.
-        trained_parameters: how many were trained.
-        parameters: how many there are, streams and backbone.
+        trained_parameters: number of trained parameters.
+        parameters: number of all parameters, of streams and backbone.
         tokens: as in `TrainSettings`.
-        sequence_length: as there.
-        batch_size: as there.
-        learning_rates: at their peak, by what they are for, such as `{"streams": 3e-2, "backbone": 3e-5}`.
+        sequence_length: likewise.
+        batch_size: likewise.
+        learning_rates: peak learning rates, by what they apply to, such as `{"streams": 3e-2, "backbone": 3e-5}`.
         schedule: of the learning rates, in words.
-        data: what it was trained on, as it was named to the program.
+        data: the training data, as the user named it.
         command: the command line.
-        losses: by the held-out text's name.
+        losses: by name of the held-out text.
         versions: of the software, by name.
-        datasets: those of `data` that are data sets on the Hub.
-        streams_only: whether the checkpoint holds the streams alone, and takes its backbone from elsewhere.
+        datasets: the entries of `data` that are datasets on the Hub.
+        streams_only: whether the checkpoint holds only the streams and takes its backbone from elsewhere.
         kv: whose keys and values a stream reads, `"own"` or `"shared"`.
+        new: the configuration of a model that began with random weights; None for one that was trained before.
+        comparisons: by place in the held-out documents, as `parscale.checkpoints.evaluation.against.paired_entries`.
+        controls: titles by name of the controls that the model was held against in `comparisons`.
 
     Raises:
-        ValueError: `trains` is none of these.
+        ValueError: `trains` is not one of these.
     """
 
     checkpoint: str
@@ -105,6 +110,9 @@ class TrainingFacts:
     datasets: tuple[str, ...] = ()
     streams_only: bool = False
     kv: str = OWN
+    new: str | None = None
+    comparisons: tuple[Mapping[str, Any], ...] = ()
+    controls: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.trains not in TRAINED:
@@ -112,10 +120,10 @@ class TrainingFacts:
 
 
 def model_card(facts: TrainingFacts) -> str:
-    """The card as Markdown with YAML in front, for a checkpoint's `README.md`.
+    """The card as Markdown with a YAML header, for a checkpoint's `README.md`.
 
-    Names may hold any character: they stand in code spans, or escaped in YAML. The YAML names the backbone and the data
-    only where they are on the Hub, which refuses other names there.
+    Names may hold any character: they are in code spans, or escaped in YAML. The YAML names the backbone and the data
+    only if they are on the Hub, which rejects other names there.
     """
     data = ModelCardData(
         base_model=facts.backbone if _is_hub_name(facts.backbone) else None,
@@ -126,7 +134,7 @@ def model_card(facts: TrainingFacts) -> str:
     )
     sections = [
         f"# {_plain(facts.checkpoint)}",
-        _what_it_is(facts),
+        _introduction(facts),
         "## Use",
         _use(facts),
         "## Numbers",
@@ -137,6 +145,7 @@ def model_card(facts: TrainingFacts) -> str:
         _fenced(facts.command),
         "## Losses on held-out text",
         *_losses(facts.losses),
+        *_by_place(facts),
         "## Limits",
         "The losses hold for text like the held-out text above. Streams trained on little text of one kind can do harm "
         "on another: measure on text outside the training domain before relying on the model. Each token costs "
@@ -149,28 +158,28 @@ def model_card(facts: TrainingFacts) -> str:
         _fenced(CITATION, "bibtex"),
     ]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
-    return str(ModelCard(shown(text)))  # a name may hold a byte that is not UTF-8
+    return str(ModelCard(shown(text)))  # a name may hold bytes that are not UTF-8
 
 
 def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a trained checkpoint with its card to the Hub, without the Trainer's checkpoints and logs.
+    """Uploads a trained checkpoint with its card to the Hub, without the Trainer's checkpoints and logs.
 
     Args:
-        folder: a checkpoint of any kind with streams; it holds its card, `README.md`.
-        repo_id: the repository's name, such as `"me/my-model"`; made if it does not exist.
-        private: whether it is private, if it is made here.
+        folder: a checkpoint with streams, of any kind, with its card, `README.md`.
+        repo_id: the name of the repository, such as `"me/my-model"`; it is created if it does not exist.
+        private: whether a repository created here is private.
         token: for the Hub; by default that of `hf auth login`.
 
     Returns:
-        The address of the upload.
+        The URL of the upload.
 
     Raises:
-        ValueError: the folder holds no checkpoint with streams or no card, or `repo_id` is no name.
-        OSError: there is no such folder, or the Hub refuses or cannot be reached.
+        ValueError: the folder has no checkpoint with streams or no card, or `repo_id` is not a valid name.
+        OSError: the folder does not exist, or the Hub refuses or cannot be reached.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FileNotFoundError(f"There is no folder {path}; give that of a trained checkpoint.")
+        raise FileNotFoundError(f"There is no folder {path}; give the folder of a trained checkpoint.")
     checkpoint = Checkpoint(path)
     kind = checkpoint.kind()
     if not (path / CARD).is_file():
@@ -193,7 +202,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
     ).commit_url
 
 
-def _what_it_is(facts: TrainingFacts) -> str:
+def _introduction(facts: TrainingFacts) -> str:
     backbone = facts.backbone_class if facts.backbone is None else f"{_code(facts.backbone)} ({facts.backbone_class})"
     differing = "each time behind a learned prefix of its own"
     if facts.kv == SHARED:
@@ -201,7 +210,8 @@ def _what_it_is(facts: TrainingFacts) -> str:
     return (
         f"{backbone} with {facts.num_streams} parallel streams (ParScale, "
         "[arXiv 2505.10475](https://arxiv.org/abs/2505.10475)): each token passes the backbone "
-        f"{facts.num_streams} times, {differing}, and a small network mixes the results. Post-trained with `parscale`."
+        f"{facts.num_streams} times, {differing}, and a small network mixes the results. "
+        + ("Post-trained with `parscale`." if facts.new is None else "Trained from nothing with `parscale`.")
     )
 
 
@@ -238,6 +248,7 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
         (label["smoothing"], f"{facts.smoothing:g}"),
         (label["init"], "-" if facts.init is None else _code(facts.init)),
         ("trained", TRAINED[facts.trains]),
+        *([("began as", f"random weights of {_code(facts.new)}")] if facts.new is not None else []),
         ("trained parameters", f"{facts.trained_parameters:,} of {facts.parameters:,} ({share:.2f} %)"),
     ]
 
@@ -270,6 +281,42 @@ def _losses(losses: Mapping[str, TextLosses]) -> list[str]:
     return [_table(header, rows), *verdict]
 
 
+def _by_place(facts: TrainingFacts) -> list[str]:
+    """The model against the untouched backbone and against controls, and whether streams gain."""
+    if not facts.comparisons:
+        return []
+    header = (
+        "nats per token",
+        "where",
+        "documents",
+        "against",
+        "its loss",
+        "this model's",
+        "difference (95 % interval)",
+    )
+    rows = [
+        (
+            _code(entry["text"]),
+            entry["where"],
+            str(entry["documents"]),
+            facts.controls.get(entry["baseline"], "untouched backbone"),
+            f"{entry['baseline_loss']:.4f}",
+            f"{entry['loss']:.4f}",
+            interval(entry),
+        )
+        for entry in facts.comparisons
+        if entry["arm"] == THIS_MODEL
+    ]
+    held = in_the_middle(facts.comparisons, THIS_MODEL, list(facts.controls))
+    verdicts = [f"Streams in the middle of {_code(text)}: {verdict(entries)}." for text, entries in held.items()]
+    if not facts.controls:
+        verdicts = [
+            "A lower loss than the untouched backbone's is not yet a gain of streams. It was not measured whether the "
+            "backbone trained alone, or one trained prefix, does as well after the same tokens."
+        ]
+    return [_table(header, rows), *verdicts]
+
+
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table, or nothing without rows; a `|` in a cell is escaped, also in code."""
     head, body = list(header), [[cell.replace("|", r"\|") for cell in row] for row in rows]
@@ -279,7 +326,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span that shows a text as it is, but for its line breaks."""
+    """A code span that shows a text unchanged, except for line breaks."""
     line = " ".join(text.splitlines())
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if line.startswith("`") or line.endswith("`") or not line else ""
@@ -287,7 +334,7 @@ def _code(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text on one line in which Markdown and HTML see no marks."""
+    """A text on one line, without characters that Markdown or HTML interprets."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(text.split()))
 
 

@@ -1,4 +1,6 @@
-"""Documents packed into blocks of one length, in which no token attends to another document.
+"""Documents packed into blocks of equal length, in which no token attends to another document.
+
+Of chats and completions a part is learned: `labels` are -100 elsewhere, and a block with nothing to learn is left out.
 
 A document that does not fit a block goes on in the next one, as if it began there. `position_ids` restart at 0 wherever
 a document begins, from which transformers makes a mask that keeps documents apart, and `labels` are -100 there: nothing
@@ -17,74 +19,115 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.chat_tokens import LearnedInPart, encode_chat, encode_completion, learned_from
+from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example, Source
 from parscale.checkpoints.texts.token_ids import encode, require_known
 
-IGNORED = -100  # as a label: nothing is predicted there
+IGNORED = -100  # as a label: nothing is predicted here
 _DOCUMENTS_AT_ONCE = 64
 
-Block = tuple[np.ndarray, np.ndarray]  # token ids and positions, both (S,)
+# Token ids and positions, and of chats which are learned; each (S,).
+Block = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
+Encoded = list[int] | LearnedInPart
 Row = dict[str, torch.Tensor]
 
 
 class Encoder:
-    """Documents as token ids, each with the special tokens that its tokenizer adds and the end-of-text token behind it.
+    """Turns documents into token ids: each with its tokenizer's special tokens, and the end-of-text token after it.
+
+    Chats are as their template writes them.
 
     Args:
-        tokenizer: of the model.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        tokenizer: the model's tokenizer.
+        vocabulary: number of token ids that the model has; without it, ids are not checked.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
 
-    def __call__(self, documents: Iterable[Document]) -> Iterator[list[int]]:
+    def __call__(self, documents: Iterable[Example]) -> Iterator[Encoded]:
         """Token ids of one document after another.
 
         Raises:
-            ValueError: the tokenizer gives an id that the model does not know, or a text holds half a character.
+            ValueError: the tokenizer gives an id that the model does not know, a text holds half a character, or the
+                chat template refuses a chat.
         """
-        end = self.tokenizer.eos_token_id
         rest = iter(documents)
         while batch := list(islice(rest, _DOCUMENTS_AT_ONCE)):
-            for ids in encode(batch, self.tokenizer):
-                if end is not None and (not ids or ids[-1] != end):
-                    ids.append(end)
-                if self.vocabulary is not None:
-                    require_known(ids, self.vocabulary)
-                yield ids
+            texts = iter(encode([(name, text) for name, text in batch if isinstance(text, str)], self.tokenizer))
+            for name, contents in batch:
+                for encoded in self._encoded(name, contents, texts):
+                    if self.vocabulary is not None:
+                        require_known(_parts(encoded)[0], self.vocabulary)
+                    yield encoded
+
+    def _encoded(self, name: str, contents: str | Completion | Chat, texts: Iterator[list[int]]) -> Iterator[Encoded]:
+        if isinstance(contents, str):
+            ids = next(texts)
+            self._end(ids)
+            yield ids
+        elif isinstance(contents, Chat):
+            yield from encode_chat(name, contents, self.tokenizer)
+        else:
+            ids, start = encode_completion(name, contents, self.tokenizer)
+            self._end(ids)
+            yield learned_from(start, ids)
+
+    def _end(self, ids: list[int]) -> None:
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            ids.append(end)
 
 
-def pack(encoded: Iterable[list[int]], sequence_length: int, *, padding: int | None = None) -> Iterator[Block]:
+def pack(encoded: Iterable[Encoded], sequence_length: int, *, padding: int | None = None) -> Iterator[Block]:
     """Blocks of `sequence_length` tokens; what is left at the end and fills none is dropped, or padded.
 
     Args:
-        encoded: token ids by document.
+        encoded: token ids by document, of chats with what is learned of them.
         sequence_length: S.
-        padding: a token id that fills the last block; its positions restart at 0, so that nothing sees it.
+        padding: a token id that fills the last block; its positions restart at 0, so no token sees it.
 
     Returns:
         The blocks, one by one.
     """
     ids: list[int] = []
     positions: list[int] = []
-    for document in encoded:
+    learned: list[bool] = []
+    for document, is_learned in map(_parts, encoded):
         start = 0
         while start < len(document):
             piece = document[start : start + sequence_length - len(ids)]
             ids += piece
             positions += range(len(piece))
+            learned += is_learned[start : start + len(piece)]
             start += len(piece)
             if len(ids) == sequence_length:
-                yield np.array(ids, dtype=np.int32), np.array(positions, dtype=np.int32)
-                ids, positions = [], []
+                yield from _block(ids, positions, learned)
+                ids, positions, learned = [], [], []
     if ids and padding is not None:
         missing = sequence_length - len(ids)
         ids += [padding] * missing
-        # every padded token stands for a document of its own, of which nothing is predicted
+        # every padding token is a document of its own, in which nothing is predicted
         positions += [0] * missing
-        yield np.array(ids, dtype=np.int32), np.array(positions, dtype=np.int32)
+        learned += [True] * missing
+        yield from _block(ids, positions, learned)
+
+
+def _parts(encoded: Encoded) -> tuple[list[int], list[bool]]:
+    """A document's token ids, and for each whether it is learned."""
+    if isinstance(encoded, LearnedInPart):
+        return encoded.ids, encoded.learned
+    return encoded, [True] * len(encoded)
+
+
+def _block(ids: list[int], positions: list[int], learned: list[bool]) -> Iterator[Block]:
+    """The block, unless nothing of it is learned: a batch of such blocks would have no loss."""
+    pair = np.array(ids, dtype=np.int32), np.array(positions, dtype=np.int32)
+    if all(learned):
+        yield pair
+    elif any(is_learned and position for is_learned, position in zip(learned, positions, strict=True)):
+        yield *pair, np.array(learned)
 
 
 class Blocks(Dataset[Row]):
@@ -93,24 +136,32 @@ class Blocks(Dataset[Row]):
     Attributes:
         ids: the tokens of all blocks, `(n, S)`.
         positions: of each in its document or piece of one, `(n, S)`.
+        learned: whether each is learned, `(n, S)`; None if all are.
     """
 
     def __init__(self, blocks: Iterable[Block], sequence_length: int) -> None:
-        pairs = list(blocks)
-        shape = (len(pairs), sequence_length)
-        self.ids = np.stack([ids for ids, _ in pairs]) if pairs else np.zeros(shape, dtype=np.int32)
-        self.positions = np.stack([positions for _, positions in pairs]) if pairs else np.zeros(shape, dtype=np.int32)
+        given = list(blocks)
+        empty = np.zeros((0, sequence_length), dtype=np.int32)
+        self.ids = np.stack([block[0] for block in given]) if given else empty
+        self.positions = np.stack([block[1] for block in given]) if given else empty
+        self.learned: np.ndarray | None = None
+        if any(len(block) > 2 for block in given):
+            everything = np.ones(sequence_length, dtype=bool)
+            self.learned = np.stack([block[2] if len(block) > 2 else everything for block in given])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Row:
-        return as_row((self.ids[index], self.positions[index]))
+        pair = self.ids[index], self.positions[index]
+        return as_row(pair if self.learned is None else (*pair, self.learned[index]))
 
     def fingerprint(self) -> str:
-        """A digest of tokens and document boundaries."""
+        """A digest of tokens, document boundaries and what is learned."""
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.positions.tobytes())
+        if self.learned is not None:
+            digest.update(self.learned.tobytes())
         return digest.hexdigest()
 
 
@@ -121,22 +172,22 @@ def pack_documents(
     *,
     vocabulary: int | None = None,
 ) -> Blocks:
-    """Documents as rows for the Trainer, each with the end-of-text token behind it, as `train` packs them.
+    """Documents as rows for the Trainer, each followed by the end-of-text token, as `train` packs them.
 
-    What is left at the end and does not fill a block is dropped.
+    An incomplete last block is dropped.
 
     Args:
         documents: pairs of a name and a text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         sequence_length: S, of a block, in tokens.
-        vocabulary: how many token ids the model knows; without it, ids are not checked.
+        vocabulary: number of token ids that the model has; without it, ids are not checked.
 
     Returns:
         The rows.
 
     Raises:
-        ValueError: `sequence_length` is below 1, the tokenizer gives an id that the model does not know, or a text
-            holds half a character.
+        ValueError: `sequence_length` is below 1, the tokenizer gives an id outside the vocabulary, or a text holds half
+            a surrogate pair.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length is {sequence_length}, and must be at least 1.")
@@ -146,7 +197,7 @@ def pack_documents(
 class Shuffled(Dataset[Row]):
     """`count` rows drawn from blocks: all of them in one random order, then all in another, and so on.
 
-    Which row stands where depends on the seed alone, and on no number of processes or devices.
+    The order depends only on the seed, not on the number of processes or devices.
     """
 
     def __init__(self, blocks: Blocks, count: int, seed: int) -> None:
@@ -165,9 +216,9 @@ class Shuffled(Dataset[Row]):
 
 
 class Streamed(IterableDataset[Row]):
-    """`count` rows packed from sources while they are read; after their end it begins again.
+    """`count` rows packed from sources while they are read; after the end of the sources it starts again.
 
-    Raises, when iterated, `ValueError` if the sources hold less than one block or something is wrong with them.
+    Iterating raises `ValueError` if the sources hold less than one block or are damaged.
     """
 
     def __init__(self, sources: list[Source], encode: Encoder, sequence_length: int, count: int) -> None:
@@ -186,18 +237,26 @@ class Streamed(IterableDataset[Row]):
 
 def as_row(block: Block) -> Row:
     """A block as the model's inputs, with labels."""
-    ids, positions = (torch.from_numpy(part.astype(np.int64)) for part in block)
-    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
+    ids, positions = (torch.from_numpy(part.astype(np.int64)) for part in block[:2])
+    ignored = positions == 0
+    if len(block) > 2:
+        ignored |= torch.from_numpy(~block[2])
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(ignored, IGNORED)}
 
 
-def documents_of(sources: Sequence[Source]) -> Iterator[Document]:
+def documents_of(sources: Sequence[Source]) -> Iterator[Example]:
     """The documents of all sources, one source after another."""
     return (document for source in sources for document in source)
 
 
 def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) -> ValueError:
-    """The error for less text than one block."""
+    """The error for less text than one block, or for chats of which no block holds what is learned."""
     tokens = sum(map(len, encode(documents_of(sources))))
+    if tokens >= sequence_length:
+        return ValueError(
+            f"Nothing is learned in any sequence of {sequence_length:,} tokens, since what the assistant says stands "
+            "beyond them; give a larger sequence length."
+        )
     return ValueError(
         f"The data holds {tokens:,} tokens, fewer than one sequence of {sequence_length:,}; give more text, or a "
         "smaller sequence length."
@@ -205,9 +264,9 @@ def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) ->
 
 
 def keeps_documents_apart(model: PreTrainedModel, vocabulary: int) -> bool:
-    """Whether a model's outputs for a document are the same when another stands before it in one block.
+    """Whether a model's outputs for a document stay the same if another document comes before it in one block.
 
-    Some do not: those with layers that carry a state along (Mamba and its like), or that make no mask from positions.
+    This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions.
     """
     weight: Any = model.get_input_embeddings().weight
     ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary)[None]  # (1, 12)

@@ -1,14 +1,14 @@
-"""The folder of a training run: what it was started with, its checkpoints, and the metrics that it has written.
+"""The folder of a training run: its settings, its checkpoints, and its metrics.
 
-- `run.json`: what the run was started with; going on with other settings is refused
-- `metrics.jsonl`: one line for each step, and for each text that was measured
-- `checkpoint-N`: what going on needs after N steps, with `manifest.json`: its files, their sizes and checksums
-- `training.json`: the report, written when the run has ended and the model stands in the folder
+- `run.json`: the settings that the run was started with; it cannot be resumed with others
+- `metrics.jsonl`: one line for each step, and for each measured text
+- `checkpoint-N`: what is needed to resume after N steps, with `manifest.json`: its files, their sizes and checksums
+- `training.json`: the report, written when the run has ended and the model is in the folder
 
-A checkpoint is written in a working folder (`parscale.format.working`), flushed to the disk, and moved to its
-place when it is whole. The process that runs holds a lock on `run.json`, which ends with it.
+A checkpoint is written in a working folder (`parscale.format.working`), flushed to disk, and moved to its place when it
+is complete. The running process holds a lock on `run.json`, which ends with the process.
 
-Nothing is removed for its name alone: a working folder is known by its marker, a checkpoint by its manifest.
+Nothing is removed because of its name alone: a working folder has a marker, a checkpoint has a manifest.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from parscale.format.working import lock, remove_leftovers, working, working_fol
 
 RUN, METRICS, REPORT, MANIFEST = "run.json", "metrics.jsonl", "training.json", "manifest.json"
 CONTENTS = {"checkpoint_digest": "checkpoint", "data_digest": "data", "eval_digests": "eval_data"}
-"""What a run reads, by where its settings have the digest; a digest that is unknown is not compared."""
-_PARTS = {  # of a checkpoint, and the names that they may have; DeepSpeed's engine writes all of them
+"""What a run reads, by the setting that holds its digest; unknown digests are not compared."""
+_PARTS = {  # parts of a checkpoint and patterns of their file names; DeepSpeed's engine writes all of them
     "the weights": r".*\.safetensors|pytorch_model_fsdp.*|global_step.*",
     "the optimizer's state": r"optimizer.*|global_step.*",
     "the scheduler's state": r"scheduler\.pt|global_step.*",
@@ -49,10 +49,10 @@ _CHUNK = 1 << 22
 
 
 class Run:
-    """A run's folder. Once a process has begun or gone on with the run, it holds a lock on it until `release`.
+    """The folder of a run. A process that has started or resumed the run holds a lock on it until `release`.
 
     Args:
-        folder: where; it need not exist.
+        folder: its path; it need not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,15 +60,15 @@ class Run:
         self._lock: int | None = None
 
     def check(self, *, resume: bool) -> None:
-        """Refuses a folder that is in use, or cannot be written, before any work.
+        """Checks, before any work, that the folder is not in use and can be written.
 
         Raises:
-            ValueError: it is a file, or holds something and `resume` is not set.
-            OSError: it cannot be written, or another process goes on with the run.
+            ValueError: it is a file, or it is not empty and `resume` is not set.
+            OSError: it cannot be written, or another process is running the run.
         """
         if not resume and holds_something(self.folder):
             raise ValueError(
-                f"The output folder {self.folder} is not empty; give a new one, or --resume to go on with its run."
+                f"The output folder {self.folder} is not empty; give a new one, or --resume to continue its run."
             )
         if not holds_something(self.folder):
             require_new_folder(self.folder)
@@ -79,11 +79,11 @@ class Run:
         require_writable_folder(self.folder)
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Makes the folder and writes down what the run is started with, or checks that it goes on with the same.
+        """Creates the folder and stores the settings of the run, or checks that a resumed run has the same settings.
 
         Raises:
             ValueError: the folder is in use, or the run in it was started with other settings.
-            OSError: it cannot be written, or another process has begun or goes on with the run.
+            OSError: it cannot be written, or another process is running the run.
         """
         self.check(resume=resume)
         settings = json.loads(json.dumps(settings))
@@ -91,7 +91,7 @@ class Run:
         if path.is_file():
             self._require_same(settings)
         elif holds_something(self.folder):
-            raise ValueError(f"{self.folder} holds no run to go on with (it has no {RUN}); give a new folder.")
+            raise ValueError(f"{self.folder} holds no run to resume (it has no {RUN}); give a new folder.")
         else:
             with staged(self.folder, last=RUN, new=True) as work:
                 (work / RUN).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -109,7 +109,7 @@ class Run:
         changed = [
             _change(key, before.get(key), settings.get(key))
             for key in {**settings, **before}
-            if _placed(settings.get(key)) != _placed(before.get(key))
+            if _with_absolute_paths(settings.get(key)) != _with_absolute_paths(before.get(key))
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
         ]
         if changed:
@@ -126,13 +126,13 @@ class Run:
             self._lock = descriptor
 
     def release(self) -> None:
-        """Lets another process go on with the run."""
+        """Lets another process resume the run."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint of the most steps that is whole, if there is one; warns of each newer one that is not."""
+        """The latest complete checkpoint, if there is one; warns about each later one that is incomplete."""
         if not self.folder.is_dir():
             return None
         for step in sorted(self.steps(), reverse=True):
@@ -140,45 +140,45 @@ class Run:
             problem = damage(path)
             if problem is None:
                 return path
-            warnings.warn(f"{path} is passed over: {problem}.", stacklevel=2)
+            warnings.warn(f"{path} is skipped: {problem}.", stacklevel=2)
         return None
 
     def kept(self) -> str:
-        """The end of a message about a run that has stopped: what is left of it."""
+        """The end of a message about a stopped run: the checkpoint to resume from."""
         newest = self.newest_checkpoint()
-        return f" {newest} is whole." if newest is not None else ""
+        return f" {newest} is complete." if newest is not None else ""
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of the checkpoint after so many steps."""
+        """The folder of the checkpoint after this number of steps."""
         return self.folder / f"checkpoint-{step}"
 
     def steps(self) -> list[int]:
-        """After how many steps there are checkpoints, whole or not."""
+        """The steps of all checkpoints, complete or not."""
         matches = (_CHECKPOINT.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
         return [int(match[1]) for match in matches if match]
 
     @property
     def saving(self) -> Path:
-        """Where checkpoints are written before they are published; inside a block of `working`."""
+        """The folder in which checkpoints are written before `publish`; exists inside a block of `working`."""
         return working_folder(self.folder, "checkpoint")
 
     def working(self) -> AbstractContextManager[Path]:
-        """Makes `saving` for a block, and removes it after it."""
+        """Creates `saving` for a block, and removes it afterwards."""
         return working(self.folder, "checkpoint")
 
     def publish(self, written: Path, step: int, *, keep: int, processes: int = 1) -> None:
         """Moves a checkpoint from `saving` to its place, and removes older ones.
 
-        What has a checkpoint's name but no manifest stays; if it is in the way, it gets another name.
+        A folder with a checkpoint's name but no manifest stays; if it is in the way, it is renamed.
 
         Args:
-            written: its folder.
-            step: after how many steps it was made.
-            keep: how many checkpoints stay, this one included.
-            processes: how many took part, each with random numbers of its own.
+            written: folder of the written checkpoint.
+            step: its number of steps.
+            keep: number of checkpoints to keep, including this one.
+            processes: number of processes of the run; each stores the state of its random numbers.
 
         Raises:
-            RuntimeError: it lacks something without which no run can go on.
+            RuntimeError: something is missing that resuming needs.
         """
         write_manifest(written, processes)
         place = self.checkpoint(step)
@@ -187,17 +187,17 @@ class Run:
         elif os.path.lexists(place):
             aside = place.with_name(f"{place.name}-{uuid.uuid4().hex[:8]}")
             os.rename(place, aside)
-            warnings.warn(f"{place} has no {MANIFEST} of a run; it is kept as {aside}.", stacklevel=2)
+            warnings.warn(f"{place} has no {MANIFEST} of a run; it was renamed to {aside}.", stacklevel=2)
         if (self.folder / METRICS).exists():
             flush(self.folder / METRICS)
         os.rename(written, place)
         flush(self.folder)
         ours = [other for other in sorted(self.steps()) if _files_in_manifest(self.checkpoint(other)) is not None]
         for old in map(self.checkpoint, ours[:-keep]):
-            os.rename(old, self.saving / f"old-{old.name}")  # the whole of it at once; removed with the folder
+            os.rename(old, self.saving / f"old-{old.name}")  # as a whole; removed with the folder
 
     def keep_metrics(self, step: int) -> None:
-        """Drops the lines of `metrics.jsonl` of later steps, which will be written again, and one torn by a kill."""
+        """Drops the lines of later steps from `metrics.jsonl`, which will be written again, and an incomplete line."""
         path = self.folder / METRICS
         if not path.exists():
             return
@@ -207,10 +207,10 @@ class Run:
             beside.write_text(kept, encoding="utf-8")
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """Writes one line of `metrics.jsonl`.
+        """Appends one line to `metrics.jsonl`.
 
         Raises:
-            ValueError: a number in it is not finite, which JSON cannot hold.
+            ValueError: a number in it is not finite, which JSON does not support.
         """
         text = json.dumps(line, allow_nan=False)
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
@@ -224,31 +224,31 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def report(self) -> dict[str, Any] | None:
-        """What the run wrote down at its end, or None while it has not ended."""
+        """The report at the end of the run; None before the end."""
         path = self.folder / REPORT
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _placed(value: Any) -> Any:
-    """A setting with each path in it made absolute, so that a file is the same by whatever name."""
+def _with_absolute_paths(value: object) -> Any:
+    """A setting with all paths in it made absolute, so that one file is always the same setting."""
     if isinstance(value, str):
         return os.path.abspath(value) if os.path.exists(value) else value
     if isinstance(value, list):
-        return [_placed(item) for item in value]
+        return [_with_absolute_paths(item) for item in value]
     if isinstance(value, dict):
-        return {key: _placed(item) for key, item in value.items()}
+        return {key: _with_absolute_paths(item) for key, item in value.items()}
     return value
 
 
 def write_manifest(folder: Path, processes: int = 1) -> None:
-    """Flushes a checkpoint's files to the disk and writes down their sizes and checksums.
+    """Flushes a checkpoint's files to disk and stores their sizes and checksums.
 
     Args:
-        folder: of the checkpoint.
-        processes: how many took part.
+        folder: the checkpoint's folder.
+        processes: number of processes of the run.
 
     Raises:
-        RuntimeError: something is missing without which no run can go on.
+        RuntimeError: something is missing that resuming needs.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -258,7 +258,7 @@ def write_manifest(folder: Path, processes: int = 1) -> None:
         elif path.is_dir():
             flush(path)
     if missing := _missing(files, processes):
-        raise RuntimeError(f"{folder} is no whole checkpoint: it lacks {', '.join(missing)}.")
+        raise RuntimeError(f"{folder} is an incomplete checkpoint: it lacks {', '.join(missing)}.")
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files, "processes": processes}, indent=1) + "\n", encoding="utf-8")
     flush(manifest)
@@ -266,7 +266,7 @@ def write_manifest(folder: Path, processes: int = 1) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
+    """What is wrong with a checkpoint; None if it is complete."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -288,7 +288,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _missing(names: Iterable[str], processes: int) -> list[str]:
-    """What a checkpoint of these files lacks to go on from."""
+    """The parts that a checkpoint with these files lacks for resuming."""
     names = list(names)
     missing = [part for part, pattern in _PARTS.items() if not any(re.fullmatch(pattern, name) for name in names)]
     if processes > 1:
@@ -297,7 +297,7 @@ def _missing(names: Iterable[str], processes: int) -> list[str]:
 
 
 def _files_in_manifest(folder: Path) -> dict[str, Any] | None:
-    """The files that a run has written into a checkpoint, or None for a folder that no run has made."""
+    """The files of a checkpoint that a run has written; None for a folder that no run has made."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         written = all(entry.keys() >= {"bytes", "crc32"} for entry in files.values())
@@ -306,13 +306,13 @@ def _files_in_manifest(folder: Path) -> dict[str, Any] | None:
     return files if written else None
 
 
-def _change(key: str, before: Any, now: Any) -> str:
-    """A setting that has changed, in words."""
+def _change(key: str, before: Any, now: object) -> str:
+    """A changed setting, in words."""
     change = f"{key} was {before!r} and is {now!r}"
     if key not in CONTENTS:
         return change
     parts = [name for name in now if now[name] != before.get(name)] if isinstance(now, dict) else []
-    return f"{change} (the contents of {', '.join([CONTENTS[key], *parts])} have changed; put back what they were)"
+    return f"{change} (the contents of {', '.join([CONTENTS[key], *parts])} have changed; restore the old contents)"
 
 
 def _checksum(path: Path) -> int:

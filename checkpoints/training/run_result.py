@@ -1,9 +1,9 @@
-"""The end of a training run: the trained checkpoint, its model card, the plot and the report."""
+"""The result of a training run: the trained checkpoint, its model card, the plot and the report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.run_folder import REPORT, Run
 from parscale.checkpoints.training.settings import LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import put_together
@@ -23,29 +24,38 @@ from parscale.format.staging import staged
 PLOT = "loss.png"
 
 
-def finish(checkpoint: str, run: Run, steps: int, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]) -> None:
+def finish(
+    checkpoint: str | NewModel,
+    run: Run,
+    steps: int,
+    tokenizer: PreTrainedTokenizerBase,
+    report: dict[str, Any],
+    measure: Callable[[str], list[dict[str, Any]]],
+) -> None:
     """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
 
     Args:
-        checkpoint: what the run was started from.
+        checkpoint: the checkpoint that the run started from.
         run: its folder, with the checkpoint after the last step.
         steps: how many there were.
         tokenizer: of the model.
         report: what is written to `training.json`, and stated by the card.
+        measure: the trained model in a folder against the untouched backbone; it becomes `"comparisons"` of the report.
     """
     with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
         put_together(checkpoint, run.checkpoint(steps), work)
         tokenizer.save_pretrained(work)
         plot_metrics(run.metrics(), work / PLOT)
-        facts = _facts(work, report)
-        if facts is not None:
-            (work / CARD).write_text(model_card(facts), encoding="utf-8")
+        report = report | {"comparisons": measure(str(work))}
+        card = card_of(work, report)
+        if card is not None:
+            (work / CARD).write_text(card, encoding="utf-8")
         text = json.dumps(report, indent=2, allow_nan=False)
         (work / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
-def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
-    """What the model card states, or None for a model without streams."""
+def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
+    """The model card of a trained folder by its run's report, or None for a model without streams."""
     what = describe(str(folder))
     if what["num_streams"] == 1:
         return None
@@ -53,8 +63,9 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
     if report["trains"] != STREAMS:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]
-    source = describe(report["checkpoint"])["backbone"]["name"]
-    return TrainingFacts(
+    new = report.get("new_model")
+    source = None if new else describe(report["checkpoint"])["backbone"]["name"]
+    facts = TrainingFacts(
         checkpoint=report["name"],
         backbone_class=str(backbone["class"]),
         backbone=None if source == "in this folder" else source,
@@ -78,17 +89,21 @@ def _facts(folder: Path, report: Mapping[str, Any]) -> TrainingFacts | None:
         datasets=tuple(report["datasets"]),
         command=report["command"] or "parscale.checkpoints.train(...)",
         losses={
-            name: TextLosses(found.get("backbone"), found.get("before"), found.get("after"))
+            name: TextLosses(None if new else found.get("backbone"), found.get("before"), found.get("after"))
             for name, found in report["losses"].items()
         },
         versions=report["versions"],
         streams_only=what["kind"] == STREAMS_ONLY,
         kv=what.get("kv", OWN),
+        new=None if new is None else new["config"],
+        comparisons=tuple(report.get("comparisons", ())),
+        controls=report.get("controls", {}),
     )
+    return model_card(facts)
 
 
 def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Each text's loss in nats per token, from a run's metrics: of the backbone, before the first step, at the end."""
+    """The losses of each text in nats per token, from a run's metrics: backbone, before the first step, at the end."""
     losses: dict[str, dict[str, float]] = {}
     for line in metrics:
         if "text" not in line:

@@ -1,4 +1,4 @@
-"""How a checkpoint is post-trained: what `parscale train` takes."""
+"""How a checkpoint is post-trained: the settings of `parscale train`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 
 from parscale.checkpoints.texts.documents import Source
 
-STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what trains
+STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what is trained
 
 STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
-BACKBONE_RATE, LORA_RATE = 3e-5, 2e-4
+BACKBONE_RATE, LORA_RATE, NEW_RATE = 3e-5, 2e-4, 1e-3
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """How to post-train a checkpoint.
 
-    From Python, `data` and the values of `eval_data` may also be a `Source`, whose documents are in memory.
+    In Python, `data` and the values of `eval_data` may also be a `Source` with documents in memory.
 
     Attributes:
         data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or
-            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION.
+            datasets of the Hugging Face Hub, NAME or NAME:CONFIGURATION. Rows may hold chats in place of text, of
+            which the assistant's turns are learned: `messages`, or `prompt` and `completion`.
         eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
         text_column: What holds the text in rows of data.
         streaming: Read data while training, not beforehand; needs `tokens`.
@@ -31,25 +32,26 @@ class TrainSettings:
         batch_size: Sequences in an optimizer step; over all devices.
         micro_batch_size: Sequences that a device takes at once. Default: its whole share of the batch.
         learning_rate: Learning rate at its peak, of all that trains but the streams; with a frozen backbone, of the
-            streams. Default: 3e-5, of an adapter 2e-4.
+            streams. Default: 3e-5, of an adapter 2e-4, of a new model 1e-3.
         streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
-            differences 3e-3.
+            differences 3e-3, in a new model that of the rest.
         weight_decay: Weight decay of the backbone's matrices.
-        warmup: Share of the steps in which the learning rate rises; after it, it is constant.
+        warmup: Share of the steps in which the learning rate rises; then it is constant.
         decay: Share of the steps at the end in which the learning rate falls to zero.
-        freeze_backbone: Train the streams alone.
-        lora_rank: Rank of an adapter that trains beside the streams, in place of the backbone; it is merged into the
-            backbone at the end.
-        quantize: Type in which a frozen backbone is kept while training: `int8` (torchao) or `nf4` (bitsandbytes).
-        bf16: Compute in bfloat16 under autocast, with float32 weights where they train. Default: on GPUs that can.
+        freeze_backbone: Train only the streams.
+        lora_rank: Rank of an adapter that is trained with the streams, in place of the backbone; at the end it is
+            merged into the backbone.
+        quantize: Type of a frozen backbone's weights during training: `int8` (torchao) or `nf4` (bitsandbytes).
+        bf16: Compute in bfloat16 under autocast, with float32 weights where they are trained. Default: on GPUs that
+            support it.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
         compile: Run the model through `torch.compile`.
         attn_implementation: Attention implementation, such as sdpa, flash_attention_2 or flex_attention.
         eval_every: Steps between measurements. Default: a tenth of the run.
-        eval_tokens: Tokens of each text that are measured, at most.
+        eval_tokens: Maximum number of tokens to measure of each text.
         save_every: Steps between checkpoints. Default: a tenth of the run.
         keep_checkpoints: How many checkpoints stay.
-        report_to: Trackers of the Trainer, such as tensorboard or trackio.
+        report_to: Trackers of the Trainer, such as tensorboard, wandb, trackio or mlflow.
         seed: Seed of the order of the text and of what else is drawn.
 
     Raises:
@@ -85,7 +87,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise ValueError("There is no data to train on; name at least one file, folder or dataset.")
+            raise ValueError("No training data was given; name at least one file, folder or dataset.")
         for name in (
             "tokens",
             "batch_size",
@@ -108,34 +110,37 @@ class TrainSettings:
             )
         if self.freeze_backbone and self.lora_rank is not None:
             raise ValueError(
-                "freeze_backbone trains the streams alone, and lora_rank an adapter too; give one of them."
+                "freeze_backbone trains only the streams, lora_rank an adapter too; give only one of them."
             )
         if self.quantize not in (None, "int8", "nf4"):
             raise ValueError(f"quantize is {self.quantize!r}, and must be 'int8' or 'nf4'.")
         if self.quantize is not None and self.trains == EVERYTHING:
             raise ValueError("A quantized backbone cannot train; give freeze_backbone or lora_rank with quantize.")
         if self.streaming and self.tokens is None:
-            raise ValueError("Streamed data has no length; say with tokens how many to train on.")
+            raise ValueError("Streamed data has no length; set tokens, the number to train on.")
 
     @property
     def trains(self) -> str:
         """`"streams"`, `"lora"` or `"everything"`."""
         return STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
 
-    def rates(self, transform: str) -> tuple[float, float]:
+    def rates(self, transform: str, *, new: bool = False) -> tuple[float, float]:
         """The peak learning rates of the streams' parameters and of all others.
 
         Args:
             transform: what makes the streams differ.
+            new: whether the model begins with random weights.
 
         Returns:
-            The streams' and the others'.
+            The rate of the streams and the rate of the others.
         """
-        of_streams = self.streams_learning_rate
+        of_streams, rest = self.streams_learning_rate, self.learning_rate
+        if new:
+            rest = NEW_RATE if rest is None else rest
+            return rest if of_streams is None else of_streams, rest
         if of_streams is None:
             given = self.learning_rate if self.trains == STREAMS else None
             of_streams = STREAMS_RATES[transform] if given is None else given
-        rest = self.learning_rate
         if rest is None:
             rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE
         return of_streams, rest

@@ -1,4 +1,4 @@
-"""How fast training is on this machine: in which dtype, and how long a step takes."""
+"""The speed of training on this machine: the faster dtype, and the time of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parscale.checkpoints.training.packing import Blocks
 
 
 def faster_in_bf16(device: torch.device) -> bool:
-    """Whether products of a small model's size are much faster in bfloat16 here; not every processor has it.
+    """Whether matrix products of a small model's size are much faster in bfloat16; not every processor has it.
 
     Args:
         device: where they run.
@@ -34,11 +34,11 @@ def faster_in_bf16(device: torch.device) -> bool:
 
 
 def seconds_of_step(model: PreTrainedModel, blocks: Blocks, batch_size: int, *, bf16: bool) -> float:
-    """How long a model takes for the forward and the backward pass of a batch; the faster of two counts.
+    """The time of a forward and backward pass on one batch, as the minimum of two runs.
 
     Args:
-        model: in float32, where it shall run; it is left as it is.
-        blocks: what it trains on.
+        model: in float32, on its device; it is not changed.
+        blocks: the training data.
         batch_size: rows in a batch.
         bf16: compute in bfloat16 under autocast.
     """

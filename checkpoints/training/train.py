@@ -1,14 +1,15 @@
-"""Post-training of a checkpoint on text, from beginning to end: `train` is what `parscale train` calls.
+"""Post-training of a checkpoint on text, from start to end: `train` is the function behind `parscale train`.
 
-The loop is the Hugging Face Trainer's, on one device or, under `torchrun` or `accelerate launch`, on many. The output
-folder holds what `parscale.checkpoints.training.run_folder` says, and at the end a checkpoint of the kind that was
-trained.
+The loop is that of the Hugging Face Trainer, on one device or, under `torchrun` or `accelerate launch`, on many. The
+output folder is described in `parscale.checkpoints.training.run_folder`; at the end it holds a checkpoint of the same
+kind as the one that was trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import time
 import warnings
@@ -33,10 +34,13 @@ from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.divergence import StopWhenDiverged
+from parscale.checkpoints.training.held_out import against_untouched, texts_to_measure
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
 from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
@@ -45,17 +49,17 @@ from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
 from parscale.terminal.console import Terminal
 
-REMEDY = "start anew in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
+REMEDY = "start again in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run after a step, with a checkpoint; the message names it."""
+    """A signal stopped a run after a step, with a checkpoint; the message names it."""
 
 
 def train(
-    checkpoint: str,
+    checkpoint: str | NewModel,
     output: Path,
     settings: TrainSettings,
     *,
@@ -64,10 +68,11 @@ def train(
     name: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Post-trains a checkpoint and saves it, of the same kind and in the same dtypes, with its tokenizer.
+    """Post-trains a checkpoint and saves it, as the same kind and in the same dtypes, with its tokenizer.
 
     Args:
-        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model.
+        checkpoint: a folder or a name on the Hugging Face Hub: a full checkpoint, streams only, or a plain model; or a
+            model that does not exist yet.
         output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
         settings: what on, how much and how.
         resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
@@ -77,13 +82,13 @@ def train(
         console: where progress is shown; by default standard error.
 
     Returns:
-        The report, as in `training.json`; `"finished_before"` is true if there was nothing left to do.
+        The report, as in `training.json`; `"finished_before"` is true if the run had already finished.
 
     Raises:
-        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written then.
-        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays whole.
-        OSError: something is missing or cannot be written, or another process goes on with the run; the last checkpoint
-            stays whole.
+        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written.
+        DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays complete.
+        OSError: something is missing or cannot be written, or another process is running the run; the last checkpoint
+            stays complete.
         Interrupted: a signal ended the run, after a checkpoint.
     """
     run = Run(output)
@@ -95,14 +100,14 @@ def train(
 
 def _train_in(
     run: Run,
-    checkpoint: str,
+    checkpoint: str | NewModel,
     settings: TrainSettings,
     resume: bool,
     command: str | None,
     name: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    """As `train`; the run's folder stays locked for this process until it is released."""
+    """Does the work of `train`; the run's folder stays locked by this process until it is released."""
     state = PartialState(cpu=_on_cpu())
     if state.is_main_process:
         run.check(resume=resume)
@@ -111,6 +116,38 @@ def _train_in(
         return before | {"finished_before": True}
 
     start = time.perf_counter()
+    trained = _run(run, checkpoint, settings, state, console, resume=resume)
+    if state.is_main_process:
+        gc.collect()  # the model and its optimizer, which refer to each other
+        torch.cuda.empty_cache()
+        _finish(run, checkpoint, settings, trained, command=command, name=name, start=start)
+    state.wait_for_everyone()
+    report = run.report()
+    assert report is not None
+    return report | {"finished_before": False}
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is left of a run's steps, beside its last checkpoint."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    micro: int
+    sharded: bool  # whether one device may be too small for the model
+    figures: dict[str, Any]
+
+
+def _run(
+    run: Run,
+    checkpoint: str | NewModel,
+    settings: TrainSettings,
+    state: PartialState,
+    console: Console,
+    *,
+    resume: bool,
+) -> _Trained:
+    """Trains to the last step; the model and its optimizer live no longer than this call."""
     prepared = _prepared(run, checkpoint, settings, state, console)
     newest = _begin(run, prepared.described, state, resume=resume)
     monitor, interruption = RunMonitor(run, settings.batch_size * prepared.length, console), Interruption()
@@ -120,51 +157,91 @@ def _train_in(
 
     sizes = parameter_sizes(trainer.bare_model())
     trainer.accelerator.wait_for_everyone()
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     forget_deepspeed()  # with it, a model that is loaded is shared among all processes
-    if state.is_main_process:
-        figures = {
-            "output": str(run.folder),
-            "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
-            "parameters": sum(sizes.values()),
-            "losses": losses_by_text(run.metrics()),
-            "tokens_per_second": monitor.tokens_per_second,
-            "seconds": round(time.perf_counter() - start, 1),
-            "versions": versions(),
-            "command": None if command is None else shown(command),
-            "name": name or run.folder.resolve().name,
-            "datasets": prepared.data.datasets,
-        }
-        _require_unchanged(checkpoint, prepared.described)
-        with _explained(run):
-            finish(checkpoint, run, prepared.data.steps, prepared.tokenizer, prepared.described | figures)
-    trainer.accelerator.wait_for_everyone()
-    report = run.report()
-    assert report is not None
-    return report | {"finished_before": False}
+    figures = {
+        "trained_parameters": sum(size for tensor, size in sizes.items() if tensor.requires_grad),
+        "parameters": sum(sizes.values()),
+        "tokens_per_second": monitor.tokens_per_second,
+    }
+    return _Trained(prepared.tokenizer, prepared.data, prepared.micro, sharded, prepared.described | figures)
+
+
+def _finish(
+    run: Run,
+    checkpoint: str | NewModel,
+    settings: TrainSettings,
+    trained: _Trained,
+    *,
+    command: str | None,
+    name: str | None,
+    start: float,
+) -> None:
+    """Puts the trained checkpoint and the report into the run's folder."""
+    described, data = trained.figures, trained.data
+    report = described | {
+        "output": str(run.folder),
+        "losses": losses_by_text(run.metrics()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": versions(),
+        "command": None if command is None else shown(command),
+        "name": name or run.folder.resolve().name,
+        "datasets": data.datasets,
+    }
+    _require_unchanged(checkpoint, described)
+    window = described["sequence_length"]
+
+    def measure(folder: str) -> list[dict[str, Any]]:
+        if isinstance(checkpoint, NewModel):  # whose backbone was never trained without the streams
+            return []
+        if trained.sharded and data.held_out:
+            warnings.warn(
+                "The model was trained in parts, and one device may be too small for it; compare it with the "
+                f"untouched backbone by: parscale eval {run.folder} --data ... --against off",
+                stacklevel=2,
+            )
+            return []
+        texts = texts_to_measure(data.held_out, trained.tokenizer, window, settings.eval_tokens)
+        return against_untouched(
+            folder,
+            checkpoint,
+            trained.tokenizer,
+            texts,
+            window=window,
+            batch_size=trained.micro,
+            tokens=described["tokens"],
+        )
+
+    with _explained(run):
+        finish(checkpoint, run, data.steps, trained.tokenizer, report, measure)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a run starts with: everything is read and checked, and nothing written yet."""
+    """The state of a run before its first step: everything is read and checked, nothing is written yet."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     length: int  # of a sequence, in tokens
-    micro: int  # sequences that a device takes at once
+    micro: int  # sequences on a device at once
     rates: tuple[float, float]
     bf16: bool
     described: dict[str, Any]
 
 
-def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: PartialState, console: Console) -> _Prepared:
+def _prepared(
+    run: Run, checkpoint: str | NewModel, settings: TrainSettings, state: PartialState, console: Console
+) -> _Prepared:
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    check_trackers(settings.report_to)
     check_trainable(checkpoint, settings.trains)
-    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    tokenizer = _tokenizer(checkpoint)
     refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
     sources = Sources(settings)
+    sources.check_chats(tokenizer)
     set_seed(settings.seed)
     model = _model(checkpoint, settings, bf16)
     length = checked_length(model, settings.sequence_length)
@@ -174,12 +251,14 @@ def _prepared(run: Run, checkpoint: str, settings: TrainSettings, state: Partial
     if torch.cuda.device_count() > 1 and state.num_processes == 1:
         warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
 
+    new = checkpoint if isinstance(checkpoint, NewModel) else None
     active = model.parscale.active if hasattr(model, "parscale") else None
-    rates = settings.rates("prefix" if active is None else active.config.transform)
-    described = _described(checkpoint, settings, rates, bf16, length, data.steps) | {
+    rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
+    described = _described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
         "data_digest": data.digest,
         "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
+        **({} if new is None else {"new_model": new.described()}),
     }
     return _Prepared(model, tokenizer, data, length, micro, rates, bf16, described)
 
@@ -224,22 +303,28 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _require_unchanged(checkpoint: str, described: Mapping[str, Any]) -> None:
+def _require_unchanged(checkpoint: str | NewModel, described: Mapping[str, Any]) -> None:
     if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
         raise ValueError(
-            f"{checkpoint} has changed while the run lasted, so that its result would be of two checkpoints; put "
-            "back what it was, and go on with --resume."
+            f"{checkpoint} has changed during the run, so the result would mix two checkpoints; restore the old one, "
+            "and continue with --resume."
         )
 
 
 def _one_of(devices: int) -> str:
     return (
-        f"{devices} GPUs are here, and one of them is used; all of them take part with "
+        f"{devices} GPUs are available, but only one is used; to use all of them, run "
         f"torchrun --nproc-per-node {devices} -m parscale train ..."
     )
 
 
-def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
+def _tokenizer(checkpoint: str | NewModel) -> PreTrainedTokenizerBase:
+    if isinstance(checkpoint, NewModel):
+        return checkpoint.find_tokenizer()
+    return require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+
+
+def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool) -> Any:
     """The model, ready to train; warns if it mixes documents that are packed together."""
     model = open_for_training(
         checkpoint,
@@ -250,23 +335,23 @@ def _model(checkpoint: str, settings: TrainSettings, bf16: bool) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing,
         attn_implementation=settings.attn_implementation,
     )
-    require_finite(model, checkpoint)
+    require_finite(model, str(checkpoint))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         apart = keeps_documents_apart(model, vocabulary_of(model))
     if not apart:
         warnings.warn(
-            f"{checkpoint} is a model in which documents that are packed into one sequence see each other.",
+            f"{checkpoint} lets documents that are packed into one sequence see each other.",
             stacklevel=3,
         )
     return model
 
 
 def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
-    """Makes the run's folder ready on one process, for all; the checkpoint to go on from, if there is one."""
+    """Prepares the run's folder on one process, for all; returns the checkpoint to resume from, if there is one."""
     found: list[Path | None] = [None]
     if state.is_main_process:
         run.begin(described, resume=resume)
-        newest = run.newest_checkpoint() if resume else None  # reads all of it
+        newest = run.newest_checkpoint() if resume else None  # reads all files
         run.keep_metrics(-1 if newest is None else int(newest.name.rpartition("-")[2]))
         found = [newest]
     broadcast_object_list(found)
@@ -274,7 +359,7 @@ def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: 
 
 
 def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
-    """Of the Trainer's arguments, those that depend on the settings and the number of steps alone."""
+    """The arguments of the Trainer that depend only on the settings and the number of steps."""
     tenth = max(1, steps // 10)
     return {
         "max_steps": steps,
@@ -299,27 +384,27 @@ def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
 def _run_steps(
     trainer: StreamsTrainer, run: Run, newest: Path | None, monitor: RunMonitor, interruption: Interruption
 ) -> None:
-    """Trains to the last step, or says why not."""
+    """Trains to the last step, or raises the reason for stopping."""
     try:
         with interruption.listening(), _explained(run):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finally:
         monitor.close()
     if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume goes on from there.")
+        raise Interrupted(f"Stopped with {run.newest_checkpoint()}; --resume continues from there.")
 
 
 @contextlib.contextmanager
 def _explained(run: Run) -> Iterator[None]:
-    """Says how a run goes on whose disk is full."""
+    """In this block an error of a full disk says how to resume the run."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            f"The disk of {run.folder} is full. Make room there and go on with --resume; the last whole checkpoint is "
-            f"{run.newest_checkpoint() or 'none, so that it will begin again'}."
+            f"The disk of {run.folder} is full. Free some space and continue with --resume; the last complete "
+            f"checkpoint is {run.newest_checkpoint() or 'none, so the run will start again'}."
         ) from error
 
 
@@ -343,7 +428,7 @@ def _described(
     length: int,
     steps: int,
 ) -> dict[str, Any]:
-    """What a run is started with, as far as its result depends on it; without the contents of what it reads."""
+    """The settings that the result of a run depends on, without digests of the contents that it reads."""
     of_streams, rest = rates
     return {
         "checkpoint": checkpoint,

@@ -1,4 +1,4 @@
-"""A checkpoint opened for training: what trains and what is frozen, an adapter, a quantized backbone."""
+"""Loads a checkpoint for training: what is trained and what is frozen, an adapter, a quantized backbone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
 from parscale.checkpoints.description import PLAIN, describe, kind_of
 from parscale.checkpoints.models import load_any, require_language_model
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.compat.bitsandbytes import four_bits_with_gradients
@@ -20,28 +21,37 @@ from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 
 
-def check_trainable(checkpoint: str, trains: str) -> None:
+def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
     """Refuses what cannot be trained and saved again as a checkpoint of the same kind, before a weight is read.
 
     Raises:
-        ValueError: a checkpoint without streams with a frozen backbone, or streams only with one that trains.
+        ValueError: a checkpoint without streams or a new model with a frozen backbone, streams only with one that
+            trains, or a configuration of which no model can be made.
         OSError: there is no such checkpoint.
     """
+    if isinstance(checkpoint, NewModel):
+        if trains != EVERYTHING:
+            raise ValueError(
+                "A new model's backbone has random weights, so that all of it has to train; leave --freeze-backbone "
+                "and --lora-rank out."
+            )
+        checkpoint.check()
+        return
     kind = kind_of(Checkpoint(checkpoint))
     if kind == STREAMS_ONLY and trains != STREAMS:
         raise ValueError(
-            f"{checkpoint} holds streams only, whose backbone stays as it is; add --freeze-backbone, or train a full "
-            "checkpoint (parscale convert without --streams-only)."
+            f"{checkpoint} holds streams only, so its backbone cannot be trained; add --freeze-backbone, or train a "
+            "full checkpoint (parscale convert without --streams-only)."
         )
     if trains == STREAMS and describe(checkpoint)["num_streams"] == 1:
         raise ValueError(
-            f"{checkpoint} has no streams, so nothing trains with a frozen backbone; give it streams with parscale "
-            "convert, or leave --freeze-backbone out."
+            f"{checkpoint} has no streams, so with a frozen backbone there is nothing to train; add streams with "
+            "parscale convert, or omit --freeze-backbone."
         )
 
 
 def open_for_training(
-    checkpoint: str,
+    checkpoint: str | NewModel,
     *,
     trains: str,
     lora_rank: int | None = None,
@@ -50,14 +60,14 @@ def open_for_training(
     gradient_checkpointing: bool = False,
     attn_implementation: str | None = None,
 ) -> Any:
-    """Loads a checkpoint in train mode; what trains is in float32.
+    """Loads a checkpoint in train mode, with trainable parameters in float32.
 
     Args:
-        checkpoint: a folder or a name on the Hugging Face Hub, with streams or without.
+        checkpoint: a folder or a name on the Hugging Face Hub, with streams or without, or a new model.
         trains: `"streams"`, `"lora"` or `"everything"`.
         lora_rank: of the adapter.
-        quantize: None, `"int8"` or `"nf4"`, of the frozen backbone.
-        keep_dtype: leave a frozen backbone in the dtype that it was saved in; otherwise it is in float32 too.
+        quantize: None, `"int8"` or `"nf4"`, for the frozen backbone.
+        keep_dtype: keep a frozen backbone in its saved dtype; otherwise it is in float32 too.
         gradient_checkpointing: compute activations again in the backward pass.
         attn_implementation: as in `from_pretrained`.
 
@@ -65,16 +75,18 @@ def open_for_training(
         The wrapped or plain model, with an adapter on it for `"lora"`.
 
     Raises:
-        ValueError: the checkpoint is damaged or no causal language model, or a package that is needed is missing.
+        ValueError: the checkpoint is damaged or not a causal language model, or a required package is missing.
         OSError: there is no such checkpoint.
     """
     dtype = None if keep_dtype and trains != EVERYTHING else torch.float32
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if quantize is not None:
+    if isinstance(checkpoint, NewModel):
+        model = checkpoint.make(dtype, **options)
+    elif quantize is not None:
         model = _quantized(checkpoint, quantize, dtype, options)
     else:
         model = load_any(checkpoint, dtype=dtype, **options)
-    require_language_model(model, checkpoint)
+    require_language_model(model, str(checkpoint))
     if trains != EVERYTHING and has_streams(model):  # as it is loaded, all but inactive sets trains
         model.freeze_backbone()
     for parameter in model.parameters():
@@ -119,9 +131,9 @@ def _load_quantized(source: str, options: dict[str, Any]) -> Any:
         return read_pretrained(AutoModelForCausalLM, source, **options)
     backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
     if backbone is None:
-        raise ValueError(f"{source} does not name its backbone, so that it cannot be quantized.")
+        raise ValueError(f"{source} does not name its backbone, so it cannot be quantized.")
     if kind_of(Checkpoint(backbone)) == STREAMS_ONLY:
-        raise ValueError(f"The backbone {backbone} of {source} holds streams only, and has none itself.")
+        raise ValueError(f"The backbone {backbone} of {source} is itself a streams-only folder.")
     model = _load_quantized(backbone, options)
     if has_streams(model):
         model = parscale.unwrap(model)

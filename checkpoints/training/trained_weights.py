@@ -1,12 +1,12 @@
-"""What a run trains, written to a checkpoint, read back into the model, and put into the model that was started from.
+"""Saves the weights that a run trains, loads them back, and merges them into the checkpoint that the run started from.
 
-What trains: what a checkpoint holds.
+What is trained, and its format on disk:
 
 - the streams of a frozen backbone: a streams-only folder
 - an adapter and the streams: an adapter's folder, with the streams in it
 - everything: a full checkpoint, or a plain model's folder where there are no streams
 
-Each of them is one that `parscale.load`, PEFT or transformers reads, so that a run can be looked at while it lasts.
+`parscale.load`, PEFT or transformers can read each of them, so a run can be inspected before its end.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from transformers import PreTrainedModel
 from parscale.checkpoints.description import kind_of
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import load_any
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.format.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
 from parscale.format.pretrained import ADAPTER, read_adapter
 from parscale.streams.naming import part_of
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model is one with an adapter on it, from `peft.get_peft_model`."""
+    """Whether the model has an adapter on it, from `peft.get_peft_model`."""
     return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
 
 
 def trains_streams_only(model: nn.Module) -> bool:
-    """Whether nothing but parameters of streams trains."""
+    """Whether only parameters of streams are trainable."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(part_of(name) for name in trained)
 
@@ -47,13 +48,13 @@ def has_streams(model: nn.Module) -> bool:
 def save_trained(
     model: Any, folder: Path, state_dict: dict[str, Any] | None = None, *, is_main_process: bool = True
 ) -> None:
-    """Writes what trains. Where the model is in parts, every process calls it; the main one writes.
+    """Saves the trained weights. If the model is sharded, every process calls it; the main process writes.
 
     Args:
-        model: wrapped or plain, or an adapted one of either.
+        model: wrapped or plain, with or without an adapter.
         folder: an existing folder.
-        state_dict: the model's, gathered, where its own tensors are in parts.
-        is_main_process: whether this process is the one that writes.
+        state_dict: the model's gathered state dict, if its own tensors are sharded.
+        is_main_process: whether this process writes.
     """
     if is_adapted(model):  # with its streams
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main_process)
@@ -64,7 +65,7 @@ def save_trained(
 
 
 def load_trained(model: Any, folder: Path) -> None:
-    """Reads what `save_trained` wrote into a model of the same kind, in the dtypes that the model has."""
+    """Loads the files of `save_trained` into a model of the same kind, in the dtypes of the model."""
     if (folder / ADAPTER).exists():
         from peft import set_peft_model_state_dict
 
@@ -79,18 +80,19 @@ def load_trained(model: Any, folder: Path) -> None:
         _copy(dict(model.named_parameters()), dict(other.named_parameters()))
 
 
-def put_together(checkpoint: str, trained: Path, output: Path) -> None:
+def put_together(checkpoint: str | NewModel, trained: Path, output: Path) -> None:
     """Puts what was trained into the checkpoint that it was trained on, and saves it as one of the same kind.
 
     Args:
-        checkpoint: a full one, streams only, or a plain model, as it was before the run.
+        checkpoint: a full one, streams only, a plain model or a new one, as it was before the run.
         trained: a folder that `save_trained` wrote.
-        output: the folder to save in; each tensor has the dtype that it has in `checkpoint`.
+        output: the folder to save in; each tensor has the dtype that it has in `checkpoint`, in a new model that of
+            its configuration.
 
     Raises:
-        ValueError: a trained value is too large for that dtype.
+        ValueError: a trained value is too large for its dtype.
     """
-    model = load_any(checkpoint)
+    model = checkpoint.make() if isinstance(checkpoint, NewModel) else load_any(checkpoint)
     if (trained / ADAPTER).exists():
         model = read_adapter(model, trained).merge_and_unload()
     else:
@@ -98,10 +100,10 @@ def put_together(checkpoint: str, trained: Path, output: Path) -> None:
     if (name := first_not_finite(model.named_parameters())) is not None:
         dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
         raise ValueError(
-            f"The trained values of {name} do not fit into {dtype}, in which {checkpoint} is saved; save that in "
-            f"bfloat16 or float32 and train it anew. In float32 they are in {trained}."
+            f"The trained values of {name} do not fit into {dtype}, the dtype of {checkpoint}; save that checkpoint in "
+            f"bfloat16 or float32 and train it again. The trained values are in float32 in {trained}."
         )
-    if kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
+    if not isinstance(checkpoint, NewModel) and kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
         model.save_streams(output)
     else:
         model.save_pretrained(output)

@@ -1,4 +1,4 @@
-"""The Trainer for models with streams: two learning rates, checkpoints that are whole, losses by text."""
+"""The Trainer for models with streams: two learning rates, complete checkpoints, losses by text."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ from parscale.format.staging import FULL, disk_error
 from parscale.streams.naming import part_of
 
 BETAS = (0.9, 0.95)
-BACKBONE, TEXT = "backbone", "eval"  # prefixes of what is measured: without streams, and with them
+BACKBONE, TEXT = "backbone", "eval"  # prefixes of measured losses: without streams, and with them
 
 
 class OneDeviceArguments(TrainingArguments):
     """The Trainer's arguments for one device in each process.
 
-    A process that sees several GPUs and was not started by a launcher uses one of them. The Trainer itself would
-    give each GPU a batch, and copy the model to them with `nn.DataParallel`.
+    A process that sees several GPUs and was not started by a launcher uses one of them. The Trainer itself would split
+    each batch over all GPUs with `nn.DataParallel`.
     """
 
     @property
     def n_gpu(self) -> int:
-        """How many GPUs this process uses."""
+        """The number of GPUs that this process uses."""
         return min(1, int(super().n_gpu))
 
 
 class StreamsTrainer(Trainer):
-    """A Trainer whose checkpoints are whole or not there, and hold what trains and no more.
+    """A Trainer whose checkpoints are complete or absent, and hold only the trained weights.
 
     Args:
-        model: wrapped or plain, also with an adapter on it; what does not train is frozen.
-        args: of the Trainer; the data comes in its own order, so that seeds for it have no effect.
-        run: where checkpoints go.
+        model: wrapped or plain, also with an adapter; parameters that are not trained are frozen.
+        args: of the Trainer; the data has a fixed order, so seeds for it have no effect.
+        run: the run that the checkpoints belong to.
         tokenizer: saved in each checkpoint.
-        rates: the peak learning rate of the streams' parameters and that of all others.
-        weight_decay: of the others' matrices.
-        keep: how many checkpoints stay.
-        texts: what to measure on, by name.
-        **kwargs: for the Trainer.
+        rates: the peak learning rates of the streams' parameters and of all other parameters.
+        weight_decay: of the matrices among the other parameters.
+        keep: number of checkpoints to keep.
+        texts: texts to measure on, by name.
+        **kwargs: passed to the Trainer.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StreamsTrainer(Trainer):
         return SequentialSampler(data) if hasattr(data, "__len__") else None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for the streams and one for the rest; decay on the rest's matrices only."""
+        """AdamW with one learning rate for the streams and one for the rest; only the rest's matrices decay."""
         if self.optimizer is not None:
             return self.optimizer
         trained: Any = self.model if model is None else model
@@ -110,7 +110,7 @@ class StreamsTrainer(Trainer):
                 continue
             of_streams = part_of(name) is not None
             decays = not of_streams and name in decaying
-            mesh = getattr(parameter, "device_mesh", None)  # one kernel call cannot take parameters of several
+            mesh = getattr(parameter, "device_mesh", None)  # one kernel call supports one device mesh only
             settings = {
                 "lr": self.rates[0 if of_streams else 1],
                 "weight_decay": self.weight_decay if decays else 0.0,
@@ -124,7 +124,7 @@ class StreamsTrainer(Trainer):
 
     # -- checkpoints
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -146,7 +146,7 @@ class StreamsTrainer(Trainer):
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Says that a checkpoint could not be written, why, and how to go on; free space counts while it lies there."""
+        """Explains an error while writing a checkpoint: its cause, the free space at that time, and how to resume."""
         try:
             yield
         except Exception as error:
@@ -155,33 +155,33 @@ class StreamsTrainer(Trainer):
             raise OSError(self._not_written(step, error)) from error
 
     def _require_finite_weights(self, step: int) -> None:
-        """Refuses to save a step that has made a weight infinite, on all processes together."""
+        """Checks, on all processes together, that a step has left all weights finite, before they are saved."""
         trained = ((name, p) for name, p in self.bare_model().named_parameters() if p.requires_grad)
         name = first_not_finite(trained)
         found = torch.tensor(float(name is not None), device=self.accelerator.device)
         if float(self.accelerator.reduce(found, reduction="sum")):
-            where = "a part of the model on another device" if name is None else name
+            where = "a parameter on another device" if name is None else name
             raise DivergedError(
-                f"After step {step}, {where} holds values that are not finite; start anew with a smaller learning rate."
+                f"After step {step}, {where} has values that are not finite; start again with a smaller learning rate."
                 f"{self.run.kept()}"
             )
 
     def _not_written(self, step: int, error: Exception) -> str:
         whole = self.run.newest_checkpoint()
-        last = "there is none before it" if whole is None else f"{whole} is whole"
+        last = "there is none before it" if whole is None else f"{whole} is complete"
         code = disk_error(error)
         reason = str(error).splitlines()[0] if code is None else os.strerror(code)
-        remedy = "Make room on the disk" if code is None or code in FULL else "Make it a folder that can be written"
+        remedy = "Free some space" if code is None or code in FULL else "Make it a folder that can be written"
         free = shutil.disk_usage(self.run.folder).free
         return (
             f"The checkpoint after {step} steps could not be written to {self.run.folder}, where {free:,} bytes are "
-            f"free ({reason.rstrip('.')}); {last}. {remedy} and go on with --resume."
+            f"free ({reason.rstrip('.')}); {last}. {remedy} and continue with --resume."
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; every process takes part where the model is in parts.
+        """Saves as the Trainer does; every process takes part if the model is sharded.
 
-        Where FSDP's checkpoints are sharded, only the last one holds the model as a folder too.
+        If FSDP's checkpoints are sharded, only the last one also holds the model as a folder.
         """
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
@@ -208,7 +208,7 @@ class StreamsTrainer(Trainer):
             load_trained(self.bare_model(), Path(resume_from_checkpoint))
 
     def bare_model(self) -> Any:
-        """The model without what accelerate and the compiler put around it; an adapter stays."""
+        """The model without the wrappers of accelerate and torch.compile; an adapter stays."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
@@ -216,8 +216,8 @@ def _saves_whole_models(accelerator: Any) -> bool:
     return "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
 
 
-def _sums_by_row(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Each row's summed loss in nats and the number of tokens predicted, `(rows, 2)`, from logits `(rows, S, V)`."""
+def _sums_by_row(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Each row's summed loss in nats and its number of predicted tokens, `(rows, 2)`, from `(rows, S, V)` logits."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]  # (rows, S - 1)
     losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
@@ -230,7 +230,7 @@ def _nats_per_token(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _is_about_writing(error: Exception) -> bool:
-    """Whether an error came from a disk and is not explained yet; libraries raise errors of their own for it."""
+    """Whether an error comes from writing to disk and is not explained yet; libraries raise their own errors."""
     if disk_error(error) is not None:
         return True
     words = ("PytorchStreamWriter", "unexpected pos", "iostream error", "No space left", "write")

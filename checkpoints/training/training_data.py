@@ -1,16 +1,18 @@
-"""What a run trains on and measures on: sources opened, packed into rows, counted in steps, and known by digests."""
+"""The data of a run: opens sources, packs them into rows, counts the steps, and takes digests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.documents import Source
-from parscale.checkpoints.texts.sources import open_sources
+from parscale.checkpoints.texts.sources import LOOKED_AT, open_sources
 from parscale.checkpoints.training.digests import streamed_digest
 from parscale.checkpoints.training.packing import (
+    Block,
     Blocks,
     Encoder,
     Shuffled,
@@ -24,13 +26,14 @@ from parscale.checkpoints.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Packed text.
+    """Packed text for training and evaluation.
 
     Attributes:
         rows: what to train on, in its order.
         steps: how many there are.
         digest: of the rows; of streamed ones, of their beginning.
-        measured: what to measure on, by name.
+        measured: what to measure on while training, by name.
+        held_out: the documents of the same texts.
         datasets: the names of what came from the Hugging Face Hub.
     """
 
@@ -38,14 +41,15 @@ class TrainingData:
     steps: int
     digest: str
     measured: dict[str, Blocks]
+    held_out: dict[str, Source]
     datasets: list[str]
 
 
 class Sources:
-    """What a run reads, opened and looked into, so that what is wrong is said before a model is loaded.
+    """The sources of a run, opened and checked, so that errors are reported before a model is loaded.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
 
     Raises:
         ValueError: a source is missing, damaged or empty.
@@ -58,24 +62,36 @@ class Sources:
         texts = open_sources([*settings.eval_data.values()], text_column=column)
         self.eval_data = dict(zip(settings.eval_data, texts, strict=True))
 
-    def packed(self, encode: Encoder, length: int) -> TrainingData:
-        """Their text as rows of `length` tokens.
+    def check_chats(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Puts the first chats of each source through the chat template.
 
         Raises:
-            ValueError: there is too little of it, or the tokenizer is that of another model.
+            ValueError: there is none, or it refuses one of them.
+        """
+        encode = Encoder(tokenizer)
+        for source in (*self.data, *self.eval_data.values()):
+            chats = [example for example in islice(source, LOOKED_AT) if not isinstance(example[1], str)]
+            for _ in encode(chats):
+                pass
+
+    def packed(self, encode: Encoder, length: int) -> TrainingData:
+        """Their text, packed into rows of `length` tokens.
+
+        Raises:
+            ValueError: there is too little text, or the tokenizer belongs to another model.
         """
         rows, steps, digest = _training_rows(self.data, encode, length, self.settings)
         measured = {
             name: _measured_blocks(source, encode, length, self.settings) for name, source in self.eval_data.items()
         }
         datasets = [source.dataset for source in self.data if source.dataset is not None]
-        return TrainingData(rows, steps, digest, measured, datasets)
+        return TrainingData(rows, steps, digest, measured, self.eval_data, datasets)
 
 
 def _training_rows(
     sources: Sequence[Source], encode: Encoder, length: int, settings: TrainSettings
 ) -> tuple[Shuffled | Streamed, int, str]:
-    """What to train on, in how many steps, and a digest of it; of streamed data, of its beginning."""
+    """The training data, its number of steps, and a digest of it; for streamed data, of its beginning."""
     per_step = settings.batch_size * length
     if settings.streaming:
         assert settings.tokens is not None
@@ -103,11 +119,11 @@ def _steps(tokens: int, per_step: int, settings: TrainSettings, length: int) -> 
 
 def _measured_blocks(source: Source, encode: Encoder, length: int, settings: TrainSettings) -> Blocks:
     padding = encode.tokenizer.eos_token_id or 0
-    blocks: list[Any] = []
+    blocks: list[Block] = []
     for block in pack(encode(source), length, padding=padding):
         blocks.append(block)
         if len(blocks) * length >= settings.eval_tokens:
             break
-    if not any((positions > 0).any() for _, positions in blocks):
+    if not any((block[1] > 0).any() for block in blocks):
         raise ValueError(f"{source.name} holds no document of two tokens, so no loss can be measured on it.")
     return Blocks(blocks, length)

@@ -1,6 +1,8 @@
-"""The public function: validates, then calls the chosen implementation."""
+"""The public function: checks its arguments, then calls the chosen implementation."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -20,7 +22,7 @@ def aggregate(
 ) -> torch.Tensor:
     """Mixes P streams by a smoothed softmax.
 
-    Both implementations compute in float32, float64 tensors in float64, and cast once, at the end.
+    Both implementations compute in float32 (float64 tensors in float64), and round once, at the end.
 
     Args:
         x: hidden states of the streams, `(P, N, H)`, any strides.
@@ -34,13 +36,13 @@ def aggregate(
         `(N, H)` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes do not fit, an unknown `impl`, or `"fused"` where it cannot run.
+        ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     if x.ndim != 3 or logits.ndim != 2 or logits.shape != (x.shape[1], x.shape[0]):
         raise ValueError(
             f"aggregate takes x (P, N, H) and logits (N, P), got {tuple(x.shape)} and {tuple(logits.shape)}."
         )
-    if runs_fused(impl, x, _obstacle(x, logits)):
+    if runs_fused(impl, x, functools.partial(_obstacle, x, logits)):
         from parscale.kernels.aggregate.fused import aggregate_op
 
         return aggregate_op(x, logits, smoothing)
@@ -48,7 +50,7 @@ def aggregate(
 
 
 def _obstacle(x: torch.Tensor, logits: torch.Tensor) -> str | None:
-    """Why the kernels cannot take these tensors."""
+    """Why the kernels cannot process these tensors; `None` if they can."""
     if not 1 <= x.shape[0] <= MAX_FUSED_STREAMS:
         return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {x.shape[0]}"
     if x.dtype not in FLOATS or logits.dtype not in FLOATS:

@@ -1,11 +1,11 @@
 """The weighted sum over streams in Triton: forward, backward, and their registration with torch.
 
-Read from top to bottom: forward kernel, backward kernel, host functions, operators. In kernels `b_x` is a value,
-`p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; `BN`, `BP`, `BH` are the sizes of blocks.
-Tensors without strides are contiguous; `x (P, N, H)` is so in its last dimension.
+Reading order: forward kernel, backward kernel, host functions, operators. In kernels `b_x` is a value, `p_x` a pointer,
+`o_d` an offset, `m_d` a mask, `s_xd` a stride; `BN`, `BP`, `BH` are block sizes. Tensors without strides are
+contiguous; the last dimension of `x (P, N, H)` is, too.
 
-One program of the forward pass reads each of its numbers once. One program of the backward pass holds a whole row, so
-that the gradient of the logits, a sum over H, needs neither atomics nor a second pass.
+Each program of the forward pass loads each of its elements once. Each program of the backward pass holds a whole row,
+so the gradient of the logits, a sum over H, needs neither atomics nor a second pass.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -115,7 +115,7 @@ def forward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
 
 def backward_config(P: int, H: int, dtype: torch.dtype) -> dict[str, int]:
     """Blocks and warps of `backward_kernel`."""
-    tile = 4096 if dtype.itemsize == 2 else 2048  # numbers that a program holds
+    tile = 4096 if dtype.itemsize == 2 else 2048  # elements that a program holds
     return {"BH": min(power_of_2(H), tile // power_of_2(P)), "num_warps": 4}
 
 
@@ -164,7 +164,7 @@ def backward(
 
 @torch.library.custom_op("parscale::aggregate", mutates_args=())
 def aggregate_op(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """As `forward`, registered: torch.compile, CUDA graphs, autograd (once) and vmap know it."""
+    """`forward` as a torch operator: supports torch.compile, CUDA graphs, autograd (once) and vmap."""
     return forward(x, logits, smoothing)
 
 
@@ -177,7 +177,7 @@ def _(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
 def aggregate_backward_op(
     gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `backward`, registered; not differentiable again."""
+    """`backward` as a torch operator; not differentiable again."""
     return backward(gradient, x, logits, smoothing)
 
 
@@ -188,7 +188,7 @@ def _(
     return x.new_empty(x.shape), logits.new_empty(logits.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     x, logits, ctx.smoothing = inputs
     ctx.save_for_backward(x, logits)
 
@@ -202,19 +202,21 @@ aggregate_op.register_autograd(_differentiate, setup_context=_setup)
 
 
 def _rows(x: torch.Tensor, dim: int | None, size: int, row_dim: int) -> torch.Tensor:
-    """The mapped dimension in front of the rows' one: a copy, or none where strides allow."""
+    """Moves the mapped dimension before that of the rows: a copy only where the strides require one."""
     x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.movedim(0, row_dim).flatten(row_dim, row_dim + 1)
 
 
 @aggregate_op.register_vmap
-def _(info: Any, dims: tuple[Any, ...], x: Any, logits: Any, smoothing: float) -> tuple[Any, int]:
+def _(info: Any, dims: tuple[Any, ...], x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> tuple[Any, int]:
     x, logits = _rows(x, dims[0], info.batch_size, 1), _rows(logits, dims[1], info.batch_size, 0)
     return aggregate_op(x, logits, smoothing).unflatten(0, (info.batch_size, -1)), 0
 
 
 @aggregate_backward_op.register_vmap
-def _(info: Any, dims: tuple[Any, ...], gradient: Any, x: Any, logits: Any, smoothing: float) -> tuple[Any, Any]:
+def _(
+    info: Any, dims: tuple[Any, ...], gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
+) -> tuple[Any, Any]:
     size = info.batch_size
     rows = (_rows(gradient, dims[0], size, 0), _rows(x, dims[1], size, 1), _rows(logits, dims[2], size, 0))
     dx, dlogits = aggregate_backward_op(*rows, smoothing)

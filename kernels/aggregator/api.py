@@ -1,6 +1,8 @@
-"""The public function: validates, then calls the chosen implementation."""
+"""The public function: checks its arguments, then calls the chosen implementation."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -23,10 +25,9 @@ def aggregator(
 ) -> torch.Tensor:
     """`Linear(P*H -> H)`, SiLU, `Linear(H -> P)`, softmax over streams, smoothing, weighted sum.
 
-    As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation rounds nothing between the first
-    projection's sum and the result: sums, SiLU, softmax and mixture are float32. Up to 32 rows it makes no rearranged
-    copy of `hidden`. Under autocast the projections take its dtype, as linear layers do, and the mixture that of
-    `hidden`.
+    As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation computes the sum of the first projection,
+    SiLU, softmax and mixture in float32, without rounding between them. Up to 32 rows it makes no reordered copy of
+    `hidden`. Under autocast the projections use its dtype, as linear layers do, and the mixture uses that of `hidden`.
 
     Args:
         hidden: the streams' hidden states, `(P*B, S, H)`, stream-major rows.
@@ -35,15 +36,15 @@ def aggregator(
         weight2: `(P, H)`.
         bias2: `(P,)`.
         smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`, in [0, 1].
-        impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32), up
-            to 64 streams, and is differentiable once. `"auto"` is `"fused"` on CUDA and ROCm
-            devices where Triton is installed and the tensors are such, and `"reference"` elsewhere.
+        impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32), up to
+            64 streams, and is differentiable once. `"auto"` is `"fused"` for such tensors on CUDA and ROCm devices
+            where Triton is installed, and `"reference"` otherwise.
 
     Returns:
         `(B, S, H)` in the dtype of `hidden`.
 
     Raises:
-        ValueError: shapes do not fit, an unknown `impl`, or `"fused"` where it cannot run.
+        ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (hidden, weight1, bias1, weight2, bias2)
     P, H = weight2.shape[0], hidden.shape[-1]
@@ -55,11 +56,11 @@ def aggregator(
             + "."
         )
     if hidden.shape[0] % P:
-        raise ValueError(f"hidden has {hidden.shape[0]} rows, which is no multiple of the {P} streams.")
+        raise ValueError(f"hidden has {hidden.shape[0]} rows, which is not a multiple of the {P} streams.")
     weights = list(tensors[1:])
     if autocasts(hidden):
         weights = [x.to(torch.get_autocast_dtype(hidden.device.type)) for x in weights]
-    if runs_fused(impl, hidden, _obstacle(hidden, weights, autocasts(hidden))):
+    if runs_fused(impl, hidden, functools.partial(_obstacle, hidden, weights, autocasts(hidden))):
         from parscale.kernels.aggregator.fused import aggregator_op
 
         x = hidden.unflatten(0, (P, -1)).flatten(1, 2)  # (P, B*S, H)
@@ -70,7 +71,7 @@ def aggregator(
 
 
 def _obstacle(hidden: torch.Tensor, weights: list[torch.Tensor], is_cast: bool) -> str | None:
-    """Why the kernels cannot take these tensors."""
+    """Why the kernels cannot process these tensors; `None` if they can."""
     P = weights[-1].shape[0]
     if not 1 <= P <= MAX_FUSED_STREAMS:
         return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {P}"

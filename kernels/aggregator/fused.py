@@ -1,14 +1,14 @@
-"""The whole aggregator on a GPU: host functions, and their registration with torch.
+"""The whole aggregator on a GPU: host functions, and their registration as torch operators.
 
-Two regimes. With few rows (decoding) the time is that of reading `weight1` once: one kernel multiplies it as it lies,
-in splits of the hidden dimension. With more rows the streams are put into the order of `weight1`'s columns, and
-cuBLAS multiplies, whatever their number. In both, a second kernel does everything else.
+There are two cases. With few rows (decoding), reading `weight1` once takes almost all of the time: one kernel
+multiplies it in its memory layout, in splits of the hidden dimension. With more rows, the streams are reordered to
+match `weight1`'s columns, and cuBLAS multiplies. In both cases a second kernel does the rest.
 
-The weights are never copied in a forward pass, nor kept in another order between calls: what is kept would have to know
-of every change of the weights, and some (`.data`, loaders, sharding) leave no trace. Up to `N = H` rows the copy of
+A forward pass never copies the weights, and no reordered weights are cached between calls: a cache would have to notice
+every change of the weights, and some (`.data`, loaders, sharding) cannot be noticed. Up to `N = H` rows, the copy of
 the activations is the smaller one.
 
-`x (P, N, H)` may have another dtype than the weights, as under autocast: products take the weights'.
+`x (P, N, H)` may have another dtype than the weights, as under autocast: matrix products use that of the weights.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ MAX_SPLITS = 16
 
 def few_rows_config(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     """Blocks, warps and stages of `few_rows_kernel`."""
-    # 512 bytes of a weight's row at a time; for more rows half as much, which more registers would not take
+    # 512 bytes of a row of weights at a time; half as much for more rows, which would need more registers
     BN, size = (16, 512) if N <= 16 else (FEW_ROWS, 256)
     BH = max(1, 16 // P, (size // dtype.itemsize) // P)
     return {"BN": BN, "BJ": 16, "BH": BH, "num_warps": 4, "num_stages": 2 if gpu.is_hip else 4}
 
 
 def few_rows_programs(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> int:
-    """How many programs of `few_rows_kernel` a multiprocessor holds at a time."""
+    """The number of programs of `few_rows_kernel` that a multiprocessor holds at a time."""
     config = few_rows_config(P, N, dtype, gpu)
     rows = (config["num_stages"] - 1) * (config["BN"] + config["BJ"])
-    if dtype == torch.float32:  # whose rows are laid out anew for the product
+    if dtype == torch.float32:  # whose rows get another layout for the product
         rows += config["BN"]
     shared = rows * config["BH"] * P * dtype.itemsize
     return gpu.programs(shared, config["num_warps"], registers=168 if gpu.is_hip else 128)
 
 
 def few_rows_splits(P: int, N: int, H: int, dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
-    """How many splits of the hidden dimension fill the GPU once, and the steps of each."""
+    """The number of splits of the hidden dimension that fill the GPU once, and the steps of each."""
     config = few_rows_config(P, N, dtype, gpu)
     places = gpu.processors * few_rows_programs(P, N, dtype, gpu)
     blocks = triton.cdiv(H, config["BH"])
@@ -71,7 +71,7 @@ def split_config(P: int) -> dict[str, int]:
 
 
 def join_streams(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`(P, N, H)` -> `(N, H*P)` in `dtype`: all streams of a hidden feature together."""
+    """`(P, N, H)` -> `(N, H*P)` in `dtype`: all streams of a hidden feature are adjacent."""
     P, N, H = x.shape
     joined = torch.empty(N, H * P, dtype=dtype, device=x.device)
     config = join_config(P, H)
@@ -92,7 +92,7 @@ def split_streams(weight: torch.Tensor, P: int) -> torch.Tensor:
 
 
 def takes_few_rows(P: int, N: int, H: int) -> bool:
-    """Whether `few_rows_kernel` does the first projection: it loads 16 bytes at a time where these hold."""
+    """Whether `few_rows_kernel` computes the first projection: it needs loads of 16 bytes."""
     return N <= FEW_ROWS and power_of_2(P) == P and H % 16 == 0
 
 
@@ -114,7 +114,7 @@ def forward(
         weight2: `(P, H)`.
         bias2: `(P,)`.
         smoothing: epsilon.
-        save: whether a backward pass follows.
+        save: whether to save what a backward pass needs.
     """
     P, N, H = x.shape
     out = torch.empty(N, H, dtype=x.dtype, device=x.device)
@@ -141,7 +141,7 @@ def forward(
 
 
 def _multiply_few(x: torch.Tensor, weight: torch.Tensor, gpu: Gpu) -> torch.Tensor:
-    """`x (P, N, H)`, `weight (H, H*P)` -> parts of the product, `(splits, N, H)`, float32."""
+    """`x (P, N, H)`, `weight (H, H*P)` -> partial products, `(splits, N, H)`, float32."""
     P, N, H = x.shape
     config = few_rows_config(P, N, weight.dtype, gpu)
     splits, steps = few_rows_splits(P, N, H, weight.dtype, gpu)
@@ -211,7 +211,7 @@ def aggregator_op(
     smoothing: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `forward`, registered: torch.compile, CUDA graphs, autograd (once) and vmap know it."""
+    """`forward` as a torch operator: supports torch.compile, CUDA graphs, autograd (once) and vmap."""
     return forward(x, weight1, bias1, weight2, bias2, smoothing, save)
 
 
@@ -239,7 +239,7 @@ def aggregator_backward_op(
     logits: torch.Tensor,
     smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `backward`, registered; not differentiable again."""
+    """`backward` as a torch operator; not differentiable again."""
     return backward(gradient, x, weight1, weight2, inner, logits, smoothing)
 
 
@@ -258,7 +258,7 @@ def _(
     return x.new_empty(x.shape), *weights
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, weight1, _, weight2, _, ctx.smoothing, ctx.save = inputs
     _, inner, logits = output
     ctx.mark_non_differentiable(inner, logits)
@@ -267,7 +267,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if not ctx.save:
-        raise RuntimeError("parscale::aggregator kept nothing for a backward pass; call it with save=True.")
+        raise RuntimeError("parscale::aggregator saved nothing for a backward pass; call it with save=True.")
     return *aggregator_backward_op(gradient, *ctx.saved_tensors, ctx.smoothing), None, None
 
 

@@ -1,8 +1,8 @@
 """The aggregator's Triton kernels.
 
-`b_x` is a value, `p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; `BN`, `BJ`, `BH`,
-`BP` are the sizes of blocks: rows, inner features, hidden features, streams. `DOT` is the type of factors. Tensors
-without strides are contiguous; `x (P, N, H)` is so in its last dimension.
+`b_x` is a value, `p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; `BN`, `BJ`, `BH`, `BP` are block
+sizes: rows, inner features, hidden features, streams. `DOT` is the type of the factors. Tensors without strides are
+contiguous; the last dimension of `x (P, N, H)` is, too.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -29,11 +29,11 @@ def few_rows_kernel(
     EARLY: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """A part of the first projection's sum, `(splits, N, H)`, for at most BN rows; P is a power of 2.
+    """A partial sum of the first projection, `(splits, N, H)`, for at most BN rows; P is a power of 2.
 
-    `weight (H, H*P)` is read once, as it lies; the rows of `x`, far smaller, are put into its order on the way to
-    the product. A program for each BJ inner features and each split of the hidden ones. With EARLY the next kernel may
-    start before this one has ended.
+    `weight (H, H*P)` is read once, in its memory layout; the rows of `x`, which are far smaller, are reordered to match
+    it. There is one program for each BJ inner features and each split of the hidden ones. With EARLY, the next kernel
+    may start before this one has ended.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -77,10 +77,10 @@ def finish_kernel(
     BH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The rest of the aggregator, a program for each row: from the parts of the first projection's sum to `out`.
+    """The rest of the aggregator, one program for each row: from the partial sums of the first projection to `out`.
 
-    `partial (splits, N, H)` in float32, `out (N, H)`, `logits (N, P)`; `inner (N, H)`, before SiLU, if it is
-    not `None`. With EARLY it has started before the parts were there, and waits for them.
+    `partial (splits, N, H)` in float32, `out (N, H)`, `logits (N, P)`; `inner (N, H)`, before SiLU, unless it is
+    `None`. With EARLY, it starts before the partial sums are ready, and waits for them.
     """
     o_n = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BP).to(tl.int64)  # (BP,)
@@ -128,7 +128,7 @@ def join_kernel(
     BP: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """`x (P, N, H)` -> `(N, H, P)`, in the order of the first projection's weight; a program for BH of a row."""
+    """`x (P, N, H)` -> `(N, H, P)`, in the order of the first projection's weight; one program for BH of a row."""
     blocks = tl.cdiv(H, BH)
     o_n = (tl.program_id(0) // blocks).to(tl.int64)
     o_h = (tl.program_id(0) % blocks).to(tl.int64) * BH + tl.arange(0, BH)  # (BH,)
@@ -149,7 +149,7 @@ def split_kernel(
     BP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """`weight (M, P)` -> `(P, M)`: each stream's columns together."""
+    """`weight (M, P)` -> `(P, M)`: the columns of each stream become contiguous."""
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # (BM,)
     o_p = tl.arange(0, BP).to(tl.int64)  # (BP,)
     m_m, m_p = o_m < M, o_p < P

@@ -1,4 +1,4 @@
-"""The aggregator in plain torch: what the fused kernels are held against."""
+"""The aggregator in plain torch: the baseline for the fused kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from parscale.kernels.aggregate.api import aggregate
+from parscale.kernels.aggregator.layout import stream_innermost
 
 
 def aggregator_reference(
@@ -17,9 +18,9 @@ def aggregator_reference(
     smoothing: float,
 ) -> torch.Tensor:
     """As `parscale.kernels.aggregator`, with the copy into the order of `weight1`'s columns."""
-    x = hidden.unflatten(0, (weight2.shape[0], -1))  # (P, B, S, H)
-    joined = x.permute(1, 2, 3, 0).flatten(2)  # (B, S, H, P) -> (B, S, H*P)
-    inner = nn.functional.silu(nn.functional.linear(joined, weight1, bias1))  # (B, S, H)
+    innermost = stream_innermost(hidden, weight2.shape[0])  # (B, S, H*P)
+    inner = nn.functional.silu(nn.functional.linear(innermost, weight1, bias1))  # (B, S, H)
     logits = nn.functional.linear(inner, weight2, bias2)  # (B, S, P)
-    mixed = aggregate(x.flatten(1, 2), logits.flatten(0, 1), smoothing, impl="reference")  # (B*S, H)
+    x = innermost.view(-1, *hidden.shape[-1:], weight2.shape[0]).permute(2, 0, 1)  # (P, B*S, H)
+    mixed = aggregate(x, logits.flatten(0, 1), smoothing, impl="reference")  # (B*S, H)
     return mixed.unflatten(0, logits.shape[:2])

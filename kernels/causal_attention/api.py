@@ -1,7 +1,7 @@
 """The public function of causal attention over `[prefix of stream p | new tokens]`, by torch's flash attention.
 
-On a GPU the prefix is put in front of the keys, and torch's operator aligns its causal mask to the lower right: one
-call, forward and backward. On a CPU it does not, and two calls are merged.
+On a GPU the prefix is put before the keys, and torch's operator aligns its causal mask to the lower right: one call,
+forward and backward. On a CPU it aligns it to the upper left, so two calls are merged.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """
@@ -20,20 +20,20 @@ LARGEST_HEAD = 256
 
 
 def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: Impl = "auto") -> bool:
-    """Whether `causal_attention` takes these tensors: whether torch's flash attention does, and may.
+    """Whether `causal_attention` supports these tensors: whether torch's flash attention does, and is allowed.
 
-    On a CPU it takes every floating dtype; on CUDA and ROCm devices (of compute capability 8 or more) float16 and
-    bfloat16, heads of up to 256 numbers, in steps of 8. Nowhere where `torch.nn.attention.sdpa_kernel` forbids flash
-    attention, or under a transform of `torch.func`.
+    On a CPU it supports every floating dtype; on CUDA and ROCm devices (compute capability 8 or more) float16 and
+    bfloat16, with head sizes up to 256 that are multiples of 8. It does not run where `torch.nn.attention.sdpa_kernel`
+    disables flash attention, or under a transform of `torch.func`.
 
     Args:
         query: `(P*B, heads, S, D)`.
         key: `(P*B, G, S, D)`.
         value: `(P*B, G, S, D)`.
-        impl: as `wrap` takes `kernels`; `"reference"` is never mergeable.
+        impl: as `kernels` in `wrap`; `"reference"` is never mergeable.
 
     Returns:
-        Whether it takes them.
+        Whether it supports them.
     """
     if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
         return False
@@ -45,7 +45,7 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _flash_runs(device: torch.device) -> bool:
-    if not torch.backends.cuda.flash_sdp_enabled():  # of CPUs as well
+    if not torch.backends.cuda.flash_sdp_enabled():  # also on CPUs
         return False
     return device.type == "cpu" or torch.cuda.get_device_properties(device).major >= 8
 
@@ -59,10 +59,10 @@ def causal_attention(
     *,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Each token attends to its stream's whole prefix and to the tokens up to itself.
+    """Each token attends to its stream's whole prefix and to the tokens up to and including itself.
 
     Args:
-        query: `(P*B, heads, S, D)`, stream-major rows; tensors that `is_mergeable` takes.
+        query: `(P*B, heads, S, D)`, stream-major rows; tensors that `is_mergeable` accepts.
         key: `(P*B, G, S, D)`; `heads` is a multiple of G (grouped queries).
         value: `(P*B, G, S, D)`.
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
@@ -74,7 +74,7 @@ def causal_attention(
         a second time is a `RuntimeError`.
     """
     dtype = autocast_dtype(query)
-    # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
+    # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
     query, key, value, prefix_k, prefix_v = (x.to(dtype) for x in (query, key, value, *prefix))
     if query.is_cpu:

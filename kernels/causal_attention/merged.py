@@ -1,8 +1,8 @@
-"""Causal attention on a CPU: prefix and new tokens apart, each by torch's flash attention, merged by log-sum-exp.
+"""Causal attention on a CPU: prefix and new tokens separately, by torch's flash attention, merged by log-sum-exp.
 
-The causal mask of torch's flash attention for CPUs is aligned to the upper left, so that a prefix cannot lie in front
-of the keys. The prefix is not copied for the rows of a stream, and nothing is kept for the backward pass beside what
-plain causal attention keeps.
+The causal mask of torch's flash attention for CPUs is aligned to the upper left, so a prefix cannot come before the
+keys. The prefix is not copied for the rows of a stream, and nothing is saved for the backward pass beyond what plain
+causal attention saves.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """
@@ -24,42 +24,51 @@ def causal_attention_merged(
     prefix_v: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """As `parscale.kernels.causal_attention`, for tensors of one dtype on a CPU."""
+    """`parscale.kernels.causal_attention` for tensors of one dtype on a CPU."""
     return _CausalAttention.apply(query, key, value, prefix_k, prefix_v, scaling)
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Both parts and their merging, as one step; see `parscale.kernels.flash` for its gradients."""
+    """Both parts and their merge, as one step; see `parscale.kernels.flash` for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, scaling: Any) -> Any:
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prefix_k: torch.Tensor,
+        prefix_v: torch.Tensor,
+        scaling: float | None,
+    ) -> Any:
         P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
         output, lse = flash(query, key, value, True, scaling)  # (R, heads, S, D), (R, heads, S)
         prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
         prefix_output, prefix_lse = by_row(prefix_output, B), by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
         share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
-        # not in place, which torch 2.11 forgets when it compiles the backward pass
-        output = output.lerp(prefix_output, share.to(output.dtype))
+        # torch 2.11 forgets what is done in place when it compiles the backward pass
+        merge = output.lerp if torch.compiler.is_compiling() else output.lerp_
+        output = merge(prefix_output, share.to(output.dtype))
         lse = torch.logaddexp(lse, prefix_lse).contiguous()
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse)
         ctx.scaling = scaling
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return *gradients_once(_gradients, ctx.scaling, gradient, *ctx.saved_tensors), None
 
 
 def _gradients(
     scaling: float | None,
-    gradient: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    prefix_k: Any,
-    prefix_v: Any,
-    output: Any,
-    lse: Any,
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""
     P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
@@ -69,4 +78,5 @@ def _gradients(
     d_queries, d_prefix_k, d_prefix_v = flash_backward(
         gradient, queries, prefix_k, prefix_v, output, lse, (), False, scaling
     )
-    return d_query + by_row(d_queries, B), d_key, d_value, d_prefix_k, d_prefix_v
+    add = d_query.add if torch.compiler.is_compiling() else d_query.add_
+    return add(by_row(d_queries, B)), d_key, d_value, d_prefix_k, d_prefix_v

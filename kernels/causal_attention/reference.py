@@ -17,7 +17,7 @@ def causal_attention_reference(
     *,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """As `parscale.kernels.causal_attention`, by one call with a mask: what it is held against.
+    """`parscale.kernels.causal_attention` by one call with a mask: the baseline for the other implementations.
 
     Args:
         query: `(P*B, heads, S, D)`, stream-major rows.

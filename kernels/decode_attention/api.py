@@ -1,6 +1,8 @@
-"""The public function of decode attention: validates, then calls the chosen implementation."""
+"""The public function of decode attention: checks its arguments, then calls the chosen implementation."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -26,41 +28,40 @@ def decode_attention(
     softcap: float | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Softmax attention of one token per row over `[prefix of stream p | cache]`, both read where they lie.
+    """Softmax attention of one token per row over `[prefix of stream p | cache]`, both read in place.
 
     Args:
         query: `(P*B, heads, 1, D)`, stream-major rows.
-        key: `(P*B, G, K, D)`; `heads` is a multiple of G (grouped queries). Read in place if the last dimension of
-            keys and values lies contiguous.
+        key: `(P*B, G, K, D)`; `heads` is a multiple of G (grouped queries). Read in place if the last dimension of keys
+            and values is contiguous.
         value: `(P*B, G, K, Dv)`.
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
         prefix_v: `(P, G, T, Dv)`.
-        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or `K` in
-            place of `T + K`: then it is about the cache alone. Padding and sliding windows are masks. An additive
-            mask's `-inf` and its dtype's smallest number hide. What is hidden is read, and must be finite.
-        length: how many of the K tokens are real, for a cache that is longer: integers, `(P*B,)` or one, on the
-            device, so that a captured graph reads it anew. What lies beyond may be anything.
-        sinks: logits `(heads,)` that take a part of the softmax and give nothing (GPT-OSS).
+        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or with `K` in
+            place of `T + K`, for the cache alone. Padding and sliding windows are masks. In an additive mask, `-inf`
+            and the lowest value of its dtype hide. Hidden entries are read, and must be finite.
+        length: number of real tokens among the K, for a cache that is longer: integers, `(P*B,)` or one, on the device,
+            so that a captured graph reads the current value. Entries beyond it may have any value.
+        sinks: logits `(heads,)` that take part in the softmax but have no value (GPT-OSS).
         scaling: factor on the scores; `D ** -0.5` if `None`.
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2).
         impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32) and
-            heads of up to 256 numbers, and has no gradient. `"auto"` is `"fused"` on CUDA and ROCm devices where
-            Triton is installed, the tensors are such and no gradient is recorded, and `"reference"` elsewhere.
+            heads of up to 256 elements, and has no gradient. `"auto"` is `"fused"` for such tensors on CUDA and ROCm
+            devices where Triton is installed and no gradient is recorded, and `"reference"` otherwise.
 
     Returns:
         `(P*B, heads, 1, Dv)` in the dtype of `query`.
 
     Raises:
-        ValueError: shapes do not fit, an unknown `impl`, or `"fused"` where it cannot run.
+        ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (query, key, value, prefix_k, prefix_v)
-    if any(x.ndim != 4 for x in tensors) or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
+    if [x.ndim for x in tensors] != [4] * 5 or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
         raise ValueError(
             "decode_attention takes query (P*B, heads, 1, D), key (P*B, G, K, D), value (P*B, G, K, Dv), prefix_k "
             "(P, G, T, D) and prefix_v (P, G, T, Dv), got " + ", ".join(str(tuple(x.shape)) for x in tensors) + "."
         )
-    extra = [x for x in (mask, length, sinks) if x is not None]
-    if runs_fused(impl, query, decode_obstacle(tensors, extra)):
+    if runs_fused(impl, query, functools.partial(decode_obstacle, tensors, (mask, length, sinks))):
         from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -71,7 +72,7 @@ def decode_attention(
 
 
 def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """How far each row of a mask sees: one more than the last token that any of its heads sees.
+    """The visible length of each row of a mask: one more than the last token that any of its heads sees.
 
     Args:
         mask: over the cache, `(R or 1, heads or 1, 1, K)`, boolean or additive.
@@ -84,8 +85,9 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
     return (seen * places).amax(dim=(1, 2, 3))
 
 
-def decode_obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]) -> str | None:
+def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
     """Why the kernels cannot take these tensors."""
+    extra = [x for x in options if x is not None]
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or tensors[0].dtype not in FLOATS:
         return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"
@@ -94,5 +96,5 @@ def decode_obstacle(tensors: tuple[torch.Tensor, ...], extra: list[torch.Tensor]
     if len({x.device for x in (*tensors, *extra)}) > 1:
         return "the tensors are on different devices"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *extra)):
-        return "a gradient is recorded, and it has none"
+        return "a gradient is recorded, but the kernels have none"
     return None

@@ -1,7 +1,7 @@
 """Decode attention on a GPU: one token of each row over its stream's prefix and its cache, both read in place.
 
-Split over the sequence: a program takes one key/value head of one row, all queries that share it, and a part of
-`[prefix | cache]`; a second kernel merges the parts by their log-sum-exp. Tokens beyond `length` are not read.
+The work is split over the sequence: a program takes one key/value head of one row, all queries that share it, and a
+part of `[prefix | cache]`; a second kernel merges the parts by their log-sum-exp. Tokens beyond `length` are not read.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ MAX_SPLITS = 64
 def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     """Block of tokens, warps and stages of `part_kernel`."""
     half = dtype.itemsize == 2
+    # 32 KiB of keys and values in a block; 16 in float32, or if 32 would leave only one program to a multiprocessor
+    block = 32768 if half and not gpu.is_small else 16384
     size = (max(16, power_of_2(D)) + max(16, power_of_2(V))) * dtype.itemsize  # bytes of a token
-    # keys and values of a block in 32 KiB, in 16 of float32, and a power of 2
-    BT = 1 << ((32768 if half else 16384) // size).bit_length() - 1
+    BT = 1 << (block // size).bit_length() - 1  # a power of 2
     BT = max(16, min(64 if gpu.is_hip else 128, BT))
     # float32 products keep their factors in registers
     return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
 
 
 def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
-    """How many programs of `part_kernel` a multiprocessor holds at a time."""
+    """The number of programs of `part_kernel` that a multiprocessor holds at a time."""
     config = part_config(D, V, dtype, gpu)
     BM, BD, BV = (max(16, power_of_2(x)) for x in (queries, D, V))
-    # the blocks that are on the way, and queries and weights on their way between layouts
+    # blocks in flight, and buffers that convert queries and weights between layouts
     shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
     if gpu.is_hip:
         registers = 256 if BM < 64 else 512
@@ -42,15 +43,15 @@ def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) ->
 
 
 def choose_splits(heads: int, blocks: int, places: int) -> int:
-    """Into how many parts the sequence of each head is cut.
+    """The number of parts into which the sequence of each head is split.
 
-    Of all numbers, the one with which the fewest blocks follow one another, counting one more for each program's start.
-    Several parts must save a tenth for what merging them costs.
+    It minimizes the number of consecutive blocks, plus one for the start of each program. Several parts must save at
+    least a tenth, since merging them has a cost.
 
     Args:
         heads: key/value heads of all rows.
-        blocks: of tokens, for each of them.
-        places: programs that the GPU holds at a time.
+        blocks: number of blocks of tokens for each head.
+        places: number of programs that the GPU holds at a time.
     """
 
     def steps(splits: int) -> float:
@@ -74,9 +75,9 @@ def decode(
     *,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """As `parscale.kernels.decode_attention`, or as `parscale.kernels.shared_decode_attention`.
+    """Computes `parscale.kernels.decode_attention`, or `parscale.kernels.shared_decode_attention`.
 
-    The second, where there are fewer rows of keys than of queries. `splits` of the sequence are chosen if `None`.
+    The second, if there are fewer rows of keys than of queries. `splits` of the sequence are chosen if `None`.
     """
     (R, heads, _, D), (P, G, T, _), (rows, _, K, _) = query.shape, prefix_k.shape, key.shape
     V, n, gpu = value.shape[3], heads // G, gpu_of(query.device)
@@ -134,7 +135,7 @@ def decode(
 def _mask_arguments(
     mask: torch.Tensor | None, rows: int, heads: int, K: int
 ) -> tuple[torch.Tensor | None, tuple[int, int], dict[str, Any]]:
-    """The mask as the kernel takes it, its strides by row and by head, and what is compiled into the kernel."""
+    """The mask in the kernel's form, its strides by row and by head, and the compile-time options."""
     if mask is None:
         return None, (0, 0), {"LEAST": None, "MASKED_PREFIX": False, "HEADS": False}
     least = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -157,7 +158,7 @@ def decode_op(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """As `decode`, registered: torch.compile and CUDA graphs know it. It has no gradient."""
+    """`decode` as a torch operator: supports torch.compile and CUDA graphs. It has no gradient."""
     return decode(query, key, value, prefix_k, prefix_v, mask, length, sinks, scaling, softcap)
 
 

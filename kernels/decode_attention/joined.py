@@ -1,4 +1,4 @@
-"""Decode attention by one softmax over the joined keys: every option, no haste."""
+"""Decode attention by one softmax over joined keys: supports every option, but is not fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def decode_attention_joined(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """As `parscale.kernels.decode_attention`, on a copy of the cache: what the others are held against."""
+    """`parscale.kernels.decode_attention` on a copy of the cache: the baseline for the other implementations."""
     (R, heads, _, D), (_, G, T, _) = query.shape, prefix_k.shape
     K, device, dtype = key.shape[2], query.device, torch.promote_types(query.dtype, torch.float32)
     keys, values = (
@@ -39,5 +39,5 @@ def decode_attention_joined(
         scores = scores.masked_fill(nn.functional.pad(hidden, (T, 0)), float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(R, -1, 1, 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : T + K].nan_to_num(0.0)  # nothing in sight: nothing
+    weights = torch.softmax(scores, dim=-1)[..., : T + K].nan_to_num(0.0)  # a query without visible keys gets zeros
     return (weights @ values).to(query.dtype)

@@ -1,12 +1,12 @@
 """The Triton kernels of decode attention.
 
-In kernels `b_x` is a value, `p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; `BM` queries
-of a head, `BT` tokens, `BD` and `BV` numbers of a key and a value make a block. Logarithms are to base 2. Tensors
-without strides are contiguous. A pointer that is `None` stands for an option that is not used.
+In kernels `b_x` is a value, `p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_xd` a stride; a block has `BM` queries
+of a head, `BT` tokens, `BD` elements of a key and `BV` of a value. Logarithms are to base 2. Tensors without strides
+are contiguous. A pointer that is `None` means that an option is not used.
 
 Shapes: R = P*B rows, stream-major; G key/value heads of n queries each; K cached tokens; T prefix tokens; D, V sizes of
-a key and a value. S streams share the keys of a row: 1, where each has its own; else all that run, of which the first
-PLAIN have no prefix. To a program they are S*n queries of one head.
+a key and a value. S streams share the keys of a row: 1, if each has its own; otherwise all streams that run, of which
+the first PLAIN have no prefix. A program treats them as S*n queries of one head.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -59,10 +59,10 @@ def _attend(
 ):
     """Adds the blocks `first .. last` of one list of keys and values to a running softmax.
 
-    With OWN the list is made of runs of OWN tokens, SKIP others between them in memory, each seen by one stream alone.
-    Loads of keys and values depend on nothing but `tokens`, so that they run ahead of the products. The mask, bytes
-    of which 0 hides if LEAST is `None`, else numbers to add of which LEAST and below hide, is applied to the scores;
-    its next block is on the way while this one is used.
+    With OWN, the list consists of runs of OWN tokens, with SKIP others between them in memory; each run is visible to
+    one stream alone. Loads of keys and values depend only on `tokens`, so that they can run ahead of the products. The
+    mask is applied to the scores: bytes, where 0 hides, if LEAST is `None`; otherwise numbers to add, where LEAST and
+    below hide. Its next block is loaded while the current one is used.
     """
     BM: tl.constexpr = b_out.shape[0]
     BD: tl.constexpr = b_query.shape[1]
@@ -94,7 +94,7 @@ def _attend(
 
         b_score = tl.dot(b_query, tl.trans(b_key.to(DOT)), input_precision="ieee") * scaling  # (BM, BT)
         if SOFTCAP is not None:
-            b_score = SOFTCAP * (1 - 2 / (tl.exp(2 * b_score / SOFTCAP) + 1))  # of tanh
+            b_score = SOFTCAP * (1 - 2 / (tl.exp(2 * b_score / SOFTCAP) + 1))  # tanh
         if p_mask is not None and LEAST is not None:
             b_score += b_mask.to(tl.float32)
         b_score = tl.where(m_score, b_score * 1.4426950408889634, float("-inf"))
@@ -150,11 +150,11 @@ def part_kernel(
 ):
     """One split of one key/value head of one row of keys.
 
-    Writes `out (R*G*n, splits, V)`; with several splits also their log-sum-exp, `lse (R*G*n, splits)`, and the rest
-    is `merge_kernel`'s. `query` is `(R, G*n, D)`, `prefix_k` `(P, G, T, D)`, without the PLAIN streams.
-    B is how many rows have the same prefix, and, where streams share keys, how many a stream has. The mask is over the
-    cache, over prefix and cache if MASKED_PREFIX, for each head if HEADS. `length` is one number, one for each row if
-    LENGTHS. With EARLY the next kernel may start before this one has ended.
+    Writes `out (R*G*n, splits, V)`; with several splits also their log-sum-exp, `lse (R*G*n, splits)`, for
+    `merge_kernel`. `query` is `(R, G*n, D)`, `prefix_k` is `(P, G, T, D)`, without the PLAIN streams. B is the number
+    of rows with the same prefix and, if streams share keys, the number of rows of a stream. The mask covers the cache,
+    or prefix and cache if MASKED_PREFIX, for each head if HEADS. `length` is one number, or one for each row if
+    LENGTHS. With EARLY, the next kernel may start before this one has ended.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -274,9 +274,9 @@ def merge_kernel(
     BS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`parts (R*heads, splits, V)` weighed by `lse (R*heads, splits)` -> `out (R*heads, V)`; a program a row.
+    """`parts (R*heads, splits, V)`, weighted by `lse (R*heads, splits)` -> `out (R*heads, V)`; one program per row.
 
-    Takes BS splits at a time. With EARLY it has started before the parts were there, and waits for them.
+    Takes BS splits at a time. With EARLY, it starts before the parts are ready, and waits for them.
     """
     BV: tl.constexpr = triton.next_power_of_2(V)
     o_row = tl.program_id(0).to(tl.int64)

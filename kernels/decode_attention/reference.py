@@ -1,4 +1,4 @@
-"""Decode attention in plain torch: prefix and cache are read where they lie, only their scores are joined."""
+"""Decode attention in plain torch: prefix and cache are read in place; only their scores are joined."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-# Half-precision keys and values are raised to single precision in pieces of this many numbers, which stay in the cache
-# of a processor and in the pool of its allocator.
+# Half-precision keys and values are converted to single precision in pieces of this many elements, which stay in the
+# cache of a processor and in the pool of its allocator.
 PIECE = 2**20
 
 
@@ -23,8 +23,8 @@ def decode_attention_reference(
 ) -> torch.Tensor:
     """Softmax attention of one token per row over `[prefix of stream p | cache]`.
 
-    Half-precision tensors are multiplied in float32: a score that was rounded to half precision, of keys with a large
-    bias say, would be wrong by per cents after the softmax.
+    Half-precision tensors are multiplied in float32: scores rounded to half precision, such as those of keys with a
+    large bias, would give errors of some percent after the softmax.
 
     Args:
         query: `(P*B, heads, 1, D)`, stream-major rows.
@@ -32,8 +32,8 @@ def decode_attention_reference(
         value: `(P*B, G, K, Dv)`.
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
         prefix_v: `(P, G, T, Dv)`.
-        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or `K` in
-            place of `T + K`: then it is about the cache alone.
+        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or with `K` in
+            place of `T + K`, for the cache alone.
         scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:
@@ -50,29 +50,41 @@ def decode_attention_reference(
     def pieces(states: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
         return (states,) if piece is None else states.split(piece, dim)
 
-    grouped = (query.to(dtype) * scaling).view(R, G, n, D)  # the queries of a key/value head as its rows
-    by_stream = grouped.unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, D)  # (P, B, G, n, D) -> ...
-    scores = torch.matmul(by_stream, prefix_k.to(dtype).transpose(-1, -2))  # (P, G, B*n, T)
-    parts = [scores.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, T)]
-    cached = [torch.matmul(grouped, keys.to(dtype).transpose(-1, -2)) for keys in pieces(key, 2)]
+    grouped = (query.to(dtype) * scaling).reshape(R * G, n, D)  # the queries of a key/value head as its rows
+    of_prefix = torch.bmm(_by_stream(grouped, P, B, G), prefix_k.to(dtype).flatten(0, 1).mT)  # (P*G, B*n, T)
+    scores = [_by_row(of_prefix, P, B, G)]
+    scores += [torch.bmm(grouped, keys.to(dtype).flatten(0, 1).mT) for keys in pieces(key, 2)]  # (R*G, n, K)
     if mask is not None:
-        mask = mask.expand(R, heads, 1, -1).reshape(R, G, n, -1) if mask.shape[1] != 1 else mask
+        if mask.shape[1] != 1:
+            mask = mask.expand(R, heads, 1, -1).reshape(R, G, n, -1)
         if mask.shape[-1] == K:
-            cached = [_masked(part, seen) for part, seen in zip(cached, pieces(mask, -1), strict=True)]
-    scores = torch.cat(parts + cached, dim=-1)  # (R, G, n, T + K)
+            seen = pieces(mask, -1)
+            scores[1:] = [_masked(*pair, G) for pair in zip(scores[1:], seen, strict=True)]
+    joined = torch.cat(scores, dim=-1)  # (R*G, n, T + K)
     if mask is not None and mask.shape[-1] != K:
-        scores = _masked(scores, mask)
-    weights = torch.softmax(scores, dim=-1, dtype=dtype)
+        joined = _masked(joined, mask, G)
+    weights = torch.softmax(joined, dim=-1, dtype=dtype)
 
-    by_stream = weights[..., :T].unflatten(0, (P, B)).transpose(1, 2).reshape(P, G, B * n, T)
-    output = torch.matmul(by_stream, prefix_v.to(dtype))  # (P, G, B*n, Dv)
-    output = output.unflatten(2, (B, n)).transpose(1, 2).reshape(R, G, n, -1)
+    of_prefix = torch.bmm(_by_stream(weights[..., :T], P, B, G), prefix_v.to(dtype).flatten(0, 1))  # (P*G, B*n, Dv)
+    output = _by_row(of_prefix, P, B, G)  # (R*G, n, Dv)
     for part, values in zip(pieces(weights[..., T:], -1), pieces(value, 2), strict=True):
-        output = output + torch.matmul(part, values.to(dtype))
+        output = output + torch.bmm(part, values.to(dtype).flatten(0, 1))
     return output.view(R, heads, 1, -1).to(query.dtype)
 
 
-def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _by_stream(x: torch.Tensor, P: int, B: int, G: int) -> torch.Tensor:
+    """`(P*B*G, n, N)` as `(P*G, B*n, N)`: all rows of a stream meet the same prefix."""
+    return x if B == 1 else x.reshape(P, B, G, *x.shape[1:]).transpose(1, 2).reshape(P * G, -1, x.shape[-1])
+
+
+def _by_row(x: torch.Tensor, P: int, B: int, G: int) -> torch.Tensor:
+    """`(P*G, B*n, N)` as `(P*B*G, n, N)`."""
+    return x if B == 1 else x.view(P, G, B, -1, x.shape[-1]).transpose(1, 2).reshape(P * B * G, -1, x.shape[-1])
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor, G: int) -> torch.Tensor:
+    """Scores `(R*G, n, N)` under a mask that broadcasts to `(R, G, n, N)`."""
+    by_head = scores.unflatten(0, (-1, G))
     if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask
+        return by_head.masked_fill(~mask, torch.finfo(scores.dtype).min).flatten(0, 1)
+    return (by_head + mask).flatten(0, 1)

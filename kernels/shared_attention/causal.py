@@ -1,8 +1,8 @@
 """Causal attention over `[prefix of stream p | tokens of stream 0]`, for prefill and training without padding.
 
 The queries of all streams attend to stream 0's tokens in one call of torch's flash attention, as grouped queries, and
-those of streams 1 to P - 1 to their prefix in another. The two are merged by their log-sum-exp. Neither keys nor
-prefixes are copied, and the causal part stays causal.
+those of streams 1 to P - 1 attend to their prefix in a second call. The two are merged by their log-sum-exp. Neither
+keys nor prefixes are copied, and the causal part keeps its fast path.
 
 Shapes: R = P*B rows, stream-major, of all streams or of the Q = P - 1 that have a prefix; G key/value heads; S tokens;
 T prefix tokens; D head size.
@@ -32,7 +32,7 @@ def shared_causal_attention(
 
     Args:
         query: `(P*B, heads, S, D)`, stream-major rows, of all streams or of those with a prefix; tensors that
-            `parscale.kernels.is_mergeable` takes.
+            `parscale.kernels.is_mergeable` accepts.
         key: `(B, G, S, D)`, of stream 0; `heads` is a multiple of G (grouped queries).
         value: `(B, G, S, D)`.
         prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
@@ -44,53 +44,60 @@ def shared_causal_attention(
         a second time is a `RuntimeError`.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes do not fit together.
     """
     plain = plain_rows(query, key, prefix_k)
     dtype = autocast_dtype(query)
-    # as views: of a parameter itself, torch 2.9 loses the gradient when it was frozen after a checkpointed forward pass
+    # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
     tensors = (x.to(dtype) for x in (query, key, value, *prefix))
     return _SharedCausalAttention.apply(*tensors, plain, scaling)
 
 
 class _SharedCausalAttention(torch.autograd.Function):
-    """Both parts and their merging, as one step; see `parscale.kernels.flash` for its gradients."""
+    """Both parts and their merge, as one step; see `parscale.kernels.flash` for the gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Any, key: Any, value: Any, prefix_k: Any, prefix_v: Any, plain: int, scaling: Any
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prefix_k: torch.Tensor,
+        prefix_v: torch.Tensor,
+        plain: int,
+        scaling: float | None,
     ) -> Any:
         (B, G), R, Q = key.shape[:2], query.shape[0], prefix_k.shape[0]
         output, lse, *random = flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
         output, lse = unfold(output, R // B, G), unfold(lse.unsqueeze(-1), R // B, G)  # (R, heads, S, D), (R, ..., 1)
         found = flash(by_stream(query[plain:], Q), prefix_k, prefix_v, False, scaling)
         prefix_output, prefix_lse = by_row(found[0], B), by_row(found[1].unsqueeze(-1), B)
-        share = torch.sigmoid(prefix_lse - lse[plain:])  # the prefix's part of the whole, (Q*B, heads, S, 1)
+        share = torch.sigmoid(prefix_lse - lse[plain:])  # the weight of the prefix, (Q*B, heads, S, 1)
         merged = output[plain:].to(share.dtype).lerp(prefix_output.to(share.dtype), share)
         joined = [x.transpose(1, 2) for x in (output[:plain], merged.to(output.dtype))]
-        output = torch.cat(joined).transpose(1, 2)  # over (R, S, heads, D), as torch's own lies
+        output = torch.cat(joined).transpose(1, 2)  # over (R, S, heads, D), the layout of torch's own output
         lse = torch.cat([lse[:plain], torch.logaddexp(lse[plain:], prefix_lse)])
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random, *found[2:])
         ctx.plain, ctx.scaling = plain, scaling
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return *gradients_once(_gradients, ctx.plain, ctx.scaling, gradient, *ctx.saved_tensors), None, None
 
 
 def _gradients(
     plain: int,
     scaling: float | None,
-    gradient: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    prefix_k: Any,
-    prefix_v: Any,
-    output: Any,
-    lse: Any,
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
     *random: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""

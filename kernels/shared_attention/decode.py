@@ -1,12 +1,13 @@
-"""Decode attention over shared keys: one token of each stream, and the cache is read once for all.
+"""Decode attention over shared keys: one token of each stream; the cache is read once for all streams.
 
-In plain torch prefixes and cache are read where they lie, and only their scores are joined. The fused implementation is
-that of streams with keys of their own (`parscale.kernels.decode_attention`), to which the streams are further
-queries of a key/value head.
+In plain torch, prefixes and cache are read in place, and only their scores are joined. The fused implementation is the
+one for streams with their own keys (`parscale.kernels.decode_attention`); it treats the streams as more queries of a
+key/value head.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,14 +17,14 @@ from parscale.kernels.decode_attention.api import decode_obstacle
 from parscale.kernels.dispatch import Impl, runs_fused
 from parscale.kernels.shared_attention.layout import plain_rows
 
-# Half-precision keys and values are raised to single precision in pieces of this many numbers, which stay in the cache
-# of a processor and in the pool of its allocator.
+# Half-precision keys and values are converted to single precision in pieces of this many elements, which stay in the
+# cache of a processor and in the pool of its allocator.
 PIECE = 2**20
-MOST_QUERIES = 64  # of all streams on one key/value head, that a program of the fused implementation takes
+MOST_QUERIES = 64  # of all streams on one key/value head, for a program of the fused implementation
 
 
 def fits_fused(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the fused implementation takes as many queries of one key/value head."""
+    """Whether the fused implementation supports this number of queries for one key/value head."""
     return query.shape[0] * query.shape[1] <= MOST_QUERIES * key.shape[0] * key.shape[1]
 
 
@@ -41,8 +42,8 @@ def shared_decode_attention(
 ) -> torch.Tensor:
     """Softmax attention of one token of each stream over `[prefix of stream p | cache of stream 0]`.
 
-    In plain torch, half-precision tensors are multiplied in float32: a score that was rounded to half precision, of
-    keys with a large bias say, would be wrong by per cents after the softmax.
+    In plain torch, half-precision tensors are multiplied in float32: scores rounded to half precision, such as those of
+    keys with a large bias, would give errors of some percent after the softmax.
 
     Args:
         query: `(P*B, heads, 1, D)`, stream-major rows, of all streams or of those with a prefix.
@@ -51,23 +52,20 @@ def shared_decode_attention(
         prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
         prefix_v: `(P - 1, G, T, Dv)`.
         mask: `None`, or over the cache: boolean (True: attend) or additive, broadcasting to `(B, heads, 1, K)`.
-        length: how many of the K tokens are real, `(B,)` or one, on the device.
+        length: number of real tokens among the K, `(B,)` or one, on the device.
         scaling: factor on the scores; `D ** -0.5` if `None`.
-        impl: as of `parscale.kernels.decode_attention`; `"fused"` takes up to 64 queries of all streams for
-            each key/value head.
+        impl: as in `parscale.kernels.decode_attention`; `"fused"` supports up to 64 queries of all streams for each
+            key/value head.
 
     Returns:
         `(P*B, heads, 1, Dv)` in the dtype of `query`.
 
     Raises:
-        ValueError: shapes that do not belong together, an unknown `impl`, or `"fused"` where it cannot run.
+        ValueError: shapes do not fit together, `impl` is unknown, or `"fused"` cannot run.
     """
     plain = plain_rows(query, key, prefix_k)
     tensors = (query, key, value, prefix_k, prefix_v)
-    obstacle = decode_obstacle(tensors, [x for x in (mask, length) if x is not None])
-    if not fits_fused(query, key):
-        obstacle = f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
-    if runs_fused(impl, query, obstacle):
+    if runs_fused(impl, query, functools.partial(_obstacle, tensors, (mask, length))):
         from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -79,6 +77,13 @@ def shared_decode_attention(
         else:
             mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)
     return _in_torch(query, key, value, prefix_k, prefix_v, mask, plain, scaling)
+
+
+def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    if not fits_fused(*tensors[:2]):
+        return f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
+    return decode_obstacle(tensors, options)
 
 
 def _in_torch(
@@ -106,7 +111,7 @@ def _in_torch(
     of_prefix = torch.matmul(by_stream, prefix_k.to(dtype).transpose(-1, -2))  # (Q, G, B*n, T)
     of_prefix = of_prefix.unflatten(2, (B, n)).permute(2, 1, 0, 3, 4)  # (B, G, Q, n, T)
     if plain:
-        of_prefix = nn.functional.pad(of_prefix, (0, 0, 0, 0, 1, 0), value=float("-inf"))  # stream 0 has none
+        of_prefix = nn.functional.pad(of_prefix, (0, 0, 0, 0, 1, 0), value=float("-inf"))  # stream 0 has no prefix
     grouped = scaled.view(P, B, G, n, D).permute(1, 2, 0, 3, 4).reshape(B, G, P * n, D)
     parts = [torch.matmul(grouped, keys.to(dtype).transpose(-1, -2)) for keys in pieces(key, 2)]
     of_cache = torch.cat(parts, dim=-1).view(B, G, P, n, -1)

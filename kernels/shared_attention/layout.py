@@ -1,7 +1,7 @@
-"""Queries of all streams as further queries of the key/value heads that they share: grouped-query attention.
+"""Grouped-query attention over shared keys: the queries of all streams become queries of the same key/value heads.
 
-To attention over shared keys, P streams of `heads` queries are one row of `P * heads` queries. Those of a key/value
-head have to lie side by side, so head `(g, i)` of stream p becomes head `(g, p, i)`.
+To attention over shared keys, P streams of `heads` queries are one row of `P * heads` queries. The queries of a
+key/value head must be adjacent, so head `(g, i)` of stream p becomes head `(g, p, i)`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ def fold(x: torch.Tensor, B: int, G: int) -> torch.Tensor:
 
 
 def unfold(x: torch.Tensor, P: int, G: int) -> torch.Tensor:
-    """`(B, P*heads, S, D)` as `(P*B, heads, S, D)`: undoes `fold`."""
+    """`(B, P*heads, S, D)` as `(P*B, heads, S, D)`: the inverse of `fold`."""
     x = x.transpose(1, 2).unflatten(2, (G, P, -1))  # (B, S, G, P, n, D)
     return x.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(0, 1).transpose(1, 2)  # over (P, B, S, G, n, D)
 
 
 def plain_rows(query: torch.Tensor, key: torch.Tensor, prefix_k: torch.Tensor) -> int:
-    """How many rows in front have no prefix: B where stream 0 is among the streams, else none.
+    """The number of leading rows without a prefix: B if stream 0 is among the streams, otherwise 0.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes do not fit together.
     """
     rows, B, streams = query.shape[0], key.shape[0], prefix_k.shape[0]
     plain = rows - streams * B

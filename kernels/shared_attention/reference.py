@@ -1,4 +1,4 @@
-"""Attention over shared keys by one softmax over joined keys: what the other forms are held against."""
+"""Attention over shared keys by one softmax over joined keys: the baseline for the other implementations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shared_attention_reference(
     *,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Each query attends to its stream's whole prefix and to the keys that the mask lets it see.
+    """Each query attends to its stream's whole prefix and to the keys that the mask shows it.
 
     Args:
         query: `(P*B, heads, S, D)`, stream-major rows, of all streams or of those with a prefix.
@@ -26,8 +26,8 @@ def shared_attention_reference(
         value: `(B, G, K, Dv)`.
         prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
         prefix_v: `(P - 1, G, T, Dv)`.
-        mask: boolean (True: attend), broadcasting to `(B, heads, S, K)`; `None`: each token sees those up to
-            itself, aligned to the last of the K keys.
+        mask: boolean (True: attend), broadcasting to `(B, heads, S, K)`; `None`: each token sees those up to and
+            including itself, aligned to the last of the K keys.
         scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:

@@ -1,14 +1,14 @@
-"""The prefix in attention, and the layers that take one.
+"""Adds the prefix to attention, and finds the attention layers.
 
 - `registered`: the attention function that transformers' layers look up
-- `cache_seam`: layers that look up none: their cache puts the prefix in front
-- `flash`: the prefix under flash-attention
-- `functions`: what these have in common
+- `cache_seam`: layers without that lookup: their cache adds the prefix
+- `flash`: the prefix with flash-attention
+- `functions`: the common parts of these
 - `masks`: room for the prefix in masks
 - `positions`: positions of left-padded texts
 - `rotary`: tables of sines and cosines
-- `caches`: the caches that callers hand a backbone
-- `discovery`: finds the layers, by running the backbone briefly
+- `caches`: the caches that callers pass to a backbone
+- `discovery`: finds the attention layers by a short run of the backbone
 
 May import: `streams` and what is below it.
 """

@@ -1,14 +1,14 @@
 """The prefix in attention that does not come from transformers' registry: BLOOM, Falcon, GPT-J, GPT-Neo, MPT, ...
 
-Such a layer computes with whatever its cache's `update` gives back. A hook hands it, at each call, a cache of which
-`update` puts the prefix in front of what the caller's own cache gives back, or of the new keys and values where there
-is none. The hook also makes room for the prefix in the masks and position biases of the call. So the caller's cache,
-its length and all positions know real tokens only.
+Such a layer attends to whatever its cache's `update` returns. At each call, a hook gives it a cache whose `update` puts
+the prefix before the keys and values that the caller's own cache returns, or before the new ones if there is no cache.
+The hook also adds columns for the prefix to the masks and position biases of the call. So the caller's cache, its
+length and all positions count real tokens only.
 
-Rulings: nothing hides the prefix: not padding, not causality, not GPT-Neo's window. Under ALiBi it stands at positions
--T..-1, in front of the first real token of each row. A learned bias of pairs of tokens is zero for it.
+Rules: nothing hides the prefix: not padding, not causality, not GPT-Neo's window. With ALiBi it has positions -T..-1,
+before the first real token of each row. A learned bias for pairs of tokens is zero for it.
 
-Shapes: R = P*B rows, stream-major; S query tokens; K keys in sight before the prefix; G key/value heads; D head size;
+Shapes: R = P*B rows, stream-major; S query tokens; K visible keys without the prefix; G key/value heads; D head size;
 T prefix tokens.
 """
 
@@ -38,12 +38,12 @@ Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values, (P, G, T, D)
 
 
 class PrefixCache:
-    """What an attention layer takes for its cache during one call.
+    """The cache that an attention layer sees during one call.
 
     Args:
-        cache: the caller's; `None` if there is none.
-        prefix: to put in front of what it gives back, if any.
-        record: shown what it gives back, if any.
+        cache: the caller's; `None` without one.
+        prefix: the prefix to put before the keys and values, if any.
+        record: called with the keys and values, if given.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PrefixCache:
         self.record = record
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Prefix:
-        """The caller's `update` with the prefix in front: `(R, G, T + K, D)` each."""
+        """Calls the caller's `update` and puts the prefix before its result: `(R, G, T + K, D)` each."""
         if self.cache is not None:
             key, value = self.cache.update(key, value, *args, **kwargs)
         if self.record is not None:
@@ -68,13 +68,13 @@ class PrefixCache:
         return 0 if self.cache is None else self.cache.get_seq_length(*args)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "cache":  # before the state of an unpickled object is set
+        if name == "cache":  # during unpickling, before the attributes are set
             raise AttributeError(name)
         return getattr(self.cache, name)
 
 
 class CachedAttention:
-    """The hooks of one attention layer.
+    """The hooks on one attention layer.
 
     Args:
         state: the streams of the model that the layer belongs to.
@@ -86,24 +86,24 @@ class CachedAttention:
         self.module = module
         self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self.cache_argument = next(name for name in LAYER_CACHES if name in self.parameters)
-        self.trial: Prefix | None = None  # a prefix that belongs to no set, to see whether the layer takes one
-        # names of tables of who may see whom, (1, 1, N, N), true where the row's token sees the column's
+        self.trial: Prefix | None = None  # a prefix of no set, to test whether the layer accepts one
+        # names of buffers with causal masks, (1, 1, N, N), true where the row's token sees the column's
         self.tables = [name for name, buffer in module.named_buffers(recurse=False) if _is_causal_table(buffer)]
-        self.rotation: RotaryTable | None = None  # the table behind RoFormer's sines and cosines
+        self.rotation: RotaryTable | None = None  # the table of RoFormer's sines and cosines
         self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
         for name in self.tables:
-            vars(module)[name] = _CausalTable(self, module, name)  # in front of the buffer, which stays
+            vars(module)[name] = _CausalTable(self, module, name)  # found before the buffer, which stays
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the layer: its cache, masks and biases with the prefix. Nothing for the plain backbone."""
+        """Before the layer: adds the prefix to its cache, masks and biases. Does nothing for the plain backbone."""
         prefix, recording = self.prefix(module), self.state.call.recorder is not None
         if prefix is None and not recording:
             return None
         arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
         cache = arguments.get(self.cache_argument)
-        if isinstance(cache, PrefixCache):  # handed on by the module around this one, which has no use for it
+        if isinstance(cache, PrefixCache):  # passed on by the module around this one, which does not use it
             cache = cache.cache
         cache = getattr(cache, "self_attention_cache", cache)
         arguments[self.cache_argument] = PrefixCache(cache, prefix, self._record if recording else None)
@@ -113,14 +113,14 @@ class CachedAttention:
         return tuple(arguments.pop(name) for name in names), arguments
 
     def remove(self) -> None:
-        """Takes the hooks and the tables off."""
+        """Removes the hooks and the tables."""
         for hook in self.hooks:
             hook.remove()
         for name in self.tables:
             vars(self.module).pop(name, None)
 
     def prefix(self, module: nn.Module) -> Prefix | None:
-        """What the pass under way puts in front of the keys and values of the layer, or of its replica `module`."""
+        """The prefix of the layer, or of its replica `module`, in the current pass; `None` without one."""
         streams = self.state.in_flight
         if streams is None or not hasattr(module, streams.key_name):
             return self.trial
@@ -130,7 +130,7 @@ class CachedAttention:
         record(self.state, self.module, key, value)
 
     def _make_room(self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
-        """Extends each mask and each bias among the arguments, in place, by T columns in front."""
+        """Adds T columns at the start of each mask and each bias among the arguments, in place."""
         T, D = prefix_k.shape[2:]
         R, S = arguments[self.parameters[0]].shape[:2]  # of the hidden states
         implementation = attn_implementation(self.state.backbone.config)
@@ -140,7 +140,7 @@ class CachedAttention:
             arguments["sinusoidal_pos"] = self._rotation_of_rows(arguments["sinusoidal_pos"], mask)
         extended = None if mask is None else self._extended_mask(mask, T, R, hides=implementation == "eager")
         if mask is None and name and S > 1 and implementation == "sdpa":
-            # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
+            # No mask means the causal mask over the first S keys (a static cache is longer).
             K = S if cache is None else cache.get_mask_sizes(S, getattr(self.module, "layer_idx", 0))[0]
             extended = torch.ones(S, T + K, dtype=torch.bool, device=prefix_k.device).tril(T)[None, None]
         if alibi is not None:
@@ -162,13 +162,13 @@ class CachedAttention:
                 vars(module)[table] = _CausalTable(self, module, table, whole)
 
     def _extended_mask(self, mask: torch.Tensor, T: int, rows: int, *, hides: bool) -> torch.Tensor:
-        """The mask with T open columns in front.
+        """The mask with T visible columns before it.
 
         Args:
-            mask: `(R, 1, S, K)`, boolean or additive, or what a model makes itself, `(R, K)` or `(R, S, K)`.
+            mask: `(R, 1, S, K)`, boolean or additive, or a mask of the model's own, `(R, K)` or `(R, S, K)`.
             T: prefix length.
             rows: R.
-            hides: a boolean `(R, 1, S, K)` was cast from an additive one, as MPT does, and is true where it hides.
+            hides: a boolean `(R, 1, S, K)` was cast from an additive mask, as MPT does, and is true where it hides.
         """
         if mask.ndim == 4 and mask.dtype == torch.bool and hides:
             return nn.functional.pad(mask, (T, 0))
@@ -179,15 +179,15 @@ class CachedAttention:
         return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
 
     def _rotation_of_rows(self, rotation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """RoFormer's sines and cosines `(R, 1, S, D)`, by the places of each row's tokens behind its padding.
+        """RoFormer's sines and cosines, `(R, 1, S, D)`, for the positions of each row's tokens after its padding.
 
         Args:
-            rotation: by their places in the row, `(1, 1, S, D)`; gives the width of the table to look them up in.
+            rotation: for their positions in the row, `(1, 1, S, D)`; its width selects the table.
             mask: `(R, 1, S, K)`, boolean (True: attend) or additive.
         """
         if self.rotation is None and not rotation.is_meta:
             self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
-        if self.rotation is None:  # a table of anything else
+        if self.rotation is None:  # the table is not RoFormer's
             return rotation
         module, name = self.rotation
         S, K = rotation.shape[-2], mask.shape[-1]
@@ -198,12 +198,12 @@ class CachedAttention:
 
 
 class _BiasOfRows:
-    """A bias `(R, heads, 1, K)` for a layer that wants one for all rows, `(heads, 1, K)`, and adds a piece of it.
+    """A bias `(R, heads, 1, K)` for a layer that expects one bias for all rows, `(heads, 1, K)`, and slices it.
 
-    MPT refuses a bias of any other number of dimensions than three, and adds a piece of it to scores `(R, heads, S,
-    K)`. With padding, the prefix stands at another distance in each row, and no tensor of three dimensions has a
-    number for each row and head. So the layer gets an object that says it has three, of which a piece has four. It
-    knows the three operations that the layer asks of a bias, and nothing else.
+    MPT accepts only a bias of three dimensions, and adds a slice of it to scores `(R, heads, S, K)`. With padding, the
+    distance to the prefix differs between rows, which a tensor of three dimensions cannot express. So the layer gets an
+    object that reports three dimensions and whose slices have four. It supports the three operations that the layer
+    uses on a bias, and no others.
 
     Args:
         bias: the bias.
@@ -214,11 +214,11 @@ class _BiasOfRows:
         self.shape = bias.shape[1:]
 
     def size(self, dim: int) -> int:
-        """As of a tensor."""
+        """As `torch.Tensor.size`."""
         return self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> _BiasOfRows:
-        """As of a tensor; accelerate moves the arguments of layers on several devices."""
+        """As `torch.Tensor.to`; accelerate moves the arguments of layers on several devices."""
         return _BiasOfRows(self.bias.to(*args, **kwargs))
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
@@ -226,18 +226,18 @@ class _BiasOfRows:
 
 
 class _CausalTable:
-    """A layer's table of who may see whom, `(1, 1, N, N)`; for a pass with a prefix, with T open columns in front.
+    """A layer's causal mask `(1, 1, N, N)`; in a pass with a prefix, with T visible columns before it.
 
-    It stands in front of the layer's buffer, among the layer's own attributes, where Python looks first; the buffer
-    stays, is moved with the layer, and is the layer's again once this is taken away. The layer takes a piece of its
-    table by `self.bias[...]` and nothing passes through an argument or a hook. A longer table in the buffer's place
-    would be one for all threads, and each may run with a prefix of another length, or with none.
-    `torch.nn.utils.parametrize` would give the layer another class, which can neither be pickled nor copied.
+    It is one of the layer's own attributes, which Python looks up before the layer's buffer of the same name. The
+    buffer stays, moves with the layer, and is found again once this object is removed. An argument or a hook cannot do
+    this: the layer slices its table as `self.bias[...]`. A longer table in the buffer would be shared by all threads,
+    each of which may run with a prefix of another length, or without one. `torch.nn.utils.parametrize` would change the
+    layer's class to one that can neither be pickled nor copied.
 
     Args:
         attention: the layer's hooks, which know the prefix.
         module: the layer, or its replica on another device.
-        name: of the table in it: true where the row's token sees the column's. GPT-Neo's has a window.
+        name: of the buffer: true where the row's token sees the column's. GPT-Neo's has a window.
         own: the table of a replica; by default the layer's buffer.
     """
 
@@ -250,7 +250,7 @@ class _CausalTable:
         self.own = own
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        """The piece `(1, 1, S, T + K)`: rows are counted from the prefix's beginning, as the keys are."""
+        """The slice `(1, 1, S, T + K)`; row indices start at the prefix, as those of the keys do."""
         table, prefix = self.whole(), self.attention.prefix(self.module)
         if prefix is None:
             return table[index]
@@ -259,12 +259,12 @@ class _CausalTable:
         return extend_dense_mask(piece, T)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("attention", "module", "name", "own"):  # before the state of an unpickled object is set
+        if name in ("attention", "module", "name", "own"):  # during unpickling, before the attributes are set
             raise AttributeError(name)
         return getattr(self.whole(), name)
 
     def whole(self) -> Any:
-        """The layer's buffer itself, past what stands in front of it, or that of the replica."""
+        """The layer's own buffer, which this object shadows, or that of the replica."""
         return nn.Module.__getattr__(self.module, self.name) if self.own is None else self.own
 
 
@@ -273,7 +273,7 @@ def _is_causal_table(buffer: torch.Tensor) -> bool:
 
 
 def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor) -> torch.Tensor:
-    """The bias of keys at -T..-1, `(heads, 1, T)`, by the function that the layer's own file makes `alibi` with."""
+    """The bias of keys at -T..-1, `(heads, 1, T)`, from the function in the layer's own file that makes `alibi`."""
     build: Any = alibi_function(type(module))
     # slopes times 0..T
     ramp = build(torch.ones(1, T + 1, dtype=torch.long, device=alibi.device), heads, dtype=alibi.dtype)
@@ -281,10 +281,10 @@ def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor)
 
 
 def _alibi_of_rows(bias: torch.Tensor, T: int, mask: torch.Tensor) -> torch.Tensor:
-    """MPT's bias with the prefix in front of the first real token of each row, `(R, heads, 1, T + K)`.
+    """MPT's bias with the prefix before the first real token of each row, `(R, heads, 1, T + K)`.
 
     Args:
-        bias: `(heads, 1, N)`, slopes times `1 - N..0`; its last K are those of the keys.
+        bias: `(heads, 1, N)`, slopes times `1 - N..0`; the last K entries belong to the keys.
         T: prefix length.
         mask: `(R, 1, S, K)`, true where it hides.
     """
@@ -296,18 +296,18 @@ def _alibi_of_rows(bias: torch.Tensor, T: int, mask: torch.Tensor) -> torch.Tens
 
 
 def _hidden_in_front(mask: torch.Tensor) -> torch.Tensor:
-    """How many keys in front the last query of each row does not see, `(R,)`; the mask is true where it hides."""
+    """The number of leading keys hidden from the last query of each row, `(R,)`; the mask is true where it hides."""
     return mask[:, 0, -1].long().cumprod(dim=-1).sum(dim=-1)
 
 
 def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
-    """Hooks the attention layers that update a cache, and records them.
+    """Hooks and records the attention layers that update a cache.
 
     Args:
-        state: of a model in which no layer takes its attention from transformers' registry.
+        state: the state of a model in which no layer looks up its attention in transformers' registry.
 
     Raises:
-        UnsupportedModelError: there is none, or one fails with a prefix in front of its keys.
+        UnsupportedModelError: there is no such layer, or one fails with a prefix before its keys.
     """
     hooked = _record_layers(state)
     name = type(state.model).__name__
@@ -349,7 +349,7 @@ def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, Attentio
     candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
     found: dict[int, AttentionLayer] = {}
 
-    def find(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+    def find(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         found[id(module)] = AttentionLayer(
             names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
         )

@@ -1,4 +1,4 @@
-"""The caches that callers hand a backbone: what they are called, whether they are empty, how many rows they have."""
+"""The caches that callers pass to a backbone: whether they are empty, and how many rows they have."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from transformers import Cache, StaticCache, StaticLayer
 
 
 def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
-    """Lets an empty static cache of B rows take its memory anew, with the first keys, for P*B.
+    """Lets an empty static cache of B rows allocate its memory again, for P*B rows, at the first keys.
 
     Args:
-        cache: the caller's; other kinds stay as they are.
+        cache: the caller's; other classes of caches are not changed.
         rows: B.
         num_streams: P.
 
     Raises:
-        ValueError: it has memory for another number of rows, or B rows of a text that the plain backbone has read.
+        ValueError: it has memory for another number of rows, or holds B rows of text that the plain backbone has read.
     """
     if not isinstance(cache, StaticCache) or torch.compiler.is_compiling():
         return
@@ -30,26 +30,26 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
         if own != rows or tokens > 0:
             raise ValueError(
                 f"This static cache has {own} rows and {tokens} tokens: {num_streams} "
-                f"streams of {rows} rows need {rows * num_streams} rows and start with an empty one. Make a new cache, "
+                f"streams of {rows} rows need {rows * num_streams} rows and an empty cache. Make a new one, "
                 f"with batch_size={rows * num_streams} where early_initialization asks for it."
             )
         layer.is_initialized = False
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether nothing was read with a cache: with `None`, a new one, or one that was reset."""
+    """Whether a cache has read no tokens: `None`, a new one, or one that was reset."""
     if cache is None:
         return True
-    if not isinstance(cache, Cache):  # of a model's own kind (RWKV, xLSTM)
+    if not isinstance(cache, Cache):  # a model's own class (RWKV, xLSTM)
         return not getattr(cache, "seqlen_offset", True)
     layers = getattr(cache, "layers", None)
-    if layers is None:  # of an encoder and a decoder
+    if layers is None:  # of an encoder-decoder model
         return int(type(cache).get_seq_length(cache)) == 0
     return not any(map(_is_filled, layers))
 
 
 def _is_filled(layer: Any) -> bool:
-    """Whether a layer of a cache has keys and values, or the state that a recurrent one carries along."""
+    """Whether a layer of a cache has keys and values, or the state of a recurrent layer."""
     carried = getattr(layer, "has_previous_state", False)
     if any(carried.values()) if isinstance(carried, dict) else bool(carried):
         return True

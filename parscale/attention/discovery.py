@@ -1,10 +1,10 @@
-"""Finds the attention layers of a model, and what their keys and values look like, by running it briefly."""
+"""Finds the attention layers of a model, and the shapes of their keys and values, by a short run."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,20 +16,23 @@ from parscale.compat.transformers import use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import inner_modules
-from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
+from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.naming import part_of
 from parscale.streams.places import AttentionLayer, Hidden
 from parscale.streams.state import ParScaleState
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 def attach_attention(state: ParScaleState) -> None:
-    """Shows the attention layers their configuration through `AttentionConfig`, and records the layers.
+    """Gives the attention layers an `AttentionConfig` as their configuration, and records them.
 
-    Where none takes its attention function from transformers' registry, those that read a cache are hooked
-    (`parscale.attention.cache_seam`). Where none does either, `state.without_layers` says why.
+    If no layer looks up its attention function in transformers' registry, layers that read a cache are hooked instead
+    (`parscale.attention.cache_seam`). If there are none either, `state.without_layers` holds the reason.
 
     Raises:
-        UnsupportedModelError: the backbone is none that streams run on.
+        UnsupportedModelError: streams do not run on this backbone.
     """
     names = {id(module): name for name, module in state.model.named_modules()}
     modules = dict.fromkeys(module for part in state.parts for module in inner_modules(part))
@@ -41,7 +44,7 @@ def attach_attention(state: ParScaleState) -> None:
 
     def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         lender = next((other for other, keys in seen if _same_keys(keys, key)), None)
-        if lender is not None:  # a layer that borrows another's keys (Gemma 3n, Gemma 4) borrows its prefix
+        if lender is not None:  # a layer that uses another layer's keys (Gemma 3n, Gemma 4) also uses its prefix
             module.config.borrow(lender)
             return
         seen.append((module, key))
@@ -72,12 +75,12 @@ def attach_attention(state: ParScaleState) -> None:
 
 
 def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelError:
-    """The error that says that the backbone does not run by itself, whatever it did with what it was given.
+    """The error for a backbone that does not run by itself, made from the error that it raised.
 
     Raises:
-        Exception: `error`, if it says nothing of the model.
+        Exception: `error` itself, if the model is not its cause.
     """
-    if is_of_the_machine(error):
+    if is_machine_error(error):
         raise error
     return UnsupportedModelError(
         f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on two "
@@ -87,9 +90,9 @@ def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelE
 
 
 def measure(state: ParScaleState) -> None:
-    """Records anew of which dtype and on which device keys and hidden states are, if the weights are no longer so.
+    """Records dtype and device of keys and hidden states again, if those of the weights have changed.
 
-    A model can have been moved, cast, offloaded or given its memory (`to_empty`) since its layers were found.
+    A model can be moved, cast, offloaded or given its memory (`to_empty`) after its layers were found.
     """
     weights = _weights(state)
     if weights == state.measured:
@@ -98,7 +101,7 @@ def measure(state: ParScaleState) -> None:
 
     def record(module: Any, key: torch.Tensor, value: torch.Tensor) -> None:
         layer = layers.get(id(module))
-        if layer is not None:  # one that borrows keys is none of them
+        if layer is not None:  # a layer that uses another's keys is not recorded
             layer.dtype, layer.device = key.dtype, key.device
 
     with state.calls.recording(record):
@@ -107,13 +110,13 @@ def measure(state: ParScaleState) -> None:
 
 
 def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
-    """Of which dtype and on which device the own parameters of what runs streams are."""
+    """The dtype and device of the own parameters of each module that runs streams."""
     named = [item for part in state.parts for item in part.named_parameters()]
     return [(x.dtype, x.device) for name, x in named if part_of(name) is None]
 
 
-def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
-    """Finds the layers whose heads are split over the mesh, by comparing them with the same model in one piece."""
+def _count_heads_of_all_devices(state: ParScaleState, mesh: DeviceMesh) -> None:
+    """Finds the layers whose heads are split over the mesh, by a comparison with the unsplit model."""
     config = copy.deepcopy(state.model.config)
     use_eager(config)
     with torch.device("meta"):
@@ -127,7 +130,7 @@ def _count_heads_of_all_devices(state: ParScaleState, mesh: Any) -> None:
 
 
 def detach_attention(state: ParScaleState) -> None:
-    """Gives the attention layers their plain configuration back."""
+    """Restores the plain configuration of the attention layers."""
     for part in state.parts:
         for module in part.modules():
             if isinstance(module.__dict__.get("config"), AttentionConfig):
@@ -135,7 +138,7 @@ def detach_attention(state: ParScaleState) -> None:
 
 
 def number_of_attention_layers(state: ParScaleState) -> int:
-    """How many layers attend to a prefix, their own or one that they borrow."""
+    """The number of layers that attend to a prefix, their own or that of another layer."""
     by_registry = sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.backbone.modules())
     return by_registry or len(state.layers)
 
@@ -143,7 +146,7 @@ def number_of_attention_layers(state: ParScaleState) -> int:
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
     if keys.device == other.device:
         return keys is other
-    return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # handed on to the next device
+    return keys.shape == other.shape and torch.equal(keys.cpu(), other.cpu())  # moved to the next device
 
 
 def _looks_up_attention(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""The prefix under flash-attention: `flash_attention_2`, `flash_attention_3` and Hub kernels of their contract.
+"""The prefix with flash-attention: `flash_attention_2`, `flash_attention_3` and Hub kernels with the same interface.
 
-Their causal mask is aligned to the lower right, so keys with T more rows in front need no other mask. Two cases need
-more: documents packed in one row, each of which must see the prefix, and a sliding window, which would hide it.
+Their causal mask is aligned to the lower right, so T more keys at the start need no other mask. Two cases need more:
+documents packed into one row, each of which must see the prefix, and a sliding window, which would hide the prefix.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def flash_with_prefix(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Calls `backbone` with the prefix `(P, G, T, D)` in front of the keys and values.
+    """Calls `backbone` with the prefix `(P, G, T, D)` before the keys and values.
 
-    A layer with a sliding window that T + K tokens exceed runs through `sdpa` (or `eager`, with caps or sinks) with
-    an explicit mask instead: no flash-attention interface leaves the prefix out of its window.
+    A layer whose sliding window is shorter than T + K runs through `sdpa` (or `eager`, for caps or sinks) with an
+    explicit mask instead: no flash-attention interface can exempt the prefix from the window.
 
     Args:
         backbone: transformers' flash-attention function.
@@ -42,13 +42,13 @@ def flash_with_prefix(
         prefix_k: `(P, G, T, D)`.
         prefix_v: `(P, G, T, Dv)`.
         attention_mask: padding mask `(P*B, K)`, 1 for real tokens, or `None`.
-        **kwargs: for `backbone`.
+        **kwargs: passed to `backbone`.
 
     Returns:
         `(P*B, S, heads, Dv)` and `None`.
     """
     P, T, S = prefix_k.shape[0], prefix_k.shape[2], query.shape[2]
-    if attention_mask is not None:  # shorter than a static cache, whose other keys are not filled yet
+    if attention_mask is not None:  # shorter than a static cache, whose remaining keys are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     K, B = key.shape[2], query.shape[0] // P
     boundaries = None
@@ -72,13 +72,13 @@ def flash_with_prefix(
 
 
 def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch.Tensor | None:
-    """Where packed documents begin and end, counted through a stream's rows, `(documents + 1,)`; `None` for one.
+    """The boundaries of packed documents, counted through a stream's rows, `(documents + 1,)`; `None` for one document.
 
-    As transformers' own flash path does, reads `cu_seq_lens_k` where a collator gives it; and positions that restart,
-    for a batch of one row only.
+    As in transformers' own flash path, they come from `cu_seq_lens_k` if a collator gives it, or, for a batch of one
+    row only, from positions that restart.
 
     Raises:
-        ValueError: `cu_seq_lens_k` beside a cache.
+        ValueError: `cu_seq_lens_k` together with a cache.
     """
     if kwargs.get("cu_seq_lens_k") is not None:
         if S != K:
@@ -99,7 +99,7 @@ def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch
 
 def _packed(
     backbone: AttentionFunction,
-    module: Any,
+    module: object,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -108,7 +108,7 @@ def _packed(
     boundaries: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Every document of every stream as a sequence of its own, with a prefix of its own in front of its keys."""
+    """Runs each document of each stream as its own sequence, with its own copy of the prefix before its keys."""
     P, S, T = query.shape[0], query.shape[2], prefix_k.shape[2]
     edges = boundaries.tolist()
     lengths = torch.diff(boundaries).to(torch.int32)  # (documents,)
@@ -144,7 +144,7 @@ def _with_mask(
     mask: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
-    """By `sdpa`; or by the layer's eager function, for caps and sinks, which `sdpa` refuses or ignores."""
+    """Runs `sdpa`, or the layer's eager function for caps and sinks, which `sdpa` does not support."""
     dtype = flash_dtype(query, module)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
     function = attention_functions()["sdpa"]
@@ -164,7 +164,7 @@ def _windowed_mask(
     is_causal: bool | None,
     module: Any,
 ) -> torch.Tensor:
-    """What flash-attention would mask, as booleans `(P*B or 1, 1, S, K)`: window, causality, padding, documents."""
+    """The mask that flash-attention would apply, `(P*B or 1, 1, S, K)`: window, causality, padding, documents."""
     S, device = query.shape[2], query.device
     keys = torch.arange(K, device=device)
     distance = torch.arange(K - S, K, device=device)[:, None] - keys[None, :]  # (S, K), aligned to the lower right

@@ -1,6 +1,6 @@
-"""What the ways of putting a prefix in front of keys and values have in common.
+"""The common parts of the ways to put a prefix before keys and values.
 
-Shapes: R = P*B rows, stream-major; K keys in sight before the prefix; G key/value heads; D head size; T prefix tokens.
+Shapes: R = P*B rows, stream-major; K visible keys without the prefix; G key/value heads; D head size; T prefix tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Shows the recorder an attention layer's keys and values, those of all devices."""
+    """Passes an attention layer's keys and values, of all devices, to the recorder."""
     recorder = state.call.recorder
     assert recorder is not None
     mesh = next((layer.mesh for layer in state.layers if layer.module is module), None)
@@ -28,7 +28,7 @@ def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: to
 
 
 def backbone_function(module: nn.Module, name: str) -> AttentionFunction:
-    """The function that the layer would have called without streams."""
+    """The function that the layer would call without streams."""
     functions = attention_functions()
     if name in functions:
         return functions[name]
@@ -36,10 +36,10 @@ def backbone_function(module: nn.Module, name: str) -> AttentionFunction:
 
 
 def eager_function(module: nn.Module, name: str) -> AttentionFunction:
-    """The function of a layer's own file, which runs under `"eager"`.
+    """The attention function in a layer's own file, which runs as `"eager"`.
 
     Raises:
-        ValueError: there is none; the message has `name`, the implementation that was asked for.
+        ValueError: there is none; the message names the requested implementation, `name`.
     """
     function = eager_attention(type(module))
     if function is not None:

@@ -1,4 +1,4 @@
-"""Room for the prefix in attention masks: T columns in front, open to every query."""
+"""Adds T leading columns for the prefix, visible to every query, to attention masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parscale.kernels import visible_lengths
 
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
-    """A mask `(..., S, K)` as `(..., S, T + K)`.
+    """Extends a mask `(..., S, K)` to `(..., S, T + K)`.
 
     Args:
         mask: boolean (True: attend), or additive floats (0: attend).
@@ -21,22 +21,22 @@ def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
     """
     if mask.dtype != torch.bool:
         return nn.functional.pad(mask, (prefix_length, 0))
-    # not padded with True: of that, fused with the making of the mask, torch 2.13 makes C++ for CPUs that is none
+    # Not padded with True: torch 2.13 would fuse the padding with the making of the mask into invalid C++ for CPUs.
     return torch.cat([mask.new_ones(*mask.shape[:-1], prefix_length), mask], dim=-1)
 
 
-def leading_zeros(mask: Any) -> torch.Tensor | None:
-    """How many zeros each row of a mask `(R, K)` begins with, `(R,)`; `None` for another mask or none."""
+def leading_zeros(mask: object) -> torch.Tensor | None:
+    """The number of leading zeros in each row of a mask `(R, K)`, `(R,)`; `None` for another mask or none."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     return (mask.cumsum(-1) == 0).sum(-1)
 
 
 def keep_sizes_static(*tensors: torch.Tensor) -> None:
-    """Lets FlexAttention be compiled anew for each size of these tensors, on a CPU.
+    """Makes FlexAttention compile again for each size of these tensors on a CPU.
 
-    transformers compiles it once for all models. After two lengths of any of them torch takes sizes as variables, and
-    makes C++ that is none of them (torch 2.13).
+    transformers compiles it once for all models. After two different lengths torch makes sizes dynamic, and then
+    generates invalid C++ (torch 2.13).
     """
     if torch.compiler.is_compiling():
         return
@@ -46,10 +46,10 @@ def keep_sizes_static(*tensors: torch.Tensor) -> None:
 
 
 def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> BlockMask:
-    """A FlexAttention mask over `(S, K)` as one over `(S, T + K)`.
+    """Extends a FlexAttention mask over `(S, K)` to `(S, T + K)`.
 
     Args:
-        mask: made for the P*B rows of the streams, or by the caller for B rows or one: it then repeats for each stream.
+        mask: for the P*B rows of the streams, or the caller's for B rows or one row, which is repeated for each stream.
         prefix_length: T.
         num_rows: P*B.
     """
@@ -62,11 +62,11 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
 
     shape = None if own_rows == 1 else num_rows, None if heads == 1 else heads, S, prefix_length + K
     if device.type != "cpu":
-        # compiled, as transformers' own: otherwise all (S, T + K) are there at once
+        # compiled, as in transformers: otherwise the whole (S, T + K) mask would be materialized
         return torch.compile(create_block_mask)(with_prefix, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
-    # Compiled for a CPU by torch 2.13, a function with more than a few sizes in it becomes C++ that is none, once they
-    # are dynamic: this one has only its table's.
+    # On a CPU, torch 2.13 compiles a function that contains more than a few dynamic sizes to invalid C++: this one
+    # contains only the sizes of its table.
     dense = create_mask(with_prefix, *shape, device=device).expand(num_rows, -1, -1, -1)  # (R, heads or 1, S, T + K)
     if heads == 1:
         dense = dense[:, 0]  # (R, S, T + K)
@@ -85,37 +85,37 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
 def extended_mask(
     made: dict[Any, tuple[Any, Any]], mask: torch.Tensor | BlockMask | None, prefix_length: int, num_rows: int
 ) -> torch.Tensor | BlockMask | None:
-    """The mask with room for the prefix; made once for all layers that share it.
+    """The mask with columns for the prefix; made once for all layers that share it.
 
     Args:
-        made: the masks of this pass that were made before, by the id of the mask that they extend.
-        mask: dense or FlexAttention's.
+        made: the extended masks of this pass, by the id of the original mask.
+        mask: a dense mask or one of FlexAttention.
         prefix_length: T.
         num_rows: P*B.
     """
     if mask is None:
         return None
     if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
-        return extend_dense_mask(mask, prefix_length)  # the compiler shares it
+        return extend_dense_mask(mask, prefix_length)  # the compiler shares the result
     entry = made.get(id(mask))
     if entry is None:
         if isinstance(mask, BlockMask):
             extended: Any = extend_block_mask(mask, prefix_length, num_rows)
         else:
             extended = extend_dense_mask(mask, prefix_length)
-        entry = made[id(mask)] = (mask, extended)  # holds the mask, so that its id stays its own
+        entry = made[id(mask)] = (mask, extended)  # keeps the mask alive, so that its id stays unique
     return entry[1]
 
 
 def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -> torch.Tensor:
-    """As `parscale.kernels.visible_lengths`; counted once for all layers that share the mask.
+    """The result of `parscale.kernels.visible_lengths`; computed once for all layers that share the mask.
 
     Args:
-        made: as for `extended_mask`.
+        made: as in `extended_mask`.
         mask: dense.
     """
     if torch.compiler.is_compiling():
-        return visible_lengths(mask)  # the compiler shares it
+        return visible_lengths(mask)  # the compiler shares the result
     key = "lengths", id(mask)
     if key not in made:
         made[key] = (mask, visible_lengths(mask))
@@ -126,9 +126,10 @@ def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> 
     """The mask of the first rows; made once for all layers that share it.
 
     Args:
-        made: as `extended_mask`, under a key of its own.
-        mask: dense, a padding mask `(R, K)` or FlexAttention's, of as many rows or more, or of one for all; or none.
-        num_rows: how many.
+        made: as in `extended_mask`, with its own keys.
+        mask: a dense mask, a padding mask `(R, K)` or one of FlexAttention, for at least that many rows or for one row;
+            or `None`.
+        num_rows: number of rows.
     """
     if mask is None or mask.shape[0] in (1, num_rows):
         return mask
@@ -138,7 +139,7 @@ def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> 
     if key not in made:
         piece = mask[:num_rows]
         if isinstance(mask, BlockMask):
-            piece.mask_mod = mask.mask_mod  # the first rows keep their numbers
+            piece.mask_mod = mask.mask_mod  # the first rows keep their indices
         made[key] = (mask, piece)
     return made[key][1]
 
@@ -149,11 +150,11 @@ def last_queries_of_mask(
     """The mask of the last queries of chosen rows; made once for all layers that share it.
 
     Args:
-        made: as `extended_mask`, under a key of its own.
-        mask: `(B or 1, heads or 1, S, K)`; a padding mask `(B, K)`; or FlexAttention's, of which all queries are
-            wanted.
-        positions: how many queries.
-        chosen: numbers of the rows; `None`: all.
+        made: as in `extended_mask`, with its own keys.
+        mask: `(B or 1, heads or 1, S, K)`; a padding mask `(B, K)`; or one of FlexAttention, which is used for all its
+            queries.
+        positions: number of queries.
+        chosen: indices of the rows; `None` means all.
     """
     key = ("last", id(mask))
     if key not in made:

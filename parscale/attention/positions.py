@@ -1,13 +1,13 @@
-"""Positions of left-padded texts, for a backbone whose caller gives none.
+"""Positions of left-padded texts, for a backbone whose caller passes none.
 
-A backbone that is given no positions counts from the padding in front of a text. To rotary attention among tokens that
-is the same as counting from the text's first token, but a prefix stands right before position 0, and a prompt at the
-first positions. So with these, each row is counted from its first token. A text then gives what it gives alone, and
-what it gives in `generate`, which counts so. Zeros inside a mask keep their places, as in the plain backbone, and so
-do positions that the caller gives.
+Without positions, a backbone counts from the first padding token. For rotary attention among tokens that is the same as
+counting from the first real token, but a prefix comes right before position 0, and a prompt takes the first positions.
+So with a prefix or a prompt, each row is counted from its first real token. A text then gives the same result as alone,
+and as in `generate`, which counts in this way. Zeros inside a mask keep their positions, as in the plain backbone, and
+the caller's own positions are not changed.
 
-Learned positions are not touched: what a text gives then depends on the padding in the plain backbone, or the backbone
-reads the mask itself.
+Learned positions are not changed: with them the plain backbone's result depends on the padding, or it reads the mask
+itself.
 
 Shapes: R = P*B rows, stream-major; S query tokens.
 """
@@ -29,17 +29,17 @@ from parscale.streams.state import ParScaleState
 
 
 class RowPositions:
-    """Counts each row from its first token, in the backbone and in the encoder before it.
+    """Counts each row's positions from its first real token, in the backbone and its encoder.
 
     Multimodal models make masks for the layers, and some make positions, before they call the backbone. So the modules
-    around the backbone are hooked, for the mask that they were given.
+    around the backbone have hooks that store the mask they were given.
 
     Args:
         state: the streams of the model.
     """
 
     def __init__(self, state: ParScaleState) -> None:
-        # whether the backbone (True), or the encoder before it (False), can be told where the tokens stand
+        # whether the backbone (True), or its encoder (False), accepts positions
         self.counts = {part is state.backbone: _counts_positions(part) for part in state.parts}
         self.hooks: list[Any] = []
         self.state = state
@@ -68,15 +68,15 @@ class RowPositions:
         unaware = arguments.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2
         self.state.call.mask_around = mask if unaware else None
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.state.call.mask_around = None
 
     def of_rows(self, is_backbone: bool, arguments: dict[str, Any], num_streams: int) -> dict[str, Any]:
-        """The arguments of the backbone (or of the encoder), of R rows, with the positions of each row's tokens.
+        """The arguments of the backbone or its encoder, with R rows, and with the positions of each row's tokens.
 
         Args:
-            is_backbone: or the encoder.
-            arguments: by their names.
+            is_backbone: the backbone, otherwise its encoder.
+            arguments: by name.
             num_streams: P.
         """
         rows, mask = arguments.get("input_ids"), arguments.get("attention_mask")
@@ -85,7 +85,7 @@ class RowPositions:
         if rows is None or not self.counts[is_backbone] or (positions is not None and outer is None):
             return arguments
         padding = leading_zeros(mask)
-        if padding is None and mask is not None and outer is not None:  # made from the mask of the module around
+        if padding is None and mask is not None and outer is not None:  # made from the outer module's mask
             padding = leading_zeros(torch.cat([outer] * num_streams))
         if padding is None or (positions is not None and positions.ndim != 2):
             return arguments
@@ -93,11 +93,11 @@ class RowPositions:
         start = 0 if cache is None else cache.get_seq_length()
         if positions is None:
             positions = (torch.arange(S, device=rows.device) + start)[None]  # (1, S)
-        else:  # where the module around the backbone has counted the padding, the last token stands behind all others
+        else:  # the outer module has counted the padding: the last token has the highest position
             padding = padding * (positions[:, -1:] >= start + S - 1)
         return arguments | {"position_ids": (positions - padding).clamp(min=0)}  # (R, S)
 
 
-def _counts_positions(part: Any) -> bool:
-    """Whether a backbone or an encoder takes positions, and looks up nothing by them that was learned."""
+def _counts_positions(part: nn.Module) -> bool:
+    """Whether a backbone or its encoder takes positions, and has no learned embeddings for them."""
     return "position_ids" in inspect.signature(part.forward).parameters and not has_learned_positions(part)

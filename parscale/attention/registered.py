@@ -1,14 +1,14 @@
-"""The prefix in attention: one function that every attention layer of a wrapped model calls.
+"""The prefix in attention: one function that all attention layers of a wrapped model call.
 
-transformers looks its attention function up by `config._attn_implementation`. A wrapped model's attention layers see
-their configuration through `AttentionConfig`, which answers `"parscale_sdpa"` for `"sdpa"` and so on, and
-under those names `prefix_attention` is registered. It puts the prefix in front of keys and values, makes room for
-it in the mask, and hands over to the backbone's own function. Everything else in the model (mask creation,
-`generate`, `set_attn_implementation`) goes on seeing the true name.
+transformers looks up its attention function by `config._attn_implementation`. The attention layers of a wrapped model
+have an `AttentionConfig` as their configuration, which says `"parscale_sdpa"` for `"sdpa"` and so on.
+`prefix_attention` is registered under these names. It puts the prefix before keys and values, adds columns for it to
+the mask, and calls the backbone's own function. Everything else in the model (mask creation, `generate`,
+`set_attn_implementation`) still sees the true name.
 
-Rulings: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
+Rules: nothing hides the prefix: not padding, not causality, not a sliding window, not document boundaries.
 
-Shapes: R = P*B rows, stream-major; S query tokens; K keys in sight before the prefix; G key/value heads; D head size;
+Shapes: R = P*B rows, stream-major; S query tokens; K visible keys without the prefix; G key/value heads; D head size;
 T prefix tokens.
 """
 
@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.grouped import GROUPED
 from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
 from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.compat.transformers import (
@@ -48,14 +49,14 @@ CONTINUOUS_BATCHING = (
 
 
 class _BothNames(str):
-    """The true name of an implementation, under which a dictionary finds the function with the prefix.
+    """The true name of an implementation, which as a dictionary key also finds the function with the prefix.
 
-    A layer does two things with the name: it looks its function up, which has to give ours, and some compare it with
-    `"sdpa"` to choose the form of a mask of their own, which has to be that of `"sdpa"`. Both read the same
-    attribute, so no plain string serves both. One that equals two names does, since a dictionary compares by `==`.
+    A layer uses the name in two ways. It looks up its attention function, which must be ours; and some layers compare
+    it with `"sdpa"` to choose the form of their own mask, which must match. Both read the same attribute, so no plain
+    string works for both. A string that equals two names does, since a dictionary compares by `==`.
 
-    Weighed against it: registering our function under `"sdpa"` itself would put it in front of every model of the
-    process. torch.compile cannot trace this string, so that only layers that compare get it
+    The alternative, to register our function as `"sdpa"` itself, would affect every model in the process. torch.compile
+    cannot trace this class, so only layers that compare the name get it
     (`parscale.compat.transformers.compares_implementation`).
     """
 
@@ -70,7 +71,7 @@ class _BothNames(str):
 
 
 class AttentionConfig(ConfigView):
-    """The configuration as an attention layer of a wrapped model sees it: a live view, but for one name.
+    """The configuration that an attention layer of a wrapped model sees: a live view that changes one name.
 
     Args:
         config: the backbone's configuration object.
@@ -87,25 +88,25 @@ class AttentionConfig(ConfigView):
         super().__init__(config, state=state, compared=compares_implementation(layer), lender=None)
 
     def borrow(self, lender: nn.Module) -> None:
-        """From here on the layer has the prefix of `lender`, whose keys and values it takes."""
+        """Makes the layer use the prefix of `lender`, whose keys and values it uses."""
         vars(self)["lender"] = lender
 
     def implementation(self) -> str:
-        """The name under which `prefix_attention` is registered; the true one for the plain backbone."""
+        """The name that `prefix_attention` is registered under; the true name for the plain backbone."""
         true_name = attn_implementation(self.backbone)
         call = self.state.call
         if (
             call.in_flight is None and call.recorder is None and call.passes is None
-        ):  # the plain backbone, as if never wrapped
+        ):  # the plain backbone, as before wrapping
             return true_name
         name = NAME_PREFIX + true_name
         if name not in attention_functions():
-            AttentionInterface.register(name, prefix_attention)
+            AttentionInterface.register(name, functools.partial(prefix_attention, true_name))
         return _BothNames(true_name) if self.compared else name
 
 
 class _BackboneView:
-    """An attention layer with the backbone's own configuration, for functions that read the name from it."""
+    """An attention layer with the backbone's own configuration, for functions that read the name from there."""
 
     def __init__(self, module: Any) -> None:
         self.layer = module
@@ -116,12 +117,13 @@ class _BackboneView:
 
 
 class _UngroupedView(_BackboneView):
-    """An attention layer that has as many key/value heads as queries."""
+    """An attention layer with as many key/value heads as query heads."""
 
     num_key_value_groups = 1
 
 
 def prefix_attention(
+    name: str,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -129,39 +131,37 @@ def prefix_attention(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention over `[prefix of stream p | cache | new tokens]`, by the backbone's own implementation.
+    """Attention over `[prefix of stream p | cache | new tokens]`, computed by the backbone's own implementation.
 
     Args:
+        name: of the backbone's own implementation.
         module: the attention layer; its `config` is an `AttentionConfig`.
         query: `(R, heads, S, D)`.
         key: `(R, G, K, D)`, after the cache's update.
         value: `(R, G, K, D)`; its head size may differ from the key's (MLA).
-        attention_mask: what the backbone's implementation expects for K keys.
+        attention_mask: the mask that the backbone's implementation expects for K keys.
         **kwargs: passed on (`scaling`, `dropout`, `sliding_window`, ...).
 
     Returns:
-        `(R, S, heads, D)`, and the attention weights `(R, heads, S, T + K)` where the implementation has them.
+        `(R, S, heads, D)`, and the attention weights `(R, heads, S, T + K)` if the implementation returns them.
     """
-    state: ParScaleState = module.config.state
-    name = attn_implementation(module.config.backbone)
-    backbone = backbone_function(module, name)
+    config = module.config
+    state: ParScaleState = config.state
     call = state.call
     if call.recorder is not None:
         record(state, module, key, value)
     streams = call.in_flight
-    flash = is_flash(name)
-    # a flash-attention function reads the implementation's name from the layer's configuration
-    view = _BackboneView(module) if flash else module
-    owner = module if module.config.lender is None else call.in_running_part(module.config.lender)
+    owner = module if config.lender is None else call.in_running_part(config.lender)
     # torch.export cannot prove what the backbones' way to repeat heads asks of a length T + S where S may vary
-    repeats = streams is not None and not flash and torch.compiler.is_exporting()
+    repeats = streams is not None and torch.compiler.is_exporting() and not is_flash(name) and name != GROUPED
+    layer = _UngroupedView(module) if repeats else module
     if repeats:
-        view, key, value = _UngroupedView(module), *(_with_heads(x, query.shape[1]) for x in (key, value))
+        key, value = (_with_heads(x, query.shape[1]) for x in (key, value))
     if call.passes is not None:
         key, value, attention_mask = keys_of_pass(call, module, query, key, value, attention_mask, name)
     has_prefix = streams is not None and hasattr(owner, streams.key_name)
     if streams is None or not (has_prefix or streams.shares_keys):
-        return backbone(view, query, key, value, attention_mask, **kwargs)
+        return _backbone(name, layer)(query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
@@ -171,29 +171,35 @@ def prefix_attention(
         prefix_v = parameter_of(owner, streams.value_name)
         if repeats:
             prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
-        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values up to the keys' head size
+        if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values to the keys' head size
             prefix_v = nn.functional.pad(prefix_v, (0, value.shape[-1] - prefix_v.shape[-1]))
         prefix = prefix_k, prefix_v
-    attend = functools.partial(_with_prefix, state, backbone, name, view)
     if streams.shares_keys:
-        causal = _is_causal(module, kwargs)
-        by_sdpa = name == "sdpa" and not _is_special(kwargs)
-        plain = functools.partial(backbone, view)
         return attend_to_shared(
-            *(state, attend, plain, query, key, value, prefix, attention_mask),
-            by_sdpa=by_sdpa,
-            causal=causal,
+            state,
+            functools.partial(_with_prefix, state, name, layer),
+            _backbone(name, layer),
+            *(query, key, value, prefix, attention_mask),
+            by_sdpa=name == "sdpa" and not _is_special(kwargs),
+            causal=_is_causal(module, kwargs),
             kwargs=kwargs,
         )
     assert prefix is not None
-    return attend(query, key, value, *prefix, attention_mask, **kwargs)
+    return _with_prefix(state, name, layer, query, key, value, *prefix, attention_mask, **kwargs)
+
+
+def _backbone(name: str, layer: Any) -> functools.partial[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The backbone's own attention of a layer: `(query, key, value, mask, **kwargs)`."""
+    module = layer.layer if isinstance(layer, _UngroupedView) else layer
+    # a flash-attention function reads the implementation's name from the layer's configuration
+    view = _BackboneView(layer) if is_flash(name) else layer
+    return functools.partial(backbone_function(module, name), view)
 
 
 def _with_prefix(
     state: ParScaleState,
-    backbone: AttentionFunction,
     name: str,
-    view: Any,
+    layer: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -203,81 +209,96 @@ def _with_prefix(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of P*B rows with keys of their own, and P prefixes `(P, G, T, D)`."""
+    tensors = (query, key, value, prefix_k, prefix_v)
+    if name == "sdpa" and not _is_special(kwargs):
+        output = _by_own_functions(state, *tensors, attention_mask, _is_causal(layer, kwargs), kwargs.get("scaling"))
+        if output is not None:
+            return output.transpose(1, 2), None  # (R, S, heads, D)
+    backbone = _backbone(name, layer)
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if is_flash(name):
-        return flash_with_prefix(backbone, view, query, key, value, prefix_k, prefix_v, attention_mask, **kwargs)
+        return flash_with_prefix(backbone.func, backbone.args[0], *tensors, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         mask = extended_mask(state.call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
         keep_sizes_static(query, keys, values)
-        return backbone(view, query, keys, values, mask, **kwargs)
-    return _dense_attention(
-        backbone, name, view, query, key, value, prefix_k, prefix_v, attention_mask, state, **kwargs
-    )
+        return backbone(query, keys, values, mask, **kwargs)
+    causal = name != "eager" and _is_causal(layer, kwargs)
+    return _dense_attention(state, backbone, name, causal, *tensors, attention_mask, **kwargs)
+
+
+def _by_own_functions(
+    state: ParScaleState,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scaling: float | None,
+) -> torch.Tensor | None:
+    """What `sdpa` gives, without a copy of the cache or a mask over the prefix: `(R, heads, S, D)`.
+
+    Returns:
+        `None` where neither `decode_attention` nor `causal_attention` takes the tensors.
+    """
+    S = query.shape[2]
+    tensors = (query, key, value, prefix_k, prefix_v)
+    if S == 1:
+        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
+        length = None if mask is None or not query.is_cuda else visible_lengths_once(state.call.masks, mask)
+        return decode_attention(*tensors, mask, length=length, scaling=scaling, impl=state.kernels)
+    if mask is None and causal:
+        key, value = key[:, :, :S], value[:, :, :S]
+        if is_mergeable(query, key, value, state.kernels):
+            return causal_attention(query, key, value, prefix_k, prefix_v, scaling=scaling)
+    return None
 
 
 def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """`(R, G, K, D)` as `(R, heads, K, D)`, each key/value head for all of its queries."""
+    """Repeats each key/value head for its queries: `(R, G, K, D)` to `(R, heads, K, D)`."""
     return states[:, torch.arange(heads, device=states.device) // (heads // states.shape[1])]
 
 
 def _dense_attention(
+    state: ParScaleState,
     backbone: AttentionFunction,
     name: str,
-    module: Any,
+    causal: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     prefix_k: torch.Tensor,
     prefix_v: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    state: ParScaleState,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """For `eager`, `sdpa` and functions of their contract: a mask over `(S, K)`, or none."""
+    """For `eager`, `sdpa` and functions with their interface: a mask over `(S, K)`, or none."""
     T, S = prefix_k.shape[2], query.shape[2]
-    special = _is_special(kwargs)
-    if attention_mask is None and name != "eager" and _is_causal(module, kwargs) and S > 1:
+    if attention_mask is None and causal and S > 1:
         if name in mask_functions():  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
-        if name == "sdpa" and not special and is_mergeable(query, key, value, state.kernels):
-            output = causal_attention(query, key, value, prefix_k, prefix_v, scaling=kwargs.get("scaling"))
-            return output.transpose(1, 2), None  # (R, S, heads, D)
         # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         queries = nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
-        output, weights = backbone(module, queries, keys, values, None, **kwargs)
+        output, weights = backbone(queries, keys, values, None, **kwargs)
         return output[:, T:], weights
-    masks = state.call.masks
-    if name == "sdpa" and S == 1 and not special:
-        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
-        length = None if attention_mask is None or not query.is_cuda else visible_lengths_once(masks, attention_mask)
-        output = decode_attention(
-            query,
-            key,
-            value,
-            prefix_k,
-            prefix_v,
-            attention_mask,
-            length=length,
-            scaling=kwargs.get("scaling"),
-            impl=state.kernels,
-        )
-        return output.transpose(1, 2), None  # (R, 1, heads, D)
-    mask: Any = extended_mask(masks, attention_mask, T, query.shape[0])
-    return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
+    mask: Any = extended_mask(state.call.masks, attention_mask, T, query.shape[0])
+    return backbone(query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 
 
-def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a mask that is left out stands for the causal one."""
+def _is_causal(module: object, kwargs: dict[str, Any]) -> bool:
+    """Whether no mask means the causal mask."""
     causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _is_special(kwargs: dict[str, Any]) -> bool:
     """Whether something is asked for that only the backbone's own function knows."""
-    return bool(kwargs.get("dropout")) or any(kwargs.get(x) is not None for x in ("softcap", "position_bias"))
+    cap, bias = kwargs.get("softcap"), kwargs.get("position_bias")
+    return bool(kwargs.get("dropout")) or cap is not None or bias is not None

@@ -1,4 +1,4 @@
-"""Rotary positions: tables of sines and cosines in a backbone, and embeddings that see other positions for a while."""
+"""Rotary positions: a backbone's tables of sines and cosines, and embeddings with shifted positions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 
 from parscale.streams.state import ParScaleState
 
-RotaryTable = tuple[nn.Module, str]  # the module that holds it, and its name in that
+RotaryTable = tuple[nn.Module, str]  # the module that holds the table, and the table's name in it
 
 
 def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryTable]:
-    """Tables `(N, D or less)` of sines and cosines by which keys are rotated (GPT-J, CodeGen, RoFormer).
+    """Tables `(N, D or less)` of sines and cosines that rotate keys (GPT-J, CodeGen, RoFormer).
 
     Args:
-        state: of the model.
+        state: the model's state.
         size: D; by default that of the attention layers.
 
     Returns:
-        For each its module, and its name in that.
+        The module and the name of each table.
     """
     if size is None:
         size = max((layer.key_size for layer in state.layers), default=0)
@@ -43,7 +43,7 @@ def _is_rotary(table: torch.Tensor, size: int) -> bool:
 
 @contextlib.contextmanager
 def tables_moved(tables: list[RotaryTable], by: int) -> Iterator[None]:
-    """In this block rotary tables hold at position i what belongs to position i - `by`."""
+    """In this block, position i of a rotary table holds the values of position i - `by`."""
     own = [getattr(module, name) for module, name in tables]
     try:
         for (module, name), table in zip(tables, own, strict=True):
@@ -59,9 +59,9 @@ def tables_moved(tables: list[RotaryTable], by: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rotation_moved(backbone: nn.Module, by: int) -> Iterator[None]:
-    """Rotary embeddings see positions that are further on than the rest of the backbone does."""
+    """In this block, rotary embeddings see positions that are larger by `by` than those of the rest of the backbone."""
 
-    def move(x: Any) -> Any:
+    def move(x: object) -> Any:
         return x + by if isinstance(x, torch.Tensor) and x.dtype in (torch.int32, torch.int64) else x
 
     def moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

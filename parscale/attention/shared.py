@@ -1,13 +1,13 @@
 """Attention of streams that share the keys and values of stream 0, which is the plain backbone.
 
-A layer projects keys and values for all of its P*B rows. Its cache stores and gives back those of stream 0 alone, B
-rows (`SharedCache`); where there is no cache, the attention function takes these rows itself. To it the streams
-are further queries of the same keys, beside a prefix of their own for streams 1 to P - 1.
+A layer projects keys and values for all P*B rows. Its cache stores and returns only those of stream 0, B rows
+(`SharedCache`); without a cache, the attention function selects these rows itself. The streams are then more queries
+to the same keys, and streams 1 to P - 1 also attend to a prefix of their own.
 
-In a call of two passes (`parscale.streams.passes`) the layers' keys are remembered in the first, and streams 1 to
-P - 1 attend to those in the second.
+In a call with two passes (`parscale.streams.passes`) the first pass stores each layer's keys and values, and streams
+1 to P - 1 attend to them in the second.
 
-Shapes: R rows of queries, B for each stream that runs; S query tokens; K keys in sight before the prefix; G key/value
+Shapes: R rows of queries, B for each stream that runs; S query tokens; K visible keys without the prefix; G key/value
 heads; D head size; T prefix tokens.
 """
 
@@ -35,7 +35,7 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class SharedCache:
-    """What an attention layer takes for its cache while streams share keys.
+    """The cache that an attention layer sees while streams share keys and values.
 
     Args:
         cache: the caller's, or the backbone's own.
@@ -47,21 +47,21 @@ class SharedCache:
         self.num_streams = num_streams
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The cache's `update` with the first B of P*B rows, those of stream 0; gives B rows."""
+        """Updates the cache with the first B of P*B rows, those of stream 0, and returns B rows."""
         B = key.shape[0] // self.num_streams
         return self.cache.update(key[:B], value[:B], *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "cache":  # before the state of an unpickled object is set
+        if name == "cache":  # during unpickling, before the attributes are set
             raise AttributeError(name)
         return getattr(self.cache, name)
 
 
 class SeenTokens(DynamicCache):
-    """The cache of the second pass: it says how many tokens stand in front, and keeps nothing.
+    """The cache of the second pass: it reports how many tokens come before, and stores nothing.
 
     Args:
-        tokens: how many.
+        tokens: how many tokens come before.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -69,29 +69,29 @@ class SeenTokens(DynamicCache):
         self.tokens = tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The tokens in front."""
+        """The number of tokens before this pass."""
         return self.tokens
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """The tokens in front."""
+        """The number of tokens before this pass."""
         return self.tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Of a layer that sees everything; the masks of the first pass are used anyway."""
+        """Sizes for a layer that sees every token; the masks of the first pass are used anyway."""
         return self.tokens + query_length, 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it was given: the attention function takes the keys of the first pass."""
+        """Returns its arguments: the attention function takes the keys of the first pass."""
         return key_states, value_states
 
 
 class SharedLayers:
-    """The hooks on attention layers, by which a set's caches have the rows of stream 0 alone.
+    """Hooks on attention layers that keep only the rows of stream 0 in the caches of a set.
 
     Args:
-        state: of the model.
+        state: the model's state.
         streams: the set.
     """
 
@@ -99,10 +99,10 @@ class SharedLayers:
         self.state = state
         self.streams = streams
         self.hooks: list[Any] = []
-        self.parameters: dict[type, list[str]] = {}  # of each class of layers, those of its forward
+        self.parameters: dict[type, list[str]] = {}  # for each class of layers, the parameter names of its forward
 
     def attach(self, modules: list[nn.Module]) -> None:
-        """Hooks attention layers; those that take no cache need none."""
+        """Adds hooks to the attention layers that take a cache."""
         for module in modules:
             self.parameters[type(module)] = list(inspect.signature(type(module).forward).parameters)[1:]
             self.hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -136,16 +136,16 @@ def can_slice(implementation: str) -> bool:
 def keys_of_pass(
     call: Call, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """In the first of two passes remembers what a layer attends to; in the second gives it back, for the last queries.
+    """Stores what a layer attends to in the first of two passes; in the second returns it, cut to the last queries.
 
     Args:
-        call: the one under way.
+        call: the current call.
         module: the layer.
         query: `(R, heads, S, D)`.
         key: `(R, G, K, D)`.
         value: `(R, G, K, Dv)`.
-        mask: of the pass.
-        name: of the implementation.
+        mask: the mask of this pass.
+        name: the attention implementation.
     """
     passes: TwoPasses | None = call.passes
     assert passes is not None
@@ -154,7 +154,7 @@ def keys_of_pass(
         return key, value, mask
     key, value, mask = passes.keys[module].pop(0)
     n, S = query.shape[2], passes.length
-    if mask is None and S > 1 and name in SLICED:  # it stands for the causal one over the first S keys
+    if mask is None and S > 1 and name in SLICED:  # no mask means the causal mask over the first S keys
         key, value = key[:, :, :S], value[:, :, :S]
         if 1 < n < S:
             mask = torch.ones(n, S, dtype=torch.bool, device=key.device).tril(S - n)[None, None]
@@ -182,18 +182,18 @@ def attend_to_shared(
     """Attention of all streams, or of those with a prefix, over the keys and values of stream 0.
 
     Args:
-        state: of the model.
-        attend: attention with a prefix, by the backbone's implementation: `(query, key, value, prefix_k, prefix_v,
-            mask, **kwargs)`, of rows that have keys of their own.
-        backbone: the same without: `(query, key, value, mask, **kwargs)`.
+        state: the model's state.
+        attend: the backbone's attention with a prefix, for rows that have keys of their own: `(query, key, value,
+            prefix_k, prefix_v, mask, **kwargs)`.
+        backbone: the backbone's attention without a prefix: `(query, key, value, mask, **kwargs)`.
         query: `(R, heads, S, D)`, stream-major.
-        key: `(B, G, K, D)`, or `(R, G, K, D)`, of which stream 0's rows are taken.
+        key: `(B, G, K, D)`, or `(R, G, K, D)`, from which stream 0's rows are taken.
         value: `(B or R, G, K, Dv)`.
         prefix: `(P - 1, G, T, D)` and `(P - 1, G, T, Dv)`; `None` on a layer that has none.
-        mask: of R rows, of one for all, or none.
-        by_sdpa: the implementation is `sdpa`, and asked for nothing that only itself knows.
-        causal: a mask that is left out stands for the causal one.
-        kwargs: of the implementation.
+        mask: with R rows, with one row for all, or `None`.
+        by_sdpa: the implementation is `sdpa`, without arguments that only `sdpa` itself supports.
+        causal: no mask means the causal mask.
+        kwargs: passed to the implementation.
 
     Returns:
         `(R, S, heads, Dv)`, and the weights `(R, heads, S, T + K)` where the implementation has them.
@@ -201,7 +201,7 @@ def attend_to_shared(
     call = state.call
     assert call.in_flight is not None
     second = call.passes is not None
-    running = call.in_flight.num_streams - second  # stream 0 had its pass
+    running = call.in_flight.num_streams - second  # stream 0 ran in the first pass
     R, S = query.shape[0], query.shape[2]
     B = R // running
     key, value, mask = key[:B], value[:B], rows_of_mask(call.masks, mask, B)
@@ -231,12 +231,12 @@ def attend_to_shared(
 
 
 def _of_rows(x: Any, R: int, B: int) -> Any:
-    """An argument of the attention function for the first B rows."""
+    """An argument of the attention function, cut to the first B rows."""
     return x[:B] if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
 
 
 def _joined(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """The weights of all streams `(R, heads, S, T + K)`; stream 0 gives its T columns nothing."""
+    """The weights of all streams, `(R, heads, S, T + K)`; stream 0 has zeros in the T columns of the prefix."""
     found = [weight for weight in weights if weight is not None]
     if len(found) < len(weights):
         return None

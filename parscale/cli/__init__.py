@@ -1,6 +1,6 @@
-"""The command line: each command is a thin layer over a function that programs can call as well.
+"""The command line: each command is a thin layer over a public Python function.
 
-No module here imports torch, transformers or anything that does until a command runs, so that help is immediate.
+Until a command runs, no module here imports torch, transformers or a package that imports them, so help is fast.
 """
 
 from parscale.cli.application import app, main

@@ -1,4 +1,4 @@
-"""The application: its commands, and what becomes of an error."""
+"""The application: its commands, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from parscale.cli.convert import convert
 from parscale.cli.cost import cost
 from parscale.cli.diagnose import diagnose
 from parscale.cli.evaluate import evaluate
+from parscale.cli.export import export
 from parscale.cli.generate import generate
 from parscale.cli.info import info
 from parscale.cli.law import app as law
 from parscale.cli.options import ListOptionCommand
+from parscale.cli.push import push
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
 from parscale.terminal.text import shown, shown_streams
@@ -44,13 +46,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "eval": evaluate,
     "diagnose": diagnose,
+    "export": export,
+    "push": push,
     "cost": cost,
 }
 for name, command in COMMANDS.items():
     app.command(name, cls=ListOptionCommand)(command)
 app.add_typer(law, name="law")
 
-# transformers imports the first two where they are installed, whether a command needs them or not.
+# transformers imports the first two if they are installed, whether a command needs them or not.
 SAY_MUCH_WHEN_IMPORTED = ("bitsandbytes", "torchao", "torch.utils._pytree")
 SHOW_TRACEBACK = "--traceback"
 BAD_INPUT = 2
@@ -69,16 +73,16 @@ def common(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
     ] = False,
     traceback: Annotated[
-        bool, typer.Option(SHOW_TRACEBACK, help="Show where in the program an error arose, not only what is wrong.")
+        bool, typer.Option(SHOW_TRACEBACK, help="Show the traceback of an error, not only its message.")
     ] = False,
 ) -> None:
-    """Take the options that stand before a command; `run` reads `--traceback` itself."""
+    """Takes the options that come before a command; `run` reads `--traceback` itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 2 for bad input, 130 when interrupted.
+    """Runs the command line and exits with its exit code: 0, 2 for bad input, 130 when interrupted.
 
-    Bad input is reported as one line on standard error. Any other exception is a fault of the program and keeps its
+    Bad input is reported as one line on standard error. Any other exception is a bug in the program and keeps its
     traceback.
     """
     try:
@@ -101,14 +105,14 @@ def _run(arguments: list[str]) -> int:
             logging.getLogger(library).setLevel(logging.ERROR)
         with _ended_by_signals(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who call them
-            # Without "standalone" typer hands its own errors on instead of printing them over several lines.
+            warnings.simplefilter("ignore", FutureWarning)  # meant for developers that call these libraries
+            # Without "standalone", typer returns its own errors and does not print them over several lines.
             command = typer.main.get_command(app)
             code = command.main(arguments or ["--help"], prog_name="parscale", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -120,20 +124,20 @@ def _run(arguments: list[str]) -> int:
         print(f"parscale: {line}", file=sys.stderr)
         return BAD_INPUT
     if code == INTERRUPTED:
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             print("parscale: interrupted.", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """In this block SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing half-written."""
+    """In this block SIGTERM and SIGHUP stop a command as Ctrl-C does, so that no incomplete file is left."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
 
     def end(number: int, frame: FrameType | None) -> None:
-        for later in numbers:  # a terminal that closes sends several
+        for later in numbers:  # a closing terminal sends several
             signal.signal(later, signal.SIG_IGN)
         raise KeyboardInterrupt
 
@@ -149,8 +153,8 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _bad_input(error: Exception) -> str | None:
-    """What to tell the user in one line, or None when the error is not the user's."""
-    if hasattr(error, "format_message"):  # typer's usage errors; the class has moved between its versions
+    """A one-line message for the user; None if the error is not the user's."""
+    if hasattr(error, "format_message"):  # typer's usage errors; the class is not the same in all versions
         message = " ".join(str(error.format_message()).split())
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "parscale"

@@ -9,6 +9,7 @@ import typer
 
 from parscale.cli.options import Files, Json, Special, TextColumn, takes_settings
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
+from parscale.cli.recipes import Recipe
 from parscale.config import ParScaleConfig
 
 
@@ -22,6 +23,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="The backbone: a folder, or a name on the Hugging Face Hub.")],
     output: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
     config: ParScaleConfig,
+    recipe: Recipe = None,
     calibration: Annotated[
         Files | None,
         typer.Option(
@@ -34,7 +36,7 @@ def convert(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Recycle a checkpoint: give a model P parallel streams and save it."""
+    """Recycle a checkpoint: add P parallel streams to a model and save it."""
     from parscale.checkpoints.conversion.convert import convert as convert_checkpoint
 
     quiet_libraries()

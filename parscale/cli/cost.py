@@ -22,17 +22,17 @@ def cost(
         str, typer.Argument(help="A config.json, a checkpoint's folder, or its name on the Hugging Face Hub.")
     ],
     num_streams: Annotated[list[int], typer.Option(min=1, help="P, the number of streams.", metavar="P...")],
-    batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts at a time.", metavar="B...")],
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts in a batch.", metavar="B...")],
     input_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 256,
     output_length: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 256,
     hardware: Annotated[
         str, typer.Option(help="The device, such as a100-80gb, h100, rtx-4090 or cpu-desktop.")
     ] = "a100-80gb",
     hardware_file: Annotated[
-        Path | None, typer.Option(help="A CSV file with devices of your own, columns as the package's hardware.csv.")
+        Path | None, typer.Option(help="A CSV file with your own devices; columns as in the package's hardware.csv.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; weights also int8, fp8, int4.")] = "bfloat16",
-    method: Annotated[str, typer.Option(help="'roofline', or 'paper' to count as the paper did.")] = "roofline",
+    method: Annotated[str, typer.Option(help="'roofline', or 'paper' for the paper's method.")] = "roofline",
     kv: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,15 +40,15 @@ def cost(
         ),
     ] = None,
     overhead: Annotated[
-        float, typer.Option(min=0, help="Seconds for each layer of each step that kernels take to start.")
+        float, typer.Option(min=0, help="Seconds that kernel launches take, for each layer and step.")
     ] = 0.0,
     law: Annotated[str, typer.Option(help="What streams are worth: " + LAW_HELP)] = "stack",
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw it into this file: .png, .pdf or .svg.", metavar="FILE.png")
+        Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Count memory and time of generation, and compare with the plain model of equal loss."""
+    """Estimate memory and time of generation, and compare with the plain model of equal loss."""
     from parscale.scaling_laws import cost as count
     from parscale.scaling_laws import read_hardware, read_shape, versus
 
@@ -109,7 +109,7 @@ def cost(
 
 
 def _crossovers(fitted: Any, shape: Any, streams: list[int], work: dict[str, Any]) -> list[dict[str, Any]]:
-    """From which batch size, and with one prompt from which length of it, streams cost more than the rival."""
+    """The batch size, and with one prompt the prompt length, from which streams cost more than the plain model."""
     from parscale.scaling_laws import crossover
 
     found = []
@@ -136,11 +136,11 @@ def _sentence(found: dict[str, Any]) -> str:
 
 
 def _config_file(source: str) -> Path:
-    """The `config.json` that a user names; of streams only, their backbone's.
+    """The path of the `config.json` that a user names; for a streams-only folder, that of its backbone.
 
     Raises:
-        OSError: there is none.
-        ValueError: there is none.
+        OSError: the file does not exist.
+        ValueError: the folder or repository has no such file.
     """
     from parscale.format.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
 

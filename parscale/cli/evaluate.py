@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
+from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
 
-WIDEST = 1000  # columns of a table; it takes what it needs
+WIDEST = 1000  # columns of a table, which uses only what it needs
 
 
 def evaluate(
@@ -23,46 +23,45 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tasks of lm-eval, by name, pattern or YAML file; or general, math, code: the paper's benchmarks.",
+            help="Tasks of lm-eval, by name, pattern or YAML file; or general, math, code for the paper's benchmarks.",
             metavar="NAME...",
         ),
     ] = None,
     text_column: TextColumn = "text",
     streams: Streams = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --data: other checkpoints to hold this one against, or 'off' for its own plain backbone; at the "
+            "beginnings and in the middles of the documents, with intervals.",
+            metavar="CHECKPOINT...",
+        ),
+    ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens the model sees at once. Default: as many as it takes, with --data not more than 1024."
-        ),
+        typer.Option(help="Tokens the model sees at once. Default: its limit, with --data at most 1024."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or a task's questions, in a batch.")] = 8,
-    adaptive: Annotated[
-        float | None,
-        typer.Option(
-            help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
-            "H nats. 0: always, inf: never.",
-            metavar="H",
-        ),
-    ] = None,
+    adaptive: Adaptive = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="With --tasks: examples before each question. Default: as the task says.")
     ] = None,
     limit: Annotated[
-        float | None, typer.Option(help="With --tasks: questions of each at most, or a share below 1; to try out.")
+        float | None, typer.Option(help="With --tasks: maximum questions of each, or a share below 1; for trial runs.")
     ] = None,
     include_path: Annotated[
         Path | None,
-        typer.Option(help="With --tasks: a folder of your own task files, which can run code.", metavar="DIR"),
+        typer.Option(help="With --tasks: a folder with your own task files, which can run code.", metavar="DIR"),
     ] = None,
     confirm_run_unsafe_code: Annotated[
         bool,
         typer.Option(
             "--confirm-run-unsafe-code",
-            help="With --tasks: run the code that the model writes. What task files run (!function) runs without.",
+            help="With --tasks: run code that the model writes. Code in task files (!function) always runs.",
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Also write all figures into this file, as JSON.", metavar="FILE")
+        Path | None, typer.Option(help="Also write all figures to this file, as JSON.", metavar="FILE")
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -79,9 +78,11 @@ def evaluate(
         "--confirm-run-unsafe-code": confirm_run_unsafe_code,
     }
     if bool(data) == bool(tasks):
-        raise ValueError("Give either --data FILE... or --tasks NAME..., one of the two. Try 'parscale eval --help'.")
+        raise ValueError("Give either --data FILE... or --tasks NAME..., not both. Try 'parscale eval --help'.")
     if data and (given := [name for name, is_given in of_tasks.items() if is_given]):
         raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
+    if against and (tasks or adaptive is not None):
+        raise ValueError("--against compares losses on --data, with all streams; leave --tasks and --adaptive out.")
     if output is not None:
         require_writable(output)
     documents = read_documents(data or [], text_column=text_column)
@@ -107,14 +108,27 @@ def evaluate(
         figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
     else:
         figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
+        if against:
+            from parscale.checkpoints.held_against import compare_checkpoints
+
+            figures["comparisons"] = compare_checkpoints(
+                (model, tokenizer, checkpoint),
+                against,
+                documents,
+                sequence_length=figures["sequence_length"],
+                batch_size=batch_size,
+                device=device,
+            )
     if json:
         print_json(figures)
     elif tasks:
         _print_scores(figures)
     else:
         shown = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
-        del shown["parscale"]
+        shown.pop("parscale")
+        comparisons = shown.pop("comparisons", [])
         print_figures(shown | {"documents": len(figures["documents"])})
+        _print_comparisons(comparisons)
     if output is not None:
         write_json(output, figures)
 
@@ -131,7 +145,6 @@ def _measure(
 ) -> dict[str, Any]:
     from parscale.checkpoints.evaluation.tasks import stamp
     from parscale.checkpoints.evaluation.text_loss import evaluate as evaluate_documents
-    from parscale.checkpoints.evaluation.text_loss import shown_threshold
 
     result = evaluate_documents(
         model,
@@ -149,12 +162,32 @@ def _measure(
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
-        **({} if adaptive is None else {"adaptive": shown_threshold(adaptive), "mean_streams": result.mean_streams}),
+        **_adapted(adaptive, result.mean_streams, model),
         "documents": [
             {"name": document.name, "loss": document.loss, "tokens": document.tokens} for document in result.documents
         ],
         "parscale": {"checkpoint": checkpoint} | stamp(model),
     }
+
+
+def _print_comparisons(comparisons: list[dict[str, Any]]) -> None:
+    from parscale.checkpoints.evaluation.against import table_of
+    from parscale.terminal.console import Terminal
+
+    if comparisons:
+        names = {entry[side] for entry in comparisons for side in ("arm", "baseline")}
+        table = table_of(comparisons, {name: name for name in names})
+        Terminal(soft_wrap=True, width=WIDEST).print(table)
+
+
+def _adapted(threshold: float | None, mean_streams: float | None, model: Any) -> dict[str, Any]:
+    """The threshold, how many streams ran for a token on average, and the share of the tokens that got them all."""
+    from parscale.checkpoints.evaluation.text_loss import shown_threshold
+
+    if threshold is None or mean_streams is None:
+        return {}
+    share = (mean_streams - 1) / (model.num_streams - 1)
+    return {"adaptive": shown_threshold(threshold), "mean_streams": mean_streams, "share_of_tokens": share}
 
 
 def _print_scores(figures: dict[str, Any]) -> None:
@@ -169,9 +202,9 @@ def _print_scores(figures: dict[str, Any]) -> None:
     for column in ("value", "standard error", "questions", "examples before each"):
         table.add_column(column, justify="right", no_wrap=True)
     for task, metric, answer_filter, value, error in scores(figures):
-        asked = figures["n-samples"].get(task)  # a group has none
+        asked = figures["n-samples"].get(task)  # a group has no entry
         questions = "" if asked is None else f"{asked['effective']:,} of {asked['original']:,}"
         standard_error = "-" if error is None else f"{error:.4f}"
         examples = str(figures["n-shot"].get(task, ""))
         table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
-    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut
+    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut off

@@ -7,7 +7,7 @@ from parscale.cli.output import print_figures, print_json, quiet_hub
 
 
 def info(checkpoint: Checkpoint, json: Json = False) -> None:
-    """Say what a checkpoint is: backbone, streams, sizes, how it was made. Reads no weights."""
+    """Describe a checkpoint: backbone, streams, sizes, how it was made. Reads no weights."""
     from parscale.checkpoints.description import describe
 
     quiet_hub()

@@ -25,12 +25,12 @@ LAW_HELP = "'stack' or 'pile' for a published one, a CSV file of runs to fit, or
 Runs = Annotated[
     str,
     typer.Argument(
-        help="Runs: a CSV file with the columns params, streams, loss; or 'stack' or 'pile', the published ones.",
+        help="Runs: a CSV file with the columns params, streams, loss; or 'stack' or 'pile', the published runs.",
         metavar="FILE.csv",
     ),
 ]
-Plot = Annotated[Path | None, typer.Option(help="Also draw it into this file: .png, .pdf or .svg.", metavar="FILE.png")]
-Bootstrap = Annotated[int, typer.Option(min=0, help="Resampled data sets behind the intervals; 0 for no intervals.")]
+Plot = Annotated[Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")]
+Bootstrap = Annotated[int, typer.Option(min=0, help="Resampled datasets for the intervals; 0 for no intervals.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the resampling.")]
 
 
@@ -48,13 +48,13 @@ def fit(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Fit the law to finished runs: E, A, alpha and k with 90 % intervals, and what the runs do not settle."""
+    """Fit the law to finished runs: E, A, alpha and k with 90 % intervals, and what the runs leave undetermined."""
     from parscale.scaling_laws import compare as compare_forms
     from parscale.scaling_laws import fit_form
 
     points, tokens = _runs(file, with_tokens=form.startswith("joint"))
     if plot is not None and form != "log":
-        raise ValueError(f"--plot draws the form log, not {form}; leave one of the two out")
+        raise ValueError(f"--plot draws the form log, not {form}; omit one of the two")
     if plot is not None:
         require_writable(plot)
     fitted = fit_form(form, *points, tokens, bootstrap=bootstrap, seed=seed)
@@ -86,14 +86,14 @@ def predict(
     law: Annotated[str, typer.Argument(help=LAW_HELP)],
     params: Annotated[
         list[float],
-        typer.Option(parser=size, help="N: non-embedding parameters with the streams' own, as 1.6e9 or 1.6B."),
+        typer.Option(parser=size, help="N: non-embedding parameters with the streams' own, such as 1.6e9 or 1.6B."),
     ],
     streams: Annotated[list[int], typer.Option(min=1, help="P, the number of streams.")],
     bootstrap: Bootstrap = 1000,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Predict the loss of each size with each number of streams, and the plain model that is worth as much."""
+    """Predict the loss for each size and number of streams, and the plain model with the same loss."""
     fitted = read_law(law, bootstrap=bootstrap, seed=seed)
     rows = []
     for number in params:
@@ -116,7 +116,7 @@ def plot(
     bootstrap: Bootstrap = 200,
     seed: Seed = 0,
 ) -> None:
-    """Draw the law: loss over size and P, runs against predictions, or curves of equal loss."""
+    """Plot the law: loss over size and P, runs against predictions, or curves of equal loss."""
     import parscale.scaling_laws.plots as plots
 
     if kind not in ("contours", "measured", "isoloss"):
@@ -132,7 +132,7 @@ def plot(
         figure = plots.measured_and_predicted(fitted, points)
     else:
         raise ValueError(
-            "--kind measured draws runs, and a law from a JSON file has none; give the CSV file of its runs"
+            "--kind measured draws runs, but a law from a JSON file has none; give the CSV file of its runs"
         )
     with staged_file(output) as beside:
         plots.save(figure, beside)
@@ -140,15 +140,15 @@ def plot(
 
 @app.command("sweep")
 def sweep(
-    output: Annotated[Path, typer.Argument(help="The folder of the sweep; what it holds already is not done again.")],
+    output: Annotated[Path, typer.Argument(help="The folder of the sweep; finished runs in it are not repeated.")],
     preset: Annotated[str, typer.Option(help="smoke (minutes on two CPU cores) or gpu (tens of minutes).")] = "smoke",
     source: Annotated[
-        str, typer.Option(help="The text: stdlib, packages (all installed Python source) or a data set's name.")
+        str, typer.Option(help="The text: stdlib, packages (all installed Python source) or the name of a dataset.")
     ] = "stdlib",
     workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: one for each GPU.")] = None,
     json: Json = False,
 ) -> None:
-    """Train small models over sizes and P on real text, then fit the law to them."""
+    """Train small models of several sizes and P on real text, then fit the law to them."""
     from parscale import wrap
     from parscale.cli.output import quiet_libraries
     from parscale.scaling_laws import fit_form
@@ -177,7 +177,7 @@ def sweep(
 
 @contextmanager
 def _progress(runs: Sequence[Run]) -> Iterator[Report]:
-    """A bar over all runs on standard error, by the arithmetic that each takes."""
+    """A progress bar over all runs on standard error, weighted by the arithmetic of each."""
     from rich.progress import Progress
 
     from parscale.terminal.console import Terminal
@@ -196,7 +196,7 @@ def _progress(runs: Sequence[Run]) -> Iterator[Report]:
 
 
 def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:
-    """Runs that a user names, and their training tokens if asked for."""
+    """The runs that a user names, and their training tokens if requested."""
     from parscale.scaling_laws import data
 
     if source in CORPORA and not Path(source).exists():
@@ -212,7 +212,7 @@ def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a column for each name in any of the rows."""
+    """Prints a table with a column for each name in any of the rows."""
     from rich.table import Table
 
     from parscale.terminal.console import Terminal
@@ -226,20 +226,20 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     Terminal(soft_wrap=True).print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None or value != value:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.5g}" if abs(value) >= 1e-3 else f"{value:.3g}"  # times of small models stay narrow
+    return f"{value:.5g}" if abs(value) >= 1e-3 else f"{value:.3g}"  # keeps times of small models narrow
 
 
 def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScalingLaw:
     """The law that a user names: a published corpus, a CSV file of runs, or a JSON file that `law fit --json` printed.
 
-    Raises `OSError` when there is no such file and `ValueError` when it holds no law and no runs to fit one to.
+    Raises `OSError` if there is no such file, and `ValueError` if it has neither a law nor runs to fit one to.
     """
     from parscale.scaling_laws import ParallelScalingLaw, fit
     from parscale.scaling_laws.files import read_json, require_file
@@ -253,7 +253,7 @@ def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScali
     except ValueError:
         contents = None
     if not isinstance(contents, dict):
-        raise ValueError(f"{source} is no law; give {wanted}")
+        raise ValueError(f"{source} is not a law; give {wanted}")
     try:
         return ParallelScalingLaw.from_dict(contents)
     except ValueError as error:

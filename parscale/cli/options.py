@@ -1,4 +1,4 @@
-"""What several commands share: options, and list options that take several values after one name."""
+"""Options that several commands share, and list options that take several values after one name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ Streams = Annotated[
     str | None,
     typer.Option(help="The set of streams to use, by name, or 'off' for the plain backbone. Default: the active set."),
 ]
+Adaptive = Annotated[
+    float | None,
+    typer.Option(
+        help="Of streams that share keys and values: run them where the entropy of stream 0's prediction is above "
+        "H nats. 0: always, inf: never.",
+        metavar="H",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repeatable.")]
 Files = list[Path]
 TextColumn = Annotated[str, typer.Option(help=descriptions(TrainSettings).get("text_column"))]
@@ -32,41 +40,46 @@ SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def size(text: str) -> float:
-    """A number of parameters, such as 1.6e9, 1600000000 or 1.6B; `BadParameter` for anything else."""
+    """A number of parameters, such as 1.6e9, 1600000000 or 1.6B; `BadParameter` for other text."""
     letter = text[-1:].upper()
     try:
         value = float(text[:-1]) * SUFFIXES[letter] if letter in SUFFIXES else float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no size; give a number such as 1.6e9 or 1.6B") from None
+        raise typer.BadParameter(f"{text!r} is not a size; give a number such as 1.6e9 or 1.6B") from None
     return value
 
 
 def count(text: str) -> int:
-    """A whole number, such as 20000000, 2e7 or 20M; `BadParameter` for anything else."""
+    """A whole number, such as 20000000, 2e7 or 20M; `BadParameter` for other text."""
     value = size(text)
     if not value.is_integer():
-        raise typer.BadParameter(f"{text!r} is no whole number; give one such as 20000000 or 20M")
+        raise typer.BadParameter(f"{text!r} is not a whole number; give one such as 20000000 or 20M")
     return int(value)
+
+
+_NO_ARGUMENT = "--from-config"  # stands in place of the argument of a command
 
 
 class ListOptionCommand(TyperCommand):
     """A command whose list options take several values after one name, as in `--data a.txt b.txt`.
 
-    `--data a.txt --data b.txt` is understood too. While a positional argument is still missing, what follows the
-    first value is taken as that argument: `--data a.txt CHECKPOINT` and `CHECKPOINT --data a.txt` mean the same.
+    `--data a.txt --data b.txt` works too. While a positional argument is missing, the value after the first one becomes
+    that argument: `--data a.txt CHECKPOINT` and `CHECKPOINT --data a.txt` mean the same.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Split the arguments as typer does, after each further value of a list got its option's name."""
+        """Splits the arguments as typer does, after adding the option's name before each further value of a list."""
         return super().parse_args(ctx, repeat_list_options(args, self.params))
 
 
 def repeat_list_options(arguments: Sequence[str], parameters: Iterable[Any]) -> list[str]:
-    """`["--data", "a", "b"]` as `["--data", "a", "--data", "b"]` for each parameter that takes several values."""
+    """Turns `["--data", "a", "b"]` into `["--data", "a", "--data", "b"]` for parameters that take several values."""
     options = {name: parameter for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     positional_left = sum(parameter.param_type_name == "argument" for parameter in parameters)
+    if any(argument.partition("=")[0] == _NO_ARGUMENT for argument in arguments):
+        positional_left = 0
     result: list[str] = []
-    values_of: str | None = None  # the list option that a further value belongs to
+    values_of: str | None = None  # the list option of the further values
     rest = iter(arguments)
     for argument in rest:
         if argument == "--":
@@ -90,12 +103,12 @@ def repeat_list_options(arguments: Sequence[str], parameters: Iterable[Any]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Special:
-    """How the command line takes a field of settings, as far as its type and default do not say it.
+    """The properties of a field's option that its type and default do not determine.
 
     Attributes:
         type: the option's type in place of the field's.
-        required: it has to be given, whatever its default is.
-        read: makes the field's value of the option's.
+        required: the option must be given, even if the field has a default.
+        read: converts the option's value to the field's value.
         option: arguments of `typer.Option`.
     """
 
@@ -108,14 +121,14 @@ class Special:
 def takes_settings(
     settings: type, argument: str, **special: Special
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each field of a dataclass, in place of its argument of that class.
+    """Replaces a command's argument of a dataclass by an option for each field.
 
-    An option has its field's name, type and default; its help is what the class's docstring says of the field.
+    An option has its field's name, type and default; its help is the field's description in the class docstring.
 
     Args:
         settings: the dataclass.
-        argument: of the command.
-        **special: what is special about a field's option.
+        argument: name of the command's argument.
+        **special: properties of single options, by field name.
     """
     fields = dataclasses.fields(settings)
     types, said = get_type_hints(settings), descriptions(settings)
@@ -124,7 +137,7 @@ def takes_settings(
         own = special.get(field.name, Special())
         kind = own.type or types[field.name]
         default = None if field.default is dataclasses.MISSING else field.default
-        if own.required or field.default is field.default_factory:  # both are missing
+        if own.required or field.default is field.default_factory:  # MISSING for both
             default = inspect.Parameter.empty
         declared = typer.Option(*_declarations(field.name, kind), help=plain(said.get(field.name, "")), **own.option)
         annotation = Annotated[kind, declared]  # type: ignore[valid-type]
@@ -153,7 +166,7 @@ def takes_settings(
 
 
 def _declarations(name: str, kind: Any) -> list[str]:
-    """The option's names where typer's own would be others: what is off by default needs no name to turn it off."""
+    """The option's names where they differ from typer's own: a flag that is off by default has no negative form."""
     dashed = f"--{name.replace('_', '-')}"
     if kind is bool:
         return [dashed]

@@ -15,23 +15,23 @@ from parscale.format.staging import staged_file
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
-    """One JSON object on standard output, indented."""
+    """Prints one indented JSON object on standard output."""
     sys.stdout.write(_json(figures))
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """One JSON object as a file, indented; it is there whole or not at all, and replaces an older one.
+    """Writes one indented JSON object to a file, completely or not at all; replaces an older file.
 
     Raises:
-        ValueError: it is a folder, no regular file, or a link that leads nowhere.
-        OSError: it cannot be written.
+        ValueError: the path is a folder, not a regular file, or a broken link.
+        OSError: the path cannot be written.
     """
     with staged_file(path) as beside:
         beside.write_text(_json(figures), encoding="utf-8")
 
 
-def without_nan(figures: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+def without_nan(figures: object) -> Any:
+    """The same figures with None in place of NaN and infinities, which JSON does not support."""
     if isinstance(figures, Mapping):
         return {name: without_nan(value) for name, value in figures.items()}
     if isinstance(figures, list | tuple):
@@ -44,7 +44,7 @@ def _json(figures: Mapping[str, Any]) -> str:
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:
-    """One aligned line for each figure; a nested mapping's lines are indented beneath its name."""
+    """Prints one aligned line for each figure; the lines of a nested mapping are indented under its name."""
     from rich.table import Table
 
     from parscale.terminal.console import Terminal
@@ -63,7 +63,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show on a terminal's standard error that something is under way."""
+    """Shows on a terminal's standard error that something is running."""
     from rich.text import Text
 
     from parscale.terminal.console import Terminal
@@ -73,7 +73,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and hints of transformers, and the Hub's, which mix with what a command prints."""
+    """Silences the progress bars and hints of transformers and the Hub, which would mix with a command's output."""
     from transformers.utils import logging
 
     quiet_hub()
@@ -82,13 +82,13 @@ def quiet_libraries() -> None:
 
 
 def quiet_hub() -> None:
-    """Silence the Hugging Face Hub's lines about attempts to reach it; that they failed is said by the error."""
+    """Silences the Hub's log lines about connection attempts; the final error reports that they failed."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity(CRITICAL)
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -15,10 +15,10 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="The folder to write, new or empty: models, figures and plot.")] = Path(
         "parscale-quickstart"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Makes what is random repeatable.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random choices.")] = 0,
     json: Json = False,
 ) -> None:
-    """Convert, post-train, compare and try a small model that this package carries; offline, in a few minutes."""
+    """Convert, post-train, compare and try a small model that comes with this package; offline, in a few minutes."""
     from parscale.checkpoints.quickstart.run import run_quickstart
     from parscale.terminal.console import Terminal
 

@@ -11,8 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from parscale.checkpoints.training.settings import TrainSettings
-from parscale.cli.options import Checkpoint, Json, Special, count, takes_settings
+from parscale.cli.options import Json, Special, count, takes_settings
 from parscale.cli.output import print_figures, print_json, quiet_libraries
+from parscale.cli.recipes import Recipe
+from parscale.config import ParScaleConfig
+from parscale.descriptions import descriptions, plain
+
+_NEW = "Of a new model"
+_OF_STREAMS = descriptions(ParScaleConfig)
+WIDEST = 1000  # columns of a table; it takes what it needs
 
 
 def _named(texts: list[str]) -> dict[str, str]:
@@ -24,7 +31,7 @@ def _named(texts: list[str]) -> dict[str, str]:
             name, source = Path(text).stem or text, text
         name = "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in name)
         if name in named:
-            raise ValueError(f"Two texts to measure on are called {name!r}; name them apart, as in NAME={source}.")
+            raise ValueError(f"Two evaluation texts are called {name!r}; give each its own name, as in NAME={source}.")
         named[name] = source
     return named
 
@@ -39,27 +46,59 @@ def _named(texts: list[str]) -> dict[str, str]:
     seed=Special(option={"min": 0}),
 )
 def train(
-    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option(help="The folder of the run; new or empty, unless --resume is given.")],
     settings: TrainSettings,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face Hub; or give --from-config."),
+    ] = None,
+    from_config: Annotated[
+        Path | None,
+        typer.Option(help="Train a new model from nothing, of this config.json.", metavar="CONFIG.json"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help=f"{_NEW}: a folder with its tokenizer, or a name on the Hugging Face Hub.")
+    ] = None,
+    num_streams: Annotated[int | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['num_streams'])}")] = None,
+    prefix_length: Annotated[int | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['prefix_length'])}")] = None,
+    kv: Annotated[str | None, typer.Option(help=f"{_NEW}: {plain(_OF_STREAMS['kv'])}")] = None,
+    recipe: Recipe = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in the output folder from its last checkpoint.")
+    ] = False,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Also train what a gain of streams has to beat, the backbone alone and one prefix of T and of P * T "
+            "tokens, on the same tokens in the same order, and compare; with --resume also beside a finished run.",
+        ),
     ] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the result to this repository of the Hugging Face Hub.", metavar="NAME")
+        str | None, typer.Option(help="Upload the result to this repository on the Hugging Face Hub.", metavar="NAME")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Post-train a checkpoint on text; also under torchrun or accelerate launch, on many devices."""
+    """Train a checkpoint, or a new model, on text and chats; also under torchrun or accelerate launch."""
     from parscale.checkpoints.training.train import Interrupted
     from parscale.checkpoints.training.train import train as train_checkpoint
 
+    of_new = {"num_streams": num_streams, "prefix_length": prefix_length, "kv": kv}
+    start = _start(checkpoint, from_config, tokenizer, of_new, settings)
     quiet_libraries()
     command = shlex.join(["parscale", *sys.argv[1:]])
     try:
-        report = train_checkpoint(checkpoint, output, settings, resume=resume, command=command, name=push_to_hub)
+        if controls:
+            from parscale.checkpoints.control_runs import check_controls, train_controls
+
+            if checkpoint is None:
+                raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
+            check_controls(checkpoint, settings)
+        report = train_checkpoint(start, output, settings, resume=resume, command=command, name=push_to_hub)
+        if controls and checkpoint is not None:
+            report = report | train_controls(checkpoint, output, settings)
     except Interrupted as interruption:
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             print(f"parscale: {interruption}", file=sys.stderr)
         raise
     from accelerate import PartialState
@@ -76,9 +115,35 @@ def train(
         _print(report)
 
 
+def _start(
+    checkpoint: str | None,
+    config: Path | None,
+    tokenizer: str | None,
+    streams: dict[str, Any],
+    settings: TrainSettings,
+) -> Any:
+    """The checkpoint's name, or the new model that stands in its place."""
+    if config is None:
+        given = [name for name, value in {"tokenizer": tokenizer, **streams}.items() if value is not None]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{option} is of a new model: give --from-config with it, or leave it out.")
+        if checkpoint is None:
+            raise ValueError("Missing argument 'CHECKPOINT', or --from-config for a new model.")
+        return checkpoint
+    if checkpoint is not None:
+        raise ValueError(f"--from-config makes a new model, and {checkpoint} is one; give one of the two.")
+    if tokenizer is None or streams["num_streams"] is None:
+        raise ValueError("--from-config needs --tokenizer and --num-streams (1 for a model without streams).")
+    from parscale.checkpoints.training.new_model import NewModel
+
+    chosen = {name: value for name, value in streams.items() if value is not None}
+    return NewModel(config, tokenizer, ParScaleConfig(**chosen), settings.seed)
+
+
 def _print(report: dict[str, Any]) -> None:
     if report["finished_before"]:
-        print(f"The run in {report['output']} has finished before; nothing was left to do.")
+        print(f"The run in {report['output']} had already finished; there was nothing to do.")
     losses = {
         f"loss on {name}": ", ".join(f"{when} {value:.4f}" for when, value in found.items())
         for name, found in report["losses"].items()
@@ -86,3 +151,36 @@ def _print(report: dict[str, Any]) -> None:
     shown = ("checkpoint", "output", "trains", "trained_parameters", "tokens", "tokens_per_second", "seconds")
     uploaded = {"uploaded_to": report["uploaded_to"]} if "uploaded_to" in report else {}
     print_figures({name: report[name] for name in shown} | losses | uploaded)
+    if report.get("comparisons"):
+        _print_comparisons(report)
+
+
+def _print_comparisons(report: dict[str, Any]) -> None:
+    """The trained model against the untouched backbone and, where they were trained, against controls."""
+    from parscale.checkpoints.description import describe
+    from parscale.checkpoints.evaluation.against import table_of
+    from parscale.checkpoints.training.held_out import TRAINED, UNTOUCHED, sentences
+    from parscale.terminal.console import Terminal
+
+    trained = [entry for entry in report["comparisons"] if entry["arm"] == TRAINED]
+    controls = report.get("controls", {})
+    console = Terminal(soft_wrap=True, width=WIDEST)
+    for text in dict.fromkeys(entry["text"] for entry in trained):
+        entries = [entry for entry in trained if entry["text"] == text]
+        console.print(table_of(entries, {TRAINED: "the trained model", UNTOUCHED: "untouched backbone"} | controls))
+    for sentence in sentences([entry for entry in trained if entry["baseline"] == UNTOUCHED]):
+        print(sentence)
+    for sentence in report.get("sentences", []):
+        print(sentence)
+    if not controls and describe(report["output"])["num_streams"] > 1:
+        print(
+            "A lower loss than the untouched backbone's is not yet a gain of streams: the backbone trained alone and "
+            "one trained prefix have to be beaten too, after the same tokens. This trains them and compares:"
+        )
+        print(f"  {_with_controls(report['command'] or 'parscale train ...')}")
+
+
+def _with_controls(command: str) -> str:
+    """The command of a run, to train its controls."""
+    missing = [option for option in ("--resume", "--controls") if option not in command.split()]
+    return " ".join([command, *missing])

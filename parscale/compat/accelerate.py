@@ -1,4 +1,4 @@
-"""accelerate: the hook by which it keeps a module's weights elsewhere while the module does not run."""
+"""accelerate: the hook that keeps a module's weights elsewhere while the module does not run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _HOOK = "_hf_hook"
 def hook_of(module: nn.Module) -> Any:
     """accelerate's hook of a module; `None` if it has none.
 
-    accelerate adds and removes hooks by documented functions, and has none that gives the hook of a module.
+    accelerate has documented functions that add and remove hooks, but none that returns the hook of a module.
     """
     return vars(module).get(_HOOK)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
-    """accelerate's hooks of a module, one by one."""
+    """accelerate's hooks of a module, as a list."""
     hook = hook_of(module)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
-def put_hook(module: nn.Module, hook: Any) -> None:
-    """Puts another hook in the place of accelerate's own.
+def put_hook(module: nn.Module, hook: object) -> None:
+    """Replaces accelerate's hook of a module.
 
     `add_hook_to_module` would run the hook's `init_hook` again, which moves weights.
     """
@@ -32,7 +32,7 @@ def put_hook(module: nn.Module, hook: Any) -> None:
 
 
 def offloading_hook(module: nn.Module) -> Any:
-    """The hook that fetches a module's weights before it runs; `None` if they stay where they are."""
+    """The hook that fetches a module's weights before it runs; `None` if they are not offloaded."""
     return next((hook for hook in hooks_of(module) if getattr(hook, "offload", False)), None)
 
 

@@ -1,12 +1,12 @@
-"""Names of arguments that models and adapters take, and what each of them holds.
+"""Names of arguments that models and adapters take, and their meaning.
 
-transformers gives an argument of one meaning one name across its models, and documents the frequent ones with each
-model; there is no list of all. Most need none here: of a tensor whose first dimension is the number of rows, each row
-is copied for each stream, whatever the argument is called. These tables name those for which that does not hold, and
-those that have one entry for each token, where a prompt has to make room.
+Across its models, transformers uses one name for arguments of one meaning, and documents the frequent ones with each
+model; there is no complete list. Most need no entry here: if a tensor's first dimension is the number of rows, each row
+is copied for each stream, whatever the argument's name is. These tables list the exceptions, and the arguments with one
+entry for each token, to which a prompt adds entries.
 
 `tests/compat/test_arguments.py` runs each architecture, and reports an argument with one entry for each row or token
-that no table knows. A new name is added to the table that says what it holds.
+that no table lists. Add a new name to the table that describes it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 # -- inputs
 
 TEXT, IMAGES, AUDIO = "input_ids", "pixel_values", "input_features"
-# The first given one counts the rows; a backbone's own main input does, too.
+# The first given input defines the number of rows; a backbone's own main input may do so, too.
 INPUTS = (TEXT, "inputs_embeds", IMAGES, AUDIO, "input_values", "audio_input_ids")
 ENCODED = ("encoder_hidden_states", "encoder_attention_mask")
-NOISE = "noise"  # numbers for the patches of an image, of which those with the largest are hidden (ViT-MAE)
+NOISE = "noise"  # random numbers for image patches; the patches with the largest are masked (ViT-MAE)
 
 # -- caches
 
-# A backbone's argument, by its kind. Since transformers 5.24 all but RWKV's `state` are called `cache`; until 5.40 it
-# also takes the names that they had before.
+# The cache argument of a backbone, by kind. Since transformers 5.24 all but RWKV's `state` are called `cache`; until
+# 5.40 the older names work, too.
 CACHES = ("cache", "past_key_values", "cache_params", "state")
 LAYER_CACHES = ("layer_past", "past_key_values", "cache")  # an attention layer's argument
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a backbone's arguments, under whichever of its names; `None` if there is none.
+    """The cache among a backbone's arguments, under any of its names; `None` if there is none.
 
     Args:
-        arguments: by their names.
+        arguments: by name.
     """
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
@@ -42,18 +42,18 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 # -- masks and positions
 
 LAYER_MASKS = ("attention_mask", "mask")  # an attention layer's argument
-POSITIONS = "position_ids"  # also (S,), of the tokens of any row, and (3, B, S), multimodal
+POSITIONS = "position_ids"  # also (S,), the same for all rows, and (3, B, S), multimodal
 
-# -- without one row for each sequence
+# -- arguments without one row for each sequence
 
-# For all rows of a batch, or of the streams' own P*B rows already.
+# For all rows of a batch, or already for the streams' P*B rows.
 WHOLE = (
     *CACHES,
     "encoder_past_key_values",
     "mems",
     "padding_cache",
     "past_buckets_states",
-    # by layer and head, or by token; boundaries and lengths of packed documents, counted through the rows of a stream
+    # by layer and head, or by token; boundaries and lengths of packed documents, counted through a stream's rows
     "head_mask",
     "cache_position",
     "cu_seq_lens_q",
@@ -63,7 +63,7 @@ WHOLE = (
     "logits_to_keep",
     "num_items_in_batch",
 )
-# Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles; sounds.
+# Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles; audio.
 PACKED = (
     "deepstack_visual_embeds",
     "deepstack_features",
@@ -73,9 +73,9 @@ PACKED = (
     "audio_input_ids_mask",
 )
 
-# -- with one entry for each token
+# -- arguments with one entry for each token
 
-# Those of a prompt are the first token's, or zero.
+# The entries for a prompt are those of the first token, or zero.
 AS_FIRST = (
     "langs",
     "task_type_ids",
@@ -99,7 +99,7 @@ TOKENS = (
 )
 SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); a prompt sees none
 
-# -- PEFT: what it hands to its layers
+# -- PEFT: arguments that it passes to its layers
 
 OF_ADAPTERS = ("adapter_names", "alora_offsets")  # one entry for each row
-NO_ADAPTER = "__base__"  # its name for rows without an adapter
+NO_ADAPTER = "__base__"  # PEFT's name for rows without an adapter

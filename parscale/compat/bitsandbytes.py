@@ -1,4 +1,4 @@
-"""bitsandbytes: its layers of 4 bits on a CPU, differentiated."""
+"""bitsandbytes: gradients through its 4-bit layers on a CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _HAS_BFLOAT16, _PACK = "has_avx512bf16", "_convert_weight_packed_for_cpu"
 
 @contextlib.contextmanager
 def four_bits_with_gradients() -> Iterator[None]:
-    """In this block bitsandbytes makes layers that can be differentiated on a CPU.
+    """In this block bitsandbytes makes layers that support gradients on a CPU.
 
-    By itself it packs a layer's weights anew, where the processor has bfloat16 instructions, when the layer first runs
-    in eval mode. From then on the layer has no gradient, also in train mode, and no error says so (0.50). A layer asks
-    for the instructions once, when it is made, by a function that this block replaces; the layers are made inside
-    `from_pretrained`, and a wrapped model runs there for the first time, so that nothing later is early enough.
-    A version that packs nothing (0.48) is left as it is.
+    By default it repacks a layer's weights when the layer first runs in eval mode, on processors with bfloat16
+    instructions. From then on the layer silently has no gradient, even in train mode (0.50). A layer checks for the
+    instructions once, when it is made, with a function that this block replaces. The layers are made inside
+    `from_pretrained`, and a wrapped model runs there for the first time, so it must happen there. Versions that do not
+    repack (0.48) are not changed.
 
     Raises:
-        IncompatibleVersionError: this version packs weights, and asks for the instructions in another way.
+        IncompatibleVersionError: this version repacks weights, but checks for the instructions in another way.
     """
     modules = needed_module("bitsandbytes.nn.modules")
     if not hasattr(modules, _PACK):

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO-3: how its parameters and models are told from others, without importing it.
+"""DeepSpeed ZeRO-3: recognizes its parameters and models, without importing it.
 
-DeepSpeed is imported by whoever uses it. Where it is not, nothing is partitioned.
+The user's code imports DeepSpeed. If it has not, nothing is partitioned.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from parscale.compat.names import needed
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is one of ZeRO-3's, whose own values are empty outside a module's forward pass."""
+    """Whether a parameter is partitioned by ZeRO-3: its own values are then empty outside a module's forward pass."""
     return hasattr(tensor, "ds_id")
 
 
 def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of all of a parameter, of which a process may hold nothing."""
+    """The full shape of a parameter, of which a process may hold nothing."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
@@ -32,5 +32,5 @@ def is_of_engine(model: nn.Module) -> bool:
 
 
 def gathered(parameters: Sequence[Any]) -> AbstractContextManager[Any]:
-    """A context in which partitioned parameters are whole, to be read."""
+    """A context in which partitioned parameters are gathered for reading."""
     return needed(needed(sys.modules["deepspeed"], "zero"), "GatheredParameters")(list(parameters))

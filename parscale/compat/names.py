@@ -1,4 +1,4 @@
-"""Looking up a name of another library, and the message where the installed version has no such name."""
+"""Looks up names of other libraries, and makes the error message if the installed version lacks one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from packaging.version import Version
 from parscale.errors import IncompatibleVersionError
 
 
-def needed(owner: Any, name: str) -> Any:
+def needed(owner: object, name: str) -> Any:
     """`owner.name`, of a module or a class.
 
-    torch.compile traces this function where it is called in a forward pass, so it neither caches nor catches.
+    torch.compile traces this function inside forward passes, so it neither caches nor catches exceptions.
 
     Raises:
         IncompatibleVersionError: the installed version has no such name.
@@ -31,7 +31,7 @@ def needed(owner: Any, name: str) -> Any:
 
 
 def needed_module(name: str) -> ModuleType:
-    """A module of a library, imported.
+    """Imports a module of a library.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
@@ -47,12 +47,12 @@ def needed_module(name: str) -> ModuleType:
 
 
 def is_installed(library: str) -> bool:
-    """Whether `import library` would find something."""
+    """Whether `import library` would find a module."""
     return importlib.util.find_spec(library) is not None
 
 
-def missing(owner: Any, name: str) -> IncompatibleVersionError:
-    """The error for a module or a class that has no such name."""
+def missing(owner: object, name: str) -> IncompatibleVersionError:
+    """The error for a name that a module or a class lacks."""
     if isinstance(owner, ModuleType):
         path = owner.__name__
     else:
@@ -69,7 +69,7 @@ def _incompatible(library: str, path: str) -> IncompatibleVersionError:
 
 
 def _remedy(library: str, version: str) -> str:
-    """What to install: a version that parscale allows, or an older one where this one is allowed."""
+    """What to install: a version that parscale allows, or an older one if the installed version is allowed."""
     wanted = _requirement(library)
     if wanted is None:
         return f"install another version of {library}, or a newer parscale"
@@ -80,10 +80,10 @@ def _remedy(library: str, version: str) -> str:
 
 
 def _requirement(library: str) -> Requirement | None:
-    """What parscale's own metadata says of a library."""
+    """The requirement for a library in parscale's own metadata."""
     try:
         lines = importlib.metadata.requires("parscale") or []
-    except importlib.metadata.PackageNotFoundError:  # run from its source
+    except importlib.metadata.PackageNotFoundError:  # run from its source folder
         lines = []
     found = [Requirement(line) for line in lines]
     return next((each for each in found if each.name.replace("-", "_") == library and each.specifier), None)

@@ -1,4 +1,4 @@
-"""Extending functions of libraries that ask the model nothing about what they do to it."""
+"""Extends functions of libraries that offer no hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 Extension = Callable[..., Any]  # takes the function, then its arguments
 
 
-def extend(owner: Any, name: str, extension: Extension) -> None:
+def extend(owner: object, name: str, extension: Extension) -> None:
     """Replaces a class's method or a module's function by `extension(function, *its_arguments)`, once."""
     function = getattr(owner, name)
     if not _is_extended(function):
@@ -21,13 +21,13 @@ def extend(owner: Any, name: str, extension: Extension) -> None:
 
 
 def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_from: Sequence[str] = ()) -> None:
-    """`extend` for a module's function, also under the names by which other modules have imported it.
+    """Like `extend` for a module's function, but also in the modules that have imported it by name.
 
     Args:
         owner: the module.
-        name: of the function.
+        name: name of the function.
         extension: takes the function, then its arguments.
-        apart_from: names of modules that keep the function as it is.
+        apart_from: names of modules that keep the original function.
     """
     function = getattr(owner, name)
     if _is_extended(function):
@@ -40,7 +40,7 @@ def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
-    """Calls `act` with a module: now if it is imported already, else once it is."""
+    """Calls `act` with a module: now if it is already imported, otherwise when it is imported."""
     if name in sys.modules:
         act(sys.modules[name])
     elif not any(isinstance(finder, _Watch) and finder.name == name for finder in sys.meta_path):
@@ -48,7 +48,7 @@ def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and acts after it has run."""
+    """Finds one module as the other finders do, and calls a function after it has been executed."""
 
     def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
         self.name = name
@@ -79,5 +79,5 @@ def _extended(function: Callable[..., Any], extension: Extension) -> Callable[..
     return extended
 
 
-def _is_extended(function: Any) -> bool:
+def _is_extended(function: object) -> bool:
     return getattr(function, "extended_by_parscale", False)

@@ -1,13 +1,13 @@
-"""PEFT: the methods and functions that parscale extends, so that streams go with adapters.
+"""PEFT: the methods and functions that parscale extends to support streams.
 
-PEFT freezes, saves and switches what its adapters own, and asks the model nothing about the rest; it has no hooks. So
-its own methods are extended, once for the process and for wrapped models only: for any other model each does what it
-did. What they are extended by is in `parscale.integrations.peft`.
+PEFT freezes, saves and switches its own adapters, and ignores the rest of the model; it has no hooks. So its methods
+are extended, once for the process and for wrapped models only: other models get PEFT's own behaviour. The extensions
+are in `parscale.integrations.peft`.
 
-Most are public methods of public classes. Without a documented name are `BaseTuner`, which transformers' own
-`add_adapter` and mixtures of adapters go through; the module `peft.utils.hotswap`; and two methods that alone see
-what goes to an adapter's layers, one entry for each row of the batch: `PeftModel._enable_peft_forward_hooks`, which
-every task's `forward` and `generate` enter, and `PolyModel._manage_pre_hooks`.
+Most are public methods of public classes. Not documented are `BaseTuner`, which transformers' own `add_adapter` and
+mixtures of adapters use; the module `peft.utils.hotswap`; and the two methods that see the per-row arguments of an
+adapter's layers: `PeftModel._enable_peft_forward_hooks`, which every task's `forward` and `generate` enter, and
+`PolyModel._manage_pre_hooks`.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from parscale.errors import IncompatibleVersionError
 MODEL, MIXED_MODEL, POLY, TUNER = "PeftModel", "PeftMixedModel", "PolyModel", "BaseTuner"
 ROWS_OF_LAYERS, ROWS_OF_POLY = "_enable_peft_forward_hooks", "_manage_pre_hooks"
 
-# By class and method, what the method is extended by.
+# The extension of each method, by class and method.
 Methods = Mapping[tuple[str, str], Extension]
-# By a function's name: what it is extended by, and the modules that keep it as it is.
+# The extension of each function by name, and the modules that keep the original.
 Functions = Mapping[str, tuple[Extension, Sequence[str]]]
 
 
 def tuner_class() -> type:
-    """The class of what puts an adapter's layers into a model."""
+    """The class that inserts an adapter's layers into a model."""
     return needed(needed_module("peft.tuners.tuners_utils"), TUNER)
 
 
 def owner_of(name: str) -> Any:
-    """The module of a function that parscale extends."""
+    """The module that contains a function that parscale extends."""
     return needed_module("peft.utils.hotswap" if name == "hotswap_adapter" else "peft")
 
 
 def extend_all(methods: Methods, functions: Functions, is_wrapped: Callable[[Any], bool]) -> None:
-    """Extends PEFT, where it is installed.
+    """Extends PEFT if it is installed.
 
-    Where the installed version lacks one of the names, none is extended. Models without adapters go on, and an adapter
-    for a wrapped model is refused.
+    If the installed version lacks one of the names, nothing is extended. Models without adapters still work, and an
+    adapter for a wrapped model raises an error.
 
     Args:
-        methods: what to extend which by.
-        functions: the same.
+        methods: extensions of methods.
+        functions: extensions of functions.
         is_wrapped: whether a model has streams.
     """
     if not _can_be_imported():
@@ -67,7 +67,7 @@ def extend_all(methods: Methods, functions: Functions, is_wrapped: Callable[[Any
 
 
 def _can_be_imported() -> bool:
-    """Whether there can be adapters: PEFT is installed, and goes with what else is."""
+    """Whether adapters are possible: PEFT is installed, and fits the other installed packages."""
     try:
         needed_module("peft")
     except ImportError:
@@ -80,10 +80,10 @@ def _class_named(name: str) -> Any:
 
 
 def _refuse_adapters(error: IncompatibleVersionError, is_wrapped: Callable[[Any], bool]) -> None:
-    """Makes each way to an adapter that this version has raise the error for a wrapped model."""
+    """Makes every way to add an adapter in this version raise the error for a wrapped model."""
     message = str(error)
 
-    def refuse(function: Callable[..., Any], self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def refuse(function: Callable[..., Any], self: object, model: object, *args: Any, **kwargs: Any) -> Any:
         if is_wrapped(model):
             raise IncompatibleVersionError(message)
         return function(self, model, *args, **kwargs)
@@ -92,6 +92,6 @@ def _refuse_adapters(error: IncompatibleVersionError, is_wrapped: Callable[[Any]
         try:
             owner = _class_named(name)
             needed(owner, method)
-        except IncompatibleVersionError:  # then nothing comes this way
+        except IncompatibleVersionError:  # this version has no such way
             continue
         extend(owner, method, refuse)

@@ -1,4 +1,4 @@
-"""torch: what its modules, tensors and compiler have no documented name for."""
+"""torch: undocumented parts of its modules, tensors and compiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parscale.compat.names import missing, needed, needed_module
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Gives a module a parameter as it is.
+    """Registers a parameter in a module, without changing it.
 
     `register_parameter` and assignment go through a method that accelerate and PEFT replace while they build on the
     meta device (`low_cpu_mem_usage`), where a parameter with values would lose them.
@@ -23,18 +23,18 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 
 def take_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Takes a parameter out of a module, which `set_parameter` gives back; `None` if there is none.
+    """Removes a parameter from a module and returns it, for `set_parameter`; `None` if there is none.
 
-    `delattr` would do; it is here beside its counterpart.
+    `delattr` would also work; this function is the counterpart of `set_parameter`.
     """
     return _own(module, "_parameters").pop(name, None)
 
 
 def held_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """A module's own dictionary of its buffers, to be read and put back.
+    """A module's own dictionary of buffers, to be saved and restored.
 
-    `named_buffers` leaves out buffers that are `None`, and no documented method makes a module's buffers those of
-    before once a forward pass has registered further ones.
+    `named_buffers` omits buffers that are `None`, and no documented method restores a module's buffers after a forward
+    pass has registered more.
     """
     return _own(module, "_buffers")
 
@@ -47,9 +47,9 @@ def _own(module: nn.Module, name: str) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is hooked to a module, so that calling it does more than its `forward`.
+    """Whether a module has hooks, so that a call does more than its `forward`.
 
-    torch has methods to register and remove hooks, and none to ask for them. torch.compile traces this function.
+    torch has methods to register and remove hooks, but none to list them. torch.compile traces this function.
     """
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -57,7 +57,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def tensor_hooks(tensor: torch.Tensor) -> list[Any]:
-    """The hooks of `torch.Tensor.register_hook` on a tensor, which torch does not list otherwise."""
+    """The hooks that `torch.Tensor.register_hook` has added to a tensor; torch has no other list of them."""
     return list((tensor._backward_hooks or {}).values())
 
 
@@ -65,17 +65,17 @@ _REPLICATE = "_replicate_for_data_parallel"
 
 
 def replicate(module: Any) -> Any:
-    """What `nn.DataParallel` makes of a module for one of its devices, by the method of the module's class."""
+    """The replica of a module that `nn.DataParallel` makes for a device, by the method of the module's class."""
     replica = needed(type(module), _REPLICATE)(module)
-    vars(replica).pop(_REPLICATE, None)  # of the module itself, see `watch_replicas`
+    vars(replica).pop(_REPLICATE, None)  # belongs to the original module, see `watch_replicas`
     return replica
 
 
-def watch_replicas(module: Any, make: Callable[[], Any]) -> None:
-    """Lets `nn.DataParallel` call `make` in place of the module's own method, for each of its devices.
+def watch_replicas(module: nn.Module, make: Callable[[], Any]) -> None:
+    """Makes `nn.DataParallel` call `make` in place of the module's own method, for each of its devices.
 
-    A replica is made in the caller's thread and runs in another: only there is it known which block of the caller it
-    belongs to. DataParallel has no hook for it. `unwatch_replicas` undoes it.
+    A replica is made in the caller's thread and runs in another one: only the caller's thread knows which context
+    managers are active. DataParallel has no hook for it. `unwatch_replicas` undoes it.
     """
     needed(type(module), _REPLICATE)
     setattr(module, _REPLICATE, make)
@@ -90,19 +90,19 @@ def unwatch_replicas(module: nn.Module) -> None:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to in place.
+    """The number of in-place writes to a tensor.
 
-    The notes on autograd describe this counter ("in-place correctness checks") and no documented name gives it.
-    Comparing all numbers before and after is the other way to see whether a forward pass wrote to a buffer.
+    The notes on autograd describe this counter ("in-place correctness checks"), but no documented name returns it.
+    Without it, all values would have to be compared to see whether a forward pass wrote to a buffer.
     """
     version: int = tensor._version
     return version
 
 
 def fake_tensors() -> Any:
-    """A context in which a model on the meta device runs on tensors without values, those from outside included.
+    """A context in which a model on the meta device runs on tensors without values, including those from outside.
 
-    transformers takes other ways for fake tensors than for those of the meta device, which it asks for their values.
+    transformers has special cases for fake tensors, but reads the values of tensors on the meta device.
     """
     module = needed_module("torch._subclasses.fake_tensor")
     return needed(module, "FakeTensorMode")(allow_non_fake_inputs=True)
@@ -112,5 +112,5 @@ def fake_tensors() -> Any:
 
 
 def mark_static(tensor: torch.Tensor) -> None:
-    """Lets torch.compile make code for exactly this tensor's sizes; `torch.compiler` has no name for it."""
+    """Makes torch.compile specialize on this tensor's exact sizes; `torch.compiler` has no function for it."""
     needed(torch._dynamo, "mark_static")(tensor)

@@ -30,9 +30,9 @@ from parscale.compat.names import missing, needed, needed_module
 
 
 def attention_functions() -> AttentionInterface:
-    """The attention functions of all models, by the names of implementations; `"eager"` is none of them.
+    """The attention functions of all models, by implementation name, without `"eager"`.
 
-    Every instance of the documented class is a view of the one table.
+    Every instance of the documented class is a view of the same table.
     """
     return _ATTENTION
 
@@ -46,36 +46,36 @@ _ATTENTION, _MASKS = AttentionInterface(), AttentionMaskInterface()
 
 
 def is_flash(implementation: str) -> bool:
-    """Whether an implementation is flash-attention or keeps its contract: a mask of padding or none.
+    """Whether an implementation is flash-attention or has its interface: a padding mask or none.
 
-    The names do not say so, since a kernel from the Hub goes by its repository. The function that makes its mask is
-    flash-attention's own.
+    The name does not tell, since a kernel from the Hub is called by its repository. The function that makes its mask is
+    that of flash-attention.
     """
     return implementation in _MASKS and _MASKS[implementation] is _MASKS["flash_attention_2"]
 
 
 def attn_implementation(config: Any) -> str:
-    """The name of the implementation that a configuration asks for; `"eager"` where it names none.
+    """The name of a configuration's attention implementation; `"eager"` if it names none.
 
-    transformers documents how it is set (`attn_implementation=`, `set_attn_implementation`), not how it is read.
+    transformers documents how to set it (`attn_implementation=`, `set_attn_implementation`), but not how to read it.
     """
     name: str | None = config._attn_implementation
     return name or "eager"
 
 
 def use_eager(config: Any) -> None:
-    """Makes models of a configuration attend by plain torch, the one implementation that needs nothing installed.
+    """Makes models of a configuration use attention in plain torch, the one implementation without extra packages.
 
-    `set_attn_implementation` is of models, and there is none yet.
+    `set_attn_implementation` needs a model, and there is none yet.
     """
     config._attn_implementation = "eager"
 
 
 class ConfigView:
-    """A live view of a configuration that answers with another implementation of attention.
+    """A live view of a configuration with another attention implementation.
 
-    A layer reads `config._attn_implementation` at each call and looks the name up; nothing documented stands between
-    the two. Other attributes are the configuration's own, to be read and set.
+    A layer reads `config._attn_implementation` at each call and looks up the name; there is no documented hook between
+    the two. All other attributes are read from and written to the configuration.
 
     Args:
         config: the configuration.
@@ -86,7 +86,7 @@ class ConfigView:
         vars(self).update(own, backbone=config)
 
     def implementation(self) -> str:
-        """What the layer is told."""
+        """The name that the layer sees."""
         raise NotImplementedError
 
     @property
@@ -94,11 +94,11 @@ class ConfigView:
         return self.implementation()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "backbone":  # before the state of an unpickled object is set
+        if name == "backbone":  # during unpickling, before the attributes are set
             raise AttributeError(name)
         return getattr(self.backbone, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self.backbone, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,20 +109,20 @@ class ConfigView:
 
 
 def looks_up_attention(cls: type) -> bool:
-    """Whether a layer of this class takes its attention function from the table of all models.
+    """Whether layers of this class look up their attention function in the table of all models.
 
-    Its file then has that table under this name, as every file of transformers' own and of its templates has.
+    The file of such a layer imports the table under this name, as all files and templates of transformers do.
     """
     return any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in _modules_of(cls))
 
 
 def eager_attention(cls: type) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None:
-    """The function of a layer's own file that runs under `"eager"`, which is in no table; `None`: there is none."""
+    """The function in a layer's own file that runs as `"eager"`, which is in no table; `None` if there is none."""
     return _function_of(cls, "eager_attention_forward")
 
 
 def alibi_function(cls: type) -> Callable[..., torch.Tensor]:
-    """The function by which a layer's own file makes biases of distances (BLOOM, Falcon).
+    """The function in a layer's own file that makes distance biases (BLOOM, Falcon).
 
     Raises:
         IncompatibleVersionError: there is none.
@@ -134,7 +134,7 @@ def alibi_function(cls: type) -> Callable[..., torch.Tensor]:
 
 
 def _modules_of(cls: type) -> list[ModuleType]:
-    """The files of a class and of those that it inherits from."""
+    """The modules that define a class and its base classes."""
     found = (sys.modules.get(base.__module__) for base in cls.__mro__)
     return [module for module in found if module is not None]
 
@@ -145,19 +145,19 @@ def _function_of(cls: type, name: str) -> Any:
 
 @functools.cache
 def compares_implementation(cls: type) -> bool:
-    """Whether a layer of this class does something else under `"sdpa"` than under a name that it does not know.
+    """Whether a layer of this class behaves differently under `"sdpa"` than under a name that it does not know.
 
-    Such a layer (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) makes a mask of its own `if
-    self.config._attn_implementation in ("eager", "sdpa")`. Nothing but its source says so. The source is parsed and
-    not searched, so that a comment or a string means nothing. Comparisons with `"eager"` alone are left out: a name
-    that is not known is not eager, and neither is `"sdpa"`.
+    Such a layer (DeepSeek-V3.2, GLM-MoE-DSA, MiniMax-M3) makes its own mask
+    `if self.config._attn_implementation in ("eager", "sdpa")`. Only its source shows this. The source is parsed, not
+    searched, so comments and strings do not count. Comparisons with `"eager"` alone are ignored: an unknown name is not
+    eager, and neither is `"sdpa"`.
     """
     for base in cls.__mro__:
         if base in (nn.Module, object):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # typed into an interpreter
+        except (OSError, TypeError, SyntaxError):  # defined in an interactive session
             continue
         if any(map(_names_sdpa, ast.walk(tree))):
             return True
@@ -165,7 +165,7 @@ def compares_implementation(cls: type) -> bool:
 
 
 def _names_sdpa(node: ast.AST) -> bool:
-    """Whether a piece of source compares the name of an implementation with `"sdpa"`."""
+    """Whether a node of the source compares the name of an implementation with `"sdpa"`."""
     if not isinstance(node, ast.Compare):
         return False
     sides = [inner for side in (node.left, *node.comparators) for inner in ast.walk(side)]
@@ -174,9 +174,9 @@ def _names_sdpa(node: ast.AST) -> bool:
 
 
 def flash_dtype(query: torch.Tensor, layer: nn.Module) -> torch.dtype:
-    """The dtype in which flash-attention computes: a shorter one where float32 meets half-precision weights.
+    """The dtype in which flash-attention computes: half precision where float32 queries meet half-precision weights.
 
-    A layer that runs by another function in its place computes in the same, by the same rule.
+    A function that replaces flash-attention for a layer computes in the same dtype.
     """
     module = needed_module("transformers.integrations.flash_attention")
     return needed(module, "get_target_dtype")(query, layer) or query.dtype
@@ -189,7 +189,7 @@ def flash_dtype(query: torch.Tensor, layer: nn.Module) -> torch.dtype:
 def experts_without_data_dependence(config: Any) -> Iterator[None]:
     """In this block a mixture of experts runs in the form whose shapes do not depend on the routing.
 
-    On the meta device nothing is routed. It is documented as an argument when a model is made; this one is made.
+    Nothing is routed on the meta device. The documented way is an argument at the making of a model; this one exists.
     """
     previous = getattr(config, "_experts_implementation", None)
     if previous is None:  # no experts
@@ -206,24 +206,24 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def checkpointing_function(layer: nn.Module) -> Callable[..., Any] | None:
-    """The function by which a layer is computed again in the backward pass; `None`: it is not.
+    """The function that recomputes a layer in the backward pass; `None` without gradient checkpointing.
 
-    transformers puts it into each layer when checkpointing is switched on, and offers nothing around its call.
+    transformers stores it in each layer when checkpointing is enabled, and has no hook around its call.
     """
     return vars(layer).get(_CHECKPOINT)
 
 
 def set_checkpointing_function(layer: nn.Module, function: Callable[..., Any]) -> None:
-    """Puts another function in its place."""
+    """Replaces that function."""
     setattr(layer, _CHECKPOINT, function)
 
 
-def show_on_models(name: str, descriptor: Any) -> None:
-    """Gives all models an attribute that is computed when it is asked for.
+def show_on_models(name: str, descriptor: object) -> None:
+    """Adds a computed attribute to all models.
 
-    Python asks a class for what computes a value, and not the object. A wrapped model keeps its class, so the attribute
-    is of the class of all models. It stays for the rest of the process: a model that is not wrapped answers as if it
-    had none.
+    Python looks up a computed attribute on the class, not on the object. A wrapped model keeps its class, so the
+    attribute is added to the base class of all models. It stays for the rest of the process: on a model that is not
+    wrapped it behaves as if it did not exist.
     """
     if name not in vars(PreTrainedModel):
         setattr(PreTrainedModel, name, descriptor)
@@ -232,17 +232,17 @@ def show_on_models(name: str, descriptor: Any) -> None:
 # -- auto classes
 
 
-def model_mapping(auto: Any) -> Mapping[Any, Any] | None:
-    """What an `AutoModel...` makes of which configuration class; `None` for any other class.
+def model_mapping(auto: object) -> Mapping[Any, Any] | None:
+    """The model classes of an `AutoModel...` by configuration class; `None` for other classes.
 
-    `register` is documented, and nothing that says what is registered.
+    `register` is documented, but nothing that reads the registered classes.
     """
     mapping = getattr(auto, "_model_mapping", None)
     return mapping if isinstance(mapping, Mapping) else None
 
 
-def class_names(auto: Any) -> list[str]:
-    """The names of all classes that an `AutoModel...` of transformers makes, without importing them."""
+def class_names(auto: object) -> list[str]:
+    """The names of all classes that an `AutoModel...` of transformers can make, without importing them."""
     found = needed(needed(auto, "_model_mapping"), "_model_mapping").values()
     return [name for names in found for name in ([names] if isinstance(names, str) else names)]
 
@@ -255,15 +255,15 @@ def auto_classes() -> dict[str, Any]:
 
 
 def without_own_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a `from_pretrained` without the one by which an `Auto...` class marks its own call."""
+    """The arguments of a `from_pretrained` without the argument by which an `Auto...` class marks its own calls."""
     return {name: value for name, value in options.items() if name != "_from_auto"}
 
 
 def share_conversion(model_type: str, name: str) -> None:
-    """Reads weights of `name` by the rules of `model_type`, if it has any.
+    """Makes weights of type `name` use the conversion rules of `model_type`, if there are any.
 
-    The experts of a mixture are stored one by one, and put together by rules that are found by the type. The functions
-    that register rules are public in their module, and no page documents them.
+    The experts of a mixture are stored one by one, and joined by rules that are looked up by model type. The functions
+    that register rules are public in their module, but not documented.
     """
     module = needed_module("transformers.conversion_mapping")
     rules = needed(module, "get_checkpoint_conversion_mapping")(model_type)
@@ -272,12 +272,12 @@ def share_conversion(model_type: str, name: str) -> None:
 
 
 def show_class(name: str, cls: type) -> None:
-    """Makes `getattr(transformers, name)` find a class, unless it finds one already.
+    """Makes `getattr(transformers, name)` find a class, unless it already finds one.
 
-    `transformers serve` looks a checkpoint's class up there, by its `architectures`, and asks neither its
-    `auto_map` nor the `Auto...` classes (5.23). Two objects can be the package: `transformers.processing_utils`
-    makes it anew when it is imported, and modules that were imported before keep the first. The server's module is
-    named, the others are those of `sys.modules` and of this module.
+    `transformers serve` looks up a checkpoint's class there, by its `architectures`, and uses neither its `auto_map`
+    nor the `Auto...` classes (5.23). The package can exist as two objects: `transformers.processing_utils` makes it
+    again on import, and modules imported earlier keep the first. The server's module is named here; the others are
+    those of `sys.modules` and of this module.
     """
     server = sys.modules.get("transformers.cli.serving.model_manager")
     packages = (transformers, sys.modules.get("transformers"), getattr(server, "transformers", None))
@@ -290,20 +290,20 @@ def show_class(name: str, cls: type) -> None:
 
 
 def stored_name(model: PreTrainedModel, name: str) -> str:
-    """What a tensor of a model is called in a file: some classes save their modules under other names."""
+    """The name of a model's tensor in a file: some classes save their modules under other names."""
     revert = needed(needed_module("transformers.core_model_loading"), "revert_weight_conversion")
     return next(iter(revert(model, {name: torch.empty(0)})))
 
 
 @contextlib.contextmanager
 def loading_reports(shown: Callable[[str], str | None]) -> Iterator[None]:
-    """In this block `from_pretrained` says what `shown` makes of its tables of tensors that do not fit.
+    """In this block `from_pretrained` logs the result of `shown` in place of its tables of tensors that do not fit.
 
-    transformers logs the table before it raises, and has no argument for it. `output_loading_info` gives the same in
-    lists, but only once nothing was raised. Other threads' tables are left alone.
+    transformers logs the table before it raises, and has no argument for it. `output_loading_info` returns the same as
+    lists, but only if no error was raised. The tables of other threads are not changed.
 
     Args:
-        shown: takes a table, and gives what to log in its place; `None`: nothing.
+        shown: takes a table and returns the text to log in its place; `None` logs nothing.
     """
     thread = threading.get_ident()
 
@@ -324,30 +324,30 @@ def loading_reports(shown: Callable[[str], str | None]) -> Iterator[None]:
 
 
 def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:
-    """The `distributed_config` that splits each layer over `size` processes, by a plan or by transformers' own."""
+    """The `distributed_config` that splits each layer over `size` processes, by a given plan or transformers' own."""
     return needed(needed_module("transformers.distributed"), "DistributedConfig")(tp_size=size, tp_plan=plan)
 
 
 # -- caches
 
 
-def carries_state(layer: Any) -> bool:
-    """Whether a layer of a cache holds a state that each token changes (Mamba and its like), alone or beside keys.
+def carries_state(layer: object) -> bool:
+    """Whether a layer of a cache holds a recurrent state (such as Mamba's), alone or with keys.
 
-    The classes of such layers are documented one by one; what they have in common is not.
+    The classes of such layers are documented one by one, but not what they have in common.
     """
     module = needed_module("transformers.cache_utils")
     return isinstance(layer, needed(module, "LinearAttentionCacheLayerMixin"))
 
 
 def answer_by(cache: Cache, answers: Mapping[str, Callable[..., Any]]) -> None:
-    """Lets a cache answer by other functions than the methods of its class.
+    """Replaces methods of one cache object by other functions.
 
-    A cache that was filled behind a prompt holds the prompt too. `generate`, models around the backbone and users ask
-    it how many tokens it has read, to know which ids are new and where they stand, and they mean those of the text.
-    They ask the very object that they hold: a view of it, which a backbone could be handed, would not reach them, and
-    another class of it would no longer be the one that `isinstance` looks for. So the object itself answers
-    otherwise, while no backbone runs; `answer_itself` undoes it.
+    A cache that was filled with a prompt before the text counts the prompt too. `generate`, modules around the backbone
+    and users read the number of tokens from it, to know which ids are new and their positions, and they mean the tokens
+    of the text. They hold this very object: a view of it for the backbone would not reach them, and another class would
+    fail their `isinstance` checks. So the object itself answers differently while no backbone runs; `answer_itself`
+    undoes it.
     """
     for name, answer in answers.items():
         needed(type(cache), name)
@@ -360,14 +360,14 @@ def answer_itself(cache: Cache, names: Iterable[str]) -> None:
         vars(cache).pop(name, None)
 
 
-# -- generation: a model's own methods that generate calls if they are there
+# -- generation: optional methods of a model that generate calls
 
 REORDER_CACHE = "_reorder_cache"  # moves a cache's rows with the beams; without it the cache moves them itself
-STATIC_CACHE_SHAPE = "_get_static_cache_init_shape"  # of a static cache before it is filled; None: by the first keys
+STATIC_CACHE_SHAPE = "_get_static_cache_init_shape"  # of a static cache before it is filled; None: from the first keys
 
 
 def own_reorder_cache(cls: type) -> Callable[..., Any] | None:
-    """The function of a model's class that moves a cache's rows with the beams; few have one."""
+    """The function of a model's class that reorders a cache's rows with the beams; few classes have one."""
     return getattr(cls, REORDER_CACHE, None)
 
 
@@ -376,20 +376,20 @@ def own_reorder_cache(cls: type) -> Callable[..., Any] | None:
 _HAS_ADAPTER = "_hf_peft_config_loaded"
 
 
-def has_adapter(model: Any) -> bool:
-    """Whether an adapter was put on a model by its own `add_adapter`.
+def has_adapter(model: object) -> bool:
+    """Whether a model has an adapter from its own `add_adapter`.
 
-    `active_adapters` raises where there is none, or where PEFT is not installed.
+    `active_adapters` raises an error if there is none, or if PEFT is not installed.
     """
     return bool(getattr(model, _HAS_ADAPTER, False))
 
 
 @contextlib.contextmanager
-def counted_as_adapted(model: Any) -> Iterator[None]:
-    """In this block a model counts as one with an adapter.
+def counted_as_adapted(model: object) -> Iterator[None]:
+    """In this block a model is marked as one with an adapter.
 
-    The Trainer refuses a quantized model unless an adapter trains on it, by this mark alone (5.23). Streams train on
-    it in the same way, and there is no other way to say so.
+    The Trainer refuses a quantized model without a trainable adapter, and checks only this mark (5.23). Streams train
+    on it in the same way, and there is no other way to tell the Trainer.
     """
     before = has_adapter(model)
     setattr(model, _HAS_ADAPTER, True)
@@ -399,15 +399,15 @@ def counted_as_adapted(model: Any) -> Iterator[None]:
         setattr(model, _HAS_ADAPTER, before)
 
 
-# Methods of the Trainer that a subclass overrides: which sampler, where a checkpoint goes, how it is written and read.
+# Methods of the Trainer that a subclass overrides: the sampler, the folder of a checkpoint, and how it is saved and
+# read.
 TRAINER_METHODS = ("_get_train_sampler", "_get_output_dir", "_save_checkpoint", "_save", "_load_from_checkpoint")
 
 
 def require_trainer_methods(cls: type) -> None:
-    """Refuses a Trainer without the methods that a subclass overrides.
+    """Raises an error for a Trainer without the methods that a subclass overrides.
 
-    They have no documented counterparts. Under another name the subclass's own would never be called, and no error
-    would say so.
+    They have no documented counterparts. If one had another name, the subclass's method would silently never be called.
 
     Raises:
         IncompatibleVersionError: one is missing.
@@ -416,6 +416,19 @@ def require_trainer_methods(cls: type) -> None:
         needed(cls, name)
 
 
+def reporting_callbacks(names: Iterable[str]) -> list[type]:
+    """The Trainer's callbacks that report to trackers, which are named as in `TrainingArguments.report_to`.
+
+    The Trainer looks them up by an undocumented function when a run has begun already.
+
+    Raises:
+        ValueError: there is no such tracker.
+    """
+    module = needed_module("transformers.integrations.integration_utils")
+    found: list[type] = needed(module, "get_reporting_integration_callbacks")(list(names))
+    return found
+
+
 def forget_deepspeed() -> None:
-    """Ends the time in which models that are loaded are shared among all processes, as ZeRO-3 has it."""
+    """Ends the mode in which loaded models are partitioned over all processes (ZeRO-3)."""
     needed(needed_module("transformers.integrations.deepspeed"), "unset_hf_deepspeed_config")()

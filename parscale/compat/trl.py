@@ -1,8 +1,8 @@
-"""TRL: the two functions with which its trainers make a reference model.
+"""TRL: the two functions by which its trainers make a reference model.
 
-A trainer that is given no `ref_model` asks `get_config_model_id` for the name of the model's folder and hands it to
-`create_model_from_path`. No hook lies between the two, and neither sees the model. Importing TRL takes seconds, so
-that its module is watched for instead: the functions are extended once somebody imports it.
+A trainer without `ref_model` gets the name of the model's folder from `get_config_model_id` and passes it to
+`create_model_from_path`. There is no hook between the two, and neither sees the model. Importing TRL takes seconds, so
+the functions are extended only when other code imports it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ NAME, CREATE = "get_config_model_id", "create_model_from_path"
 
 
 def extend_reference(name: Extension, create: Extension) -> None:
-    """Extends the two functions, where TRL is installed and once it is imported.
+    """Extends the two functions, if TRL is installed, when it is imported.
 
-    Where the installed version lacks one, neither is extended, and a warning says so: it is not known then whether a
-    trainer makes a reference at all.
+    If the installed version lacks one of them, neither is extended, and a warning says so: it is then unknown whether a
+    trainer makes a reference model at all.
 
     Args:
         name: for `get_config_model_id(config)`.
@@ -34,7 +34,7 @@ def extend_reference(name: Extension, create: Extension) -> None:
             for function in (NAME, CREATE):
                 needed(module, function)
         except IncompatibleVersionError as error:
-            warnings.warn(f"{error} Until then give TRL's trainers ref_model= for a model with streams.", stacklevel=2)
+            warnings.warn(f"{error} Until then pass TRL ref_model= for models with streams.", stacklevel=2)
             return
         extend_everywhere(module, NAME, name)
         extend_everywhere(module, CREATE, create)

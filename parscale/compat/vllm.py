@@ -1,13 +1,14 @@
-"""vLLM: the layers, models, scheduler and attention of the engine that streams are built on.
+"""vLLM: the layers, models, scheduler and attention of the engine that streams use.
 
 vLLM documents how a model class is registered (`ModelRegistry`, the plugin's entry point) and nothing of what such a
-class is made of. So everything else is here, by one table: a name, its module, and what it is for. A name is imported
-when it is first asked for, since some of their modules are slow to import or need a device. Most are classes to derive
-from, for which a function would not do: `from parscale.compat.vllm import Attention`.
+class is made of. So everything else is here, by one table: a name, its module, and what it is for (and after a colon
+vLLM's own name, where another thing of vLLM's has it too). A name is imported when it is first asked for, since some of
+their modules are slow to import or need a device. Most are classes to derive from, for which a function would not do:
+`from parscale.compat.vllm import Attention`.
 
-Objects that vLLM hands over (its configuration, requests, metadata of attention) are read by attributes that no page
-documents either. They move with each minor version; `parscale.integrations.vllm.TESTED` names those that serve
-models with streams, and any other version is refused at its start.
+Objects that vLLM passes (its configuration, requests, attention metadata) are read by attributes that are not
+documented either. They change with each minor version; `parscale.integrations.vllm.TESTED` lists the supported
+versions, and any other raises an error at startup.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from parscale.compat.names import needed, needed_module
 _MODELS, _LAYERS = "vllm.model_executor.models", "vllm.model_executor.layers"
 _BACKENDS = "vllm.v1.attention.backends"
 _PLACES = {
-    # models: what the plugin derives its own from, and the parts of a language model around them
+    # models: the base classes of the plugin's models, and the parts of a language model around them
     "LlamaModel": f"{_MODELS}.llama",
     "MistralModel": f"{_MODELS}.mistral",
     "Qwen2Model": f"{_MODELS}.qwen2",
@@ -28,19 +29,19 @@ _PLACES = {
     "ParallelLMHead": f"{_LAYERS}.vocab_parallel_embedding",
     "LogitsProcessor": f"{_LAYERS}.logits_processor",
     "Attention": f"{_LAYERS}.attention",  # with its part of the paged cache; streams are its heads
-    # weights: how they are named, split over devices and read
+    # weights: how they are named, split over devices and loaded
     "AutoWeightsLoader": f"{_MODELS}.utils",
     "maybe_prefix": f"{_MODELS}.utils",
     "set_weight_attrs": "vllm.model_executor.utils",
     "get_tensor_model_parallel_rank": "vllm.distributed",
     "get_tensor_model_parallel_world_size": "vllm.distributed",
     "tensor_model_parallel_all_reduce": "vllm.distributed",
-    "ColumnParallelLinear": f"{_LAYERS}.linear",  # of the aggregator, split as vLLM splits its own
-    # the start: a function of each architecture's own that may change vLLM's configuration, or refuse it
+    "ColumnParallelLinear": f"{_LAYERS}.linear",  # of the aggregator, split as vLLM splits its own layers
+    # startup: each architecture's function that may change vLLM's configuration, or refuse it
     "MODELS_CONFIG_MAP": f"{_MODELS}.config",
     "VerifyAndUpdateConfig": f"{_MODELS}.config",
-    "init_logger": "vllm.logger",  # vLLM shows lines of its own loggers only
-    # the scheduler, which puts slots for the prefix in front of each request and takes them out of what it reports
+    "init_logger": "vllm.logger",  # vLLM shows only lines of its own loggers
+    # the scheduler, which puts slots for the prefix before each request and removes them from its output
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
     "LogprobsTensors": "vllm.v1.outputs",
@@ -48,26 +49,38 @@ _PLACES = {
     "PrefillStats": "vllm.v1.metrics.stats",
     "Request": "vllm.v1.request",
     "VllmConfig": "vllm.config",
-    # attention over a cache, to which the one over a prefix is added
-    "AttentionBackendEnum": f"{_BACKENDS}.registry",  # the names of all of them
+    # attention over a cache; attention over a prefix is merged with it
+    "AttentionBackendEnum": f"{_BACKENDS}.registry",  # the names of all backends
     "CPUAttentionBackend": f"{_BACKENDS}.cpu_attn",
     "CPUAttentionBackendImpl": f"{_BACKENDS}.cpu_attn",
     "FlashAttentionBackend": f"{_BACKENDS}.flash_attn",
     "FlashAttentionImpl": f"{_BACKENDS}.flash_attn",
-    "flash_attn_varlen_func": f"{_BACKENDS}.fa_utils",  # there on GPUs only
+    "flash_attn_varlen_func": f"{_BACKENDS}.fa_utils",  # on GPUs only
     "merge_attn_states": "vllm.v1.attention.ops.merge_attn_states",
+    "canonicalize_singleton_dim_strides": "vllm.utils.torch_utils",  # of the cache of one key head, for its kernel
+    # what a step is: its metadata, its CUDA graph
+    "get_forward_context": "vllm.forward_context",
+    "CUDAGraphMode": "vllm.config",
+    "is_breakable_cudagraph_enabled": "vllm.compilation.breakable_cudagraph",
+    # what each request asks for, as the worker learns it: by Model Runner V1 as a logits processor, by V2 as the
+    # model's state
+    "LogitsProcessorV1": "vllm.v1.sample.logits_processor:LogitsProcessor",
+    "LogitsProcessorV2": "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor",
+    "MoveDirectionality": "vllm.v1.sample.logits_processor",
+    "DefaultModelState": "vllm.v1.worker.gpu.model_states.default",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """One of the names of the table.
+    """Imports one of the names in the table.
 
     Raises:
         IncompatibleVersionError: the installed version does not have it.
     """
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return needed(needed_module(_PLACES[name]), name)
+    module, _, own_name = _PLACES[name].partition(":")
+    return needed(needed_module(module), own_name or name)
 
 
 def __dir__() -> list[str]:
@@ -75,10 +88,9 @@ def __dir__() -> list[str]:
 
 
 def put_in_front(request: Any, tokens: list[int]) -> None:
-    """Puts tokens in front of a request that the scheduler has not seen yet.
+    """Puts tokens before those of a request that the scheduler has not seen yet.
 
-    vLLM keeps a request's tokens in two lists and its blocks of the cache in hashes of them, and lengthens them at the
-    end only.
+    vLLM keeps a request's tokens in two lists and its cache blocks as hashes of them, and can only append to them.
     """
     request.prompt_token_ids = tokens + request.prompt_token_ids
     request._all_token_ids[:0] = tokens

@@ -1,11 +1,11 @@
-"""Streams of a model whose weights accelerate keeps elsewhere while nothing runs: on the CPU, or on a disk.
+"""Streams of a model whose weights accelerate offloads, to the CPU or to a disk.
 
-Its hooks fetch a module's parameters right before the module's `forward` and put the meta device's in their place
-right after it. Two things follow for the parameters of streams, which are parameters of such modules:
+Its hooks fetch a module's parameters before the module's `forward` and replace them by meta tensors after it. Two
+things follow for the parameters of streams, which are parameters of such modules:
 
-- Offloaded after wrapping, they are offloaded with their module. What reads them before or after its `forward` (a
-  prompt, a low-rank difference, a prefix that other layers borrow, saving) fetches them itself: `parameter_of`.
-- Made in a module that is offloaded already, they stay on its device and can train: `keep`.
+- A model that is offloaded after wrapping offloads them with their module. Code that reads them before or after its
+  `forward` (a prompt, a low-rank difference, a prefix that other layers use, saving) fetches them with `parameter_of`.
+- In a module that is already offloaded, new parameters stay on its device and can be trained: `keep`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from parscale.distributed.parallel import local
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module runs: where its parameters are, or are fetched to."""
+    """The device on which a module runs: that of its parameters, or the one to which they are fetched."""
     device = execution_device_of(module)
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def fetched(module: nn.Module, name: str) -> torch.Tensor:
-    """A parameter of a module; its values where it is offloaded, on the device that the module runs on."""
+    """A parameter of a module; if it is offloaded, its values on the device where the module runs."""
     parameter: torch.Tensor = getattr(module, name)
     if not parameter.is_meta:
         return parameter
@@ -41,12 +41,12 @@ def fetched(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate keeps weights of a model elsewhere while nothing runs."""
+    """Whether accelerate offloads weights of a model."""
     return any(offloading_hook(module) is not None for module in model.modules())
 
 
 def fetched_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The `state_dict` of an offloaded model with the values of all its tensors, on the CPU."""
+    """The `state_dict` of an offloaded model, with the values of all its tensors, on the CPU."""
     values = {}
     for name in model.state_dict():
         path, _, leaf = name.rpartition(".")
@@ -55,12 +55,12 @@ def fetched_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def parameter_of(module: nn.Module, name: str) -> torch.Tensor:
-    """What streams read: this device's part of a module's parameter, fetched where it is offloaded."""
+    """This device's part of a module's parameter, fetched if it is offloaded."""
     return local(fetched(module, name))
 
 
 class _BesideStreams:
-    """accelerate's hook of an offloaded module, from which some parameters are hidden.
+    """accelerate's hook of an offloaded module, made to ignore some parameters.
 
     Args:
         hook: the hook.
@@ -71,12 +71,12 @@ class _BesideStreams:
         self.names: dict[str, None] = {}  # in their order in the module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As the hook's own."""
+        """Calls the hook's method."""
         with self._hidden(module):
             return self.hook.pre_forward(module, *args, **kwargs)
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """As the hook's own."""
+    def post_forward(self, module: nn.Module, output: object) -> Any:
+        """Calls the hook's method."""
         with self._hidden(module):
             return self.hook.post_forward(module, output)
 
@@ -91,13 +91,13 @@ class _BesideStreams:
                     set_parameter(module, name, parameter)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "hook":  # before the state of an unpickled object is set
+        if name == "hook":  # during unpickling, before the attributes are set
             raise AttributeError(name)
         return getattr(self.hook, name)
 
 
-def keep(module: Any, name: str) -> None:
-    """Leaves a new parameter where it is, in a module that is offloaded already."""
+def keep(module: nn.Module, name: str) -> None:
+    """Keeps a new parameter on its device, in a module that is already offloaded."""
     if offloading_hook(module) is None:
         return
     hook = hook_of(module)
@@ -107,7 +107,7 @@ def keep(module: Any, name: str) -> None:
     hook.names[name] = None
 
 
-def let_go(module: Any, name: str) -> None:
+def let_go(module: nn.Module, name: str) -> None:
     """Undoes `keep`."""
     hook = hook_of(module)
     if isinstance(hook, _BesideStreams):

@@ -1,16 +1,15 @@
-"""Streams of a model whose weights lie on several devices.
+"""Streams of a model whose weights are on several devices.
 
-Data parallelism (DDP) needs nothing here, and neither does FSDP2, which shards a model after it was wrapped.
+Data parallelism (DDP) needs nothing here, and neither does FSDP2, which shards a model after wrapping.
 
-**Tensor parallelism**: transformers has replaced the backbone's matrices by `DTensor` parameters on a mesh of one
-dimension, and each device attends with its own G / size key/value heads, or, where the plan gathers them, with all.
-The streams' parameters are of the same kind: a prefix is one `(P, G, T, D)`, sharded along G as the layer's keys
-are, and the aggregator is replicated. So gradients, their norm, the optimizer's state and `full_tensor()` are
-those of one device, and all parameters that a frozen backbone leaves to train are of one kind, without which
-`clip_grad_norm_` and fused optimizers refuse them.
+**Tensor parallelism**: transformers has replaced the backbone's matrices by `DTensor` parameters on a one-dimensional
+mesh, and each device attends with its own G / size key/value heads, or with all heads if the plan gathers them. The
+parameters of the streams are `DTensor`s too: a prefix is one `(P, G, T, D)`, sharded along G as the layer's keys are,
+and the aggregator is replicated. So gradients, their norm, the optimizer's state and `full_tensor()` equal those on one
+device, and all trainable parameters have the same type, which `clip_grad_norm_` and fused optimizers require.
 
-**DeepSpeed ZeRO-3** keeps the backbone's parameters in pieces from the moment it is loaded, and brings them together
-itself only once its engine runs. Wrapping runs the backbone before that.
+**DeepSpeed ZeRO-3** partitions the backbone's parameters when it is loaded, and gathers them itself only once its
+engine runs. Wrapping runs the backbone before that.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,19 +25,28 @@ from torch import nn
 
 from parscale.compat.deepspeed import gathered, is_of_engine, is_partitioned
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    DISTRIBUTED: tuple[type, ...] = (DTensor,)
+else:
+    DISTRIBUTED = ()  # asked for at each layer of each token
 
 HEADS = 1  # the dimension of G in a prefix (P, G, T, D) and in keys (R, G, K, D)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This device's part of a parameter; the parameter itself where nothing is distributed."""
-    return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+    parameter: Any = tensor
+    part: torch.Tensor = parameter.to_local() if isinstance(tensor, DISTRIBUTED) else parameter
+    return part
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, on every device. Where it is distributed, every process has to call this."""
+    """The full parameter, on every device. If it is distributed, every process has to call this."""
     if is_partitioned(tensor):
         with gathered([tensor]):
             return tensor.detach().clone()
@@ -51,16 +59,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes files, as in transformers' own `save_pretrained`."""
+    """Whether this process writes files, as in transformers' own `save_pretrained`."""
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The `state_dict` of whole tensors, on the CPU, in the writing process; an empty one in all others.
+    """The `state_dict` with full tensors, on the CPU, in the writing process; an empty one in all others.
 
-    Every process has to call this. One tensor at a time is whole on the devices.
+    Every process has to call this. Only one tensor at a time is gathered on the devices.
     """
-    first_names: dict[int, str] = {}  # tied weights stay one
+    first_names: dict[int, str] = {}  # tied weights are stored once
     state_dict: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = first_names.setdefault(id(tensor), name)
@@ -72,7 +80,7 @@ def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def together_at_the_end() -> Iterator[None]:
-    """No process leaves this block before the last one, also if it fails there."""
+    """No process leaves this block before the last one has reached its end, even if that one fails."""
     try:
         yield
     finally:
@@ -80,7 +88,7 @@ def together_at_the_end() -> Iterator[None]:
 
 
 def check_takes_parameters(model: nn.Module) -> None:
-    """Refuses new parameters in a model that is sharded for training: they would not be, nor be synchronised.
+    """Raises an error if the model is sharded for training: new parameters would be neither sharded nor synchronized.
 
     Raises:
         ValueError: FSDP, or DeepSpeed's engine, has sharded the model.
@@ -99,10 +107,10 @@ def check_takes_parameters(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Makes each parameter that FSDP has whole, as after an evaluation, the sharded one again.
+    """Shards each parameter again that FSDP holds gathered, for example after an evaluation.
 
-    What then is frozen or not is the sharded one, and with the next forward pass the whole one is as well. A whole one
-    that was frozen for an evaluation would get no gradient in the training step after it.
+    Freezing then applies to the sharded parameter, and from the next forward pass to the gathered one as well. A
+    gathered parameter that was frozen for an evaluation would get no gradient in the next training step.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None else ():
@@ -120,13 +128,13 @@ def tensor_parallel_mesh(model: nn.Module) -> Any:
     return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1), None)
 
 
-def gather_heads(states: torch.Tensor, mesh: Any) -> torch.Tensor:
-    """The heads of all devices, `(R, G, K, D)`, of each one's `(R, G / size, K, D)`."""
+def gather_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Gathers the heads of all devices, `(R, G, K, D)`, from `(R, G / size, K, D)` on each."""
     return DTensor.from_local(states, mesh, [Shard(HEADS)], run_check=False).full_tensor()
 
 
-def share_random_state(mesh: Any) -> None:
-    """Gives every process of the mesh the random state of its first one: they have to draw the same."""
+def share_random_state(mesh: DeviceMesh) -> None:
+    """Gives every process of the mesh the random state of its first one, so that all draw the same numbers."""
     group = mesh.get_group()
     generators: list[Any] = [torch]
     if mesh.device_type != "cpu":
@@ -137,16 +145,16 @@ def share_random_state(mesh: Any) -> None:
         generator.set_rng_state(state.cpu())
 
 
-def distribute_parameter(module: nn.Module, name: str, mesh: Any, *, by_heads: bool = False) -> None:
-    """Makes a module's parameter, whole on every process, one of a tensor-parallel model, in place.
+def distribute_parameter(module: nn.Module, name: str, mesh: DeviceMesh, *, by_heads: bool = False) -> None:
+    """Turns a module's parameter, which every process holds, into a parameter of a tensor-parallel model, in place.
 
-    All processes get the values of the mesh's first one.
+    All processes get the values of the first process in the mesh.
 
     Args:
-        module: that holds the parameter.
-        name: of the parameter in it.
+        module: the module that holds the parameter.
+        name: the parameter's name in it.
         mesh: of the model.
-        by_heads: each process keeps its own key/value heads; otherwise all.
+        by_heads: each process keeps its own key/value heads; otherwise all heads.
     """
     parameter = getattr(module, name)
     shared = distribute_tensor(parameter.detach(), mesh, [Shard(HEADS) if by_heads else Replicate()])
@@ -158,14 +166,14 @@ def distribute_parameter(module: nn.Module, name: str, mesh: Any, *, by_heads: b
 
 @contextlib.contextmanager
 def each_module_gathered(model: nn.Module) -> Iterator[None]:
-    """In this block ZeRO-3's parameters are whole while a module runs that holds them, and in pieces otherwise."""
+    """In this block ZeRO-3's parameters are gathered while a module that holds them runs, and partitioned otherwise."""
     inside: dict[nn.Module, Any] = {}
 
-    def bring(module: nn.Module, args: Any) -> None:
+    def bring(module: nn.Module, args: object) -> None:
         inside[module] = gathered(list(module.parameters(recurse=False)))
         inside[module].__enter__()
 
-    def let_go(module: nn.Module, args: Any, output: Any) -> None:
+    def let_go(module: nn.Module, args: object, output: object) -> None:
         inside.pop(module).__exit__(None, None, None)
 
     hooks: list[Any] = []

@@ -1,19 +1,19 @@
-"""Checkpoints on disk: full ones, streams only, and the plain models that they are made of.
+"""Checkpoints on disk: full ones, streams only, and the plain models that they are based on.
 
-- `untrusted`: JSON that nobody vouches for
-- `headers`: the head of a safetensors file
-- `folders`: the files of a checkpoint, and what its configuration says
-- `values`: whether a model can have such numbers
-- `packed`: how many parameters quantized tensors stand for, in files
+- `untrusted`: JSON from untrusted files
+- `headers`: the header of a safetensors file
+- `folders`: the files of a checkpoint, and its configuration
+- `values`: checks that the numbers in a configuration are possible
+- `packed`: the number of parameters in quantized tensors, in files
 - `counting`: the same in memory
-- `architectures`: what a full checkpoint calls its class, for transformers
-- `checks`: whether the parts of a checkpoint fit each other
-- `pretrained`: the one way to `from_pretrained`
-- `models`: plain models and backbones, read
-- `stored_sets`: sets of streams, read
+- `architectures`: the class names of full checkpoints, for transformers
+- `checks`: checks that the parts of a checkpoint fit each other
+- `pretrained`: the only caller of `from_pretrained`
+- `models`: loads plain models and backbones
+- `stored_sets`: loads sets of streams
 - `working`: working folders, locked by the process that writes in them
-- `staging`: folders and files that change as a whole
-- `saving`: full checkpoints and streams, written
+- `staging`: folders and files that change completely or not at all
+- `saving`: saves full checkpoints and streams
 
 `parscale.load` itself is in `parscale.loading`, above `parscale.wrapping`.
 May import: `hooks`, `terminal` and what is below them.

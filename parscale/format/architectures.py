@@ -1,12 +1,11 @@
-"""What a full checkpoint calls its architecture, and the configuration classes by which transformers reads it.
+"""The architecture names of full checkpoints, and the configuration classes by which transformers reads them.
 
-A full checkpoint of a Llama says `model_type: llama_parscale`. Under that name, and the like for every model that
-transformers knows, a recipe is registered; the configuration class that it stands for, a subclass of the backbone's, is
-made when the first such checkpoint is read. `parscale.auto` registers what makes models of these classes.
+A full checkpoint of a Llama has `model_type: llama_parscale`. For this name, and the one of every other model in
+transformers, a `Recipe` is registered. It stands for a configuration class, a subclass of the backbone's, which is made
+when the first such checkpoint is read. `parscale.auto` registers the classes that make models from it.
 
-Which class the model is of, `architectures` says: `BertForMaskedLM` with streams is `BertParScaleForMaskedLM`.
-All causal language models end in `ParScaleForCausalLM`, as the released ones do, and the class is transformers'
-choice.
+`architectures` names the model's class: `BertForMaskedLM` with streams is `BertParScaleForMaskedLM`. All causal
+language models end in `ParScaleForCausalLM`, as the released ones do, and transformers chooses the class.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from parscale.format.folders import CAUSAL_LM, INFIX, TYPE_SUFFIX
 from parscale.format.values import check_values, configuration_of
 
 AUTO_CLASSES = auto_classes()
-READER = f"{INFIX}Model"  # what stands for an AutoModel... in an `auto_map`, but for that of causal language models
+READER = f"{INFIX}Model"  # in an `auto_map`, for each AutoModel... but that of causal language models
 
-ClassListener = Callable[[type[PreTrainedConfig], type[PreTrainedConfig]], None]  # the class made, the backbone's
-ArchitectureListener = Callable[[Any], None]  # what a checkpoint that is read says
+ClassListener = Callable[[type[PreTrainedConfig], type[PreTrainedConfig]], None]  # the new class, the backbone's class
+ArchitectureListener = Callable[[Any], None]  # the architecture of a checkpoint that is read
 
-_CLASSES: dict[str, type[PreTrainedConfig]] = {}  # those made, by the backbone's model_type
+_CLASSES: dict[str, type[PreTrainedConfig]] = {}  # by the backbone's model_type
 _CLASS_LISTENERS: list[ClassListener] = []
 _ARCHITECTURE_LISTENERS: list[ArchitectureListener] = []
 
 
 def listen(to_class: ClassListener, to_architecture: ArchitectureListener) -> None:
-    """Calls `to_class` for each configuration class, also those made before, and `to_architecture` when one reads.
+    """Calls `to_class` for each configuration class, also existing ones, and `to_architecture` when one is read.
 
     Args:
-        to_class: takes the class and the backbone's own.
-        to_architecture: takes the first of a checkpoint's `architectures`, whatever that is, or `None`.
+        to_class: takes the class and the backbone's own class.
+        to_architecture: takes the first entry of a checkpoint's `architectures`, of any type, or `None`.
     """
     _CLASS_LISTENERS.append(to_class)
     _ARCHITECTURE_LISTENERS.append(to_architecture)
@@ -52,9 +51,9 @@ def _backbone_of(made: Any) -> Any:
 
 
 class Recipe:
-    """Stands for the configuration class of one backbone's full checkpoints, which is made when it is needed.
+    """A placeholder for the configuration class of one backbone's full checkpoints, which is made when needed.
 
-    Subclasses are made by `register_backbone`.
+    `register_backbone` makes its subclasses.
     """
 
     backbone_type = ""
@@ -64,10 +63,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`, of `config_class`.
+        """Calls `PreTrainedConfig.from_dict` of `config_class`.
 
-        In memory `model_type` is the backbone's, by which transformers finds tokenizers and much else; the class, and
-        what it writes, has the checkpoint's.
+        In memory `model_type` is the backbone's, which transformers uses to find tokenizers and more; the class and
+        saved files have that of the checkpoint.
         """
         check_values("a checkpoint", config_dict, None)
         names = config_dict.get("architectures")
@@ -90,7 +89,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     """The configuration class of full checkpoints with a backbone of this `model_type`: a subclass of the backbone's.
 
     Raises:
-        ValueError: transformers knows no backbone of this type.
+        ValueError: transformers has no backbone of this type.
     """
     if model_type not in _CLASSES:
         if model_type not in CONFIG_MAPPING:
@@ -111,7 +110,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def backbone_config(config: Any) -> Any:
-    """The backbone's own configuration in that of a full checkpoint: a copy, without what the streams added."""
+    """The backbone's own configuration from that of a full checkpoint: a copy, without the fields of the streams."""
     plain: Any = copy.deepcopy(config)
     if type(config) in _CLASSES.values():
         cls, fields = _backbone_of(type(config)), vars(plain)
@@ -123,10 +122,10 @@ def backbone_config(config: Any) -> Any:
 
 
 def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
-    """What a full checkpoint calls the model's class, and by which of transformers' `AutoModel...` it is read.
+    """The name of the model's class in a full checkpoint, and the `AutoModel...` classes of transformers that read it.
 
     Returns:
-        `BertParScaleForMaskedLM`, and of the `AutoModel...` the class that stands for it in `parscale.auto`.
+        A name such as `BertParScaleForMaskedLM`, and for each `AutoModel...` the class in `parscale.auto`.
     """
     cls, config = type(model), type(model.config)
     name = cls.__name__.removeprefix("FSDP")
@@ -138,7 +137,7 @@ def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
 
 
 def causal_lm_in_checkpoints(class_name: str) -> str:
-    """What a full checkpoint calls a causal language model: `Qwen2ForCausalLM` is `Qwen2ParScaleForCausalLM`."""
+    """The class name of a causal language model in full checkpoints, such as `Qwen2ParScaleForCausalLM`."""
     return re.sub(r"(LMHeadModel|ForCausalLM|ForConditionalGeneration)$", "", class_name) + CAUSAL_LM
 
 
@@ -147,7 +146,7 @@ def _with_infix(class_name: str) -> str:
 
 
 def architectures_in_checkpoints() -> set[str]:
-    """What full checkpoints call the classes that transformers knows."""
+    """The names in full checkpoints of all classes in transformers."""
     found: set[str] = set()
     for auto_name, auto in AUTO_CLASSES.items():
         name = causal_lm_in_checkpoints if auto_name == "AutoModelForCausalLM" else _with_infix
@@ -155,15 +154,15 @@ def architectures_in_checkpoints() -> set[str]:
     return found
 
 
-def backbone_class(config: Any, plain: Any) -> Any:
+def backbone_class(config: object, plain: Any) -> Any:
     """The class of a full checkpoint's backbone.
 
     Args:
-        config: the checkpoint's.
-        plain: the backbone's own, as `backbone_config` gives it.
+        config: the checkpoint's configuration.
+        plain: the backbone's own, as returned by `backbone_config`.
 
     Raises:
-        ValueError: transformers knows none.
+        ValueError: transformers has no such class.
     """
     names = getattr(config, "architectures", None)
     name = str(names[0]) if isinstance(names, list) and names else ""
@@ -176,14 +175,14 @@ def backbone_class(config: Any, plain: Any) -> Any:
     return cls
 
 
-def class_named(name: Any) -> Any:
+def class_named(name: object) -> Any:
     """A model class of transformers by its name; `None` if there is none."""
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
 
-def class_read_by(reader: Any, config: Any) -> Any:
-    """The class of the model that an `AutoModel...`, or a class itself, makes of a configuration; `None`: none."""
+def class_read_by(reader: object, config: PreTrainedConfig) -> Any:
+    """The class of the model that an `AutoModel...`, or a class itself, makes from a configuration; `None` if none."""
     if model_mapping(reader) is None:
         return reader
     classes = {cls.__name__: cls for cls in classes_of(reader, type(config))}
@@ -191,13 +190,13 @@ def class_read_by(reader: Any, config: Any) -> Any:
     return classes[named[0]] if named else next(iter(classes.values()), None)
 
 
-def readers(cls: Any, config: type[PreTrainedConfig]) -> list[str]:
-    """The names of the `AutoModel...` that make a class of its configuration."""
+def readers(cls: object, config: type[PreTrainedConfig]) -> list[str]:
+    """The names of the `AutoModel...` that make a class from its configuration."""
     return [name for name, auto in AUTO_CLASSES.items() if cls in classes_of(auto, config)]
 
 
-def classes_of(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
-    """The classes that an `AutoModel...` may make of a configuration."""
+def classes_of(auto: object, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
+    """The classes that an `AutoModel...` can make from a configuration."""
     mapping = model_mapping(auto)
     if mapping is None or config not in mapping:
         return ()
@@ -205,5 +204,5 @@ def classes_of(auto: Any, config: type[PreTrainedConfig]) -> tuple[Any, ...]:
     return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
 
 
-for _model_type in list(CONFIG_MAPPING):  # of parts too: Emu3's causal language model has its text part's type
+for _model_type in list(CONFIG_MAPPING):  # also of parts: Emu3's causal language model has the type of its text part
     register_backbone(_model_type)

@@ -1,4 +1,4 @@
-"""Whether the parts of a checkpoint fit each other: what its configuration says, and what its files hold."""
+"""Checks that the parts of a checkpoint fit each other: its configuration and the tensors in its files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.transformers import use_eager
 from parscale.config import NUM_STREAMS, ParScaleConfig
@@ -26,39 +27,39 @@ _REGISTRATIONS = (register_module_module_registration_hook, register_module_para
 
 
 def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuses tensors that are not of P streams and T tokens, before anything of that size is made.
+    """Checks the shapes of tensors for P streams and T tokens, before anything of that size is allocated.
 
     Raises:
-        ValueError: names the tensor.
+        ValueError: a tensor does not fit; the message names it.
     """
     P, T = streams.num_streams, streams.prefix_length
     if P == 1 and stored:
         raise ValueError(f"{checkpoint} has {min(stored)}, and one stream ({NUM_STREAMS} = 1) has no such tensor.")
     if P > 1 and not stored:
         parts = ", ".join(PARAMETERS[streams.transform])
-        raise ValueError(f"{checkpoint} should hold {P} streams, and has no {parts} or aggregate_layer.")
+        raise ValueError(f"{checkpoint} should have {P} streams, but has no {parts} or aggregate_layer.")
     for name, tensor in stored.items():
         shape = tensor.shape
         if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{name} of {checkpoint} is of {tensor.dtype}; streams are floating-point numbers.")
-        prefixes = streams.num_transformed
-        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (prefixes, T)):
-            wanted = f"({prefixes}, heads, {T}, head size)"
+        own = streams.num_transformed
+        if name.endswith(("prefix_k", "prefix_v")) and (len(shape) != 4 or (shape[0], shape[2]) != (own, T)):
+            wanted = f"({own}, heads, {T}, head size)"
         elif name.endswith("aggregate_layer.2.weight") and (len(shape) != 2 or shape[0] != P):
             wanted = f"({P}, hidden size)"
         elif name.endswith("prompt") and (len(shape) != 3 or shape[:2] != (P, T)):
             wanted = f"({P}, {T}, hidden size)"
-        elif name.endswith("stream_down") and (len(shape) != 3 or shape[:2] != (P, streams.rank)):
-            wanted = f"({P}, {streams.rank}, inputs)"
-        elif name.endswith("stream_up") and (len(shape) != 3 or shape[::2] != (P, streams.rank)):
-            wanted = f"({P}, outputs, {streams.rank})"
+        elif name.endswith("stream_down") and (len(shape) != 3 or shape[:2] != (own, streams.rank)):
+            wanted = f"({own}, {streams.rank}, inputs)"
+        elif name.endswith("stream_up") and (len(shape) != 3 or shape[::2] != (own, streams.rank)):
+            wanted = f"({own}, outputs, {streams.rank})"
         else:
             continue
-        raise ValueError(f"{name} of {checkpoint} is {shape}, and its configuration says {wanted}.")
+        raise ValueError(f"{name} of {checkpoint} has the shape {shape}, but its configuration says {wanted}.")
 
 
-def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) -> None:
-    """Refuses a backbone for streams that were made for another, by its configuration alone.
+def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Checks, by its configuration alone, that a backbone is the one that streams were made for.
 
     Args:
         checkpoint: streams only.
@@ -66,7 +67,7 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
         config: the backbone's.
 
     Raises:
-        ValueError: names what differs.
+        ValueError: they do not fit; the message names the difference.
     """
     text = config.get_text_config()
     has = {
@@ -79,22 +80,24 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: Any) ->
         if wanted is not None and value is not None and wanted != value:
             backbone = fields.get("base_model_name_or_path") or "a backbone without a name"
             raise ValueError(
-                f"The backbone does not fit {checkpoint}: its {field.removeprefix('backbone_')} is {value}, and the "
-                f"streams were made for {wanted} ({backbone}): give that one as backbone=."
+                f"The backbone does not fit {checkpoint}: its {field.removeprefix('backbone_')} is {value}, but the "
+                f"streams were made for {wanted} ({backbone}): pass that one as backbone=."
             )
 
 
-def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuses a configuration that describes a far larger model than the files hold, before it is allocated.
+def check_size(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Checks, before allocation, that a configuration does not describe a far larger model than the files hold.
 
     Args:
-        checkpoint: a full one.
+        checkpoint: a full checkpoint.
         cls: the backbone's class.
-        config: the backbone's.
-        tensors: in the checkpoint's files.
+        config: the backbone's configuration.
+        tensors: the tensors in the checkpoint's files.
 
     Raises:
-        ValueError: it does, or it describes no model at all.
+        ValueError: it does, or it does not describe a model.
     """
     model = _on_meta(checkpoint, cls, config, len(tensors))
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -102,12 +105,14 @@ def check_size(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[s
     if described > 4 * held + 2**24:
         problems = "; ".join(differences(checkpoint, cls, config, tensors)[:3])
         raise ValueError(
-            f"{CONFIG} of {checkpoint} describes a model of {described} numbers, and its files hold {held}. {problems}"
+            f"{CONFIG} of {checkpoint} describes a model of {described} numbers, but its files hold {held}. {problems}"
         )
 
 
-def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Tensors that have another shape in the files than the configuration says; arguments as `check_size`."""
+def differences(
+    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """Tensors whose shape in the files differs from the configuration; arguments as in `check_size`."""
     described = _on_meta(checkpoint, cls, config, len(tensors)).state_dict()
     return [
         f"{name} is {tensors[name].shape} in the files and should be {tuple(described[name].shape)}"
@@ -116,14 +121,14 @@ def differences(checkpoint: Checkpoint, cls: Any, config: Any, tensors: Mapping[
     ]
 
 
-def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
+def _on_meta(checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PreTrainedConfig, parts: int) -> Any:
     """The backbone that the configuration describes, without weights.
 
     Args:
-        checkpoint: for the error.
+        checkpoint: for the error message.
         cls: the backbone's class.
-        config: the backbone's.
-        parts: tensors in the checkpoint's files; a model of far more is refused while it is built.
+        config: the backbone's configuration.
+        parts: number of tensors in the checkpoint's files; building a far larger model raises an error.
     """
     with configuration_of(checkpoint), torch.device("meta"), _few_modules(16 * parts + 2**12):
         config = backbone_config(config)
@@ -133,10 +138,10 @@ def _on_meta(checkpoint: Checkpoint, cls: Any, config: Any, parts: int) -> Any:
 
 @contextmanager
 def _few_modules(most: int) -> Iterator[None]:
-    """In this block this thread makes models of at most so many modules and parameters."""
+    """In this block this thread can only build models with at most `most` modules and parameters."""
     thread, count = threading.get_ident(), 0
 
-    def counted(module: nn.Module, name: str, part: Any) -> None:
+    def counted(module: nn.Module, name: str, part: object) -> None:
         nonlocal count
         count += threading.get_ident() == thread
         if count > most:

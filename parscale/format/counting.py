@@ -1,4 +1,4 @@
-"""How many parameters a model in memory has, also a quantized one; see `parscale.format.packed`."""
+"""The number of parameters of a model in memory, also if it is quantized; see `parscale.format.packed`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from parscale.format.packed import BESIDE, BLOCKS, PACKED, TWO_IN_A_BYTE
 
 
 def parameter_sizes(model: nn.Module) -> dict[torch.Tensor, int]:
-    """How many parameters each tensor of a model stands for; a tensor that several modules share is there once.
+    """The number of parameters in each tensor of a model; a tensor that several modules share is counted once.
 
     Args:
-        model: with tensors whole or in parts, quantized or not.
+        model: with full or sharded tensors, quantized or not.
 
     Returns:
-        By tensor: the model's parameters, and the buffers in which a quantized layer keeps its weight.
+        By tensor: the model's parameters, and the buffers that hold the weights of quantized layers.
     """
     sizes: dict[torch.Tensor, int] = {}
     for module in model.modules():
@@ -40,7 +40,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _size(module: Any, name: str, tensor: Any) -> int | None:
-    """The parameters in one of a module's own tensors; `None`: it is beside them, such as a scale."""
+    """The number of parameters in one of a module's own tensors; `None` for other tensors, such as scales."""
     if type(tensor).__name__ == "Params4bit":
         state = getattr(tensor, "quant_state", None)
         if state is not None:

@@ -1,6 +1,6 @@
-"""What a checkpoint holds, read from its files' heads alone: damage is found before any weight is allocated.
+"""The contents of a checkpoint, from the headers of its files: damage is found before any weight is allocated.
 
-A checkpoint is a folder, or a repository on the Hugging Face Hub. Three kinds (see `parscale.loading`):
+A checkpoint is a folder, or a repository on the Hugging Face Hub. There are three kinds (see `parscale.loading`):
 
 - full: `config.json` with `parscale_n`, and `model.safetensors` or shards with their index
 - streams only: `parscale_config.json` and `streams.safetensors`
@@ -25,12 +25,12 @@ from parscale.format.untrusted import brief, parse_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
-BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second as seen from the folder
+BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second is relative to the folder
 FULL, STREAMS_ONLY = "full", "streams only"
 FORMAT_VERSION = 1  # of a streams-only folder
-TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is the backbone's and this
+TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is that of the backbone plus this suffix
 INFIX = "ParScale"  # in the name of a full checkpoint's class
-CAUSAL_LM = f"{INFIX}ForCausalLM"  # with which that of a causal language model ends
+CAUSAL_LM = f"{INFIX}ForCausalLM"  # the end of the class name of a causal language model
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -48,13 +48,13 @@ class Checkpoint:
 
     Raises:
         ValueError: not a path.
-        FileNotFoundError: there is no such folder, and it cannot be a name on the Hub.
-        NotADirectoryError: a file.
+        FileNotFoundError: the folder does not exist, and the name cannot be one on the Hub.
+        NotADirectoryError: the path is a file.
     """
 
     def __init__(self, path_or_repo: str | os.PathLike[str], **hub: Any) -> None:
         if not isinstance(path_or_repo, str | os.PathLike) or not os.fspath(path_or_repo):
-            raise ValueError(f"A checkpoint is given as a folder or as a name on the Hub, got {path_or_repo!r}.")
+            raise ValueError(f"A checkpoint must be a folder or a name on the Hub, got {path_or_repo!r}.")
         self.name = os.fspath(path_or_repo)
         self.hub = {key: value for key, value in hub.items() if value is not None}
         self.folder: Path | None = None
@@ -73,7 +73,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: it is empty, or there is no such repository.
-            ValueError: it is neither kind.
+            ValueError: it is of neither kind.
         """
         config = self.file(CONFIG)
         fields = {} if config is None else read_json(config)
@@ -95,11 +95,11 @@ class Checkpoint:
         raise FileNotFoundError(f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint.")
 
     def file(self, name: str) -> Path | None:
-        """Where a file lies, fetched if the checkpoint is on the Hub; `None` if there is none.
+        """The path of a file, which is fetched if the checkpoint is on the Hub; `None` if it does not exist.
 
         Raises:
-            ValueError: it is no regular file.
-            OSError: the Hub has the repository but does not give the file.
+            ValueError: it is not a regular file.
+            OSError: the Hub has the repository but does not return the file.
         """
         if self.folder is not None:
             path = self.folder / name
@@ -107,7 +107,7 @@ class Checkpoint:
             return path if path.is_file() else None
         try:
             return Path(hf_hub_download(self.name, name, **{k: v for k, v in self.hub.items() if k != "proxies"}))
-        except LocalEntryNotFoundError:  # no answer: asking for the next file would wait as long again
+        except LocalEntryNotFoundError:  # no answer: a request for the next file would wait as long again
             self.hub["local_files_only"] = True
             return None
         except EntryNotFoundError:
@@ -121,7 +121,7 @@ class Checkpoint:
         """The contents of one of its JSON files.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
             ValueError: it is not JSON, or not an object.
         """
         path = self.file(name)
@@ -130,14 +130,14 @@ class Checkpoint:
         return read_json(path)
 
     def weights(self, variant: str | None = None) -> dict[str, StoredTensor]:
-        """Names, shapes and places of the tensors of a full checkpoint.
+        """Names, shapes and positions of the tensors of a full checkpoint.
 
         Args:
             variant: of the file names, as in `from_pretrained`.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: there are pickles only, a file is damaged, or the index leads elsewhere than its shards.
+            ValueError: all weights are pickles, a file is damaged, or the index does not match its shards.
         """
         infix = f".{variant}" if variant else ""
         single = self.file(f"model{infix}.safetensors")
@@ -155,7 +155,7 @@ class Checkpoint:
         raise FileNotFoundError(f"{self} has no {WEIGHTS} and no {INDEX}: the weights are missing.")
 
     def streams(self) -> dict[str, StoredTensor]:
-        """Names, shapes and places of the tensors of a streams-only checkpoint.
+        """Names, shapes and positions of the tensors of a streams-only checkpoint.
 
         Raises:
             FileNotFoundError: the file is missing.
@@ -172,7 +172,7 @@ class Checkpoint:
         """The checkpoint in a sub-folder.
 
         Raises:
-            FileNotFoundError: there is no such sub-folder.
+            FileNotFoundError: the sub-folder does not exist.
         """
         if self.folder is not None:
             if not (self.folder / name).is_dir():
@@ -209,14 +209,14 @@ class Checkpoint:
 
 
 def require_regular(path: Path) -> None:
-    """Refuses what waits for a writer or never ends, before it is opened; what is not there, and a folder, pass.
+    """Raises an error, before opening it, for a file that would block or never end; missing files and folders pass.
 
     Raises:
-        ValueError: the path leads to a named pipe, a socket or a device.
+        ValueError: the path is a named pipe, a socket or a device.
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # not there, or no name of a file
+    except (OSError, ValueError):  # missing, or not a valid file name
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
@@ -225,10 +225,10 @@ def require_regular(path: Path) -> None:
 
 
 def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
-    """P, T, the smoothing and so on.
+    """P, T, the smoothing and the other fields of the configuration.
 
     Raises:
-        ValueError: one is missing, of the wrong type or out of range.
+        ValueError: a field is missing, of the wrong type or out of range.
     """
     try:
         return ParScaleConfig.from_fields(fields)
@@ -240,27 +240,25 @@ def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
     """The name of the set in a streams-only checkpoint, from its `parscale_config.json`.
 
     Raises:
-        ValueError: what should be a name is none.
+        ValueError: the name is invalid.
     """
     name = fields.get("name", DEFAULT_SET)
     if not _is_set_name(name):
-        raise ValueError(
-            f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, and names {brief(repr(name))}."
-        )
+        raise ValueError(f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, but has {brief(repr(name))}.")
     return name
 
 
 def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """The active set's name (`None`: none is active) and the further sets' of a full checkpoint.
+    """The name of the active set (`None` if no set is active) and of the other sets of a full checkpoint.
 
     Raises:
-        ValueError: what should be a name is none, or one appears twice.
+        ValueError: a name is invalid, or appears twice.
     """
     name, further = fields.get(SET_NAME, DEFAULT_SET), fields.get(SETS, [])
     names = further if name is None else [name, *further] if isinstance(further, list) else None
     if not isinstance(names, list) or not all(map(_is_set_name, names)):
         raise ValueError(
-            f"{CONFIG} of {checkpoint} should name sets of streams, and names {brief(repr(name))} and "
+            f"{CONFIG} of {checkpoint} should name sets of streams, but has {brief(repr(name))} and "
             f"{brief(repr(further))}."
         )
     if len(set(names)) < len(names):
@@ -269,14 +267,14 @@ def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | 
 
 
 def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | None:
-    """Where the backbone of a streams-only checkpoint is: a folder, or a name on the Hub; `None`: it is not said.
+    """The backbone of a streams-only checkpoint: a folder, or a name on the Hub; `None` if the checkpoint names none.
 
-    A relative path starts from the checkpoint's folder; if nothing is there, from the working directory. Where the
-    backbone was when the streams were saved counts first, then where it lay as seen from them: both folders may have
-    moved together.
+    A relative path is resolved from the checkpoint's folder or, if nothing is there, from the working directory. The
+    backbone's path when the streams were saved is tried first, then its path relative to the streams: both folders may
+    have moved together.
 
     Args:
-        checkpoint: streams only.
+        checkpoint: a streams-only checkpoint.
         fields: of its `parscale_config.json`.
     """
     name, path = fields.get(BACKBONE), fields.get(BACKBONE_PATH)
@@ -287,7 +285,7 @@ def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | N
     return next(filter(os.path.isdir, places), name)
 
 
-def _is_set_name(name: Any) -> bool:
+def _is_set_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(SET_PATTERN, name) is not None
 
 
@@ -299,17 +297,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     largest = _LARGEST_INDEX if path.name.startswith(WEIGHTS) else _LARGEST_JSON
     if path.stat().st_size > largest:
-        raise ValueError(f"{path} is of {path.stat().st_size} bytes, and at most {largest} are read.")
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, but at most {largest} are read.")
     try:
         contents = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): it is damaged, copy or save it again.") from error
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} should hold a JSON object, and holds {type(contents).__name__}.")
+        raise ValueError(f"{path} should hold a JSON object, but holds {type(contents).__name__}.")
     return contents
 
 
-def _is_plain_name(name: Any) -> bool:
+def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 

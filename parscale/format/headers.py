@@ -1,6 +1,6 @@
-"""The head of a safetensors file: names, dtypes and shapes, checked against the file's size before anything is read.
+"""The header of a safetensors file: names, dtypes and shapes, checked against the size of the file before reading.
 
-The format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes without gaps.
+The format: 8 bytes with the length of the header, the header as JSON, then the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from parscale.format.untrusted import brief, parse_json
 
-_LARGEST_HEADER = 16 * 2**20  # 100,000 tensors; the library's own limit, 100 MB, is minutes of reading
+_LARGEST_HEADER = 16 * 2**20  # enough for 100,000 tensors; reading the library's own limit, 100 MB, takes minutes
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _KEYS = ("dtype", "shape", "data_offsets")
 _BYTES = {
@@ -31,7 +31,7 @@ class StoredTensor:
 
     Args:
         file: the safetensors file.
-        dtype: as the format spells it (`"F32"`).
+        dtype: as the format writes it (`"F32"`).
         shape: of the tensor.
     """
 
@@ -41,12 +41,12 @@ class StoredTensor:
 
     @property
     def item_size(self) -> int:
-        """Bytes of one of its numbers; 1 where the format packs several into a byte."""
+        """Bytes per number; 1 where the format packs several numbers into a byte."""
         return _BYTES.get(self.dtype, 1)
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -54,12 +54,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        ValueError: it is not a safetensors file, or its header promises what the file does not hold.
+        ValueError: it is not a safetensors file, or its header does not match its contents.
     """
     header, held = _read_json_header(path)
     header.pop("__metadata__", None)
     tensors = {name: _stored_tensor(path, name, entry, held) for name, entry in header.items()}
-    try:  # what is left to check (gaps, overlaps) is the library's to know
+    try:  # the library does the remaining checks (gaps, overlaps)
         with safe_open(path, "pt"):
             return tensors
     except SafetensorError as error:
@@ -67,25 +67,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and how many bytes of tensors follow it."""
+    """The header, and the number of bytes of tensors after it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
-            problem = f"its header should be {length} bytes and the file has {size}"
+            problem = f"its header should have {length} bytes, but the file has {size}"
             if length <= size - 8:
-                problem = f"its header is {length} bytes, and at most {_LARGEST_HEADER} are read"
+                problem = f"its header has {length} bytes, but at most {_LARGEST_HEADER} are read"
             if start.startswith(_PICKLE_STARTS):
                 problem = "it looks like a pickle, which is not read because it can run any code"
-            raise ValueError(f"{path} is cut short or not a safetensors file ({problem}): copy or save it again.")
+            raise ValueError(f"{path} is truncated or not a safetensors file ({problem}): copy or save it again.")
         text = file.read(length)
     try:
         header = parse_json(text, _without_repeats)
     except ValueError as error:
         raise ValueError(f"The header of {path} cannot be read ({error}): copy or save the file again.") from error
     if not isinstance(header, dict):
-        raise ValueError(f"The header of {path} should be a JSON object, and is {type(header).__name__}.")
+        raise ValueError(f"The header of {path} should be a JSON object, but is {type(header).__name__}.")
     return header, size - 8 - length
 
 
@@ -107,19 +107,19 @@ def _stored_tensor(path: Path, name: str, entry: Any, held: int) -> StoredTensor
     if not start <= end <= held:
         raise ValueError(
             f"{path} should hold {brief(name)} in bytes {start} to {end} after its header, but there are {held}: "
-            "it is cut short or damaged, copy or save it again."
+            "it is truncated or damaged, copy or save it again."
         )
     tensor = StoredTensor(path, dtype, tuple(shape))
     if dtype in _BYTES and end - start != _numel(shape, held) * _BYTES[dtype]:
         raise ValueError(
-            f"{path} should hold {brief(name)} as {brief(tensor.shape)} of {dtype} in a place of {end - start} bytes, "
-            "which are not as many: its header is damaged."
+            f"{path} should hold {brief(name)} as {brief(tensor.shape)} of {dtype} in {end - start} bytes, "
+            "which does not match: its header is damaged."
         )
     return tensor
 
 
 def _numel(shape: list[int], most: int) -> int:
-    """The product of the sizes; where it is more than `most`, some number above that."""
+    """The product of the sizes; if it exceeds `most`, any number above `most`."""
     if 0 in shape:
         return 0
     count = 1
@@ -130,5 +130,5 @@ def _numel(shape: list[int], most: int) -> int:
     return count
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

@@ -1,4 +1,4 @@
-"""Models as transformers reads them, once the files and the configuration of a checkpoint are known to be sound."""
+"""Loads models with transformers, after the files and the configuration of a checkpoint have been checked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from parscale.format.pretrained import read_pretrained, warn_of_adapter
 from parscale.format.values import check_values, configuration_of
 from parscale.streams.naming import part_of
 
-# What a field of the wrong type makes transformers raise when it looks at it.
+# The errors that transformers raises for a field of the wrong type.
 FAULTS = (ArithmeticError, AttributeError, LookupError)
-# How transformers says that the tensors are not those that it expects.
+# Patterns in transformers' messages about tensors that do not fit.
 _REPORTS = "ignore_mismatched_sizes|conversion of the weights|in loading state_dict"
 
 
@@ -30,7 +30,7 @@ def read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapp
     Args:
         checkpoint: the folder or repository.
         fields: of its `config.json`.
-        tensors: in its files.
+        tensors: the tensors in its files.
 
     Raises:
         ValueError: it is damaged.
@@ -40,17 +40,17 @@ def read_config(checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: Mapp
         return read_pretrained(AutoConfig, checkpoint.name, **checkpoint.hub)
 
 
-def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A model without streams, once its files and its configuration are known to be sound, and transformers' report.
+def load_plain_model(checkpoint: Checkpoint, reader: object, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Loads a model without streams, after its files and configuration have been checked; also returns the report.
 
     Args:
         checkpoint: of the model.
         reader: an `AutoModel...` or the model's class.
-        **options: for `from_pretrained`.
+        **options: passed to `from_pretrained`.
 
     Raises:
-        ValueError: the checkpoint is damaged, or needs code of its own.
-        OSError: a file is not there or cannot be read.
+        ValueError: the checkpoint is damaged, or needs its own code.
+        OSError: a file does not exist or cannot be read.
     """
     tensors = checkpoint.weights(options.get("variant"))
     config = read_config(checkpoint, checkpoint.read_json(CONFIG), tensors)
@@ -62,13 +62,13 @@ def load_plain_model(checkpoint: Checkpoint, reader: Any, **options: Any) -> tup
 
 
 def load_backbone(
-    checkpoint: Checkpoint, config: Any, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
+    checkpoint: Checkpoint, config: object, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The plain backbone of a full checkpoint, by its class's own `from_pretrained`, and that one's report."""
+    """Loads the plain backbone of a full checkpoint by its class's `from_pretrained`; also returns the report."""
     if kwargs.setdefault("use_safetensors", True) is False:
-        raise ValueError("parscale reads safetensors only: leave out use_safetensors=False.")
+        raise ValueError("parscale reads safetensors only: omit use_safetensors=False.")
     plain = backbone_config(config)
-    plain.__dict__.pop("transformers_weights", None)  # would name other files than those that were looked at
+    plain.__dict__.pop("transformers_weights", None)  # it could name other files than those that were checked
     cls = backbone_class(config, plain)
     plain.architectures = [cls.__name__]
     if getattr(plain, "quantization_config", None) is None:
@@ -98,17 +98,17 @@ def load_backbone(
 
 @contextmanager
 def _reports(*, shown: bool) -> Iterator[list[str]]:
-    """In this block transformers' tables of tensors that do not fit go into a list: an error will say it in a line.
+    """In this block transformers' tables of tensors that do not fit go into a list, for a short error message.
 
     Args:
-        shown: they are shown too, without the rows of streams, which the backbone's class does not expect.
+        shown: also log them, without the rows of streams, which the backbone's class does not expect.
     """
     reports: list[str] = []
 
     def keep(report: str) -> str | None:
         lines = [line for line in report.splitlines() if part_of(line.partition("|")[0].strip()) is None]
         reports.append("\n".join(lines))
-        rows = sum("|" in line for line in lines) - 1  # below their head
+        rows = sum("|" in line for line in lines) - 1  # without the table's header
         return reports[-1] if shown and rows else None
 
     with loading_reports(keep):

@@ -1,13 +1,13 @@
-"""How many parameters a model has where it is quantized: those of the model that was quantized, not what they lie in.
+"""The number of parameters of a quantized model: that of the original model, not of its packed tensors.
 
-Packed integers hold several parameters each, and scales and zero points beside them are none. Which tensors are packed,
-and of what shape they were, each library says in its own way:
+Packed integers hold several parameters each; scales and zero points are not parameters. Each library has its own way to
+store which tensors are packed, and their original shapes:
 
 Library: in memory; in files.
 
-- bitsandbytes, 4 bit: `Params4bit`; `weight` beside `weight.quant_state...`
-- HQQ: `W_q`, and its `meta`
-- GPTQ, AWQ: `qweight`, and features; `qweight`, and the configuration's bits
+- bitsandbytes, 4 bit: `Params4bit`; `weight` with `weight.quant_state...`
+- HQQ: `W_q` and its `meta`
+- GPTQ, AWQ: `qweight` and the number of features; `qweight` and the configuration's bits
 - compressed-tensors: `weight_packed`; the same, and the configuration's bits
 - MXFP4 (GPT-OSS): `..._blocks`; the same
 - torchao, quanto: tensors with their true shapes; `..._qdata` (torchao)
@@ -22,7 +22,7 @@ from typing import Any
 from parscale.format.headers import StoredTensor
 
 PACKED = re.compile(r"(^|\.)(qweight|weight_packed)$")
-BLOCKS = re.compile(r"_proj_blocks$")  # two of 4 bits in a byte
+BLOCKS = re.compile(r"_proj_blocks$")  # two 4-bit values in a byte
 BESIDE = re.compile(
     r"(^|\.)(qzeros|scales|g_idx|weight_(scale|zero_point|shape|g_idx|global_scale|scale_inv)|input_scale)$"
     r"|_proj_scales$|\._weight_(scale|zero_point)$"
@@ -30,8 +30,8 @@ BESIDE = re.compile(
 TWO_IN_A_BYTE = 2
 
 
-def stored_sizes(tensors: Mapping[str, StoredTensor], quantization: Any) -> dict[str, int]:
-    """How many parameters each tensor of a checkpoint's files stands for; those beside parameters are left out.
+def stored_sizes(tensors: Mapping[str, StoredTensor], quantization: object) -> dict[str, int]:
+    """The number of parameters in each tensor of a checkpoint's files; tensors without parameters are omitted.
 
     Args:
         tensors: in the files, by name.
@@ -57,7 +57,7 @@ def stored_sizes(tensors: Mapping[str, StoredTensor], quantization: Any) -> dict
 
 
 def _bits(quantization: Mapping[str, Any]) -> int | None:
-    """Bits of a weight, as GPTQ and AWQ or compressed-tensors say it."""
+    """Bits of a weight, in the format of GPTQ and AWQ or of compressed-tensors."""
     found = [quantization.get("bits")]
     groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():

@@ -1,9 +1,10 @@
-"""The one way to transformers' and PEFT's `from_pretrained`: no code from a checkpoint runs, nothing is unpickled."""
+"""The only caller of transformers' and PEFT's `from_pretrained`: no code from a checkpoint runs, no pickle is read."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,34 @@ from parscale.format.folders import Checkpoint, read_json, require_regular
 from parscale.format.headers import read_header
 
 ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_RELEASED = "ParScale/"  # the owner of the released checkpoints
 # Where transformers looks for an adapter beside a model: in a folder that is not there, so that it applies none.
 _NO_ADAPTER = {"subfolder": ".no-adapter"}
 
 
 def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-    """What `reader.from_pretrained(source)` makes: a configuration, a tokenizer or a model.
+    """Calls `reader.from_pretrained(source)`, for a configuration, a tokenizer or a model.
 
-    Code that a checkpoint brings along does not run, and weights are read from safetensors only, unless `options` say
-    otherwise. An adapter beside a model is left to PEFT, with a warning that says so.
+    Code in a checkpoint does not run, and weights are read from safetensors only, unless `options` say otherwise. An
+    adapter in a model's folder is not applied, and a warning says so: PEFT can load it.
 
     Args:
         reader: an `Auto...` class of transformers, or a model's class.
         source: a folder, or a name on the Hugging Face Hub.
-        *arguments: for `from_pretrained`.
-        **options: for `from_pretrained`.
+        *arguments: passed to `from_pretrained`.
+        **options: passed to `from_pretrained`.
 
     Raises:
-        RefusedCheckpointError: what is there asks for code of its own, or for a package that is not installed.
-        ValueError: a file is none but a named pipe or the like, or a damaged one.
-        OSError: a file is not there or cannot be read.
+        RefusedCheckpointError: the source needs its own code, or a package that is not installed.
+        ValueError: a file is damaged, or not a regular file.
+        OSError: a file does not exist or cannot be read.
     """
     options = {"trust_remote_code": False} | options
     if os.path.isdir(source):
         for path in Path(source, options.get("subfolder") or "").glob("*"):
             require_regular(path)
             if path.name == GENERATION_CONFIG_NAME:
-                read_json(path)  # says so if it is damaged, as transformers does not
+                read_json(path)  # reports damage, which transformers does not
     if _reads_weights(reader):
         options = {"use_safetensors": True} | options | {"adapter_kwargs": _NO_ADAPTER}
     try:
@@ -51,8 +53,8 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
         if options["trust_remote_code"] or "trust_remote_code" not in str(error):
             raise
         raise RefusedCheckpointError(
-            f"{source} asks to run code of its own, which parscale does not: if you trust it, load the model with "
-            "transformers and trust_remote_code=True, and give it to parscale.wrap, or as backbone= to parscale.load."
+            f"{source} needs to run its own code, which parscale does not do: if you trust it, load the model with "
+            "transformers and trust_remote_code=True, and pass it to parscale.wrap, or as backbone= to parscale.load."
         ) from error
     except IncompatibleVersionError:
         raise
@@ -61,11 +63,11 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
 
 
 def read_adapter(model: Any, folder: Path) -> Any:
-    """A model with the adapter on it that a folder holds, in safetensors.
+    """Loads the adapter in a folder, in safetensors, onto a model.
 
     Raises:
         ValueError: its weights are damaged or in another format.
-        OSError: they are not there.
+        OSError: they do not exist.
     """
     from peft import PeftModel
 
@@ -77,11 +79,22 @@ def read_adapter(model: Any, folder: Path) -> Any:
 
 
 def warn_of_adapter(checkpoint: Checkpoint) -> None:
-    """Says that an adapter beside a model is not applied, and how it is."""
+    """Warns that an adapter in a model's folder is not applied, and says how to apply it."""
     if checkpoint.file(_ADAPTER_CONFIG) is not None:
         warnings.warn(
-            f"{checkpoint} holds an adapter too ({_ADAPTER_CONFIG}), which is not applied: "
+            f"{checkpoint} also holds an adapter ({_ADAPTER_CONFIG}), which is not applied: "
             f"peft.PeftModel.from_pretrained(model, {str(checkpoint)!r}) puts it on the model.",
+            stacklevel=2,
+        )
+
+
+@cache
+def warn_of_licences(name: str) -> None:
+    """Says once that a released checkpoint, known by its name on the Hub, carries two licences."""
+    if name.startswith(_RELEASED):
+        warnings.warn(
+            f"{name} carries two licences: Apache-2.0 in its card's metadata, academic use only in the card's text; "
+            "ask its authors before any other use.",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""Saving: a full checkpoint, or the streams alone; see `parscale.loading` for what the folders hold."""
+"""Saves a full checkpoint, or only the streams; see `parscale.loading` for the contents of the folders."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ REMOTE_CODE = Path(__file__).parents[1] / "modeling_parscale.py"
 
 
 def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: the backbone with the active set of streams, and each further set in a sub-folder.
+    """Writes a full checkpoint: the backbone with the active set of streams, and each other set in a sub-folder.
 
-    The backbone is written by its own class, with everything that its `save_pretrained` does. A folder that exists
-    keeps its other files; an older checkpoint in it is replaced. If it fails, the folder is as it was.
+    The backbone's own class writes it, with all features of its `save_pretrained`. An existing folder keeps its other
+    files; an older checkpoint in it is replaced. On failure, the folder does not change.
 
-    In a distributed run the first process writes. Where the model's tensors are spread over the processes, all of them
-    call this together, and the folder holds whole tensors; with `state_dict`, gathered before, the first one may
+    In a distributed run the first process writes. If the model's tensors are sharded over the processes, all of them
+    call this together, and the folder holds full tensors; with an already gathered `state_dict`, the first process may
     call it alone.
 
     Args:
         model: a wrapped model.
-        save_directory: the folder; made if it does not exist.
-        **kwargs: `state_dict`, `max_shard_size`, `is_main_process`, `push_to_hub` and all else that the class's
-            own `save_pretrained` takes, but for `distributed_checkpoint`.
+        save_directory: the folder; created if it does not exist.
+        **kwargs: `state_dict`, `max_shard_size`, `is_main_process`, `push_to_hub` and all other arguments of the
+            class's own `save_pretrained`, except for `distributed_checkpoint`.
 
     Raises:
         ValueError: `distributed_checkpoint=True`, or streams on the meta device.
@@ -66,11 +66,11 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs} | {"token": kwargs.get("token")}
     if kwargs.get("distributed_checkpoint"):
         raise ValueError(
-            "A model with streams is saved whole: leave out distributed_checkpoint=True (and pass a gathered "
+            "A model with streams is saved with full tensors: omit distributed_checkpoint=True (and pass a gathered "
             "state_dict=, or let the Trainer do it)."
         )
     if kwargs.get("state_dict") is None and is_offloaded(model) and getattr(model, "hf_device_map", None) is None:
-        kwargs["state_dict"] = fetched_state_dict(model)  # which transformers does itself for a device_map
+        kwargs["state_dict"] = fetched_state_dict(model)  # transformers does so itself for a device_map
     together = kwargs.get("state_dict") is None and is_sharded(model)
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = dict(kwargs["state_dict"])
@@ -88,7 +88,7 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
         if kwargs.get("is_main_process", True) and is_writer():
             _write_full(model, save_directory, further, beside, push, without_weights, kwargs)
             return
-        # takes part in gathering; the main process writes
+        # takes part in gathering; only the main process writes
         with tempfile.TemporaryDirectory() as nowhere, _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, nowhere, **kwargs)
 
@@ -107,11 +107,11 @@ def _write_full(
     Args:
         model: the wrapped model.
         save_directory: the folder.
-        further: the further sets' tensors.
-        beside: the active set's, where the class writes its adapters alone.
+        further: the tensors of the other sets.
+        beside: the tensors of the active set, if the class writes only its adapters.
         push: what to do on the Hub.
-        without_weights: somebody else writes them.
-        kwargs: for the class's own `save_pretrained`.
+        without_weights: other code writes the weights.
+        kwargs: passed to the class's own `save_pretrained`.
     """
     state: ParScaleState = model.parscale
     stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
@@ -135,13 +135,13 @@ def save_streams(
 ) -> None:
     """Writes the active set of streams and the name of the backbone: a few MB.
 
-    A folder that exists keeps its other files. If it fails, the folder is as it was. In a distributed run the first
-    process writes; where the model is spread over the processes, all of them call this together.
+    An existing folder keeps its other files. On failure, the folder does not change. In a distributed run the first
+    process writes; if the model is sharded over the processes, all of them call this together.
 
     Args:
         model: a wrapped model.
-        save_directory: the folder; made if it does not exist.
-        state_dict: the model's, gathered before; then the first process may call this alone.
+        save_directory: the folder; created if it does not exist.
+        state_dict: that of the model, already gathered; then the first process may call this alone.
 
     Raises:
         ValueError: no streams are active, their tensors are on the meta device, or the folder holds a full checkpoint.
@@ -161,9 +161,9 @@ def save_streams(
 
 @contextmanager
 def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, Any] | None) -> Iterator[None]:
-    """In this block the model's `state_dict()` has the active set only, by its released names; `state_dict` too."""
+    """In this block the model's `state_dict()`, and `state_dict`, hold only the active set, by its released names."""
 
-    def rename(model: Any, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
+    def rename(model: object, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
         if prefix:
             return
         in_use = set() if state.active is None else set(state.names(state.active).values())
@@ -188,7 +188,7 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
 
 
 def _mark(path: Path, model: Any) -> None:
-    """Makes the backbone's `config.json` that of a full checkpoint."""
+    """Turns the backbone's `config.json` into that of a full checkpoint."""
     state: ParScaleState = model.parscale
     config = read_json(path)
     streams = state.active.config if state.active is not None else ParScaleConfig(num_streams=1)
@@ -212,7 +212,7 @@ def _mark(path: Path, model: Any) -> None:
 
 
 def _add_released_fields(config: dict[str, Any]) -> None:
-    """What the released Qwen2 code reads under the names of transformers 4."""
+    """Adds the fields that the released Qwen2 code reads under the names of transformers 4."""
     rope = dict(config.get("rope_parameters") or {})
     config["rope_theta"] = rope.pop("rope_theta", 10000.0)
     config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
@@ -220,7 +220,7 @@ def _add_released_fields(config: dict[str, Any]) -> None:
 
 
 class _StaleFiles:
-    """Which files of an older checkpoint in a folder have no place beside a new one."""
+    """Tells which files of an older checkpoint in a folder must not stay with a new one."""
 
     def __init__(self, folder: Path, variant: str | None) -> None:
         infix = f".{variant}" if variant else ""
@@ -229,7 +229,7 @@ class _StaleFiles:
         config = folder / CONFIG
         try:
             sets = set_names(Checkpoint(folder), read_json(config))[1] if config.is_file() else []
-        except ValueError:  # what it was is past knowing
+        except ValueError:  # the older files cannot be identified
             sets = []
         self._names = {f"{name}/{file}" for name in sets for file in (STREAMS, STREAMS_CONFIG)}
 
@@ -270,7 +270,7 @@ def _backbone_name(model: Any) -> str | None:
 
 def _active(state: ParScaleState) -> StreamSet:
     if state.active is None:
-        raise ValueError("No streams are active, so there are none to save: set_streams(name) first.")
+        raise ValueError("No streams are active, so there is nothing to save: set_streams(name) first.")
     return state.active
 
 
@@ -284,7 +284,7 @@ def _further_sets(
 def _tensors(
     state: ParScaleState, streams: StreamSet, state_dict: MutableMapping[str, Any] | None = None
 ) -> dict[str, torch.Tensor]:
-    """A set's values by their released names, on the CPU; from `state_dict` where it has them."""
+    """A set's values by their released names, on the CPU; from `state_dict` if it has them."""
     names = state.names(streams)
     if state_dict is not None and all(name in state_dict for name in names.values()):
         values: dict[str, Any] = {released: state_dict[name] for released, name in names.items()}
@@ -299,7 +299,7 @@ def _tensors(
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values to save: load or initialise it first.")
+        raise ValueError(f"{name} is on the meta device and has no values to save: load or initialize it first.")
 
 
 _PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "private", "commit_message", "create_pr", "revision")

@@ -1,12 +1,12 @@
-"""Folders and files that change as a whole.
+"""Folders and files that change completely or not at all.
 
-Everything is written in a working folder beside its place (`parscale.format.working`), flushed to the disk, and
-then moved there; the folders that it moved into are flushed too. So neither a kill nor a power cut leaves half of it
-under its name, and what fails changes nothing.
+Everything is written in a working folder next to its destination (`parscale.format.working`), flushed to disk, and then
+moved; the destination folders are flushed too. So neither a kill nor a power failure leaves incomplete files under
+their final names, and a failed write changes nothing.
 
-**Links.** A link that is itself the output is followed: the user named where it leads to. One that leads nowhere is
-refused. Inside a folder nothing is written through a link: one in place of a file is replaced by the file, and what it
-leads to stays; one in place of a sub-folder is refused.
+**Links.** A link that is itself the output is followed: the user named its target. A broken link raises an error.
+Inside a folder nothing is written through a link: a link in place of a file is replaced by the file, and its target
+stays; a link in place of a sub-folder raises an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from types import MappingProxyType
 
 from parscale.format.working import NotUndoneError, is_working_folder, working, working_folder
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk without room
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
-# The working folders of the blocks that are open, and where their files go.
+# The working folders of the open blocks, and the destinations of their files.
 _PLACES: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar("places", default=MappingProxyType({}))
 
 
@@ -36,19 +36,19 @@ def staged(
     replaces: Callable[[str], bool] = lambda name: False,
     new: bool = False,
 ) -> Iterator[Path]:
-    """A folder whose files move to `save_directory` when the block ends; if it fails, nothing changes.
+    """A folder whose files move to `save_directory` at the end of the block; on failure, nothing changes.
 
-    A folder that exists keeps its other files. If nothing was written in the block, nothing happens.
+    An existing folder keeps its other files. If nothing was written in the block, nothing happens.
 
     Args:
-        save_directory: made if it does not exist, with the folders above it.
-        last: the file without which a reader takes the folder for none; it leaves first and comes last. Of several,
-            the last one of them comes last.
-        replaces: whether an old file of this name, relative to the folder, has no place beside the new ones.
-        new: refuse a folder that holds something, also when it was filled while the block ran.
+        save_directory: created if it does not exist, with its parent folders.
+        last: the file without which readers ignore the folder; it is removed first and moved in last. If there are
+            several, the last of them is moved in last.
+        replaces: whether an old file of this name, relative to the folder, must be removed for the new ones.
+        new: raise an error for a folder that is not empty, also if it was filled while the block ran.
 
     Raises:
-        ValueError: with `new`, as `require_new_folder`.
+        ValueError: with `new`, as in `require_new_folder`.
         NotADirectoryError: `save_directory` is a file.
         OSError: it cannot be written, another process is writing to it, or the disk is full.
     """
@@ -76,7 +76,7 @@ def staged(
 
 
 def final_place(path: str | os.PathLike[str]) -> Path:
-    """Where a path will be once no `staged` block is open any more: outside of their folders, where it is."""
+    """The path of a file after the end of all open `staged` blocks; a path outside of their folders stays the same."""
     path = Path(os.path.abspath(path))
     places = _PLACES.get()
     above = next((folder for folder in (path, *path.parents) if folder in places), None)
@@ -85,10 +85,10 @@ def final_place(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def staged_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path of the same name to write to, whose file moves to `path` when the block ends.
+    """A path of the same name to write to; the file moves to `path` at the end of the block.
 
     Raises:
-        ValueError: as `file_to_write`.
+        ValueError: as in `file_to_write`.
         OSError: it cannot be written, or another process is writing it.
     """
     target = file_to_write(path)
@@ -104,14 +104,14 @@ def staged_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
 
 
-# -- checks that come before any work
+# -- checks before any work
 
 
 def folder_to_write(path: str | os.PathLike[str]) -> Path:
-    """Where a folder really lies that shall be written to; it need not exist.
+    """The real path of a folder to write to; it need not exist.
 
     Raises:
-        NotADirectoryError: it is something else than a folder, or a link that leads nowhere.
+        NotADirectoryError: it is not a folder, or a broken link.
     """
     target = Path(os.path.abspath(path))
     if target.is_symlink() and not target.exists():
@@ -125,10 +125,10 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
 
 
 def require_new_folder(output: str | os.PathLike[str]) -> None:
-    """Refuses an output that holds something; what a killed process left there does not count.
+    """Checks that an output folder is empty or does not exist; leftovers of a killed process do not count.
 
     Raises:
-        ValueError: it is no folder, or not empty.
+        ValueError: it is not a folder, or not empty.
     """
     path = Path(output)
     if path.is_symlink() and not path.exists():
@@ -144,17 +144,17 @@ def require_new_folder(output: str | os.PathLike[str]) -> None:
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether there is such a folder and it holds more than working folders."""
+    """Whether a folder exists and holds more than working folders."""
     if not folder.is_dir():
         return False
     return not all(is_working_folder(entry) for entry in folder.iterdir())
 
 
 def require_writable_folder(output: str | os.PathLike[str]) -> None:
-    """Tries whether a folder can be written, and leaves nothing behind.
+    """Tests whether a folder can be written to, and leaves nothing behind.
 
     Raises:
-        OSError: it cannot, or another process is writing to it.
+        OSError: it cannot be written to, or another process is writing to it.
     """
     target = folder_to_write(output)
     with _explained(target), _folders_above(target), _working_at(target):
@@ -162,10 +162,10 @@ def require_writable_folder(output: str | os.PathLike[str]) -> None:
 
 
 def file_to_write(path: str | os.PathLike[str]) -> Path:
-    """Where a file really lies that shall be written; it need not exist.
+    """The real path of a file to write; it need not exist.
 
     Raises:
-        ValueError: it is a folder or no regular file, or a link that leads nowhere.
+        ValueError: it is a folder, not a regular file, or a broken link.
     """
     given = Path(path)
     if given.is_symlink() and not given.exists():
@@ -178,10 +178,10 @@ def file_to_write(path: str | os.PathLike[str]) -> Path:
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Tries whether a file can be written, and leaves nothing behind.
+    """Tests whether a file can be written, and leaves nothing behind.
 
     Raises:
-        ValueError: as `file_to_write`, or its folder does not exist.
+        ValueError: as in `file_to_write`, or its folder does not exist.
         OSError: nothing can be written in its folder, or another process is writing it.
     """
     target = file_to_write(path)
@@ -198,7 +198,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Writes what the system holds of a file, or of the names in a folder, to the disk."""
+    """Flushes the buffers of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -207,7 +207,7 @@ def flush(path: Path) -> None:
 
 
 def _flush_all(folder: Path) -> None:
-    """Flushes a folder with everything below it."""
+    """Flushes a folder and everything below it."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
             if not Path(place, name).is_symlink():
@@ -217,7 +217,7 @@ def _flush_all(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _folders_above(target: Path) -> Iterator[None]:
-    """In this block the folders above `target` exist; those that were missing and stay empty are removed again."""
+    """In this block the parent folders of `target` exist; those created here that stay empty are removed again."""
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         for folder in reversed(missing):
@@ -232,15 +232,15 @@ def _folders_above(target: Path) -> Iterator[None]:
 
 
 def _working_at(target: Path) -> contextlib.AbstractContextManager[Path]:
-    """The working folder of an output: inside it where it exists, since it may be a disk of its own."""
+    """The working folder of an output: inside the output if it exists, since it may be on another disk."""
     return working(target) if target.is_dir() else working(target.parent, target.name)
 
 
 def _move_into(work: Path, target: Path, last: Sequence[str], replaces: Callable[[str], bool]) -> None:
-    """Moves all files below `work` into a folder that exists; if that fails, all that was moved goes back.
+    """Moves all files below `work` into an existing folder; on failure, all moves are undone.
 
-    The disk sees it in four parts, one after another: files of `last` leave, the other old files leave, the new ones
-    come, and those of `last` come.
+    On disk this has four steps: files of `last` are removed, other old files are removed, the new files are moved in,
+    and those of `last` are moved in.
     """
     new = _files(work)
     for name in new:
@@ -281,7 +281,7 @@ def _undo(done: Sequence[tuple[Path, Path]], made: Sequence[Path], away: Path, e
             failed += 1
     if failed:
         raise NotUndoneError(
-            f"{error}; and {failed} of the files that were there could not be put back: they are in {away}."
+            f"{error}; and {failed} of the old files could not be restored: they are in {away}."
         ) from error
     for folder in reversed(made):
         with contextlib.suppress(OSError):
@@ -289,19 +289,19 @@ def _undo(done: Sequence[tuple[Path, Path]], made: Sequence[Path], away: Path, e
 
 
 def _require_place(target: Path, name: str) -> None:
-    """Refuses to write a file through a link or in place of something that is no file."""
+    """Checks that a file is not written through a link or in place of something that is not a file."""
     for part in reversed(Path(name).parents[:-1]):
         place = target / part
         if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
-            what = "a link, through which nothing is written" if place.is_symlink() else "no folder"
-            raise OSError(f"Nothing was saved: {place} should be a folder, and is {what}; move it elsewhere.")
+            what = "a link, through which nothing is written" if place.is_symlink() else "not a folder"
+            raise OSError(f"Nothing was saved: {place} should be a folder, but is {what}; move it elsewhere.")
     place = target / name
     if place.is_dir() and not place.is_symlink():
-        raise OSError(f"Nothing was saved: {place} should be a file, and is a folder; move it elsewhere.")
+        raise OSError(f"Nothing was saved: {place} should be a file, but is a folder; move it elsewhere.")
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Makes a folder and those above it; returns the ones that were missing."""
+    """Creates a folder and its parents; returns the ones that did not exist."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
     for place in missing:
         place.mkdir()
@@ -309,7 +309,7 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all files below a folder, links included."""
+    """The names of all files below a folder, including links."""
     found = []
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
@@ -318,7 +318,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _files_nearby(folder: Path) -> list[str]:
-    """Names of the files in a folder and in its direct sub-folders, links included."""
+    """The names of the files in a folder and in its direct sub-folders, including links."""
     names = []
     for entry in sorted(folder.iterdir()):
         is_folder = entry.is_dir() and not entry.is_symlink()
@@ -331,7 +331,7 @@ def _files_nearby(folder: Path) -> list[str]:
 
 
 def disk_error(error: BaseException) -> int | None:
-    """The number of the operating system's error, also where a library in Rust reports it as another type."""
+    """The error number of the operating system, also if a library in Rust reports it as another type."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -340,12 +340,12 @@ def disk_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Says which folder could not be written, and why."""
+    """Adds to an error which folder could not be written, and why."""
     try:
         yield
     except BlockingIOError as error:
         raise BlockingIOError(error.errno, error.strerror, str(target)) from error
-    except FileExistsError:  # says all itself
+    except FileExistsError:  # has a complete message
         raise
     except Exception as error:
         code = disk_error(error)
@@ -356,7 +356,7 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _is_about(error: Exception, target: Path) -> bool:
-    """Whether an error is about an output, its working folder or a folder above it, as far as it says what about."""
+    """Whether an error is about an output, its working folder or a parent folder, as far as the error names a path."""
     name = getattr(error, "filename", None)
     if not isinstance(name, str):
         return True

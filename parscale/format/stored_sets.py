@@ -1,4 +1,4 @@
-"""Sets of streams in streams-only folders, and the tensors of any set in a checkpoint's files."""
+"""Sets of streams in streams-only folders, and the tensors of any set in the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from parscale.compat.transformers import stored_name
 from parscale.config import FIELDS, ParScaleConfig
@@ -38,7 +39,7 @@ _STREAMS_FIELDS = {
 
 
 def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:
-    """Numbers and tensors of a streams-only checkpoint."""
+    """The configuration and tensors of a streams-only checkpoint."""
     fields = checkpoint.read_json(STREAMS_CONFIG)
     unknown = sorted(fields.keys() - _STREAMS_FIELDS)
     if unknown or fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
@@ -65,30 +66,30 @@ def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTen
     return values
 
 
-def _stored_name(model: Any, name: str, stored: Iterable[str]) -> str:
-    """What a tensor is called in a file: some classes save their modules under other names than they have."""
+def _stored_name(model: PreTrainedModel, name: str, stored: Iterable[str]) -> str:
+    """The name of a tensor in a file: some classes save their modules under other names."""
     if name in stored:
         return name
     return stored_name(model, name)
 
 
-@torch.inference_mode(False)  # what is loaded can train
+@torch.inference_mode(False)  # loaded tensors can be trained
 def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a further set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
+    """Adds a set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
 
     Args:
-        model: wrapped, of the backbone that the streams were made for.
-        path_or_repo: a folder that `save_streams` wrote, or the name of a repository on the Hugging Face Hub.
-        name: of the set in this model; by default the one that it was saved under.
+        model: wrapped, with the backbone that the streams were made for.
+        path_or_repo: a folder written by `save_streams`, or the name of a repository on the Hugging Face Hub.
+        name: the set's name in this model; by default the name that it was saved with.
 
     Raises:
-        ValueError: the folder is no streams-only checkpoint or damaged, its streams do not fit the model, or there is a
-            set of that name.
-        OSError: a folder or a file is not there or cannot be read.
+        ValueError: the folder is damaged or not a streams-only checkpoint, its streams do not fit the model, or a set
+            has this name already.
+        OSError: a folder or a file does not exist or cannot be read.
     """
     checkpoint = Checkpoint(path_or_repo)
     if checkpoint.kind() == FULL:
-        raise ValueError(f"{checkpoint} has a backbone of its own: load_streams takes what save_streams has written.")
+        raise ValueError(f"{checkpoint} has its own backbone: load_streams reads folders written by save_streams.")
     fields = checkpoint.read_json(STREAMS_CONFIG)
     streams, stored = read_streams(checkpoint)
     check_fit(checkpoint, fields, model.config)
@@ -96,14 +97,14 @@ def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: st
 
 
 def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
-    """Reads the values of a streams-only checkpoint into the active set.
+    """Loads the values of a streams-only checkpoint into the active set.
 
     Args:
-        model: wrapped, with streams of the same numbers as the checkpoint's.
+        model: wrapped, with streams of the same configuration as the checkpoint.
         checkpoint: the folder or repository.
 
     Raises:
-        ValueError: it is damaged, no streams are active, or they are others than the checkpoint's.
+        ValueError: it is damaged, no streams are active, or their configuration differs from the checkpoint's.
         OSError: a file cannot be read.
     """
     state: ParScaleState = model.parscale
@@ -113,7 +114,7 @@ def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
     ours = None if streams is None else streams.config
     if streams is None or ours is None or dataclasses.replace(saved, init=ours.init, seed=ours.seed) != ours:
         raise ValueError(
-            f"{checkpoint} holds streams ({saved}), and this model's are others ({ours or 'none active'}): wrap the "
-            "model with the same numbers, or parscale.load the folder with backbone= and put the adapter on that."
+            f"{checkpoint} holds streams ({saved}) that differ from this model's ({ours or 'none active'}): wrap the "
+            "model with the same configuration, or parscale.load the folder with backbone= and put the adapter on that."
         )
     fill(state, streams, values_in(model, saved, stored))

@@ -1,4 +1,4 @@
-"""JSON that nobody vouches for: what reads it takes linear time, and only what JSON can say comes out."""
+"""JSON from untrusted files: parsing takes linear time and returns only valid JSON values."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from parscale.terminal.text import shown
 
 _DEEPEST = 64  # levels; configurations have 4
 _LONGEST_INTEGER = 20  # digits; 2**64 has 20
-_SHOWN = 200  # characters of a foreign value in an error
+_SHOWN = 200  # characters of an untrusted value in an error
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> Any:
-    """The value that a JSON text stands for.
+    """Parses a JSON text.
 
     Args:
         text: in UTF-8.
-        pairs: makes an object of its names and values.
+        pairs: makes an object from its names and values.
 
     Raises:
-        ValueError: it is not JSON, is nested deeper than 64 levels, or holds an integer of more than 20 digits or half
-            a character (a lone surrogate).
+        ValueError: it is not JSON, is nested deeper than 64 levels, or holds an integer of more than 20 digits or a
+            lone surrogate (half a character).
     """
     decoded = text.decode("utf-8")
     try:
@@ -38,7 +38,7 @@ def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, A
 
 
 def brief(value: object) -> str:
-    """A foreign value as an error shows it: its first 200 characters, those that a terminal shows."""
+    """An untrusted value for an error message: its first 200 characters, with control characters escaped."""
     text = shown(str(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -52,15 +52,15 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_text(value: Any) -> None:
-    """Refuses lone surrogates, which are no text and which no file or terminal can be given."""
+def _check_text(value: object) -> None:
+    """Raises an error for lone surrogates, which cannot be written to a file or a terminal."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"it holds half a character, \\u{ord(error.object[error.start]):04x}") from error
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     level = [value]
     for _ in range(_DEEPEST):
         containers = [each for each in level if isinstance(each, dict | list)]

@@ -1,7 +1,7 @@
-"""The numbers in a configuration: whether a model can have them, seen before anything counts up to them.
+"""Checks that the numbers in a configuration are possible for a model, before anything of that size is built.
 
-Configuration classes of transformers make a list or a dictionary as long as a number says, of layers (and what else
-consists of them: depths, blocks, repeats) and of labels; model classes as many modules, and tensors of such sizes.
+The configuration classes of transformers build lists and dictionaries as long as a number says: of layers (and of
+depths, blocks, repeats) and of labels. Model classes build as many modules, and tensors of such sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parscale.format.folders import CONFIG
 from parscale.format.headers import StoredTensor
 from parscale.format.untrusted import brief
 
-# What a number may be where the files do not hold more.
+# Upper limits of a number if the files do not hold more.
 _MOST_PARTS, _MOST_LABELS, _MOST_NUMBERS = 2**10, 2**17, 2**24
 _PARTS = re.compile(r"^(?!.*(size|dim)).*layer|(^|_)depths?$|_blocks?$|_repeats$")
 _LABELS = re.compile(r"(^|_)num_(labels|classes)$")
@@ -34,15 +34,15 @@ _MAY_BE_INFINITE = re.compile(r"limit$")  # Mamba's time_step_limit
 
 
 def check_values(checkpoint: object, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor] | None) -> None:
-    """Refuses numbers that no model has, before a configuration class counts up to them or a model computes with them.
+    """Raises an error for numbers that no model has, before a configuration class or a model uses them.
 
     Args:
-        checkpoint: a full one or a plain backbone, for the error.
+        checkpoint: a full checkpoint or a plain backbone, for the error message.
         fields: of its `config.json`, or the attributes of a configuration.
-        tensors: in the checkpoint's files; `None` if they are not known.
+        tensors: in the checkpoint's files; `None` if unknown.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a number is impossible; the message names the field.
     """
     held = 0 if tensors is None else sum(tensor.numel for tensor in tensors.values())
     parts = 0 if tensors is None else len(tensors)
@@ -53,9 +53,9 @@ def check_values(checkpoint: object, fields: Mapping[str, Any], tensors: Mapping
 
 
 def _problem(key: str, value: float, held: int, parts: int) -> str:
-    """What is wrong with the number of a field; nothing if it is sound."""
+    """What is wrong with the number of a field; empty if it is possible."""
     if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not _MAY_BE_INFINITE.search(key))):
-        return "with which nothing can be computed"
+        return "which is not finite"
     if _EPSILON.search(key) and not 0 <= value <= 1:
         return "which should lie between 0 and 1"
     if value < 0 and _NEVER_NEGATIVE.search(key):
@@ -74,14 +74,14 @@ def _most(key: str) -> float:
 
 
 def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a configuration, also in lists and parts of it, each under its field's name."""
-    waiting = [(str(key), value) for key, value in fields.items()]  # labels are by number
+    """The numbers of a configuration, also in its lists and parts, each with the name of its field."""
+    waiting = [(str(key), value) for key, value in fields.items()]  # labels have numbers as names
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, PreTrainedConfig):
             value = vars(value)
         if isinstance(value, Mapping):
-            if value.keys() == {"__float__"}:  # how transformers writes what JSON cannot say
+            if value.keys() == {"__float__"}:  # transformers' form for values that JSON does not support
                 with contextlib.suppress(TypeError, ValueError):
                     yield key, float(value["__float__"])
             waiting += [(str(inner), each) for inner, each in value.items()]
@@ -93,11 +93,11 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def configuration_of(checkpoint: object, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """In this block a class reads a configuration: what goes wrong there is the configuration's fault.
+    """In this block a class reads a configuration: errors there are blamed on the configuration.
 
     Args:
-        checkpoint: whose configuration it is.
-        faults: the errors that a configuration can cause there; of these, not those that are the machine's.
+        checkpoint: the owner of the configuration.
+        faults: errors that a configuration can cause; errors of the machine are excluded.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Working folders: hidden folders in which one process writes what then moves to its place.
+"""Working folders: hidden folders in which one process writes files before they move to their destination.
 
-A working folder holds the file `MARKER`, which its process keeps locked. The lock ends with the process, also
-when that is killed; the folder is a leftover then, and the next process at this place clears it away. A folder without
-the marker belongs to somebody else, whatever its name, and is left alone.
+A working folder holds the file `MARKER`, which its process keeps locked. The lock ends with the process, even if it is
+killed; the folder is then a leftover, and the next process at this place removes it. A folder without the marker
+belongs to someone else, whatever its name, and is not touched.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked
+except ImportError:  # Windows, where no file is locked
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".parscale-working"
 MARKER = "made-by-parscale"
 _MARKS = b"A process of parscale writes in this folder. Once none does, the folder can be deleted.\n"
-BUSY = "another process writes there; wait until it has ended, or give another place"
+BUSY = "another process is writing there; wait until it has ended, or give another place"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _ATTEMPTS = 10
 
 
 class NotUndoneError(OSError):
-    """A change was undone in part only; the working folder stays, with what could not be put back."""
+    """A change was undone only in part; the working folder stays, with the files that could not be restored."""
 
 
 @contextlib.contextmanager
 def working(place: Path, name: str = "") -> Iterator[Path]:
-    """Makes the working folder `.NAME.parscale-working` in `place`, and removes it after the block.
+    """Creates the working folder `.NAME.parscale-working` in `place`, and removes it after the block.
 
     Args:
-        place: an existing folder, on the disk that what is written will move to.
-        name: of what is written, so that no two processes write the same at one time.
+        place: an existing folder, on the disk of the destination.
+        name: of the output, so that no two processes write the same output at one time.
 
     Raises:
-        BlockingIOError: another process works there.
+        BlockingIOError: another process is working there.
         FileExistsError: something else has this name.
         OSError: nothing can be written in `place`.
     """
@@ -51,7 +51,7 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
         clear(folder)
         yield folder
     except NotUndoneError:
-        (folder / MARKER).unlink()  # from now on nothing clears it
+        (folder / MARKER).unlink()  # from now on no process removes it
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -61,7 +61,7 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
 
 
 def working_folder(place: Path, name: str = "") -> Path:
-    """Where the working folder of `working` lies."""
+    """The path of the working folder of `working`."""
     return place / (f".{name}{SUFFIX}" if name else SUFFIX)
 
 
@@ -70,7 +70,7 @@ def lock(file: int, path: Path) -> None:
 
     Args:
         file: its descriptor, open for writing.
-        path: what the error is about.
+        path: for the error message.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -84,11 +84,11 @@ def lock(file: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        warnings.warn(f"The file system of {path} has no locks: let no second process write there.", stacklevel=3)
+        warnings.warn(f"The file system of {path} has no locks: do not let a second process write there.", stacklevel=3)
 
 
 def is_working_folder(folder: Path) -> bool:
-    """Whether a folder has the marker, or may have been left by a kill before the marker was in it."""
+    """Whether a folder has the marker, or may have been left by a kill before the marker was written."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / MARKER).is_file() or (folder.name.endswith(SUFFIX) and not any(folder.iterdir()))
@@ -107,7 +107,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Empties a working folder, but for its marker. What a link leads to stays as it is."""
+    """Empties a working folder, except for its marker. Targets of links are not touched."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -116,14 +116,14 @@ def clear(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """The marker goes last, so that what a kill leaves behind is known as a working folder."""
+    """Removes a folder, the marker last, so that a folder left by a kill is still known as a working folder."""
     clear(folder)
     (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()
 
 
 def _claim(folder: Path) -> int:
-    """Makes a working folder, or takes over a leftover; returns the descriptor of its marker, locked."""
+    """Creates a working folder, or takes over a leftover; returns the descriptor of its locked marker."""
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -155,7 +155,7 @@ def _write_marks(folder: Path, marker: int) -> None:
 
 
 def _require_ours(folder: Path) -> None:
-    """Refuses what has a working folder's name and is none."""
+    """Raises an error for a folder that only has the name of a working folder."""
     with contextlib.suppress(FileNotFoundError):
         if not is_working_folder(folder):
             raise FileExistsError(
@@ -164,7 +164,7 @@ def _require_ours(folder: Path) -> None:
 
 
 def _is_at(path: Path, file: int) -> bool:
-    """Whether an open file still lies at a path."""
+    """Whether an open file is still the file at a path."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:

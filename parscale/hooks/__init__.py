@@ -1,12 +1,12 @@
-"""What hangs on a wrapped model, and what adding a set of streams does to it.
+"""The hooks on a wrapped model, and how sets of streams are added and removed.
 
 - `backbone`: rows are copied before the backbone and mixed after it
 - `rows`: which arguments have a row for each sequence
-- `encoded`: what a wrapped encoder returns
+- `encoded`: the marked output of a wrapped encoder
 - `recomputation`: gradient checkpointing with the streams of the forward pass
-- `adding`: a set comes or goes
-- `trial`: the whole model runs with a new set before it is promised
-- `surroundings`: what a caller has chosen that must not reach new tensors
+- `adding`: adds and removes a set of streams
+- `trial`: tries the whole model with a new set before `wrap` accepts it
+- `surroundings`: settings of the caller (inference mode, autocast) that must not affect new tensors
 
 May import: `transforms` and what is below it.
 """

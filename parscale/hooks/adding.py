@@ -1,11 +1,11 @@
-"""Sets of streams come to a model and go: their parameters, their start, and what their transform hangs into it."""
+"""Adds sets of streams to a model and removes them: parameters, initial values, and the hooks of their transform."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
 from parscale.transforms.inits import check_calibration, default_init, initialize
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 @undisturbed()
 def add(
@@ -44,14 +47,14 @@ def add(
 
     Args:
         state: of the model, from `parscale.wrapping`.
-        name: of the set; letters, digits, `-` and `_`.
-        config: its numbers.
-        calibration: as `parscale.wrap`.
-        tensors: its values by their released names in the model (as `ParScaleState.tensors` gives them), from
-            a checkpoint; without them the set starts by `config.init`.
+        name: the set's name; letters, digits, `-` and `_`.
+        config: the configuration of the set.
+        calibration: as in `parscale.wrap`.
+        tensors: its values from a checkpoint, by their released names in the model (as `ParScaleState.tensors` gives
+            them); without them `config.init` says how the set starts.
 
     Raises:
-        ValueError: a name that is taken or not a name; tensors missing, too many or of another shape.
+        ValueError: the name is taken or invalid; tensors are missing, unknown or of another shape.
     """
     _check_name(state, name)
     streams = make_set(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
@@ -59,14 +62,14 @@ def add(
     _check_parallel(state, streams)
     if streams.num_streams > 1:
         measure(state)
-        streams.transform.places()  # says so if there are none
+        streams.transform.places()  # raises an error if there are none
     state.sets[name] = streams
     try:
         _make_parameters(state, streams)
         _give_values(state, streams, calibration, tensors)
         if streams.num_streams > 1:
             streams.transform.attach()
-            if tensors is None:  # those of a checkpoint ran when it was made
+            if tensors is None:  # streams of a checkpoint were tried when they were made
                 try_whole_model(state, streams)
         if state.adapters is not None:
             state.adapters.cover(streams)
@@ -92,15 +95,15 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     state.sets.pop(streams.name, None)
 
 
-def _check_name(state: ParScaleState, name: Any) -> None:
+def _check_name(state: ParScaleState, name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
-        raise ValueError(f"A set of streams is named by letters, digits, '-' and '_', got {name!r}.")
+        raise ValueError(f"A set of streams takes a name of letters, digits, '-' and '_', got {name!r}.")
     if name in state.sets:
-        raise ValueError(f"There is a set of streams {name!r} already: choose another name, or unwrap the model.")
+        raise ValueError(f"A set of streams {name!r} exists already: choose another name, or unwrap the model.")
 
 
 def _check_parallel(state: ParScaleState, streams: StreamSet) -> None:
-    """Refuses a set that a model on several devices cannot take."""
+    """Raises an error if a model on several devices does not support this set."""
     check_takes_parameters(state.model)
     transform = streams.config.transform
     if transform == PREFIX:
@@ -112,7 +115,7 @@ def _check_parallel(state: ParScaleState, streams: StreamSet) -> None:
 
 
 def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
-    """Zeros, in the places of the set's transform, and an aggregator for each part that is mixed."""
+    """Adds the set's parameters, filled with zeros, and an aggregator for each part whose streams are mixed."""
     P = streams.num_streams
     if P == 1:
         return
@@ -132,7 +135,7 @@ def _give_values(
     calibration: torch.Tensor | None,
     tensors: Mapping[str, torch.Tensor] | None,
 ) -> None:
-    """Gives a new set its first values, on all devices of a tensor-parallel model; arguments as `add`."""
+    """Sets the initial values of a new set, on all devices of a tensor-parallel model; arguments as in `add`."""
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None and streams.config.seed is None:
         share_random_state(mesh)
@@ -144,8 +147,8 @@ def _give_values(
         _distribute(state, streams, mesh)
 
 
-def _distribute(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:
-    """Makes a new set's parameters, whole on every process, those of a tensor-parallel model, in place."""
+def _distribute(state: ParScaleState, streams: StreamSet, mesh: DeviceMesh) -> None:
+    """Replicates a new set's parameters, in place, on every process of a tensor-parallel model."""
     if streams.num_streams == 1:
         return
     for layer in state.layers:
@@ -158,10 +161,10 @@ def _distribute(state: ParScaleState, streams: StreamSet, mesh: Any) -> None:
 
 
 def fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives a set its values, by their released names.
+    """Copies values into a set, by their released names.
 
     Raises:
-        ValueError: tensors missing, too many or of another shape.
+        ValueError: tensors are missing, unknown or of another shape.
     """
     own = state.tensors(streams)
     problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]

@@ -1,10 +1,10 @@
-"""The way of the data through a wrapped model.
+"""The data flow through a wrapped model.
 
 input_ids (B, S)
   -> copied to P streams, stream-major            (P*B, S)       before the backbone's forward
-  -> the backbone, unchanged, sees a batch of P*B                what differs between streams: parscale.transforms
+  -> the backbone, unchanged, sees a batch of P*B                parscale.transforms makes the streams differ
   -> final norm                                   (P*B, S, H)
-  -> aggregator                                   (B, S, H)      after it, or before the backbone pools
+  -> aggregator                                   (B, S, H)      after the backbone, or before its pooling
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import use_outside_of_blocks
 
-REPLICA = "parscale_replica"  # on nn.DataParallel's copy of a backbone or an encoder: its original, and the set
+REPLICA = "parscale_replica"  # on a copy of a backbone or an encoder by nn.DataParallel: the original, and the set
 
 
 class BackboneHooks:
-    """The hooks on a model's backbone, the encoder before it and the towers beside it, for all of its sets.
+    """The hooks on a model's backbone, its encoder and its other towers, shared by all sets.
 
     Args:
-        state: of the model.
+        state: the model's state.
     """
 
     def __init__(self, state: ParScaleState) -> None:
         self.state = state
 
     def attach(self) -> None:
-        """Hangs the hooks; their handles are among `state.hooks`."""
+        """Registers the hooks and stores their handles in `state.hooks`."""
         state = self.state
         for part in state.parts:
             watch_replicas(part, functools.partial(self._replicate, part))
@@ -59,12 +59,12 @@ class BackboneHooks:
         hooks += TwoPassHooks(state).attach()
         state.hooks += hooks
 
-    # -- before the backbone
+    # -- before the forward
 
     def _copy_to_streams(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the backbone, or its encoder: every row P times, stream-major (row `p*B + b`)."""
+        """Before the backbone or its encoder: repeats every row P times, stream-major (row `p*B + b`)."""
         state, call = self.state, self.state.call
         part, streams = module.__dict__.get(REPLICA) or (module, state.active)
         if streams is not None:
@@ -84,12 +84,12 @@ class BackboneHooks:
             check_plain(module, arguments)
             return None
         rows = first_input(module, arguments)
-        if rows is None:  # the backbone says what it misses
+        if rows is None:  # the backbone raises the error for a missing input
             return None
         if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
             raise ValueError(
-                f"transformers' {type(module).__name__} goes on from its state with one row only, and "
-                f"{streams.num_streams} streams are as many rows: use_cache=False."
+                f"transformers' {type(module).__name__} continues from its state with one row only, but "
+                f"{streams.num_streams} streams need as many rows: pass use_cache=False."
             )
         fit_rows(cache, rows.shape[0], streams.cache_copies)
         if call.passes is not None and (alone := of_pass(state, module, part, arguments, rows)) is not None:
@@ -99,21 +99,21 @@ class BackboneHooks:
         arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
         return (), streams.transform.before(part, arguments)
 
-    # -- after it
+    # -- after the forward
 
-    def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the encoder: its output says which streams made its P*B rows."""
+    def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: object) -> Any:
+        """After the encoder: marks its output with the streams that made its P*B rows."""
         streams = self.state.in_flight
         return output if streams is None else mark_output(output, streams.name, streams.num_streams)
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Before a pooler inside the backbone: it gets `(B, S, H)`, or the mixed states of one token, `(B, H)`."""
+        """Before a pooler inside the backbone: gives it `(B, S, H)`, or the mixed states of one token, `(B, H)`."""
         call, states = self.state.call, args[0]
         streams = call.in_flight
         if streams is None or not call.aggregating:
             return None
         size = self.state.hidden[self.state.mixed.index(call.part)].size
-        if states.ndim == 3 and states.shape[1] == size != states.shape[2]:  # (P*B, H, S), of Swin
+        if states.ndim == 3 and states.shape[1] == size != states.shape[2]:  # (P*B, H, S), as in Swin
             mixed = self._mixture(streams, streams.transform.before_pooling(states.mT)).mT
         else:
             mixed = self._mixture(streams, streams.transform.before_pooling(states))
@@ -121,7 +121,7 @@ class BackboneHooks:
         return (mixed, *args[1:])
 
     def _mix_streams(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the backbone: `(P*B, S, H)` to `(B, S, H)`, in `hidden_states[-1]` and what heads take too."""
+        """After the backbone: `(P*B, S, H)` to `(B, S, H)`, also in `hidden_states[-1]` and in what heads read."""
         call = self.state.call
         call.masks.clear()
         streams = call.in_flight
@@ -150,23 +150,23 @@ class BackboneHooks:
         return output
 
     def _with_mixed(self, streams: StreamSet, last: torch.Tensor, mixed: torch.Tensor, states: Any) -> Any:
-        """An output of the backbone as it is once the streams are mixed.
+        """One output of the backbone, with the streams mixed.
 
         Args:
-            streams: those that ran.
+            streams: the set that ran.
             last: the final hidden states `(P*B, S, H)`.
-            mixed: their mixture `(B, S, H)`.
-            states: the output; the layers' hidden states get the mixture for the last of them, unless the caller did
-                not choose it.
+            mixed: the mixed states `(B, S, H)`.
+            states: the output. A tuple of hidden states gets the mixed states as its last entry, unless the last entry
+                is not the final hidden state.
         """
         if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
             return (*states[:-1], mixed)
         shape: tuple[int, ...] = getattr(states, "shape", ())
-        if NOISE in self.state.positional[self.state.call.part] and len(shape) == 2:  # of patches, all streams' same
+        if NOISE in self.state.positional[self.state.call.part] and len(shape) == 2:  # of patches, one for all streams
             return states[: shape[0] // streams.num_streams]
-        if shape == (last.shape[0], last.shape[2]):  # those of one token, as they are
+        if shape == (last.shape[0], last.shape[2]):  # states of one token, passed on as they are
             return self._mixture(streams, streams.transform.before_pooling(states))
-        if len(shape) == 3 and shape[::2] == (last.shape[0], last.shape[2]):  # those that foresee (ProphetNet)
+        if len(shape) == 3 and shape[::2] == (last.shape[0], last.shape[2]):  # predicts several tokens (ProphetNet)
             return self._mixture(streams, states)
         return states
 
@@ -178,26 +178,26 @@ class BackboneHooks:
         return aggregator(hidden, impl=self.state.kernels)
 
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the whole model: a mixture of experts' router logits by layer again, `(P*B*S, E)`."""
+        """After the whole model: joins a mixture of experts' router logits by layer again, `(P*B*S, E)`."""
         streams = self.state.in_flight
         if streams is not None and getattr(output, "router_logits", None):
             P, pieces = streams.num_streams, output.router_logits
             output.router_logits = tuple(torch.cat(pieces[i : i + P]) for i in range(0, len(pieces), P))
         return output
 
-    # -- beside a forward pass
+    # -- besides the forward pass
 
     def _replicate(self, part: Any) -> Any:
-        """A copy for `nn.DataParallel`, whose threads do not know of a block around their caller."""
+        """A copy for `nn.DataParallel`, whose threads do not see the context managers of their caller."""
         replica = replicate(part)
         replica.__dict__[REPLICA] = (part, self.state.active)
         return replica
 
     def _load_into_active(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Before `load_state_dict`: the released names of a saved checkpoint mean the active set.
+        """Before `load_state_dict`: loads the released names of a saved checkpoint into the active set.
 
-        A checkpoint that the Trainer loads back has the set that was active under the released names. A model's own
-        `state_dict()` has every set under its own, and is left as it is.
+        In a checkpoint of the Trainer, the set that was active has the released names. A model's own `state_dict()` has
+        every set under its own name and is left as it is.
         """
         streams = self.state.active
         names = {} if streams is None else self.state.names(streams)
@@ -209,7 +209,7 @@ class BackboneHooks:
 
 
 def unhook(state: ParScaleState) -> None:
-    """Takes off everything that hangs on the model for all of its sets."""
+    """Removes the hooks that all sets of the model share."""
     for hook in state.hooks:
         hook.remove()
     stop_recomputing(state.parts)
@@ -218,17 +218,17 @@ def unhook(state: ParScaleState) -> None:
 
 
 def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:
-    """Each layer's `(P*B*S, E)` as P pieces `(B*S, E)`.
+    """Each layer's `(P*B*S, E)` as P pieces of `(B*S, E)`.
 
-    The load-balancing loss is taken with the caller's mask, which has B rows. It sums over layers and tokens alike, so
-    that it takes the pieces for as many layers, and counts the real tokens of all streams.
+    The load-balancing loss uses the caller's mask, which has B rows. It sums over layers and tokens alike, so it treats
+    the pieces as more layers and counts the real tokens of all streams.
     """
     return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
 
 
 def _check_cache(cache: Any, streams: StreamSet | None) -> None:
-    """A cache belongs to the set that filled it; those of sets that share keys are the plain backbone's."""
-    if cache is None or isinstance(cache, (tuple, list)):  # of a model's own kind
+    """Checks that a cache was filled by the active set; sets that share keys use the plain backbone's cache."""
+    if cache is None or isinstance(cache, (tuple, list)):  # a cache of the model's own class
         return
     name = None if streams is None or streams.shares_keys else streams.name
     filled_by = getattr(cache, "parscale_streams", name)

@@ -1,14 +1,15 @@
-"""What a wrapped encoder returns: P rows for each source, and a mark that says so.
+"""The output of a wrapped encoder: P rows for each source, with a mark that says so.
 
-A decoder is given the encoder's output in many ways: at once, by `generate` with its rows repeated for beams, or by a
-user who encodes once and decodes several times. The number of rows does not say whether they are streams. So the
-tensors that a wrapped encoder returns are `EncodedRows`, which carry the name of the set and P with them.
+A decoder receives the encoder's output in several ways: directly, from `generate` with its rows repeated for beams,
+or from a user who encodes once and decodes several times. The number of rows does not tell whether they are streams.
+So the tensors that a wrapped encoder returns are `EncodedRows`, which carry the name of the set and P.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ SEQUENCES = (tuple, list)  # torch 2.9 cannot trace isinstance(x, tuple | list)
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Which streams made some rows.
+    """Which streams made the rows of a tensor.
 
     Args:
-        name: of the set of streams.
+        name: the name of the set of streams.
         num_streams: P.
-        by_source: the tensor is `(B, S, P, ...)`, one entry for each source; otherwise `(P*B, S, ...)`,
-            stream-major.
-        ordered: it is known which stream each row belongs to.
+        by_source: the tensor is `(B, S, P, ...)`, one entry for each source; otherwise `(P*B, S, ...)`, stream-major.
+        ordered: whether it is known which stream each row belongs to.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Mark:
 
 
 class EncodedRows(torch.Tensor):
-    """A tensor of a wrapped encoder's output, `(P*B, S, ...)`, stream-major, or one computed from it.
+    """A tensor of a wrapped encoder's output, `(P*B, S, ...)`, stream-major, or a tensor computed from it.
 
     Attributes:
         mark: which streams made it.
@@ -46,9 +46,9 @@ class EncodedRows(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func`; its results are marked too."""
+        """Runs `func` and marks its results too."""
         kwargs = kwargs or {}
-        if func is torch.Tensor.view_as:  # how plain() takes the mark off; torch.compile can trace this one
+        if func is torch.Tensor.view_as:  # how plain() removes the mark; torch.compile can trace view_as
             return torch.Tensor.__torch_function__(func, (torch.Tensor,), args, kwargs)
         result = super().__torch_function__(func, (cls,), args, kwargs)
         source = _first_marked((*args, *kwargs.values()))
@@ -79,12 +79,12 @@ def _first_marked(values: Any) -> EncodedRows | None:
 
 
 def _mark_of_result(func: Any, source: EncodedRows, args: Any, result: torch.Tensor) -> Mark:
-    """The mark of what `func` made of `source`: ordered while every row stays where it was, or is repeated."""
+    """The mark of the result of `func` on `source`: ordered while rows keep their places or are repeated equally."""
     mark = source.mark
     if mark.by_source:
         ordered = result.ndim > 2 and result.shape[2] == mark.num_streams
     elif func in _REPEATS:
-        ordered = len(args) > 1 and isinstance(args[1], int)  # each row as often as the others
+        ordered = len(args) > 1 and isinstance(args[1], int)  # the same number of repeats for each row
     elif func is torch.Tensor.__getitem__:
         first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
         ordered = (first is Ellipsis or isinstance(first, slice)) and result.shape[:1] == source.shape[:1]
@@ -104,8 +104,8 @@ def plain(x: EncodedRows) -> torch.Tensor:
     """The same values without the mark."""
     values = x.view_as(x)
     if torch.compiler.is_compiling():
-        # A compiled graph hands its inputs to operators as they came, and some take no subclass of Tensor; a copy
-        # that the compiler does not see through is none.
+        # A compiled graph passes its inputs to operators as they are, and some operators take no subclass of Tensor. So
+        # the compiler must see a copy, which is a plain tensor.
         values = values.flip(0).flip(0)
     return values
 
@@ -113,20 +113,20 @@ def plain(x: EncodedRows) -> torch.Tensor:
 def mark_output(output: Any, name: str, P: int) -> Any:
     """An encoder's output, `(P*B, S, ...)` in each of its tensors, with the mark of a set of streams.
 
-    Hidden states of inner layers are not marked: a decoder does not read them.
+    The hidden states of inner layers are not marked: a decoder does not read them.
     """
     last, rows = output[0], output[0].shape[0]
 
-    def with_mark(value: Any) -> Any:
-        # one that is distributed or fake stays what it is
+    def with_mark(value: object) -> Any:
+        # a distributed or fake tensor keeps its class
         if type(value) is torch.Tensor and value.ndim > 0 and value.shape[0] == rows:
             return marked(value, Mark(name, P))
         return value
 
     marked_last = with_mark(last)
 
-    def replaced(value: Any) -> Any:
-        if type(value) is tuple:  # by layer; the others stay the tensors that the layers computed with
+    def replaced(value: object) -> Any:
+        if type(value) is tuple:  # hidden states by layer: the inner ones stay unmarked
             return tuple(marked_last if one is last else one for one in value)
         return marked_last if value is last else with_mark(value)
 
@@ -134,16 +134,16 @@ def mark_output(output: Any, name: str, P: int) -> Any:
 
 
 def by_source(encoded: Any) -> Any:
-    """Encoder outputs as `generate` takes them: one entry for each source, `(B, S, P, ...)` in place of P*B rows.
+    """Encoder outputs in the form that `generate` takes: `(B, S, P, ...)`, one entry for each source.
 
     Args:
-        encoded: a model's output, a tuple or a tensor; what is not marked stays as it is.
+        encoded: a model's output, a tuple or a tensor; unmarked tensors stay as they are.
 
     Raises:
-        ValueError: rows were chosen or joined, so that their streams are not known.
+        ValueError: rows were selected or joined, so it is not known which stream each belongs to.
     """
 
-    def moved(value: Any) -> Any:
+    def moved(value: object) -> Any:
         if not isinstance(value, EncodedRows) or value.mark.by_source:
             return value
         _check_ordered(value, f"A tensor {tuple(value.shape)} in encoder_outputs")
@@ -154,23 +154,23 @@ def by_source(encoded: Any) -> Any:
     return _map_output(moved, encoded)
 
 
-def rows_of_streams(part: Any, argument: str, value: EncodedRows, name: str | None, P: int, B: int) -> torch.Tensor:
-    """The rows that a decoder takes, for B rows of its own.
+def rows_of_streams(part: object, argument: str, value: EncodedRows, name: str | None, P: int, B: int) -> torch.Tensor:
+    """The rows that a decoder takes for its own B rows.
 
     Args:
         part: the decoder, for messages.
-        argument: what it was given, for messages.
-        value: marked.
-        name: of the set that the decoder runs with; `None` is the plain backbone.
+        argument: the name of the argument, for messages.
+        value: marked rows of an encoder.
+        name: of the decoder's set of streams; `None` is the plain backbone.
         P: of that set.
         B: rows of the decoder's input.
 
     Returns:
-        `(P*B, S, ...)`, stream-major, without a mark. One source serves all B rows.
+        `(P*B, S, ...)`, stream-major, unmarked. A single source is used for all B rows.
 
     Raises:
-        ValueError: another set encoded it; its rows were chosen or joined, so that their streams are not known; or
-            there are neither one nor B sources.
+        ValueError: another set encoded the rows; rows were selected or joined, so it is not known which stream each
+            belongs to; or the number of sources is neither 1 nor B.
     """
     mark = value.mark
     given = f"{argument} {tuple(value.shape)} of {type(part).__name__}"
@@ -202,8 +202,8 @@ def _check_ordered(value: EncodedRows, given: str) -> None:
         )
 
 
-def _map_output(function: Any, output: Any) -> Any:
-    """A model's output, a tuple or a tensor with `function` applied to each part."""
+def _map_output(function: Callable[..., Any], output: Any) -> Any:
+    """A model's output, a tuple or a tensor, with `function` applied to each part."""
     if isinstance(output, ModelOutput):
         return type(output)(**{key: function(value) for key, value in output.items()})
     if isinstance(output, SEQUENCES):

@@ -1,7 +1,7 @@
-"""Layers that are computed again in the backward pass (gradient checkpointing) use the streams of their forward pass.
+"""Gradient checkpointing: layers that are computed again in the backward pass use the streams of their forward pass.
 
-By then another set may be active, or other parameters may train, and on a GPU it is another thread that runs them. So
-what the forward pass was (`parscale.streams.calls.Call`) goes with each function that is to be run again.
+By then another set may be active, or other parameters may be trainable, and on a GPU another thread runs them. So the
+state of the forward pass (`parscale.streams.calls.Call`) is bound to each function that is recomputed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parscale.streams.state import ParScaleState
 
 
 def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
-    """Before a pass that is differentiated: makes layers of `module` that are recomputed use its streams."""
+    """Before a pass with gradients: makes the recomputed layers of `module` use the streams of this pass."""
     checkpointing, call = False, state.call
     for layer in module.modules():
         function = checkpointing_function(layer)
@@ -32,7 +32,7 @@ def recompute_with_own_streams(state: ParScaleState, module: nn.Module) -> None:
 
 
 def stop_recomputing(parts: Iterable[nn.Module]) -> None:
-    """Gives the layers their own checkpointing function back."""
+    """Restores the layers' own checkpointing function."""
     for layer in (layer for part in parts for layer in part.modules()):
         function = checkpointing_function(layer)
         if isinstance(function, _Checkpoint):
@@ -50,18 +50,18 @@ class _Checkpoint:
         call = self.state.call
         forward = call.remembered()
         if any(trains for _, trains in forward.trains) and not any(getattr(x, "requires_grad", False) for x in args):
-            # with nothing to differentiate in its inputs, a reentrant checkpoint would lose the prefix's gradient
+            # without a differentiable input, a reentrant checkpoint would lose the prefix's gradient
             args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
         return self.function(functools.partial(self._run, forward, function), *args, **kwargs)
 
     def _run(self, forward: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.state.call.as_in(forward), _trained_as_in(forward):
+        with self.state.call.as_in(forward), _trainable_as_in(forward):
             return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _trained_as_in(forward: Call) -> Iterator[None]:
-    """In this block the parameters of the pass `forward` train as they did then."""
+def _trainable_as_in(forward: Call) -> Iterator[None]:
+    """In this block the parameters require gradients as they did in the pass `forward`."""
     changed = [parameter for parameter, trained in forward.trains if parameter.requires_grad is not trained]
     for parameter in changed:
         parameter.requires_grad_(not parameter.requires_grad)
@@ -72,5 +72,5 @@ def _trained_as_in(forward: Call) -> Iterator[None]:
             parameter.requires_grad_(not parameter.requires_grad)
 
 
-def _is_differentiable(x: Any) -> bool:
+def _is_differentiable(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point()

@@ -1,9 +1,9 @@
 """Which arguments of a backbone have one row for each sequence, and how they are copied to the streams.
 
-The first input that is given counts the rows, B. An argument whose first dimension is B has one row for each of them
-and is copied P times, stream-major (row `p*B + b`); one whose first dimension is 1 is for all rows and stays. That
-holds whatever the argument is called; `parscale.compat.arguments` names those for which it does not hold. What
-fits nowhere is an error.
+The first input that is given defines the number of rows, B. An argument whose first dimension is B has one row for
+each of them and is copied P times, stream-major (row `p*B + b`). An argument whose first dimension is 1 is shared by
+all rows and stays. This holds for every argument, except for those that `parscale.compat.arguments` names. Any other
+shape is an error.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from parscale.compat.arguments import ENCODED, INPUTS, PACKED, POSITIONS, WHOLE
 from parscale.hooks.encoded import EncodedRows, rows_of_streams
 
 
-def first_input(part: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
-    """The first input of a backbone or its encoder that is given, whose rows are counted; `None` if none is."""
+def first_input(part: object, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The first given input of a backbone or its encoder, which defines the number of rows; `None` without one."""
     names = (*INPUTS, getattr(part, "main_input_name", INPUTS[0]))
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
-def check_plain(part: Any, arguments: dict[str, Any]) -> None:
-    """Refuses what streams encoded, before a pass of the plain backbone.
+def check_plain(part: object, arguments: dict[str, Any]) -> None:
+    """Before a pass of the plain backbone: raises an error for rows that streams encoded.
 
     Raises:
-        ValueError: as `parscale.hooks.encoded.rows_of_streams`.
+        ValueError: as in `parscale.hooks.encoded.rows_of_streams`.
     """
     for name in ENCODED:
         if isinstance(arguments.get(name), EncodedRows):
             rows_of_streams(part, name, arguments[name], None, 1, 1)
 
 
-def copy_rows(part: Any, arguments: dict[str, Any], streams: str, P: int, B: int) -> dict[str, Any]:
-    """The arguments of a backbone or its encoder with every row P times, stream-major.
+def copy_rows(part: object, arguments: dict[str, Any], streams: str, P: int, B: int) -> dict[str, Any]:
+    """The arguments of a backbone or its encoder, with every row repeated P times, stream-major.
 
     Args:
         part: the backbone or the encoder, for messages.
@@ -44,12 +44,12 @@ def copy_rows(part: Any, arguments: dict[str, Any], streams: str, P: int, B: int
         B: rows.
 
     Raises:
-        ValueError: a tensor has neither B rows nor one, or comes from an encoder with other streams.
+        ValueError: a tensor has neither B rows nor one row, or an encoder with other streams made it.
     """
     return {name: _copied(part, name, value, streams, P, B) for name, value in arguments.items()}
 
 
-def _copied(part: Any, name: str, value: Any, streams: str, P: int, B: int) -> Any:
+def _copied(part: object, name: str, value: Any, streams: str, P: int, B: int) -> Any:
     if name in WHOLE:
         return value
     if isinstance(value, dict):  # masks by layer type
@@ -62,7 +62,7 @@ def _copied(part: Any, name: str, value: Any, streams: str, P: int, B: int) -> A
         return value
     if name in PACKED:
         return torch.cat([value] * P)
-    if name == POSITIONS and value.ndim == 1:  # of the tokens of any row
+    if name == POSITIONS and value.ndim == 1:  # the same positions for all rows
         return value
     # multimodal positions are (3, B, S)
     dim = 1 if name == POSITIONS and value.ndim == 3 and value.shape[1] in (1, B) else 0
@@ -74,6 +74,7 @@ def _copied(part: Any, name: str, value: Any, streams: str, P: int, B: int) -> A
         return value
     raise ValueError(
         f"{type(part).__name__} was given {name} of the shape {tuple(value.shape)}, with {B} rows of input. With "
-        f"streams every tensor needs one row for each of them ({B}, copied {P} times) or one for all (1): of this one "
-        "it is not known which stream takes what. Leave it out, or run the plain backbone (model.use_streams(None))."
+        f"streams a tensor needs one row for each of them ({B}, copied {P} times) or one for all (1): here it is "
+        "not known which row belongs to which stream. Leave it out, or run the plain backbone "
+        "(model.use_streams(None))."
     )

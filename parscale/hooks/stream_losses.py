@@ -1,4 +1,4 @@
-"""The measurement behind `stream_report` and `parscale diagnose`: each stream's losses in one pass, and the weights.
+"""The measurement behind `stream_report` and `parscale diagnose`: every stream's losses and weights in one pass.
 
 P streams, B rows, S tokens, H hidden size, V vocabulary.
 """
@@ -10,18 +10,19 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-IGNORED = -100  # as a label: no loss counts there
+IGNORED = -100  # as a label: no loss is counted here
 
 
 class StreamLosses(NamedTuple):
-    """What the streams do on some text."""
+    """The losses and aggregation weights of the streams on a text."""
 
     losses: torch.Tensor
-    """Next-token losses in nats, `(P, B, S - 1)`, of a mixture behind them `(P + 1, B, S - 1)`; 0 if ignored."""
+    """Next-token losses in nats, `(P, B, S - 1)`, or `(P + 1, B, S - 1)` with the mixture last; 0 where ignored."""
     counted: torch.Tensor
-    """Where a loss counts, `(B, S - 1)`."""
+    """Where a loss is counted, `(B, S - 1)`."""
     weights: torch.Tensor
     """Aggregation weights, `(B, S, P)`."""
     uncertainty: torch.Tensor
@@ -29,7 +30,7 @@ class StreamLosses(NamedTuple):
 
 
 def stream_losses(
-    model: Any, input_ids: torch.Tensor, labels: torch.Tensor, *, mixture: bool = False, **kwargs: Any
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, mixture: bool = False, **kwargs: Any
 ) -> StreamLosses:
     """Measures every active stream alone, in one pass.
 
@@ -65,7 +66,7 @@ def _streams_apart(model: Any, mixture: bool) -> Iterator[list[torch.Tensor]]:
     aggregator = state.aggregator(state.active)
     captured: list[torch.Tensor] = []
 
-    def weigh(module: Any, args: Any, output: Any) -> None:  # while FSDP has the aggregator in one piece
+    def weigh(module: object, args: object, output: Any) -> None:  # while FSDP has the aggregator in one piece
         if state.call.aggregating:  # another thread's pass
             return
         hidden = output[0]  # (P*B, S, H)

@@ -1,4 +1,4 @@
-"""What a caller has chosen for the code around a call, and what must not reach the tensors that streams make."""
+"""Settings of the caller's code that must not affect the tensors that streams create."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """In this block new parameters can train later, and are where and of which dtype they are asked to be.
+    """In this block new parameters can be trained later, and get the device and dtype that they ask for.
 
-    Left outside are inference mode, autocast, and a default device (`torch.set_default_device` or `with
-    torch.device(...):`). Whether gradients are recorded stays as it is.
+    Inference mode, autocast and a default device (`torch.set_default_device` or `with torch.device(...):`) have no
+    effect in it. Whether gradients are recorded does not change.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]

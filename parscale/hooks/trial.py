@@ -1,7 +1,7 @@
-"""A run of the whole model as its users call it, without streams and with them, before `wrap` promises anything.
+"""Runs the whole model as its users call it, with and without streams, before `wrap` accepts it.
 
-That the backbone runs with streams does not say that what is around it does: a head may ask for as many rows as the
-backbone was given, a second encoder may never meet the streams, a loss may be taken from what was not mixed.
+A backbone that runs with streams does not prove that the code around it does: a head may expect as many rows as the
+backbone was given, a second encoder may have no streams, a loss may be computed from states that were not mixed.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import input_device, input_of, main_input
-from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
 ROWS = 2
-# Outputs that have a row for each stream, or none: states inside the model, caches, those of an encoder before it.
+# Outputs with a row for each stream, or without streams: inner states, caches, outputs of an encoder before the model.
 _INSIDE = re.compile(r"hidden_states|attentions|past_key_values|cache|state$|router_logits|encoder_last_hidden_state")
-# Outputs of which each depends on what was mixed, but for a model that writes text, which may return its images' too.
+# Outputs that must depend on the mixed states. Models that generate text are exempt: they may return image outputs too.
 _RESULTS = re.compile(r"logits|_embeds$")
 
 
 def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
-    """Runs the model on the smallest input that it takes, and compares the shapes of what comes out.
+    """Runs the model on the smallest input that it accepts, and compares the shapes of the outputs.
 
-    A model that takes none of the inputs that can be made here has to do with the run of its backbone; so has one on
-    the meta device.
+    If the model accepts none of the inputs made here, or is on the meta device, the trial run of its backbone has to be
+    enough.
 
     Args:
-        state: of the model.
-        streams: a set that is attached.
+        state: the model's state.
+        streams: a set that is already attached.
 
     Raises:
-        UnsupportedModelError: with streams the model fails, gives other shapes, or a result that they do not reach.
+        UnsupportedModelError: with streams the model fails, returns other shapes, or an output does not depend on them.
     """
     model, name = state.model, type(state.model).__name__
     if input_device(model).type == "meta":
@@ -55,10 +56,10 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         if labels and _output(model, arguments | labels) is None:
             labels = {}
         try:
-            with state.calls.choosing(streams), _by_plain_torch(state):
+            with state.calls.choosing(streams), _reference_kernels(state):
                 mixed = _disturbed(state, arguments | labels)
-        except Exception as error:  # whatever the model does with what its backbone now gives
-            if is_of_the_machine(error):
+        except Exception as error:  # whatever the model raises for its backbone's new output
+            if is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{name} as a whole does not run with streams, which are mixed in {type(state.backbone).__name__} "
@@ -77,13 +78,13 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
     if any(unmoved.values()) and not all(unmoved.values()) and not model.can_generate():
         raise UnsupportedModelError(
             f"{name} has a part that streams do not reach: {', '.join(key for key in unmoved if unmoved[key])} would "
-            f"be the plain model's. Wrap its parts instead, each by itself, such as {type(state.backbone).__name__}."
+            f"stay the plain model's. Wrap its parts one by one instead, such as {type(state.backbone).__name__}."
         )
 
 
 @contextlib.contextmanager
-def _by_plain_torch(state: ParScaleState) -> Iterator[None]:
-    """In this block nothing is asked of kernels, which may be chosen for a device that the model is moved to later."""
+def _reference_kernels(state: ParScaleState) -> Iterator[None]:
+    """In this block the PyTorch reference runs: fused kernels may be meant for a device that comes later."""
     kernels, state.kernels = state.kernels, "reference"
     try:
         yield
@@ -91,20 +92,20 @@ def _by_plain_torch(state: ParScaleState) -> Iterator[None]:
         state.kernels = kernels
 
 
-def _output(model: Any, arguments: dict[str, Any]) -> Any:
-    """What the plain model returns; `None` where this is not an input that it takes."""
+def _output(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    """What the plain model returns; `None` if it does not accept these inputs."""
     try:
         return model(**arguments)
     except Exception as error:
-        if is_of_the_machine(error):
+        if is_machine_error(error):
             raise
         return None
 
 
 def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
-    """The model's output, where noise was added to what the streams mix to: what depends on it is another."""
+    """The model's output with noise added to the mixed states: every output that depends on them changes."""
 
-    def disturb(module: Any, args: Any, output: Any) -> Any:
+    def disturb(module: object, args: object, output: Any) -> Any:
         if isinstance(output, tuple):
             return (output[0] + torch.randn_like(output[0]), *output[1:])
         for name in ("last_hidden_state", "pooler_output"):
@@ -119,7 +120,7 @@ def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
 
 
 def _inputs(model: Any) -> Iterator[dict[str, Any]]:
-    """Small inputs of the kinds that the model's signature names, the smallest first."""
+    """Small inputs of the kinds that the model's signature names, smallest first."""
     device, names = input_device(model), {model.main_input_name, *inspect.signature(model.forward).parameters}
     options = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in names}
     pieces: dict[str, torch.Tensor] = {}
@@ -134,11 +135,11 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
         images = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
         number = getattr(model.config, "num_query_tokens", None)
         kinds = [text, text | others, *kinds]
-        if isinstance(images, int) and isinstance(number, int):  # a place for each query of an image (BLIP-2)
+        if isinstance(images, int) and isinstance(number, int):  # a token for each query of an image (BLIP-2)
             places = torch.full((ROWS, number), images, device=device)
             kinds.append({TEXT: torch.cat([places, text[TEXT]], dim=1)} | others)
-        kinds.append({TEXT: text[TEXT][:, None]})  # one choice of several
-        kinds.append({TEXT: text[TEXT][:1]})  # without a token for padding
+        kinds.append({TEXT: text[TEXT][:, None]})  # multiple choice, with one choice
+        kinds.append({TEXT: text[TEXT][:1]})  # one row, for models without a padding token
     for kind in kinds:
         if "decoder_input_ids" in names:
             yield kind | options | {"decoder_input_ids": torch.zeros(ROWS, 2, dtype=torch.long, device=device)}
@@ -146,7 +147,7 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids `(ROWS, 2)`: a word, which stands neither for padding nor for an image, and the end of a text."""
+    """Token ids `(ROWS, 2)`: an ordinary token, neither padding nor image, and the end-of-text token."""
     text = model.config.get_text_config()
     fields = [*vars(model.config).items(), *vars(text).items()]
     special = {value for name, value in fields if "token" in name and isinstance(value, int)}
@@ -158,19 +159,19 @@ def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _labels(model: Any, plain: Any) -> dict[str, torch.Tensor]:
-    """Labels for the logits that the plain model returned, by their names in its signature."""
+    """Labels for the logits of the plain model, by their names in its signature."""
     names, logits = inspect.signature(model.forward).parameters, plain.get("logits")
     if "start_positions" in names and "start_logits" in plain:
         zeros = torch.zeros(plain["start_logits"].shape[0], dtype=torch.long, device=plain["start_logits"].device)
         return {"start_positions": zeros, "end_positions": zeros}
     if "labels" not in names or not isinstance(logits, torch.Tensor) or logits.ndim not in (2, 3):
         return {}
-    dtype = logits.dtype if logits.shape[-1] == 1 else torch.long  # one number is fitted, not chosen
+    dtype = logits.dtype if logits.shape[-1] == 1 else torch.long  # regression with one output
     return {"labels": torch.zeros(logits.shape[:-1], dtype=dtype, device=logits.device)}
 
 
 def _tensors(output: Any, path: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of an output by their names, those of its parts included."""
+    """The tensors of an output by name, including those of nested outputs."""
     found: dict[str, torch.Tensor] = {}
     for name, value in output.items():
         if _INSIDE.search(name):

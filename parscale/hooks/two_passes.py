@@ -1,14 +1,14 @@
-"""Calls of the whole model in which stream 0 runs first, alone, and the other streams only where they are wanted.
+"""Calls that run stream 0 alone first, and the other streams only at the positions that need them.
 
-Streams that share stream 0's keys and values leave nothing behind: what a token adds to the cache does not depend on
-streams 1 to P - 1. So in a call without gradients
+Streams that share stream 0's keys and values store nothing: what a token adds to the cache does not depend on streams
+1 to P - 1. So a call without gradients takes two passes:
 
-1. the backbone runs as it is, on B rows, and what its attention layers attend to is remembered;
-2. it runs on the positions that are wanted, with (P - 1)*b rows that attend to that, and the streams are mixed there.
+1. the backbone runs as it is, on B rows, and what its attention layers attend to is stored;
+2. it runs at the chosen positions only, with (P - 1)*b rows that attend to the stored keys, and the streams are mixed.
 
-Wanted are the last positions, where the caller keeps fewer logits than there are new tokens (`logits_to_keep`, as
-`generate` does with a prompt). In an adaptive call they are those where the entropy of stream 0's prediction is above
-a threshold, and b are the rows that have any. Everything else runs all streams in one batch.
+The chosen positions are the last ones, where the caller keeps fewer logits than there are new tokens
+(`logits_to_keep`, as `generate` does with a prompt). In an adaptive call they are those where the entropy of stream 0's
+prediction is above a threshold, and b counts the rows that have any. Every other call runs all streams in one batch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
 
 KEPT = "logits_to_keep"
-INNER = ("output_hidden_states", "output_attentions", "output_router_logits")  # of all streams, in one batch
+INNER = ("output_hidden_states", "output_attentions", "output_router_logits")  # they need all streams in one batch
 
 
 class TwoPassHooks:
-    """The hooks on the whole model that plan two passes, and make the second.
+    """The hooks on the whole model that plan two passes and run the second.
 
     Args:
-        state: of the model.
+        state: the model's state.
     """
 
     def __init__(self, state: ParScaleState) -> None:
@@ -43,9 +43,9 @@ class TwoPassHooks:
         self.parameters = list(inspect.signature(type(state.model).forward).parameters)[1:]
 
     def attach(self) -> list[Any]:
-        """Hangs the hooks on the model, and gives their handles."""
+        """Registers the hooks on the model and returns their handles."""
         model = self.state.model
-        if self.state.backbone is model:  # it has no logits
+        if self.state.backbone is model:  # a backbone alone has no logits
             return []
         return [
             model.register_forward_pre_hook(self._plan, with_kwargs=True),
@@ -68,14 +68,14 @@ class TwoPassHooks:
             call.passes = TwoPasses(state.in_use(streams), kept, adaptive)
 
     def _obstacle(self, arguments: dict[str, Any]) -> str | None:
-        """Why a call has to run all streams in one batch."""
+        """Why a call must run all streams in one batch; `None` if nothing prevents two passes."""
         call = self.state.call
         if torch.compiler.is_compiling():
             return "this one is compiled"
         if torch.is_grad_enabled():
             return "this one records gradients: call it under torch.no_grad()"
         if arguments.get("labels") is not None:
-            return "this one has labels: take the loss of the logits"
+            return "this one has labels: compute the loss from the logits"
         if call.one_batch or not call.aggregating:
             return "this one needs all streams in one batch"
         return None
@@ -85,10 +85,10 @@ class TwoPassHooks:
         return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After the first pass: the second, and its logits in place of stream 0's."""
+        """After the first pass: runs the second, and puts its logits in place of stream 0's."""
         call = self.state.call
         passes, call.passes = call.passes, None
-        if passes is None or passes.arguments is None or output is None:  # the last: the call failed
+        if passes is None or passes.arguments is None or output is None:  # no hidden states: the call failed
             return output
         logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits  # (B, n, V)
         where = None
@@ -107,8 +107,8 @@ class TwoPassHooks:
         output.logits = mixed
         return output
 
-    def _run_second(self, module: Any, passes: TwoPasses, kept: Any) -> torch.Tensor:
-        """The logits `(b, n, V)` of all streams. The ids do not matter: the backbone has those of the first pass."""
+    def _run_second(self, module: Any, passes: TwoPasses, kept: object) -> torch.Tensor:
+        """The logits `(b, n, V)` of all streams. The ids have no effect: the backbone uses those of the first pass."""
         call = self.state.call
         b = passes.rows if passes.chosen is None else len(passes.chosen)
         assert passes.hidden is not None
@@ -123,7 +123,7 @@ class TwoPassHooks:
 
 
 def _choose(passes: TwoPasses, adaptive: Adaptive, logits: torch.Tensor) -> torch.Tensor:
-    """Where stream 0 is uncertain, `(B, n)`; notes which rows the second pass has."""
+    """Where stream 0 is uncertain, `(B, n)`; also stores which rows take part in the second pass."""
     where = torch.stack([_entropy(row) for row in logits]) > adaptive.threshold
     adaptive.chosen = where
     adaptive.ran += int(where.sum())
@@ -135,18 +135,18 @@ def _choose(passes: TwoPasses, adaptive: Adaptive, logits: torch.Tensor) -> torc
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Nats, `(n,)`, of predictions `(n, V)`, in at least float32."""
+    """The entropy in nats, `(n,)`, of predictions `(n, V)`, in at least float32."""
     return torch.special.entr(torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))).sum(-1)
 
 
 def _holds_packed(passes: TwoPasses) -> bool:
-    """Whether the backbone was given something whose rows are not those of the input, such as image tokens."""
+    """Whether an argument of the backbone has other rows than the input, such as image tokens."""
     assert passes.arguments is not None
     return any(passes.arguments.get(name) is not None for name in PACKED)
 
 
 def _is_block_mask(passes: TwoPasses) -> bool:
-    """Whether a layer was given a mask of FlexAttention, which is taken whole."""
+    """Whether a layer was given a mask of FlexAttention, which cannot be cut to some rows."""
     masks = [mask for calls in passes.keys.values() for _, _, mask in calls]
     return any(mask is not None and not isinstance(mask, torch.Tensor) for mask in masks)
 
@@ -157,12 +157,12 @@ def _is_block_mask(passes: TwoPasses) -> bool:
 def of_pass(
     state: ParScaleState, module: nn.Module, part: nn.Module, arguments: dict[str, Any], rows: torch.Tensor
 ) -> dict[str, Any] | None:
-    """Before the backbone: its arguments in the pass under way; `None` if all streams run in one batch after all.
+    """Before the backbone: its arguments for the current pass; `None` if all streams run in one batch after all.
 
     Args:
-        state: of the model.
+        state: the model's state.
         module: the backbone, or its replica.
-        part: the backbone.
+        part: the backbone itself.
         arguments: by name, of B rows.
         rows: the first input, `(B, S, ...)`.
     """
@@ -172,7 +172,7 @@ def of_pass(
     if passes.is_second:
         return _last_positions(module, passes)
     if passes.arguments is not None:
-        raise RuntimeError(f"{type(state.model).__name__} calls its backbone twice, and streams know of one call.")
+        raise RuntimeError(f"{type(state.model).__name__} calls its backbone twice: streams support one call.")
     B, S = rows.shape[:2]
     positions = S if passes.kept is None else min(passes.kept, S)
     packed = any(arguments.get(name) is not None for name in PACKED)
@@ -190,7 +190,7 @@ def of_pass(
 
 
 def after_pass(passes: TwoPasses, output: Any) -> Any:
-    """After the backbone: notes stream 0's final hidden states, or puts them in front of the other streams'."""
+    """After the backbone: stores stream 0's final hidden states, or puts them before the other streams'."""
     if not passes.is_second:
         passes.hidden = output[0][:, -passes.positions :]  # (B, n, H)
         return output
@@ -201,7 +201,7 @@ def after_pass(passes: TwoPasses, output: Any) -> Any:
         return (joined,)
     output.last_hidden_state = joined
     if getattr(output, "router_logits", None) is not None:
-        output.router_logits = None  # those of the first pass are the caller's
+        output.router_logits = None  # the caller gets those of the first pass
     return output
 
 

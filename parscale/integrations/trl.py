@@ -1,9 +1,9 @@
-"""The reference of TRL's trainers: the same model, streams and all.
+"""The reference model of TRL's trainers: the same model, with its streams.
 
-Without an adapter, a trainer makes its reference (or its teacher) by loading `model.config.name_or_path` again. For
-a model that was wrapped in this process that names the plain backbone: rewards would not be zero at the first step, and
-the distance to the reference would be that of the streams. So the reference of a wrapped model is a copy of it as it
-is; the plain backbone is the reference only for whoever passes it as `ref_model`.
+Without an adapter, a trainer makes its reference (or teacher) model by loading `model.config.name_or_path` again. For
+a model that was wrapped in this process, that name means the plain backbone: rewards would not be zero at the first
+step, and the KL divergence to the reference would include the effect of the streams. So the reference of a wrapped
+model is a copy of it. To use the plain backbone as the reference, pass it as `ref_model`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from parscale.streams.state import ALIVE, ParScaleState
 
 
 class _NameOfWrapped(str):
-    """The name of a wrapped model's backbone, as TRL reads it from the model's configuration."""
+    """The name of a wrapped model's backbone, in the form that TRL reads from the model's configuration."""
 
     state: ParScaleState
 
 
 def keep_reference() -> None:
-    """Makes TRL's reference of a wrapped model a copy of it, where TRL is installed."""
+    """If TRL is installed, makes its reference for a wrapped model a copy of that model."""
     extend_reference(_name, _create)
 
 
-def _name(get_config_model_id: Callable[..., str], config: Any) -> str:
+def _name(get_config_model_id: Callable[..., str], config: object) -> str:
     name = get_config_model_id(config)
     for state in ALIVE:
         if getattr(state.model, "parscale", None) is state and state.model.config is config:
@@ -50,5 +50,5 @@ def _create(create_model_from_path: Callable[..., Any], model_id: str, *args: An
         )
     reference = copy.deepcopy(model)
     if hook_of(reference) is None:
-        reference.__dict__.pop("forward", None)  # by an earlier trainer, and bound to the model that was copied
+        reference.__dict__.pop("forward", None)  # left by an earlier trainer, bound to the original model
     return reference.requires_grad_(False).eval()

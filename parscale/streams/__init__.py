@@ -1,15 +1,15 @@
-"""The sets of streams of a model: data, and which of it runs and trains.
+"""The sets of streams of a model: their data, and which of them runs and is trained.
 
-- `naming`: which tensors are streams', by their names
+- `naming`: recognizes the tensors of streams by name
 - `backbones`: the part of a model whose rows are copied and mixed
-- `places`: where parameters of streams can live
-- `sets`: a set of streams, and the interface of what makes its streams differ
+- `places`: where parameters of streams can be added
+- `sets`: a set of streams, and the interface of transforms
 - `calls`: which set runs, in this thread and in this forward pass
-- `state`: all of that for one model: `model.parscale`
-- `aggregator`: the learned mixture
-- `trainability`: which parameters of the sets train
+- `state`: all of this for one model: `model.parscale`
+- `aggregator`: the learned mixture of the streams
+- `trainability`: which parameters of the sets are trainable
 - `choosing`: `set_streams`, `use_streams`, `num_streams`
-- `brief_runs`: runs of the backbone that show what it is made of
+- `brief_runs`: short runs of the backbone that examine it
 
 May import: `parscale.kernels`, `distributed`.
 """

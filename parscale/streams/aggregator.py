@@ -10,14 +10,15 @@ from torch import nn
 from parscale.compat.torch import has_hooks
 from parscale.distributed.parallel import local
 from parscale.kernels import aggregate, aggregator, stream_weights
+from parscale.kernels.aggregator.layout import stream_innermost
 from parscale.kernels.dispatch import Impl
 
 
 class Projection(nn.Module):
     """`x @ weight.T + bias`.
 
-    Not an `nn.Linear`, because tools that look for linear layers by type mean the backbone's: PEFT's `all-linear`
-    would put adapters on the aggregator, and quantizers would round it.
+    Not an `nn.Linear`, because tools that look for linear layers by type are meant for the backbone's: PEFT's
+    `all-linear` would put adapters on the aggregator, and quantizers would round it.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -34,7 +35,7 @@ class Projection(nn.Module):
         return nn.functional.linear(x, local(self.weight), local(self.bias))
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of it."""
+        """The text in `print(model)`."""
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
 
 
@@ -63,16 +64,14 @@ class Aggregator(nn.Sequential):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The unnormalised weights `(B, S, P)` of the streams' hidden states `(P*B, S, H)`, stream-major."""
-        x = hidden.unflatten(0, (self.num_streams, -1))  # (P, B, S, H)
-        # the released order of the first layer's inputs: hidden index outer, stream index inner
-        return super().forward(x.permute(1, 2, 3, 0).flatten(2))  # (B, S, H, P) -> (B, S, H*P) -> (B, S, P)
+        return super().forward(stream_innermost(hidden, self.num_streams))  # (B, S, H*P) -> (B, S, P)
 
     def weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The aggregation weights `(B, S, P)`, in at least float32, that `forward` uses."""
+        """The aggregation weights `(B, S, P)`, in at least float32, as `forward` uses them."""
         return stream_weights(self.logits(hidden), self.smoothing)
 
     def forward(self, hidden: torch.Tensor, impl: Impl = "auto") -> torch.Tensor:
-        """Mixes `(P*B, S, H)`, stream-major, into `(B, S, H)`; on a GPU by fused kernels.
+        """Mixes `(P*B, S, H)`, stream-major, into `(B, S, H)`; on a GPU with fused kernels.
 
         Args:
             hidden: the streams' final hidden states.
@@ -82,9 +81,10 @@ class Aggregator(nn.Sequential):
         if (hidden.is_cuda or impl == "fused") and _is_untouched(first) and _is_untouched(last):
             w1, b1, w2, b2 = (local(x) for x in (first.weight, first.bias, last.weight, last.bias))
             return aggregator(hidden, w1, b1, w2, b2, self.smoothing, impl=impl)
-        logits = self.logits(hidden)  # (B, S, P)
+        innermost = stream_innermost(hidden, self.num_streams)  # (B, S, H*P)
+        logits = super().forward(innermost)  # (B, S, P)
         mixed = aggregate(
-            hidden.reshape(self.num_streams, -1, hidden.shape[-1]),  # (P, B*S, H)
+            innermost.view(-1, hidden.shape[-1], self.num_streams).permute(2, 0, 1),  # (P, B*S, H)
             logits.flatten(0, 1),  # (B*S, P)
             self.smoothing,
             impl=impl,
@@ -93,5 +93,5 @@ class Aggregator(nn.Sequential):
 
 
 def _is_untouched(layer: nn.Module) -> TypeGuard[Projection]:
-    """Whether calling a layer does no more than its projection: no hook, no offloading, nothing in its place."""
+    """Whether a call of the layer only computes its projection: no hook, no offloading, no replaced forward."""
     return type(layer) is Projection and not has_hooks(layer) and "forward" not in layer.__dict__

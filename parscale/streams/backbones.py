@@ -1,11 +1,11 @@
 """The part of a model whose rows are copied and mixed.
 
-Kind: copied before; mixed.
+Kind: what is copied; what is mixed.
 
 - causal LM, vision-language model: the language model; its final hidden states
-- encoder (text, vision): the encoder; its final hidden states, before any pooling of them
-- encoder-decoder (text, audio): encoder and decoder; the decoder's final hidden states; the encoder's stay P*B rows
-- two encoders side by side (CLIP): both; the final hidden states of each, by an aggregator of its own
+- encoder (text, vision): the encoder; its final hidden states, before pooling
+- encoder-decoder (text, audio): encoder and decoder; the decoder's final hidden states (the encoder's stay P*B rows)
+- two parallel encoders (CLIP): both; the final hidden states of each, with one aggregator each
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Parts:
 
     Args:
         backbone: its rows are copied and mixed.
-        encoder: of a model that is an encoder with a decoder: its rows are copied.
-        towers: encoders beside the backbone, of other inputs; their rows are copied and mixed too.
+        encoder: of an encoder-decoder model: its rows are copied.
+        towers: parallel encoders of other inputs; their rows are copied and mixed too.
     """
 
     backbone: Any
@@ -44,7 +44,7 @@ def find_parts(model: Any) -> Parts:
     """The parts of a model that streams run on.
 
     Raises:
-        UnsupportedModelError: not a Hugging Face model, or one in which they are not found.
+        UnsupportedModelError: it is not a Hugging Face model, or the parts were not found.
     """
     if not isinstance(model, PreTrainedModel):
         given = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -52,11 +52,11 @@ def find_parts(model: Any) -> Parts:
             f"wrap takes a loaded Hugging Face model (a transformers.PreTrainedModel), got {given}: "
             "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."
         )
-    decoder, encoder = model.get_decoder(), None  # finds it by the names of attributes
+    decoder, encoder = model.get_decoder(), None  # found by attribute name
     is_pair = getattr(model.config, "is_encoder_decoder", False)
     if is_pair and isinstance(model.get_encoder(), nn.Module) and model.get_encoder() is not model:
         encoder = model.get_encoder()
-    if decoder is not model and has_head(decoder):  # a language model of its own, with its head (BLIP-2, Llama 4)
+    if decoder is not model and has_head(decoder):  # a complete language model with its head (BLIP-2, Llama 4)
         inner = find_parts(decoder)
         return Parts(inner.backbone, encoder or inner.encoder)
     if is_pair:
@@ -84,7 +84,7 @@ def find_parts(model: Any) -> Parts:
 
 
 def _side_by_side(model: Any, owner: Any) -> Parts:
-    """Encoders of a text and of something else, side by side in `owner`: the one of text is the backbone."""
+    """The parts of a model with parallel encoders, held by `owner`; the backbone is the encoder of text."""
     inputs = inspect.signature(owner.forward).parameters
     children = [child for child in owner.children() if isinstance(child, PreTrainedModel)]
     towers = [child for child in children if main_input(child) in inputs]
@@ -95,43 +95,43 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
             "own, as streams need it: wrap one of them by itself, such as model.text_model."
         )
     towers.sort(key=lambda tower: main_input(tower) != TEXT)
-    backbones = [find_parts(tower).backbone for tower in towers]  # mixed where the tower alone would be
+    backbones = [find_parts(tower).backbone for tower in towers]  # the same as for the tower alone
     return Parts(backbones[0], towers=backbones[1:])
 
 
-def main_input(part: Any) -> str:
-    """What a part reads: what its class says that it does, or, where that is not so, the first of its arguments."""
+def main_input(part: nn.Module) -> str:
+    """The name of a part's main input: the one that its class declares, or else its first argument."""
     name: str | None = getattr(part, "main_input_name", None)
     return name if name is not None and reads(part, name) else _arguments(part)[0]
 
 
-def reads(part: Any, name: str) -> bool:
-    """Whether a part takes an argument of that name."""
+def reads(part: nn.Module, name: str) -> bool:
+    """Whether a part takes an argument of this name."""
     return name in _arguments(part)
 
 
-def cache_argument(part: Any) -> str | None:
-    """The name under which a part takes a cache; `None` if it takes none."""
+def cache_argument(part: nn.Module) -> str | None:
+    """The name of a part's cache argument; `None` if it takes none."""
     return next((name for name in CACHES if reads(part, name)), None)
 
 
-def _arguments(part: Any) -> list[str]:
-    """Of its class: another library may have put something else in front of the object's own `forward`."""
+def _arguments(part: nn.Module) -> list[str]:
+    """The arguments of its class's forward: another library may have replaced the object's own `forward`."""
     return list(inspect.signature(type(part).forward).parameters)[1:]
 
 
-def has_head(model: Any) -> bool:
-    """Whether the model is one with a language model's head, which follows its backbone."""
+def has_head(model: object) -> bool:
+    """Whether the model has a language model head after its backbone."""
     return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
-def writes_text(model: Any) -> bool:
-    """Whether the model is a causal language model, which reads a text and can go on with it."""
+def writes_text(model: PreTrainedModel) -> bool:
+    """Whether the model is a causal language model, which can continue a text."""
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
 
 
-def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Something that a backbone or an encoder takes."""
+def input_of(part: nn.Module, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A small input that a backbone or an encoder accepts."""
     name = main_input(part)
     config: Any = getattr(part, "config", None)
     if name == TEXT:
@@ -153,14 +153,14 @@ def input_of(part: Any, rows: int, device: torch.device) -> dict[str, torch.Tens
 
 
 def masking_noise(part: Any, images: torch.Tensor) -> torch.Tensor | None:
-    """What a backbone that hides patches at random (ViT-MAE) draws for itself, so that all streams see the same ones.
+    """The random numbers by which a backbone masks patches (ViT-MAE), so that all streams mask the same ones.
 
     Args:
         part: the backbone.
         images: `(B, C, height, width)`.
 
     Returns:
-        `(B, patches)`, from torch's random state, as the plain backbone draws it; `None` where patches overlap.
+        `(B, patches)`, from torch's random state, drawn as in the plain backbone; `None` if patches overlap.
     """
     size = part.config.patch_size
     if hasattr(part.config, "patch_stride"):
@@ -171,26 +171,26 @@ def masking_noise(part: Any, images: torch.Tensor) -> torch.Tensor | None:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the model takes its token ids: the device of its embeddings, or the one that they are fetched to."""
+    """The device for the model's token ids: that of its embeddings, or the one to which they are fetched."""
     try:
         embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # not one of text
+    except NotImplementedError:  # not a text model
         embeddings = None
     if embeddings is None:
         return next(model.parameters()).device
     return execution_device(embeddings)
 
 
-def cuda_devices(model: Any) -> list[int]:
+def cuda_devices(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that hold parameters of the model."""
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def has_learned_positions(backbone: nn.Module) -> bool:
-    """Whether positions are added from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for a negative position."""
+    """Whether positions come from a table (GPT-2, OPT, XGLM, CTRL), which has no entry for negative positions."""
     for child in backbone.children():
         if "text" in getattr(child, "input_modalities", "text") and has_learned_positions(child):
-            return True  # positions of images or sounds are another thing
+            return True  # positions of images or audio do not count
     return hasattr(backbone, "pos_encoding") or any(
         (isinstance(child, nn.Embedding) and "position" in name) or name in ("wpe", "embed_positions")
         for name, child in backbone.named_children()
@@ -198,9 +198,9 @@ def has_learned_positions(backbone: nn.Module) -> bool:
 
 
 def inner_modules(part: nn.Module) -> Iterator[Any]:
-    """Its modules, but for those of a further model in it with a head of its own.
+    """The modules of a part, except for those of another model inside it that has its own head.
 
-    Blt cuts a text into patches by what such a model foresees: no gradient comes back from there.
+    Blt splits a text into patches by the predictions of such a model: no gradient comes back from there.
     """
     yield part
     for child in part.children():

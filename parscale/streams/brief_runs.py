@@ -1,4 +1,4 @@
-"""Brief runs of a model's backbone, and a model as it is without streams while something is looked up in it."""
+"""Short runs of a model's backbone, and blocks in which a model runs without streams while it is examined."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from parscale.streams.state import ParScaleState
 def run_briefly(
     state: ParScaleState, rows: int = 1, streams: StreamSet | None = None, *, gradients: bool = False
 ) -> list[torch.Tensor]:
-    """Runs the backbone on two tokens in each row, or on an image, or on silence; and the towers beside it.
+    """Runs the backbone and its towers on two tokens in each row, on an image, or on silence.
 
     Args:
-        state: of the model.
-        rows: how many.
+        state: the model's state.
+        rows: number of rows.
         streams: a set to run with; by default the plain backbone.
-        gradients: whether the result can be differentiated.
+        gradients: whether to record gradients.
 
     Returns:
-        The final hidden states `(rows, S, H)` of each part that is mixed, the backbone's first.
+        The final hidden states `(rows, S, H)` of each mixed part, the backbone's first.
 
     Raises:
-        UnsupportedModelError: one takes something else, or returns something else.
+        UnsupportedModelError: a part needs another input, or returns another output.
     """
     device = input_device(state.model)
     fake: Any = fake_tensors() if device.type == "meta" else contextlib.nullcontext()
@@ -60,9 +60,9 @@ def run_briefly(
 
 @contextlib.contextmanager
 def backbone_only(state: ParScaleState) -> Iterator[None]:
-    """The plain backbone, in eval mode, without gradients and without touching the caller's random state or buffers.
+    """In this block the plain backbone runs, in eval mode, without gradients; random state and buffers are restored.
 
-    Nothing is compiled for it: FlexAttention, which transformers compiles for each length, takes seconds to do so.
+    Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds.
     """
     training = {module: module.training for module in state.model.modules()}
     experts: Any = contextlib.nullcontext()
@@ -72,35 +72,35 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         state.model.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
-        pieces, buffers = each_module_gathered(state.model), _same_buffers(state.model)
+        pieces, buffers = each_module_gathered(state.model), _restored_buffers(state.model)
         plain = state.calls.choosing(None)
         with plain, torch.no_grad(), own_draws, experts, uncompiled, pieces, buffers, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:
         for module in state.model.modules():
-            # one that is new was chosen as the backbone first ran on a short text (BigBird's attention)
+            # a new configuration was chosen when the backbone first ran on a short text (BigBird's attention)
             module.training = training.get(module, training[state.backbone])
 
 
-def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error is that of a device, of its memory or of an installed library, and says nothing of the model."""
+def is_machine_error(error: BaseException) -> bool:
+    """Whether an error comes from a device, its memory or an installed library, not from the model."""
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | IncompatibleVersionError):
         return True
-    return isinstance(error, RuntimeError) and "memory" in str(error)  # that of a CPU has no class of its own
+    return isinstance(error, RuntimeError) and "memory" in str(error)  # the CPU's memory error has no class of its own
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
+    """The message of an error, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 @contextlib.contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """After this block every buffer is the one that it was, with the numbers that it had.
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
+    """After this block every buffer is the same tensor, with the same values, as before.
 
-    Integers, such as quantized weights, are not copied: no forward pass in eval mode writes into them.
+    Integers, such as quantized weights, are not copied: no forward pass in eval mode changes them.
     """
     held = [(buffers, dict(buffers)) for buffers in map(held_buffers, model.modules())]
     buffers = {id(buffer): buffer for _, own in held for buffer in own.values() if buffer is not None}

@@ -1,15 +1,15 @@
-"""What belongs to a call of a wrapped model, and not to the model: which set of streams runs, and what the pass makes.
+"""The state of a call of a wrapped model, rather than of the model: which set of streams runs, and results of the pass.
 
-Any number of threads may call one model at once, each with a set of streams of its own, and so may the tasks of an
-event loop. Two things keep them apart:
+Several threads, or tasks of an event loop, may call one model at once, each with its own set of streams. Two classes
+keep them apart:
 
-- `Block`, what `with model.use_streams(name):` chose. A context variable holds the open ones, so that a block
-  lasts for the code inside it, also in functions that it awaits, and for no other thread or task.
-- `Call`, the record of the forward pass under way. Each thread has one, since a pass never leaves its thread.
-  Layers that are recomputed in a backward pass may run in another thread, and take with them what they need of it.
+- `Block` is the choice of `with model.use_streams(name):`. A context variable holds the open blocks, so a block applies
+  to the code inside it, also in functions that it awaits, and to no other thread or task.
+- `Call` is the record of the current forward pass. Each thread has one, since a pass never leaves its thread. Layers
+  that are recomputed in a backward pass may run in another thread, and carry the parts that they need.
 
-How calls run is set here and nowhere else: `Calls.choosing`, `Calls.recording` and `Calls.unmixed`
-for a block of code, `Call.begin` for a pass.
+The state is changed only here: by `Calls.choosing`, `Calls.recording` and `Calls.unmixed` for a block of code, and by
+`Call.begin` for a pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block:
     """A block of code in which one model runs with a chosen set of streams.
 
     Args:
-        calls: the model's; two models in one block do not disturb each other.
+        calls: those of the model; blocks of two models are independent.
         chosen: the set; `None` is the plain backbone.
     """
 
@@ -43,7 +43,7 @@ class Block:
         self.calls = calls
         self.chosen = chosen
         self.thread = threading.current_thread()
-        self.trains: dict[nn.Parameter, bool] = {}  # which of the set's parameters train; those not named do
+        self.trains: dict[nn.Parameter, bool] = {}  # whether the set's parameters are trainable; True if not listed
 
 
 _OPEN: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("parscale_blocks", default=())
@@ -51,24 +51,25 @@ _OPEN: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("parsc
 
 @dataclasses.dataclass
 class Call:
-    """The forward pass under way in this thread, or the last one.
+    """The current forward pass in this thread, or the last one.
 
     Args:
         in_flight: the set that it runs with. `None`: the plain backbone.
-        trains: the set's parameters, and whether they train; filled where layers are recomputed.
-        part: what runs and is mixed: the backbone, or a tower beside it.
-        running: itself, or its replica on another device.
-        recorder: is shown the keys and values of each attention layer.
+        trains: the set's parameters, and whether they are trainable; filled if layers are recomputed.
+        part: the mixed part that runs: the backbone, or a tower.
+        running: the part itself, or its replica on another device.
+        recorder: called with the keys and values of each attention layer.
         aggregating: whether the streams are mixed.
-        masks: what was made of masks for all layers, those with room for the prefix by the id of the mask they extend.
-        pooled: what a pooler inside the backbone was given, and its mixture.
-        mask_around: the mask `(B, K)` that the module around the backbone was called with, without positions.
-        tokens: of `transform="prompt"`: where the tokens stand, `(R, S)`; `None`: everywhere.
-        cache: of `transform="prompt"`: the cache of the pass.
-        block: the innermost open block, for compiled code, which cannot ask a context variable.
-        passes: of the call of the whole model under way, where it has two.
+        masks: masks made for all layers; extended ones by the id of the original mask.
+        pooled: the input of a pooler inside the backbone, and its mixture.
+        mask_around: the mask `(B, K)` that the module around the backbone was called with, if it was given no
+            positions.
+        tokens: for `transform="prompt"`: the positions of the tokens, `(R, S)`; `None`: all positions.
+        cache: for `transform="prompt"`: the cache of the pass.
+        block: the innermost open block, for compiled code, which cannot read a context variable.
+        passes: the two passes of the current call of the whole model, if it has two.
         adaptive: where streams run, for calls that do not run them everywhere.
-        one_batch: whether all streams run in one batch, whatever the call.
+        one_batch: whether all streams always run in one batch.
     """
 
     in_flight: StreamSet | None = None
@@ -88,24 +89,24 @@ class Call:
     one_batch: bool = False
 
     def begin(self, streams: StreamSet | None) -> None:
-        """A pass of the backbone, or of the encoder before it, begins with this set."""
+        """Starts a pass of the backbone, or of its encoder, with this set."""
         self.masks.clear()
         self.pooled = None
         self.in_flight = streams
 
-    def enter(self, part: Any, running: Any) -> None:
-        """A part that is mixed runs: itself, or its replica on another device."""
+    def enter(self, part: nn.Module, running: nn.Module) -> None:
+        """Records the mixed part that runs, and itself or its replica on another device."""
         self.part, self.running = part, running
 
     def in_running_part(self, module: Any) -> Any:
-        """Of a module of the backbone, the one in the replica that this thread runs; itself where there is none."""
+        """The module's counterpart in the replica that this thread runs; the module itself without a replica."""
         if self.running is self.part:
             return module
         name = next(name for name, other in self.part.named_modules() if other is module)
         return self.running.get_submodule(name)
 
     def remembered(self) -> Call:
-        """What layers that are recomputed later need to know of this pass."""
+        """A copy of what recomputed layers need to know about this pass."""
         return Call(in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running)
 
     @contextlib.contextmanager
@@ -120,7 +121,7 @@ class Call:
 
 
 class _NotCopied:
-    """Belongs to threads that run: in a copy or a pickle it is new."""
+    """A base class for objects that belong to running threads: a copy or an unpickled object is new."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -130,14 +131,14 @@ class _NotCopied:
 
 
 class Calls(_NotCopied, threading.local):
-    """A model's calls, for each thread its own."""
+    """A model's calls, one for each thread."""
 
     def __init__(self) -> None:
         self.call = Call()
 
     @contextlib.contextmanager
     def opened(self, block: Block) -> Iterator[None]:
-        """The block, for the caller's thread or task, as long as this one lasts."""
+        """Opens a block for the caller's thread or task."""
         call = self.call
         around = call.block
         _OPEN.set((*_OPEN.get(), block))
@@ -150,13 +151,13 @@ class Calls(_NotCopied, threading.local):
 
     @contextlib.contextmanager
     def choosing(self, streams: StreamSet | None) -> Iterator[None]:
-        """Calls in this block run with `streams`. Which parameters train stays as it is."""
+        """Calls in this block run with `streams`. Which parameters are trainable does not change."""
         with self.opened(Block(self, streams)):
             yield
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
-        """Calls in this block show `recorder` the keys and values of each attention layer."""
+        """Calls in this block pass the keys and values of each attention layer to `recorder`."""
         call = self.call
         before, call.recorder = call.recorder, recorder
         try:
@@ -166,7 +167,7 @@ class Calls(_NotCopied, threading.local):
 
     @contextlib.contextmanager
     def unmixed(self) -> Iterator[None]:
-        """Calls in this block give the final hidden states of all streams, `(P*B, S, H)`."""
+        """Calls in this block return the final hidden states of all streams, `(P*B, S, H)`."""
         call = self.call
         before, call.aggregating = call.aggregating, False
         try:
@@ -200,17 +201,17 @@ class Calls(_NotCopied, threading.local):
 
 
 def innermost_block(calls: Calls) -> Block | None:
-    """The innermost block around the caller that chose a set for the model of these calls."""
+    """The innermost open block that chose a set for the model of these calls."""
     if torch.compiler.is_compiling():
         return calls.call.block
     return next((block for block in reversed(_OPEN.get()) if block.calls is calls), None)
 
 
 class Blocks(_NotCopied):
-    """The open blocks of a model that decide which parameters train; see `parscale.streams.trainability`."""
+    """The open blocks of a model that decide which parameters are trainable; see `parscale.streams.trainability`."""
 
     def __init__(self) -> None:
-        self.innermost: list[Block] = []  # of each thread or task
-        self.trained_outside: dict[nn.Parameter, bool] | None = None  # while there are any: what trains without them
-        self.used_outside = False  # while there are any: whether a pass outside of them was differentiated
+        self.innermost: list[Block] = []  # one for each thread or task
+        self.trained_outside: dict[nn.Parameter, bool] | None = None  # trainable without the open blocks
+        self.used_outside = False  # while blocks are open: whether a pass outside of them recorded gradients
         self.trainers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # threads with such passes, now or before

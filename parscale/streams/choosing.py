@@ -1,7 +1,7 @@
-"""Which set of streams runs and trains: the model's choice, and that of a block of code for itself.
+"""Which set of streams runs and is trained: the choice for the model, or for a block of code.
 
-`set_streams` chooses for the model; `use_streams` for a block, in its own thread or task alone
-(`parscale.streams.calls`). Both also decide which parameters train (`parscale.streams.trainability`).
+`set_streams` chooses for the model; `use_streams` for a block, only in its own thread or task
+(`parscale.streams.calls`). Both also decide which parameters are trainable (`parscale.streams.trainability`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from parscale.streams.trainability import LOCK, decide_what_trains, parameters_o
 def set_streams(model: Any, name: str | None) -> None:
     """Chooses the active set of streams; `None` is the plain backbone.
 
-    Only the active set trains: the one that was active is frozen, the chosen one is not. A forward pass that ran
+    Only the active set is trainable: the previous one is frozen, the chosen one is unfrozen. A forward pass that ran
     before still gives its gradients to the set that it ran with. Inside a `use_streams` block the choice lasts to the
     end of the block.
 
     Args:
-        name: of the set; `None` for the plain backbone.
+        name: the set's name; `None` for the plain backbone.
 
     Raises:
-        ValueError: there is no set of that name.
+        ValueError: there is no set of this name.
     """
     state: ParScaleState = model.parscale
     chosen, block = find_set(state, name), innermost_block(state.calls)
@@ -49,21 +49,21 @@ def set_streams(model: Any, name: str | None) -> None:
 
 @contextlib.contextmanager
 def use_streams(model: Any, name: str | None) -> Iterator[Any]:
-    """`with model.use_streams(name):` is `set_streams` for a block, in its thread or task alone.
+    """`with model.use_streams(name):` is `set_streams` for a block, only in its thread or task.
 
-    Other threads go on with the sets that they use. So does one that is started inside the block, such as the one that
+    Other threads keep the sets that they use. This includes threads started inside the block, such as the one that
     generates for a `TextIteratorStreamer`: open the block in that thread, or start it with
-    `contextvars.copy_context().run` (`asyncio.to_thread` does). After the block, everything is as before: the
-    active set, and which parameters train. What the configuration records is the model's choice, not the block's.
+    `contextvars.copy_context().run` (`asyncio.to_thread` does). After the block, the active set and the trainable
+    parameters are as before. The configuration records the model's choice, not the block's.
 
     Args:
-        name: of the set; `None` for the plain backbone.
+        name: the set's name; `None` for the plain backbone.
 
     Yields:
         The model.
 
     Raises:
-        ValueError: there is no set of that name.
+        ValueError: there is no set of this name.
     """
     state: ParScaleState = model.parscale
     block, around = Block(state.calls, find_set(state, name)), innermost_block(state.calls)
@@ -88,14 +88,14 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
 
 
 def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
-    """Of each context only the innermost block counts."""
+    """Only the innermost block of each context counts."""
     blocks[:] = [block for block in blocks if block is not old and block is not new]
     if new is not None:
         blocks.append(new)
 
 
 def forget(state: ParScaleState, streams: StreamSet) -> None:
-    """From here on the model and the open blocks run without a set: with the plain backbone, if they ran with it."""
+    """Switches the model and the open blocks from a set that is removed to the plain backbone."""
     if state.default is streams:
         state.default = None
     for block in state.blocks.innermost:
@@ -104,10 +104,10 @@ def forget(state: ParScaleState, streams: StreamSet) -> None:
 
 
 def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
-    """The set of that name; `None` for `None`.
+    """The set of this name; `None` for `None`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such set.
     """
     if name is None:
         return None
@@ -118,7 +118,7 @@ def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
 
 
 def _note(state: ParScaleState, streams: StreamSet | None, trains: bool) -> None:
-    """Lets a set train, or not, while no block is open."""
+    """Makes a set trainable or not, while no block is open."""
     for parameter in parameters_of(state, streams):
         if state.blocks.trained_outside is None:
             train(parameter, trains)
@@ -137,7 +137,7 @@ def _record(state: ParScaleState) -> None:
 
 
 class _NumStreams:
-    """`model.num_streams`: P of the active streams; 1 when they are off. A model that is not wrapped has none."""
+    """`model.num_streams`: P of the active streams; 1 when they are off. Only wrapped models have it."""
 
     def __get__(self, model: Any, owner: type | None = None) -> Any:
         if model is None:
@@ -149,8 +149,8 @@ class _NumStreams:
 
 
 def show_num_streams() -> None:
-    """Lets wrapped models have `_NumStreams`.
+    """Adds `_NumStreams` to wrapped models.
 
-    What is active depends on which thread asks, so that it cannot be a value in the model.
+    The active set depends on the calling thread, so it cannot be a plain attribute of the model.
     """
     show_on_models("num_streams", _NumStreams())

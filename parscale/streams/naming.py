@@ -1,4 +1,4 @@
-"""Which of a model's tensors are streams', by their names, in memory and in checkpoints."""
+"""Recognizes the tensors of streams by name, in memory and in checkpoints."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import re
 
 from parscale.config import LORA, PREFIX, PROMPT
 
-# What a transform's parameters are called in the modules that hold them.
+# The names of a transform's parameters in the modules that hold them.
 PARAMETERS = {PREFIX: ("prefix_k", "prefix_v"), PROMPT: ("prompt",), LORA: ("stream_down", "stream_up")}
 TRANSFORM_PART, AGGREGATOR_PART = "transform", "aggregator"
 AGGREGATOR = "aggregate_layer"
-COPY = "@@"  # in the names of a copy that belongs to an adapter, before its number
+COPY = "@@"  # in the names of a copy for an adapter, before its number
 _NAMES = "|".join(name for names in PARAMETERS.values() for name in names)
 _PATTERNS = {
     TRANSFORM_PART: re.compile(rf"(^|\.)({_NAMES})(@[\w-]+)?(@@\d+)?$"),
     AGGREGATOR_PART: re.compile(r"(^|\.)aggregate_layer(@[\w-]+)?(@@\d+)?\."),
 }
 PATTERNS = [pattern.pattern for pattern in _PATTERNS.values()]
-# What a set's transform has, by its name, in counts of parameters.
+# The label of each transform's parameters, in counts of parameters.
 LABELS = {PREFIX: "prefixes", PROMPT: "prompts", LORA: "low_rank"}
 
 
 def is_copy(name: str) -> bool:
-    """Whether a tensor of streams is of a copy that belongs to an adapter."""
+    """Whether a tensor of streams belongs to an adapter's copy."""
     return part_of(name) is not None and COPY in name
 
 

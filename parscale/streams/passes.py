@@ -1,8 +1,8 @@
-"""Calls in two passes, of sets of streams that share stream 0's keys and values.
+"""Calls with two passes, for sets of streams that share stream 0's keys and values.
 
-Stream 0 is the plain backbone, and no other stream's state outlives its token. So stream 0 may run first, alone, and
-the others afterwards, for the tokens where they are wanted: the last ones of a prompt, or those that stream 0 is
-uncertain about. `parscale.hooks.two_passes` makes the passes.
+Stream 0 is the plain backbone, and the other streams keep no state after their token. So stream 0 may run first, alone,
+and the others afterwards, only for the tokens that need them: the last ones of a prompt, or those where stream 0 is
+uncertain. `parscale.hooks.two_passes` runs the passes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LayerKeys = tuple[torch.Tensor, torch.Tensor, Any]  # keys and values (B, G, K, 
 
 @dataclasses.dataclass
 class Adaptive:
-    """Streams run on tokens where stream 0's prediction is uncertain only.
+    """Runs streams only on tokens where stream 0's prediction is uncertain.
 
     Args:
-        threshold: entropy of the prediction, nats, above which they run.
+        threshold: entropy of the prediction, in nats, above which they run.
         num_streams: P.
-        ran: tokens on which all streams ran.
-        tokens: all tokens that were predicted.
-        chosen: of the last call, where all streams ran, `(B, positions)`.
+        ran: number of tokens on which all streams ran.
+        tokens: number of predicted tokens.
+        chosen: where all streams ran in the last call, `(B, positions)`.
     """
 
     threshold: float
@@ -37,38 +37,38 @@ class Adaptive:
     chosen: torch.Tensor | None = None
 
     def ran_in(self, row: int, positions: int) -> int:
-        """On how many of the first positions of a row all streams ran in the last call."""
-        if self.chosen is None:  # of a threshold that chooses nothing
+        """The number of a row's first positions on which all streams ran in the last call."""
+        if self.chosen is None:  # a threshold that chooses no token
             return positions if self.threshold == 0 else 0
         return int(self.chosen[row, :positions].sum())
 
     @property
     def mean_streams(self) -> float:
-        """How many streams ran for a token on average."""
+        """The mean number of streams that ran for a token."""
         return float(self.num_streams) if self.threshold == 0 else self.mean_of(self.ran, self.tokens)
 
     def mean_of(self, ran: int, tokens: int) -> float:
-        """The same where all streams ran on `ran` of these tokens."""
+        """The mean number of streams for `tokens` tokens, if all streams ran on `ran` of them."""
         return 1.0 + (self.num_streams - 1) * ran / max(1, tokens)
 
 
 @dataclasses.dataclass
 class TwoPasses:
-    """A call of the whole model, in two passes of its backbone.
+    """A call of the whole model with two passes of its backbone.
 
     Args:
         streams: the set.
-        kept: how many of the last positions the caller wants; `None`: all.
+        kept: number of last positions that the caller wants; `None`: all.
         adaptive: where the streams run; `None`: everywhere.
-        is_second: whether stream 0 is through, and the other streams run.
-        arguments: the backbone's in the first pass, by their names; B rows.
+        is_second: whether the second pass runs.
+        arguments: of the backbone in the first pass, by name, with B rows.
         rows: B.
         length: S, new tokens.
         seen: tokens in the cache before them.
-        positions: how many of the last positions the second pass has.
+        positions: number of last positions in the second pass.
         hidden: final hidden states of stream 0 there, `(B, positions, H)`.
-        keys: what the attention of each layer was given in the first pass, call after call.
-        chosen: which rows the second pass has; `None`: all.
+        keys: the keys, values and mask of each attention call in the first pass, in order.
+        chosen: the rows of the second pass; `None`: all.
     """
 
     streams: StreamSet

@@ -1,4 +1,4 @@
-"""What streams find in a model: where their parameters can live, and what the tensors there look like."""
+"""Places in a model where parameters of streams can be added, and the shapes of the tensors there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Hidden(NamedTuple):
 
 @dataclasses.dataclass
 class AttentionLayer:
-    """An attention layer that carries a prefix, and what its keys and values look like.
+    """An attention layer that can have a prefix, and the shapes of its keys and values.
 
     Args:
         name: its name in the model.
         module: the layer.
         key_heads: G.
         key_size: D of the keys.
-        value_size: D of the values (another one in MLA).
+        value_size: D of the values (it differs in MLA).
         dtype: of its keys.
         device: of its keys.
         mesh: under tensor parallelism, the `DeviceMesh` over which its key/value heads are split.
@@ -44,7 +44,7 @@ class AttentionLayer:
 
 @dataclasses.dataclass
 class Linear:
-    """A linear layer that runs on whole rows: its name in the model, itself and its sizes."""
+    """A linear layer that runs on whole rows: its name in the model, the layer, and its sizes."""
 
     path: str
     module: nn.Module
@@ -54,12 +54,12 @@ class Linear:
 
 @dataclasses.dataclass
 class Place:
-    """Where one parameter of a set of streams lives, and what it is like.
+    """The place of one parameter of a set of streams, and its properties.
 
     Args:
         path: the module's name in the model.
         module: the module.
-        name: of the parameter in it, as in a checkpoint; a set that is not the default one adds its own name.
+        name: of the parameter in the module, as in a checkpoint; sets other than the default one add their own name.
         shape: P first.
         dtype: of the parameter.
         device: of the parameter.

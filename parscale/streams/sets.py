@@ -1,7 +1,7 @@
-"""A set of streams, what makes its streams differ, and what an adapter library keeps beside it.
+"""A set of streams, and the interfaces of transforms and of adapter libraries.
 
-`Transform` and `Adapters` say what the rest of the package may ask of the two; `parscale.transforms`
-and `parscale.integrations.peft` answer.
+`Transform` and `Adapters` define what the rest of the package may call; `parscale.transforms` and
+`parscale.integrations.peft` implement them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DEFAULT = DEFAULT_SET
 
 
 class StreamSet:
-    """One named set of streams. Its tensors are parameters of the backbone's modules, under names of its own.
+    """One named set of streams. Its tensors are parameters of the backbone's modules, under their own names.
 
     Args:
         name: `"default"` keeps the released names; another set adds `@name` to each.
-        config: its numbers.
-        copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
+        config: its configuration.
+        copy: number of a copy of the set for an adapter; 0 is the set itself.
 
     Attributes:
-        transform: what makes its streams differ; `parscale.transforms.make_set` gives it one.
+        transform: how its streams differ; set by `parscale.transforms.make_set`.
     """
 
     transform: Transform
@@ -40,7 +40,7 @@ class StreamSet:
         self.aggregator_name = self.own_name("aggregate_layer")
 
     def own_name(self, released: str) -> str:
-        """What the set calls a parameter, or the aggregator, in the module that holds it."""
+        """The set's name for a parameter, or for the aggregator, in the module that holds it."""
         name = released if self.name == DEFAULT else f"{released}@{self.name}"
         return f"{name}{COPY}{self.copy}" if self.copy else name
 
@@ -56,12 +56,12 @@ class StreamSet:
 
     @property
     def cache_copies(self) -> int:
-        """How many rows a cache has for each row of the input."""
+        """The number of cache rows for each row of the input."""
         return 1 if self.shares_keys else self.num_streams
 
 
 class Transform:
-    """How the P copies of a row come to differ. One object for each set of streams.
+    """How the P copies of a row come to differ; one object for each set of streams.
 
     Args:
         streams: the set.
@@ -71,25 +71,25 @@ class Transform:
         self.streams = streams
 
     def places(self) -> list[Place]:
-        """Where its parameters live.
+        """The places of its parameters.
 
         Raises:
             UnsupportedModelError: the model has no place for them.
         """
         raise NotImplementedError
 
-    def hang(self) -> None:
-        """Once its parameters exist: what it hangs into the model."""
+    def add_hooks(self) -> None:
+        """Adds the hooks of the transform to the model, once its parameters exist."""
 
     def attach(self) -> None:
-        """`hang`, and whatever shows that the model runs with it."""
-        self.hang()
+        """Calls `add_hooks`, and tests that the model runs with the transform."""
+        self.add_hooks()
 
     def detach(self) -> None:
-        """Undoes `hang`."""
+        """Undoes `add_hooks`."""
 
     def longest_text(self) -> int | None:
-        """How many tokens a text may have that streams start from; `None`: any number."""
+        """The maximum number of tokens in a text that streams start from; `None`: any number."""
         raise NotImplementedError
 
     def read(self, texts: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ class Transform:
         """Starts the streams at random, from torch's global state.
 
         Args:
-            std: of the backbone's own initialisation.
+            std: of the backbone's own initialization.
         """
         for parameter in self.parameters():
             parameter.normal_(0.0, std)
@@ -120,19 +120,19 @@ class Transform:
         return list(self.tensors().values())
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the backbone or of the encoder before it, which have P*B rows, as it shall see them."""
+        """Changes the arguments of the backbone or its encoder, which have P*B rows, before the forward."""
         return arguments
 
     def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The same in a pass of stream 0 alone: of B rows."""
+        """The same in a pass of stream 0 alone, with B rows."""
         return arguments
 
     def before_pooling(self, states: torch.Tensor) -> torch.Tensor:
-        """The final hidden states `(P*B, S, H)` that a pooler inside the backbone is given, as it shall see them."""
+        """Changes the final hidden states `(P*B, S, H)` before a pooler inside the backbone."""
         return states
 
     def after(self, output: Any) -> Any:
-        """The backbone's output, with P*B rows, before the streams are mixed."""
+        """Changes the backbone's output, with P*B rows, before the streams are mixed."""
         return output
 
 
@@ -143,10 +143,10 @@ class Adapters(Protocol):
         """The copy of a set that runs now."""
 
     def of_active(self, streams: StreamSet) -> StreamSet:
-        """The copy that trains and is saved."""
+        """The copy that is trained and saved."""
 
     def cover(self, streams: StreamSet) -> None:
-        """Gives a new set its copies."""
+        """Makes the copies of a new set."""
 
     def drop(self) -> None:
-        """Removes all copies, and leaves the sets as they are."""
+        """Removes all copies, and leaves the sets unchanged."""

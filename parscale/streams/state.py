@@ -1,7 +1,7 @@
-"""What a wrapped model carries beside its tensors: its parts, its attention layers, its sets of streams, its calls.
+"""The state of a wrapped model besides its tensors: its parts, attention layers, sets of streams and calls.
 
-All of it is data: making a `ParScaleState` changes nothing in the model. What hangs on the model is in
-`parscale.hooks` and `parscale.attention`.
+It is data only: making a `ParScaleState` changes nothing in the model. The hooks are in `parscale.hooks` and
+`parscale.attention`.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from parscale.streams.sets import Adapters, StreamSet
 
 
 class ParScaleState:
-    """Everything that wrapping adds to a model beside the tensors.
+    """The state that wrapping adds to a model, besides the tensors.
 
     Args:
         model: the model to wrap.
-        kernels: how the operations of `parscale.kernels` run, their `impl`.
+        kernels: the `impl` of the operations in `parscale.kernels`.
 
     Attributes:
-        backbone: what runs and is mixed.
-        encoder: before it, in a model that is an encoder with a decoder.
-        mixed: the backbone and the towers beside it.
+        backbone: the part that runs on all streams and whose output is mixed.
+        encoder: of an encoder-decoder model.
+        mixed: the backbone and its towers.
         backbone_name: its name in the model.
         roots: for each of `mixed`, what its tensors' names begin with.
         positional: for each of `parts`, the names of its arguments in their order.
         layers: the attention layers that can carry a prefix.
         without_layers: why there are none.
         linears: the linear layers that run on whole rows, found when a set asks for them.
+        key_projections: the linear layers that make nothing but keys and values, and whether they can be given stream
+            0's rows alone; found when a set that shares them asks, `None` before.
         hidden: the final hidden states of each of `mixed`.
-        measured: dtypes and devices of the weights when `layers` and `hidden` were looked up.
+        measured: dtypes and devices of the weights when `layers` and `hidden` were measured.
         sets: by name.
         default: the set that is active where no block chose one; `None`: the backbone.
-        adapters: the copies of the sets that belong to adapters, while PEFT has some on the model.
-        blocks: those that decide what trains.
+        adapters: the copies of the sets for adapters, while PEFT has some on the model.
+        blocks: those that decide which parameters are trainable.
         calls: those of each thread.
-        hooks: handles of what hangs on the model for all sets.
+        hooks: handles of the hooks that all sets share.
 
     Raises:
-        UnsupportedModelError: it has no backbone that streams run on.
+        UnsupportedModelError: it has no backbone that supports streams.
     """
 
     def __init__(self, model: Any, kernels: Impl = "auto") -> None:
@@ -64,6 +66,7 @@ class ParScaleState:
         self.layers: list[AttentionLayer] = []
         self.without_layers = ""
         self.linears: list[Linear] = []
+        self.key_projections: dict[nn.Module, bool] | None = None
         self.hidden: list[Hidden] = []
         self.measured: list[tuple[torch.dtype, torch.device]] = []
         self.sets: dict[str, StreamSet] = {}
@@ -75,53 +78,53 @@ class ParScaleState:
         ALIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has the set that is active here."""
+        """A copy starts with the set that is active here."""
         return self.__dict__ | {"default": self.active}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        """A copy of a model is one too."""
+        """Registers a copy in `ALIVE`, like its original."""
         self.__dict__.update(attributes)
         ALIVE.add(self)
 
     @property
     def parts(self) -> list[Any]:
-        """The encoder before the backbone, if there is one, the backbone, and the towers beside it."""
+        """The encoder, if there is one, the backbone, and the towers."""
         return self.mixed if self.encoder is None else [self.encoder, *self.mixed]
 
     # -- which set runs
 
     @property
     def active(self) -> StreamSet | None:
-        """The set that a call runs with from here: the innermost block's, else the model's; None: the backbone."""
+        """The set that a call from here runs with: the innermost block's, else the model's; `None`: the backbone."""
         block = innermost_block(self.calls)
         return self.default if block is None else block.chosen
 
     @property
     def call(self) -> Call:
-        """The forward pass under way in this thread."""
+        """The current forward pass in this thread."""
         return self.calls.call
 
     @property
     def in_flight(self) -> StreamSet | None:
-        """The set that the pass under way (or recomputed under checkpointing) runs with. None: the backbone."""
+        """The set that the current (or recomputed) pass runs with. `None`: the backbone."""
         return self.call.in_flight
 
     def in_use(self, streams: StreamSet) -> StreamSet:
-        """The set, or the copy of it that runs with PEFT's adapters as they are."""
+        """The set, or the copy of it that PEFT's current adapters use."""
         return streams if self.adapters is None else self.adapters.in_use(streams)
 
     def of_active_adapter(self, streams: StreamSet) -> StreamSet:
-        """The set, or the copy of it that the active one of PEFT's adapters has."""
+        """The set, or the copy of it that belongs to PEFT's active adapter."""
         return streams if self.adapters is None else self.adapters.of_active(streams)
 
     # -- where the tensors of a set are
 
     def tensors(self, streams: StreamSet) -> dict[str, nn.Parameter]:
-        """The set's parameters by their released names in the model, whatever the set is called."""
+        """The set's parameters by their released names in the model, whatever the name of the set."""
         return {name: getattr(module, own) for name, (module, own) in self.holders(streams).items()}
 
     def holders(self, streams: StreamSet) -> dict[str, tuple[nn.Module, str]]:
-        """For each of the set's parameters, by its released name, the module that has it, and its name in that."""
+        """The module and the attribute name of each of the set's parameters, by released name."""
         streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
@@ -135,7 +138,7 @@ class ParScaleState:
         return holders
 
     def names(self, streams: StreamSet) -> dict[str, str]:
-        """The set's names in the model's `state_dict` by the released ones."""
+        """The set's names in the model's `state_dict`, by released name."""
         streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return {}
@@ -149,16 +152,16 @@ class ParScaleState:
         return names
 
     def aggregators(self, streams: StreamSet) -> list[Aggregator]:
-        """The aggregators that run with the set, one for each part that is mixed."""
+        """The aggregators of the set, one for each mixed part."""
         name = self.in_use(streams).aggregator_name
         return [getattr(part, name) for part in self.mixed]
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
-        """The one of the backbone."""
+        """The aggregator of the backbone."""
         return self.aggregators(streams)[0]
 
     def trainability(self) -> dict[nn.Parameter, bool]:
-        """Whether each parameter of each set trains."""
+        """Whether each parameter of each set is trainable."""
         return {p: p.requires_grad for streams in self.sets.values() for p in self.tensors(streams).values()}
 
 
@@ -166,5 +169,5 @@ ALIVE: weakref.WeakSet[ParScaleState] = weakref.WeakSet()  # of all models, wrap
 
 
 def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Any]:
-    """A module's parameters by name; its buffers too, which an adapter's copy that never trains has in their place."""
+    """A module's parameters by name, and its buffers, which a copy that is never trained has instead."""
     return dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))

@@ -1,8 +1,8 @@
-"""Which parameters of the sets of streams train.
+"""Which parameters of the sets of streams are trainable.
 
-Whether a parameter trains is a mark on the parameter, so it is the model's, and not a thread's. While `use_streams`
-blocks are open, those of all threads count: a set trains if one of them chose it. The set that is active outside of
-blocks rests then, unless a pass outside of them is differentiated. When the last block ends, all is as it was.
+`requires_grad` is a flag of the parameter, so it belongs to the model, not to a thread. The open `use_streams` blocks
+of all threads count: a set is trainable if one of them chose it. The set that is active outside of blocks is then
+frozen, unless a pass outside of them records gradients. When the last block ends, the flags are as before.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from parscale.streams.calls import innermost_block
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
-LOCK = threading.RLock()  # held while it is decided what trains
+LOCK = threading.RLock()  # held while flags change
 
 
 def parameters_of(state: ParScaleState, streams: StreamSet | None) -> list[nn.Parameter]:
-    """The parameters of a set; none for `None`, or while its tensors are buffers, which never train."""
+    """The parameters of a set; none for `None`, or if its tensors are buffers, which are never trained."""
     tensors = {} if streams is None else state.tensors(streams)
     return [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
 
 
 def decide_what_trains(state: ParScaleState) -> None:
-    """Freezes and releases each set's parameters as the open blocks and the choice outside of them say."""
+    """Freezes or unfreezes each set's parameters, by the open blocks and the choice outside of them."""
     if state.blocks.trained_outside is None:  # no block is open
         return
     chosen = {block.chosen: block for block in state.blocks.innermost}
@@ -48,10 +48,10 @@ def decide_what_trains(state: ParScaleState) -> None:
 
 
 def use_outside_of_blocks(state: ParScaleState) -> None:
-    """Before a pass that is differentiated: outside of blocks the model's own set trains, whatever blocks there are."""
+    """Before a pass with gradients: the model's own set is trainable outside of blocks, whatever blocks are open."""
     if innermost_block(state.calls) is not None:
         return
-    # a block that another thread opens from now on leaves the set alone
+    # a block that another thread opens from now on does not freeze the set
     state.blocks.trainers.add(threading.current_thread())
     if state.blocks.innermost and not state.blocks.used_outside:
         with LOCK:
@@ -60,9 +60,9 @@ def use_outside_of_blocks(state: ParScaleState) -> None:
 
 
 def train(parameter: nn.Parameter, trains: bool) -> None:
-    """Freezes a parameter or not, without taking the gradient from a forward pass that is not differentiated yet.
+    """Freezes or unfreezes a parameter; a forward pass whose backward has not run yet keeps its gradient.
 
-    autograd drops what comes back for a parameter that was frozen meanwhile; a hook delivers it.
+    autograd drops the gradient of a parameter that was frozen in the meantime; a hook delivers it.
     """
     if parameter.requires_grad is trains:
         return

@@ -1,7 +1,7 @@
-"""What a terminal is shown of text that others wrote.
+"""Safe output of untrusted text to a terminal.
 
-- `text`: control characters become escapes on their way to a stream
-- `console`: rich's console, for such text
+- `text`: escapes control characters in what is written to a stream
+- `console`: rich's console for such text
 
 May import: nothing of the package.
 """

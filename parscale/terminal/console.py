@@ -1,4 +1,4 @@
-"""Rich's console, for text that others wrote."""
+"""Rich's console for untrusted text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from parscale.terminal.text import raw_stream, shown
 
 
 class Terminal(Console):
-    """A console that shows text as it is: no markup, no names of emoji, no control characters.
+    """A console that shows text literally: no markup, no emoji codes, no control characters.
 
     Args:
         stderr: write to standard error instead of standard output.
-        **options: for `rich.console.Console`.
+        **options: passed to `rich.console.Console`.
     """
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
@@ -27,10 +27,10 @@ class Terminal(Console):
         super().__init__(file=stream, stderr=stderr, **plain | options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's, of the text `parscale.terminal.text.shown`: columns are as wide as that."""
+        """Renders the text after `parscale.terminal.text.shown`, so that columns have the right width."""
         return super().render_str(shown(text), **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """As rich's, with the text of every piece `parscale.terminal.text.shown`."""
+        """Renders every piece of text after `parscale.terminal.text.shown`."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(shown(segment.text), segment.style)

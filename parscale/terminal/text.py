@@ -1,20 +1,20 @@
-"""What a terminal is shown of text that others wrote: names in files, errors of libraries, what a model generates.
+"""Untrusted text on a terminal: names in files, errors of libraries, text that a model generates.
 
-Such text can hold what a terminal obeys (escape sequences, carriage returns) and what turns its order around. On its
-way to a stream it meets `shown`: in the command line every stream is a `ShownStream`, and tables, status
-lines and progress bars come from `parscale.terminal.console.Terminal`.
+Such text can hold control sequences (escape sequences, carriage returns) and marks that reverse its order. `shown`
+escapes them: in the command line every stream is a `ShownStream`, and tables, status lines and progress bars come from
+`parscale.terminal.console.Terminal`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-# Control characters but tab and newline; breaks of lines and paragraphs; marks of direction; what has no width and no
-# meaning by itself; halves of characters; tags. Joiners stay: scripts and emoji need them.
+# Control characters except tab and newline; line and paragraph separators; direction marks; zero-width characters
+# without meaning of their own; lone surrogates; tags. Joiners stay: scripts and emoji need them.
 _NOT_SHOWN = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -24,14 +24,14 @@ _LINE_ANEW = re.compile(r"(\r?)([^\r]*)(\r?)")
 
 
 def shown(text: str) -> str:
-    r"""Text in which each character that a terminal does not show as itself is an escape, such as `\x1b`."""
+    r"""Text in which each character that a terminal does not display is an escape, such as `\x1b`."""
     return _NOT_SHOWN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class ShownStream:
-    """A stream that writes what `shown` makes of its text; otherwise the stream that it is given.
+    """Writes the result of `shown` to a stream; otherwise behaves like the stream.
 
-    A carriage return at either end of what is written stays: progress bars of libraries begin their line anew by it.
+    A carriage return at either end of a text stays: the progress bars of libraries restart their line with it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -50,20 +50,20 @@ class ShownStream:
             self.raw.write(shown(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         """Writes several texts."""
         for line in lines:
             self.write(line)
 
 
 def raw_stream(stream: Any) -> TextIO:
-    """The stream itself, where it is a `ShownStream`."""
+    """The stream itself, without `ShownStream`."""
     return stream.raw if isinstance(stream, ShownStream) else stream
 
 
 @contextmanager
 def shown_streams() -> Iterator[None]:
-    """In this block standard output and standard error show what is written to them."""
+    """In this block standard output and standard error escape what is written to them."""
     output, errors = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = ShownStream(output), ShownStream(errors)
     try:

@@ -1,13 +1,13 @@
-"""What makes the streams of one set differ: three transforms of the input or of the layers that read it.
+"""How the streams of a set differ: three transforms, of the input or of the layers that read it.
 
-- `prefix`: keys and values in front of those of each attention layer (models with attention; the paper's own)
-- `prompt`: embeddings in front of those of the input (models that read token ids)
-- `lora`: a low-rank difference to each linear layer (any)
+- `prefix`: learned keys and values before those of each attention layer (models with attention; the paper's method)
+- `prompt`: learned embeddings before those of the input (models that read token ids)
+- `lora`: a low-rank difference in each linear layer (any model)
 
-A prefix may also stand in front of keys and values that all streams share (`parscale.transforms.shared`).
+Streams with a prefix or low-rank differences may share keys and values (`parscale.transforms.shared`).
 
-Chen et al., arXiv 2505.10475, found them nearly equal in loss; the number of streams matters more. How a set starts is
-in `parscale.transforms.inits`.
+Chen et al., arXiv 2505.10475, found nearly equal losses for them; the number of streams matters more. How a set starts
+is described in `parscale.transforms.inits`.
 
 May import: `attention`, `streams` and what is below them.
 """
@@ -21,22 +21,24 @@ from parscale.transforms.base import ModelTransform
 from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import PrefixTransform
 from parscale.transforms.prompt import PromptTransform
-from parscale.transforms.shared import SharedPrefixTransform
+from parscale.transforms.shared import SharedLoraTransform, SharedPrefixTransform
 
 CLASSES: dict[str, type[ModelTransform]] = {PREFIX: PrefixTransform, PROMPT: PromptTransform, LORA: LoraTransform}
+SHARED_CLASSES: dict[str, type[ModelTransform]] = {PREFIX: SharedPrefixTransform, LORA: SharedLoraTransform}
 
 
 def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int = 0) -> StreamSet:
-    """A set of streams for a model, with the transform that its configuration names; it is not added to the model.
+    """Makes a set of streams, with the transform that its configuration names, without adding it to the model.
 
     Args:
-        state: of the model.
-        name: of the set.
-        config: its numbers.
-        copy: number of a copy of the set that belongs to an adapter; 0 is the set itself.
+        state: the model's state.
+        name: the set's name.
+        config: its configuration.
+        copy: number of a copy of the set for an adapter; 0 is the set itself.
     """
     streams = StreamSet(name, config, copy)
-    streams.transform = (SharedPrefixTransform if streams.shares_keys else CLASSES[config.transform])(state, streams)
+    classes = SHARED_CLASSES if streams.shares_keys else CLASSES
+    streams.transform = classes[config.transform](state, streams)
     return streams
 
 

@@ -1,10 +1,10 @@
-"""What the transforms have in common: they look at the model, and try whether it runs with them."""
+"""The common parts of the transforms: they examine the model, and test whether it runs with them."""
 
 from __future__ import annotations
 
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import has_learned_positions
-from parscale.streams.brief_runs import is_of_the_machine, one_line, run_briefly
+from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.sets import StreamSet, Transform
 from parscale.streams.state import ParScaleState
 
@@ -13,7 +13,7 @@ class ModelTransform(Transform):
     """A transform of one model.
 
     Args:
-        state: of the wrapped model.
+        state: the wrapped model's state.
         streams: the set.
     """
 
@@ -22,15 +22,15 @@ class ModelTransform(Transform):
         self.state = state
 
     def try_out(self) -> None:
-        """Runs the backbone with the streams, to see whether it can.
+        """Tests whether the backbone runs with the streams.
 
         Raises:
-            UnsupportedModelError: it cannot.
+            UnsupportedModelError: it does not.
         """
         try:
             run_briefly(self.state, streams=self.streams)
-        except Exception as error:  # whatever the backbone does with what it does not expect
-            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+        except Exception as error:  # whatever the backbone raises for unexpected input
+            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{type(self.state.model).__name__} does not run with transform={self.streams.config.transform!r} "
@@ -38,7 +38,7 @@ class ModelTransform(Transform):
             ) from error
 
     def longest_text(self) -> int | None:
-        """As many tokens as there are learned positions; any number where there are none."""
+        """The number of learned positions; `None`, any number, if there are none."""
         if not has_learned_positions(self.state.backbone):
             return None
         config = self.state.model.config.get_text_config()

@@ -1,15 +1,15 @@
 """How a new set of streams starts.
 
-- `random`: prefixes or prompts drawn independently from a normal of the backbone's `initializer_range`; for
-  `transform="lora"` the streams are the backbone itself, and differ as soon as they train
+- `random`: prefixes or prompts drawn independently from a normal distribution with the backbone's `initializer_range`;
+  with `transform="lora"` the streams equal the backbone, and differ once they are trained
 - `context`: each stream has read a different text of T tokens: its prefix is the text's keys and values, at positions
-  -T..-1, or its prompt the text's embeddings
-- `documents`: the same, with the end-of-text token in place of each text's last, so that the input begins a new
+  -T..-1, or its prompt is the text's embeddings
+- `documents`: the same, with the end-of-text token in place of each text's last token, so that the input begins a new
   document
-- all: aggregator: first layer from that normal, everything else zero, so that all streams weigh the same
+- all of them: the aggregator's first layer comes from that distribution, its last layer is zero: equal weights
 
-The end-of-text token is the model's `eos_token_id`, the first where there are several. Where a model has none in its
-vocabulary, and where T is 1, which has no room for a text beside it, `documents` is `context`.
+The end-of-text token is the model's `eos_token_id`, the first if there are several. If the vocabulary has none, or if T
+is 1, which leaves no room for a text, `documents` equals `context`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from parscale.streams.state import ParScaleState
 
 
 def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
-    """How streams start where nobody chose: from texts, if the model writes them and streams can start from them."""
+    """The default init: from texts, if the model generates text and streams can start from it."""
     return "documents" if writes_text(state.model) and config.transform != LORA else "random"
 
 
@@ -39,10 +39,9 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
     """Fills the tensors of a new set of streams, by its `config.init` and `config.seed`.
 
     Args:
-        state: of the wrapped model.
+        state: the wrapped model's state.
         streams: a set whose parameters exist.
-        calibration: token ids `(P, T)`, for `"documents"` and `"context"`; without it the backbone samples them
-            itself.
+        calibration: token ids `(P, T)`, for `"documents"` and `"context"`; without it the backbone samples them.
 
     Raises:
         ValueError: an init that reads texts, for a model on the meta device.
@@ -83,7 +82,7 @@ def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor |
 
 
 def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
-    """P texts of T tokens, `(P, T)`, drawn from the backbone itself; each starts with another token."""
+    """P texts of T tokens, `(P, T)`, sampled from the backbone itself; each starts with a different token."""
     P, T = streams.config.num_transformed, streams.config.prefix_length
     model: Any = state.model
     vocabulary = _vocabulary_size(model)
@@ -91,7 +90,7 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     plain = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
     )
-    own = model.generation_config  # what it asks for (beams, stop strings, ...) is meant for its user's texts
+    own = model.generation_config  # its settings (beams, stop strings, ...) are meant for the user's texts
     try:
         model.generation_config = plain
         with backbone_only(state):
@@ -101,7 +100,7 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
 
 
 def _end_of_text(model: Any) -> int | None:
-    """The token that ends a document; None if the model names none in its vocabulary."""
+    """The token that ends a document; `None` if the model names none in its vocabulary."""
     for config in (model.config.get_text_config(), model.generation_config):
         ends = getattr(config, "eos_token_id", None)
         end = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
@@ -111,21 +110,21 @@ def _end_of_text(model: Any) -> int | None:
 
 
 def _vocabulary_size(model: Any) -> int:
-    """How many tokens the model knows; in each of its tables, where it has several (Musicgen)."""
+    """The number of tokens in the model's vocabulary; that of each table, if it has several (Musicgen)."""
     return whole_shape(next(model.get_input_embeddings().parameters()))[0]
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
-    """Refuses a calibration that the set cannot read, and a start from texts of a model that has none.
+    """Checks that the set can read a calibration, and that the model can start from texts.
 
     Raises:
-        ValueError: it is of another shape, has ids outside the vocabulary, or stands beside `init="random"`; or an
-            init that reads texts, for a model that does not write them.
+        ValueError: the calibration has another shape, ids outside the vocabulary, or comes with `init="random"`; or the
+            init reads texts, but the model does not generate text.
     """
     if streams.config.init in TEXT_INITS and not writes_text(state.model):
         raise ValueError(
-            f"init={streams.config.init!r} starts streams from texts that a causal language model reads and writes, "
-            f"which {type(state.model).__name__} is not: leave it out, or use init='random'."
+            f"init={streams.config.init!r} starts streams from texts that a causal language model reads and generates, "
+            f"but {type(state.model).__name__} is not one: omit it, or use init='random'."
         )
     if calibration is None:
         return
@@ -133,7 +132,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
     if streams.config.init not in TEXT_INITS:
         raise ValueError(
             f"calibration is read by init={' or '.join(map(repr, TEXT_INITS))} only, got "
-            f"init={streams.config.init!r}: leave one out."
+            f"init={streams.config.init!r}: omit one of them."
         )
     given = type(calibration).__name__
     if isinstance(calibration, torch.Tensor):
@@ -152,7 +151,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
-    """Draws in this block come from `seed`; the caller's random state is as before afterwards. None: no change."""
+    """Random numbers in this block come from `seed`, and the random state is restored afterwards; `None`: no change."""
     if seed is None:
         yield
         return

@@ -1,9 +1,9 @@
-"""`lora`: a low-rank difference of its own for each stream in each linear layer.
+"""`lora`: a low-rank difference for each stream in each linear layer.
 
     y = W x + up_p (down_p x)         down (P, r, in), up (P, out, r)
 
-for a row of stream p, in one batched product over the streams (Hu et al., arXiv 2106.09685, with alpha = r). `down`
-starts as in that paper's code and `up` at zero, so that each stream begins as the backbone itself.
+for a row of stream p, as one batched product over the streams (Hu et al., arXiv 2106.09685, with alpha = r). `down`
+starts as in that paper's code and `up` at zero, so each stream starts as the backbone itself.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 
-ROWS = 3  # of the forward pass that shows where linear layers see whole rows; two tokens in each
-_EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens that were routed to them, whatever row they are of
+ROWS = 3  # of the forward pass that finds linear layers on whole rows; two tokens in each
+_EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens routed to them, from any row
 
 
 class LoraTransform(ModelTransform):
@@ -39,24 +39,28 @@ class LoraTransform(ModelTransform):
         self.down_name, self.up_name = streams.own_name("stream_down"), streams.own_name("stream_up")
         self._hooks: list[Any] = []
 
-    def places(self) -> list[Place]:
-        """Two on each linear layer."""
-        P, r = self.streams.config.num_streams, self.streams.config.rank
+    def linears(self) -> list[Linear]:
+        """The layers that get a difference."""
         if not self.state.linears:
             self.state.linears = _find_linears(self.state)
+        return self.state.linears
+
+    def places(self) -> list[Place]:
+        """Two on each linear layer."""
+        P, r = self.streams.config.num_transformed, self.streams.config.rank
         return [
             Place(layer.path, layer.module, name, shape, self.state.hidden[0].dtype, execution_device(layer.module))
-            for layer in self.state.linears
+            for layer in self.linears()
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
 
-    def hang(self) -> None:
+    def add_hooks(self) -> None:
         """A hook on each linear layer."""
-        self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.state.linears]
+        self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.linears()]
 
     def attach(self) -> None:
-        """A hook on each linear layer, tried out."""
-        self.hang()
+        """Adds a hook to each linear layer, and tests that the model runs."""
+        self.add_hooks()
         self.try_out()
 
     def detach(self) -> None:
@@ -73,20 +77,22 @@ class LoraTransform(ModelTransform):
                 parameter.uniform_(-bound, bound)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """After a linear layer: `(P*B, ..., out)`, or `(P*B*S, out)`, and the streams' differences."""
+        """After a linear layer: adds the streams' differences to `(P*B, ..., out)` or `(P*B*S, out)`."""
         if self.state.in_flight is not self.streams:
             return output
+        return output + self.difference(module, args[0]).reshape(output.shape).to(output.dtype)
+
+    def difference(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Of the streams that have one: `(P*B, ..., in)`, stream-major, to `(P, N, out)`."""
         down, up = parameter_of(module, self.down_name), parameter_of(module, self.up_name)
-        P, x = down.shape[0], args[0].to(down.dtype)
-        low = torch.bmm(x.reshape(P, -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r), stream-major
-        difference = torch.bmm(low, up.mT)  # (P, N, out)
-        return output + difference.reshape(output.shape).to(output.dtype)
+        low = torch.bmm(x.to(down.dtype).reshape(len(down), -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r)
+        return torch.bmm(low, up.mT)
 
 
 def _find_linears(state: ParScaleState) -> list[Linear]:
     """The linear layers that a forward pass calls with one or more items of each row, row after row.
 
-    Those that the result does not depend on smoothly are left out, such as the ones that choose tokens to attend to.
+    Layers without a differentiable effect on the result are excluded, such as those that choose tokens to attend to.
     """
     found: dict[int, Linear] = {}
     probes: dict[int, torch.Tensor] = {}
@@ -105,7 +111,7 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
 
     modules = {id(module): module for part in state.parts for module in inner_modules(part)}
     poolers = [pooler for part in state.mixed if isinstance(pooler := getattr(part, "pooler", None), nn.Module)]
-    mixed = {id(module) for pooler in poolers for module in pooler.modules()}  # these see the streams mixed
+    mixed = {id(module) for pooler in poolers for module in pooler.modules()}  # these see the mixed states
     linears = [
         module
         for i, module in modules.items()
@@ -127,7 +133,7 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
         with torch.enable_grad():
             total = torch.stack([hidden.sum().to(results[0].device) for hidden in results]).sum()
             gradients = torch.autograd.grad(total, list(probes.values()), allow_unused=True)
-    except RuntimeError as error:  # Reformer runs its layers again, backwards
+    except RuntimeError as error:  # Reformer runs its layers again in its own backward
         raise UnsupportedModelError(
             f"{type(state.model).__name__} differentiates its layers by code of its own, which does not know of "
             f"transform='lora' ({error}): use another one."
@@ -137,7 +143,7 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
 
 @contextlib.contextmanager
 def _without_inference_tensors(state: ParScaleState) -> Iterator[None]:
-    """In this block what the model has from `torch.inference_mode`, which cannot be differentiated, is copied."""
+    """In this block the model's tensors from `torch.inference_mode`, which cannot record gradients, are copied."""
     own: list[tuple[nn.Module, str, torch.Tensor]] = []
     for module in (module for part in state.parts for module in part.modules()):
         for tensors in (module.named_parameters, module.named_buffers):

@@ -1,7 +1,7 @@
-"""`prefix`: learned keys and values in front of those of each attention layer (Chen et al., arXiv 2505.10475).
+"""`prefix`: learned keys and values before those of each attention layer (Chen et al., arXiv 2505.10475).
 
-`parscale.attention` puts them there. To start from texts, the backbone reads them, and the keys and values that
-its attention sees are kept.
+`parscale.attention` adds them. To start from texts, the backbone reads the texts, and the keys and values in its
+attention become the prefixes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 
-AFTERWARDS = 8  # tokens on which a stream that starts as a text is compared with the backbone that reads the text
-EXACT, FEW_BITS = 1e-3, 5e-2  # up to there they are the same: in float32, in the shorter formats
-USER = 7  # frames from a warning here to the caller of wrap or add_streams
+AFTERWARDS = 8  # tokens on which a stream that starts from a text is compared with the backbone after that text
+EXACT, FEW_BITS = 1e-3, 5e-2  # tolerances for equal results: in float32, and in shorter formats
+USER = 7  # number of frames from a warning here to the caller of wrap or add_streams
 
 
 class PrefixTransform(ModelTransform):
@@ -37,7 +37,7 @@ class PrefixTransform(ModelTransform):
         self._row_positions = RowPositions(state)
 
     def places(self) -> list[Place]:
-        """Two on each attention layer that has keys and values of its own."""
+        """Two parameters on each attention layer that has its own keys and values."""
         P, T = self.streams.config.num_transformed, self.streams.config.prefix_length
         if not self.state.layers:
             raise UnsupportedModelError(f"{self.state.without_layers} transform='prompt' and 'lora' work without it.")
@@ -55,7 +55,7 @@ class PrefixTransform(ModelTransform):
         ]
 
     def attach(self) -> None:
-        """Hooks what is around the backbone, and tries a model that pools or decodes in ways of its own."""
+        """Hooks the modules around the backbone, and tests models with their own pooling or decoding."""
         self._row_positions.attach()
         if not writes_text(self.state.model):
             self.try_out()
@@ -65,24 +65,24 @@ class PrefixTransform(ModelTransform):
         self._row_positions.detach()
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """With the positions of each row's tokens, where the caller gives none."""
+        """Adds the positions of each row's tokens, if the caller passes none."""
         return self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
 
     def longest_text(self) -> int | None:
-        """As many tokens as there are positions; a table that rotates keys has to hold the first token's too."""
+        """The number of positions; a table that rotates keys needs one more, for the first token of the input."""
         tables = [len(getattr(module, name)) - 1 for module, name in rotary_tables(self.state)]
         return min(tables) if tables else super().longest_text()
 
     def read(self, texts: torch.Tensor) -> None:
-        """Reads the texts with the backbone, at positions -T..-1, and keeps the keys and values that attention sees."""
+        """Reads the texts with the backbone, at positions -T..-1, and stores the keys and values in its attention."""
         backbone, T = self.state.backbone, self.streams.config.prefix_length
         tables = rotary_tables(self.state)
         learned = not tables and has_learned_positions(backbone)
         positions = torch.arange(T) if tables or learned else torch.arange(-T, 0)
         layers = self._keep_keys_and_values(texts, positions, tables)
         if not all(prefix.isfinite().all() for prefix in self.parameters()):
-            # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see a
-            # negative one
+            # queries scaled by the logarithm of their position (Ministral 3, Llama 4): only the rotation may see
+            # negative positions
             with rotation_moved(backbone, -T):
                 layers = self._keep_keys_and_values(texts, positions + T, tables)
         reason = self._why_approximate(texts, layers, learned)
@@ -92,12 +92,12 @@ class PrefixTransform(ModelTransform):
     def _keep_keys_and_values(
         self, texts: torch.Tensor, positions: torch.Tensor, tables: list[RotaryTable]
     ) -> list[nn.Module]:
-        """Reads the texts at these positions `(T,)`, and makes what attention sees the prefixes.
+        """Reads the texts at these positions `(T,)`, and stores the keys and values in attention as prefixes.
 
         Args:
             texts: token ids `(P, T)`.
             positions: of the tokens.
-            tables: that rotate keys, as `parscale.attention.rotary.rotary_tables` finds them.
+            tables: tables that rotate keys, from `parscale.attention.rotary.rotary_tables`.
 
         Returns:
             The attention layers in the order in which they ran.
@@ -114,21 +114,21 @@ class PrefixTransform(ModelTransform):
             layers.append(module)
             for own, states in ((streams.key_name, key), (streams.value_name, value)):
                 prefix = getattr(module, own, None)
-                if prefix is not None:  # a layer that borrows its keys has none
+                if prefix is not None:  # a layer that uses another's keys has none
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
-        rows = positions.to(texts.device).expand_as(texts)  # some look their row's up (Qwen4, XLM)
+        rows = positions.to(texts.device).expand_as(texts)  # some models look up the row's positions (Qwen4, XLM)
         with backbone_only(state), tables_moved(tables, T), state.calls.recording(keep):
             state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
         return layers
 
     def _why_approximate(self, texts: torch.Tensor, layers: list[nn.Module], learned: bool) -> str:
-        """Why a stream is not quite the backbone that has read its text; nothing where it is.
+        """Why a stream only approximates the backbone after its text; empty if it is exact.
 
         Args:
-            texts: that were read, `(P, T)`.
+            texts: the texts `(P, T)`.
             layers: the attention layers in the order in which they ran.
-            learned: the backbone has learned positions.
+            learned: whether the backbone has learned positions.
         """
         init, name = self.streams.config.init, type(self.state.model).__name__
         reason = self._expected_approximation(layers, learned)
@@ -144,7 +144,7 @@ class PrefixTransform(ModelTransform):
         )
 
     def _expected_approximation(self, layers: list[nn.Module], learned: bool) -> str:
-        """What in the backbone makes its start from texts an approximation; arguments as `_why_approximate`."""
+        """The property of the backbone that makes a start from texts approximate; arguments of `_why_approximate`."""
         init, name, T = self.streams.config.init, type(self.state.model).__name__, self.streams.config.prefix_length
         if len(layers) > len(set(layers)):
             return (
@@ -163,11 +163,12 @@ class PrefixTransform(ModelTransform):
         return ""
 
     def _error_alone(self, texts: torch.Tensor) -> float | None:
-        """How far each stream by itself is from the backbone that reads its text, on tokens that come after.
+        """The error of each stream alone against the backbone after its text, on the following tokens.
 
         Returns:
-            The largest difference of hidden states, in units of the largest; `None` where the prefixes cannot run
-            yet, since their layers' heads or their values are spread over devices.
+            The largest difference of hidden states, relative to the largest value; `None` if the prefixes cannot run
+            yet, since
+                the layers' heads or their values are spread over devices.
         """
         state = self.state
         if any(layer.mesh is not None for layer in state.layers) or any(map(is_partitioned, state.model.parameters())):

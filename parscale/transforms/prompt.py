@@ -1,12 +1,12 @@
-"""`prompt`: learned embeddings in front of those of the input (Lester et al., arXiv 2104.08691), for each stream.
+"""`prompt`: learned embeddings before those of the input (Lester et al., arXiv 2104.08691), for each stream.
 
-They run through the backbone as tokens do, so any model with an embedding of token ids can have them, also one without
-keys and values (Mamba, RWKV). A row `[padding | tokens]` becomes `[padding | prompt | tokens]`, so that a layer
-which carries a state along meets no padding between the two; the prompt has positions 0..T-1 and the tokens those from
-T on. The backbone's output has the tokens alone. The cache holds the prompt too, and counts tokens. Of documents that
-are packed into one row, each gets the prompt in front of it.
+They run through the backbone like tokens, so any model with an embedding of token ids supports them, even without keys
+and values (Mamba, RWKV). A row `[padding | tokens]` becomes `[padding | prompt | tokens]`, so that layers with a
+recurrent state see no padding between the two; the prompt has positions 0..T-1, and the tokens start at T. The
+backbone's output has only the tokens. The cache holds the prompt too, but counts only tokens. If documents are packed
+into one row, each gets the prompt before it.
 
-Windows and chunks hide the prompt from tokens that are far from it, as they would hide a text there.
+Windows and chunks hide the prompt from distant tokens, as they would hide text at its place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import leading_zeros
@@ -32,7 +32,7 @@ from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 
-FIRST_LENGTH = "parscale_first_length"  # what a cache says of itself: how many tokens its first pass had
+FIRST_LENGTH = "parscale_first_length"  # an attribute of a cache: the number of tokens in its first pass
 
 
 class PromptTransform(ModelTransform):
@@ -43,11 +43,11 @@ class PromptTransform(ModelTransform):
         self._row_positions = RowPositions(state)
 
     def places(self) -> list[Place]:
-        """One, on the backbone."""
+        """One parameter, on the backbone."""
         state, config = self.state, self.streams.config
         embeddings = _embeddings(state.backbone) if state.parts == [state.backbone] else None
         names = state.positional[state.backbone]
-        pairs = "target_mapping" in names  # of tokens, who foresees whom (XLNet)
+        pairs = "target_mapping" in names  # for pairs of tokens, which tokens are predicted (XLNet)
         if embeddings is None or "inputs_embeds" not in names or pairs:
             raise UnsupportedModelError(
                 f"transform='prompt' needs a backbone that reads token ids or their embeddings, and "
@@ -60,7 +60,7 @@ class PromptTransform(ModelTransform):
         return [Place(state.backbone_name, state.backbone, "prompt", shape, dtype, device)]
 
     def attach(self) -> None:
-        """Hooks what is around the backbone, and tries the model."""
+        """Hooks the modules around the backbone, and tests the model."""
         self._row_positions.attach()
         self.try_out()
 
@@ -69,11 +69,11 @@ class PromptTransform(ModelTransform):
         self._row_positions.detach()
 
     def read(self, texts: torch.Tensor) -> None:
-        """The embeddings of the texts."""
+        """Stores the embeddings of the texts."""
         self.parameters()[0].copy_(_embeddings(self.state.backbone)(texts))  # (P, T) -> (P, T, H)
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Puts the prompt in front of the tokens, in the first pass of a cache, and moves positions and masks."""
+        """In the first pass of a cache, puts the prompt before the tokens; shifts positions and masks."""
         T = self.streams.config.prefix_length
         arguments = self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -86,15 +86,13 @@ class PromptTransform(ModelTransform):
         if begins:
             return self._begin(arguments, mask, positions)
         padding = leading_zeros(mask)
-        if (
-            mask is not None and padding is not None
-        ):  # the prompt stands in what the first pass read, also where that was padding alone
+        if mask is not None and padding is not None:  # the first pass contains the prompt, even if it was padding alone
             padding = padding.clamp(max=getattr(cache, FIRST_LENGTH, mask.shape[-1]))
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
     def _prompt(self) -> torch.Tensor:
-        """The prompt `(P, T, H)` of the backbone that runs."""
+        """The prompt `(P, T, H)` of the running backbone."""
         return parameter_of(self.state.call.running, self.streams.own_name("prompt"))
 
     def _check_cache(self, cache: Any, mask: Any, begins: bool) -> None:
@@ -143,7 +141,7 @@ class PromptTransform(ModelTransform):
         return arguments
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of ids `(R, S)`, what the layers of some backbones see beside embeddings (Gemma 3n, Gemma 4, Qwen4)."""
+        """The additional inputs of some backbones' layers for ids `(R, S)` (Gemma 3n, Gemma 4, Qwen4)."""
         names, backbone = self.state.positional[self.state.backbone], self.state.call.running
         if "ple_input_ids" in names:
             return {"ple_input_ids": ids}
@@ -154,9 +152,9 @@ class PromptTransform(ModelTransform):
         return {}
 
     def _packed(self, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows `(R, S, H)` of several documents, whose positions start anew: each gets the prompt in front of it.
+        """Rows `(R, S, H)` of several documents, whose positions restart: each document gets the prompt before it.
 
-        The rows are then as long as the one of most documents, and end in what no token sees.
+        All rows get the length of the one with the most documents; the padding at the end is not visible to any token.
         """
         T, prompt = self.streams.config.prefix_length, self._prompt().to(embeds.dtype)
         (R, S), P = embeds.shape[:2], prompt.shape[0]
@@ -165,13 +163,13 @@ class PromptTransform(ModelTransform):
         starts = torch.cat([first, positions.diff(dim=-1) != 1], dim=-1)  # (R, S)
         document = starts.cumsum(-1)  # from 1
         length = S + T * int(document.max())
-        tokens = torch.arange(S, device=embeds.device) + T * document  # (R, S), where the tokens stand
+        tokens = torch.arange(S, device=embeds.device) + T * document  # (R, S), the places of the tokens
         self.state.call.tokens = tokens
-        # where the prompt's tokens do, (R, S, T), one place beyond the end for the tokens that begin nothing
+        # the places of the prompt's tokens, (R, S, T), one place beyond the end for tokens that do not begin a document
         places = (tokens - T)[..., None] + torch.arange(T, device=embeds.device)
         places = places.where(starts[..., None], length)
         source = torch.zeros(R, length + 1, dtype=torch.long, device=embeds.device)  # of prompt and tokens, one by one
-        moved = torch.arange(length + 1, device=embeds.device).repeat(R, 1)  # positions; those of the end begin anew
+        moved = torch.arange(length + 1, device=embeds.device).repeat(R, 1)  # positions; those of the end restart
         moved -= tokens[:, -1:] + 1
         source.scatter_(1, tokens, torch.arange(S, device=embeds.device).expand(R, -1) + T)
         moved.scatter_(1, tokens, positions + T)
@@ -182,7 +180,7 @@ class PromptTransform(ModelTransform):
         return {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
 
     def _positions(self, positions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        """Positions `([3,] R or 1, S)` moved by T, behind those of the prompt."""
+        """Positions `([3,] R or 1, S)` shifted by T, after those of the prompt."""
         T = self.streams.config.prefix_length
         own = torch.arange(T, device=positions.device).expand(*positions.shape[:-1], -1)
         if padding is None or positions.ndim == 3:
@@ -191,7 +189,7 @@ class PromptTransform(ModelTransform):
         return _insert(own.expand(rows, -1), positions.expand(rows, -1) + T, padding)
 
     def before_pooling(self, states: torch.Tensor) -> torch.Tensor:
-        """Those of the tokens."""
+        """The states of the tokens, without the prompt."""
         if states.ndim == 2:
             raise ValueError(
                 f"{type(self.state.backbone).__name__} pools its first token, which is one of the prompt: use another "
@@ -201,7 +199,7 @@ class PromptTransform(ModelTransform):
         return states if tokens is None else _gather(states, tokens)
 
     def after(self, output: Any) -> Any:
-        """Takes the prompt's places out of what has one for each token, and lets the cache count tokens."""
+        """Removes the prompt from outputs with an entry for each token, and makes the cache count only tokens."""
         call, T = self.state.call, self.streams.config.prefix_length
         index: torch.Tensor | None = call.tokens
         for cache in (call.cache, *(output if isinstance(output, tuple) else output.values())):
@@ -211,8 +209,8 @@ class PromptTransform(ModelTransform):
                 answer_by(cache, {name: functools.partial(method, T, cache) for name, method in OUTSIDE.items()})
         call.tokens = call.cache = None
         if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
-            raise ValueError("it foresees several tokens at once, and those of a prompt among them")  # ProphetNet
-        whole = output[0].shape[1]  # T + S, or those of the last tokens, where no others are asked for (Gemma 4)
+            raise ValueError("it predicts several tokens at once, including those of a prompt")  # ProphetNet
+        whole = output[0].shape[1]  # T + S, or the last tokens, if only those were requested (Gemma 4)
         if index is None or whole < index.shape[1]:
             return output
         if isinstance(output, tuple):
@@ -224,12 +222,12 @@ class PromptTransform(ModelTransform):
 
 
 def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
-    """What has one entry for each token of the prompt and the text, without the prompt's.
+    """Removes the prompt's entries from a tensor with one entry for each token of prompt and text.
 
     Args:
-        states: hidden states `(R, T + S, H)`, attention weights `(R, heads, T + S, T + S)` (of which columns stay),
-            router logits `(R*(T + S), E)`, or a tuple of such for the layers; anything else comes back as it is.
-        index: `(R, S)`, where the tokens stand.
+        states: hidden states `(R, T + S, H)`, attention weights `(R, heads, T + S, T + S)` (whose columns stay), router
+            logits `(R*(T + S), E)`, or a tuple of these for the layers; other values are returned unchanged.
+        index: `(R, S)`, the places of the tokens.
         whole: T + S.
     """
     if isinstance(states, (tuple, list)) and not isinstance(states, Cache):
@@ -247,39 +245,39 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
 
 
 def _restarts(positions: torch.Tensor) -> bool:
-    """Whether positions `(R or 1, S)` are those of several documents in one row.
+    """Whether positions `(R or 1, S)` belong to several documents in one row.
 
     Raises:
-        ValueError: that is not known while torch compiles.
+        ValueError: torch is compiling, where this is unknown.
     """
     if positions.ndim != 2 or positions.shape[-1] == 1:
         return False
     if torch.compiler.is_compiling():
         raise ValueError(
-            "While torch compiles, transform='prompt' cannot see whether position_ids start anew: leave them out, or "
-            "give an attention_mask."
+            "While torch compiles, transform='prompt' cannot see whether position_ids restart: omit them, or "
+            "pass an attention_mask."
         )
     return bool((positions.diff(dim=-1) != 1).any())
 
 
 def _length_without(prompt_length: int, cache: Cache, layer_idx: int = 0) -> int:
-    """`cache.get_seq_length()` for those outside the backbone: of the tokens alone."""
+    """`cache.get_seq_length()` for code outside the backbone: counts only tokens."""
     length: int = type(cache).get_seq_length(cache, layer_idx)
     return max(length - prompt_length, 0)
 
 
 def _mask_sizes_without(prompt_length: int, cache: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
-    """`cache.get_mask_sizes(...)` for those outside the backbone: length and offset of the tokens alone."""
+    """`cache.get_mask_sizes(...)` for code outside the backbone: length and offset of only the tokens."""
     length, offset = type(cache).get_mask_sizes(cache, query_length, layer_idx)
     start = max(offset - prompt_length, 0)
     return max(offset + length - prompt_length - start, query_length), start
 
 
-# What a cache says of itself while no backbone runs.
+# The methods of a cache that are replaced while no backbone runs.
 OUTSIDE: dict[str, Callable[..., Any]] = {"get_seq_length": _length_without, "get_mask_sizes": _mask_sizes_without}
 
 
-def _embeddings(backbone: Any) -> Any:
+def _embeddings(backbone: PreTrainedModel) -> Any:
     try:
         embeddings = backbone.get_input_embeddings()
     except NotImplementedError:
@@ -288,7 +286,7 @@ def _embeddings(backbone: Any) -> Any:
 
 
 def _insert(new: torch.Tensor, old: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Rows `old` `(R, K, ...)` with `new` `(R, T, ...)` behind their first `padding` `(R,)` entries."""
+    """Rows `old` `(R, K, ...)` with `new` `(R, T, ...)` inserted after their first `padding` `(R,)` entries."""
     both = torch.cat([new, old], dim=1)  # (R, T + K, ...)
     if padding is None:
         return both
@@ -299,19 +297,19 @@ def _insert(new: torch.Tensor, old: torch.Tensor, padding: torch.Tensor | None) 
 
 
 def _gather(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of `(R, K, ...)` the entries `index` `(R, S)` of each row."""
+    """The entries `index` `(R, S)` of each row of `(R, K, ...)`."""
     index = index.to(states.device).reshape(*index.shape, *[1] * (states.ndim - 2))
     return states.gather(1, index.expand(-1, -1, *states.shape[2:]))
 
 
 def _extended(mask: Any, prompt_length: int, begins: bool, padding: torch.Tensor | None) -> Any:
-    """A mask over tokens as one over prompt and tokens; the prompt is read causally and seen by every token."""
+    """A mask over tokens, extended to prompt and tokens; the prompt is causal and visible to every token."""
     if isinstance(mask, dict):
         return {
             kind: None if one is None else _extended(one, prompt_length, begins, None) for kind, one in mask.items()
         }
     if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"transform='prompt' takes a mask as a tensor, got {type(mask).__name__}: use sdpa or eager.")
+        raise ValueError(f"transform='prompt' needs a tensor as mask, got {type(mask).__name__}: use sdpa or eager.")
     T = prompt_length
     if mask.ndim == 2:
         return _insert(mask.new_ones(mask.shape[0], T), mask, padding)

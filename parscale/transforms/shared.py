@@ -2,15 +2,17 @@
 
     layer, stream p:   q_p = W_q h_p      keys, values: [prefix_p | W_k h_0, W_v h_0 of the tokens 0..t]
 
-Everything after it is as with keys of their own: residual stream, MLP, final norm, aggregator. What follows from it:
+Everything after it is as with keys of their own: residual stream, MLP, final norm, aggregator. Streams that differ by
+low-rank differences in place of prefixes have them on all linear layers but those that make nothing but keys and
+values. What follows from it:
 
-- The cache is the plain backbone's: as many rows, the same numbers. A text that the backbone has read is continued
-  with streams, and the other way round.
-- No token's cache depends on streams 1 to P - 1, so they run only where somebody wants their prediction: the last
-  positions of a prompt (`parscale.hooks.two_passes`), or tokens that stream 0 is uncertain about.
+- The cache is that of the plain backbone: same rows, same values. A text that the backbone has read can be continued
+  with streams, and vice versa.
+- No token's cache depends on streams 1 to P - 1, so they run only where their prediction is needed: at the last
+  positions of a prompt (`parscale.hooks.two_passes`), or at tokens where stream 0 is uncertain.
 - A step reads the cache once for all streams.
 
-A start from texts is an approximation: a stream that begins as a text sees it in front of keys that have not.
+A start from texts is an approximation: a stream sees its text before keys that have not seen it.
 """
 
 from __future__ import annotations
@@ -22,51 +24,60 @@ from torch import nn
 from transformers import DynamicCache
 
 from parscale.attention.discovery import number_of_attention_layers
+from parscale.attention.projections import SharedProjections, find_projections
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument, input_device, reads, writes_text
-from parscale.streams.brief_runs import backbone_only, is_of_the_machine, one_line
+from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
+from parscale.streams.places import Linear
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
+from parscale.transforms.base import ModelTransform
+from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import EXACT, FEW_BITS, PrefixTransform
 
 INSTEAD = "Use kv='own'."
+TRIED = 0.1  # size of the differences with which a set is tried out
 
 
-class SharedPrefixTransform(PrefixTransform):
-    """`prefix_k` and `prefix_v` `(P - 1, G, T, D)` on each attention layer, of streams 1 to P - 1."""
+class SharedTransform(ModelTransform):
+    """What streams that share keys add to a transform: hooks on attention layers, and a trial of both ways to run."""
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
-        self._layers = SharedLayers(state, streams)
+        self._layers, self._projections = SharedLayers(state, streams), SharedProjections(state, streams)
         if state.layers and streams.num_streams > 1:
             check_can_share(state)
 
-    def hang(self) -> None:
-        """A hook on each attention layer."""
+    def add_hooks(self) -> None:
+        """Also hooks on each attention layer, and on its projections of keys and values."""
+        super().add_hooks()
         self._layers.attach(registered_layers(self.state))
+        self._projections.attach(self.key_projections())
 
     def attach(self) -> None:
-        """Hooks the attention layers and what is around the backbone, and tries whether both ways agree."""
-        self._row_positions.attach()
-        self.hang()
+        """Hangs the hooks, and tries whether both ways agree."""
+        self.add_hooks()
         self.try_out()
 
     def detach(self) -> None:
         """Removes the hooks."""
         super().detach()
         self._layers.detach()
+        self._projections.detach()
 
-    def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As `before`, for stream 0 alone: B rows."""
-        return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
+    def key_projections(self) -> dict[nn.Module, bool]:
+        """The linear layers of which only stream 0's rows are read, as `find_projections` finds them."""
+        if self.state.key_projections is None:
+            self.state.key_projections = find_projections(self.state, self.streams)
+        return self.state.key_projections
 
     def try_out(self) -> None:
-        """Reads three tokens at once; two and one with a cache; and the last by two passes.
+        """Compares three ways to read three tokens: at once, two and one with a cache, and the last one by two passes.
 
         Raises:
-            UnsupportedModelError: the backbone fails with streams, or the two differ.
+            UnsupportedModelError: the backbone fails with streams, or the results differ.
         """
         state, name = self.state, type(self.state.model).__name__
         device = input_device(state.model)
@@ -85,8 +96,8 @@ class SharedPrefixTransform(PrefixTransform):
                     logits = state.model(input_ids=ids, use_cache=False).logits[:, -1:]
                     by_passes = state.model(input_ids=ids, logits_to_keep=1).logits
                     difference = max(difference, _difference(by_passes, logits))
-        except Exception as error:  # whatever the backbone does with keys of fewer rows than it has queries
-            if isinstance(error, UnsupportedModelError) or is_of_the_machine(error):
+        except Exception as error:  # whatever the backbone raises for fewer rows of keys than of queries
+            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
                 raise
             raise UnsupportedModelError(
                 f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"
@@ -97,21 +108,67 @@ class SharedPrefixTransform(PrefixTransform):
                 f"layer keeps more than keys and values. {INSTEAD}"
             )
 
+
+class SharedPrefixTransform(SharedTransform, PrefixTransform):
+    """`prefix_k` and `prefix_v` `(P - 1, G, T, D)` on each attention layer, of streams 1 to P - 1."""
+
+    def attach(self) -> None:
+        """Hooks what is around the backbone, too."""
+        self._row_positions.attach()
+        super().attach()
+
+    def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As `before`, for stream 0 alone: B rows."""
+        return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
+
     def _error_alone(self, texts: torch.Tensor) -> float | None:
-        """Not looked for: no stream equals the backbone that reads its text."""
+        """Always `None`: no stream equals the backbone after its text."""
         return None
 
 
+class SharedLoraTransform(SharedTransform, LoraTransform):
+    """`stream_down` `(P - 1, r, in)` and `stream_up` `(P - 1, out, r)`, of streams 1 to P - 1.
+
+    On each linear layer of the backbone that runs on whole rows, but for those that make nothing but keys and values.
+    """
+
+    def linears(self) -> list[Linear]:
+        """The layers that get a difference."""
+        return [layer for layer in super().linears() if layer.module not in self.key_projections()]
+
+    def try_out(self) -> None:
+        """With differences that are none at the start: a layer that runs on other rows with a cache would not show."""
+        ups = [up for name, up in self.tensors().items() if name.endswith("stream_up") and not up.is_meta]
+        before, generator = [up.detach().clone() for up in ups], torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            try:
+                for up in ups:
+                    up.add_(TRIED * torch.randn(up.shape, generator=generator).to(up))
+                super().try_out()
+            finally:
+                for up, values in zip(ups, before, strict=True):
+                    up.copy_(values)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """As of streams with keys of their own; stream 0's rows, where it runs too, stay as they are."""
+        call, x = self.state.call, args[0]
+        if call.in_flight is not self.streams:
+            return output
+        first = 0 if call.passes is not None else len(x) // self.streams.num_streams
+        difference = self.difference(module, x[first:]).reshape(output[first:].shape)
+        return torch.cat([output[:first], output[first:] + difference.to(output.dtype)])
+
+
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The largest, in units of the largest number."""
+    """The largest difference, relative to the largest value."""
     return float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
 
 
 def check_can_share(state: ParScaleState) -> None:
-    """Refuses a model in which streams cannot share keys and values.
+    """Checks that streams of a model can share keys and values.
 
     Raises:
-        UnsupportedModelError: with the reason.
+        UnsupportedModelError: they cannot; the message gives the reason.
     """
     name, layers = type(state.model).__name__, state.layers
     registered = set(registered_layers(state))
@@ -131,6 +188,6 @@ def check_can_share(state: ParScaleState) -> None:
 
 
 def _carries(state: ParScaleState) -> bool:
-    """Whether the cache that transformers makes for the backbone has room for states that layers carry along."""
+    """Whether the cache that transformers makes for the backbone holds recurrent states."""
     cache = DynamicCache(config=state.backbone.config)
     return any(map(carries_state, cache.layers))

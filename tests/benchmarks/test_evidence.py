@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear
 
 import parscale
 
@@ -108,7 +109,8 @@ def test_a_stream_attends_to_what_its_variant_says(variant: str, window: int) ->
     angle = torch.zeros(1, 6, layer.head_dim, dtype=torch.float64)
     found, _ = layer(hidden_states=states, position_embeddings=(angle.cos(), angle.sin()), attention_mask=None)
     query, key, value = (
-        project(states).unflatten(-1, (-1, layer.head_dim)) for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        linear(states, project.weight, project.bias).unflatten(-1, (-1, layer.head_dim))  # of all streams' rows
+        for project in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     for stream, token, head in product(range(3), range(6), range(2)):
         replaces = variant == "shared-own"

@@ -99,7 +99,7 @@ def test_calibration_pieces_are_spread_over_the_text():
     assert ids.tolist() == [[0, 1], [3, 4], [6, 7]]
     exact = calibration_ids([("a", "012345")], tokenizer, num_streams=3, prefix_length=2)
     assert exact.tolist() == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(ValueError, match="holds 5 tokens, and 3 streams of 2 tokens need 6"):
+    with pytest.raises(ValueError, match="holds 5 tokens, but 3 streams of 2 tokens need 6"):
         calibration_ids([("a", "01234")], tokenizer, num_streams=3, prefix_length=2)
 
 
@@ -147,7 +147,7 @@ def test_calibration_for_a_random_start(backbone, tmp_path, text_file, capsys):
 def test_too_little_calibration(backbone, tmp_path, text_file, capsys):
     text_file.write_text("short")
     options = ["--num-streams", 2, "--prefix-length", 5, "--init", "context", "--calibration", text_file]
-    complaint = "holds 5 tokens, and 2 streams of 5 tokens need 10"
+    complaint = "holds 5 tokens, but 2 streams of 5 tokens need 10"
     refused(capsys, tmp_path, backbone, tmp_path / "output", *options, complaint=complaint)
 
 
@@ -188,7 +188,7 @@ def test_source_that_is_empty(tmp_path, capsys):
 
 
 def test_source_that_has_streams(two_sets, tmp_path, capsys):
-    complaint = "has streams already (full)"
+    complaint = "already has streams (full)"
     refused(capsys, tmp_path, two_sets, tmp_path / "output", "--num-streams", 2, complaint=complaint)
 
 
@@ -208,7 +208,7 @@ def test_source_without_attention(tmp_path, capsys):
 def test_source_that_is_cut_short(damaged, tmp_path, capsys):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(capsys, tmp_path, damaged, tmp_path / "output", "--num-streams", 2, complaint="cut short")
+    refused(capsys, tmp_path, damaged, tmp_path / "output", "--num-streams", 2, complaint="truncated")
 
 
 def test_source_with_a_pickle(damaged, tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_an_encoder(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("text")
     for command in (["eval", "--data", str(tmp_path / "text.txt")], ["generate", "--prompt", "x"]):
         assert run([command[0], str(tmp_path / "wide"), *command[1:]]) == 2
-        assert "holds a BertForMaskedLM, and this is for causal language models" in capsys.readouterr().err
+        assert "holds a BertForMaskedLM, but this is for causal language models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("transform", ["prompt", "lora"])

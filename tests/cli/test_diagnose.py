@@ -44,7 +44,9 @@ def test_as_text(two_sets, files, capsys, tmp_path):
     assert run(command) == 0
     printed = capsys.readouterr().out
     assert "loss of each stream" in printed
-    assert "Alone, the streams lose" in printed
+    assert "Alone, the streams have losses of" in printed
+    assert "of the whole gain" in printed
+    assert "Whether they gain anything is said by controls: parscale train --controls." in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -56,7 +58,7 @@ def test_as_text(two_sets, files, capsys, tmp_path):
         (["--batch-size", "0"], "batch_size is 0, and must be at least 1"),
         (["--streams", "nothing"], "nothing"),
         (["--streams", "off"], "No streams are active"),
-        (["--plot", "streams.xyz"], "streams.xyz does not end in .png, .pdf, .svg"),
+        (["--plot", "streams.xyz"], "streams.xyz must end in one of .png, .pdf, .svg"),
         (["--plot", "nowhere/streams.png"], "There is no folder nowhere"),
     ],
 )

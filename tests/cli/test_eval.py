@@ -19,6 +19,9 @@ TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 NEXT_LINE, PROSE, REST_OF_LINE = (str(TASKS / f"{name}.yaml") for name in ("next_line", "prose", "rest_of_line"))
 
 
+pytestmark = pytest.mark.usefixtures("brief_lm_eval")
+
+
 def measure(capsys, *arguments: object) -> dict:
     assert run(["eval", *map(str, arguments), "--device", "cpu", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -148,8 +151,8 @@ def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--tasks", "helaswag"], "knows no task 'helaswag'; did you mean hellaswag"),
-        (["--tasks", "nowhere.yaml"], "nowhere.yaml is no file"),
+        (["--tasks", "helaswag"], "has no task 'helaswag'; did you mean hellaswag"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml is not a file"),
         (["--limit", "0"], "limit is 0, and must be a number of questions, or a share of them"),
         (["--limit", "1.5"], "limit is 1.5, and must be"),
         (["--batch-size", "0"], "batch_size is 0, and must be at least 1"),
@@ -176,7 +179,7 @@ def test_bad_input_for_tasks(two_sets, capsys, options, complaint, tmp_path, mon
 def test_tasks_need_a_tokenizer(two_sets, capsys, tmp_path):
     parscale.load(two_sets).save_pretrained(tmp_path)
     assert run(["eval", str(tmp_path), "--tasks", PROSE]) == 2
-    assert f"{tmp_path} holds no tokenizer" in capsys.readouterr().err
+    assert f"{tmp_path} has no tokenizer" in capsys.readouterr().err
 
 
 def test_a_result_that_cannot_be_written_is_printed(two_sets, text_file, capsys, tmp_path, monkeypatch):
@@ -221,7 +224,7 @@ def test_the_stock_command_says_the_same(two_sets, capsys, lm_eval, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stock_command_without_parscale_says_what_to_install(two_sets, lm_eval):
+def test_lm_eval_without_parscale_says_what_to_install(two_sets, lm_eval):
     blocked = """
 import sys
 
@@ -231,11 +234,10 @@ class Blocker:
             raise ModuleNotFoundError("No module named 'parscale'", name="parscale")
 
 sys.meta_path.insert(0, Blocker())
-from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
+from lm_eval.models.huggingface import HFLM
+HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu")
 """
-    model = f"pretrained={two_sets},trust_remote_code=True"
-    finished = lm_eval("--model", "hf", "--model_args", model, "--tasks", "arc_easy", start=blocked)
+    finished = lm_eval(two_sets, start=blocked)
     assert finished.returncode != 0
     assert "pip install --upgrade parscale" in finished.stderr.strip().splitlines()[-1]
 

@@ -41,9 +41,9 @@ def test_plain_backbone(backbone, capsys):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--prompt", ""], "The prompt holds no token"),
+        (["--prompt", ""], "The prompt has no tokens"),
         (["--prompt", "x", "--streams", "nothing"], "nothing"),
-        (["--prompt", "x", "--device", "abacus"], "There is no device 'abacus'"),
+        (["--prompt", "x", "--device", "abacus"], "The device 'abacus' is not available"),
     ],
 )
 def test_bad_input(two_sets, capsys, options, complaint):
@@ -57,7 +57,7 @@ def test_bad_input(two_sets, capsys, options, complaint):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(two_sets, capsys):
     assert run(["generate", str(two_sets), "--prompt", "x", "--device", "cuda"]) == 2
-    assert "There is no device 'cuda' here" in capsys.readouterr().err
+    assert "The device 'cuda' is not available" in capsys.readouterr().err
 
 
 def test_a_set_of_streams_of_a_plain_backbone(backbone, capsys):
@@ -70,4 +70,4 @@ def test_without_a_tokenizer(backbone, tmp_path, capsys):
 
     LlamaForCausalLM.from_pretrained(backbone).save_pretrained(tmp_path / "bare")
     assert run(["generate", str(tmp_path / "bare"), "--prompt", "x"]) == 2
-    assert "holds no tokenizer" in capsys.readouterr().err
+    assert "has no tokenizer" in capsys.readouterr().err

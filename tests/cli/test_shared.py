@@ -142,3 +142,38 @@ def test_eval_refuses(options, said, shared, short, capsys):
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_diagnose_proposes_what_eval_takes(shared, short, capsys):
+    about = ["--data", str(short), "--device", "cpu", "--json"]
+    assert run(["diagnose", str(shared), *about, "--share", "0.4"]) == 0
+    proposal = json.loads(capsys.readouterr().out)["proposal"]
+    assert run(["eval", str(shared), *about, "--adaptive", str(proposal["threshold"])]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["mean_streams"] == pytest.approx(proposal["mean_streams"])
+    assert figures["share_of_tokens"] == pytest.approx(proposal["share"])
+    assert figures["loss"] == pytest.approx(proposal["loss"], rel=1e-4)
+    assert run(["diagnose", str(shared), *about[:-1], "--share", "0.4"]) == 0
+    assert "For all streams on 40 % of the tokens, take adaptive =" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("threshold", "streams"), [("0", 3), ("inf", 1), ("3.9", None)])
+def test_generate_with_streams_for_uncertain_tokens(shared, threshold, streams, capsys):
+    model, tokenizer = parscale.load(shared), AutoTokenizer.from_pretrained(shared)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    with model.use_streams(None if streams == 1 else "default"):
+        adaptive = {} if streams else {"adaptive": float(threshold)}
+        expected = tokenizer.decode(model.generate(ids, **options, **adaptive)[0], skip_special_tokens=True)
+    command = ["generate", str(shared), "--prompt", "def f(x):", "--max-new-tokens", "9", "--device", "cpu"]
+    assert run([*command, "--adaptive", threshold]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected + "\n"
+    mean = streams or model.last_mean_streams
+    assert printed.err.splitlines()[-1] == f"Streams for a token on average: {mean:.2f} of 3."
+
+
+def test_generate_refuses(shared, capsys):
+    command = ["generate", str(shared), "--prompt", "x", "--streams", "own", "--adaptive", "1"]
+    assert run(command) == BAD_INPUT
+    assert "'own' is P = 2, own" in capsys.readouterr().err

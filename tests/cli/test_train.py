@@ -26,7 +26,7 @@ def test_trains_and_reports(two_sets, text_file, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert run([*arguments, *SIZES, "--freeze-backbone", "--eval-data", f"code={text_file}", "--resume"]) == 0
     printed = capsys.readouterr().out
-    assert "has finished before; nothing was left to do" in printed
+    assert "had already finished; there was nothing to do" in printed
     assert f"after {report['losses']['code']['after']:.4f}" in printed
 
 
@@ -39,11 +39,11 @@ def test_trains_and_reports(two_sets, text_file, tmp_path, capsys):
         (["--data", "lines.jsonl"], "lines.jsonl, line 2, is not JSON"),
         (["--data", "columns.jsonl"], "has no column 'text'; it has: 'body'"),
         (["--data", "short.txt"], "The data holds 6 tokens, fewer than one sequence of 16"),
-        (["--data", "short.txt", "--eval-data", "a.txt", "b/a.txt"], "Two texts to measure on are called 'a'"),
+        (["--data", "short.txt", "--eval-data", "a.txt", "b/a.txt"], "Two evaluation texts are called 'a'"),
         (["--data", "short.txt", "--quantize", "int8"], "A quantized backbone cannot train"),
         ([], "Missing option '--data'"),
-        (["--data", "short.txt", "--tokens", "1.5"], "'1.5' is no whole number; give one such as 20000000 or 20M"),
-        (["--data", "short.txt", "--tokens", "many"], "'many' is no size"),
+        (["--data", "short.txt", "--tokens", "1.5"], "'1.5' is not a whole number; give one such as 20000000 or 20M"),
+        (["--data", "short.txt", "--tokens", "many"], "'many' is not a size"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(two_sets, tmp_path, monkeypatch, capsys, arguments, said):
@@ -77,6 +77,6 @@ def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, monkey
     monkeypatch.setattr(Interruption, "on_step_end", asked)
     arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
     assert run(arguments) == INTERRUPTED
-    assert "checkpoint-1; --resume goes on from there" in capsys.readouterr().err
+    assert "checkpoint-1; --resume continues from there" in capsys.readouterr().err
     monkeypatch.undo()
     assert run([*arguments, "--resume"]) == 0

@@ -49,6 +49,6 @@ def test_an_output_among_the_data_is_refused(two_sets, text_file, tmp_path, caps
     arguments = ["train", str(two_sets), "--data", str(tmp_path), "--output", str(tmp_path / "run"), *SIZES]
     assert run([*arguments, *resume]) == BAD_INPUT
     printed = capsys.readouterr()
-    assert f"The output {tmp_path}/run lies in {tmp_path}, which is read as data" in printed.err
+    assert f"The output {tmp_path}/run is inside {tmp_path}, which is read as data" in printed.err
     assert printed.err.count("\n") == 1
     assert os.listdir(tmp_path) == [text_file.name]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -45,14 +44,18 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"parscale {parscale.__version__}\n"
 
 
-def test_help_is_immediate(tmp_path):
-    """Half a second is promised; the best of five runs, since other tests run beside this one."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        parscale("--help", cwd=tmp_path)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+def test_help_imports_nothing_that_takes_long(tmp_path):
+    """It is there at once: half a second is promised, and torch alone takes longer."""
+    script = (
+        "import sys; from parscale.cli.application import run\n"
+        "assert run(['--help']) == 0\n"
+        "print('imported:', *(name.partition('.')[0] for name in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    imported = result.stdout.partition("imported:")[2].split()
+    assert "parscale" in imported
+    assert not {"torch", "transformers", "numpy", "scipy", "matplotlib", "datasets", "accelerate"} & {*imported}
 
 
 @pytest.mark.parametrize(
@@ -66,8 +69,8 @@ def test_help_is_immediate(tmp_path):
         (["convert", "a", "b", "--streams", "4"], "No such option: --streams"),
         (["generate", "a", "--prompt", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["generate", "a", "--prompt", "x", "--temperature", "-1"], "'--temperature'"),
-        (["eval", "a"], "Give either --data FILE... or --tasks NAME..., one of the two"),
-        (["eval", "a", "--data", "b", "--tasks", "c"], "Give either --data FILE... or --tasks NAME..., one of the two"),
+        (["eval", "a"], "Give either --data FILE... or --tasks NAME..., not both"),
+        (["eval", "a", "--data", "b", "--tasks", "c"], "Give either --data FILE... or --tasks NAME..., not both"),
         (["eval", "a", "--data", "b", "--limit", "3"], "Only --tasks takes --limit"),
         (["eval", "a", "--data"], "Option '--data' requires an argument"),
     ],

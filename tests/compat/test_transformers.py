@@ -452,6 +452,11 @@ def test_deepspeeds_configuration_is_forgotten():
         ("core_model_loading", "revert_weight_conversion", lambda: compat.stored_name(None, "x")),
         ("distributed", "DistributedConfig", lambda: compat.tensor_parallel(1, None)),
         ("integrations.deepspeed", "unset_hf_deepspeed_config", compat.forget_deepspeed),
+        (
+            "integrations.integration_utils",
+            "get_reporting_integration_callbacks",
+            lambda: compat.reporting_callbacks(["tensorboard"]),
+        ),
     ],
 )
 def test_a_missing_name_is_refused_in_a_sentence(owner, name, call, monkeypatch):
@@ -487,3 +492,11 @@ def test_a_model_is_left_as_it_was(make, unharmed, monkeypatch):
         patch.delattr(conversion_mapping, "get_checkpoint_conversion_mapping")
         with pytest.raises(IncompatibleVersionError, match="get_checkpoint_conversion_mapping"):
             parscale.wrap(model, 2, prefix_length=3, init="random")
+
+
+def test_callbacks_of_trackers():
+    from transformers.integrations import TensorBoardCallback
+
+    assert compat.reporting_callbacks(["tensorboard"]) == [TensorBoardCallback]
+    with pytest.raises(ValueError, match="nowhere is not supported"):
+        compat.reporting_callbacks(["nowhere"])

@@ -33,7 +33,8 @@ def overhead():
     rows = json.loads((RESULTS / "overhead.json").read_text())["rows"]
     for S in (256, 1024):
         for what in ("prefill", "decode", "train"):
-            found = [row for row in rows if (row["model"], row["what"], row["S"]) == ("parscale", what, S)]
+            wanted = {"shape": "small", "model": "parscale", "what": what, "S": S}
+            found = [row for row in rows if wanted.items() <= row.items()]
             yield S, f"overhead-{S}-{what}", [row["P"] for row in found], [row["ratio"] for row in found]
 
 
@@ -79,6 +80,24 @@ def test_the_points_are_the_data(picture, theme):
             slope, start = np.polyfit(data, pixels, 1)
             assert abs(slope) > 1  # a constant would fit anything
             assert np.abs(slope * data + start - pixels).max() < PIXELS
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_arms_lie_where_their_differences_are(theme):
+    """Differences and both ends of their intervals, all on one scale."""
+    comparisons = json.loads((RESULTS / "evidence.json").read_text())["comparisons"]
+    wanted = {"study": "scratch", "size": "0.1M", "where": "middle", "baseline": "dense"}
+    by_arm = {entry["arm"]: entry for entry in comparisons if wanted.items() <= entry.items()}
+    svg = ElementTree.parse(ASSETS / f"evidence-{theme}.svg")
+    arms = [text.text for text in svg.iter(f"{SVG}text") if text.text in by_arm]
+    assert {"P = 4", "prefix", "long prefix", "twin"} < set(arms)
+    data, pixels = [], []
+    for place, arm in enumerate(arms):
+        data += [by_arm[arm][name] for name in ("low", "high", "difference")]
+        pixels += [*points_in(svg, f"interval-{place}")[:, 0], *points_in(svg, f"difference-{place}")[:, 0]]
+    slope, start = np.polyfit(data, pixels, 1)
+    assert abs(slope) > 1
+    assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*.svg")), ids=lambda path: path.name)

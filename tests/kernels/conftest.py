@@ -1,9 +1,6 @@
-"""Triton kernels on a machine without a GPU: a file of tests runs once more in a process of its own, interpreted."""
+"""Tests of Triton kernels run on a GPU, or in a process where Triton interprets (see `test_interpreted.py`)."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,23 +47,6 @@ def guarded():
         return inside.copy_(x)
 
     return guard
-
-
-@pytest.fixture
-def interpret():
-    """Runs the tests of kernels in a file by Triton's interpreter."""
-
-    def run(file):
-        if INTERPRETED:
-            pytest.skip("already inside the interpreter")
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", file]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-        assert " passed" in result.stdout
-        assert " skipped" not in result.stdout
-
-    return run
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ SIZES = [
     ((4, 11, 3, 16), BRAIN),  # the fewest of the many
     ((3, 2, 40, 50), HALF),
     ((8, 3, 21, 64), BRAIN),
-    ((7, 1, 70, 130), HALF),
     ((12, 2, 20, 33), SINGLE),
-    ((2, 3, 50, 137), SINGLE),
+    pytest.param((7, 1, 70, 130), HALF, marks=pytest.mark.nightly),
+    pytest.param((2, 3, 50, 137), SINGLE, marks=pytest.mark.nightly),
 ]
 
 
@@ -51,10 +51,6 @@ def compare(check, *tensors, gradient):
         check(*results)
 
 
-def test_interpreted(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize(("size", "dtype"), SIZES, ids=str)
 def test_against_float64(size, dtype, device, poisoned, assert_as_exact):
@@ -63,7 +59,7 @@ def test_against_float64(size, dtype, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 40])
+@pytest.mark.parametrize("S", [3, 17])
 def test_without_gradients_the_same(S, device, poisoned):
     *tensors, _ = inputs(3, 2, S, 24, SINGLE, device)
     with torch.no_grad():
@@ -72,7 +68,7 @@ def test_without_gradients_the_same(S, device, poisoned):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 40])
+@pytest.mark.parametrize("S", [3, 17])
 def test_under_autocast(S, device, poisoned):
     """The projections in half precision, the mixture in that of the hidden states, gradients in the parameters' own."""
     *tensors, gradient = inputs(4, 2, S, 32, SINGLE, device)
@@ -86,7 +82,7 @@ def test_under_autocast(S, device, poisoned):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 40])
+@pytest.mark.parametrize("S", [3, 33])
 def test_strides(S, device, poisoned, assert_as_exact):
     """Hidden states that lie transposed, cut out of longer rows, and weights that are a view."""
     *tensors, gradient = inputs(3, 1, S, 24, SINGLE, device)
@@ -97,7 +93,7 @@ def test_strides(S, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 40])
+@pytest.mark.parametrize("S", [3, 33])
 def test_large_activations(S, device, poisoned, assert_as_exact):
     """SiLU far from zero, on both sides, and logits of which one rules."""
     *tensors, gradient = inputs(3, 1, S, 24, SINGLE, device)
@@ -128,7 +124,7 @@ def test_both_regimes_agree(device, monkeypatch):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 40])
+@pytest.mark.parametrize("S", [3, 17])
 def test_compiles_in_one_graph(S, device):
     *tensors, gradient = inputs(3, 2, S, 24, SINGLE, device)
     tensors = [x.requires_grad_() for x in tensors]
@@ -181,7 +177,7 @@ def test_reference_is_the_models_own():
     [
         ({}, "fast", "impl must be 'auto', 'fused' or 'reference', got 'fast'"),
         ({1: (16, 47)}, "auto", r"weight1 \(H, H\*P\).*got \(6, 5, 16\), \(16, 47\)"),
-        ({0: (5, 5, 16)}, "auto", "hidden has 5 rows, which is no multiple of the 3 streams"),
+        ({0: (5, 5, 16)}, "auto", "hidden has 5 rows, which is not a multiple of the 3 streams"),
     ],
 )
 def test_what_does_not_fit_is_named(change, impl, message):

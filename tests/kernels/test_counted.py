@@ -112,7 +112,7 @@ def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target):
         with targets.recorded(target) as launches:
             decode(targets, K)
         rows, splits = launches[0].grid
-        blocks = 1 + -(-K // launches[0].meta["BT"])
+        blocks = sum(-(-tokens // launches[0].meta["BT"]) for tokens in (48, K))  # of prefix and cache
         waves = -(-rows * splits // places)
         assert waves == 1 or blocks > 5 * splits  # a second time only where the sequence is long
         most = min(part.MAX_SPLITS, places // rows)

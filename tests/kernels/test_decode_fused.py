@@ -41,6 +41,7 @@ SHAPES = [
     (Shape(2, 0, 2, 1, 16, 16, 5, 20), SINGLE),  # no rows
     (Shape(2, 1, 2, 1, 16, 16, 5, 0), SINGLE),  # nothing cached
 ]
+AT_THE_ENDS = [pytest.param([length], marks=pytest.mark.nightly) for length in (0, 130, 200)]  # of the cache
 MASKS = [
     "boolean",
     "boolean, one row",
@@ -103,16 +104,13 @@ def compare(check, tensors, mask=None, **options):
     check(decode_attention(*tensors, mask, impl="fused", **options), reference, exact)
 
 
-def test_interpreted(interpret):
-    interpret(__file__)
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_against_float64(shape, dtype, device, poisoned, assert_as_exact):
     compare(assert_as_exact, inputs(shape, dtype, device))
 
 
+@pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(("shape", "dtype"), [(ODD, SINGLE), (GROUPED, HALF)], ids=str)
@@ -120,6 +118,7 @@ def test_masks(kind, shape, dtype, device, poisoned, assert_as_exact):
     compare(assert_as_exact, inputs(shape, dtype, device), make_mask(kind, shape, dtype, device))
 
 
+@pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", [None, "additive, per head", "additive smallest, cache alone"])
 @pytest.mark.parametrize("shape", [TINY, ODD, GROUPED], ids=str)
@@ -133,7 +132,7 @@ def test_nothing_beside_the_tensors_is_read(shape, kind, device, guarded):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("splits", [1, 3, *(pytest.param(splits, marks=pytest.mark.nightly) for splits in (2, 7))])
 def test_splits(splits, device, poisoned, assert_as_exact):
     """However the sequence is cut, with sinks and without, the parts make the same whole."""
     from parscale.kernels.decode_attention.fused import decode
@@ -150,7 +149,7 @@ def test_splits(splits, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("length", [[0], [7], [130], [200], [0, 1, 64, 65]], ids=str)
+@pytest.mark.parametrize("length", [[7], [0, 1, 64, 65], *AT_THE_ENDS], ids=str)
 def test_valid_length(length, device, poisoned, assert_as_exact):
     """What lies beyond it may be anything."""
     tensors = inputs(GROUPED, SINGLE, device)

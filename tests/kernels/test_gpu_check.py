@@ -13,14 +13,9 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(*arguments, script="gpu_check.py", **environment):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-
-
 @pytest.mark.slow
-def test_dry_run(tmp_path):
-    result = run("--dry-run", "--output", str(tmp_path / "gpu.json"))
+def test_dry_run(programs, tmp_path):
+    result = programs.run(BENCHMARKS / "gpu_check.py", "--dry-run", "--output", tmp_path / "gpu.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["device"] == "dry run"
@@ -60,7 +55,9 @@ def test_tuning(tmp_path):
     """What ships is tried first, then others, which are right too; the host functions choose as before afterwards."""
     pytest.importorskip("triton")
     options = ("--dry-run", "--only", "N=1", "--output", str(tmp_path / "tune.json"))
-    result = run(*options, script="tune.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCHMARKS / "tune.py", *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads((tmp_path / "tune.json").read_text())
     assert {(row["by"], row["N"]) for row in found["products"]} == {
@@ -77,8 +74,8 @@ def test_tuning(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    result = run("--output", str(tmp_path / "gpu.json"))
+def test_without_a_gpu_it_says_so(programs, tmp_path):
+    result = programs.run(BENCHMARKS / "gpu_check.py", "--output", tmp_path / "gpu.json", cwd=tmp_path)
     assert result.returncode == 1
     assert "needs a CUDA or ROCm device, and torch sees none; --dry-run needs none." in result.stderr
     assert not list(tmp_path.iterdir())

@@ -133,10 +133,7 @@ def test_rows_that_do_not_fit_are_refused():
 # -- the kernel, to which the streams are further queries of a key/value head
 
 
-def test_interpreted(interpret):
-    interpret(__file__)
-
-
+@pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", [None, "boolean", "boolean, per head", "additive", "length"])
 @pytest.mark.parametrize("has_plain", [True, False], ids=["all streams", "without stream 0"])

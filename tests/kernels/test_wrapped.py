@@ -1,9 +1,5 @@
 """The fused kernels inside wrapped models: with the masks, strides and caches that transformers hands over."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -47,6 +43,7 @@ def make(name, device, kv="own"):
     return models
 
 
+@pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize(("name", "kv"), [*((name, "own") for name in MODELS), ("Llama", "shared")])
@@ -56,7 +53,7 @@ def test_texts_and_scores(name, kv, cache, device):
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
     padding = torch.ones_like(ids)
     padding[1, :4] = 0
-    arguments = {"attention_mask": padding, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    arguments = {"attention_mask": padding, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     arguments |= {"output_logits": True, "return_dict_in_generate": True, "cache_implementation": cache}
     fused, plain = (model.generate(ids * padding, **arguments) for model in make(name, device, kv))
     assert torch.equal(fused.sequences, plain.sequences)
@@ -79,12 +76,7 @@ def test_gradients(device):
         assert (own - gradient).norm() <= (1e-4 if device == "cpu" else 1e-2) * gradient.norm(), name
 
 
-@pytest.mark.slow
-def test_interpreted(interpret):
-    interpret(__file__)
-
-
-def test_without_triton():
+def test_without_triton(programs, tmp_path):
     """Everything runs by plain torch, and what asks for a kernel hears why there is none."""
     code = """
 import sys
@@ -100,6 +92,8 @@ model = parscale.wrap(transformers.LlamaForCausalLM(config), 2, prefix_length=3,
 ids = torch.ones(1, 5, dtype=int)
 model(ids, labels=ids).loss.backward()
 assert model.eval().generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 8)
+x, logits = torch.randn(2, 3, 4), torch.randn(3, 2)
+assert torch.equal(aggregate(x, logits, 0.1), aggregate(x, logits, 0.1, impl="reference"))
 states = [torch.ones(2, 1, n, 4) for n in (1, 6, 6, 3, 3)]
 for operation in (
     lambda: aggregate(torch.ones(2, 3, 4), torch.ones(3, 2), 0.1, impl="fused"),
@@ -115,5 +109,5 @@ for operation in (
     else:
         raise AssertionError("no error")
 """
-    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ)
+    result = programs.run("-P", "-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

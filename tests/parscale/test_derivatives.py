@@ -109,6 +109,7 @@ def by_backward(model, ids):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_gradients_by_a_transform(transform, attention, make, zoo):
@@ -125,6 +126,7 @@ def test_gradients_by_a_transform(transform, attention, make, zoo):
             zoo.close(found[name][row], gradient, 1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_rows_and_models_by_a_transform(transform, attention, make, zoo):

@@ -30,6 +30,7 @@ def test_a_single_token_is_each_stream_by_itself_then_the_mixture(case, zoo):
     zoo.close(logits_of(model, input_ids=ids), case.reference(model).logits(ids), TOLERANCE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[1] * 9, [3, 6], [5, 1, 3]], ids=["token by token", "3 + rest", "5 + 1 + 3"])
 def test_cached_decoding_is_the_full_forward(case, zoo, chunks):
     model, ids = case.wrapped(), zoo.token_ids()
@@ -45,6 +46,7 @@ def padded(case):
     return TOLERANCE if case.family.attention_layers is None else 1e-4
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_real_token(case, zoo, side):
     model, ids, short = case.wrapped(), zoo.token_ids(), 6
@@ -108,6 +110,7 @@ def custom_masks(zoo, case, config):
     return rows
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("rows", ["each row its own", "one for all"])
 def test_custom_masks(case, zoo, rows):
     """Four-dimensional masks reach attention as they are, with room for the prefix; against the reference."""

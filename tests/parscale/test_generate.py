@@ -13,7 +13,8 @@ import parscale
 
 STEPS = 7
 # dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
-NAMES = ["llama", "mistral", "gemma3", "gpt2", "opt", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "opt", "mixtral")]
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
 PLAIN_ARGUMENTS = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -129,6 +130,7 @@ def test_beams_that_sample_are_the_same_without_a_cache(llama, zoo):
 # -- assisted decoding
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("draft", ["wrapped", "plain", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 def test_assisted_decoding_as_target(name, draft, zoo):
@@ -339,6 +341,7 @@ def test_a_decoding_loop_of_the_users_own(llama, zoo):
 # -- sets of streams
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3_next"])
 def test_switching_sets_between_texts(name, cache, zoo):

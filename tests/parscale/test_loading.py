@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -177,13 +175,13 @@ def test_another_process_reads_a_pickled_configuration(folder, tmp_path, program
         "from parscale.format.architectures import config_class; config_class('llama'); import parscale.auto",
     ],
 )
-def test_auto_classes_read_it_after_any_use_of_the_package(use, folder):
+def test_auto_classes_read_it_after_any_use_of_the_package(use, folder, programs):
     program = (
         f"import sys; {use}; from transformers import AutoModelForCausalLM\n"
         "print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_streams)"
     )
-    read = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, check=True)
-    assert read.stdout.decode().strip() == "4"
+    read = programs.run("-c", program, folder, cwd="/")
+    assert read.stdout.strip() == "4", read.stderr
 
 
 def test_other_fields_through_the_configuration(folder):
@@ -306,6 +304,17 @@ def test_a_name_on_the_hub(hub, wrapped, read, zoo):
     assert read("org/model", revision="other").config.tie_word_embeddings
 
 
+def test_the_two_licences_of_a_released_checkpoint_are_said_once(hub, recwarn):
+    (hub / "models--org--model").rename(hub / "models--ParScale--ParScale-9B")
+    for _ in range(2):
+        load("ParScale/ParScale-9B")
+    said = [str(warning.message) for warning in recwarn if "licences" in str(warning.message)]
+    assert said == [
+        "ParScale/ParScale-9B carries two licences: Apache-2.0 in its card's metadata, academic use only in the card's "
+        "text; ask its authors before any other use."
+    ]
+
+
 def test_a_snapshot_in_the_cache(hub, wrapped, read, zoo):
     """A folder of links to files outside it."""
     zoo.close(logits_of(read(hub / "models--org--model" / "snapshots" / ("0" * 40))), logits_of(wrapped), 1e-5)
@@ -347,7 +356,7 @@ def test_without_a_connection_the_hub_is_asked_once(monkeypatch):
 
 def test_a_backbone_that_is_given_as_a_model_takes_no_options(wrapped, zoo, tmp_path):
     wrapped.save_streams(tmp_path)
-    with pytest.raises(ValueError, match="loaded already: leave out dtype"):
+    with pytest.raises(ValueError, match="is a loaded model: omit dtype"):
         load(tmp_path, backbone=zoo.FAMILIES["llama"].build(), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="wrapped already"):
         load(tmp_path, backbone=wrapped)
@@ -356,7 +365,7 @@ def test_a_backbone_that_is_given_as_a_model_takes_no_options(wrapped, zoo, tmp_
 
 
 def test_a_full_checkpoint_takes_no_backbone(folder, zoo):
-    with pytest.raises(ValueError, match="leave out backbone="):
+    with pytest.raises(ValueError, match="omit backbone="):
         load(folder, backbone=zoo.FAMILIES["llama"].build())
 
 

@@ -53,6 +53,7 @@ def test_router_logits_are_each_streams_own(family, zoo):
             zoo.close(logits.unflatten(0, (zoo.P, -1))[p], expected.flatten(0, -2), TOLERANCE)
 
 
+@pytest.mark.grid
 @only_moe
 @pytest.mark.parametrize("padding", ["none", "all ones", "left", "right"])
 def test_the_balancing_loss_counts_real_tokens_of_all_streams(family, zoo, padding):

@@ -228,6 +228,7 @@ def picture_inputs(make, zoo, rows):
     return arguments
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", [gemma3_with_images, llava, qwen2_vl, qwen2_5_vl, qwen3_vl])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_images_among_the_text(make, rows, zoo, tmp_path):

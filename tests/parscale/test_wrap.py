@@ -59,6 +59,7 @@ def test_it_is_the_same_object_of_the_same_class(family, zoo):
     assert len(added) == 2 * len(layers) + 4
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("off", ["num_streams=1", "unwrap", "set_streams(None)", "use_streams(None)"])
 def test_without_streams_the_backbone_is_itself_to_the_last_bit(case, zoo, off):
     ids, plain = zoo.token_ids(), case.plain()
@@ -118,7 +119,7 @@ def test_a_configuration_object_in_place_of_numbers(family, zoo):
     for call in (parscale.wrap, lambda model, *args, **kwargs: one.add_streams("more", *args, **kwargs)):
         with pytest.raises(ValueError, match=r"num_streams must be at least 1, got 0"):
             call(family.plain(), config)
-        with pytest.raises(ValueError, match=r"stands in place of all numbers, so smoothing=0\.5"):
+        with pytest.raises(ValueError, match=r"sets all fields, so smoothing=0\.5"):
             call(family.plain(), ParScaleConfig(2), smoothing=0.5)
 
 
@@ -141,6 +142,7 @@ def test_two_models_from_one_configuration_object(case, zoo):
     assert second.config.parscale_n == 2
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_new_parameters_have_the_models_dtype(family, zoo, dtype):
     model = parscale.wrap(family.plain(dtype=dtype), 2, prefix_length=3, init="random")
@@ -150,6 +152,7 @@ def test_new_parameters_have_the_models_dtype(family, zoo, dtype):
     assert logits.isfinite().all()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("training", [True, False])
 def test_whether_it_trains_stays(family, training):
     model = family.plain().train(training)
@@ -168,6 +171,7 @@ def test_frozen_parameters_stay_frozen(family):
 # -- copies
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_is_a_model_of_its_own(family, zoo, how):
     model, ids = family.wrapped(), zoo.token_ids()
@@ -325,6 +329,7 @@ def test_models_that_cannot_carry_streams(make):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("failure", ["calibration", "in the backbone", "in the init", "interrupted"])
 def test_a_failed_attempt_leaves_nothing(family, zoo, failure, monkeypatch):
     model, ids, arguments, error = family.plain(), zoo.token_ids(), {}, ValueError

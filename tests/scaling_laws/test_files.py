@@ -61,13 +61,13 @@ def test_a_table_is_read_as_it_was_meant(tmp_path, text, encoding):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("params,streams,loss\n1e6,1,2\n1,571,472,384,1,1.5", "line 3: the line has 6 cells and the header 3 columns"),
-        ("params,streams,loss\n1e6,1,1,0383", "line 2: the line has 4 cells and the header 3 columns; write numbers"),
+        ("params,streams,loss\n1e6,1,2\n1,571,472,384,1,1.5", "line has 6 cells, but the header has 3 columns"),
+        ("params,streams,loss\n1e6,1,1,0383", "the line has 4 cells, but the header has 3 columns; write numbers"),
         ("params,streams,loss\n1e6,1,2,", "line 2: the line has 4 cells"),
-        ("params,streams,loss,note\n1e6,1,2", "line 2: note is 'empty': the line has 3 cells and the header 4"),
-        ("params,streams,loss\n\n# x\n1e6,1", "line 4: loss is 'empty': the line has 2 cells and the header 3"),
+        ("params,streams,loss,note\n1e6,1,2", "line 2: note is 'empty': the line has 3 cells, but the header has 4"),
+        ("params,streams,loss\n\n# x\n1e6,1", "line 4: loss is 'empty': the line has 2 cells, but the header has 3"),
         ("params,streams,loss\n1e6 1 2", "line 2: streams is 'empty': the line has 1 cells"),
-        ("params,streams,loss,loss\n1e6,1,2,3", "line 1: the header names loss twice; leave one of the columns out"),
+        ("params,streams,loss,loss\n1e6,1,2,3", "line 1: the header names loss twice; remove one of the columns"),
         ("params,note,streams,loss,note\n1e6,a,1,2,b", "line 1: the header names note twice"),
         ("params;streams;loss\n1571472384;1;1,0383", "line 2: loss is '1,0383'; give a finite number with a decimal"),
         ('params,streams,loss\n"1,571",1,2', "line 2: params is '1,571'; give a finite number"),
@@ -119,9 +119,9 @@ def test_marks_are_no_part_of_configurations_laws_and_devices(tmp_path, encoding
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("mine,Mine,8,100,10,5,0.5", "line 3: the line has 7 cells and the header 6 columns"),
+        ("mine,Mine,8,100,10,5,0.5", "line 3: the line has 7 cells, but the header has 6 columns"),
         ("mine,Mine,8,100,10", "line 3: tflops_32bit is 'empty': the line has 5 cells"),
-        ("mine,Mine,8,100,10,5", "mine is given twice; leave one of the rows out"),
+        ("mine,Mine,8,100,10,5", "mine appears twice; remove one of the rows"),
         ("other,Mine,8,inf,10,5", "bandwidth_gbs of 'other' is inf; it must be above 0 and finite"),
         ("other,Mine,8,nan,10,5", "bandwidth_gbs of 'other' is nan; it must be above 0 and finite"),
     ],
@@ -183,7 +183,7 @@ def test_many_dense_layers_are_counted_at_once():
 @pytest.mark.parametrize("name", ["num_streams", "batch_size", "input_length", "output_length"])
 def test_work_without_end_is_refused(name):
     work = {"num_streams": 2, "batch_size": 1, "input_length": 8, "output_length": 8} | {name: 10**10}
-    with pytest.raises(ValueError, match=f"{name} is above [0-9,]*, beyond which nothing is counted"):
+    with pytest.raises(ValueError, match=f"{name} is above the maximum of [0-9,]*; give a smaller one"):
         cost(MODEL, **work)
 
 
@@ -215,9 +215,9 @@ def test_a_law_that_is_none_is_refused(tmp_path, change, said):
 def test_damaged_json_is_refused(tmp_path, contents):
     path = tmp_path / "a.json"
     path.write_bytes(contents)
-    with pytest.raises(ValueError, match=r"a\.json is no law; give a file that"):
+    with pytest.raises(ValueError, match=r"a\.json is not a law; give a file that"):
         read_law(str(path))
-    with pytest.raises(ValueError, match=r"a\.json is no configuration; give the path of"):
+    with pytest.raises(ValueError, match=r"a\.json is not a configuration; give the path of"):
         read_shape(path)
 
 

@@ -217,7 +217,9 @@ def test_a_law_by_which_streams_hurt_says_where_it_ends():
     law = ParallelScalingLaw(E=0.7, A=1e7, alpha=0.2, k=-0.5)
     assert law.equivalent_params(1e9, 4) == pytest.approx(1e9 * (1 - np.log(2)))
     for ask in (law.predict, law.equivalent_params):
-        with pytest.raises(ValueError, match=r"k = -0.5, by which 8 streams leave nothing .* ask for P below 7.39"):
+        with pytest.raises(
+            ValueError, match=r"k = -0.5, with which 8 streams make the effective size 0 .* ask for P below 7.39"
+        ):
             ask(1e9, [1, 8])
     with pytest.raises(ValueError, match=r"ask for P below 7\.39"):
         law.params_for(0.8, 8)
@@ -288,11 +290,11 @@ def test_other_forms_refuse_what_they_lack():
         fit_form("joint", params, streams, losses)
     with pytest.raises(ValueError, match=r"every run was trained on 1e\+09 tokens.*\(beta\) could be anything"):
         fit_form("joint", params, streams, losses, [1e9] * 6)
-    with pytest.raises(ValueError, match="bootstrap is the number of resampled data sets, 0 for none; got -1"):
+    with pytest.raises(ValueError, match="bootstrap is the number of resampled datasets, 0 for none; got -1"):
         fit(params, streams, losses, bootstrap=-1)
-    with pytest.raises(ValueError, match=r"bootstrap is the number of resampled data sets, 0 for none; got 2\.5"):
+    with pytest.raises(ValueError, match=r"bootstrap is the number of resampled datasets, 0 for none; got 2\.5"):
         fit(params, streams, losses, bootstrap=2.5)
-    with pytest.raises(ValueError, match="4 points for 4 parameters leave nothing to measure the noise by"):
+    with pytest.raises(ValueError, match="4 points for 4 parameters leave no way to estimate the noise"):
         fit(*runs([1e8, 4e8], [1, 2]), bootstrap=10)
 
 
@@ -303,7 +305,7 @@ def test_one_number_of_streams_is_enough_without_k():
 
 def test_two_sizes_are_noted():
     law = fit(*runs([1e8, 4e8], [1, 2, 4, 8]))
-    assert any("2 sizes cannot tell E, A and alpha apart" in note for note in law.notes)
+    assert any("2 sizes cannot determine E, A and alpha alone" in note for note in law.notes)
     assert fit(*published("stack")).notes == ()
 
 
@@ -330,7 +332,7 @@ def test_no_floor_is_noted():
     assert any("E came out as 0" in note for note in law.notes)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.1, 1.0, 5.0]))
 def test_runs_that_follow_no_law_neither_crash_nor_warn(seed, spread):
     """Losses without any order: there is an answer with finite parameters, and its intervals hold it."""
@@ -351,6 +353,6 @@ def test_runs_that_follow_no_law_neither_crash_nor_warn(seed, spread):
 def test_runs_beyond_the_law_are_noted():
     points = published("stack")
     hurt = np.where(points.streams == 8, 10.0, points.losses)
-    assert any("k came out as low as it can be" in note for note in fit(points.params, points.streams, hurt).notes)
+    assert any("k came out at its lower limit" in note for note in fit(points.params, points.streams, hurt).notes)
     rising = fit(points.params, points.streams, 2 * (points.params / 1e9) ** 0.05)
     assert any("these runs show no power law in size" in note for note in rising.notes)

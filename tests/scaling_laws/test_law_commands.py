@@ -149,10 +149,10 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
         (["law", "fit", "stack", "--form", "cubic"], "no form 'cubic'"),
         (["law", "fit", "stack", "--form", "joint"], "a joint form needs several numbers of tokens"),
         (["law", "fit", "stack", "--form", "rho", "--plot", "x.png"], "--plot draws the form log, not rho"),
-        (["law", "fit", "stack", "--bootstrap", "0", "--plot", "x"], "x has no ending to say what to write"),
+        (["law", "fit", "stack", "--bootstrap", "0", "--plot", "x"], "x has no suffix that sets a format"),
         (
             ["law", "predict", "stack", "--params", "big", "--streams", "1"],
-            "'big' is no size; give a number such as 1.6e9",
+            "'big' is not a size; give a number such as 1.6e9",
         ),
         (["law", "predict", "stack", "--params", "-1", "--streams", "1"], "params must be finite and above 0"),
         (["law", "predict", "stack", "--params", "1B", "--streams", "0"], "'--streams'"),
@@ -167,7 +167,7 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
         (["cost", "none.json", "--num-streams", "1", "--batch-size", "1"], "There is no file none.json"),
         (["cost", "config.json", "--num-streams", "0", "--batch-size", "1"], "'--num-streams'"),
         (["cost", "config.json", "--num-streams", "1", "--batch-size", "1", "--hardware", "x"], "no hardware 'x'"),
-        (["cost", "bad.csv", "--num-streams", "1", "--batch-size", "1"], "bad.csv is no configuration"),
+        (["cost", "bad.csv", "--num-streams", "1", "--batch-size", "1"], "bad.csv is not a configuration"),
         (["cost", "config.json", "--num-streams", "1"], "Missing option '--batch-size'"),
     ],
 )

@@ -82,5 +82,5 @@ def test_no_figure_where_the_paper_has_none():
     work = {"num_streams": 1, "batch_size": 1, "input_length": 64, "output_length": 64, "method": "paper"}
     with pytest.raises(ValueError, match=r"the paper's count is for dense models .* use method=\"roofline\""):
         cost(sparse, **work)
-    with pytest.raises(ValueError, match=r"knows 16 bits and no overhead, not dtype 'float32'"):
+    with pytest.raises(ValueError, match=r"supports 16 bits and no overhead, not dtype 'float32'"):
         cost(published_models()["1.6B"], **work, dtype="float32")

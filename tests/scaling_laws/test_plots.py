@@ -56,7 +56,7 @@ def test_figures_are_written_whole_or_not_at_all(law, tmp_path, ending):
     assert (tmp_path / f"a.{ending}").stat().st_size > 1000
     with pytest.raises(ValueError, match="Format 'xyz' is not supported"):
         plots.save(plots.isoloss(law), tmp_path / "b.xyz")
-    with pytest.raises(ValueError, match="c has no ending to say what to write"):
+    with pytest.raises(ValueError, match="c has no suffix that sets a format"):
         plots.save(plots.isoloss(law), tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.{ending}"]
 

@@ -208,7 +208,7 @@ def test_anyone_can_add_a_device(tmp_path):
     ("row", "message"),
     [
         ("mine,Mine,8,,10,5", "mine has no bandwidth_gbs; every device needs it"),
-        ("mine,Mine,8,fast,10,5", "mine: could not convert string to float: 'fast'; everything but name and label"),
+        ("mine,Mine,8,fast,10,5", "mine: could not convert string to float: 'fast'; all columns but name and label"),
         ("mine,Mine,8,-1,10,5", "bandwidth_gbs of 'mine' is -1; it must be above 0"),
     ],
 )

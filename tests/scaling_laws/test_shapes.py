@@ -108,7 +108,7 @@ def test_paths_and_folders_are_read_and_others_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published_models()["0.5B"]))
     assert read_shape(tmp_path) == read_shape(tmp_path / "config.json") == read_shape(published_models()["0.5B"])
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"list.json is no configuration; give the path of a model's config.json"):
+    with pytest.raises(ValueError, match=r"list.json is not a configuration; give the path of a model's config.json"):
         read_shape(tmp_path / "list.json")
     with pytest.raises(FileNotFoundError):
         read_shape(tmp_path / "none" / "config.json")

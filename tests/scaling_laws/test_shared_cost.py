@@ -111,7 +111,7 @@ def test_against_the_plain_model_of_equal_loss():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="no kv 'both'; give one of own, shared"):
         cost(TINY, num_streams=2, **WORK | {"kv": "both"})
-    with pytest.raises(ValueError, match=r"the paper's count knows kv=\"own\" only"):
+    with pytest.raises(ValueError, match=r"the paper's count supports kv=\"own\" only"):
         cost(published_models()["1.6B"], num_streams=2, method="paper", **WORK)
 
 

@@ -251,6 +251,7 @@ def test_a_client_that_leaves_does_not_hold_up_the_next(server, generated):
     assert server.complete() == generated(PROMPTS[0]).text
 
 
+@pytest.mark.nightly  # a second server; by day the model itself refuses, see test_backends.py
 def test_continuous_batching_is_refused(folder, tmp_path):
     """Each request fails, the log says why, and nothing else stops."""
     with serving(folder, tmp_path, "--continuous-batching") as server:

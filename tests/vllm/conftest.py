@@ -34,12 +34,12 @@ def make_folder(tmp_path_factory):
     """Makes full checkpoints, each once: a family's tiny model in float32 with P streams that differ."""
     made = {}
 
-    def make(family, num_streams, *, prefix_length=16, **fields):
-        key = (family, num_streams, prefix_length, *sorted(fields.items()))
+    def make(family, num_streams, *, prefix_length=16, kv="own", **fields):
+        key = (family, num_streams, prefix_length, kv, *sorted(fields.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("full") / f"{family}-{num_streams}"
             model = make_tiny(family, **fields)
-            parscale.wrap(model, num_streams, prefix_length=prefix_length, init="random")
+            parscale.wrap(model, num_streams, prefix_length=prefix_length, init="random", kv=kv)
             fill_streams(model)
             model.save_pretrained(made[key])
         return made[key]

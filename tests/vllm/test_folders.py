@@ -117,11 +117,12 @@ def test_compiled(make_folder, serving):
         assert agrees(llm, serving, model_of(folder))
 
 
-def test_cut_into_pieces(make_folder, serving, monkeypatch):
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_cut_into_pieces(make_folder, serving, monkeypatch, kv):
     """As vLLM runs on GPUs by default: the graph is cut at the attention, and a piece knows how many tokens it may get.
 
     On a CPU vLLM switches this off; here it is on, with eager torch in place of the compiler. A piece that took the P
-    rows of a token for P tokens would find more than it may get.
+    rows of a token for P tokens would find more than it may get; with shared keys it gets rows, and knows how many.
     """
     from vllm.compilation.counter import compilation_counter
     from vllm.platforms.cpu import CpuPlatform
@@ -135,7 +136,7 @@ def test_cut_into_pieces(make_folder, serving, monkeypatch):
         compilation.mode, compilation.backend, compilation.compile_sizes = mode, "eager", []
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keeps_the_mode))
-    folder = make_folder("Qwen2", 4)
+    folder = make_folder("Qwen2", 4, kv=kv)
     before = compilation_counter.num_piecewise_graphs_seen
     pieces = {"mode": 3, "cudagraph_mode": "NONE"}
     with serving.engine(folder, enforce_eager=False, max_num_batched_tokens=32, compilation_config=pieces) as llm:
@@ -192,7 +193,7 @@ def test_a_number_of_streams_that_the_tensors_do_not_have(serving, make_folder, 
     folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "damaged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 3}))
-    refused(serving, folder, r"layer.2.weight of .* is \(4, 128\), and its configuration says \(3, hidden size\)")
+    refused(serving, folder, r"layer.2.weight of .* \(4, 128\), but its configuration says \(3, hidden size\)")
 
 
 def test_streams_of_another_backbone(serving, make_folder, tmp_path):
@@ -209,7 +210,7 @@ def test_streams_that_are_missing(serving, make_folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "prefix" not in name and "aggregate" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(serving, folder, "should hold 4 streams")
+    refused(serving, folder, "should have 4 streams, but has no prefix_k")
 
 
 def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):

@@ -1,9 +1,9 @@
-"""Streams under PEFT: each adapter has streams of its own, which train, are saved and are switched off with it.
+"""Streams with PEFT: each adapter has its own streams, which are trained, saved and switched off with it.
 
-PEFT freezes, saves and switches what its adapters own, and asks the model nothing about the rest. So, where it is
-installed, its methods for that are extended, once, for models that parscale wrapped: `parscale.compat.peft` says
-which and why. What belongs to which adapter is in `parscale.integrations.peft.copies`, and which methods go with
-streams in `parscale.integrations.peft.methods`.
+PEFT freezes, saves and switches its own adapters, and ignores the rest of the model. So, if it is installed, its
+methods are extended, once, for models that parscale wrapped: `parscale.compat.peft` says which and why. The copies of
+streams that belong to an adapter are in `parscale.integrations.peft.copies`, and the supported methods in
+`parscale.integrations.peft.methods`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ METHODS: Methods = {
 }
 FUNCTIONS: Functions = {
     "prepare_model_for_kbit_training": (lifecycle.prepare_for_kbit_training, ()),
-    # PEFT's own save_pretrained keeps the function as it is: the streams are written into a file of theirs
+    # PEFT's own save_pretrained keeps the original function: the streams are written to a separate file
     "get_peft_model_state_dict": (files.get_state_dict, ("peft.peft_model",)),
     "set_peft_model_state_dict": (files.set_state_dict, ()),
     "hotswap_adapter": (files.hotswap_adapter, ()),
@@ -49,5 +49,5 @@ FUNCTIONS: Functions = {
 
 
 def extend_peft() -> None:
-    """Makes PEFT look after the streams of wrapped models, where it is installed."""
+    """Makes PEFT handle the streams of wrapped models, if it is installed."""
     extend_all(METHODS, FUNCTIONS, lambda model: lifecycle.state_of(model) is not None)

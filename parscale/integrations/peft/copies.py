@@ -1,17 +1,17 @@
-"""The streams of each adapter that PEFT has on a wrapped model.
+"""The streams of each PEFT adapter on a wrapped model.
 
-Streams train beside an adapter, and so belong to it, as PEFT's `modules_to_save` do: each adapter has its own copy of
-every set, and one more copy, which never trains, is what the sets were before the first adapter came.
+Streams are trained with an adapter, and so belong to it, like PEFT's `modules_to_save`: each adapter has its own copy
+of every set. One more copy, which is never trained, holds the sets as they were before the first adapter.
 
-What runs: the tensors.
+Which tensors run, by adapter:
 
 - the first adapter: the set itself, under its own names
-- a further adapter: a copy, which starts as the streams in use when it is added
-- no adapter, or all switched off: the copy made before the first adapter
+- another adapter: a copy, which starts from the streams in use when it is added
+- no adapter, or all disabled: the copy made before the first adapter
 
-A copy is a `StreamSet` with tensors of its own beside those of the set, so that devices,
-dtypes and `copy.deepcopy` treat it as any other set. They are parameters where they may train; the copy made before
-the first adapter is of buffers, which nothing trains, counts or saves.
+A copy is a `StreamSet` with its own tensors next to those of the set, so devices, dtypes and `copy.deepcopy` treat it
+as any other set. Its tensors are parameters if they can be trained; the copy made before the first adapter has buffers,
+which nothing trains, counts or saves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,31 +26,31 @@ from torch import nn
 from parscale.compat.deepspeed import is_partitioned
 from parscale.compat.torch import set_parameter
 from parscale.distributed.parallel import reshard, whole
-from parscale.integrations.peft.methods import check_method
+from parscale.integrations.peft.methods import AdapterConfig, check_method
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState, tensors_of
 from parscale.transforms import make_set
 
-Copies = dict[str, StreamSet]  # by the set's name
+Copies = dict[str, StreamSet]  # by name of the set
 
 
 class AdapterStreams:
-    """Which copy of each set runs, trains and is saved.
+    """Which copy of each set runs, is trained and is saved.
 
     Args:
-        state: of the wrapped model, before its first adapter runs.
-        first: the name of that adapter. It becomes the active one.
+        state: the wrapped model's state, before its first adapter runs.
+        first: the name of that adapter, which becomes the active one.
         peft_config: its configuration.
     """
 
-    def __init__(self, state: ParScaleState, first: str, peft_config: Any) -> None:
+    def __init__(self, state: ParScaleState, first: str, peft_config: AdapterConfig) -> None:
         self.state = state
         self.configs = {first: peft_config}
         self.active: str | None = None
         self.disabled = False
         self._count = 0
         self._copies: dict[str | None, Copies] = {None: {}, first: {}}  # by adapter; None: without any
-        self._trains: dict[str | None, dict[str, list[bool]]] = {}  # of the parameters of the inactive ones
+        self._trains: dict[str | None, dict[str, list[bool]]] = {}  # of inactive copies, for each tensor
         for streams in state.sets.values():
             self.cover(streams)
         self.active = first
@@ -62,11 +61,11 @@ class AdapterStreams:
         return [name for name in self._copies if name is not None]
 
     def in_use(self, streams: StreamSet) -> StreamSet:
-        """The copy of a set that runs now. A copy stands for itself."""
+        """The copy of a set that runs now. For a copy, the copy itself."""
         return self._copy_of(None if self.disabled else self.active, streams)
 
     def of_active(self, streams: StreamSet) -> StreamSet:
-        """The copy that trains and is saved, also while adapters are switched off. A copy stands for itself."""
+        """The copy that is trained and saved, even while adapters are disabled. For a copy, the copy itself."""
         return self._copy_of(self.active, streams)
 
     def _copy_of(self, adapter: str | None, streams: StreamSet) -> StreamSet:
@@ -76,7 +75,7 @@ class AdapterStreams:
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
-        """In this block the copies in use are those of one adapter. What trains stays as it is."""
+        """In this block the copies in use are those of one adapter. Which parameters are trainable does not change."""
         before = self.active, self.disabled
         self.active, self.disabled = adapter, False
         try:
@@ -94,10 +93,10 @@ class AdapterStreams:
             self.disabled = before
 
     def cover(self, streams: StreamSet) -> None:
-        """Gives a set copies for all adapters; the first one has the set itself.
+        """Makes copies of a set for all adapters; the first adapter has the set itself.
 
         Raises:
-            ValueError: an adapter does not go with the set.
+            ValueError: an adapter does not support the set.
         """
         if streams.num_streams == 1:
             return
@@ -107,8 +106,8 @@ class AdapterStreams:
         for adapter, copies in self._copies.items():
             copies[streams.name] = streams if adapter == own else self._copy(streams, trains=adapter is not None)
 
-    def add(self, adapter: str, peft_config: Any) -> None:
-        """Gives a new adapter copies of what is in use. It trains as that does, once it is active."""
+    def add(self, adapter: str, peft_config: AdapterConfig) -> None:
+        """Makes copies of the streams in use for a new adapter. Once active, they are trainable as those are."""
         if adapter in self._copies:
             return
         self.configs[adapter] = peft_config
@@ -117,7 +116,7 @@ class AdapterStreams:
         self._copies[adapter] = {name: self._copy(streams, trains=True) for name, streams in in_use.items()}
 
     def activate(self, adapter: str | None, *, trains: bool = True) -> None:
-        """Makes an adapter's copies the ones that run and train; without `trains`, that run."""
+        """Makes an adapter's copies the ones that run, and with `trains` also the trainable ones."""
         if adapter not in self._copies:
             return
         reshard(self.state.model)
@@ -130,7 +129,7 @@ class AdapterStreams:
             self._set_flags({name: [False] * len(flags) for name, flags in self._flags().items()})
 
     def remove(self, adapter: str) -> None:
-        """Removes an adapter's copies; without another active one, the model is as before the first."""
+        """Removes an adapter's copies; without another active one, the model is as before the first adapter."""
         if adapter not in self._copies:
             return
         if adapter == self.active:
@@ -140,7 +139,7 @@ class AdapterStreams:
         self.configs.pop(adapter)
 
     def keep(self, adapter: str | None) -> None:
-        """Ends with the adapters: the sets get the values of one adapter's copies, and train as the active ones do."""
+        """Ends the use of adapters: the sets get the values of one adapter's copies, trainable as the active ones."""
         flags = self._flags()
         for name, streams in self._copies[adapter].items():
             own = self._tensors(self.state.sets[name])
@@ -152,7 +151,7 @@ class AdapterStreams:
         self.drop()
 
     def drop(self) -> None:
-        """Removes all copies, and leaves the sets as they are."""
+        """Removes all copies, and leaves the sets unchanged."""
         for copies in self._copies.values():
             self._forget(copies)
         self.state.adapters = None
@@ -166,7 +165,7 @@ class AdapterStreams:
         return all(a is b or torch.equal(a, b) for pair in pairs for a, b in pair)
 
     def _flags(self) -> dict[str, list[bool]]:
-        """Which tensors of the active copies train, by set."""
+        """Which tensors of the active copies are trainable, by set."""
         copies = self._copies[self.active]
         return {name: [tensor.requires_grad for tensor in self._tensors(streams)] for name, streams in copies.items()}
 
@@ -176,13 +175,13 @@ class AdapterStreams:
                 tensor.requires_grad_(flag)
 
     def _tensors(self, streams: StreamSet) -> list[torch.Tensor]:
-        """Those of exactly this set or copy."""
+        """The tensors of exactly this set or copy."""
         aggregators = [getattr(part, streams.aggregator_name) for part in self.state.mixed]
         own = [tensor for aggregator in aggregators for tensor in tensors_of(aggregator).values()]
         return [*streams.transform.parameters(), *own]
 
     def _copy(self, streams: StreamSet, *, trains: bool) -> StreamSet:
-        """A frozen copy of a set or of a copy: of parameters where it may train later, else of buffers."""
+        """A frozen copy of a set or of a copy: parameters if it may be trained later, otherwise buffers."""
         self._count += 1
         made = make_set(self.state, streams.name, streams.config, self._count)
         for place in streams.transform.places():
@@ -195,7 +194,7 @@ class AdapterStreams:
                     delattr(module, name)
                     _register(module, name, value, trains)
             part.add_module(made.aggregator_name, aggregator)
-        made.transform.hang()
+        made.transform.add_hooks()
         return made
 
     def _forget(self, copies: Copies) -> None:
@@ -209,7 +208,7 @@ class AdapterStreams:
 
 
 def adapters_on(state: ParScaleState | None) -> AdapterStreams | None:
-    """The adapters' streams of a wrapped model that has adapters."""
+    """The adapters' streams of a wrapped model; `None` if it has no adapters."""
     adapters = None if state is None else state.adapters
     return adapters if isinstance(adapters, AdapterStreams) else None
 

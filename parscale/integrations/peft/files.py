@@ -1,10 +1,12 @@
-"""An adapter is saved and loaded with its streams, in files and in dictionaries of tensors."""
+"""Saves and loads the streams of an adapter with it, in files and in state dicts."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from typing import Any
+
+from torch import nn
 
 from parscale.distributed.parallel import is_sharded
 from parscale.format.folders import STREAMS_CONFIG, Checkpoint
@@ -19,7 +21,7 @@ HUB = ("subfolder", "revision", "token", "cache_dir")
 
 def save_pretrained(
     save_pretrained: Method,
-    self: Any,
+    self: nn.Module,
     save_directory: str | os.PathLike[str],
     safe_serialization: bool = True,
     selected_adapters: list[str] | None = None,
@@ -27,14 +29,14 @@ def save_pretrained(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """As PEFT's own; the active set of each adapter is written beside it, as `save_streams` writes it."""
+    """Extends PEFT's method: also writes the active set of each adapter, as `save_streams` does."""
     state = state_of(self)
     adapters = adapters_on(state)
     if state is not None and adapters is not None:
         given = kwargs.get("state_dict")
         if given is None and not is_sharded(self):
             kwargs["state_dict"] = self.state_dict()
-        if kwargs.get("state_dict") is not None:  # bias="all" would take the aggregator's
+        if kwargs.get("state_dict") is not None:  # bias="all" would include the aggregator's
             kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if part_of(k) is None}
         if state.active is not None and state.active.num_streams > 1 and (is_main_process or given is None):
             for name in [name for name in adapters.names if selected_adapters is None or name in selected_adapters]:
@@ -46,8 +48,8 @@ def save_pretrained(
     )
 
 
-def _of_set(model: Any, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The values of an adapter's streams in a `state_dict`, by the names that the set has without adapters."""
+def _of_set(model: nn.Module, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The values of an adapter's streams in a `state_dict`, by their names without adapters."""
     state = state_of(model)
     if state_dict is None or state is None or state.active is None:
         return None
@@ -56,29 +58,34 @@ def _of_set(model: Any, adapter_name: str, state_dict: dict[str, Any] | None) ->
 
 
 def load_adapter(
-    load_adapter: Method, self: Any, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+    load_adapter: Method,
+    self: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """As PEFT's own; the streams that were saved beside the adapter become its own."""
+    """Extends PEFT's method: also loads the streams that were saved with the adapter."""
     result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
     _load_streams(self, model_id, adapter_name, kwargs)
     return result
 
 
-def hotswap_adapter(hotswap: Method, model: Any, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """As PEFT's own; the new adapter's streams come with it."""
+def hotswap_adapter(hotswap: Method, model: object, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """Extends PEFT's function: also loads the new adapter's streams."""
     hotswap(model, path, adapter_name, *args, **kwargs)
     _load_streams(model, path, adapter_name, kwargs)
 
 
-def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
-    """Reads the streams that were saved beside an adapter, if there are any, into its own."""
+def _load_streams(model: object, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
+    """Loads the streams that were saved with an adapter, if there are any, into the adapter's copies."""
     state = state_of(model)
     adapters = adapters_on(state)
     if state is None or adapters is None:
         if os.path.exists(os.path.join(path, options.get("subfolder") or "", STREAMS_CONFIG)):
             warnings.warn(
-                f"{path} holds streams beside the adapter, which this model without streams runs without: give "
-                "PeftModel.from_pretrained the model of parscale.load(folder, backbone=...).",
+                f"{path} holds streams for its adapter, which this model without streams ignores: pass "
+                "PeftModel.from_pretrained the model from parscale.load(folder, backbone=...).",
                 stacklevel=4,
             )
         return
@@ -90,12 +97,12 @@ def _load_streams(model: Any, path: str | os.PathLike[str], adapter_name: str, o
 
 def get_state_dict(
     get: Method,
-    model: Any,
+    model: nn.Module,
     state_dict: dict[str, Any] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """As PEFT's own, and the adapter's streams under their released names; accelerate saves it under FSDP."""
+    """Extends PEFT's function: adds the adapter's streams by their released names; accelerate saves it under FSDP."""
     found: dict[str, Any] = get(model, state_dict, adapter_name, **kwargs)
     names = _stream_names(model, adapter_name)
     if not names:
@@ -106,9 +113,13 @@ def get_state_dict(
 
 
 def set_state_dict(
-    set_state_dict: Method, model: Any, state_dict: dict[str, Any], adapter_name: str = DEFAULT_ADAPTER, **kwargs: Any
+    set_state_dict: Method,
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    adapter_name: str = DEFAULT_ADAPTER,
+    **kwargs: Any,
 ) -> Any:
-    """As PEFT's own, and the streams that are in it."""
+    """Extends PEFT's function: also sets the streams that are in the state dict."""
     root = _root(model)
     names = {root + released: name for released, name in _stream_names(model, adapter_name).items()}
     streams = {names[name]: value for name, value in state_dict.items() if name in names}
@@ -122,10 +133,10 @@ def set_state_dict(
     return result
 
 
-def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
-    """What an adapter's streams are called in the `state_dict` of the model with adapters, by their released names.
+def _stream_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The names of an adapter's streams in the `state_dict` of the model with adapters, by released name.
 
-    By the tensors themselves, since some adapters put layers around the modules that hold them.
+    They are found by the tensors themselves, since some adapters wrap the modules that hold them.
     """
     state = state_of(model)
     adapters = adapters_on(state)
@@ -137,8 +148,8 @@ def _stream_names(model: Any, adapter_name: str) -> dict[str, str]:
     return {released: names[id(tensor)] for released, tensor in tensors.items()}
 
 
-def _root(model: Any) -> str:
-    """What PEFT puts before the names of the model that the adapters are on."""
+def _root(model: nn.Module) -> str:
+    """The prefix that PEFT adds to the names of the model under the adapters."""
     base = state_of(model)
     found = {id(module): name for name, module in model.named_modules()}
     return "" if base is None or base.model is model else f"{found[id(base.model)]}."

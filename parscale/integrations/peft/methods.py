@@ -1,26 +1,33 @@
-"""Which of PEFT's methods go with streams; `docs/peft.md` shows the table."""
+"""Which of PEFT's methods support streams; `docs/peft.md` shows the table."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Protocol
 
 from parscale.config import LORA, PROMPT
 from parscale.streams.naming import AGGREGATOR
 
 
+class AdapterConfig(Protocol):
+    """The part of a PEFT configuration that every method has."""
+
+    peft_type: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftMethod:
-    """How a method of PEFT goes with streams.
+    """How a method of PEFT works with streams.
 
     Args:
-        refused: why it does not.
-        merges: PEFT can merge it into the backbone; the streams it was trained with stay.
-        keeps_outputs: it adds to what a linear layer gives, so that the low-rank differences of `transform="lora"`
-            stay what they are, also when it is merged. Others compute with the layer's weights, or scale what it gives.
-        fills_cache: it hands the model a cache that is filled already.
+        refused: the reason why it does not.
+        merges: PEFT can merge it into the backbone; the streams that it was trained with stay.
+        keeps_outputs: it only adds to the output of a linear layer, so that the low-rank differences of
+            `transform="lora"` stay valid, even after a merge. Other methods use the weights of the layer, or scale its
+            output.
+        fills_cache: it passes a filled cache to the model.
     """
 
     refused: str = ""
@@ -70,7 +77,7 @@ METHODS: dict[str, PeftMethod] = {
     "P_TUNING": _NOT_MERGED,
     "RANDLORA": _ADDS,
     "ROAD": _CHANGES_LAYERS,
-    "SHADOW": PeftMethod(refused="its second, smaller model reads B rows where the layers of P streams have P*B"),
+    "SHADOW": PeftMethod(refused="its second, smaller model reads B rows, but the layers of P streams have P*B"),
     "SHIRA": _CHANGES_LAYERS,
     "SUPERTUNING": _CHANGES_LAYERS,
     "TINYLORA": _ADDS,
@@ -79,30 +86,30 @@ METHODS: dict[str, PeftMethod] = {
     "VBLORA": _ADDS,
     "VERA": _ADDS,
     "WAVEFT": _ADDS,
-    "XLORA": PeftMethod(refused="it weighs adapters for each of B rows, and the layers of P streams have P*B"),
+    "XLORA": PeftMethod(refused="it weights adapters for each of B rows, but the layers of P streams have P*B"),
 }
-UNKNOWN = _ADDS  # of a method that a newer PEFT has, after a warning
+UNKNOWN = _ADDS  # for a method in a newer PEFT, after a warning
 
 
-def method_of(peft_config: Any) -> PeftMethod:
-    """How the method of a configuration goes with streams."""
+def method_of(peft_config: AdapterConfig) -> PeftMethod:
+    """How the method of a configuration works with streams."""
     return METHODS.get(name_of(peft_config), UNKNOWN)
 
 
-def name_of(peft_config: Any) -> str:
-    """The method's name."""
+def name_of(peft_config: AdapterConfig) -> str:
+    """The name of the method."""
     return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
 
 
-def check_method(peft_config: Any, transforms: Collection[str]) -> None:
-    """Looks at an adapter that shall be on a model with streams.
+def check_method(peft_config: AdapterConfig, transforms: Collection[str]) -> None:
+    """Checks that an adapter supports the streams of a model.
 
     Args:
-        peft_config: of the adapter.
+        peft_config: the adapter's configuration.
         transforms: of the model's sets with more than one stream.
 
     Raises:
-        ValueError: it does not go with them.
+        ValueError: it does not support them.
     """
     if not transforms:
         return
@@ -115,25 +122,25 @@ def check_method(peft_config: Any, transforms: Collection[str]) -> None:
         )
     reason = _reason(name, method_of(peft_config), peft_config, transforms)
     if reason:
-        raise ValueError(f"This adapter does not go with streams: {reason}")
+        raise ValueError(f"This adapter does not support streams: {reason}")
 
 
-def _reason(name: str, method: PeftMethod, peft_config: Any, transforms: Collection[str]) -> str:
+def _reason(name: str, method: PeftMethod, peft_config: AdapterConfig, transforms: Collection[str]) -> str:
     if method.refused:
         return f"{name}: {method.refused}. Use another method (see docs/peft.md), or unwrap the model first."
     if LORA in transforms and not method.keeps_outputs:
         return (
-            f"{name} with transform={LORA!r}: it computes with the weights of the layers by whose outputs the streams "
+            f"{name} with transform={LORA!r}: it uses the weights of the layers in whose outputs the streams "
             "differ. Use LoRA, or streams with transform='prefix'."
         )
     if LORA in transforms and getattr(peft_config, "use_dora", False):
         return (
-            f"use_dora=True with transform={LORA!r}: DoRA scales the outputs by which the streams differ. Leave "
-            "it out, or use streams with transform='prefix'."
+            f"use_dora=True with transform={LORA!r}: DoRA scales the outputs in which the streams differ. Omit "
+            "it, or use streams with transform='prefix'."
         )
     if PROMPT in transforms and method.fills_cache:
         return (
-            f"{name} with transform={PROMPT!r}: both put something in front of the text when a cache begins. Use "
+            f"{name} with transform={PROMPT!r}: both add tokens before the text in the first pass of a cache. Use "
             "PROMPT_TUNING, or streams with transform='prefix'."
         )
     if getattr(peft_config, "layer_replication", None):
@@ -141,7 +148,5 @@ def _reason(name: str, method: PeftMethod, peft_config: Any, transforms: Collect
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         value = getattr(peft_config, field, None) or ()
         if any(AGGREGATOR in entry for entry in ([value] if isinstance(value, str) else value)):
-            return (
-                f"{field} with {AGGREGATOR!r}: streams train beside every adapter and are saved with it. Leave it out."
-            )
+            return f"{field} with {AGGREGATOR!r}: streams are trained and saved with every adapter anyway. Omit it."
     return ""

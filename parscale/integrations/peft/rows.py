@@ -1,10 +1,12 @@
-"""What PEFT counts by row of the batch, where streams run P*B rows."""
+"""PEFT's per-row arguments, for streams, which run P*B rows."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+
+from torch import nn
 
 from parscale.compat.arguments import NO_ADAPTER, OF_ADAPTERS
 from parscale.integrations.peft.copies import adapters_on
@@ -14,7 +16,7 @@ from parscale.streams.state import ParScaleState
 
 
 def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-    """As PEFT's own; keys and values have a row for each one of the cache, embeddings for each of the B."""
+    """Extends PEFT's method: keys and values get one row per row of the cache, embeddings one per row of the batch."""
     state = state_of(self)
     if state is not None and state.active is not None and method_of(self.active_peft_config).fills_cache:
         batch_size = batch_size * state.active.cache_copies
@@ -22,8 +24,8 @@ def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwa
 
 
 @contextlib.contextmanager
-def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    """As PEFT's own; its layers in the backbone get an entry for each of the P*B rows, stream-major."""
+def with_rows(enable: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Extends PEFT's method: its layers in the backbone get an entry for each of the P*B rows, stream-major."""
     state = state_of(self)
     P = 1 if state is None or state.active is None else state.active.num_streams
     given = {name: kwargs[name] for name in OF_ADAPTERS if kwargs.get(name) is not None}
@@ -41,8 +43,8 @@ def with_rows(enable: Method, self: Any, *args: Any, **kwargs: Any) -> Iterator[
 
 
 @contextlib.contextmanager
-def with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
-    """As PEFT's own, of Poly: the same for the tasks of the rows, `(B,)`."""
+def with_tasks(manage: Method, self: nn.Module, task_ids: Any) -> Iterator[None]:
+    """Extends Poly's method in the same way for the tasks of the rows, `(B,)`."""
     state = state_of(self)
     if task_ids is None or state is None or state.active is None:
         with manage(self, task_ids):
@@ -54,32 +56,32 @@ def with_tasks(manage: Method, self: Any, task_ids: Any) -> Iterator[None]:
 
 
 def _streams_of_rows(state: ParScaleState, rows: list[str] | None) -> contextlib.AbstractContextManager[None]:
-    """The streams of the adapters that a batch's rows name.
+    """The streams of the adapters that the rows of a batch name.
 
     Raises:
-        ValueError: the rows would need different ones.
+        ValueError: the rows would need different streams.
     """
     adapters = adapters_on(state)
     if rows is None or adapters is None or adapters.disabled:
         return contextlib.nullcontext()
     known = [row for row in dict.fromkeys(rows) if row == NO_ADAPTER or row in adapters.names]
     names = [None if row == NO_ADAPTER else row for row in known]
-    if not names:  # PEFT says so
+    if not names:  # PEFT reports it
         return contextlib.nullcontext()
     if not adapters.agree(names):
         raise ValueError(
-            f"The adapters {', '.join(map(repr, dict.fromkeys(rows)))} have trained different streams, and all rows of "
-            "a batch run with the same: run the rows of each adapter by themselves, after set_adapter."
+            f"The adapters {', '.join(map(repr, dict.fromkeys(rows)))} have trained different streams, but all rows of "
+            "a batch run with the same: run the rows of each adapter separately, after set_adapter."
         )
     return adapters.using(names[0])
 
 
 @contextlib.contextmanager
-def _outside_backbone(state: ParScaleState, model: Any, given: dict[str, Any]) -> Iterator[None]:
-    """Layers outside of the backbone, which see B rows, get the entries as they were given."""
+def _outside_backbone(state: ParScaleState, model: nn.Module, given: dict[str, Any]) -> Iterator[None]:
+    """Layers outside the backbone, which see B rows, get the original entries."""
     inside = {module for part in state.parts for module in part.modules()}
 
-    def as_given(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def as_given(module: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {name: rows for name, rows in given.items() if name in kwargs}
 
     outside = [module for module in model.modules() if hasattr(module, "base_layer") and module not in inside]

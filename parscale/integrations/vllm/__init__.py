@@ -3,24 +3,24 @@
 vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. How the
 streams run in it:
 
-- a token is P rows of the linear layers, and one row of `P * heads` heads of the attention, stream-major, so that
-  vLLM's paged cache, batching, prefix caching and chunked prefill work as they are
+- in the linear layers a token has P rows; in the attention it has one row with `P * heads` heads, stream-major. So
+  vLLM's paged cache, batching, prefix caching and chunked prefill work unchanged
   (`parscale.integrations.vllm.models`);
-- the prefix lies in T slots of the cache in front of each request. The engine's scheduler puts them there, and nobody
-  outside the engine sees them (`parscale.integrations.vllm.scheduler`);
-- out of a sliding window such slots would fall: there the prefix is attended to apart
+- the prefix takes T slots of the cache before each request. The engine's scheduler adds them; nothing outside the
+  engine sees them (`parscale.integrations.vllm.scheduler`);
+- a sliding window would hide such slots: models with one attend to the prefix separately
   (`parscale.integrations.vllm.windows`);
-- what cannot be served is refused at the start (`parscale.integrations.vllm.startup`).
+- unsupported checkpoints and settings raise an error at startup (`parscale.integrations.vllm.startup`).
 """
 
 from __future__ import annotations
 
 FAMILIES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
-TESTED = ("0.32",)  # minor versions of vLLM: with them the parts of it move that this is built on
+TESTED = ("0.32",)  # minor versions of vLLM: others may change the internals that this plugin uses
 
 
 def register() -> None:
-    """Makes full checkpoints known to transformers, and their classes to vLLM, to be served or refused."""
+    """Registers full checkpoints with transformers, and their classes with vLLM, which serves or refuses them."""
     import vllm
 
     import parscale.auto  # makes transformers read full checkpoints  # noqa: F401
@@ -30,12 +30,12 @@ def register() -> None:
     reason = None
     if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
         reason = (
-            f"vLLM {vllm.__version__} is installed, and this version of parscale serves models with streams by vLLM "
+            f"vLLM {vllm.__version__} is installed, but this version of parscale serves models with streams by vLLM "
             f"{' and '.join(TESTED)}: pip install 'parscale[vllm]'."
         )
     served = set() if reason else {causal_lm_in_checkpoints(name) for name in FAMILIES}
     for architecture in architectures_in_checkpoints() - served:
-        other = f"vLLM serves {', '.join(FAMILIES)} with streams, and this checkpoint is {architecture}"
+        other = f"vLLM serves {', '.join(FAMILIES)} with streams, but this checkpoint is {architecture}"
         refuse(architecture, reason or f"{other}: `transformers serve --trust-remote-code` serves any language model.")
     for architecture in served:
         from parscale.integrations.vllm.startup import serve

@@ -1,8 +1,9 @@
-"""The learned mixture of the streams in vLLM: one linear layer on rows that lie right, shared out over processes.
+"""The aggregator in vLLM: one linear layer on adjacent rows, split over the tensor-parallel processes.
 
-A token's P rows lie side by side, `(N, P*H)`. With the columns of the first projection in that order, stream outer,
-it is one product without a copy of either. Its H inner features are shared out over the tensor-parallel processes, so
-that each holds its part of the weights, and the sums of P logits for each token are what they exchange.
+A token's P rows are adjacent in memory, `(N, P*H)`. With the columns of the first projection in the same order
+(stream outer, feature inner), the projection is one matrix product without a copy. Its H inner features are split over
+the tensor-parallel processes, so that each holds a part of the weights; they exchange the sums of P logits for each
+token.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ FIRST = "aggregate_layer.0.weight"
 class StreamAggregator(nn.Module):
     """`Linear(P*H -> H)`, SiLU, `Linear(H -> P)`, softmax over streams, smoothing, weighted sum.
 
-    Its parameters are named as in checkpoints; the first one's columns come by `stream_outer`. The logits,
-    which a softmax follows, are float32.
+    Its parameters have the names of checkpoints; `stream_outer` reorders the columns of the first one. The logits,
+    which go into a softmax, are float32.
 
     Args:
         num_streams: P.
         hidden_size: H.
         smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`.
-        prefix: of the names of its layers.
+        prefix: the prefix of its layers' names.
     """
 
     def __init__(self, num_streams: int, hidden_size: int, smoothing: float, *, prefix: str) -> None:
@@ -67,7 +68,7 @@ class StreamAggregator(nn.Module):
 
 
 def stream_outer(weights: Iterable[tuple[str, torch.Tensor]], num_streams: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint's tensors with the columns of the first projection by stream, where they lie by hidden feature."""
+    """A checkpoint's tensors, with the columns of the first projection reordered: by stream, not by hidden feature."""
     for name, tensor in weights:
         if name.endswith(FIRST):
             tensor = tensor.unflatten(1, (-1, num_streams)).transpose(1, 2).flatten(1)  # (H, H*P) -> (H, P*H)

@@ -1,8 +1,11 @@
 """Models with parallel streams in vLLM: its own layers, run on P rows for each token.
 
+These are the streams with keys and values of their own; those that share them are in
+`parscale.integrations.vllm.shared_models`.
+
 vLLM's batch is a flat list of N tokens. From the embedding to the final norm a token has P rows, token-major, so that
-`(N*P, H)` is a view of `(N, P, H)`; in the attention it has one row of `P * heads` query heads and `P * G` key
-and value heads, stream-major, so that the heads of a stream find their own keys. The parameters are named as in full
+`(N*P, H)` is a view of `(N, P, H)`. In the attention it has one row of `P * heads` query heads and `P * G` key and
+value heads, stream-major, so that each stream's query heads use its own keys. The parameters have the names of full
 checkpoints, the released ones included.
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -37,43 +40,31 @@ from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_
 from parscale.integrations.vllm.windows import window_backend
 from parscale.streams.naming import part_of
 
+if TYPE_CHECKING:
+    from parscale.compat.vllm import VllmConfig
+
 
 class StreamAttention(nn.Module):
-    """In place of a layer's attention: the same projections, with the streams as heads and a prefix for each.
+    """Replaces a layer's attention: the same projections, with the streams as heads and a prefix for each stream.
 
     Args:
-        own: vLLM's attention of the layer; its parts are taken over.
+        own: vLLM's attention of the layer, whose parts are reused.
         streams: P and T.
-        num_slots: T, if the prefix lies in slots of the cache in front of each request; 0, if it is attended to apart.
+        num_slots: T, if the prefix takes slots of the cache before each request; 0, if it is attended to separately.
         vllm_config: vLLM's.
     """
 
-    def __init__(self, own: Any, streams: ParScaleConfig, num_slots: int, vllm_config: Any) -> None:
+    def __init__(self, own: Any, streams: ParScaleConfig, num_slots: int, vllm_config: VllmConfig) -> None:
         super().__init__()
         P, G, T, D = streams.num_streams, own.num_kv_heads, streams.prefix_length, own.head_dim
         self.num_slots, self.head_dim = num_slots, D
         self.sizes = [own.q_size, own.kv_size, own.kv_size]
         self.qkv_proj, self.o_proj, self.rotary_emb = own.qkv_proj, own.o_proj, own.rotary_emb
         self.q_norm, self.k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
-        self.prefix_k, self.prefix_v = (
-            nn.Parameter(torch.zeros(P, G, T, D), requires_grad=False) for _ in ("keys", "values")
-        )
-        for prefix in (self.prefix_k, self.prefix_v):
-            set_weight_attrs(prefix, {"weight_loader": _load_heads})
+        self.prefix_k, self.prefix_v = (prefix_parameter(P, G, T, D) for _ in ("keys", "values"))
         check_backend(own.attn.attn_backend)
-        layer_name = own.attn.layer_name
-        del vllm_config.compilation_config.static_forward_context[layer_name]  # the next one takes its name and cache
-        self.attn = Attention(
-            P * own.num_heads,
-            D,
-            own.scaling,
-            num_kv_heads=P * G,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            per_layer_sliding_window=own.attn.sliding_window,
-            prefix=layer_name,
-            attn_backend=None if num_slots else window_backend(own.attn.attn_backend),
-        )
+        backend = None if num_slots else window_backend(own.attn.attn_backend)
+        self.attn = attention_in_place(own, P * own.num_heads, P * G, backend, vllm_config)
         if not num_slots:
             self.attn.impl.prefix = (self.prefix_k, self.prefix_v)
 
@@ -94,16 +85,48 @@ class StreamAttention(nn.Module):
         return output
 
     def _fill_slots(self, positions: torch.Tensor, x: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-        """The keys or values `(N, P*G*D)`, with those of the prefix where a token is a slot."""
+        """The keys or values `(N, P*G*D)`, with those of the prefix where the token is a slot."""
         is_slot = positions < self.num_slots
         learned = prefix.permute(2, 0, 1, 3)[positions.clamp(max=self.num_slots - 1)]  # (N, P, G, D)
         return torch.where(is_slot[:, None], learned.flatten(1).to(x.dtype), x)
 
 
+def attention_in_place(own: Any, num_heads: int, num_kv_heads: int, backend: Any, vllm_config: Any) -> Any:
+    """vLLM's attention over a cache, with other heads or another backend, in place of that of a layer.
+
+    Args:
+        own: vLLM's attention of the layer; what is returned takes the name and the cache of its `attn`.
+        num_heads: of the queries.
+        num_kv_heads: of the cache.
+        backend: `None` for vLLM's choice.
+        vllm_config: vLLM's.
+    """
+    layer_name = own.attn.layer_name
+    del vllm_config.compilation_config.static_forward_context[layer_name]
+    return Attention(
+        num_heads,
+        own.head_dim,
+        own.scaling,
+        num_kv_heads=num_kv_heads,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        per_layer_sliding_window=own.attn.sliding_window,
+        prefix=layer_name,
+        attn_backend=backend,
+    )
+
+
+def prefix_parameter(*shape: int) -> nn.Parameter:
+    """A prefix `(P, G, T, D)` to be read from a checkpoint."""
+    parameter = nn.Parameter(torch.zeros(*shape), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": _load_heads})
+    return parameter
+
+
 def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    """Fills `(P, G, T, D)` with the heads that this process has of all `(P, G_total, T, D)`."""
+    """Fills `(P, G, T, D)` with this process's heads out of all, `(P, G_total, T, D)`."""
     num_heads, ranks = parameter.shape[1], get_tensor_model_parallel_world_size()
-    copies = max(1, ranks // whole.shape[1])  # of each head, where there are fewer than processes
+    copies = max(1, ranks // whole.shape[1])  # of each head, if there are fewer heads than processes
     first = get_tensor_model_parallel_rank() // copies * num_heads
     part = whole[:, first : first + num_heads]
     if part.shape != parameter.shape:
@@ -112,12 +135,12 @@ def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
 
 
 class _Streams(nn.Module):
-    """In front of a model of vLLM: its rows become P for each token, and are mixed after its final norm."""
+    """Wraps a model of vLLM: repeats its input P times for each token, and mixes the streams after its final norm."""
 
     layers: Any
     embed_input_ids: Any
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
         streams = ParScaleConfig.from_fields(vars(config))
@@ -159,12 +182,12 @@ class _Mistral(_Streams, MistralModel):
     pass
 
 
-class _ForCausalLM(nn.Module, SupportsQuant):
+class StreamsForCausalLM(nn.Module, SupportsQuant):
     """A language model with streams.
 
     Args:
         vllm_config: vLLM's, as `parscale.integrations.vllm.startup.prepare` left it.
-        prefix: of the names of its layers.
+        prefix: the prefix of its layers' names.
     """
 
     backbone: type[nn.Module]
@@ -174,7 +197,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.vllm_config = vllm_config
         quantize_attention(vllm_config)
@@ -209,7 +232,7 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Reads a full checkpoint's tensors; those of another set of streams from its sub-folder, if it is asked for.
+        """Reads a full checkpoint's tensors; those of an additional set come from its sub-folder, if it was chosen.
 
         Raises:
             ValueError: a tensor has no place in the model.
@@ -222,25 +245,25 @@ class _ForCausalLM(nn.Module, SupportsQuant):
         return AutoWeightsLoader(self).load_weights(stream_outer(weights, self.model.num_streams))
 
 
-class Qwen2ParScaleForCausalLM(_ForCausalLM):
+class Qwen2ParScaleForCausalLM(StreamsForCausalLM):
     """Qwen2 with streams."""
 
     backbone = _Qwen2
 
 
-class Qwen3ParScaleForCausalLM(_ForCausalLM):
+class Qwen3ParScaleForCausalLM(StreamsForCausalLM):
     """Qwen3 with streams."""
 
     backbone = _Qwen3
 
 
-class LlamaParScaleForCausalLM(_ForCausalLM):
+class LlamaParScaleForCausalLM(StreamsForCausalLM):
     """Llama with streams."""
 
     backbone = _Llama
 
 
-class MistralParScaleForCausalLM(_ForCausalLM):
+class MistralParScaleForCausalLM(StreamsForCausalLM):
     """Mistral with streams."""
 
     backbone = _Mistral

@@ -1,4 +1,4 @@
-"""Checkpoints with streams that vLLM is not to serve: known by name, and refused with the reason."""
+"""Checkpoints with streams that vLLM must not serve: registered by name, and refused with the reason."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from vllm import ModelRegistry
 
 
 def refuse(architecture: str, reason: str) -> None:
-    """Makes vLLM end at its start with one reason for checkpoints of this architecture.
+    """Makes vLLM stop at startup with a reason for checkpoints of this architecture.
 
-    Without it vLLM would look for a way to run the model that knows nothing of its streams.
+    Otherwise vLLM would look for a way to run the model that ignores its streams.
 
     Args:
         architecture: as in `config.json`.
-        reason: what to say.
+        reason: the message.
     """
     ModelRegistry.register_model(architecture, f"{Refused.__module__}:{Refused.__name__}")
     try:
         from parscale.compat.vllm import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-    except ImportError:  # of another version; then the model itself refuses, when it is made
+    except ImportError:  # another version of vLLM; then the model itself raises the error, when it is made
         return
 
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: object) -> None:
         raise ValueError(reason)
 
     body = {verify_and_update_config.__name__: staticmethod(verify_and_update_config)}
@@ -32,10 +32,10 @@ def refuse(architecture: str, reason: str) -> None:
 
 
 class Refused(nn.Module):
-    """What vLLM wants to see in a language model."""
+    """The minimal interface that vLLM expects of a language model."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("This model, or this version of vLLM, is none that parscale serves with streams.")
+        raise ValueError("parscale does not serve this model with streams, or not by this version of vLLM.")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Never called."""

@@ -1,7 +1,7 @@
-"""The engine's scheduler with T leading slots in front of each request, for the keys and values of the prefix.
+"""The engine's scheduler with T leading slots before each request, for the keys and values of the prefix.
 
-It runs behind vLLM's front end, which counts, limits and returns the user's tokens only. With prefix caching the slots
-of all requests are the same blocks of the cache, as far as whole blocks reach.
+It runs behind vLLM's front end, which counts, limits and returns only the user's tokens. With prefix caching, the
+slots of all requests share the same blocks of the cache, as far as they fill whole blocks.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from parscale.integrations.vllm.startup import SLOTS
 if TYPE_CHECKING:
     from parscale.compat.vllm import ModelRunnerOutput, PrefillStats, Request, VllmConfig
 
-SLOT = 0  # the token in a slot: any that the vocabulary has, since the model never reads it
+SLOT = 0  # the token in a slot: any valid id, since the model never reads it
 
 
 class _WithSlots(Scheduler):
-    """What both schedulers have in common.
+    """The common part of both schedulers.
 
-    `parscale.integrations.vllm.startup.prepare` has made room for the slots.
+    `parscale.integrations.vllm.startup.prepare` has reserved room for the slots.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model_config = self.vllm_config.model_config
         self.num_slots: int = getattr(model_config.hf_config, SLOTS)
-        # The engine has made its room of this number; what is left of it is the user's, and the engine reports it to
-        # the front end, whose limits it becomes.
+        # The engine has allocated the cache for this length. The rest after the slots is the user's: the engine reports
+        # it to the front end as its limit.
         model_config.max_model_len -= self.num_slots
 
     def add_request(self, request: Request) -> None:
-        """Puts the slots in front of a new request; one that goes on with more input has them."""
+        """Puts the slots before a new request; a request that continues with more input has them already."""
         if request.request_id not in self.requests:
             _add_slots(request, self.num_slots)
         super().add_request(request)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: ModelRunnerOutput) -> Any:
-        """As vLLM's, with the slots taken out of what goes to the user."""
+        """As in vLLM, without the slots in what goes to the user."""
         T = self.num_slots
         tensors = model_runner_output.prompt_logprobs_dict
         for name, whole in tensors.items():
@@ -58,14 +58,14 @@ class _AsyncWithSlots(_WithSlots, AsyncScheduler):
 
 
 def slot_scheduler(*, vllm_config: VllmConfig, **others: Any) -> Scheduler:
-    """What vLLM calls for its scheduler, in place of its own class."""
+    """The callable that vLLM uses in place of its scheduler class."""
     scheduler = _AsyncWithSlots if vllm_config.scheduler_config.async_scheduling else _WithSlots
     return scheduler(vllm_config=vllm_config, **others)
 
 
 def _add_slots(request: Request, num_slots: int) -> None:
     sampling = request.sampling_params
-    # A penalty on repetition counts the prompt's tokens: there the slots repeat one that the prompt has.
+    # A repetition penalty counts the prompt's tokens, so the slots repeat a token of the prompt.
     penalised = sampling is not None and sampling.repetition_penalty != 1.0
     if sampling is not None and sampling.prompt_logprob_token_ids is not None:
         request.sampling_params = sampling.clone()

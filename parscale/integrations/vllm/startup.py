@@ -1,56 +1,73 @@
-"""What is looked at when vLLM starts on a checkpoint with streams: which set to serve, and whether it can be served."""
+"""The checks when vLLM starts on a checkpoint with streams: which set to serve, and whether it is supported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import ModelRegistry
 
-from parscale.compat.vllm import MODELS_CONFIG_MAP, AttentionBackendEnum, VerifyAndUpdateConfig, init_logger
-from parscale.config import NUM_STREAMS, OWN, PREFIX, PREFIX_LENGTH, SET_NAME, SMOOTHING, ParScaleConfig
+from parscale.compat.vllm import (
+    MODELS_CONFIG_MAP,
+    AttentionBackendEnum,
+    CUDAGraphMode,
+    VerifyAndUpdateConfig,
+    init_logger,
+    is_breakable_cudagraph_enabled,
+)
+from parscale.config import KV, NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SHARED, SMOOTHING, ParScaleConfig
 from parscale.format.checks import check_streams
 from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
 from parscale.format.headers import StoredTensor
 from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
 
+if TYPE_CHECKING:
+    from parscale.compat.vllm import VllmConfig
+
 logger = init_logger("vllm.parscale")
 
-# In the configuration that vLLM hands to its processes: slots of the cache in front of a request; none, if the prefix
-# is attended to apart.
+# The key, in the configuration that vLLM passes to its processes, of the number of cache slots before a request; 0 if
+# the prefix is attended to separately.
 SLOTS = "prefix_slots"
 
-# The attention backends that take the number of heads from the layers, or make nothing of its size.
+# The attention backends that take the number of heads from the layers, or do not depend on it.
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "ROCM_ATTN", "CPU_ATTN")
 
 
 def serve(architecture: str) -> None:
-    """Makes an architecture of `parscale.integrations.vllm.models` known to vLLM.
+    """Makes an architecture known to vLLM, of `parscale.integrations.vllm.models` and of `shared_models`.
 
     vLLM then calls `prepare` for it.
     """
     ModelRegistry.register_model(architecture, f"parscale.integrations.vllm.models:{architecture}")
+    shared = _sharing(architecture)
+    ModelRegistry.register_model(shared, f"parscale.integrations.vllm.shared_models:{shared}")
     MODELS_CONFIG_MAP[architecture] = _Prepared
 
 
 class _Prepared(VerifyAndUpdateConfig):
     @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
         prepare(vllm_config)
+
+
+def _sharing(architecture: str) -> str:
+    """The name by which vLLM knows an architecture whose streams share keys and values."""
+    return architecture.replace(INFIX, f"{INFIX}Shared")
 
 
 def prepare(vllm_config: Any) -> None:
     """Checks a checkpoint and vLLM's settings, and sets what the streams need.
 
-    With one stream it is the plain backbone, and vLLM's own class for it takes over.
+    With one stream the model is the plain backbone, and vLLM's own class serves it.
 
     Args:
-        vllm_config: vLLM's; the model's configuration in it gets the numbers of the chosen set.
+        vllm_config: vLLM's; its model configuration gets the values of the chosen set.
 
     Raises:
-        ValueError: the checkpoint or a setting is one that cannot be served; names it and what to do.
+        ValueError: the checkpoint or a setting is not supported; the message names it and what to do.
         OSError: a file of the checkpoint is missing.
     """
     model = vllm_config.model_config
@@ -64,37 +81,66 @@ def prepare(vllm_config: Any) -> None:
     if streams.num_streams == 1:
         if not is_active:
             raise ValueError(f"The set {name!r} of {checkpoint} has one stream: serve the backbone itself.")
-        plain = [architecture.replace(INFIX, "") for architecture in config.architectures]
-        config.architectures = model.model_arch_config.architectures = plain
+        _rename(model, lambda name: name.replace(INFIX, ""))
         return
     if streams.transform != PREFIX:
         raise ValueError(
             f"The streams of {checkpoint} are made by transform={streams.transform!r}, and vLLM serves those of "
             f"{PREFIX!r} only: `transformers serve --trust-remote-code` serves any."
         )
-    if streams.kv != OWN:
-        raise ValueError(
-            f"The streams of {checkpoint} share keys and values (kv={streams.kv!r}), and vLLM serves those of "
-            f"kv={OWN!r} only: `transformers serve --trust-remote-code` serves any."
-        )
     _check_settings(vllm_config)
-    has_window = _has_window(vllm_config)
-    where = "apart from the cache" if has_window else "in slots of the cache"
-    logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
     setattr(config, NUM_STREAMS, streams.num_streams)
     setattr(config, PREFIX_LENGTH, streams.prefix_length)
     setattr(config, SMOOTHING, streams.smoothing)
-    if has_window:
+    setattr(config, KV, streams.kv)
+    if streams.kv == SHARED:
+        _prepare_shared(vllm_config)
+        where = "apart from the cache, which all share"
+    elif _has_window(vllm_config):
         setattr(config, SLOTS, 0)
-        return
-    setattr(config, SLOTS, streams.prefix_length)
-    scheduler = vllm_config.scheduler_config
+        where = "apart from the cache"
+    else:
+        _make_room(vllm_config, streams.prefix_length)
+        where = "in slots of the cache"
+    logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
+
+
+def _rename(model_config: Any, rename: Callable[[str], str]) -> None:
+    """Has vLLM run another class than the one that the checkpoint names."""
+    names = [rename(name) for name in model_config.hf_config.architectures]
+    model_config.hf_config.architectures = model_config.model_arch_config.architectures = names
+
+
+def _make_room(vllm_config: Any, num_slots: int) -> None:
+    """For T slots in front of each request, which the engine's scheduler fills."""
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    setattr(model.hf_config, SLOTS, num_slots)
     # A window as long as the longest text hides nothing of it, and must not hide the slots either.
-    config.sliding_window = vllm_config.cache_config.sliding_window = None
-    model.max_model_len += streams.prefix_length
+    model.hf_config.sliding_window = vllm_config.cache_config.sliding_window = None
+    model.max_model_len += num_slots
     if not scheduler.enable_chunked_prefill:
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
     scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
+
+
+def _prepare_shared(vllm_config: Any) -> None:
+    """For streams that share keys: their classes, and how a worker learns what each request asks for."""
+    model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    is_v2 = vllm_config.use_v2_model_runner
+    _refuse(
+        {
+            "--speculative-config with shared keys and values": vllm_config.speculative_config is not None,
+            "--enable-dbo": vllm_config.parallel_config.use_ubatching,
+            "VLLM_USE_BREAKABLE_CUDAGRAPH": is_breakable_cudagraph_enabled(),
+        }
+    )
+    _rename(model, _sharing)
+    processor = f"parscale.integrations.vllm.sampling:{'WishCheck' if is_v2 else 'WishProcessor'}"
+    model.logits_processors = [*(model.logits_processors or ()), processor]
+    if is_v2:
+        return
+    if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE  # a whole graph would not ask what the requests want
 
 
 def checkpoint_of(vllm_config: Any) -> Checkpoint:
@@ -107,17 +153,18 @@ def checkpoint_of(vllm_config: Any) -> Checkpoint:
 
 
 def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
-    """The file with the streams that `config` asks for; `None` if they are among the model's tensors."""
+    """The file with the streams that `config` selects; `None` if they are among the model's tensors."""
     name = getattr(config, SET_NAME, DEFAULT)
     active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
     return None if name == active else checkpoint.inside(name).file(STREAMS)
 
 
-def quantize_attention(vllm_config: Any) -> None:
-    """Has vLLM quantize the layers of attention modules, which it would leave out for the prefix beside them.
+def quantize_attention(vllm_config: VllmConfig) -> None:
+    """Makes vLLM quantize the layers inside attention modules, which it would skip because of their prefix.
 
-    Where the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all that
-    hold a tensor in floating point, `self_attn` with its `prefix_k` among them, and leaves out what is inside.
+    If the configuration of an AWQ checkpoint does not list the modules that are not quantized, vLLM lists all modules
+    that hold a floating-point tensor. `self_attn` with its `prefix_k` is one of them, and vLLM skips all that is
+    inside.
     """
     config = vllm_config.quant_config
     given = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
@@ -129,7 +176,7 @@ def quantize_attention(vllm_config: Any) -> None:
 
 
 def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
-    """The numbers and tensors of a set of streams, and whether it is the active one of its folder."""
+    """The configuration and tensors of a set of streams, and whether it is the active set of its folder."""
     fields = checkpoint.read_json(CONFIG)
     active, further = set_names(checkpoint, fields)
     if name == active:
@@ -144,8 +191,8 @@ def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapp
     return numbers(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
 
 
-def _has_window(vllm_config: Any) -> bool:
-    """Whether a layer does not see all of the longest text."""
+def _has_window(vllm_config: VllmConfig) -> bool:
+    """Whether a layer has a window shorter than the longest text."""
     config = vllm_config.model_config.hf_config
     window = vllm_config.cache_config.sliding_window
     if window is None and "sliding_attention" in (getattr(config, "layer_types", None) or []):
@@ -154,7 +201,7 @@ def _has_window(vllm_config: Any) -> bool:
 
 
 def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
-    """Refuses weights that vLLM would read for compressed ones, without a word."""
+    """Raises an error for uncompressed weights that vLLM would silently read as compressed ones."""
     if (getattr(config, "quantization_config", None) or {}).get("quantization_status") == "decompressed":
         raise ValueError(
             f"{checkpoint} was saved after its weights had been decompressed, and vLLM reads compressed ones: call "
@@ -163,12 +210,12 @@ def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
 
 
 def check_backend(backend: type) -> None:
-    """Refuses an attention backend that would take the backbone's number of heads for the P-fold one of the layers.
+    """Raises an error for an attention backend that would use the backbone's number of heads, not P times as many.
 
-    By its class: AITER's flash attention calls itself `FLASH_ATTN`.
+    The check is by class: AITER's flash attention calls itself `FLASH_ATTN`.
 
     Raises:
-        ValueError: it is not known to ask the layers; the message says which do.
+        ValueError: the backend is not known to read the number from the layers; the message lists those that do.
     """
     name = f"{backend.__module__}.{backend.__qualname__}"
     if name not in {AttentionBackendEnum[served].value for served in BACKENDS}:
@@ -179,8 +226,8 @@ def check_backend(backend: type) -> None:
         )
 
 
-def _check_settings(vllm_config: Any) -> None:
-    """Refuses what was not built for streams, where it could go wrong in silence."""
+def _check_settings(vllm_config: VllmConfig) -> None:
+    """Raises an error for settings without support for streams, which could silently give wrong results."""
     model, parallel, speculative = vllm_config.model_config, vllm_config.parallel_config, vllm_config.speculative_config
     scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     refused = {
@@ -196,6 +243,11 @@ def _check_settings(vllm_config: Any) -> None:
         "dual chunk attention": getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
         "a scale of the cache for each head": isinstance(scheme, dict) and scheme.get("strategy") == "attn_head",
     }
-    given = [name for name, is_given in refused.items() if is_given]
+    _refuse(refused)
+
+
+def _refuse(settings: Mapping[str, bool]) -> None:
+    """Refuses the settings that are given."""
+    given = [name for name, is_given in settings.items() if is_given]
     if given:
         raise ValueError(f"Models with parallel streams are served without {' and '.join(given)}: leave it out.")

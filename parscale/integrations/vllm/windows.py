@@ -1,8 +1,8 @@
-"""Attention for models with a sliding window: the prefix is attended to apart, where no window hides it.
+"""Attention for models with a sliding window: queries attend to the prefix separately, where no window hides it.
 
-The cache then holds the user's tokens only, and layers without a window attend in the same way. On CPUs the keys that a
-request sees are gathered behind the prefix, and torch attends; on GPUs vLLM's flash attention sees the cache, a product
-of matrices sees the prefix, and the two are merged by their log-sum-exp.
+The cache then holds only the user's tokens, and layers without a window attend in the same way. On CPUs the keys that
+a request sees are gathered after the prefix, and torch computes the attention. On GPUs vLLM's flash attention reads the
+cache, matrix products read the prefix, and the two results are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -12,20 +12,15 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from parscale.compat.vllm import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    merge_attn_states,
-)
+from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
+from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache
 
 
 def window_backend(own: type[Any]) -> type[Any]:
-    """The backend that attends to a prefix apart, in place of the one that vLLM has chosen.
+    """The backend that attends to a prefix separately, in place of the one that vLLM has chosen.
 
     Raises:
-        ValueError: there is none for it.
+        ValueError: there is no such backend.
     """
     for backend in (CpuBackend, FlashBackend):
         if issubclass(backend, own):
@@ -36,31 +31,29 @@ def window_backend(own: type[Any]) -> type[Any]:
     )
 
 
-class _Apart:
-    """In front of an implementation of vLLM's; `prefix` is set by the layer: keys and values `(P, G, T, D)`."""
+class Apart:
+    """In front of an implementation of vLLM's that attends to a prefix apart from the cache."""
 
-    prefix: tuple[torch.Tensor, torch.Tensor]
+    served = "A sliding window and a prefix are served"
     kv_cache_dtype: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.kv_cache_dtype.startswith("fp8"):
-            raise ValueError("A sliding window and a prefix are served without --kv-cache-dtype fp8: leave it out.")
+            raise ValueError(f"{self.served} without --kv-cache-dtype fp8: leave it out.")
 
 
-class CpuImpl(_Apart, CPUAttentionBackendImpl):
-    """The keys that a request sees are gathered behind the prefix."""
+class CpuImpl(Apart, CpuCache):
+    """The keys that a request sees are gathered behind the prefix.
 
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Writes `(N, P*G, D)` keys and values into the cache, `(blocks, P*G, block, 2*D)`, in plain order."""
-        block = kv_cache.shape[2]
-        kv_cache[slot_mapping // block, :, slot_mapping % block] = torch.cat((key, value), dim=-1)
+    `prefix` is set by the layer: keys and values `(P, G, T, D)`.
+    """
+
+    prefix: tuple[torch.Tensor, torch.Tensor]
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -76,27 +69,12 @@ class CpuImpl(_Apart, CPUAttentionBackendImpl):
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
         for first, last, length, blocks in zip(starts, starts[1:], lengths, attn_metadata.block_table, strict=False):
             q = query[first:last].transpose(0, 1)  # (P*heads, n, D)
-            k, v, mask = self._seen(kv_cache, blocks, q.shape[1], length)
+            k, v, is_seen = self.seen(kv_cache, blocks, last - first, length)
+            k, v = (torch.cat((x.flatten(0, 1), y), dim=1) for x, y in zip(self.prefix, (k, v), strict=True))
+            mask = torch.nn.functional.pad(is_seen, (k.shape[1] - is_seen.shape[1], 0), value=True)  # (n, T + m)
             mixed = scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
             output[first:last] = mixed.transpose(0, 1)
         return output
-
-    def _seen(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, new: int, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the last `new` of `length` tokens attend to: `(P*G, T + m, D)` twice, and `(new, T + m)`."""
-        size, D = kv_cache.shape[2], self.head_size
-        window = self.sliding_window if self.sliding_window > 0 else length
-        start = max(0, length - new - window + 1)
-        held = kv_cache[blocks[start // size : -(-length // size)]]  # (blocks, P*G, size, 2*D)
-        held = held.transpose(0, 1).flatten(1, 2)[:, start % size :][:, : length - start]  # (P*G, m, 2*D)
-        k, v = (
-            torch.cat((learned.flatten(0, 1), part), dim=1)
-            for learned, part in zip(self.prefix, held.split(D, dim=-1), strict=True)
-        )
-        distance = torch.arange(length - new, length)[:, None] - torch.arange(start, length)  # (new, m)
-        is_seen = (distance >= 0) & (distance < window)
-        return k, v, torch.nn.functional.pad(is_seen, (k.shape[1] - is_seen.shape[1], 0), value=True)
 
 
 class CpuBackend(CPUAttentionBackend):
@@ -104,16 +82,21 @@ class CpuBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[CpuImpl]:
-        """As vLLM asks for it."""
+        """The method that vLLM calls for the implementation."""
         return CpuImpl
 
 
-class FlashImpl(_Apart, FlashAttentionImpl):
-    """Cache and prefix apart, merged by their log-sum-exp."""
+class FlashImpl(Apart, FlashCache):
+    """Cache and prefix apart, merged by their log-sum-exp.
+
+    `prefix` is set by the layer: keys and values `(P, G, T, D)`.
+    """
+
+    prefix: tuple[torch.Tensor, torch.Tensor]
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -124,30 +107,10 @@ class FlashImpl(_Apart, FlashAttentionImpl):
         **further: Any,
     ) -> torch.Tensor:
         """`(N, P*heads, D)` queries; writes `(N, P*heads, D)` into `output`."""
-        from parscale.compat.vllm import flash_attn_varlen_func
-
         if attn_metadata is None:  # a warm-up
             return output.fill_(0)
         N = attn_metadata.num_actual_tokens
-        # (blocks, P*G, size, 2*D) -> (blocks, size, P*G, D), twice
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        mixed, lse = flash_attn_varlen_func(
-            q=query[:N],
-            k=keys,
-            v=values,
-            cu_seqlens_q=attn_metadata.query_start_loc,
-            max_seqlen_q=attn_metadata.max_query_len,
-            seqused_k=attn_metadata.seq_lens,
-            max_seqlen_k=attn_metadata.max_seq_len,
-            softmax_scale=self.scale,
-            causal=True,
-            window_size=list(self.sliding_window),
-            block_table=attn_metadata.block_table,
-            return_softmax_lse=True,
-            scheduler_metadata=attn_metadata.scheduler_metadata,
-            fa_version=self.vllm_flash_attn_version,
-            num_splits=attn_metadata.max_num_splits,
-        )
+        mixed, lse = self.attend(query[:N], kv_cache, self.planned(attn_metadata))
         learned, learned_lse = attend_to_prefix(query[:N], *self.prefix, self.scale)
         merge_attn_states(output[:N], learned, learned_lse, mixed, lse)
         return output
@@ -158,27 +121,27 @@ class FlashBackend(FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[FlashImpl]:
-        """As vLLM asks for it."""
+        """The method that vLLM calls for the implementation."""
         return FlashImpl
 
 
 def attend_to_prefix(
     query: torch.Tensor, prefix_k: torch.Tensor, prefix_v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of attention that falls on a prefix.
+    """Attention over a prefix alone.
 
     Args:
         query: `(N, P*heads, D)`, stream-major.
         prefix_k: `(P, G, T, D)`.
-        prefix_v: the same.
-        scale: of the scores.
+        prefix_v: likewise.
+        scale: of the attention scores.
 
     Returns:
-        The mixture `(N, P*heads, D)`, and the log-sum-exp of the scores, `(P*heads, N)` in float32.
+        The output `(N, P*heads, D)`, and the log-sum-exp of the scores, `(P*heads, N)` in float32.
     """
     keys, values = prefix_k.flatten(0, 1), prefix_v.flatten(0, 1)  # (P*G, T, D)
     q = query.unflatten(1, (keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (P*G, heads/G * N, D)
-    # in float32: a score rounded to half precision, of keys with a large bias say, is wrong by per cents after softmax
+    # in float32: scores rounded to half precision, such as those of keys with a large bias, give errors of some percent
     scores = _in_float32(q, keys.transpose(1, 2)) * scale  # (P*G, heads/G * N, T)
     mixed = torch.bmm(scores.softmax(-1).to(values.dtype), values)  # (P*G, heads/G * N, D)
     N = query.shape[0]
@@ -187,8 +150,8 @@ def attend_to_prefix(
 
 
 def _in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of two batches of matrices, summed and returned in float32, float64 in its own."""
+    """The batched matrix product, computed and returned in float32 (in float64 for float64)."""
     if a.is_cuda and torch.version.hip is None and a.dtype.itemsize == 2:
-        return torch.bmm(a, b, out_dtype=torch.float32)  # CPUs and ROCm have no such product
+        return torch.bmm(a, b, out_dtype=torch.float32)  # CPUs and ROCm do not support out_dtype
     dtype = torch.promote_types(a.dtype, torch.float32)
     return torch.bmm(a.to(dtype), b.to(dtype))

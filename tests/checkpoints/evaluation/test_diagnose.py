@@ -1,6 +1,7 @@
 """`diagnose` against one call of `stream_report`, against streams run alone, and by closed forms."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -141,6 +142,56 @@ def test_the_gain_by_share_is_that_of_running_the_rest_on_stream_0(model, backbo
     assert found.gain_over_best == pytest.approx(found.losses.min() - found.mixture_loss)
     entries = json.loads(json.dumps(found.to_dict(), allow_nan=False))["gain_by_share"]
     assert [entry["tokens"] for entry in entries] == list(SHARES)
+    better = dataclasses.replace(found, gains=np.array([0.1, 0.2, 0.3, 0.3, 0.5, 0.45, 0.4]))
+    assert better.kept == pytest.approx([0.25, 0.5, 0.75, 0.75, 1.25, 1.125, 1.0])
+    worse = dataclasses.replace(found, gains=-better.gains)
+    assert worse.kept == [None] * len(SHARES)
+
+
+@pytest.fixture
+def shared(backbone):
+    model = wrap(copy.deepcopy(backbone), P, prefix_length=4, init="random", seed=1, kv="shared")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prefix_" in name or "aggregate_layer" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.75, 1.0])
+def test_a_proposed_threshold_gives_what_it_promises(shared, share):
+    """Held against an evaluation that runs streams above it."""
+    found = diagnose(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=3, share=share)
+    proposal = found.proposal
+    evaluation = evaluate(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, adaptive=proposal.threshold)
+    assert proposal.loss == pytest.approx(evaluation.loss, rel=1e-9)
+    assert proposal.mean_streams == pytest.approx(evaluation.mean_streams)
+    assert proposal.share == math.ceil(share * found.tokens - 1e-9) / found.tokens
+    assert {0.0: math.inf, 1.0: 0.0}.get(share, proposal.threshold) == proposal.threshold
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert written["proposal"]["threshold"] == (proposal.threshold if share else "inf")
+    assert any("take adaptive =" in sentence for sentence in sentences(found))
+
+
+def test_losses_by_mean_streams_are_those_of_an_evaluation(shared):
+    found = diagnose(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, batch_size=3)
+    for (streams, loss), threshold in zip(found.by_mean_streams, found.thresholds, strict=True):
+        below = math.nextafter(threshold * (1 - 1e-9), 0)  # the last token that gets all streams lies at it
+        evaluation = evaluate(shared, Letters(), DOCUMENTS, sequence_length=LENGTH, adaptive=below)
+        assert loss == pytest.approx(evaluation.loss, rel=1e-9)
+        assert streams == pytest.approx(evaluation.mean_streams, abs=(P - 1) / found.tokens)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_is_between_none_and_all(shared, share):
+    with pytest.raises(ValueError, match="must be between 0"):
+        diagnose(shared, Letters(), DOCUMENTS, share=share)
+
+
+def test_streams_with_keys_of_their_own_get_no_threshold(model):
+    with pytest.raises(ValueError, match="'default' have their own"):
+        diagnose(model, Letters(), DOCUMENTS, share=0.5)
 
 
 @pytest.mark.parametrize("stream", range(P))
@@ -193,7 +244,7 @@ def test_losses_that_are_all_equal_have_no_correlation(model):
     assert found.losses == pytest.approx(math.log(VOCABULARY))
     assert np.isnan(found.correlation).all()
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["mean_correlation"] is None
-    assert "a correlation says nothing" in " ".join(sentences(found))
+    assert "there is no correlation" in " ".join(sentences(found))
 
 
 def test_the_model_is_as_before(model):
@@ -246,7 +297,7 @@ def test_plot(model, tmp_path, ending):
 
 def test_plot_of_an_unknown_kind(model, tmp_path):
     found = diagnose(model, Letters(), DOCUMENTS, sequence_length=LENGTH)
-    with pytest.raises(ValueError, match=r"plot does not end in .png, .pdf, .svg"):
+    with pytest.raises(ValueError, match=r"plot must end in one of .png, .pdf, .svg"):
         plot_diagnosis(found, tmp_path / "plot")
     with pytest.raises(ValueError, match="There is no folder"):
         plot_diagnosis(found, tmp_path / "nowhere" / "plot.png")

@@ -56,6 +56,7 @@ def losses_one_by_one(model, tokenizer, text, sequence_length):
     return losses
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("sequence_length", [2, 3, 16, 100, 128, None])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_losses_are_those_of_single_predictions(model, sequence_length, batch_size):

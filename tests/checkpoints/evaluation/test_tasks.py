@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
+from parscale.checkpoints.evaluation.answers import harness_model
 from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks, scores, stamp
 from parscale.checkpoints.small_model import small_model_path
 
@@ -25,6 +26,9 @@ FILES = [str(TASKS / f"{name}.yaml") for name in ("next_line", "prose", "rest_of
 WINDOW = 48  # of rolling log-likelihoods: the longest text takes several
 # Of sums between 4 and 920 nats; measured: at most 1.2e-5 in float32 and 2e-14 in float64.
 TOLERANCE = {torch.float32: {"rel": 1e-7, "abs": 1e-5}, torch.float64: {"rel": 1e-14, "abs": 1e-12}}
+
+
+pytestmark = pytest.mark.usefixtures("brief_lm_eval")
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +42,12 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(small_model_path())
 
 
-def build(num_streams, dtype=torch.float32):
+def build(num_streams, dtype=torch.float32, kv="own"):
     """The small model, without streams (None) or with streams that matter, and a further set of two."""
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=dtype)
     if num_streams is None:
         return model
-    wrap(model, num_streams, prefix_length=6, init="random", seed=0)
+    wrap(model, num_streams, prefix_length=6, init="random", seed=0, kv=kv)
     model.add_streams("other", 2, prefix_length=4, init="random", seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -101,6 +105,7 @@ def requests(kind, arguments):
     return [Instance(kind, {}, given, index) for index, given in enumerate(arguments)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("num_streams", [1, 4])
@@ -115,6 +120,7 @@ def test_log_likelihoods(tokenizer, num_streams, batch_size, dtype):
     assert {greedy for _, greedy in expected} == {True, False}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("num_streams", [1, 4])
@@ -126,6 +132,28 @@ def test_rolling_log_likelihoods(tokenizer, num_streams, batch_size, dtype):
     measured = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
     expected = [whole_text(model, tokenizer, text, WINDOW) for text in texts]
     assert measured == pytest.approx(expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_contexts_run_with_one_row_where_streams_share_keys(tokenizer, batch_size):
+    """As lm-eval's own class has it; only what it reads of answers runs with all streams."""
+    model = build(3, torch.float64, kv="shared").eval()
+    pairs = [("def f(x):\n    return", following) for following in (" x", " x + 1", " None")]
+    pairs += [("import os\nimport sys\n\n\ndef main():", "\n    print(os.getcwd())")]
+    options = {"tokenizer": tokenizer, "backend": "causal", "batch_size": batch_size, "max_length": WINDOW}
+    theirs, ours = HFLM(pretrained=model, **options), harness_model(model, **options)
+    expected, shapes = theirs.loglikelihood(requests("loglikelihood", pairs)), []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    found = ours.loglikelihood(requests("loglikelihood", pairs))
+    hook.remove()
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-9)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    first, second = shapes[::2], shapes[1::2]
+    assert all(rows <= batch_size for rows, _ in first)
+    assert all(after == 2 * rows and 0 < n < S for (rows, S), (after, n) in zip(first, second, strict=True))
+    long = [("x = 1\n" * 40,)]  # several windows
+    whole = [lm.loglikelihood_rolling(requests("loglikelihood_rolling", long))[0] for lm in (ours, theirs)]
+    assert whole[0] == pytest.approx(whole[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("num_streams", [1, 4])
@@ -248,7 +276,9 @@ def test_code_runs_only_when_it_was_allowed(tokenizer, tmp_path):
         (tmp_path / name).write_text((TASKS / name).read_text())
     path = tmp_path / "prose.yaml"
     path.write_text(Path(FILES[1]).read_text() + "unsafe_code: true\n")
-    with pytest.raises(ValueError, match=r"run by prose: allow it by --confirm-run-unsafe-code, in a sandbox\."):
+    with pytest.raises(
+        ValueError, match=r"prose would run code .*: allow it by --confirm-run-unsafe-code, in a sandbox\."
+    ):
         evaluate_tasks(build(None), tokenizer, [str(path)], limit=1)
     assert scores(evaluate_tasks(build(None), tokenizer, [str(path)], limit=1, confirm_run_unsafe_code=True))
 
@@ -259,7 +289,7 @@ def test_a_task_that_the_model_is_too_short_for(tokenizer):
 
 
 def test_no_task(tokenizer):
-    with pytest.raises(ValueError, match="There is no task to run"):
+    with pytest.raises(ValueError, match="No task was given"):
         evaluate_tasks(build(None), tokenizer, [])
 
 
@@ -274,7 +304,7 @@ def test_recipes(caplog):
     manager = TaskManager(include_path=RECIPES)
     assert "overrides" not in caplog.text
     recipes = {path.stem: path for path in RECIPES.iterdir()}
-    assert recipes.keys() == {"general", "math", "code"}
+    assert recipes.keys() == {"general", "math", "code", "hallucination"}
     for name, path in recipes.items():
         entry = manager.task_index[name]
         assert entry.yaml_path == path

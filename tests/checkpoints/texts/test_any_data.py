@@ -7,8 +7,6 @@ import io
 import json
 import lzma
 import os
-import subprocess
-import sys
 from datetime import timedelta
 
 import pyarrow
@@ -134,7 +132,7 @@ def under(value, name):
     return [text for key, item in value.items() for text in ([item] if key == name else under(item, name))]
 
 
-def test_any_changed_byte_of_a_table_ends_no_process(tmp_path):
+def test_any_changed_byte_of_a_table_ends_no_process(programs, tmp_path):
     """In a process of its own: what is damaged in a table of Arrow is an address for its library."""
     program = """
 import sys
@@ -152,5 +150,5 @@ for path in map(Path, sys.argv[1:]):
     paths = [tmp_path / f"a{ending}" for ending in TABLES]
     for path in paths:
         path.write_bytes(valid(path.suffix))
-    ended = subprocess.run([sys.executable, "-P", "-c", program, *paths], capture_output=True, text=True)
+    ended = programs.run("-P", "-c", program, *paths, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -157,7 +157,7 @@ def test_a_table_is_the_file_of_that_name_as_it_is_now(tmp_path, form, ending):
     assert texts(path) == ["FIRST", "S\u00c9COND\nLINE"]
     with pytest.raises(ValueError, match=r"row 1, has no column 'body'; it has: 'text', 'other'\. Name the one"):
         texts(path, text_column="body")
-    with pytest.raises(ValueError, match="row 1: column 'other' is no text but a int"):
+    with pytest.raises(ValueError, match="row 1: column 'other' is not text but a int"):
         texts(path, text_column="other")
 
 
@@ -214,34 +214,34 @@ def write(path, contents):
         ("a.bin", b"abc\0def", "a.bin is a binary file"),
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not JSON"),
-        ("a.jsonl", b'["text"]\n', "a.jsonl, line 1, is no JSON object but a list"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl, line 1, is not a JSON object but a list"),
         ("a.jsonl", b'{"body": "a", "id": 1}\n', "line 1, has no column 'text'; it has: 'body', 'id'. Name the one"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: column 'text' is no text but a int"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: column 'text' is not text but a int"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl is not text in UTF-8"),
-        ("a.jsonl", b'{"text": " "}\n', "a.jsonl holds no text"),
-        ("a.jsonl.gz", b"no gzip at all", "is no whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], "is no whole gzip file"),
+        ("a.jsonl", b'{"text": " "}\n', "a.jsonl has no text"),
+        ("a.jsonl.gz", b"no gzip at all", "is not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], "is not a complete gzip file"),
         ("a.parquet", b"no table at all", "a.parquet cannot be read"),
         ("a.arrow", b"ARROW1 no table at all", "a.arrow cannot be read"),
         ("a.arrow", b"no stream at all", "a.arrow cannot be read"),
-        ("a.txt.bz2", bz2.compress(b"text" * 999)[:-9], "is no whole bzip2 file"),
-        ("a.txt.bz2", b"no bzip2 at all", "is no whole bzip2 file"),
-        ("a.txt.xz", lzma.compress(b"text" * 999)[:-9], "is no whole xz file"),
-        ("a.json.zst", zstandard(LINES.encode())[:-9], "is no whole zstandard file"),
+        ("a.txt.bz2", bz2.compress(b"text" * 999)[:-9], "is not a complete bzip2 file"),
+        ("a.txt.bz2", b"no bzip2 at all", "is not a complete bzip2 file"),
+        ("a.txt.xz", lzma.compress(b"text" * 999)[:-9], "is not a complete xz file"),
+        ("a.json.zst", zstandard(LINES.encode())[:-9], "is not a complete zstandard file"),
         ("a.json", b'{"text": "a"}\n{"text": \n', "a.json is not JSON: Expecting value: line 3 column 1"),
-        ("a.json", b'["text"]', "a.json, row 1, is no JSON object but a str"),
+        ("a.json", b'["text"]', "a.json, row 1, is not a JSON object but a str"),
         ("a.json", b'{"body": "a", "id": 1}', "row 1, has no column 'text'; it has: 'body', 'id'. Name the one"),
         ("a.json", b'{"a": [{"text": "a"}], "b": [{"text": "b"}]}', "row 1, has no column 'text'; it has: 'a', 'b'"),
-        ("a.json", b"[]", "a.json holds no text"),
+        ("a.json", b"[]", "a.json has no text"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.jsonl", b'{"a":' * 100_000, "line 1, is not JSON that can be read: it is nested too deeply"),
         ("a.jsonl", b'{"text": "cut \\ud83d"}', "a.jsonl, line 1: character 5 is '\\ud83d', half of a character"),
         ("a.json", b'[{"text": "cut \\ud83d"}]', "a.json, row 1: character 5 is '\\ud83d', half of a character"),
         ("a.csv", b"id,body\n1,a\n", "line 2, has no column 'text'; it has: 'id', 'body'. Name the one"),
-        ("a.csv", b"text,text\na,b\n", "a.csv, line 1, names the column 'text' twice; leave one of them out"),
+        ("a.csv", b"text,text\na,b\n", "a.csv, line 1, has the column 'text' twice; remove one of them"),
         ("a.jsonl", json.dumps(dict.fromkeys(map(str, range(999)))).encode(), "'18', '19' and 979 more. Name the one"),
-        ("a.csv", b"id,text\n1,a,b\n", "a.csv, line 2, has 3 cells, and the header names 2 columns"),
-        ("a.tsv", b"id\ttext\n1\n", "a.tsv, line 2, has 1 cells, and the header names 2 columns"),
+        ("a.csv", b"id,text\n1,a,b\n", "a.csv, line 2, has 3 cells, but the header has 2 columns"),
+        ("a.tsv", b"id\ttext\n1\n", "a.tsv, line 2, has 1 cells, but the header has 2 columns"),
         ("a.csv", b'text\n"a" b\n', "a.csv, line 2, cannot be read"),
     ],
 )
@@ -298,7 +298,7 @@ def test_links_to_folders_are_followed(folder):
 @pytest.mark.parametrize("target", ["..", ".", "../sub"])
 def test_no_folder_is_read_twice(folder, target):
     (folder / "sub" / "z").symlink_to(target, target_is_directory=True)
-    with pytest.warns(UserWarning, match=r"1 links lead to a folder that is read already, and are left out: .*sub/z\."):
+    with pytest.warns(UserWarning, match=r"1 links lead to a folder that is already read, and are skipped: .*sub/z\."):
         assert texts(folder) == ["alpha", "gamma", "beta"]
 
 
@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_entered_is_an_error(folder, monkeypatch):
 def test_what_is_no_file_is_left_out_of_a_folder_by_name(folder):
     os.mkfifo(folder / "pipe.jsonl")
     (folder / "gone.txt").symlink_to("nowhere")
-    with pytest.warns(UserWarning, match=r"2 of 5 files are not text, and are left out: .*gone.txt; .*pipe.jsonl\."):
+    with pytest.warns(UserWarning, match=r"2 of 5 files are not text, and are skipped: .*gone.txt; .*pipe.jsonl\."):
         assert texts(folder) == ["alpha", "gamma", "beta"]
 
 
@@ -347,7 +347,7 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path, name, read):
         read(str(path))
     path.unlink()
     path.symlink_to("nowhere")
-    with pytest.raises(ValueError, match=f"{name} is a link to nothing; give a text file"):
+    with pytest.raises(ValueError, match=f"{name} is a broken link; give a text file"):
         read(str(path))
     path.unlink()
     with socket.socket(socket.AF_UNIX) as end:
@@ -362,7 +362,7 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path, name, read):
 
 @pytest.mark.parametrize("place", ["out", "sub/out", ".", "sub/../out", "../elsewhere/out", "link/out"])
 def test_an_output_among_the_data_is_refused(folder, place):
-    with pytest.raises(ValueError, match=r"lies in .*data, which is read as data"):
+    with pytest.raises(ValueError, match=r"is inside .*data, which is read as data"):
         refuse_output_in_data(folder / place, ["a.txt", str(folder)])
 
 

@@ -23,7 +23,7 @@ from parscale.cli.application import BAD_INPUT, run
 
 TASKS = Path(__file__).parents[2] / "data" / "lm_eval"
 KNOWN = 64  # of the 257 tokens of the tokenizer
-OTHER = rf"gives the token id \d+, and the model knows {KNOWN} ids: it is the tokenizer of another model"
+OTHER = rf"gives the token id \d+, but the model has only {KNOWN} ids: it is the tokenizer of another model"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_model_that_refuses_ids_computes_the_same_and_is_left_as_it_was(backbo
     before = model(ids).logits
     with only_known_ids(model):
         assert torch.equal(model(ids).logits, before)
-        with pytest.raises(ValueError, match="token id 257, and the model knows 257 ids"):
+        with pytest.raises(ValueError, match="token id 257, but the model has only 257 ids"):
             model(ids + 246)
     assert not model.get_input_embeddings()._forward_pre_hooks
 

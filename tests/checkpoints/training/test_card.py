@@ -89,7 +89,7 @@ def test_every_fact_is_stated():
     assert "`Qwen/Qwen2.5-0.5B` (Qwen2ForCausalLM) with 6 parallel streams" in text
     assert rows["P, the number of parallel streams"] == ["6"]
     assert rows["T, tokens of each stream's prefix or prompt"] == ["37"]
-    assert rows["What makes the streams differ"] == ["`prefix`"]
+    assert rows["How the streams differ"] == ["`prefix`"]
     assert rows["Smoothing of the aggregation weights"] == ["0.125"]
     assert rows["How the streams start"] == ["`context`"]
     assert "the backbone was frozen" in rows["trained"][0]

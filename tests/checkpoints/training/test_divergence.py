@@ -147,7 +147,7 @@ def spoil_weights(monkeypatch, after):
 def test_weights_that_a_step_has_made_infinite(full, text_file, tmp_path, monkeypatch, frozen):
     """Also of the last step, after which no loss is computed."""
     spoil_weights(monkeypatch, 5)
-    said = r"After step 6, .* holds values that are not finite; .*checkpoint-5 is whole"
+    said = r"After step 6, .* has values that are not finite; .*checkpoint-5 is complete"
     with pytest.raises(DivergedError, match=said):
         train(str(full), tmp_path / "run", settings(text_file, learning_rate=1e-3, freeze_backbone=frozen))
     assert_nothing_of_it_is_saved(tmp_path / "run")
@@ -197,7 +197,7 @@ def test_values_that_do_not_fit_the_dtype_of_the_checkpoint(full, text_file, tmp
     AutoTokenizer.from_pretrained(full).save_pretrained(tmp_path / "half")
     chosen = settings(text_file, tokens=BATCH * S, freeze_backbone=True, streams_learning_rate=1e6)
     with pytest.raises(
-        ValueError, match=r"do not fit into float16, in which .*half is saved; .*In float32 they are in"
+        ValueError, match=r"do not fit into float16, the dtype of .*half; .*The trained values are in float32 in"
     ):
         train(str(tmp_path / "half"), tmp_path / "run", chosen)
     assert Run(tmp_path / "run").steps() == [1]

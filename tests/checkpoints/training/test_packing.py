@@ -55,6 +55,7 @@ def make(name, P):
     return wrap(model, P, prefix_length=3, init="random", seed=0) if P > 1 else model
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("P", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -137,7 +138,7 @@ def test_every_document_ends_with_the_end_of_text(byte_tokenizer):
 
 
 def test_a_tokenizer_of_another_vocabulary(byte_tokenizer):
-    with pytest.raises(ValueError, match="gives the token id 256, and the model knows 200 ids"):
+    with pytest.raises(ValueError, match="gives the token id 256, but the model has only 200 ids"):
         list(Encoder(byte_tokenizer, 200)([("a", "x")]))
 
 
@@ -164,6 +165,7 @@ def test_streamed_blocks_are_the_same_and_begin_again(byte_tokenizer):
         next(iter(Streamed([source], encode, 64, 1)))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("P", [1, 2])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_models_with_masks_keep_documents_apart(name, P):

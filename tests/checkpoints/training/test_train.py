@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -297,8 +298,15 @@ def test_on_a_gpu(full, text_file, tmp_path, frozen):
     assert losses_of(tmp_path / "again") == pytest.approx(losses, rel=1e-3)
 
 
-def test_compiled(full, text_file, tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_compiled(full, text_file, tmp_path, backend, monkeypatch):
+    """By day without the code that torch's own backend makes, which takes a compiler of C++ its time."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **options | {"backend": backend}))
+    torch._dynamo.reset()
+    graphs = counters["stats"]["unique_graphs"]
     train(str(full), tmp_path / "run", settings(text_file, compile=True, freeze_backbone=True))
+    assert counters["stats"]["unique_graphs"] > graphs
     assert losses_of(tmp_path / "run") == pytest.approx(by_hand(full, text_file, frozen=True)[0], abs=1e-4)
 
 
@@ -334,15 +342,15 @@ def test_the_card_states_the_run(full, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data": []}, "There is no data to train on"),
+        ({"data": []}, "No training data was given"),
         ({"batch_size": 0}, "batch_size is 0, and must be at least 1"),
         ({"sequence_length": 1}, "sequence_length is 1, and must be at least 2"),
         ({"learning_rate": float("nan")}, "learning_rate is nan, and must be a number of at least 0"),
         ({"warmup": 0.7, "decay": 0.5}, "together at most 1"),
-        ({"freeze_backbone": True, "lora_rank": 4}, "give one of them"),
+        ({"freeze_backbone": True, "lora_rank": 4}, "give only one of them"),
         ({"quantize": "int3", "freeze_backbone": True}, "must be 'int8' or 'nf4'"),
         ({"quantize": "int8"}, "A quantized backbone cannot train"),
-        ({"streaming": True, "tokens": None}, "say with tokens how many"),
+        ({"streaming": True, "tokens": None}, "set tokens, the number to train on"),
     ],
 )
 def test_settings_without_sense(text_file, options, said):
@@ -365,8 +373,8 @@ def test_settings_without_sense(text_file, options, said):
         ("full", {"data": ["gone.txt"]}, "gone.txt does not exist"),
         ("full", {"eval_data": {"x": "gone.txt"}}, "gone.txt does not exist"),
         ("full", {"eval_data": {"x": "one.txt"}}, None),
-        ("streams_only", {}, "holds streams only, whose backbone stays as it is; add --freeze-backbone"),
-        ("backbone", {"freeze_backbone": True}, "has no streams, so nothing trains with a frozen backbone"),
+        ("streams_only", {}, "holds streams only, so its backbone cannot be trained; add --freeze-backbone"),
+        ("backbone", {"freeze_backbone": True}, "has no streams, so with a frozen backbone there is nothing to train"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(
@@ -388,7 +396,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
 def test_an_output_that_is_in_use(full, text_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
-    for resume, said in ((False, "is not empty; give a new one, or --resume"), (True, "holds no run to go on with")):
+    for resume, said in ((False, "is not empty; give a new one, or --resume"), (True, "holds no run to resume")):
         with pytest.raises(ValueError, match=said):
             train(str(full), tmp_path / "run", settings(text_file), resume=resume)
     with pytest.raises(ValueError, match="is a file"):

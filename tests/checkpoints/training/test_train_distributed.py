@@ -105,7 +105,7 @@ def test_ddp(full, settings, one, tmp_path, launch):
         assert_same(stopped, one / name)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("kind", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.nightly), "SHARDED_STATE_DICT"])
 def test_fsdp2(full, settings, one, tmp_path, kind, launch):
     """Also begun by two processes and gone on with by one, under FSDP too."""
     ways = {name: WAYS[name] for name in ("everything", "streams")}

@@ -79,6 +79,11 @@ def run(root: Path, out: Path) -> dict[str, Any]:
         figures["further set"] = loss_of(model)
     figures["all of them DTensors"] = all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
 
+    model.add_streams("sharing", 3, prefix_length=2, init="random", seed=6, kv="shared")
+    with model.use_streams("sharing"):
+        figures["shared keys"] = loss_of(model)
+        figures["generated with shared keys"] = model.generate(IDS[:2], max_new_tokens=5, do_sample=False).tolist()
+
     try:
         model.add_streams("low-rank", 2, transform="lora")
         model.set_streams("default")

@@ -38,6 +38,7 @@ class Run:
         resume: the run whose second step's checkpoint it goes on from.
         init: of the streams.
         transform: of the streams.
+        kv: of the streams.
         options: of the Trainer.
         early: the Trainer's arguments, and with them zero3, are there before the model.
     """
@@ -50,6 +51,7 @@ class Run:
     resume: str | None = None
     init: str = "random"
     transform: str = "prefix"
+    kv: str = "own"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     early: bool = False
 
@@ -70,11 +72,13 @@ RUNS = {
     "fsdp2-from-two": dataclasses.replace(FROZEN, kind="fsdp2", resume="fsdp2-frozen"),
     "one-context": dataclasses.replace(FROZEN, init="context"),
     **{
-        f"{kind}-{transform}": dataclasses.replace(
-            FROZEN, kind="fsdp2" if kind == "fsdp2" else "plain", transform=transform
-        )
+        f"{kind}-{name}": dataclasses.replace(FROZEN, kind="fsdp2" if kind == "fsdp2" else "plain", **changes)
         for kind in ("one", "ddp", "fsdp2")
-        for transform in ("prompt", "lora")
+        for name, changes in {
+            "prompt": {"transform": "prompt"},
+            "lora": {"transform": "lora"},
+            "shared": {"kv": "shared"},
+        }.items()
     },
     "zero3-all": dataclasses.replace(ALL, kind="zero3"),
     "zero3-context": dataclasses.replace(FROZEN, kind="zero3", init="context", early=True),
@@ -106,7 +110,7 @@ def arguments(run: Run, folder: Path) -> TrainingArguments:
 
 def wrapped(run: Run, root: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(root / run.backbone, dtype=torch.float32)
-    parscale.wrap(model, 4, prefix_length=3, init=run.init, seed=3, transform=run.transform, rank=2)
+    parscale.wrap(model, 4, prefix_length=3, init=run.init, seed=3, transform=run.transform, rank=2, kv=run.kv)
     if run.further:
         model.add_streams("code", 2, prefix_length=2, init="random", seed=5)
     if run.frozen:

@@ -1,0 +1,115 @@
+"""Tokens per second of decoding on a CPU: ONNX Runtime beside PyTorch, for P = 1, 2, 4.
+
+A Qwen2 with random weights is exported with each number of streams in each dtype. Both runtimes decode the same number
+of tokens after the same prompt, one row, in turns; the fastest of the repetitions counts, since whatever else a machine
+does only adds time. Both have as many threads as torch takes.
+
+    python benchmarks/onnx_runtime.py --output onnx_runtime.json
+    python benchmarks/onnx_runtime.py --streams 1 2 --kv shared --dtypes int4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from machine import processor
+from overhead import SHAPE
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from parscale import wrap
+from parscale.export.onnx import export_onnx
+
+Step = Callable[[], Any]
+
+
+def build(P: int, kv: str) -> Any:
+    """A Qwen2 with P streams, and one that ends no text."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, bos_token_id=None, eos_token_id=None)).eval()
+    if P > 1:
+        wrap(model, P, init="random", seed=0, kv=kv)
+    return model
+
+
+def by_torch(model: Any, ids: torch.Tensor, tokens: int) -> Step:
+    """Decodes by `generate`."""
+    return lambda: model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+
+def by_onnx(folder: Path, ids: torch.Tensor, tokens: int) -> Step:
+    """Decodes by a loop over ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
+    empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in caches}
+
+    def decode() -> None:
+        new, mask, cache = ids.numpy(), np.ones_like(ids.numpy()), empty
+        for _ in range(tokens):
+            logits, *kept = session.run(None, {"input_ids": new, "attention_mask": mask, **cache})
+            cache = dict(zip(empty, kept, strict=True))
+            new = logits[:, -1:].argmax(-1)
+            mask = np.concatenate([mask, np.ones_like(new)], axis=1)
+
+    return decode
+
+
+def rates(steps: dict[str, Step], tokens: int, repeats: int) -> dict[str, float]:
+    """Tokens per second of each, the fastest of `repeats` in turns; a first run of each is not timed."""
+    for step in steps.values():
+        step()
+    fastest = dict.fromkeys(steps, float("inf"))
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            fastest[name] = min(fastest[name], time.perf_counter() - start)
+    return {name: round(tokens / seconds, 2) for name, seconds in fastest.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4], metavar="P")
+    parser.add_argument("--kv", choices=["own", "shared"], default="own")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "int8", "int4"], choices=["float32", "int8", "int4"])
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    ids = torch.randint(SHAPE["vocab_size"], (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    results = []
+    for P in args.streams:
+        model = build(P, args.kv)
+        with tempfile.TemporaryDirectory() as temporary:
+            source = Path(temporary, "source")
+            model.save_pretrained(source)
+            steps = {"torch float32": by_torch(model, ids, args.tokens)}
+            sizes = {}
+            for dtype in args.dtypes:
+                folder = Path(temporary, dtype)
+                sizes[dtype] = export_onnx(str(source), folder, dtype=dtype)["bytes"]
+                steps[f"onnx {dtype}"] = by_onnx(folder, ids, args.tokens)
+            found = rates(steps, args.tokens, args.repeats)
+        results.append({"num_streams": P, "tokens_per_second": found, "bytes": sizes})
+        print(f"P = {P}: " + ", ".join(f"{name} {rate:.1f}/s" for name, rate in found.items()), flush=True)
+    if args.output is not None:
+        where = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        where |= {"onnxruntime": onnxruntime.__version__, "shape": SHAPE, "kv": args.kv}
+        settings = {name: getattr(args, name) for name in ("prompt_tokens", "tokens", "repeats")}
+        args.output.write_text(json.dumps(where | settings | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""What a gain of streams has to beat, trained beside a run: the same tokens in the same order, then compared.
+
+A run's folder gets `controls/NAME`, each the folder of a run of its own, and `controls.json` once all of them have
+ended. Whatever stops them, the next call goes on from their last checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from parscale import ParScaleConfig, unwrap
+from parscale.checkpoints.conversion.convert import calibration_ids
+from parscale.checkpoints.description import describe
+from parscale.checkpoints.evaluation.against import Places, in_the_middle, interval, paired_entries, verdict
+from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
+from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
+from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer
+from parscale.checkpoints.texts.documents import Document, Source, text_documents
+from parscale.checkpoints.texts.sources import open_sources
+from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.checkpoints.training.held_out import (
+    TRAINED,
+    UNTOUCHED,
+    Texts,
+    measure_places,
+    measure_untouched,
+    texts_to_measure,
+)
+from parscale.checkpoints.training.model_card import CARD
+from parscale.checkpoints.training.packing import documents_of
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.run_result import card_of
+from parscale.checkpoints.training.settings import STREAMS, TrainSettings
+from parscale.checkpoints.training.train import train
+from parscale.config import LORA, OWN
+from parscale.format.staging import staged_file
+from parscale.format.working import working
+from parscale.terminal.console import Terminal
+
+FOLDER, REPORT = "controls", "controls.json"
+ADAPTER_RANK = 8  # in place of a whole backbone, where that is quantized
+SAME = ("data_digest", "tokens", "steps", "sequence_length", "batch_size", "seed", "warmup", "decay", "bf16")
+"""What of a run a control shares, so that it reads the same tokens in the same order at the same pace."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """One way to spend the tokens of a run without P streams.
+
+    Attributes:
+        name: of its folder.
+        title: how the table shows it.
+        arm: what it adds to the backbone.
+        lora_rank: of an adapter that trains in it.
+        learning_rate: of what is no stream; None for the default.
+    """
+
+    name: str
+    title: str
+    arm: Arm
+    lora_rank: int | None = None
+    learning_rate: float | None = None
+
+
+def controls_of(streams: ParScaleConfig, run: Mapping[str, Any]) -> list[Control]:
+    """What the streams of a run have to beat.
+
+    Args:
+        streams: that were trained.
+        run: its report.
+
+    Returns:
+        The backbone trained alone and, where streams differ by prefixes or prompts, one of T and one of P * T tokens.
+        Where they differ by low-rank matrices and the backbone is frozen, one adapter of their rank and one of P times
+        that.
+    """
+    frozen = run["trains"] == STREAMS
+    rate = run["learning_rate"] if run["learning_rate"] != run["streams_learning_rate"] else None
+    alone_rank = ADAPTER_RANK if frozen and run["quantize"] else run["lora_rank"]
+    how = f" (adapter of rank {alone_rank})" if alone_rank else ""
+    controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, rate)]
+    if streams.transform == LORA:
+        ranks = {"adapter": streams.rank, "wide-adapter": streams.rank * streams.num_streams} if frozen else {}
+        for name, rank in ranks.items():
+            controls.append(Control(name, f"one adapter of rank {rank}", Arm(name, "", BACKBONE), rank))
+        return controls
+    beside = "" if frozen else " and backbone"
+    for name, long in (("prefix", False), ("long-prefix", True)):
+        length = streams.prefix_length * (streams.num_streams if long else 1)
+        arm = Arm(name, "", ONE_PREFIX if frozen else BOTH, prefix=True, long=long)
+        title = f"one {streams.transform} of {length} tokens{beside}"
+        controls.append(Control(name, title, arm, run["lora_rank"], run["learning_rate"]))
+    return controls
+
+
+def check_controls(checkpoint: str, settings: TrainSettings) -> None:
+    """Refuses controls that cannot be trained or compared, before any work.
+
+    Raises:
+        ValueError: there is no held-out text, the checkpoint has no streams, or several processes take part.
+    """
+    if not settings.eval_data:
+        raise ValueError("Controls are compared on held-out text; give some by --eval-data.")
+    if describe(checkpoint)["num_streams"] == 1:
+        raise ValueError(f"{checkpoint} has no streams, which controls are for; leave --controls out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "Controls train in one process. Train without --controls first, then give the same command with --resume "
+            "--controls and without torchrun."
+        )
+
+
+def train_controls(
+    checkpoint: str, output: Path, settings: TrainSettings, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Trains the controls of a finished run on the same tokens in the same order, and compares it with each.
+
+    Args:
+        checkpoint: what the run was started from.
+        output: the run's folder.
+        settings: of the run. Its numbers are read from its report; the data has to be the same.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The report, as in `controls.json`: `"controls"` (titles by name), `"comparisons"` and `"sentences"`.
+
+    Raises:
+        ValueError: as `check_controls`; the run has not ended, or the data is not what it was trained on.
+        OSError: something cannot be read or written; what is whole stays.
+        Interrupted: a signal ended a control, after a checkpoint.
+    """
+    check_controls(checkpoint, settings)
+    run = Run(output).report()
+    if run is None:
+        raise ValueError(f"{output} holds no finished run, which controls are trained beside; train it first.")
+    if (output / REPORT).is_file():
+        before: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        return before
+    console = console or Terminal(stderr=True)
+    tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    streams = _streams_of(checkpoint)
+    controls = controls_of(streams, run)
+    (output / FOLDER).mkdir(exist_ok=True)
+    for control in controls:
+        console.print(f"control: {control.title}", highlight=False)
+        _train_control(control, checkpoint, output, settings, run, streams, tokenizer, console)
+    texts = _texts(settings, tokenizer, run)
+    report = _compare(controls, checkpoint, output, run, tokenizer, texts, settings)
+    with staged_file(output / REPORT) as beside:
+        beside.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _rewrite_card(output, run, report)
+    return report
+
+
+def _streams_of(checkpoint: str) -> ParScaleConfig:
+    what = describe(checkpoint)
+    fields = {field.name: what.get(field.name) for field in dataclasses.fields(ParScaleConfig)}
+    return ParScaleConfig(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _train_control(
+    control: Control,
+    checkpoint: str,
+    output: Path,
+    settings: TrainSettings,
+    run: Mapping[str, Any],
+    streams: ParScaleConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> None:
+    folder = output / FOLDER / control.name
+    wanted = _settings_of(control, settings, run)
+    report = Run(folder).report()
+    if report is None:
+        with working(output / FOLDER, f"{control.name}-start") as start:
+            _save_start(control, checkpoint, start, settings, streams, tokenizer)
+            report = train(str(start), folder, wanted, resume=True, console=console)
+    changed = [name for name in SAME if report[name] != run[name]]
+    if changed:
+        raise ValueError(
+            f"The control in {folder} differs from the run in {output} by {', '.join(changed)}: give the data that the "
+            f"run was trained on, and remove {folder}."
+        )
+
+
+def _settings_of(control: Control, settings: TrainSettings, run: Mapping[str, Any]) -> TrainSettings:
+    """The run's settings with what the control trains in place of the streams."""
+    return dataclasses.replace(
+        settings,
+        eval_data={},
+        report_to=(),
+        tokens=run["tokens"],
+        sequence_length=run["sequence_length"],
+        batch_size=run["batch_size"],
+        warmup=run["warmup"],
+        decay=run["decay"],
+        weight_decay=run["weight_decay"],
+        bf16=run["bf16"],
+        seed=run["seed"],
+        freeze_backbone=control.arm.trains == ONE_PREFIX,
+        lora_rank=None if control.arm.trains == ONE_PREFIX else control.lora_rank,
+        quantize=run["quantize"],
+        streams_learning_rate=run["streams_learning_rate"] if control.arm.prefix else None,
+        learning_rate=control.learning_rate,
+        keep_checkpoints=1,
+    )
+
+
+def _save_start(
+    control: Control,
+    checkpoint: str,
+    folder: Path,
+    settings: TrainSettings,
+    streams: ParScaleConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The control before training; made anew each time, and the same each time."""
+    model = load_any(checkpoint)
+    if hasattr(model, "parscale"):
+        model = unwrap(model)
+    calibration = None
+    if control.arm.prefix:
+        length = streams.prefix_length * (streams.num_streams if control.arm.long else 1)
+        calibration = _beginning(settings, tokenizer, length, vocabulary_of(model))
+    prepare_arm(control.arm, model, dataclasses.replace(streams, kv=OWN), calibration)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _beginning(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, length: int, vocabulary: int
+) -> torch.Tensor:
+    """So many tokens of the training text, `(1, length)`."""
+    sources = open_sources(
+        settings.data, text_column=settings.text_column, streaming=settings.streaming, seed=settings.seed
+    )
+    documents: list[Document] = []
+    rest = text_documents(documents_of(sources))
+    while more := list(islice(rest, 8)):
+        documents += more
+        if sum(len(text) for _, text in documents) > 8 * length:
+            break
+    return calibration_ids(documents, tokenizer, 1, length, vocabulary=vocabulary)
+
+
+def _texts(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, run: Mapping[str, Any]) -> Texts:
+    sources: list[Source] = open_sources([*settings.eval_data.values()], text_column=settings.text_column)
+    named = dict(zip(settings.eval_data, sources, strict=True))
+    return texts_to_measure(named, tokenizer, run["sequence_length"], settings.eval_tokens)
+
+
+def _compare(
+    controls: list[Control],
+    checkpoint: str,
+    output: Path,
+    run: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    window = run["sequence_length"]
+    micro = settings.micro_batch_size or run["batch_size"]
+    folders = {TRAINED: output} | {control.name: output / FOLDER / control.name for control in controls}
+    measured: dict[str, dict[str, Places]] = {UNTOUCHED: measure_untouched(checkpoint, tokenizer, texts, window, micro)}
+    for name, folder in folders.items():
+        measured[name] = measure_places(load_any(str(folder)), tokenizer, texts, window, micro)
+    comparisons = []
+    pairs = [(TRAINED, UNTOUCHED), *((TRAINED, control.name) for control in controls)]
+    pairs += [(control.name, UNTOUCHED) for control in controls]
+    for text in texts:
+        for arm, baseline in pairs:
+            pair = {name: measured[name][text] for name in (arm, baseline)}
+            comparisons += paired_entries(arm, baseline, text, pair, run["tokens"])
+    titles = {control.name: control.title for control in controls}
+    return {
+        "controls": titles,
+        "comparisons": comparisons,
+        "sentences": verdicts(comparisons, titles),
+        "tokens": run["tokens"],
+        "data_digest": run["data_digest"],
+        "versions": run["versions"],
+    }
+
+
+def verdicts(comparisons: list[dict[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """For each text, whether the trained streams are ahead of all their controls in the middle of documents."""
+    held = in_the_middle(comparisons, TRAINED, list(titles))
+    result = []
+    for text in dict.fromkeys(entry["text"] for entry in comparisons):
+        if text not in held:
+            result.append(f"No document of {text} is long enough for a middle, where a gain has to show.")
+            continue
+        found = "; ".join(f"{titles[entry['baseline']]}: {interval(entry)}" for entry in held[text])
+        result.append(f"Streams in the middle of {text}: {verdict(held[text])}. Difference to {found}.")
+    return result
+
+
+def _rewrite_card(output: Path, run: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """States the controls in the run's model card, unless somebody has changed that."""
+    card = output / CARD
+    if not card.is_file() or card.read_text(encoding="utf-8") != card_of(output, run):
+        return
+    new = card_of(output, {**run, "comparisons": report["comparisons"], "controls": report["controls"]})
+    with staged_file(card) as beside:
+        beside.write_text(new or "", encoding="utf-8")

@@ -1,0 +1,75 @@
+"""Checkpoints compared on the same documents: what `parscale eval --against` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from parscale.checkpoints.evaluation.against import MIDDLES, Places, paired_entries
+from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.checkpoints.models import STREAMS_OFF, open_checkpoint, require_tokenizer
+from parscale.checkpoints.texts.documents import Document
+from parscale.checkpoints.texts.token_ids import encode
+
+TEXT = "the text"
+
+
+def compare_checkpoints(
+    this: tuple[Any, PreTrainedTokenizerBase, str],
+    others: Sequence[str],
+    documents: Sequence[Document],
+    *,
+    sequence_length: int,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """One model against other checkpoints, at the beginnings and in the middles of documents.
+
+    Args:
+        this: the model in the state it is in, its tokenizer and what it is called.
+        others: folders or names on the Hugging Face Hub; `"off"` is the first model without its streams.
+        documents: pairs of a name and a text.
+        sequence_length: tokens in a window.
+        batch_size: windows in a batch.
+        device: where the others run; by default on a GPU if there is one.
+
+    Returns:
+        For each of the others and each place an entry, as `parscale.checkpoints.evaluation.against.paired_entries`.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or reads the documents as other tokens.
+        OSError: there is no such checkpoint.
+    """
+    model, tokenizer, name = this
+
+    def places(model: Any) -> Places:
+        return evaluate_places(
+            model,
+            tokenizer,
+            documents,
+            sequence_length=sequence_length,
+            middles=MIDDLES,
+            batch_size=batch_size,
+            progress=True,
+        )
+
+    measured = {name: places(model)}
+    entries = []
+    for other in dict.fromkeys(others):
+        if other == name:
+            raise ValueError(f"{name} cannot be held against itself; its own plain backbone is called 'off'.")
+        if other == STREAMS_OFF:
+            if not hasattr(model, "parscale"):
+                raise ValueError(f"{name} has no streams to turn off; leave 'off' out of --against.")
+            with model.use_streams(None):
+                measured[other] = places(model)
+        else:
+            rival, its_tokenizer = open_checkpoint(other, device=device)
+            if encode(documents, require_tokenizer(its_tokenizer, other)) != encode(documents, tokenizer):
+                raise ValueError(f"{other} reads the text as other tokens than {name}, so their losses do not compare.")
+            measured[other] = places(rival)
+            del rival
+        entries += paired_entries(name, other, TEXT, {key: measured[key] for key in (name, other)}, 0)
+    return [{key: value for key, value in entry.items() if key not in ("tokens", "seeds")} for entry in entries]

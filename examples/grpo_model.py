@@ -1,0 +1,62 @@
+"""Reinforce what a model with streams writes by a reward, with TRL's GRPOTrainer; transformers generates the samples.
+
+The reward here is the share of a completion that is letters. Only the streams train. Needs TRL (`pip install trl`).
+
+    python examples/grpo_model.py --steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from parscale import wrap
+from parscale.checkpoints import small_model_path
+
+PROMPTS = ["def open_file(", "import os\n", "class Reader:\n", "for name in names:\n"]
+
+
+def letters(completions: list[str], **_: object) -> list[float]:
+    return [sum(character.isalpha() for character in text) / max(1, len(text)) for text in completions]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(small_model_path()))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
+    model.freeze_backbone()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=16,
+            num_generations=4,
+            max_completion_length=args.max_new_tokens,
+            learning_rate=3e-2,
+            logging_steps=1,
+            save_strategy="no",
+            bf16=torch.cuda.is_available(),
+            report_to="none",
+            seed=0,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        prompts = Dataset.from_dict({"prompt": PROMPTS})
+        trainer = GRPOTrainer(model, letters, args=settings, train_dataset=prompts, processing_class=tokenizer)
+        trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    first, last = (sum(some) / len(some) for some in (rewards[:3], rewards[-3:]))
+    print(f"{type(model).__name__} with {model.num_streams} streams: reward {first:.2f}, at the end {last:.2f}")
+
+
+if __name__ == "__main__":
+    main()

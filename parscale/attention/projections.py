@@ -1,0 +1,139 @@
+"""Keys and values of streams that share those of stream 0: the layers that project them see stream 0's rows alone.
+
+An attention layer projects P*B rows, and only B of them are read. The linear layers that make nothing but keys and
+values are given these, and their results stand in the places of the other rows, which nobody reads. So the layer's own
+code goes on with as many rows as it was given.
+
+Whether a linear layer makes nothing else is found out by names and an experiment: noise on the other rows of its result
+must change nothing, to the last bit. Where queries come out of the same layer (GPT-2, Phi-3), nothing is saved.
+
+Shapes: R rows that run, B for each of the running streams; S tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Conv1D, DynamicCache
+
+from parscale.attention.shared import SharedLayers, registered_layers
+from parscale.streams.backbones import cache_argument, input_device
+from parscale.streams.brief_runs import backbone_only, is_machine_error
+from parscale.streams.sets import StreamSet
+from parscale.streams.state import ParScaleState
+
+NARROWED = ("k_proj", "v_proj", "kv_a_proj_with_mqa")
+BEHIND_THE_CACHE = ("kv_b_proj",)  # of MLA: it gets what the cache gives back, and is left as it is
+NOISE = 10.0
+ROWS = 2  # of the input of the experiment
+
+
+class SharedProjections:
+    """The hooks on linear layers that project keys and values, by which they see the rows of stream 0 alone.
+
+    Args:
+        state: of the model.
+        streams: the set.
+    """
+
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
+        self.state = state
+        self.streams = streams
+        self.hooks: list[Any] = []
+
+    def attach(self, modules: dict[nn.Module, bool]) -> None:
+        """Hooks those of the projections that `find_projections` found which can be given fewer rows."""
+        for module in (module for module, narrowed in modules.items() if narrowed):
+            self.hooks += [module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._repeat)]
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def _running(self) -> int:
+        """How many streams the pass runs; 1 where it is none of this set."""
+        call = self.state.call
+        if call.in_flight is not self.streams:
+            return 1
+        return self.streams.num_streams - (call.passes is not None)  # stream 0 had its pass
+
+    def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Before a projection: the rows of the first stream that runs, `(B, S, H)`."""
+        running = self._running()
+        return None if running == 1 else (args[0][: args[0].shape[0] // running], *args[1:])
+
+    def _repeat(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """After it: as many rows as the layer goes on with, `(R, S, ...)`."""
+        running = self._running()
+        return None if running == 1 else output.repeat(running, *[1] * (output.ndim - 1))
+
+
+def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module, bool]:
+    """The linear layers of which the rows of streams 1 to P - 1 are never read; none if there is any doubt.
+
+    Args:
+        state: of the model.
+        streams: a set of it, whose parameters may not be there yet.
+
+    Returns:
+        For each, whether it can be given stream 0's rows alone.
+    """
+    whole = all(layer.mesh is None for layer in state.layers)  # heads in pieces on several devices are left alone
+    modules: dict[nn.Module, bool] = {
+        module: name in NARROWED
+        for layer in registered_layers(state)
+        for name in (*NARROWED, *BEHIND_THE_CACHE)
+        if isinstance(module := getattr(layer, name, None), nn.Linear | Conv1D)
+    }
+    if not whole or not modules or input_device(state.model).type == "meta":
+        return {}
+    with backbone_only(state), state.calls.choosing(streams), state.calls.unmixed():
+        try:
+            return modules if _are_not_read(state, streams, modules) and _narrow_fits(state, streams, modules) else {}
+        except Exception as error:  # whatever the backbone does with noise, or with keys of fewer rows
+            if is_machine_error(error):
+                raise
+            return {}
+
+
+def _are_not_read(state: ParScaleState, streams: StreamSet, modules: Iterable[nn.Module]) -> bool:
+    """Whether noise on the rows of streams 1 to P - 1 changes nothing."""
+
+    def disturb(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        first = output[: output.shape[0] // streams.num_streams]
+        return torch.cat([first, torch.randn_like(output[len(first) :]) * NOISE])
+
+    expected = _read(state, 3)
+    with contextlib.ExitStack() as disturbed:
+        for module in modules:
+            disturbed.callback(module.register_forward_hook(disturb).remove)
+        return torch.equal(_read(state, 3), expected)
+
+
+def _narrow_fits(state: ParScaleState, streams: StreamSet, modules: dict[nn.Module, bool]) -> bool:
+    """Whether the backbone runs with a cache while the layers see fewer rows; it raises what it does not know."""
+    narrow, layers = SharedProjections(state, streams), SharedLayers(state, streams)
+    name = cache_argument(state.backbone)
+    assert name is not None
+    try:
+        narrow.attach(modules)
+        layers.attach(registered_layers(state))
+        cache = DynamicCache(config=state.backbone.config)
+        for length in (2, 1):
+            _read(state, length, use_cache=True, **{name: cache})
+    finally:
+        narrow.detach()
+        layers.detach()
+    return True
+
+
+def _read(state: ParScaleState, length: int, **arguments: Any) -> torch.Tensor:
+    ids = torch.zeros(ROWS, length, dtype=torch.long, device=input_device(state.model))
+    hidden: torch.Tensor = state.backbone(input_ids=ids, **({"use_cache": False} | arguments))[0]
+    return hidden

@@ -1,0 +1,167 @@
+"""A language model as a graph takes it: tensors in, tensors out, and its cache among them.
+
+The cache of a wrapped model has P*B rows where streams keep keys of their own. A runtime that knows nothing of streams
+counts B rows, so they are folded: a row's streams lie beside each other among its heads. What goes in and comes out is
+then the cache of any decoder, and beams and batches reorder it as any other.
+
+Shapes: C copies of a row in the cache, P where streams keep keys of their own and 1 otherwise; B rows; S new tokens;
+K tokens in the cache; G key/value heads; D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, DynamicLayer
+
+from parscale.compat.transformers import carries_state
+from parscale.config import PROMPT
+from parscale.errors import UnsupportedModelError
+from parscale.streams.brief_runs import is_machine_error, one_line
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """What a decoder keeps of each token, in every layer alike.
+
+    Args:
+        layers: how many layers keep keys and values.
+        copies: C.
+        heads: G.
+        head_size: D.
+    """
+
+    layers: int
+    copies: int
+    heads: int
+    head_size: int
+
+    def empty(self, rows: int, tokens: int, dtype: torch.dtype) -> list[Pair]:
+        """Keys and values of each layer, `(B, C*G, K, D)`, all zeros."""
+        shape = (rows, self.copies * self.heads, tokens, self.head_size)
+        return [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(self.layers)]
+
+
+class FoldedLayer(DynamicLayer):
+    """A layer of a cache that holds `(B, C*G, K, D)` and deals in `(C*B, G, K, D)`.
+
+    Args:
+        keys: what is held.
+        values: likewise.
+        copies: C.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, copies: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.copies = keys, values, copies
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache; a graph in which their number varies cannot ask whether there are any."""
+        return self.keys.shape[2]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Adds `(C*B, G, S, D)`, and gives all keys and values so."""
+        self.keys = torch.cat([self.keys, fold(key_states, self.copies)], dim=2)
+        self.values = torch.cat([self.values, fold(value_states, self.copies)], dim=2)
+        return unfold(self.keys, self.copies), unfold(self.values, self.copies)
+
+
+def fold(states: torch.Tensor, copies: int) -> torch.Tensor:
+    """`(C*B, G, S, D)`, stream-major, as `(B, C*G, S, D)`."""
+    return states.unflatten(0, (copies, -1)).transpose(0, 1).flatten(1, 2)  # (C, B, G, ...) -> (B, C, G, ...)
+
+
+def unfold(states: torch.Tensor, copies: int) -> torch.Tensor:
+    """`(B, C*G, K, D)` as `(C*B, G, K, D)`, stream-major."""
+    return states.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 1)  # (B, C, G, ...) -> (C, B, G, ...)
+
+
+class Decoder(nn.Module):
+    """A step of a language model over a cache of tensors.
+
+    Args:
+        model: wrapped or plain.
+        shape: of its cache.
+    """
+
+    def __init__(self, model: Any, shape: CacheShape) -> None:
+        super().__init__()
+        self.model = model
+        self.shape = shape
+        self.takes_positions = takes_positions(model)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[Pair]
+    ) -> tuple[torch.Tensor, list[Pair]]:
+        """The logits of new tokens, and the cache with them.
+
+        Args:
+            input_ids: `(B, S)`.
+            attention_mask: `(B, K + S)`, 0 for padding; a row's first token that is none has position 0.
+            past: keys and values of each layer, `(B, C*G, K, D)`.
+
+        Returns:
+            The logits `(B, S, V)`, and keys and values `(B, C*G, K + S, D)`.
+        """
+        layers = [FoldedLayer(*pair, self.shape.copies) for pair in past]
+        cache = Cache(layers=[*layers])
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # (B, S)
+        options = {"position_ids": positions} if self.takes_positions else {}
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **options
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in layers]
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether a model is told where its tokens stand; others count them by the mask."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+@torch.no_grad()
+def cache_shape(model: Any) -> CacheShape:
+    """What a model keeps of each token, as a run on two tokens shows.
+
+    Raises:
+        UnsupportedModelError: something else than keys and values of one shape in every layer.
+    """
+    name = type(model).__name__
+    streams = model.parscale.active if hasattr(model, "parscale") else None
+    if streams is not None and streams.config.transform == PROMPT:
+        raise UnsupportedModelError(
+            "Streams with transform='prompt' cannot be exported: the first step puts the prompt into the cache, and "
+            "later ones do not, so that they are no one graph. Use transform='prefix'."
+        )
+    if any(map(carries_state, DynamicCache(config=model.config).layers)):
+        raise UnsupportedModelError(
+            f"{name} cannot be exported: some of its layers carry a state (Mamba, linear attention), and runtimes for "
+            "decoders keep keys and values only."
+        )
+    cache = DynamicCache()
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        shapes = {(*layer.keys.shape, layer.values.shape[-1]) for layer in layers}
+    except Exception as error:  # whatever a model does with a cache that is not its own kind
+        if is_machine_error(error):
+            raise
+        raise UnsupportedModelError(
+            f"{name} cannot be exported: it does not run with a cache of keys and values for each layer "
+            f"({type(error).__name__}: {one_line(error)})."
+        ) from error
+    if len(shapes) != 1 or (shape := shapes.pop())[3] != shape[4]:
+        raise UnsupportedModelError(
+            f"{name} cannot be exported: its layers keep keys and values of different shapes, and a runtime's "
+            "configuration names one number of heads and one head size for all."
+        )
+    return CacheShape(len(layers), shape[0], shape[1], shape[3])

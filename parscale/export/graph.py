@@ -1,0 +1,102 @@
+"""The ONNX graph of a decoder, by `torch.onnx.export`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parscale.errors import UnsupportedModelError
+from parscale.export.decoder import CacheShape, Decoder
+from parscale.streams.brief_runs import is_machine_error, one_line
+
+OPSET = 18
+WEIGHTS_SUFFIX = ".data"  # of the file of weights beside a graph
+INPUTS = ("input_ids", "attention_mask")
+PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" or "value"
+LOGITS = "logits"
+
+_CLASSES = "pkg.torch.onnx.class_hierarchy"  # the classes of the modules that a node comes from, as torch notes them
+
+
+def cache_names(pattern: str, layers: int) -> list[str]:
+    """The names of a cache's tensors, in the order of the graph's inputs or outputs."""
+    return [pattern.format(layer, part) for layer in range(layers) for part in ("key", "value")]
+
+
+@torch.no_grad()
+def write_graph(model: Any, shape: CacheShape, path: Path, provenance: Mapping[str, str]) -> list[str]:
+    """Writes a model as an ONNX graph, with its weights in a file beside it.
+
+    Args:
+        model: wrapped or plain, on a CPU.
+        shape: of its cache.
+        path: of the graph.
+        provenance: goes into its metadata.
+
+    Returns:
+        The names of the nodes that mix the streams.
+
+    Raises:
+        UnsupportedModelError: torch cannot export it.
+    """
+    program = _program(model, shape)
+    graph = program.model
+    mixing = [str(node.name) for node in graph.graph if "Aggregator" in node.metadata_props.get(_CLASSES, "")]
+    for node in graph.graph:
+        node.metadata_props.clear()  # places in source files
+    graph.metadata_props.clear()
+    graph.metadata_props.update(provenance)
+    graph.producer_name, graph.producer_version = "parscale", provenance["parscale"]
+    program.save(path, external_data=True)
+    return mixing
+
+
+def _program(model: Any, shape: CacheShape) -> Any:
+    rows, tokens, seen = 2, 3, 5  # neither 0 nor 1, which torch.export takes for constants, and all different
+    arguments = (
+        torch.zeros(rows, tokens, dtype=torch.long),
+        torch.ones(rows, seen + tokens, dtype=torch.long),
+        shape.empty(rows, seen, model.dtype),
+    )
+    past = {0: "batch", 2: "past"}
+    sizes = ({0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}, [(past, past)] * shape.layers)
+    try:
+        with _without_hints():
+            return torch.onnx.export(
+                Decoder(model, shape).eval(),
+                arguments,
+                dynamo=True,
+                dynamic_shapes=sizes,
+                input_names=[*INPUTS, *cache_names(PAST, shape.layers)],
+                output_names=[LOGITS, *cache_names(PRESENT, shape.layers)],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:  # whatever the exporter meets in a model
+        cause = error.__cause__ or error
+        if is_machine_error(error) or is_machine_error(cause):
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be exported: torch.onnx.export makes no graph of it "
+            f"({type(cause).__name__}: {one_line(cause)})."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_hints() -> Iterator[None]:
+    """In this block torch does not say that inputs share the name of a size, or that torchvision is not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,164 @@
+"""Models in vLLM whose streams share stream 0's keys and values: the backbone's own class, run on further rows.
+
+The backbone runs as it is on `N + (P - 1) * M` rows for N tokens, M of which run with all streams
+(`parscale.integrations.vllm.rows`). Only its attention knows of streams
+(`parscale.integrations.vllm.shared_attention`). Its cache, its blocks and what lies in them are the plain backbone's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from parscale.compat.vllm import (
+    CUDAGraphMode,
+    LlamaModel,
+    MistralModel,
+    Qwen2Model,
+    Qwen3Model,
+    get_forward_context,
+    maybe_prefix,
+)
+from parscale.config import ParScaleConfig
+from parscale.integrations.vllm.aggregator import StreamAggregator
+from parscale.integrations.vllm.models import StreamsForCausalLM, attention_in_place, prefix_parameter
+from parscale.integrations.vllm.rows import StreamRows
+from parscale.integrations.vllm.sampling import wishes_of
+from parscale.integrations.vllm.shared_attention import shared_backend
+
+
+class _SharedForCausalLM(StreamsForCausalLM):
+    """A language model whose streams share keys and values.
+
+    Args:
+        vllm_config: vLLM's, as `parscale.integrations.vllm.startup.prepare` left it.
+        prefix: of the names of its layers.
+    """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        streams = ParScaleConfig.from_fields(vars(config))
+        P, most = streams.num_streams, vllm_config.scheduler_config.max_num_batched_tokens
+        self.rows = StreamRows(P, most)
+        for layer in self.model.layers:
+            _share_keys(layer.self_attn, streams, self.rows, vllm_config)
+        name = maybe_prefix(maybe_prefix(prefix, "model"), "aggregate_layer")
+        self.model.aggregate_layer = StreamAggregator(P, config.hidden_size, streams.smoothing, prefix=name)
+        self.model.num_streams = P
+        self.wishes = None if vllm_config.use_v2_model_runner else wishes_of(vllm_config)
+        endpoints = vllm_config.compilation_config.compile_ranges_endpoints
+        if endpoints:  # what the backbone is compiled for: its rows
+            endpoints[-1] = P * most
+
+    def get_model_state_cls(self) -> type[Any]:
+        """What Model Runner V2 asks for."""
+        from parscale.integrations.vllm.model_state import StreamState
+
+        return StreamState
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(N,)` tokens or `(N, H)` embeddings to `(N, H)`.
+
+        These are the mixed states of the tokens `chosen`, `(M,)`, and stream 0's of the others. Model Runner V2
+        chooses them; without it they are found here. `None`: all tokens.
+        """
+        metadata = next(iter((get_forward_context().attn_metadata or {}).values()), None)
+        if metadata is None:  # a step without requests, by which vLLM measures how much memory the largest one takes
+            chosen = None
+        elif self.wishes is not None:
+            chosen = self._choose(metadata)
+        self.rows.choose(chosen, positions, None if metadata is None else metadata.query_start_loc)
+        ids, embeds = (None if x is None else self.rows.spread(x) for x in (input_ids, inputs_embeds))
+        with _no_graph() if chosen is not None else _as_it_is():
+            hidden = self.model(ids, self.rows.spread(positions), intermediate_tensors, embeds)
+        return self._mix(hidden)
+
+    def _choose(self, metadata: Any) -> torch.Tensor | None:
+        """The tokens of a step of Model Runner V1 that run with all streams: each request's last, if it wants them."""
+        assert self.wishes is not None
+        starts, N = metadata.query_start_loc, metadata.num_actual_tokens
+        wishes = self.wishes.of(starts.shape[0] - 1)
+        is_single = torch.tensor([wish.single for wish in wishes], device=starts.device)
+        has_single = any(wish.single for wish in wishes)
+        self.rows.mark(is_single.repeat_interleave(starts.diff(), output_size=N) if has_single else None)
+        if any(wish.prompt for wish in wishes):
+            return None
+        last = starts[1:] - 1
+        if has_single:
+            last = last[[index for index, wish in enumerate(wishes) if not wish.single]]
+        return None if last.shape[0] == N else last
+
+    def _mix(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows to `(N, H)`."""
+        first, others = self.rows.split(hidden)  # (N, H), (M, P - 1, H)
+        chosen = self.rows.chosen
+        if chosen is not None and not len(chosen):
+            return first
+        own = first if chosen is None else first[chosen]
+        mixed = self.model.aggregate_layer(torch.cat((own[:, None], others), dim=1).flatten(0, 1))  # (M, H)
+        if chosen is None:
+            return torch.where(self.rows.is_single[: first.shape[0], None], first, mixed)
+        return first.index_copy(0, chosen, mixed)
+
+
+def _share_keys(own: Any, streams: ParScaleConfig, rows: StreamRows, vllm_config: Any) -> None:
+    """Gives vLLM's attention of a layer the prefixes, and an attention that knows of the streams."""
+    P, T = streams.num_streams, streams.prefix_length
+    shape = (P - 1, own.num_kv_heads, T, own.head_dim)
+    prefix_k, prefix_v = prefix_parameter(*shape), prefix_parameter(*shape)
+    own.register_parameter("prefix_k", prefix_k)
+    own.register_parameter("prefix_v", prefix_v)
+    backend = shared_backend(own.attn.attn_backend)
+    own.attn = attention_in_place(own, own.num_heads, own.num_kv_heads, backend, vllm_config)
+    own.attn.impl.share(rows, prefix_k, prefix_v)
+
+
+@contextmanager
+def _no_graph() -> Iterator[None]:
+    """Without the CUDA graphs of pieces, which hold as many rows as all tokens with all streams have."""
+    context = get_forward_context()
+    mode, context.cudagraph_runtime_mode = context.cudagraph_runtime_mode, CUDAGraphMode.NONE
+    try:
+        yield
+    finally:
+        context.cudagraph_runtime_mode = mode
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+class Qwen2ParScaleSharedForCausalLM(_SharedForCausalLM):
+    """Qwen2 with streams that share keys and values."""
+
+    backbone = Qwen2Model
+
+
+class Qwen3ParScaleSharedForCausalLM(_SharedForCausalLM):
+    """Qwen3 with streams that share keys and values."""
+
+    backbone = Qwen3Model
+
+
+class LlamaParScaleSharedForCausalLM(_SharedForCausalLM):
+    """Llama with streams that share keys and values."""
+
+    backbone = LlamaModel
+
+
+class MistralParScaleSharedForCausalLM(_SharedForCausalLM):
+    """Mistral with streams that share keys and values."""
+
+    backbone = MistralModel

@@ -1,0 +1,198 @@
+"""`train_controls`: what is trained beside a run, on which tokens, how it is compared, and how it goes on."""
+
+import dataclasses
+import json
+from statistics import fmean
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parscale import ParScaleConfig, load
+from parscale.checkpoints import control_runs
+from parscale.checkpoints.control_runs import check_controls, controls_of, train_controls
+from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.training.packing import Shuffled, pack_documents
+from parscale.checkpoints.training.train import TrainSettings, train
+
+S, BATCH, P, T = 16, 2, 3, 4
+TRAIN = [(f"{n}.py", f"def f{n}(x):\n    return x + {n}\n" * 3) for n in range(12)]
+HELD_OUT = [(f"{n}.py", f"def g{n}(y):\n    return y * {n}\n" * 4) for n in range(3)]
+SETTINGS = TrainSettings(
+    data=[Source.of("train", TRAIN)],
+    eval_data={"code": Source.of("code", HELD_OUT)},
+    tokens=3 * BATCH * S,
+    sequence_length=S,
+    batch_size=BATCH,
+    streams_learning_rate=3e-2,
+    warmup=0.0,
+    decay=0.0,
+    freeze_backbone=True,
+    bf16=False,
+    eval_every=3,
+    seed=5,
+)
+
+
+def trained(full, folder):
+    train(str(full), folder, SETTINGS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(full, tmp_path_factory):
+    """A run and its controls: the run's folder and the report."""
+    folder = trained(full, tmp_path_factory.mktemp("controls") / "run")
+    return folder, train_controls(str(full), folder, SETTINGS)
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_backbone_alone_sees_the_batches_of_the_run(finished, full, backbone):
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).float()
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    rows = Shuffled(pack_documents(TRAIN, tokenizer, S), 3 * BATCH, seed=5)
+    batch = [rows[index] for index in range(BATCH)]
+    inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"]).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    assert losses_of(folder / "controls" / "alone")[0] == pytest.approx(loss.item(), abs=1e-5)
+    after = load_plain(folder / "controls" / "alone")
+    assert any(not torch.equal(after[name], tensor.bfloat16()) for name, tensor in model.state_dict().items())
+
+
+def load_plain(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize(("name", "length"), [("prefix", T), ("long-prefix", P * T)])
+def test_one_prefix_is_two_streams_that_stay_equal_on_the_same_backbone(finished, full, name, length):
+    folder, _ = finished
+    model, run = load(folder / "controls" / name), load(full)
+    prefixes = {key: tensor for key, tensor in model.state_dict().items() if "prefix_" in key}
+    assert prefixes
+    for tensor in prefixes.values():
+        assert tensor.shape[0] == 2
+        assert tensor.shape[2] == length
+        assert torch.equal(tensor[0], tensor[1])
+    backbone = {
+        key: tensor for key, tensor in run.state_dict().items() if "prefix_" not in key and "aggregate" not in key
+    }
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in backbone.items())
+
+
+def test_the_report_pairs_the_run_with_each_control(finished, full):
+    folder, report = finished
+    assert report["controls"] == {
+        "alone": "backbone alone",
+        "prefix": "one prefix of 4 tokens",
+        "long-prefix": "one prefix of 12 tokens",
+    }
+    assert json.loads((folder / "controls.json").read_text()) == report
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    models = {
+        "trained": load(folder),
+        "prefix": load(folder / "controls" / "prefix"),
+        "alone": AutoModelForCausalLM.from_pretrained(folder / "controls" / "alone"),
+    }
+    found = {name: evaluate_places(model, tokenizer, HELD_OUT, sequence_length=S) for name, model in models.items()}
+    mean = {name: fmean(document.loss for document in places["middle"].documents) for name, places in found.items()}
+    for baseline in ("prefix", "alone"):
+        (entry,) = [
+            entry
+            for entry in report["comparisons"]
+            if (entry["arm"], entry["baseline"], entry["where"]) == ("trained", baseline, "middle")
+        ]
+        assert entry["difference"] == pytest.approx(mean["trained"] - mean[baseline], abs=1e-4)
+        assert f"{entry['difference']:+.4f}" in report["sentences"][0]
+    assert report["sentences"][0].startswith("Streams in the middle of code: ")
+
+
+def test_the_model_card_states_the_controls(finished):
+    folder, report = finished
+    card = (folder / "README.md").read_text()
+    assert "one prefix of 12 tokens" in card
+    assert "is not yet a gain of streams" not in card
+    assert report["sentences"][0].split(". Difference")[0].removeprefix("Streams in the middle of code: ") in card
+
+
+def test_all_that_is_there_is_not_trained_again(finished, full, monkeypatch):
+    folder, report = finished
+    monkeypatch.setattr(control_runs, "train", None)
+    assert train_controls(str(full), folder, SETTINGS) == report
+
+
+def test_an_end_in_between_is_gone_on_from(finished, full, tmp_path, monkeypatch):
+    folder, calls = trained(full, tmp_path / "run"), []
+
+    def counted(start, place, settings, **options):
+        calls.append(place.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(start, place, settings, **options)
+
+    monkeypatch.setattr(control_runs, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_controls(str(full), folder, SETTINGS)
+    assert sorted(path.name for path in (folder / "controls").iterdir()) == ["alone"]
+    assert not (folder / "controls.json").exists()
+    (folder / "README.md").write_text("My own card.")
+    assert train_controls(str(full), folder, SETTINGS) == finished[1]
+    assert calls == ["alone", "prefix", "prefix", "long-prefix"]
+    assert (folder / "README.md").read_text() == "My own card."
+
+
+def test_other_data_than_the_run_had_is_refused(full, tmp_path):
+    folder = trained(full, tmp_path / "run")
+    other = dataclasses.replace(SETTINGS, data=[Source.of("train", TRAIN[::-1])])
+    with pytest.raises(ValueError, match=r"differs from the run in .* by data_digest: give the data"):
+        train_controls(str(full), folder, other)
+
+
+def test_what_cannot_be_compared_is_refused_before_any_work(full, backbone, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="give some by --eval-data"):
+        check_controls(str(full), dataclasses.replace(SETTINGS, eval_data={}))
+    with pytest.raises(ValueError, match="has no streams, which controls are for"):
+        check_controls(str(backbone), SETTINGS)
+    with pytest.raises(ValueError, match="holds no finished run"):
+        train_controls(str(full), tmp_path, SETTINGS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Controls train in one process"):
+        check_controls(str(full), SETTINGS)
+
+
+RUN = {"trains": "streams", "learning_rate": 3e-5, "streams_learning_rate": 1e-2, "lora_rank": None, "quantize": None}
+EVERYTHING = {"trains": "everything"}
+
+
+@pytest.mark.parametrize(
+    ("streams", "run", "names"),
+    [
+        ({"transform": "prompt"}, {}, ["one prompt of 48 tokens", "one prompt of 192 tokens"]),
+        ({}, EVERYTHING, ["one prefix of 48 tokens and backbone", "one prefix of 192 tokens and backbone"]),
+        ({"transform": "lora"}, {}, ["one adapter of rank 8", "one adapter of rank 32"]),
+        ({"transform": "lora"}, EVERYTHING, []),
+    ],
+)  # fmt: skip
+def test_controls_by_what_the_streams_are_and_what_trains(streams, run, names):
+    alone, *others = controls_of(ParScaleConfig(**streams), RUN | run)
+    assert (alone.title, [control.title for control in others]) == ("backbone alone", names)
+
+
+def test_of_a_quantized_backbone_an_adapter_trains_alone():
+    (alone, *_) = controls_of(ParScaleConfig(), RUN | {"quantize": "int8"})
+    assert (alone.title, alone.lora_rank) == ("backbone alone (adapter of rank 8)", 8)
+
+
+def test_a_rate_that_was_given_for_the_streams_is_not_the_backbones():
+    (alone, *_) = controls_of(ParScaleConfig(), RUN | {"learning_rate": 1e-2})
+    assert alone.learning_rate is None
+    (alone, *_) = controls_of(ParScaleConfig(), RUN)
+    assert alone.learning_rate == 3e-5

@@ -1,0 +1,159 @@
+"""`train` and `parscale train --from-config`: a model that does not exist yet, trained by the same engine."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parscale import ParScaleConfig, load, wrap
+from parscale.checkpoints import NewModel, TrainSettings, train
+from parscale.cli.application import BAD_INPUT, run
+from parscale.format.staging import staged
+
+SIZES = ["--tokens", "256", "--sequence-length", "16", "--batch-size", "4"]
+
+
+@pytest.fixture
+def config(backbone, tmp_path):
+    """Of a Llama of two layers, with special tokens that the tokenizer has not."""
+    fields = json.loads((backbone / "config.json").read_text())
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(fields | {"eos_token_id": 7, "pad_token_id": 8, "dtype": "float32"}))
+    return path
+
+
+def by_hand(config, tokenizer, text_file, tmp_path):
+    """The same model made, wrapped and saved by hand, and trained as any checkpoint."""
+    from transformers import AutoConfig
+
+    made = AutoConfig.from_pretrained(config)
+    made.eos_token_id = made.pad_token_id = tokenizer.eos_token_id
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(made)
+    wrap(model, 3, prefix_length=4, kv="shared", init="random", seed=3)
+    model.save_pretrained(tmp_path / "untrained")
+    tokenizer.save_pretrained(tmp_path / "untrained")
+    rates = {"learning_rate": 1e-3, "streams_learning_rate": 1e-3}
+    return train(str(tmp_path / "untrained"), tmp_path / "other", settings(text_file, **rates))
+
+
+def settings(text_file, **options):
+    given = {"tokens": 256, "sequence_length": 16, "batch_size": 4, "seed": 3, "eval_data": {"code": str(text_file)}}
+    return TrainSettings([str(text_file)], **given | {"eval_tokens": 64, "save_every": 1} | options)
+
+
+def test_a_new_model_is_trained_as_one_that_was_saved_untrained(
+    config, backbone, text_file, tmp_path, capsys, monkeypatch
+):
+    """To the last bit, also resumed after an interruption; its folder says what it began as."""
+    arguments = ["train", "--from-config", str(config), "--tokenizer", str(backbone), "--num-streams", "3"]
+    arguments += ["--prefix-length", "4", "--kv", "shared", "--output", str(tmp_path / "run"), "--seed", "3"]
+    arguments += [*SIZES, "--eval-tokens", "64", "--save-every", "1", "--eval-data", f"code={text_file}", "--json"]
+    arguments += ["--data", str(text_file)]
+
+    from parscale.checkpoints.training.callbacks import Interruption
+
+    step_end = Interruption.on_step_end
+
+    def stop(self, args, state, control, **more):
+        self.asked = state.global_step == 2
+        step_end(self, args, state, control, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "on_step_end", stop)
+        assert run(arguments) == 130
+    capsys.readouterr()
+    assert run([*arguments, "--resume"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["new_model"] == {"config": str(config), "tokenizer": str(backbone), "num_streams": 3}
+    assert report["streams_learning_rate"] == report["learning_rate"] == 1e-3
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    expected = by_hand(config, tokenizer, text_file, tmp_path)
+    assert report["losses"] == expected["losses"]
+    trained, other = load(tmp_path / "run"), load(tmp_path / "other")
+    assert trained.num_streams == 3
+    assert trained.dtype == torch.float32
+    assert trained.config.eos_token_id == tokenizer.eos_token_id
+    for name, parameter in other.named_parameters():
+        assert torch.equal(trained.get_parameter(name), parameter), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").eos_token == "<end>"
+
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert f"| began as | random weights of `{config}` |" in card.text
+    assert "Trained from nothing with `parscale`." in card.text
+    assert "No gain over the backbone" not in card.text
+    assert "base_model" not in card.data.to_dict()
+
+
+def test_without_streams_it_is_a_plain_model(config, backbone):
+    model = NewModel(config, str(backbone), ParScaleConfig(1), seed=3)
+    model.check()
+    made = model.make(torch.bfloat16)
+    assert not hasattr(made, "parscale")
+    assert made.dtype == torch.bfloat16
+    again = NewModel(config, str(backbone), ParScaleConfig(1), seed=3).make(torch.bfloat16)
+    other = NewModel(config, str(backbone), ParScaleConfig(1), seed=4).make(torch.bfloat16)
+    assert torch.equal(made.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(made.lm_head.weight, other.lm_head.weight)
+    digests = {NewModel(config, str(backbone), ParScaleConfig(P), seed).digest() for P in (1, 2) for seed in (3, 4)}
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "said"),
+    [
+        (["--from-config", "gone.json"], {}, "gone.json is no file; give the config.json of a causal language model"),
+        (["--from-config", "."], {}, ". is a folder; give the config.json"),
+        ([], {"vocab_size": 256}, "has 257 tokens, and vocab_size of small.json is 256; set it to 257 or more"),
+        ([], {"parscale_n": 2}, "small.json is of a model with streams; give that of its backbone"),
+        ([], {"quantization_config": {"quant_method": "fp8"}}, "small.json is of a quantized model"),
+        ([], {"model_type": "llamma"}, "config.json of small.json does not describe a model"),
+        ([], {"hidden_size": "wide"}, "config.json of small.json does not describe a model"),
+        ([], "[", "small.json is not JSON"),
+        (["--freeze-backbone"], {}, "A new model's backbone has random weights"),
+        (["--lora-rank", "2"], {}, "A new model's backbone has random weights"),
+        (["--kv", "mixed"], {}, "kv must be one of 'own', 'shared', got 'mixed'"),
+        (["--num-streams", "0"], {}, "num_streams must be at least 1, got 0"),
+    ],
+)
+def test_what_no_model_can_be_made_of(
+    config, backbone, text_file, tmp_path, monkeypatch, capsys, arguments, changes, said
+):
+    monkeypatch.chdir(tmp_path)
+    with staged(tmp_path / "tokenizer", last="tokenizer.json", new=True) as folder:
+        AutoTokenizer.from_pretrained(backbone).save_pretrained(folder)
+    text = changes if isinstance(changes, str) else json.dumps(json.loads(config.read_text()) | changes)
+    config.write_text(text)
+    given = ["--from-config", "small.json", "--tokenizer", "tokenizer", "--num-streams", "2", "--output", "run"]
+    assert run(["train", *given, *SIZES, *arguments, "--data", str(text_file)]) == BAD_INPUT
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Missing argument 'CHECKPOINT', or --from-config for a new model"),
+        (["there", "--num-streams", "2"], "--num-streams is of a new model: give --from-config with it"),
+        (["there", "--tokenizer", "there"], "--tokenizer is of a new model: give --from-config with it"),
+        (["there", "--from-config", "a.json"], "--from-config makes a new model, and there is one; give one of the"),
+        (["--from-config", "a.json", "--num-streams", "2"], "--from-config needs --tokenizer and --num-streams"),
+        (["--from-config", "a.json", "--tokenizer", "there"], "--from-config needs --tokenizer and --num-streams"),
+    ],
+)
+def test_a_checkpoint_or_a_new_model(tmp_path, capsys, arguments, said):
+    options = ["--output", str(tmp_path / "run"), "--data", "a.txt"]
+    assert run(["train", *arguments, *options]) == BAD_INPUT
+    assert said in capsys.readouterr().err
+
+
+def test_several_texts_and_no_checkpoint(tmp_path, capsys):
+    """What follows the first text is no checkpoint where none is to be given."""
+    options = ["--from-config", "a.json", "--data", "a.txt", "b.txt", "--output", str(tmp_path / "run")]
+    assert run(["train", *options]) == BAD_INPUT
+    assert "--from-config needs --tokenizer" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""`parscale train` with held-out text and `--controls`, and `parscale eval --against`: what is printed."""
+
+import json
+import shlex
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from transformers import AutoTokenizer
+
+import parscale
+from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.cli.application import BAD_INPUT, run
+
+SIZES = ["--tokens", "64", "--sequence-length", "16", "--batch-size", "2", "--eval-every", "2"]
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.py").write_text(f"def g{n}(y):\n    return y * {n}\n" * 4)
+    return folder
+
+
+def test_train_says_what_a_gain_has_to_beat_and_trains_it(two_sets, text_file, held_out, tmp_path, capsys, monkeypatch):
+    arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
+    arguments += ["--freeze-backbone", "--eval-data", f"code={held_out}"]
+    monkeypatch.setattr("sys.argv", ["parscale", *arguments])
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "In the middle of code, against the untouched backbone: " in printed
+    assert "is not yet a gain of streams: the backbone trained alone and one trained prefix" in printed
+    command = shlex.split(printed.splitlines()[-1])
+    assert command == ["parscale", *arguments, "--resume", "--controls"]
+    assert not (tmp_path / "run" / "controls").exists()
+
+    assert run(command[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "Streams in the middle of code: " in printed
+    for title in ("untouched backbone", "backbone alone", "one prefix of 5 tokens", "one prefix of 15 tokens"):
+        assert title in printed
+    assert "is not yet a gain" not in printed
+
+
+def test_controls_without_held_out_text(two_sets, text_file, tmp_path, capsys):
+    arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
+    assert run([*arguments, "--controls"]) == BAD_INPUT
+    assert "Controls are compared on held-out text; give some by --eval-data." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_against_other_checkpoints(two_sets, backbone, held_out, capsys):
+    files = sorted(map(str, held_out.iterdir()))
+    arguments = ["eval", str(two_sets), "--data", *files, "--against", "off", str(backbone), "--sequence-length", "16"]
+    assert run([*arguments, "--device", "cpu", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [(entry["baseline"], entry["where"]) for entry in entries] == [
+        (name, where) for name in ("off", str(backbone)) for where in ("beginning", "middle")
+    ]
+    model, tokenizer = parscale.load(two_sets), AutoTokenizer.from_pretrained(two_sets)
+    documents = [(path, Path(path).read_text()) for path in files]
+    streams = evaluate_places(model, tokenizer, documents, sequence_length=16)
+    with model.use_streams(None):
+        off = evaluate_places(model, tokenizer, documents, sequence_length=16)
+    for entry in entries[:2]:
+        means = [fmean(document.loss for document in found[entry["where"]].documents) for found in (streams, off)]
+        assert entry["difference"] == pytest.approx(means[0] - means[1], abs=1e-6)
+        assert entry["low"] < entry["difference"] < entry["high"]
+
+    assert run([*arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{entries[0]['difference']:+.4f} ({entries[0]['low']:+.4f}, {entries[0]['high']:+.4f})" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--against", "THIS"], "cannot be held against itself"),
+        (["--against", "off", "--adaptive", "1"], "leave --tasks and --adaptive out"),
+        (["--against", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_compared(two_sets, text_file, capsys, options, said):
+    options = [str(two_sets) if option == "THIS" else option for option in options]
+    assert run(["eval", str(two_sets), "--data", str(text_file), "--device", "cpu", *options]) == BAD_INPUT
+    assert said in capsys.readouterr().err

@@ -1,0 +1,356 @@
+"""Flash-attention: transformers' own code around it, run on a stand-in for the two functions of its package.
+
+No flash-attention kernel runs here: it needs a GPU. The stand-in keeps its contract (causality and windows aligned to
+the lower right, sequences joined by `cu_seqlens`, rows that see nothing are zero), but takes float32, so that the
+results can be held against the reference's. Where a kernel runs for real, its rounding to half precision comes on top.
+"""
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+TOLERANCE = 5e-5  # float32 rounding of logits of size 1 to 5 through two to four layers; measured: 2.2e-5 at most
+FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt_neox", "deepseek_v3", "gpt_oss", "qwen3_next"]
+PLAIN = ["llama", "deepseek_v3"]  # without a window
+WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss"]
+HUB_NAME = "someone/flash-kernel"
+
+
+class StandIn:
+    """The functions of `flash-attn`, and what they were called with.
+
+    Args:
+        tuples: whether they return the log-sum-exp beside the output, as flash-attention 3 does.
+    """
+
+    def __init__(self, tuples: bool) -> None:
+        self.tuples = tuples
+        self.calls: list[str] = []
+
+    def one(self, q, k, v, scale, causal, window, softcap, sinks):
+        """A sequence: q `(S, heads, D)`, k and v `(K, G, D)`; gives `(S, heads, D)`."""
+        (S, heads, D), (K, G, _) = q.shape, k.shape
+        assert k.shape == v.shape
+        assert v.shape[-1] == D <= 256
+        k, v = k.repeat_interleave(heads // G, dim=1), v.repeat_interleave(heads // G, dim=1)
+        scores = torch.einsum("shd,khd->hsk", q, k) * (D**-0.5 if scale is None else scale)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(K - S, K)[:, None] - torch.arange(K)  # to the left, (S, K)
+        visible = torch.ones(S, K, dtype=torch.bool)
+        left, right = window
+        if left >= 0:
+            visible &= distance <= left
+        if right >= 0:
+            visible &= -distance <= right
+        if causal:
+            visible &= distance >= 0
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, S, 1)], dim=-1)
+        weights = scores.softmax(-1).nan_to_num()[..., :K]
+        return torch.einsum("hsk,khd->shd", weights, v)
+
+    def flash_attn_func(
+        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, s_aux=None
+    ):
+        self.calls.append("batch")
+        assert q.shape[0] == k.shape[0]
+        rows = [self.one(*row, softmax_scale, causal, window_size, softcap, s_aux) for row in zip(q, k, v, strict=True)]
+        return (torch.stack(rows), None) if self.tuples else torch.stack(rows)
+
+    def flash_attn_varlen_func(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        s_aux=None,
+    ):
+        self.calls.append("joined")
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert cu_seqlens_q[-1] == q.shape[0]
+        assert cu_seqlens_k[-1] == k.shape[0] == v.shape[0]
+        assert max_seqlen_q >= cu_seqlens_q.diff().max()
+        assert max_seqlen_k >= cu_seqlens_k.diff().max()
+        pieces = zip(
+            q.split(cu_seqlens_q.diff().tolist()),
+            k.split(cu_seqlens_k.diff().tolist()),
+            v.split(cu_seqlens_k.diff().tolist()),
+            strict=True,
+        )
+        joined = torch.cat([self.one(*x, softmax_scale, causal, window_size, softcap, s_aux) for x in pieces])
+        return (joined, None) if self.tuples else joined
+
+
+@pytest.fixture(params=["flash_attention_2", "flash_attention_3", HUB_NAME])
+def implementation(request):
+    """A name under which flash-attention runs."""
+    return request.param
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Puts the stand-in where transformers imports flash-attention; call it with a model and the name to run under."""
+    stand_in = StandIn(tuples=False)
+    for name in ("_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn"):
+        monkeypatch.setattr(flash_utils, name, None)
+    monkeypatch.setattr(flash_utils, "_process_flash_kwargs_fn", None)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+
+    def imports(*args, **kwargs):
+        functions = stand_in.flash_attn_func, stand_in.flash_attn_varlen_func, None
+        return *functions, flash_utils._pad_input, flash_utils._unpad_input
+
+    monkeypatch.setattr(flash_utils, "_lazy_imports", imports)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
+    # what transformers does for a kernel from the Hub
+    AttentionInterface.register(HUB_NAME, ALL_ATTENTION_FUNCTIONS["flash_attention_2"])
+    AttentionMaskInterface.register(HUB_NAME, flash_attention_mask)
+
+    def use(model, name="flash_attention_2"):
+        stand_in.tuples = name == "flash_attention_3"
+        # set_attn_implementation would look for the package
+        model.config._attn_implementation = name
+        return model
+
+    use.stand_in = stand_in
+    return use
+
+
+@torch.no_grad()
+def logits_of(model, *args, **kwargs):
+    return model(*args, **kwargs).logits
+
+
+def make(zoo, name, **changes):
+    case = zoo.Case(zoo.FAMILIES[name], "eager")
+    return case, case.wrapped(**changes)
+
+
+def test_the_stand_in_has_the_packages_signature():
+    """Its arguments, in this order, are those of flash-attn 2.8 that transformers uses (s_aux is of a Hub kernel)."""
+    for function, first in (
+        (StandIn.flash_attn_func, ["self", "q", "k", "v", "dropout_p"]),
+        (StandIn.flash_attn_varlen_func, ["self", "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q"]),
+    ):
+        assert list(inspect.signature(function).parameters)[: len(first)] == first
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_stand_in_is_right_about_the_plain_backbone(name, flash, zoo):
+    case = zoo.Case(zoo.FAMILIES[name], "eager")
+    plain, ids = case.plain(), zoo.token_ids()
+    expected = logits_of(plain, ids)
+    zoo.close(logits_of(flash(plain), ids), expected, TOLERANCE)
+    assert flash.stand_in.calls
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forward(name, implementation, flash, zoo):
+    case, model = make(zoo, name)
+    ids, expected = zoo.token_ids(), case.reference(model).logits(zoo.token_ids())
+    flash(model, implementation)
+    zoo.close(logits_of(model, ids), expected, TOLERANCE)
+    with model.use_streams(None):
+        assert torch.equal(logits_of(model, ids), logits_of(flash(case.plain(), implementation), ids))
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("chunks", [[1] * 9, [5, 3, 1]], ids=["token by token", "in chunks"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_a_cache(name, chunks, flash, zoo):
+    case, model = make(zoo, name)
+    ids, expected = zoo.token_ids(), case.reference(model).logits(zoo.token_ids())
+    flash(model)
+    caches = [DynamicCache(config=model.config)]
+    if name != "qwen3_next":
+        caches.append(DynamicCache())  # which forgets nothing that a window leaves behind
+    for cache in caches:
+        pieces = [logits_of(model, piece, past_key_values=cache) for piece in ids.split(chunks, dim=1)]
+        zoo.close(torch.cat(pieces, dim=1), expected, TOLERANCE)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding(name, side, given, flash, zoo):
+    case, model = make(zoo, name)
+    ids, padding = zoo.token_ids(), torch.ones(zoo.B, zoo.S, dtype=torch.long)
+    (padding[1, :3] if side == "left" else padding[1, 6:]).zero_()
+    positions = (padding.cumsum(-1) - 1).clamp(min=0)
+    expected = case.reference(model).logits(ids, positions, padding=padding)
+    arguments = {"position_ids": positions} if given else {}
+    logits = logits_of(flash(model), ids, attention_mask=padding, **arguments)
+    zoo.close(logits[padding.bool()], expected[padding.bool()], TOLERANCE)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padded_decoding(name, given, flash, zoo):
+    case, model = make(zoo, name)
+    ids, padding = zoo.token_ids(), torch.ones(zoo.B, zoo.S, dtype=torch.long)
+    padding[1, :3] = 0
+    positions = (padding.cumsum(-1) - 1).clamp(min=0)
+    expected = case.reference(model).logits(ids, positions, padding=padding)
+    flash(model)
+    cache, pieces, end = DynamicCache(config=model.config), [], 0
+    for width in (5, 1, 1, 2):
+        start, end = end, end + width
+        now = slice(start, end)
+        pieces.append(
+            logits_of(
+                model,
+                ids[:, now],
+                attention_mask=padding[:, :end],
+                past_key_values=cache,
+                **({"position_ids": positions[:, now]} if given else {}),
+            )
+        )
+    zoo.close(torch.cat(pieces, dim=1)[padding.bool()], expected[padding.bool()], TOLERANCE)
+
+
+def documents(lengths):
+    """What a collator gives for documents joined in one row."""
+    edges = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("given", ["positions", "boundaries", "boundaries through two rows"])
+@pytest.mark.parametrize("name", [*PLAIN, *WINDOWED])
+def test_packed_documents(name, given, flash, zoo):
+    _, model = make(zoo, name)
+    rows = 2 if "two rows" in given else 1
+    lengths = [[6, 1, 2], [2, 7]][:rows]
+    ids = zoo.token_ids(rows=rows)
+    alone = torch.cat(
+        [
+            torch.cat([logits_of(model, piece) for piece in ids[b : b + 1].split(lengths[b], dim=1)], dim=1)
+            for b in range(rows)
+        ]
+    )
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    arguments = {"position_ids": positions, "use_cache": False}
+    if "boundaries" in given:
+        arguments |= documents([n for row in lengths for n in row])
+    zoo.close(logits_of(flash(model), ids, **arguments), alone, TOLERANCE)
+
+
+def test_boundaries_beside_a_cache_are_refused(flash, zoo):
+    """They count new tokens only, and would cut the keys of earlier ones anywhere."""
+    _, model = make(zoo, "llama")
+    flash(model)
+    cache = DynamicCache(config=model.config)
+    logits_of(model, zoo.token_ids(rows=1), past_key_values=cache)
+    with pytest.raises(ValueError, match="cu_seq_lens_k"):
+        logits_of(model, zoo.token_ids(rows=1), past_key_values=cache, **documents([4, 5]))
+
+
+@pytest.mark.parametrize(("window", "calls"), [(12, []), (13, ["batch"])])
+def test_a_window_that_everything_fits_in_stays_with_flash_attention(window, calls, flash, zoo):
+    """T + S = 13 keys: one token less, and the prefix would be hidden."""
+    _, model = make(zoo, "mistral", sliding_window=window)
+    eager = logits_of(model, zoo.token_ids())
+    zoo.close(logits_of(flash(model), zoo.token_ids()), eager, TOLERANCE)
+    assert flash.stand_in.calls == calls * model.config.num_hidden_layers
+
+
+def test_short_documents_in_a_long_row_stay_with_flash_attention(flash, zoo):
+    """The window is about a document, not about the row that it is packed in."""
+    _, model = make(zoo, "mistral", sliding_window=8)
+    ids = zoo.token_ids(rows=1)
+    alone = torch.cat([logits_of(model, piece) for piece in ids.split([4, 2, 3], dim=1)], dim=1)
+    positions = torch.cat([torch.arange(n) for n in (4, 2, 3)])[None]
+    zoo.close(logits_of(flash(model), ids, position_ids=positions, use_cache=False), alone, TOLERANCE)
+    assert flash.stand_in.calls == ["joined"] * model.config.num_hidden_layers
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("what", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "deepseek_v3"])
+def test_gradients(name, what, flash, zoo):
+    """Of every parameter, against those of the eager functions."""
+    _, model = make(zoo, name)
+    ids, arguments = zoo.token_ids(), {}
+    if what == "padded":
+        arguments["attention_mask"] = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+    elif what == "packed":
+        ids, arguments = ids[:1], {"position_ids": torch.cat([torch.arange(n) for n in (6, 1, 2)])[None]}
+    gradients = []
+    for use in (lambda model: model, flash):
+        model.zero_grad()
+        logits = use(model)(ids, use_cache=False, **arguments).logits
+        if what == "padded":
+            logits = logits[arguments["attention_mask"].bool()]
+        nn.functional.cross_entropy(logits.flatten(0, -2), torch.arange(logits.flatten(0, -2).shape[0])).backward()
+        gradients.append({path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for path, gradient in gradients[0].items():
+        zoo.close(gradients[1][path], gradient, 1e-5 * max(1.0, gradient.abs().max().item()))
+    assert any("prefix_k" in path and gradient.ne(0).any() for path, gradient in gradients[1].items())
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "deepseek_v3"])
+def test_generate(name, cache, flash, zoo):
+    """Greedy and with beams, one row padded, as under `eager`."""
+    _, model = make(zoo, name)
+    padding = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+    arguments = {
+        "attention_mask": padding,
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    for more in ({}, {"num_beams": 3}):
+        model.config._attn_implementation = "eager"
+        expected = model.generate(zoo.token_ids(), **arguments, **more)
+        generated = flash(model).generate(zoo.token_ids(), **arguments, **more, cache_implementation=cache)
+        assert torch.equal(generated, expected)
+    assert flash.stand_in.calls or name == "mistral"  # whose layers all have a window
+
+
+def test_half_precision_weights_after_a_float32_query(flash, zoo):
+    """Where a query comes in float32 before half-precision weights (a norm that PEFT keeps), both ways cast it."""
+    _, model = make(zoo, "mistral")
+    for layer in model.parscale.layers:
+        layer.module.o_proj.to(torch.bfloat16), layer.module.q_proj.to(torch.bfloat16)
+        layer.module.q_proj.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype),))
+        layer.module.q_proj.register_forward_hook(lambda module, args, output: output.float())
+        layer.module.o_proj.register_forward_hook(lambda module, args, output: output.float())
+    for length in (1, 9):  # by flash-attention, and by the mask that leaves the prefix out of the window
+        assert logits_of(flash(model), zoo.token_ids(length=length)).isfinite().all()
+
+
+def test_without_the_package_the_error_is_the_backbones(zoo):
+    _, model = make(zoo, "llama")
+    if transformers.utils.is_flash_attn_2_available():
+        pytest.skip("flash-attn is installed")
+    with pytest.raises((ImportError, ValueError), match="FlashAttention2"):
+        model.set_attn_implementation("flash_attention_2")

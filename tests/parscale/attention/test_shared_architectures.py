@@ -1,0 +1,60 @@
+"""Architectures in which shared keys and values meet something that others do not have."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import parscale
+
+TOLERANCE = 2e-5
+spec = importlib.util.spec_from_file_location(
+    "tiny_models", Path(__file__).parents[3] / "benchmarks" / "tiny_models.py"
+)
+tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_models)
+
+
+def build(name):
+    if name not in tiny_models.names():
+        pytest.skip(f"no {name} in this transformers")
+    return tiny_models.Tiny(name).build(window=6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AfmoeForCausalLM",  # views what attention returns
+        "CTRLLMHeadModel",  # absolute positions
+        "DiffLlamaForCausalLM",  # attends twice in each layer
+        "Gemma3ForConditionalGeneration",  # a language model in another one
+        "Gemma4ForCausalLM",  # layers that borrow keys
+    ],
+)
+@torch.no_grad()
+def test_a_cache_two_passes_and_none(name, zoo):
+    model, ids = zoo.share(build(name)), zoo.token_ids().clamp(max=tiny_models.FIRST_SPECIAL - 1)
+    whole = model(input_ids=ids).logits
+    zoo.close(model(input_ids=ids, logits_to_keep=2).logits, whole[:, -2:], TOLERANCE)
+    output = model(input_ids=ids[:, :6], use_cache=True, logits_to_keep=1)
+    zoo.close(output.logits, whole[:, 5:6], TOLERANCE)
+    for at in range(6, zoo.S):
+        output = model(input_ids=ids[:, at : at + 1], past_key_values=output.past_key_values, use_cache=True)
+        zoo.close(output.logits, whole[:, at : at + 1], TOLERANCE)
+    layers = [layer for layer in output.past_key_values.layers if getattr(layer, "keys", None) is not None]
+    assert {layer.keys.shape[0] for layer in layers} == {zoo.B}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("DeepseekV32ForCausalLM", "its cache holds an index of keys"),
+        ("MllamaForCausalLM", "layers without keys of the text"),
+    ],
+)
+def test_what_is_refused(name, reason):
+    model = build(name)
+    with pytest.raises(parscale.UnsupportedModelError, match=rf"{reason}.*Use kv='own'"):
+        parscale.wrap(model, 2, prefix_length=3, init="random", kv="shared")

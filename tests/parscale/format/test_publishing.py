@@ -1,0 +1,346 @@
+"""How what is written gets to its place: links, what is in the way, flushing, and several processes at one place."""
+
+import errno
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parscale import wrap
+from parscale.format.staging import require_new_folder, require_writable, require_writable_folder, staged, staged_file
+from parscale.format.working import MARKER, working
+
+SUFFIX = ".parscale-working"
+
+
+def tree(folder):
+    """Everything below a folder: contents of files, where links lead to, and folders."""
+    found = {}
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            what = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+            found[str(path.relative_to(folder))] = what
+    return found
+
+
+def write(work, names, text="new"):
+    for name in names:
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(text)
+
+
+def publish(target, names, **options):
+    """A save: these files, and old ones of other shards have no place beside them."""
+    with staged(target, last="config.json", replaces=lambda name: name.startswith("model-"), **options) as work:
+        write(work, names)
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A folder with an older save, and a place elsewhere that links in it lead to."""
+    write(tmp_path / "elsewhere", ["config.json", "model.safetensors", "streams.safetensors", "thesis.txt"], "theirs")
+    write(tmp_path / "target", ["config.json", "other/streams.safetensors", "model-1.safetensors", "mine.txt"], "old")
+    return tmp_path / "target"
+
+
+# -- links
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("leads_to", ["../elsewhere/config.json", "../nowhere", "../elsewhere", "config.json"])
+@pytest.mark.parametrize("name", ["config.json", "model-1.safetensors"])
+def test_a_link_in_place_of_a_file_is_replaced_and_what_it_leads_to_stays(target, name, leads_to, fails, monkeypatch):
+    """Of a new file, and of an old one that has no place beside the new ones."""
+    (target / name).unlink()
+    (target / name).symlink_to(leads_to)
+    before = tree(target.parent)
+    if fails:
+        break_the_last_move(monkeypatch, 4)
+        with pytest.raises(OSError, match="Nothing was saved: Input/output error"):
+            publish(target, ["config.json", "model.safetensors"])
+    else:
+        publish(target, ["config.json", "model.safetensors"])
+        before |= {"target/config.json": b"new", "target/model.safetensors": b"new"}
+        del before["target/model-1.safetensors"]
+    assert tree(target.parent) == before
+
+
+def break_the_last_move(monkeypatch, number):
+    from parscale.format import staging
+
+    moves, replace = [], os.replace
+
+    def move(source, destination):
+        moves.append(source)
+        if len(moves) == number:
+            raise OSError(errno.EIO, "broken")
+        replace(source, destination)
+
+    monkeypatch.setattr(staging.os, "replace", move)
+
+
+@pytest.mark.parametrize("what", ["link", "dangling link", "file"])
+@pytest.mark.parametrize("place", ["other", "deep", "deep/er"])
+def test_nothing_is_written_through_what_stands_for_a_sub_folder(target, place, what):
+    path = target / place
+    if path.is_dir():
+        (path / "streams.safetensors").unlink()
+        path.rmdir()
+    path.parent.mkdir(exist_ok=True)
+    if what == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(target.parent / ("elsewhere" if what == "link" else "nowhere"))
+    before = tree(target.parent)
+    with pytest.raises(OSError, match=f"{place} should be a folder, but is .*move it elsewhere"):
+        publish(target, ["config.json", f"{place}/streams.safetensors"])
+    assert tree(target.parent) == before
+
+
+def test_a_folder_that_stands_for_a_file_is_refused(target):
+    (target / "model.safetensors").mkdir()
+    (target / "model.safetensors" / "mine").write_text("mine")
+    before = tree(target.parent)
+    with pytest.raises(OSError, match="should be a file, but is a folder; move it elsewhere"):
+        publish(target, ["config.json", "model.safetensors"])
+    assert tree(target.parent) == before
+
+
+def test_a_set_s_sub_folder_that_is_a_link(wrapped, tmp_path):
+    wrapped.add_streams("other", 2, init="random", prefix_length=3)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "other").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    with pytest.raises(OSError, match="a link, through which nothing is written"):
+        wrapped.save_pretrained(tmp_path / "model")
+    assert tree(tmp_path) == before
+
+
+def test_a_link_that_is_the_output_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old.json").write_text("old")
+    (tmp_path / "output").symlink_to("disk")
+    (tmp_path / "figures.json").symlink_to("disk/old.json")
+    with staged(tmp_path / "output", last="config.json") as work:
+        write(work, ["config.json"])
+    with staged_file(tmp_path / "figures.json") as beside:
+        beside.write_text("new")
+    assert tree(tmp_path) == {
+        "disk": "folder", "disk/config.json": b"new", "disk/old.json": b"new", "output": "disk",
+        "figures.json": "disk/old.json",
+    }  # fmt: skip
+
+
+# -- undoing
+
+
+def test_what_cannot_be_put_back_is_kept(target, monkeypatch):
+    """From one move on, all fail: the old files are where the error says."""
+    from parscale.format import staging
+
+    before, moves, replace = tree(target), [], os.replace
+
+    def move(source, destination):
+        moves.append(source)
+        if len(moves) > 2:
+            raise OSError(errno.EIO, "broken")
+        replace(source, destination)
+
+    monkeypatch.setattr(staging.os, "replace", move)
+    with pytest.raises(OSError, match=r"2 of the old files could not be restored: they are in .*old") as raised:
+        publish(target, ["config.json", "model.safetensors"])
+    monkeypatch.undo()
+    away = Path(str(raised.value).partition(" are in ")[2].rstrip("."))
+    assert {name: before[name] for name in ("config.json", "model-1.safetensors")} == tree(away)
+    with pytest.raises(FileExistsError, match="is in the way"):  # it stays until somebody has looked
+        publish(target, ["config.json"])
+    assert tree(away)
+
+
+# -- flushing
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What was flushed and moved, in order."""
+    done, fsync, replace, rename = [], os.fsync, os.replace, os.rename
+
+    def flushed(descriptor):
+        done.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def moved(how):
+        def move(source, destination):
+            done.append(("move", Path(source), Path(destination)))
+            how(source, destination)
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", moved(replace))
+    monkeypatch.setattr(os, "rename", moved(rename))
+    return done
+
+
+def assert_flushed(log, names, target):
+    """Each file before it moves, and the folder that it came into after it."""
+    for name in names:
+        (at,) = (i for i, entry in enumerate(log) if entry[0] == "move" and entry[2] in (target / name, target))
+        source = log[at][1] if log[at][2] == target / name else log[at][1] / name
+        assert ("flush", source) in log[:at]
+        into = log[at][2].parent
+        assert ("flush", into) in log[at:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("save", ["save_pretrained", "save_streams"])
+def test_a_save_is_on_the_disk_before_it_has_its_name(wrapped, tiny, tmp_path, log, save, existing):
+    target = tmp_path / "model"
+    if existing:
+        getattr(wrap(tiny(), 2, init="random"), save)(target)
+        log.clear()
+    getattr(wrapped, save)(target)
+    moved = [entry for entry in log if entry[0] == "move" and entry[2].is_relative_to(target)]
+    assert_flushed(log, [path.relative_to(target) for path in target.rglob("*") if path.is_file()], target)
+    last = "config.json" if save == "save_pretrained" else "parscale_config.json"
+    if existing:
+        assert moved[-1][2] == target / last
+        before = log[: log.index(moved[-1])]
+        assert before[-1][0] == "flush"  # the other files have their names on the disk before the last one comes
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, log):
+    with staged_file(tmp_path / "figures.json") as beside:
+        beside.write_text("new")
+    assert_flushed(log, ["figures.json"], tmp_path)
+
+
+# -- several processes, and killed ones
+
+
+def hold(folder, started, end):
+    with staged(folder, last="config.json") as work:
+        write(work, ["config.json"], "first")
+        started.set()
+        end.wait(60)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_two_processes_do_not_write_one_folder(tmp_path, existing):
+    target = tmp_path / "model"
+    if existing:
+        write(target, ["config.json"], "old")
+    context = multiprocessing.get_context("fork")
+    started, end = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(target, started, end))
+    other.start()
+    assert started.wait(60)
+    for options in ({}, {} if existing else {"new": True}):
+        with pytest.raises(BlockingIOError, match=r"another process is writing there; wait .*model"):
+            publish(target, ["config.json"], **options)
+    end.set()
+    other.join()
+    assert tree(target) == {"config.json": b"first"}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_a_killed_process_left_is_cleared_by_the_next_one(tmp_path, existing):
+    target = tmp_path / "model"
+    if existing:
+        target.mkdir()
+    script = (
+        "import os, signal\nfrom parscale.format.staging import staged\n"
+        f"with staged({str(target)!r}, last='config.json') as work:\n"
+        "    (work / 'half').write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", script]).returncode < 0
+    assert list(tmp_path.rglob("half"))
+    require_new_folder(target)
+    with staged(target, last="config.json", new=True) as work:
+        write(work, ["config.json"])
+    assert tree(tmp_path) == {"model": "folder", "model/config.json": b"new"}
+
+
+def test_a_folder_by_that_name_which_is_somebody_s_is_left_alone(tmp_path):
+    mine = tmp_path / f".model{SUFFIX}"
+    write(mine, ["thesis.txt"], "mine")
+    with pytest.raises(FileExistsError, match="was not made by parscale; move it elsewhere"):
+        publish(tmp_path / "model", ["config.json"])
+    assert tree(mine) == {"thesis.txt": b"mine"}
+
+
+def test_a_working_folder_says_what_it_is(tmp_path):
+    with working(tmp_path, "model") as folder:
+        assert "can be deleted" in (folder / MARKER).read_text()
+    assert not list(tmp_path.iterdir())
+
+
+# -- outputs that cannot be
+
+
+def test_a_new_folder_that_was_filled_meanwhile(tmp_path):
+    def fill():
+        with staged(tmp_path / "model", last="config.json", new=True) as work:
+            write(work, ["config.json"])
+            write(tmp_path / "model", ["mine"])
+
+    with pytest.raises(ValueError, match="is not empty; give a new one"):
+        fill()
+    assert tree(tmp_path) == {"model": "folder", "model/mine": b"new"}
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
+        (make_pipe, "neither a folder nor a file|a device or a pipe"),
+        (lambda path: path.symlink_to("/dev/null"), "neither a folder nor a file|a device or a pipe"),
+        (lambda path: path.symlink_to(path.name), "is a link to output"),
+    ],
+    ids=["dangling", "pipe", "device", "loop"],
+)
+@pytest.mark.parametrize("check", [require_new_folder, require_writable_folder, require_writable])
+def test_outputs_that_are_neither_files_nor_folders(tmp_path, check, make, said):
+    make(tmp_path / "output")
+    with pytest.raises((ValueError, OSError), match=said):
+        check(tmp_path / "output")
+    assert os.listdir(tmp_path) == ["output"]
+
+
+@pytest.mark.parametrize("check", [require_writable_folder, require_writable])
+def test_a_place_that_cannot_be_written(check):
+    with pytest.raises(OSError, match=r"Nothing was saved|cannot be written"):
+        check("/proc/output")
+
+
+def test_folders_above_an_output_that_fails_are_not_left(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "a" / "b" / "model", last="config.json"):
+        raise RuntimeError
+    require_writable_folder(tmp_path / "a" / "b" / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["No space left on device (os error 28)", "I/O error: File too large (os error 27)"])
+def test_a_full_disk_that_a_library_in_rust_reports(tmp_path, text):
+    """As the tokenizers' writer does: by an Exception of no type of its own."""
+    said = r"Nothing was saved: .*; free some space or give another folder"
+    with pytest.raises(OSError, match=said), staged(tmp_path / "model", last="config.json"):
+        raise Exception(text)
+
+
+def test_an_error_about_another_file_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such file.*source") as raised, staged(tmp_path / "model", last=""):
+        (tmp_path / "source").read_text()
+    assert "Nothing was saved" not in str(raised.value)

@@ -1,0 +1,306 @@
+"""Full and streams-only folders: what they hold, and that they come back as they were."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from parscale import load, unwrap, wrap
+
+IDS = torch.arange(18).remainder(17).view(2, 9) + 3
+
+
+@torch.no_grad()
+def logits_of(model):
+    """Exactly: weights that are read from a file in place lie where matrix products may round in another order."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()(IDS).logits
+
+
+def names_in(folder):
+    """Tensors of the safetensors files of a folder, by file."""
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files[path.name] = sorted(file.keys())
+    return files
+
+
+# -- round trips
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_every_family_comes_back_bit_for_bit(family, num_streams, tmp_path):
+    model = family.wrapped(num_streams)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", attn_implementation=family.attention)
+    assert type(loaded) is type(model)
+    assert loaded.num_streams == num_streams
+    assert loaded.config.model_type == model.config.model_type
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"], indirect=True)
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_tied_and_untied(family, tied, tmp_path):
+    model = family.wrapped(4, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(names_in(tmp_path)) > 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, names in names_in(tmp_path).items() for name in names}
+    loaded = load(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+
+
+def test_bfloat16_stays(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path / "a")
+    model = load(tmp_path / "a", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "b")
+    loaded = load(tmp_path / "b")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("active", ["default", "code", "one", None])
+def test_all_sets_come_back_and_the_active_one_is_active(wrapped, active, tmp_path):
+    wrapped.set_streams(active)
+    wrapped.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.num_streams == wrapped.num_streams
+    assert loaded.parscale.sets.keys() == wrapped.parscale.sets.keys()
+    for name in ("default", "code", "one", None):
+        wrapped.set_streams(name)
+        loaded.set_streams(name)
+        assert torch.equal(logits_of(loaded), logits_of(wrapped))
+        if name is not None:
+            assert loaded.parscale.sets[name].config == wrapped.parscale.sets[name].config
+
+
+def test_training_goes_on_where_it_was(wrapped, tmp_path):
+    """The active set trains, further sets are frozen, as after wrap."""
+    wrapped.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {
+        n: p.requires_grad for n, p in wrapped.named_parameters()
+    }
+
+
+def test_streams_only(wrapped, tiny, tmp_path):
+    wrapped.save_streams(tmp_path / "streams")
+    assert sorted(path.name for path in (tmp_path / "streams").iterdir()) == [
+        "parscale_config.json",
+        "streams.safetensors",
+    ]
+    backbone = tiny()
+    loaded = load(tmp_path / "streams", backbone=backbone)
+    assert loaded is backbone
+    assert torch.equal(logits_of(loaded), logits_of(wrapped))
+    assert torch.equal(logits_of(unwrap(loaded)), logits_of(tiny()))
+
+
+def test_streams_only_names_its_backbone(tiny, zoo, tmp_path):
+    tiny().save_pretrained(tmp_path / "backbone")
+    model = wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "backbone"), 4, prefix_length=3, init="random")
+    zoo.fill_streams(model)
+    model.save_streams(tmp_path / "streams")
+    fields = json.loads((tmp_path / "streams" / "parscale_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / "backbone")
+    assert torch.equal(logits_of(load(tmp_path / "streams")), logits_of(model))
+    (tmp_path / "backbone").rename(tmp_path / "elsewhere")
+    loaded = load(tmp_path / "streams", backbone=tmp_path / "elsewhere", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_a_full_folder_lends_its_backbone(wrapped, tmp_path):
+    """To streams of its own in a sub-folder, and to others; its own streams are left out."""
+    wrapped.save_pretrained(tmp_path / "full")
+    wrapped.set_streams("code")
+    wrapped.save_streams(tmp_path / "streams")
+    for loaded in (load(tmp_path / "full" / "code"), load(tmp_path / "streams", backbone=tmp_path / "full")):
+        assert list(loaded.parscale.sets) == ["code"]
+        assert torch.equal(logits_of(loaded), logits_of(wrapped))
+
+
+def test_saving_does_not_change_the_model(wrapped, tmp_path):
+    names, config, logits = list(wrapped.state_dict()), wrapped.config.to_dict(), logits_of(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    assert list(wrapped.state_dict()) == names
+    assert torch.equal(logits_of(wrapped), logits)
+    changed = {"architectures", "dtype"}  # the class writes these two itself
+    assert {k: v for k, v in wrapped.config.to_dict().items() if k not in changed} == {
+        k: v for k, v in config.items() if k not in changed
+    }
+
+
+# -- what the folders hold
+
+
+def test_a_full_folder(wrapped, tmp_path):
+    wrapped.generation_config = GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True)
+    wrapped.save_pretrained(tmp_path / "saved")
+    files = sorted(path.relative_to(tmp_path / "saved").as_posix() for path in (tmp_path / "saved").rglob("*.*"))
+    assert files == [
+        "code/parscale_config.json",
+        "code/streams.safetensors",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_parscale.py",
+        "one/parscale_config.json",
+        "one/streams.safetensors",
+    ]
+    layers = [f"model.layers.{i}.self_attn.prefix_{x}" for i in range(2) for x in "kv"]
+    aggregator = [f"model.aggregate_layer.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")]
+    backbone = list(unwrap(load(tmp_path / "saved")).state_dict())
+    assert names_in(tmp_path / "saved")["model.safetensors"] == sorted(backbone + layers + aggregator)
+    assert names_in(tmp_path / "saved" / "code")["streams.safetensors"] == sorted(layers + aggregator)
+    assert names_in(tmp_path / "saved" / "one")["streams.safetensors"] == []
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["model_type"] == "llama_parscale"
+    assert config["architectures"] == ["LlamaParScaleForCausalLM"]
+    assert {key: value for key, value in config.items() if key.startswith("parscale_")} == {
+        "parscale_n": 4,
+        "parscale_n_tokens": 4,
+        "parscale_attn_smooth": 0.1,
+        "parscale_init": "random",
+        "parscale_seed": None,
+        "parscale_sets": ["code", "one"],
+    }
+    assert load(tmp_path / "saved").generation_config.max_new_tokens == 7
+
+
+def test_the_streams_configuration(wrapped, tmp_path):
+    wrapped.set_streams("code")
+    wrapped.save_streams(tmp_path)
+    text = (tmp_path / "parscale_config.json").read_text()
+    fields = json.loads(text)
+    assert text == json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    assert fields.pop("version")
+    assert fields == {
+        "backbone_class": "LlamaForCausalLM",
+        "backbone_hidden_size": 32,
+        "backbone_model_type": "llama",
+        "backbone_num_layers": 2,
+        "base_model_name_or_path": None,
+        "format_version": 1,
+        "name": "code",
+        "parscale_attn_smooth": 0.2,
+        "parscale_init": "random",
+        "parscale_n": 2,
+        "parscale_n_tokens": 3,
+        "parscale_seed": None,
+    }
+
+
+def test_class_names_of_the_released_kind(zoo, tmp_path):
+    for family, name in (("gpt2", "GPT2ParScaleForCausalLM"), ("qwen2", "Qwen2ParScaleForCausalLM")):
+        zoo.Case(zoo.FAMILIES[family], "sdpa").wrapped(2).save_pretrained(tmp_path / family)
+        config = json.loads((tmp_path / family / "config.json").read_text())
+        assert (config["architectures"], config["model_type"]) == ([name], f"{family}_parscale")
+
+
+def test_qwen2_is_written_for_the_released_code_too(zoo, tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e6}
+    model = zoo.Case(zoo.FAMILIES["qwen2"], "sdpa").wrapped(2, rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == 1e6
+    assert config["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert load(tmp_path).config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+
+
+# -- arguments of save_pretrained
+
+
+def test_a_gathered_state_dict_is_what_is_saved(wrapped, tmp_path):
+    """As the Trainer passes it under FSDP: all sets under the names that they have in memory."""
+    wrapped.set_streams("code")
+    gathered = {name: tensor + 1 for name, tensor in wrapped.state_dict().items()}
+    wrapped.save_pretrained(tmp_path, state_dict=gathered)
+    loaded = load(tmp_path)
+    assert all(torch.equal(tensor, gathered[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_an_empty_state_dict_is_saved_as_such(wrapped, tmp_path):
+    """The Trainer does so under DeepSpeed, which then writes the weights itself."""
+    wrapped.save_pretrained(tmp_path, state_dict={})
+    assert names_in(tmp_path) == {}
+    assert (tmp_path / "config.json").exists()
+
+
+def test_another_process_writes_nothing(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path / "saved", is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_distributed_checkpoint_is_refused(wrapped, tmp_path):
+    with pytest.raises(ValueError, match="omit distributed_checkpoint"):
+        wrapped.save_pretrained(tmp_path, distributed_checkpoint=True)
+
+
+def test_variant(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path, variant="half")
+    assert list(names_in(tmp_path)) == ["model.half.safetensors"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="half")
+    assert torch.equal(logits_of(loaded), logits_of(wrapped))
+
+
+def test_push_to_hub_uploads_what_was_written(wrapped, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(token)
+
+        def create_repo(self, name, **kwargs):
+            calls.append(name)
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **kwargs):
+            calls.append(kwargs)
+
+    monkeypatch.setattr("parscale.format.saving.HfApi", Api)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "optimizer.pt").touch()
+    wrapped.save_pretrained(tmp_path / "model", push_to_hub=True, token="t", commit_message="m")
+    token, name, upload = calls
+    assert (token, name, upload["repo_id"], upload["commit_message"]) == ("t", "model", "me/model", "m")
+    assert "optimizer.pt" not in upload["allow_patterns"]
+    assert {"config.json", "code/streams.safetensors"} < set(upload["allow_patterns"])
+
+
+# -- what cannot be saved
+
+
+def test_no_streams_to_save(wrapped, tmp_path):
+    wrapped.set_streams(None)
+    with pytest.raises(ValueError, match="set_streams"):
+        wrapped.save_streams(tmp_path / "streams")
+    assert not list(tmp_path.iterdir())
+
+
+def test_streams_on_the_meta_device(tiny, tmp_path):
+    with torch.device("meta"):
+        model = tiny()
+    wrap(model, 2, init="random")
+    for save in (model.save_streams, model.save_pretrained):
+        with pytest.raises(ValueError, match="meta device"):
+            save(tmp_path / "streams")
+    assert not list(tmp_path.iterdir())
+
+
+def test_streams_beside_a_full_checkpoint(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another folder"):
+        wrapped.save_streams(tmp_path)

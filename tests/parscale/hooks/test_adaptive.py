@@ -1,0 +1,170 @@
+"""Streams that run where stream 0's prediction is uncertain only."""
+
+import math
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from parscale.methods import adaptive_streams
+
+TOLERANCE = 2e-5
+STEPS = 6
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
+NAMES = ["llama", "gemma2", "gpt2", "deepseek_v3", "gpt_oss", *NIGHTLY]
+PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+
+
+def make(zoo, name):
+    family = zoo.FAMILIES[name]
+    return zoo.share(zoo.Case(family, family.attention[-1]).plain())
+
+
+@pytest.fixture
+def llama(zoo):
+    return make(zoo, "llama")
+
+
+def generate(model, ids, **arguments):
+    options = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    more = {"output_logits": True, "return_dict_in_generate": True}
+    return model.generate(ids, **{"attention_mask": PADDING} | options | more | arguments)
+
+
+@torch.no_grad()
+def logits_of(model, ids, streams="default", **arguments):
+    with model.use_streams(streams):
+        return model(ids, **arguments).logits
+
+
+def entropy_of(logits):
+    probabilities = logits.double().softmax(-1)
+    return -(probabilities * probabilities.log()).sum(-1)
+
+
+def by_hand(model, ids, threshold, steps=STEPS):
+    """Greedy decoding without a cache, each token by two models: the text, its logits, and the mean of the streams."""
+    positions, padding, ran, logits = PADDING, PADDING, 0, []
+    for _ in range(steps):
+        given = {"attention_mask": padding, "position_ids": (padding.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+        alone, mixed = (logits_of(model, ids, chosen, **given)[:, -1] for chosen in (None, "default"))
+        uncertain = entropy_of(alone) > threshold
+        ran += int(uncertain.sum())
+        logits.append(torch.where(uncertain[:, None], mixed, alone))
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)
+        padding = torch.cat([padding, torch.ones_like(positions[:, :1])], 1)
+    return ids, torch.stack(logits), 1 + (model.num_streams - 1) * ran / (steps * len(ids))
+
+
+def between(model, ids):
+    """A threshold that some tokens are above, and others below."""
+    return float(entropy_of(logits_of(model, ids, None)).median())
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_text_and_share(name, cache, zoo):
+    model, ids = make(zoo, name), zoo.token_ids() * PADDING
+    given = {"attention_mask": PADDING, "position_ids": (PADDING.cumsum(-1) - 1).clamp(min=0)}
+    first = entropy_of(logits_of(model, ids, None, **given)[:, -1])
+    threshold = float(first.mean())  # of two rows one is above it, at least at first
+    arguments = {"static": {"cache_implementation": "static"}, "none": {"use_cache": False}}.get(cache, {})
+    output = generate(model, ids, adaptive=threshold, **arguments)
+    text, logits, mean = by_hand(model, ids, threshold)
+    assert torch.equal(output.sequences, text)
+    zoo.close(torch.stack(output.logits), logits, TOLERANCE)
+    assert 1 < mean < zoo.P  # or it would show nothing
+    assert model.last_mean_streams == pytest.approx(mean)
+
+
+def test_zero_is_all_streams_to_the_last_bit(llama, zoo):
+    ids = zoo.token_ids() * PADDING
+    found, expected = generate(llama, ids, adaptive=0), generate(llama, ids)
+    assert all(torch.equal(x, y) for x, y in zip(found.logits, expected.logits, strict=True))
+    assert llama.last_mean_streams == zoo.P
+
+
+def test_infinity_is_the_plain_backbone_to_the_last_bit(llama, zoo):
+    ids = zoo.token_ids() * PADDING
+    found = generate(llama, ids, adaptive=math.inf)
+    expected = generate(zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain(), ids)
+    assert all(torch.equal(x, y) for x, y in zip(found.logits, expected.logits, strict=True))
+    assert llama.last_mean_streams == 1
+
+
+def test_what_nobody_is_above_is_the_plain_backbone(llama, zoo):
+    """By its own way: stream 0 runs first, and nothing follows."""
+    ids = zoo.token_ids() * PADDING
+    found = generate(llama, ids, adaptive=math.log(zoo.VOCABULARY) + 1)
+    expected = generate(zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain(), ids)
+    assert all(torch.equal(x, y) for x, y in zip(found.logits, expected.logits, strict=True))
+    assert llama.last_mean_streams == 1
+
+
+def test_beams(llama, zoo):
+    """Each row of each beam decides for itself; the best text by its own score."""
+    ids, threshold = zoo.token_ids() * PADDING, between(llama, zoo.token_ids())
+    output = generate(llama, ids, adaptive=threshold, num_beams=3, num_return_sequences=3, output_scores=True)
+    without = generate(llama, ids, adaptive=threshold, num_beams=3, num_return_sequences=3, use_cache=False)
+    assert torch.equal(output.sequences, without.sequences)
+
+
+def test_only_uncertain_rows_run(llama, zoo):
+    shapes, ids = [], zoo.token_ids()
+    alone = entropy_of(logits_of(llama, ids, None)[:, -1])
+    llama.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    generate(llama, ids, adaptive=float(alone.mean()), max_new_tokens=1, attention_mask=torch.ones_like(ids))
+    assert shapes == [(zoo.B, zoo.S), (zoo.P - 1, 1)]  # one of two rows is above the mean
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_all_positions_at_once(attention, zoo):
+    """As in evaluation: one call, and each position as if it were the only one."""
+    model, ids = make(zoo, "llama"), zoo.token_ids()
+    alone, mixed = (logits_of(model, ids, chosen) for chosen in (None, "default"))
+    threshold = between(model, ids)
+    uncertain = entropy_of(alone) > threshold
+    model.set_attn_implementation(attention)
+    stance = torch.compiler.set_stance("force_eager")
+    with adaptive_streams(model, threshold) as adaptive, torch.no_grad(), stance:
+        found = model(ids, use_cache=False).logits
+    zoo.close(found, torch.where(uncertain[..., None], mixed, alone), TOLERANCE)
+    assert torch.equal(adaptive.chosen, uncertain)
+    assert adaptive.mean_streams == pytest.approx(1 + (zoo.P - 1) * float(uncertain.double().mean()))
+
+
+def test_pieces_of_a_text(llama, zoo):
+    ids, cache, threshold = zoo.token_ids(), DynamicCache(config=llama.config), between(llama, zoo.token_ids())
+    alone, mixed = (logits_of(llama, ids, chosen) for chosen in (None, "default"))
+    expected = torch.where((entropy_of(alone) > threshold)[..., None], mixed, alone)
+    with adaptive_streams(llama, threshold), torch.no_grad():
+        for start, stop in ((0, 4), (4, 5), (5, 9)):
+            found = llama(ids[:, start:stop], past_key_values=cache).logits
+            zoo.close(found, expected[:, start:stop], TOLERANCE)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan, "1", True])
+def test_what_is_no_entropy_is_refused(threshold, llama, zoo):
+    with pytest.raises(ValueError, match=r"adaptive must be an entropy in nats, 0 .* to infinity"):
+        llama.generate(zoo.token_ids(), adaptive=threshold)
+
+
+def test_streams_with_keys_of_their_own_cannot_adapt(wrapped, zoo):
+    with pytest.raises(ValueError, match=r"share keys and values, but 'default' is P = 4, own.*kv='shared'"):
+        wrapped.generate(zoo.token_ids(), adaptive=1.0)
+    with wrapped.use_streams(None), pytest.raises(ValueError, match="none are active"):
+        wrapped.generate(zoo.token_ids(), adaptive=1.0)
+
+
+def test_gradients_and_labels_are_refused(llama, zoo):
+    ids = zoo.token_ids()
+    with adaptive_streams(llama, 1.0):
+        with pytest.raises(ValueError, match="records gradients"):
+            llama(ids)
+        with pytest.raises(ValueError, match="has labels"), torch.no_grad():
+            llama(ids, labels=ids)
+    llama(ids, labels=ids).loss.backward()  # outside of it as ever

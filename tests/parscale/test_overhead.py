@@ -1,0 +1,164 @@
+"""What streams add to the plain backbone's own work on P*B rows, in counts: operators, calls, bytes, strides.
+
+Times depend on the machine. These numbers do not, and each bound is what the method needs: an operator or a call of
+Python that comes back in a layer counts once for each of the layers.
+"""
+
+import sys
+
+import pytest
+import torch
+import transformers
+from torch.profiler import ProfilerActivity, profile
+
+import parscale
+
+P, S, LAYERS = 4, 16, 3
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VIEWS = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "slice", "expand", "squeeze", "unsqueeze")
+
+
+@pytest.fixture
+def models():
+    """The plain backbone, and the same with streams."""
+    config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    plain, wrapped = (transformers.Qwen2ForCausalLM(config).eval() for _ in range(2))
+    return plain, parscale.wrap(wrapped, P, prefix_length=5, seed=0)
+
+
+def run(model, ids, cache=None):
+    """Logits of B rows: by streams, or by the plain backbone on P*B rows."""
+    if hasattr(model, "num_streams"):
+        return model(ids, past_key_values=cache, use_cache=cache is not None).logits
+    hidden = model.model(ids.repeat(P, 1), past_key_values=cache, use_cache=cache is not None)[0]
+    return model.lm_head(hidden[: ids.shape[0]])
+
+
+def decoding(model):
+    """A step of one token."""
+    ids, cache = torch.arange(S)[None], transformers.DynamicCache()
+    with torch.no_grad():
+        run(model, ids, cache)
+
+    @torch.no_grad()
+    def step():
+        run(model, ids[:, :1], cache)
+
+    step()
+    return step
+
+
+def training(model):
+    """Forward and backward pass."""
+
+    def step():
+        model.train().zero_grad()
+        run(model, torch.arange(S)[None]).sum().backward()
+
+    step()
+    return step
+
+
+def operators(step):
+    """How often each operator runs, and the bytes that the step takes, however often it gives them back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    counts = {event.key.removeprefix("aten::"): event.count for event in found.key_averages()}
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in found.events())
+    return counts, taken
+
+
+def calls(step):
+    """Calls of Python functions in one step."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def added(make, models):
+    """What operators streams add to a step, and to its bytes."""
+    (plain, plain_bytes), (streams, taken) = (operators(make(model)) for model in models)
+    return {name: streams.get(name, 0) - plain.get(name, 0) for name in {*plain, *streams}}, taken - plain_bytes
+
+
+def test_operators_of_a_decoded_token(models):
+    found, _ = added(decoding, models)
+    # two products with the cache and two with the prefix, a softmax over both; and the mixture
+    assert found["bmm"] == 4 * LAYERS + 1
+    assert found["_softmax"] == LAYERS + 1
+    assert found["cat"] <= LAYERS  # of scores: keys and values are read where they lie
+    assert found["mul"] <= LAYERS + 1
+    assert found["add"] <= LAYERS + 1  # of the two outputs
+    assert found["copy_"] <= LAYERS + 4  # the joined scores; ids, the aggregator's input
+    assert found["clone"] <= 1
+    assert sum(found.get(name, 0) for name in VIEWS) <= 10 * LAYERS + 20
+
+
+def test_bytes_of_a_decoded_token_do_not_grow_with_the_cache_but_for_its_scores(models):
+    _, few = added(decoding, models)
+    many = added(lambda model: longer(model, 200), models)[1]
+    scores = 4 * P * SHAPE["num_attention_heads"] * 200  # bytes in float32
+    assert many - few <= 3 * LAYERS * scores  # of the cache, joined to the prefix's, and their softmax
+
+
+def longer(model, tokens):
+    """A step of one token after `tokens` more."""
+    ids, cache = torch.zeros(1, S + tokens, dtype=torch.long), transformers.DynamicCache()
+    with torch.no_grad():
+        run(model, ids, cache)
+
+    @torch.no_grad()
+    def step():
+        run(model, ids[:, :1], cache)
+
+    step()
+    return step
+
+
+def test_python_calls_of_a_decoded_token(models):
+    plain, streams = (calls(decoding(model)) for model in models)
+    one_more = {"num_hidden_layers": LAYERS + 1}
+    config = transformers.Qwen2Config(**SHAPE | one_more, attn_implementation="sdpa")
+    deeper = transformers.Qwen2ForCausalLM(config).eval()
+    of_layer = calls(decoding(deeper)), calls(decoding(parscale.wrap(deeper, P, prefix_length=5, seed=0)))
+    each = of_layer[1] - of_layer[0] - (streams - plain)
+    assert each <= 30, f"{each} calls in each layer"
+    assert streams - plain - LAYERS * each <= 230
+
+
+def test_layout_of_gradients(models):
+    """Every gradient of hidden states lies as the hidden states do: else each layer copies it, one after another."""
+    _, model = models
+    strides = []
+    for layer in (model.model.norm, *model.model.layers):
+        layer.register_full_backward_hook(lambda module, inner, outer: strides.append(outer[0].stride()))
+    model.train()
+    run(model, torch.arange(S)[None]).sum().backward()
+    assert strides == [(S * SHAPE["hidden_size"], SHAPE["hidden_size"], 1)] * (LAYERS + 1)
+
+
+def test_operators_of_a_training_step(models):
+    found, _ = added(training, models)
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    assert found[name] == found[f"{name}_backward"] == LAYERS  # of the prefixes
+    assert found.get("lerp", 0) == 0  # in place
+    assert found["clone"] <= 2 * LAYERS + 3
+    assert found["bmm"] == 3
+    assert found["mm"] == 4  # the aggregator's two layers: of their inputs and of their weights
