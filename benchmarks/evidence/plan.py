@@ -149,7 +149,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
 
 
 def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What the rule asks of two streams with a vector each, alone: they, the dense model, one prefix of both lengths."""
+    """What the rule needs for two streams with a vector each: they, the dense model, one prefix of both lengths."""
     yield _run(size, seed, rates, 1)
     yield from (run for run in arms(size, seed, rates) if run.arm == "prefix")
     yield replace(_run(size, seed, rates, 4), streams=2, variant="embedding")
