@@ -149,10 +149,11 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
 
 
 def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What the rule needs for two streams with a vector each: they, the dense model, one prefix of both lengths."""
+    """What the rule needs for two streams with a vector each: they, the dense model, a larger one, one prefix."""
     yield _run(size, seed, rates, 1)
     yield from (run for run in arms(size, seed, rates) if run.arm == "prefix")
     yield replace(_run(size, seed, rates, 4), streams=2, variant="embedding")
+    yield replace(_run(size, seed, rates, 4), arm="twin", learning_rate=rates[1])
 
 
 def embedded(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:

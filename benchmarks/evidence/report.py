@@ -34,7 +34,7 @@ SCRATCH_PAIRS = {
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
     "P = 4, embedding=shared": ("dense", "prefix", "long prefix", "twin"),
-    "P = 2, embedding": ("dense", "prefix", "long prefix"),
+    "P = 2, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
     "P = 4, lora=4": ("dense", "prefix", "long prefix", "twin, lora=4", "twice as wide"),
     "prefix": ("dense",),
     "long prefix": ("dense",),
