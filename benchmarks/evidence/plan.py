@@ -108,6 +108,8 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     for seed in (0, 1, 2):
         yield from arms("0.1M", seed, rates)
         yield shared("0.1M", seed, rates)
+    for seed in range(3, 8):
+        yield from decisive("0.1M", seed, rates)
     yield from islice(variants(0, rates), 3)
     for seed in (1, 2, 0):
         yield from embedded("0.1M", seed, rates)
@@ -144,6 +146,14 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(1,))
     yield from arms("0.7M", 1, rates)
     yield from arms("1.0M", 1, rates)
+
+
+def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """What the rule needs for two streams with a vector each: they, the dense model, a larger one, one prefix."""
+    yield _run(size, seed, rates, 1)
+    yield from (run for run in arms(size, seed, rates) if run.arm == "prefix")
+    yield replace(_run(size, seed, rates, 4), streams=2, variant="embedding")
+    yield replace(_run(size, seed, rates, 4), arm="twin", learning_rate=rates[1])
 
 
 def embedded(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:

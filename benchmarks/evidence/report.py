@@ -34,7 +34,7 @@ SCRATCH_PAIRS = {
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
     "P = 4, embedding=shared": ("dense", "prefix", "long prefix", "twin"),
-    "P = 2, embedding": ("dense", "prefix", "long prefix"),
+    "P = 2, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
     "P = 4, lora=4": ("dense", "prefix", "long prefix", "twin, lora=4", "twice as wide"),
     "prefix": ("dense",),
     "long prefix": ("dense",),
@@ -45,6 +45,7 @@ SCRATCH_PAIRS = {
 }
 CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
 STREAM_ARMS = [arm for arm in SCRATCH_PAIRS if arm.startswith("P")] + ["frozen", "streams-and-backbone"]
+CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds of RULE.md's last paragraph
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 
@@ -61,6 +62,7 @@ def main() -> None:
         "comparisons": comparisons,
         "tasks": task_results(rows),
         "gains": gains(comparisons),
+        "confirmation": confirmation(rows),
         "law": law(rows),
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -124,6 +126,18 @@ def scratch_comparisons(rows: Rows) -> list[dict[str, Any]]:
             if arm in arms and baseline in arms:
                 about = {"study": "scratch", "size": size, "text": "code", "tokens": SIZES[size][2]}
                 entries += held_against(arm, baseline, arms[arm], arms[baseline], about)
+    return entries
+
+
+def confirmation(rows: Rows) -> list[dict[str, Any]]:
+    """The arm that was chosen for its first seeds, over those alone that were trained after the choice."""
+    arms = by_size(rows).get(CHOSEN_SIZE, {})
+    fresh = {arm: {seed: row for seed, row in arms.get(arm, {}).items() if seed in CHOSEN_AFTER} for arm in arms}
+    entries = []
+    for baseline in SCRATCH_PAIRS[CHOSEN]:
+        if fresh.get(CHOSEN) and fresh.get(baseline):
+            about = {"study": "scratch", "size": CHOSEN_SIZE, "text": "code", "tokens": SIZES[CHOSEN_SIZE][2]}
+            entries += held_against(CHOSEN, baseline, fresh[CHOSEN], fresh[baseline], about)
     return entries
 
 
@@ -263,6 +277,13 @@ def markdown(report: dict[str, Any]) -> str:
         cells.setdefault(tuple(key), {})[entry["where"]] = figures
     for (*key, seeds), places in cells.items():
         lines += _row(*key, places.get("beginning", ""), places.get("middle", ""), seeds)
+    lines += ["", f"{CHOSEN}, over the seeds that were trained after it was chosen alone:", ""]
+    lines += [*_row("against", "beginning", "middle", "seeds"), *_row(*["---"] * 4)]
+    found = {(entry["baseline"], entry["where"]): entry for entry in report["confirmation"]}
+    for baseline in dict.fromkeys(entry["baseline"] for entry in report["confirmation"]):
+        shown = [found[baseline, where] for where in ("beginning", "middle")]
+        figures = [f"{e['difference']:+.4f} ({e['low']:+.4f}, {e['high']:+.4f})" for e in shown]
+        lines += _row(baseline, *figures, str(shown[0]["seeds"]))
     lines += ["", "Right answers as a whole, by seed, and how many more P = 4 gets:", ""]
     lines += [*_row("task", "width, layers", "arm", "parameters", "right", "P = 4 more"), *_row(*["---"] * 6)]
     for entry in report["tasks"]:
