@@ -1,5 +1,6 @@
 """The figures on the pages are those in the files that the benchmarks wrote."""
 
+import importlib
 import json
 import re
 import runpy
@@ -37,12 +38,19 @@ def table(monkeypatch, capsys):
     return run
 
 
-def test_of_the_quickstart():
-    report, text = on_file("quickstart.json"), page("results/quickstart.md")
+def test_of_the_quickstart(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("quickstart").tables
+    report, text = on_file("quickstart.json"), (RESULTS / "quickstart.md").read_text(encoding="utf-8")
+    assert tables(report) == text
+    held = {(entry["arm"], entry["baseline"]) for entry in report["comparisons"]}
+    assert {("frozen", "alone"), ("frozen", "prefix"), ("streams-and-backbone", "alone")} <= held
     for entry in report["comparisons"]:
-        assert with_interval(entry) in text
+        if entry["baseline"] == "untouched" or entry["arm"] in ("frozen", "streams-and-backbone"):
+            assert with_interval(entry) in text
     for figures in report["models"].values():
-        assert all(f"{loss:.4f}" in text for loss in figures["loss"].values())
+        assert all(f"{loss:.4f}" in text for places in figures["loss"].values() for loss in places.values())
+    assert '--8<-- "benchmarks/results/quickstart.md"' in page("results/quickstart.md")
 
 
 def test_of_recycling():
