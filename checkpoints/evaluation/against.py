@@ -125,6 +125,11 @@ def verdict(entries: Sequence[Mapping[str, Any]]) -> str:
     return "ahead of each control with this seed; a gain needs several seeds" if ahead else "no gain"
 
 
+def no_middle(text: str) -> str:
+    """The sentence on a text that cannot show a gain."""
+    return f"No document of {text} is long enough for a middle, where a gain has to show."
+
+
 def in_the_middle(entries: Iterable[Mapping[str, Any]], arm: str, baselines: Sequence[str]) -> dict[str, list[Any]]:
     """By text, the entries of one model against each of its controls in the middle of documents."""
     found: dict[str, list[Any]] = {}

@@ -13,10 +13,12 @@ from parscale.checkpoints.evaluation.against import (
     Places,
     direction,
     first_documents,
+    in_the_middle,
     interval,
+    no_middle,
     paired_entries,
 )
-from parscale.checkpoints.evaluation.places import MIDDLE, evaluate_places, holds_tokens_to_score
+from parscale.checkpoints.evaluation.places import evaluate_places, holds_tokens_to_score
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
 
@@ -103,13 +105,14 @@ def against_untouched(
 
 def sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The trained model against the untouched backbone in words, in the middle of each text."""
+    held = in_the_middle(entries, TRAINED, [UNTOUCHED])
     result = []
     for text in dict.fromkeys(entry["text"] for entry in entries):
-        found = [entry for entry in entries if (entry["text"], entry["where"]) == (text, MIDDLE)]
-        if found:
-            result.append(
-                f"In the middle of {text}, against the untouched backbone: {direction(found[0])}, {interval(found[0])}."
-            )
-        else:
-            result.append(f"No document of {text} is long enough for a middle, where a gain has to show.")
+        if text not in held:
+            result.append(no_middle(text))
+            continue
+        entry = held[text][0]
+        result.append(
+            f"In the middle of {text}, against the untouched backbone: {direction(entry)}, {interval(entry)}."
+        )
     return result

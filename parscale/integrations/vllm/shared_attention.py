@@ -19,7 +19,7 @@ from torch import nn
 from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
 from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache, Sequences
 from parscale.integrations.vllm.rows import StreamRows
-from parscale.integrations.vllm.windows import Apart, attend_to_prefix
+from parscale.integrations.vllm.windows import Apart, attend_to_prefix, backend_for
 from parscale.kernels.compat import flash_for_cpu
 
 Parts = tuple[torch.Tensor, torch.Tensor]  # of an attention: the mixture (N, heads, D), the log-sum-exp (heads, N)
@@ -31,13 +31,7 @@ def shared_backend(own: type[Any]) -> type[Any]:
     Raises:
         ValueError: there is none for it.
     """
-    for backend in (CpuBackend, FlashBackend):
-        if issubclass(backend, own):
-            return backend
-    raise ValueError(
-        "Streams that share keys and values are served by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has "
-        f"chosen {own.get_name()}: give --attention-backend FLASH_ATTN."
-    )
+    return backend_for(own, (CpuBackend, FlashBackend), _Shared.served)
 
 
 class _Shared(Apart):

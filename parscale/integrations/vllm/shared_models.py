@@ -8,7 +8,7 @@ The backbone runs as it is on `N + (P - 1) * M` rows for N tokens, M of which ru
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class _SharedForCausalLM(StreamsForCausalLM):
             chosen = self._choose(metadata)
         self.rows.choose(chosen, positions, None if metadata is None else metadata.query_start_loc)
         ids, embeds = (None if x is None else self.rows.spread(x) for x in (input_ids, inputs_embeds))
-        with _no_graph() if chosen is not None else _as_it_is():
+        with _no_graph() if chosen is not None else nullcontext():
             hidden = self.model(ids, self.rows.spread(positions), intermediate_tensors, embeds)
         return self._mix(hidden)
 
@@ -89,9 +89,11 @@ class _SharedForCausalLM(StreamsForCausalLM):
         assert self.wishes is not None
         starts, N = metadata.query_start_loc, metadata.num_actual_tokens
         wishes = self.wishes.of(starts.shape[0] - 1)
-        is_single = torch.tensor([wish.single for wish in wishes], device=starts.device)
-        has_single = any(wish.single for wish in wishes)
-        self.rows.mark(is_single.repeat_interleave(starts.diff(), output_size=N) if has_single else None)
+        has_single, marks = any(wish.single for wish in wishes), None
+        if has_single:
+            is_single = torch.tensor([wish.single for wish in wishes], device=starts.device)
+            marks = is_single.repeat_interleave(starts.diff(), output_size=N)
+        self.rows.mark(marks)
         if any(wish.prompt for wish in wishes):
             return None
         last = starts[1:] - 1
@@ -133,11 +135,6 @@ def _no_graph() -> Iterator[None]:
         yield
     finally:
         context.cudagraph_runtime_mode = mode
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 class Qwen2ParScaleSharedForCausalLM(_SharedForCausalLM):

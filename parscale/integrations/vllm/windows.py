@@ -22,12 +22,27 @@ def window_backend(own: type[Any]) -> type[Any]:
     Raises:
         ValueError: there is no such backend.
     """
-    for backend in (CpuBackend, FlashBackend):
+    return backend_for(own, (CpuBackend, FlashBackend), Apart.served, ", or a --max-model-len not beyond the window")
+
+
+def backend_for(own: type[Any], backends: tuple[type[Any], ...], served: str, otherwise: str = "") -> type[Any]:
+    """That of `backends` which derives from the one that vLLM has chosen.
+
+    Args:
+        own: vLLM's choice.
+        backends: to choose from.
+        served: the beginning of the message, up to its verb.
+        otherwise: what else its reader can do.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    for backend in backends:
         if issubclass(backend, own):
             return backend
     raise ValueError(
-        "A sliding window and a prefix are served by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has "
-        f"chosen {own.get_name()}: give --attention-backend FLASH_ATTN, or a --max-model-len not beyond the window."
+        f"{served} by the attention backends CPU_ATTN and FLASH_ATTN, and vLLM has chosen {own.get_name()}: give "
+        f"--attention-backend FLASH_ATTN{otherwise}."
     )
 
 
