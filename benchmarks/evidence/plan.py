@@ -118,11 +118,12 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from with_vector("0.1M", seed, rates)
     two = replace(_run("0.1M", 0, rates, 4), streams=2, variant="embedding")
     yield from (replace(two, learning_rate=factor * two.learning_rate) for factor in (0.5, 2))
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
+    yield from shared_variants(0, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
     for seed in range(3):
         yield from decisive("0.2M", seed, rates)
         yield from islice(with_vector("0.2M", seed, rates), 1)
-    yield from shared_variants(0, rates)
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     yield from arms("0.2M", 0, rates)
     yield shared("0.2M", 0, rates)
     yield from embedded("0.2M", 0, rates)
@@ -136,7 +137,6 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from embedded("0.4M", 0, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from variants(0, rates)
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
     yield from variants(1, rates)
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
