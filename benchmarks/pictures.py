@@ -65,7 +65,7 @@ def overhead(colours: Sequence[str]) -> Figure:
     figure, panels = _panels(2)
     for axes, S in zip(panels, (256, 1024), strict=True):
         for what, colour, marker in zip(("prefill", "decode", "train"), colours[1:], MARKERS[1:], strict=True):
-            wanted = {"shape": "small", "model": "parscale", "what": what, "S": S}
+            wanted = {"shape": "narrow", "model": "parscale", "what": what, "S": S}
             found = {row["P"]: row["ratio"] for row in rows if wanted.items() <= row.items()}
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
             label = "training step" if what == "train" else what
