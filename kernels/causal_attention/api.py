@@ -60,6 +60,7 @@ def causal_attention(
     prefix_v: torch.Tensor,
     *,
     scaling: float | None = None,
+    training: bool = False,
 ) -> torch.Tensor:
     """Each token attends to its stream's whole prefix and to the tokens up to and including itself.
 
@@ -70,6 +71,8 @@ def causal_attention(
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
         prefix_v: `(P, G, T, D)`.
         scaling: factor on the scores; `D ** -0.5` if `None`.
+        training: without gradients, too, the result is that with gradients, to the last bit. A reentrant checkpoint
+            runs a layer first without and then with them.
 
     Returns:
         `(P*B, heads, S, D)` in the dtype of `query`, or that of autocast; differentiable once in every tensor, and
@@ -79,7 +82,7 @@ def causal_attention(
     # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
     query, key, value, prefix_k, prefix_v = (x.to(dtype) for x in (query, key, value, *prefix))
-    if query.is_cpu and is_short(query, prefix_k.shape[2]):
+    if query.is_cpu and is_short(query, prefix_k.shape[2], training):
         return causal_attention_short(query, key, value, prefix_k, prefix_v, scaling)
     if query.is_cpu:
         return causal_attention_merged(query, key, value, prefix_k, prefix_v, scaling)

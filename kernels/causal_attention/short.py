@@ -14,9 +14,9 @@ LONGEST = 128  # tokens
 MOST = 2**20  # scores, which then stay in a processor's cache
 
 
-def is_short(query: torch.Tensor, prefix_length: int) -> bool:
+def is_short(query: torch.Tensor, prefix_length: int, training: bool = False) -> bool:
     """Whether `causal_attention_short` is the faster way for `(R, heads, S, D)`: in float32, and without gradients."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if training or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     R, heads, S, _ = query.shape
     return query.dtype == torch.float32 and S <= LONGEST and R * heads * S * (prefix_length + S) <= MOST

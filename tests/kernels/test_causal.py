@@ -60,6 +60,15 @@ def test_few_tokens_without_gradients(size):
     torch.testing.assert_close(own.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_training_without_gradients_is_as_with_them():
+    """As a reentrant checkpoint runs a layer, first without gradients: nothing is rounded in another way."""
+    tensors = inputs(dtype=torch.float32)
+    with torch.no_grad():
+        first = causal_attention(*tensors, training=True)
+        assert not torch.equal(first, causal_attention(*tensors))
+    assert torch.equal(first, causal_attention(*tensors))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_is_as_exact_as_torch(dtype):
     """Mean errors against float64, beside those of torch's attention over the joined keys in the same precision."""
