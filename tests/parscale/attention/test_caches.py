@@ -11,6 +11,8 @@ from packaging.version import Version
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
 
+from parscale.streams.backbones import cache_argument
+
 STEPS = 7
 TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
 # dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
@@ -34,15 +36,19 @@ def llama(zoo):
     return make(zoo, "llama")
 
 
-def generate(model, ids, padding=None, **arguments):
+def given(model, cache):
+    return {} if cache is None else {cache_argument(model): cache}
+
+
+def generate(model, ids, padding=None, cache=None, **arguments):
     arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | arguments
     padding = torch.ones_like(ids) if padding is None else padding
-    return model.generate(ids, attention_mask=padding, **arguments)
+    return model.generate(ids, attention_mask=padding, **given(model, cache), **arguments)
 
 
 @torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(ids, **arguments).logits
+def logits_of(model, ids, cache=None, **arguments):
+    return model(ids, **given(model, cache), **arguments).logits
 
 
 # -- text by generate, logits along it
@@ -75,7 +81,7 @@ def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
     case, ids = zoo.Case(zoo.FAMILIES[name], attention), zoo.token_ids(length=11)
     model = case.wrapped()
     cache = StaticCache(config=model.config, max_cache_len=16)
-    pieces = [logits_of(model, piece, past_key_values=cache) for piece in ids.split(chunks, dim=1)]
+    pieces = [logits_of(model, piece, cache=cache) for piece in ids.split(chunks, dim=1)]
     # the recurrent and the chunked form of linear attention round differently
     tolerance = 1e-4 if name == "qwen3_next" else TOLERANCE
     zoo.close(torch.cat(pieces, dim=1), case.reference(model).logits(ids), tolerance)
@@ -92,7 +98,7 @@ def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
     if cache != "dynamic":
         cached = StaticCache(config=model.config, max_cache_len=48)
     for turn in range(3):
-        output = generate(model, text, past_key_values=cached, return_dict_in_generate=True)
+        output = generate(model, text, cache=cached, return_dict_in_generate=True)
         assert torch.equal(output.sequences, generate(model, text, use_cache=False))
         cached = output.past_key_values
         text = torch.cat([output.sequences, zoo.token_ids(length=4, seed=turn)], dim=1)
@@ -101,27 +107,27 @@ def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
 def test_one_prompts_cache_for_many_texts(llama, zoo):
     """Copied for each; and cut back to the prompt."""
     prompt, cache = zoo.token_ids(length=6), DynamicCache(config=llama.config)
-    logits_of(llama, prompt, past_key_values=cache)
+    logits_of(llama, prompt, cache=cache)
     for seed in (1, 2):
         text = torch.cat([prompt, zoo.token_ids(length=3, seed=seed)], dim=1)
         expected = generate(llama, text, use_cache=False)
-        assert torch.equal(generate(llama, text, past_key_values=copy.deepcopy(cache)), expected)
+        assert torch.equal(generate(llama, text, cache=copy.deepcopy(cache)), expected)
     assert cache.get_seq_length() == 6
     text = torch.cat([prompt, zoo.token_ids(length=3, seed=3)], dim=1)
-    generate(llama, text, past_key_values=cache)
+    generate(llama, text, cache=cache)
     cache.crop(-(cache.get_seq_length() - 6))
-    zoo.close(logits_of(llama, text[:, 6:], past_key_values=cache), logits_of(llama, text)[:, 6:], TOLERANCE)
+    zoo.close(logits_of(llama, text[:, 6:], cache=cache), logits_of(llama, text)[:, 6:], TOLERANCE)
 
 
 def test_rows_of_a_cache_that_are_selected_and_repeated(llama, zoo):
     """As decoding loops of the user's own do, in the cache's rows: stream after stream."""
     ids, cache = zoo.token_ids(), DynamicCache(config=llama.config)
-    logits_of(llama, ids, past_key_values=cache)
+    logits_of(llama, ids, cache=cache)
     cache.batch_select_indices(torch.tensor([p * zoo.B + 1 for p in range(zoo.P)]))  # the second text
     cache.batch_repeat_interleave(2)
     more = zoo.token_ids(length=3, seed=5)
     whole = torch.cat([ids[1:].repeat(2, 1), more], dim=1)
-    zoo.close(logits_of(llama, more, past_key_values=cache), logits_of(llama, whole)[:, zoo.S :], TOLERANCE)
+    zoo.close(logits_of(llama, more, cache=cache), logits_of(llama, whole)[:, zoo.S :], TOLERANCE)
 
 
 # -- caches and sets of streams
@@ -136,17 +142,17 @@ def test_a_cache_of_another_set_is_refused(kind, llama, zoo):
     if kind == "dynamic":
         cache = DynamicCache(config=llama.config)
     ids = zoo.token_ids()
-    logits_of(llama, ids[:, :4], past_key_values=cache)
+    logits_of(llama, ids[:, :4], cache=cache)
     for chosen in ("other", None):
         with llama.use_streams(chosen), pytest.raises(ValueError, match="filled with streams 'default'"):
-            logits_of(llama, ids[:, 4:], past_key_values=cache)
+            logits_of(llama, ids[:, 4:], cache=cache)
         with llama.use_streams(chosen), pytest.raises(ValueError, match="filled with streams 'default'"):
-            generate(llama, ids, past_key_values=cache)
+            generate(llama, ids, cache=cache)
     assert int(cache.get_seq_length()) == 4
     if kind == "static":
         cache.reset()
         with llama.use_streams("other"):
-            zoo.close(logits_of(llama, ids, past_key_values=cache), logits_of(llama, ids), TOLERANCE)
+            zoo.close(logits_of(llama, ids, cache=cache), logits_of(llama, ids), TOLERANCE)
 
 
 # -- quantized caches
@@ -191,11 +197,11 @@ def test_a_quantized_cache_that_does_not_round(name, residual, search, zoo):
     model, ids = make(zoo, name), zoo.token_ids()
     if search and Version(transformers.__version__) < Version("5.19"):
         with pytest.raises(IndexError), model.use_streams(None):
-            generate(model, ids, past_key_values=quantized(model, "as it is", 4, residual), **search)
+            generate(model, ids, cache=quantized(model, "as it is", 4, residual), **search)
         pytest.skip("this version's quantized caches cannot follow the beams of a plain model either")
     cache = quantized(model, "as it is", 4, residual)
     expected = generate(model, ids, use_cache=False, **search)
-    assert torch.equal(generate(model, ids, past_key_values=cache, **search), expected)
+    assert torch.equal(generate(model, ids, cache=cache, **search), expected)
 
 
 @pytest.mark.grid
@@ -207,17 +213,17 @@ def test_a_quantized_cache(name, backend, unpacked_in_python, zoo):
     prompt, new = ids[:, :16], ids[:, 16:]
     bits, kind = BACKENDS[backend]
     cache, plain = quantized(model, backend, bits, residual=4), DynamicCache()
-    logits_of(model, prompt, past_key_values=cache)
+    logits_of(model, prompt, cache=cache)
     for number, layer in enumerate(cache.layers):
         assert isinstance(layer, kind)
         kept = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
         assert kept[0].shape[:3] == (zoo.P * zoo.B, kept[0].shape[1], 16)
         plain.update(*kept, number)
-    logits = logits_of(model, new, past_key_values=cache)
-    zoo.close(logits, logits_of(model, new, past_key_values=plain), TOLERANCE)
+    logits = logits_of(model, new, cache=cache)
+    zoo.close(logits, logits_of(model, new, cache=plain), TOLERANCE)
     error = (logits - logits_of(model, ids)[:, -1:]).abs().max()
     assert TOLERANCE < error < 0.5
-    text = generate(model, ids[:, :16], past_key_values=quantized(model, backend, bits, residual=4))
+    text = generate(model, ids[:, :16], cache=quantized(model, backend, bits, residual=4))
     assert text.shape == (zoo.B, 16 + STEPS)
 
 
@@ -229,7 +235,7 @@ def test_generate_makes_a_quantized_cache(backend, unpacked_in_python, llama, zo
     output = generate(llama, ids, **arguments)
     assert isinstance(output.past_key_values.layers[0], BACKENDS[backend][1])
     cache = quantized(llama, backend, BACKENDS[backend][0], residual=64)
-    assert torch.equal(output.sequences, generate(llama, ids, past_key_values=cache))
+    assert torch.equal(output.sequences, generate(llama, ids, cache=cache))
 
 
 # -- offloaded caches

@@ -4,11 +4,12 @@ import importlib.util
 import json
 
 import pytest
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import parscale
 from parscale.cli.application import run
 from parscale.errors import UnsupportedModelError
+from parscale.export.decoder import cache_shape
 from parscale.export.onnx import export_onnx
 
 
@@ -47,6 +48,12 @@ def test_streams_that_begin_with_a_prompt(saved, tmp_path):
 )
 def test_models_that_no_runtime_for_decoders_knows(family, reason, saved, tmp_path):
     refused(saved(family, 1)[1], tmp_path, reason, UnsupportedModelError)
+
+
+def test_a_model_without_a_cache():
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError, match="OpenAIGPTLMHeadModel cannot be exported: it takes no cache"):
+        cache_shape(model)
 
 
 def test_a_folder_that_holds_something(saved, tmp_path):

@@ -9,6 +9,7 @@ import transformers
 from transformers import DynamicCache
 
 import parscale
+from parscale.streams.backbones import cache_argument
 
 TOLERANCE = 2e-5  # as in test_families.py
 RECURRENT = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba", "rwkv": "Rwkv", "xlstm": "xLSTM"}
@@ -127,10 +128,9 @@ def test_with_a_cache_it_is_the_full_forward(model_and_plain, zoo, chunks, trans
 
 @torch.no_grad()
 def decode(model, ids, chunks):
-    cache, pieces = {}, []
+    name, cache, pieces = cache_argument(model), {}, []
     for piece in ids.split(chunks, dim=1):
         output = model(input_ids=piece, use_cache=True, **cache)
-        name = next(name for name in ("past_key_values", "cache_params", "state") if output.get(name) is not None)
         cache = {name: output[name]}
         pieces.append(output.logits)
     return torch.cat(pieces, dim=1)
@@ -188,19 +188,16 @@ def test_all_of_generate_with_a_prompt(family, zoo):
     left = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(8) >= 3).long().expand(2, -1)
     assert torch.equal(model.generate(left, attention_mask=mask, do_sample=False, **options)[:, 3:], greedy)
-    cache = DynamicCache(config=model.config)
-    first = model.generate(
-        ids, past_key_values=cache, do_sample=False, **options | {"max_new_tokens": 2, "min_new_tokens": 2}
-    )
+    name, cache = cache_argument(model), DynamicCache(config=model.config)
+    options |= {name: cache, "do_sample": False}
+    first = model.generate(ids, **options | {"max_new_tokens": 2, "min_new_tokens": 2})
     assert cache.get_seq_length() == 6  # tokens; the last one was not read yet
     copied = copy.deepcopy(cache)
     for each in (cache, copied):
-        again = model.generate(
-            first, past_key_values=each, do_sample=False, **options | {"max_new_tokens": 3, "min_new_tokens": 3}
-        )
+        again = model.generate(first, **options | {name: each, "max_new_tokens": 3, "min_new_tokens": 3})
         assert torch.equal(again, greedy)
     with pytest.raises(ValueError, match="static cache has no room"):
-        model.generate(ids, cache_implementation="static", **options)
+        model.generate(ids, cache_implementation="static", max_new_tokens=5, pad_token_id=0)
 
 
 def test_prompt_from_context_has_read_the_text(model_and_plain, zoo):
