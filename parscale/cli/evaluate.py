@@ -109,7 +109,7 @@ def evaluate(
     else:
         figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
         if against:
-            from parscale.checkpoints.held_against import compare_checkpoints
+            from parscale.checkpoints.checkpoint_comparison import compare_checkpoints
 
             figures["comparisons"] = compare_checkpoints(
                 (model, tokenizer, checkpoint),

@@ -135,7 +135,7 @@ def _prepare_shared(vllm_config: Any) -> None:
         }
     )
     _rename(model, _sharing)
-    processor = f"parscale.integrations.vllm.sampling:{'WishCheck' if is_v2 else 'WishProcessor'}"
+    processor = f"parscale.integrations.vllm.sampling:{'OptionsProcessorV2' if is_v2 else 'OptionsProcessorV1'}"
     model.logits_processors = [*(model.logits_processors or ()), processor]
     if is_v2:
         return
