@@ -2,15 +2,11 @@
 
 import pytest
 import torch
+from model_calls import logits_of
 from transformers import DynamicCache
 
 # float32 rounding of logits of size 1 to 5 through 2 to 4 layers; measured: 4e-6 at most.
 TOLERANCE = 2e-5
-
-
-@torch.no_grad()
-def logits_of(model, **arguments):
-    return model(**arguments).logits
 
 
 def test_forward_is_each_stream_by_itself_then_the_mixture(case, zoo):

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,11 +22,6 @@ TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
 @pytest.fixture
 def llama(zoo):
     return zoo.Case(zoo.FAMILIES["llama"], "sdpa")
-
-
-@torch.no_grad()
-def logits_of(model, *args, **kwargs):
-    return model(*args, **kwargs).logits
 
 
 # -- one layer's attention

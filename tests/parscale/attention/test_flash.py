@@ -10,6 +10,7 @@ import inspect
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers import modeling_flash_attention_utils as flash_utils
@@ -132,11 +133,6 @@ def flash(monkeypatch):
 
     use.stand_in = stand_in
     return use
-
-
-@torch.no_grad()
-def logits_of(model, *args, **kwargs):
-    return model(*args, **kwargs).logits
 
 
 def make(zoo, name, **changes):

@@ -6,6 +6,7 @@ The measure is the plain backbone: where its answer does not depend on the paddi
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from transformers import DynamicCache, StaticCache
 
 import parscale
@@ -18,11 +19,6 @@ def padded(ids):
     """`(B, S)` as `(B, FRONT + S)`, and its mask."""
     front = torch.zeros(ids.shape[0], FRONT, dtype=torch.long)
     return torch.cat([front, ids], dim=1), torch.cat([front, torch.ones_like(ids)], dim=1)
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 def of_padded(model, ids, way):
