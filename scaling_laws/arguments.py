@@ -10,7 +10,7 @@ def require_count(name: str, value: object, most: int | None = None) -> None:
     """Raises `ValueError` for anything but a whole number of at least 1 and, if given, at most `most`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-    if most is not None and value > most:
+    if most is not None and int(value) > most:
         raise ValueError(f"{name} is above the maximum of {most:,}; give a smaller one")
 
 

@@ -137,8 +137,8 @@ class SharedCpuImpl(SharedKeys, CpuCache):
         starts, lengths = sequences.starts.tolist(), sequences.lengths.tolist()
         parts = []
         for first, last, length, blocks in zip(starts, starts[1:], lengths, sequences.blocks, strict=False):
-            gathered = (x[None] for x in self.gather(kv_cache, blocks, last - first, length))
-            parts.append(self._attend(query[first:last].transpose(0, 1)[None], *gathered))  # (1, heads, n, D)
+            one_row = (x[None] for x in self.gather(kv_cache, blocks, last - first, length))
+            parts.append(self._attend(query[first:last].transpose(0, 1)[None], *one_row))  # (1, heads, n, D)
         mixed, lse = (torch.cat([part[i][0] for part in parts], dim=1) for i in (0, 1))
         return mixed.transpose(0, 1), lse
 
