@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from variants import apply_variant
+from variants import add_vectors, apply_variant
 
 VOCABULARY = 256
 BASE_WIDTH = 48  # at which learning rates are tuned; beyond, they fall as the inverse width
@@ -32,7 +32,8 @@ class Run:
     """`"streams"` (with P = 1: the dense model), `"prefix"`, or `"twin"`: dense, with the parameters of P streams."""
     prefix_length: int = 8
     variant: str = ""
-    """Of the streams, or of those whose parameters a twin has; see `variants.py`."""
+    """Of the streams, or of those whose parameters a twin has; see `variants.py`. With one stream or one prefix:
+    `"embedding"`, what one stream of that variant has."""
     batch_size: int = 8
     """Sequences in a step."""
 
@@ -46,11 +47,13 @@ class Run:
 
 
 class Plain(nn.Module):
-    """A Hugging Face model, with streams or without, as a function of token ids."""
+    """A Hugging Face model without streams as a function of token ids; with a vector added to its input, if wanted."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, vector: bool = False) -> None:
         super().__init__()
         self.model = model
+        if vector:
+            self.of_stream = add_vectors(model, 1)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`(B, S)` to logits `(B, S, V)`."""
@@ -61,12 +64,14 @@ class OnePrefix(nn.Module):
     """A model with one trained prefix: keys and values that every token attends to, without positions.
 
     What one stream of `parscale.wrap` has, at the cost of the plain model: the prefix lies in the cache, real tokens
-    keep positions 0, 1, 2, ....
+    keep positions 0, 1, 2, .... With a vector added to the input, if wanted.
     """
 
-    def __init__(self, model: Any, prefix_length: int, seed: int) -> None:
+    def __init__(self, model: Any, prefix_length: int, seed: int, vector: bool = False) -> None:
         super().__init__()
         self.model = model
+        if vector:
+            self.of_stream = add_vectors(model, 1)
         config = model.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, 1, config.num_key_value_heads, prefix_length, head)
@@ -112,9 +117,9 @@ def build(run: Described, vocabulary: int = VOCABULARY) -> nn.Module:
     torch.manual_seed(run.seed)
     model: Any = backbone(run.hidden, run.layers, intermediate, vocabulary)
     if run.arm == "prefix":
-        return OnePrefix(model, run.prefix_length, run.seed)
+        return OnePrefix(model, run.prefix_length, run.seed, vector=run.variant == "embedding")
     if run.arm == "twin" or run.streams == 1:
-        return Plain(model)
+        return Plain(model, vector=run.arm != "twin" and run.variant == "embedding")
     return apply_variant(run.variant, model, run.streams, run.prefix_length, run.seed)
 
 

@@ -114,8 +114,16 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     for seed in (1, 2, 0):
         yield from embedded("0.1M", seed, rates)
         yield from low_rank("0.1M", seed, rates)
-    yield from shared_variants(0, rates)
+    for seed in range(8):
+        yield from with_vector("0.1M", seed, rates)
+    two = replace(_run("0.1M", 0, rates, 4), streams=2, variant="embedding")
+    yield from (replace(two, learning_rate=factor * two.learning_rate) for factor in (0.5, 2))
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
+    yield from shared_variants(0, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
+    for seed in range(3):
+        yield from decisive("0.2M", seed, rates)
+        yield from islice(with_vector("0.2M", seed, rates), 1)
     yield from arms("0.2M", 0, rates)
     yield shared("0.2M", 0, rates)
     yield from embedded("0.2M", 0, rates)
@@ -129,7 +137,6 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from embedded("0.4M", 0, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from variants(0, rates)
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
     yield from variants(1, rates)
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
@@ -154,6 +161,13 @@ def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
     yield from (run for run in arms(size, seed, rates) if run.arm == "prefix")
     yield replace(_run(size, seed, rates, 4), streams=2, variant="embedding")
     yield replace(_run(size, seed, rates, 4), arm="twin", learning_rate=rates[1])
+
+
+def with_vector(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """What one stream with a vector has: one prefix and one vector; and the dense model with a vector."""
+    dense = replace(_run(size, seed, rates, 1), variant="embedding")
+    yield replace(dense, arm="prefix")
+    yield dense
 
 
 def embedded(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:

@@ -30,19 +30,30 @@ from parscale.scaling_laws import fit
 RESULTS = Path(__file__).parents[1] / "results"
 SCRATCH_PAIRS = {
     "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
-    "P = 2": ("dense", "prefix", "long prefix"),
+    "P = 2": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
-    "P = 4, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
-    "P = 4, embedding=shared": ("dense", "prefix", "long prefix", "twin"),
-    "P = 2, embedding": ("dense", "prefix", "long prefix", "twin", "twice as wide"),
+    "P = 4, embedding": ("dense", "prefix", "long prefix", "prefix, embedding", "twin", "twice as wide"),
+    "P = 4, embedding=shared": ("dense", "prefix", "long prefix", "prefix, embedding", "twin"),
+    "P = 2, embedding": (
+        "dense",
+        "prefix",
+        "long prefix",
+        "prefix, embedding",
+        "dense, embedding",
+        "twin",
+        "twice as wide",
+    ),
     "P = 4, lora=4": ("dense", "prefix", "long prefix", "twin, lora=4", "twice as wide"),
     "prefix": ("dense",),
     "long prefix": ("dense",),
+    "prefix, embedding": ("dense", "prefix"),
+    "dense, embedding": ("dense",),
     "twin": ("dense",),
     "twin, lora=4": ("dense",),
     "twice as wide": ("dense",),
     "average": ("dense",),
 }
+WITH_VECTORS = "prefix, embedding"  # what one stream with a vector has: a control of all arms with vectors
 CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
 STREAM_ARMS = [arm for arm in SCRATCH_PAIRS if arm.startswith("P")] + ["frozen", "streams-and-backbone"]
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds of RULE.md's last paragraph
@@ -73,16 +84,17 @@ def main() -> None:
 
 def label(run: Run | TaskRun, width: int) -> str:
     """How tables name an arm of the models from scratch; `width` is the size's own."""
+    changed = [run.variant] if run.variant else []
     if run.arm == "prefix":
-        return "prefix" if run.prefix_length == 8 else "long prefix"
+        return ", ".join(["prefix" if run.prefix_length == 8 else "long prefix", *changed])
     if run.arm in ("twin", "average"):
-        return f"{run.arm}, {run.variant}" if run.variant else run.arm
+        return ", ".join([run.arm, *changed])
     if run.hidden == 2 * width:
         return "twice as wide"
     if run.streams == 1:
-        return "dense"
-    changed = [f"T = {run.prefix_length}"] if run.prefix_length != 8 else []
-    return ", ".join([f"P = {run.streams}", *changed, *([run.variant] if run.variant else [])])
+        return ", ".join(["dense", *changed])
+    lengths = [f"T = {run.prefix_length}"] if run.prefix_length != 8 else []
+    return ", ".join([f"P = {run.streams}", *lengths, *changed])
 
 
 def best_rates(groups: dict[str, dict[float, BySeed]]) -> dict[str, BySeed]:
@@ -227,6 +239,7 @@ def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
                     if (entry["study"], entry["size"], entry["tokens"], entry["arm"]) == (study, size, tokens, arm)
                 }
                 needed = [control for control in controls if control in against or arm.startswith("P")]
+                needed += [WITH_VECTORS] if "embedding" in arm else []
                 if needed and all(against.get(control, False) for control in needed):
                     found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
     return found

@@ -2,7 +2,7 @@
 
 - `draw=D`: prefixes drawn D times as large as by default
 - `embedding`: a learned vector for each stream, added to its input; `embedding=shared`: with `kv="shared"`, for all
-  streams but the first
+  streams but the first. The dense model and one prefix may have one too: what one stream of this variant has
 - `lora=R`: low-rank differences of rank R for each stream in place of prefixes
 - `left-out`: in each training step one stream, drawn anew, does not count in the mixture
 - `apart=C`: C times the mean cosine of the streams' final states is added to the loss
@@ -54,18 +54,23 @@ class Embedding(Streams):
 
     def __init__(self, model: Any, streams: int, shared: bool = False) -> None:
         super().__init__(model, streams)
-        self.first = int(shared)
-        embedding = model.get_input_embeddings()
-        generator = torch.Generator().manual_seed(1)
-        std = model.config.initializer_range
-        vectors = torch.randn(streams, embedding.embedding_dim, generator=generator)[self.first :]
-        self.of_stream = nn.Parameter(vectors * std)
-        embedding.register_forward_hook(self._add)
+        self.of_stream = add_vectors(model, streams, first=int(shared))
 
-    def _add(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        by_stream = output.unflatten(0, (self.streams, -1))  # (P, B, S, H)
-        changed = by_stream[self.first :] + self.of_stream[:, None, None]
-        return torch.cat([by_stream[: self.first], changed]).flatten(0, 1)  # (P*B, S, H)
+
+def add_vectors(model: Any, streams: int, first: int = 0) -> nn.Parameter:
+    """Adds a learned vector to the input of each stream from `first` on; returns them, `(P - first, H)`."""
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(streams, embedding.embedding_dim, generator=generator)[first:]
+    of_stream = nn.Parameter(vectors * model.config.initializer_range)
+
+    def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        by_stream = output.unflatten(0, (streams, -1))  # (P, B, S, H)
+        changed = by_stream[first:] + of_stream[:, None, None]
+        return torch.cat([by_stream[:first], changed]).flatten(0, 1)  # (P*B, S, H)
+
+    embedding.register_forward_hook(add)
+    return of_stream
 
 
 class LeftOut(Streams):

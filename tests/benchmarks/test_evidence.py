@@ -28,23 +28,36 @@ def _importable() -> Any:
         del sys.modules[name]
 
 
-def test_one_prefix_is_one_stream() -> None:
-    """Two streams with the same prefix and equal weights give the logits of one prefix at the plain model's cost."""
-    from arms import OnePrefix, backbone
+@pytest.mark.parametrize("variant", ["", "embedding"])
+def test_one_prefix_is_one_stream(variant: str) -> None:
+    """Two streams with the same prefix (and vector) and equal weights give one prefix's logits, at half the cost."""
+    from arms import Run, backbone, build
+    from variants import apply_variant
 
-    from parscale import wrap
-
+    one: Any = build(Run(48, 2, 1, 1, 0, 1e-3, arm="prefix", variant=variant)).eval()
     torch.manual_seed(0)
-    plain = backbone(48, 2, 128)
-    one = OnePrefix(plain, 8, seed=3).eval()
+    two: Any = apply_variant(variant, backbone(48, 2, 128), 2, prefix_length=8, seed=3).eval()
     ids = torch.randint(1, 256, (2, 20))
     with torch.no_grad():
-        expected = one(ids)
-        wrapped = wrap(plain, 2, prefix_length=8, init="random")
-        for layer, prefix in zip(wrapped.model.layers, one.prefixes, strict=True):
+        for layer, prefix in zip(two.model.model.layers, one.prefixes, strict=True):
             layer.self_attn.prefix_k.copy_(prefix[0].expand(2, -1, -1, -1))
             layer.self_attn.prefix_v.copy_(prefix[1].expand(2, -1, -1, -1))
-        torch.testing.assert_close(wrapped(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+        if variant:
+            assert one.of_stream.abs().max() > 0.01
+            two.of_stream.copy_(one.of_stream.expand(2, -1))
+        torch.testing.assert_close(two(ids), one(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_model_with_a_vector_is_one_without_whose_vector_is_zero() -> None:
+    from arms import Run, build
+
+    plain: Any = build(Run(48, 2, 1, 1, 0, 1e-3)).eval()
+    with_vector: Any = build(Run(48, 2, 1, 1, 0, 1e-3, variant="embedding")).eval()
+    ids = torch.randint(1, 256, (2, 20))
+    with torch.no_grad():
+        assert (with_vector(ids) - plain(ids)).abs().max() > 1e-3
+        with_vector.of_stream.zero_()
+        assert torch.equal(with_vector(ids), plain(ids))
 
 
 def _shared(variant: str, layers: int = 2, streams: int = 3) -> Any:
