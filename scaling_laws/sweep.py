@@ -132,12 +132,16 @@ def sweep(
 ) -> list[Row]:
     """Trains the missing `runs` and returns all rows, in order; appends each to `folder/runs.csv`.
 
-    wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`. workers: parallel runs, spread over the
-        GPUs; by
-    default one for each GPU, or one. report: called with a run and its completed share.
+    Args:
+        runs: to train; those that `runs.csv` has are not trained again.
+        folder: where `runs.csv` lies, or will.
+        wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`.
+        workers: parallel runs, spread over the GPUs; by default one for each GPU, or one.
+        report: called with a run and its completed share.
 
-    Raises `ValueError` for runs with too little text or with different sources, and for a damaged `runs.csv`;
-    `ChildProcessError` if a worker is killed.
+    Raises:
+        ValueError: runs have too little text or different sources, or `runs.csv` is damaged.
+        ChildProcessError: a worker is killed.
     """
     sources = {run.source for run in runs}
     if len(sources) != 1:

@@ -95,9 +95,7 @@ class AttentionConfig(ConfigView):
         """The name that `prefix_attention` is registered under; the true name for the plain backbone."""
         true_name = attn_implementation(self.backbone)
         call = self.state.call
-        if (
-            call.in_flight is None and call.recorder is None and call.passes is None
-        ):  # the plain backbone, as before wrapping
+        if call.in_flight is None and call.recorder is None and call.passes is None:
             return true_name
         name = NAME_PREFIX + true_name
         if name not in attention_functions():
@@ -299,6 +297,6 @@ def _is_causal(module: object, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_special(kwargs: dict[str, Any]) -> bool:
-    """Whether something is asked for that only the backbone's own function knows."""
+    """Whether the arguments ask for something that only the backbone's own function does."""
     cap, bias = kwargs.get("softcap"), kwargs.get("position_bias")
     return bool(kwargs.get("dropout")) or cap is not None or bias is not None

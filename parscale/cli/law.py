@@ -239,7 +239,9 @@ def _cell(value: object) -> str:
 def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScalingLaw:
     """The law that a user names: a published corpus, a CSV file of runs, or a JSON file that `law fit --json` printed.
 
-    Raises `OSError` if there is no such file, and `ValueError` if it has neither a law nor runs to fit one to.
+    Raises:
+        OSError: there is no such file.
+        ValueError: it has neither a law nor runs to fit one to.
     """
     from parscale.scaling_laws import ParallelScalingLaw, fit
     from parscale.scaling_laws.files import read_json, require_file

@@ -5,6 +5,7 @@ Both are tried with every transformers, on a Llama that hands its cache to a bac
 
 import pytest
 import torch
+from model_calls import logits_of
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, StaticCache
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -53,11 +54,6 @@ def make(name, zoo):
         return model
 
     return wrapped
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 @pytest.mark.parametrize("kind", [{}, {"transform": "prompt"}, {"kv": "shared"}], ids=["prefix", "prompt", "shared"])

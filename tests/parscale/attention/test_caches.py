@@ -7,23 +7,13 @@ import types
 import pytest
 import torch
 import transformers
+from cache_kinds import CACHES, NAMES, TOLERANCE, unrounded_cache
+from model_calls import STEPS, generate, logits_of
 from packaging.version import Version
-from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
-from parscale.streams.backbones import cache_argument
-
-STEPS = 7
-TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
-# dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
-NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
-CACHES = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static"},
-    "dynamic in chunks": {"prefill_chunk_size": 4},
-    "static in chunks": {"cache_implementation": "static", "prefill_chunk_size": 4},
-}
+ALL_NAMES = [*NAMES, "qwen3_next"]  # and a hybrid
 
 
 def make(zoo, name, **changes):
@@ -36,28 +26,13 @@ def llama(zoo):
     return make(zoo, "llama")
 
 
-def given(model, cache):
-    return {} if cache is None else {cache_argument(model): cache}
-
-
-def generate(model, ids, padding=None, cache=None, **arguments):
-    arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | arguments
-    padding = torch.ones_like(ids) if padding is None else padding
-    return model.generate(ids, attention_mask=padding, **given(model, cache), **arguments)
-
-
-@torch.no_grad()
-def logits_of(model, ids, cache=None, **arguments):
-    return model(ids, **given(model, cache), **arguments).logits
-
-
 # -- text by generate, logits along it
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
     model, ids = make(zoo, name), zoo.token_ids()
     padding = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
@@ -73,7 +48,7 @@ def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
 @pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[9, 1, 1], [4, 4, 2, 1]], ids=["prefill and decoding", "in chunks"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
     """Longer than the text, so that its last places are empty; in layers with a window, shorter."""
     if attention not in zoo.FAMILIES[name].attention:
@@ -92,7 +67,7 @@ def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static of the user's"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
     model, text, cached = make(zoo, name), zoo.token_ids(), None
     if cache != "dynamic":
@@ -158,20 +133,10 @@ def test_a_cache_of_another_set_is_refused(kind, llama, zoo):
 # -- quantized caches
 
 
-class AsIs(QuantizedLayer):
-    """Stands in for a quantizer: everything of a quantized cache but the rounding."""
-
-    def _quantize(self, tensor, axis):
-        return tensor.clone()
-
-    def _dequantize(self, tensor):
-        return tensor
-
-
 def quantized(model, backend, bits, residual):
     """A cache that rounds whatever is older than `residual` tokens; its groups divide these small tensors."""
     if backend == "as it is":
-        return Cache(layers=[AsIs(residual_length=residual) for _ in range(model.config.num_hidden_layers)])
+        return unrounded_cache(model, residual)
     return QuantizedCache(backend, model.config, nbits=bits, q_group_size=16, residual_length=residual)
 
 

@@ -4,24 +4,14 @@ import copy
 
 import pytest
 import torch
+from cache_kinds import CACHES, NAMES, TOLERANCE, unrounded_cache
+from model_calls import generate, logits_of
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers import DynamicCache, StaticCache
 
 import parscale
-from parscale.streams.backbones import cache_argument
 
-TOLERANCE = 2e-5  # as in test_caches.py
-STEPS = 7
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
-NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", *NIGHTLY]
 PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
-CACHES = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static"},
-    "dynamic in chunks": {"prefill_chunk_size": 4},
-    "static in chunks": {"cache_implementation": "static", "prefill_chunk_size": 4},
-}
 
 
 def plain(zoo, name, **changes):
@@ -32,21 +22,6 @@ def plain(zoo, name, **changes):
 @pytest.fixture
 def llama(zoo):
     return zoo.share(plain(zoo, "llama"))
-
-
-def given(model, cache):
-    return {} if cache is None else {cache_argument(model): cache}
-
-
-def generate(model, ids, padding=None, cache=None, **arguments):
-    arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | arguments
-    padding = torch.ones_like(ids) if padding is None else padding
-    return model.generate(ids, attention_mask=padding, **given(model, cache), **arguments)
-
-
-@torch.no_grad()
-def logits_of(model, ids, cache=None, **arguments):
-    return model(ids, **given(model, cache), **arguments).logits
 
 
 def held(cache):
@@ -130,19 +105,9 @@ def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
     assert all(keys.shape[0] == values.shape[0] == rows for keys, values in held(output.past_key_values))
 
 
-class AsIs(QuantizedLayer):
-    """Stands in for a quantizer: everything of a quantized cache but the rounding."""
-
-    def _quantize(self, tensor, axis):
-        return tensor.clone()
-
-    def _dequantize(self, tensor):
-        return tensor
-
-
 @pytest.mark.parametrize("residual", [1, 4, 128])
 def test_a_quantized_cache_that_does_not_round(residual, llama, zoo):
-    cache = Cache(layers=[AsIs(residual_length=residual) for _ in range(llama.config.num_hidden_layers)])
+    cache = unrounded_cache(llama, residual)
     ids = zoo.token_ids()
     assert torch.equal(generate(llama, ids, cache=cache), generate(llama, ids, use_cache=False))
 

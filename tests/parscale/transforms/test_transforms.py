@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from model_calls import choose_stream, logits_of
 from transformers import DynamicCache
 
 import parscale
@@ -24,11 +25,6 @@ OPTIONS = {
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0}
 
 
-@torch.no_grad()
-def logits_of(model, **arguments):
-    return model(**arguments).logits
-
-
 def fill(model, seed=1):
     """Streams that differ and that matter, whatever their transform."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,13 +34,6 @@ def fill(model, seed=1):
             if "aggregate_layer" in name and parameter.ndim > 1:
                 scale = 3.0 * parameter.shape[-1] ** -0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def force(model, p):
-    last = model.parscale.aggregator(model.parscale.active)[2]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.fill_(-1e4)[p] = 1e4
 
 
 @pytest.fixture(params=["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *RECURRENT])
@@ -206,7 +195,7 @@ def test_prompt_from_context_has_read_the_text(model_and_plain, zoo):
     texts, ids = zoo.token_ids(3, 4, seed=8), zoo.token_ids()
     parscale.wrap(model, 3, prefix_length=4, smoothing=0.0, transform="prompt", init="context", calibration=texts)
     for p, text in enumerate(texts):
-        force(model, p)
+        choose_stream(model, p)
         expected = logits_of(plain, input_ids=torch.cat([text.expand(len(ids), -1), ids], dim=1))[:, 4:]
         zoo.close(logits_of(model, input_ids=ids), expected, TOLERANCE)
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from model_calls import logits_of
 from packaging.version import Version
 from torch import nn
 
@@ -18,11 +19,6 @@ P, T = 3, 6
 
 CHECKPOINTS = ["bloom", "codegen", "gptj", "falcon multi-query", "falcon grouped", "falcon alibi", "gpt_neo", "mpt"]
 CHECKPOINTS += ["xglm", "megatron-bert", "rembert", "roformer", "big_bird", "mvp", "trocr"]
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 # -- training
