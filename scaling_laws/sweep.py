@@ -162,6 +162,7 @@ def sweep(
                 "or a larger source, such as packages"
             )
         folder.mkdir(parents=True, exist_ok=True)
+        finished: Iterable[Row]
         if on_ray:
             finished = _train_on_ray(missing, corpus, wrap, report)
         else:
