@@ -143,7 +143,7 @@ def sweep(
     `on_ray` with `workers` or without Ray; `ChildProcessError` if a worker is killed.
     """
     if on_ray:
-        _require_ray(workers)
+        require_ray(workers)
     sources = {run.source for run in runs}
     if len(sources) != 1:
         raise ValueError(f"one sweep reads one text; these runs name {', '.join(sorted(sources)) or 'none'}")
@@ -247,7 +247,8 @@ def _train_in_worker(run: Run, wrap: Wrap) -> Row:
     return train(run, _worker["corpus"], wrap, _worker["device"], None)
 
 
-def _require_ray(workers: int | None) -> None:
+def require_ray(workers: int | None) -> None:
+    """Raises `ValueError` if Ray is not installed, or if a number of workers is given as well."""
     if workers is not None:
         raise ValueError(
             f"A Ray cluster says how many runs go at a time: give either the number of workers, {workers}, or Ray."

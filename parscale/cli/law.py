@@ -155,11 +155,13 @@ def sweep(
     from parscale import wrap
     from parscale.cli.output import quiet_libraries
     from parscale.scaling_laws import fit_form
-    from parscale.scaling_laws.sweep import PRESETS, RUNS
+    from parscale.scaling_laws.sweep import PRESETS, RUNS, require_ray
     from parscale.scaling_laws.sweep import sweep as train_all
 
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}")
+    if ray:
+        require_ray(workers)
     require_writable_folder(output)
     quiet_libraries()
     runs = PRESETS[preset](source)
