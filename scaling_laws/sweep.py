@@ -139,8 +139,8 @@ def sweep(
         folder: where `runs.csv` lies, or will.
         wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`.
         workers: parallel runs, spread over the GPUs; by default one for each GPU, or one.
-        on_ray: each run is a task of Ray, on one GPU where its cluster has any, else on one core; the cluster is the one
-            that this process or machine is connected to, or this machine.
+        on_ray: each run is a task of Ray, on one GPU where its cluster has any, else on one core; the cluster is the
+            one that this process or machine is connected to, or this machine.
         report: called with a run and its completed share.
 
     Raises:
