@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "grpo_model.py"
 # On a CPU vLLM packs its linear layers and drops the tensors that TRL writes to; and it would round float32 to half.
 PROGRAM = """
@@ -20,6 +22,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.nightly  # two engines start, and four steps of GRPO
 def test_samples_are_those_of_the_weights_after_each_step(tmp_path):
     """TRL compares the log-probabilities with which vLLM drew each token with the trainer's own."""
     command = [sys.executable, "-P", "-c", PROGRAM, EXAMPLE, "--vllm", "--steps", "4", "--max-new-tokens", "8"]
