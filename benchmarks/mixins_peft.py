@@ -2,7 +2,7 @@
 
     pip download --no-binary :all: --no-deps peft==0.21.2 -d build
     tar -xzf build/peft-0.21.2.tar.gz -C build
-    python benchmarks/mixins_peft.py build/peft-0.21.2
+    HF_HUB_OFFLINE=1 python benchmarks/mixins_peft.py build/peft-0.21.2
 
 needs `pip install parameterized`. PEFT's tests load small models from the Hub; here a small random model in a local
 folder stands for each: as it is, and with streams, once for each P and each `kv`. The exit code is 1 if a test fails
