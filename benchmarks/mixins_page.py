@@ -23,6 +23,11 @@ loaded (float32, on a CPU, prefixes of three tokens).
 - **do not apply**: the tests skip themselves on the plain model.
 - **fail plain**: fail on the plain model too, so they say nothing about streams.
 - **pass**, **skip**, **fail**: on the wrapped model, of those that pass on the plain one.
+
+`GenerationTesterMixin` checks shapes in methods that the tests of a model may override. For wrapped models they expect
+P rows for each sequence, stream-major (B rows in a shared cache and in the last hidden states), and attention weights
+with a column more for each token of the prefix. What a test generates, continues or compares is not touched. BERT has
+no text to generate; `kv="shared"` is for decoders, and so not for BERT and T5.
 """
 COLUMNS = [
     "| model | P | `kv` | tests | do not apply | fail plain | pass | skip | fail |",
@@ -76,10 +81,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     measured = json.loads((RESULTS / "mixins.json").read_text())
-    page = HEAD + section(f"transformers {measured['transformers']}: `ModelTesterMixin`", measured["families"])
-    if measured["absent"]:
-        names = ", ".join(f"`{name}`" for name in measured["absent"])
-        page += f"\nNot run, because a source distribution of transformers does not contain them: {names}.\n"
+    page = HEAD
+    for mixin, found in measured["mixins"].items():
+        page += section(f"transformers {measured['transformers']}: `{mixin}`", found["families"])
+        page += f"\nChosen with `--only '{found['only']}'`.\n" if found["only"] else ""
+        if found["version"] != measured["transformers"]:
+            page += f"\nThe tests are those of transformers {found['version']}.\n"
     adapters = RESULTS / "mixins_peft.json"
     if adapters.exists():
         found = json.loads(adapters.read_text())

@@ -60,6 +60,23 @@ def test_generate_asks_for_the_methods_by_these_names(make, ids, monkeypatch):
     assert compat.own_reorder_cache(type(model)) is None
 
 
+def test_weights_of_drafted_tokens_keep_the_columns_of_a_prefix():
+    split = "_split_model_outputs"  # of a prompt of three tokens and two drafted ones, with two columns of a prefix
+    weights = torch.randn(1, 4, 5, 7)
+    with compat.keeping_columns(2):
+        steps = getattr(transformers.generation.utils, split)((), (weights,), 3, 5, is_decoder_attention=True)
+        later = getattr(transformers.generation.utils, split)(steps, (weights,), 4, 2, is_decoder_attention=True)
+        hidden = getattr(transformers.generation.utils, split)((), (weights,), 3, 5)
+    assert torch.equal(steps[0][0], weights[:, :, :3, :5])
+    assert [layer.shape[3] for (layer,) in steps] == [5, 6]
+    assert later[: len(steps)] == steps
+    for step, columns in ((0, 6), (1, 7)):
+        assert torch.equal(later[len(steps) + step][0], weights[:, :, step : step + 1, :columns])
+    assert torch.equal(hidden[0][0], weights[:, :, :3])
+    plain = getattr(transformers.generation.utils, split)((), (weights,), 3, 5, is_decoder_attention=True)
+    assert torch.equal(plain[0][0], weights[:, :, :3, :3])
+
+
 def test_generate_asks_for_the_shape_of_a_static_cache(make, ids, monkeypatch):
     """Where it is given none, the cache takes its number of rows from the first keys."""
     model, calls = make(), []

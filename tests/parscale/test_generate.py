@@ -163,6 +163,30 @@ def test_a_draft_that_is_right_is_taken(llama, zoo):
     assert torch.equal(generated, greedy(parscale_only(llama), ids, steps=12))
 
 
+@pytest.mark.parametrize("changes", [{}, {"kv": "shared"}, {"transform": "prompt"}], ids=["own", "shared", "prompt"])
+def test_attention_weights_of_drafted_tokens(changes, zoo):
+    """They have all columns, of prefix or prompt and tokens, as without a draft."""
+    model, draft = make(zoo, "llama"), make(zoo, "llama")
+    for each in (model, draft):
+        each.add_streams("other", zoo.P, prefix_length=zoo.T, init="random", seed=0, **changes)
+        each.set_streams("other")
+    model.set_attn_implementation("eager")
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    arguments = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_attentions": True}
+    alone, drafted = (
+        generate(model, zoo.token_ids(rows=1), **arguments, **each) for each in ({}, {"assistant_model": draft})
+    )
+    assert torch.equal(drafted.sequences, alone.sequences)
+    for step, (layers, expected) in enumerate(zip(drafted.attentions, alone.attentions, strict=True)):
+        for weights, whole in zip(layers, expected, strict=True):
+            assert weights.shape == whole.shape == (zoo.P, 4, zoo.S if step == 0 else 1, zoo.T + zoo.S + step)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+            if step not in range(1, 6):  # for the first five, transformers takes the rows of other tokens
+                torch.testing.assert_close(weights, whole)
+
+
 def parscale_only(model):
     """The model without the hooks that a test has put on it."""
     model._forward_pre_hooks.clear()
