@@ -46,6 +46,11 @@ def rows_of(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def function_of(test: str) -> str:
+    """The name of a test's function, without class and parameters."""
+    return test.rpartition("::")[2].partition("[")[0]
+
+
 def failures_of(families: dict[str, Any]) -> list[str]:
     """One line for each test that fails on a wrapped model alone, and why."""
     seen: dict[str, set[str]] = {}
@@ -53,7 +58,7 @@ def failures_of(families: dict[str, Any]) -> list[str]:
         for row in found["wrapped"]:
             for test, failure in row["fail"].items():
                 why = failure["reason"] or f"unexplained: `{failure['outcome']}`"
-                seen.setdefault(f"| `{test}` | {why} |", set()).add(name)
+                seen.setdefault(f"| `{function_of(test)}` | {why} |", set()).add(name)
     if not seen:
         return ["No test fails on a wrapped model alone."]
     lines = [f"{line} {', '.join(sorted(names))} |" for line, names in sorted(seen.items())]
@@ -63,10 +68,11 @@ def failures_of(families: dict[str, Any]) -> list[str]:
 def plain_failures_of(families: dict[str, Any]) -> list[str]:
     """One line for each test that fails on a plain model, and what it says."""
     lines = [
-        f"| `{test}` | {name} | `{outcome.replace('|', '/')}` |"
+        f"| `{function_of(test)}` | {name} | `{outcome.replace('|', '/')}` |"
         for name, found in families.items()
         for test, outcome in found[PLAIN[1]].items()
     ]
+    lines = list(dict.fromkeys(lines))
     return ["", "| fails on the plain model | model | says |", "|---|---|---|", *lines] if lines else []
 
 
@@ -93,6 +99,8 @@ def main() -> None:
         title = f"PEFT {found['peft']}: tests of decoder models"
         page += section(title, {", ".join(name.split("/")[-1] for name in found["models"]): found})
         page += f'\nChosen with `-k "{found["only"]}"`.\n' if found["only"] else ""
+        page += "\nThe streams are frozen: they would train beside an adapter, but tests of training assert that\n"
+        page += "nothing else has a gradient.\n"
     else:
         page += "\nPEFT's tests have not been run to their end yet (`python benchmarks/mixins_peft.py`).\n"
     args.output.write_text(page)

@@ -5,7 +5,8 @@
     HF_HUB_OFFLINE=1 python benchmarks/mixins_peft.py build/peft-0.21.2
 
 needs `pip install parameterized`. PEFT's tests load small models from the Hub; here a small random model in a local
-folder stands for each: as it is, and with streams, once for each P and each `kv`. The exit code is 1 if a test fails
+folder stands for each: as it is, and with frozen streams (they would train beside an adapter, and tests of training
+assert that nothing else has a gradient), once for each P and each `kv`. The exit code is 1 if a test fails
 on a wrapped model alone and is not listed here with a reason.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import linecache
 import re
 import sys
 import tempfile
@@ -81,7 +83,9 @@ class Outcomes:
             self.outcomes[name] = "skipped"
         elif report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.outcomes[name] = str(crash.message if crash else report.longrepr).splitlines()[0][:300]
+            said = str(crash.message if crash else report.longrepr).splitlines()[0]
+            line = linecache.getline(crash.path, crash.lineno).strip() if crash else ""
+            self.outcomes[name] = (f"{said}: {line}" if line.startswith("assert") else said)[:300]
         elif report.when == "call":
             self.outcomes.setdefault(name, "passes")
 
@@ -118,7 +122,8 @@ def run_tests(source: Path, names: list[str], streams: dict[str, Any], only: str
         saved = save_models(Path(folder), names, streams)
 
         def load(name: str, *args: Any, **kwargs: Any) -> Any:
-            return own(saved.get(name, name), *args, **kwargs)
+            model = own(saved.get(name, name), *args, **kwargs)
+            return model.requires_grad_(False) if streams else model
 
         chosen = " or ".join(name.split("/")[-1] for name in names)
         options = [
