@@ -1,8 +1,7 @@
 """The public function of causal attention over `[prefix of stream p | new tokens]`, by torch's flash attention.
 
 On a GPU the prefix is put before the keys, and torch's operator aligns its causal mask to the lower right: one call,
-forward and backward. On a CPU it aligns it to the upper left, so two calls are merged; a few tokens without gradients
-need none.
+forward and backward. On a CPU it aligns it to the upper left, so two calls are merged.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from parscale.kernels.causal_attention.merged import causal_attention_merged
-from parscale.kernels.causal_attention.short import causal_attention_short, is_short
 from parscale.kernels.compat import flash_for_gpu
 from parscale.kernels.dispatch import Impl, autocast_dtype, transforms_are_active
 from parscale.kernels.prefix import prepend
@@ -60,7 +58,6 @@ def causal_attention(
     prefix_v: torch.Tensor,
     *,
     scaling: float | None = None,
-    training: bool = False,
 ) -> torch.Tensor:
     """Each token attends to its stream's whole prefix and to the tokens up to and including itself.
 
@@ -71,8 +68,6 @@ def causal_attention(
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
         prefix_v: `(P, G, T, D)`.
         scaling: factor on the scores; `D ** -0.5` if `None`.
-        training: without gradients, too, the result is that with gradients, to the last bit. A reentrant checkpoint
-            runs a layer first without and then with them.
 
     Returns:
         `(P*B, heads, S, D)` in the dtype of `query`, or that of autocast; differentiable once in every tensor, and
@@ -82,8 +77,6 @@ def causal_attention(
     # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
     query, key, value, prefix_k, prefix_v = (x.to(dtype) for x in (query, key, value, *prefix))
-    if query.is_cpu and is_short(query, prefix_k.shape[2], training):
-        return causal_attention_short(query, key, value, prefix_k, prefix_v, scaling)
     if query.is_cpu:
         return causal_attention_merged(query, key, value, prefix_k, prefix_v, scaling)
     keys, values = prepend(prefix_k, key), prepend(prefix_v, value)  # (R, G, T + S, D)

@@ -251,7 +251,7 @@ def _by_own_functions(
     if mask is None and _is_causal(layer, kwargs):
         key, value = key[:, :, :S], value[:, :, :S]
         if is_mergeable(query, key, value, state.kernels):
-            return causal_attention(query, key, value, prefix_k, prefix_v, scaling=scaling, training=layer.training)
+            return causal_attention(query, key, value, prefix_k, prefix_v, scaling=scaling)
     return None
 
 

@@ -9,7 +9,6 @@ from torch._subclasses import FakeTensorMode
 
 from parscale.kernels import causal_attention, causal_attention_reference, is_mergeable
 from parscale.kernels.causal_attention.api import _flash_runs
-from parscale.kernels.causal_attention.short import is_short
 
 aten = torch.ops.aten
 NAMES = ["query", "key", "value", "prefix_k", "prefix_v"]
@@ -46,27 +45,6 @@ def test_output_and_gradients(size, joined):
     expected = gradients(causal_attention_reference, tensors)
     for name, own, other in zip(["output", *NAMES], gradients(causal_attention, tensors), expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.parametrize("size", [{}, {"B": 1}, {"P": 1}, {"S": 1}, {"T": 1}, {"G": 4}, {"S": 70, "T": 48}], ids=str)
-def test_few_tokens_without_gradients(size):
-    """They go another way, by one softmax; against float64."""
-    tensors = inputs(**size, dtype=torch.float32)
-    with torch.no_grad():
-        assert is_short(tensors[0], tensors[3].shape[2])
-        assert not is_short(inputs(S=129)[0].float(), 3)
-        own = causal_attention(*tensors, scaling=0.3)
-        expected = causal_attention_reference(*(x.double() for x in tensors), scaling=0.3)
-    torch.testing.assert_close(own.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_training_without_gradients_is_as_with_them():
-    """As a reentrant checkpoint runs a layer, first without gradients: nothing is rounded in another way."""
-    tensors = inputs(dtype=torch.float32)
-    with torch.no_grad():
-        first = causal_attention(*tensors, training=True)
-        assert not torch.equal(first, causal_attention(*tensors))
-    assert torch.equal(first, causal_attention(*tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -5,7 +5,6 @@ Both are tried with every transformers, on a Llama that hands its cache to a bac
 
 import pytest
 import torch
-from model_calls import logits_of
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, StaticCache
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -30,6 +29,12 @@ class Llama(LlamaForCausalLM):
     def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
         hidden = self.model(input_ids, **kwargs)[0]  # (B, S, H)
         return CausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]))  # 0: all
+
+
+@torch.no_grad()
+def logits_of(model, ids, **arguments):
+    """With the cache under the name that the test says."""
+    return model(input_ids=ids, **arguments).logits
 
 
 BACKBONES = {"cache": NewBackbone, "past_key_values": OldBackbone}
