@@ -65,6 +65,6 @@ def test_weights_that_are_no_numbers_yet_are_said_to_be_so(zoo):
     model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(torch.nan)
-    with pytest.raises(parscale.UnsupportedModelError, match="are not finite.*load or initialise its weights first"):
+    with pytest.raises(parscale.UnsupportedModelError, match=r"are not finite.*load or initialise its weights first"):
         parscale.wrap(model, zoo.P, prefix_length=zoo.T, init="random", kv="shared")
     assert not hasattr(model, "parscale")
