@@ -1,13 +1,13 @@
 """transformers' own model tests on wrapped models: which pass on the plain model and not on the wrapped one, and why.
 
-    pip download --no-binary :all: --no-deps transformers==5.23.0 -d build
-    tar -xzf build/transformers-5.23.0.tar.gz -C build
-    python benchmarks/mixins.py build/transformers-5.23.0
+    git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers build/transformers
+    python benchmarks/mixins.py build/transformers
 
-needs `pip install parameterized`. Each test of `ModelTesterMixin` (and of `GenerationTesterMixin`, where the
-source has it; a source distribution does not) runs on a small random model as its class makes it, and then on one that
-is wrapped as soon as it is made or loaded, once for each P and each `kv`. The exit code is 1 if a test fails on a
-wrapped model alone and is not listed here with a reason.
+needs `pip install parameterized`. A mixin comes from the first of the given folders that has it: a source distribution,
+which lacks `GenerationTesterMixin`, may stand before a clone of another version. Each test of a mixin runs on a small
+random model as its class makes it, and then on one that is wrapped as soon as it is made or loaded, once for each P and
+each `kv`. The exit code is 1 if a test fails on a wrapped model alone and is not listed here with a reason. What an
+earlier run of the same tests has written for other families stays.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import signal
@@ -26,20 +27,22 @@ import tempfile
 import types
 import unittest
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import EncoderDecoderCache
 
 import parscale
 from parscale.auto import ParScaleModel
 
 RESULTS = Path(__file__).with_name("results") / "mixins.json"
-SECONDS = 120  # for one test
+SECONDS = 120  # of processor time, for one test
+MIXINS = ("ModelTesterMixin", "GenerationTesterMixin")
 ROWS, LENGTH = 3, 7
-STREAMS = {"prefix_length": 3, "init": "random", "seed": 0}
+STREAMS: dict[str, Any] = {"prefix_length": 3, "init": "random", "seed": 0}
 
 SIZES = {
     "vocab_size": 99,
@@ -73,6 +76,11 @@ EXPECTED = (
         "has no prefix_k",
         "it takes all weights out of a saved folder, and one that should hold streams and has none is refused",
     ),
+    (
+        "^test_init_weights_can_init_buffers$",
+        "are not finite",
+        'with `kv="shared"` wrapping tries the model, here before its weights are initialised, and refuses it',
+    ),
 )
 
 
@@ -89,6 +97,11 @@ class Family:
         """Whether it is an encoder with a decoder."""
         return self.config.startswith("T5")
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether `kv="shared"` is for it: a decoder without an encoder."""
+        return not self.config.startswith(("T5", "Bert"))
+
 
 FAMILIES = {
     "llama": Family("LlamaConfig", ("LlamaModel", "LlamaForCausalLM"), GROUPED),
@@ -102,7 +115,7 @@ FAMILIES = {
     "mixtral": Family(
         "MixtralConfig",
         ("MixtralModel", "MixtralForCausalLM"),
-        GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "gemma3": Family(
         "Gemma3TextConfig",
@@ -120,7 +133,7 @@ FAMILIES = {
         "T5Config",
         ("T5Model", "T5ForConditionalGeneration"),
         {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        | {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
+        | {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
     ),
 }
 
@@ -157,10 +170,53 @@ class ModelTester:
         return self.prepare_config_and_inputs_for_common()
 
 
+class StreamChecks:
+    """The mixins' own checks of shapes, told which rows and columns streams add; a case inherits it first."""
+
+    num_streams: int
+    kv: str
+
+    def _check_attentions_for_generate(self, batch_size: int, attentions: Any, *args: Any, **kwargs: Any) -> None:
+        attentions = tuple(tuple(self._of_stream_0(layer, batch_size) for layer in step) for step in attentions)
+        super()._check_attentions_for_generate(batch_size, attentions, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_encoder_attention_for_generate(
+        self, attentions: Any, batch_size: int, *args: Any, **kwargs: Any
+    ) -> None:
+        attentions = tuple(self._of_stream_0(layer, batch_size) for layer in attentions)
+        super()._check_encoder_attention_for_generate(attentions, batch_size, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_hidden_states_for_generate(self, batch_size: int, hidden_states: Any, *args: Any, **kwargs: Any) -> None:
+        """Each layer's have P rows for each sequence; the last ones are mixed."""
+        steps = []
+        for *layers, last in hidden_states:
+            assert {len(layer) for layer in layers} == {self.num_streams * batch_size}
+            steps.append((*(layer[:batch_size] for layer in layers), last))
+        super()._check_hidden_states_for_generate(batch_size, tuple(steps), *args, **kwargs)  # type: ignore[misc]
+
+    def _check_encoder_hidden_states_for_generate(
+        self, hidden_states: Any, batch_size: int, *args: Any, **kwargs: Any
+    ) -> None:
+        rows = self.num_streams * batch_size
+        super()._check_encoder_hidden_states_for_generate(hidden_states, rows, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.kv == "own" and not isinstance(past_key_values, EncoderDecoderCache):  # its two are checked one by one
+            batch_size *= self.num_streams
+        super()._check_past_key_values_for_generate(batch_size, past_key_values, *args, **kwargs)  # type: ignore[misc]
+
+    def _of_stream_0(self, weights: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Stream 0's attention weights of real tokens, `(B, heads, S, K)`."""
+        assert len(weights) == self.num_streams * batch_size
+        return weights[:batch_size, ..., STREAMS["prefix_length"] :]
+
+
 class Wrapping:
     """While it is on, every model of some classes is wrapped as soon as it is made or loaded."""
 
-    def __init__(self, classes: list[type], **streams: Any) -> None:
+    def __init__(self, classes: Sequence[Any], **streams: Any) -> None:
         self.classes = classes
         self.streams = STREAMS | streams
         self.depth = 0  # of constructors, or of a loader, that run
@@ -223,42 +279,45 @@ def _holds_streams(cls: type, path: Any) -> bool:
     return bool(names) and "ParScale" in names[0] and names[0].replace("ParScale", "") == cls.__name__
 
 
-def mixins_of(source: Path) -> tuple[list[type], list[str]]:
-    """The mixins of a source tree, and the modules that it lacks and that are stood in for by empty classes."""
+def mixins_of(sources: list[Path]) -> tuple[type, ...]:
+    """The mixins that models' own test cases inherit, each from the first source tree that has it."""
     package = types.ModuleType("tests")
-    package.__path__ = [str(source / "tests")]
+    package.__path__ = [str(source / "tests") for source in sources]
     sys.modules["tests"] = package
-    absent = []
-    for module, name in (
-        ("exporters.test_export", "ExportTesterMixin"),
-        ("generation.test_utils", "GenerationTesterMixin"),
-    ):
-        if not (source / "tests" / (module.replace(".", "/") + ".py")).exists():
-            folder = module.split(".")[0]
-            sys.modules[f"tests.{folder}"] = types.ModuleType(f"tests.{folder}")
-            sys.modules[f"tests.{module}"] = stand_in = types.ModuleType(f"tests.{module}")
-            setattr(stand_in, name, type(name, (), {}))
-            absent.append(name)
-    common = importlib.import_module("tests.test_modeling_common")
-    found = [common.ModelTesterMixin]
-    if "GenerationTesterMixin" not in absent:
-        found.append(importlib.import_module("tests.generation.test_utils").GenerationTesterMixin)
-    return found, absent
+    models = importlib.import_module("tests.test_modeling_common").ModelTesterMixin
+    return models, importlib.import_module("tests.generation.test_utils").GenerationTesterMixin
 
 
-def case_of(family: Family, mixins: list[type]) -> type[unittest.TestCase]:
-    """The test case of a family."""
+def version_of(mixin: type) -> str:
+    """The version of the source tree that a mixin comes from."""
+    file = Path(inspect.getfile(mixin))
+    root = next(folder for folder in file.parents if folder.name == "tests").parent
+    text = (root / "src" / "transformers" / "__init__.py").read_text()
+    return re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[0]
+
+
+def case_of(family: Family, mixins: tuple[type, ...], **streams: Any) -> Any:
+    """The test case of a family, a class; with streams, for models that have them."""
 
     def set_up(case: Any) -> None:
         torch.manual_seed(0)
         case.model_tester = ModelTester(family, case)
 
+    classes = tuple(getattr(transformers, name) for name in family.classes)
     members = {
-        "all_model_classes": tuple(getattr(transformers, name) for name in family.classes),
+        "all_model_classes": classes,
+        "all_generative_model_classes": tuple(cls for cls in classes if cls.can_generate()),
         "is_encoder_decoder": family.reads_twice,
         "setUp": set_up,
     }
-    return type("Case", (*mixins, unittest.TestCase), members)
+    checks = (StreamChecks,) if streams else ()
+    return type("Case", (*checks, *mixins, unittest.TestCase), members | streams)
+
+
+def tests_of(case: type[unittest.TestCase], mixin: str, only: str) -> list[str]:
+    """The names of the tests that one mixin defines."""
+    names = [name for name in unittest.TestLoader().getTestCaseNames(case) if re.search(only, name)]
+    return [name for name in names if mixin == next(cls.__name__ for cls in case.__mro__[1:] if name in vars(cls))]
 
 
 def outcome_of(case: unittest.TestCase) -> str:
@@ -268,12 +327,12 @@ def outcome_of(case: unittest.TestCase) -> str:
         raise TimeoutError(f"more than {SECONDS} s")
 
     result = unittest.TestResult()
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         case.run(result)
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     problems = result.failures + result.errors
     if problems:
         lines = [
@@ -284,15 +343,14 @@ def outcome_of(case: unittest.TestCase) -> str:
     return "skipped" if result.skipped else "passes"
 
 
-def run_all(case: type[unittest.TestCase], names: Iterable[str]) -> dict[str, str]:
+def run_all(case: type[unittest.TestCase], names: list[str]) -> dict[str, str]:
     """The outcome of each test."""
     return {name: outcome_of(case(name)) for name in names}
 
 
-def examine(family: Family, mixins: list[type], grid: list[dict[str, Any]], only: str) -> dict[str, Any]:
+def examine(family: Family, mixins: tuple[type, ...], names: list[str], grid: list[dict[str, Any]]) -> dict[str, Any]:
     """Outcomes on the plain model, and for each set of streams those that differ on the wrapped one."""
-    case = case_of(family, mixins)
-    plain = run_all(case, (name for name in unittest.TestLoader().getTestCaseNames(case) if re.search(only, name)))
+    plain = run_all(case_of(family, mixins), names)
     passing = [name for name, outcome in plain.items() if outcome == "passes"]
     outcomes = list(plain.values())
     result: dict[str, Any] = {
@@ -302,14 +360,16 @@ def examine(family: Family, mixins: list[type], grid: list[dict[str, Any]], only
         "wrapped": [],
     }
     for streams in grid:
-        with Wrapping([getattr(transformers, name) for name in family.classes], **streams).on():
+        case = case_of(family, mixins, **streams)
+        with Wrapping(case.all_model_classes, **streams).on():
             wrapped = run_all(case, passing)
+        failed = {k: v for k, v in wrapped.items() if v not in ("passes", "skipped")}
         result["wrapped"].append(
             streams
             | {
                 "pass": list(wrapped.values()).count("passes"),
                 "skipped": [name for name, outcome in wrapped.items() if outcome == "skipped"],
-                "fail": {k: v for k, v in wrapped.items() if v not in ("passes", "skipped")},
+                "fail": {k: {"outcome": v, "reason": reason_of(k, v)} for k, v in failed.items()},
             }
         )
     return result
@@ -320,45 +380,63 @@ def reason_of(test: str, outcome: str) -> str | None:
     return next((why for name, text, why in EXPECTED if re.search(name, test) and re.search(text, outcome)), None)
 
 
-def earlier_families(output: Path, versions: dict[str, Any]) -> dict[str, Any]:
-    """The families that an earlier run with the same versions has examined."""
+def report(family: str, found: dict[str, Any]) -> int:
+    """Prints the outcomes of a family, and returns how many failures have no reason."""
+    unexpected = 0
+    for row in found["wrapped"]:
+        print(f"{family} P = {row['num_streams']} {row['kv']}: {row['pass']} tests pass on both")
+        for test, failure in row["fail"].items():
+            unexpected += failure["reason"] is None
+            label = "UNEXPECTED" if failure["reason"] is None else "expected  "
+            print(f"  {label} {test}: {failure['outcome']}", flush=True)
+    return unexpected
+
+
+def earlier_mixins(output: Path, versions: dict[str, Any]) -> dict[str, Any]:
+    """What earlier runs with the same versions have found, by mixin."""
     earlier = json.loads(output.read_text()) if output.exists() else {}
-    families: dict[str, Any] = earlier.pop("families", {})
-    return families if earlier == versions else {}
+    mixins: dict[str, Any] = earlier.pop("mixins", {})
+    return mixins if earlier == versions else {}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of transformers' source, with its tests")
+    parser.add_argument("sources", nargs="+", type=Path, help="folders of transformers' source, with its tests")
+    parser.add_argument("--mixins", nargs="+", choices=MIXINS, default=list(MIXINS))
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--num-streams", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--kv", nargs="+", choices=("own", "shared"), default=["own", "shared"])
     parser.add_argument("--only", default="", help="a regular expression for the tests' names")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if not (args.source / "tests" / "test_modeling_common.py").exists():
-        parser.error(
-            f"{args.source} has no tests/test_modeling_common.py: unpack a source distribution of transformers"
-        )
+    for file in (Path("tests", "test_modeling_common.py"), Path("tests", "generation", "test_utils.py")):
+        if not any((source / file).exists() for source in args.sources):
+            parser.error(f"none of the folders has {file}: clone transformers' repository")
     if importlib.util.find_spec("parameterized") is None:
         parser.error("transformers' tests need a package that is not installed: pip install parameterized")
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    mixins, absent = mixins_of(args.source)
-    grid = [{"num_streams": count, "kv": kv} for kv in args.kv for count in args.num_streams]
-    results: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__, "absent": absent}
-    results["families"] = earlier_families(args.output, results)
+    mixins = mixins_of(args.sources)
+    results: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__}
+    results["mixins"] = earlier_mixins(args.output, results)
     unexpected = 0
-    for name in args.families:
-        found = results["families"][name] = examine(FAMILIES[name], mixins, grid, args.only)
-        for row in found["wrapped"]:
-            print(f"{name} P = {row['num_streams']} {row['kv']}: {row['pass']} tests pass on both")
-            for test, outcome in row["fail"].items():
-                why = reason_of(test, outcome)
-                unexpected += why is None
-                row["fail"][test] = {"outcome": outcome, "reason": why}
-                print(f"  {'UNEXPECTED' if why is None else 'expected  '} {test}: {outcome}", flush=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    for mixin in args.mixins:
+        version = version_of(next(each for each in mixins if each.__name__ == mixin))
+        section = {"version": version, "only": args.only, "families": {}}
+        earlier = results["mixins"].get(mixin, section)
+        if all(earlier[key] == section[key] for key in ("version", "only")):
+            section = earlier
+        results["mixins"][mixin] = section
+        for name in args.families:
+            case = case_of(FAMILIES[name], mixins)
+            if mixin == "GenerationTesterMixin" and not case.all_generative_model_classes:
+                continue  # its tests would pass without a model
+            kinds = [kv for kv in args.kv if kv == "own" or FAMILIES[name].shares_keys]
+            grid = [{"num_streams": count, "kv": kv} for kv in kinds for count in args.num_streams]
+            found = examine(FAMILIES[name], mixins, tests_of(case, mixin, args.only), grid)
+            section["families"][name] = found
+            unexpected += report(name, found)
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
     return int(unexpected > 0)
 
 

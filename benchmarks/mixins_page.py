@@ -23,6 +23,11 @@ loaded (float32, on a CPU, prefixes of three tokens).
 - **do not apply**: the tests skip themselves on the plain model.
 - **fail plain**: fail on the plain model too, so they say nothing about streams.
 - **pass**, **skip**, **fail**: on the wrapped model, of those that pass on the plain one.
+
+`GenerationTesterMixin` checks shapes in methods that the tests of a model may override. For wrapped models they expect
+P rows for each sequence, stream-major (B rows in a shared cache and in the last hidden states), and attention weights
+with a column more for each token of the prefix. What a test generates, continues or compares is not touched. BERT has
+no text to generate; `kv="shared"` is for decoders, and so not for BERT and T5.
 """
 COLUMNS = [
     "| model | P | `kv` | tests | do not apply | fail plain | pass | skip | fail |",
@@ -41,6 +46,11 @@ def rows_of(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def function_of(test: str) -> str:
+    """The name of a test's function, without class and parameters."""
+    return test.rpartition("::")[2].partition("[")[0]
+
+
 def failures_of(families: dict[str, Any]) -> list[str]:
     """One line for each test that fails on a wrapped model alone, and why."""
     seen: dict[str, set[str]] = {}
@@ -48,7 +58,7 @@ def failures_of(families: dict[str, Any]) -> list[str]:
         for row in found["wrapped"]:
             for test, failure in row["fail"].items():
                 why = failure["reason"] or f"unexplained: `{failure['outcome']}`"
-                seen.setdefault(f"| `{test}` | {why} |", set()).add(name)
+                seen.setdefault(f"| `{function_of(test)}` | {why} |", set()).add(name)
     if not seen:
         return ["No test fails on a wrapped model alone."]
     lines = [f"{line} {', '.join(sorted(names))} |" for line, names in sorted(seen.items())]
@@ -58,10 +68,11 @@ def failures_of(families: dict[str, Any]) -> list[str]:
 def plain_failures_of(families: dict[str, Any]) -> list[str]:
     """One line for each test that fails on a plain model, and what it says."""
     lines = [
-        f"| `{test}` | {name} | `{outcome.replace('|', '/')}` |"
+        f"| `{function_of(test)}` | {name} | `{outcome.replace('|', '/')}` |"
         for name, found in families.items()
         for test, outcome in found[PLAIN[1]].items()
     ]
+    lines = list(dict.fromkeys(lines))
     return ["", "| fails on the plain model | model | says |", "|---|---|---|", *lines] if lines else []
 
 
@@ -76,16 +87,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     measured = json.loads((RESULTS / "mixins.json").read_text())
-    page = HEAD + section(f"transformers {measured['transformers']}: `ModelTesterMixin`", measured["families"])
-    if measured["absent"]:
-        names = ", ".join(f"`{name}`" for name in measured["absent"])
-        page += f"\nNot run, because a source distribution of transformers does not contain them: {names}.\n"
+    page = HEAD
+    for mixin, found in measured["mixins"].items():
+        page += section(f"transformers {measured['transformers']}: `{mixin}`", found["families"])
+        page += f"\nChosen with `--only '{found['only']}'`.\n" if found["only"] else ""
+        if found["version"] != measured["transformers"]:
+            page += f"\nThe tests are those of transformers {found['version']}.\n"
     adapters = RESULTS / "mixins_peft.json"
     if adapters.exists():
         found = json.loads(adapters.read_text())
         title = f"PEFT {found['peft']}: tests of decoder models"
         page += section(title, {", ".join(name.split("/")[-1] for name in found["models"]): found})
         page += f'\nChosen with `-k "{found["only"]}"`.\n' if found["only"] else ""
+        page += "\nThe streams are frozen: they would train beside an adapter, but tests of training assert that\n"
+        page += "nothing else has a gradient.\n"
     else:
         page += "\nPEFT's tests have not been run to their end yet (`python benchmarks/mixins_peft.py`).\n"
     args.output.write_text(page)

@@ -7,7 +7,8 @@ quartiles of the ratio over the pairs of turns. Peak memory comes from one proce
 where its folder is named, is held against the plain backbone likewise.
 
 Beside each ratio stands its floor: the same ratio of what has to be done, once the aggregator's and the prefix's own
-arithmetic is added; operations for a prefill and a training step, bytes for a decoded token.
+arithmetic is added; operations for a prefill and a training step, bytes for a decoded token, parameters and their
+gradients for memory.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
     python benchmarks/overhead.py --shapes narrow --streams 4 --lengths 256
@@ -228,6 +229,17 @@ def floor(what: str, kind: str, shape: dict[str, Any], P: int, rows: int, S: int
     return (plain + linear * aggregator + attended * prefix) / plain
 
 
+def memory_floor(kind: str, shape: dict[str, Any], P: int, plain_bytes: int) -> float:
+    """The ratio of memory in training if streams add their parameters and these' gradients, in float32, alone."""
+    if P == 1:
+        return 1.0
+    H, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    keys = H // shape["num_attention_heads"] * shape["num_key_value_heads"]  # G*D
+    aggregator = P * H * H + H + P * H + P
+    prefixes = 2 * layers * (P - (kind == "shared")) * PREFIX_LENGTH * keys
+    return 1 + 2 * 4 * (aggregator + prefixes) / plain_bytes
+
+
 # -- all of them
 
 
@@ -283,7 +295,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 peaks = {kind: _peak_in_process(kind, name, P, S, args) for kind in ("plain", *kinds)}
                 for kind in kinds:
                     row = {"shape": name, "model": kind, "what": "train memory", "P": P, "S": S, "B": args.batch_size}
-                    found = {"bytes": peaks[kind], "plain_bytes": peaks["plain"]}
+                    least = memory_floor(kind, SHAPES[name], P, peaks["plain"])
+                    found = {"bytes": peaks[kind], "plain_bytes": peaks["plain"], "floor": least}
                     yield row | {"ratio": peaks[kind] / peaks["plain"]} | found
 
 

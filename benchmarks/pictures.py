@@ -34,7 +34,7 @@ DEVICE, MODEL, NEW_TOKENS = "h100", "1.6B", 256
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 EVIDENCE_SIZE = "0.1M"
 EVIDENCE = (  # those of several seeds
-    *("prefix", "long prefix", "twin", "twice as wide"),
+    *("prefix", "long prefix", "prefix, embedding", "dense, embedding", "twin", "twice as wide"),
     *("P = 2", "P = 4", "P = 4, shared", "P = 4, embedding", "P = 2, embedding"),
 )
 PROMPTS = (64, 256, 1024, 4096, 16384)
@@ -65,7 +65,7 @@ def overhead(colours: Sequence[str]) -> Figure:
     figure, panels = _panels(2)
     for axes, S in zip(panels, (256, 1024), strict=True):
         for what, colour, marker in zip(("prefill", "decode", "train"), colours[1:], MARKERS[1:], strict=True):
-            wanted = {"shape": "small", "model": "parscale", "what": what, "S": S}
+            wanted = {"shape": "narrow", "model": "parscale", "what": what, "S": S}
             found = {row["P"]: row["ratio"] for row in rows if wanted.items() <= row.items()}
             style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
             label = "training step" if what == "train" else what

@@ -2,7 +2,8 @@
 
 The backbone is the small model that the package carries. It trains on the standard library's source and, if given, on
 prose; it is measured on files and articles that are held out, and on text of another kind, pydoc's topics. Differences
-in loss are paired by document. Runs that the results file has already are not repeated; an interrupted run goes on.
+in loss are paired by document. A run that is finished in the folder of `--work` is not trained again; an interrupted
+one goes on.
 
     python benchmarks/recycle.py --prose wikitext2-valid.txt --held-out-prose wikitext2-test.txt --tokens 400000
 """
@@ -72,14 +73,41 @@ def main() -> None:
         measure(args, args.work or Path(folder))
 
 
-def measure(args: argparse.Namespace, work: Path) -> None:
-    work.mkdir(parents=True, exist_ok=True)
+def read_texts(args: argparse.Namespace) -> tuple[list[Document], dict[str, Sequence[Document]]]:
+    """Documents to train on, and by kind those to measure on."""
     texts = quickstart_texts(3500, 1000)
     training = list(texts.train) + (articles(args.prose) if args.prose else [])
     measured: dict[str, Sequence[Document]] = {CODE: texts.measured[CODE]}
     if args.held_out_prose:
         measured[ARTICLES] = [(name, text[:3500]) for name, text in articles(args.held_out_prose)]
-    measured[PROSE] = texts.measured[PROSE]
+    return training, measured | {PROSE: texts.measured[PROSE]}
+
+
+def converted(source: str, folder: Path, P: int, seed: int, calibration: Path) -> str:
+    """The folder of the model with P streams, which is made unless it is there."""
+    if not folder.exists():
+        convert(source, str(folder), ParScaleConfig(P, seed=seed), calibration_files=[calibration])
+    return str(folder)
+
+
+def settings(args: argparse.Namespace, kind: str, training: list[Document]) -> TrainSettings:
+    """How a run of this kind trains."""
+    return TrainSettings(
+        data=[Source.of("training documents", training)],
+        tokens=args.tokens,
+        sequence_length=SEQUENCE_LENGTH,
+        batch_size=BATCH,
+        learning_rate=None if kind == FROZEN else args.backbone_rate,
+        streams_learning_rate=args.streams_rate,
+        freeze_backbone=kind == FROZEN,
+        bf16=faster_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        seed=args.seed,
+    )
+
+
+def measure(args: argparse.Namespace, work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    training, measured = read_texts(args)
     calibration = work / "calibration.txt"
     calibration.write_text("\n".join(text for _, text in training[:: max(1, len(training) // 50)]), encoding="utf-8")
 
@@ -115,30 +143,8 @@ def measure(args: argparse.Namespace, work: Path) -> None:
         }
         name = f"{kind.replace(' ', '-').replace(',', '')}-{P}"
         run = work / name
-        if P == 1:
-            checkpoint = source
-        else:
-            checkpoint = str(work / f"converted-{P}")
-            if not Path(checkpoint).exists():
-                config = ParScaleConfig(P, seed=args.seed)
-                convert(source, checkpoint, config, calibration_files=[calibration])
-        report = train(
-            checkpoint,
-            run,
-            TrainSettings(
-                data=[Source.of("training documents", training)],
-                tokens=args.tokens,
-                sequence_length=SEQUENCE_LENGTH,
-                batch_size=BATCH,
-                learning_rate=None if kind == FROZEN else args.backbone_rate,
-                streams_learning_rate=args.streams_rate,
-                freeze_backbone=kind == FROZEN,
-                bf16=faster_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-                seed=args.seed,
-            ),
-            resume=True,
-            console=Console(stderr=True),
-        )
+        checkpoint = source if P == 1 else converted(source, work / f"converted-{P}", P, args.seed, calibration)
+        report = train(checkpoint, run, settings(args, kind, training), resume=True, console=Console(stderr=True))
         evaluations[name] = losses(str(run))
         differences = {
             f"against {what}": {text: asdict(compare(evaluations[name][text], baseline[text])) for text in measured}

@@ -5,6 +5,7 @@ last logits are kept, into an empty cache), the time of a further token, and the
 turns in one process, and the fastest turn of each counts: whatever else a machine does only adds time.
 
     python benchmarks/shared.py --output benchmarks/results/shared.json
+    python benchmarks/shared.py --table benchmarks/results/shared.json
 """
 
 from __future__ import annotations
@@ -97,6 +98,18 @@ def measure(P: int, S: int, B: int, repeats: int, device: str) -> dict[str, Any]
     return row
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: ratios to the plain backbone at the same batch."""
+    lines = ["| P | prompt, tokens | first token: own | shared | further token: own | shared | cache: own | shared |"]
+    lines.append("|---" * 8 + "|")
+    for row in rows:
+        ratios = [
+            row[f"{what}_ratio"][kind] for what in ("first_token", "further_token", "cache") for kind in KINDS[1:]
+        ]
+        lines.append(f"| {row['P']} | {row['S']} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8], help="values of P")
@@ -108,7 +121,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
+        return
     torch.set_num_threads(args.threads)
     SHAPE["max_position_embeddings"] = max(args.lengths) + 4 * args.repeats
     rows = []

@@ -16,10 +16,10 @@ from parscale.format.folders import (
     STREAMS_CONFIG,
     TYPE_SUFFIX,
     Checkpoint,
-    numbers,
     read_json,
     set_name,
     set_names,
+    stream_config,
 )
 from parscale.format.headers import StoredTensor
 from parscale.format.packed import stored_sizes
@@ -52,9 +52,9 @@ def describe(path_or_repo: str) -> dict[str, Any]:
     if kind == PLAIN:
         streams = ParScaleConfig(num_streams=1)
     elif kind == FULL:
-        (name, further), streams = set_names(checkpoint, fields), numbers(checkpoint, fields)
+        (name, further), streams = set_names(checkpoint, fields), stream_config(checkpoint, fields)
     else:
-        name, streams = set_name(checkpoint, fields), numbers(checkpoint, fields)
+        name, streams = set_name(checkpoint, fields), stream_config(checkpoint, fields)
     return {
         "checkpoint": path_or_repo,
         "kind": kind,
@@ -117,7 +117,7 @@ def _streams(streams: ParScaleConfig) -> dict[str, Any]:
 
 
 def _further(checkpoint: Checkpoint) -> dict[str, Any]:
-    streams = numbers(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    streams = stream_config(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
     return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 

@@ -1,8 +1,11 @@
-"""Reinforce what a model with streams writes by a reward, with TRL's GRPOTrainer; transformers generates the samples.
+"""Reinforce what a model with streams writes by a reward, with TRL's GRPOTrainer.
 
-The reward here is the share of a completion that is letters. Only the streams train. Needs TRL (`pip install trl`).
+The reward here is the share of a completion that is letters. Only the streams train. transformers generates the
+samples, or vLLM with parscale's plugin, to which TRL sends the new weights after each step. Needs TRL (`pip install
+trl`), and vLLM for `--vllm`.
 
     python examples/grpo_model.py --steps 20
+    python examples/grpo_model.py --steps 20 --vllm
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from parscale import wrap
+from parscale import load, wrap
 from parscale.checkpoints import small_model_path
 
 PROMPTS = ["def open_file(", "import os\n", "class Reader:\n", "for name in names:\n"]
@@ -30,12 +33,17 @@ def main() -> None:
     parser.add_argument("--model", default=str(small_model_path()))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--vllm", action="store_true", help="sample with vLLM, on the same device as the training")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
-    model.freeze_backbone()
     with tempfile.TemporaryDirectory() as folder:
+        if args.vllm:  # it starts from the folder that the model was loaded from
+            model.save_pretrained(f"{folder}/start")
+            tokenizer.save_pretrained(f"{folder}/start")
+            model = load(f"{folder}/start")
+        model.freeze_backbone()
         settings = GRPOConfig(
             output_dir=folder,
             max_steps=args.steps,
@@ -45,6 +53,9 @@ def main() -> None:
             learning_rate=3e-2,
             logging_steps=1,
             save_strategy="no",
+            use_vllm=args.vllm,
+            vllm_mode="colocate",
+            vllm_max_model_length=64 + args.max_new_tokens,
             bf16=torch.cuda.is_available(),
             report_to="none",
             seed=0,

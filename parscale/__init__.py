@@ -10,6 +10,7 @@ Importing this package imports neither torch nor transformers: each name below i
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parscale.version import __version__
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from parscale.errors import UnsupportedModelError
     from parscale.loading import load
     from parscale.wrapping import unwrap, wrap
+
+# Python started in a clone finds this folder before what is installed; three sub-packages lie beside it there.
+__path__.extend(str(folder) for folder in Path(__file__).parents[1:2] if (folder / "pyproject.toml").exists())
 
 __all__ = ["ParScaleConfig", "UnsupportedModelError", "__version__", "load", "unwrap", "wrap"]
 

@@ -39,9 +39,9 @@ from parscale.format.folders import (
     TYPE_SUFFIX,
     Checkpoint,
     backbone_place,
-    numbers,
     set_name,
     set_names,
+    stream_config,
 )
 from parscale.format.models import FAULTS, load_backbone, load_plain_model, read_config
 from parscale.format.pretrained import warn_of_adapter, warn_of_licences
@@ -145,7 +145,7 @@ def _full_config(checkpoint: Checkpoint) -> Any:
 
 
 def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: Any) -> Any:
-    streams = numbers(checkpoint, vars(config))
+    streams = stream_config(checkpoint, vars(config))
     name, further = set_names(checkpoint, vars(config))
     tensors = checkpoint.weights(kwargs.get("variant"))
     stored = {key: tensor for key, tensor in tensors.items() if part_of(key)}

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
-from parscale.compat.transformers import own_reorder_cache
-from parscale.config import OWN, PREFIX, ParScaleConfig
+from parscale.compat.transformers import keeping_columns, own_reorder_cache
+from parscale.config import LORA, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
@@ -216,7 +216,17 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
             "model.use_streams(None)."
         )
-    return type(model).generate(model, *args, **kwargs)
+    with _whole_attention_weights(model, kwargs):
+        return type(model).generate(model, *args, **kwargs)
+
+
+def _whole_attention_weights(model: Any, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """In this block, assisted decoding keeps the columns of prefix or prompt, if attention weights are wanted."""
+    config, streams = kwargs.get("generation_config") or model.generation_config, model.parscale.active
+    wanted = kwargs.get("output_attentions", config.output_attentions)
+    if not wanted or model.num_streams == 1 or streams.config.transform == LORA:
+        return contextlib.nullcontext()
+    return keeping_columns(streams.config.prefix_length)
 
 
 def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:

@@ -35,12 +35,16 @@ class Corpus(NamedTuple):
 def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corpus:
     """Text to train on and text to evaluate on; a document is on the same side in every sweep.
 
-    source: `"stdlib"`, the source of Python's standard library (some 10 MB); `"packages"`, the same and the source of
-        every
-    installed package (hundreds of MB with PyTorch); any other name is a dataset of the `datasets` package, whose column
-    `text` or `content` is read. Of equal documents only the first is kept. max_bytes: stop after this number of bytes.
+    Of equal documents only the first is kept.
 
-    Raises `ValueError` for a dataset that cannot be read or has no such column.
+    Args:
+        source: `"stdlib"`, the source of Python's standard library (some 10 MB); `"packages"`, the same and the source
+            of every installed package (hundreds of MB with PyTorch); any other name is a dataset of the `datasets`
+            package, whose column `text` or `content` is read.
+        max_bytes: stop after this number of bytes.
+
+    Raises:
+        ValueError: a dataset cannot be read, or has no such column.
     """
     documents = python_files(source) if source in SOURCES else _data_set(source)
     sides: dict[bool, list[bytes]] = {False: [], True: []}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from parscale.scaling_laws import paper, roofline
+from parscale.scaling_laws.arguments import require_count, require_known
 from parscale.scaling_laws.configs import read_shape
 from parscale.scaling_laws.hardware import Hardware, find_hardware
 from parscale.scaling_laws.roofline import Workload
@@ -102,24 +102,13 @@ def cost(
         FileNotFoundError: the path does not exist.
         ValueError: a number is out of range, a name is unknown, or the configuration lacks a required size.
     """
-    counts = {
-        "num_streams": num_streams,
-        "batch_size": batch_size,
-        "input_length": input_length,
-        "output_length": output_length,
-    }
+    counts = {"num_streams": num_streams, "batch_size": batch_size, "input_length": input_length}
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        most = MOST_STEPS if name == "output_length" else MOST
-        if value > most:
-            raise ValueError(f"{name} is above the maximum of {most:,}; give a smaller one")
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}; give one of {', '.join(METHODS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"no dtype {dtype!r}; give one of {', '.join(DTYPES)}")
-    if kv not in KVS:
-        raise ValueError(f"no kv {kv!r}; give one of {', '.join(KVS)}")
+        require_count(name, value, MOST)
+    require_count("output_length", output_length, MOST_STEPS)
+    require_known("method", method, METHODS)
+    require_known("dtype", dtype, DTYPES)
+    require_known("kv", kv, KVS)
     if not 0 <= overhead < float("inf"):
         raise ValueError(f"overhead is {overhead!r}; it must be at least 0 seconds")
     device = find_hardware(hardware)

@@ -34,9 +34,13 @@ def require_file(path: str | Path, wanted: str) -> None:
 def read_text(path: str | Path, wanted: str) -> str:
     """The whole text of a file, in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark, which is removed.
 
-    wanted: the expected file, for errors. Raises `FileNotFoundError` if it does not exist, and `ValueError` if it is
-        not a
-    file (a pipe would block) or not text.
+    Args:
+        path: of the file.
+        wanted: the expected file, for errors.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is not a file (a pipe would block) or not text.
     """
     require_file(path, wanted)
     contents = Path(path).read_bytes()
@@ -67,9 +71,15 @@ def read_table(path: str | Path, columns: Collection[str], meaning: str = "") ->
     Commas, semicolons or tabs separate the cells, as in the header, and a cell may be quoted. Blank lines and lines
     that start with `#` are skipped.
 
-    columns: required columns. meaning: their contents, for errors. Errors as in `read_text`, and `ValueError`, with the
-    line, for a header that lacks one of `columns` or names one twice, and for a row with more or fewer cells than the
-    header.
+    Args:
+        path: of the file.
+        columns: required columns.
+        meaning: their contents, for errors.
+
+    Raises:
+        FileNotFoundError: as in `read_text`.
+        ValueError: as in `read_text`; or, with the line, the header lacks one of `columns` or names one twice, or a
+            row has more or fewer cells than the header.
     """
     needed = ", ".join(columns)
     lines = [

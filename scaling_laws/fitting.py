@@ -8,6 +8,7 @@ from numbers import Integral
 import numpy as np
 from numpy.typing import ArrayLike
 
+from parscale.scaling_laws.arguments import require_known
 from parscale.scaling_laws.data import Array, Points, check_points, positive, size_groups
 from parscale.scaling_laws.forms import FORMS, Form
 from parscale.scaling_laws.intervals import Interval, Optimum, bootstrap, calibrated_limits, f_limits, profile
@@ -134,8 +135,7 @@ def fit_form(
         ValueError: as in `fit`, or the form is unknown, or it needs `tokens` that are missing or all equal.
     """
     if isinstance(form, str):
-        if form not in FORMS:
-            raise ValueError(f"no form {form!r}; give one of {', '.join(FORMS)}")
+        require_known("form", form, FORMS)
         form = FORMS[form]
     problem = _problem(form, params, streams, losses, tokens)
     if not isinstance(bootstrap, Integral) or bootstrap < 0:

@@ -100,9 +100,12 @@ class Form:
     def log_terms(self, theta: Array, sizes: Array, streams: Array) -> tuple[Array, Array]:
         """Logarithm of each term and its gradient: `(S, n, m)` and `(S, n, m, p)`.
 
-        sizes: `(n, 1)` or `(n, 2)`, parameters and tokens. streams: `(n,)`. Not finite if a strength makes a factor 0
-            or
-        negative.
+        They are not finite if a strength makes a factor 0 or negative.
+
+        Args:
+            theta: the parameters of S fits, `(S, p)`.
+            sizes: `(n, 1)` or `(n, 2)`, parameters and tokens.
+            streams: `(n,)`.
         """
         sets, points = theta.shape[0], streams.size
         values = np.zeros((sets, points, len(self.terms) + 1))

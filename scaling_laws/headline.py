@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from parscale.scaling_laws.arguments import require_known
 from parscale.scaling_laws.configs import read_shape
 from parscale.scaling_laws.costs import cost
 from parscale.scaling_laws.data import published
@@ -18,8 +19,7 @@ LENGTHS = (64, 128, 256, 512)
 def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = LENGTHS) -> tuple[float, float]:
     """Memory in bytes and seconds of a published model, as the mean over `lengths`: an entry of the paper's figure."""
     models = published_models()
-    if size not in models:
-        raise ValueError(f"no published model {size!r}; give one of {', '.join(models)}")
+    require_known("published model", size, models)
     shape = read_shape(models[size])
     costs = [
         cost(
@@ -34,7 +34,9 @@ def dense_of_equal_loss(streams: int = 8, size: str = "1.6B", *, batch_size: int
     """Memory in bytes and seconds of a plain model that reaches the loss (Stack) of `size` with `streams` streams.
 
     Both are interpolated by loss between the two nearest published plain models, at the paper's average over lengths.
-    Raises `ValueError` for a size or P without a published point, and if the loss is not between two plain models.
+
+    Raises:
+        ValueError: the size or P has no published point, or the loss is not between two plain models.
     """
     names = list(published_models())
     points = published("stack")

@@ -52,12 +52,20 @@ def solve(
     newton_steps: int = 60,
     tolerance: float = 1e-14,
 ) -> tuple[Array, Array]:
-    """Minimizes from each of `starts` (S, p); returns `theta` (S, p) and the summed Huber loss `(S,)`.
+    """Minimizes from each start: first with a Hessian that is positive everywhere, then with the exact one.
 
-    log_losses: `(S, n)`, a separate dataset for each problem (a bootstrap). free: `(S, p)` bool, parameters that are
-        fitted
-    (a profile). First takes up to `robust_steps` with a Hessian that is positive everywhere, then up to `newton_steps`
-    with the exact one.
+    Args:
+        problem: the form and the data.
+        starts: `(S, p)`.
+        log_losses: `(S, n)`, a separate dataset for each problem (a bootstrap).
+        free: `(S, p)` bool, parameters that are fitted (a profile).
+        delta: of the Huber loss.
+        robust_steps: at most, with the first Hessian.
+        newton_steps: at most, with the second.
+        tolerance: a problem ends with a step that lowers its loss by less than this share of it.
+
+    Returns:
+        `theta` `(S, p)` and the summed Huber loss `(S,)`.
     """
     observed = np.log(problem.losses)[None] if log_losses is None else log_losses
     movable = np.ones(starts.shape, dtype=bool) if free is None else free

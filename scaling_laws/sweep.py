@@ -15,10 +15,11 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -128,17 +129,27 @@ def sweep(
     wrap: Wrap,
     *,
     workers: int | None = None,
+    on_ray: bool = False,
     report: Report | None = None,
 ) -> list[Row]:
     """Trains the missing `runs` and returns all rows, in order; appends each to `folder/runs.csv`.
 
-    wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`. workers: parallel runs, spread over the
-        GPUs; by
-    default one for each GPU, or one. report: called with a run and its completed share.
+    Args:
+        runs: to train; those that `runs.csv` has are not trained again.
+        folder: where `runs.csv` lies, or will.
+        wrap: called as `wrap(model, P, prefix_length=T, init="random", seed=s)`.
+        workers: parallel runs, spread over the GPUs; by default one for each GPU, or one.
+        on_ray: each run is a task of Ray, on one GPU where its cluster has any, else on one core; the cluster is the
+            one that this process or machine is connected to, or this machine.
+        report: called with a run and its completed share.
 
-    Raises `ValueError` for runs with too little text or with different sources, and for a damaged `runs.csv`;
-    `ChildProcessError` if a worker is killed.
+    Raises:
+        ValueError: runs have too little text or different sources, `runs.csv` is damaged, or `on_ray` comes with
+            `workers` or without Ray.
+        ChildProcessError: a worker is killed.
     """
+    if on_ray:
+        require_ray(workers)
     sources = {run.source for run in runs}
     if len(sources) != 1:
         raise ValueError(f"one sweep reads one text; these runs name {', '.join(sorted(sources)) or 'none'}")
@@ -157,7 +168,12 @@ def sweep(
                 "or a larger source, such as packages"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        for row in _train_all(missing, corpus, wrap, workers, report):
+        finished: Iterable[Row]
+        if on_ray:
+            finished = _train_on_ray(missing, corpus, wrap, report)
+        else:
+            finished = _train_all(missing, corpus, wrap, workers, report)
+        for row in finished:
             done[row.run()] = row
             write_rows(folder / RUNS, done.values())
     return [done[run] for run in runs]
@@ -235,6 +251,48 @@ def _start_worker(waiting: Any, corpus: Corpus, threads: int) -> None:
 
 def _train_in_worker(run: Run, wrap: Wrap) -> Row:
     return train(run, _worker["corpus"], wrap, _worker["device"], None)
+
+
+def require_ray(workers: int | None) -> None:
+    """Raises `ValueError` if Ray is not installed, or if a number of workers is given as well."""
+    if workers is not None:
+        raise ValueError(
+            f"A Ray cluster says how many runs go at a time: give either the number of workers, {workers}, or Ray."
+        )
+    if find_spec("ray") is None:
+        raise ValueError("Runs on many machines need the package ray: pip install 'parscale[ray]'.")
+
+
+def _train_on_ray(runs: Sequence[Run], corpus: Corpus, wrap: Wrap, report: Report | None) -> Iterator[Row]:
+    import ray
+
+    is_connected = ray.is_initialized()
+    if not is_connected:
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    has_gpus = ray.cluster_resources().get("GPU", 0) >= 1
+    task = ray.remote(train).options(num_cpus=1, num_gpus=1 if has_gpus else 0)
+    text = ray.put(corpus)
+    waiting = {task.remote(run, text, wrap, "cuda:0" if has_gpus else "cpu"): run for run in runs}
+    try:
+        while waiting:
+            (finished,), _ = ray.wait(list(waiting))
+            row = ray.get(finished)
+            run = waiting.pop(finished)
+            if report is not None:
+                report(run, 1.0)
+            yield row
+    except ray.exceptions.RayTaskError as error:  # an error of the run itself
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ChildProcessError(
+            f"Ray lost a run of the sweep ({type(error).__name__}); finished runs are kept: start the sweep again to "
+            "continue it"
+        ) from error
+    finally:
+        for each in waiting:
+            ray.cancel(each, force=True)
+        if not is_connected:
+            ray.shutdown()
 
 
 def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Report | None = None) -> Row:

@@ -7,9 +7,9 @@ and log-sum-exp but no scores (Dao et al., arXiv 2205.14135); `eager` stores the
 the layers, b = B*S through the head. Stored for the backward pass, in bytes, with c bytes for a computed number (for
 such counts see Korthikanti et al., arXiv 2205.05198):
 
-        a layer's norms       8*n*(H + 1), and more for gradients of their weights and the inputs of trained matrices
+    a layer's norms       8*n*(H + 1), and more for gradients of their weights and the inputs of trained matrices
     its attention         c*n*(2*heads*D + 2*G*D) + 4*n*heads
-        Qwen3's norms there   4*n*(heads + G)*(D + 1), and c*n*(heads + G)*D for gradients of their weights
+    Qwen3's norms there   4*n*(heads + G)*(D + 1), and c*n*(heads + G)*D for gradients of their weights
     its MLP               c*n*3*I, and c*n*I for the last matrix's input
     final norm            4*(n*H + n)
     aggregator, P > 1     c*n*H + 2*c*b*H + (4 + c)*b*P; 2*c*n*H under autocast, which casts for two products
@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from parscale.scaling_laws.arguments import require_count, require_known
 from parscale.scaling_laws.configs import read_shape
 from parscale.scaling_laws.costs import DTYPES, Config
 from parscale.scaling_laws.data import data_rows
@@ -52,12 +52,14 @@ class TrainingMemory:
     memory: dict[str, float]
     """`memory_bytes`, split by content:
 
-    weights: in 32 bits if they are trained. gradients, optimizer: of trained parameters. copies: 16-bit copies of
-        trained and
-    32-bit weights, made by autocast. gathered: the layers that FSDP has gathered, with their gradients; for a
-    replicated model on several GPUs (DDP), the buckets for exchanging gradients. activations: stored for the backward
-    pass. workspace: other memory at the peak: the gradient of the logits, or the gradients of one layer and, with
-    checkpointing, its activations.
+    - `weights`: in 32 bits if they are trained.
+    - `gradients`, `optimizer`: of trained parameters.
+    - `copies`: 16-bit copies of trained and 32-bit weights, made by autocast.
+    - `gathered`: the layers that FSDP has gathered, with their gradients; for a replicated model on several GPUs (DDP),
+      the buckets for exchanging gradients.
+    - `activations`: stored for the backward pass.
+    - `workspace`: other memory at the peak: the gradient of the logits, or the gradients of one layer and, with
+      checkpointing, its activations.
     """
     params: float
     """The number of all parameters, including embedding, streams and adapters."""
@@ -148,29 +150,18 @@ def training_memory(
     counts = {"num_streams": num_streams, "batch_size": batch_size, "sequence_length": sequence_length, "gpus": gpus}
     counts |= {"lora_rank": lora_rank} | ({} if prefix_length is None else {"prefix_length": prefix_length})
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        require_count(name, value)
     frozen = dtype if frozen_dtype is None else frozen_dtype
-    for name, chosen, allowed in (
-        ("trains", trains, TRAINS),
-        ("sharding", sharding, SHARDINGS),
-        ("dtype", dtype, ("bfloat16", "float32")),
-        ("frozen_dtype", frozen, tuple(DTYPES)),
-    ):
-        if chosen not in allowed:
-            raise ValueError(f"no {name} {chosen!r}; give one of {', '.join(allowed)}")
+    require_known("trains", trains, TRAINS)
+    require_known("sharding", sharding, SHARDINGS)
+    require_known("dtype", dtype, ("bfloat16", "float32"))
+    require_known("frozen_dtype", frozen, DTYPES)
     if num_streams == 1 and trains == "streams":
         raise ValueError("with num_streams 1 there are no streams to train; give trains='everything' or 'lora'")
     if dtype == "float32" and trains != "everything" and frozen != "float32":
         raise ValueError(f"frozen_dtype is {frozen!r} and dtype 'float32'; give dtype='bfloat16', or frozen float32")
     device = find_hardware(hardware)
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
-    if shape.experts or shape.kv_rank or not shape.gated or shape.attention_layers != shape.layers:
-        raise ValueError(
-            f"training is counted for decoders with a gated MLP in every layer, but {shape.name!r} is not one"
-        )
-    if prefix_length is not None:
-        shape = dataclasses.replace(shape, prefix_length=prefix_length)
+    shape = _countable_shape(config, prefix_length)
     c = 2 if dtype == "bfloat16" else 4
     whole = trains == "everything" or frozen == "float32"
     run = _Run(
@@ -189,9 +180,26 @@ def training_memory(
     backbone = shape.backbone_params + shape.embedding_params
     added = shape.prefix_params(run.P) + shape.aggregator_params(run.P) + _lora_params(run)
     trained = added + (backbone if run.everything else 0)
+    memory = _memory(run, trained, gpus, sharding)
+    total = sum(memory.values())
+    return TrainingMemory(total, memory, backbone + added, trained, total <= device.memory_gb * 1e9, device.name)
+
+
+def _countable_shape(config: Config, prefix_length: int | None) -> ModelShape:
+    """The shape of a model whose training is counted, with another prefix length if given."""
+    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    if shape.experts or shape.kv_rank or not shape.gated or shape.attention_layers != shape.layers:
+        raise ValueError(
+            f"training is counted for decoders with a gated MLP in every layer, but {shape.name!r} is not one"
+        )
+    return shape if prefix_length is None else dataclasses.replace(shape, prefix_length=prefix_length)
+
+
+def _memory(run: _Run, trained: float, gpus: int, sharding: str) -> dict[str, float]:
+    """The bytes on each GPU, split as in `TrainingMemory.memory`; `trained` parameters."""
     shards = gpus if sharding == "fsdp" else 1
     kept, copies, workspace = _activations(run)
-    memory = {
+    return {
         "weights": (_stored_bytes(run) + MASTER * trained) / shards,
         "gradients": MASTER * trained / shards,
         "optimizer": 2 * MASTER * trained / shards,
@@ -200,8 +208,6 @@ def training_memory(
         "activations": kept,
         "workspace": workspace,
     }
-    total = sum(memory.values())
-    return TrainingMemory(total, memory, backbone + added, trained, total <= device.memory_gb * 1e9, device.name)
 
 
 def known_backbones() -> dict[str, dict[str, Any]]:

@@ -88,6 +88,18 @@ def test_root_is_not_on_the_path():
     assert ROOT not in {Path(entry or os.getcwd()).resolve() for entry in sys.path}
 
 
+def test_python_started_in_a_clone_finds_all_packages():
+    """As after `pip install .`: the current folder comes first, and there is no finder of an editable install."""
+    script = (
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+        "import parscale.checkpoints, parscale.kernels, parscale.scaling_laws\n"
+        "print(parscale.kernels.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "kernels" / "__init__.py"), done.stderr
+
+
 def test_version_is_the_package_version():
     import parscale
 

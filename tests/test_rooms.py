@@ -48,7 +48,7 @@ ROOMS = [
     "parscale.checkpoints.models",
     "parscale.checkpoints.texts",
     "parscale.checkpoints.evaluation",
-    "parscale.checkpoints.held_against",
+    "parscale.checkpoints.checkpoint_comparison",
     "parscale.checkpoints.training",
     "parscale.checkpoints.conversion",
     "parscale.checkpoints.control_runs",

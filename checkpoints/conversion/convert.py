@@ -84,32 +84,39 @@ def convert(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    active = model.parscale.active
-    streams = model.parscale.tensors(active)
-    differing = _count(tensor for name, tensor in streams.items() if part_of(name) == TRANSFORM_PART)
     return {
         "source": source,
         "output": str(output),
         "kind": STREAMS_ONLY if streams_only else FULL,
         "backbone": type(model).__name__,
+        **_described(model, config),
+        "calibration": [name for name, _ in documents],
+        "seed": config.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenizer": tokenizer is not None,
+        "parameters": {"backbone": backbone_parameters, **_parameters_of_streams(model, config)},
+        "bytes": size,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def _described(model: Any, config: ParScaleConfig) -> dict[str, Any]:
+    """What a report says of the streams: what they were configured as, and the start that was chosen."""
+    return {
         "num_streams": config.num_streams,
         "transform": config.transform,
         **({} if config.kv == OWN else {"kv": config.kv}),
         **({"rank": config.rank} if config.transform == LORA else {"prefix_length": config.prefix_length}),
         "smoothing": config.smoothing,
-        "init": active.config.init,
-        "calibration": [name for name, _ in documents],
-        "seed": config.seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tokenizer": tokenizer is not None,
-        "parameters": {
-            "backbone": backbone_parameters,
-            LABELS[config.transform]: differing,
-            "aggregator": _count(streams.values()) - differing,
-        },
-        "bytes": size,
-        "seconds": round(time.perf_counter() - start, 3),
+        "init": model.parscale.active.config.init,
     }
+
+
+def _parameters_of_streams(model: Any, config: ParScaleConfig) -> dict[str, int]:
+    """How many parameters make the streams differ, and how many mix them."""
+    streams = model.parscale.tensors(model.parscale.active)
+    differing = _count(tensor for name, tensor in streams.items() if part_of(name) == TRANSFORM_PART)
+    return {LABELS[config.transform]: differing, "aggregator": _count(streams.values()) - differing}
 
 
 def calibration_ids(

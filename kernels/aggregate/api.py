@@ -8,6 +8,7 @@ import torch
 
 from parscale.kernels.aggregate.reference import aggregate_reference
 from parscale.kernels.dispatch import Impl, runs_fused
+from parscale.kernels.shapes import shapes_error
 
 MAX_FUSED_STREAMS = 64
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,9 +40,7 @@ def aggregate(
         ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     if x.ndim != 3 or logits.ndim != 2 or logits.shape != (x.shape[1], x.shape[0]):
-        raise ValueError(
-            f"aggregate takes x (P, N, H) and logits (N, P), got {tuple(x.shape)} and {tuple(logits.shape)}."
-        )
+        raise shapes_error("aggregate", ("x (P, N, H)", "logits (N, P)"), (x, logits))
     if runs_fused(impl, x, functools.partial(_obstacle, x, logits)):
         from parscale.kernels.aggregate.fused import aggregate_op
 

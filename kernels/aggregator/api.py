@@ -9,6 +9,7 @@ import torch
 from parscale.kernels.aggregate.api import MAX_FUSED_STREAMS
 from parscale.kernels.aggregator.reference import aggregator_reference
 from parscale.kernels.dispatch import Impl, autocasts, runs_fused
+from parscale.kernels.shapes import shapes_error
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -50,11 +51,8 @@ def aggregator(
     P, H = weight2.shape[0], hidden.shape[-1]
     expected = ((H, H * P), (H,), (P, H), (P,))
     if hidden.ndim != 3 or any(x.shape != shape for x, shape in zip(tensors[1:], expected, strict=True)):
-        raise ValueError(
-            "aggregator takes hidden (P*B, S, H), weight1 (H, H*P), bias1 (H,), weight2 (P, H) and bias2 (P,), got "
-            + ", ".join(str(tuple(x.shape)) for x in tensors)
-            + "."
-        )
+        layouts = ("hidden (P*B, S, H)", "weight1 (H, H*P)", "bias1 (H,)", "weight2 (P, H)", "bias2 (P,)")
+        raise shapes_error("aggregator", layouts, tensors)
     if hidden.shape[0] % P:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, which is not a multiple of the {P} streams.")
     weights = list(tensors[1:])

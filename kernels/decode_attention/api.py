@@ -9,6 +9,7 @@ import torch
 from parscale.kernels.decode_attention.joined import decode_attention_joined
 from parscale.kernels.decode_attention.reference import decode_attention_reference
 from parscale.kernels.dispatch import Impl, runs_fused
+from parscale.kernels.shapes import shapes_error
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
@@ -56,11 +57,8 @@ def decode_attention(
         ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (query, key, value, prefix_k, prefix_v)
-    if [x.ndim for x in tensors] != [4] * 5 or query.shape[2] != 1 or query.shape[0] % prefix_k.shape[0]:
-        raise ValueError(
-            "decode_attention takes query (P*B, heads, 1, D), key (P*B, G, K, D), value (P*B, G, K, Dv), prefix_k "
-            "(P, G, T, D) and prefix_v (P, G, T, Dv), got " + ", ".join(str(tuple(x.shape)) for x in tensors) + "."
-        )
+    if not is_one_token(tensors) or query.shape[0] % prefix_k.shape[0]:
+        raise decode_shapes_error("decode_attention", "P*B", "P", tensors)
     if runs_fused(impl, query, functools.partial(decode_obstacle, tensors, (mask, length, sinks))):
         from parscale.kernels.decode_attention.fused import decode_op
 
@@ -83,6 +81,25 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
     return (seen * places).amax(dim=(1, 2, 3))
+
+
+def is_one_token(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether query, key, value and both parts of the prefix have four dimensions, and rows one query token each."""
+    return [x.ndim for x in tensors] == [4] * 5 and tensors[0].shape[2] == 1
+
+
+def decode_shapes_error(operation: str, rows: str, streams: str, tensors: tuple[torch.Tensor, ...]) -> ValueError:
+    """The error for shapes that an operation of decode attention does not take.
+
+    Args:
+        operation: its name.
+        rows: the number of rows of keys and values, in letters.
+        streams: the number of prefixes, in letters.
+        tensors: query, key, value, prefix_k and prefix_v.
+    """
+    cache = (f"key ({rows}, G, K, D)", f"value ({rows}, G, K, Dv)")
+    prefix = (f"prefix_k ({streams}, G, T, D)", f"prefix_v ({streams}, G, T, Dv)")
+    return shapes_error(operation, ("query (P*B, heads, 1, D)", *cache, *prefix), tensors)
 
 
 def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from parscale.kernels.decode_attention.api import decode_obstacle
+from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
+from parscale.kernels.decode_attention.reference import PIECE
 from parscale.kernels.dispatch import Impl, runs_fused
 from parscale.kernels.shared_attention.layout import plain_rows
 
-# Half-precision keys and values are converted to single precision in pieces of this many elements, which stay in the
-# cache of a processor and in the pool of its allocator.
-PIECE = 2**20
 MOST_QUERIES = 64  # of all streams on one key/value head, for a program of the fused implementation
 
 
@@ -63,8 +61,10 @@ def shared_decode_attention(
     Raises:
         ValueError: shapes do not fit together, `impl` is unknown, or `"fused"` cannot run.
     """
-    plain = plain_rows(query, key, prefix_k)
     tensors = (query, key, value, prefix_k, prefix_v)
+    if not is_one_token(tensors):
+        raise decode_shapes_error("shared_decode_attention", "B", "P - 1", tensors)
+    plain = plain_rows(query, key, prefix_k)
     if runs_fused(impl, query, functools.partial(_obstacle, tensors, (mask, length))):
         from parscale.kernels.decode_attention.fused import decode_op
 

@@ -105,7 +105,7 @@ class CachedAttention:
         cache = arguments.get(self.cache_argument)
         if isinstance(cache, PrefixCache):  # passed on by the module around this one, which does not use it
             cache = cache.cache
-        cache = getattr(cache, "self_attention_cache", cache)
+        cache = getattr(cache, "self_attention_cache", cache)  # of an EncoderDecoderCache
         arguments[self.cache_argument] = PrefixCache(cache, prefix, self._record if recording else None)
         if prefix is not None:
             self._make_room(module, arguments, cache, prefix[0])
@@ -342,6 +342,7 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
 
 
 def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, AttentionLayer]]:
+    """Hooks the layers that take a cache, runs the model briefly, and keeps the hooks of those that updated it."""
     names = {id(module): name for name, module in state.model.named_modules()}
     takes_cache = [module for part in state.parts for module in part.modules() if _takes_cache(module)]
     if takes_cache and all(map(carries_state, DynamicCache(config=state.backbone.config).layers)):

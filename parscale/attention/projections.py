@@ -56,22 +56,25 @@ class SharedProjections:
             hook.remove()
         self.hooks = []
 
-    def _running(self) -> int:
-        """How many streams the pass runs; 1 where it is none of this set."""
+    def _running(self, states: torch.Tensor) -> int:
+        """How many streams the pass runs; 1 where it is none of this set, and where narrowing costs more than it saves.
+
+        That is a step of one token: it reads the weights of the projection whatever the number of rows.
+        """
         call = self.state.call
-        if call.in_flight is not self.streams:
+        if call.in_flight is not self.streams or (states.ndim == 3 and states.shape[1] == 1):
             return 1
         return self.streams.num_streams - (call.passes is not None)  # stream 0 had its pass
 
     def _narrow(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before a projection: the rows of the first stream that runs, `(B, S, H)`."""
-        running = self._running()
+        running = self._running(args[0])
         return None if running == 1 else (args[0][: args[0].shape[0] // running], *args[1:])
 
     def _repeat(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """After it: as many rows as the layer goes on with, `(R, S, ...)`."""
-        running = self._running()
-        return None if running == 1 else output.repeat(running, *[1] * (output.ndim - 1))
+        running = self._running(args[0])
+        return None if running == 1 else torch.cat([output] * running)
 
 
 def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module, bool]:

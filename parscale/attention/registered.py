@@ -95,9 +95,7 @@ class AttentionConfig(ConfigView):
         """The name that `prefix_attention` is registered under; the true name for the plain backbone."""
         true_name = attn_implementation(self.backbone)
         call = self.state.call
-        if (
-            call.in_flight is None and call.recorder is None and call.passes is None
-        ):  # the plain backbone, as before wrapping
+        if call.in_flight is None and call.recorder is None and call.passes is None:
             return true_name
         name = NAME_PREFIX + true_name
         if name not in attention_functions():
@@ -211,7 +209,7 @@ def _with_prefix(
     """Attention of P*B rows with keys of their own, and P prefixes `(P, G, T, D)`."""
     tensors = (query, key, value, prefix_k, prefix_v)
     if name == "sdpa" and not _is_special(kwargs):
-        output = _by_own_functions(state, *tensors, attention_mask, _is_causal(layer, kwargs), kwargs.get("scaling"))
+        output = _by_own_functions(state, layer, *tensors, attention_mask, **kwargs)
         if output is not None:
             return output.transpose(1, 2), None  # (R, S, heads, D)
     backbone = _backbone(name, layer)
@@ -230,27 +228,27 @@ def _with_prefix(
 
 def _by_own_functions(
     state: ParScaleState,
+    layer: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     prefix_k: torch.Tensor,
     prefix_v: torch.Tensor,
     mask: torch.Tensor | None,
-    causal: bool,
-    scaling: float | None,
+    **kwargs: Any,
 ) -> torch.Tensor | None:
     """What `sdpa` gives, without a copy of the cache or a mask over the prefix: `(R, heads, S, D)`.
 
     Returns:
         `None` where neither `decode_attention` nor `causal_attention` takes the tensors.
     """
-    S = query.shape[2]
+    S, scaling = query.shape[2], kwargs.get("scaling")
     tensors = (query, key, value, prefix_k, prefix_v)
     if S == 1:
         # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
         length = None if mask is None or not query.is_cuda else visible_lengths_once(state.call.masks, mask)
         return decode_attention(*tensors, mask, length=length, scaling=scaling, impl=state.kernels)
-    if mask is None and causal:
+    if mask is None and _is_causal(layer, kwargs):
         key, value = key[:, :, :S], value[:, :, :S]
         if is_mergeable(query, key, value, state.kernels):
             return causal_attention(query, key, value, prefix_k, prefix_v, scaling=scaling)
@@ -299,6 +297,6 @@ def _is_causal(module: object, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_special(kwargs: dict[str, Any]) -> bool:
-    """Whether something is asked for that only the backbone's own function knows."""
+    """Whether the arguments ask for something that only the backbone's own function does."""
     cap, bias = kwargs.get("softcap"), kwargs.get("position_bias")
     return bool(kwargs.get("dropout")) or cap is not None or bias is not None

@@ -50,7 +50,7 @@ def cost(
 ) -> None:
     """Estimate memory and time of generation, and compare with the plain model of equal loss."""
     from parscale.scaling_laws import cost as count
-    from parscale.scaling_laws import read_hardware, read_shape, versus
+    from parscale.scaling_laws import read_hardware, read_shape
 
     if plot is not None:
         require_writable(plot)
@@ -62,23 +62,11 @@ def cost(
     kinds = list(dict.fromkeys(kv or ["own"]))
     counted, rows = [], []
     for streams, kind, batch in itertools.product(dict.fromkeys(num_streams), kinds, dict.fromkeys(batch_size)):
-        item = count(shape, num_streams=streams, batch_size=batch, kv=kind, **work)
+        chosen = work | {"num_streams": streams, "batch_size": batch, "kv": kind}
+        item = count(shape, **chosen)
         counted.append(((streams, batch), kind, item))
-        row: dict[str, Any] = {
-            "streams": streams,
-            **({} if kv is None else {"kv": kind}),
-            "batch_size": batch,
-            "memory_gib": item.memory_bytes / GIB,
-            "seconds": item.seconds,
-            "prefill_seconds": item.prefill_seconds,
-            "fits": item.fits,
-        }
-        if streams > 1:
-            comparison = versus(fitted, shape, num_streams=streams, batch_size=batch, kv=kind, **work)
-            row["memory_vs_dense"] = comparison.ratio("memory_bytes")
-            row["seconds_vs_dense"] = comparison.ratio("seconds")
-        rows.append(row)
-    several = [count for count in dict.fromkeys(num_streams) if count > 1]
+        rows.append(_row(item, chosen, shows_kv=kv is not None) | _versus_dense(fitted, shape, chosen))
+    several = [P for P in dict.fromkeys(num_streams) if P > 1]
     crossovers = [
         found | ({} if kv is None else {"kv": kind})
         for kind in kinds
@@ -102,10 +90,34 @@ def cost(
         typer.echo(
             "vs dense: divided by the cost of the plain, wider model that the law predicts to have the same loss."
         )
-    for crossover in crossovers:
-        typer.echo(_sentence(crossover))
-    for note in notes:
-        typer.echo(note)
+    for sentence in (*map(_sentence, crossovers), *notes):
+        typer.echo(sentence)
+
+
+def _row(item: Any, work: dict[str, Any], *, shows_kv: bool) -> dict[str, Any]:
+    """The row of the table for one number of streams, kind of keys and batch size."""
+    return {
+        "streams": work["num_streams"],
+        **({"kv": work["kv"]} if shows_kv else {}),
+        "batch_size": work["batch_size"],
+        "memory_gib": item.memory_bytes / GIB,
+        "seconds": item.seconds,
+        "prefill_seconds": item.prefill_seconds,
+        "fits": item.fits,
+    }
+
+
+def _versus_dense(fitted: Any, shape: Any, work: dict[str, Any]) -> dict[str, float]:
+    """Memory and time divided by those of the plain model of equal loss; nothing for one stream."""
+    from parscale.scaling_laws import versus
+
+    if work["num_streams"] == 1:
+        return {}
+    comparison = versus(fitted, shape, **work)
+    return {
+        "memory_vs_dense": comparison.ratio("memory_bytes"),
+        "seconds_vs_dense": comparison.ratio("seconds"),
+    }
 
 
 def _crossovers(fitted: Any, shape: Any, streams: list[int], work: dict[str, Any]) -> list[dict[str, Any]]:

@@ -77,12 +77,7 @@ def evaluate(
         "--include-path": include_path is not None,
         "--confirm-run-unsafe-code": confirm_run_unsafe_code,
     }
-    if bool(data) == bool(tasks):
-        raise ValueError("Give either --data FILE... or --tasks NAME..., not both. Try 'parscale eval --help'.")
-    if data and (given := [name for name, is_given in of_tasks.items() if is_given]):
-        raise ValueError(f"Only --tasks takes {' and '.join(given)}; leave it out. Try 'parscale eval --help'.")
-    if against and (tasks or adaptive is not None):
-        raise ValueError("--against compares losses on --data, with all streams; leave --tasks and --adaptive out.")
+    _check_options(data, tasks, against, adaptive, of_tasks=[name for name, given in of_tasks.items() if given])
     if output is not None:
         require_writable(output)
     documents = read_documents(data or [], text_column=text_column)
@@ -109,7 +104,7 @@ def evaluate(
     else:
         figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
         if against:
-            from parscale.checkpoints.held_against import compare_checkpoints
+            from parscale.checkpoints.checkpoint_comparison import compare_checkpoints
 
             figures["comparisons"] = compare_checkpoints(
                 (model, tokenizer, checkpoint),
@@ -124,13 +119,34 @@ def evaluate(
     elif tasks:
         _print_scores(figures)
     else:
-        shown = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
-        shown.pop("parscale")
-        comparisons = shown.pop("comparisons", [])
-        print_figures(shown | {"documents": len(figures["documents"])})
-        _print_comparisons(comparisons)
+        _print_losses(figures)
     if output is not None:
         write_json(output, figures)
+
+
+def _check_options(
+    data: list[Path] | None,
+    tasks: list[str] | None,
+    against: list[str] | None,
+    adaptive: float | None,
+    *,
+    of_tasks: list[str],
+) -> None:
+    """Raises an error for options that do not go together; `of_tasks` are those given that only --tasks takes."""
+    if bool(data) == bool(tasks):
+        raise ValueError("Give either --data FILE... or --tasks NAME..., not both. Try 'parscale eval --help'.")
+    if data and of_tasks:
+        raise ValueError(f"Only --tasks takes {' and '.join(of_tasks)}; leave it out. Try 'parscale eval --help'.")
+    if against and (tasks or adaptive is not None):
+        raise ValueError("--against compares losses on --data, with all streams; leave --tasks and --adaptive out.")
+
+
+def _print_losses(figures: dict[str, Any]) -> None:
+    shown = {"loss (nats per token)" if name == "loss" else name: value for name, value in figures.items()}
+    shown.pop("parscale")
+    comparisons = shown.pop("comparisons", [])
+    print_figures(shown | {"documents": len(figures["documents"])})
+    _print_comparisons(comparisons)
 
 
 def _measure(

@@ -146,22 +146,27 @@ def sweep(
         str, typer.Option(help="The text: stdlib, packages (all installed Python source) or the name of a dataset.")
     ] = "stdlib",
     workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: one for each GPU.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run on the machines of a Ray cluster, one run for each GPU or core.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train small models of several sizes and P on real text, then fit the law to them."""
     from parscale import wrap
     from parscale.cli.output import quiet_libraries
     from parscale.scaling_laws import fit_form
-    from parscale.scaling_laws.sweep import PRESETS, RUNS
+    from parscale.scaling_laws.sweep import PRESETS, RUNS, require_ray
     from parscale.scaling_laws.sweep import sweep as train_all
 
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}")
+    if ray:
+        require_ray(workers)
     require_writable_folder(output)
     quiet_libraries()
     runs = PRESETS[preset](source)
     with _progress(runs) as report:
-        rows = train_all(runs, output, wrap, workers=workers, report=report)
+        rows = train_all(runs, output, wrap, workers=workers, on_ray=ray, report=report)
     columns = zip(*((row.params, row.streams, row.loss) for row in rows), strict=True)
     fitted = fit_form("log", *columns, bootstrap=1000)
     figures: dict[str, Any] = {"runs": str(output / RUNS), "points": len(rows), **fitted.values, "r2": fitted.r2}
@@ -239,7 +244,9 @@ def _cell(value: object) -> str:
 def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScalingLaw:
     """The law that a user names: a published corpus, a CSV file of runs, or a JSON file that `law fit --json` printed.
 
-    Raises `OSError` if there is no such file, and `ValueError` if it has neither a law nor runs to fit one to.
+    Raises:
+        OSError: there is no such file.
+        ValueError: it has neither a law nor runs to fit one to.
     """
     from parscale.scaling_laws import ParallelScalingLaw, fit
     from parscale.scaling_laws.files import read_json, require_file

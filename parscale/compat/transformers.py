@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import contextvars
 import copyreg
 import functools
 import inspect
@@ -25,6 +26,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from parscale.compat.names import missing, needed, needed_module
+from parscale.compat.patching import extend
 
 # -- attention
 
@@ -360,7 +362,7 @@ def answer_itself(cache: Cache, names: Iterable[str]) -> None:
         vars(cache).pop(name, None)
 
 
-# -- generation: optional methods of a model that generate calls
+# -- generation: optional methods of a model that generate calls, and what it does with their results
 
 REORDER_CACHE = "_reorder_cache"  # moves a cache's rows with the beams; without it the cache moves them itself
 STATIC_CACHE_SHAPE = "_get_static_cache_init_shape"  # of a static cache before it is filled; None: from the first keys
@@ -369,6 +371,47 @@ STATIC_CACHE_SHAPE = "_get_static_cache_init_shape"  # of a static cache before 
 def own_reorder_cache(cls: type) -> Callable[..., Any] | None:
     """The function of a model's class that reorders a cache's rows with the beams; few classes have one."""
     return getattr(cls, REORDER_CACHE, None)
+
+
+@contextlib.contextmanager
+def keeping_columns(count: int) -> Iterator[None]:
+    """In this block, assisted decoding keeps the columns of attention weights that stand before those of the tokens.
+
+    It splits the weights of several drafted tokens, and cuts those of each to as many columns as there are tokens so
+    far. There is no hook in between.
+
+    Args:
+        count: columns before those of the tokens, those of a prefix.
+    """
+    module, name = needed_module("transformers.generation.utils"), "_split_model_outputs"
+    needed(module, name)
+    extend(module, name, _split_behind_columns)
+    before = _COLUMNS.set(count)
+    try:
+        yield
+    finally:
+        _COLUMNS.reset(before)
+
+
+_COLUMNS: contextvars.ContextVar[int] = contextvars.ContextVar("parscale_columns", default=0)
+_Steps = tuple[tuple[torch.Tensor, ...], ...]  # by token, then by layer
+
+
+def _split_behind_columns(
+    split: Callable[..., _Steps],
+    outputs: _Steps,
+    layers: tuple[torch.Tensor, ...],
+    cur_len: int,
+    added: int,
+    is_decoder_attention: bool = False,
+) -> _Steps:
+    count = _COLUMNS.get()
+    if not count or not is_decoder_attention:
+        return split(outputs, layers, cur_len, added, is_decoder_attention)
+    before = split(outputs, tuple(layer[..., :count] for layer in layers), cur_len, added)
+    after = split(outputs, tuple(layer[..., count:] for layer in layers), cur_len, added, is_decoder_attention)
+    steps = zip(before[len(outputs) :], after[len(outputs) :], strict=True)
+    return outputs + tuple(tuple(torch.cat(both, -1) for both in zip(*step, strict=True)) for step in steps)
 
 
 # -- adapters and training

@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from parscale.compat.transformers import carries_state
 from parscale.config import PROMPT
 from parscale.errors import UnsupportedModelError
+from parscale.streams.backbones import cache_argument
 from parscale.streams.brief_runs import is_machine_error, one_line
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -35,12 +36,14 @@ class CacheShape:
         copies: C.
         heads: G.
         head_size: D.
+        argument: the model's name for it.
     """
 
     layers: int
     copies: int
     heads: int
     head_size: int
+    argument: str
 
     def empty(self, rows: int, tokens: int, dtype: torch.dtype) -> list[Pair]:
         """Keys and values of each layer, `(B, C*G, K, D)`, all zeros."""
@@ -116,10 +119,8 @@ class Decoder(nn.Module):
         layers = [FoldedLayer(*pair, self.shape.copies) for pair in past]
         cache = Cache(layers=[*layers])
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]  # (B, S)
-        options = {"position_ids": positions} if self.takes_positions else {}
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **options
-        )
+        options = {self.shape.argument: cache} | ({"position_ids": positions} if self.takes_positions else {})
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options)
         return output.logits, [(layer.keys, layer.values) for layer in layers]
 
 
@@ -147,9 +148,11 @@ def cache_shape(model: Any) -> CacheShape:
             f"{name} cannot be exported: some of its layers carry a state (Mamba, linear attention), and runtimes for "
             "decoders keep keys and values only."
         )
-    cache = DynamicCache()
+    cache, argument = DynamicCache(), cache_argument(model)
+    if argument is None:
+        raise UnsupportedModelError(f"{name} cannot be exported: it takes no cache.")
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), **{argument: cache}, use_cache=True)
         layers: list[Any] = cache.layers
         shapes = {(*layer.keys.shape, layer.values.shape[-1]) for layer in layers}
     except Exception as error:  # whatever a model does with a cache that is not its own kind
@@ -164,4 +167,4 @@ def cache_shape(model: Any) -> CacheShape:
             f"{name} cannot be exported: its layers keep keys and values of different shapes, and a runtime's "
             "configuration names one number of heads and one head size for all."
         )
-    return CacheShape(len(layers), shape[0], shape[1], shape[3])
+    return CacheShape(len(layers), shape[0], shape[1], shape[3], argument)

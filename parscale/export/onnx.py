@@ -52,7 +52,7 @@ def export_onnx(
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be {', '.join(map(repr, get_args(Dtype)))}, got {dtype!r}.")
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"ONNX needs the package {' and '.join(missing)}: pip install 'parscale[onnx]'.")
+        raise ValueError(f"The export to ONNX needs {', '.join(missing)}: pip install 'parscale[onnx]'.")
     require_new_folder(output)
     with staged(output, last=GENAI_CONFIG, new=True) as folder:
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device="cpu")

@@ -224,8 +224,8 @@ def require_regular(path: Path) -> None:
         raise ValueError(f"{path} is {what}, which is not opened: a checkpoint holds regular files. Copy it again.")
 
 
-def numbers(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
-    """P, T, the smoothing and the other fields of the configuration.
+def stream_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:
+    """The configuration of a set of streams, from the fields of a JSON file.
 
     Raises:
         ValueError: a field is missing, of the wrong type or out of range.

@@ -40,6 +40,7 @@ from parscale.streams.state import ParScaleState
 from parscale.version import __version__
 
 REMOTE_CODE = Path(__file__).parents[1] / "modeling_parscale.py"
+_PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "private", "commit_message", "create_pr", "revision")
 
 
 def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -302,10 +303,8 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} is on the meta device and has no values to save: load or initialize it first.")
 
 
-_PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "private", "commit_message", "create_pr", "revision")
-
-
 def _push(folder: Path, files: list[str], arguments: dict[str, Any]) -> None:
+    """Uploads the files of a folder to the Hub, by the arguments of `save_pretrained`."""
     api = HfApi(token=arguments.get("token"))
     name = arguments.get("repo_id") or folder.resolve().name
     repo = api.create_repo(name, exist_ok=True, private=arguments.get("private")).repo_id

@@ -273,6 +273,17 @@ def _move_into(work: Path, target: Path, last: Sequence[str], replaces: Callable
 
 
 def _undo(done: Sequence[tuple[Path, Path]], made: Sequence[Path], away: Path, error: BaseException) -> None:
+    """Moves files back and removes the folders that were made.
+
+    Args:
+        done: sources and destinations of the moves, in their order.
+        made: the new folders.
+        away: where the old files lie.
+        error: the reason.
+
+    Raises:
+        NotUndoneError: a file cannot be moved back.
+    """
     failed = 0
     for source, destination in reversed(done):
         try:

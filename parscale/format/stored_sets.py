@@ -21,8 +21,8 @@ from parscale.format.folders import (
     FULL,
     STREAMS_CONFIG,
     Checkpoint,
-    numbers,
     set_name,
+    stream_config,
 )
 from parscale.format.headers import StoredTensor
 from parscale.format.untrusted import brief
@@ -48,7 +48,7 @@ def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Stor
             f"({fields.get('version', 'unknown')}); ignored: {brief(', '.join(unknown)) or 'nothing'}.",
             stacklevel=2,
         )
-    streams = numbers(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})
+    streams = stream_config(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})
     stored = checkpoint.streams()
     check_streams(checkpoint, streams, stored)
     return streams, stored

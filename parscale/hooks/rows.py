@@ -8,6 +8,8 @@ shape is an error.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,16 +48,23 @@ def copy_rows(part: object, arguments: dict[str, Any], streams: str, P: int, B: 
     Raises:
         ValueError: a tensor has neither B rows nor one row, or an encoder with other streams made it.
     """
-    return {name: _copied(part, name, value, streams, P, B) for name, value in arguments.items()}
+    return {
+        name: value if name in WHOLE else by_part(functools.partial(_copied, part, name, streams, P, B), value)
+        for name, value in arguments.items()
+    }
 
 
-def _copied(part: object, name: str, value: Any, streams: str, P: int, B: int) -> Any:
-    if name in WHOLE:
-        return value
-    if isinstance(value, dict):  # masks by layer type
-        return {key: _copied(part, name, item, streams, P, B) for key, item in value.items()}
+def by_part(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of an argument, or of each part of a dictionary (masks by layer type), a list or a tuple."""
+    if isinstance(value, dict):
+        return {key: by_part(function, item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_copied(part, name, item, streams, P, B) for item in value)
+        return type(value)(by_part(function, item) for item in value)
+    return function(value)
+
+
+def _copied(part: object, name: str, streams: str, P: int, B: int, value: Any) -> Any:
+    """An argument that is no container, as in `copy_rows`."""
     if isinstance(value, EncodedRows):
         return rows_of_streams(part, name, value, streams, P, B)
     if not isinstance(value, torch.Tensor) or value.ndim == 0:

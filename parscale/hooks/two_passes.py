@@ -13,6 +13,7 @@ prediction is above a threshold, and b counts the rows that have any. Every othe
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 from parscale.attention.shared import SeenTokens, can_slice
 from parscale.compat.arguments import CACHES, PACKED, POSITIONS, WHOLE, given_cache
 from parscale.compat.transformers import attn_implementation
-from parscale.hooks.rows import copy_rows
+from parscale.hooks.rows import by_part, copy_rows
 from parscale.streams.backbones import cache_argument
 from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
@@ -210,7 +211,11 @@ def _last_positions(module: nn.Module, passes: TwoPasses) -> dict[str, Any]:
     cache_name = cache_argument(module)
     assert passes.arguments is not None
     assert cache_name is not None
-    arguments = {name: _piece(passes, name, value) for name, value in passes.arguments.items() if name not in CACHES}
+    arguments = {
+        name: by_part(functools.partial(_piece, passes, name), value)
+        for name, value in passes.arguments.items()
+        if name not in CACHES
+    }
     arguments[cache_name] = SeenTokens(passes.seen + passes.length - passes.positions)
     b = passes.rows if passes.chosen is None else len(passes.chosen)
     return copy_rows(module, arguments, passes.streams.name, passes.streams.num_streams - 1, b)
@@ -218,10 +223,6 @@ def _last_positions(module: nn.Module, passes: TwoPasses) -> dict[str, Any]:
 
 def _piece(passes: TwoPasses, name: str, value: Any) -> Any:
     """An argument of the first pass for the last positions of the chosen rows."""
-    if isinstance(value, dict):  # masks by layer type
-        return {key: _piece(passes, name, item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_piece(passes, name, item) for item in value)
     if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in PACKED:
         return value
     B, S, n = passes.rows, passes.length, passes.positions

@@ -8,8 +8,8 @@ keep them apart:
 - `Call` is the record of the current forward pass. Each thread has one, since a pass never leaves its thread. Layers
   that are recomputed in a backward pass may run in another thread, and carry the parts that they need.
 
-The state is changed only here: by `Calls.choosing`, `Calls.recording` and `Calls.unmixed` for a block of code, and by
-`Call.begin` for a pass.
+The context managers of `Calls` change the state for a block of code, `Call.begin` and `Call.enter` for a pass. Hooks
+store in it what other hooks of the same pass need.
 """
 
 from __future__ import annotations
@@ -120,6 +120,17 @@ class Call:
             self.in_flight, self.part, self.running = before
 
 
+@contextlib.contextmanager
+def _replaced(call: Call, name: str, value: object) -> Iterator[None]:
+    """In this block an attribute of a call has another value."""
+    before = getattr(call, name)
+    setattr(call, name, value)
+    try:
+        yield
+    finally:
+        setattr(call, name, before)
+
+
 class _NotCopied:
     """A base class for objects that belong to running threads: a copy or an unpickled object is new."""
 
@@ -155,49 +166,25 @@ class Calls(_NotCopied, threading.local):
         with self.opened(Block(self, streams)):
             yield
 
-    @contextlib.contextmanager
-    def recording(self, recorder: Recorder) -> Iterator[None]:
+    def recording(self, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
         """Calls in this block pass the keys and values of each attention layer to `recorder`."""
-        call = self.call
-        before, call.recorder = call.recorder, recorder
-        try:
-            yield
-        finally:
-            call.recorder = before
+        return _replaced(self.call, "recorder", recorder)
 
-    @contextlib.contextmanager
-    def unmixed(self) -> Iterator[None]:
+    def unmixed(self) -> contextlib.AbstractContextManager[None]:
         """Calls in this block return the final hidden states of all streams, `(P*B, S, H)`."""
-        call = self.call
-        before, call.aggregating = call.aggregating, False
-        try:
-            yield
-        finally:
-            call.aggregating = before
+        return _replaced(self.call, "aggregating", False)
 
-    @contextlib.contextmanager
-    def adapting(self, adaptive: Adaptive) -> Iterator[None]:
+    def adapting(self, adaptive: Adaptive) -> contextlib.AbstractContextManager[None]:
         """Calls in this block run streams 1 to P - 1 where the entropy of stream 0's prediction is above a threshold.
 
         Args:
             adaptive: holds the threshold, and counts.
         """
-        call = self.call
-        before, call.adaptive = call.adaptive, adaptive
-        try:
-            yield
-        finally:
-            call.adaptive = before
+        return _replaced(self.call, "adaptive", adaptive)
 
-    @contextlib.contextmanager
-    def in_one_batch(self) -> Iterator[None]:
+    def in_one_batch(self) -> contextlib.AbstractContextManager[None]:
         """Calls in this block run all streams in one batch of P*B rows."""
-        call = self.call
-        before, call.one_batch = call.one_batch, True
-        try:
-            yield
-        finally:
-            call.one_batch = before
+        return _replaced(self.call, "one_batch", True)
 
 
 def innermost_block(calls: Calls) -> Block | None:

@@ -26,6 +26,11 @@ def is_copy(name: str) -> bool:
     return part_of(name) is not None and COPY in name
 
 
+def is_further(name: str) -> bool:
+    """Whether a tensor belongs to a set with another name than the default, or to an adapter's copy of a set."""
+    return part_of(name) is not None and "@" in name
+
+
 def part_of(name: str) -> str | None:
     """`"transform"` or `"aggregator"` for a tensor of streams; `None` for the backbone's."""
     return next((part for part, pattern in _PATTERNS.items() if pattern.search(name)), None)

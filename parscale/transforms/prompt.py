@@ -50,7 +50,7 @@ class PromptTransform(ModelTransform):
         pairs = "target_mapping" in names  # for pairs of tokens, which tokens are predicted (XLNet)
         if embeddings is None or "inputs_embeds" not in names or pairs:
             raise UnsupportedModelError(
-                f"transform='prompt' needs a backbone that reads token ids or their embeddings, and "
+                "transform='prompt' needs a backbone that reads token ids or their embeddings, and "
                 f"{type(state.backbone).__name__} of {type(state.model).__name__} does not, or not alone: use "
                 "transform='prefix' or transform='lora'."
             )
@@ -82,7 +82,7 @@ class PromptTransform(ModelTransform):
         begins = is_empty(cache)
         self._check_cache(cache, mask, begins)
         if isinstance(cache, Cache):
-            answer_itself(cache, OUTSIDE)  # the backbone counts the prompt
+            answer_itself(cache, TOKEN_COUNTS)  # the backbone counts the prompt
         if begins:
             return self._begin(arguments, mask, positions)
         padding = leading_zeros(mask)
@@ -206,7 +206,7 @@ class PromptTransform(ModelTransform):
             if isinstance(cache, Cache):
                 if index is not None:
                     setattr(cache, FIRST_LENGTH, index.shape[1])
-                answer_by(cache, {name: functools.partial(method, T, cache) for name, method in OUTSIDE.items()})
+                answer_by(cache, {name: functools.partial(method, T, cache) for name, method in TOKEN_COUNTS.items()})
         call.tokens = call.cache = None
         if not isinstance(output, tuple) and output.get("last_hidden_state_ngram") is not None:
             raise ValueError("it predicts several tokens at once, including those of a prompt")  # ProphetNet
@@ -273,8 +273,8 @@ def _mask_sizes_without(prompt_length: int, cache: Cache, query_length: int, lay
     return max(offset + length - prompt_length - start, query_length), start
 
 
-# The methods of a cache that are replaced while no backbone runs.
-OUTSIDE: dict[str, Callable[..., Any]] = {"get_seq_length": _length_without, "get_mask_sizes": _mask_sizes_without}
+# The methods of a cache that are replaced while no backbone runs, so that it counts tokens without the prompt.
+TOKEN_COUNTS: dict[str, Callable[..., Any]] = {"get_seq_length": _length_without, "get_mask_sizes": _mask_sizes_without}
 
 
 def _embeddings(backbone: PreTrainedModel) -> Any:

@@ -102,6 +102,11 @@ class SharedTransform(ModelTransform):
             raise UnsupportedModelError(
                 f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"
             ) from error
+        if not whole.isfinite().all():
+            raise UnsupportedModelError(
+                f"The states of {name} are not finite, so whether its streams can share keys cannot be tried: load or "
+                "initialise its weights first."
+            )
         if not difference <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
             raise UnsupportedModelError(
                 f"{name} gives something else with a cache than without ({difference:.0%}) where streams share keys: a "

@@ -89,6 +89,10 @@ def test_of_the_overhead(table):
     assert table("overhead.py", RESULTS / "overhead.json").strip() in page("results/overhead.md")
 
 
+def test_of_shared_keys(table):
+    assert table("shared.py", RESULTS / "shared.json").strip() in page("shared.md")
+
+
 def test_of_the_mixins(monkeypatch, tmp_path):
     written = tmp_path / "mixins.md"
     monkeypatch.setattr(sys, "argv", ["mixins_page.py", "--output", str(written)])

@@ -33,7 +33,7 @@ def overhead():
     rows = json.loads((RESULTS / "overhead.json").read_text())["rows"]
     for S in (256, 1024):
         for what in ("prefill", "decode", "train"):
-            wanted = {"shape": "small", "model": "parscale", "what": what, "S": S}
+            wanted = {"shape": "narrow", "model": "parscale", "what": what, "S": S}
             found = [row for row in rows if wanted.items() <= row.items()]
             yield S, f"overhead-{S}-{what}", [row["P"] for row in found], [row["ratio"] for row in found]
 

@@ -123,6 +123,12 @@ def test_half_precision_is_raised_in_pieces(monkeypatch):
     torch.testing.assert_close(shared_decode_attention(*inputs, None), whole, rtol=0, atol=2**-7)
 
 
+def test_more_than_one_token_is_refused():
+    inputs = tensors(3, 2, 4, 2, 2, 5)
+    with pytest.raises(ValueError, match=r"query \(P\*B, heads, 1, D\), key \(B, G, K, D\), .*got \(6, 4, 2, 8\)"):
+        shared_decode_attention(*inputs, None)
+
+
 def test_rows_that_do_not_fit_are_refused():
     query, *others = tensors(3, 2, 4, 2, 1, 5)
     for function, mask in ((shared_decode_attention, (None,)), (shared_causal_attention, ())):

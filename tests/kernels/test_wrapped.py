@@ -3,18 +3,10 @@
 import pytest
 import torch
 import transformers
+from small_models import SMALL
 
 import parscale
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
 EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MODELS = {
@@ -28,7 +20,7 @@ P, T = 3, 5
 
 def make(name, device, kv="own"):
     """The same model twice: by the fused kernels, and by plain torch."""
-    config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name], attn_implementation="sdpa")
+    config = getattr(transformers, f"{name}Config")(**SMALL | MODELS[name], attn_implementation="sdpa")
     models = []
     for kernels in ("fused", "reference"):
         torch.manual_seed(0)

@@ -5,6 +5,7 @@ indirect=True)` narrows it down. `case` also goes through the attention implemen
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -398,7 +399,10 @@ class Reference:
         positions = torch.arange(length).expand(rows, -1) if positions is None else positions
         arguments = {"input_ids": ids, "attention_mask": masks, "position_ids": positions}
         if not self.family.latent_cache:
-            return self.plain.get_decoder()(**arguments, past_key_values=self._cache(p, rows))[0]
+            decoder = self.plain.get_decoder()
+            is_new = "cache" in inspect.signature(decoder.forward).parameters  # since transformers 5.24
+            arguments["cache" if is_new else "past_key_values"] = self._cache(p, rows)
+            return decoder(**arguments)[0]
         transformers.AttentionInterface.register("reference", reference_attention)
         layers = [module for name, module in self.plain.named_modules() if name.endswith("self_attn")]
         for layer, (k, v) in zip(layers, self.prefixes, strict=True):

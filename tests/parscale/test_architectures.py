@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_calls import choose_stream, logits_of
 from transformers import AutoModelForCausalLM
 
 import parscale
@@ -27,19 +28,6 @@ def build(name):
     return tiny_models.Tiny(name).build(window=48)
 
 
-@torch.no_grad()
-def logits_of(model, ids):
-    return model(input_ids=ids).logits
-
-
-def choose(model, p):
-    """The aggregator gives stream p all weight."""
-    last = next(module for name, module in model.named_modules() if name.endswith("aggregate_layer"))[2]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.fill_(-1e4)[p] = 1e4
-
-
 def from_texts(name, zoo):
     """A model whose two streams start as texts, and these."""
     texts = zoo.token_ids(2, TEXT, seed=8).clamp(max=tiny_models.FIRST_SPECIAL - 1)
@@ -56,7 +44,7 @@ def test_a_start_that_is_exact_says_nothing(name, zoo):
         model, texts = from_texts(name, zoo)
     plain, ids = build(name), zoo.token_ids().clamp(max=tiny_models.FIRST_SPECIAL - 1)
     for p, text in enumerate(texts):
-        choose(model, p)
+        choose_stream(model, p)
         expected = logits_of(plain, torch.cat([text.expand(zoo.B, -1), ids], dim=1))[:, TEXT:]
         zoo.close(logits_of(model, ids), expected, 2e-4)
 

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
+from model_calls import logits_of
 from transformers import DynamicCache
 
 # float32 rounding of logits of size 1 to 5 through 2 to 4 layers; measured: 4e-6 at most.
 TOLERANCE = 2e-5
-
-
-@torch.no_grad()
-def logits_of(model, **arguments):
-    return model(**arguments).logits
 
 
 def test_forward_is_each_stream_by_itself_then_the_mixture(case, zoo):
@@ -36,7 +32,7 @@ def test_cached_decoding_is_the_full_forward(case, zoo, chunks):
     model, ids = case.wrapped(), zoo.token_ids()
     full = logits_of(model, input_ids=ids)
     cache = DynamicCache(config=model.config)
-    pieces = [logits_of(model, input_ids=piece, past_key_values=cache) for piece in ids.split(chunks, dim=1)]
+    pieces = [logits_of(model, input_ids=piece, cache=cache) for piece in ids.split(chunks, dim=1)]
     zoo.close(torch.cat(pieces, dim=1), full, TOLERANCE)
     assert cache.get_seq_length() == zoo.S  # real tokens only
 

@@ -5,17 +5,16 @@ import itertools
 import pytest
 import torch
 import transformers
+from model_calls import GREEDY, STEPS, generate
 from packaging.version import Version
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import parscale
 
-STEPS = 7
 # dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
 NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "opt", "mixtral")]
 NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
-PLAIN_ARGUMENTS = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def make(zoo, name, **changes):
@@ -32,11 +31,6 @@ def make(zoo, name, **changes):
 @pytest.fixture
 def llama(zoo):
     return make(zoo, "llama")
-
-
-def generate(model, ids, padding=None, **arguments):
-    padding = torch.ones_like(ids) if padding is None else padding
-    return model.generate(ids, attention_mask=padding, **PLAIN_ARGUMENTS | arguments)
 
 
 @torch.no_grad()
@@ -169,6 +163,30 @@ def test_a_draft_that_is_right_is_taken(llama, zoo):
     assert torch.equal(generated, greedy(parscale_only(llama), ids, steps=12))
 
 
+@pytest.mark.parametrize("changes", [{}, {"kv": "shared"}, {"transform": "prompt"}], ids=["own", "shared", "prompt"])
+def test_attention_weights_of_drafted_tokens(changes, zoo):
+    """They have all columns, of prefix or prompt and tokens, as without a draft."""
+    model, draft = make(zoo, "llama"), make(zoo, "llama")
+    for each in (model, draft):
+        each.add_streams("other", zoo.P, prefix_length=zoo.T, init="random", seed=0, **changes)
+        each.set_streams("other")
+    model.set_attn_implementation("eager")
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    arguments = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_attentions": True}
+    alone, drafted = (
+        generate(model, zoo.token_ids(rows=1), **arguments, **each) for each in ({}, {"assistant_model": draft})
+    )
+    assert torch.equal(drafted.sequences, alone.sequences)
+    for step, (layers, expected) in enumerate(zip(drafted.attentions, alone.attentions, strict=True)):
+        for weights, whole in zip(layers, expected, strict=True):
+            assert weights.shape == whole.shape == (zoo.P, 4, zoo.S if step == 0 else 1, zoo.T + zoo.S + step)
+            torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+            if step not in range(1, 6):  # for the first five, transformers takes the rows of other tokens
+                torch.testing.assert_close(weights, whole)
+
+
 def parscale_only(model):
     """The model without the hooks that a test has put on it."""
     model._forward_pre_hooks.clear()
@@ -191,11 +209,11 @@ def test_embeddings_in_place_of_ids(llama, zoo):
     ids = zoo.token_ids()
     embeddings, padding = llama.get_input_embeddings()(ids), torch.ones_like(ids)
     expected = greedy(llama, ids)
-    generated = llama.generate(inputs_embeds=embeddings, attention_mask=padding, **PLAIN_ARGUMENTS)
+    generated = llama.generate(inputs_embeds=embeddings, attention_mask=padding, **GREEDY)
     assert torch.equal(generated, expected[:, zoo.S :])
-    both = llama.generate(ids, inputs_embeds=embeddings, attention_mask=padding, **PLAIN_ARGUMENTS)
+    both = llama.generate(ids, inputs_embeds=embeddings, attention_mask=padding, **GREEDY)
     assert torch.equal(both, expected)
-    beams = llama.generate(inputs_embeds=embeddings, attention_mask=padding, num_beams=3, **PLAIN_ARGUMENTS)
+    beams = llama.generate(inputs_embeds=embeddings, attention_mask=padding, num_beams=3, **GREEDY)
     assert torch.equal(beams, generate(llama, ids, num_beams=3)[:, zoo.S :])
 
 
@@ -280,7 +298,7 @@ def test_when_it_stops(llama, zoo):
     expected = greedy(llama, ids)
     stopped = generate(llama, ids, stopping_criteria=StoppingCriteriaList([StopAt(12)]))
     assert torch.equal(stopped, expected[:, :12])
-    arguments = PLAIN_ARGUMENTS | {"max_new_tokens": None}
+    arguments = GREEDY | {"max_new_tokens": None}
     assert torch.equal(generate(llama, ids, **arguments, max_length=11), expected[:, :11])
     # a row that has said its last token is filled up while the other goes on
     end = expected[0, zoo.S + 2]

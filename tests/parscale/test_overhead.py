@@ -111,6 +111,20 @@ def test_operators_of_a_decoded_token(models):
     assert sum(found.get(name, 0) for name in VIEWS) <= 10 * LAYERS + 20
 
 
+def test_operators_of_a_decoded_token_with_shared_keys(models):
+    plain, _ = models
+    config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
+    shared = parscale.wrap(transformers.Qwen2ForCausalLM(config).eval(), P, prefix_length=5, seed=0, kv="shared")
+    found, _ = added(decoding, (plain, shared))
+    assert found["bmm"] == 4 * LAYERS + 1
+    assert found["_softmax"] == LAYERS + 1
+    assert found["cat"] <= 2 * LAYERS + 1  # the scores; one more is a cat of a single part
+    assert found["mul"] <= LAYERS + 1
+    assert found["add"] <= LAYERS + 1
+    assert found["copy_"] <= 6 * LAYERS + 4  # queries, scores, weights and outputs, from streams to key heads and back
+    assert found.get("repeat", 0) <= 0  # rows of keys are not copied for the streams
+
+
 def test_bytes_of_a_decoded_token_do_not_grow_with_the_cache_but_for_its_scores(models):
     _, few = added(decoding, models)
     many = added(lambda model: longer(model, 200), models)[1]

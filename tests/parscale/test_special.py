@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from model_calls import choose_stream, logits_of
 from transformers import DynamicCache
 
 import parscale
@@ -23,18 +24,6 @@ PIXELS = {
     "image_size": 8,
     "patch_size": 4,
 }
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
-
-
-def force(model, p):
-    last = next(module for name, module in model.named_modules() if name.endswith("aggregate_layer"))[2]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.fill_(-1e4)[p] = 1e4
 
 
 def gemma3_with_images(zoo):
@@ -237,31 +226,31 @@ def test_images_among_the_text(make, rows, zoo, tmp_path):
     texts = zoo.token_ids(3, 6, seed=8).clamp(max=89)
     parscale.wrap(model, 3, prefix_length=6, smoothing=0.0, init="context", calibration=texts)
     for p, text in enumerate(texts):
-        force(model, p)
+        choose_stream(model, p)
         zoo.close(
-            logits_of(model, **arguments_of(arguments())),
-            logits_of(plain, **arguments_of(arguments(text)))[:, 6:],
+            logits_of(model, **arguments()),
+            logits_of(plain, **arguments(text))[:, 6:],
             TOLERANCE,
         )
     zoo.fill_streams(model)
     other = arguments()
     other["pixel_values"] = other["pixel_values"] + 1.0
-    assert (logits_of(model, **arguments_of(other)) - logits_of(model, **arguments_of(arguments()))).abs().max() > 1e-2
-    expected = logits_of(model, **arguments_of(arguments()))
+    assert (logits_of(model, **other) - logits_of(model, **arguments())).abs().max() > 1e-2
+    expected = logits_of(model, **arguments())
     generated = model.generate(**arguments(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert torch.equal(generated[:, 9], expected[:, -1].index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1))
     model.save_pretrained(tmp_path)
     again = parscale.load(tmp_path)
     assert type(again) is type(model)
-    zoo.close(logits_of(again, **arguments_of(arguments())), expected, 1e-6)
+    zoo.close(logits_of(again, **arguments()), expected, 1e-6)
     model.set_streams(None)
-    assert torch.equal(logits_of(model, **arguments_of(arguments())), logits_of(plain, **arguments_of(arguments())))
+    assert torch.equal(logits_of(model, **arguments()), logits_of(plain, **arguments()))
 
 
 @pytest.mark.parametrize("transform", ["prefix", "prompt", "lora"])
 def test_layers_that_read_images_by_cross_attention(transform, zoo):
     """Every stream has the row's own image; a low-rank difference starts as none, so that it is the backbone."""
-    arguments = arguments_of(picture_inputs(mllama, zoo, 3)())
+    arguments = picture_inputs(mllama, zoo, 3)()
     arguments["pixel_values"] = arguments["pixel_values"] * torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1, 1, 1, 1)
     plain, model = build(mllama, zoo), build(mllama, zoo)
     parscale.wrap(model, 3, prefix_length=4, init="random", seed=0, transform=transform)
@@ -274,14 +263,10 @@ def test_layers_that_read_images_by_cross_attention(transform, zoo):
     assert (
         together - logits_of(model, **arguments | {"pixel_values": arguments["pixel_values"] + 1})
     ).abs().max() > 0.1
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "inputs": arguments.pop("ids")}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "inputs": arguments.pop("input_ids")}
     written = model.generate(**options, **arguments)
     assert torch.equal(written, model.generate(**options, **arguments, use_cache=False))
     assert torch.equal(written[:, 9], together[:, -1].index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1))
-
-
-def arguments_of(arguments):
-    return {"ids" if name == "input_ids" else name: value for name, value in arguments.items()}
 
 
 @pytest.mark.parametrize("make", [ministral3, llama4, modernbert])
@@ -290,7 +275,7 @@ def test_backbones_with_a_way_of_their_own(make, zoo):
     texts, ids = zoo.token_ids(3, 6, seed=8), zoo.token_ids()
     parscale.wrap(model, 3, prefix_length=6, smoothing=0.0, init="context", calibration=texts)
     for p, text in enumerate(texts):
-        force(model, p)
+        choose_stream(model, p)
         expected = logits_of(plain, torch.cat([text.expand(zoo.B, -1), ids], dim=1))[:, 6:]
         zoo.close(logits_of(model, ids), expected, TOLERANCE)
     parscale.unwrap(model)
@@ -312,12 +297,12 @@ def test_a_layer_that_borrows_keys_borrows_their_prefix(make, zoo):
     owners = {name.split(".self_attn.")[0] for name, _ in model.named_parameters() if "prefix_" in name}
     assert len(owners) == model.config.num_hidden_layers - model.config.num_kv_shared_layers
     for p, text in enumerate(texts):
-        force(model, p)
+        choose_stream(model, p)
         expected = logits_of(plain, torch.cat([text.expand(zoo.B, -1), ids], dim=1))[:, 6:]
         zoo.close(logits_of(model, ids), expected, TOLERANCE)
     zoo.fill_streams(model)
     full, cache = logits_of(model, ids), DynamicCache(config=model.config)
-    decoded = [logits_of(model, piece, past_key_values=cache) for piece in ids.split([3, 1, 1, 4], dim=1)]
+    decoded = [logits_of(model, piece, cache=cache) for piece in ids.split([3, 1, 1, 4], dim=1)]
     zoo.close(torch.cat(decoded, dim=1), full, 2e-5)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(parameter.grad.any() for name, parameter in model.named_parameters() if "prefix_" in name)

@@ -8,17 +8,13 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from model_calls import logits_of
 from torch import nn
 
 import parscale
 from parscale import ParScaleConfig, UnsupportedModelError
 
 RECORDED = {"parscale_n", "parscale_n_tokens", "parscale_attn_smooth", "parscale_init", "parscale_seed"}
-
-
-@torch.no_grad()
-def logits_of(model, ids):
-    return model(input_ids=ids).logits
 
 
 def snapshot(model):

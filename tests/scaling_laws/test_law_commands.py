@@ -163,6 +163,7 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
         (["law", "plot", "stack", "x.png", "--kind", "pie"], "--kind is 'pie'; give contours, measured or isoloss"),
         (["law", "plot", "stack", "x.png", "--nothing"], "No such option: --nothing"),
         (["law", "sweep", "s", "--preset", "huge"], "--preset is 'huge'; give one of smoke, gpu"),
+        (["law", "sweep", "s", "--workers", "2", "--ray"], "give either the number of workers, 2, or Ray"),
         (["law", "sing"], "No such command 'sing'"),
         (["cost", "none.json", "--num-streams", "1", "--batch-size", "1"], "There is no file none.json"),
         (["cost", "config.json", "--num-streams", "0", "--batch-size", "1"], "'--num-streams'"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from parscale import wrap
 from parscale.scaling_laws import corpus as corpora
@@ -94,6 +95,49 @@ def test_an_interrupted_sweep_keeps_what_is_finished(small_corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [RUNS]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray on two cores of this machine."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.nightly  # Ray's agents have fifteen seconds to start, which a busy machine may not give them
+def test_ray_goes_on_with_the_same_rows(small_corpus, tmp_path, cluster):
+    runs = tiny_plan()
+    alone = sweep.sweep(runs, tmp_path / "a", wrap)
+    begun = sweep.sweep(runs[:2], tmp_path / "b", wrap)
+    shares = []
+    rows = sweep.sweep(runs, tmp_path / "b", wrap, on_ray=True, report=lambda run, share: shares.append(share))
+    assert rows[:2] == begun
+    assert [dataclasses.replace(row, seconds=0) for row in rows] == [
+        dataclasses.replace(row, seconds=0) for row in alone
+    ]
+    assert shares == [1.0] * 6
+    assert {row.run(): row for row in read_rows(tmp_path / "b" / RUNS)} == {row.run(): row for row in rows}
+
+
+@pytest.mark.nightly
+def test_what_goes_wrong_on_ray_is_said_as_elsewhere(small_corpus, tmp_path, cluster, monkeypatch):
+    bad = Run(16, 1, 1, 512, 0, 16, 2, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"^Run\(hidden=16.* did not train: its loss is nan; give it") as raised:
+        sweep.sweep([bad], tmp_path, wrap, on_ray=True)
+    assert type(raised.value) is ValueError
+    get, rows = ray.get, []
+
+    def get_two(reference):
+        if len(rows) == 2:
+            raise ray.exceptions.WorkerCrashedError
+        rows.append(get(reference))
+        return rows[-1]
+
+    monkeypatch.setattr(ray, "get", get_two)
+    with pytest.raises(ChildProcessError, match=r"Ray lost a run of the sweep \(WorkerCrashedError\); finished runs"):
+        sweep.sweep(tiny_plan(), tmp_path, wrap, on_ray=True)
+    assert read_rows(tmp_path / RUNS) == rows
+
+
 @pytest.mark.slow
 def test_killed_workers_are_said_and_finished_runs_are_kept(small_corpus, tmp_path):
     def kill(run, share):
@@ -146,6 +190,15 @@ def test_impossible_sweeps_are_refused_by_name(small_corpus, tmp_path):
         sweep.train(Run(16, 1, 1, 256), small_corpus, wrap)
     with pytest.raises(ValueError, match="did not train: its loss is nan; give it a lower learning rate"):
         sweep.train(Run(16, 1, 1, 512, 0, 16, 2, learning_rate=1e30), small_corpus, wrap)
+
+
+def test_ray_has_to_be_there_and_decides_alone(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"how many runs go at a time: give either the number of workers, 2, or Ray"):
+        sweep.sweep(tiny_plan(), tmp_path, wrap, workers=2, on_ray=True)
+    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"need the package ray: pip install 'parscale\[ray\]'"):
+        sweep.sweep(tiny_plan(), tmp_path, wrap, on_ray=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", PRESETS)

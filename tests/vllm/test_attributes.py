@@ -25,12 +25,15 @@ METADATA = [f"{BACKENDS}.cpu_attn.CPUAttentionMetadata", f"{BACKENDS}.flash_attn
 ATTENTIONS = [f"{MODELS}.{x}" for x in ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")]
 # In each file, by class or function ("" in all of it): a name, and the classes of the objects that it stands for.
 NAMES = {
-    "windows.py": {"CpuImpl": {"attn_metadata": [METADATA[0]]}, "FlashImpl": {"attn_metadata": [METADATA[1]]}},
+    "windows.py": {
+        "WindowCpuImpl": {"attn_metadata": [METADATA[0]]},
+        "WindowFlashImpl": {"attn_metadata": [METADATA[1]]},
+    },
     "cached_attention.py": {
         "Sequences": {"attn_metadata": METADATA},
         "FlashCache": {"attn_metadata": [METADATA[1]]},
     },
-    "shared_attention.py": {"_Shared": {"attn_metadata": METADATA}},
+    "shared_attention.py": {"SharedKeys": {"attn_metadata": METADATA}},
     "shared_models.py": {
         "_SharedForCausalLM": {"metadata": METADATA},
         "_no_graph": {"context": ["vllm.forward_context.ForwardContext"]},
@@ -148,10 +151,17 @@ def test_an_attribute_that_is_not_there_is_found():
     assert "num_actual_tokens" in attributes(load(path))
 
 
-@pytest.mark.parametrize("room", ["windows", "shared_attention"])
-@pytest.mark.parametrize("name", ["CpuImpl", "FlashImpl"])
-def test_what_an_implementation_reads_of_itself(room, name):
-    cls = getattr(importlib.import_module(f"parscale.integrations.vllm.{room}"), name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "windows.WindowCpuImpl",
+        "windows.WindowFlashImpl",
+        "shared_attention.SharedCpuImpl",
+        "shared_attention.SharedFlashImpl",
+    ],
+)
+def test_what_an_implementation_reads_of_itself(name):
+    cls = load(f"parscale.integrations.vllm.{name}")
     own = [base for base in cls.__mro__ if base.__module__.startswith("parscale.")]
     read = {
         node.attr

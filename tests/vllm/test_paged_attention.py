@@ -90,7 +90,7 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
-    from parscale.integrations.vllm.windows import CpuImpl, FlashImpl
+    from parscale.integrations.vllm.windows import WindowCpuImpl, WindowFlashImpl
 
     torch.manual_seed(window)
     new = [1, 6, 4]
@@ -99,7 +99,8 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
     prefix = tuple(torch.randn(P, G, T, D, dtype=torch.float64) for _ in range(2))
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)
     dtype, tolerance = {"cpu": (torch.float64, 1e-12), "flash": (torch.float32, 1e-5)}[program]
-    impl = object.__new__({"cpu": CpuImpl, "flash": FlashImpl}[program])  # without what its processor has to offer
+    # without what its processor has to offer
+    impl = object.__new__({"cpu": WindowCpuImpl, "flash": WindowFlashImpl}[program])
     impl.scale, impl.head_size, impl.vllm_flash_attn_version = SCALE, D, 3
     impl.prefix = tuple(x.to(dtype) for x in prefix)
     impl.sliding_window = {"cpu": window, "flash": (window - 1, 0)}[program]
@@ -110,12 +111,12 @@ def test_nothing_hides_the_prefix(monkeypatch, program, window):
 
 
 def test_the_cache_is_written_in_plain_order():
-    from parscale.integrations.vllm.windows import CpuImpl
+    from parscale.integrations.vllm.windows import WindowCpuImpl
 
     cache = torch.zeros(3, P * G, SIZE, 2 * D)
     key, value = torch.randn(2, 5, P * G, D)
     places = torch.tensor([11, 2, 3, 4, 8])  # block * SIZE + offset
-    CpuImpl.do_kv_cache_update(None, None, key, value, cache, places)
+    WindowCpuImpl.do_kv_cache_update(None, None, key, value, cache, places)
     for row, place in enumerate(places.tolist()):
         assert torch.equal(cache[place // SIZE, :, place % SIZE], torch.cat((key[row], value[row]), dim=-1))
     assert cache.count_nonzero() == key.numel() + value.numel()
@@ -207,7 +208,7 @@ def test_streams_on_one_cache(monkeypatch, program, chosen, window):
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
     from parscale.integrations.vllm.rows import StreamRows
-    from parscale.integrations.vllm.shared_attention import CpuImpl, FlashImpl
+    from parscale.integrations.vllm.shared_attention import SharedCpuImpl, SharedFlashImpl
 
     torch.manual_seed(window)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash_attention, raising=False)
@@ -226,7 +227,7 @@ def test_streams_on_one_cache(monkeypatch, program, chosen, window):
     extra = query[:, 1:] if places is None else query[places, 1:]
     flat = torch.cat((query[:, 0], extra.flatten(0, 1)))
 
-    impl = object.__new__({"cpu": CpuImpl, "flash": FlashImpl}[program])
+    impl = object.__new__({"cpu": SharedCpuImpl, "flash": SharedFlashImpl}[program])
     impl.scale, impl.head_size, impl.vllm_flash_attn_version = SCALE, D, 3
     impl.num_heads, impl.num_kv_heads = HEADS, G
     impl.sliding_window = {"cpu": window, "flash": (window - 1, 0)}[program]
@@ -252,13 +253,13 @@ def test_one_query_of_each_request(monkeypatch):
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
     from parscale.integrations.vllm.rows import StreamRows
-    from parscale.integrations.vllm.shared_attention import CpuImpl
+    from parscale.integrations.vllm.shared_attention import SharedCpuImpl
 
     torch.manual_seed(0)
     lengths = [9, 1, 14]
     cache, texts, metadata, _ = batch(lengths, [1, 1, 1], CPUAttentionMetadata, G)
     rows = StreamRows(STREAMS, 32)
-    impl = object.__new__(CpuImpl)
+    impl = object.__new__(SharedCpuImpl)
     impl.scale, impl.head_size, impl.num_heads, impl.num_kv_heads, impl.sliding_window = SCALE, D, HEADS, G, -1
     prefix = tuple(torch.randn(STREAMS - 1, G, T, D, dtype=torch.float64) for _ in range(2))
     impl.share(rows, *prefix)
@@ -277,11 +278,11 @@ def test_one_query_of_each_request(monkeypatch):
 
 
 def test_the_cache_holds_stream_0():
-    from parscale.integrations.vllm.shared_attention import CpuImpl
+    from parscale.integrations.vllm.shared_attention import SharedCpuImpl
 
     cache, places = torch.zeros(3, G, 4, 2 * D), torch.tensor([11, 2, 3])
     key, value = torch.randn(2, 3 * STREAMS, G, D)
-    CpuImpl.do_kv_cache_update(object.__new__(CpuImpl), None, key, value, cache, places)
+    SharedCpuImpl.do_kv_cache_update(object.__new__(SharedCpuImpl), None, key, value, cache, places)
     for row, place in enumerate(places.tolist()):
         assert torch.equal(cache[place // 4, :, place % 4], torch.cat((key[row], value[row]), dim=-1))
     assert cache.count_nonzero() == 2 * 3 * G * D

@@ -187,13 +187,14 @@ def test_requests_that_come_go_and_move():
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import MoveDirectionality
 
-    from parscale.integrations.vllm.sampling import Wish, Wishes
+    from parscale.integrations.vllm.sampling import BatchOptions, RequestOptions
 
     def update(removed=(), added=(), moved=()):
-        wishes.update(SimpleNamespace(removed=removed, added=added, moved=moved))
-        return wishes.of(4)
+        batch.update(SimpleNamespace(removed=removed, added=added, moved=moved))
+        return batch.of(4)
 
-    wishes, every, single, prompt = Wishes(), Wish(), Wish(single=True), Wish(prompt=True)
+    batch, every = BatchOptions(), RequestOptions()
+    single, prompt = RequestOptions(single=True), RequestOptions(prompt=True)
     params = [SamplingParams(), SamplingParams(**ONE), SamplingParams(prompt_logprobs=1)]
     assert update(added=[(i, x, [], []) for i, x in enumerate(params)]) == [every, single, prompt, every]
     assert update(moved=[(1, 2, MoveDirectionality.SWAP)]) == [every, prompt, single, every]

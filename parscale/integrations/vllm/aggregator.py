@@ -75,10 +75,10 @@ def stream_outer(weights: Iterable[tuple[str, torch.Tensor]], num_streams: int) 
         yield name, tensor
 
 
-def _load_columns(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+def _load_columns(param: nn.Parameter, whole: torch.Tensor) -> None:
     """Fills `(P, H / processes)` with this process's columns of `(P, H)`."""
-    size = parameter.shape[1]
-    if whole.shape != (parameter.shape[0], size * get_tensor_model_parallel_world_size()):
+    size = param.shape[1]
+    if whole.shape != (param.shape[0], size * get_tensor_model_parallel_world_size()):
         raise ValueError(f"The aggregator's last projection is {tuple(whole.shape)} and does not fit the backbone.")
     first = get_tensor_model_parallel_rank() * size
-    parameter.data.copy_(whole[:, first : first + size])
+    param.data.copy_(whole[:, first : first + size])

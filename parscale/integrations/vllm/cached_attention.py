@@ -62,7 +62,7 @@ class CpuCache(CPUAttentionBackendImpl):
         block = kv_cache.shape[2]
         kv_cache[slot_mapping // block, :, slot_mapping % block] = torch.cat((key, value), dim=-1)
 
-    def seen(
+    def gather(
         self, kv_cache: torch.Tensor, blocks: torch.Tensor, new: int, length: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the last `new` of `length` tokens attend to: `(G, m, D)` twice, and which of them, `(new, m)`."""
@@ -74,7 +74,7 @@ class CpuCache(CPUAttentionBackendImpl):
         distance = torch.arange(length - new, length)[:, None] - torch.arange(start, length)  # (new, m)
         return *held.split(D, dim=-1), (distance >= 0) & (distance < window)
 
-    def seen_by_one(
+    def gather_batch(
         self, kv_cache: torch.Tensor, sequences: Sequences
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the last token of each request attends to: `(B, G, m, D)` twice, and which of them, `(B, 1, m)`."""
@@ -82,11 +82,11 @@ class CpuCache(CPUAttentionBackendImpl):
         held = kv_cache[sequences.blocks[:, : -(-int(sequences.lengths.max()) // size)]]  # (B, blocks, G, size, 2*D)
         held = held.transpose(1, 2).flatten(2, 3)  # (B, G, m, 2*D)
         distance = sequences.lengths[:, None, None] - 1 - torch.arange(held.shape[2])  # (B, 1, m)
-        is_seen = distance >= 0
+        is_visible = distance >= 0
         if self.sliding_window > 0:
-            is_seen &= distance < self.sliding_window
-        held.masked_fill_(~is_seen[..., None], 0)  # a page that nobody has filled may hold anything
-        return *held.split(D, dim=-1), is_seen
+            is_visible &= distance < self.sliding_window
+        held.masked_fill_(~is_visible[..., None], 0)  # a page that nobody has filled may hold anything
+        return *held.split(D, dim=-1), is_visible
 
 
 class FlashCache(FlashAttentionImpl):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from parscale.compat.vllm import DefaultModelState
-from parscale.integrations.vllm.sampling import Wish
+from parscale.integrations.vllm.sampling import RequestOptions
 
 
 class StreamState(DefaultModelState):
@@ -24,8 +24,8 @@ class StreamState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Notes what a new request asks for."""
         super().add_request(req_index, new_req_data)
-        wish = Wish.of(new_req_data.sampling_params)
-        self.is_single[req_index], self.wants_prompt[req_index] = wish
+        options = RequestOptions.of(new_req_data.sampling_params)
+        self.is_single[req_index], self.wants_prompt[req_index] = options
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """What the model is called with beyond tokens and positions: those that run with all streams."""

@@ -34,11 +34,12 @@ from parscale.compat.vllm import (
     maybe_prefix,
     set_weight_attrs,
 )
-from parscale.config import ParScaleConfig
+from parscale.config import SET_NAME, ParScaleConfig
 from parscale.integrations.vllm.aggregator import StreamAggregator, stream_outer
 from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_of, further_streams, quantize_attention
 from parscale.integrations.vllm.windows import window_backend
-from parscale.streams.naming import part_of
+from parscale.streams.naming import is_further, part_of
+from parscale.streams.sets import DEFAULT
 
 if TYPE_CHECKING:
     from parscale.compat.vllm import VllmConfig
@@ -123,15 +124,18 @@ def prefix_parameter(*shape: int) -> nn.Parameter:
     return parameter
 
 
-def _load_heads(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    """Fills `(P, G, T, D)` with this process's heads out of all, `(P, G_total, T, D)`."""
-    num_heads, ranks = parameter.shape[1], get_tensor_model_parallel_world_size()
+def _load_heads(param: nn.Parameter, whole: torch.Tensor) -> None:
+    """Fills `(P, G, T, D)` with this process's heads out of all, `(P, G_total, T, D)`.
+
+    A loader's first argument is called `param`: vLLM replaces it by that name when it loads new weights layer by layer.
+    """
+    num_heads, ranks = param.shape[1], get_tensor_model_parallel_world_size()
     copies = max(1, ranks // whole.shape[1])  # of each head, if there are fewer heads than processes
     first = get_tensor_model_parallel_rank() // copies * num_heads
     part = whole[:, first : first + num_heads]
-    if part.shape != parameter.shape:
+    if part.shape != param.shape:
         raise ValueError(f"A prefix of the checkpoint is {tuple(whole.shape)} and does not fit the backbone's heads.")
-    parameter.data.copy_(part)
+    param.data.copy_(part)
 
 
 class _Streams(nn.Module):
@@ -199,7 +203,7 @@ class StreamsForCausalLM(nn.Module, SupportsQuant):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.vllm_config = vllm_config
+        self.vllm_config, self.is_loaded = vllm_config, False
         quantize_attention(vllm_config)
         config = vllm_config.model_config.hf_config
         self.model: Any = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -234,15 +238,33 @@ class StreamsForCausalLM(nn.Module, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Reads a full checkpoint's tensors; those of an additional set come from its sub-folder, if it was chosen.
 
+        Later calls take new tensors from a trainer, any of them, under the names that they have in its model.
+
         Raises:
-            ValueError: a tensor has no place in the model.
+            ValueError: a tensor has no place in the model, or there are new tensors for another set than the default.
         """
-        checkpoint = checkpoint_of(self.vllm_config)
-        further = further_streams(checkpoint, self.vllm_config.model_config.hf_config)
-        if further is not None:
-            backbone = ((name, tensor) for name, tensor in weights if part_of(name) is None)
-            weights = chain(backbone, load_file(further).items())
-        return AutoWeightsLoader(self).load_weights(stream_outer(weights, self.model.num_streams))
+        if self.is_loaded:
+            self._check_updatable()
+        else:
+            weights, self.is_loaded = self._stored(weights), True
+        served = ((name, tensor) for name, tensor in weights if not is_further(name))
+        return AutoWeightsLoader(self).load_weights(stream_outer(served, self.model.num_streams))
+
+    def _stored(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Those of the checkpoint, with the streams of the chosen set."""
+        further = further_streams(checkpoint_of(self.vllm_config), self.vllm_config.model_config.hf_config)
+        if further is None:
+            return weights
+        backbone = ((name, tensor) for name, tensor in weights if part_of(name) is None)
+        return chain(backbone, load_file(further).items())
+
+    def _check_updatable(self) -> None:
+        name = getattr(self.vllm_config.model_config.hf_config, SET_NAME, DEFAULT)
+        if name != DEFAULT:
+            raise ValueError(
+                f"New weights are taken for the streams named {DEFAULT!r}, but vLLM serves the set {name!r}: train and "
+                "save a model that has one set."
+            )
 
 
 class Qwen2ParScaleForCausalLM(StreamsForCausalLM):

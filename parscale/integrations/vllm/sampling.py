@@ -19,7 +19,7 @@ from parscale.compat.vllm import LogitsProcessorV1, LogitsProcessorV2, MoveDirec
 STREAMS = "parscale_streams"  # in the extra arguments of a request
 
 
-class Wish(NamedTuple):
+class RequestOptions(NamedTuple):
     """What a request asks for.
 
     Attributes:
@@ -31,7 +31,7 @@ class Wish(NamedTuple):
     prompt: bool = False
 
     @classmethod
-    def of(cls, sampling_params: Any) -> Wish:
+    def of(cls, sampling_params: Any) -> RequestOptions:
         """What a request's parameters say."""
         prompt = sampling_params.prompt_logprobs is not None or sampling_params.prompt_logprob_token_ids is not None
         return cls((sampling_params.extra_args or {}).get(STREAMS) is not None, prompt)
@@ -50,18 +50,18 @@ def check(sampling_params: Any) -> None:
         )
 
 
-class Wishes:
-    """Of the requests in the batch of Model Runner V1, by their place in it."""
+class BatchOptions:
+    """What the requests in the batch of Model Runner V1 ask for, by their place in it."""
 
     def __init__(self) -> None:
-        self.held: dict[int, Wish] = {}
+        self.held: dict[int, RequestOptions] = {}
 
     def update(self, batch_update: Any) -> None:
         """Follows the requests that have gone, come and moved, in this order, as vLLM wants it."""
         for index in batch_update.removed:
             self.held.pop(index, None)
         for index, params, *_ in batch_update.added:
-            self.held[index] = Wish.of(params)
+            self.held[index] = RequestOptions.of(params)
         for old, new, direction in batch_update.moved:
             moved, other = self.held.pop(old, None), self.held.pop(new, None)
             if moved is not None:
@@ -69,23 +69,24 @@ class Wishes:
             if other is not None and direction == MoveDirectionality.SWAP:
                 self.held[old] = other
 
-    def of(self, number: int) -> list[Wish]:
-        """Those of the first requests; a run that serves none (a warm-up) has the default ones."""
-        return [self.held.get(index, Wish()) for index in range(number)]
+    def of(self, number: int) -> list[RequestOptions]:
+        """Those of the first `number` requests; a run that serves none (a warm-up) has the default ones."""
+        return [self.held.get(index, RequestOptions()) for index in range(number)]
 
 
-_WISHES: WeakValueDictionary[int, Wishes] = WeakValueDictionary()  # by vLLM's configuration, for both who need them
+# By the identity of vLLM's configuration, which the processor and the model both hold.
+_BATCHES: WeakValueDictionary[int, BatchOptions] = WeakValueDictionary()
 
 
-def wishes_of(vllm_config: Any) -> Wishes:
-    """What the processor notes for the model: one object for each engine."""
-    found = _WISHES.get(id(vllm_config))
+def batch_options(vllm_config: Any) -> BatchOptions:
+    """The options of an engine's requests, which its logits processor notes and its model reads."""
+    found = _BATCHES.get(id(vllm_config))
     if found is None:
-        found = _WISHES[id(vllm_config)] = Wishes()
+        found = _BATCHES[id(vllm_config)] = BatchOptions()
     return found
 
 
-class WishProcessor(LogitsProcessorV1):
+class OptionsProcessorV1(LogitsProcessorV1):
     """Changes no logits: it notes what each request asks for.
 
     Args:
@@ -95,7 +96,7 @@ class WishProcessor(LogitsProcessorV1):
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.wishes = wishes_of(vllm_config)
+        self.options = batch_options(vllm_config)
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -113,10 +114,10 @@ class WishProcessor(LogitsProcessorV1):
     def update_state(self, batch_update: Any | None) -> None:
         """Called before each forward pass."""
         if batch_update is not None:
-            self.wishes.update(batch_update)
+            self.options.update(batch_update)
 
 
-class WishCheck(LogitsProcessorV2):
+class OptionsProcessorV2(LogitsProcessorV2):
     """The same for Model Runner V2, which needs it for the check alone."""
 
     @classmethod

@@ -3,7 +3,7 @@
 Where all tokens run with all streams, the streams are further queries on the same key heads, in one call over the
 cache, which is read once for all of them. Where a prompt is read, its tokens attend as those of the plain backbone
 do, and those that are to be predicted from once more, one token at a time, with the other streams. Streams 1 to
-P - 1 attend to their prefixes apart, and the two parts are merged by their log-sum-exp.
+P - 1 attend to their prefixes separately, and the two parts are merged by their log-sum-exp.
 
 Shapes: N tokens of a step, M of them with all streams; P streams; G key heads; D head size.
 """
@@ -19,7 +19,7 @@ from torch import nn
 from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
 from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache, Sequences
 from parscale.integrations.vllm.rows import StreamRows
-from parscale.integrations.vllm.windows import Apart, attend_to_prefix, backend_for
+from parscale.integrations.vllm.windows import SeparatePrefix, attend_to_prefix, backend_for
 from parscale.kernels.compat import flash_for_cpu
 
 Parts = tuple[torch.Tensor, torch.Tensor]  # of an attention: the mixture (N, heads, D), the log-sum-exp (heads, N)
@@ -31,11 +31,11 @@ def shared_backend(own: type[Any]) -> type[Any]:
     Raises:
         ValueError: there is none for it.
     """
-    return backend_for(own, (CpuBackend, FlashBackend), _Shared.served)
+    return backend_for(own, (SharedCpuBackend, SharedFlashBackend), SharedKeys.served)
 
 
-class _Shared(Apart):
-    """In front of an implementation of attention over vLLM's cache."""
+class SharedKeys(SeparatePrefix):
+    """Base of the implementations for streams that share keys and values, over vLLM's cache."""
 
     served = "Streams that share keys and values are served"
     rows: StreamRows
@@ -124,45 +124,46 @@ class _Shared(Apart):
         output.copy_(mixed.to(share.dtype).lerp(learned.to(share.dtype), share))
 
 
-class CpuImpl(_Shared, CpuCache):
+class SharedCpuImpl(SharedKeys, CpuCache):
     """By torch's flash attention, on keys and values that are gathered from the cache."""
 
     def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, sequences: Sequences) -> Parts:
-        """As `_Shared` says; a request at a time, or all at once where each has one query."""
+        """A request at a time, or all at once where each has one query."""
         if sequences.max_query == 1:
             B = sequences.lengths.shape[0]
-            mixed, lse = self._attend(query[:B, :, None], *self.seen_by_one(kv_cache, sequences))  # (B, heads, 1, D)
+            gathered = self.gather_batch(kv_cache, sequences)
+            mixed, lse = self._attend(query[:B, :, None], *gathered)  # (B, heads, 1, D)
             return mixed[:, :, 0], lse[:, :, 0].T
         starts, lengths = sequences.starts.tolist(), sequences.lengths.tolist()
         parts = []
         for first, last, length, blocks in zip(starts, starts[1:], lengths, sequences.blocks, strict=False):
-            seen = (x[None] for x in self.seen(kv_cache, blocks, last - first, length))
-            parts.append(self._attend(query[first:last].transpose(0, 1)[None], *seen))  # (1, heads, n, D)
+            one_row = (x[None] for x in self.gather(kv_cache, blocks, last - first, length))
+            parts.append(self._attend(query[first:last].transpose(0, 1)[None], *one_row))  # (1, heads, n, D)
         mixed, lse = (torch.cat([part[i][0] for part in parts], dim=1) for i in (0, 1))
         return mixed.transpose(0, 1), lse
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_seen: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, heads, n, D)` on `(B, G, m, D)`, of which `(B, n, m)` are seen; also `(B, heads, n)`."""
         G, n = key.shape[1], query.shape[2]
         grouped = query.unflatten(1, (G, -1)).flatten(2, 3)  # (B, G, heads/G * n, D): no key is copied
-        mask = torch.zeros(is_seen.shape, dtype=query.dtype).masked_fill_(~is_seen, -torch.inf)
+        mask = torch.zeros(is_visible.shape, dtype=query.dtype).masked_fill_(~is_visible, -torch.inf)
         mask = mask.repeat(1, grouped.shape[2] // n, 1)[:, None]  # (B, 1, heads/G * n, m)
         mixed, lse = flash_for_cpu()(grouped, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
         return mixed.unflatten(2, (-1, n)).flatten(1, 2), lse.unflatten(2, (-1, n)).flatten(1, 2)
 
 
-class CpuBackend(CPUAttentionBackend):
-    """For `CpuImpl`."""
+class SharedCpuBackend(CPUAttentionBackend):
+    """For `SharedCpuImpl`."""
 
     @staticmethod
-    def get_impl_cls() -> type[CpuImpl]:
+    def get_impl_cls() -> type[SharedCpuImpl]:
         """As vLLM asks for it."""
-        return CpuImpl
+        return SharedCpuImpl
 
 
-class FlashImpl(_Shared, FlashCache):
+class SharedFlashImpl(SharedKeys, FlashCache):
     """By vLLM's flash attention, and its kernel that merges."""
 
     def merge(
@@ -173,14 +174,14 @@ class FlashImpl(_Shared, FlashCache):
         mixed: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """As `_Shared` says."""
+        """See `SharedKeys.merge`."""
         merge_attn_states(output, learned, learned_lse, mixed, lse.contiguous())
 
 
-class FlashBackend(FlashAttentionBackend):
-    """For `FlashImpl`."""
+class SharedFlashBackend(FlashAttentionBackend):
+    """For `SharedFlashImpl`."""
 
     @staticmethod
-    def get_impl_cls() -> type[FlashImpl]:
+    def get_impl_cls() -> type[SharedFlashImpl]:
         """As vLLM asks for it."""
-        return FlashImpl
+        return SharedFlashImpl

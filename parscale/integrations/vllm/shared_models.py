@@ -26,7 +26,7 @@ from parscale.config import ParScaleConfig
 from parscale.integrations.vllm.aggregator import StreamAggregator
 from parscale.integrations.vllm.models import StreamsForCausalLM, attention_in_place, prefix_parameter
 from parscale.integrations.vllm.rows import StreamRows
-from parscale.integrations.vllm.sampling import wishes_of
+from parscale.integrations.vllm.sampling import batch_options
 from parscale.integrations.vllm.shared_attention import shared_backend
 
 
@@ -49,7 +49,7 @@ class _SharedForCausalLM(StreamsForCausalLM):
         name = maybe_prefix(maybe_prefix(prefix, "model"), "aggregate_layer")
         self.model.aggregate_layer = StreamAggregator(P, config.hidden_size, streams.smoothing, prefix=name)
         self.model.num_streams = P
-        self.wishes = None if vllm_config.use_v2_model_runner else wishes_of(vllm_config)
+        self.batch_options = None if vllm_config.use_v2_model_runner else batch_options(vllm_config)
         endpoints = vllm_config.compilation_config.compile_ranges_endpoints
         if endpoints:  # what the backbone is compiled for: its rows
             endpoints[-1] = P * most
@@ -76,7 +76,7 @@ class _SharedForCausalLM(StreamsForCausalLM):
         metadata = next(iter((get_forward_context().attn_metadata or {}).values()), None)
         if metadata is None:  # a step without requests, by which vLLM measures how much memory the largest one takes
             chosen = None
-        elif self.wishes is not None:
+        elif self.batch_options is not None:
             chosen = self._choose(metadata)
         self.rows.choose(chosen, positions, None if metadata is None else metadata.query_start_loc)
         ids, embeds = (None if x is None else self.rows.spread(x) for x in (input_ids, inputs_embeds))
@@ -86,19 +86,19 @@ class _SharedForCausalLM(StreamsForCausalLM):
 
     def _choose(self, metadata: Any) -> torch.Tensor | None:
         """The tokens of a step of Model Runner V1 that run with all streams: each request's last, if it wants them."""
-        assert self.wishes is not None
+        assert self.batch_options is not None
         starts, N = metadata.query_start_loc, metadata.num_actual_tokens
-        wishes = self.wishes.of(starts.shape[0] - 1)
-        has_single, marks = any(wish.single for wish in wishes), None
+        requests = self.batch_options.of(starts.shape[0] - 1)
+        has_single, marks = any(request.single for request in requests), None
         if has_single:
-            is_single = torch.tensor([wish.single for wish in wishes], device=starts.device)
+            is_single = torch.tensor([request.single for request in requests], device=starts.device)
             marks = is_single.repeat_interleave(starts.diff(), output_size=N)
         self.rows.mark(marks)
-        if any(wish.prompt for wish in wishes):
+        if any(request.prompt for request in requests):
             return None
         last = starts[1:] - 1
         if has_single:
-            last = last[[index for index, wish in enumerate(wishes) if not wish.single]]
+            last = last[[index for index, request in enumerate(requests) if not request.single]]
         return None if last.shape[0] == N else last
 
     def _mix(self, hidden: torch.Tensor) -> torch.Tensor:

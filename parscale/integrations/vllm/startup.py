@@ -18,7 +18,7 @@ from parscale.compat.vllm import (
 )
 from parscale.config import KV, NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SHARED, SMOOTHING, ParScaleConfig
 from parscale.format.checks import check_streams
-from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, numbers, set_names
+from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, set_names, stream_config
 from parscale.format.headers import StoredTensor
 from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
@@ -135,7 +135,7 @@ def _prepare_shared(vllm_config: Any) -> None:
         }
     )
     _rename(model, _sharing)
-    processor = f"parscale.integrations.vllm.sampling:{'WishCheck' if is_v2 else 'WishProcessor'}"
+    processor = f"parscale.integrations.vllm.sampling:{'OptionsProcessorV2' if is_v2 else 'OptionsProcessorV1'}"
     model.logits_processors = [*(model.logits_processors or ()), processor]
     if is_v2:
         return
@@ -181,14 +181,14 @@ def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapp
     active, further = set_names(checkpoint, fields)
     if name == active:
         tensors = {key: tensor for key, tensor in checkpoint.weights().items() if part_of(key)}
-        return numbers(checkpoint, fields), tensors, True
+        return stream_config(checkpoint, fields), tensors, True
     if name not in further:
         raise ValueError(
             f"{checkpoint} has no set of streams {name!r}, but {', '.join(repr(x) for x in [active, *further])}: "
             f"""choose one by --hf-overrides '{{"{SET_NAME}": "NAME"}}'."""
         )
     inside = checkpoint.inside(name)
-    return numbers(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
+    return stream_config(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
 
 
 def _has_window(vllm_config: VllmConfig) -> bool:

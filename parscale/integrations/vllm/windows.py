@@ -22,7 +22,8 @@ def window_backend(own: type[Any]) -> type[Any]:
     Raises:
         ValueError: there is no such backend.
     """
-    return backend_for(own, (CpuBackend, FlashBackend), Apart.served, ", or a --max-model-len not beyond the window")
+    backends = (WindowCpuBackend, WindowFlashBackend)
+    return backend_for(own, backends, SeparatePrefix.served, ", or a --max-model-len not beyond the window")
 
 
 def backend_for(own: type[Any], backends: tuple[type[Any], ...], served: str, otherwise: str = "") -> type[Any]:
@@ -46,8 +47,8 @@ def backend_for(own: type[Any], backends: tuple[type[Any], ...], served: str, ot
     )
 
 
-class Apart:
-    """In front of an implementation of vLLM's that attends to a prefix apart from the cache."""
+class SeparatePrefix:
+    """Base of the attention implementations that attend to a prefix separately from the cache."""
 
     served = "A sliding window and a prefix are served"
     kv_cache_dtype: str
@@ -58,7 +59,7 @@ class Apart:
             raise ValueError(f"{self.served} without --kv-cache-dtype fp8: leave it out.")
 
 
-class CpuImpl(Apart, CpuCache):
+class WindowCpuImpl(SeparatePrefix, CpuCache):
     """The keys that a request sees are gathered behind the prefix.
 
     `prefix` is set by the layer: keys and values `(P, G, T, D)`.
@@ -84,25 +85,26 @@ class CpuImpl(Apart, CpuCache):
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
         for first, last, length, blocks in zip(starts, starts[1:], lengths, attn_metadata.block_table, strict=False):
             q = query[first:last].transpose(0, 1)  # (P*heads, n, D)
-            k, v, is_seen = self.seen(kv_cache, blocks, last - first, length)
+            k, v, is_visible = self.gather(kv_cache, blocks, last - first, length)
             k, v = (torch.cat((x.flatten(0, 1), y), dim=1) for x, y in zip(self.prefix, (k, v), strict=True))
-            mask = torch.nn.functional.pad(is_seen, (k.shape[1] - is_seen.shape[1], 0), value=True)  # (n, T + m)
+            T = k.shape[1] - is_visible.shape[1]
+            mask = torch.nn.functional.pad(is_visible, (T, 0), value=True)  # (n, T + m)
             mixed = scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
             output[first:last] = mixed.transpose(0, 1)
         return output
 
 
-class CpuBackend(CPUAttentionBackend):
-    """For `CpuImpl`."""
+class WindowCpuBackend(CPUAttentionBackend):
+    """For `WindowCpuImpl`."""
 
     @staticmethod
-    def get_impl_cls() -> type[CpuImpl]:
+    def get_impl_cls() -> type[WindowCpuImpl]:
         """The method that vLLM calls for the implementation."""
-        return CpuImpl
+        return WindowCpuImpl
 
 
-class FlashImpl(Apart, FlashCache):
-    """Cache and prefix apart, merged by their log-sum-exp.
+class WindowFlashImpl(SeparatePrefix, FlashCache):
+    """Cache and prefix separately, merged by their log-sum-exp.
 
     `prefix` is set by the layer: keys and values `(P, G, T, D)`.
     """
@@ -131,13 +133,13 @@ class FlashImpl(Apart, FlashCache):
         return output
 
 
-class FlashBackend(FlashAttentionBackend):
-    """For `FlashImpl`."""
+class WindowFlashBackend(FlashAttentionBackend):
+    """For `WindowFlashImpl`."""
 
     @staticmethod
-    def get_impl_cls() -> type[FlashImpl]:
+    def get_impl_cls() -> type[WindowFlashImpl]:
         """The method that vLLM calls for the implementation."""
-        return FlashImpl
+        return WindowFlashImpl
 
 
 def attend_to_prefix(

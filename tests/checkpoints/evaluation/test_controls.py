@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import small_llama
 
 from parscale import ParScaleConfig
 from parscale.checkpoints.evaluation.controls import ARMS, HELD_AGAINST, crossed_interval, hold_against, prepare_arm
@@ -119,19 +119,7 @@ def test_what_cannot_be_paired_is_refused(other, message):
 
 @pytest.fixture(scope="module")
 def plain():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(initializer_range=0.2, eos_token_id=0)
 
 
 CONFIG = ParScaleConfig(3, 4, seed=0)

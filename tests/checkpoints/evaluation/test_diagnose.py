@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import small_llama
 
 from parscale import wrap
 from parscale.checkpoints.evaluation.diagnosis import SHARES, diagnose, plot_diagnosis, sentences
@@ -30,18 +30,7 @@ DOCUMENTS = [("long", TEXT), ("empty", ""), ("one", "a"), ("short", "five")]
 
 @pytest.fixture(scope="module")
 def backbone():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.5,  # so that losses differ between tokens
-    )
-    return LlamaForCausalLM(config).double()
+    return small_llama(vocab_size=VOCABULARY, max_position_embeddings=128, initializer_range=0.5).double()
 
 
 @pytest.fixture

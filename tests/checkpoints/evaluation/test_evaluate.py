@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import small_llama
 
 from parscale.checkpoints.evaluation.text_loss import evaluate
 
@@ -31,18 +31,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.5,  # so that losses differ between tokens
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return small_llama(vocab_size=VOCABULARY, max_position_embeddings=128, initializer_range=0.5).double()
 
 
 def losses_one_by_one(model, tokenizer, text, sequence_length):

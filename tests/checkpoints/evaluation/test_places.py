@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import small_llama
 
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE, evaluate_places
 
@@ -25,18 +25,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,  # so that losses differ between tokens
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return small_llama(initializer_range=0.5).double()
 
 
 def losses(model, ids, first):

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,11 +22,6 @@ TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
 @pytest.fixture
 def llama(zoo):
     return zoo.Case(zoo.FAMILIES["llama"], "sdpa")
-
-
-@torch.no_grad()
-def logits_of(model, *args, **kwargs):
-    return model(*args, **kwargs).logits
 
 
 # -- one layer's attention
@@ -255,7 +251,7 @@ def test_the_users_own_implementation_keeps_the_prefix(own, when, llama, zoo):
     expected = llama.reference(model).logits(ids)
     zoo.close(logits_of(model, ids), expected, TOLERANCE)
     cache = DynamicCache(config=model.config)
-    pieces = [logits_of(model, piece, past_key_values=cache) for piece in ids.split([4, 3, 1, 1], dim=1)]
+    pieces = [logits_of(model, piece, cache=cache) for piece in ids.split([4, 3, 1, 1], dim=1)]
     zoo.close(torch.cat(pieces, dim=1), expected, TOLERANCE)
     assert function.calls == 5 * model.config.num_hidden_layers
     with model.use_streams(None):

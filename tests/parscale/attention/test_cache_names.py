@@ -31,6 +31,12 @@ class Llama(LlamaForCausalLM):
         return CausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]))  # 0: all
 
 
+@torch.no_grad()
+def logits_of(model, ids, **arguments):
+    """With the cache under the name that the test says."""
+    return model(input_ids=ids, **arguments).logits
+
+
 BACKBONES = {"cache": NewBackbone, "past_key_values": OldBackbone}
 
 
@@ -53,11 +59,6 @@ def make(name, zoo):
         return model
 
     return wrapped
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 @pytest.mark.parametrize("kind", [{}, {"transform": "prompt"}, {"kv": "shared"}], ids=["prefix", "prompt", "shared"])

@@ -7,21 +7,13 @@ import types
 import pytest
 import torch
 import transformers
+from cache_kinds import CACHES, NAMES, TOLERANCE, unrounded_cache
+from model_calls import STEPS, generate, logits_of
 from packaging.version import Version
-from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedLayer, QuantoQuantizedLayer
+from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
-STEPS = 7
-TOLERANCE = 2e-5  # float32 rounding of logits of size 1 to 5 through two layers
-# dense, grouped queries, sliding windows, learned positions, experts, latent attention, sinks, a hybrid
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
-NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *NIGHTLY]
-CACHES = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static"},
-    "dynamic in chunks": {"prefill_chunk_size": 4},
-    "static in chunks": {"cache_implementation": "static", "prefill_chunk_size": 4},
-}
+ALL_NAMES = [*NAMES, "qwen3_next"]  # and a hybrid
 
 
 def make(zoo, name, **changes):
@@ -34,24 +26,13 @@ def llama(zoo):
     return make(zoo, "llama")
 
 
-def generate(model, ids, padding=None, **arguments):
-    arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | arguments
-    padding = torch.ones_like(ids) if padding is None else padding
-    return model.generate(ids, attention_mask=padding, **arguments)
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(ids, **arguments).logits
-
-
 # -- text by generate, logits along it
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
     model, ids = make(zoo, name), zoo.token_ids()
     padding = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
@@ -67,7 +48,7 @@ def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
 @pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[9, 1, 1], [4, 4, 2, 1]], ids=["prefill and decoding", "in chunks"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
     """Longer than the text, so that its last places are empty; in layers with a window, shorter."""
     if attention not in zoo.FAMILIES[name].attention:
@@ -75,7 +56,7 @@ def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
     case, ids = zoo.Case(zoo.FAMILIES[name], attention), zoo.token_ids(length=11)
     model = case.wrapped()
     cache = StaticCache(config=model.config, max_cache_len=16)
-    pieces = [logits_of(model, piece, past_key_values=cache) for piece in ids.split(chunks, dim=1)]
+    pieces = [logits_of(model, piece, cache=cache) for piece in ids.split(chunks, dim=1)]
     # the recurrent and the chunked form of linear attention round differently
     tolerance = 1e-4 if name == "qwen3_next" else TOLERANCE
     zoo.close(torch.cat(pieces, dim=1), case.reference(model).logits(ids), tolerance)
@@ -86,13 +67,13 @@ def test_a_static_cache_along_a_text(name, attention, chunks, zoo):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("cache", ["dynamic", "static of the user's"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
     model, text, cached = make(zoo, name), zoo.token_ids(), None
     if cache != "dynamic":
         cached = StaticCache(config=model.config, max_cache_len=48)
     for turn in range(3):
-        output = generate(model, text, past_key_values=cached, return_dict_in_generate=True)
+        output = generate(model, text, cache=cached, return_dict_in_generate=True)
         assert torch.equal(output.sequences, generate(model, text, use_cache=False))
         cached = output.past_key_values
         text = torch.cat([output.sequences, zoo.token_ids(length=4, seed=turn)], dim=1)
@@ -101,27 +82,27 @@ def test_the_next_turn_goes_on_from_the_cache(name, cache, zoo):
 def test_one_prompts_cache_for_many_texts(llama, zoo):
     """Copied for each; and cut back to the prompt."""
     prompt, cache = zoo.token_ids(length=6), DynamicCache(config=llama.config)
-    logits_of(llama, prompt, past_key_values=cache)
+    logits_of(llama, prompt, cache=cache)
     for seed in (1, 2):
         text = torch.cat([prompt, zoo.token_ids(length=3, seed=seed)], dim=1)
         expected = generate(llama, text, use_cache=False)
-        assert torch.equal(generate(llama, text, past_key_values=copy.deepcopy(cache)), expected)
+        assert torch.equal(generate(llama, text, cache=copy.deepcopy(cache)), expected)
     assert cache.get_seq_length() == 6
     text = torch.cat([prompt, zoo.token_ids(length=3, seed=3)], dim=1)
-    generate(llama, text, past_key_values=cache)
+    generate(llama, text, cache=cache)
     cache.crop(-(cache.get_seq_length() - 6))
-    zoo.close(logits_of(llama, text[:, 6:], past_key_values=cache), logits_of(llama, text)[:, 6:], TOLERANCE)
+    zoo.close(logits_of(llama, text[:, 6:], cache=cache), logits_of(llama, text)[:, 6:], TOLERANCE)
 
 
 def test_rows_of_a_cache_that_are_selected_and_repeated(llama, zoo):
     """As decoding loops of the user's own do, in the cache's rows: stream after stream."""
     ids, cache = zoo.token_ids(), DynamicCache(config=llama.config)
-    logits_of(llama, ids, past_key_values=cache)
+    logits_of(llama, ids, cache=cache)
     cache.batch_select_indices(torch.tensor([p * zoo.B + 1 for p in range(zoo.P)]))  # the second text
     cache.batch_repeat_interleave(2)
     more = zoo.token_ids(length=3, seed=5)
     whole = torch.cat([ids[1:].repeat(2, 1), more], dim=1)
-    zoo.close(logits_of(llama, more, past_key_values=cache), logits_of(llama, whole)[:, zoo.S :], TOLERANCE)
+    zoo.close(logits_of(llama, more, cache=cache), logits_of(llama, whole)[:, zoo.S :], TOLERANCE)
 
 
 # -- caches and sets of streams
@@ -136,36 +117,26 @@ def test_a_cache_of_another_set_is_refused(kind, llama, zoo):
     if kind == "dynamic":
         cache = DynamicCache(config=llama.config)
     ids = zoo.token_ids()
-    logits_of(llama, ids[:, :4], past_key_values=cache)
+    logits_of(llama, ids[:, :4], cache=cache)
     for chosen in ("other", None):
         with llama.use_streams(chosen), pytest.raises(ValueError, match="filled with streams 'default'"):
-            logits_of(llama, ids[:, 4:], past_key_values=cache)
+            logits_of(llama, ids[:, 4:], cache=cache)
         with llama.use_streams(chosen), pytest.raises(ValueError, match="filled with streams 'default'"):
-            generate(llama, ids, past_key_values=cache)
+            generate(llama, ids, cache=cache)
     assert int(cache.get_seq_length()) == 4
     if kind == "static":
         cache.reset()
         with llama.use_streams("other"):
-            zoo.close(logits_of(llama, ids, past_key_values=cache), logits_of(llama, ids), TOLERANCE)
+            zoo.close(logits_of(llama, ids, cache=cache), logits_of(llama, ids), TOLERANCE)
 
 
 # -- quantized caches
 
 
-class AsIs(QuantizedLayer):
-    """Stands in for a quantizer: everything of a quantized cache but the rounding."""
-
-    def _quantize(self, tensor, axis):
-        return tensor.clone()
-
-    def _dequantize(self, tensor):
-        return tensor
-
-
 def quantized(model, backend, bits, residual):
     """A cache that rounds whatever is older than `residual` tokens; its groups divide these small tensors."""
     if backend == "as it is":
-        return Cache(layers=[AsIs(residual_length=residual) for _ in range(model.config.num_hidden_layers)])
+        return unrounded_cache(model, residual)
     return QuantizedCache(backend, model.config, nbits=bits, q_group_size=16, residual_length=residual)
 
 
@@ -191,11 +162,11 @@ def test_a_quantized_cache_that_does_not_round(name, residual, search, zoo):
     model, ids = make(zoo, name), zoo.token_ids()
     if search and Version(transformers.__version__) < Version("5.19"):
         with pytest.raises(IndexError), model.use_streams(None):
-            generate(model, ids, past_key_values=quantized(model, "as it is", 4, residual), **search)
+            generate(model, ids, cache=quantized(model, "as it is", 4, residual), **search)
         pytest.skip("this version's quantized caches cannot follow the beams of a plain model either")
     cache = quantized(model, "as it is", 4, residual)
     expected = generate(model, ids, use_cache=False, **search)
-    assert torch.equal(generate(model, ids, past_key_values=cache, **search), expected)
+    assert torch.equal(generate(model, ids, cache=cache, **search), expected)
 
 
 @pytest.mark.grid
@@ -207,17 +178,17 @@ def test_a_quantized_cache(name, backend, unpacked_in_python, zoo):
     prompt, new = ids[:, :16], ids[:, 16:]
     bits, kind = BACKENDS[backend]
     cache, plain = quantized(model, backend, bits, residual=4), DynamicCache()
-    logits_of(model, prompt, past_key_values=cache)
+    logits_of(model, prompt, cache=cache)
     for number, layer in enumerate(cache.layers):
         assert isinstance(layer, kind)
         kept = layer._dequantize(layer._quantized_keys), layer._dequantize(layer._quantized_values)
         assert kept[0].shape[:3] == (zoo.P * zoo.B, kept[0].shape[1], 16)
         plain.update(*kept, number)
-    logits = logits_of(model, new, past_key_values=cache)
-    zoo.close(logits, logits_of(model, new, past_key_values=plain), TOLERANCE)
+    logits = logits_of(model, new, cache=cache)
+    zoo.close(logits, logits_of(model, new, cache=plain), TOLERANCE)
     error = (logits - logits_of(model, ids)[:, -1:]).abs().max()
     assert TOLERANCE < error < 0.5
-    text = generate(model, ids[:, :16], past_key_values=quantized(model, backend, bits, residual=4))
+    text = generate(model, ids[:, :16], cache=quantized(model, backend, bits, residual=4))
     assert text.shape == (zoo.B, 16 + STEPS)
 
 
@@ -229,7 +200,7 @@ def test_generate_makes_a_quantized_cache(backend, unpacked_in_python, llama, zo
     output = generate(llama, ids, **arguments)
     assert isinstance(output.past_key_values.layers[0], BACKENDS[backend][1])
     cache = quantized(llama, backend, BACKENDS[backend][0], residual=64)
-    assert torch.equal(output.sequences, generate(llama, ids, past_key_values=cache))
+    assert torch.equal(output.sequences, generate(llama, ids, cache=cache))
 
 
 # -- offloaded caches

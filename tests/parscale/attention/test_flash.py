@@ -10,6 +10,7 @@ import inspect
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers import modeling_flash_attention_utils as flash_utils
@@ -134,11 +135,6 @@ def flash(monkeypatch):
     return use
 
 
-@torch.no_grad()
-def logits_of(model, *args, **kwargs):
-    return model(*args, **kwargs).logits
-
-
 def make(zoo, name, **changes):
     case = zoo.Case(zoo.FAMILIES[name], "eager")
     return case, case.wrapped(**changes)
@@ -183,7 +179,7 @@ def test_with_a_cache(name, chunks, flash, zoo):
     if name != "qwen3_next":
         caches.append(DynamicCache())  # which forgets nothing that a window leaves behind
     for cache in caches:
-        pieces = [logits_of(model, piece, past_key_values=cache) for piece in ids.split(chunks, dim=1)]
+        pieces = [logits_of(model, piece, cache=cache) for piece in ids.split(chunks, dim=1)]
         zoo.close(torch.cat(pieces, dim=1), expected, TOLERANCE)
 
 
@@ -265,9 +261,9 @@ def test_boundaries_beside_a_cache_are_refused(flash, zoo):
     _, model = make(zoo, "llama")
     flash(model)
     cache = DynamicCache(config=model.config)
-    logits_of(model, zoo.token_ids(rows=1), past_key_values=cache)
+    logits_of(model, zoo.token_ids(rows=1), cache=cache)
     with pytest.raises(ValueError, match="cu_seq_lens_k"):
-        logits_of(model, zoo.token_ids(rows=1), past_key_values=cache, **documents([4, 5]))
+        logits_of(model, zoo.token_ids(rows=1), cache=cache, **documents([4, 5]))
 
 
 @pytest.mark.parametrize(("window", "calls"), [(12, []), (13, ["batch"])])

@@ -6,6 +6,7 @@ last one. It has no backward pass on a CPU, so gradients are not tested.
 
 import pytest
 import torch
+from model_calls import logits_of
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import DynamicCache
 
@@ -20,11 +21,6 @@ NAMES = ["llama", "mistral", "gemma2", "gemma3"]
 def uncompiled():
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-@torch.no_grad()
-def logits_of(model, *args, **kwargs):
-    return model(*args, **kwargs).logits
 
 
 def make(zoo, name, **changes):

@@ -6,6 +6,7 @@ The measure is the plain backbone: where its answer does not depend on the paddi
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from transformers import DynamicCache, StaticCache
 
 import parscale
@@ -18,11 +19,6 @@ def padded(ids):
     """`(B, S)` as `(B, FRONT + S)`, and its mask."""
     front = torch.zeros(ids.shape[0], FRONT, dtype=torch.long)
     return torch.cat([front, ids], dim=1), torch.cat([front, torch.ones_like(ids)], dim=1)
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 def of_padded(model, ids, way):
@@ -38,9 +34,7 @@ def of_padded(model, ids, way):
     pieces, end = [], 0
     for width in (2, 4, whole.shape[1] - 8, 1, 1):  # the first has padding alone
         start, end = end, end + width
-        pieces.append(
-            logits_of(model, whole[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        )
+        pieces.append(logits_of(model, whole[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True))
     return torch.cat(pieces, dim=1)[:, FRONT:]
 
 

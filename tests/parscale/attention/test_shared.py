@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from model_calls import logits_of
 from torch import nn
 
 import parscale
@@ -90,11 +91,6 @@ def reference(zoo, case, model, ids, positions=None, **mask):
 
 def _attends(module):
     return any(hasattr(module, x) for x in ("q_proj", "qkv_proj", "query_key_value", "c_attn", "q_a_proj"))
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(ids, **arguments).logits
 
 
 def test_logits(name, zoo):

@@ -58,3 +58,13 @@ def test_what_is_refused(name, reason):
     model = build(name)
     with pytest.raises(parscale.UnsupportedModelError, match=rf"{reason}.*Use kv='own'"):
         parscale.wrap(model, 2, prefix_length=3, init="random", kv="shared")
+
+
+def test_weights_that_are_no_numbers_yet_are_said_to_be_so(zoo):
+    """A memory that nobody has filled: the model cannot be tried, and its layers are not to blame."""
+    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(torch.nan)
+    with pytest.raises(parscale.UnsupportedModelError, match=r"are not finite.*load or initialise its weights first"):
+        parscale.wrap(model, zoo.P, prefix_length=zoo.T, init="random", kv="shared")
+    assert not hasattr(model, "parscale")

@@ -4,23 +4,14 @@ import copy
 
 import pytest
 import torch
+from cache_kinds import CACHES, NAMES, TOLERANCE, unrounded_cache
+from model_calls import generate, logits_of
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers import DynamicCache, StaticCache
 
 import parscale
 
-TOLERANCE = 2e-5  # as in test_caches.py
-STEPS = 7
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mistral", "mixtral")]
-NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", *NIGHTLY]
 PADDING = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
-CACHES = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static"},
-    "dynamic in chunks": {"prefill_chunk_size": 4},
-    "static in chunks": {"cache_implementation": "static", "prefill_chunk_size": 4},
-}
 
 
 def plain(zoo, name, **changes):
@@ -31,17 +22,6 @@ def plain(zoo, name, **changes):
 @pytest.fixture
 def llama(zoo):
     return zoo.share(plain(zoo, "llama"))
-
-
-def generate(model, ids, padding=None, **arguments):
-    arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | arguments
-    padding = torch.ones_like(ids) if padding is None else padding
-    return model.generate(ids, attention_mask=padding, **arguments)
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(ids, **arguments).logits
 
 
 def held(cache):
@@ -66,7 +46,7 @@ def test_after_a_prompt_the_cache_is_the_backbones_to_the_last_bit(name, num_str
     for arguments in ({}, {"attention_mask": PADDING, "position_ids": positions}):
         caches = [DynamicCache(config=backbone.config) for _ in range(2)]
         for each, cache in zip((backbone, model), caches, strict=True):
-            logits_of(each, ids, past_key_values=cache, logits_to_keep=1, **arguments)
+            logits_of(each, ids, cache=cache, logits_to_keep=1, **arguments)
         assert_equal(*caches)
 
 
@@ -89,10 +69,10 @@ def test_a_text_may_change_sides(name, zoo):
             wholes[chosen] = logits_of(model, ids)
     cache, order = DynamicCache(config=model.config), [None, "default", "other", None, "default"]
     with model.use_streams(None):
-        logits_of(model, ids[:, :split], past_key_values=cache)
+        logits_of(model, ids[:, :split], cache=cache)
     for at, chosen in zip(range(split, zoo.S), order[1:], strict=False):
         with model.use_streams(chosen):
-            found = logits_of(model, ids[:, at : at + 1], past_key_values=cache)
+            found = logits_of(model, ids[:, at : at + 1], cache=cache)
         zoo.close(found, wholes[chosen][:, at : at + 1], TOLERANCE)
 
 
@@ -101,13 +81,13 @@ def test_a_cache_of_streams_with_keys_of_their_own_is_refused(llama, zoo):
     ids = zoo.token_ids()
     with llama.use_streams("own"):
         cache = DynamicCache(config=llama.config)
-        logits_of(llama, ids, past_key_values=cache)
+        logits_of(llama, ids, cache=cache)
     with pytest.raises(ValueError, match="filled with streams 'own', but None are active"):
-        logits_of(llama, ids[:, :1], past_key_values=cache)
+        logits_of(llama, ids[:, :1], cache=cache)
     cache = DynamicCache(config=llama.config)
-    logits_of(llama, ids, past_key_values=cache)
+    logits_of(llama, ids, cache=cache)
     with llama.use_streams("own"), pytest.raises(ValueError, match="filled with streams None"):
-        logits_of(llama, ids[:, :1], past_key_values=cache)
+        logits_of(llama, ids[:, :1], cache=cache)
 
 
 # -- what generate does with it
@@ -125,21 +105,11 @@ def test_text_is_the_same_without_a_cache(name, cache, search, zoo):
     assert all(keys.shape[0] == values.shape[0] == rows for keys, values in held(output.past_key_values))
 
 
-class AsIs(QuantizedLayer):
-    """Stands in for a quantizer: everything of a quantized cache but the rounding."""
-
-    def _quantize(self, tensor, axis):
-        return tensor.clone()
-
-    def _dequantize(self, tensor):
-        return tensor
-
-
 @pytest.mark.parametrize("residual", [1, 4, 128])
 def test_a_quantized_cache_that_does_not_round(residual, llama, zoo):
-    cache = Cache(layers=[AsIs(residual_length=residual) for _ in range(llama.config.num_hidden_layers)])
+    cache = unrounded_cache(llama, residual)
     ids = zoo.token_ids()
-    assert torch.equal(generate(llama, ids, past_key_values=cache), generate(llama, ids, use_cache=False))
+    assert torch.equal(generate(llama, ids, cache=cache), generate(llama, ids, use_cache=False))
 
 
 @pytest.mark.parametrize("help_", ["assistant", "lookup"])
@@ -162,7 +132,7 @@ def test_pieces_of_any_length(name, kind, zoo):
     if kind == "dynamic":
         cache = DynamicCache(config=model.config)
     for start, stop in ((0, 3), (3, 4), (4, 8), (8, 9)):
-        found = logits_of(model, ids[:, start:stop], past_key_values=cache)
+        found = logits_of(model, ids[:, start:stop], cache=cache)
         zoo.close(found, whole[:, start:stop], TOLERANCE)
 
 
@@ -180,7 +150,7 @@ def test_the_last_positions_by_two_passes(name, kind, kept, zoo):
         zoo.close(logits_of(model, ids, logits_to_keep=kept, use_cache=False), whole[:, -kept:], TOLERANCE)
         return
     for start, stop in ((0, 4), (4, 9)):
-        found = logits_of(model, ids[:, start:stop], logits_to_keep=kept, past_key_values=cache)
+        found = logits_of(model, ids[:, start:stop], logits_to_keep=kept, cache=cache)
         zoo.close(found, whole[:, max(start, stop - kept) : stop], TOLERANCE)
 
 
@@ -188,12 +158,12 @@ def test_a_cache_that_is_cut_copied_and_chosen_from(llama, zoo):
     ids = zoo.token_ids()
     whole = logits_of(llama, ids)
     cache = DynamicCache(config=llama.config)
-    logits_of(llama, ids[:, :7], past_key_values=cache)
+    logits_of(llama, ids[:, :7], cache=cache)
     other = copy.deepcopy(cache)
     cache.crop(-2)
-    zoo.close(logits_of(llama, ids[:, 5:], past_key_values=cache), whole[:, 5:], TOLERANCE)
+    zoo.close(logits_of(llama, ids[:, 5:], cache=cache), whole[:, 5:], TOLERANCE)
     other.batch_select_indices(torch.tensor([1]))
-    zoo.close(logits_of(llama, ids[1:, 7:], past_key_values=other), whole[1:, 7:], TOLERANCE)
+    zoo.close(logits_of(llama, ids[1:, 7:], cache=other), whole[1:, 7:], TOLERANCE)
 
 
 # -- what it costs
@@ -216,9 +186,9 @@ class Largest(TorchDispatchMode):
 def test_a_step_makes_no_copy_of_the_cache_for_streams(zoo):
     model, ids = zoo.share(plain(zoo, "llama", max_position_embeddings=256)), zoo.token_ids(length=200)
     cache = DynamicCache(config=model.config)
-    logits_of(model, ids, past_key_values=cache, logits_to_keep=1)
+    logits_of(model, ids, cache=cache, logits_to_keep=1)
     with Largest() as largest:
-        logits_of(model, ids[:, :1], past_key_values=cache)
+        logits_of(model, ids[:, :1], cache=cache)
     assert largest.numel == cache.layers[0].keys.numel()  # the cache's own, one token longer
 
 
@@ -245,7 +215,7 @@ def test_a_turn_of_a_chat_reads_its_own_tokens_with_one_row(llama, zoo):
     for turn, chosen in enumerate(["default", None, "default"]):
         before = len(shapes)
         with llama.use_streams(chosen):
-            output = generate(llama, text, max_new_tokens=2, past_key_values=cache)
+            output = generate(llama, text, max_new_tokens=2, cache=cache)
             turns.append(shapes[before:])
             assert torch.equal(output, generate(llama, text, max_new_tokens=2, use_cache=False))
         text = torch.cat([output, ids[:, 4 + 3 * turn : 7 + 3 * turn]], 1)

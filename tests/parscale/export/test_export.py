@@ -6,6 +6,7 @@ from torch.export import Dim
 from transformers import StaticCache
 
 import parscale
+from parscale.streams.backbones import cache_argument
 
 ROUNDING = 1e-5
 
@@ -42,7 +43,7 @@ def early(model, rows, heads=2):
 @torch.no_grad()
 def along(model, ids, cache):
     pieces = ids.split([5, 1, ids.shape[1] - 6], dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+    return torch.cat([model(piece, **{cache_argument(model): cache}).logits for piece in pieces], dim=1)
 
 
 @pytest.mark.parametrize("transform", ["prefix", "lora"])
@@ -61,10 +62,10 @@ def test_a_static_cache_that_does_not_fit_is_named(tiny, zoo):
     plain, ids = tiny(), zoo.token_ids()
     read = early(plain, zoo.B)
     with torch.no_grad():
-        plain(ids, past_key_values=read)
+        plain(ids, **{cache_argument(plain): read})
         model = parscale.wrap(plain, 3, prefix_length=4, init="random")
         for cache, found in ((read, "2 rows and 9 tokens"), (early(model, 5), "5 rows and 0 tokens")):
             with pytest.raises(ValueError, match=f"{found}.*need 6 rows.*batch_size=6"):
-                model(ids, past_key_values=cache)
+                model(ids, **{cache_argument(model): cache})
         read.reset()
         zoo.close(along(model, ids, read), model(ids).logits, ROUNDING)

@@ -9,10 +9,10 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from small_models import tiny_llama
+from transformers import AutoModelForCausalLM
 
 import parscale
 from parscale import load, wrap
@@ -20,22 +20,16 @@ from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import load_plain
 
 
-def backbone():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-
-
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """A full checkpoint, the same in shards, its streams alone, and a plain backbone."""
     root = tmp_path_factory.mktemp("originals")
-    model = wrap(backbone(), 2, prefix_length=3, init="random")
+    model = wrap(tiny_llama(), 2, prefix_length=3, init="random")
     model.add_streams("code", 4, prefix_length=2, init="random")
     model.save_pretrained(root / "full")
     model.save_pretrained(root / "shards", max_shard_size="10KB")
     model.save_streams(root / "streams")
-    backbone().save_pretrained(root / "plain")
+    tiny_llama().save_pretrained(root / "plain")
     return root
 
 
@@ -63,7 +57,7 @@ def by_transformers(folder):
 READERS = {
     "full": [load, by_transformers, lambda folder: describe(str(folder))],
     "shards": [load, lambda folder: describe(str(folder))],
-    "streams": [lambda folder: load(folder, backbone=backbone()), load, lambda folder: describe(str(folder))],
+    "streams": [lambda folder: load(folder, backbone=tiny_llama()), load, lambda folder: describe(str(folder))],
     "plain": [lambda folder: load_plain(str(folder)), lambda folder: describe(str(folder))],
 }
 CONFIGS = {"full": "config.json", "shards": "config.json", "streams": "parscale_config.json", "plain": "config.json"}

@@ -9,25 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from small_models import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from parscale import load, wrap
 
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
 PREFIX = "model.layers.0.self_attn.prefix_k"
 
 
 def backbone(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES | changes))
+    return tiny_llama(max_position_embeddings=64, **changes)
 
 
 @pytest.fixture(scope="module")

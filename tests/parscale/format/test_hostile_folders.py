@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from small_models import tiny_llama
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from parscale import load, wrap
 from parscale.checkpoints.description import describe
@@ -24,16 +24,10 @@ SECONDS = 5.0
 CONFIGS = {"full": "config.json", "streams": "parscale_config.json", "plain": "config.json"}
 
 
-def backbone():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-
-
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     root = tmp_path_factory.mktemp("originals")
-    backbone().save_pretrained(root / "plain")
+    tiny_llama().save_pretrained(root / "plain")
     model = wrap(LlamaForCausalLM.from_pretrained(root / "plain"), 2, prefix_length=3, init="random")
     model.add_streams("code", 4, prefix_length=2, init="random")
     model.save_pretrained(root / "full")
@@ -278,7 +272,7 @@ def test_info_and_saving_take_names_of_sets_as_load_does(copied, tmp_path, names
     for action in (lambda: describe(str(folder)), lambda: load(folder)):
         refused(action, "should name sets of streams|names a set of streams twice")
     shutil.copytree(folder / "code", tmp_path / "elsewhere")
-    wrap(backbone(), 2, prefix_length=3, init="random").save_pretrained(folder)
+    wrap(tiny_llama(), 2, prefix_length=3, init="random").save_pretrained(folder)
     assert load(folder).num_streams == 2
     assert (tmp_path / "elsewhere" / "streams.safetensors").exists()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from small_models import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from parscale import load, wrap
 from parscale.checkpoints.conversion.convert import convert
@@ -24,12 +25,6 @@ ROOT = Path(__file__).parents[3]
 IDS = torch.arange(8)[None]
 
 
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
-
-
 def wrapped_on(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     return wrap(model, 2, prefix_length=3, init="random", seed=1).eval()
@@ -38,7 +33,7 @@ def wrapped_on(folder):
 @pytest.fixture
 def folders(tmp_path):
     """A backbone, streams alone that name it, and a full checkpoint."""
-    tiny().save_pretrained(tmp_path / "backbone")
+    tiny_llama().save_pretrained(tmp_path / "backbone")
     model = wrapped_on(tmp_path / "backbone")
     model.save_streams(tmp_path / "streams")
     model.save_pretrained(tmp_path / "full")
@@ -243,7 +238,7 @@ def test_an_adapter_beside_a_model_is_left_to_peft(folders, adapter, name, read)
 
 
 def test_an_adapter_does_not_send_the_reader_to_another_backbone(folders, adapter):
-    tiny(seed=5).save_pretrained(folders / "other")
+    tiny_llama(seed=5).save_pretrained(folders / "other")
     expected = logits_of(load(folders / "full"))
     shutil.copytree(folders / "adapter", folders / "full", dirs_exist_ok=True)
     edit(folders / "full" / "adapter_config.json", base_model_name_or_path=str(folders / "other"))
@@ -294,7 +289,7 @@ def test_where_the_backbone_was_counts_before_where_it_lay(folders, elsewhere):
     """The streams moved alone, to where another backbone lies in the same place beside them."""
     expected = logits_of(load(folders / "streams"))
     shutil.move(folders / "streams", elsewhere / "streams")
-    tiny(seed=5).save_pretrained(elsewhere / "backbone")
+    tiny_llama(seed=5).save_pretrained(elsewhere / "backbone")
     assert torch.equal(logits_of(load(elsewhere / "streams")), expected)
     shutil.rmtree(folders / "backbone")
     assert not torch.equal(logits_of(load(elsewhere / "streams")), expected)
@@ -311,7 +306,7 @@ def test_a_relative_path_starts_from_the_streams(folders, elsewhere, name):
     del fields["backbone_path"]  # as older versions wrote it
     config.write_text(json.dumps(fields | {"base_model_name_or_path": name}))
     expected = logits_of(wrapped_on(folders / "backbone"))
-    other = tiny(seed=5)
+    other = tiny_llama(seed=5)
     other.save_pretrained(os.path.normpath(elsewhere / name))
     assert torch.equal(logits_of(load(folders / "streams")), expected)
     shutil.rmtree(target)

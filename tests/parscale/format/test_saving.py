@@ -4,20 +4,11 @@ import json
 
 import pytest
 import torch
+from model_calls import exact_logits_of
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from parscale import load, unwrap, wrap
-
-IDS = torch.arange(18).remainder(17).view(2, 9) + 3
-
-
-@torch.no_grad()
-def logits_of(model):
-    """Exactly: weights that are read from a file in place lie where matrix products may round in another order."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.eval()(IDS).logits
 
 
 def names_in(folder):
@@ -41,7 +32,7 @@ def test_every_family_comes_back_bit_for_bit(family, num_streams, tmp_path):
     assert type(loaded) is type(model)
     assert loaded.num_streams == num_streams
     assert loaded.config.model_type == model.config.model_type
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert torch.equal(exact_logits_of(loaded), exact_logits_of(model))
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -56,7 +47,7 @@ def test_shards_tied_and_untied(family, tied, tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file, names in names_in(tmp_path).items() for name in names}
     loaded = load(tmp_path)
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert torch.equal(exact_logits_of(loaded), exact_logits_of(model))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
 
 
@@ -67,7 +58,7 @@ def test_bfloat16_stays(wrapped, tmp_path):
     model.save_pretrained(tmp_path / "b")
     loaded = load(tmp_path / "b")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert torch.equal(exact_logits_of(loaded), exact_logits_of(model))
 
 
 @pytest.mark.parametrize("active", ["default", "code", "one", None])
@@ -80,7 +71,7 @@ def test_all_sets_come_back_and_the_active_one_is_active(wrapped, active, tmp_pa
     for name in ("default", "code", "one", None):
         wrapped.set_streams(name)
         loaded.set_streams(name)
-        assert torch.equal(logits_of(loaded), logits_of(wrapped))
+        assert torch.equal(exact_logits_of(loaded), exact_logits_of(wrapped))
         if name is not None:
             assert loaded.parscale.sets[name].config == wrapped.parscale.sets[name].config
 
@@ -103,8 +94,8 @@ def test_streams_only(wrapped, tiny, tmp_path):
     backbone = tiny()
     loaded = load(tmp_path / "streams", backbone=backbone)
     assert loaded is backbone
-    assert torch.equal(logits_of(loaded), logits_of(wrapped))
-    assert torch.equal(logits_of(unwrap(loaded)), logits_of(tiny()))
+    assert torch.equal(exact_logits_of(loaded), exact_logits_of(wrapped))
+    assert torch.equal(exact_logits_of(unwrap(loaded)), exact_logits_of(tiny()))
 
 
 def test_streams_only_names_its_backbone(tiny, zoo, tmp_path):
@@ -114,7 +105,7 @@ def test_streams_only_names_its_backbone(tiny, zoo, tmp_path):
     model.save_streams(tmp_path / "streams")
     fields = json.loads((tmp_path / "streams" / "parscale_config.json").read_text())
     assert fields["base_model_name_or_path"] == str(tmp_path / "backbone")
-    assert torch.equal(logits_of(load(tmp_path / "streams")), logits_of(model))
+    assert torch.equal(exact_logits_of(load(tmp_path / "streams")), exact_logits_of(model))
     (tmp_path / "backbone").rename(tmp_path / "elsewhere")
     loaded = load(tmp_path / "streams", backbone=tmp_path / "elsewhere", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -127,14 +118,14 @@ def test_a_full_folder_lends_its_backbone(wrapped, tmp_path):
     wrapped.save_streams(tmp_path / "streams")
     for loaded in (load(tmp_path / "full" / "code"), load(tmp_path / "streams", backbone=tmp_path / "full")):
         assert list(loaded.parscale.sets) == ["code"]
-        assert torch.equal(logits_of(loaded), logits_of(wrapped))
+        assert torch.equal(exact_logits_of(loaded), exact_logits_of(wrapped))
 
 
 def test_saving_does_not_change_the_model(wrapped, tmp_path):
-    names, config, logits = list(wrapped.state_dict()), wrapped.config.to_dict(), logits_of(wrapped)
+    names, config, logits = list(wrapped.state_dict()), wrapped.config.to_dict(), exact_logits_of(wrapped)
     wrapped.save_pretrained(tmp_path)
     assert list(wrapped.state_dict()) == names
-    assert torch.equal(logits_of(wrapped), logits)
+    assert torch.equal(exact_logits_of(wrapped), logits)
     changed = {"architectures", "dtype"}  # the class writes these two itself
     assert {k: v for k, v in wrapped.config.to_dict().items() if k not in changed} == {
         k: v for k, v in config.items() if k not in changed
@@ -217,7 +208,7 @@ def test_qwen2_is_written_for_the_released_code_too(zoo, tmp_path):
     assert config["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert load(tmp_path).config.rope_parameters == model.config.rope_parameters
-    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    assert torch.equal(exact_logits_of(load(tmp_path)), exact_logits_of(model))
 
 
 # -- arguments of save_pretrained
@@ -253,7 +244,7 @@ def test_variant(wrapped, tmp_path):
     wrapped.save_pretrained(tmp_path, variant="half")
     assert list(names_in(tmp_path)) == ["model.half.safetensors"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="half")
-    assert torch.equal(logits_of(loaded), logits_of(wrapped))
+    assert torch.equal(exact_logits_of(loaded), exact_logits_of(wrapped))
 
 
 def test_push_to_hub_uploads_what_was_written(wrapped, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from model_calls import exact_logits_of
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -19,14 +20,6 @@ NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", *NIGHTLY]
 @pytest.fixture
 def llama(zoo):
     return zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    """Exactly: weights that are read from a file in place lie where matrix products may round in another order."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.eval()(ids, **arguments).logits
 
 
 # -- described
@@ -103,7 +96,7 @@ def test_folders_come_back_bit_for_bit(name, zoo, tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "full")
     model.save_streams(tmp_path / "streams")
-    expected = logits_of(model, ids)
+    expected = exact_logits_of(model, ids)
     config = json.loads((tmp_path / "full" / "config.json").read_text())
     assert config["parscale_kv"] == "shared"
     with safe_open(tmp_path / "streams" / "streams.safetensors", "pt") as file:
@@ -112,8 +105,8 @@ def test_folders_come_back_bit_for_bit(name, zoo, tmp_path):
     loaded = [load(tmp_path / "full"), load(tmp_path / "streams", backbone=str(tmp_path / "plain"))]
     for again in (*loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "full")):
         assert again.parscale.active.config.kv == "shared"
-        assert torch.equal(logits_of(again, ids), expected)
-        assert torch.equal(logits_of(again, ids, logits_to_keep=1), logits_of(model, ids, logits_to_keep=1))
+        assert torch.equal(exact_logits_of(again, ids), expected)
+        assert torch.equal(exact_logits_of(again, ids, logits_to_keep=1), exact_logits_of(model, ids, logits_to_keep=1))
 
 
 def test_a_damaged_number_of_streams_is_named(llama, zoo, tmp_path):
@@ -130,7 +123,7 @@ def test_a_damaged_number_of_streams_is_named(llama, zoo, tmp_path):
 def test_both_kinds_on_one_backbone(llama, zoo, tmp_path):
     """Switched, saved together, and taken off again."""
     ids = zoo.token_ids()
-    plain = logits_of(llama, ids)
+    plain = exact_logits_of(llama, ids)
     zoo.share(llama)
     llama.add_streams("own", 2, prefix_length=3, init="random")
     zoo.fill_streams(llama, seed=7, name="own")
@@ -139,23 +132,23 @@ def test_both_kinds_on_one_backbone(llama, zoo, tmp_path):
     for chosen in ("default", "own", None, "default"):
         llama.set_streams(chosen)
         again.set_streams(chosen)
-        found[chosen] = logits_of(llama, ids)
-        assert torch.equal(logits_of(again, ids), found[chosen])
+        found[chosen] = exact_logits_of(llama, ids)
+        assert torch.equal(exact_logits_of(again, ids), found[chosen])
         if chosen is not None:
             assert getattr(llama.config, "parscale_kv", "own") == ("own" if chosen == "own" else "shared")
     assert torch.equal(found[None], plain)
     assert (found["default"] - found["own"]).abs().max() > 0.1
     parscale.unwrap(llama)
-    assert torch.equal(logits_of(llama, ids), plain)
+    assert torch.equal(exact_logits_of(llama, ids), plain)
     assert not hasattr(llama.config, "parscale_kv")
     assert not [layer for layer in llama.model.layers if layer.self_attn._forward_pre_hooks]
 
 
 def test_copies_and_pickles(llama, zoo):
     ids = zoo.token_ids()
-    expected = logits_of(zoo.share(llama), ids, logits_to_keep=1)
+    expected = exact_logits_of(zoo.share(llama), ids, logits_to_keep=1)
     again = pickle.loads(pickle.dumps(llama))
-    assert torch.equal(logits_of(again, ids, logits_to_keep=1), expected)
+    assert torch.equal(exact_logits_of(again, ids, logits_to_keep=1), expected)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(again.generate(ids, adaptive=1.0, **options), llama.generate(ids, adaptive=1.0, **options))
 
@@ -166,14 +159,14 @@ def test_copies_and_pickles(llama, zoo):
 def test_adapters_have_copies_that_share_too(llama, zoo):
     peft = pytest.importorskip("peft")
     ids = zoo.token_ids()
-    expected = logits_of(zoo.share(llama), ids)
+    expected = exact_logits_of(zoo.share(llama), ids)
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     tuned = peft.get_peft_model(llama, config)
     tuned.add_adapter("second", config)
     outputs = []
     for adapter in ("default", "second"):
         tuned.set_adapter(adapter)
-        whole = logits_of(tuned, ids)
+        whole = exact_logits_of(tuned, ids)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         output = tuned.generate(input_ids=ids, **options, return_dict_in_generate=True, output_logits=True)
         zoo.close(output.logits[0], whole[:, -1], 2e-5)
@@ -181,7 +174,7 @@ def test_adapters_have_copies_that_share_too(llama, zoo):
         outputs.append(whole)
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
     with tuned.disable_adapter():
-        zoo.close(logits_of(tuned, ids), expected, 1e-6)
+        zoo.close(exact_logits_of(tuned, ids), expected, 1e-6)
 
 
 # -- refused

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from model_calls import GREEDY
 from transformers import DynamicCache
 
 from parscale.methods import adaptive_streams
@@ -26,9 +27,8 @@ def llama(zoo):
 
 
 def generate(model, ids, **arguments):
-    options = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    more = {"output_logits": True, "return_dict_in_generate": True}
-    return model.generate(ids, **{"attention_mask": PADDING} | options | more | arguments)
+    options = GREEDY | {"max_new_tokens": STEPS, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(ids, **{"attention_mask": PADDING} | options | arguments)
 
 
 @torch.no_grad()

@@ -109,6 +109,8 @@ def test_checkpointing_changes_no_gradient(family, zoo, reentrant):
     expected = gradients(family.wrapped().train(), ids, use_cache=False)
     model = checkpointed(family.wrapped(), reentrant)
     assert_same(gradients(model, ids, use_cache=False), expected, zoo)
+    # what the backward pass computes again is what the loss was computed from
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, family.wrapped()(input_ids=ids).logits)
     getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     assert_same(gradients(model, ids, use_cache=False), expected, zoo)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 import parscale
@@ -228,6 +229,11 @@ def test_a_language_model_with_its_head_inside_another(make, backbone, zoo):
     plain, model = make(), parscale.wrap(make(), 3, prefix_length=4, init="random", seed=0)
     assert model.parscale.backbone_name == backbone
     zoo.fill_streams(model)
+    if make is llama4 and Version(transformers.__version__) == Version("5.24.0"):
+        for each in (plain, model):
+            with pytest.raises(AttributeError, match="image_outputs"):
+                each(**arguments)
+        pytest.skip("Llama4ForConditionalGeneration of transformers 5.24.0 does not run, without streams either")
     with torch.no_grad():
         expected, found = plain(**arguments), model(**arguments)
         assert found.logits.shape == expected.logits.shape

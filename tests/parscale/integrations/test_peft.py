@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_calls import logits_of
 from torch import nn
 
 import parscale
@@ -25,11 +26,6 @@ def is_adapter(name):
 
 def adapted(model, **changes):
     return peft.get_peft_model(model, peft.LoraConfig(**LORA | changes))
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 @FEW

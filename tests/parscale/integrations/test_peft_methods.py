@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from lora_adapters import is_stream
 from packaging.version import Version
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import parscale
 from parscale.integrations.peft.methods import METHODS
-from parscale.streams.naming import part_of
 
 peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
@@ -62,10 +62,6 @@ def config_of(kind):
     if "r" in cls.__dataclass_fields__ and "target_modules" in arguments and kind != "OFT":
         arguments["r"] = 2
     return cls(**arguments)
-
-
-def is_stream(name):
-    return part_of(name) is not None
 
 
 @torch.no_grad()

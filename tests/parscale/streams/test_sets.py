@@ -4,17 +4,13 @@ import math
 
 import pytest
 import torch
+from model_calls import choose_stream, logits_of
 from transformers import DynamicCache
 
 import parscale
 
 TOLERANCE = 2e-5  # as in test_families.py
 FEW = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "deepseek_v3", "qwen3_next"], indirect=True)
-
-
-@torch.no_grad()
-def logits_of(model, ids, **arguments):
-    return model(input_ids=ids, **arguments).logits
 
 
 def tensors_of(model, name):
@@ -169,17 +165,17 @@ def test_sets_after_wrapping_with_one_stream(family, zoo):
 def test_a_cache_belongs_to_the_set_that_filled_it(model, family, zoo):
     ids, cache = zoo.token_ids(), DynamicCache(config=model.config)
     full = logits_of(model, ids)
-    logits_of(model, ids[:, :5], past_key_values=cache)
+    logits_of(model, ids[:, :5], cache=cache)
     for name in ("two", None, "one"):
         message = r"cache was filled with streams 'default'.*are active.*new cache"
         with model.use_streams(name), pytest.raises(ValueError, match=message):
-            logits_of(model, ids[:, 5:], past_key_values=cache)
-    zoo.close(logits_of(model, ids[:, 5:], past_key_values=cache), full[:, 5:], TOLERANCE)
+            logits_of(model, ids[:, 5:], cache=cache)
+    zoo.close(logits_of(model, ids[:, 5:], cache=cache), full[:, 5:], TOLERANCE)
     with model.use_streams(None):
         cache = DynamicCache(config=model.config)
-        logits_of(model, ids[:, :5], past_key_values=cache)
+        logits_of(model, ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match=r"filled with streams None, but 'default'"):
-        logits_of(model, ids[:, 5:], past_key_values=cache)
+        logits_of(model, ids[:, 5:], cache=cache)
 
 
 # -- reports
@@ -236,10 +232,7 @@ def test_stream_report(family, zoo):
     forced = family.wrapped(smoothing=0.0)
     losses = []
     for p in range(zoo.P):
-        with torch.no_grad():
-            last = forced.get_decoder().aggregate_layer[2]
-            last.weight.zero_()
-            last.bias.fill_(-1e4)[p] = 1e4
+        choose_stream(forced, p)
         losses.append(token_losses(logits_of(forced, ids), labels))
     expected = torch.stack(losses)
     zoo.close(report.losses, expected.mean(1), 1e-5)

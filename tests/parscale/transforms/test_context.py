@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from model_calls import choose_stream, logits_of
 from transformers import GenerationConfig
 
 import parscale
@@ -29,21 +30,8 @@ SDPA = [name for name in ROTARY if name not in ("gemma2", "gpt_oss")]
 WIDE = 64  # a window that text and input fit into
 
 
-@torch.no_grad()
-def logits_of(model, ids):
-    return model(input_ids=ids).logits
-
-
 def options(family):
     return {"sliding_window": WIDE} if family.family.window is not None else {}
-
-
-def force(model, p):
-    """Puts all weight on one stream; for models with a smoothing of 0."""
-    last = model.get_decoder().aggregate_layer[2]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.fill_(-1e4)[p] = 1e4
 
 
 def prefixes(model, name="default"):
@@ -60,7 +48,7 @@ def assert_reads(model, plain, calibration, zoo):
     """Each stream by itself is the backbone that reads its text first."""
     ids, T = zoo.token_ids(), calibration.shape[1]
     for p, text in enumerate(calibration):
-        force(model, p)
+        choose_stream(model, p)
         expected = logits_of(plain, torch.cat([text.expand(zoo.B, -1), ids], dim=1))[:, T:]
         zoo.close(logits_of(model, ids), expected, TOLERANCE)
 
@@ -186,7 +174,7 @@ def test_where_it_is_an_approximation_it_says_so(family, zoo):
     with pytest.warns(UserWarning, match=f"{reason}.*approximation") as warned:
         parscale.wrap(model, 3, prefix_length=12, smoothing=0.0, init="context", calibration=texts(zoo))
     assert {warning.filename for warning in warned} == {__file__}  # where wrap was called
-    force(model, 1)
+    choose_stream(model, 1)
     assert logits_of(model, ids).isfinite().all()
     assert not torch.equal(prefixes(model).popitem()[1][0], prefixes(model).popitem()[1][1])
 

@@ -6,9 +6,11 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from model_calls import choose_stream, logits_of
 from transformers import DynamicCache
 
 import parscale
+from parscale.streams.backbones import cache_argument
 
 TOLERANCE = 2e-5  # as in test_families.py
 RECURRENT = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba", "rwkv": "Rwkv", "xlstm": "xLSTM"}
@@ -23,11 +25,6 @@ OPTIONS = {
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 2, "pad_token_id": 0}
 
 
-@torch.no_grad()
-def logits_of(model, **arguments):
-    return model(**arguments).logits
-
-
 def fill(model, seed=1):
     """Streams that differ and that matter, whatever their transform."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,13 +34,6 @@ def fill(model, seed=1):
             if "aggregate_layer" in name and parameter.ndim > 1:
                 scale = 3.0 * parameter.shape[-1] ** -0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def force(model, p):
-    last = model.parscale.aggregator(model.parscale.active)[2]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.fill_(-1e4)[p] = 1e4
 
 
 @pytest.fixture(params=["llama", "gemma3", "gpt2", "deepseek_v3", "gpt_oss", "qwen3_next", *RECURRENT])
@@ -127,10 +117,9 @@ def test_with_a_cache_it_is_the_full_forward(model_and_plain, zoo, chunks, trans
 
 @torch.no_grad()
 def decode(model, ids, chunks):
-    cache, pieces = {}, []
+    name, cache, pieces = cache_argument(model), {}, []
     for piece in ids.split(chunks, dim=1):
         output = model(input_ids=piece, use_cache=True, **cache)
-        name = next(name for name in ("past_key_values", "cache_params", "state") if output.get(name) is not None)
         cache = {name: output[name]}
         pieces.append(output.logits)
     return torch.cat(pieces, dim=1)
@@ -188,19 +177,16 @@ def test_all_of_generate_with_a_prompt(family, zoo):
     left = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(8) >= 3).long().expand(2, -1)
     assert torch.equal(model.generate(left, attention_mask=mask, do_sample=False, **options)[:, 3:], greedy)
-    cache = DynamicCache(config=model.config)
-    first = model.generate(
-        ids, past_key_values=cache, do_sample=False, **options | {"max_new_tokens": 2, "min_new_tokens": 2}
-    )
+    name, cache = cache_argument(model), DynamicCache(config=model.config)
+    options |= {name: cache, "do_sample": False}
+    first = model.generate(ids, **options | {"max_new_tokens": 2, "min_new_tokens": 2})
     assert cache.get_seq_length() == 6  # tokens; the last one was not read yet
     copied = copy.deepcopy(cache)
     for each in (cache, copied):
-        again = model.generate(
-            first, past_key_values=each, do_sample=False, **options | {"max_new_tokens": 3, "min_new_tokens": 3}
-        )
+        again = model.generate(first, **options | {name: each, "max_new_tokens": 3, "min_new_tokens": 3})
         assert torch.equal(again, greedy)
     with pytest.raises(ValueError, match="static cache has no room"):
-        model.generate(ids, cache_implementation="static", **options)
+        model.generate(ids, cache_implementation="static", max_new_tokens=5, pad_token_id=0)
 
 
 def test_prompt_from_context_has_read_the_text(model_and_plain, zoo):
@@ -209,7 +195,7 @@ def test_prompt_from_context_has_read_the_text(model_and_plain, zoo):
     texts, ids = zoo.token_ids(3, 4, seed=8), zoo.token_ids()
     parscale.wrap(model, 3, prefix_length=4, smoothing=0.0, transform="prompt", init="context", calibration=texts)
     for p, text in enumerate(texts):
-        force(model, p)
+        choose_stream(model, p)
         expected = logits_of(plain, input_ids=torch.cat([text.expand(len(ids), -1), ids], dim=1))[:, 4:]
         zoo.close(logits_of(model, input_ids=ids), expected, TOLERANCE)
 
@@ -343,7 +329,7 @@ def test_gradients_reach_every_parameter_also_under_checkpointing(model_and_plai
         if checkpointing:
             if not model.supports_gradient_checkpointing:
                 continue
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # newer name first
         model.zero_grad()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         tensors = model.parscale.tensors(model.parscale.active)

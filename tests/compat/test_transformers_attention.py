@@ -1,0 +1,142 @@
+"""Private names of transformers around attention: registered functions, the chosen implementation, layers' own code."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+
+from parscale.compat import transformers as compat
+from parscale.errors import IncompatibleVersionError
+
+
+def test_functions_that_anybody_registers_are_seen():
+    def ours(*args, **kwargs):
+        """An attention function."""
+
+    name = "compat_test"
+    transformers.AttentionInterface.register(name, ours)
+    transformers.AttentionMaskInterface.register(name, ours)
+    try:
+        assert compat.attention_functions()[name] is ours
+        assert compat.mask_functions()[name] is ours
+        assert "eager" not in compat.attention_functions()
+    finally:
+        for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+            interface._global_mapping.pop(name)
+
+
+def test_flash_attention_is_told_by_its_mask():
+    flash = transformers.AttentionMaskInterface()["flash_attention_2"]
+    transformers.AttentionMaskInterface.register("org/kernel", flash)
+    try:
+        found = [name for name in ("sdpa", "eager", "flash_attention_3", "org/kernel", "new") if compat.is_flash(name)]
+        assert found == ["flash_attention_3", "org/kernel"]
+    finally:
+        transformers.AttentionMaskInterface._global_mapping.pop("org/kernel")
+
+
+def test_the_implementation_is_the_one_that_was_set(make):
+    model = make(attn_implementation="eager")
+    assert compat.attn_implementation(model.config) == "eager"
+    model.set_attn_implementation("sdpa")
+    assert compat.attn_implementation(model.config) == "sdpa"
+    compat.use_eager(model.config)
+    assert compat.attn_implementation(model.config) == "eager"
+    assert compat.attn_implementation(transformers.LlamaConfig()) == "eager"  # nobody chose
+
+
+class View(compat.ConfigView):
+    def implementation(self):
+        return f"{self.prefix}{self.backbone._attn_implementation}"
+
+
+def test_a_view_answers_another_implementation_and_nothing_else(make, ids):
+    """The name that a layer looks up is the view's."""
+    model = make(attn_implementation="eager")
+    attention, seen = model.model.layers[0].self_attn, []
+
+    def spy(module, query, key, value, mask, **kwargs):
+        seen.append(module)
+        return value.repeat_interleave(2, dim=1).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("spy_eager", spy)
+    try:
+        attention.config = View(attention.config, prefix="spy_")
+        model(input_ids=ids)
+    finally:
+        transformers.AttentionInterface._global_mapping.pop("spy_eager")
+    assert seen == [attention]
+    view = attention.config
+    view.hidden_size = 5
+    assert (model.config.hidden_size, view.num_attention_heads) == (5, model.config.num_attention_heads)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+def test_a_view_is_copied_with_what_it_views(copied):
+    view = copied(View(transformers.LlamaConfig(attn_implementation="eager", vocab_size=7), prefix="x"))
+    assert (type(view), view._attn_implementation, view.vocab_size) == (View, "xeager", 7)
+
+
+def test_where_attention_is_looked_up(make):
+    assert compat.looks_up_attention(type(make().model.layers[0].self_attn))
+    bloom = transformers.models.bloom.modeling_bloom.BloomAttention
+    assert not compat.looks_up_attention(bloom)
+    assert compat.eager_attention(bloom) is None
+    biases = compat.alibi_function(bloom)(torch.ones(1, 3, dtype=torch.long), 2, dtype=torch.float32)
+    slopes = biases.flatten()[1::3]
+    torch.testing.assert_close(biases.view(2, 3), slopes[:, None] * torch.arange(3))
+    with pytest.raises(IncompatibleVersionError, match="build_alibi_tensor, which the installed transformers"):
+        compat.alibi_function(type(make().model.layers[0].self_attn))
+
+
+def test_the_eager_function_is_that_of_the_layers_file():
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.llama import modeling_llama
+
+    found = map(compat.eager_attention, (modeling_gemma2.Gemma2Attention, modeling_llama.LlamaAttention))
+    assert list(found) == [modeling_gemma2.eager_attention_forward, modeling_llama.eager_attention_forward]
+    assert modeling_gemma2.eager_attention_forward is not modeling_llama.eager_attention_forward
+
+
+class ByName:
+    def forward(self):
+        # a comment about self.config._attn_implementation == "sdpa"
+        return self.config._attn_implementation in ("eager", "sdpa")
+
+
+class ByEager:
+    def forward(self):
+        """A string about self.config._attn_implementation in ("eager", "sdpa")."""
+        return self.config._attn_implementation == "eager"
+
+
+class Inherits(ByName):
+    def reset(self):
+        """Nothing."""
+
+
+def test_a_layer_that_compares_names():
+    assert compat.compares_implementation(ByName)
+    assert compat.compares_implementation(Inherits)
+    assert not compat.compares_implementation(ByEager)
+    assert not compat.compares_implementation(type("Typed", (), {}))
+
+
+def test_layers_of_transformers_that_compare_names():
+    """Of those that the tests know; a new one gets both names by itself, and is for the table of architectures."""
+    from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    assert compat.compares_implementation(DeepseekV32Attention)
+    assert not compat.compares_implementation(GPT2Attention)
+    assert not compat.compares_implementation(LlamaAttention)
+
+
+def test_the_dtype_of_flash_attention(make):
+    model = make().half()
+    layer = model.model.layers[0].self_attn
+    assert compat.flash_dtype(torch.ones(1), layer) == torch.float16
+    assert compat.flash_dtype(torch.ones(1, dtype=torch.bfloat16), layer) == torch.bfloat16

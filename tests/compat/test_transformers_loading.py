@@ -1,0 +1,69 @@
+"""Private names of transformers around loading: names in files, reports, plans of tensor parallelism."""
+
+import logging
+
+import pytest
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import parscale
+from parscale.compat import transformers as compat
+from parscale.streams.naming import part_of
+
+
+def test_the_name_in_a_file():
+    """LLaVA keeps its language model under the name that it had."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(vocab_size=32, **sizes).to_dict()
+    images = transformers.CLIPVisionConfig(image_size=8, patch_size=4, **sizes).to_dict()
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=images))
+    layer = "layers.0.self_attn.q_proj.weight"
+    assert compat.stored_name(model, f"model.language_model.{layer}") == f"language_model.model.{layer}"
+
+
+@pytest.fixture
+def mismatched(make, tmp_path):
+    """A folder whose tensors are of other shapes than its configuration says."""
+    make().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.vocab_size = 40
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("shown", [None, "in a line"])
+def test_a_report_is_said_in_another_way(mismatched, caplog, shown):
+    tables = []
+
+    def keep(table):
+        tables.append(table)
+        return shown
+
+    caplog.set_level(logging.WARNING, logger="transformers")  # a command in this process may have quietened it
+    logging.getLogger("transformers").propagate = True
+    with compat.loading_reports(keep), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(mismatched)
+    assert any("embed_tokens.weight" in table and "MISMATCH" in table for table in tables)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == (
+        [shown] if shown else []
+    )
+
+
+def test_a_tolerant_reader_sees_no_rows_of_streams(make, tmp_path, caplog):
+    model = parscale.wrap(make(), 2, prefix_length=3, init="random")
+    model.save_pretrained(tmp_path)
+    caplog.set_level(logging.WARNING, logger="transformers")  # a command in this process may have quietened it
+    logging.getLogger("transformers").propagate = True
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_streams_are_reported_by_their_names():
+    assert part_of("model.layers.{0, 1}.self_attn.prefix_k") == "transform"  # a row of the report, for all layers
+    assert part_of("model.aggregate_layer.{0, 2}.weight") == "aggregator"
+
+
+def test_a_plan_of_tensor_parallelism():
+    config = compat.tensor_parallel(4, {"layers.*.mlp": "colwise"})
+    assert (config.tp_size, config.tp_plan) == (4, {"layers.*.mlp": "colwise"})
