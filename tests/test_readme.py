@@ -81,6 +81,15 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
     assert f"lowers the dense model's loss by {-alone['difference']:.3f}" in README
 
 
+def test_what_recycled_streams_add_to_one_prefix_is_on_file():
+    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    found = {(e["size"], e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["study"] == "recycling"}
+    entry = found["P = 4", "streams-and-backbone", "prefix-and-backbone", "middle"]
+    figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
+    assert f"Recycled, with one seed, four streams are as good as one prefix: {figures}" in " ".join(README.split())
+    assert entry["seeds"] == 1
+
+
 def test_what_one_cache_costs_is_on_file():
     comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
     entry = next(
