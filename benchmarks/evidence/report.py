@@ -56,7 +56,7 @@ SCRATCH_PAIRS = {
 WITH_VECTORS = "prefix, embedding"  # what one stream with a vector has: a control of all arms with vectors
 CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
 STREAM_ARMS = [arm for arm in SCRATCH_PAIRS if arm.startswith("P")] + ["frozen", "streams-and-backbone"]
-CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds of RULE.md's last paragraph
+CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 

@@ -3,16 +3,9 @@
 import pytest
 import torch
 import transformers
+from small_models import TINY
 
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-}
+SIZES = TINY | {"max_position_embeddings": 32}
 
 
 @pytest.fixture

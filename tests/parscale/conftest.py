@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_models import SMALL
 from torch import nn
 from transformers import DynamicCache
 
@@ -23,14 +24,8 @@ import parscale
 P, T, B, S, VOCABULARY = 3, 4, 2, 9, 96
 WINDOW = 5  # shorter than the input, so that a prefix that the window hid would show
 
-COMMON = {
+COMMON = SMALL | {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
