@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from variants import add_vectors, apply_variant
+from variants import SharedVariant, add_vectors, apply_variant
 
 VOCABULARY = 256
 BASE_WIDTH = 48  # at which learning rates are tuned; beyond, they fall as the inverse width
@@ -33,7 +33,7 @@ class Run:
     prefix_length: int = 8
     variant: str = ""
     """Of the streams, or of those whose parameters a twin has; see `variants.py`. With one stream or one prefix:
-    `"embedding"`, what one stream of that variant has."""
+    `"embedding"` or `"shared-window=W"`, what one stream of that variant has."""
     batch_size: int = 8
     """Sequences in a step."""
 
@@ -116,6 +116,10 @@ def build(run: Described, vocabulary: int = VOCABULARY) -> nn.Module:
         intermediate += round(_added_parameters(run) / (3 * run.hidden * run.layers))
     torch.manual_seed(run.seed)
     model: Any = backbone(run.hidden, run.layers, intermediate, vocabulary)
+    kind, _, value = run.variant.partition("=")
+    if kind == "shared-window" and run.streams == 1:
+        first_prefix = run.prefix_length if run.arm == "prefix" else 0
+        return SharedVariant(model, 1, window=int(value), gated=True, first_prefix=first_prefix)
     if run.arm == "prefix":
         return OnePrefix(model, run.prefix_length, run.seed, vector=run.variant == "embedding")
     if run.arm == "twin" or run.streams == 1:

@@ -118,20 +118,22 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from with_vector("0.1M", seed, rates)
     two = replace(_run("0.1M", 0, rates, 4), streams=2, variant="embedding")
     yield from (replace(two, learning_rate=factor * two.learning_rate) for factor in (0.5, 2))
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
-    yield from shared_variants(0, rates)
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
+    for seed in range(3):
+        yield from with_window("0.1M", seed, rates)
+        yield from shared_variants(seed, rates)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0, 1, 2))
+    for size in ("0.2M", "0.4M"):
+        yield from islice(arms(size, 0, rates), 3)
+    yield from _tasks(rows)
     for seed in range(3):
         yield from decisive("0.2M", seed, rates)
         yield from islice(with_vector("0.2M", seed, rates), 1)
     yield from arms("0.2M", 0, rates)
     yield shared("0.2M", 0, rates)
     yield from embedded("0.2M", 0, rates)
-    yield from _tasks(rows)
     yield from arms("0.2M", 1, rates)
     yield shared("0.2M", 1, rates)
     yield from embedded("0.2M", 1, rates)
-    yield from shared_variants(1, rates)
     yield from arms("0.4M", 0, rates)
     yield shared("0.4M", 0, rates)
     yield from embedded("0.4M", 0, rates)
@@ -166,6 +168,13 @@ def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
 def with_vector(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
     """What one stream with a vector has: one prefix and one vector; and the dense model with a vector."""
     dense = replace(_run(size, seed, rates, 1), variant="embedding")
+    yield replace(dense, arm="prefix")
+    yield dense
+
+
+def with_window(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """What one stream with a gated window of own keys has: one prefix and the window; and the dense model with it."""
+    dense = replace(_run(size, seed, rates, 1), variant="shared-window=8")
     yield replace(dense, arm="prefix")
     yield dense
 

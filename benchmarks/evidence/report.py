@@ -28,10 +28,14 @@ from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval
 from parscale.scaling_laws import fit
 
 RESULTS = Path(__file__).parents[1] / "results"
+WINDOW = "shared-window=8"
 SCRATCH_PAIRS = {
     "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
     "P = 2": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
+    "P = 4, shared-own": ("dense", "prefix", "long prefix", "twin"),
+    "P = 4, shared-window=8": ("dense", "prefix", "long prefix", f"prefix, {WINDOW}", f"dense, {WINDOW}", "twin"),
+    "P = 4, shared-prefix": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, embedding": ("dense", "prefix", "long prefix", "prefix, embedding", "twin", "twice as wide"),
     "P = 4, embedding=shared": ("dense", "prefix", "long prefix", "prefix, embedding", "twin"),
     "P = 2, embedding": (
@@ -48,12 +52,14 @@ SCRATCH_PAIRS = {
     "long prefix": ("dense",),
     "prefix, embedding": ("dense", "prefix"),
     "dense, embedding": ("dense",),
+    f"prefix, {WINDOW}": ("dense", "prefix"),
+    f"dense, {WINDOW}": ("dense",),
     "twin": ("dense",),
     "twin, lora=4": ("dense",),
     "twice as wide": ("dense",),
     "average": ("dense",),
 }
-WITH_VECTORS = "prefix, embedding"  # what one stream with a vector has: a control of all arms with vectors
+OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
 CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
 STREAM_ARMS = [arm for arm in SCRATCH_PAIRS if arm.startswith("P")] + ["frozen", "streams-and-backbone"]
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
@@ -239,7 +245,7 @@ def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
                     if (entry["study"], entry["size"], entry["tokens"], entry["arm"]) == (study, size, tokens, arm)
                 }
                 needed = [control for control in controls if control in against or arm.startswith("P")]
-                needed += [WITH_VECTORS] if "embedding" in arm else []
+                needed += [control for variant, control in OF_ONE_STREAM.items() if variant in arm]
                 if needed and all(against.get(control, False) for control in needed):
                     found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
     return found

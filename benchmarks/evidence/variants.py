@@ -11,7 +11,8 @@
 - `shared`: all streams read stream 0's keys and values, `kv="shared"`
 - `shared-own`: the same, but each stream reads its own key and value of the current token
 - `shared-window=W`: each stream also reads its own keys and values of the last W tokens, the current one included; a
-  learned number for each head of a layer is added to their logits
+  learned number for each head of a layer is added to their logits. The dense model and one prefix may have one too:
+  they read the last W tokens twice, once with that number
 - `shared-prefix`: stream 0 has a prefix too
 
 P streams, B rows, S tokens, H hidden size, V vocabulary; h heads of size D, T prefix tokens.
@@ -124,25 +125,26 @@ class SharedVariant(Streams):
     """`shared-own`, `shared-window` and `shared-prefix`: `shared` with every softmax written out, for whole sequences.
 
     Args:
-        model: a Qwen2 with streams that share keys and values.
+        model: a Qwen2 with streams that share keys and values; for P = 1 one without streams.
         streams: P.
         window: how many of its own keys and values each stream reads, the last of them its own position's.
-        gated: they come beside all of stream 0's, and not for stream 0, with a learned number for each head added to
-            their logits; otherwise they take their places.
-        first_prefix: stream 0 has a prefix too.
+        gated: they come beside all of stream 0's, with a learned number for each head added to their logits, and of
+            several streams not for stream 0; otherwise they take their places.
+        first_prefix: T of a prefix that stream 0 has too.
     """
 
     def __init__(
-        self, model: Any, streams: int, *, window: int = 0, gated: bool = False, first_prefix: bool = False
+        self, model: Any, streams: int, *, window: int = 0, gated: bool = False, first_prefix: int = 0
     ) -> None:
         super().__init__(model, streams)
-        self.window = window
+        self.window, self.key_heads = window, model.config.num_key_value_heads
         layers = [layer.self_attn for layer in model.model.layers]
         heads, std = model.config.num_attention_heads, model.config.initializer_range
         generator = torch.Generator().manual_seed(1)
         self.gates_of_streams = nn.ParameterList(torch.zeros(heads) for _ in layers if gated)
-        shapes = [(2, 1, *layer.prefix_k.shape[1:]) for layer in layers if first_prefix]
-        self.first_prefixes = nn.ParameterList(torch.randn(shape, generator=generator) * std for shape in shapes)
+        shape = (2, 1, model.config.num_key_value_heads, first_prefix, layers[0].head_dim)
+        of_layers = [torch.randn(shape, generator=generator) * std for _ in layers if first_prefix]
+        self.first_prefixes = nn.ParameterList(of_layers)
         for index, layer in enumerate(layers):
             layer.forward = functools.partial(self._attention, index, layer)
 
@@ -176,7 +178,11 @@ class SharedVariant(Streams):
         return layer.o_proj(output.transpose(2, 3).flatten(-2).flatten(0, 1)), None  # (P*B, S, H)
 
     def _prefix(self, index: int, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of all streams, each `(P, G, T, D)`; zeros for a stream 0 that has none."""
+        """Of all streams, each `(P, G, T, D)`; zeros for a stream 0 that has none beside others."""
+        if self.streams == 1:
+            alone: torch.Tensor = layer.k_proj.weight.new_zeros(2, 1, self.key_heads, 0, layer.head_dim)
+            prefix_k, prefix_v = self.first_prefixes[index] if self.first_prefixes else alone
+            return prefix_k, prefix_v
         of_others = layer.prefix_k, layer.prefix_v
         first = self.first_prefixes[index] if self.first_prefixes else [torch.zeros_like(x[:1]) for x in of_others]
         prefix_k, prefix_v = (torch.cat(pair) for pair in zip(first, of_others, strict=True))
@@ -187,7 +193,7 @@ class SharedVariant(Streams):
         P, S, device = self.streams, query.shape[3], query.device
         gated, position = bool(self.gates_of_streams), torch.arange(S, device=device)
         has_prefix, has_window = torch.ones(2, P, 1, 1, 1, 1, dtype=torch.bool, device=device)
-        has_prefix[0], has_window[0] = bool(self.first_prefixes), not gated
+        has_prefix[0], has_window[0] = bool(self.first_prefixes), not gated or P == 1
         replaced = 0 if gated else self.window
         shared = position[None] <= position[:, None] - replaced  # (S, S)
         seen = [has_prefix.expand(P, 1, 1, S, sizes[0]), shared.expand(P, 1, 1, S, S)]
@@ -222,7 +228,7 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     if kind == "shared-window":
         return SharedVariant(wrapped, streams, window=int(value), gated=True)
     if kind == "shared-prefix":
-        return SharedVariant(wrapped, streams, first_prefix=True)
+        return SharedVariant(wrapped, streams, first_prefix=prefix_length)
     if kind not in ("", "draw", "rate", "shared"):
         raise ValueError(f"no variant {variant!r}")
     result = Streams(wrapped, streams)

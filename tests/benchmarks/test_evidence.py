@@ -143,6 +143,37 @@ def test_a_stream_attends_to_what_its_variant_says(variant: str, window: int) ->
     torch.testing.assert_close(found, layer.o_proj(states))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("arm", ["streams", "prefix"])
+def test_alone_a_window_with_a_closed_gate_is_none_and_an_open_one_reads_twice(arm: str) -> None:
+    """With gates at zero the last tokens count twice: a softmax over scores to which log 2 is added there."""
+    from arms import Run, build
+
+    alone: Any = build(Run(48, 1, 1, 1, 0, 1e-3, arm=arm, variant="shared-window=3")).double().eval()
+    plain: Any = build(Run(48, 1, 1, 1, 0, 1e-3, arm=arm)).double().eval()
+    ids = torch.randint(1, 256, (2, 20))
+    if arm == "prefix":
+        alone.first_prefixes[0].mul_(10)
+        plain.prefixes[0].copy_(alone.first_prefixes[0])
+    length = 8 if arm == "prefix" else 0
+    distance = torch.arange(20)[:, None] - torch.arange(20)[None]
+    counts = torch.cat([torch.ones(20, length), (distance >= 0) + 1.0 * ((distance >= 0) & (distance < 3))], 1).double()
+    model = plain.model
+    model.set_attn_implementation("sdpa")
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def twice(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        return sdpa(query, key, value, **options | {"attn_mask": counts.log(), "is_causal": False})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", twice)
+        expected = plain(ids)
+    torch.testing.assert_close(alone(ids), expected)
+    alone.gates_of_streams[0].fill_(-torch.inf)
+    assert (alone(ids) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(alone(ids), plain(ids))
+
+
 def test_every_parameter_of_a_variant_trains() -> None:
     for variant in ("shared-own", "shared-window=3", "shared-prefix"):
         model = _shared(variant)
@@ -257,6 +288,18 @@ def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
     assert gains(entries()) == ["scratch, 0.1M, 10 tokens: P = 4"]
     for changed in ({"high": 0.001}, {"seeds": 1}, {"where": "beginning"}, {"baseline": "twin"}):
         assert gains(entries(**changed)) == []
+
+
+@pytest.mark.parametrize("variant", ["embedding", "shared-window=8"])
+def test_a_variant_gains_only_if_it_beats_what_one_of_its_streams_has(variant: str) -> None:
+    from report import gains
+
+    common = {"study": "scratch", "size": "0.1M", "tokens": 10, "arm": f"P = 4, {variant}", "where": "middle"}
+    controls = ("dense", "prefix", "long prefix", f"prefix, {variant}")
+    rows = [common | {"baseline": control, "high": -0.001, "seeds": 2} for control in controls]
+    assert gains(rows) == [f"scratch, 0.1M, 10 tokens: P = 4, {variant}"]
+    assert gains(rows[:-1]) == []
+    assert gains([*rows[:-1], rows[-1] | {"high": 0.001}]) == []
 
 
 def test_the_study_follows_when_its_rates_are_tuned() -> None:
