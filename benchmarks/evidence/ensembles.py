@@ -10,6 +10,7 @@ import torch
 from arms import Run, build
 from loop import non_embedding_parameters, write_row
 from scratch import measure
+from scratch import train as train_member
 from text import read_text
 from torch import nn
 from torch.nn.functional import log_softmax
@@ -47,9 +48,11 @@ class Average(nn.Module):
 
 
 def train(run: EnsembleRun, work: Path, results: Path) -> dict[str, Any]:
-    """Nothing trains: the final weights are read, and the average is measured."""
+    """The final weights are read, and the average is measured; members whose weights are gone are trained again."""
     models = []
     for member in run.members:
+        if not (work / member.name / "final.pt").exists():
+            train_member(member, work, work / member.name)  # its published row stays
         model = build(member)
         model.load_state_dict(torch.load(work / member.name / "final.pt", map_location="cpu"))
         models.append(model)

@@ -121,6 +121,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     for seed in range(3):
         yield from with_window("0.1M", seed, rates)
         yield from shared_variants(seed, rates)
+    yield from _averages(rows, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0, 1, 2))
     for size in ("0.2M", "0.4M"):
         yield from islice(arms(size, 0, rates), 3)
@@ -145,7 +146,6 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
     for seed in (3, 4):
         yield from arms("0.1M", seed, rates)
-    yield from _averages(rows, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(1, 2))
     yield from arms("0.4M", 1, rates)
     yield from arms("0.2M", 2, rates)
