@@ -319,6 +319,25 @@ def _peak_in_process(kind: str, name: str, P: int, S: int, args: argparse.Namesp
 LABELS = {"parscale": "own", "shared": "shared", "released": "own, released code"}
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown: of each shape the highest ratio divided by its floor, from P = 2 on; in brackets at P = 1 (noise)."""
+    columns = [("prefill", 64), ("prefill", 256), ("decode", 0), ("train", 0), ("train memory", 0)]
+    lines = ["| shape | keys and values | prefill, 64 tokens | prefill, longer | decode | training step | memory |"]
+    lines.append("|---" * 7 + "|")
+    for name, model in dict.fromkeys((row["shape"], row["model"]) for row in rows):
+        cells = []
+        for what, least in columns:
+            most = 64 if (what, least) == ("prefill", 64) else LONGEST
+            found = [row for row in rows if (row["shape"], row["model"], row["what"]) == (name, model, what)]
+            found = [row for row in found if least <= row["S"] <= most]
+            sides = [
+                [row["ratio"] / row["floor"] for row in found if (row["P"] == 1) is alone] for alone in (False, True)
+            ]
+            cells.append("{:.2f} ({:.2f})".format(*map(max, sides)) if all(sides) else "")
+        lines.append(f"| {name} | {LABELS[model]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: ratios, and their floors in brackets."""
     lines = ["| shape | keys and values | P | S | prefill | decode, per token | training step | memory in training |"]
@@ -348,12 +367,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--released", type=Path, help="folder of the released modeling code")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a results file, and no more")
     parser.add_argument("--peak", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
+        rows = json.loads(args.table.read_text(encoding="utf-8"))["rows"]
+        print(f"{summary(rows)}\n\n<details markdown>\n<summary>Every row</summary>\n\n{table(rows)}\n\n</details>")
         return
     if args.peak:
         print(peak_bytes(args.peak, args.streams[0], args.lengths[0], args))
