@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from variants import SharedVariant, add_vectors, apply_variant
+from variants import add_vectors, add_window, apply_variant
 
 VOCABULARY = 256
 BASE_WIDTH = 48  # at which learning rates are tuned; beyond, they fall as the inverse width
@@ -118,8 +118,7 @@ def build(run: Described, vocabulary: int = VOCABULARY) -> nn.Module:
     model: Any = backbone(run.hidden, run.layers, intermediate, vocabulary)
     kind, _, value = run.variant.partition("=")
     if kind == "shared-window" and run.streams == 1:
-        first_prefix = run.prefix_length if run.arm == "prefix" else 0
-        return SharedVariant(model, 1, window=int(value), gated=True, first_prefix=first_prefix)
+        add_window(model, int(value))
     if run.arm == "prefix":
         return OnePrefix(model, run.prefix_length, run.seed, vector=run.variant == "embedding")
     if run.arm == "twin" or run.streams == 1:

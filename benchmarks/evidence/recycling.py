@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import DEVICE, autocast, write_row
+from loop import DEVICE, PRECISION, autocast, write_row
 from rich.console import Console
 from text import read_sides
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,7 +131,7 @@ def _settings(run: RecycleRun, folder: Path) -> TrainSettings:
         streams_learning_rate=run.streams_rate if trains in (STREAMS, BOTH) else None,
         freeze_backbone=trains == STREAMS,
         lora_rank=adapter_rank(run.streams) if trains == ADAPTER else None,
-        bf16=True,
+        bf16=PRECISION == "bfloat16",
         keep_checkpoints=1,
         seed=run.seed,
     )

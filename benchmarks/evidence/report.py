@@ -191,6 +191,8 @@ def held_against(
         of_baseline = dict.fromkeys(rows, of_baseline[0])
     seeds = sorted(set(rows) & set(of_baseline))
     entries = []
+    both = [{of_seed[seed].get("precision", "bfloat16") for seed in seeds} for of_seed in (rows, of_baseline)]
+    about = about | {"precision": both[0].pop() if both[0] == both[1] and len(both[0]) == 1 else "mixed"}
     for where in ("beginning", "middle") if seeds else ():
         sides = [[of_seed[seed]["test"][where] for seed in seeds] for of_seed in (rows, of_baseline)]
         differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(*sides, strict=True)]
@@ -286,16 +288,16 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "The law: " + (json.dumps(report["law"]) if report["law"] else "fewer than three sizes are finished") + ".",
         "",
-        *_row("study", "size", "tokens", "arm", "against", "beginning", "middle", "seeds"),
-        *_row(*["---"] * 8),
+        *_row("study", "size", "tokens", "arm", "against", "beginning", "middle", "seeds", "precision"),
+        *_row(*["---"] * 9),
     ]
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for entry in report["comparisons"]:
-        key = [str(entry[name]) for name in ("study", "size", "tokens", "arm", "baseline", "seeds")]
+        key = [str(entry[name]) for name in ("study", "size", "tokens", "arm", "baseline", "seeds", "precision")]
         figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
         cells.setdefault(tuple(key), {})[entry["where"]] = figures
-    for (*key, seeds), places in cells.items():
-        lines += _row(*key, places.get("beginning", ""), places.get("middle", ""), seeds)
+    for (*key, seeds, precision), places in cells.items():
+        lines += _row(*key, places.get("beginning", ""), places.get("middle", ""), seeds, precision)
     lines += ["", f"{CHOSEN}, over the seeds that were trained after it was chosen alone:", ""]
     lines += [*_row("against", "beginning", "middle", "seeds"), *_row(*["---"] * 4)]
     found = {(entry["baseline"], entry["where"]): entry for entry in report["confirmation"]}

@@ -77,7 +77,7 @@ def _row(run: Run, model: nn.Module, text: Text) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
     }
-    if isinstance(model, Streams) and run.streams > 1:
+    if isinstance(model, Streams):
         ids = _tensor(text.tuning.ids[-32:])
         with torch.no_grad(), autocast():
             report = model.model.stream_report(ids, labels=ids)

@@ -12,7 +12,7 @@
 - `shared-own`: the same, but each stream reads its own key and value of the current token
 - `shared-window=W`: each stream also reads its own keys and values of the last W tokens, the current one included; a
   learned number for each head of a layer is added to their logits. The dense model and one prefix may have one too:
-  they read the last W tokens twice, once with that number
+  they read their last W tokens twice, once with that number
 - `shared-prefix`: stream 0 has a prefix too
 
 P streams, B rows, S tokens, H hidden size, V vocabulary; h heads of size D, T prefix tokens.
@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cosine_similarity, linear, log_softmax, pad
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
+from torch.nn.functional import cosine_similarity, linear, log_softmax, pad, softplus
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
 from parscale import wrap
 
@@ -72,6 +74,37 @@ def add_vectors(model: Any, streams: int, first: int = 0) -> nn.Parameter:
 
     embedding.register_forward_hook(add)
     return of_stream
+
+
+def add_window(model: Any, window: int) -> None:
+    """Lets each head of a model without streams read its last `window` tokens once more, with a learned gate.
+
+    A number that is added to the logits of the second reading is the same as `softplus` of it added to the first: the
+    gates of `shared-window`, at the price of the plain model.
+    """
+    name = f"window={window}"
+    AttentionInterface.register(name, functools.partial(_attend_with_window, window))
+    AttentionMaskInterface.register(name, eager_mask)
+    for layer in model.model.layers:
+        layer.self_attn.gate = nn.Parameter(torch.zeros(model.config.num_attention_heads))
+    model.set_attn_implementation(name)
+
+
+def _attend_with_window(
+    window: int,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`eager`, with the gate of each head on its last tokens; a prefix, T keys in front, has none."""
+    position = torch.arange(query.shape[2], device=query.device)
+    distance = position[:, None] - position
+    near = pad((distance >= 0) & (distance < window), (key.shape[2] - query.shape[2], 0))  # (S, T + S)
+    bias = softplus(module.gate.float())[:, None, None] * near  # (h, S, T + S)
+    return eager_attention_forward(module, query, key, value, attention_mask + bias, **kwargs)
 
 
 class LeftOut(Streams):
@@ -125,26 +158,25 @@ class SharedVariant(Streams):
     """`shared-own`, `shared-window` and `shared-prefix`: `shared` with every softmax written out, for whole sequences.
 
     Args:
-        model: a Qwen2 with streams that share keys and values; for P = 1 one without streams.
+        model: a Qwen2 with streams that share keys and values.
         streams: P.
         window: how many of its own keys and values each stream reads, the last of them its own position's.
-        gated: they come beside all of stream 0's, with a learned number for each head added to their logits, and of
-            several streams not for stream 0; otherwise they take their places.
-        first_prefix: T of a prefix that stream 0 has too.
+        gated: they come beside all of stream 0's, and not for stream 0, with a learned number for each head added to
+            their logits; otherwise they take their places.
+        first_prefix: stream 0 has a prefix too.
     """
 
     def __init__(
-        self, model: Any, streams: int, *, window: int = 0, gated: bool = False, first_prefix: int = 0
+        self, model: Any, streams: int, *, window: int = 0, gated: bool = False, first_prefix: bool = False
     ) -> None:
         super().__init__(model, streams)
-        self.window, self.key_heads = window, model.config.num_key_value_heads
+        self.window = window
         layers = [layer.self_attn for layer in model.model.layers]
         heads, std = model.config.num_attention_heads, model.config.initializer_range
         generator = torch.Generator().manual_seed(1)
         self.gates_of_streams = nn.ParameterList(torch.zeros(heads) for _ in layers if gated)
-        shape = (2, 1, model.config.num_key_value_heads, first_prefix, layers[0].head_dim)
-        of_layers = [torch.randn(shape, generator=generator) * std for _ in layers if first_prefix]
-        self.first_prefixes = nn.ParameterList(of_layers)
+        shapes = [(2, 1, *layer.prefix_k.shape[1:]) for layer in layers if first_prefix]
+        self.first_prefixes = nn.ParameterList(torch.randn(shape, generator=generator) * std for shape in shapes)
         for index, layer in enumerate(layers):
             layer.forward = functools.partial(self._attention, index, layer)
 
@@ -178,11 +210,7 @@ class SharedVariant(Streams):
         return layer.o_proj(output.transpose(2, 3).flatten(-2).flatten(0, 1)), None  # (P*B, S, H)
 
     def _prefix(self, index: int, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of all streams, each `(P, G, T, D)`; zeros for a stream 0 that has none beside others."""
-        if self.streams == 1:
-            alone: torch.Tensor = layer.k_proj.weight.new_zeros(2, 1, self.key_heads, 0, layer.head_dim)
-            prefix_k, prefix_v = self.first_prefixes[index] if self.first_prefixes else alone
-            return prefix_k, prefix_v
+        """Of all streams, each `(P, G, T, D)`; zeros for a stream 0 that has none."""
         of_others = layer.prefix_k, layer.prefix_v
         first = self.first_prefixes[index] if self.first_prefixes else [torch.zeros_like(x[:1]) for x in of_others]
         prefix_k, prefix_v = (torch.cat(pair) for pair in zip(first, of_others, strict=True))
@@ -193,7 +221,7 @@ class SharedVariant(Streams):
         P, S, device = self.streams, query.shape[3], query.device
         gated, position = bool(self.gates_of_streams), torch.arange(S, device=device)
         has_prefix, has_window = torch.ones(2, P, 1, 1, 1, 1, dtype=torch.bool, device=device)
-        has_prefix[0], has_window[0] = bool(self.first_prefixes), not gated or P == 1
+        has_prefix[0], has_window[0] = bool(self.first_prefixes), not gated
         replaced = 0 if gated else self.window
         shared = position[None] <= position[:, None] - replaced  # (S, S)
         seen = [has_prefix.expand(P, 1, 1, S, sizes[0]), shared.expand(P, 1, 1, S, S)]
@@ -228,7 +256,7 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     if kind == "shared-window":
         return SharedVariant(wrapped, streams, window=int(value), gated=True)
     if kind == "shared-prefix":
-        return SharedVariant(wrapped, streams, first_prefix=prefix_length)
+        return SharedVariant(wrapped, streams, first_prefix=True)
     if kind not in ("", "draw", "rate", "shared"):
         raise ValueError(f"no variant {variant!r}")
     result = Streams(wrapped, streams)

@@ -146,32 +146,37 @@ def test_a_stream_attends_to_what_its_variant_says(variant: str, window: int) ->
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["streams", "prefix"])
 def test_alone_a_window_with_a_closed_gate_is_none_and_an_open_one_reads_twice(arm: str) -> None:
-    """With gates at zero the last tokens count twice: a softmax over scores to which log 2 is added there."""
+    """Against attention to a list of keys and values in which the last three tokens stand once more."""
     from arms import Run, build
 
     alone: Any = build(Run(48, 1, 1, 1, 0, 1e-3, arm=arm, variant="shared-window=3")).double().eval()
     plain: Any = build(Run(48, 1, 1, 1, 0, 1e-3, arm=arm)).double().eval()
+    alone.model.model.layers[0].self_attn.gate.copy_(gates := torch.tensor([0.7, -0.4]))
     ids = torch.randint(1, 256, (2, 20))
-    if arm == "prefix":
-        alone.first_prefixes[0].mul_(10)
-        plain.prefixes[0].copy_(alone.first_prefixes[0])
-    length = 8 if arm == "prefix" else 0
-    distance = torch.arange(20)[:, None] - torch.arange(20)[None]
-    counts = torch.cat([torch.ones(20, length), (distance >= 0) + 1.0 * ((distance >= 0) & (distance < 3))], 1).double()
-    model = plain.model
-    model.set_attn_implementation("sdpa")
-    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def twice(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        return sdpa(query, key, value, **options | {"attn_mask": counts.log(), "is_causal": False})
+        rows = []
+        for token in range(query.shape[2]):
+            end = key.shape[2] - query.shape[2] + token + 1
+            seen = [*range(end), *range(max(end - token - 1, end - 3), end)]
+            bias = torch.zeros(2, 1, len(seen)).double()
+            bias[:, 0, end:] = gates[:, None]
+            rows.append(sdpa(query[:, :, token : token + 1], key[:, :, seen], value[:, :, seen], attn_mask=bias))
+        return torch.cat(rows, 2)
 
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    plain.model.set_attn_implementation("sdpa")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", twice)
+        patch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda query, key, value, **options: twice(query, *(x.expand(-1, 2, -1, -1) for x in (key, value))),
+        )
         expected = plain(ids)
-    torch.testing.assert_close(alone(ids), expected)
-    alone.gates_of_streams[0].fill_(-torch.inf)
+    torch.testing.assert_close(alone(ids), expected, rtol=1e-5, atol=1e-5)
+    alone.model.model.layers[0].self_attn.gate.fill_(-torch.inf)
     assert (alone(ids) - expected).abs().max() > 1e-3
-    torch.testing.assert_close(alone(ids), plain(ids))
+    torch.testing.assert_close(alone(ids), plain(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_every_parameter_of_a_variant_trains() -> None:
