@@ -204,7 +204,9 @@ def attend_to_shared(
     running = call.in_flight.num_streams - second  # stream 0 ran in the first pass
     R, S = query.shape[0], query.shape[2]
     B = R // running
-    key, value, mask = key[:B], value[:B], rows_of_mask(call.masks, mask, B)
+    if len(key) > B:  # no cache returned them
+        key, value = key[:B], value[:B]
+    mask = rows_of_mask(call.masks, mask, B)
     if by_sdpa and prefix is not None:
         if S == 1 and (state.kernels != "fused" or fits_fused(query, key)):
             length = None if mask is None or not query.is_cuda else visible_lengths_once(call.masks, mask)
