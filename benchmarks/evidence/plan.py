@@ -25,7 +25,7 @@ SIZES = {  # by name: width, layers, training tokens
 }
 FIRST_RATE = 8e-3
 VARIANTS = ("draw=7", "embedding", "lora=4", "probabilities", "left-out", "apart=0.1", "draw=3", "rate=3", "rate=0.3")
-SHARED_VARIANTS = ("shared-own", "shared-window=8", "shared-prefix")
+SHARED_VARIANTS = ("shared-window=8", "shared-own", "shared-prefix")
 PREFIX_LENGTHS = (2, 32)  # besides 8
 TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with their levels, widths and layers
 UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
@@ -120,7 +120,8 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from (replace(two, learning_rate=factor * two.learning_rate) for factor in (0.5, 2))
     for seed in range(3):
         yield from with_window("0.1M", seed, rates)
-        yield from shared_variants(seed, rates)
+    for variant in SHARED_VARIANTS:
+        yield from (replace(_run("0.1M", seed, rates, 4), variant=variant) for seed in range(3))
     yield from _averages(rows, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0, 1, 2))
     for size in ("0.2M", "0.4M"):
@@ -197,12 +198,6 @@ def low_rank(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
 def shared(size: str, seed: int, rates: dict[int, float]) -> Run:
     """P = 4 with one cache for all streams."""
     return replace(_run(size, seed, rates, 4), variant="shared")
-
-
-def shared_variants(seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What else one cache could mean, at the smallest size."""
-    four = _run("0.1M", seed, rates, 4)
-    yield from (replace(four, variant=variant) for variant in SHARED_VARIANTS)
 
 
 def arms(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
