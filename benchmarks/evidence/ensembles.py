@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from arms import Run, build
-from loop import non_embedding_parameters, write_row
+from loop import claimed, non_embedding_parameters, write_row
 from scratch import measure
 from scratch import train as train_member
 from text import read_text
@@ -51,10 +52,15 @@ def train(run: EnsembleRun, work: Path, results: Path) -> dict[str, Any]:
     """The final weights are read, and the average is measured; members whose weights are gone are trained again."""
     models = []
     for member in run.members:
-        if not (work / member.name / "final.pt").exists():
-            train_member(member, work, work / member.name)  # its published row stays
+        weights = work / member.name / "final.pt"
+        while not weights.exists():
+            with claimed(work / f"{member.name}.lock") as is_mine:
+                if is_mine:
+                    train_member(member, work, work / member.name)  # its published row stays
+                else:
+                    time.sleep(10)
         model = build(member)
-        model.load_state_dict(torch.load(work / member.name / "final.pt", map_location="cpu"))
+        model.load_state_dict(torch.load(weights, map_location="cpu"))
         models.append(model)
     text = read_text()
     row = {

@@ -120,9 +120,10 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from (replace(two, learning_rate=factor * two.learning_rate) for factor in (0.5, 2))
     for seed in range(3):
         yield from with_window("0.1M", seed, rates)
-    for variant in SHARED_VARIANTS:
-        yield from (replace(_run("0.1M", seed, rates, 4), variant=variant) for seed in range(3))
-        yield from _averages(rows, rates)
+    one_cache = [replace(_run("0.1M", seed, rates, 4), variant=name) for name in SHARED_VARIANTS for seed in range(3)]
+    yield from one_cache[:3]
+    yield from _averages(rows, rates)
+    yield from one_cache
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0, 1, 2))
     for size in ("0.2M", "0.4M"):
         yield from islice(arms(size, 0, rates), 3)

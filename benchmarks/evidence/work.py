@@ -11,11 +11,8 @@ Finished rows lie in `benchmarks/results/evidence/`, what is unfinished in `buil
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -28,6 +25,7 @@ import synthetic
 import torch
 from arms import Run
 from ensembles import EnsembleRun
+from loop import claimed
 from plan import AnyRun, gpu_plan, plan, read_rows
 from synthetic import TaskRun
 
@@ -66,18 +64,6 @@ def do(run: AnyRun, work: Path, results: Path) -> str:
         return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
     row = recycling.train(run, work, results / "recycling")
     return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
-
-
-@contextmanager
-def claimed(lock: Path) -> Iterator[bool]:
-    """Whether this process alone holds the lock; the system releases it when the process ends, however it ends."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 if __name__ == "__main__":
