@@ -101,6 +101,14 @@ def test_what_one_cache_costs_is_on_file():
     assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in README
 
 
+@pytest.mark.parametrize("baseline", ["twice as wide", "average"])
+def test_what_is_better_where_memory_allows_it(baseline):
+    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "0.1M"}
+    for where in ("beginning", "middle"):
+        assert found["P = 4", baseline, where]["low"] > 0.03
+
+
 def test_no_gain_is_claimed_that_the_rule_does_not_give():
     gains = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["gains"]
     assert gains == []
