@@ -24,9 +24,10 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
     for layer in cache.layers:
         if not isinstance(layer, StaticLayer) or not layer.is_initialized or layer.keys is None:
             continue
-        own, tokens = layer.keys.shape[0], int(layer.get_seq_length())
-        if own == rows * num_streams:
+        own = layer.keys.shape[0]
+        if own == rows * num_streams:  # asked first: the number of tokens is on the device, where a graph is captured
             continue
+        tokens = int(layer.get_seq_length())
         if own != rows or tokens > 0:
             raise ValueError(
                 f"This static cache has {own} rows and {tokens} tokens: {num_streams} "
