@@ -128,13 +128,17 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (2, 1, 1, 32, 256, 256, 4096, torch.float32, "per head"),
         (8, 64, 8, 4, 128, 128, 4096, torch.bfloat16, "boolean"),
         (1, 1, 1, 1, 16, 16, 1, torch.float16, "sinks"),
+        (1, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "no prefix"),
+        (2, 1, 1, 64, 256, 256, 4096, torch.bfloat16, "none"),  # the most queries and the largest heads
+        (2, 1, 1, 64, 256, 256, 4096, torch.float32, "none"),
         (8, 1, 2, 8, 96, 96, 4096, torch.bfloat16, "shared"),  # keys of stream 0, which has no prefix
         (4, 8, 8, 4, 128, 128, 4096, torch.bfloat16, "shared"),
     ):
         rows, prefixes = (B, P - 1) if kind == "shared" else (P * B, P)
-        sizes = ((P * B, G * n, 1, D), (rows, G, K, D), (rows, G, K, V), (prefixes, G, 48, D), (prefixes, G, 48, V))
+        T = 0 if kind == "no prefix" else 48
+        sizes = ((P * B, G * n, 1, D), (rows, G, K, D), (rows, G, K, V), (prefixes, G, T, D), (prefixes, G, T, V))
         tensors = [empty(*size, dtype=dtype) for size in sizes]
-        kinds = {"boolean": torch.bool, "shared": torch.bool}
+        kinds = {"boolean": torch.bool, "no prefix": torch.bool, "shared": torch.bool}
         mask = None if kind == "none" else empty(rows, 1, 1, K, dtype=kinds.get(kind, dtype))
         mask = empty(P * B, G * n, 1, K + 48, dtype=torch.bool) if kind == "per head" else mask
         sinks, length = (empty(G * n, dtype=dtype), empty(1, dtype=torch.int64)) if kind == "sinks" else (None, None)
@@ -246,7 +250,8 @@ def assumed(launch: Launch, gpu: Gpu) -> dict[str, int]:
     meta, dtype = launch.meta, launch.args[1].dtype
     if launch.kernel.__name__ == "part_kernel":
         fused = importlib.import_module("parscale.kernels.decode_attention.fused")
-        return {"assumed": fused.part_programs(meta["S"] * meta["n"], meta["D"], meta["V"], dtype, gpu)}
+        sizes = (meta["S"] * meta["n"], meta["D"], meta["V"])
+        return {"assumed": fused.part_programs(meta, *sizes, dtype, gpu)}
     if launch.kernel.__name__ == "few_rows_kernel":
         fused = importlib.import_module("parscale.kernels.aggregator.fused")
         return {"assumed": fused.few_rows_programs(meta["P"], launch.args[0].shape[1], dtype, gpu)}

@@ -1,6 +1,6 @@
 """What the launches of an operation must take on a GPU, counted without one: bytes, operations, programs, launches.
 
-    python benchmarks/roofline.py        # a table of the aggregator and of decode attention on an H100
+    python benchmarks/roofline.py        # tables of a decoding step, the aggregator and decode attention on an H100
 
 The host functions run on tensors without data and their launches are recorded. A launch takes the larger of its bytes
 at the GPU's bandwidth and its operations at its rate, each divided by the share of the GPU that its programs occupy,
@@ -95,15 +95,38 @@ def decode(P: int, B: int, K: int, *, shared: bool = False) -> dict[str, Any]:
     return found | {"seconds": seconds, "floor": floor, "of_floor": floor / seconds}
 
 
+def step_bytes(K: int, *, shared: bool) -> float:
+    """Bytes of a decoding step of a 1.8B shape with P = 8 after K tokens, to those with P = 1."""
+    P, H, layers = 8, 1536, 36
+    weights, cached = 3.61e9, 27_648 * K  # with P = 1: 36 layers of 2 key/value heads of 96, in bfloat16
+    fused = importlib.import_module("parscale.kernels.aggregator.fused")
+    tensors = [empty(*size) for size in ((P, 1, H), (H, H * P), (H,), (P, H), (P,))]
+    with recorded("sm_90") as launches:
+        fused.forward(*tensors, 0.1, False)
+    attention = layers * decode(P, 1, K, shared=shared)["moved"]
+    return (weights + attention + sum(map(moved, launches))) / (weights + cached)
+
+
+def tables() -> dict[str, str]:
+    """What `docs/gpu.md` shows, in Markdown: the bytes of a step by length, and the aggregator by rows."""
+    lengths = (512, 1024, 1640, 4096, 8192)
+    lines = [f"| cached tokens | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for name, shared in (("one cache for each stream", False), ('one cache for all streams (`kv="shared"`)', True)):
+        lines.append(f"| {name} | " + " | ".join(f"{step_bytes(K, shared=shared):.3f}" for K in lengths) + " |")
+    sizes = (1536, 2560)
+    titles = [f"H = {H}: floor, us | counted, us" for H in sizes]
+    rows = [f"| rows | {' | '.join(titles)} |", "|---" * (2 * len(sizes) + 1) + "|"]
+    for N in (1, 8, 32, 33, 64, 256, 1024, 4096, 16384):
+        found = [aggregator(8, N, H) for H in sizes]
+        cells = [f"{1e6 * row[key]:.0f}" for row in found for key in ("floor", "seconds")]
+        rows.append(f"| {N} | {' | '.join(cells)} |")
+    return {"step": "\n".join(lines), "aggregator": "\n".join(rows)}
+
+
 def main() -> None:
-    print("| aggregator, P = 8 | launches | floor, us | counted, us | of floor |\n| --- | --- | --- | --- | --- |")
-    for H in (1536, 2560):
-        for N in (1, 8, 32, 33, 64, 256, 1024, 4096, 16384):
-            row = aggregator(8, N, H)
-            times = f"{1e6 * row['floor']:.0f} | {1e6 * row['seconds']:.0f} | {row['of_floor']:.2f}"
-            print(f"| H = {H}, N = {N} | {row['launches']} | {times} |")
+    print("\n\n".join(tables().values()))
     print("\n| decode attention, P = 8, each layer | launches | splits | floor, us | counted, us |")
-    print("| --- | --- | --- | --- | --- |")
+    print("|---|---|---|---|---|")
     for shared, B, K in itertools.product((False, True), (1, 8, 64), (512, 4096, 16384)):
         row = decode(8, B, K, shared=shared)
         times = f"{1e6 * row['floor']:.1f} | {1e6 * row['seconds']:.1f}"

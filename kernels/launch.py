@@ -106,6 +106,11 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def cdiv(size: int, block: int) -> int:
+    """The number of blocks that cover `size`. `triton.cdiv`, which kernels call too, is ten calls of Python here."""
+    return -(-size // block)
+
+
 def power_of_2(number: int) -> int:
     """The smallest power of 2 that is not below `number`, and at least 1."""
     return 1 << max(0, number - 1).bit_length()

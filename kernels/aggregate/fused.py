@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from parscale.kernels.launch import accumulator, last_contiguous, launch, power_of_2
+from parscale.kernels.launch import accumulator, cdiv, last_contiguous, launch, power_of_2
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -128,7 +128,7 @@ def forward(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Te
     x, config = last_contiguous(x), forward_config(P, H, x.dtype)
     launch(
         forward_kernel,
-        (triton.cdiv(N, config["BN"]), triton.cdiv(H, config["BH"])),
+        (cdiv(N, config["BN"]), cdiv(H, config["BH"])),
         *(x, logits.contiguous(), out, N, H, *x.stride()[:2]),
         SMOOTHING=smoothing,
         P=P,

@@ -16,12 +16,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
 from parscale.kernels.aggregate import fused as aggregate_fused
 from parscale.kernels.aggregator.kernels import few_rows_kernel, finish_kernel, join_kernel, split_kernel
 from parscale.kernels.dispatch import without_autocast
-from parscale.kernels.launch import Gpu, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
+from parscale.kernels.launch import Gpu, cdiv, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
 
 FEW_ROWS = 32
 MAX_SPLITS = 16
@@ -49,10 +48,10 @@ def few_rows_splits(P: int, N: int, H: int, dtype: torch.dtype, gpu: Gpu) -> tup
     """The number of splits of the hidden dimension that fill the GPU once, and the steps of each."""
     config = few_rows_config(P, N, dtype, gpu)
     places = gpu.processors * few_rows_programs(P, N, dtype, gpu)
-    blocks = triton.cdiv(H, config["BH"])
-    splits = max(1, min(blocks, places // triton.cdiv(H, config["BJ"]), MAX_SPLITS))
-    steps = triton.cdiv(blocks, splits)
-    return triton.cdiv(blocks, steps), steps
+    blocks = cdiv(H, config["BH"])
+    splits = max(1, min(blocks, places // cdiv(H, config["BJ"]), MAX_SPLITS))
+    steps = cdiv(blocks, splits)
+    return cdiv(blocks, steps), steps
 
 
 def finish_config(P: int, H: int) -> dict[str, int]:
@@ -75,7 +74,7 @@ def join_streams(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     P, N, H = x.shape
     joined = torch.empty(N, H * P, dtype=dtype, device=x.device)
     config = join_config(P, H)
-    grid = (N * triton.cdiv(H, config["BH"]),)
+    grid = (N * cdiv(H, config["BH"]),)
     x = last_contiguous(x)
     launch(join_kernel, grid, x, joined, N, H, *x.stride()[:2], P=P, BP=power_of_2(P), **config)
     return joined
@@ -86,7 +85,7 @@ def split_streams(weight: torch.Tensor, P: int) -> torch.Tensor:
     H = weight.shape[0]
     split = torch.empty(P, H, H, dtype=weight.dtype, device=weight.device)
     config = split_config(P)
-    grid = (triton.cdiv(H * H, config["BM"]),)
+    grid = (cdiv(H * H, config["BM"]),)
     launch(split_kernel, grid, weight.contiguous(), split, H * H, P=P, BP=power_of_2(P), **config)
     return split
 
@@ -148,7 +147,7 @@ def _multiply_few(x: torch.Tensor, weight: torch.Tensor, gpu: Gpu) -> torch.Tens
     partial = torch.empty(splits, N, H, dtype=torch.float32, device=x.device)
     launch(
         few_rows_kernel,
-        (triton.cdiv(H, config["BJ"]), splits),
+        (cdiv(H, config["BJ"]), splits),
         *(x, weight.contiguous(), partial, N, H, steps, *x.stride()[:2]),
         P=P,
         EARLY=gpu.dependent_launch,

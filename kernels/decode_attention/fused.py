@@ -6,13 +6,13 @@ part of `[prefix | cache]`; a second kernel merges the parts by their log-sum-ex
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import triton
 
 from parscale.kernels.decode_attention.kernels import merge_kernel, part_kernel
-from parscale.kernels.launch import Gpu, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
+from parscale.kernels.launch import Gpu, cdiv, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
 
 MAX_SPLITS = 64
 
@@ -29,9 +29,8 @@ def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
 
 
-def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
+def part_programs(config: dict[str, int], queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
     """The number of programs of `part_kernel` that a multiprocessor holds at a time."""
-    config = part_config(D, V, dtype, gpu)
     BM, BD, BV = (max(16, power_of_2(x)) for x in (queries, D, V))
     # blocks in flight, and buffers that convert queries and weights between layouts
     shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
@@ -42,7 +41,8 @@ def part_programs(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) ->
     return gpu.programs(shared * dtype.itemsize, config["num_warps"], registers)
 
 
-def choose_splits(heads: int, blocks: int, places: int) -> int:
+@functools.lru_cache(maxsize=4096)  # asked in every layer; a growing cache asks anew for each block
+def choose_splits(heads: int, blocks: int, places: int, most: int) -> int:
     """The number of parts into which the sequence of each head is split.
 
     It minimizes the number of consecutive blocks, plus one for the start of each program. Several parts must save at
@@ -52,13 +52,14 @@ def choose_splits(heads: int, blocks: int, places: int) -> int:
         heads: key/value heads of all rows.
         blocks: number of blocks of tokens for each head.
         places: number of programs that the GPU holds at a time.
+        most: parts.
     """
 
     def steps(splits: int) -> float:
-        waves = triton.cdiv(heads * splits, places)
-        return waves * (triton.cdiv(blocks, splits) + 1) * (1.1 if splits > 1 else 1.0)
+        waves = cdiv(heads * splits, places)
+        return waves * (cdiv(blocks, splits) + 1) * (1.1 if splits > 1 else 1.0)
 
-    return min(range(1, max(1, min(blocks, MAX_SPLITS)) + 1), key=steps)
+    return min(range(1, max(1, min(blocks, most)) + 1), key=steps)
 
 
 def decode(
@@ -88,11 +89,12 @@ def decode(
     plain = S - P if S > 1 else 0
     query, prefix_k, prefix_v = query.contiguous(), prefix_k.contiguous(), prefix_v.contiguous()
     key, value = last_contiguous(key), last_contiguous(value)
+    length, sinks = (x if x is None else x.contiguous() for x in (length, sinks))
     config = part_config(D, V, query.dtype, gpu)
     if splits is None:
-        blocks = triton.cdiv((S - plain) * T, config["BT"]) + triton.cdiv(K, config["BT"])
-        places = gpu.processors * part_programs(S * n, D, V, query.dtype, gpu)
-        splits = choose_splits(rows * G, blocks, places)
+        blocks = cdiv((S - plain) * T, config["BT"]) + cdiv(K, config["BT"])
+        places = gpu.processors * part_programs(config, S * n, D, V, query.dtype, gpu)
+        splits = choose_splits(rows * G, blocks, places, MAX_SPLITS)
     parts, lse = out, None
     if splits > 1:
         parts = torch.empty(R * heads, splits, V, dtype=torch.float32, device=query.device)
@@ -145,25 +147,18 @@ def _mask_arguments(
     return mask, (strides[0], strides[1]), options
 
 
-@torch.library.custom_op("parscale::decode_attention", mutates_args=())
-def decode_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix_k: torch.Tensor,
-    prefix_v: torch.Tensor,
-    mask: torch.Tensor | None,
-    length: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """`decode` as a torch operator: supports torch.compile and CUDA graphs. It has no gradient."""
-    return decode(query, key, value, prefix_k, prefix_v, mask, length, sinks, scaling, softcap)
+# Defined by its schema and not by `custom_op`, which calls a function of each operator four times over: for autograd,
+# for aliases, for the device. This one runs in every layer for every token, has no gradient, and returns a new tensor.
+_NAME = "parscale::decode_attention"
+torch.library.define(
+    _NAME,
+    "(Tensor query, Tensor key, Tensor value, Tensor prefix_k, Tensor prefix_v, Tensor? mask, Tensor? length, "
+    "Tensor? sinks, float scaling, float? softcap) -> Tensor",
+)
+torch.library.impl(_NAME, "default")(decode)
 
 
-@decode_op.register_fake
-def _(
+def _without_data(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -176,3 +171,8 @@ def _(
     softcap: float | None,
 ) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], 1, value.shape[3])
+
+
+torch.library.register_fake(_NAME, _without_data)
+# `decode` as a torch operator: supports torch.compile and CUDA graphs. It has no gradient.
+decode_op = torch.ops.parscale.decode_attention.default

@@ -3,6 +3,7 @@
 The host functions run on tensors without data, their launches are recorded, and nothing is compiled or run.
 """
 
+import dataclasses
 import importlib
 import itertools
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from parscale.kernels import decode_attention
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -102,12 +105,17 @@ def test_launches_of_a_step(benchmark):
         assert launches[0].meta["EARLY"] is False  # what follows is not ours, and does not wait
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target):
+@pytest.mark.parametrize(("target", "processors"), [*((target, None) for target in TARGETS), ("sm_90", 114)])
+def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target, processors, monkeypatch):
+    """Of each target's GPU, and of a smaller H100."""
     targets = benchmark("compile_targets")
     gpu = targets.TARGETS[target].gpu
+    if processors is not None:
+        gpu = dataclasses.replace(gpu, processors=processors)
+        monkeypatch.setitem(targets.TARGETS, target, dataclasses.replace(targets.TARGETS[target], gpu=gpu))
     part = fused("decode_attention")
-    places = gpu.processors * part.part_programs(8, 96, 96, torch.bfloat16, gpu)
+    config = part.part_config(96, 96, torch.bfloat16, gpu)
+    places = gpu.processors * part.part_programs(config, 8, 96, 96, torch.bfloat16, gpu)
     for K in (512, 1000, 4096, 16384, 32768):
         with targets.recorded(target) as launches:
             decode(targets, K)
@@ -119,12 +127,42 @@ def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target):
         assert waves > 1 or -(-blocks // splits) == -(-blocks // most)  # no program could have fewer blocks
 
 
-def test_no_number_of_rows_is_a_cliff(benchmark):
+def test_python_of_decode_attention(benchmark, monkeypatch):
+    """What a layer's step calls in Python before its two launches, with the mask and the length of a static cache."""
+    monkeypatch.setattr("parscale.kernels.dispatch._interpreted", lambda: True)
+    sizes = ((8, 16, 1, 96), (8, 2, 256, 96), (8, 2, 256, 96), (8, 2, 48, 96), (8, 2, 48, 96))
+    states = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
+    mask, length = torch.ones(8, 1, 1, 256, dtype=torch.bool), torch.tensor([200])
+    found = []
+
+    def note(frame, event, argument):
+        if event == "call" and "unittest" not in frame.f_code.co_filename:
+            found.append(frame.f_code.co_name)
+
+    with benchmark("compile_targets").recorded("sm_90") as launches, torch.no_grad():
+        for _ in range(2):  # the first one imports, and chooses the splits
+            found.clear()
+            sys.setprofile(note)
+            try:
+                decode_attention(*states, mask, length=length, impl="fused")
+            finally:
+                sys.setprofile(None)
+    assert len(launches) == 4
+    assert len(found) <= 40, found
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)],
+        pytest.param(range(1, 16385), marks=pytest.mark.nightly),
+    ],
+    ids=["some", "all"],
+)
+def test_no_number_of_rows_is_a_cliff(benchmark, rows):
     """At every number the launches leave room for 40 per cent of the floor at least, and the next is no much worse."""
     roofline = benchmark("roofline")
-    shares = []
-    for N in [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)]:
-        shares.append(roofline.aggregator(8, N, 1536)["of_floor"])
+    shares = [roofline.aggregator(8, N, 1536)["of_floor"] for N in rows]
     assert min(shares) >= 0.4
     assert max(a - b for a, b in itertools.pairwise(shares)) < 0.2
 
@@ -141,25 +179,19 @@ def test_the_sweep_finds_a_cliff(benchmark, monkeypatch):
     assert roofline.aggregator(8, 64, 1536)["of_floor"] < 0.4
 
 
-def step_bytes(roofline, targets, K, shared):
-    """Bytes of a decoding step of a 1.8B shape with P = 8, to those with P = 1, counted from the launches."""
-    weights, layers, P, H = 3.61e9, 36, 8, 1536
-    attention = layers * roofline.decode(P, 1, K, shared=shared)["moved"]
-    tensors = [targets.empty(*size) for size in ((P, 1, H), (H, H * P), (H,), (P, H), (P,))]
-    with targets.recorded("sm_90") as launches:
-        fused("aggregator").forward(*tensors, 0.1, False)
-    return (weights + attention + sum(map(roofline.moved, launches))) / (weights + 27_648 * K)
-
-
 @pytest.mark.parametrize("K", [512, 1024, 1640, 4096, 8192, 16384])
 def test_bytes_of_a_step_with_shared_keys(benchmark, K):
     """One cache for all streams: what must move is 1.013 times the plain backbone's at any length, and 5 per cent."""
-    roofline, targets = benchmark("roofline"), benchmark("compile_targets")
-    assert 1.01 <= step_bytes(roofline, targets, K, shared=True) <= 1.05 * 1.013
+    assert 1.01 <= benchmark("roofline").step_bytes(K, shared=True) <= 1.05 * 1.013
 
 
 @pytest.mark.parametrize(("K", "ratio"), [(512, 1.041), (1024, 1.068), (1640, 1.100), (4096, 1.226), (8192, 1.426)])
 def test_bytes_of_a_decoding_step(benchmark, K, ratio):
     """Of a 1.8B shape with P = 8, counted from the launches, to those with P = 1: what must move, and 5 per cent."""
-    roofline, targets = benchmark("roofline"), benchmark("compile_targets")
-    assert ratio * 0.99 <= step_bytes(roofline, targets, K, shared=False) <= 1.05 * ratio
+    assert ratio * 0.99 <= benchmark("roofline").step_bytes(K, shared=False) <= 1.05 * ratio
+
+
+def test_the_published_tables_are_what_is_counted(benchmark):
+    page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for name, table in benchmark("roofline").tables().items():
+        assert table in page, f"{name}: run benchmarks/roofline.py"

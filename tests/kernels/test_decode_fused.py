@@ -40,6 +40,7 @@ SHAPES = [
     (Shape(2, 1, 2, 1, 80, 80, 130, 20), HALF),  # a prefix of several blocks
     (Shape(2, 0, 2, 1, 16, 16, 5, 20), SINGLE),  # no rows
     (Shape(2, 1, 2, 1, 16, 16, 5, 0), SINGLE),  # nothing cached
+    (Shape(1, 2, 2, 3, 16, 16, 0, 40), SINGLE),  # no prefix, as the plain backbone
 ]
 AT_THE_ENDS = [pytest.param([length], marks=pytest.mark.nightly) for length in (0, 130, 200)]  # of the cache
 MASKS = [
@@ -229,6 +230,15 @@ def test_strides(device, poisoned, assert_as_exact):
     query = torch.stack([query, query], dim=2)[:, :, 0]
     tensors = [query, long[:, :, 30:160], by_token, prefix_k.mT.contiguous().mT, prefix_v]
     compare(assert_as_exact, tensors)
+
+
+@pytest.mark.kernel
+def test_strides_of_length_and_sinks(device, poisoned, assert_as_exact):
+    """One length for all rows, every second of some, and sinks that are a column."""
+    tensors = inputs(GROUPED, SINGLE, device)
+    sinks = torch.linspace(-2, 6, 12, device=device).view(6, 2)[:, 0]
+    for length in (torch.tensor([70], device=device).expand(4), torch.tensor([7, 0, 64, 0, 65, 0, 9, 0])[::2]):
+        compare(assert_as_exact, tensors, length=length.to(device), sinks=sinks)
 
 
 @pytest.mark.kernel
