@@ -77,62 +77,12 @@ def test_under_compile(monkeypatch):
 # -- the operator of a GPU, whose causal mask is aligned to the lower right
 
 
-class Elsewhere(torch.Tensor):
-    """On a CPU, but does not say so."""
-
-    is_cpu = False
-
-
-@pytest.fixture
-def operators():
-    """Stands in for the GPU's operators, through torch's dispatcher and under their schemas; notes each call."""
-    calls = []
-
-    def weights(query, key, scale):
-        S, K = query.shape[2], key.shape[2]
-        visible = torch.ones(S, K, dtype=torch.bool).tril(K - S)
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        return scores.masked_fill(~visible, -torch.inf).softmax(-1)
-
-    def plain(*tensors):
-        """Without the subclass, and each key/value head for all of its queries."""
-        heads = tensors[0].shape[1]
-        tensors = [x.as_subclass(torch.Tensor) for x in tensors]
-        return [x.repeat_interleave(heads // x.shape[1], 1) for x in tensors]
-
-    def forward(query, key, value, dropout=0.0, causal=False, debug=False, *, scale=None):
-        calls.append(("forward", query.shape, key.shape, dropout, causal))
-        sizes, empty = (query.shape[2], key.shape[2]), torch.empty(0)
-        query, key, value = plain(query, key, value)
-        lse = query.new_empty(query.shape[:3])
-        return weights(query, key, scale) @ value, lse, empty, empty, *sizes, empty, empty, empty
-
-    def backward(gradient, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, dropout, causal, *_, scale=None):
-        calls.append(("backward", query.shape, key.shape, dropout, causal))
-        assert (max_q, max_k) == (query.shape[2], key.shape[2])
-        G = key.shape[1]
-        query, key, value, gradient = plain(query, key, value, gradient)
-        probabilities = weights(query, key, scale)
-        d_weights = gradient @ value.mT
-        d_scores = probabilities * (d_weights - (d_weights * probabilities).sum(-1, keepdim=True)) * scale
-        by_group = (d_scores.mT @ query, probabilities.mT @ gradient)
-        return d_scores @ key, *(x.unflatten(1, (G, -1)).sum(2) for x in by_group)
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
-    library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")
-    yield calls
-    library._destroy()
-
-
 def test_by_the_operators_of_a_gpu(operators):
-    def elsewhere(*tensors, scaling):
-        return causal_attention(*(x.as_subclass(Elsewhere) for x in tensors), scaling=scaling).as_subclass(torch.Tensor)
-
+    elsewhere = operators.elsewhere(causal_attention)
     for own, other in zip(gradients(elsewhere, inputs()), gradients(causal_attention, inputs()), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
     expected = [(way, (6, 4, 5, 8), (6, 2, 8, 8), 0.0, True) for way in ("forward", "backward")]
-    assert [(name, tuple(q), tuple(k), *others) for name, q, k, *others in operators] == expected
+    assert operators.calls == expected
 
 
 def test_torchs_own_lower_right_mask_calls_the_same_operator(operators, monkeypatch):
@@ -141,7 +91,7 @@ def test_torchs_own_lower_right_mask_calls_the_same_operator(operators, monkeypa
     monkeypatch.setattr(bias, "can_use_flash_attention", lambda params: True)
     query, key, value, *_ = inputs(G=4, T=0, S=5)
     bias.CausalBias._dispatch(query[:, :, :3], key, value, bias.causal_lower_right(3, 5))
-    assert [(name, *others) for name, _, _, *others in operators] == [("forward", 0.0, True)]
+    assert [(name, *others) for name, _, _, *others in operators.calls] == [("forward", 0.0, True)]
 
 
 def test_shapes_by_torchs_own_description_of_the_operators():

@@ -11,6 +11,7 @@ from parscale.kernels.shared_attention import (
 )
 
 T, D = 5, 8
+BIAS = 5.0  # of keys, as Qwen2's have: scores are large and nearly alike
 # streams, rows, heads, key/value heads, tokens
 SHAPES = [(2, 1, 4, 2, 1), (3, 2, 6, 2, 7), (5, 3, 3, 3, 13), (2, 4, 8, 1, 33)]
 
@@ -22,7 +23,12 @@ def tensors(P, B, heads, G, S, K, dtype=torch.float64, has_plain=True, Dv=D):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     query = draw((P if has_plain else P - 1) * B, heads, S, D)
-    return query, draw(B, G, K, D), draw(B, G, K, Dv), draw(P - 1, G, T, D), draw(P - 1, G, T, Dv)
+    key, value, prefix_k, prefix_v = draw(B, G, K, D), draw(B, G, K, Dv), draw(P - 1, G, T, D), draw(P - 1, G, T, Dv)
+    with torch.no_grad():
+        bias = BIAS * draw(1, G, 1, D)
+        key += bias
+        prefix_k += bias
+    return query, key, value, prefix_k, prefix_v
 
 
 def by_loops(query, key, value, prefix_k, prefix_v, visible, scaling=D**-0.5):
@@ -60,6 +66,43 @@ def test_causal(shape, has_plain):
     truth = torch.autograd.grad((expected * weights).sum(), inputs)
     for gradient, true in zip(gradients, truth, strict=True):
         torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("has_plain", [True, False], ids=["all streams", "without stream 0"])
+def test_causal_by_the_operators_of_a_gpu(has_plain, operators):
+    """Two calls each way: over the keys of stream 0, and of each stream over its prefix."""
+    P, B, heads, G, S = 3, 2, 6, 2, 7
+    inputs = tensors(P, B, heads, G, S, S, has_plain=has_plain)
+    expected = shared_causal_attention(*inputs)
+    found = operators.elsewhere(shared_causal_attention)(*inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for gradient, true in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
+    keys = ((B, (P if has_plain else P - 1) * heads, S, D), (B, G, S, D), 0.0, True)
+    prefixes = ((P - 1, heads, B * S, D), (P - 1, G, T, D), 0.0, False)
+    assert operators.calls == [(way, *call) for way in ("forward", "backward") for call in (keys, prefixes)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_causal_on_a_gpu(dtype):
+    """Errors against float64, of the output and each gradient, beside those of torch's attention over joined keys."""
+    inputs, results = [x.detach() for x in tensors(4, 2, 8, 2, 300, 300, dtype)], []
+    for function, device, to in (
+        (shared_causal_attention, "cuda", dtype),
+        (shared_attention_reference, "cuda", dtype),
+        (shared_attention_reference, "cpu", torch.float64),
+    ):
+        own = [x.to(device, to).requires_grad_() for x in inputs]
+        output = function(*own)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([output, *torch.autograd.grad(output, own, weights.to(output))])
+    for own, theirs, truth in zip(*results, strict=True):
+        errors = [(x.double().cpu() - truth).abs().mean() for x in (own, theirs)]
+        assert errors[0] <= 2 * errors[1], errors
 
 
 def test_causal_gradients_by_finite_differences():
@@ -148,7 +191,6 @@ def test_fused_decode(size, has_plain, kind, device, poisoned, assert_as_exact):
     P, B, heads, G = size
     K, options = 70, {}
     inputs = [x.detach().to(device) for x in tensors(P, B, heads, G, 1, K, torch.float32, has_plain, Dv=12)]
-    inputs[1] += 5 * torch.randn(1, G, 1, D, generator=torch.Generator().manual_seed(2)).to(device)  # biased keys
     mask = None
     if kind == "length":
         options = {"length": torch.tensor([K - 9 * b for b in range(B)], device=device)}
