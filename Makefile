@@ -117,18 +117,20 @@ support: $(READY) ## Examine every architecture and class, and write docs/archit
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/classes.py --jobs $(JOBS) --output docs/classes.md
 
 # What has parscale and a torch that sees a GPU is used as it is; else .venv. -P: the root of the repository is no package.
-# Tests are named by file, since others need packages that such an environment may lack. Figures do not wait for tests.
+# Eight minutes: six of figures, which do not wait for the tests, and two of tests. Tests are named by file, since others
+# need packages that such an environment may lack; -v prints each as it comes.
 SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 GPU_TESTS = $(shell grep -rlE 'mark\.(gpu|kernel)' tests --include='test_*.py')
-gpu-check: ## The GPU tests and benchmarks; RELEASED=FOLDER times the released code too
+gpu-check: ## The benchmarks and tests for a GPU, in eight minutes; RELEASED=FOLDER times the released code too
 	@python=$(PYTHON); \
 	$$python -P -c 'import parscale, pytest, xdist; $(SEES_GPU)' 2>/dev/null \
 		|| { $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; } || exit 1; \
 	$$python -P -c '$(SEES_GPU)' \
 		|| { echo "make gpu-check needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }; \
-	passed=0; $$python -P -m pytest -n 8 -m gpu $(GPU_TESTS) || passed=1; \
-	$$python benchmarks/gpu_check.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/gpu.json \
-		&& exit $$passed
+	measured=0; $$python benchmarks/gpu_check.py --minutes 6 $(if $(RELEASED),--released $(RELEASED)) \
+		--output benchmarks/results/gpu.json || measured=1; \
+	timeout --signal INT --kill-after 10 120 $$python -P -m pytest -v -n 8 -m "gpu and not nightly" $(GPU_TESTS) \
+		&& exit $$measured
 
 gpu-evidence: ## The study of what streams are worth at the size of one GPU; started again, it goes on
 	@python=$(PYTHON); \

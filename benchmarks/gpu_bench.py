@@ -1,11 +1,10 @@
-"""The clock and the inputs of the programs for a GPU."""
+"""The clock, the results and the inputs of the programs for a GPU."""
 
 from __future__ import annotations
 
 import importlib
-import json
+import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 from parscale.kernels.dispatch import TRITON
 
 Call = Callable[[], Any]
+Row = dict[str, Any]
 
 
 class Bench:
@@ -24,22 +24,58 @@ class Bench:
 
     Args:
         dry: tiny sizes on the CPU.
+        add: takes each figure as it comes.
+        seconds: after which no further figure is begun.
+        ceilings: bandwidth and rate, once they are measured.
         released: the folder of the released code, if it is at hand.
-        output: a JSON file, written after each figure.
     """
 
-    def __init__(self, dry: bool, released: Path | None = None, output: Path | None = None) -> None:
+    def __init__(
+        self,
+        dry: bool,
+        add: Callable[[Row], None] = print,
+        seconds: float = float("inf"),
+        ceilings: dict[str, float] | None = None,
+        released: Path | None = None,
+    ) -> None:
         self.dry = dry
+        self.add = add
+        self.ends = time.perf_counter() + seconds
+        self.ceilings = ceilings or {}
         self.released = released
-        self.output = output
-        self.started = time.perf_counter()
         self.device = "cpu" if dry else "cuda"
         self.impl = "auto"
-        self.rows: list[dict[str, Any]] = []
-        self.ceilings: dict[str, float] = {}
 
     def size(self, full: int, tiny: int) -> int:
         return tiny if self.dry else full
+
+    def figure(self, what: str, find: Callable[[], Row], **sizes: Any) -> Row:
+        """Adds one figure, unless the time is over; an error is its result, and the next figure comes all the same.
+
+        Args:
+            what: its name.
+            find: measures it.
+            **sizes: what it is measured at.
+
+        Returns:
+            What `find` returned; nothing if it failed or did not run.
+        """
+        found: Row = {}
+        if time.perf_counter() > self.ends:
+            self.add({"what": what, **sizes, "left_out": "the time was over"})
+            return found
+        try:
+            found = find()
+        except Exception as error:
+            if self.dry:
+                raise
+            self.add({"what": what, **sizes, "failed": f"{type(error).__name__}: {error}"[:500]})
+        else:
+            self.add({"what": what, **sizes, **found})
+        finally:
+            if not self.dry:
+                torch.cuda.empty_cache()  # what a captured graph held
+        return found
 
     def seconds(self, call: Call, repeats: int = 30) -> float:
         """Median time of one call on the device, after warming up, with a cold cache."""
@@ -78,21 +114,10 @@ class Bench:
             call()
         return graph.replay
 
-    def add(self, what: str, **found: Any) -> None:
-        self.rows.append({"what": what} | found)
-        text = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in found.items())
-        print(f"{what:24} {text}", file=sys.stderr, flush=True)
-        if self.output is not None:
-            self.output.write_text(self.json() + "\n")
-
-    def json(self) -> str:
-        """All that was found so far."""
-        found = {"seconds": time.perf_counter() - self.started, "ceilings": self.ceilings, "rows": self.rows}
-        return json.dumps(versions(self.dry) | found, indent=1)
-
     def floor(self, moved_bytes: float, operations: float = 0.0) -> float:
-        """Seconds."""
-        return max(moved_bytes / self.ceilings["bytes_per_second"], operations / self.ceilings["operations_per_second"])
+        """Seconds; not a number where the ceilings are not known."""
+        bandwidth, rate = (self.ceilings.get(f"{what}_per_second", math.nan) for what in ("bytes", "operations"))
+        return max(moved_bytes / bandwidth, operations / rate)
 
 
 def randn(bench: Bench, *size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:

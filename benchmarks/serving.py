@@ -17,6 +17,7 @@ Streams with keys and values of their own beside streams that share them, by vLL
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -51,17 +52,20 @@ def engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [("vllm", PLAIN), *((program, name) for program in args.programs for name in names)]
 
 
-def save_models(folder: Path, streams: list[int], kvs: list[str], dtype: torch.dtype) -> None:
-    """One backbone, and the same with P streams for each P."""
+def save_models(folder: Path, model: Any, streams: list[int], kvs: list[str]) -> None:
+    """A backbone, and the same with P streams for each P."""
     import parscale
 
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).to(dtype)
     model.save_pretrained(folder / PLAIN)
     for P, kv in models(streams, kvs):
         parscale.wrap(model, P, init="random", seed=0, kv=kv)
         model.save_pretrained(folder / named(P, kv))
         parscale.unwrap(model)
+
+
+def random_prompts(number: int, length: int, vocabulary: int, generator: torch.Generator) -> list[list[int]]:
+    """Prompts of random tokens."""
+    return torch.randint(vocabulary, (number, length), generator=generator).tolist()
 
 
 class Vllm:
@@ -136,33 +140,63 @@ def work(program: str, folder: str, args: argparse.Namespace) -> None:
         print(json.dumps({"seconds": time.perf_counter() - start, "first": first}), file=out)
 
 
+class Engine:
+    """A program on a model, in a process of its own.
+
+    Args:
+        program: of `work`.
+        folder: the model's.
+        options: of this script's command line.
+
+    Raises:
+        RuntimeError: it has ended before it was ready; it says why on the standard error.
+    """
+
+    def __init__(self, program: str, folder: str | Path, options: list[str]) -> None:
+        command = [sys.executable, __file__, *options, "--work", program, str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self._next_line() != "ready\n":
+            raise RuntimeError(f"{program} did not start on {folder}")
+
+    def answer(self, prompts: list[list[int]]) -> dict[str, float]:
+        """Seconds until all prompts are answered, and until the first token, in the mean."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(prompts) + "\n")
+        self.process.stdin.flush()
+        found: dict[str, float] = json.loads(self._next_line())
+        return found
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.wait()
+
+    def _next_line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each engine and number of requests at once."""
     best: dict[tuple[str, str, int], dict[str, float]] = {}
     generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        save_models(Path(folder), args.streams, args.kv, getattr(torch, args.dtype))
-        workers = {}
-        for engine in engines(args):
-            command = [sys.executable, __file__, *sys.argv[1:], "--work", engine[0], f"{folder}/{engine[1]}"]
-            workers[engine] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            assert workers[engine].stdout.readline() == "ready\n", engine
-        try:
-            for turn in range(args.turns + 1):
-                for number in args.concurrency:
-                    shape = (number, args.prompt_tokens)
-                    prompts = torch.randint(SHAPE["vocab_size"], shape, generator=generator).tolist()
-                    for engine in workers if turn % 2 else reversed(workers):
-                        workers[engine].stdin.write(json.dumps(prompts) + "\n")
-                        workers[engine].stdin.flush()
-                        found = json.loads(workers[engine].stdout.readline())
-                        print(f"{turn} {engine} {number:3} {found}", file=sys.stderr)
-                        if turn:  # the first is to warm up
-                            old = best.get((*engine, number), found)
-                            best[*engine, number] = {key: min(old[key], found[key]) for key in found}
-        finally:
-            for worker in workers.values():
-                worker.kill()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).to(getattr(torch, args.dtype))
+        save_models(Path(folder), model, args.streams, args.kv)
+        live = {}
+        for name in engines(args):
+            live[name] = Engine(name[0], f"{folder}/{name[1]}", sys.argv[1:])
+            stack.callback(live[name].stop)
+        for turn in range(args.turns + 1):
+            for number in args.concurrency:
+                prompts = random_prompts(number, args.prompt_tokens, SHAPE["vocab_size"], generator)
+                for name in live if turn % 2 else reversed(live):
+                    found = live[name].answer(prompts)
+                    print(f"{turn} {name} {number:3} {found}", file=sys.stderr)
+                    if turn:  # the first is to warm up
+                        old = best.get((*name, number), found)
+                        best[*name, number] = {key: min(old[key], found[key]) for key in found}
     return [
         {"program": program, "model": model, "concurrency": number, **found}
         | {"tokens_per_second": number * args.new_tokens / found["seconds"]}
