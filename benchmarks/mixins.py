@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from outcomes import row_of, unexpected
 from transformers import EncoderDecoderCache
 
 import parscale
@@ -363,33 +364,18 @@ def examine(family: Family, mixins: tuple[type, ...], names: list[str], grid: li
         case = case_of(family, mixins, **streams)
         with Wrapping(case.all_model_classes, **streams).on():
             wrapped = run_all(case, passing)
-        failed = {k: v for k, v in wrapped.items() if v not in ("passes", "skipped")}
-        result["wrapped"].append(
-            streams
-            | {
-                "pass": list(wrapped.values()).count("passes"),
-                "skipped": [name for name, outcome in wrapped.items() if outcome == "skipped"],
-                "fail": {k: {"outcome": v, "reason": reason_of(k, v)} for k, v in failed.items()},
-            }
-        )
+        result["wrapped"].append(row_of(streams, wrapped, EXPECTED))
     return result
-
-
-def reason_of(test: str, outcome: str) -> str | None:
-    """Why a test should fail like this on a wrapped model; `None` if it should not."""
-    return next((why for name, text, why in EXPECTED if re.search(name, test) and re.search(text, outcome)), None)
 
 
 def report(family: str, found: dict[str, Any]) -> int:
     """Prints the outcomes of a family, and returns how many failures have no reason."""
-    unexpected = 0
     for row in found["wrapped"]:
         print(f"{family} P = {row['num_streams']} {row['kv']}: {row['pass']} tests pass on both")
         for test, failure in row["fail"].items():
-            unexpected += failure["reason"] is None
             label = "UNEXPECTED" if failure["reason"] is None else "expected  "
             print(f"  {label} {test}: {failure['outcome']}", flush=True)
-    return unexpected
+    return sum(map(unexpected, found["wrapped"]))
 
 
 def earlier_mixins(output: Path, versions: dict[str, Any]) -> dict[str, Any]:
@@ -419,7 +405,7 @@ def main() -> int:
     mixins = mixins_of(args.sources)
     results: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__}
     results["mixins"] = earlier_mixins(args.output, results)
-    unexpected = 0
+    without_reason = 0
     for mixin in args.mixins:
         version = version_of(next(each for each in mixins if each.__name__ == mixin))
         section = {"version": version, "only": args.only, "families": {}}
@@ -435,9 +421,9 @@ def main() -> int:
             grid = [{"num_streams": count, "kv": kv} for kv in kinds for count in args.num_streams]
             found = examine(FAMILIES[name], mixins, tests_of(case, mixin, args.only), grid)
             section["families"][name] = found
-            unexpected += report(name, found)
+            without_reason += report(name, found)
             args.output.write_text(json.dumps(results, indent=2) + "\n")
-    return int(unexpected > 0)
+    return int(without_reason > 0)
 
 
 if __name__ == "__main__":

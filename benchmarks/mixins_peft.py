@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import linecache
-import re
 import sys
 import tempfile
 import types
@@ -30,6 +29,7 @@ import peft
 import pytest
 import torch
 import transformers
+from outcomes import row_of, unexpected
 from transformers import AutoModelForCausalLM
 
 import parscale
@@ -149,11 +149,6 @@ def run_tests(source: Path, names: list[str], streams: dict[str, Any], only: str
     return recorder.outcomes
 
 
-def reason_of(test: str, outcome: str) -> str | None:
-    """Why a test should fail like this on a wrapped model; `None` if it should not."""
-    return next((why for name, text, why in EXPECTED if re.search(name, test) and re.search(text, outcome)), None)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of PEFT's source, with its tests")
@@ -177,25 +172,15 @@ def main() -> int:
     results["do not apply to the plain model"] = counts["skipped"]
     results["fail on the plain model"] = {k: v for k, v in plain.items() if v not in ("passes", "skipped")}
     results["wrapped"] = []
-    unexpected = 0
     for kv in args.kv:
         for count in args.num_streams:
             streams = {"num_streams": count, "kv": kv}
             outcomes = run_tests(args.source, args.models, streams, args.only)
             wrapped = {name: outcome for name, outcome in outcomes.items() if plain.get(name) == "passes"}
-            failed = {k: v for k, v in wrapped.items() if v not in ("passes", "skipped")}
-            unexpected += sum(reason_of(*item) is None for item in failed.items())
-            results["wrapped"].append(
-                streams
-                | {
-                    "pass": list(wrapped.values()).count("passes"),
-                    "skipped": [name for name, outcome in wrapped.items() if outcome == "skipped"],
-                    "fail": {k: {"outcome": v, "reason": reason_of(k, v)} for k, v in failed.items()},
-                }
-            )
+            results["wrapped"].append(row_of(streams, wrapped, EXPECTED))
             args.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results["wrapped"], indent=2))
-    return int(unexpected > 0)
+    return int(any(map(unexpected, results["wrapped"])))
 
 
 if __name__ == "__main__":
