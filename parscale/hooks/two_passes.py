@@ -182,7 +182,7 @@ def of_pass(
     if passes.adaptive is None and positions == S:
         call.passes = None
         return None
-    call.in_flight = None
+    call.begin(None)
     passes.arguments = passes.streams.transform.before_alone(part, arguments)
     cache = given_cache(arguments)
     passes.rows, passes.length, passes.positions = B, S, positions
