@@ -141,7 +141,7 @@ def sweep(
         workers: parallel runs, spread over the GPUs; by default one for each GPU, or one.
         on_ray: each run is a task of Ray, on one GPU where its cluster has any, else on one core; the cluster is the
             one that this process or machine is connected to, or this machine.
-        report: called with a run and its completed share.
+        report: called with a run and its completed share; with each run once everything has been checked.
 
     Raises:
         ValueError: runs have too little text or different sources, `runs.csv` is damaged, or `on_ray` comes with
@@ -149,16 +149,13 @@ def sweep(
         ChildProcessError: a worker is killed.
     """
     if on_ray:
-        require_ray(workers)
+        _require_ray(workers)
     sources = {run.source for run in runs}
     if len(sources) != 1:
         raise ValueError(f"one sweep reads one text; these runs name {', '.join(sorted(sources)) or 'none'}")
     folder = Path(folder)
     done = {row.run(): row for row in read_rows(folder / RUNS)}
     missing = [run for run in runs if run not in done]
-    for run in runs:
-        if report is not None and run in done:
-            report(run, 1.0)
     if missing:
         corpus = read_corpus(sources.pop())
         longest = max(run.tokens for run in missing)
@@ -167,6 +164,9 @@ def sweep(
                 f"the text has {corpus.train.size:,} bytes to train on, but a run needs {longest:,}: give fewer tokens "
                 "or a larger source, such as packages"
             )
+    for run in runs if report is not None else ():
+        report(run, 1.0 if run in done else 0.0)
+    if missing:
         folder.mkdir(parents=True, exist_ok=True)
         finished: Iterable[Row]
         if on_ray:
@@ -253,7 +253,7 @@ def _train_in_worker(run: Run, wrap: Wrap) -> Row:
     return train(run, _worker["corpus"], wrap, _worker["device"], None)
 
 
-def require_ray(workers: int | None) -> None:
+def _require_ray(workers: int | None) -> None:
     """Raises `ValueError` if Ray is not installed, or if a number of workers is given as well."""
     if workers is not None:
         raise ValueError(

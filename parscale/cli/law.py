@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,13 +155,11 @@ def sweep(
     from parscale import wrap
     from parscale.cli.output import quiet_libraries
     from parscale.scaling_laws import fit_form
-    from parscale.scaling_laws.sweep import PRESETS, RUNS, require_ray
+    from parscale.scaling_laws.sweep import PRESETS, RUNS
     from parscale.scaling_laws.sweep import sweep as train_all
 
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}")
-    if ray:
-        require_ray(workers)
     require_writable_folder(output)
     quiet_libraries()
     runs = PRESETS[preset](source)
@@ -182,17 +180,20 @@ def sweep(
 
 @contextmanager
 def _progress(runs: Sequence[Run]) -> Iterator[Report]:
-    """A progress bar over all runs on standard error, weighted by the arithmetic of each."""
+    """A progress bar over all runs on standard error, weighted by the arithmetic of each; the first report shows it."""
     from rich.progress import Progress
 
     from parscale.terminal.console import Terminal
 
     weights = {run: run.layers * run.hidden**2 * run.streams * run.tokens for run in runs}
     shares = dict.fromkeys(runs, 0.0)
-    with Progress(console=Terminal(stderr=True)) as progress:
-        bar = progress.add_task(f"{len(runs)} runs", total=sum(weights.values()))
+    progress = Progress(console=Terminal(stderr=True))
+    bar = progress.add_task(f"{len(runs)} runs", total=sum(weights.values()))
+    with ExitStack() as shown:
 
         def report(run: Run, share: float) -> None:
+            if not progress.live.is_started:
+                shown.enter_context(progress)
             shares[run] = share
             title = f"width {run.hidden}, P = {run.streams}"
             progress.update(bar, completed=sum(weights[one] * shares[one] for one in runs), description=title)

@@ -45,7 +45,7 @@ def test_a_sweep_leaves_rows_that_can_be_fitted_and_resumes(small_corpus, tmp_pa
     shares = []
     rows = sweep.sweep(runs[:4], tmp_path / "s", counting_wrap, report=lambda run, share: shares.append(share))
     assert [row.run() for row in rows] == runs[:4]
-    assert shares == [0.5, 1.0] * 4
+    assert shares == [0.0] * 4 + [0.5, 1.0] * 4
     rows = sweep.sweep(runs, tmp_path / "s", counting_wrap)
     assert trained == [(run.hidden, run.streams) for run in runs]  # none twice
     assert read_rows(tmp_path / "s" / RUNS) == rows
@@ -114,7 +114,7 @@ def test_ray_goes_on_with_the_same_rows(small_corpus, tmp_path, cluster):
     assert [dataclasses.replace(row, seconds=0) for row in rows] == [
         dataclasses.replace(row, seconds=0) for row in alone
     ]
-    assert shares == [1.0] * 6
+    assert shares == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0] + [1.0] * 4
     assert {row.run(): row for row in read_rows(tmp_path / "b" / RUNS)} == {row.run(): row for row in rows}
 
 
