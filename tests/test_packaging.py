@@ -106,6 +106,12 @@ def test_version_is_the_package_version():
     assert parscale.__version__ == PROJECT["project"]["version"]
 
 
+def test_the_changelog_and_the_citation_are_of_this_version():
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert newest[1] == cited[1] == PROJECT["project"]["version"]
+
+
 def test_import_is_lazy(tmp_path):
     packages = "parscale, parscale.cli, parscale.checkpoints"
     script = f"import sys, {packages}; print({{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
