@@ -133,6 +133,12 @@ def test_no_modules_import_each_other_in_a_circle(ours):
     assert circle(ours) == []
 
 
+def test_files_are_short():
+    folders = [*SOURCES.values(), *(ROOT / name for name in ("benchmarks", "examples", "tests", "tools"))]
+    lengths = {path: len(path.read_text().splitlines()) for folder in folders for path in folder.rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length >= 500} == {}
+
+
 @pytest.mark.parametrize(
     "line",
     [
