@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 import transformers
+from model_calls import given
 
 from parscale.compat import transformers as compat
 from parscale.errors import IncompatibleVersionError
@@ -18,16 +19,16 @@ def test_a_cache_answers_otherwise_until_that_is_taken_back(make, ids):
     model, cache = make(), transformers.DynamicCache()
     mask, after = torch.ones(2, 6, dtype=torch.long), {"position_ids": torch.tensor([[9]])}
     with torch.no_grad():
-        model(input_ids=ids[:, :5], past_key_values=cache)
+        model(input_ids=ids[:, :5], **given(model, cache))
         own, moved = (
-            model(input_ids=ids[:, 5:], past_key_values=copy.deepcopy(cache), attention_mask=mask, **given).logits
-            for given in ({}, after)
+            model(input_ids=ids[:, 5:], attention_mask=mask, **given(model, copy.deepcopy(cache)), **options).logits
+            for options in ({}, after)
         )
         compat.answer_by(cache, {"get_seq_length": lambda layer_idx=0: 9})
         asked = copy.deepcopy(cache)
-        assert torch.equal(model(input_ids=ids[:, 5:], past_key_values=asked, attention_mask=mask).logits, moved)
+        assert torch.equal(model(input_ids=ids[:, 5:], attention_mask=mask, **given(model, asked)).logits, moved)
         compat.answer_itself(cache, ["get_seq_length"])
-        assert torch.equal(model(input_ids=ids[:, 5:], past_key_values=cache, attention_mask=mask).logits, own)
+        assert torch.equal(model(input_ids=ids[:, 5:], attention_mask=mask, **given(model, cache)).logits, own)
     assert not torch.equal(own, moved)
 
 

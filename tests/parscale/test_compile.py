@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_calls import given
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
@@ -36,7 +37,7 @@ def along(run, model, ids, prompt=4, length=16):
     """Logits of a prompt and of one token after another, by `run`, into a static cache."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     pieces = ids.split([prompt] + [1] * (ids.shape[1] - prompt), dim=1)
-    return torch.cat([run(input_ids=piece, past_key_values=cache).logits for piece in pieces], dim=1)
+    return torch.cat([run(input_ids=piece, **given(model, cache)).logits for piece in pieces], dim=1)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)])

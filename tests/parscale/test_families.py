@@ -72,7 +72,7 @@ def test_padded_decoding_is_the_unpadded_run(case, zoo):
                 input_ids=ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
+                cache=cache,
             )
         )
     decoded = torch.cat(pieces, dim=1)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from model_calls import given
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
@@ -34,7 +35,7 @@ def along(model, ids, prompt=5):
     """Logits of a prompt and of one token after another."""
     cache, found = None, []
     for piece in ids.to(model.device).split([prompt] + [1] * (ids.shape[1] - prompt), dim=1):
-        output = model(piece, past_key_values=cache, use_cache=True)
+        output = model(piece, use_cache=True, **given(model, cache))
         cache = output.past_key_values
         found.append(output.logits.double().cpu())
     return torch.cat(found, dim=1)
@@ -112,9 +113,9 @@ def test_decoding_is_captured_in_graphs(name, zoo):
     counters.clear()
     step, found = torch.compile(model, fullgraph=True, mode="reduce-overhead"), []
     with torch.no_grad():
-        found.append(model(ids[:, :5].to(DEVICE), past_key_values=cache).logits.double().cpu())
+        found.append(model(ids[:, :5].to(DEVICE), **given(model, cache)).logits.double().cpu())
         for token in ids[:, 5:].to(DEVICE).split(1, dim=1):
-            found.append(step(token, past_key_values=cache).logits.double().cpu())
+            found.append(step(token, **given(model, cache)).logits.double().cpu())
     assert counters["inductor"]["cudagraph_skips"] == 0
     torch.testing.assert_close(torch.cat(found, dim=1), along(model, ids), rtol=0.1, atol=0.1)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_calls import given
 
 import parscale
 from parscale.kernels import dispatch
@@ -42,7 +43,7 @@ def make(zoo, impl):
 def steps(model, ids):
     """Logits of a prompt, then of one more token."""
     output = model(ids[:, :-1], use_cache=True)
-    return torch.cat([output.logits, model(ids[:, -1:], past_key_values=output.past_key_values).logits], dim=1)
+    return torch.cat([output.logits, model(ids[:, -1:], **given(model, output.past_key_values)).logits], dim=1)
 
 
 @pytest.mark.parametrize("impl", IMPL)

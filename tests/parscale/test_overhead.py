@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from model_calls import given
 from torch.profiler import ProfilerActivity, profile
 
 import parscale
@@ -37,8 +38,8 @@ def models():
 def run(model, ids, cache=None):
     """Logits of B rows: by streams, or by the plain backbone on P*B rows."""
     if hasattr(model, "num_streams"):
-        return model(ids, past_key_values=cache, use_cache=cache is not None).logits
-    hidden = model.model(ids.repeat(P, 1), past_key_values=cache, use_cache=cache is not None)[0]
+        return model(ids, use_cache=cache is not None, **given(model, cache)).logits
+    hidden = model.model(ids.repeat(P, 1), use_cache=cache is not None, **given(model.model, cache))[0]
     return model.lm_head(hidden[: ids.shape[0]])
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from model_calls import choose_stream, logits_of
+from model_calls import choose_stream, given, logits_of
 from transformers import DynamicCache
 
 import parscale
@@ -358,7 +358,7 @@ def test_left_padding_without_positions(make, zoo):
         more = {"input_ids": zoo.token_ids(length=1)}
         seen = torch.cat([padded["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
         after = [
-            model(**more, past_key_values=alone.past_key_values, attention_mask=seen[:, 3:]),
-            model(**more, past_key_values=whole.past_key_values, attention_mask=seen),
+            model(**more, attention_mask=seen[:, 3:], **given(model, alone.past_key_values)),
+            model(**more, attention_mask=seen, **given(model, whole.past_key_values)),
         ]
     zoo.close(after[1].logits, after[0].logits, 2e-5)

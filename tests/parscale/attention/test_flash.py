@@ -217,7 +217,7 @@ def test_padded_decoding(name, given, flash, zoo):
                 model,
                 ids[:, now],
                 attention_mask=padding[:, :end],
-                past_key_values=cache,
+                cache=cache,
                 **({"position_ids": positions[:, now]} if given else {}),
             )
         )

@@ -68,7 +68,7 @@ def test_with_a_cache(name, given, uncompiled, zoo):
                 model,
                 ids[:, now],
                 attention_mask=padding[:, :end],
-                past_key_values=cache,
+                cache=cache,
                 **({"position_ids": positions[:, now]} if given else {}),
             )
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_calls import given
 
 import parscale
 
@@ -41,7 +42,7 @@ def test_a_cache_two_passes_and_none(name, zoo):
     output = model(input_ids=ids[:, :6], use_cache=True, logits_to_keep=1)
     zoo.close(output.logits, whole[:, 5:6], TOLERANCE)
     for at in range(6, zoo.S):
-        output = model(input_ids=ids[:, at : at + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=ids[:, at : at + 1], use_cache=True, **given(model, output.past_key_values))
         zoo.close(output.logits, whole[:, at : at + 1], TOLERANCE)
     layers = [layer for layer in output.past_key_values.layers if getattr(layer, "keys", None) is not None]
     assert {layer.keys.shape[0] for layer in layers} == {zoo.B}

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from model_calls import exact_logits_of
+from model_calls import exact_logits_of, given
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,7 @@ def test_streams_start_as_texts(init, llama, zoo):
     read[:, -1] = texts[:, -1] if init == "context" else llama.config.eos_token_id
     with torch.no_grad(), llama.use_streams(None):
         cache = transformers.DynamicCache(config=llama.config)
-        llama(read, position_ids=torch.arange(-6, 0).expand(2, -1), past_key_values=cache)
+        llama(read, position_ids=torch.arange(-6, 0).expand(2, -1), **given(llama, cache))
     for index, layer in enumerate(llama.model.layers):
         zoo.close(layer.self_attn.prefix_k, cache.layers[index].keys, 1e-5)
         zoo.close(layer.self_attn.prefix_v, cache.layers[index].values, 1e-5)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from model_calls import GREEDY
+from model_calls import GREEDY, given
 from transformers import DynamicCache
 
 from parscale.methods import adaptive_streams
@@ -46,8 +46,8 @@ def by_hand(model, ids, threshold, steps=STEPS):
     """Greedy decoding without a cache, each token by two models: the text, its logits, and the mean of the streams."""
     positions, padding, ran, logits = PADDING, PADDING, 0, []
     for _ in range(steps):
-        given = {"attention_mask": padding, "position_ids": (padding.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
-        alone, mixed = (logits_of(model, ids, chosen, **given)[:, -1] for chosen in (None, "default"))
+        options = {"attention_mask": padding, "position_ids": (padding.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+        alone, mixed = (logits_of(model, ids, chosen, **options)[:, -1] for chosen in (None, "default"))
         uncertain = entropy_of(alone) > threshold
         ran += int(uncertain.sum())
         logits.append(torch.where(uncertain[:, None], mixed, alone))
@@ -66,8 +66,8 @@ def between(model, ids):
 @pytest.mark.parametrize("name", NAMES)
 def test_text_and_share(name, cache, zoo):
     model, ids = make(zoo, name), zoo.token_ids() * PADDING
-    given = {"attention_mask": PADDING, "position_ids": (PADDING.cumsum(-1) - 1).clamp(min=0)}
-    first = entropy_of(logits_of(model, ids, None, **given)[:, -1])
+    options = {"attention_mask": PADDING, "position_ids": (PADDING.cumsum(-1) - 1).clamp(min=0)}
+    first = entropy_of(logits_of(model, ids, None, **options)[:, -1])
     threshold = float(first.mean())  # of two rows one is above it, at least at first
     arguments = {"static": {"cache_implementation": "static"}, "none": {"use_cache": False}}.get(cache, {})
     output = generate(model, ids, adaptive=threshold, **arguments)
@@ -140,7 +140,7 @@ def test_pieces_of_a_text(llama, zoo):
     expected = torch.where((entropy_of(alone) > threshold)[..., None], mixed, alone)
     with adaptive_streams(llama, threshold), torch.no_grad():
         for start, stop in ((0, 4), (4, 5), (5, 9)):
-            found = llama(ids[:, start:stop], past_key_values=cache).logits
+            found = llama(ids[:, start:stop], **given(llama, cache)).logits
             zoo.close(found, expected[:, start:stop], TOLERANCE)
 
 

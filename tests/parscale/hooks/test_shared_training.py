@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_calls import given
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.export import Dim
@@ -139,7 +140,7 @@ def test_a_compiled_forward_pass_is_one_graph(name, zoo):
     def along(run):
         cache = StaticCache(config=model.config, max_cache_len=16)
         pieces = ids.split([4] + [1] * 5, dim=1)
-        logits = torch.cat([run(input_ids=x, past_key_values=cache, logits_to_keep=4).logits for x in pieces], 1)
+        logits = torch.cat([run(input_ids=x, logits_to_keep=4, **given(model, cache)).logits for x in pieces], 1)
         assert all(layer.keys.shape[0] == zoo.B for layer in cache.layers)
         return logits
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from model_calls import given
 from torch.nn.functional import scaled_dot_product_attention
 
 import parscale
@@ -68,7 +69,7 @@ def test_against_each_stream_by_hand(name, zoo):
     zoo.close(model(ids, logits_to_keep=2).logits, expected[:, -2:], TOLERANCE)
     output = model(ids[:, :3], use_cache=True)
     for at in (3, 4):
-        output = model(ids[:, at : at + 1], past_key_values=output.past_key_values)
+        output = model(ids[:, at : at + 1], **given(model, output.past_key_values))
         zoo.close(output.logits, expected[:, at : at + 1], TOLERANCE)
     assert output.past_key_values.layers[0].keys.shape[0] == zoo.B
 

@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 import transformers
+from model_calls import given
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -248,13 +249,13 @@ def make_reference(zoo, kind, model):
             for layer, (k, v) in enumerate(prefix):
                 cache.update(k.clone(), v.clone(), layer)
             mask = torch.ones(rows, T + length, dtype=torch.long)
-            given = {"position_ids": torch.arange(length)[None]} if kind.positions == "given" else {}
+            options = {"position_ids": torch.arange(length)[None]} if kind.positions == "given" else {}
             if kind.model_type == "gpt_neo":
-                return self._with_window(backbone, ids, cache, given)
+                return self._with_window(backbone, ids, cache, options)
             with positions_moved(backbone if kind.positions == "length" else None):
-                return backbone(ids, attention_mask=mask, past_key_values=cache, **given)[0]
+                return backbone(ids, attention_mask=mask, **given(backbone, cache), **options)[0]
 
-        def _with_window(self, backbone, ids, cache, given):
+        def _with_window(self, backbone, ids, cache, options):
             """The plain model has wide windows here; the mask of each layer has its own."""
             rows, length = ids.shape
 
@@ -271,7 +272,7 @@ def make_reference(zoo, kind, model):
                 layer.attention_type = name
                 hooks.append(layer.register_forward_pre_hook(narrow, with_kwargs=True))
             try:
-                return backbone(ids, past_key_values=cache, **given)[0]
+                return backbone(ids, **given(backbone, cache), **options)[0]
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from model_calls import choose_stream, logits_of
+from model_calls import choose_stream, given, logits_of
 from transformers import DynamicCache
 
 import parscale
@@ -96,7 +96,7 @@ def test_cached_equals_full(kind, zoo, wrapped):
         cache, logits = None, []
         for piece in ids.split(sizes, dim=1):
             with torch.no_grad():
-                output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+                output = model(input_ids=piece, use_cache=True, **given(model, cache))
             cache = output.past_key_values
             logits.append(output.logits)
         zoo.close(torch.cat(logits, dim=1), full, TOLERANCE)
@@ -112,8 +112,8 @@ def test_cached_equals_full(kind, zoo, wrapped):
 def test_left_padding(kind, attended, zoo, wrapped):
     kind.need_causality(zoo)
     wide, mask = padded(zoo)
-    given = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if kind.positions == "given" else {}
-    assert_padding_does_not_matter(wrapped(kind), attended, wide, mask, given, zoo)
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if kind.positions == "given" else {}
+    assert_padding_does_not_matter(wrapped(kind), attended, wide, mask, positions, zoo)
 
 
 @pytest.mark.grid
@@ -124,15 +124,15 @@ def test_left_padding_without_positions(kind, attended, zoo, wrapped):
     assert_padding_does_not_matter(wrapped(kind), attended, *padded(zoo), {}, zoo)
 
 
-def assert_padding_does_not_matter(model, attended, wide, mask, given, zoo):
+def assert_padding_does_not_matter(model, attended, wide, mask, arguments, zoo):
     if attended == "full":
-        logits = logits_of(model, wide, attention_mask=mask, **given)
+        logits = logits_of(model, wide, attention_mask=mask, **arguments)
     else:
         pieces, cache = [], None
         for start, end in ((0, 8), (8, 9), (9, 13)):
-            now = {name: x[:, start:end] for name, x in given.items()} | {"use_cache": True}
+            now = {name: x[:, start:end] for name, x in arguments.items()} | {"use_cache": True}
             with torch.no_grad():
-                output = model(wide[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, **now)
+                output = model(wide[:, start:end], attention_mask=mask[:, :end], **given(model, cache), **now)
             cache = output.past_key_values
             pieces.append(output.logits)
         logits = torch.cat(pieces, dim=1)
@@ -170,10 +170,10 @@ def test_static_caches(kind, zoo, wrapped):
 def test_a_cache_of_the_callers_own_stays_the_callers(kind, zoo, wrapped):
     model, ids, cache = wrapped(kind), zoo.token_ids(), DynamicCache()
     with torch.no_grad():
-        assert model(input_ids=ids, past_key_values=cache).past_key_values is cache
+        assert model(input_ids=ids, **given(model, cache)).past_key_values is cache
     assert cache.get_seq_length() == zoo.S
     with model.use_streams(None), pytest.raises(ValueError, match="filled with streams 'default'"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
+        model(input_ids=ids[:, :1], **given(model, cache))
 
 
 def test_a_mask_that_sdpa_was_spared_stands_for_the_causal_one(zoo, kinds, wrapped, monkeypatch):
