@@ -1,7 +1,6 @@
 """Names of other libraries that begin with an underscore, or that nobody documents, stand in `compat` alone."""
 
 import ast
-import functools
 import re
 from pathlib import Path
 
@@ -33,11 +32,10 @@ WORDS = {
 }
 
 
-@functools.cache
-def own_members():
-    """Names with an underscore that classes of these packages define."""
+def own_members(paths):
+    """Names with an underscore that classes of these files define."""
     found = set(CALLED_ON_OURS)
-    for path in OUTSIDE:
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 functions = (each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef))
@@ -51,10 +49,13 @@ def is_self(node):
     return isinstance(node, ast.Name) and node.id == "self"
 
 
-def foreign_names(tree):
+OURS = own_members(OUTSIDE)
+
+
+def foreign_names(tree, own=OURS):
     """Names in a source that are another library's own business, with the line of each."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr) and node.attr not in own_members() | PUBLIC:
+        if isinstance(node, ast.Attribute) and PRIVATE.fullmatch(node.attr) and node.attr not in own | PUBLIC:
             yield node.lineno, node.attr
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if PRIVATE.fullmatch(node.value) and node.value not in WORDS:
