@@ -53,6 +53,15 @@ def test_of_the_quickstart(monkeypatch):
     assert '--8<-- "benchmarks/results/quickstart.md"' in page("results/quickstart.md")
 
 
+def test_of_the_code():
+    tool = runpy.run_path(str(ROOT / "tools" / "code_figures.py"))
+    figures, text = on_file("code.json"), (RESULTS / "code.md").read_text(encoding="utf-8")
+    assert tool["tables"](figures) == text
+    assert figures["now"]["circles"] == []
+    assert figures["now"]["modules with private names"] == []
+    assert '--8<-- "benchmarks/results/code.md"' in page("how/code.md")
+
+
 def test_of_recycling():
     runs, text = on_file("recycle.json")["runs"], page("results/recycling.md")
     assert [run["num_streams"] for run in runs] == [1, 2, 4, 8, 4]
