@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "checkpoints", "scaling_laws")
 COMMANDS = "<!-- commands -->"
+TAG = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*>")
+ADDRESS = re.compile(r"""\b(?:src|srcset|href)=["']?(?:https?:)?//""")
+NOT_FETCHED = re.compile(r"""\brel=["']?(?:canonical|prev|next|edit)\b""")
 
 
 def on_startup(**kwargs: Any) -> None:
@@ -25,6 +29,20 @@ def on_startup(**kwargs: Any) -> None:
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Put the commands where a page asks for them."""
     return markdown.replace(COMMANDS, command_reference()) if COMMANDS in markdown else markdown
+
+
+def on_post_page(output: str, *, page: Any, **kwargs: Any) -> str:
+    """Stop at a page that would fetch something from the network."""
+    from mkdocs.exceptions import PluginError
+
+    if found := fetched(output):
+        raise PluginError(f"{page.file.src_uri} fetches from the network: {' '.join(found)}")
+    return output
+
+
+def fetched(html: str) -> list[str]:
+    """The tags by which a page fetches something from elsewhere when it is opened."""
+    return [tag for tag in TAG.findall(html) if ADDRESS.search(tag) and not NOT_FETCHED.search(tag)]
 
 
 def commands() -> Iterator[tuple[str, Any]]:

@@ -135,6 +135,20 @@ def test_every_command_is_in_the_reference():
             assert item.name == "help" or (item.help and item.help.split("|")[0] in section), (name, item.name)
 
 
+@pytest.mark.parametrize(
+    ("html", "count"),
+    [
+        ('<script src="https://unpkg.com/iframe-worker/shim"></script>', 1),
+        ('<link rel="stylesheet" href=//fonts.example/a.css>', 1),
+        ('<img alt="x" src=\'http://a/b.png\'> and <img src="assets/b.png">', 1),
+        ('<a href="https://arxiv.org">paper</a> <link href="https://here/" rel="canonical"> <script src="x.js">', 0),
+    ],
+)
+def test_what_a_page_would_fetch_is_found(html, count):
+    tool = __import__("runpy").run_path(str(ROOT / "tools" / "documentation.py"))
+    assert len(tool["fetched"](html)) == count
+
+
 def test_the_examples_are_listed():
     page = (DOCS / "examples.md").read_text()
     for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.ipynb")]:
