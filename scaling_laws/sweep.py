@@ -164,8 +164,9 @@ def sweep(
                 f"the text has {corpus.train.size:,} bytes to train on, but a run needs {longest:,}: give fewer tokens "
                 "or a larger source, such as packages"
             )
-    for run in runs if report is not None else ():
-        report(run, 1.0 if run in done else 0.0)
+    if report is not None:
+        for run in runs:
+            report(run, 1.0 if run in done else 0.0)
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         finished: Iterable[Row]
