@@ -126,7 +126,7 @@ class BackboneHooks:
         call.masks.clear()
         streams = call.in_flight
         if call.passes is not None:
-            output = after_pass(call.passes, output)
+            output = after_pass(self.state, module, output)
         if streams is None:
             return output
         unpooled, output = output[0], streams.transform.after(output)

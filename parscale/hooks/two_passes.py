@@ -1,14 +1,16 @@
 """Calls that run stream 0 alone first, and the other streams only at the positions that need them.
 
 Streams that share stream 0's keys and values store nothing: what a token adds to the cache does not depend on streams
-1 to P - 1. So a call without gradients takes two passes:
+1 to P - 1. So a call without gradients takes two passes of the backbone:
 
-1. the backbone runs as it is, on B rows, and what its attention layers attend to is stored;
+1. it runs as it is, on B rows, and what its attention layers attend to is stored;
 2. it runs at the chosen positions only, with (P - 1)*b rows that attend to the stored keys, and the streams are mixed.
 
 The chosen positions are the last ones, where the caller keeps fewer logits than there are new tokens
-(`logits_to_keep`, as `generate` does with a prompt). In an adaptive call they are those where the entropy of stream 0's
-prediction is above a threshold, and b counts the rows that have any. Every other call runs all streams in one batch.
+(`logits_to_keep`, as `generate` does with a prompt): the second pass then follows inside the first one's hook, and the
+model computes logits once. In an adaptive call they are those where the entropy of stream 0's prediction is above a
+threshold, and b counts the rows that have any: there the second pass waits for stream 0's logits. Every other call runs
+all streams in one batch.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ INNER = ("output_hidden_states", "output_attentions", "output_router_logits")  #
 
 
 class TwoPassHooks:
-    """The hooks on the whole model that plan two passes and run the second.
+    """The hooks on the whole model that plan two passes, and run the second of an adaptive call.
 
     Args:
         state: the model's state.
@@ -86,23 +88,20 @@ class TwoPassHooks:
         return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After the first pass: runs the second, and puts its logits in place of stream 0's."""
+        """After the call: if it is adaptive, runs the second pass where stream 0 is uncertain."""
         call = self.state.call
         passes, call.passes = call.passes, None
-        if passes is None or passes.arguments is None or output is None:  # no hidden states: the call failed
-            return output
+        if passes is None or passes.adaptive is None or passes.arguments is None or output is None:
+            return output  # without arguments or output the call failed, or did not reach the backbone
         logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits  # (B, n, V)
-        where = None
-        if passes.adaptive is not None:
-            where = _choose(passes, passes.adaptive, logits)
-            if not where.any():
-                return output
+        where = _choose(passes, passes.adaptive, logits)
+        if not where.any():
+            return output
         arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
         mixed = self._run_second(module, passes, arguments.get(KEPT))  # (b, n, V)
         if passes.chosen is not None:
             mixed = logits.index_copy(0, passes.chosen, mixed)
-        if where is not None:
-            mixed = torch.where(where[..., None], mixed, logits)
+        mixed = torch.where(where[..., None], mixed, logits)
         if isinstance(output, tuple):
             return (mixed, *output[1:])
         output.logits = mixed
@@ -190,19 +189,52 @@ def of_pass(
     return passes.arguments
 
 
-def after_pass(passes: TwoPasses, output: Any) -> Any:
-    """After the backbone: stores stream 0's final hidden states, or puts them before the other streams'."""
+def after_pass(state: ParScaleState, module: nn.Module, output: Any) -> Any:
+    """After the backbone: in the first pass stores stream 0's final hidden states, in the second puts them in front.
+
+    If the call is not adaptive, the second pass follows the first at once.
+
+    Args:
+        state: the model's state.
+        module: the backbone, or its replica.
+        output: the backbone's. In the second pass `(P - 1)*b` rows.
+
+    Returns:
+        The output with `(B, S, H)` whose last positions are mixed; of the second pass `(P*b, n, H)`, which are not.
+    """
+    passes = state.call.passes
+    assert passes is not None
     if not passes.is_second:
         passes.hidden = output[0][:, -passes.positions :]  # (B, n, H)
-        return output
+        if passes.adaptive is not None:
+            return output
+        return _with_states(output, torch.cat([output[0][:, : -passes.positions], _second_pass(state, module)], 1))
     assert passes.hidden is not None
     hidden = passes.hidden if passes.chosen is None else passes.hidden[passes.chosen]
-    joined = torch.cat([hidden, output[0]])  # (P*b, n, H)
-    if isinstance(output, tuple):
-        return (joined,)
-    output.last_hidden_state = joined
     if getattr(output, "router_logits", None) is not None:
         output.router_logits = None  # the caller gets those of the first pass
+    joined = torch.cat([hidden, output[0]])  # (P*b, n, H)
+    return (joined,) if isinstance(output, tuple) else _with_states(output, joined)
+
+
+def _second_pass(state: ParScaleState, module: nn.Module) -> torch.Tensor:
+    """Runs the backbone again, at the last positions: the mixed states `(B, n, H)`."""
+    call = state.call
+    passes = call.passes
+    assert passes is not None
+    assert passes.arguments is not None
+    passes.is_second = True
+    mixed: torch.Tensor = module(**passes.arguments)[0]
+    call.passes = None
+    call.begin(None)  # what follows in this call is stream 0's, as in the first pass
+    return mixed
+
+
+def _with_states(output: Any, states: torch.Tensor) -> Any:
+    """The backbone's output with other final hidden states."""
+    if isinstance(output, tuple):
+        return (states, *output[1:])
+    output.last_hidden_state = states
     return output
 
 

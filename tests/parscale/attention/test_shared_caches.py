@@ -208,6 +208,17 @@ def test_a_prompt_runs_with_one_row_and_its_last_token_with_all(llama, zoo):
     assert shapes == [(zoo.B, zoo.S), (others, 1), (zoo.P * zoo.B, 1), (zoo.P * zoo.B, 1)]
 
 
+def test_logits_of_a_prompt_are_computed_once(llama, zoo):
+    """The mixture's. An adaptive call reads stream 0's first."""
+    rows, ids = [], zoo.token_ids()
+    llama.lm_head.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape[:2])))
+    logits_of(llama, ids, logits_to_keep=2)
+    assert rows == [(zoo.B, 2)]
+    rows.clear()
+    generate(llama, ids, max_new_tokens=1, adaptive=1e-6)
+    assert rows == [(zoo.B, 1)] * 2
+
+
 def test_a_turn_of_a_chat_reads_its_own_tokens_with_one_row(llama, zoo):
     """Three turns over one cache: with streams, of the plain backbone, and with streams again."""
     ids, cache, turns = zoo.token_ids(length=12), DynamicCache(config=llama.config), []
