@@ -4,8 +4,9 @@ Each operation takes the longer of its arithmetic at the device's achievable rat
 achievable bandwidth; operations run one after another. The count follows `parscale`: B sequences become P*B rows;
 prefixes are stored once, whatever the batch; the aggregator, the output matrix and the logits are never counted P
 times; the prefill computes logits of the last token only. Streams that share keys and values (`kv="shared"`) have a
-cache of B rows; their prompt runs with B rows, and then its last token with the others; attention in a step reads the
-cache once for all streams. Not counted: kernel launches (see `overhead`), fragmentation of the allocator, sampling.
+cache of B rows; their prompt runs with B rows, and then its last token with the others, in a pass that reads the
+layers' weights again; attention in a step reads the cache once for all streams. Not counted: kernel launches (see
+`overhead`), fragmentation of the allocator, sampling.
 
 Shapes: n = rows * tokens of a step. `bits` is 16 or 32 for activations and the cache; `weight_bits` may be lower.
 """
@@ -54,7 +55,7 @@ class Workload:
     def together(self) -> Pass:
         """All streams in one batch, as in a decoding step."""
         prefixed = self.streams - self.shares if self.streams > 1 else 0
-        return Pass(self.rows, self.cache_rows, prefixed, self.batch if self.streams > 1 else 0)
+        return Pass(self.rows, self.cache_rows, prefixed, self.batch if self.streams > 1 else 0, self.batch)
 
     @property
     def of_prompt(self) -> list[tuple[Pass, int]]:
@@ -63,8 +64,8 @@ class Workload:
             return [(self.together, self.input_length)]
         others = self.streams - 1
         return [
-            (Pass(self.batch, self.batch, 0, 0), self.input_length),
-            (Pass(others * self.batch, self.batch, others, self.batch), 1),
+            (Pass(self.batch, self.batch, 0, 0, 0), self.input_length),
+            (Pass(others * self.batch, self.batch, others, self.batch, self.batch), 1),
         ]
 
 
@@ -80,6 +81,8 @@ class Pass:
     """The number of streams with a prefix among them."""
     mixed: int
     """Rows after the streams are mixed; 0 if they are not mixed."""
+    predicted: int
+    """Rows whose next token is predicted; 0 in a pass that only fills the cache."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,7 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
         ),
         _mlp(shape, work, n, once),
         Operation("norms", once * 10 * n * h * shape.layers, once * 10 * n * h * shape.layers * number),
-        Operation(
-            "embedding_and_head",
-            once * 2 * work.batch * shape.vocab * h,
-            once * (shape.vocab * h * weight + work.batch * shape.vocab * number + 2 * n * h * number),
-        ),
+        _embedding_and_head(shape, work, rows, n, once),
     ]
     if rows.mixed:
         merged = rows.mixed * tokens
@@ -190,6 +189,14 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
             )
         )
     return operations
+
+
+def _embedding_and_head(shape: ModelShape, work: Workload, rows: Pass, n: float, once: Array) -> Operation:
+    """The vectors of n tokens, and the logits of the rows that are predicted from."""
+    number, logits = work.bits / 8, rows.predicted * shape.vocab
+    matrix = shape.vocab * shape.hidden * work.weight_bits / 8 if rows.predicted else 0
+    traffic = matrix + logits * number + 2 * n * shape.hidden * number
+    return Operation("embedding_and_head", once * 2 * logits * shape.hidden, once * traffic)
 
 
 def _mlp(shape: ModelShape, work: Workload, n: float, once: Array) -> Operation:
