@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from parscale.attention.masks import last_queries_of_mask, rows_of_mask, visible_lengths_once
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
@@ -124,7 +124,12 @@ class SharedLayers:
         name = next((name for name, value in arguments.items() if isinstance(value, Cache)), None)
         if name is None:
             return None
-        arguments[name] = SharedCache(arguments[name], self.streams.num_streams)
+        cache = arguments[name]
+        if isinstance(
+            cache, EncoderDecoderCache
+        ):  # decoders that could have an encoder; a layer here attends to tokens
+            cache = cache.self_attention_cache
+        arguments[name] = SharedCache(cache, self.streams.num_streams)
         return tuple(arguments.pop(name) for name in names), arguments
 
 

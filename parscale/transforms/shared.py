@@ -100,7 +100,8 @@ class SharedTransform(ModelTransform):
             if isinstance(error, UnsupportedModelError) or is_machine_error(error):
                 raise
             raise UnsupportedModelError(
-                f"{name} does not run with kv='shared' ({type(error).__name__}: {one_line(error)}). {INSTEAD}"
+                f"{name} does not run where keys have fewer rows than queries, as with kv='shared' "
+                f"({type(error).__name__}: {one_line(error)}). {INSTEAD}"
             ) from error
         if not whole.isfinite().all():
             raise UnsupportedModelError(
@@ -179,8 +180,10 @@ def check_can_share(state: ParScaleState) -> None:
     registered = set(registered_layers(state))
     if state.encoder is not None or len(state.mixed) > 1:
         reason = "it is an encoder with a decoder, or two encoders: streams share the keys of one decoder"
-    elif cache_argument(state.backbone) is None or not all(getattr(x.module, "is_causal", True) for x in layers):
-        reason = "it is an encoder, which has no cache to share"
+    elif cache_argument(state.backbone) is None:
+        reason = "it takes no cache that streams could share"
+    elif not all(getattr(x.module, "is_causal", True) for x in layers):
+        reason = "it has attention layers that are not causal (is_causal), as an encoder has"
     elif not all(layer.module in registered for layer in layers):
         reason = "its attention does not come from transformers' registry (ALL_ATTENTION_FUNCTIONS)"
     elif number_of_attention_layers(state) < state.model.config.get_text_config().num_hidden_layers or _carries(state):

@@ -187,7 +187,7 @@ def test_adapters_have_copies_that_share_too(llama, zoo):
         ("FalconH1", "carry a state that each stream would need"),
         ("Bloom", "does not come from transformers' registry"),
         ("T5", "is an encoder with a decoder"),
-        ("Bert", "is an encoder, which has no cache"),
+        ("Bert", "attention layers that are not causal"),
         ("Mamba", "No attention was found"),
     ],
 )
