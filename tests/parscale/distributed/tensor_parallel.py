@@ -67,6 +67,10 @@ def run(root: Path, out: Path) -> dict[str, Any]:
         figures[f"{name} all"] = trained(model, frozen=False)
         model.save_pretrained(out / name)
 
+    model = parscale.wrap(backbone(root, "llama"), 3, prefix_length=3, init="random", seed=3, kv="shared")
+    figures["shared keys all"] = trained(model, frozen=False)
+    model.save_pretrained(out / "shared")
+
     model = parscale.wrap(backbone(root, "llama"), 4, prefix_length=3, init="context", seed=3)
     model.add_streams("code", 2, prefix_length=2, init="random", seed=5)
     model.gradient_checkpointing_enable()

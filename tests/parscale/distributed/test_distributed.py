@@ -116,11 +116,11 @@ def test_the_trainer_under_ddp_and_fsdp2(backbones, launch):
 def test_other_streams_under_ddp_and_fsdp2(backbones, launch):
     """Prompts, low-rank differences, and prefixes in front of keys that all streams share."""
     worker = imported("train")
-    one = {name: worker.train(backbones, f"one-{name}") for name in ("prompt", "lora", "shared")}
+    one = {name: worker.train(backbones, f"one-{name}") for name in ("prompt", "lora", "shared", "shared-all")}
     runs = [f"{kind}-{name}" for kind in ("ddp", "fsdp2") for name in one]
     launch(2, "train", backbones, *runs)
     for run in runs:
-        kind, name = run.split("-")
+        kind, name = run.split("-", 1)
         actual = check_run(backbones, run, one[name], f"one-{name}", steps=4)
         assert actual["processes"] == 2
         assert actual["sharded"] == (kind == "fsdp2")
@@ -142,7 +142,7 @@ def test_tensor_parallelism(backbones, launch):
             assert actual[name] == value, name
         elif isinstance(value, float | list):
             close(actual[name], value)
-    for name in ("full", *worker.BACKBONES):
+    for name in ("full", "shared", *worker.BACKBONES):
         same_tensors(backbones / "tensor-parallel-2" / name, out / name)
     for folder in ("streams", "full/code"):
         same_tensors(backbones / "tensor-parallel-2" / folder, out / folder, "streams.safetensors")

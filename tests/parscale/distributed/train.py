@@ -80,6 +80,11 @@ RUNS = {
             "shared": {"kv": "shared"},
         }.items()
     },
+    "one-shared-all": dataclasses.replace(ALL, kv="shared"),
+    "ddp-shared-all": dataclasses.replace(ALL, kv="shared"),
+    "fsdp2-shared-all": dataclasses.replace(
+        ALL, kind="fsdp2", kv="shared", options={"gradient_checkpointing": True}, checkpoints="FULL_STATE_DICT"
+    ),
     "zero3-all": dataclasses.replace(ALL, kind="zero3"),
     "zero3-context": dataclasses.replace(FROZEN, kind="zero3", init="context", early=True),
 }
