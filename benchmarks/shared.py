@@ -6,6 +6,10 @@ turns in one process, and the fastest turn of each counts: whatever else a machi
 
     python benchmarks/shared.py --output benchmarks/results/shared.json
     python benchmarks/shared.py --table benchmarks/results/shared.json
+
+The same on a GPU by bytes and arithmetic alone, with the bytes of a step, and the batches up to which it costs little:
+
+    python benchmarks/shared.py --counted
 """
 
 from __future__ import annotations
@@ -26,7 +30,12 @@ from overhead import SHAPE, seconds, share
 from transformers import DynamicCache
 
 from parscale import wrap
+from parscale.scaling_laws import Cost, Hardware, cost, published_models
 
+COUNTED = ("1.6B", "h100")
+COUNTED_BATCHES, COUNTED_LENGTHS = (1, 8, 64), (512, 4096, 32768)
+LIMIT = 1.10  # up to which a step with eight streams costs little more than a plain one
+BYTES = Hardware("bytes", "one byte a second", 1e9, 1e-9, 1e30, 1e30, 1, 1)  # its seconds are the bytes
 KINDS = ("plain", "own", "shared")
 
 
@@ -110,6 +119,41 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def counted(P: int, B: int, S: int, kv: str = "own", hardware: str | Hardware = COUNTED[1]) -> Cost:
+    """A prompt and one step, by the cost model."""
+    options: dict[str, Any] = {"num_streams": P, "batch_size": B, "input_length": S, "output_length": 2, "kv": kv}
+    return cost(published_models()[COUNTED[0]], hardware=hardware, **options)
+
+
+def counted_table() -> str:
+    """Markdown: ratios to the plain model at the same batch, by the cost model; then where P = 8 costs little."""
+    titles = ["batch", "prompt, tokens", "prompt, P = 8: own", "shared", "a further token, P = 4: own", "shared"]
+    titles += ["P = 8: own", "shared", "its bytes, P = 8: own", "shared"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for B, S in itertools.product(COUNTED_BATCHES, COUNTED_LENGTHS):
+        plain, moved = counted(1, B, S), counted(1, B, S, hardware=BYTES).decode_seconds
+        ratios = [counted(8, B, S, kv).prefill_seconds / plain.prefill_seconds for kv in KINDS[1:]]
+        ratios += [counted(P, B, S, kv).decode_seconds / plain.decode_seconds for P in (4, 8) for kv in KINDS[1:]]
+        ratios += [counted(8, B, S, kv, BYTES).decode_seconds / moved for kv in KINDS[1:]]
+        lines.append(f"| {B} | {S:,} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    lines += ["", f"| up to {LIMIT:.2f} with P = 8 | " + " | ".join(f"{S:,} tokens" for S in COUNTED_LENGTHS) + " |"]
+    lines.append("|---" * (1 + len(COUNTED_LENGTHS)) + "|")
+    for kv in KINDS[1:]:
+        lines.append(f"| {kv} | " + " | ".join(batches_within(S, kv) for S in COUNTED_LENGTHS) + " |")
+    return "\n".join(lines)
+
+
+def batches_within(S: int, kv: str) -> str:
+    """The batches, of 1 to the largest, whose steps with eight streams cost at most `LIMIT` times a plain one."""
+    most = COUNTED_BATCHES[-1]
+    within = [
+        B for B in range(1, most + 1) if counted(8, B, S, kv).decode_seconds <= LIMIT * counted(1, B, S).decode_seconds
+    ]
+    if within != list(range(1, len(within) + 1)):
+        return f"batch {', '.join(map(str, within))}"
+    return {0: "no batch", 1: "batch 1", most: "every batch"}.get(len(within), f"batch 1 to {len(within)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8], help="values of P")
@@ -122,7 +166,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
+    parser.add_argument("--counted", action="store_true", help="print the table of the cost model, and no more")
     args = parser.parse_args()
+    if args.counted:
+        print(counted_table())
+        return
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
         return

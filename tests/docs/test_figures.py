@@ -26,16 +26,22 @@ def with_interval(entry):
 
 
 @pytest.fixture
-def table(monkeypatch, capsys):
-    """What a program in `benchmarks/` prints with `--table`."""
+def printed(monkeypatch, capsys):
+    """What a program in `benchmarks/` prints."""
 
     def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, "--table", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
         runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def table(printed):
+    """What a program in `benchmarks/` prints with `--table`."""
+    return lambda script, *arguments: printed(script, "--table", *arguments)
 
 
 def test_of_the_quickstart(monkeypatch):
@@ -98,8 +104,10 @@ def test_of_the_overhead(table):
     assert table("overhead.py", RESULTS / "overhead.json").strip() in page("results/overhead.md")
 
 
-def test_of_shared_keys(table):
+def test_of_shared_keys(table, printed):
     assert table("shared.py", RESULTS / "shared.json").strip() in page("shared.md")
+    for part in printed("shared.py", "--counted").strip().split("\n\n"):
+        assert part in page("shared.md")
 
 
 def test_of_the_mixins(monkeypatch, tmp_path):
