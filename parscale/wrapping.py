@@ -22,6 +22,7 @@ from parscale.format.architectures import register_backbone
 from parscale.hooks.adding import add, remove
 from parscale.hooks.backbone import BackboneHooks, unhook
 from parscale.hooks.surroundings import undisturbed
+from parscale.integrations.accelerate import keep_texts_whole
 from parscale.integrations.peft import extend_peft
 from parscale.integrations.trl import keep_reference
 from parscale.kernels.dispatch import Impl, check_impl
@@ -199,6 +200,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
             model.generate = functools.partial(methods.generate, model)
         extend_peft()
         keep_reference()
+        keep_texts_whole()
         register_backbone(model.config.model_type)
     except BaseException:
         detach(state)

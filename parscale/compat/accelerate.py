@@ -1,4 +1,4 @@
-"""accelerate: the hook that keeps a module's weights elsewhere while the module does not run."""
+"""accelerate: the hook that keeps a module's weights elsewhere while it does not run; what it prepares for training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ from typing import Any
 
 from torch import nn
 
+from parscale.compat.patching import Extension, extend, when_imported
+
 _HOOK = "_hf_hook"
+
+
+def extend_prepare(extension: Extension) -> None:
+    """Extends `Accelerator.prepare`, which nothing else is asked before a model trains on many devices.
+
+    Importing accelerate takes long, so the method is extended only when other code imports it.
+
+    Args:
+        extension: for `prepare(accelerator, *objects, ...)`.
+    """
+    when_imported("accelerate.accelerator", lambda module: extend(module.Accelerator, "prepare", extension))
 
 
 def hook_of(module: nn.Module) -> Any:
