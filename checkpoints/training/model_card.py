@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
 from parscale.checkpoints.texts.files import shown
 from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
+from parscale.compat.hub import NO_ANSWER
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
@@ -192,14 +194,29 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
                 "give backbone=.",
                 stacklevel=2,
             )
+    check_repository(repo_id)
     api = HfApi(token=token)
-    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=name,
-        folder_path=path,
-        ignore_patterns=list(NOT_UPLOADED),
-        commit_message="Upload a checkpoint with parallel streams",
-    ).commit_url
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=name,
+            folder_path=path,
+            ignore_patterns=list(NOT_UPLOADED),
+            commit_message="Upload a checkpoint with parallel streams",
+        ).commit_url
+    except NO_ANSWER as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{path} was not uploaded, since the Hugging Face Hub cannot be reached: {error}") from error
+
+
+def check_repository(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository on the Hub.
+
+    Raises:
+        ValueError: the name is not valid.
+    """
+    validate_repo_id(repo_id)
 
 
 def _introduction(facts: TrainingFacts) -> str:

@@ -86,6 +86,10 @@ def train(
     of_new = {"num_streams": num_streams, "prefix_length": prefix_length, "kv": kv}
     start = _start(checkpoint, from_config, tokenizer, of_new, settings)
     quiet_libraries()
+    if push_to_hub is not None:
+        from parscale.checkpoints.training.model_card import check_repository, push
+
+        check_repository(push_to_hub)
     command = shlex.join(["parscale", *sys.argv[1:]])
     try:
         if controls:
@@ -106,8 +110,6 @@ def train(
     if not PartialState().is_main_process:
         return
     if push_to_hub is not None:
-        from parscale.checkpoints.training.model_card import push
-
         report = report | {"uploaded_to": push(output, push_to_hub)}
     if json:
         print_json(report)

@@ -1,6 +1,7 @@
 """`parscale push`, against a Hub whose client has the real one's methods and signatures."""
 
 import json
+import sys
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -10,6 +11,9 @@ from huggingface_hub import HfApi
 import parscale
 from parscale.checkpoints.training import model_card
 from parscale.cli.application import BAD_INPUT, run
+from parscale.compat.hub import NO_ANSWER
+
+ConnectError = sys.modules[NO_ANSWER.__module__].ConnectError  # of the client that the Hub's library has
 
 
 @pytest.fixture
@@ -54,3 +58,19 @@ def test_a_hub_that_refuses(hub, trained, capsys):
     assert run(["push", str(trained), "mine"]) == BAD_INPUT
     assert "401 Unauthorized" in capsys.readouterr().err
     assert not hub.upload_folder.called
+
+
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
+def test_a_hub_that_does_not_answer(hub, trained, capsys, call):
+    getattr(hub, call).side_effect = ConnectError("Name or service not known")
+    assert run(["push", str(trained), "mine"]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.endswith("the Hugging Face Hub cannot be reached: Name or service not known\n")
+    assert said.count("\n") == 1
+
+
+def test_a_name_that_none_can_have_is_said_before_training(two_sets, text_file, tmp_path, capsys):
+    arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run")]
+    assert run([*arguments, "--push-to-hub", "a b"]) == BAD_INPUT
+    assert "'a b'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
