@@ -29,6 +29,14 @@ P rows for each sequence, stream-major (B rows in a shared cache and in the last
 with a column more for each token of the prefix. What a test generates, continues or compares is not touched. BERT has
 no text to generate; `kv="shared"` is for decoders, and so not for BERT and T5.
 """
+LM_EVAL = """
+## lm-eval
+
+Nothing of lm-eval's own tests can be run on a wrapped model here. Three of its files run a model of transformers:
+`test_huggingface.py` (8 tests) and `test_evaluator.py` (6) on EleutherAI's Pythia models and data sets of the Hub, whose
+figures nearly all of them assert, and `test_hf_steered.py`, which skips itself. A model with streams has other figures.
+[In their place](../evaluation.md#how-far-it-was-checked) all kinds of requests are compared with the model's logits.
+"""
 COLUMNS = [
     "| model | P | `kv` | tests | do not apply | fail plain | pass | skip | fail |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -103,7 +111,7 @@ def main() -> None:
         page += "nothing else has a gradient.\n"
     else:
         page += "\nPEFT's tests have not been run to their end yet (`python benchmarks/mixins_peft.py`).\n"
-    args.output.write_text(page)
+    args.output.write_text(page + LM_EVAL)
 
 
 if __name__ == "__main__":
