@@ -6,12 +6,15 @@ trl`), and vLLM for `--vllm`.
 
     python examples/grpo_model.py --steps 20
     python examples/grpo_model.py --steps 20 --vllm
+    python examples/grpo_model.py --steps 20 --output reinforced
+    python examples/grpo_model.py --steps 20 --output reinforced --resume
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -34,6 +37,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--vllm", action="store_true", help="sample with vLLM, on the same device as the training")
+    parser.add_argument("--output", help="folder for the run and its checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -45,14 +50,15 @@ def main() -> None:
             model = load(f"{folder}/start")
         model.freeze_backbone()
         settings = GRPOConfig(
-            output_dir=folder,
+            output_dir=args.output or folder,
             max_steps=args.steps,
             per_device_train_batch_size=16,
             num_generations=4,
             max_completion_length=args.max_new_tokens,
             learning_rate=3e-2,
             logging_steps=1,
-            save_strategy="no",
+            save_steps=max(1, args.steps // 2),
+            save_strategy="steps" if args.output else "no",
             use_vllm=args.vllm,
             vllm_mode="colocate",
             vllm_max_model_length=64 + args.max_new_tokens,
@@ -63,10 +69,13 @@ def main() -> None:
         )
         prompts = Dataset.from_dict({"prompt": PROMPTS})
         trainer = GRPOTrainer(model, letters, args=settings, train_dataset=prompts, processing_class=tokenizer)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=args.resume)
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     first, last = (sum(some) / len(some) for some in (rewards[:3], rewards[-3:]))
     print(f"{type(model).__name__} with {model.num_streams} streams: reward {first:.2f}, at the end {last:.2f}")
+    if args.output:
+        checkpoint = Path(args.output) / f"checkpoint-{args.steps}"
+        print(f"load({str(checkpoint)!r}) has {load(checkpoint).num_streams} streams")
 
 
 if __name__ == "__main__":

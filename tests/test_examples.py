@@ -1,5 +1,6 @@
 """Each example runs as a program, quickly, and says what it promises."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,14 @@ def test_a_trained_model_is_saved_and_read_again(tmp_path, programs):
     assert "load('trained') has 4 streams" in printed
     printed = run(programs, "load_released", "trained", *ARGUMENTS["load_released"], folder=tmp_path)
     assert "P = 4, T = 48, torch.float32" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_rewards_rise(tmp_path, programs):
+    """DPO tells all pairs apart, and GRPO's reward, over its last three steps, is above that over its first three."""
+    pytest.importorskip("trl")
+    assert "preferred answers told apart: 100%" in run(programs, "dpo_chat_model", "--steps", "20", folder=tmp_path)
+    printed = run(programs, "grpo_model", "--steps", "20", folder=tmp_path)
+    first, last = map(float, re.findall(r"reward ([\d.]+), at the end ([\d.]+)", printed)[0])
+    assert last > first + 0.1

@@ -69,17 +69,29 @@ def test_packed_chats_have_the_loss_of_chats_apart(tokenizer, tmp_path):
 
 
 def dpo(model, tokenizer, folder, **changes):
+    """Against the backbone below the streams, whose probabilities are computed here."""
     data = datasets.Dataset.from_list(PAIRS)
     settings = arguments(trl.DPOConfig, folder, learning_rate=1e-2, precompute_ref_log_probs=True, **changes)
-    return trl.DPOTrainer(model, args=settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    with model.use_streams(None):
+        return trl.DPOTrainer(model, args=settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+
+
+def letters(completions, **_):
+    return [sum(character.isalpha() for character in text) / max(1, len(text)) for text in completions]
+
+
+def grpo(model, tokenizer, folder, **changes):
+    data = datasets.Dataset.from_dict({"prompt": ["def open_file(", "import os\n", "class Reader:\n", "for name in"]})
+    sampling = {"num_generations": 2, "max_completion_length": 6}
+    settings = arguments(trl.GRPOConfig, folder, learning_rate=1e-2, **sampling, **changes)
+    return trl.GRPOTrainer(model, letters, args=settings, train_dataset=data, processing_class=tokenizer)
 
 
 def test_the_backbone_below_the_streams_is_a_reference_that_costs_nothing(tokenizer, tmp_path):
     """Computed with the streams off, when the trainer is made: as with the plain model passed as reference."""
     model = make()
     model.freeze_backbone()
-    with model.use_streams(None):
-        trainer = dpo(model, tokenizer, tmp_path, max_steps=12)
+    trainer = dpo(model, tokenizer, tmp_path, max_steps=12)
     assert trainer.ref_model is None
     assert model.num_streams == 2
     other = trl.DPOTrainer(
@@ -121,8 +133,7 @@ tokenizer.chat_template = tests.TEMPLATE
 model = tests.make(dropout=0.1)
 model.freeze_backbone()
 options = dict(max_steps=4, save_strategy="steps", save_steps=1, per_device_train_batch_size=2)
-with model.use_streams(None):
-    trainer = tests.dpo(model, tokenizer, sys.argv[1], **options)
+trainer = getattr(tests, sys.argv[1])(model, tokenizer, sys.argv[2], **options)
 trainer.add_callback(Killed())
 trainer.train(resume_from_checkpoint="resume" in sys.argv)
 """
@@ -130,14 +141,15 @@ trainer.train(resume_from_checkpoint="resume" in sys.argv)
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_dpo_killed_and_resumed(programs, tmp_path):
-    """To the last bit; its checkpoints are read by `parscale.load`."""
+@pytest.mark.parametrize("trainer", ["dpo", "grpo"])
+def test_killed_and_resumed(trainer, programs, tmp_path):
+    """To the last bit, samples included; checkpoints are read by `parscale.load`."""
     code = RUN.format(tests=os.path.abspath(__file__))
-    assert programs.run("-c", code, "whole", cwd=tmp_path).returncode == 0
-    assert programs.run("-c", code, "run", "kill", cwd=tmp_path).returncode == -signal.SIGKILL
+    assert programs.run("-c", code, trainer, "whole", cwd=tmp_path).returncode == 0
+    assert programs.run("-c", code, trainer, "run", "kill", cwd=tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
     assert not (tmp_path / "run" / "checkpoint-3").exists()
-    resumed = programs.run("-c", code, "run", "resume", cwd=tmp_path)
+    resumed = programs.run("-c", code, trainer, "run", "resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     whole, again = (parscale.load(tmp_path / name / "checkpoint-4") for name in ("whole", "run"))
     assert again.num_streams == 2
