@@ -1,11 +1,11 @@
-"""Tokens per second of decoding on a CPU: ONNX Runtime beside PyTorch, for P = 1, 2, 4.
+"""Tokens per second of decoding on a CPU: ONNX Runtime beside PyTorch, for P = 1, 2, 4, own and shared keys.
 
-A Qwen2 with random weights is exported with each number of streams in each dtype. Both runtimes decode the same number
-of tokens after the same prompt, one row, in turns; the fastest of the repetitions counts, since whatever else a machine
-does only adds time. Both have as many threads as torch takes.
+A Qwen2 with random weights is exported with each kind of streams in each dtype. All decode the same number of tokens
+after the same prompt, one row, in turns; the fastest of the repetitions counts, since whatever else a machine does only
+adds time. Both runtimes have as many threads as torch takes.
 
-    python benchmarks/onnx_runtime.py --output onnx_runtime.json
-    python benchmarks/onnx_runtime.py --streams 1 2 --kv shared --dtypes int4
+    python benchmarks/onnx_runtime.py --output benchmarks/results/onnx_runtime.json
+    python benchmarks/onnx_runtime.py --table benchmarks/results/onnx_runtime.json
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from parscale import wrap
 from parscale.export.onnx import export_onnx
 
 Step = Callable[[], Any]
+DTYPES = ("float32", "int8", "int4")
+TORCH = "torch float32"
 
 
 def build(P: int, kv: str) -> Any:
@@ -77,38 +79,59 @@ def rates(steps: dict[str, Step], tokens: int, repeats: int) -> dict[str, float]
     return {name: round(tokens / seconds, 2) for name, seconds in fastest.items()}
 
 
+def measure(P: int, kv: str, ids: torch.Tensor, tokens: int, repeats: int) -> dict[str, Any]:
+    """The rates of one kind of streams, and the bytes of its folders."""
+    model = build(P, kv)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary, "source")
+        model.save_pretrained(source)
+        steps, sizes = {TORCH: by_torch(model, ids, tokens)}, {}
+        for dtype in DTYPES:
+            folder = Path(temporary, dtype)
+            sizes[dtype] = export_onnx(str(source), folder, dtype=dtype)["bytes"]
+            steps[f"onnx {dtype}"] = by_onnx(folder, ids, tokens)
+        found = rates(steps, tokens, repeats)
+    return {"num_streams": P, "kv": kv, "tokens_per_second": found, "bytes": sizes}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: tokens per second, and the size of each folder."""
+    names = [f"ONNX {dtype}" for dtype in DTYPES]
+    lines = [f"| P | `kv` | PyTorch float32 | {' | '.join(names)} | MB: {' | '.join(DTYPES)} |", "|---" * 9 + "|"]
+    for row in rows:
+        found, sizes = row["tokens_per_second"], row["bytes"]
+        cells = [f"{found[name]:.1f}" for name in (TORCH, *(f"onnx {dtype}" for dtype in DTYPES))]
+        cells += [f"{sizes[dtype] / 1e6:.0f}" for dtype in DTYPES]
+        lines.append(f"| {row['num_streams']} | {row['kv'] if row['num_streams'] > 1 else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4], metavar="P")
-    parser.add_argument("--kv", choices=["own", "shared"], default="own")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "int8", "int4"], choices=["float32", "int8", "int4"])
+    parser.add_argument("--kv", choices=["own", "shared"], nargs="+", default=["own", "shared"])
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
+        return
 
     ids = torch.randint(SHAPE["vocab_size"], (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
-    results = []
-    for P in args.streams:
-        model = build(P, args.kv)
-        with tempfile.TemporaryDirectory() as temporary:
-            source = Path(temporary, "source")
-            model.save_pretrained(source)
-            steps = {"torch float32": by_torch(model, ids, args.tokens)}
-            sizes = {}
-            for dtype in args.dtypes:
-                folder = Path(temporary, dtype)
-                sizes[dtype] = export_onnx(str(source), folder, dtype=dtype)["bytes"]
-                steps[f"onnx {dtype}"] = by_onnx(folder, ids, args.tokens)
-            found = rates(steps, args.tokens, args.repeats)
-        results.append({"num_streams": P, "tokens_per_second": found, "bytes": sizes})
-        print(f"P = {P}: " + ", ".join(f"{name} {rate:.1f}/s" for name, rate in found.items()), flush=True)
+    kinds = [(P, kv) for P in args.streams for kv in (args.kv if P > 1 else args.kv[:1])]
+    rows = []
+    for P, kv in kinds:
+        rows.append(measure(P, kv, ids, args.tokens, args.repeats))
+        rate = ", ".join(f"{name} {rate:.1f}/s" for name, rate in rows[-1]["tokens_per_second"].items())
+        print(f"P = {P}, {kv}: {rate}", flush=True)
     if args.output is not None:
         where = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        where |= {"onnxruntime": onnxruntime.__version__, "shape": SHAPE, "kv": args.kv}
+        where |= {"onnxruntime": onnxruntime.__version__, "shape": SHAPE}
         settings = {name: getattr(args, name) for name in ("prompt_tokens", "tokens", "repeats")}
-        args.output.write_text(json.dumps(where | settings | {"results": results}, indent=2) + "\n")
+        args.output.write_text(json.dumps(where | settings | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

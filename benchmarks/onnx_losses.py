@@ -1,0 +1,128 @@
+"""What weights in 8 and 4 bits cost a model in ONNX Runtime: with streams no more than without.
+
+The package's small model, plain and with streams that have not been trained, is exported in each dtype. The loss is
+that of the beginnings of held-out documents, an end-of-text token in front, by ONNX Runtime. What quantization adds to
+it is compared document by document with what it adds to the plain model's.
+
+    python benchmarks/onnx_losses.py --output benchmarks/results/onnx_losses.json
+    python benchmarks/onnx_losses.py --table benchmarks/results/onnx_losses.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parscale import wrap
+from parscale.checkpoints import small_model_path, standard_library_split
+from parscale.export.onnx import export_onnx
+
+DTYPES = ("float32", "int8", "int4")
+KINDS = ((1, "own"), (2, "own"), (2, "shared"), (4, "own"), (4, "shared"))
+CONFIDENCE = 1.96  # standard errors to each side
+
+
+def texts(tokens: int) -> list[list[int]]:
+    """The first tokens of each held-out document that has as many."""
+    tokenizer = AutoTokenizer.from_pretrained(small_model_path())
+    found = [[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]] for _, text in standard_library_split()[1]]
+    return [ids[: tokens + 1] for ids in found if len(ids) > tokens]
+
+
+def losses(folder: Path, documents: list[list[int]]) -> list[float]:
+    """Nats per token of each document, by ONNX Runtime."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
+    empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in caches}
+    found = []
+    for document in documents:
+        ids = np.array([document])
+        (logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty})
+        given = torch.from_numpy(logits[0, :-1]).double()
+        found.append(float(torch.nn.functional.cross_entropy(given, torch.tensor(document[1:]))))
+    return found
+
+
+def measure(documents: list[list[int]]) -> list[dict[str, Any]]:
+    """Losses of each kind in each dtype, by document."""
+    rows = []
+    for P, kv in KINDS:
+        model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
+        if P > 1:
+            wrap(model, P, kv=kv, seed=0)
+        with tempfile.TemporaryDirectory() as temporary:
+            model.save_pretrained(Path(temporary, "source"))
+            found = {}
+            for dtype in DTYPES:
+                folder = Path(temporary, dtype)
+                export_onnx(str(Path(temporary, "source")), folder, dtype=dtype)
+                found[dtype] = losses(folder, documents)
+        rows.append({"num_streams": P, "kv": kv, "losses": found})
+        print(f"P = {P}, {kv}: " + ", ".join(f"{dtype} {mean(found[dtype]):.4f}" for dtype in DTYPES), flush=True)
+    return rows
+
+
+def mean(values: list[float]) -> float:
+    """Of documents of the same length."""
+    return statistics.fmean(values)
+
+
+def added(row: dict[str, Any], dtype: str) -> list[float]:
+    """What quantization adds to the loss, by document."""
+    return [x - y for x, y in zip(row["losses"][dtype], row["losses"]["float32"], strict=True)]
+
+
+def interval(values: list[float]) -> str:
+    """The mean over documents, and its 95 % interval."""
+    half = CONFIDENCE * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.4f} ({mean(values) - half:+.4f}, {mean(values) + half:+.4f})"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the loss, what each dtype adds, and how that differs from what it adds to the plain model's."""
+    quantized = DTYPES[1:]
+    heads = [f"{dtype} adds | beside the plain model" for dtype in quantized]
+    lines = [f"| P | `kv` | float32 | {' | '.join(heads)} |", "|---" * (3 + 2 * len(quantized)) + "|"]
+    plain = rows[0]
+    for row in rows:
+        cells = [
+            str(row["num_streams"]),
+            row["kv"] if row is not plain else "",
+            f"{mean(row['losses']['float32']):.4f}",
+        ]
+        for dtype in quantized:
+            more = [x - y for x, y in zip(added(row, dtype), added(plain, dtype), strict=True)]
+            cells += [f"{mean(added(row, dtype)):+.4f}", interval(more) if row is not plain else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=512, help="of each document")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
+        return
+    documents = texts(args.tokens)
+    rows = measure(documents)
+    print(table(rows))
+    if args.output is not None:
+        where = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+        where |= {"documents": len(documents), "tokens": args.tokens}
+        args.output.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
