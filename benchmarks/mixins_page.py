@@ -33,7 +33,7 @@ LM_EVAL = """
 ## lm-eval
 
 Nothing of lm-eval's own tests can be run on a wrapped model here. Three of its files run a model of transformers:
-`test_huggingface.py` (8 tests) and `test_evaluator.py` (6) on EleutherAI's Pythia models and data sets of the Hub, whose
+`test_huggingface.py` (8 tests) and `test_evaluator.py` (6) on Pythia models and data sets of the Hub, whose
 figures nearly all of them assert, and `test_hf_steered.py`, which skips itself. A model with streams has other figures.
 [In their place](../evaluation.md#how-far-it-was-checked) all kinds of requests are compared with the model's logits.
 """
