@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from huggingface_hub.errors import HfHubHTTPError
 
-NO_ANSWER: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError))
+NO_ANSWER = cast(type[Exception], next(base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError)))
 """The client's own base class of errors; those of the Hub's answers are `OSError` too."""
