@@ -209,7 +209,7 @@ def attend_to_shared(
     running = call.in_flight.num_streams - second  # stream 0 ran in the first pass
     R, S = query.shape[0], query.shape[2]
     B = R // running
-    if len(key) > B:  # no cache returned them
+    if key.shape[0] > B:  # no cache returned them
         key, value = key[:B], value[:B]
     mask = rows_of_mask(call.masks, mask, B)
     if by_sdpa and prefix is not None:

@@ -160,7 +160,7 @@ class SharedLoraTransform(SharedTransform, LoraTransform):
         call, x = self.state.call, args[0]
         if call.in_flight is not self.streams:
             return output
-        first = 0 if call.passes is not None else len(x) // self.streams.num_streams
+        first = 0 if call.passes is not None else x.shape[0] // self.streams.num_streams
         difference = self.difference(module, x[first:]).reshape(output[first:].shape)
         return torch.cat([output[:first], output[first:] + difference.to(output.dtype)])
 

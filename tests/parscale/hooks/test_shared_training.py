@@ -167,9 +167,10 @@ def test_generate_compiles_its_decoding(zoo):
     assert torch.equal(output, model.generate(ids, **arguments, adaptive=2.0))
 
 
-def test_export_with_any_length(zoo):
+@pytest.mark.parametrize("transform", [{"prefix_length": 4}, {"transform": "lora", "rank": 2}])
+def test_export_with_any_length(zoo, transform):
     model = parscale.wrap(
-        zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain(), 3, prefix_length=4, init="random", seed=0, kv="shared"
+        zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain(), 3, init="random", seed=0, kv="shared", **transform
     )
     sizes = {0: Dim("rows", min=2, max=16), 1: Dim("tokens", min=2, max=32)}
 
