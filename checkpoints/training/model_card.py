@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its documentation, not by __all__
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its __all__ is computed
 
 from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
 from parscale.checkpoints.texts.files import shown
