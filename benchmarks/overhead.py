@@ -8,9 +8,10 @@ where its folder is named, is held against the plain backbone likewise.
 
 Beside each ratio stands its floor: the same ratio of what has to be done, once the aggregator's and the prefix's own
 arithmetic is added; operations for a prefill and a training step, bytes for a decoded token, parameters and their
-gradients for memory.
+gradients for memory. A row that is measured again takes its place in the file of results; the others stay.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
+    python benchmarks/overhead.py --what decode --output benchmarks/results/overhead.json
     python benchmarks/overhead.py --shapes narrow --streams 4 --lengths 256
     python benchmarks/overhead.py --released FOLDER --shapes small
     python benchmarks/overhead.py --table benchmarks/results/overhead.json
@@ -161,6 +162,7 @@ def train(kind: str, model: Any, ids: torch.Tensor, P: int) -> Step:
 
 
 STEPS = {"prefill": prefill, "decode": decode, "train": train}
+MEMORY = "train memory"
 
 
 def seconds(step: Step, device: str) -> float:
@@ -291,10 +293,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     row = {"shape": name, "model": kind, "what": what, "P": P, "S": S, "B": args.batch_size}
                     least = {"floor": floor(what, kind, SHAPES[name], P, args.batch_size, S)}
                     yield row | ratio(*steps, repeats, args.device) | least
-            for S in args.lengths if args.device == "cuda" or Path("/proc/self/status").exists() else ():
+            for S in args.lengths if MEMORY in args.what and _peaks_are_known(args.device) else ():
                 peaks = {kind: _peak_in_process(kind, name, P, S, args) for kind in ("plain", *kinds)}
                 for kind in kinds:
-                    row = {"shape": name, "model": kind, "what": "train memory", "P": P, "S": S, "B": args.batch_size}
+                    row = {"shape": name, "model": kind, "what": MEMORY, "P": P, "S": S, "B": args.batch_size}
                     least = memory_floor(kind, SHAPES[name], P, peaks["plain"])
                     found = {"bytes": peaks[kind], "plain_bytes": peaks["plain"], "floor": least}
                     yield row | {"ratio": peaks[kind] / peaks["plain"]} | found
@@ -303,7 +305,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _measured(kind: str, args: argparse.Namespace) -> list[tuple[str, int]]:
     """What is measured of a model, and at which S; of shared keys and values, what is another computation."""
     found = [("decode", S) for S in sorted({*args.lengths, *args.cached})]
-    return found if kind == "shared" else found + [(what, S) for what in ("prefill", "train") for S in args.lengths]
+    if kind != "shared":
+        found += [(what, S) for what in ("prefill", "train") for S in args.lengths]
+    return [(what, S) for what, S in found if what in args.what]
+
+
+def _peaks_are_known(device: str) -> bool:
+    return device == "cuda" or Path("/proc/self/status").exists()
 
 
 def _peak_in_process(kind: str, name: str, P: int, S: int, args: argparse.Namespace) -> int:
@@ -316,12 +324,16 @@ def _peak_in_process(kind: str, name: str, P: int, S: int, args: argparse.Namesp
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("shape", "model", "what", "P", "S", "B"))
+
+
 LABELS = {"parscale": "own", "shared": "shared", "released": "own, released code"}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Markdown: of each shape the highest ratio divided by its floor, from P = 2 on; in brackets at P = 1 (noise)."""
-    columns = [("prefill", 64), ("prefill", 256), ("decode", 0), ("train", 0), ("train memory", 0)]
+    columns = [("prefill", 64), ("prefill", 256), ("decode", 0), ("train", 0), (MEMORY, 0)]
     lines = ["| shape | keys and values | prefill, 64 tokens | prefill, longer | decode | training step | memory |"]
     lines.append("|---" * 7 + "|")
     for name, model in dict.fromkeys((row["shape"], row["model"]) for row in rows):
@@ -344,7 +356,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---" * 8 + "|")
     found = {tuple(row[key] for key in ("shape", "model", "P", "S", "what")): row for row in rows}
     for name, model, P, S in dict.fromkeys(key[:4] for key in found):
-        cells = [_cell(found.get((name, model, P, S, what))) for what in (*STEPS, "train memory")]
+        cells = [_cell(found.get((name, model, P, S, what))) for what in (*STEPS, MEMORY)]
         lines.append(f"| {name} | {LABELS[model]} | {P} | {S} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -359,6 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8], help="values of P")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models")
+    parser.add_argument("--what", nargs="+", choices=[*STEPS, MEMORY], default=[*STEPS, MEMORY], help="what to measure")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024], help="values of S, tokens")
     parser.add_argument("--cached", type=int, nargs="+", default=[LONGEST], help="further S, for a decoded token")
     parser.add_argument("--batch-size", type=int, default=1, help="B, sequences")
@@ -378,20 +391,24 @@ def main() -> None:
     if args.peak:
         print(peak_bytes(args.peak, args.streams[0], args.lengths[0], args))
         return
-    rows = []
+    shapes = {name: SHAPES[name] for name in args.shapes}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if args.output is not None and args.output.exists():
+        found = json.loads(args.output.read_text(encoding="utf-8"))
+        shapes = found["shapes"] | shapes
+        rows = {_key(row): row for row in found["rows"]}
     for row in measure(args):
-        rows.append(row)
+        rows[_key(row)] = row
         beside = f"  floor {row['floor']:.3f}" if "floor" in row else ""
-        kept = {key: row[key] for key in ("shape", "model", "what", "P", "S")}
-        print(*kept.values(), f"ratio {row['ratio']:.3f}{beside}", file=sys.stderr)
+        print(*_key(row)[:-1], f"ratio {row['ratio']:.3f}{beside}", file=sys.stderr)
     result = {
         "processor": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": args.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "shapes": {name: SHAPES[name] for name in args.shapes},
-        "rows": rows,
+        "shapes": shapes,
+        "rows": list(rows.values()),
     }
     text = json.dumps(result, indent=1)
     if args.output is None:
