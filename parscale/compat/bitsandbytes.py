@@ -1,13 +1,16 @@
-"""bitsandbytes: gradients through its 4-bit layers on a CPU."""
+"""bitsandbytes: its 4-bit layers keep their gradients on a CPU."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+from torch import nn
+
 from parscale.compat.names import missing, needed_module
 
 _HAS_BFLOAT16, _PACK = "has_avx512bf16", "_convert_weight_packed_for_cpu"
+_PACKS = "support_avx512bf16_for_cpu"  # of a layer: whether it will
 
 
 @contextlib.contextmanager
@@ -35,3 +38,19 @@ def four_bits_with_gradients() -> Iterator[None]:
         yield
     finally:
         setattr(modules, _HAS_BFLOAT16, own)
+
+
+@contextlib.contextmanager
+def four_bits_unpacked(model: nn.Module) -> Iterator[None]:
+    """In this block no 4-bit layer of a model repacks its weights, which would cost it its gradients.
+
+    `wrap` runs the model in eval mode, where the caller may go on to train it.
+    """
+    layers = [module for module in model.modules() if getattr(module, _PACKS, False)]
+    for layer in layers:
+        setattr(layer, _PACKS, False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, _PACKS, True)

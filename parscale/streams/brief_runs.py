@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from parscale.compat.bitsandbytes import four_bits_unpacked
 from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
@@ -73,8 +74,18 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
         pieces, buffers = each_module_gathered(state.model), _restored_buffers(state.model)
-        plain = state.calls.choosing(None)
-        with plain, torch.no_grad(), own_draws, experts, uncompiled, pieces, buffers, warnings.catch_warnings():
+        plain, weights = state.calls.choosing(None), four_bits_unpacked(state.model)
+        with (
+            plain,
+            torch.no_grad(),
+            own_draws,
+            experts,
+            uncompiled,
+            pieces,
+            buffers,
+            weights,
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:

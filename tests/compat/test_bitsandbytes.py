@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parscale.compat.bitsandbytes import four_bits_with_gradients
+from parscale.compat.bitsandbytes import four_bits_unpacked, four_bits_with_gradients
 from parscale.errors import IncompatibleVersionError
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -56,3 +56,20 @@ def test_a_version_that_packs_nothing_is_left_as_it_is(monkeypatch):
         monkeypatch.delattr(modules, name, raising=False)
     with four_bits_with_gradients():
         assert not hasattr(modules, "has_avx512bf16")
+
+
+def test_layers_of_a_model_have_gradients_after_the_block():
+    made = layer()
+    model, packs = torch.nn.Sequential(made).eval(), vars(made).get("support_avx512bf16_for_cpu")
+    with four_bits_unpacked(model), torch.no_grad():
+        model(torch.ones(1, 64))
+    assert vars(made).get("support_avx512bf16_for_cpu") == packs
+    x = torch.ones(1, 64, requires_grad=True)
+    model.train()(x).sum().backward()
+    assert x.grad.any()
+
+
+@pytest.mark.skipif(not hasattr(modules, "has_avx512bf16"), reason="this version packs no weights")
+def test_a_layer_says_whether_it_will_pack_its_weights(monkeypatch):
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    assert layer().support_avx512bf16_for_cpu
