@@ -1,8 +1,9 @@
 """Decode attention over shared keys: one token of each stream; the cache is read once for all streams.
 
-In plain torch, prefixes and cache are read in place, and only their scores are joined. The fused implementation is the
-one for streams with their own keys (`parscale.kernels.decode_attention`); it treats the streams as more queries of a
-key/value head.
+The streams are more queries of a key/value head. On a CPU, without a mask and gradients and in full precision, torch's
+flash attention reads the cache in one call and the prefixes in a second one, and the two are merged by their
+log-sum-exp. Elsewhere in plain torch, prefixes and cache are read in place too, and their scores are joined. The fused
+implementation is the one for streams with their own keys (`parscale.kernels.decode_attention`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
+from parscale.kernels.causal_attention.api import HALVES, is_mergeable
 from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
 from parscale.kernels.decode_attention.reference import PIECE
 from parscale.kernels.dispatch import Impl, runs_fused
+from parscale.kernels.flash import flash
 from parscale.kernels.shared_attention.layout import plain_rows
 
 MOST_QUERIES = 64  # of all streams on one key/value head, for a program of the fused implementation
@@ -75,7 +78,9 @@ def shared_decode_attention(
             mask = real if mask is None else mask & real
         else:
             mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)
-    return _in_torch(query, key, value, prefix_k, prefix_v, mask, plain, scaling)
+    if mask is None and query.is_cpu and _is_mergeable(tensors, impl):
+        return _merged(*tensors, scaling)
+    return _in_torch(*tensors, mask, plain, scaling)
 
 
 def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
@@ -83,6 +88,36 @@ def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | N
     if not fits_fused(*tensors[:2]):
         return f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
     return decode_obstacle(tensors, options)
+
+
+def _is_mergeable(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:
+    """Whether flash attention supports these tensors, without gradients, and without rounding before the merge."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    precise = tensors[0].dtype not in HALVES and all(x.dtype == tensors[0].dtype for x in tensors)
+    return precise and is_mergeable(*tensors[:3], impl)
+
+
+def _merged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    (R, heads, _, D), (B, G, _, _), Q = query.shape, key.shape, prefix_k.shape[0]
+    P, n = R // B, heads // G
+    by_stream = query.view(P, B, G, n, D)
+    grouped = by_stream.permute(1, 2, 0, 3, 4).reshape(B, G, P * n, D)  # all queries of a key/value head
+    found = flash(grouped, key, value, False, scaling)
+    output, lse = (x.view(B, G, P, n, -1).permute(2, 0, 1, 3, 4) for x in found)  # (P, B, G, n, Dv), (P, B, G, n, 1)
+    with_prefix = by_stream[P - Q :].transpose(1, 2).reshape(Q, G, B * n, D)
+    found = flash(with_prefix, prefix_k, prefix_v, False, scaling)
+    over_prefix, prefix_lse = (x.view(Q, G, B, n, -1).transpose(1, 2) for x in found)  # (Q, B, G, n, Dv), (..., 1)
+    share = torch.sigmoid(prefix_lse - lse[P - Q :])  # the weight of the prefix, (Q, B, G, n, 1)
+    output[P - Q :].lerp_(over_prefix, share)
+    return output.reshape(R, heads, 1, -1)
 
 
 def _in_torch(
