@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
+from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once, wants_gradients
 
 
 def causal_attention_merged(
@@ -25,7 +25,29 @@ def causal_attention_merged(
     scaling: float | None,
 ) -> torch.Tensor:
     """`parscale.kernels.causal_attention` for tensors of one dtype on a CPU."""
-    return _CausalAttention.apply(query, key, value, prefix_k, prefix_v, scaling)
+    tensors = (query, key, value, prefix_k, prefix_v)
+    if wants_gradients(tensors):
+        return _CausalAttention.apply(*tensors, scaling)
+    return _merged(*tensors, scaling)[0]
+
+
+def _merged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    scaling: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output `(R, heads, S, D)`, and the log-sum-exp of the tokens' and of the prefix's scores, `(R, heads, S)`."""
+    P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
+    output, lse = flash(query, key, value, True, scaling)
+    prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
+    prefix_output, prefix_lse = by_row(prefix_output, B), by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
+    share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
+    # torch 2.11 forgets what is done in place when it compiles the backward pass
+    merge = output.lerp if torch.compiler.is_compiling() else output.lerp_
+    return merge(prefix_output, share.to(output.dtype)), lse, prefix_lse
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -41,15 +63,8 @@ class _CausalAttention(torch.autograd.Function):
         prefix_v: torch.Tensor,
         scaling: float | None,
     ) -> Any:
-        P, B = prefix_k.shape[0], query.shape[0] // prefix_k.shape[0]
-        output, lse = flash(query, key, value, True, scaling)  # (R, heads, S, D), (R, heads, S)
-        prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
-        prefix_output, prefix_lse = by_row(prefix_output, B), by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
-        share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
-        # torch 2.11 forgets what is done in place when it compiles the backward pass
-        merge = output.lerp if torch.compiler.is_compiling() else output.lerp_
-        output = merge(prefix_output, share.to(output.dtype))
-        lse = torch.logaddexp(lse, prefix_lse).contiguous()
+        output, *parts = _merged(query, key, value, prefix_k, prefix_v, scaling)
+        lse = torch.logaddexp(*parts).contiguous()
         ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse)
         ctx.scaling = scaling
         return output

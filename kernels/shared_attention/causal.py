@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from parscale.kernels.dispatch import autocast_dtype
-from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
+from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once, wants_gradients
 from parscale.kernels.shared_attention.layout import fold, plain_rows, unfold
 
 
@@ -50,8 +50,36 @@ def shared_causal_attention(
     dtype = autocast_dtype(query)
     # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
-    tensors = (x.to(dtype) for x in (query, key, value, *prefix))
-    return _SharedCausalAttention.apply(*tensors, plain, scaling)
+    tensors = [x.to(dtype) for x in (query, key, value, *prefix)]
+    if wants_gradients(tensors):
+        return _SharedCausalAttention.apply(*tensors, plain, scaling)
+    return _merged(*tensors, plain, scaling)[0]
+
+
+def _merged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    plain: int,
+    scaling: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The output, the log-sum-exp of the tokens' and of the prefixes' scores, and what else dropout would need.
+
+    Returns:
+        `(R, heads, S, D)`, `(R, heads, S, 1)`, `(Q*B, heads, S, 1)`, and the additional results of both calls.
+    """
+    (B, G), R, Q = key.shape[:2], query.shape[0], prefix_k.shape[0]
+    output, lse, *random = flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
+    output, lse = unfold(output, R // B, G), unfold(lse.unsqueeze(-1), R // B, G)
+    found = flash(by_stream(query[plain:], Q), prefix_k, prefix_v, False, scaling)
+    prefix_output, prefix_lse = by_row(found[0], B), by_row(found[1].unsqueeze(-1), B)
+    share = torch.sigmoid(prefix_lse - lse[plain:])  # the weight of the prefix, (Q*B, heads, S, 1)
+    merged = output[plain:].to(share.dtype).lerp(prefix_output.to(share.dtype), share)
+    joined = [x.transpose(1, 2) for x in (output[:plain], merged.to(output.dtype))]
+    output = torch.cat(joined).transpose(1, 2)  # over (R, S, heads, D), the layout of torch's own output
+    return output, lse, prefix_lse, [*random, *found[2:]]
 
 
 class _SharedCausalAttention(torch.autograd.Function):
@@ -68,17 +96,9 @@ class _SharedCausalAttention(torch.autograd.Function):
         plain: int,
         scaling: float | None,
     ) -> Any:
-        (B, G), R, Q = key.shape[:2], query.shape[0], prefix_k.shape[0]
-        output, lse, *random = flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
-        output, lse = unfold(output, R // B, G), unfold(lse.unsqueeze(-1), R // B, G)  # (R, heads, S, D), (R, ..., 1)
-        found = flash(by_stream(query[plain:], Q), prefix_k, prefix_v, False, scaling)
-        prefix_output, prefix_lse = by_row(found[0], B), by_row(found[1].unsqueeze(-1), B)
-        share = torch.sigmoid(prefix_lse - lse[plain:])  # the weight of the prefix, (Q*B, heads, S, 1)
-        merged = output[plain:].to(share.dtype).lerp(prefix_output.to(share.dtype), share)
-        joined = [x.transpose(1, 2) for x in (output[:plain], merged.to(output.dtype))]
-        output = torch.cat(joined).transpose(1, 2)  # over (R, S, heads, D), the layout of torch's own output
+        output, lse, prefix_lse, random = _merged(query, key, value, prefix_k, prefix_v, plain, scaling)
         lse = torch.cat([lse[:plain], torch.logaddexp(lse[plain:], prefix_lse)])
-        ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random, *found[2:])
+        ctx.save_for_backward(query, key, value, prefix_k, prefix_v, output, lse, *random)
         ctx.plain, ctx.scaling = plain, scaling
         return output
 

@@ -17,7 +17,7 @@ from parscale.kernels.causal_attention.api import HALVES, is_mergeable
 from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
 from parscale.kernels.decode_attention.reference import PIECE
 from parscale.kernels.dispatch import Impl, runs_fused
-from parscale.kernels.flash import flash
+from parscale.kernels.flash import flash, wants_gradients
 from parscale.kernels.shared_attention.layout import plain_rows
 
 MOST_QUERIES = 64  # of all streams on one key/value head, for a program of the fused implementation
@@ -92,10 +92,8 @@ def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | N
 
 def _is_mergeable(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:
     """Whether flash attention supports these tensors, without gradients, and without rounding before the merge."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
     precise = tensors[0].dtype not in HALVES and all(x.dtype == tensors[0].dtype for x in tensors)
-    return precise and is_mergeable(*tensors[:3], impl)
+    return precise and not wants_gradients(tensors) and is_mergeable(*tensors[:3], impl)
 
 
 def _merged(
