@@ -4,11 +4,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from parscale.kernels.shared_attention import (
-    shared_attention_reference,
-    shared_causal_attention,
-    shared_decode_attention,
-)
+from parscale.kernels import shared_causal_attention, shared_decode_attention
+from parscale.kernels.shared_causal_attention import shared_attention_reference
 
 T, D = 5, 8
 BIAS = 5.0  # of keys, as Qwen2's have: scores are large and nearly alike
@@ -158,11 +155,11 @@ def test_fewer_bits_cost_no_more_than_torchs_own_attention(dtype):
 
 
 def test_half_precision_is_raised_in_pieces(monkeypatch):
-    from parscale.kernels.shared_attention import decode
+    from parscale.kernels.shared_decode_attention import reference
 
     inputs = [x.detach() for x in tensors(3, 2, 4, 2, 1, 50, torch.bfloat16)]
     whole = shared_decode_attention(*inputs, None)
-    monkeypatch.setattr(decode, "PIECE", 7 * 2 * 2 * D)
+    monkeypatch.setattr(reference, "PIECE", 7 * 2 * 2 * D)
     torch.testing.assert_close(shared_decode_attention(*inputs, None), whole, rtol=0, atol=2**-7)
 
 

@@ -1,11 +1,11 @@
-"""Attention over shared keys by one softmax over joined keys: the baseline for the other implementations."""
+"""Attention over shared keys by one softmax over joined keys: the baseline for both operations on shared keys."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from parscale.kernels.shared_attention.layout import plain_rows
+from parscale.kernels.shared_rows import plain_rows
 
 
 def shared_attention_reference(

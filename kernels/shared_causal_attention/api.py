@@ -16,7 +16,7 @@ import torch
 
 from parscale.kernels.dispatch import autocast_dtype
 from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once, wants_gradients
-from parscale.kernels.shared_attention.layout import fold, plain_rows, unfold
+from parscale.kernels.shared_rows import fold, plain_rows, unfold
 
 
 def shared_causal_attention(

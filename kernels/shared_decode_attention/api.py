@@ -1,0 +1,95 @@
+"""The public function of decode attention over shared keys: one token of each stream; the cache is read once for all.
+
+The streams are more queries of a key/value head. On a CPU, without a mask and gradients and in full precision, torch's
+flash attention runs (`merged.py`). Elsewhere the scores of prefixes and cache are joined (`reference.py`). The fused
+implementation is the one for streams with their own keys (`parscale.kernels.decode_attention`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from parscale.kernels.causal_attention.api import HALVES, is_mergeable
+from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
+from parscale.kernels.dispatch import Impl, runs_fused
+from parscale.kernels.flash import wants_gradients
+from parscale.kernels.shared_decode_attention.merged import shared_decode_merged
+from parscale.kernels.shared_decode_attention.reference import shared_decode_reference
+from parscale.kernels.shared_rows import plain_rows
+
+MOST_QUERIES = 64  # of all streams on one key/value head, for a program of the fused implementation
+
+
+def fits_fused(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the fused implementation supports this number of queries for one key/value head."""
+    return query.shape[0] * query.shape[1] <= MOST_QUERIES * key.shape[0] * key.shape[1]
+
+
+def shared_decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    length: torch.Tensor | None = None,
+    scaling: float | None = None,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Softmax attention of one token of each stream over `[prefix of stream p | cache of stream 0]`.
+
+    In plain torch, half-precision tensors are multiplied in float32: scores rounded to half precision, such as those of
+    keys with a large bias, would give errors of some percent after the softmax.
+
+    Args:
+        query: `(P*B, heads, 1, D)`, stream-major rows, of all streams or of those with a prefix.
+        key: `(B, G, K, D)`; `heads` is a multiple of G (grouped queries).
+        value: `(B, G, K, Dv)`.
+        prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
+        prefix_v: `(P - 1, G, T, Dv)`.
+        mask: `None`, or over the cache: boolean (True: attend) or additive, broadcasting to `(B, heads, 1, K)`.
+        length: number of real tokens among the K, `(B,)` or one, on the device.
+        scaling: factor on the scores; `D ** -0.5` if `None`.
+        impl: as in `parscale.kernels.decode_attention`; `"fused"` supports up to 64 queries of all streams for each
+            key/value head.
+
+    Returns:
+        `(P*B, heads, 1, Dv)` in the dtype of `query`.
+
+    Raises:
+        ValueError: shapes do not fit together, `impl` is unknown, or `"fused"` cannot run.
+    """
+    tensors = (query, key, value, prefix_k, prefix_v)
+    if not is_one_token(tensors):
+        raise decode_shapes_error("shared_decode_attention", "B", "P - 1", tensors)
+    plain = plain_rows(query, key, prefix_k)
+    if runs_fused(impl, query, functools.partial(_obstacle, tensors, (mask, length))):
+        from parscale.kernels.decode_attention.fused import decode_op
+
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return decode_op(*tensors, mask, length, None, factor, None)
+    if length is not None:
+        real = torch.arange(key.shape[2], device=key.device) < length.view(-1, 1, 1, 1)  # (B or 1, 1, 1, K)
+        if mask is None or mask.dtype == torch.bool:
+            mask = real if mask is None else mask & real
+        else:
+            mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)
+    if mask is None and query.is_cpu and _is_mergeable(tensors, impl):
+        return shared_decode_merged(*tensors, scaling)
+    return shared_decode_reference(*tensors, mask, plain, scaling)
+
+
+def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Why the kernels cannot take these tensors."""
+    if not fits_fused(*tensors[:2]):
+        return f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
+    return decode_obstacle(tensors, options)
+
+
+def _is_mergeable(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:
+    """Whether flash attention supports these tensors, without gradients, and without rounding before the merge."""
+    precise = tensors[0].dtype not in HALVES and all(x.dtype == tensors[0].dtype for x in tensors)
+    return precise and not wants_gradients(tensors) and is_mergeable(*tensors[:3], impl)
