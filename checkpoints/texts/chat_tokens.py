@@ -25,7 +25,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class LearnedInPart:
-    """Token ids of a document of which a part is learned.
+    """Token ids of a document, a part of which is learned.
 
     Attributes:
         ids: all of them.
@@ -139,7 +139,12 @@ class _Renderer:
 
 
 def learned_from(start: int, ids: list[int]) -> LearnedInPart:
-    """Token ids of which those from a place on are learned."""
+    """Token ids, which are learned from a position on.
+
+    Args:
+        start: the position.
+        ids: all of them.
+    """
     return LearnedInPart(ids, [place >= start for place in range(len(ids))])
 
 

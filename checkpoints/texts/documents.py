@@ -12,7 +12,7 @@ Document = tuple[str, str]
 
 @dataclass(frozen=True)
 class Completion:
-    """A text of which the end alone is learned.
+    """A text whose end is learned; the beginning is only read.
 
     Attributes:
         prompt: the beginning.
@@ -25,7 +25,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages of which the assistant's are learned.
+    """Messages; those of the assistant are learned.
 
     Attributes:
         messages: in the form that chat templates read, with a `role` and `content`.

@@ -204,9 +204,9 @@ def _table(path: Path, column: str) -> Iterator[Row]:
 
 
 def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str, Any]]]:
-    """A table's rows with this column alone, or without it with those of chats, some at a time.
+    """A table's rows, some at a time: only this column, or, if the table lacks it, only the columns of chats.
 
-    A row has no value where the table has none of these columns.
+    If the table has none of these columns, all values of its rows are `None`.
     """
     try:
         import pyarrow

@@ -36,8 +36,8 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
     A row that has no text may hold a chat in place of it: `messages`, or `prompt` and `completion`.
 
     Args:
-        name: a file; a folder, of which all such files that are not hidden are read, also through links to folders; or
-            `NAME` or `NAME:CONFIGURATION` of a dataset on the Hugging Face Hub, of which the split `train` is read.
+        name: a file; a folder, whose files of these kinds are read unless hidden, also through links to folders; or
+            `NAME` or `NAME:CONFIGURATION` of a dataset on the Hugging Face Hub, whose split `train` is read.
         text_column: the column that holds the text. In a folder, `.json`, `.csv` and `.tsv` files without it are
             skipped, with a warning; to train on such a file as plain text, rename it to `.txt`.
         streaming: read datasets when needed, not completely beforehand; their documents are then shuffled

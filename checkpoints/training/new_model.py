@@ -54,7 +54,7 @@ class NewModel:
         return require_tokenizer(find_tokenizer(self.tokenizer), self.tokenizer)
 
     def check(self) -> None:
-        """Refuses a configuration of which no model can be made, before one is.
+        """Refuses a configuration from which no model can be made, before anything is built.
 
         Raises:
             ValueError: it is damaged, of a model with streams or quantized, or knows fewer tokens than the tokenizer.

@@ -250,7 +250,7 @@ def documents_of(sources: Sequence[Source]) -> Iterator[Example]:
 
 
 def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) -> ValueError:
-    """The error for less text than one block, or for chats of which no block holds what is learned."""
+    """The error for less text than one block, or for chats whose learned parts lie outside of all blocks."""
     tokens = sum(map(len, encode(documents_of(sources))))
     if tokens >= sequence_length:
         return ValueError(

@@ -26,7 +26,7 @@ def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
 
     Raises:
         ValueError: a checkpoint without streams or a new model with a frozen backbone, streams only with one that
-            trains, or a configuration of which no model can be made.
+            trains, or a configuration from which no model can be made.
         OSError: there is no such checkpoint.
     """
     if isinstance(checkpoint, NewModel):

@@ -78,7 +78,7 @@ class SharedProjections:
 
 
 def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module, bool]:
-    """The linear layers of which the rows of streams 1 to P - 1 are never read; none if there is any doubt.
+    """The linear layers whose outputs for streams 1 to P - 1 are never read; none if there is any doubt.
 
     Args:
         state: of the model.

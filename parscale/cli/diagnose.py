@@ -82,7 +82,7 @@ def diagnose(
 
 
 def _print_gain_by_share(rows: list[dict[str, Any]]) -> None:
-    """What is left of the gain over stream 0 when only the tokens of which it is least certain get all streams."""
+    """What is left of the gain over stream 0 if only the tokens about which it is least certain get all streams."""
     from rich.table import Table
 
     from parscale.terminal.console import Terminal

@@ -134,7 +134,7 @@ def cache_shape(model: Any) -> CacheShape:
     """What a model keeps of each token, as a run on two tokens shows.
 
     Raises:
-        UnsupportedModelError: something else than keys and values of one shape in every layer.
+        UnsupportedModelError: a layer keeps more than keys and values, or they have another shape than other layers'.
     """
     name = type(model).__name__
     streams = model.parscale.active if hasattr(model, "parscale") else None

@@ -143,7 +143,7 @@ class SharedLoraTransform(SharedTransform, LoraTransform):
         return [layer for layer in super().linears() if layer.module not in self.key_projections()]
 
     def try_out(self) -> None:
-        """With differences that are none at the start: a layer that runs on other rows with a cache would not show."""
+        """With random differences: they are zero at the start, which would hide a layer that runs on other rows."""
         ups = [up for name, up in self.tensors().items() if name.endswith("stream_up") and not up.is_meta]
         before, generator = [up.detach().clone() for up in ups], torch.Generator().manual_seed(0)
         with torch.no_grad():
