@@ -82,10 +82,8 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(OLDEST_VENV)/bin/python -m pip install --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
-# Of the pinned versions are the tables of what each architecture and each compiler does, and the counts of operators and
-# calls: what torch and transformers do for one of ours differs from version to version.
-COUNTS := $(addprefix --deselect tests/parscale/test_overhead.py::test_,operators_of_a_decoded_token python_calls_of_a_decoded_token)
-OF_THE_PINNED := --ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py $(COUNTS)
+# Of the pinned versions are the tables of what each architecture and each compiler does.
+OF_THE_PINNED := --ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py
 test-oldest: $(OLDEST_READY) ## The tests with the oldest versions that pyproject.toml allows; several GB to fetch
 	$(ON_THE_CPU) $(OLDEST_VENV)/bin/pytest $(WORKERS) -m "not gpu and not nightly" $(OF_THE_PINNED)
 

@@ -1,10 +1,11 @@
 """What streams add to the plain backbone's own work on P*B rows, in counts: operators, calls, bytes, strides.
 
-Times depend on the machine. These numbers do not, and each bound is what the method needs: an operator or a call of
-Python that comes back in a layer counts once for each of the layers.
+Times depend on the machine. These numbers do not, nor on the versions of torch and transformers, and each bound is what
+the method needs: an operator or a call of Python that comes back in a layer counts once for each of the layers.
 """
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-VIEWS = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "slice", "expand", "squeeze", "unsqueeze")
+# Without `reshape`, by which torch 2.9 flattens, and later versions do not.
+VIEWS = ("view", "flatten", "unflatten", "transpose", "permute", "slice", "expand", "squeeze", "unsqueeze")
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def run(model, ids, cache=None):
     """Logits of B rows: by streams, or by the plain backbone on P*B rows."""
     if hasattr(model, "num_streams"):
         return model(ids, use_cache=cache is not None, **given(model, cache)).logits
-    hidden = model.model(ids.repeat(P, 1), use_cache=cache is not None, **given(model.model, cache))[0]
+    rows = torch.cat([ids] * P)  # copied as ours are: what `repeat` is made of differs between versions of torch
+    hidden = model.model(rows, use_cache=cache is not None, **given(model.model, cache))[0]
     return model.lm_head(hidden[: ids.shape[0]])
 
 
@@ -78,19 +81,19 @@ def operators(step):
 
 
 def calls(step):
-    """Calls of Python functions in one step."""
-    count = 0
+    """How often each Python function is called in one step."""
+    counts = Counter()
 
     def note(frame, event, argument):
-        nonlocal count
-        count += event == "call"
+        if event == "call":
+            counts[frame.f_code] += 1
 
     sys.setprofile(note)
     try:
         step()
     finally:
         sys.setprofile(None)
-    return count
+    return counts
 
 
 def added(make, models):
@@ -107,9 +110,9 @@ def test_operators_of_a_decoded_token(models):
     assert found["cat"] <= LAYERS  # of scores: keys and values are read where they lie
     assert found["mul"] <= LAYERS + 1
     assert found["add"] <= LAYERS + 1  # of the two outputs
-    assert found["copy_"] <= LAYERS + 4  # the joined scores; ids, the aggregator's input
+    assert found["copy_"] <= LAYERS + 5  # the joined scores; around the layers, such as the aggregator's input
     assert found["clone"] <= 1
-    assert sum(found.get(name, 0) for name in VIEWS) <= 10 * LAYERS + 20
+    assert sum(found.get(name, 0) for name in VIEWS) <= 8 * LAYERS + 20
 
 
 def test_operators_of_a_decoded_token_with_shared_keys(models):
@@ -122,10 +125,10 @@ def test_operators_of_a_decoded_token_with_shared_keys(models):
     assert found["bmm"] == found["_softmax"] == found["mul"] == 1  # the mixture
     assert found.get("cat", 0) <= 0
     assert found.get("add", 0) <= 0
-    assert found["copy_"] <= 2 * LAYERS + 4  # queries and outputs, from streams to key heads and back
+    assert found["copy_"] <= 2 * LAYERS + 5  # queries and outputs, from streams to key heads and back
     assert found.get("constant_pad_nd", 0) == 0
     assert sum(found.get(name, 0) for name in VIEWS) <= 21 * LAYERS + 20
-    assert found.get("repeat", 0) <= 0  # rows of keys are not copied for the streams
+    assert found.get("repeat", 0) == 0  # rows of keys are not copied for the streams
 
 
 def test_bytes_of_a_decoded_token_do_not_grow_with_the_cache_but_for_its_scores(models):
@@ -150,14 +153,17 @@ def longer(model, tokens):
 
 
 def test_python_calls_of_a_decoded_token(models):
-    plain, streams = (calls(decoding(model)) for model in models)
+    """Calls that streams save do not count: those of transformers' function for `sdpa` vary by version."""
     one_more = {"num_hidden_layers": LAYERS + 1}
     config = transformers.Qwen2Config(**SHAPE | one_more, attn_implementation="sdpa")
+    plain, streams = (calls(decoding(model)) for model in models)
     deeper = transformers.Qwen2ForCausalLM(config).eval()
-    of_layer = calls(decoding(deeper)), calls(decoding(parscale.wrap(deeper, P, prefix_length=5, seed=0)))
-    each = of_layer[1] - of_layer[0] - (streams - plain)
-    assert each <= 30, f"{each} calls in each layer"
-    assert streams - plain - LAYERS * each <= 230
+    deeper_plain = calls(decoding(deeper))
+    deeper_streams = calls(decoding(parscale.wrap(deeper, P, prefix_length=5, seed=0)))
+    added = (streams - plain).total()  # of counters: what is less than zero is left out
+    each = (deeper_streams - deeper_plain).total() - added
+    assert each <= 36, f"{each} calls in each layer"
+    assert added - LAYERS * each <= 230, f"{added - LAYERS * each} calls around the layers"
 
 
 def test_layout_of_gradients(models):
