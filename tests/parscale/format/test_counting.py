@@ -49,7 +49,7 @@ QUANTIZED = {
     "fp4, scales quantized too": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True),
     "nf4 in bfloat16": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16),
     "8 bits": lambda: bitsandbytes(load_in_8bit=True),
-    "torchao, 8 bits": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao, 8 bits": lambda: torchao("Int8WeightOnlyConfig", version=2),  # 0.16 cannot save its version 1
     "torchao, 4 bits": lambda: torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
     "quanto, 8 bits": lambda: quanto("int8"),
 }
