@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.names import missing, needed, needed_module
-from parscale.compat.patching import extend
+from parscale.compat.patching import extend, extend_everywhere
 
 # -- attention
 
@@ -65,7 +66,7 @@ def attn_implementation(config: Any) -> str:
     return name or "eager"
 
 
-def use_eager(config: Any) -> None:
+def use_eager(config: PreTrainedConfig) -> None:
     """Makes models of a configuration use attention in plain torch, the one implementation without extra packages.
 
     `set_attn_implementation` needs a model, and there is none yet.
@@ -84,7 +85,7 @@ class ConfigView:
         **own: attributes of the view itself.
     """
 
-    def __init__(self, config: Any, **own: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, **own: Any) -> None:
         vars(self).update(own, backbone=config)
 
     def implementation(self) -> str:
@@ -188,7 +189,7 @@ def flash_dtype(query: torch.Tensor, layer: nn.Module) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def experts_without_data_dependence(config: Any) -> Iterator[None]:
+def experts_without_data_dependence(config: PreTrainedConfig) -> Iterator[None]:
     """In this block a mixture of experts runs in the form whose shapes do not depend on the routing.
 
     Nothing is routed on the meta device. The documented way is an argument at the making of a model; this one exists.
@@ -323,6 +324,26 @@ def loading_reports(shown: Callable[[str], str | None]) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+_NO_ADAPTER = ".no-adapter"  # a sub-folder that does not exist
+
+
+def without_adapter() -> dict[str, str]:
+    """The `adapter_kwargs` with which `from_pretrained` applies no adapter that lies beside a model.
+
+    They name the sub-folder in which to look for one. Before 5.23 transformers looks in a folder itself, whatever
+    sub-folder is named, so the function that looks is extended: it finds nothing in this sub-folder.
+    """
+    if Version(transformers.__version__) < Version("5.23"):
+        module, name = needed_module("transformers.utils.peft_utils"), "find_adapter_config_file"
+        needed(module, name)
+        extend_everywhere(module, name, _find_adapter)
+    return {"subfolder": _NO_ADAPTER}
+
+
+def _find_adapter(find: Callable[..., str | None], *args: Any, **kwargs: Any) -> str | None:
+    return None if kwargs.get("subfolder") == _NO_ADAPTER else find(*args, **kwargs)
 
 
 def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:

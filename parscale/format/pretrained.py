@@ -11,15 +11,13 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from parscale.compat.transformers import model_mapping
+from parscale.compat.transformers import model_mapping, without_adapter
 from parscale.errors import IncompatibleVersionError, RefusedCheckpointError
 from parscale.format.folders import Checkpoint, read_json, require_regular
 from parscale.format.headers import read_header
 
 ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _RELEASED = "ParScale/"  # the owner of the released checkpoints
-# Where transformers looks for an adapter beside a model: in a folder that is not there, so that it applies none.
-_NO_ADAPTER = {"subfolder": ".no-adapter"}
 
 
 def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
@@ -46,7 +44,7 @@ def read_pretrained(reader: Any, source: str | os.PathLike[str], *arguments: Any
             if path.name == GENERATION_CONFIG_NAME:
                 read_json(path)  # reports damage, which transformers does not
     if _reads_weights(reader):
-        options = {"use_safetensors": True} | options | {"adapter_kwargs": _NO_ADAPTER}
+        options = {"use_safetensors": True} | options | {"adapter_kwargs": without_adapter()}
     try:
         return reader.from_pretrained(source, *arguments, **options)
     except ValueError as error:

@@ -21,6 +21,18 @@ def test_the_name_in_a_file():
     assert compat.stored_name(model, f"model.language_model.{layer}") == f"language_model.model.{layer}"
 
 
+def test_no_adapter_is_found_beside_a_model(tmp_path):
+    """Where both functions that load a model look for one; other calls find it as before."""
+    from transformers.integrations import peft
+    from transformers.models.auto import auto_factory
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    kwargs = compat.without_adapter()
+    for module in (peft, auto_factory):
+        assert module.find_adapter_config_file(str(tmp_path), **kwargs) is None
+        assert module.find_adapter_config_file(str(tmp_path)) == str(tmp_path / "adapter_config.json")
+
+
 @pytest.fixture
 def mismatched(make, tmp_path):
     """A folder whose tensors are of other shapes than its configuration says."""
