@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_calls import logits_of
+from packaging.version import Version
 from torch import nn
 
 import parscale
@@ -14,6 +15,9 @@ FEW = pytest.mark.parametrize(
     "family", ["llama", "gemma3", "gpt2", "gpt_neox", "qwen3_moe", "deepseek_v3"], indirect=True
 )
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+# Mixtures of experts whose modules PEFT renames. Before 0.20 it takes "all-linear" for a set of letters there.
+RENAMED = ("qwen3_moe", "deepseek_v3")
+TAKES_LETTERS = Version(peft.__version__) < Version("0.20")
 
 
 def is_stream(name):
@@ -25,7 +29,23 @@ def is_adapter(name):
 
 
 def adapted(model, **changes):
+    if TAKES_LETTERS and getattr(getattr(model, "config", None), "model_type", "") in RENAMED:
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        attention = {name.rpartition(".")[2] for name in linear if ".self_attn." in name}
+        changes = {"target_modules": sorted(attention)} | changes
     return peft.get_peft_model(model, peft.LoraConfig(**LORA | changes))
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_all_linear_on_a_mixture_of_experts_without_streams(name, zoo):
+    """PEFT alone, which says where the tests below name the modules."""
+    model, config = zoo.FAMILIES[name].build(), peft.LoraConfig(**LORA)
+    if TAKES_LETTERS:
+        with pytest.raises(ValueError, match=r"Target modules .*'-'"):
+            peft.get_peft_model(model, config)
+    else:
+        tuned = peft.get_peft_model(model, config)
+        assert any(is_adapter(parameter) and "experts" in parameter for parameter, _ in tuned.named_parameters())
 
 
 @FEW
