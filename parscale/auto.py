@@ -58,7 +58,11 @@ class ParScaleModel:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, config: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: PreTrainedConfig | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Loads a model as the backbone's own `from_pretrained` does, with all its arguments."""
         if config is None:
@@ -85,7 +89,7 @@ class ParScaleForCausalLM(ParScaleModel):
     auto = "AutoModelForCausalLM"
 
     @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """A model with new weights and streams, for `AutoModelForCausalLM.from_config`."""
         streams = ParScaleConfig.from_fields(vars(config))
         streams.init = "random"  # a text has no meaning to new weights

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.transformers import tensor_parallel
 from parscale.config import NUM_STREAMS
@@ -117,7 +117,7 @@ def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
 
 
 @torch.inference_mode(False)  # loaded tensors can be trained
-def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: Any, **kwargs: Any) -> Any:
+def load_full(path_or_repo: str | os.PathLike[str], config: PreTrainedConfig, *model_args: Any, **kwargs: Any) -> Any:
     """Loads a full checkpoint, with the arguments of `from_pretrained`.
 
     Args:
@@ -134,7 +134,7 @@ def load_full(path_or_repo: str | os.PathLike[str], config: Any, *model_args: An
     return _load_full(checkpoint, config, *model_args, **kwargs)
 
 
-def _full_config(checkpoint: Checkpoint) -> Any:
+def _full_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     fields = checkpoint.read_json(CONFIG)
     model_type = fields.get("model_type")
     if not isinstance(model_type, str):
@@ -144,7 +144,7 @@ def _full_config(checkpoint: Checkpoint) -> Any:
     return read_config(checkpoint, fields, checkpoint.weights())
 
 
-def _load_full(checkpoint: Checkpoint, config: Any, *model_args: Any, **kwargs: Any) -> Any:
+def _load_full(checkpoint: Checkpoint, config: PreTrainedConfig, *model_args: Any, **kwargs: Any) -> Any:
     streams = stream_config(checkpoint, vars(config))
     name, further = set_names(checkpoint, vars(config))
     tensors = checkpoint.weights(kwargs.get("variant"))

@@ -161,7 +161,7 @@ class ParallelScalingLaw:
             raise ValueError(f"the notes of a law are a list of sentences, got {notes!r}")
         return cls(**values, notes=tuple(notes))
 
-    def _gain(self, streams: Any) -> Any:
+    def _gain(self, streams: ArrayLike) -> Any:
         """The factor by which P streams multiply the parameters; raises `ValueError` if it is not above 0."""
         gain = self.k * np.log(streams) + 1
         if not (gain > 0).all():

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def _train_all(
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(waiting: Any, corpus: Corpus, threads: int) -> None:
+def _start_worker(waiting: Queue[str], corpus: Corpus, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)

@@ -62,15 +62,15 @@ def _checked(
     return Chat(messages, learned_from, tools or None, options or {})
 
 
-def _messages(where: str, column: str, found: Any) -> list[dict[str, Any]]:
+def _messages(where: str, column: str, found: object) -> list[dict[str, Any]]:
     """A column's messages, each without the keys that hold nothing, which tables fill in."""
-    found = _from_json(where, column, found, list)
-    if not found:
+    messages: list[object] | None = _from_json(where, column, found, list)
+    if not messages:
         raise ValueError(f"{where}: {column} holds no message; write [{{'role': ..., 'content': ...}}, ...].")
-    return [_message(f"{where}: {column}[{number}]", message) for number, message in enumerate(found)]
+    return [_message(f"{where}: {column}[{number}]", message) for number, message in enumerate(messages)]
 
 
-def _message(where: str, message: Any) -> dict[str, Any]:
+def _message(where: str, message: object) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{where} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}.")
     kept = {key: value for key, value in message.items() if value is not None}
@@ -88,7 +88,7 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     return kept
 
 
-def _is_parts(content: Any) -> bool:
+def _is_parts(content: object) -> bool:
     return (
         isinstance(content, Sequence)
         and bool(content)
@@ -96,7 +96,7 @@ def _is_parts(content: Any) -> bool:
     )
 
 
-def _from_json(where: str, column: str, value: Any, kind: type) -> Any:
+def _from_json(where: str, column: str, value: object, kind: type) -> Any:
     """A value that tables may hold as JSON; None where there is none."""
     if isinstance(value, str):
         try:

@@ -62,7 +62,7 @@ def examples_of_rows(path: Path, column: str) -> Iterator[Example]:
             yield name, example
 
 
-def example_of(where: str, row: Any, column: str) -> str | Completion | Chat:
+def example_of(where: str, row: object, column: str) -> str | Completion | Chat:
     """What is learned of a row: its text, or a chat in `messages`, or in `prompt` and `completion`.
 
     Args:
@@ -92,7 +92,7 @@ def _rows(path: Path, column: str) -> Iterator[Row]:
     return _json(path, column) if suffix == JSON else _json_lines(path)
 
 
-def text_of(where: str, row: Any, column: str) -> str:
+def text_of(where: str, row: object, column: str) -> str:
     """The text of one row.
 
     Args:

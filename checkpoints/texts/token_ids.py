@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.compat.deepspeed import whole_shape
@@ -91,7 +92,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def only_known_ids(model: PreTrainedModel) -> Iterator[None]:
     """In this block a model raises a `ValueError` for ids outside its vocabulary, whoever encoded the text."""
 
-    def check(module: object, args: Any) -> None:
+    def check(module: object, args: tuple[torch.Tensor, ...]) -> None:
         (ids,) = args
         if ids.numel():
             require_known([int(ids.max())], vocabulary)

@@ -306,12 +306,14 @@ def _files_in_manifest(folder: Path) -> dict[str, Any] | None:
     return files if written else None
 
 
-def _change(key: str, before: Any, now: object) -> str:
+def _change(key: str, before: object, now: object) -> str:
     """A changed setting, in words."""
     change = f"{key} was {before!r} and is {now!r}"
     if key not in CONTENTS:
         return change
-    parts = [name for name in now if now[name] != before.get(name)] if isinstance(now, dict) else []
+    parts = []
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = [name for name in now if now[name] != before.get(name)]
     return f"{change} (the contents of {', '.join([CONTENTS[key], *parts])} have changed; restore the old contents)"
 
 

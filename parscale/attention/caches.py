@@ -8,7 +8,7 @@ import torch
 from transformers import Cache, StaticCache, StaticLayer
 
 
-def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
+def fit_rows(cache: object, rows: int, num_streams: int) -> None:
     """Lets an empty static cache of B rows allocate its memory again, for P*B rows, at the first keys.
 
     Args:
@@ -37,7 +37,7 @@ def fit_rows(cache: Any, rows: int, num_streams: int) -> None:
         layer.is_initialized = False
 
 
-def is_empty(cache: Any) -> bool:
+def is_empty(cache: object) -> bool:
     """Whether a cache has read no tokens: `None`, a new one, or one that was reset."""
     if cache is None:
         return True

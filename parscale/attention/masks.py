@@ -11,6 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from parscale.compat.torch import mark_static
 from parscale.kernels import visible_lengths
 
+Mask = torch.Tensor | BlockMask | None  # dense, of FlexAttention, or none
+
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
     """Extends a mask `(..., S, K)` to `(..., S, T + K)`.
@@ -82,9 +84,7 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
     return create_block_mask(function, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
-def extended_mask(
-    made: dict[Any, tuple[Any, Any]], mask: torch.Tensor | BlockMask | None, prefix_length: int, num_rows: int
-) -> torch.Tensor | BlockMask | None:
+def extended_mask(made: dict[Any, tuple[Any, Any]], mask: Mask, prefix_length: int, num_rows: int) -> Mask:
     """The mask with columns for the prefix; made once for all layers that share it.
 
     Args:
@@ -122,7 +122,7 @@ def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -
     return made[key][1]
 
 
-def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> Any:
+def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Mask, num_rows: int) -> Mask:
     """The mask of the first rows; made once for all layers that share it.
 
     Args:
@@ -138,15 +138,15 @@ def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Any, num_rows: int) -> 
     key = ("rows", id(mask))
     if key not in made:
         piece = mask[:num_rows]
-        if isinstance(mask, BlockMask):
+        if isinstance(mask, BlockMask) and isinstance(piece, BlockMask):
             piece.mask_mod = mask.mask_mod  # the first rows keep their indices
         made[key] = (mask, piece)
     return made[key][1]
 
 
 def last_queries_of_mask(
-    made: dict[Any, tuple[Any, Any]], mask: Any, positions: int, chosen: torch.Tensor | None
-) -> Any:
+    made: dict[Any, tuple[Any, Any]], mask: torch.Tensor | BlockMask, positions: int, chosen: torch.Tensor | None
+) -> Mask:
     """The mask of the last queries of chosen rows; made once for all layers that share it.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.functions import AttentionFunction, backbone_function, record
@@ -84,7 +84,7 @@ class AttentionConfig(ConfigView):
     compared: bool
     lender: Any
 
-    def __init__(self, config: Any, state: ParScaleState, layer: type) -> None:
+    def __init__(self, config: PreTrainedConfig, state: ParScaleState, layer: type) -> None:
         super().__init__(config, state=state, compared=compares_implementation(layer), lender=None)
 
     def borrow(self, lender: nn.Module) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from parscale.attention.masks import last_queries_of_mask, rows_of_mask, visible_lengths_once
+from parscale.attention.masks import Mask, last_queries_of_mask, rows_of_mask, visible_lengths_once
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
 from parscale.kernels.shared_decode_attention import fits_fused
 from parscale.streams.calls import Call
@@ -42,7 +42,7 @@ class SharedCache:
         num_streams: P.
     """
 
-    def __init__(self, cache: Any, num_streams: int) -> None:
+    def __init__(self, cache: Cache, num_streams: int) -> None:
         self.cache = cache
         self.num_streams = num_streams
 
@@ -139,8 +139,8 @@ def can_slice(implementation: str) -> bool:
 
 
 def keys_of_pass(
-    call: Call, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, name: str
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    call: Call, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask, name: str
+) -> tuple[torch.Tensor, torch.Tensor, Mask]:
     """Stores what a layer attends to in the first of two passes; in the second returns it, cut to the last queries.
 
     Args:
@@ -237,7 +237,7 @@ def attend_to_shared(
     return torch.cat(outputs), _joined(weights)
 
 
-def _of_rows(x: Any, R: int, B: int) -> Any:
+def _of_rows(x: object, R: int, B: int) -> object:
     """An argument of the attention function, cut to the first B rows."""
     return x[:B] if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,11 @@ from parscale.cli.law import LAW_HELP, print_rows, read_law
 from parscale.cli.options import Json
 from parscale.cli.output import print_json, quiet_hub
 from parscale.format.staging import require_writable, staged_file
+
+if TYPE_CHECKING:
+    from parscale.scaling_laws import ParallelScalingLaw
+    from parscale.scaling_laws.costs import Cost
+    from parscale.scaling_laws.shapes import ModelShape
 
 GIB = 2**30
 
@@ -94,7 +99,7 @@ def cost(
         typer.echo(sentence)
 
 
-def _row(item: Any, work: dict[str, Any], *, shows_kv: bool) -> dict[str, Any]:
+def _row(item: Cost, work: dict[str, Any], *, shows_kv: bool) -> dict[str, Any]:
     """The row of the table for one number of streams, kind of keys and batch size."""
     return {
         "streams": work["num_streams"],
@@ -107,7 +112,7 @@ def _row(item: Any, work: dict[str, Any], *, shows_kv: bool) -> dict[str, Any]:
     }
 
 
-def _versus_dense(fitted: Any, shape: Any, work: dict[str, Any]) -> dict[str, float]:
+def _versus_dense(fitted: ParallelScalingLaw, shape: ModelShape, work: dict[str, Any]) -> dict[str, float]:
     """Memory and time divided by those of the plain model of equal loss; nothing for one stream."""
     from parscale.scaling_laws import versus
 
@@ -120,7 +125,9 @@ def _versus_dense(fitted: Any, shape: Any, work: dict[str, Any]) -> dict[str, fl
     }
 
 
-def _crossovers(fitted: Any, shape: Any, streams: list[int], work: dict[str, Any]) -> list[dict[str, Any]]:
+def _crossovers(
+    fitted: ParallelScalingLaw, shape: ModelShape, streams: list[int], work: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The batch size, and with one prompt the prompt length, from which streams cost more than the plain model."""
     from parscale.scaling_laws import crossover
 

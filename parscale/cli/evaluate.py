@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WIDEST = 1000  # columns of a table, which uses only what it needs
 
@@ -150,8 +153,8 @@ def _print_losses(figures: dict[str, Any]) -> None:
 
 
 def _measure(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     documents: list[tuple[str, str]],
     checkpoint: str,
     streams: str | None,

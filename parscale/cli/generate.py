@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from parscale.cli.options import Adaptive, Checkpoint, Device, Seed, Streams
 from parscale.cli.output import quiet_libraries, waiting
 from parscale.terminal.text import raw_stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 def generate(
@@ -58,7 +61,7 @@ def generate(
         typer.echo(f"Streams for a token on average: {model.last_mean_streams:.2f} of {model.num_streams}.", err=True)
 
 
-def _streamer(tokenizer: Any) -> Any:
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     """Prints each piece of text once it is complete."""
     from transformers import TextStreamer
 

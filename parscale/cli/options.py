@@ -165,7 +165,7 @@ def takes_settings(
     return decorate
 
 
-def _declarations(name: str, kind: Any) -> list[str]:
+def _declarations(name: str, kind: object) -> list[str]:
     """The option's names where they differ from typer's own: a flag that is off by default has no negative form."""
     dashed = f"--{name.replace('_', '-')}"
     if kind is bool:

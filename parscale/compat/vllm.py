@@ -38,6 +38,8 @@ _PLACES = {
     "tensor_model_parallel_all_reduce": "vllm.distributed",
     "ColumnParallelLinear": f"{_LAYERS}.linear",  # of the aggregator, split as vLLM splits its own layers
     # startup: each architecture's function that may change vLLM's configuration, or refuse it
+    "VllmConfig": "vllm.config",
+    "ModelConfig": "vllm.config",
     "MODELS_CONFIG_MAP": f"{_MODELS}.config",
     "VerifyAndUpdateConfig": f"{_MODELS}.config",
     "init_logger": "vllm.logger",  # vLLM shows only lines of its own loggers
@@ -48,9 +50,12 @@ _PLACES = {
     "ModelRunnerOutput": "vllm.v1.outputs",
     "PrefillStats": "vllm.v1.metrics.stats",
     "Request": "vllm.v1.request",
-    "VllmConfig": "vllm.config",
+    "SchedulerOutput": "vllm.v1.core.sched.output",
+    "EngineCoreOutputs": "vllm.v1.engine",
     # attention over a cache; attention over a prefix is merged with it
     "AttentionBackendEnum": f"{_BACKENDS}.registry",  # the names of all backends
+    "AttentionBackend": "vllm.v1.attention.backend",
+    "AttentionMetadata": "vllm.v1.attention.backend",
     "CPUAttentionBackend": f"{_BACKENDS}.cpu_attn",
     "CPUAttentionBackendImpl": f"{_BACKENDS}.cpu_attn",
     "FlashAttentionBackend": f"{_BACKENDS}.flash_attn",
@@ -67,7 +72,11 @@ _PLACES = {
     "LogitsProcessorV1": "vllm.v1.sample.logits_processor:LogitsProcessor",
     "LogitsProcessorV2": "vllm.v1.worker.gpu.sample.logits_processor:LogitsProcessor",
     "MoveDirectionality": "vllm.v1.sample.logits_processor",
+    "BatchUpdate": "vllm.v1.sample.logits_processor",
     "DefaultModelState": "vllm.v1.worker.gpu.model_states.default",
+    "NewRequestData": "vllm.v1.core.sched.output",
+    "InputBatch": "vllm.v1.worker.gpu.input_batch",
+    "RequestState": "vllm.v1.worker.gpu.states",
 }
 
 

@@ -46,7 +46,7 @@ def listen(to_class: ClassListener, to_architecture: ArchitectureListener) -> No
         to_class(made, _backbone_of(made))
 
 
-def _backbone_of(made: Any) -> Any:
+def _backbone_of(made: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return made.__mro__[1]
 
 
@@ -109,7 +109,7 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
     return _CLASSES[model_type]
 
 
-def backbone_config(config: Any) -> Any:
+def backbone_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The backbone's own configuration from that of a full checkpoint: a copy, without the fields of the streams."""
     plain: Any = copy.deepcopy(config)
     if type(config) in _CLASSES.values():
@@ -154,7 +154,7 @@ def architectures_in_checkpoints() -> set[str]:
     return found
 
 
-def backbone_class(config: object, plain: Any) -> Any:
+def backbone_class(config: object, plain: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of a full checkpoint's backbone.
 
     Args:

@@ -96,7 +96,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _stored_tensor(path: Path, name: str, entry: Any, held: int) -> StoredTensor:
+def _stored_tensor(path: Path, name: str, entry: object, held: int) -> StoredTensor:
     dtype: Any
     shape: Any
     offsets: Any

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from parscale.compat.transformers import loading_reports
 from parscale.format.architectures import backbone_class, backbone_config, class_read_by
@@ -62,7 +62,11 @@ def load_plain_model(checkpoint: Checkpoint, reader: object, **options: Any) -> 
 
 
 def load_backbone(
-    checkpoint: Checkpoint, config: object, tensors: Mapping[str, StoredTensor], *model_args: Any, **kwargs: Any
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, StoredTensor],
+    *model_args: Any,
+    **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Loads the plain backbone of a full checkpoint by its class's `from_pretrained`; also returns the report."""
     if kwargs.setdefault("use_safetensors", True) is False:

@@ -56,7 +56,7 @@ class ShownStream:
             self.write(line)
 
 
-def raw_stream(stream: Any) -> TextIO:
+def raw_stream(stream: TextIO) -> TextIO:
     """The stream itself, without `ShownStream`."""
     return stream.raw if isinstance(stream, ShownStream) else stream
 

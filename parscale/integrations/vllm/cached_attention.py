@@ -6,15 +6,18 @@ lays out the cache for itself, so there the cache is written in plain order and 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from parscale.compat.vllm import CPUAttentionBackendImpl, FlashAttentionImpl, canonicalize_singleton_dim_strides
 
+if TYPE_CHECKING:
+    from parscale.compat.vllm import AttentionMetadata
+
 
 class Sequences(NamedTuple):
-    """What is attended to: B requests, of which the last tokens ask.
+    """B requests, whose last tokens attend to all up to themselves.
 
     Attributes:
         starts: of their queries, `(B + 1,)`.
@@ -31,11 +34,13 @@ class Sequences(NamedTuple):
     blocks: torch.Tensor
     max_query: int
     max_length: int
-    schedule: Any = None
+    schedule: torch.Tensor | None = None
     num_splits: int = 0
 
     @classmethod
-    def of(cls, attn_metadata: Any, schedule: Any = None, num_splits: int = 0) -> Sequences:
+    def of(
+        cls, attn_metadata: AttentionMetadata, schedule: torch.Tensor | None = None, num_splits: int = 0
+    ) -> Sequences:
         """The requests of a step."""
         return cls(
             attn_metadata.query_start_loc,
@@ -51,12 +56,12 @@ class Sequences(NamedTuple):
 class CpuCache(CPUAttentionBackendImpl):
     """The cache in plain order, `(blocks, G, size, 2*D)`."""
 
-    def planned(self, attn_metadata: Any) -> Sequences:
+    def planned(self, attn_metadata: AttentionMetadata) -> Sequences:
         """The requests of a step."""
         return Sequences.of(attn_metadata)
 
     def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self, layer: object, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Writes `(N, G, D)` keys and values."""
         block = kv_cache.shape[2]
@@ -92,7 +97,7 @@ class CpuCache(CPUAttentionBackendImpl):
 class FlashCache(FlashAttentionImpl):
     """vLLM's flash attention, which returns its log-sum-exp when it is asked to."""
 
-    def planned(self, attn_metadata: Any) -> Sequences:
+    def planned(self, attn_metadata: AttentionMetadata) -> Sequences:
         """The requests of a step, with what vLLM planned for the layer's number of heads."""
         return Sequences.of(attn_metadata, attn_metadata.scheduler_metadata, attn_metadata.max_num_splits)
 

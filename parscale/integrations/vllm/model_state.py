@@ -5,13 +5,16 @@ It tells the model before each step which tokens will be predicted from, and wha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from parscale.compat.vllm import DefaultModelState
 from parscale.integrations.vllm.sampling import RequestOptions
+
+if TYPE_CHECKING:
+    from parscale.compat.vllm import InputBatch, NewRequestData, RequestState
 
 
 class StreamState(DefaultModelState):
@@ -21,13 +24,13 @@ class StreamState(DefaultModelState):
         super().__init__(*args, **kwargs)
         self.is_single, self.wants_prompt = np.zeros((2, self.max_num_reqs), dtype=bool)
 
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Notes what a new request asks for."""
         super().add_request(req_index, new_req_data)
         options = RequestOptions.of(new_req_data.sampling_params)
         self.is_single[req_index], self.wants_prompt[req_index] = options
 
-    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """What the model is called with beyond tokens and positions: those that run with all streams."""
         own: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         requests = input_batch.idx_mapping_np
@@ -43,5 +46,5 @@ class StreamState(DefaultModelState):
         return own if last.shape[0] == input_batch.num_tokens else own | {"chosen": last}
 
 
-def _tensor(array: Any) -> torch.Tensor:
+def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))

@@ -42,7 +42,7 @@ from parscale.streams.naming import is_further, part_of
 from parscale.streams.sets import DEFAULT
 
 if TYPE_CHECKING:
-    from parscale.compat.vllm import VllmConfig
+    from parscale.compat.vllm import AttentionBackend, VllmConfig
 
 
 class StreamAttention(nn.Module):
@@ -92,7 +92,9 @@ class StreamAttention(nn.Module):
         return torch.where(is_slot[:, None], learned.flatten(1).to(x.dtype), x)
 
 
-def attention_in_place(own: Any, num_heads: int, num_kv_heads: int, backend: Any, vllm_config: Any) -> Any:
+def attention_in_place(
+    own: Any, num_heads: int, num_kv_heads: int, backend: type[AttentionBackend] | None, vllm_config: VllmConfig
+) -> Attention:
     """vLLM's attention over a cache, with other heads or another backend, in place of that of a layer.
 
     Args:

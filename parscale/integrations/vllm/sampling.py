@@ -9,12 +9,17 @@ front end.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 
 from parscale.compat.vllm import LogitsProcessorV1, LogitsProcessorV2, MoveDirectionality
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from parscale.compat.vllm import BatchUpdate, VllmConfig
 
 STREAMS = "parscale_streams"  # in the extra arguments of a request
 
@@ -31,13 +36,13 @@ class RequestOptions(NamedTuple):
     prompt: bool = False
 
     @classmethod
-    def of(cls, sampling_params: Any) -> RequestOptions:
+    def of(cls, sampling_params: SamplingParams) -> RequestOptions:
         """What a request's parameters say."""
         prompt = sampling_params.prompt_logprobs is not None or sampling_params.prompt_logprob_token_ids is not None
         return cls((sampling_params.extra_args or {}).get(STREAMS) is not None, prompt)
 
 
-def check(sampling_params: Any) -> None:
+def check(sampling_params: SamplingParams) -> None:
     """Refuses a number of streams that a request cannot have.
 
     Raises:
@@ -56,7 +61,7 @@ class BatchOptions:
     def __init__(self) -> None:
         self.held: dict[int, RequestOptions] = {}
 
-    def update(self, batch_update: Any) -> None:
+    def update(self, batch_update: BatchUpdate) -> None:
         """Follows the requests that have gone, come and moved, in this order, as vLLM wants it."""
         for index in batch_update.removed:
             self.held.pop(index, None)
@@ -78,7 +83,7 @@ class BatchOptions:
 _BATCHES: WeakValueDictionary[int, BatchOptions] = WeakValueDictionary()
 
 
-def batch_options(vllm_config: Any) -> BatchOptions:
+def batch_options(vllm_config: VllmConfig) -> BatchOptions:
     """The options of an engine's requests, which its logits processor notes and its model reads."""
     found = _BATCHES.get(id(vllm_config))
     if found is None:
@@ -95,11 +100,11 @@ class OptionsProcessorV1(LogitsProcessorV1):
         is_pin_memory: unused.
     """
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.options = batch_options(vllm_config)
 
     @classmethod
-    def validate_params(cls, sampling_params: Any) -> None:
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
         """As vLLM calls it for each request, in its front end."""
         check(sampling_params)
 
@@ -111,7 +116,7 @@ class OptionsProcessorV1(LogitsProcessorV1):
         """The logits as they are."""
         return logits
 
-    def update_state(self, batch_update: Any | None) -> None:
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Called before each forward pass."""
         if batch_update is not None:
             self.options.update(batch_update)
@@ -121,11 +126,11 @@ class OptionsProcessorV2(LogitsProcessorV2):
     """The same for Model Runner V2, which needs it for the check alone."""
 
     @classmethod
-    def validate_params(cls, sampling_params: Any) -> None:
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
         """As vLLM calls it for each request, in its front end."""
         check(sampling_params)
 
-    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """No logits of any request are changed."""
         return False
 

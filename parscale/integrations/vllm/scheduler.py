@@ -13,7 +13,14 @@ from parscale.compat.vllm import AsyncScheduler, LogprobsTensors, Scheduler, put
 from parscale.integrations.vllm.startup import SLOTS
 
 if TYPE_CHECKING:
-    from parscale.compat.vllm import ModelRunnerOutput, PrefillStats, Request, VllmConfig
+    from parscale.compat.vllm import (
+        EngineCoreOutputs,
+        ModelRunnerOutput,
+        PrefillStats,
+        Request,
+        SchedulerOutput,
+        VllmConfig,
+    )
 
 SLOT = 0  # the token in a slot: any valid id, since the model never reads it
 
@@ -38,7 +45,9 @@ class _WithSlots(Scheduler):
             _add_slots(request, self.num_slots)
         super().add_request(request)
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: ModelRunnerOutput) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
         """As in vLLM, without the slots in what goes to the user."""
         T = self.num_slots
         tensors = model_runner_output.prompt_logprobs_dict

@@ -11,7 +11,7 @@ Shapes: N tokens of a step, M of them with all streams; P streams; G key heads; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache, Se
 from parscale.integrations.vllm.rows import StreamRows
 from parscale.integrations.vllm.windows import SeparatePrefix, attend_to_prefix, backend_for
 from parscale.kernels.compat import flash_for_cpu
+
+if TYPE_CHECKING:
+    from parscale.compat.vllm import AttentionMetadata
 
 Parts = tuple[torch.Tensor, torch.Tensor]  # of an attention: the mixture (N, heads, D), the log-sum-exp (heads, N)
 
@@ -44,7 +47,7 @@ class SharedKeys(SeparatePrefix):
     num_kv_heads: int
     scale: float
     attend: Callable[[torch.Tensor, torch.Tensor, Sequences], Parts]
-    planned: Callable[[Any], Sequences]
+    planned: Callable[[AttentionMetadata], Sequences]
 
     def share(self, rows: StreamRows, prefix_k: nn.Parameter, prefix_v: nn.Parameter) -> None:
         """Takes the step's rows, which the model sets, and the prefixes `(P - 1, G, T, D)`.
@@ -55,7 +58,7 @@ class SharedKeys(SeparatePrefix):
         self.num_heads *= rows.num_streams
 
     def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self, layer: object, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Writes the keys and values of stream 0, which lie in front."""
         N = slot_mapping.shape[0]
@@ -63,12 +66,12 @@ class SharedKeys(SeparatePrefix):
 
     def forward(
         self,
-        layer: Any,
+        layer: object,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        attn_metadata: AttentionMetadata | None,
         output: torch.Tensor,
         *scales: Any,
         **further: Any,
@@ -105,7 +108,7 @@ class SharedKeys(SeparatePrefix):
         mixed = mixed.unflatten(1, (G, Q, -1)).transpose(1, 2).flatten(2, 3)
         return mixed, lse.unflatten(0, (G, Q, -1)).transpose(0, 1).flatten(1, 2)
 
-    def _one_by_one(self, attn_metadata: Any) -> Sequences:
+    def _one_by_one(self, attn_metadata: AttentionMetadata) -> Sequences:
         """The chosen tokens, each a request with one query."""
         lengths = self.rows.lengths
         starts = torch.arange(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)

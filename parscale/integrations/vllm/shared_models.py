@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from parscale.integrations.vllm.rows import StreamRows
 from parscale.integrations.vllm.sampling import batch_options
 from parscale.integrations.vllm.shared_attention import shared_backend
 
+if TYPE_CHECKING:
+    from parscale.compat.vllm import AttentionMetadata, VllmConfig
+
 
 class _SharedForCausalLM(StreamsForCausalLM):
     """A language model whose streams share keys and values.
@@ -38,7 +41,7 @@ class _SharedForCausalLM(StreamsForCausalLM):
         prefix: of the names of its layers.
     """
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
         streams = ParScaleConfig.from_fields(vars(config))
@@ -84,7 +87,7 @@ class _SharedForCausalLM(StreamsForCausalLM):
             hidden = self.model(ids, self.rows.spread(positions), intermediate_tensors, embeds)
         return self._mix(hidden)
 
-    def _choose(self, metadata: Any) -> torch.Tensor | None:
+    def _choose(self, metadata: AttentionMetadata) -> torch.Tensor | None:
         """The tokens of a step of Model Runner V1 that run with all streams: each request's last, if it wants them."""
         assert self.batch_options is not None
         starts, N = metadata.query_start_loc, metadata.num_actual_tokens
@@ -114,7 +117,7 @@ class _SharedForCausalLM(StreamsForCausalLM):
         return first.index_copy(0, chosen, mixed)
 
 
-def _share_keys(own: Any, streams: ParScaleConfig, rows: StreamRows, vllm_config: Any) -> None:
+def _share_keys(own: Any, streams: ParScaleConfig, rows: StreamRows, vllm_config: VllmConfig) -> None:
     """Gives vLLM's attention of a layer the prefixes, and an attention that knows of the streams."""
     P, T = streams.num_streams, streams.prefix_length
     shape = (P - 1, own.num_kv_heads, T, own.head_dim)

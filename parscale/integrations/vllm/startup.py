@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from transformers import PreTrainedConfig
 from vllm import ModelRegistry
 
 from parscale.compat.vllm import (
@@ -24,7 +25,7 @@ from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
 
 if TYPE_CHECKING:
-    from parscale.compat.vllm import VllmConfig
+    from parscale.compat.vllm import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.parscale")
 
@@ -58,7 +59,7 @@ def _sharing(architecture: str) -> str:
     return architecture.replace(INFIX, f"{INFIX}Shared")
 
 
-def prepare(vllm_config: Any) -> None:
+def prepare(vllm_config: VllmConfig) -> None:
     """Checks a checkpoint and vLLM's settings, and sets what the streams need.
 
     With one stream the model is the plain backbone, and vLLM's own class serves it.
@@ -105,13 +106,13 @@ def prepare(vllm_config: Any) -> None:
     logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
 
 
-def _rename(model_config: Any, rename: Callable[[str], str]) -> None:
+def _rename(model_config: ModelConfig, rename: Callable[[str], str]) -> None:
     """Has vLLM run another class than the one that the checkpoint names."""
     names = [rename(name) for name in model_config.hf_config.architectures]
     model_config.hf_config.architectures = model_config.model_arch_config.architectures = names
 
 
-def _make_room(vllm_config: Any, num_slots: int) -> None:
+def _make_room(vllm_config: VllmConfig, num_slots: int) -> None:
     """For T slots in front of each request, which the engine's scheduler fills."""
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     setattr(model.hf_config, SLOTS, num_slots)
@@ -123,7 +124,7 @@ def _make_room(vllm_config: Any, num_slots: int) -> None:
     scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
 
 
-def _prepare_shared(vllm_config: Any) -> None:
+def _prepare_shared(vllm_config: VllmConfig) -> None:
     """For streams that share keys: their classes, and how a worker learns what each request asks for."""
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     is_v2 = vllm_config.use_v2_model_runner
@@ -143,7 +144,7 @@ def _prepare_shared(vllm_config: Any) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE  # a whole graph would not ask what the requests want
 
 
-def checkpoint_of(vllm_config: Any) -> Checkpoint:
+def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
     """The folder or repository that vLLM was started on."""
     model = vllm_config.model_config
     token = model.hf_token
@@ -152,7 +153,7 @@ def checkpoint_of(vllm_config: Any) -> Checkpoint:
     )
 
 
-def further_streams(checkpoint: Checkpoint, config: Any) -> Path | None:
+def further_streams(checkpoint: Checkpoint, config: PreTrainedConfig) -> Path | None:
     """The file with the streams that `config` selects; `None` if they are among the model's tensors."""
     name = getattr(config, SET_NAME, DEFAULT)
     active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
@@ -175,7 +176,7 @@ def quantize_attention(vllm_config: VllmConfig) -> None:
         config.modules_to_not_convert = [name for name in listed if name not in holders]
 
 
-def _chosen_set(checkpoint: Checkpoint, name: Any) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
+def _chosen_set(checkpoint: Checkpoint, name: object) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
     """The configuration and tensors of a set of streams, and whether it is the active set of its folder."""
     fields = checkpoint.read_json(CONFIG)
     active, further = set_names(checkpoint, fields)
@@ -200,7 +201,7 @@ def _has_window(vllm_config: VllmConfig) -> bool:
     return window is not None and window < vllm_config.model_config.max_model_len
 
 
-def _check_compressed(checkpoint: Checkpoint, config: Any) -> None:
+def _check_compressed(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     """Raises an error for uncompressed weights that vLLM would silently read as compressed ones."""
     if (getattr(config, "quantization_config", None) or {}).get("quantization_status") == "decompressed":
         raise ValueError(

@@ -7,13 +7,16 @@ cache, matrix products read the prefix, and the two results are merged by their 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
 from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache
+
+if TYPE_CHECKING:
+    from parscale.compat.vllm import AttentionMetadata
 
 
 def window_backend(own: type[Any]) -> type[Any]:
@@ -27,13 +30,13 @@ def window_backend(own: type[Any]) -> type[Any]:
 
 
 def backend_for(own: type[Any], backends: tuple[type[Any], ...], served: str, otherwise: str = "") -> type[Any]:
-    """That of `backends` which derives from the one that vLLM has chosen.
+    """The backend among `backends` that derives from the one that vLLM has chosen.
 
     Args:
         own: vLLM's choice.
         backends: to choose from.
         served: the beginning of the message, up to its verb.
-        otherwise: what else its reader can do.
+        otherwise: another remedy, for the end of the message.
 
     Raises:
         ValueError: there is no such backend.
@@ -74,7 +77,7 @@ class WindowCpuImpl(SeparatePrefix, CpuCache):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        attn_metadata: AttentionMetadata | None,
         output: torch.Tensor,
         *scales: Any,
         **further: Any,
@@ -118,7 +121,7 @@ class WindowFlashImpl(SeparatePrefix, FlashCache):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Any,
+        attn_metadata: AttentionMetadata | None,
         output: torch.Tensor,
         *scales: Any,
         **further: Any,
