@@ -30,6 +30,9 @@ SPECIAL = {
         "cpt_token_ids": [5, 6, 7, 8],
         "cpt_mask": [1, 1, 1, 1],
         "cpt_tokens_type_mask": [1, 2, 3, 4],
+        # CPT shortens its vectors to this length at each pass; those that are shorter are not rounded again each time.
+        "opt_projection_epsilon": 100.0,
+        "opt_projection_format_epsilon": 100.0,
         "task_type": "CAUSAL_LM",
     },
     "FOURIERFT": LAYERS | {"n_frequency": 16},
