@@ -1,7 +1,9 @@
 """The public function of causal attention over `[prefix of stream p | new tokens]`, by torch's flash attention.
 
 On a GPU the prefix is put before the keys, and torch's operator aligns its causal mask to the lower right: one call,
-forward and backward. On a CPU it aligns it to the upper left, so two calls are merged.
+forward and backward. On ROCm the alignment depends on torch's version and build, and the backward pass takes as many
+queries as keys only: queries of zeros are put before the others, so that the mask is square. On a CPU the mask is
+aligned to the upper left, and two calls are merged.
 
 Shapes: R = P*B rows, stream-major; G key/value heads; S tokens; T prefix tokens; D head size.
 """
@@ -80,5 +82,9 @@ def causal_attention(
     if query.is_cpu:
         return causal_attention_merged(query, key, value, prefix_k, prefix_v, scaling)
     keys, values = prepend(prefix_k, key), prepend(prefix_v, value)  # (R, G, T + S, D)
+    if torch.version.hip is not None:
+        T = prefix_k.shape[2]
+        query = torch.nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
+        return flash_for_gpu()(query, keys, values, 0.0, True, scale=scaling)[0][:, :, T:]
     # as torch.nn.attention.bias.causal_lower_right does: this operator's causal mask is aligned to the lower right
     return flash_for_gpu()(query, keys, values, 0.0, True, scale=scaling)[0]

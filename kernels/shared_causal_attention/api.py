@@ -2,7 +2,8 @@
 
 The queries of all streams attend to stream 0's tokens in one call of torch's flash attention, as grouped queries, and
 those of streams 1 to P - 1 attend to their prefix in a second call. The two are merged by their log-sum-exp. Neither
-keys nor prefixes are copied, and the causal part keeps its fast path.
+keys nor prefixes are copied, and the causal part keeps its fast path. On ROCm, whose log-sum-exp has another base in
+some versions, streams 1 to P - 1 get copies of the keys after their prefixes, and nothing is merged.
 
 Shapes: R = P*B rows, stream-major, of all streams or of the Q = P - 1 that have a prefix; G key/value heads; S tokens;
 T prefix tokens; D head size.
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 
+from parscale.kernels.causal_attention.api import causal_attention
+from parscale.kernels.compat import flash_for_gpu
 from parscale.kernels.dispatch import autocast_dtype
 from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once, wants_gradients
 from parscale.kernels.shared_rows import fold, plain_rows, unfold
@@ -50,7 +53,12 @@ def shared_causal_attention(
     dtype = autocast_dtype(query)
     # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
-    tensors = [x.to(dtype) for x in (query, key, value, *prefix)]
+    query, key, value, prefix_k, prefix_v = tensors = [x.to(dtype) for x in (query, key, value, *prefix)]
+    if torch.version.hip is not None and not query.is_cpu:
+        copies = (x.repeat(prefix_k.shape[0], 1, 1, 1) for x in (key, value))  # (Q*B, G, S, D)
+        others = causal_attention(query[plain:], *copies, prefix_k, prefix_v, scaling=scaling)
+        first = flash_for_gpu()(query[:plain], key, value, 0.0, True, scale=scaling)[:1] if plain else ()
+        return torch.cat([x.transpose(1, 2) for x in (*first, others)]).transpose(1, 2)
     if wants_gradients(tensors):
         return _SharedCausalAttention.apply(*tensors, plain, scaling)
     return _merged(*tensors, plain, scaling)[0]

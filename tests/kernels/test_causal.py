@@ -85,6 +85,16 @@ def test_by_the_operators_of_a_gpu(operators):
     assert operators.calls == expected
 
 
+def test_rocm_gets_square_masks(operators, monkeypatch):
+    """Its operator aligns the mask to one corner or the other, by its version, and some refuse gradients of others."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    elsewhere = operators.elsewhere(causal_attention)
+    for own, other in zip(gradients(elsewhere, inputs()), gradients(causal_attention, inputs()), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+    expected = [(way, (6, 4, 8, 8), (6, 2, 8, 8), 0.0, True) for way in ("forward", "backward")]
+    assert operators.calls == expected
+
+
 def test_torchs_own_lower_right_mask_calls_the_same_operator(operators, monkeypatch):
     """So the alignment that is relied on is the one that torch relies on itself."""
     bias = importlib.import_module("torch.nn.attention.bias")

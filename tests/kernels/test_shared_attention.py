@@ -82,6 +82,26 @@ def test_causal_by_the_operators_of_a_gpu(has_plain, operators):
     assert operators.calls == [(way, *call) for way in ("forward", "backward") for call in (keys, prefixes)]
 
 
+@pytest.mark.parametrize("has_plain", [True, False], ids=["all streams", "without stream 0"])
+def test_causal_on_rocm_merges_nothing(has_plain, operators, monkeypatch):
+    """Streams 1 to P - 1 over their prefix and copies of the keys, stream 0 over the keys: square masks, no merge."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    P, B, heads, G, S = 3, 2, 6, 2, 7
+    inputs = tensors(P, B, heads, G, S, S, has_plain=has_plain)
+    expected = by_loops(*inputs, lambda b, s, k: k <= s)
+    found = operators.elsewhere(shared_causal_attention)(*inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert found.transpose(1, 2).is_contiguous()
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for gradient, true in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
+    others = (((P - 1) * B, heads, T + S, D), ((P - 1) * B, G, T + S, D), 0.0, True)
+    first = [((B, heads, S, D), (B, G, S, D), 0.0, True)] if has_plain else []
+    calls = [others, *first]
+    assert sorted(operators.calls) == sorted((way, *call) for way in ("forward", "backward") for call in calls)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
