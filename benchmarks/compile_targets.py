@@ -246,12 +246,13 @@ def programs(found: dict[str, Any], target: Target) -> int:
 
 
 def assumed(launch: Launch, gpu: Gpu) -> dict[str, int]:
-    """How many programs at a time the host function counts on, where it does."""
+    """What the host function counts on, where it does: programs at a time, and bytes of shared memory."""
     meta, dtype = launch.meta, launch.args[1].dtype
     if launch.kernel.__name__ == "part_kernel":
         fused = importlib.import_module("parscale.kernels.decode_attention.fused")
         sizes = (meta["S"] * meta["n"], meta["D"], meta["V"])
-        return {"assumed": fused.part_programs(meta, *sizes, dtype, gpu)}
+        shared = fused.part_shared(meta, *sizes, dtype, gpu)
+        return {"assumed": fused.part_programs(meta, *sizes, dtype, gpu), "assumed_bytes": shared}
     if launch.kernel.__name__ == "few_rows_kernel":
         fused = importlib.import_module("parscale.kernels.aggregator.fused")
         return {"assumed": fused.few_rows_programs(meta["P"], launch.args[0].shape[1], dtype, gpu)}

@@ -52,6 +52,16 @@ class Gpu:
         """Whether a multiprocessor has little shared memory for its registers, as in GPUs without HBM (100 KiB)."""
         return not self.is_hip and self.shared_memory <= 128 * 1024
 
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether four warps together multiply blocks that lie in shared memory, asynchronously (sm_90 and sm_100)."""
+        return self.dependent_launch and not self.is_small
+
+    @property
+    def most_shared(self) -> int:
+        """The most bytes of shared memory that a program can have; NVIDIA's runtime takes 1 KiB of them for itself."""
+        return self.shared_memory - (0 if self.is_hip else 1024)
+
     def programs(self, shared_bytes: int, warps: int, registers: int) -> int:
         """The number of programs that one multiprocessor holds at a time.
 

@@ -17,8 +17,9 @@ from parscale.kernels.launch import Gpu, cdiv, dependent, gpu_of, last_contiguou
 MAX_SPLITS = 64
 
 
-def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
-    """Block of tokens, warps and stages of `part_kernel`."""
+@functools.lru_cache(maxsize=256)  # asked in every layer
+def part_config(queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
+    """Block of tokens, warps and stages of `part_kernel` for so many queries of a key/value head."""
     half = dtype.itemsize == 2
     # 32 KiB of keys and values in a block; 16 in float32, or if 32 would leave only one program to a multiprocessor
     block = 32768 if half and not gpu.is_small else 16384
@@ -26,19 +27,34 @@ def part_config(D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
     BT = 1 << (block // size).bit_length() - 1  # a power of 2
     BT = max(16, min(64 if gpu.is_hip else 128, BT))
     # float32 products keep their factors in registers
-    return {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
+    config = {"BT": BT, "num_warps": 4 if half else 8, "num_stages": 1 if gpu.is_hip else 3}
+    if part_shared(config, queries, D, V, dtype, gpu) > gpu.most_shared:  # 64 queries in float32, D = 256, 100 KiB
+        config["num_stages"] = 1
+    return config
+
+
+def part_shared(config: dict[str, int], queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
+    """Bytes of shared memory of a program of `part_kernel`, as Triton lays it out."""
+    BT, stages = config["BT"], config["num_stages"]
+    BM, BD, BV = max(16, power_of_2(queries)), max(16, power_of_2(D)), max(16, power_of_2(V))
+    if gpu.is_hip:  # one buffer at a time, which converts a tile between layouts
+        return max(BM, BT) * max(BD, BV) * dtype.itemsize
+    if gpu.has_warpgroups and BM >= 64 and dtype.itemsize == 2:
+        # asynchronous products: a block stays until its product is done, weights stay in registers
+        return (stages * BT * (BD + BV) + BM * BD) * dtype.itemsize + 1024
+    if stages == 1:  # no block in flight; the buffer of the queries converts the weights too
+        return (BT * (BD + BV) + BM * BD) * dtype.itemsize
+    # blocks in flight, buffers that convert queries and weights between layouts, and sums over the warps
+    return ((stages - 1) * BT * (BD + BV) + BM * (BD + BT)) * dtype.itemsize + 4 * BM
 
 
 def part_programs(config: dict[str, int], queries: int, D: int, V: int, dtype: torch.dtype, gpu: Gpu) -> int:
     """The number of programs of `part_kernel` that a multiprocessor holds at a time."""
-    BM, BD, BV = (max(16, power_of_2(x)) for x in (queries, D, V))
-    # blocks in flight, and buffers that convert queries and weights between layouts
-    shared = (config["num_stages"] - 1) * config["BT"] * (BD + BV) + BM * (BD + config["BT"])
     if gpu.is_hip:
-        registers = 256 if BM < 64 else 512
+        registers = 256 if queries <= 32 else 512
     else:
-        registers = 64 if dtype.itemsize == 4 else 168 if BD >= 64 else 256
-    return gpu.programs(shared * dtype.itemsize, config["num_warps"], registers)
+        registers = 64 if dtype.itemsize == 4 else 168 if D > 32 else 256
+    return gpu.programs(part_shared(config, queries, D, V, dtype, gpu), config["num_warps"], registers)
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every layer; a growing cache asks anew for each block
@@ -90,7 +106,7 @@ def decode(
     query, prefix_k, prefix_v = query.contiguous(), prefix_k.contiguous(), prefix_v.contiguous()
     key, value = last_contiguous(key), last_contiguous(value)
     length, sinks = (x if x is None else x.contiguous() for x in (length, sinks))
-    config = part_config(D, V, query.dtype, gpu)
+    config = part_config(S * n, D, V, query.dtype, gpu)
     if splits is None:
         blocks = cdiv((S - plain) * T, config["BT"]) + cdiv(K, config["BT"])
         places = gpu.processors * part_programs(config, S * n, D, V, query.dtype, gpu)

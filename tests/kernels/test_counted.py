@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from parscale.kernels import decode_attention
+from parscale.kernels.shared_attention.decode import MOST_QUERIES
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -48,15 +49,22 @@ def variants(targets, launches):
     return {name: len(kinds) for name, kinds in found.items()}
 
 
+def some_or_all(name, some, most):
+    """A parameter that is each of some numbers by day, and each up to the largest one at night."""
+    every = pytest.param(range(1, most + 1), id="all", marks=pytest.mark.nightly)
+    return pytest.mark.parametrize(name, [pytest.param(some, id="some"), every])
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["own keys", "shared keys"])
 @pytest.mark.parametrize("mask", [None, torch.bool, torch.bfloat16], ids=str)
-def test_a_growing_cache_compiles_nothing_new(benchmark, mask, shared):
+@some_or_all("lengths", LENGTHS, 4096)
+def test_a_growing_cache_compiles_nothing_new(benchmark, mask, shared, lengths):
     """At most the sequence in one piece and in several."""
     targets = benchmark("compile_targets")
     with targets.recorded("sm_90") as launches:
-        for K in LENGTHS:
+        for K in lengths:
             decode(targets, K, mask=mask, shared=shared)
-    assert len(launches) > len(LENGTHS)
+    assert len(launches) > len(lengths)
     assert variants(targets, launches) == {"part_kernel": 1, "merge_kernel": 1}
     with targets.recorded("sm_90") as launches:
         for B in (1, 2, 5, 40, 100, 400):
@@ -65,13 +73,14 @@ def test_a_growing_cache_compiles_nothing_new(benchmark, mask, shared):
     assert variants(targets, launches) == {"part_kernel": 2, "merge_kernel": 1}
 
 
-def test_other_numbers_of_rows_compile_nothing_new(benchmark):
+@some_or_all("rows", ROWS, 8192)
+def test_other_numbers_of_rows_compile_nothing_new(benchmark, rows):
     """Two blocks of few rows; what follows them starts early, what follows cuBLAS does not."""
     targets = benchmark("compile_targets")
     P, H = 8, 1536
     weights = [targets.empty(*size) for size in ((H, H * P), (H,), (P, H), (P,))]
     with targets.recorded("sm_90") as launches:
-        for N in ROWS:
+        for N in rows:
             x, logits = targets.empty(P, N, H), targets.empty(N, P, dtype=torch.float32)
             fused("aggregator").forward(x, *weights, 0.1, False)
             fused("aggregate").backward(targets.empty(N, H), x, logits, 0.1)
@@ -79,11 +88,12 @@ def test_other_numbers_of_rows_compile_nothing_new(benchmark):
     assert variants(targets, launches) == expected
 
 
-def test_one_warm_up_covers_what_vllm_runs(benchmark):
+@some_or_all("rows", ROWS, 8192)
+def test_one_warm_up_covers_what_vllm_runs(benchmark, rows):
     """Rows as they lie there, `(N, P, H)`: any batch runs the version that the first one compiled."""
     targets = benchmark("compile_targets")
     with targets.recorded("sm_90") as launches:
-        for N in ROWS:
+        for N in rows:
             x = targets.empty(N, 8, 1536).transpose(0, 1)
             fused("aggregate").forward(x, targets.empty(N, 8, dtype=torch.float32), 0.1)
     assert variants(targets, launches) == {"forward_kernel": 1}
@@ -114,7 +124,7 @@ def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target, processors
         gpu = dataclasses.replace(gpu, processors=processors)
         monkeypatch.setitem(targets.TARGETS, target, dataclasses.replace(targets.TARGETS[target], gpu=gpu))
     part = fused("decode_attention")
-    config = part.part_config(96, 96, torch.bfloat16, gpu)
+    config = part.part_config(8, 96, 96, torch.bfloat16, gpu)
     places = gpu.processors * part.part_programs(config, 8, 96, 96, torch.bfloat16, gpu)
     for K in (512, 1000, 4096, 16384, 32768):
         with targets.recorded(target) as launches:
@@ -125,6 +135,16 @@ def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target, processors
         assert waves == 1 or blocks > 5 * splits  # a second time only where the sequence is long
         most = min(part.MAX_SPLITS, places // rows)
         assert waves > 1 or -(-blocks // splits) == -(-blocks // most)  # no program could have fewer blocks
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_size_has_the_shared_memory_that_it_takes(benchmark, target):
+    """Counted as the compiler lays it out: what it does is compared with this at night, for each target."""
+    gpu, part = benchmark("compile_targets").TARGETS[target].gpu, fused("decode_attention")
+    sizes = itertools.product((1, 16, 17, 32, 33, MOST_QUERIES), (8, 64, 80, 96, 128, 192, 256), (8, 64, 128, 256))
+    for (queries, D, V), dtype in itertools.product(sizes, (torch.float16, torch.bfloat16, torch.float32)):
+        config = part.part_config(queries, D, V, dtype, gpu)
+        assert part.part_shared(config, queries, D, V, dtype, gpu) <= gpu.most_shared, (queries, D, V, dtype)
 
 
 def test_python_of_decode_attention(benchmark, monkeypatch):
@@ -151,14 +171,7 @@ def test_python_of_decode_attention(benchmark, monkeypatch):
     assert len(found) <= 40, found
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)],
-        pytest.param(range(1, 16385), marks=pytest.mark.nightly),
-    ],
-    ids=["some", "all"],
-)
+@some_or_all("rows", [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)], 16384)
 def test_no_number_of_rows_is_a_cliff(benchmark, rows):
     """At every number the launches leave room for 40 per cent of the floor at least, and the next is no much worse."""
     roofline = benchmark("roofline")
