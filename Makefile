@@ -25,10 +25,10 @@ ALL_CODE := $(CODE) $(wildcard examples benchmarks tests tools)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the last thing that `make test` prints is the tests' summary
-.PHONY: help setup quickstart test unit test-nightly test-vllm test-oldest test-newest lint format typecheck bench support gpu-check gpu-evidence docs build clean
+.PHONY: help setup quickstart test unit test-nightly test-vllm test-vllm-sources test-oldest test-newest lint format typecheck bench support gpu-check gpu-evidence docs build clean
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Create .venv with the pinned versions; the other targets do this by themselves
 
@@ -76,6 +76,21 @@ $(VLLM_READY): pyproject.toml $(VLLM_PACKAGES)
 
 test-vllm: $(VLLM_READY) ## The tests of the vLLM plugin, with vLLM's build for CPUs
 	$(FOR_TESTS) $(VLLM_VENV)/bin/pytest -n $(JOBS) --dist loadfile -m "not nightly" tests/vllm
+
+# A version that has no build for CPUs is read and not imported: its Python files are taken out of the build for GPUs.
+VLLM_READ := 0.33.0
+VLLM_SOURCES := build/vllm-$(VLLM_READ)
+UNPACK := import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); \
+	z.extractall(sys.argv[2], [name for name in z.namelist() if name.endswith(".py")])
+$(VLLM_SOURCES): | $(VLLM_PACKAGES)
+	rm -rf $@.part
+	$(VLLM_VENV)/bin/python -m pip download --no-deps --only-binary :all: --dest $@.part vllm==$(VLLM_READ)
+	$(VLLM_VENV)/bin/python -c '$(UNPACK)' $@.part/*.whl $@.part
+	rm $@.part/*.whl
+	mv $@.part $@
+
+test-vllm-sources: $(VLLM_READY) $(VLLM_SOURCES) ## What the plugin takes for granted, read in the newest vLLM; 340 MB to fetch
+	$(FOR_TESTS) $(VLLM_VENV)/bin/pytest tests/vllm/test_attributes.py --vllm-sources $(VLLM_SOURCES)/vllm
 
 $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	$(call environment,$(OLDEST_VENV))

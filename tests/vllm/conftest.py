@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,10 @@ else:  # and not for the other tests, which meet this file too: read by vLLM whe
         "HF_HUB_OFFLINE": "1",
     }
 VOCABULARY = 256
+
+
+def pytest_addoption(parser):
+    parser.addoption("--vllm-sources", type=Path, help="the package of another version of vLLM, to be read")
 
 
 @pytest.fixture(scope="session")
