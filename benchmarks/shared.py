@@ -7,7 +7,8 @@ turns in one process, and the fastest turn of each counts: whatever else a machi
     python benchmarks/shared.py --output benchmarks/results/shared.json
     python benchmarks/shared.py --table benchmarks/results/shared.json
 
-The same on a GPU by bytes and arithmetic alone, with the bytes of a step, and the batches up to which it costs little:
+The same on a GPU by bytes and arithmetic alone, with the bytes of a step, the batches up to which it costs little, and
+those from which a plain model of equal loss is faster:
 
     python benchmarks/shared.py --counted
 """
@@ -30,10 +31,12 @@ from overhead import SHAPE, seconds, share
 from transformers import DynamicCache
 
 from parscale import wrap
-from parscale.scaling_laws import Cost, Hardware, cost, published_models
+from parscale.scaling_laws import Cost, Hardware, cost, crossover, fit, published, published_models
 
 COUNTED = ("1.6B", "h100")
 COUNTED_BATCHES, COUNTED_LENGTHS = (1, 8, 64), (512, 4096, 32768)
+STREAMS_KEYS = ("P = 4: own", "shared", "P = 8: own", "shared")  # columns
+NEW_TOKENS = 256  # of an answer, where it is compared with that of the model of equal loss
 LIMIT = 1.10  # up to which a step with eight streams costs little more than a plain one
 BYTES = Hardware("bytes", "one byte a second", 1e9, 1e-9, 1e30, 1e30, 1, 1)  # its seconds are the bytes
 KINDS = ("plain", "own", "shared")
@@ -109,13 +112,13 @@ def measure(P: int, S: int, B: int, repeats: int, device: str) -> dict[str, Any]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: ratios to the plain backbone at the same batch."""
-    lines = ["| P | prompt, tokens | first token: own | shared | further token: own | shared | cache: own | shared |"]
-    lines.append("|---" * 8 + "|")
+    columns = ("first token: own", "shared", "further token: own", "shared", "cache: own", "shared")
+    lines = _head("P", "prompt, tokens", *columns)
     for row in rows:
         ratios = [
             row[f"{what}_ratio"][kind] for what in ("first_token", "further_token", "cache") for kind in KINDS[1:]
         ]
-        lines.append(f"| {row['P']} | {row['S']} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+        lines.append(_row(row["P"], row["S"], *ratios))
     return "\n".join(lines)
 
 
@@ -126,21 +129,54 @@ def counted(P: int, B: int, S: int, kv: str = "own", hardware: str | Hardware = 
 
 
 def counted_table() -> str:
-    """Markdown: ratios to the plain model at the same batch, by the cost model; then where P = 8 costs little."""
-    titles = ["batch", "prompt, tokens", "prompt, P = 8: own", "shared", "a further token, P = 4: own", "shared"]
-    titles += ["P = 8: own", "shared", "its bytes, P = 8: own", "shared"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    """Markdown, by the cost model: times, bytes, where P = 8 costs little, and where P streams cost too much."""
+    return "\n\n".join("\n".join(lines) for lines in (_times(), _bytes(), _little_more(), _crossovers()))
+
+
+def _times() -> list[str]:
+    """A prompt and a further token: seconds of the plain model, and ratios to it."""
+    lines = _head("batch", "prompt, tokens", "prompt, P = 8: own", "shared", "a further token, P = 1", *STREAMS_KEYS)
     for B, S in itertools.product(COUNTED_BATCHES, COUNTED_LENGTHS):
-        plain, moved = counted(1, B, S), counted(1, B, S, hardware=BYTES).decode_seconds
-        ratios = [counted(8, B, S, kv).prefill_seconds / plain.prefill_seconds for kv in KINDS[1:]]
-        ratios += [counted(P, B, S, kv).decode_seconds / plain.decode_seconds for P in (4, 8) for kv in KINDS[1:]]
-        ratios += [counted(8, B, S, kv, BYTES).decode_seconds / moved for kv in KINDS[1:]]
-        lines.append(f"| {B} | {S:,} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
-    lines += ["", f"| up to {LIMIT:.2f} with P = 8 | " + " | ".join(f"{S:,} tokens" for S in COUNTED_LENGTHS) + " |"]
-    lines.append("|---" * (1 + len(COUNTED_LENGTHS)) + "|")
-    for kv in KINDS[1:]:
-        lines.append(f"| {kv} | " + " | ".join(batches_within(S, kv) for S in COUNTED_LENGTHS) + " |")
-    return "\n".join(lines)
+        plain = counted(1, B, S)
+        first = [counted(8, B, S, kv).prefill_seconds / plain.prefill_seconds for kv in KINDS[1:]]
+        further = [counted(P, B, S, kv).decode_seconds / plain.decode_seconds for P in (4, 8) for kv in KINDS[1:]]
+        lines.append(_row(B, f"{S:,}", *first, f"{1000 * plain.decode_seconds:.2f} ms", *further))
+    return lines
+
+
+def _bytes() -> list[str]:
+    """What a further token reads and writes: the plain model's, and ratios to it."""
+    lines = _head("batch", "prompt, tokens", "bytes of a further token, P = 1", *STREAMS_KEYS)
+    for B, S in itertools.product(COUNTED_BATCHES, COUNTED_LENGTHS):
+        plain = counted(1, B, S, hardware=BYTES).decode_seconds
+        ratios = [counted(P, B, S, kv, BYTES).decode_seconds / plain for P in (4, 8) for kv in KINDS[1:]]
+        lines.append(_row(B, f"{S:,}", f"{plain / 1e9:.2f} GB", *ratios))
+    return lines
+
+
+def _little_more() -> list[str]:
+    """The batches at which a step with eight streams costs at most `LIMIT` times a plain one."""
+    lines = _head(f"up to {LIMIT:.2f} with P = 8", *(f"{S:,} tokens" for S in COUNTED_LENGTHS))
+    return lines + [_row(kv, *(batches_within(S, kv) for S in COUNTED_LENGTHS)) for kv in KINDS[1:]]
+
+
+def _crossovers() -> list[str]:
+    """The batch from which streams are slower than the plain, wider model of equal loss."""
+    law, model = fit(*published("stack")), published_models()[COUNTED[0]]
+    lines = _head("P", "keys", *(f"{S:,} tokens" for S in COUNTED_LENGTHS))
+    for P, kv in itertools.product((2, 4, 8), KINDS[1:]):
+        options: dict[str, Any] = {"num_streams": P, "kv": kv, "hardware": COUNTED[1], "output_length": NEW_TOKENS}
+        found = [crossover(law, model, input_length=S, **options) for S in COUNTED_LENGTHS]
+        lines.append(_row(P, kv, *("never" if batch is None else f"batch {batch}" for batch in found)))
+    return lines
+
+
+def _head(*titles: str) -> list[str]:
+    return [_row(*titles), "|---" * len(titles) + "|"]
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
 
 
 def batches_within(S: int, kv: str) -> str:

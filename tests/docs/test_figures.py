@@ -106,6 +106,7 @@ def test_of_the_overhead(table):
 
 def test_of_shared_keys(table, printed):
     assert table("shared.py", RESULTS / "shared.json").strip() in page("shared.md")
+    assert table("adaptive.py", RESULTS / "adaptive.json").strip() in page("shared.md")
     for part in printed("shared.py", "--counted").strip().split("\n\n"):
         assert part in page("shared.md")
 
