@@ -12,7 +12,7 @@ import torch
 import transformers
 from gpu_bench import Bench, Row
 from gpu_models import MODEL
-from serving import PLAIN, Engine, named, random_prompts, save_models
+from serving import PLAIN, Engine, Load, named, random_prompts, save_models
 
 TINY_MODEL = MODEL | {  # vLLM's attention for CPUs takes few sizes of heads
     "vocab_size": 256,
@@ -35,7 +35,7 @@ def serving(bench: Bench) -> None:
     with torch.device(bench.device):
         torch.manual_seed(0)
         model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
-    plain: dict[int, Row] = {}
+    plain: dict[Load, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         save_models(Path(folder), model, streams, ["own", "shared"])
         del model  # an engine takes the rest of the GPU's memory
@@ -45,10 +45,10 @@ def serving(bench: Bench) -> None:
             _engine(bench, Path(folder) / (PLAIN if P == 1 else named(P, kv)), P, kv, plain)
 
 
-def _engine(bench: Bench, folder: Path, P: int, kv: str, plain: dict[int, Row]) -> None:
+def _engine(bench: Bench, folder: Path, P: int, kv: str, plain: dict[Load, Row]) -> None:
     """The figures of one engine."""
-    concurrency, prompt, new = (1, 8, bench.size(32, 3)), bench.size(512, 16), bench.size(64, 4)
-    options = ["--concurrency", *map(str, concurrency), "--prompt-tokens", str(prompt), "--new-tokens", str(new)]
+    new, loads = bench.size(64, 4), [Load(number, bench.size(512, 16)) for number in (1, 8, bench.size(32, 3))]
+    options = ["--loads", *map(str, loads), "--new-tokens", str(new)]
     engine: Engine | None = None
 
     def start() -> Row:
@@ -61,21 +61,22 @@ def _engine(bench: Bench, folder: Path, P: int, kv: str, plain: dict[int, Row]) 
     if engine is None:
         return
     try:
-        for number in concurrency:
-            find = functools.partial(_answers, bench, engine, number, prompt, new, plain)
-            found = bench.figure("serving", find, P=P, kv=kv, requests=number, prompt=prompt, new=new)
+        for load in loads:
+            find = functools.partial(_answers, engine, load, new, plain)
+            found = bench.figure("serving", find, P=P, kv=kv, **load._asdict(), new=new)
             if P == 1:
-                plain[number] = found
+                plain[load] = found
     finally:
         engine.stop()
 
 
-def _answers(bench: Bench, engine: Engine, number: int, prompt: int, new: int, plain: dict[int, Row]) -> Row:
+def _answers(engine: Engine, load: Load, new: int, plain: dict[Load, Row]) -> Row:
     """Of requests that come at once, and the same as ratios to the plain backbone's."""
-    generator = torch.Generator().manual_seed(number)
-    turns = [engine.answer(random_prompts(number, prompt, 256, generator)) for _ in range(TURNS + 1)][1:]
+    generator = torch.Generator().manual_seed(load.requests)
+    turns = [engine.answer(random_prompts(load, 256, generator)) for _ in range(TURNS + 1)][1:]
     found = {
-        "tokens_per_second": number * new / min(turn["seconds"] for turn in turns),
+        "tokens_per_second": load.requests * new / min(turn["seconds"] for turn in turns),
         "first_token_seconds": min(turn["first"] for turn in turns),
+        "further_token_seconds": min(turn["further"] for turn in turns),
     }
-    return found | {f"{name}_to_P1": found[name] / other for name, other in plain.get(number, {}).items()}
+    return found | {f"{name}_to_P1": found[name] / other for name, other in plain.get(load, {}).items()}

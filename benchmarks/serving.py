@@ -1,23 +1,20 @@
 r"""What serving costs: vLLM with streams beside vLLM on the plain backbone, and beside transformers' `generate`.
 
 Every engine has a process of its own, all of them live, and take turns on the same prompts of random tokens, new ones
-in each turn, so that prefix caching finds only what all requests share. Of each engine the turn with the highest
-throughput counts, and the one with the shortest time to the first token; a further token takes what is left of the one
-after the other, divided by their number. Requests come all at once; transformers gets a batch.
+in each turn, so that prefix caching finds only what all requests share. Requests of a load come all at once;
+transformers gets a batch. Of each engine the shortest time to the first token counts, the shortest time of a further
+one, and the turn with the highest throughput.
 
     .venv-vllm/bin/python benchmarks/serving.py --output benchmarks/results/serving.json
     .venv-vllm/bin/python benchmarks/serving.py --table benchmarks/results/serving.json
-
-Streams with keys and values of their own beside streams that share them, by vLLM alone:
-
-    .venv-vllm/bin/python benchmarks/serving.py --kv own shared --programs vllm --streams 2 4 \
-        --prompt-tokens 1024 --output benchmarks/results/serving_shared.json
+    .venv-vllm/bin/python benchmarks/serving.py --streams 4 --kv own --programs vllm transformers --loads 1x128 32x128
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -25,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -34,6 +33,37 @@ from machine import processor
 from overhead import SHAPE
 
 PLAIN = "plain"  # the backbone, as vLLM's own class serves it
+STARTING = 2  # engines that start at the same time
+CACHE_BYTES = 2**29  # of an engine on CPUs, where all of them share the memory
+WAKING = 64  # tokens that an engine reads before each turn
+
+
+class Load(NamedTuple):
+    """Requests that come at once.
+
+    Args:
+        requests: their number.
+        prompt: tokens of each.
+    """
+
+    requests: int
+    prompt: int
+
+    def __str__(self) -> str:
+        return f"{self.requests}x{self.prompt}"
+
+
+def load(text: str) -> Load:
+    """Such as `"8x256"`: eight requests of 256 tokens each."""
+    requests, prompt = map(int, text.split("x"))
+    return Load(requests, prompt)
+
+
+class Times(NamedTuple):
+    """Seconds to the first token, and from one token to the next; of several requests the means."""
+
+    first: float
+    further: float
 
 
 def named(P: int, kv: str) -> str:
@@ -43,7 +73,7 @@ def named(P: int, kv: str) -> str:
 
 def models(streams: list[int], kvs: list[str]) -> list[tuple[int, str]]:
     """Pairs of P and `kv`; one stream has no keys to share."""
-    return [(P, kv) for kv in kvs for P in streams if P > 1 or kv == kvs[0]]
+    return [(P, kv) for P in streams for kv in kvs if P > 1 or kv == kvs[0]]
 
 
 def engines(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -63,9 +93,14 @@ def save_models(folder: Path, model: Any, streams: list[int], kvs: list[str]) ->
         parscale.unwrap(model)
 
 
-def random_prompts(number: int, length: int, vocabulary: int, generator: torch.Generator) -> list[list[int]]:
+def longest(args: argparse.Namespace) -> int:
+    """Tokens of the longest prompt with its answer."""
+    return max(load.prompt for load in args.loads) + args.new_tokens
+
+
+def random_prompts(load: Load, vocabulary: int, generator: torch.Generator) -> list[list[int]]:
     """Prompts of random tokens."""
-    return torch.randint(vocabulary, (number, length), generator=generator).tolist()
+    return torch.randint(vocabulary, load, generator=generator).tolist()
 
 
 class Vllm:
@@ -73,25 +108,30 @@ class Vllm:
 
     def __init__(self, folder: str, args: argparse.Namespace) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         from vllm import LLM, SamplingParams
 
+        of_cpus = {} if torch.cuda.is_available() else {"kv_cache_memory_bytes": CACHE_BYTES}
         self.llm = LLM(
             folder,
+            **of_cpus,
             dtype=args.dtype,
-            max_model_len=2 * (args.prompt_tokens + args.new_tokens),
-            max_num_seqs=max(args.concurrency),
+            max_model_len=longest(args),
+            max_num_seqs=max(load.requests for load in args.loads),
             block_size=args.block_size,
             skip_tokenizer_init=True,
             disable_log_stats=False,
         )
-        self.wanted = SamplingParams(temperature=0, ignore_eos=True, max_tokens=args.new_tokens, detokenize=False)
+        self.new = args.new_tokens
+        self.wanted = SamplingParams(temperature=0, ignore_eos=True, max_tokens=self.new, detokenize=False)
 
-    def answer(self, prompts: list[list[int]]) -> float:
-        """Mean seconds to the first token."""
+    def answer(self, prompts: list[list[int]]) -> Times:
+        """By the engine's own clock."""
         requests = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.llm.generate(requests, self.wanted, use_tqdm=False)
-        return sum(output.metrics.first_token_latency for output in outputs) / len(outputs)
+        times = [output.metrics for output in self.llm.generate(requests, self.wanted, use_tqdm=False)]
+        first = sum(time.first_token_latency for time in times) / len(times)
+        further = sum(time.last_token_ts - time.first_token_ts for time in times) / len(times)
+        return Times(first, further / (self.new - 1))
 
 
 class Transformers:
@@ -103,8 +143,8 @@ class Transformers:
         self.model = parscale.load(folder, dtype=getattr(torch, args.dtype)).eval()
         self.new = args.new_tokens
 
-    def answer(self, prompts: list[list[int]]) -> float:
-        """Seconds to the first token."""
+    def answer(self, prompts: list[list[int]]) -> Times:
+        """Of the batch."""
         ids, times = torch.tensor(prompts), []
 
         def remember(*_: Any) -> torch.Tensor:
@@ -122,7 +162,7 @@ class Transformers:
                 pad_token_id=0,
                 stopping_criteria=[remember],
             )
-        return times[0] - start
+        return Times(times[0] - start, (times[-1] - times[0]) / (self.new - 1))
 
 
 def work(program: str, folder: str, args: argparse.Namespace) -> None:
@@ -134,10 +174,10 @@ def work(program: str, folder: str, args: argparse.Namespace) -> None:
     print("ready", file=out)
     for line in sys.stdin:
         prompts = json.loads(line)
-        engine.answer([prompts[0][::-1]])  # brings the weights back that other engines have driven out of the caches
+        engine.answer([prompts[0][: -WAKING - 1 : -1]])  # brings back the weights that others have driven out of caches
         start = time.perf_counter()
-        first = engine.answer(prompts)
-        print(json.dumps({"seconds": time.perf_counter() - start, "first": first}), file=out)
+        times = engine.answer(prompts)
+        print(json.dumps({"seconds": time.perf_counter() - start, **times._asdict()}), file=out)
 
 
 class Engine:
@@ -152,14 +192,14 @@ class Engine:
         RuntimeError: it has ended before it was ready; it says why on the standard error.
     """
 
-    def __init__(self, program: str, folder: str | Path, options: list[str]) -> None:
+    def __init__(self, program: str, folder: str | Path, options: Sequence[str]) -> None:
         command = [sys.executable, __file__, *options, "--work", program, str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._next_line() != "ready\n":
             raise RuntimeError(f"{program} did not start on {folder}")
 
     def answer(self, prompts: list[list[int]]) -> dict[str, float]:
-        """Seconds until all prompts are answered, and until the first token, in the mean."""
+        """Seconds until all prompts are answered, and `Times`."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(prompts) + "\n")
         self.process.stdin.flush()
@@ -177,68 +217,76 @@ class Engine:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each engine and number of requests at once."""
-    best: dict[tuple[str, str, int], dict[str, float]] = {}
+    """One row for each engine and load."""
+    best: dict[tuple[str, str, Load], dict[str, float]] = {}
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         torch.manual_seed(0)
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).to(getattr(torch, args.dtype))
+        config = transformers.Qwen2Config(**SHAPE | {"max_position_embeddings": longest(args)})
+        model = transformers.Qwen2ForCausalLM(config).to(getattr(torch, args.dtype))
         save_models(Path(folder), model, args.streams, args.kv)
-        live = {}
-        for name in engines(args):
-            live[name] = Engine(name[0], f"{folder}/{name[1]}", sys.argv[1:])
-            stack.callback(live[name].stop)
-        for turn in range(args.turns + 1):
-            for number in args.concurrency:
-                prompts = random_prompts(number, args.prompt_tokens, SHAPE["vocab_size"], generator)
-                for name in live if turn % 2 else reversed(live):
-                    found = live[name].answer(prompts)
-                    print(f"{turn} {name} {number:3} {found}", file=sys.stderr)
-                    if turn:  # the first is to warm up
-                        old = best.get((*name, number), found)
-                        best[*name, number] = {key: min(old[key], found[key]) for key in found}
+        del model
+
+        def start(name: tuple[str, str]) -> Engine:
+            engine = Engine(name[0], f"{folder}/{name[1]}", sys.argv[1:])
+            stack.callback(engine.stop)
+            return engine
+
+        names = engines(args)
+        with ThreadPoolExecutor(STARTING) as pool:
+            live = dict(zip(names, pool.map(start, names), strict=True))
+        for turn, load in itertools.product(range(args.turns + 1), args.loads):
+            prompts = random_prompts(load, SHAPE["vocab_size"], generator)
+            for name in live if turn % 2 else reversed(live):
+                found = live[name].answer(prompts)
+                print(f"{turn} {name} {load} {found}", file=sys.stderr)
+                if turn:  # the first is to warm up
+                    old = best.get((*name, load), found)
+                    best[*name, load] = {key: min(old[key], found[key]) for key in found}
     return [
-        {"program": program, "model": model, "concurrency": number, **found}
-        | {"tokens_per_second": number * args.new_tokens / found["seconds"]}
-        for (program, model, number), found in best.items()
+        {"program": program, "model": model, **load._asdict(), **found}
+        | {"tokens_per_second": load.requests * args.new_tokens / found["seconds"]}
+        for (program, model, load), found in best.items()
     ]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Throughput and time to the first token as ratios, in Markdown."""
-    new = result["new_tokens"]
-    rows = {
-        (row["program"], row["model"], row["concurrency"]): row
-        | {"token": (row["seconds"] - row["first"]) / (new - 1), "rate": row["tokens_per_second"]}
-        for row in result["rows"]
-    }
+    """Throughput and times as ratios, in Markdown."""
+    rows = {(row["program"], row["model"], Load(row["requests"], row["prompt"])): row for row in result["rows"]}
     has_generate = "transformers" in result["programs"]
     others = ("plain vLLM", "`generate`") if has_generate else ("plain vLLM",)
-    titles = ["P", "keys", "requests at once"]
-    titles += [f"{what}, to {other}" for other in others for what in ("tokens/s", "first token", "further token")]
+    titles = ["P", "keys", "prompt, tokens", "requests at once"]
+    titles += [f"{what}, to {other}" for other in others for what in ("first token", "further token", "tokens/s")]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for P, kv in models(result["streams"], result["kv"]):
-        for number in result["concurrency"]:
-            own = rows["vllm", named(P, kv), number]
-            cells = []
-            for other in (("vllm", PLAIN), ("transformers", named(P, kv)))[: len(others)]:
-                against = rows[*other, number]
-                cells += [own[what] / against[what] for what in ("rate", "first", "token")]
-            lines.append(f"| {P} | {kv} | {number} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    for values, (P, kv) in itertools.product(result["loads"], models(result["streams"], result["kv"])):
+        load = Load(*values)
+        own, cells = rows["vllm", named(P, kv), load], []
+        for other in (("vllm", PLAIN), ("transformers", named(P, kv)))[: len(others)]:
+            against = rows[*other, load]
+            cells += [own[what] / against[what] for what in ("first", "further", "tokens_per_second")]
+        ratios = " | ".join(f"{cell:.2f}" for cell in cells)
+        lines.append(f"| {P} | {kv} | {load.prompt} | {load.requests} | {ratios} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4], help="values of P")
-    parser.add_argument("--kv", nargs="+", choices=["own", "shared"], default=["own"], help="whose keys and values")
+    parser.add_argument("--streams", type=int, nargs="+", default=[2, 4, 8], help="values of P")
     parser.add_argument(
-        "--programs", nargs="+", choices=["vllm", "transformers"], default=["vllm", "transformers"], help="what serves"
+        "--kv", nargs="+", choices=["own", "shared"], default=["own", "shared"], help="whose keys and values"
     )
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="requests at once")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument(
+        "--programs", nargs="+", choices=["vllm", "transformers"], default=["vllm"], help="what serves the streams"
+    )
+    parser.add_argument(
+        "--loads",
+        type=load,
+        nargs="+",
+        default=[Load(1, 256), Load(8, 256), Load(1, 4096)],
+        help="requests at once, x, tokens of each prompt",
+    )
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--block-size", type=int, help="tokens in a block of vLLM's cache; without it, vLLM's choice")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -262,11 +310,8 @@ def main() -> None:
         "transformers": transformers.__version__,
         "vllm": vllm.__version__,
         "shape": SHAPE,
-        **{name: getattr(args, name) for name in ("dtype", "block_size", "prompt_tokens", "new_tokens", "turns")},
-        "streams": args.streams,
-        "kv": args.kv,
-        "programs": args.programs,
-        "concurrency": args.concurrency,
+        **{name: getattr(args, name) for name in ("dtype", "block_size", "new_tokens", "turns")},
+        **{name: getattr(args, name) for name in ("streams", "kv", "programs", "loads")},
         "rows": measure(args),
     }
     if args.output is not None:
