@@ -6,7 +6,8 @@ import contextlib
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, Conv1D
 
 import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
@@ -19,6 +20,7 @@ from parscale.compat.bitsandbytes import four_bits_with_gradients
 from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
+from parscale.streams.naming import part_of
 
 
 def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
@@ -75,7 +77,8 @@ def open_for_training(
         The wrapped or plain model, with an adapter on it for `"lora"`.
 
     Raises:
-        ValueError: the checkpoint is damaged or not a causal language model, or a required package is missing.
+        ValueError: the checkpoint is damaged or not a causal language model, a required package is missing, or no
+            layer is large enough for an adapter of this rank.
         OSError: there is no such checkpoint.
     """
     dtype = None if keep_dtype and trains != EVERYTHING else torch.float32
@@ -105,6 +108,7 @@ def _with_adapter(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("An adapter needs the package peft: pip install 'parscale[peft]'.") from error
+    _check_rank(model, rank)
     adapted = get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -112,6 +116,21 @@ def _with_adapter(model: Any, rank: int) -> Any:
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _check_rank(model: Any, rank: int) -> None:
+    """Refuses an adapter of a rank that no weight under it has."""
+    head = model.get_output_embeddings()  # gets no adapter, as the aggregator
+    ranks = [
+        min((layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head and part_of(f"{name}.") is None
+    ]
+    if ranks and rank > max(ranks):
+        raise ValueError(
+            f"lora_rank is {rank:,}, and no weight of {type(model).__name__} has a rank above {max(ranks):,}: give at "
+            "most that, or train the whole backbone, without lora_rank."
+        )
 
 
 def _quantized(checkpoint: str, quantize: str, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:

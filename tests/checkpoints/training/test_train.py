@@ -368,6 +368,7 @@ def test_settings_without_sense(text_file, options, said):
             "sequence_length is 129, and must be between 2 and the model's 128 positions",
         ),
         ("full", {"micro_batch_size": 3}, "must divide each process's 4 sequences"),
+        ("full", {"lora_rank": 33}, "lora_rank is 33, and no weight of LlamaForCausalLM has a rank above 32: give at"),
         ("full", {"data": ["short.txt"], "tokens": None}, "fewer than one sequence of 16"),
         ("full", {"data": ["empty.txt"]}, "empty.txt is empty"),
         ("full", {"data": ["gone.txt"]}, "gone.txt does not exist"),
