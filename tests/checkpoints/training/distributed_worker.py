@@ -8,9 +8,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from parscale import ParScaleConfig
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.train import TrainSettings, train
 
 HELPERS = Path(__file__).parents[2] / "parscale" / "distributed" / "train.py"
+
+
+def trained(given):
+    """A checkpoint's place, or what a new model is made of."""
+    if isinstance(given, str):
+        return given
+    return NewModel(Path(given["config"]), given["tokenizer"], ParScaleConfig(**given["streams"]), given["seed"])
 
 
 def main():
@@ -21,7 +30,7 @@ def main():
     helpers.load_on_cpus()
     (helpers.zero3_on_cpus if "ACCELERATE_USE_DEEPSPEED" in os.environ else helpers.fsdp_on_cpus)()
     for run in json.loads(sys.argv[1]):
-        train(run["checkpoint"], Path(run["output"]), TrainSettings(**run["settings"]), resume=run["resume"])
+        train(trained(run["checkpoint"]), Path(run["output"]), TrainSettings(**run["settings"]), resume=run["resume"])
     dist.destroy_process_group()
 
 

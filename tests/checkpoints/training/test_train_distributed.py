@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from parscale import load
+from parscale import ParScaleConfig, load
+from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.run_folder import MANIFEST, Run
 from parscale.checkpoints.training.train import TrainSettings, train
 
@@ -53,7 +54,9 @@ def launch(programs, tmp_path):
 
 
 def request(checkpoint, output, settings, *, resume=False):
-    return {"checkpoint": str(checkpoint), "output": str(output), "settings": settings, "resume": resume}
+    """A run for the worker; a new model is given as a dictionary."""
+    given = checkpoint if isinstance(checkpoint, dict) else str(checkpoint)
+    return {"checkpoint": given, "output": str(output), "settings": settings, "resume": resume}
 
 
 def fsdp2(kind):
@@ -118,6 +121,19 @@ def test_fsdp2(full, settings, one, tmp_path, kind, launch):
     launch(1, runs, **fsdp2(kind))
     for name in ways:
         assert_same(tmp_path / f"{name}-from-two", one / name)
+
+
+def test_a_new_model_in_parts(backbone, settings, tmp_path, launch):
+    """Both processes make the same weights; begun and gone on with under FSDP, they end as in one process."""
+    streams = {"num_streams": 3, "prefix_length": 4, "kv": "shared"}
+    new = {"config": str(backbone / "config.json"), "tokenizer": str(backbone), "streams": streams, "seed": 5}
+    made = NewModel(backbone / "config.json", str(backbone), ParScaleConfig(**streams), seed=5)
+    train(made, tmp_path / "one", TrainSettings(**settings))
+    launch(2, [request(new, tmp_path / "two", settings)], **fsdp2("SHARDED_STATE_DICT"))
+    assert_same(tmp_path / "two", tmp_path / "one")
+    stopped = stop_after_two_steps(tmp_path / "two", tmp_path / "stopped")
+    launch(2, [request(new, stopped, settings, resume=True)], **fsdp2("SHARDED_STATE_DICT"))
+    assert_same(stopped, tmp_path / "one")
 
 
 def test_zero3(full, settings, one, tmp_path, launch):
