@@ -379,7 +379,7 @@ def report(family: str, found: dict[str, Any]) -> int:
 
 
 def earlier_mixins(output: Path, versions: dict[str, Any]) -> dict[str, Any]:
-    """What earlier runs with the same versions have found, by mixin."""
+    """What earlier runs with the same versions have found, by mixin and by the tests chosen."""
     earlier = json.loads(output.read_text()) if output.exists() else {}
     mixins: dict[str, Any] = earlier.pop("mixins", {})
     return mixins if earlier == versions else {}
@@ -408,11 +408,11 @@ def main() -> int:
     without_reason = 0
     for mixin in args.mixins:
         version = version_of(next(each for each in mixins if each.__name__ == mixin))
-        section = {"version": version, "only": args.only, "families": {}}
-        earlier = results["mixins"].get(mixin, section)
-        if all(earlier[key] == section[key] for key in ("version", "only")):
+        section = {"mixin": mixin, "version": version, "only": args.only, "families": {}}
+        earlier = results["mixins"].get(f"{mixin} {args.only}".strip(), section)
+        if earlier["version"] == version:
             section = earlier
-        results["mixins"][mixin] = section
+        results["mixins"][f"{mixin} {args.only}".strip()] = section
         for name in args.families:
             case = case_of(FAMILIES[name], mixins)
             if mixin == "GenerationTesterMixin" and not case.all_generative_model_classes:

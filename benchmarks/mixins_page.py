@@ -96,9 +96,9 @@ def main() -> None:
     args = parser.parse_args()
     measured = json.loads((RESULTS / "mixins.json").read_text())
     page = HEAD
-    for mixin, found in measured["mixins"].items():
-        page += section(f"transformers {measured['transformers']}: `{mixin}`", found["families"])
-        page += f"\nChosen with `--only '{found['only']}'`.\n" if found["only"] else ""
+    for found in measured["mixins"].values():
+        chosen = f", `--only '{found['only']}'`" if found["only"] else ""
+        page += section(f"transformers {measured['transformers']}: `{found['mixin']}`{chosen}", found["families"])
         if found["version"] != measured["transformers"]:
             page += f"\nThe tests are those of transformers {found['version']}.\n"
     adapters = RESULTS / "mixins_peft.json"
