@@ -1,8 +1,8 @@
-"""What weights in 8 and 4 bits cost a model in ONNX Runtime: with streams no more than without.
+"""What weights in 16, 8 and 4 bits cost a model in ONNX Runtime, with streams and without.
 
 The package's small model, plain and with streams that have not been trained, is exported in each dtype. The loss is
-that of the beginnings of held-out documents, an end-of-text token in front, by ONNX Runtime. What quantization adds to
-it is compared document by document with what it adds to the plain model's.
+that of the beginnings of held-out documents, an end-of-text token in front, by ONNX Runtime. What a dtype adds to it is
+compared document by document with what the dtype adds to the plain model's.
 
     python benchmarks/onnx_losses.py --output benchmarks/results/onnx_losses.json
     python benchmarks/onnx_losses.py --table benchmarks/results/onnx_losses.json
@@ -26,23 +26,24 @@ from parscale import wrap
 from parscale.checkpoints import small_model_path, standard_library_split
 from parscale.export.onnx import export_onnx
 
-DTYPES = ("float32", "int8", "int4")
-KINDS = ((1, "own"), (2, "own"), (2, "shared"), (4, "own"), (4, "shared"))
+DTYPES = ("float32", "float16", "int8", "int4")
+KINDS = ((1, "own"), (4, "own"), (4, "shared"), (2, "own"), (2, "shared"))
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of ONNX Runtime's names
 CONFIDENCE = 1.96  # standard errors to each side
 
 
-def texts(tokens: int) -> list[list[int]]:
-    """The first tokens of each held-out document that has as many."""
+def texts(documents: int, tokens: int) -> list[list[int]]:
+    """The first tokens of held-out documents that have as many."""
     tokenizer = AutoTokenizer.from_pretrained(small_model_path())
     found = [[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]] for _, text in standard_library_split()[1]]
-    return [ids[: tokens + 1] for ids in found if len(ids) > tokens]
+    return [ids[: tokens + 1] for ids in found if len(ids) > tokens][:documents]
 
 
 def losses(folder: Path, documents: list[list[int]]) -> list[float]:
     """Nats per token of each document, by ONNX Runtime."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
-    empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in caches}
+    empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), NUMPY[each.type]) for each in caches}
     found = []
     for document in documents:
         ids = np.array([document])
@@ -52,23 +53,20 @@ def losses(folder: Path, documents: list[list[int]]) -> list[float]:
     return found
 
 
-def measure(documents: list[list[int]]) -> list[dict[str, Any]]:
-    """Losses of each kind in each dtype, by document."""
-    rows = []
-    for P, kv in KINDS:
-        model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
-        if P > 1:
-            wrap(model, P, kv=kv, seed=0)
-        with tempfile.TemporaryDirectory() as temporary:
-            model.save_pretrained(Path(temporary, "source"))
-            found = {}
-            for dtype in DTYPES:
-                folder = Path(temporary, dtype)
-                export_onnx(str(Path(temporary, "source")), folder, dtype=dtype)
-                found[dtype] = losses(folder, documents)
-        rows.append({"num_streams": P, "kv": kv, "losses": found})
-        print(f"P = {P}, {kv}: " + ", ".join(f"{dtype} {mean(found[dtype]):.4f}" for dtype in DTYPES), flush=True)
-    return rows
+def measure(P: int, kv: str, documents: list[list[int]]) -> dict[str, Any]:
+    """Losses of one kind in each dtype, by document."""
+    model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
+    if P > 1:
+        wrap(model, P, kv=kv, seed=0)
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(Path(temporary, "source"))
+        found = {}
+        for dtype in DTYPES:
+            folder = Path(temporary, dtype)
+            export_onnx(str(Path(temporary, "source")), folder, dtype=dtype)
+            found[dtype] = losses(folder, documents)
+            print(f"P = {P}, {kv}, {dtype}: {mean(found[dtype]):.4f}", flush=True)
+    return {"num_streams": P, "kv": kv, "losses": found}
 
 
 def mean(values: list[float]) -> float:
@@ -77,7 +75,7 @@ def mean(values: list[float]) -> float:
 
 
 def added(row: dict[str, Any], dtype: str) -> list[float]:
-    """What quantization adds to the loss, by document."""
+    """What a dtype adds to the loss, by document."""
     return [x - y for x, y in zip(row["losses"][dtype], row["losses"]["float32"], strict=True)]
 
 
@@ -89,17 +87,17 @@ def interval(values: list[float]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the loss, what each dtype adds, and how that differs from what it adds to the plain model's."""
-    quantized = DTYPES[1:]
-    heads = [f"{dtype} adds | beside the plain model" for dtype in quantized]
-    lines = [f"| P | `kv` | float32 | {' | '.join(heads)} |", "|---" * (3 + 2 * len(quantized)) + "|"]
+    lower = DTYPES[1:]
+    heads = [f"{dtype} adds | beside the plain model" for dtype in lower]
+    lines = [f"| P | `kv` | float32 | {' | '.join(heads)} |", "|---" * (3 + 2 * len(lower)) + "|"]
     plain = rows[0]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["num_streams"], row["kv"])):
         cells = [
             str(row["num_streams"]),
             row["kv"] if row is not plain else "",
             f"{mean(row['losses']['float32']):.4f}",
         ]
-        for dtype in quantized:
+        for dtype in lower:
             more = [x - y for x, y in zip(added(row, dtype), added(plain, dtype), strict=True)]
             cells += [f"{mean(added(row, dtype)):+.4f}", interval(more) if row is not plain else ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -108,20 +106,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512, help="of each document")
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=256, help="of each document")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a results file, and no more")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))["rows"]))
         return
-    documents = texts(args.tokens)
-    rows = measure(documents)
+    documents = texts(args.documents, args.tokens)
+    where = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    where |= {"documents": len(documents), "tokens": args.tokens}
+    rows = []
+    for P, kv in KINDS:  # what has been measured is kept when a later one is stopped
+        rows.append(measure(P, kv, documents))
+        if args.output is not None:
+            args.output.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
     print(table(rows))
-    if args.output is not None:
-        where = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
-        where |= {"documents": len(documents), "tokens": args.tokens}
-        args.output.write_text(json.dumps(where | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
