@@ -18,6 +18,5 @@ Modules:
 - `parscale.compat.arguments`: names of arguments that models take, and their meaning
 - one module for each library, with its names
 
-`huggingface_hub` has no module here, since its documented names are enough. `parscale.kernels` imports nothing of
-parscale and has its own `parscale.kernels.compat`.
+`parscale.kernels` imports nothing of parscale and has its own `parscale.kernels.compat`.
 """

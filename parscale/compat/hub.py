@@ -1,4 +1,8 @@
-"""huggingface_hub: what its HTTP client raises where there is no answer; the client changes with the version."""
+"""huggingface_hub: what its HTTP client raises where there is no answer.
+
+The client is another one in some versions, and no documented name says which. The error of an answer derives from the
+client's own base class of errors, and so tells.
+"""
 
 from __future__ import annotations
 
