@@ -69,29 +69,49 @@ class CpuCache(CPUAttentionBackendImpl):
 
     def gather(
         self, kv_cache: torch.Tensor, blocks: torch.Tensor, new: int, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the last `new` of `length` tokens attend to: `(G, m, D)` twice, and which of them, `(new, m)`."""
-        size, D = kv_cache.shape[2], self.head_size
-        window = self.sliding_window if self.sliding_window > 0 else length
-        start = max(0, length - new - window + 1)
-        held = kv_cache[blocks[start // size : -(-length // size)]]  # (blocks, G, size, 2*D)
-        held = held.transpose(0, 1).flatten(1, 2)[:, start % size :][:, : length - start]  # (G, m, 2*D)
-        distance = torch.arange(length - new, length)[:, None] - torch.arange(start, length)  # (new, m)
-        return *held.split(D, dim=-1), (distance >= 0) & (distance < window)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last `new` of `length` tokens attend to, all of them or some: `(G, m, D)` twice."""
+        size, start = kv_cache.shape[2], self._start(new, length)
+        held = _pages(kv_cache, blocks[start // size : -(-length // size)]).flatten(1, 2)  # (G, blocks * size, 2*D)
+        held = held[:, start % size :][:, : length - start]  # (G, m, 2*D)
+        keys, values = held.split(self.head_size, dim=-1)
+        return keys, values
+
+    def visible(self, new: int, length: int) -> torch.Tensor:
+        """Which of what `gather` returns each of the tokens attends to, `(new, m)`."""
+        distance = torch.arange(length - new, length)[:, None] - torch.arange(self._start(new, length), length)
+        return (distance >= 0) & (distance < self._window(length))
+
+    def _start(self, new: int, length: int) -> int:
+        """The first token that one of the last `new` attends to."""
+        return max(0, length - new - self._window(length) + 1)
+
+    def _window(self, length: int) -> int:
+        """The number of tokens that a token of a text attends to."""
+        return self.sliding_window if 0 < self.sliding_window < length else length
 
     def gather_batch(
         self, kv_cache: torch.Tensor, sequences: Sequences
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the last token of each request attends to: `(B, G, m, D)` twice, and which of them, `(B, 1, m)`."""
-        size, D = kv_cache.shape[2], self.head_size
-        held = kv_cache[sequences.blocks[:, : -(-int(sequences.lengths.max()) // size)]]  # (B, blocks, G, size, 2*D)
-        held = held.transpose(1, 2).flatten(2, 3)  # (B, G, m, 2*D)
-        distance = sequences.lengths[:, None, None] - 1 - torch.arange(held.shape[2])  # (B, 1, m)
-        is_visible = distance >= 0
-        if self.sliding_window > 0:
-            is_visible &= distance < self.sliding_window
-        held.masked_fill_(~is_visible[..., None], 0)  # a page that nobody has filled may hold anything
-        return *held.split(D, dim=-1), is_visible
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the last token of each request attends to: `(B, G, m, D)` twice, and which of them, `(B, 1, m)`.
+
+        `None` in place of these: all of them.
+        """
+        size, longest = kv_cache.shape[2], int(sequences.lengths.max())
+        blocks = sequences.blocks[:, : -(-longest // size)]
+        held = _pages(kv_cache, blocks.flatten()).unflatten(1, blocks.shape)  # (G, B, blocks, size, 2*D)
+        held = held.flatten(2, 3).transpose(0, 1)[:, :, :longest]  # (B, G, m, 2*D)
+        distance = sequences.lengths[:, None, None] - 1 - torch.arange(longest)  # (B, 1, m)
+        is_visible = (distance >= 0) & (distance < self._window(longest))
+        if bool(is_visible.all()):
+            return *held.split(self.head_size, dim=-1), None
+        held = held.masked_fill(~is_visible[..., None], 0)  # a page that nobody has filled may hold anything
+        return *held.split(self.head_size, dim=-1), is_visible
+
+
+def _pages(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """The blocks `(n,)` of a cache, `(G, n, size, 2*D)`: head by head, since one index of all copies twice."""
+    return torch.stack([head.index_select(0, blocks) for head in kv_cache.unbind(1)])
 
 
 class FlashCache(FlashAttentionImpl):

@@ -21,6 +21,7 @@ from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache, Se
 from parscale.integrations.vllm.rows import StreamRows
 from parscale.integrations.vllm.windows import SeparatePrefix, attend_to_prefix, backend_for
 from parscale.kernels.compat import flash_for_cpu
+from parscale.kernels.flash import flash
 
 if TYPE_CHECKING:
     from parscale.compat.vllm import AttentionMetadata
@@ -140,19 +141,41 @@ class SharedCpuImpl(SharedKeys, CpuCache):
         starts, lengths = sequences.starts.tolist(), sequences.lengths.tolist()
         parts = []
         for first, last, length, blocks in zip(starts, starts[1:], lengths, sequences.blocks, strict=False):
-            one_row = (x[None] for x in self.gather(kv_cache, blocks, last - first, length))
-            parts.append(self._attend(query[first:last].transpose(0, 1)[None], *one_row))  # (1, heads, n, D)
+            queries = query[first:last].transpose(0, 1)[None]  # (1, heads, n, D)
+            keys, values = (x[None] for x in self.gather(kv_cache, blocks, last - first, length))
+            if 0 < self.sliding_window < length:  # the window hides some of them
+                parts.append(self._attend(queries, keys, values, self.visible(last - first, length)[None]))
+            else:
+                parts.append(self._attend_causally(queries, keys, values))
         mixed, lse = (torch.cat([part[i][0] for part in parts], dim=1) for i in (0, 1))
         return mixed.transpose(0, 1), lse
 
+    def _attend_causally(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last n of m tokens, each with those up to itself: `(B, heads, n, D)` on `(B, G, m, D)`.
+
+        In two parts, neither of which has a mask, so that nothing hidden is computed: their own tokens and those
+        before. Also the log-sum-exp, `(B, heads, n)`.
+        """
+        past = key.shape[2] - query.shape[2]
+        mixed, lse = flash(query, key[:, :, past:], value[:, :, past:], True, self.scale)
+        if past:
+            before, before_lse = flash(query, key[:, :, :past], value[:, :, :past], False, self.scale)
+            share = torch.sigmoid(before_lse - lse)[..., None].to(mixed.dtype)
+            mixed, lse = mixed.lerp(before, share), torch.logaddexp(lse, before_lse)
+        return mixed, lse
+
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_visible: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, heads, n, D)` on `(B, G, m, D)`, of which `(B, n, m)` are seen; also `(B, heads, n)`."""
         G, n = key.shape[1], query.shape[2]
         grouped = query.unflatten(1, (G, -1)).flatten(2, 3)  # (B, G, heads/G * n, D): no key is copied
-        mask = torch.zeros(is_visible.shape, dtype=query.dtype).masked_fill_(~is_visible, -torch.inf)
-        mask = mask.repeat(1, grouped.shape[2] // n, 1)[:, None]  # (B, 1, heads/G * n, m)
+        mask = None
+        if is_visible is not None:
+            mask = torch.zeros(is_visible.shape, dtype=query.dtype).masked_fill_(~is_visible, -torch.inf)
+            mask = mask.repeat(1, grouped.shape[2] // n, 1)[:, None]  # (B, 1, heads/G * n, m)
         mixed, lse = flash_for_cpu()(grouped, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
         return mixed.unflatten(2, (-1, n)).flatten(1, 2), lse.unflatten(2, (-1, n)).flatten(1, 2)
 

@@ -88,8 +88,8 @@ class WindowCpuImpl(SeparatePrefix, CpuCache):
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
         for first, last, length, blocks in zip(starts, starts[1:], lengths, attn_metadata.block_table, strict=False):
             q = query[first:last].transpose(0, 1)  # (P*heads, n, D)
-            k, v, is_visible = self.gather(kv_cache, blocks, last - first, length)
-            k, v = (torch.cat((x.flatten(0, 1), y), dim=1) for x, y in zip(self.prefix, (k, v), strict=True))
+            is_visible, held = self.visible(last - first, length), self.gather(kv_cache, blocks, last - first, length)
+            k, v = (torch.cat((x.flatten(0, 1), y), dim=1) for x, y in zip(self.prefix, held, strict=True))
             T = k.shape[1] - is_visible.shape[1]
             mask = torch.nn.functional.pad(is_visible, (T, 0), value=True)  # (n, T + m)
             mixed = scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
