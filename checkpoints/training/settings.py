@@ -40,7 +40,7 @@ class TrainSettings:
         decay: Share of the steps at the end in which the learning rate falls to zero.
         freeze_backbone: Train only the streams.
         lora_rank: Rank of an adapter that is trained with the streams, in place of the backbone; at the end it is
-            merged into the backbone.
+            merged into the backbone. At most the rank of the largest weight.
         quantize: Type of a frozen backbone's weights during training: `int8` (torchao) or `nf4` (bitsandbytes).
         bf16: Compute in bfloat16 under autocast, with float32 weights where they are trained. Default: on GPUs that
             support it.

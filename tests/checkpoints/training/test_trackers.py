@@ -29,3 +29,29 @@ def test_a_tracker_whose_package_is_missing(monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     with pytest.raises(ValueError, match=r"Reporting to wandb needs its package: .*wandb"):
         check_trackers(["wandb"])
+
+
+# Where each tracker writes, without a network, in the folder that it is started in.
+OFFLINE = {
+    "wandb": ({"WANDB_MODE": "offline"}, "wandb/offline-run-*/run-*.wandb"),
+    "trackio": ({"TRACKIO_DIR": "trackio"}, "trackio/*.db"),
+    "mlflow": (
+        {"MLFLOW_TRACKING_URI": "file:./mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"},
+        "mlruns/*/*/metrics/loss",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", OFFLINE)
+def test_without_a_network(tracker, streams_only, text_file, tmp_path, programs):
+    """A run that reports to a tracker of another company ends, and its losses lie in a file; where it is installed."""
+    pytest.importorskip(tracker)
+    environment, written = OFFLINE[tracker]
+    command = ["train", streams_only, "--data", text_file, "--output", "run", "--freeze-backbone", "--tokens", "192"]
+    command += ["--sequence-length", "16", "--batch-size", "4", "--report-to", tracker]
+    done = programs.run("-m", "parscale", *command, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "training.json").exists()
+    (file,) = tmp_path.glob(written)
+    assert file.stat().st_size > 0
