@@ -111,6 +111,11 @@ def test_of_shared_keys(table, printed):
         assert part in page("shared.md")
 
 
+def test_of_onnx(table):
+    pytest.importorskip("onnxruntime")
+    assert table("onnx_runtime.py", RESULTS / "onnx_runtime.json").strip() in page("edge.md")
+
+
 def test_of_the_mixins(monkeypatch, tmp_path):
     written = tmp_path / "mixins.md"
     monkeypatch.setattr(sys, "argv", ["mixins_page.py", "--output", str(written)])
