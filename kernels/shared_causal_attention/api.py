@@ -53,15 +53,15 @@ def shared_causal_attention(
     dtype = autocast_dtype(query)
     # as views: torch 2.9 loses the gradient of a parameter that was frozen after a checkpointed forward pass
     prefix = (x.view_as(x) for x in (prefix_k, prefix_v))
-    query, key, value, prefix_k, prefix_v = tensors = [x.to(dtype) for x in (query, key, value, *prefix)]
+    query, key, value, prefix_k, prefix_v = (x.to(dtype) for x in (query, key, value, *prefix))
     if torch.version.hip is not None and not query.is_cpu:
-        copies = (x.repeat(prefix_k.shape[0], 1, 1, 1) for x in (key, value))  # (Q*B, G, S, D)
-        others = causal_attention(query[plain:], *copies, prefix_k, prefix_v, scaling=scaling)
+        keys, values = (x.repeat(prefix_k.shape[0], 1, 1, 1) for x in (key, value))  # (Q*B, G, S, D)
+        others = causal_attention(query[plain:], keys, values, prefix_k, prefix_v, scaling=scaling)
         first = flash_for_gpu()(query[:plain], key, value, 0.0, True, scale=scaling)[:1] if plain else ()
         return torch.cat([x.transpose(1, 2) for x in (*first, others)]).transpose(1, 2)
-    if wants_gradients(tensors):
-        return _SharedCausalAttention.apply(*tensors, plain, scaling)
-    return _merged(*tensors, plain, scaling)[0]
+    if wants_gradients((query, key, value, prefix_k, prefix_v)):
+        return _SharedCausalAttention.apply(query, key, value, prefix_k, prefix_v, plain, scaling)
+    return _merged(query, key, value, prefix_k, prefix_v, plain, scaling)[0]
 
 
 def _merged(

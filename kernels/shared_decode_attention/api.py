@@ -91,5 +91,6 @@ def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | N
 
 def _is_mergeable(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:
     """Whether flash attention supports these tensors, without gradients, and without rounding before the merge."""
-    precise = tensors[0].dtype not in HALVES and all(x.dtype == tensors[0].dtype for x in tensors)
-    return precise and not wants_gradients(tensors) and is_mergeable(*tensors[:3], impl)
+    query, key, value = tensors[:3]
+    precise = query.dtype not in HALVES and all(x.dtype == query.dtype for x in tensors)
+    return precise and not wants_gradients(tensors) and is_mergeable(query, key, value, impl)
