@@ -123,11 +123,12 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     one_cache = [replace(_run("0.1M", seed, rates, 4), variant=name) for name in SHARED_VARIANTS for seed in range(3)]
     yield from one_cache[:3]
     yield from _averages(rows, rates)
-    yield from one_cache
-    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0, 1, 2))
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
         yield from islice(arms(size, 0, rates), 3)
     yield from _tasks(rows)
+    yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
+    yield from one_cache
     for seed in range(3):
         yield from decisive("0.2M", seed, rates)
         yield from islice(with_vector("0.2M", seed, rates), 1)
