@@ -13,6 +13,7 @@ from parscale.kernels.shapes import shapes_error
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
+MOST_QUERIES = 64  # on one key/value head, for a program of the fused implementation
 
 
 def decode_attention(
@@ -46,9 +47,10 @@ def decode_attention(
         sinks: logits `(heads,)` that take part in the softmax but have no value (GPT-OSS).
         scaling: factor on the scores; `D ** -0.5` if `None`.
         softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2).
-        impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32) and
-            heads of up to 256 elements, and has no gradient. `"auto"` is `"fused"` for such tensors on CUDA and ROCm
-            devices where Triton is installed and no gradient is recorded, and `"reference"` otherwise.
+        impl: `"reference"` is plain torch. `"fused"` takes tensors of one dtype (float16, bfloat16 or float32), heads
+            of up to 256 elements and up to 64 queries for each key/value head, and has no gradient. `"auto"` is
+            `"fused"` for such tensors on CUDA and ROCm devices where Triton is installed and no gradient is recorded,
+            and `"reference"` otherwise.
 
     Returns:
         `(P*B, heads, 1, Dv)` in the dtype of `query`.
@@ -102,6 +104,11 @@ def decode_shapes_error(operation: str, rows: str, streams: str, tensors: tuple[
     return shapes_error(operation, ("query (P*B, heads, 1, D)", *cache, *prefix), tensors)
 
 
+def fits_fused(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the fused implementation supports this number of queries for one key/value head."""
+    return query.shape[0] * query.shape[1] <= MOST_QUERIES * key.shape[0] * key.shape[1]
+
+
 def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
     """Why the kernels cannot take these tensors."""
     extra = [x for x in options if x is not None]
@@ -110,6 +117,8 @@ def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tens
         return f"it takes tensors of one dtype, float16, bfloat16 or float32, got {', '.join(map(str, dtypes))}"
     if max(tensors[0].shape[-1], tensors[2].shape[-1]) > LARGEST_HEAD:
         return f"it takes heads of up to {LARGEST_HEAD} numbers, got {tensors[0].shape[-1]} and {tensors[2].shape[-1]}"
+    if not fits_fused(*tensors[:2]):
+        return f"it takes up to {MOST_QUERIES} queries for each key/value head, of all streams that share it"
     if len({x.device for x in (*tensors, *extra)}) > 1:
         return "the tensors are on different devices"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *extra)):

@@ -19,13 +19,6 @@ from parscale.kernels.shared_decode_attention.merged import shared_decode_merged
 from parscale.kernels.shared_decode_attention.reference import shared_decode_reference
 from parscale.kernels.shared_rows import plain_rows
 
-MOST_QUERIES = 64  # of all streams on one key/value head, for a program of the fused implementation
-
-
-def fits_fused(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether the fused implementation supports this number of queries for one key/value head."""
-    return query.shape[0] * query.shape[1] <= MOST_QUERIES * key.shape[0] * key.shape[1]
-
 
 def shared_decode_attention(
     query: torch.Tensor,
@@ -66,7 +59,7 @@ def shared_decode_attention(
     if not is_one_token(tensors):
         raise decode_shapes_error("shared_decode_attention", "B", "P - 1", tensors)
     plain = plain_rows(query, key, prefix_k)
-    if runs_fused(impl, query, functools.partial(_obstacle, tensors, (mask, length))):
+    if runs_fused(impl, query, functools.partial(decode_obstacle, tensors, (mask, length))):
         from parscale.kernels.decode_attention.fused import decode_op
 
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -80,13 +73,6 @@ def shared_decode_attention(
     if mask is None and query.is_cpu and _is_mergeable(tensors, impl):
         return shared_decode_merged(*tensors, scaling)
     return shared_decode_reference(*tensors, mask, plain, scaling)
-
-
-def _obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:
-    """Why the kernels cannot take these tensors."""
-    if not fits_fused(*tensors[:2]):
-        return f"it takes up to {MOST_QUERIES} queries of all streams for each key/value head"
-    return decode_obstacle(tensors, options)
 
 
 def _is_mergeable(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:

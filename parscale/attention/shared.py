@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from parscale.attention.masks import Mask, last_queries_of_mask, rows_of_mask, visible_lengths_once
 from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
-from parscale.kernels.shared_decode_attention import fits_fused
+from parscale.kernels.decode_attention import fits_fused
 from parscale.streams.calls import Call
 from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet

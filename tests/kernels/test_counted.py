@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from parscale.kernels import decode_attention
-from parscale.kernels.shared_attention.decode import MOST_QUERIES
+from parscale.kernels.decode_attention.api import MOST_QUERIES
 
 pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

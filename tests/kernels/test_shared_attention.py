@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from parscale.kernels import shared_causal_attention, shared_decode_attention
+from parscale.kernels import decode_attention, shared_causal_attention, shared_decode_attention
 from parscale.kernels.shared_causal_attention import shared_attention_reference
 
 T, D = 5, 8
@@ -243,5 +243,8 @@ def test_a_length_hides_what_lies_beyond():
 
 def test_too_many_queries_for_the_kernel_are_named():
     inputs = [x.detach() for x in tensors(9, 1, 8, 1, 1, 4, torch.float32)]
-    with pytest.raises(ValueError, match="up to 64 queries of all streams for each key/value head"):
+    with pytest.raises(ValueError, match="up to 64 queries for each key/value head, of all streams"):
         shared_decode_attention(*inputs, None, impl="fused")
+    own = [torch.zeros(2, heads, tokens, 8) for heads, tokens in ((65, 1), (1, 4), (1, 4), (1, 3), (1, 3))]
+    with pytest.raises(ValueError, match="up to 64 queries for each key/value head"):
+        decode_attention(*own, None, impl="fused")
