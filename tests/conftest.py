@@ -137,6 +137,12 @@ class Program:
         self.programs, self.pid, self.output, self.errors = programs, pid, output, errors
         self.returncode: int | None = None
 
+    def is_running(self) -> bool:
+        """Whether the program has not ended yet."""
+        if self.returncode is None:
+            self.returncode = self.programs.ask(poll=self.pid)
+        return self.returncode is None
+
     def wait(self) -> int:
         """The exit code, negative for a signal, once the program has ended."""
         if self.returncode is None:

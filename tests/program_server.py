@@ -98,6 +98,9 @@ def serve() -> list[str]:
         request = json.loads(line)
         if "wait" in request:
             answer: Any = ended(request["wait"])
+        elif "poll" in request:
+            found, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if found else None
         elif (answer := forked(request)) == 0:
             return request["start"]
         print(f"answer:{json.dumps(answer)}", flush=True)

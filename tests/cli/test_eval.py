@@ -252,7 +252,7 @@ def test_interrupted(two_sets, tmp_path, programs):
     arguments = ["eval", two_sets, "--tasks", "prose.yaml", "--batch-size", "1", "--output", "results.json", "--json"]
     program = programs.start("-m", "parscale", *arguments, "--device", "cpu", cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
     while "Running loglikelihood" not in program.stderr:
-        os.kill(program.pid, 0)  # it has not ended
+        assert program.is_running(), program.stderr
         time.sleep(0.1)
     os.kill(program.pid, signal.SIGINT)
     assert program.wait() == 130
