@@ -25,7 +25,8 @@ TASKS = Path(__file__).parents[2] / "data" / "lm_eval"
 FILES = [str(TASKS / f"{name}.yaml") for name in ("next_line", "prose", "rest_of_line")]
 WINDOW = 48  # of rolling log-likelihoods: the longest text takes several
 # Of sums between 4 and 920 nats; measured: at most 1.2e-5 in float32 and 2e-14 in float64.
-TOLERANCE = {torch.float32: {"rel": 1e-7, "abs": 1e-5}, torch.float64: {"rel": 1e-14, "abs": 1e-12}}
+# some forty roundings in either dtype: processors without AVX-512 add in another order
+TOLERANCE = {torch.float32: {"rel": 5e-6, "abs": 1e-5}, torch.float64: {"rel": 1e-14, "abs": 1e-12}}
 
 
 pytestmark = pytest.mark.usefixtures("brief_lm_eval")
