@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,6 +69,11 @@ def autocasts(x: torch.Tensor) -> bool:
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block without autocast for the device of `x`, so that a kernel's products have the dtypes it chooses."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+
+
+def wants_gradients(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def transforms_are_active() -> bool:

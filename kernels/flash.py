@@ -8,7 +8,7 @@ Shapes: R rows; P streams of B rows each; G key/value heads; S tokens; D head si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +34,6 @@ def flash(
         return flash_for_cpu()(query, key, value, 0.0, causal, scale=scaling)
     output, lse, _, _, _, _, seed, offset, _ = flash_for_gpu()(query, key, value, 0.0, causal, False, scale=scaling)
     return output, lse, seed, offset
-
-
-def wants_gradients(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether a backward pass may follow, for which a merge has to keep its log-sum-exp."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def flash_backward(

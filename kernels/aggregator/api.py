@@ -8,7 +8,7 @@ import torch
 
 from parscale.kernels.aggregate.api import MAX_FUSED_STREAMS
 from parscale.kernels.aggregator.reference import aggregator_reference
-from parscale.kernels.dispatch import Impl, autocasts, runs_fused
+from parscale.kernels.dispatch import Impl, autocasts, runs_fused, wants_gradients
 from parscale.kernels.shapes import shapes_error
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,8 +62,7 @@ def aggregator(
         from parscale.kernels.aggregator.fused import aggregator_op
 
         x = hidden.unflatten(0, (P, -1)).flatten(1, 2)  # (P, B*S, H)
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        out = aggregator_op(x, *weights, smoothing, save)[0]
+        out = aggregator_op(x, *weights, smoothing, wants_gradients(tensors))[0]
         return out.unflatten(0, (hidden.shape[0] // P, hidden.shape[1]))
     return aggregator_reference(*tensors, smoothing)
 

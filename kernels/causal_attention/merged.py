@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once, wants_gradients
+from parscale.kernels.dispatch import wants_gradients
+from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
 
 
 def causal_attention_merged(

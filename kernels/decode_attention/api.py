@@ -8,7 +8,7 @@ import torch
 
 from parscale.kernels.decode_attention.joined import decode_attention_joined
 from parscale.kernels.decode_attention.reference import decode_attention_reference
-from parscale.kernels.dispatch import Impl, runs_fused
+from parscale.kernels.dispatch import Impl, runs_fused, wants_gradients
 from parscale.kernels.shapes import shapes_error
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -121,6 +121,6 @@ def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tens
         return f"it takes up to {MOST_QUERIES} queries for each key/value head, of all streams that share it"
     if len({x.device for x in (*tensors, *extra)}) > 1:
         return "the tensors are on different devices"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *extra)):
+    if wants_gradients((*tensors, *extra)):
         return "a gradient is recorded, but the kernels have none"
     return None

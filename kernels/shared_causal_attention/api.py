@@ -17,8 +17,8 @@ import torch
 
 from parscale.kernels.causal_attention.api import causal_attention
 from parscale.kernels.compat import flash_for_gpu
-from parscale.kernels.dispatch import autocast_dtype
-from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once, wants_gradients
+from parscale.kernels.dispatch import autocast_dtype, wants_gradients
+from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
 from parscale.kernels.shared_rows import fold, plain_rows, unfold
 
 

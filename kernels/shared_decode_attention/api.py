@@ -13,8 +13,7 @@ import torch
 
 from parscale.kernels.causal_attention.api import HALVES, is_mergeable
 from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
-from parscale.kernels.dispatch import Impl, runs_fused
-from parscale.kernels.flash import wants_gradients
+from parscale.kernels.dispatch import Impl, runs_fused, wants_gradients
 from parscale.kernels.shared_decode_attention.merged import shared_decode_merged
 from parscale.kernels.shared_decode_attention.reference import shared_decode_reference
 from parscale.kernels.shared_rows import plain_rows
