@@ -143,7 +143,7 @@ class SharedCpuImpl(SharedKeys, CpuCache):
         for first, last, length, blocks in zip(starts, starts[1:], lengths, sequences.blocks, strict=False):
             queries = query[first:last].transpose(0, 1)[None]  # (1, heads, n, D)
             keys, values = (x[None] for x in self.gather(kv_cache, blocks, last - first, length))
-            if 0 < self.sliding_window < length:  # the window hides some of them
+            if self._window(length) < length:  # the window hides some of them
                 parts.append(self._attend(queries, keys, values, self.visible(last - first, length)[None]))
             else:
                 parts.append(self._attend_causally(queries, keys, values))
