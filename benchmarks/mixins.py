@@ -408,11 +408,12 @@ def main() -> int:
     without_reason = 0
     for mixin in args.mixins:
         version = version_of(next(each for each in mixins if each.__name__ == mixin))
+        title = f"{mixin} {args.only}".strip()
         section = {"mixin": mixin, "version": version, "only": args.only, "families": {}}
-        earlier = results["mixins"].get(f"{mixin} {args.only}".strip(), section)
+        earlier = results["mixins"].get(title, section)
         if earlier["version"] == version:
             section = earlier
-        results["mixins"][f"{mixin} {args.only}".strip()] = section
+        results["mixins"][title] = section
         for name in args.families:
             case = case_of(FAMILIES[name], mixins)
             if mixin == "GenerationTesterMixin" and not case.all_generative_model_classes:

@@ -12,6 +12,11 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DO
 FOLDERS = ("parscale", "kernels", "checkpoints", "scaling_laws", "examples", "benchmarks", "docs", "tests")
 
 
+def on_file(part):
+    """A part of the evidence, such as its comparisons."""
+    return json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())[part]
+
+
 def test_it_is_read_in_one_sitting():
     assert len(README.splitlines()) <= 170
 
@@ -56,7 +61,7 @@ def test_the_counts_of_architectures_are_those_on_file():
     ],
 )
 def test_the_figures_against_controls_are_those_on_file(baseline, title):
-    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    comparisons = on_file("comparisons")
     found = {
         (entry["arm"], entry["where"]): entry
         for entry in comparisons
@@ -70,7 +75,7 @@ def test_the_figures_against_controls_are_those_on_file(baseline, title):
 
 
 def test_what_a_second_stream_adds_to_a_vector_is_on_file():
-    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    comparisons = on_file("comparisons")
     found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "0.1M"}
     shown = [found["P = 2, embedding", "prefix, embedding", where] for where in ("beginning", "middle")]
     cells = [f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" for entry in shown]
@@ -82,7 +87,7 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
 
 
 def test_what_recycled_streams_add_to_one_prefix_is_on_file():
-    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    comparisons = on_file("comparisons")
     found = {(e["size"], e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["study"] == "recycling"}
     entry = found["P = 4", "streams-and-backbone", "prefix-and-backbone", "middle"]
     figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
@@ -91,7 +96,7 @@ def test_what_recycled_streams_add_to_one_prefix_is_on_file():
 
 
 def test_what_one_cache_costs_is_on_file():
-    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    comparisons = on_file("comparisons")
     entry = next(
         entry
         for entry in comparisons
@@ -103,7 +108,7 @@ def test_what_one_cache_costs_is_on_file():
 
 @pytest.mark.parametrize("arm", ["frozen", "streams-and-backbone"])
 def test_what_one_cache_costs_recycled_is_on_file(arm):
-    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    comparisons = on_file("comparisons")
     found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "P = 4"}
     entry = found[f"{arm}, shared", arm, "middle"]
     assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in " ".join(README.split())
@@ -112,13 +117,13 @@ def test_what_one_cache_costs_recycled_is_on_file(arm):
 
 @pytest.mark.parametrize("baseline", ["twice as wide", "average"])
 def test_what_is_better_where_memory_allows_it(baseline):
-    comparisons = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["comparisons"]
+    comparisons = on_file("comparisons")
     found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "0.1M"}
     for where in ("beginning", "middle"):
         assert found["P = 4", baseline, where]["low"] > 0.03
 
 
 def test_no_gain_is_claimed_that_the_rule_does_not_give():
-    gains = json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())["gains"]
+    gains = on_file("gains")
     assert gains == []
     assert "**Nowhere yet that we could measure.**" in README
