@@ -21,8 +21,9 @@ EVERY_SECONDS = 240.0  # between two checkpoints
 CURVE_POINTS = 50
 IGNORED = -100  # as a label: nothing is predicted there
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 does not tell any
 # Without instructions for bfloat16 a processor takes eight times as long in it as in float32.
-PRECISION = "bfloat16" if DEVICE.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+PRECISION = "bfloat16" if DEVICE.type == "cuda" or CAPABILITIES.get("avx512_bf16") else "float32"
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, each (B, S)."""
