@@ -61,7 +61,7 @@ class TwoPassHooks:
         streams = state.active
         if streams is None or not streams.shares_keys or streams.num_streams == 1:
             return
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        arguments = self._arguments(args, kwargs)
         kept, adaptive = arguments.get(KEPT), call.adaptive
         kept = kept if isinstance(kept, int) and kept > 0 else None
         obstacle = self._obstacle(arguments)
@@ -69,6 +69,11 @@ class TwoPassHooks:
             raise ValueError(f"Streams run on chosen tokens (adaptive) in calls for logits alone, and {obstacle}.")
         if obstacle is None and (adaptive is not None or (kept is not None and not self._wants_more(arguments))):
             call.passes = TwoPasses(state.in_use(streams), kept, adaptive)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        named = min(len(self.parameters), len(args))  # torch 2.9 compiles no `zip` of two lengths
+        return dict(zip(self.parameters[:named], args[:named], strict=True)) | kwargs
 
     def _obstacle(self, arguments: dict[str, Any]) -> str | None:
         """Why a call must run all streams in one batch; `None` if nothing prevents two passes."""
@@ -97,7 +102,7 @@ class TwoPassHooks:
         where = _choose(passes, passes.adaptive, logits)
         if not where.any():
             return output
-        arguments = dict(zip(self.parameters, args, strict=False)) | kwargs
+        arguments = self._arguments(args, kwargs)
         mixed = self._run_second(module, passes, arguments.get(KEPT))  # (b, n, V)
         if passes.chosen is not None:
             mixed = logits.index_copy(0, passes.chosen, mixed)
