@@ -56,7 +56,7 @@ def test_a_cache_two_passes_and_none(name, zoo):
     [
         ("BltForCausalLM", "attention layers that are not causal"),
         ("DeepseekV32ForCausalLM", "its cache holds an index of keys"),
-        ("DogeForCausalLM", "does not run where keys have fewer rows than queries"),
+        ("DeepseekV4ForCausalLM", "does not run where keys have fewer rows than queries"),
         ("MllamaForCausalLM", "layers without keys of the text"),
     ],
 )
