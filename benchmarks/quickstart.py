@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints.evaluation.against import interval
-from parscale.checkpoints.quickstart.report import CONTROLS, sentences
+from parscale.checkpoints import QUICKSTART_CONTROLS, format_interval, quickstart_sentences
 
 RESULTS = Path(__file__).parent / "results"
 OF_THE_MACHINE = ("seconds", "output", "threads")
@@ -40,15 +39,15 @@ def tables(report: Mapping[str, Any]) -> str:
         lines.append(_row(figures["title"], *(f"{figures['loss'][text][where]:.4f}" for text, where in places)))
     lines += ["", _row("difference (95 % interval)", *heads), _row(*["---"] * (1 + len(heads)))]
     shown = [(arm, "untouched") for arm in models if arm != "untouched"]
-    shown += [(arm, baseline) for arm, controls in CONTROLS.items() for baseline in controls]
+    shown += [(arm, baseline) for arm, controls in QUICKSTART_CONTROLS.items() for baseline in controls]
     for arm, baseline in shown:
         found = {
-            (entry["text"], entry["where"]): interval(entry)
+            (entry["text"], entry["where"]): format_interval(entry)
             for entry in comparisons
             if (entry["arm"], entry["baseline"]) == (arm, baseline)
         }
         lines.append(_row(f"{models[arm]['title']}, against {models[baseline]['title']}", *(found[p] for p in places)))
-    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences(report))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {sentence}" for sentence in quickstart_sentences(report))]) + "\n"
 
 
 def _row(*cells: str) -> str:

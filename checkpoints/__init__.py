@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from parscale.checkpoints.control_runs import train_controls
     from parscale.checkpoints.conversion.convert import calibration_ids, convert
     from parscale.checkpoints.description import describe
+    from parscale.checkpoints.evaluation.against import format_interval
     from parscale.checkpoints.evaluation.comparison import Comparison, compare
     from parscale.checkpoints.evaluation.controls import (
+        ADAPTER,
         ARMS,
+        BACKBONE,
+        BOTH,
         HELD_AGAINST,
+        NOTHING,
+        STREAMS,
         Arm,
         Interval,
         crossed_interval,
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks
     from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation, evaluate
     from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+    from parscale.checkpoints.quickstart.report import QUICKSTART_CONTROLS, quickstart_sentences
     from parscale.checkpoints.quickstart.run import (
         CODE,
         PROSE,
@@ -50,11 +57,17 @@ if TYPE_CHECKING:
     from parscale.checkpoints.training.train import Interrupted, train
 
 __all__ = [
+    "ADAPTER",
     "ARMS",
+    "BACKBONE",
+    "BOTH",
     "CODE",
     "HELD_AGAINST",
+    "NOTHING",
     "PROSE",
+    "QUICKSTART_CONTROLS",
     "RECIPES",
+    "STREAMS",
     "Arm",
     "Blocks",
     "Chat",
@@ -82,6 +95,7 @@ __all__ = [
     "evaluate_places",
     "evaluate_tasks",
     "faster_in_bf16",
+    "format_interval",
     "hold_against",
     "open_checkpoint",
     "open_source",
@@ -90,6 +104,7 @@ __all__ = [
     "plot_diagnosis",
     "prepare_arm",
     "push",
+    "quickstart_sentences",
     "quickstart_texts",
     "read_documents",
     "require_tokenizer",
@@ -107,13 +122,19 @@ _HOMES = {  # of the public names, below this package
         "convert",
     ),
     "description": ("describe",),
+    "evaluation.against": ("format_interval",),
     "evaluation.comparison": (
         "Comparison",
         "compare",
     ),
     "evaluation.controls": (
+        "ADAPTER",
         "ARMS",
+        "BACKBONE",
+        "BOTH",
         "HELD_AGAINST",
+        "NOTHING",
+        "STREAMS",
         "Arm",
         "Interval",
         "crossed_interval",
@@ -138,6 +159,10 @@ _HOMES = {  # of the public names, below this package
     "models": (
         "open_checkpoint",
         "require_tokenizer",
+    ),
+    "quickstart.report": (
+        "QUICKSTART_CONTROLS",
+        "quickstart_sentences",
     ),
     "quickstart.run": (
         "CODE",

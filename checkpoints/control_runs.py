@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from parscale import ParScaleConfig, unwrap
 from parscale.checkpoints.conversion.convert import calibration_ids
 from parscale.checkpoints.description import describe
-from parscale.checkpoints.evaluation.against import Places, in_the_middle, interval, no_middle, paired_entries, verdict
+from parscale.checkpoints.evaluation.against import (
+    Places,
+    format_interval,
+    in_the_middle,
+    no_middle,
+    paired_entries,
+    verdict,
+)
 from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
 from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
 from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer
@@ -301,7 +308,7 @@ def verdicts(comparisons: list[dict[str, Any]], titles: Mapping[str, str]) -> li
         if text not in held:
             result.append(no_middle(text))
             continue
-        found = "; ".join(f"{titles[entry['baseline']]}: {interval(entry)}" for entry in held[text])
+        found = "; ".join(f"{titles[entry['baseline']]}: {format_interval(entry)}" for entry in held[text])
         result.append(f"Streams in the middle of {text}: {verdict(held[text])}. Difference to {found}.")
     return result
 

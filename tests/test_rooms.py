@@ -17,6 +17,8 @@ SOURCES = {
     "parscale.checkpoints": ROOT / "checkpoints",
     "parscale.scaling_laws": ROOT / "scaling_laws",
 }
+# Programs beside the package: of what lies in rooms they take public names alone.
+SCRIPTS = {"benchmarks": ROOT / "benchmarks", "examples": ROOT / "examples"}
 # The rooms from the ground up. A room is a module, or a package with all that is in it but for what stands here apart.
 ROOMS = [
     "parscale.version",
@@ -116,9 +118,24 @@ def circle(asked: dict[str, set[str]]) -> list[str]:
     return []
 
 
+def into_rooms(asked: dict[str, set[str]]) -> list[str]:
+    """The arrows from scripts into `parscale.checkpoints`, past its public names."""
+    return sorted(
+        f"{a} -> {b}"
+        for a, others in asked.items()
+        for b in others
+        if a.partition(".")[0] in SCRIPTS and b.startswith("parscale.checkpoints.")
+    )
+
+
 @pytest.fixture(scope="module")
-def ours():
-    return arrows(modules(SOURCES))
+def everything():
+    return arrows(modules(SOURCES | SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def ours(everything):
+    return {module: others for module, others in everything.items() if module.partition(".")[0] not in SCRIPTS}
 
 
 def test_every_module_has_a_room(ours):
@@ -131,6 +148,10 @@ def test_no_arrow_runs_up(ours):
 
 def test_no_modules_import_each_other_in_a_circle(ours):
     assert circle(ours) == []
+
+
+def test_scripts_import_public_names_of_checkpoints_alone(everything):
+    assert into_rooms(everything) == [], "import it from parscale.checkpoints itself"
 
 
 def test_files_are_short():
@@ -157,6 +178,25 @@ def test_an_arrow_that_runs_up_is_found(line, tmp_path):
     (tmp_path / "wrapping.py").touch()
     (tmp_path / "streams" / "state.py").write_text(line)
     assert upward(arrows(modules({"parscale": tmp_path}))) == ["parscale.streams.state -> parscale.wrapping"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from parscale.checkpoints import train", []),
+        ("from parscale.checkpoints.training import train", ["parscale.checkpoints.training"]),
+        ("import parscale.checkpoints.models as m", ["parscale.checkpoints.models"]),
+        ("def late():\n    from parscale.checkpoints import models", ["parscale.checkpoints.models"]),
+    ],
+)
+def test_a_script_that_reaches_into_a_room_is_found(line, found, tmp_path):
+    folders = {"benchmarks": tmp_path / "benchmarks", "parscale.checkpoints": tmp_path / "checkpoints"}
+    for folder in (folders["benchmarks"] / "evidence", folders["parscale.checkpoints"] / "training"):
+        folder.mkdir(parents=True)
+    for file in ("__init__.py", "models.py", "training/__init__.py"):
+        (folders["parscale.checkpoints"] / file).touch()
+    (folders["benchmarks"] / "evidence" / "work.py").write_text(line)
+    assert into_rooms(arrows(modules(folders))) == [f"benchmarks.evidence.work -> {module}" for module in found]
 
 
 def test_a_circle_inside_a_room_is_found(tmp_path):

@@ -20,7 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints import (
+    ADAPTER,
     ARMS,
+    BOTH,
+    NOTHING,
+    STREAMS,
     Arm,
     Document,
     TrainSettings,
@@ -31,7 +35,6 @@ from parscale.checkpoints import (
     small_model_path,
 )
 from parscale.checkpoints import train as train_checkpoint
-from parscale.checkpoints.evaluation.controls import ADAPTER, BOTH, NOTHING, STREAMS
 
 PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
 TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2

@@ -95,13 +95,20 @@ def table_of(entries: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) ->
             str(entry["documents"]),
             f"{entry['baseline_loss']:.4f}",
             f"{entry['loss']:.4f}",
-            interval(entry),
+            format_interval(entry),
         )
     return table
 
 
-def interval(entry: Mapping[str, Any]) -> str:
-    """A difference with its interval, if there is one."""
+def format_interval(entry: Mapping[str, Any]) -> str:
+    """A difference with its interval, if there is one.
+
+    Args:
+        entry: of a report's `"comparisons"`, as those of the quickstart, of controls and of `parscale eval --against`.
+
+    Returns:
+        The text of both, with four digits after the point.
+    """
     if entry["low"] is None:
         return f"{entry['difference']:+.4f} (one document: no interval)"
     return "{difference:+.4f} ({low:+.4f}, {high:+.4f})".format(**entry)

@@ -19,7 +19,20 @@ from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.evaluation.text_loss import Evaluation
 from parscale.config import PREFIX, PROMPT
 
-NOTHING, BACKBONE, STREAMS, BOTH, ADAPTER = "nothing", "backbone", "streams", "both", "adapter"
+NOTHING = "nothing"
+"""`Arm.trains` of an arm that is measured as it is."""
+
+BACKBONE = "backbone"
+"""`Arm.trains` of a backbone that is trained alone."""
+
+STREAMS = "streams"
+"""`Arm.trains` of streams, or of one prefix, on a frozen backbone."""
+
+BOTH = "both"
+"""`Arm.trains` of streams, or of one prefix, with the backbone."""
+
+ADAPTER = "adapter"
+"""`Arm.trains` of low-rank differences on a frozen backbone."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Arm:
     Attributes:
         name: its name in results.
         title: its name in tables.
-        trains: `"nothing"`, `"backbone"`, `"streams"` (or the one prefix), `"both"`, or `"adapter"`.
+        trains: `NOTHING`, `BACKBONE`, `STREAMS` (or the one prefix), `BOTH`, or `ADAPTER`.
         streams: whether it has the P streams under study.
         prefix: whether it has one trained prefix.
         long: whether that prefix has P * T tokens, as many as P streams have, rather than T.

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
+from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
-# The baselines of streams, by which part of the model is trained with them.
-CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
+QUICKSTART_CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
+"""The baselines of the quickstart's two models with streams, by the names that `report.json` has for all of them."""
+
 EXPLANATION = (
     "Trained: how many parameters. Difference: from the untouched backbone, paired by document; negative is better.",
     "One prefix is trained as two streams that stay equal, which is why it counts more parameters than it needs.",
@@ -32,7 +33,7 @@ def print_report(report: Report, console: Console) -> None:
             console.print(loss_table(report, text, where))
     for line in EXPLANATION:
         console.print(line, highlight=False)
-    for sentence in sentences(report):
+    for sentence in quickstart_sentences(report):
         console.print(f"* {sentence}", highlight=False)
     for figures in report["models"].values():
         console.rule(f"written by: {figures['title']}")
@@ -65,24 +66,29 @@ def loss_table(report: Report, text: str, where: str) -> Table:
             figures["title"],
             f"{figures['trained_parameters']:,}",
             f"{figures['loss'][text][where]:.4f}",
-            interval(differences[name]) if name in differences else "",
+            format_interval(differences[name]) if name in differences else "",
         )
     return table
 
 
-def sentences(report: Report) -> list[str]:
+def quickstart_sentences(report: Report) -> list[str]:
     """The comparisons of streams with their controls, in words, and whether streams gain.
 
     Streams gain on a text if, in the middle of its documents, they are better than the backbone trained alone and than
     one trained prefix, by intervals that exclude zero. A run has one seed, so it can disprove a gain, but not prove
     one.
+
+    Args:
+        report: of the quickstart, as `run_quickstart` returns it and `report.json` holds it.
+
+    Returns:
+        One sentence for each model with streams and each text that is long enough to have a middle.
     """
-    result = []
-    for arm, controls in CONTROLS.items():
+    result, titles = [], {name: figures["title"] for name, figures in report["models"].items()}
+    for arm, controls in QUICKSTART_CONTROLS.items():
         for text, held in in_the_middle(report["comparisons"], arm, controls).items():
-            title = report["models"][arm]["title"]
-            found = "; ".join(f"{report['models'][entry['baseline']]['title']}: {interval(entry)}" for entry in held)
-            result.append(f"{title}, in the middle of {text}: {verdict(held)}. Difference to {found}.")
+            found = "; ".join(f"{titles[entry['baseline']]}: {format_interval(entry)}" for entry in held)
+            result.append(f"{titles[arm]}, in the middle of {text}: {verdict(held)}. Difference to {found}.")
     return result
 
 
@@ -108,7 +114,8 @@ def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: P
     left.legend()
 
     labels = []
-    entries = [entry for entry in report["comparisons"] if entry["baseline"] in CONTROLS.get(entry["arm"], ())]
+    controls = [(arm, baseline) for arm, baselines in QUICKSTART_CONTROLS.items() for baseline in baselines]
+    entries = [entry for entry in report["comparisons"] if (entry["arm"], entry["baseline"]) in controls]
     for position, entry in enumerate(reversed(entries)):
         mean, low, high = (entry[key] for key in ("difference", "low", "high"))
         color = "tab:green" if high < 0 else "tab:red" if low > 0 else "tab:gray"

@@ -13,8 +13,8 @@ from parscale.checkpoints.evaluation.against import (
     Places,
     direction,
     first_documents,
+    format_interval,
     in_the_middle,
-    interval,
     no_middle,
     paired_entries,
 )
@@ -113,6 +113,6 @@ def sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         entry = held[text][0]
         result.append(
-            f"In the middle of {text}, against the untouched backbone: {direction(entry)}, {interval(entry)}."
+            f"In the middle of {text}, against the untouched backbone: {direction(entry)}, {format_interval(entry)}."
         )
     return result

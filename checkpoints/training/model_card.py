@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its __all__ is computed
 
-from parscale.checkpoints.evaluation.against import in_the_middle, interval, verdict
+from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
 from parscale.checkpoints.texts.files import shown
 from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
@@ -319,7 +319,7 @@ def _by_place(facts: TrainingFacts) -> list[str]:
             facts.controls.get(entry["baseline"], "untouched backbone"),
             f"{entry['baseline_loss']:.4f}",
             f"{entry['loss']:.4f}",
-            interval(entry),
+            format_interval(entry),
         )
         for entry in facts.comparisons
         if entry["arm"] == THIS_MODEL

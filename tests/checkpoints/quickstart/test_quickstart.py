@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from parscale import load
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.quickstart import run as quickstart
-from parscale.checkpoints.quickstart.report import sentences
+from parscale.checkpoints.quickstart.report import quickstart_sentences
 from parscale.checkpoints.quickstart.run import CODE, PROSE, SHOWN, QuickstartSettings, QuickstartTexts, run_quickstart
 
 SETTINGS = QuickstartSettings(
@@ -180,8 +180,8 @@ def test_the_table_and_the_sentences_say_what_the_report_says(finished):
     for entry in report["comparisons"]:
         if entry["baseline"] == "untouched":
             assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in printed
-    assert len(sentences(report)) == 2  # two arms with streams; only code is long enough for a middle
-    assert all(" ".join(sentence.split()) in words for sentence in sentences(report))
+    assert len(quickstart_sentences(report)) == 2  # two arms with streams; only code is long enough for a middle
+    assert all(" ".join(sentence.split()) in words for sentence in quickstart_sentences(report))
 
 
 BETTER, WORSE, UNCLEAR = (-0.3, -0.1), (0.1, 0.3), (-0.1, 0.3)
@@ -207,7 +207,7 @@ def test_a_gain_beats_the_backbone_alone_and_one_prefix_in_the_middle(alone, pre
         "comparisons": [entry(name, "middle", *interval) for name, interval in held.items()]
         + [entry(name, "beginning", -9.0, -8.0) for name in held],  # does not count
     }
-    (sentence,) = sentences(report)
+    (sentence,) = quickstart_sentences(report)
     assert sentence.startswith(f"frozen, in the middle of CODE: {verdict}. Difference to alone: ")
 
 

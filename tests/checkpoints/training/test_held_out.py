@@ -9,7 +9,7 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from parscale import load, unwrap
-from parscale.checkpoints.evaluation.against import first_documents, interval, verdict
+from parscale.checkpoints.evaluation.against import first_documents, format_interval, verdict
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training.held_out import sentences, texts_to_measure
@@ -51,7 +51,7 @@ def test_the_trained_model_is_held_against_the_backbone_that_was_there_before(fu
         entry, differences = entries[where], np.subtract(trained, untouched)
         assert entry["loss"] == pytest.approx(fmean(trained), rel=1e-4)
         assert entry["baseline_loss"] == pytest.approx(fmean(untouched), rel=1e-4)
-        low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
+        low, high = stats.t.format_interval(0.95, 2, differences.mean(), stats.sem(differences))
         assert (entry["low"], entry["high"]) == pytest.approx((low, high), abs=2e-4)
         assert (entry["documents"], entry["tokens"], entry["seeds"]) == (3, report["tokens"], 1)
 
@@ -60,7 +60,7 @@ def test_one_short_document_has_no_middle_and_no_interval(full, text_file, tmp_p
     report = train(str(full), tmp_path / "run", settings(text_file, freeze_backbone=True))
     (entry,) = [entry for entry in report["comparisons"] if entry["text"] == "line"]
     assert (entry["where"], entry["documents"], entry["low"], entry["high"]) == ("beginning", 1, None, None)
-    assert "one document: no interval" in interval(entry)
+    assert "one document: no interval" in format_interval(entry)
     found = sentences(report["comparisons"])
     assert [sentence.startswith("In the middle of code, against the untouched backbone: ") for sentence in found] == [
         True,
