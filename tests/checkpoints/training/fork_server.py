@@ -1,7 +1,8 @@
 """Training runs in processes that start at once, and that a test kills: forked from one that has imported everything.
 
-Takes a checkpoint as its argument, which it loads once, so that what transformers does the first time is done. Reads
-requests from standard input, one JSON object a line, and answers each with a line: how the process ended.
+Takes a checkpoint as its first argument, which it loads once, so that what transformers does the first time is done.
+Calls the port of this machine that is its second argument, reads requests from there, one JSON object a line, and
+answers each with a line: how the process ended.
 
     checkpoint, output, settings, resume   for `parscale.checkpoints.training.train.train`
     signal                                 a signal to send
@@ -14,6 +15,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -85,8 +87,10 @@ def serve(request):
     return answer
 
 
+signal.alarm(0)  # it lasts as long as the tests that ask
 load(sys.argv[1])
 gc.collect()
 gc.freeze()  # what is here already is not looked at again in each process
-for line in sys.stdin:
-    print("answer:" + json.dumps(serve(json.loads(line))), flush=True)
+with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as line, line.makefile("w") as answers:
+    for request in line.makefile("r"):
+        print(json.dumps(serve(json.loads(request))), file=answers, flush=True)

@@ -8,12 +8,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
 import pytest
+import small_disk
 import torch
 import transformers.modeling_utils
 from safetensors import SafetensorError, safe_open
@@ -60,32 +60,41 @@ def options(sentences):
 
 
 class Server:
-    def __init__(self, checkpoint, log):
-        self.log = log
-        command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(checkpoint)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            )
+    """Asks the program `fork_server.py`, which calls when it is ready."""
+
+    def __init__(self, programs, checkpoint, folder):
+        with socket.create_server(("127.0.0.1", 0)) as door:
+            script = Path(__file__).with_name("fork_server.py")
+            self.program = programs.start(script, checkpoint, door.getsockname()[1], cwd=folder)
+            door.settimeout(1)
+            self.line = None
+            while self.line is None:
+                assert self.program.is_running(), self.program.stderr
+                with contextlib.suppress(TimeoutError):
+                    self.line, _ = door.accept()
+        self.line.settimeout(None)
+        self.asked, self.answered = self.line.makefile("w"), self.line.makefile("r")
 
     def __call__(self, checkpoint, output, options, *, resume=False, **more):
         request = {"checkpoint": str(checkpoint), "output": str(output), "settings": options, "resume": resume} | more
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        while not (line := self.process.stdout.readline()).startswith("answer:"):
-            assert line, self.log.read_text()
-        answer = json.loads(line.removeprefix("answer:"))
-        assert answer["code"] != 1, self.log.read_text()
+        print(json.dumps(request), file=self.asked, flush=True)
+        line = self.answered.readline()
+        assert line, self.program.stderr
+        answer = json.loads(line)
+        assert answer["code"] != 1, self.program.stderr
         return answer
+
+    def close(self):
+        for each in (self.asked, self.answered, self.line):
+            each.close()
+        assert self.program.wait() == 0, self.program.stderr
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    server = Server(checkpoint, tmp_path_factory.mktemp("server") / "errors.log")
+def server(programs, checkpoint, tmp_path_factory):
+    server = Server(programs, checkpoint, tmp_path_factory.mktemp("server"))
     yield server
-    server.process.stdin.close()
-    server.process.wait()
+    server.close()
 
 
 def contents(folder):
@@ -338,21 +347,20 @@ def test_how_the_batch_is_divided_may_change(full, options, tmp_path):
 
 
 @pytest.mark.parametrize("kilobytes", sample([700, 1500], daily=[700]))
-def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes):
+def test_a_full_disk(checkpoint, options, whole, tmp_path, kilobytes, programs):
     """A small file system of its own: a clear error, the last checkpoint whole, and all goes on when there is room."""
-    command = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    disk, copy, script = tmp_path / "disk", tmp_path / "copy", tmp_path / "run.py"
+    disk, left = tmp_path / "disk", tmp_path / "left"
     disk.mkdir()
-    if subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
     chosen = options | {"keep_checkpoints": 100}
-    script.write_text(
+    code = (
         "from pathlib import Path\nfrom parscale.checkpoints import TrainSettings, train\n"
         f"try:\n    train({str(checkpoint)!r}, Path({str(disk / 'run')!r}), TrainSettings(**{chosen!r}))\n"
         "except OSError as error:\n    print('said:', error)\n"
     )
-    mounted = f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk} && {sys.executable} {script}; cp -a {disk}/run {copy}"
-    done = subprocess.run([*command, "sh", "-c", mounted], capture_output=True, text=True)
+    done = programs.run(small_disk.__file__, disk, kilobytes, left, "-c", code, cwd=tmp_path)
+    if done.returncode == small_disk.FORBIDDEN:
+        pytest.skip("this machine lets nobody mount a file system")
+    copy = left / "run"
     (said,) = (line for line in done.stdout.splitlines() if line.startswith("said:"))
     assert f"could not be written to {disk}/run, where " in said
     free = int(re.search(r"where ([\d,]+) bytes are free", said)[1].replace(",", ""))
