@@ -170,6 +170,7 @@ def test_what_is_kept_where_weights_arrive_in_16_bits(trains, checkpointing, str
     assert memory["copies"] == 0
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("streams", "length", "layers", "vocab"), [(1, 32, 3, 2000), (4, 32, 3, 50)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", NAMES)

@@ -131,7 +131,7 @@ def _fresh():
 
 
 @pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("llama", marks=pytest.mark.nightly)])
 def test_a_compiled_forward_pass_is_one_graph(name, zoo):
     model, ids = make(zoo, name), zoo.token_ids()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
