@@ -6,18 +6,16 @@ import pty
 import re
 import select
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import small_disk
 from transformers import AutoModelForCausalLM
 
 from parscale import load
 from parscale.checkpoints.training.run_folder import Run, damage
 from parscale.cli.application import BAD_INPUT, run
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 SIZES = ["--sequence-length", "16", "--batch-size", "4", "--tokens", "512"]
 
 
@@ -96,20 +94,15 @@ def test_a_folder_that_cannot_be_written(backbone, two_sets, text_file, monkeypa
 # -- full disks
 
 
-def on_a_small_disk(folder, kilobytes, arguments):
+def on_a_small_disk(programs, folder, kilobytes, arguments):
     """Runs a command whose `DISK` is a file system of that size; returns how it ended, and what is left there."""
     disk, copy = folder / "disk", folder / "copy"
     disk.mkdir()
-    copy.mkdir()
-    enter = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*enter, "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
+    words = [str(argument).replace("DISK", str(disk)) for argument in arguments]
+    program = (small_disk.__file__, disk, kilobytes, copy, "-m", "parscale", *words)
+    done = programs.run(*program, cwd=folder, PYTHONDONTWRITEBYTECODE="1")
+    if done.returncode == small_disk.FORBIDDEN:
         pytest.skip("this machine lets nobody mount a file system")
-    words = " ".join(str(argument).replace("DISK", str(disk)) for argument in arguments)
-    script = (
-        f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk} || exit 99\n"
-        f"{sys.executable} -P -m parscale {words}; code=$?\ncp -a {disk}/. {copy}; exit $code"
-    )
-    done = subprocess.run([*enter, "sh", "-c", script], capture_output=True, text=True, env=ENVIRONMENT)
     return done, copy
 
 
@@ -121,10 +114,10 @@ def said(done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [40, *(pytest.param(size, marks=pytest.mark.nightly) for size in (4, 100))])
-def test_a_conversion_to_a_full_disk(backbone, tmp_path, kilobytes):
+def test_a_conversion_to_a_full_disk(backbone, tmp_path, kilobytes, programs):
     """Wherever it gets full: at the model, the configuration, the tokenizer or what the folder needs itself."""
     convert = ["convert", backbone, "DISK/model", "--num-streams", 2, "--prefix-length", 4, "--init", "random"]
-    done, left = on_a_small_disk(tmp_path, kilobytes, convert)
+    done, left = on_a_small_disk(programs, tmp_path, kilobytes, convert)
     if done.returncode:
         assert done.returncode == BAD_INPUT, done.stderr
         assert re.fullmatch(r"parscale: \S+model: Nothing was saved: No space left.*free some space.*", said(done))
@@ -136,22 +129,37 @@ def test_a_conversion_to_a_full_disk(backbone, tmp_path, kilobytes):
 # -- a terminal that closes
 
 
+IN_A_TERMINAL = """
+import fcntl, os, runpy, sys, termios
+
+os.setsid()
+terminal = os.open(sys.argv[1], os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for number in range(3):
+    os.dup2(terminal, number)
+os.close(terminal)
+sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+sys.argv[:] = ["parscale", *sys.argv[2:]]
+runpy.run_module("parscale", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.slow
-def test_a_closed_terminal_loses_no_step(two_sets, text_file, tmp_path):
+def test_a_closed_terminal_loses_no_step(two_sets, text_file, tmp_path, programs):
     """The run notices at its next step: the terminal is gone, and so is what it prints to."""
     output = tmp_path / "run"
     arguments = ["train", two_sets, "--data", text_file, "--output", output, "--save-every", 10_000]
-    words = [*map(str, arguments), "--sequence-length", "16", "--batch-size", "4", "--tokens", "10M"]
-    process, terminal = pty.fork()
-    if process == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        os.execve(sys.executable, [sys.executable, "-P", "-m", "parscale", *words], ENVIRONMENT)
+    arguments += ["--sequence-length", "16", "--batch-size", "4", "--tokens", "10M"]
+    terminal, end = pty.openpty()  # what a person sees, and what the program has of it
+    command = ("-P", "-c", IN_A_TERMINAL, os.ttyname(end), *arguments)
+    program = programs.start(*command, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
     while not (output / "metrics.jsonl").exists():
+        assert program.is_running(), program.stderr
         if select.select([terminal], [], [], 1)[0]:
             assert os.read(terminal, 4096)
-    os.close(terminal)
-    _, status = os.waitpid(process, 0)
-    assert os.waitstatus_to_exitcode(status) not in (0, -signal.SIGHUP)
+    for side in (end, terminal):
+        os.close(side)
+    assert program.wait() not in (0, -signal.SIGHUP)
     (step,) = Run(output).steps()
     assert damage(Run(output).checkpoint(step)) is None
     assert Run(output).metrics()[-1]["step"] == step
