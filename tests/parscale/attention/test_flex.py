@@ -182,17 +182,22 @@ def test_wrapping_compiles_nothing(zoo, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "plain_before",
-    [pytest.param(False, id="first", marks=pytest.mark.nightly), pytest.param(True, id="after the plain backbone")],
+    "plain_lengths",
+    [
+        pytest.param((), id="first", marks=pytest.mark.nightly),
+        pytest.param((5,), id="after the plain backbone"),
+        pytest.param((5, 11, 8), id="after the plain backbone at several lengths", marks=pytest.mark.nightly),
+    ],
 )
-def test_compiled(plain_before, zoo):
+def test_compiled(plain_lengths, zoo):
     """For real, as transformers runs it, at two lengths, so that the second makes a dimension dynamic.
 
-    What transformers compiles serves all models, so that the plain backbone's lengths count too. Slow: it compiles C++.
+    What transformers compiles serves all models, so that the plain backbone's lengths count too, and by day its one
+    length is the first. Slow: it compiles C++.
     """
     torch._dynamo.reset()
     case, model = make(zoo, "llama")
-    for length in (5, 11, 8) if plain_before else ():
+    for length in plain_lengths:
         logits_of(case.plain(), zoo.token_ids(length=length), use_cache=False)
     reference = case.reference(model)
     reference.plain.set_attn_implementation("eager")  # torch aborts where a mask of scores is compiled on one thread
