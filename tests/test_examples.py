@@ -23,7 +23,7 @@ ARGUMENTS = {
     "three_transforms": [],
     "classify_and_translate": [],
     "serve_and_ask": ["--max-new-tokens", "5"],
-    "export_onnx": ["--max-new-tokens", "5"],
+    "export_onnx": ["--max-new-tokens", "5", "--model", "BACKBONE"],
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
@@ -63,10 +63,11 @@ NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_example(name, tmp_path, programs):
+def test_example(name, tmp_path, programs, backbone):
     if "from trl" in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8"):
         pytest.importorskip("trl")  # make test-oldest has none
-    assert PROMISES[name] in run(programs, name, *ARGUMENTS[name], folder=tmp_path)
+    arguments = [str(backbone) if argument == "BACKBONE" else argument for argument in ARGUMENTS[name]]
+    assert PROMISES[name] in run(programs, name, *arguments, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,6 @@
 """Tiny models, saved and exported once for all tests, and a loop over ONNX Runtime that knows nothing of parscale."""
 
-import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,21 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 HALF = "tensor(float16)"
+
+
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Caches what a function returns, and takes a default for the same whether it is given or left out."""
+    results: dict[tuple[Any, ...], Any] = {}
+    signature = inspect.signature(make)
+
+    def made(*args: Any, **options: Any) -> Any:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        if bound.args not in results:
+            results[bound.args] = make(*bound.args)
+        return results[bound.args]
+
+    return made
 
 
 class Runtime:
@@ -68,7 +83,7 @@ def runtime() -> type[Runtime]:
 def saved(tmp_path_factory, zoo) -> Callable[..., tuple[Any, Path]]:
     """Makes a model of a family with P streams, and a checkpoint of it; each once."""
 
-    @functools.cache
+    @once
     def make(family: str, P: int, kv: str = "own", transform: str = "prefix") -> tuple[Any, Path]:
         model = zoo.FAMILIES[family].build(zoo.FAMILIES[family].attention[-1], max_position_embeddings=1024)
         if P > 1:
@@ -87,7 +102,7 @@ def exported(tmp_path_factory, saved) -> Callable[..., tuple[Any, Path]]:
     """The same with its export; each once."""
     from parscale.export.onnx import export_onnx
 
-    @functools.cache
+    @once
     def make(family: str, P: int, kv: str = "own", dtype: str = "float32") -> tuple[Any, Path]:
         model, folder = saved(family, P, kv)
         output = tmp_path_factory.mktemp("exported") / "output"
