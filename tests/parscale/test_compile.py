@@ -55,7 +55,7 @@ def test_prefill_and_decoding(name, zoo):
 
 def test_switching_sets_between_compiled_calls(zoo):
     """A set is a part of what was compiled: another one compiles anew, and the first is found again."""
-    model, ids = make(zoo, "llama"), zoo.token_ids()
+    model, ids = make(zoo, "llama", num_hidden_layers=1), zoo.token_ids()
     model.add_streams("other", 2, prefix_length=3, init="random")
     zoo.fill_streams(model, seed=9, name="other")
     compiled, expected = torch.compile(model, fullgraph=True, backend="aot_eager"), {}
