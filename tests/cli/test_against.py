@@ -82,7 +82,8 @@ def test_eval_against_other_checkpoints(two_sets, backbone, held_out, capsys):
         (["--against", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_compared(two_sets, text_file, capsys, options, said):
+def test_what_cannot_be_compared(two_sets, text_file, capsys, monkeypatch, options, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or the Hub is asked again and again
     options = [str(two_sets) if option == "THIS" else option for option in options]
     assert run(["eval", str(two_sets), "--data", str(text_file), "--device", "cpu", *options]) == BAD_INPUT
     assert said in capsys.readouterr().err

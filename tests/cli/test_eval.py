@@ -246,7 +246,7 @@ HFLM(pretrained=sys.argv[1], trust_remote_code=True, device="cpu")
 def test_interrupted(two_sets, tmp_path, programs):
     """While questions run: exit code 130, one line, no file."""
     (tmp_path / "documents.py").write_text((TASKS / "documents.py").read_text())
-    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "word " * 200_000}) + "\n")
+    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": "word " * 50_000}) + "\n")
     (tmp_path / "prose.yaml").write_text(Path(PROSE).read_text())
     before = sorted(tmp_path.iterdir())
     arguments = ["eval", two_sets, "--tasks", "prose.yaml", "--batch-size", "1", "--output", "results.json", "--json"]
