@@ -79,9 +79,10 @@ def main() -> None:
             trainer = DPOTrainer(
                 model, args=settings, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer
             )
+        before = trainer.evaluate()["eval_rewards/accuracies"]
         trainer.train(resume_from_checkpoint=args.resume)
-        found = trainer.evaluate()
-        print(f"preferred answers told apart: {found['eval_rewards/accuracies']:.0%}")
+        after = trainer.evaluate()["eval_rewards/accuracies"]
+        print(f"preferred answers told apart: {before:.0%}, at the end {after:.0%}")
         if args.output:
             last = Path(args.output) / f"checkpoint-{args.steps}"
             print(f"load({str(last)!r}) has {load(last).num_streams} streams")

@@ -65,18 +65,23 @@ def main() -> None:
         settings = SFTConfig(
             output_dir=folder,
             max_steps=args.steps,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=2,
             learning_rate=3e-2,
             max_length=128,
-            assistant_only_loss=True,  # packing=True joins conversations into sequences of max_length
+            assistant_only_loss=True,
+            packing=True,  # conversations stand beside each other in sequences of max_length, and see only themselves
             bf16=torch.cuda.is_available(),
-            logging_steps=10,
+            logging_steps=1,
             save_strategy="no",
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         conversations = Dataset.from_list([conversation(*pair) for pair in QUESTIONS.items()])
-        SFTTrainer(model, settings, train_dataset=conversations, processing_class=tokenizer).train()
+        trainer = SFTTrainer(model, settings, train_dataset=conversations, processing_class=tokenizer)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    first, last = (sum(some) / len(some) for some in (losses[:3], losses[-3:]))
+    print(f"loss on the answers {first:.2f}, at the end {last:.2f}")
 
     model.eval()
     print(f"{type(model).__name__} with {model.num_streams} streams answers:")

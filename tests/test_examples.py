@@ -83,9 +83,15 @@ def test_a_trained_model_is_saved_and_read_again(tmp_path, programs):
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_rewards_rise(tmp_path, programs):
-    """DPO tells all pairs apart, and GRPO's reward, over its last three steps, is above that over its first three."""
+    """SFT learns the answers, and DPO tells all pairs apart.
+
+    GRPO's reward, over its last three steps, is above that over its first three.
+    """
     pytest.importorskip("trl")
-    assert "preferred answers told apart: 100%" in run(programs, "dpo_chat_model", "--steps", "20", folder=tmp_path)
+    printed = run(programs, "sft_chat_model", folder=tmp_path)
+    first, last = map(float, re.findall(r"loss on the answers ([\d.]+), at the end ([\d.]+)", printed)[0])
+    assert last < first / 2
+    assert ", at the end 100%" in run(programs, "dpo_chat_model", "--steps", "20", folder=tmp_path)
     printed = run(programs, "grpo_model", "--steps", "20", folder=tmp_path)
     first, last = map(float, re.findall(r"reward ([\d.]+), at the end ([\d.]+)", printed)[0])
     assert last > first + 0.1

@@ -96,6 +96,10 @@ def test_of_the_transforms(table):
     assert table("transforms.py").strip() in page("results/transforms.md")
 
 
+def test_of_training_by_trl(table):
+    assert table("chat_training.py", RESULTS / "chat_training.json").strip() in page("training.md")
+
+
 def test_of_serving(table):
     assert table("serving.py", RESULTS / "serving.json").strip() in page("results/serving.md")
 
