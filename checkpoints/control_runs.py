@@ -51,6 +51,7 @@ from parscale.checkpoints.training.run_result import card_of
 from parscale.checkpoints.training.settings import STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
 from parscale.config import LORA, OWN
+from parscale.format.folders import FULL, Checkpoint
 from parscale.format.staging import staged_file
 from parscale.format.working import working
 from parscale.terminal.console import Terminal
@@ -80,17 +81,19 @@ class Control:
     learning_rate: float | None = None
 
 
-def controls_of(streams: ParScaleConfig, run: Mapping[str, Any]) -> list[Control]:
+def controls_of(streams: ParScaleConfig, run: Mapping[str, Any], largest_rank: int | None = None) -> list[Control]:
     """What the streams of a run have to beat.
 
     Args:
         streams: that were trained.
         run: its report.
+        largest_rank: that an adapter can have, by the layers in which streams differ by low-rank matrices; one of this
+            rank is whatever one of a higher rank could be.
 
     Returns:
         The backbone trained alone and, where streams differ by prefixes or prompts, one of T and one of P * T tokens.
         Where they differ by low-rank matrices and the backbone is frozen, one adapter of their rank and one of P times
-        that.
+        that, each of at most the largest rank; one alone if these are equal.
     """
     frozen = run["trains"] == STREAMS
     rate = run["learning_rate"] if run["learning_rate"] != run["streams_learning_rate"] else None
@@ -98,9 +101,10 @@ def controls_of(streams: ParScaleConfig, run: Mapping[str, Any]) -> list[Control
     how = f" (adapter of rank {alone_rank})" if alone_rank else ""
     controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, rate)]
     if streams.transform == LORA:
-        ranks = {"adapter": streams.rank, "wide-adapter": streams.rank * streams.num_streams} if frozen else {}
-        for name, rank in ranks.items():
-            controls.append(Control(name, f"one adapter of rank {rank}", Arm(name, "", BACKBONE), rank))
+        for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen else ():
+            rank = min(factor * streams.rank, largest_rank or factor * streams.rank)
+            if rank != controls[-1].lora_rank or name == "adapter":
+                controls.append(Control(name, f"one adapter of rank {rank}", Arm(name, "", BACKBONE), rank))
         return controls
     beside = "" if frozen else " and backbone"
     for name, long in (("prefix", False), ("long-prefix", True)):
@@ -157,7 +161,7 @@ def train_controls(
     console = console or Terminal(stderr=True)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
     streams = _streams_of(checkpoint)
-    controls = controls_of(streams, run)
+    controls = controls_of(streams, run, _largest_rank(checkpoint))
     (output / FOLDER).mkdir(exist_ok=True)
     for control in controls:
         console.print(f"control: {control.title}", highlight=False)
@@ -174,6 +178,20 @@ def _streams_of(checkpoint: str) -> ParScaleConfig:
     what = describe(checkpoint)
     fields = {field.name: what.get(field.name) for field in dataclasses.fields(ParScaleConfig)}
     return ParScaleConfig(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _largest_rank(checkpoint: str) -> int | None:
+    """The largest rank of a layer in which streams differ by low-rank matrices, by the headers of the files."""
+    folder = Checkpoint(checkpoint)
+    tensors = folder.weights() if folder.kind() == FULL else folder.streams()
+    sizes: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        layer, _, own = name.partition("@")[0].rpartition(".")
+        if own == "stream_down":  # (P, r, in)
+            sizes.setdefault(layer, []).append(tensor.shape[2])
+        elif own == "stream_up":  # (P, out, r)
+            sizes.setdefault(layer, []).append(tensor.shape[1])
+    return max(map(min, sizes.values()), default=None)
 
 
 def _train_control(

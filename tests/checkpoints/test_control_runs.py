@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parscale import ParScaleConfig, load
+from parscale import ParScaleConfig, load, wrap
 from parscale.checkpoints import control_runs
 from parscale.checkpoints.control_runs import check_controls, controls_of, train_controls
 from parscale.checkpoints.evaluation.places import evaluate_places
@@ -184,6 +184,26 @@ EVERYTHING = {"trains": "everything"}
 def test_controls_by_what_the_streams_are_and_what_trains(streams, run, names):
     alone, *others = controls_of(ParScaleConfig(**streams), RUN | run)
     assert (alone.title, [control.title for control in others]) == ("backbone alone", names)
+
+
+@pytest.mark.parametrize(("largest", "ranks"), [(64, [8, 32]), (20, [8, 20]), (8, [8]), (4, [4])])
+def test_no_adapter_has_a_higher_rank_than_a_layer(largest, ranks):
+    _, *adapters = controls_of(ParScaleConfig(transform="lora"), RUN, largest)
+    assert [control.lora_rank for control in adapters] == ranks
+    assert [control.name for control in adapters] == ["adapter", "wide-adapter"][: len(ranks)]
+
+
+@pytest.mark.slow
+def test_streams_of_a_higher_rank_in_all_than_their_layers_have_controls(backbone, tmp_path):
+    """Three of rank 16, where the largest layer has rank 32."""
+    pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    wrap(model, P, transform="lora", rank=16, seed=1).save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "start")
+    folder = trained(tmp_path / "start", tmp_path / "run")
+    report = train_controls(str(tmp_path / "start"), folder, SETTINGS)
+    titles = {"adapter": "one adapter of rank 16", "wide-adapter": "one adapter of rank 32"}
+    assert report["controls"] == {"alone": "backbone alone"} | titles
 
 
 def test_of_a_quantized_backbone_an_adapter_trains_alone():
