@@ -7,7 +7,7 @@ needs `pip install parameterized`. A mixin comes from the first of the given fol
 which lacks `GenerationTesterMixin`, may stand before a clone of another version. Each test of a mixin runs on a small
 random model as its class makes it, and then on one that is wrapped as soon as it is made or loaded, once for each P and
 each `kv`. The exit code is 1 if a test fails on a wrapped model alone and is not listed here with a reason. What an
-earlier run of the same tests has written for other families stays.
+earlier run of the same tests has written for other families, and for another P or `kv`, stays.
 """
 
 from __future__ import annotations
@@ -285,6 +285,12 @@ def mixins_of(sources: list[Path]) -> tuple[type, ...]:
     package = types.ModuleType("tests")
     package.__path__ = [str(source / "tests") for source in sources]
     sys.modules["tests"] = package
+    if not any((source / "tests" / "exporters").is_dir() for source in sources):
+        # Bases of the mixins that a source distribution lacks; `tests_of` chooses none of their tests.
+        bases: Any = types.ModuleType("tests.exporters.test_export")
+        bases.ExportTesterMixin = type("ExportTesterMixin", (), {})
+        bases.ExportGenerateTesterMixin = type("ExportGenerateTesterMixin", (), {})
+        sys.modules |= {"tests.exporters": types.ModuleType("tests.exporters"), bases.__name__: bases}
     models = importlib.import_module("tests.test_modeling_common").ModelTesterMixin
     return models, importlib.import_module("tests.generation.test_utils").GenerationTesterMixin
 
@@ -385,6 +391,13 @@ def earlier_mixins(output: Path, versions: dict[str, Any]) -> dict[str, Any]:
     return mixins if earlier == versions else {}
 
 
+def with_earlier(earlier: dict[str, Any] | None, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a family, with those of sets of streams that only an earlier run of the same tests has measured."""
+    same = earlier is not None and all(earlier[key] == found[key] for key in found.keys() - {"wrapped"})
+    rows = {(row["kv"], row["num_streams"]): row for row in [*(earlier["wrapped"] if same else []), *found["wrapped"]]}
+    return [rows[key] for key in sorted(rows)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path, help="folders of transformers' source, with its tests")
@@ -421,6 +434,7 @@ def main() -> int:
             kinds = [kv for kv in args.kv if kv == "own" or FAMILIES[name].shares_keys]
             grid = [{"num_streams": count, "kv": kv} for kv in kinds for count in args.num_streams]
             found = examine(FAMILIES[name], mixins, tests_of(case, mixin, args.only), grid)
+            found["wrapped"] = with_earlier(section["families"].get(name), found)
             section["families"][name] = found
             without_reason += report(name, found)
             args.output.write_text(json.dumps(results, indent=2) + "\n")
