@@ -80,7 +80,8 @@ EXPECTED = (
     (
         "^test_init_weights_can_init_buffers$",
         "are not finite",
-        'with `kv="shared"` wrapping tries the model, here before its weights are initialised, and refuses it',
+        'with `kv="shared"` wrapping tries the model, here before its weights are initialised, and refuses it if '
+        "what the memory holds is not finite",
     ),
 )
 
