@@ -13,6 +13,7 @@ import torch
 
 from parscale.errors import UnsupportedModelError
 from parscale.export.decoder import CacheShape, Decoder
+from parscale.export.experts import translations
 from parscale.streams.brief_runs import is_machine_error, one_line
 
 OPSET = 18
@@ -22,6 +23,7 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" 
 LOGITS = "logits"
 
 _CLASSES = "pkg.torch.onnx.class_hierarchy"  # the classes of the modules that a node comes from, as torch notes them
+_EXACT = ("Aggregator", "Router")  # parts of the names of classes whose products are never quantized
 
 
 def cache_names(pattern: str, layers: int) -> list[str]:
@@ -40,21 +42,22 @@ def write_graph(model: Any, shape: CacheShape, path: Path, provenance: Mapping[s
         provenance: goes into its metadata.
 
     Returns:
-        The names of the nodes that mix the streams.
+        The names of the nodes that are never quantized: they mix the streams or choose experts.
 
     Raises:
         UnsupportedModelError: torch cannot export it.
     """
     program = _program(model, shape)
     graph = program.model
-    mixing = [str(node.name) for node in graph.graph if "Aggregator" in node.metadata_props.get(_CLASSES, "")]
+    classes = {str(node.name): node.metadata_props.get(_CLASSES, "") for node in graph.graph}
+    exact = [name for name, of_node in classes.items() if any(part in of_node for part in _EXACT)]
     for node in graph.graph:
         node.metadata_props.clear()  # places in source files
     graph.metadata_props.clear()
     graph.metadata_props.update(provenance)
     graph.producer_name, graph.producer_version = "parscale", provenance["parscale"]
     program.save(path, external_data=True)
-    return mixing
+    return exact
 
 
 def _program(model: Any, shape: CacheShape) -> Any:
@@ -76,6 +79,7 @@ def _program(model: Any, shape: CacheShape) -> Any:
                 input_names=[*INPUTS, *cache_names(PAST, shape.layers)],
                 output_names=[LOGITS, *cache_names(PRESENT, shape.layers)],
                 opset_version=OPSET,
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except Exception as error:  # whatever the exporter meets in a model
@@ -90,13 +94,15 @@ def _program(model: Any, shape: CacheShape) -> Any:
 
 @contextlib.contextmanager
 def _without_hints() -> Iterator[None]:
-    """In this block torch does not say that inputs share the name of a size, or that torchvision is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """In this block torch and ONNX IR give no hints: of a size with two names, torchvision, an empty attribute."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

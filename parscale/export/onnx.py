@@ -86,10 +86,10 @@ def _write(model: Any, path: Path, dtype: Dtype, made_of: dict[str, Any]) -> Cac
     place = Path(made_of["checkpoint"])
     named = {"checkpoint": place.name} if place.is_dir() else {}  # its name, not its path on this machine
     provenance = {name: str(value) for name, value in (made_of | named | versions()).items()}
-    mixing = write_graph(model, shape, path, provenance)
+    exact = write_graph(model, shape, path, provenance)
     check_graph(path, shape, known)
     if dtype in ("int8", "int4"):
-        quantize(path, int(dtype.removeprefix("int")), mixing)
+        quantize(path, int(dtype.removeprefix("int")), exact)
     return shape
 
 

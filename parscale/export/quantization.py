@@ -36,6 +36,7 @@ def quantize(path: Path, bits: int, keep: Sequence[str]) -> None:
     model = onnx.load(path)
     path.with_name(path.name + WEIGHTS_SUFFIX).unlink()
     _transpose_constants(model.graph)
+    _part_experts(model.graph)
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=bits,
@@ -61,6 +62,25 @@ def _transpose_constants(graph: Any) -> None:
         array = numpy_helper.to_array(constants[node.input[0]]).transpose(order)
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
         graph.node.remove(node)
+
+
+def _part_experts(graph: Any) -> None:
+    """Makes each expert's matrix a constant of its own, in place of a part of the constant of all experts."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    parted: dict[str, Any] = {}
+    for node in [node for node in graph.node if node.op_type == "Gather"]:
+        experts, expert = (constants.get(name) for name in node.input)
+        if experts is None or expert is None or len(experts.dims) != 3 or expert.dims:
+            continue
+        parted.setdefault(experts.name, numpy_helper.to_array(experts))
+        matrix = parted[experts.name][int(numpy_helper.to_array(expert))]
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix), node.output[0]))
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for name in parted.keys() - used:
+        graph.initializer.remove(constants[name])
 
 
 def _halve_tables(graph: Any) -> None:

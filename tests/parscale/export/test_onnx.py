@@ -15,12 +15,13 @@ from parscale.export.decoder import cache_shape
 STEPS = 8
 LENGTHS = (1, 2, 17, 500)
 NEVER = 10**6  # no token, so that a text does not end
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "olmo2", "granite", "gpt2", "gpt_neox")
+MIXTURES = ("mixtral", "qwen3_moe")
 STREAMS = ((1, "own"), (2, "own"), (2, "shared"), (4, "own"), (4, "shared"))
-DAILY = {("llama", 2, "own"), ("gemma3", 4, "shared")}
+DAILY = {("llama", 2, "own"), ("gemma3", 4, "shared"), ("mixtral", 2, "own")}
 GRID = [
     pytest.param(*case, id="-".join(map(str, case)), marks=() if case in DAILY else pytest.mark.nightly)
-    for case in ((family, *streams) for family, streams in itertools.product(FAMILIES, STREAMS))
+    for case in ((family, *streams) for family, streams in itertools.product(FAMILIES + MIXTURES, STREAMS))
 ]
 
 

@@ -58,6 +58,27 @@ def test_what_is_quantized(bits, tiny_graph, tmp_path, runtime, zoo):
 
 
 @pytest.mark.nightly
+def test_experts_are_quantized_and_routers_are_not(saved, tmp_path, runtime, zoo):
+    model, _ = saved("mixtral", 2)
+    made_of = {"parscale": parscale.__version__}
+    for name in ("plain", "quantized"):
+        (tmp_path / name).mkdir()
+        exact = write_graph(model, cache_shape(model), tmp_path / name / "model.onnx", made_of)
+    quantize(tmp_path / "quantized" / "model.onnx", 8, exact)
+    graph = onnx.load(tmp_path / "quantized" / "model.onnx").graph
+    quantized = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(quantized) == 2 * (4 + 4 * 2) + 1  # in each layer attention and four experts; the head
+    shapes = [tuple(each.dims) for each in graph.initializer if each.data_type == onnx.TensorProto.FLOAT]
+    assert shapes.count((4, 32)) + shapes.count((32, 4)) == 2  # routers
+    assert not [shape for shape in shapes if len(shape) == 3 and shape[0] == 4]  # all experts of a layer
+    ids = zoo.token_ids(2, 20).numpy()
+    plain, _ = (session := runtime(tmp_path / "plain")).step(ids, np.ones_like(ids), session.cache(2))
+    found, _ = (session := runtime(tmp_path / "quantized")).step(ids, np.ones_like(ids), session.cache(2))
+    error = np.abs(found - plain).mean() / np.abs(plain).mean()
+    assert 0 < error < PER_PRODUCT[8] * len(quantized) ** 0.5
+
+
+@pytest.mark.nightly
 def test_loss_of_quantization_is_at_most_that_of_the_plain_model(tmp_path, runtime):
     tokenizer = AutoTokenizer.from_pretrained(small_model_path())
     pieces = [tokenizer(Path(name).read_text())["input_ids"][:256] for name in TEXT]
