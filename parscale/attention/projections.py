@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Conv1D, DynamicCache
 
 from parscale.attention.shared import SharedLayers, registered_layers
-from parscale.streams.backbones import cache_argument, input_device
+from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens
 from parscale.streams.brief_runs import backbone_only, is_machine_error
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -137,6 +137,7 @@ def _narrow_fits(state: ParScaleState, streams: StreamSet, modules: dict[nn.Modu
 
 
 def _read(state: ParScaleState, length: int, **arguments: Any) -> torch.Tensor:
-    ids = torch.zeros(ROWS, length, dtype=torch.long, device=input_device(state.model))
+    words = ordinary_tokens(state.model, ROWS * length)
+    ids = torch.tensor(words, device=input_device(state.model)).view(ROWS, length)
     hidden: torch.Tensor = state.backbone(input_ids=ids, **({"use_cache": False} | arguments))[0]
     return hidden

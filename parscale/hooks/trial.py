@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import input_device, input_of, main_input
+from parscale.streams.backbones import input_device, input_of, main_input, ordinary_tokens
 from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -148,11 +148,8 @@ def _inputs(model: Any) -> Iterator[dict[str, Any]]:
 
 def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Token ids `(ROWS, 2)`: an ordinary token, neither padding nor image, and the end-of-text token."""
-    text = model.config.get_text_config()
-    fields = [*vars(model.config).items(), *vars(text).items()]
-    special = {value for name, value in fields if "token" in name and isinstance(value, int)}
-    end = getattr(text, "eos_token_id", None)
-    ids = torch.full_like(ids, next(word for word in range(1, len(special) + 2) if word not in special))
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
+    ids = torch.full_like(ids, *ordinary_tokens(model, 1))
     if isinstance(end, int):
         ids[:, -1] = end
     return ids

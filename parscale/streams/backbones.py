@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -150,6 +151,20 @@ def input_of(part: nn.Module, rows: int, device: torch.device) -> dict[str, torc
         f"{type(part).__name__} takes {name!r} of a form that is not known here: streams run on text ({TEXT}), images "
         f"of a fixed size ({IMAGES}) and spectrograms as Whisper's ({AUDIO})."
     )
+
+
+def ordinary_tokens(model: Any, number: int) -> list[int]:
+    """Different token ids that are neither padding nor special; they repeat if the vocabulary has fewer.
+
+    The embedding of a padding token is often zero, and so is everything that is computed from it.
+    """
+    text = model.config.get_text_config()
+    fields = [*vars(model.config).items(), *vars(text).items()]
+    special = {value for name, value in fields if "token" in name and isinstance(value, int)}
+    most = getattr(text, "vocab_size", None)
+    ids = range(1, most if isinstance(most, int) else number + len(special) + 1)
+    words = list(itertools.islice((word for word in ids if word not in special), number)) or [0]
+    return [words[i % len(words)] for i in range(number)]
 
 
 def masking_noise(part: Any, images: torch.Tensor) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ from parscale.attention.projections import SharedProjections, find_projections
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import cache_argument, input_device, reads, writes_text
+from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens, reads, writes_text
 from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.places import Linear
 from parscale.streams.sets import StreamSet
@@ -83,7 +83,8 @@ class SharedTransform(ModelTransform):
         device = input_device(state.model)
         if device.type == "meta":
             return
-        ids, cache_name = torch.zeros(2, 3, dtype=torch.long, device=device), cache_argument(state.backbone)
+        ids = torch.tensor(ordinary_tokens(state.model, 6), device=device).view(2, 3)
+        cache_name = cache_argument(state.backbone)
         assert cache_name is not None
         try:
             with backbone_only(state), state.calls.choosing(self.streams):
@@ -167,7 +168,7 @@ class SharedLoraTransform(SharedTransform, LoraTransform):
 
 def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    return float((x - y).abs().max() / y.abs().max().clamp(min=1e-30))
+    return float((x - y).abs().max()) / max(float(y.abs().max()), 1e-30)
 
 
 def check_can_share(state: ParScaleState) -> None:

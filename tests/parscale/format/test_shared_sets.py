@@ -223,9 +223,22 @@ def test_models_that_cannot_share(name, reason, zoo):
     parscale.wrap(model, 1, kv="shared")  # one stream shares with nobody
 
 
-def test_a_layer_that_keeps_more_than_keys_is_found_out(llama):
+def pad_with_nothing(model):
+    """Token 0 is padding and embedded as zero; without biases, all that is computed from it is zero."""
+    model.config.pad_token_id = 0
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_that_keeps_more_than_keys_is_found_out(llama, padded):
     """By a run with a cache and one without, which differ."""
     attention = llama.model.layers[0].self_attn
+    if padded:
+        pad_with_nothing(llama)
     own, seen = attention.forward, []
 
     def forward(hidden_states, *args, **kwargs):
@@ -237,6 +250,25 @@ def test_a_layer_that_keeps_more_than_keys_is_found_out(llama):
     attention.forward = forward
     with pytest.raises(UnsupportedModelError, match=r"something else with a cache than without \(\d+%\)"):
         parscale.wrap(llama, 2, prefix_length=3, init="random", kv="shared")
+
+
+def test_a_layer_that_remembers_a_position_is_found_out(llama):
+    """Its queries forget where they are once there is a cache; equal tokens would hide that, having equal values."""
+    rotary = llama.model.rotary_emb
+    own = rotary.forward
+    rotary.forward = lambda x, position_ids: own(x, position_ids - position_ids[:, :1])
+    with pytest.raises(UnsupportedModelError, match=r"something else with a cache than without \(\d+%\)"):
+        parscale.wrap(llama, 2, kv="shared", transform="lora")
+
+
+@pytest.mark.parametrize("transform", ["prefix", "lora"])
+def test_padding_that_is_embedded_as_zero_in_float16(llama, transform, tmp_path, zoo):
+    """Zero over zero is no reason to refuse a model."""
+    pad_with_nothing(llama)
+    model = zoo.share(llama.half(), transform=transform)
+    model.save_pretrained(tmp_path)
+    found = load(tmp_path).state_dict()
+    assert all(torch.equal(found[name], x) for name, x in model.state_dict().items())
 
 
 def test_a_report_of_each_stream(llama, zoo):
