@@ -86,14 +86,14 @@ def fit(
         streams: P of each run.
         losses: of each run, in nats per token; all three have the same shape.
         bootstrap: number of resampled datasets to refit for `intervals` and `draws`; 1000 take about a second.
-        seed: of the resampling.
+        seed: of the resampling, at least 0.
 
     Returns:
         The law.
 
     Raises:
         ValueError: impossible points (see `check_points`), fewer than four points, or all with the same P (then k is
-            undetermined), the same size (then alpha is) or the same loss.
+            undetermined), the same size (then alpha is) or the same loss; or `bootstrap` or `seed` is out of range.
     """
     points = check_points(params, streams, losses)
     result = fit_form("log", *points, bootstrap=bootstrap, seed=seed)
@@ -139,7 +139,9 @@ def fit_form(
         form = FORMS[form]
     problem = _problem(form, params, streams, losses, tokens)
     if not isinstance(bootstrap, Integral) or bootstrap < 0:
-        raise ValueError(f"bootstrap is the number of resampled datasets, 0 for none; got {bootstrap}")
+        raise ValueError(f"bootstrap is the number of resampled datasets, 0 for none; got {bootstrap!r}")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number of at least 0")
     optimum = _solve(problem)
     names = form.parameters
     natural = optimum.natural(optimum.theta)
@@ -186,14 +188,12 @@ def _check_identifiable(form: Form, points: Points) -> None:
     if points.losses.size < needed:
         raise ValueError(
             f"{points.losses.size} points for {needed} parameters ({', '.join(form.parameters)}): at least {needed} "
-            "runs are needed, "
-            "and more for intervals"
+            "runs are needed, and more for intervals"
         )
     if form.uses_streams and np.unique(points.streams).size == 1:
         raise ValueError(
             f"all points have P = {points.streams[0]:g}, so what a stream is worth (k) could be anything; add runs "
-            "at another P, "
-            'or fit the form "dense", which has no k'
+            'at another P, or fit the form "dense", which has no k'
         )
     if np.ptp(points.losses) == 0:
         raise ValueError(

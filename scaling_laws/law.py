@@ -100,16 +100,18 @@ class ParallelScalingLaw:
         Args:
             params: as in `predict`.
             streams: as in `predict`.
-            level: the share of draws inside.
+            level: the share of draws inside, between 0 and 1.
 
         Returns:
             Both ends, each as in `predict`.
 
         Raises:
-            ValueError: the law has no bootstrap draws, or as in `predict`.
+            ValueError: the law has no bootstrap draws, `level` is out of range, or as in `predict`.
         """
         if self.draws is None:
             raise ValueError("this law has no bootstrap draws to make an interval from; fit it with bootstrap=1000")
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level!r}; it must be between 0 and 1, such as 0.9")
         size, count = np.broadcast_arrays(*_checked(params, streams))
         floor, scale, exponent, gain = (self.draws[:, [column]] for column in range(4))
         flat, flat_count = size.reshape(1, -1), count.reshape(1, -1)
@@ -194,9 +196,23 @@ def _intervals(contents: object) -> dict[str, Interval] | None:
 
 
 def _checked(params: ArrayLike, streams: ArrayLike) -> tuple[Array, Array]:
-    size, count = np.asarray(params, dtype=np.float64), np.asarray(streams, dtype=np.float64)
+    size, count = _numbers("params", params), _numbers("streams", streams)
     if not (np.isfinite(size) & (size > 0)).all():
         raise ValueError(f"params must be finite and above 0 (non-embedding parameters); got {params!r}")
     if not (np.isfinite(count) & (count >= 1)).all():
         raise ValueError(f"streams must be at least 1, the plain model; got {streams!r}")
+    try:
+        np.broadcast_shapes(size.shape, count.shape)
+    except ValueError:
+        raise ValueError(
+            f"params of the shape {size.shape} and streams of the shape {count.shape} do not broadcast: give one of "
+            "each for every model, or a single one of either"
+        ) from None
     return size, count
+
+
+def _numbers(name: str, values: ArrayLike) -> Array:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be numbers; got {values!r}") from None

@@ -26,8 +26,8 @@ def aggregate(
     Both implementations compute in float32 (float64 tensors in float64), and round once, at the end.
 
     Args:
-        x: hidden states of the streams, `(P, N, H)`, any strides.
-        logits: one row for each token, `(N, P)`.
+        x: hidden states of the streams, `(P, N, H)`, any strides, of a floating-point dtype.
+        logits: one row for each token, `(N, P)`, of a floating-point dtype.
         smoothing: epsilon in `w * (1 - epsilon) + epsilon / P`, in [0, 1].
         impl: `"reference"` is plain torch, differentiable any number of times. `"fused"` is one Triton kernel
             forward and one backward, differentiable once, for up to 64 streams. `"auto"` is `"fused"` on CUDA and
@@ -37,10 +37,17 @@ def aggregate(
         `(N, H)` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
+        ValueError: shapes or dtypes do not fit, there are no streams, `smoothing` is out of range, `impl` is unknown,
+            or `"fused"` cannot run.
     """
     if x.ndim != 3 or logits.ndim != 2 or logits.shape != (x.shape[1], x.shape[0]):
         raise shapes_error("aggregate", ("x (P, N, H)", "logits (N, P)"), (x, logits))
+    if x.shape[0] == 0:
+        raise ValueError("aggregate mixes at least one stream, got P = 0.")
+    if not (x.is_floating_point() and logits.is_floating_point()):
+        raise ValueError(f"aggregate takes floating-point tensors, got x {x.dtype} and logits {logits.dtype}.")
+    if not 0 <= smoothing <= 1:  # NaN is not, either
+        raise ValueError(f"smoothing must be between 0 and 1, got {smoothing}.")
     if runs_fused(impl, x, functools.partial(_obstacle, x, logits)):
         from parscale.kernels.aggregate.fused import aggregate_op
 

@@ -195,6 +195,23 @@ def test_what_does_not_fit_is_named(x, logits, impl, message):
         aggregate(torch.zeros(x), torch.zeros(logits), 0.1, impl=impl)
 
 
+@pytest.mark.parametrize(
+    ("x", "logits", "smoothing", "message"),
+    [
+        (torch.zeros(0, 4, 9), torch.zeros(4, 0), 0.1, "at least one stream, got P = 0"),
+        (torch.ones(3, 4, 9, dtype=torch.long), torch.zeros(4, 3), 0.1, r"floating-point tensors, got x torch\.int64"),
+        (torch.zeros(3, 4, 9), torch.zeros(4, 3, dtype=torch.cfloat), 0.1, r"logits torch\.complex64"),
+        (torch.zeros(3, 4, 9), torch.zeros(4, 3), -0.1, r"smoothing must be between 0 and 1, got -0\.1"),
+        (torch.zeros(3, 4, 9), torch.zeros(4, 3), 1.5, r"smoothing must be between 0 and 1, got 1\.5"),
+        (torch.zeros(3, 4, 9), torch.zeros(4, 3), float("nan"), "smoothing must be between 0 and 1, got nan"),
+    ],
+)
+def test_values_that_have_no_mixture_are_named(x, logits, smoothing, message):
+    """A mean of integers would be cut to integers, and of nothing there is none."""
+    with pytest.raises(ValueError, match=message):
+        aggregate(x, logits, smoothing)
+
+
 def test_fused_does_not_fall_back_in_silence(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="the tensors are on cpu, but the kernels need a CUDA or ROCm device"):

@@ -203,7 +203,14 @@ def test_predict_and_equivalents_are_the_formula():
 
 @pytest.mark.parametrize(
     ("params", "streams", "message"),
-    [(0, 1, "params must be finite and above 0"), (1e9, 0.5, "streams must be at least 1"), (1e9, np.nan, "streams")],
+    [
+        (0, 1, "params must be finite and above 0"),
+        (1e9, 0.5, "streams must be at least 1"),
+        (1e9, np.nan, "streams"),
+        ("1B", 1, "params must be numbers; got '1B'"),
+        (1e9, "four", "streams must be numbers; got 'four'"),
+        ([1e9, 2e9], [1, 2, 4], r"params of the shape \(2,\) and streams of the shape \(3,\) do not broadcast"),
+    ],
 )
 def test_predictions_refuse_impossible_models(params, streams, message):
     law = ParallelScalingLaw(E=0.7, A=1e7, alpha=0.2, k=0.4)
@@ -294,6 +301,12 @@ def test_other_forms_refuse_what_they_lack():
         fit(params, streams, losses, bootstrap=-1)
     with pytest.raises(ValueError, match=r"bootstrap is the number of resampled datasets, 0 for none; got 2\.5"):
         fit(params, streams, losses, bootstrap=2.5)
+    for seed in (-1, 0.5, "x", None):
+        with pytest.raises(ValueError, match=f"seed is {seed!r}; it must be a whole number of at least 0"):
+            fit(params, streams, losses, bootstrap=5, seed=seed)
+    for level in (0.0, 1.0, 90, float("nan")):
+        with pytest.raises(ValueError, match=f"level is {level!r}; it must be between 0 and 1"):
+            fit(*published("stack"), bootstrap=5).predict_interval(1e9, 2, level)
     with pytest.raises(ValueError, match="4 points for 4 parameters leave no way to estimate the noise"):
         fit(*runs([1e8, 4e8], [1, 2]), bootstrap=10)
 
