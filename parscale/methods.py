@@ -21,7 +21,7 @@ from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
-from parscale.hooks.stream_losses import stream_losses
+from parscale.hooks.stream_losses import IGNORED, stream_losses
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
@@ -132,14 +132,15 @@ def stream_report(
 
     Args:
         input_ids: `(B, S)`.
-        labels: `(B, S)`, -100 where no loss is counted; `input_ids` if `None`.
+        labels: `(B, S)`, -100 where no loss is counted, such as at padding; `input_ids` if `None`.
         **kwargs: passed to the model (`attention_mask`, ...).
 
     Returns:
         Losses, weights, their entropy, and the correlation of the streams.
 
     Raises:
-        ValueError: no streams are active, or the model is not a causal language model.
+        ValueError: no streams are active, the model is not a causal language model, shapes do not fit, or no loss is
+            counted.
     """
     state: ParScaleState = model.parscale
     streams = state.active
@@ -147,7 +148,18 @@ def stream_report(
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
     if not writes_text(model):
         raise ValueError(f"stream_report measures next-token losses, which {type(model).__name__} does not have.")
-    measured = stream_losses(model, input_ids, input_ids if labels is None else labels, **kwargs)
+    labels = input_ids if labels is None else labels
+    if input_ids.ndim != 2 or labels.shape != input_ids.shape:
+        raise ValueError(
+            "stream_report takes input_ids (B, S) and labels (B, S), got "
+            f"{tuple(input_ids.shape)} and {tuple(labels.shape)}."
+        )
+    if not (labels[:, 1:] != IGNORED).any():
+        raise ValueError(
+            f"stream_report found no loss to measure in labels {tuple(labels.shape)}: give at least two tokens, of "
+            f"which one after the first is not {IGNORED}."
+        )
+    measured = stream_losses(model, input_ids, labels, **kwargs)
     losses, weights = measured.losses[:, measured.counted], measured.weights  # (P, tokens), (B, S, P)
     return StreamReport(
         losses=losses.mean(dim=1),
@@ -216,13 +228,16 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
             "model.use_streams(None)."
         )
-    with _whole_attention_weights(model, kwargs):
+    with _whole_attention_weights(model, args, kwargs):
         return type(model).generate(model, *args, **kwargs)
 
 
-def _whole_attention_weights(model: Any, kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+def _whole_attention_weights(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> contextlib.AbstractContextManager[None]:
     """In this block, assisted decoding keeps the columns of prefix or prompt, if attention weights are wanted."""
-    config, streams = kwargs.get("generation_config") or model.generation_config, model.parscale.active
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    config, streams = given or model.generation_config, model.parscale.active
     wanted = kwargs.get("output_attentions", config.output_attentions)
     if not wanted or model.num_streams == 1 or streams.config.transform == LORA:
         return contextlib.nullcontext()
@@ -232,7 +247,7 @@ def _whole_attention_weights(model: Any, kwargs: dict[str, Any]) -> contextlib.A
 def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
     """Calls `generate`, with streams where the entropy is above `threshold`."""
     with adaptive_streams(model, threshold) as adaptive:
-        output = type(model).generate(model, *args, disable_compile=True, **kwargs)
+        output = type(model).generate(model, *args, **kwargs | {"disable_compile": True})
     model.last_mean_streams = adaptive.mean_streams
     return output
 

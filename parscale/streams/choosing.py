@@ -111,7 +111,7 @@ def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
     """
     if name is None:
         return None
-    if name not in state.sets:
+    if not isinstance(name, str) or name not in state.sets:
         known = ", ".join(map(repr, state.sets)) or "none"
         raise ValueError(f"There is no set of streams {name!r}; there are: {known}, and None for the plain backbone.")
     return state.sets[name]

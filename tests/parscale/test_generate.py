@@ -187,6 +187,17 @@ def test_attention_weights_of_drafted_tokens(changes, zoo):
                 torch.testing.assert_close(weights, whole)
 
 
+def test_attention_weights_that_a_configuration_asks_for(zoo):
+    """By position, as `generate(ids, configuration)`: all columns, as when they are asked for by name."""
+    model, draft = make(zoo, "llama"), make(zoo, "llama")
+    model.set_attn_implementation("eager")
+    wanted = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
+    configuration = transformers.GenerationConfig(**wanted)
+    output = model.generate(zoo.token_ids(rows=1), configuration, assistant_model=draft)
+    for step, layers in enumerate(output.attentions):
+        assert {weights.shape[-1] for weights in layers} == {zoo.T + zoo.S + step}
+
+
 def parscale_only(model):
     """The model without the hooks that a test has put on it."""
     model._forward_pre_hooks.clear()

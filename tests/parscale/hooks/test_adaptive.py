@@ -93,6 +93,14 @@ def test_infinity_is_the_plain_backbone_to_the_last_bit(llama, zoo):
     assert llama.last_mean_streams == 1
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_callers_own_word_on_compilation(llama, disabled, zoo):
+    """Streams on chosen tokens are not compiled, whatever is said of it."""
+    ids = zoo.token_ids() * PADDING
+    found = generate(llama, ids, adaptive=1.0, disable_compile=disabled)
+    assert torch.equal(found.sequences, generate(llama, ids, adaptive=1.0).sequences)
+
+
 def test_what_nobody_is_above_is_the_plain_backbone(llama, zoo):
     """By its own way: stream 0 runs first, and nothing follows."""
     ids = zoo.token_ids() * PADDING

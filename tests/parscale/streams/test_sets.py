@@ -259,6 +259,31 @@ def test_stream_report_at_equal_weights(family, zoo):
     zoo.close(report.entropy, torch.full((zoo.B, zoo.S), math.log(4)), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ((9,), None, r"takes input_ids \(B, S\) and labels \(B, S\), got \(9,\) and \(9,\)"),
+        ((2, 9), (2, 4), r"got \(2, 9\) and \(2, 4\)"),
+        ((2, 1), None, r"no loss to measure in labels \(2, 1\): give at least two tokens"),
+        ((0, 9), None, r"no loss to measure in labels \(0, 9\)"),
+        ((2, 9), "none", r"one after the first is not -100"),
+    ],
+)
+def test_stream_report_of_nothing(wrapped, ids, labels, message):
+    """A mean over no token is no number."""
+    given = torch.ones(ids, dtype=torch.long)
+    if labels is not None:
+        labels = torch.full_like(given, -100) if labels == "none" else torch.ones(labels, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        wrapped.stream_report(given, labels)
+
+
+@pytest.mark.parametrize("name", ["nope", 3, ["default"]])
+def test_what_is_no_name_of_a_set(wrapped, name):
+    with pytest.raises(ValueError, match=r"There is no set of streams .*; there are: 'default', 'code', 'one'"):
+        wrapped.set_streams(name)
+
+
 @FEW
 def test_stream_report_without_streams(model, zoo):
     for name in (None, "one"):
