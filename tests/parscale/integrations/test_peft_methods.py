@@ -195,6 +195,8 @@ def test_a_model_without_a_head_runs_its_streams(llama, zoo, kind):
 
 @each
 def test_streams_train_with_it_and_are_switched_off_with_it(wrapped, zoo, kind):
+    if kind == "PVERA" and "generator" not in torch.randn_like.__doc__:
+        pytest.skip("PVERA trains by a randn_like with a generator, which this torch does not take")
     ids, model = zoo.token_ids(), wrapped()
     before = logits_of(model, ids)
     tuned = adapted(model, kind)
