@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
+from parscale.compat.torch import is_watched
 from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE
 from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import check_takes_parameters
@@ -90,7 +91,8 @@ def wrap(
         The same object.
 
     Raises:
-        ValueError: a number is out of range, `calibration` does not fit, or the model is already wrapped.
+        ValueError: a number is out of range, `calibration` does not fit, or the model is already wrapped, by itself or
+            as a part of another model.
         UnsupportedModelError: it is not a Hugging Face model; the transform has no place in it, such as a prefix
             without attention; or the whole model does not return the right outputs with streams. The model is then
             unchanged.
@@ -185,6 +187,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         )
     check_impl(kernels, "kernels")
     state = ParScaleState(model, kernels)
+    _check_no_other_wrap(state)
     try:
         BackboneHooks(state).attach()
         _own_config(model)
@@ -206,6 +209,25 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         detach(state)
         raise
     return state
+
+
+def _check_no_other_wrap(state: ParScaleState) -> None:
+    """Checks that no other model, inside this one or around it, runs its streams on the same backbone.
+
+    Both would store their parameters under the same names in the same layers.
+
+    Raises:
+        ValueError: another one does.
+    """
+    for part in state.parts:
+        taken = next(filter(is_watched, part.modules()), None)
+        if taken is not None:
+            where = "is" if taken is state.model else f"has a {type(taken).__name__} inside that is"
+            raise ValueError(
+                f"This {type(state.model).__name__} {where} wrapped already, by itself or as a part of another model: "
+                "add_streams(name, ...) on the model that was wrapped adds another set of streams, "
+                "parscale.unwrap(model) removes them."
+            )
 
 
 def _held_configs(model: object) -> list[tuple[nn.Module, Any]]:

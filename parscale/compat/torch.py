@@ -81,6 +81,11 @@ def watch_replicas(module: nn.Module, make: Callable[[], Any]) -> None:
     setattr(module, _REPLICATE, make)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether `watch_replicas` was called for a module."""
+    return _REPLICATE in vars(module)
+
+
 def unwatch_replicas(module: nn.Module) -> None:
     """Undoes `watch_replicas`."""
     vars(module).pop(_REPLICATE, None)

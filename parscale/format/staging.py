@@ -111,8 +111,11 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
     """The real path of a folder to write to; it need not exist.
 
     Raises:
+        ValueError: it is empty, which `os.path` takes for the current folder.
         NotADirectoryError: it is not a folder, or a broken link.
     """
+    if not os.fspath(path):
+        raise ValueError("The folder to write has an empty name: give one, or '.' for the current folder.")
     target = Path(os.path.abspath(path))
     if target.is_symlink() and not target.exists():
         raise NotADirectoryError(

@@ -276,6 +276,22 @@ def test_wrapped_twice(family, zoo):
     assert torch.equal(logits_of(model, ids), expected)
 
 
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_wrapped_as_a_part_of_another(tiny, inner_first, zoo):
+    """Both would keep their tensors under the same names in the same layers, and one would take the other's away."""
+    model = tiny()
+    first, second = (model.model, model) if inner_first else (model, model.model)
+    parscale.wrap(first, zoo.P, prefix_length=zoo.T, init="random", seed=0)
+    zoo.fill_streams(first)
+    expected, before = logits_of(model, zoo.token_ids()), snapshot(model)
+    with pytest.raises(ValueError, match=r"wrapped already, by itself or as a part of another model.*unwrap"):
+        parscale.wrap(second, 2, prefix_length=3, init="random")
+    assert snapshot(model) == before
+    assert torch.equal(logits_of(model, zoo.token_ids()), expected)
+    parscale.unwrap(first)
+    assert parscale.wrap(second, 2, prefix_length=3, init="random").num_streams == 2
+
+
 def test_unwrapping_what_is_not_wrapped(family):
     with pytest.raises(ValueError, match=r"not wrapped.*parscale\.wrap"):
         parscale.unwrap(family.plain())

@@ -137,3 +137,14 @@ def test_a_file_in_place_of_the_folder(wrapped, save, tmp_path):
     with pytest.raises(NotADirectoryError, match="is a file: give a folder"):
         getattr(wrapped, save)(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_without_a_name(wrapped, tmp_path, monkeypatch):
+    """It is not the current one."""
+    monkeypatch.chdir(tmp_path)
+    for save in (wrapped.save_pretrained, wrapped.save_streams):
+        with pytest.raises(ValueError, match=r"has an empty name: give one, or '\.' for the current folder"):
+            save("")
+    assert not list(tmp_path.iterdir())
+    wrapped.save_streams(".")
+    assert (tmp_path / "streams.safetensors").exists()
