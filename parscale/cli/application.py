@@ -161,9 +161,23 @@ def _bad_input(error: Exception) -> str | None:
         return f"{message.rstrip('.')}. Try '{command} --help'."
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}."
+    text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "SafetensorError":
-        return " ".join(str(error).split()) or type(error).__name__
+        return text or type(error).__name__
+    if _is_out_of_memory(error, text):
+        said = f" ({text})" if text else ""
+        return (
+            "Out of memory; choose fewer streams, shorter texts or a smaller batch, or a device with more memory."
+            f"{said}"
+        )
     return None
+
+
+def _is_out_of_memory(error: Exception, text: str) -> bool:
+    """Whether the memory of the machine or of a device is used up; torch's error for a CPU has no class of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without an import of torch
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "enough memory" in text)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

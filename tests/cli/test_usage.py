@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from safetensors import SafetensorError
 
@@ -14,6 +15,8 @@ from parscale.cli.application import run
 from parscale.cli.options import repeat_list_options
 
 COMMANDS = {"quickstart", "convert", "info", "generate", "eval"}
+
+OUT_OF_MEMORY = "Out of memory; choose fewer streams, shorter texts or a smaller batch, or a device with more memory."
 
 
 def parscale(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -110,6 +113,9 @@ def failing(monkeypatch):
         (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device."),
         (SafetensorError("HeaderTooLarge"), "HeaderTooLarge"),
         (ValueError(), "ValueError"),
+        (MemoryError(), OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), f"{OUT_OF_MEMORY} (CUDA out of memory. Tried)"),
+        (RuntimeError("can't allocate memory"), f"{OUT_OF_MEMORY} (can't allocate memory)"),
     ],
 )
 def test_bad_input_is_one_line(error, line, failing, capsys):
