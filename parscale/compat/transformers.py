@@ -205,11 +205,6 @@ def experts_without_data_dependence(config: PreTrainedConfig) -> Iterator[None]:
         config._experts_implementation = previous
 
 
-def grouped_product() -> Any:
-    """The operator of a mixture of experts while it is compiled or exported; `None` where transformers has none."""
-    return getattr(getattr(torch.ops.transformers, "grouped_mm_fallback", None), "default", None)
-
-
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 

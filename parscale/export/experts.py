@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from parscale.compat.transformers import grouped_product
+import torch
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` writes for operators that it does not know, by operator."""
-    operator = grouped_product()
+    # that of transformers, while it is exported; absent before a model with experts is made, and in some versions
+    operator = getattr(getattr(torch.ops.transformers, "grouped_mm_fallback", None), "default", None)
     return {} if operator is None else {operator: _products}
 
 
