@@ -51,7 +51,7 @@ def test_the_trained_model_is_held_against_the_backbone_that_was_there_before(fu
         entry, differences = entries[where], np.subtract(trained, untouched)
         assert entry["loss"] == pytest.approx(fmean(trained), rel=1e-4)
         assert entry["baseline_loss"] == pytest.approx(fmean(untouched), rel=1e-4)
-        low, high = stats.t.format_interval(0.95, 2, differences.mean(), stats.sem(differences))
+        low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
         assert (entry["low"], entry["high"]) == pytest.approx((low, high), abs=2e-4)
         assert (entry["documents"], entry["tokens"], entry["seeds"]) == (3, report["tokens"], 1)
 
