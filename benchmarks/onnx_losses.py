@@ -1,4 +1,4 @@
-"""What weights in 16, 8 and 4 bits cost a model in ONNX Runtime, with streams and without.
+"""What weights in 8 and 4 bits cost a model in ONNX Runtime, with streams and without.
 
 The package's small model, plain and with streams that have not been trained, is exported in each dtype. The loss is
 that of the beginnings of held-out documents, an end-of-text token in front, by ONNX Runtime. What a dtype adds to it is
@@ -26,9 +26,8 @@ from parscale import wrap
 from parscale.checkpoints import small_model_path, standard_library_split
 from parscale.export.onnx import export_onnx
 
-DTYPES = ("float32", "float16", "int8", "int4")
+DTYPES = ("float32", "int8", "int4")
 KINDS = ((1, "own"), (4, "own"), (4, "shared"), (2, "own"), (2, "shared"))
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of ONNX Runtime's names
 CONFIDENCE = 1.96  # standard errors to each side
 
 
@@ -43,7 +42,7 @@ def losses(folder: Path, documents: list[list[int]]) -> list[float]:
     """Nats per token of each document, by ONNX Runtime."""
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
-    empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), NUMPY[each.type]) for each in caches}
+    empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32) for each in caches}
     found = []
     for document in documents:
         ids = np.array([document])

@@ -118,6 +118,7 @@ def test_of_shared_keys(table, printed):
 def test_of_onnx(table):
     pytest.importorskip("onnxruntime")
     assert table("onnx_runtime.py", RESULTS / "onnx_runtime.json").strip() in page("edge.md")
+    assert table("onnx_losses.py", RESULTS / "onnx_losses.json").strip() in page("edge.md")
 
 
 def test_of_the_mixins(monkeypatch, tmp_path):
