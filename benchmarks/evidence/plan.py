@@ -126,9 +126,9 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
         yield from islice(arms(size, 0, rates), 3)
-    yield from _tasks(rows)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
     yield from one_cache
+    yield from _tasks(rows)
     for seed in range(3):
         yield from decisive("0.2M", seed, rates)
         yield from islice(with_vector("0.2M", seed, rates), 1)

@@ -40,6 +40,7 @@ PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
 TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2
 BYTES_PER_TOKEN = 5  # more than there are
 ROUNDED = 5
+UNTRAINED_FROM = 250_000  # tokens, whose texts untrained streams start from: the smallest budget's
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _start(run: RecycleRun, folder: Path) -> Path:
         return start
     tokenizer = AutoTokenizer.from_pretrained(small_model_path())
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
-    texts = _training(run.tokens)[run.seed % 50 :: 50]  # a fiftieth of them, another for each seed
+    texts = _training(run.tokens or UNTRAINED_FROM)[run.seed % 50 :: 50]  # a fiftieth of them, another for each seed
     calibration = calibration_ids(texts, tokenizer, run.streams, run.streams * PREFIX_LENGTH)
     prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed, kv=run.kv), calibration)
     model.save_pretrained(folder / "start.partial")

@@ -254,19 +254,42 @@ def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def law(rows: Rows) -> dict[str, Any] | None:
-    """k from the models from scratch, in the middle of documents; None until there are three sizes."""
-    points = [
-        (row["params"], row["run"]["streams"], fmean(row["test"]["middle"]))
-        for arms in by_size(rows).values()
-        for name in ("dense", "P = 2", "P = 4")
-        for row in arms.get(name, {}).values()
-    ]
-    if len({params for params, streams, _ in points if streams == 1}) < 3:
+    """k from the models from scratch, in the middle of documents; None until there are three sizes.
+
+    Fitted twice: N counts all parameters without embeddings, as the rule says, and those of the backbone alone.
+    """
+    sizes = [arms for arms in by_size(rows).values() if "dense" in arms]
+    if len(sizes) < 3:
         return None
-    params, streams, losses = zip(*points, strict=True)
-    fitted = fit(params, streams, losses, bootstrap=200)
-    values = {name: getattr(fitted, name) for name in ("E", "A", "alpha", "k", "r2")}
-    return {"points": len(points), "intervals": fitted.intervals} | values
+    counts: dict[str, list[int]] = {"all parameters": [], "the backbone's parameters": []}
+    streams, losses = [], []
+    for arms in sizes:
+        (backbone,) = {row["params"] for row in arms["dense"].values()}
+        for row in (row for name in ("dense", "P = 2", "P = 4") for row in arms.get(name, {}).values()):
+            counts["all parameters"].append(row["params"])
+            counts["the backbone's parameters"].append(backbone)
+            streams.append(row["run"]["streams"])
+            losses.append(fmean(row["test"]["middle"]))
+    fits = {}
+    for counted, params in counts.items():
+        fitted = fit(params, streams, losses, bootstrap=200)
+        assert fitted.intervals is not None
+        values = {name: getattr(fitted, name) for name in ("E", "A", "alpha", "k", "r2")}
+        fits[counted] = values | {"k_interval": fitted.intervals["k"], "notes": fitted.notes}
+    return {"models": len(losses), "sizes": len(sizes), "N": fits}
+
+
+def law_sentence(found: dict[str, Any] | None) -> str:
+    """The law's k, with its interval."""
+    if found is None:
+        return "The law: fewer than three sizes are finished."
+    texts = [
+        "k = {k:+.2f} ({:+.2f}, {:+.2f}) where N counts {counted}".format(
+            *fitted["k_interval"], counted=counted, **fitted
+        )
+        for counted, fitted in found["N"].items()
+    ]
+    return f"The law, fitted to {found['models']} models of {found['sizes']} sizes, 90 % interval: {'; '.join(texts)}."
 
 
 def rounded(interval: Interval) -> dict[str, Any]:
@@ -286,7 +309,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Gains by the rule: " + ("; ".join(report["gains"]) or "none so far") + ".",
         "",
-        "The law: " + (json.dumps(report["law"]) if report["law"] else "fewer than three sizes are finished") + ".",
+        law_sentence(report["law"]),
         "",
         *_row("study", "size", "tokens", "arm", "against", "beginning", "middle", "seeds", "precision"),
         *_row(*["---"] * 9),

@@ -242,6 +242,18 @@ def test_one_cache_starts_from_the_texts_of_streams_with_their_own(tmp_path: Pat
     torch.testing.assert_close(shared, own[:1])
 
 
+def test_untrained_streams_of_any_seed_start_from_texts(tmp_path: Path) -> None:
+    import recycling
+
+    runs = [recycling.RecycleRun("untrained", 4, 0, seed) for seed in (0, 1)]
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+    starts = [parscale.load(recycling._start(run, tmp_path / run.name)) for run in runs]
+    first, second = (start.get_decoder().layers[0].self_attn.prefix_k for start in starts)
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)
+
+
 def test_answers_of_tasks_are_right() -> None:
     from tasks import EQUALS, examples
 
@@ -305,6 +317,30 @@ def test_a_variant_gains_only_if_it_beats_what_one_of_its_streams_has(variant: s
     assert gains(rows) == [f"scratch, 0.1M, 10 tokens: P = 4, {variant}"]
     assert gains(rows[:-1]) == []
     assert gains([*rows[:-1], rows[-1] | {"high": 0.001}]) == []
+
+
+def test_the_laws_k_is_found_again() -> None:
+    """N counts the parameters of streams; where it does not, streams are worth theirs too."""
+    from dataclasses import asdict
+
+    from arms import Run
+    from plan import SIZES
+    from report import law
+
+    rows: dict[str, Any] = {}
+    for size, seed, streams in product(("0.1M", "0.2M", "0.4M"), (0, 1), (1, 2, 4)):
+        run = Run(*SIZES[size][:2], streams, SIZES[size][2], seed, 8e-3)
+        params = run.hidden**2 * run.layers * (20 + streams)
+        loss = (1 + 1e-6 * seed) * (4e5 / (params * (0.3 * np.log(streams) + 1))) ** 0.25
+        losses = {where: [loss] for where in ("beginning", "middle")}
+        row = {"run": asdict(run), "params": params, "text": "", "tuning": losses, "test": losses}
+        rows[run.name] = row
+    found = law(rows)
+    assert found is not None
+    assert (found["models"], found["sizes"]) == (18, 3)
+    assert found["N"]["all parameters"]["k"] == pytest.approx(0.3, abs=1e-3)
+    assert found["N"]["the backbone's parameters"]["k"] > 0.35
+    assert law({name: row for name, row in rows.items() if row["run"]["hidden"] < 80}) is None
 
 
 def test_the_study_follows_when_its_rates_are_tuned() -> None:
