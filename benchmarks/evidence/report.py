@@ -60,8 +60,9 @@ SCRATCH_PAIRS = {
     "average": ("dense",),
 }
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
-CONTROLS = {"scratch": ("dense", "prefix", "long prefix"), "recycling": ("alone", "prefix", "long-prefix")}
-STREAM_ARMS = [arm for arm in SCRATCH_PAIRS if arm.startswith("P")] + ["frozen", "streams-and-backbone"]
+CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
+CONTROLS |= {f"frozen{kv}": ("alone", "prefix", "long-prefix") for kv in ("", ", shared")}
+CONTROLS |= {f"streams-and-backbone{kv}": ("alone", "prefix-and-backbone") for kv in ("", ", shared")}
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
@@ -235,21 +236,16 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
 
 def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
     """Where streams gain by the rule: against every control, in the middle, over two seeds or more."""
-    middle = [entry for entry in comparisons if entry["where"] == "middle"]
+    against: dict[tuple[str, str, int, str], dict[str, bool]] = {}
+    for entry in comparisons:
+        if entry["where"] == "middle":
+            key = (entry["study"], entry["size"], entry["tokens"], entry["arm"])
+            against.setdefault(key, {})[entry["baseline"]] = entry["high"] < 0 and entry["seeds"] > 1
     found = []
-    for study, controls in CONTROLS.items():
-        keys = {(entry["size"], entry["tokens"]) for entry in middle if entry["study"] == study}
-        for size, tokens in sorted(keys, key=str):
-            for arm in STREAM_ARMS:
-                against = {
-                    entry["baseline"]: entry["high"] < 0 and entry["seeds"] > 1
-                    for entry in middle
-                    if (entry["study"], entry["size"], entry["tokens"], entry["arm"]) == (study, size, tokens, arm)
-                }
-                needed = [control for control in controls if control in against or arm.startswith("P")]
-                needed += [control for variant, control in OF_ONE_STREAM.items() if variant in arm]
-                if needed and all(against.get(control, False) for control in needed):
-                    found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
+    for (study, size, tokens, arm), beaten in against.items():
+        needed = [*CONTROLS.get(arm, ()), *(control for variant, control in OF_ONE_STREAM.items() if variant in arm)]
+        if arm in CONTROLS and all(beaten.get(control, False) for control in needed):
+            found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
     return found
 
 

@@ -307,6 +307,25 @@ def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
         assert gains(entries(**changed)) == []
 
 
+@pytest.mark.parametrize(
+    ("arm", "controls"),
+    [
+        ("frozen", ("alone", "prefix", "long-prefix")),
+        ("streams-and-backbone", ("alone", "prefix-and-backbone")),
+        ("streams-and-backbone, shared", ("alone", "prefix-and-backbone")),
+    ],
+)
+def test_a_recycled_model_gains_only_if_it_beats_one_prefix_too(arm: str, controls: tuple[str, ...]) -> None:
+    """One that is trained as it was."""
+    from report import gains
+
+    common = {"study": "recycling", "size": "P = 4", "tokens": 10, "arm": arm, "where": "middle"}
+    rows = [common | {"baseline": control, "high": -0.001, "seeds": 2} for control in controls]
+    assert gains(rows) == [f"recycling, P = 4, 10 tokens: {arm}"]
+    for number in range(len(rows)):
+        assert gains(rows[:number] + rows[number + 1 :]) == []
+
+
 @pytest.mark.parametrize("variant", ["embedding", "shared-window=8"])
 def test_a_variant_gains_only_if_it_beats_what_one_of_its_streams_has(variant: str) -> None:
     from report import gains
