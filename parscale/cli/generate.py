@@ -15,11 +15,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
+COLDEST = 1e-3
+"""The lowest temperature besides 0: far below it, logits divided by it are no numbers of half precision any more."""
+
+
+def _temperature(value: float) -> float:
+    if not (value == 0 or COLDEST <= value < float("inf")):
+        raise typer.BadParameter(f"{value} is not 0 or a number from {COLDEST} on; 0 takes the likeliest token")
+    return value
+
+
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=_temperature, help="0 takes the likeliest token each time.")
+    ] = 0.0,
     adaptive: Adaptive = None,
     streams: Streams = None,
     seed: Seed = None,
