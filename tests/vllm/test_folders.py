@@ -164,7 +164,7 @@ def test_another_kind_of_model(serving, tmp_path):
     refused(serving, tmp_path, "serves Qwen2ForCausalLM, .* this checkpoint is BertParScaleForMaskedLM")
 
 
-@pytest.mark.parametrize("version", ["0.31.5", "0.33.0", "1.2.3+cpu"])
+@pytest.mark.parametrize("version", ["0.31.5", "0.34.0", "1.2.3+cpu"])
 def test_another_version_of_vllm(serving, make_folder, monkeypatch, version):
     import vllm
 
@@ -173,7 +173,7 @@ def test_another_version_of_vllm(serving, make_folder, monkeypatch, version):
     try:
         monkeypatch.setattr(vllm, "__version__", version)
         register()
-        match = rf"vLLM {re.escape(version)} is installed, .* by vLLM 0.32: pip install"
+        match = rf"vLLM {re.escape(version)} is installed, .* by vLLM 0.32 and 0.33: pip install"
         refused(serving, make_folder("Qwen2", 4), match)
         refused(serving, make_folder("Qwen2", 1), match)
     finally:

@@ -16,7 +16,7 @@ streams run in it:
 from __future__ import annotations
 
 FAMILIES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
-TESTED = ("0.32",)  # minor versions of vLLM: others may change the internals that this plugin uses
+TESTED = ("0.32", "0.33")  # minor versions of vLLM: others may change the internals that this plugin uses
 
 
 def register() -> None:
