@@ -159,8 +159,7 @@ def _device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.zeros(1, device=device).item()  # of a "meta" device, which holds nothing, this is an error too
+        return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # without CUDA, torch raises an AssertionError
         raise ValueError(f"The device {device!r} is not available; give cpu, or a GPU that torch sees.") from error
-    return place

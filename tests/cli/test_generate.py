@@ -44,6 +44,7 @@ def test_plain_backbone(backbone, capsys):
         (["--prompt", ""], "The prompt has no tokens"),
         (["--prompt", "x", "--streams", "nothing"], "nothing"),
         (["--prompt", "x", "--device", "abacus"], "The device 'abacus' is not available"),
+        (["--prompt", "x", "--device", "meta"], "The device 'meta' is not available"),
     ],
 )
 def test_bad_input(two_sets, capsys, options, complaint):
