@@ -9,12 +9,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+SEEDS = {2: "two seeds", 3: "three seeds"}
 FOLDERS = ("parscale", "kernels", "checkpoints", "scaling_laws", "examples", "benchmarks", "docs", "tests")
 
 
 def on_file(part):
     """A part of the evidence, such as its comparisons."""
     return json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())[part]
+
+
+def compared(study, size):
+    """Its comparisons by arm, baseline and place."""
+    entries = [entry for entry in on_file("comparisons") if (entry["study"], entry["size"]) == (study, size)]
+    return {(entry["arm"], entry["baseline"], entry["where"]): entry for entry in entries}
+
+
+def shown(entry):
+    """A difference with its interval, as pages write it."""
+    return f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
+
+
+def is_said(sentence):
+    return sentence in " ".join(README.split())
 
 
 def test_it_is_read_in_one_sitting():
@@ -61,64 +77,51 @@ def test_the_counts_of_architectures_are_those_on_file():
     ],
 )
 def test_the_figures_against_controls_are_those_on_file(baseline, title):
-    comparisons = on_file("comparisons")
-    found = {
-        (entry["arm"], entry["where"]): entry
-        for entry in comparisons
-        if (entry["study"], entry["size"], entry["baseline"]) == ("scratch", "0.1M", baseline)
-    }
-    shown = [found[arm, where] for arm in ("P = 4", "P = 2, embedding") for where in ("beginning", "middle")]
-    cells = [f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" for entry in shown]
-    assert f"| {title} | {' | '.join(cells)} |" in README
-    assert {entry["documents"] for entry in shown} == {561}
-    assert [entry["seeds"] for entry in shown[::2]] == [3, 3 if baseline == "twice as wide" else 8]
+    found = compared("scratch", "0.1M")
+    entries = [found[arm, baseline, at] for arm in ("P = 4", "P = 2, embedding") for at in ("beginning", "middle")]
+    assert f"| {title} | {' | '.join(map(shown, entries))} |" in README
+    assert {entry["documents"] for entry in entries} == {561}
+    assert [entry["seeds"] for entry in entries[::2]] == [3, 3 if baseline == "twice as wide" else 8]
 
 
 def test_what_a_second_stream_adds_to_a_vector_is_on_file():
-    comparisons = on_file("comparisons")
-    found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "0.1M"}
-    shown = [found["P = 2, embedding", "prefix, embedding", where] for where in ("beginning", "middle")]
-    cells = [f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" for entry in shown]
-    assert f"| one trained prefix with a vector | | | {' | '.join(cells)} |" in README
-    assert {entry["seeds"] for entry in shown} == {8}
-    assert shown[1]["low"] < 0 < shown[1]["high"]
+    found = compared("scratch", "0.1M")
+    entries = [found["P = 2, embedding", "prefix, embedding", where] for where in ("beginning", "middle")]
+    assert f"| one trained prefix with a vector | | | {' | '.join(map(shown, entries))} |" in README
+    assert {entry["seeds"] for entry in entries} == {8}
+    assert entries[1]["low"] < 0 < entries[1]["high"]
     alone = found["dense, embedding", "dense", "middle"]
     assert f"lowers the dense model's loss by {-alone['difference']:.3f}" in README
 
 
 def test_what_recycled_streams_add_to_one_prefix_is_on_file():
-    comparisons = on_file("comparisons")
-    found = {(e["size"], e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["study"] == "recycling"}
-    entry = found["P = 4", "streams-and-backbone", "prefix-and-backbone", "middle"]
-    figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
-    assert f"Recycled, with one seed, four streams are as good as one prefix: {figures}" in " ".join(README.split())
-    assert entry["seeds"] == 1
+    entry = compared("recycling", "P = 4")["streams-and-backbone", "prefix-and-backbone", "middle"]
+    assert is_said(f"four streams are as good as one prefix over {SEEDS[entry['seeds']]}: {shown(entry)}")
+    assert entry["low"] < 0 < entry["high"]
 
 
 def test_what_one_cache_costs_is_on_file():
-    comparisons = on_file("comparisons")
-    entry = next(
-        entry
-        for entry in comparisons
-        if (entry["arm"], entry["baseline"], entry["where"]) == ("P = 4, shared", "P = 4", "middle")
-        and entry["size"] == "0.1M"
-    )
-    assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in " ".join(README.split())
+    entry = compared("scratch", "0.1M")["P = 4, shared", "P = 4", "middle"]
+    assert is_said(f"costs nothing that {SEEDS[entry['seeds']]} could show from scratch: {shown(entry)}")
+    found = compared("recycling", "P = 4")
+    both, frozen = (found[f"{arm}, shared", arm, "middle"] for arm in ("streams-and-backbone", "frozen"))
+    figures = f"{shown(both)} where everything trains, and {shown(frozen)} on a frozen backbone"
+    assert is_said(f"recycled, over {SEEDS[both['seeds']]}, {figures}")
+    assert both["seeds"] == frozen["seeds"]
 
 
-@pytest.mark.parametrize("arm", ["frozen", "streams-and-backbone"])
-def test_what_one_cache_costs_recycled_is_on_file(arm):
-    comparisons = on_file("comparisons")
-    found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "P = 4"}
-    entry = found[f"{arm}, shared", arm, "middle"]
-    assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in " ".join(README.split())
-    assert entry["seeds"] == 1
+def test_the_laws_k_is_on_file():
+    law = on_file("law")
+    found = law["N"]["all parameters"]
+    low, high = found["k_interval"]
+    assert is_said(f"fitted to {law['models']} models of our own at 0.1 to 0.4 million, has k = {found['k']:.2f}")
+    assert is_said(f"k = {found['k']:.2f} ({low:.2f}, {high:.2f}) in place of 0.39 (90 %)")
+    assert law["sizes"] == 3
 
 
 @pytest.mark.parametrize("baseline", ["twice as wide", "average"])
 def test_what_is_better_where_memory_allows_it(baseline):
-    comparisons = on_file("comparisons")
-    found = {(e["arm"], e["baseline"], e["where"]): e for e in comparisons if e["size"] == "0.1M"}
+    found = compared("scratch", "0.1M")
     for where in ("beginning", "middle"):
         assert found["P = 4", baseline, where]["low"] > 0.03
 
