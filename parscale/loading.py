@@ -95,6 +95,8 @@ def load(
     check_impl(kernels, "kernels")
     checkpoint = Checkpoint(path_or_repo, revision=revision)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    if isinstance(device_map, Mapping) and not device_map:
+        raise ValueError('device_map names no module, got {}: leave it out, or give a device for all, as {"": "cpu"}.')
     if tp_plan is not None and distributed_config is not None:
         raise ValueError("distributed_config has its own tp_plan: give only one of them.")
     options["distributed_config"] = distributed_config if tp_plan is None else _tensor_parallel(tp_plan)

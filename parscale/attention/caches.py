@@ -17,9 +17,13 @@ def fit_rows(cache: object, rows: int, num_streams: int) -> None:
         num_streams: P.
 
     Raises:
-        ValueError: it has memory for another number of rows, or holds B rows of text that the plain backbone has read.
+        ValueError: it has memory for another number of rows, or holds another number of rows of text, as one that the
+            plain backbone has read.
     """
-    if not isinstance(cache, StaticCache) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(cache, StaticCache):
+        _check_rows(cache, rows, num_streams)
         return
     for layer in cache.layers:
         if not isinstance(layer, StaticLayer) or not layer.is_initialized or layer.keys is None:
@@ -35,6 +39,19 @@ def fit_rows(cache: object, rows: int, num_streams: int) -> None:
                 f"with batch_size={rows * num_streams} where early_initialization asks for it."
             )
         layer.is_initialized = False
+
+
+def _check_rows(cache: object, rows: int, num_streams: int) -> None:
+    """Refuses a cache that grows and whose first layer holds keys of another number of rows than P*B."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    if keys is None or keys.numel() == 0 or keys.shape[0] == rows * num_streams:
+        return
+    raise ValueError(
+        f"This cache has {keys.shape[0]} rows: {num_streams} streams of {rows} rows need {rows * num_streams}. Give a "
+        "new cache, or the one that these streams have filled from as many rows. A beam search moves the rows of all "
+        "streams where the model that generates is the wrapped one: wrap it, not its backbone alone."
+    )
 
 
 def is_empty(cache: object) -> bool:

@@ -277,6 +277,17 @@ def test_beams_with_scores(llama, zoo):
     zoo.close(transitions, expected, 2e-5)
 
 
+def test_beams_of_a_model_whose_backbone_alone_is_wrapped(zoo):
+    """It moves rows of the cache without asking the backbone; greedy tokens are those of the model wrapped whole."""
+    whole, ids = make(zoo, "llama"), zoo.token_ids()
+    model = zoo.Case(zoo.FAMILIES["llama"]).plain()
+    parscale.wrap(model.model, zoo.P, prefix_length=zoo.T, init="random")
+    model.load_state_dict(whole.state_dict())
+    assert torch.equal(generate(model, ids), generate(whole, ids))
+    with pytest.raises(ValueError, match=rf"has {3 * zoo.B} rows: {zoo.P} streams of {3 * zoo.B} rows need .*wrap it"):
+        generate(model, ids, num_beams=3)
+
+
 class Collector(BaseStreamer):
     def __init__(self) -> None:
         self.pieces, self.ended = [], False

@@ -89,6 +89,11 @@ def test_attention_implementation(folder, wrapped, read, zoo):
     zoo.close(logits_of(model), logits_of(wrapped), 1e-4)
 
 
+def test_a_device_map_of_nothing(folder):
+    with pytest.raises(ValueError, match=r"device_map names no module, got \{\}: leave it out"):
+        load(folder, device_map={})
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_device_map(folder, wrapped, read, device_map, zoo):
     zoo.close(logits_of(read(folder, device_map=device_map)), logits_of(wrapped), 1e-5)
