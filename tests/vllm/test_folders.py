@@ -110,40 +110,6 @@ def test_tied_embeddings(make_folder, serving):
         assert agrees(llm, serving, model_of(folder))
 
 
-def test_compiled(make_folder, serving):
-    """As vLLM runs by default."""
-    folder = make_folder("Qwen3", 4)
-    with serving.engine(folder, enforce_eager=False) as llm:
-        assert agrees(llm, serving, model_of(folder))
-
-
-@pytest.mark.parametrize("kv", ["own", "shared"])
-def test_cut_into_pieces(make_folder, serving, monkeypatch, kv):
-    """As vLLM runs on GPUs by default: the graph is cut at the attention, and a piece knows how many tokens it may get.
-
-    On a CPU vLLM switches this off; here it is on, with eager torch in place of the compiler. A piece that took the P
-    rows of a token for P tokens would find more than it may get; with shared keys it gets rows, and knows how many.
-    """
-    from vllm.compilation.counter import compilation_counter
-    from vllm.platforms.cpu import CpuPlatform
-
-    own = CpuPlatform.check_and_update_config.__func__
-
-    def keeps_the_mode(cls, vllm_config):
-        compilation = vllm_config.compilation_config
-        mode = compilation.mode
-        own(cls, vllm_config)
-        compilation.mode, compilation.backend, compilation.compile_sizes = mode, "eager", []
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keeps_the_mode))
-    folder = make_folder("Qwen2", 4, kv=kv)
-    before = compilation_counter.num_piecewise_graphs_seen
-    pieces = {"mode": 3, "cudagraph_mode": "NONE"}
-    with serving.engine(folder, enforce_eager=False, max_num_batched_tokens=32, compilation_config=pieces) as llm:
-        assert compilation_counter.num_piecewise_graphs_seen - before == 5  # two layers' attentions, and around them
-        assert agrees(llm, serving, model_of(folder))
-
-
 # -- What is refused, at the start
 
 

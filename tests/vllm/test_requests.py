@@ -144,7 +144,7 @@ from vllm import LLM, SamplingParams
 folder, ids, longest, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=longest, skip_tokenizer_init=True,
-          speculative_config=guesses, disable_log_stats=False)
+          speculative_config=guesses, disable_log_stats=False, kv_cache_memory_bytes=2**27)
 wanted = SamplingParams(temperature=0, min_tokens=new, max_tokens=new, detokenize=False)
 out = llm.generate([{"prompt_token_ids": ids}], wanted, use_tqdm=False)[0].outputs[0]
 metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}

@@ -41,7 +41,7 @@ def url(folder, tmp_path_factory):
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--served-model-name", NAME]
     command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--max-model-len", LONGEST]
-    command += ["--enforce-eager", "--max-num-seqs", 8]
+    command += ["--enforce-eager", "--max-num-seqs", 8, "--kv-cache-memory-bytes", 2**27]
     with log.open("wb") as file:
         process = subprocess.Popen(
             list(map(str, command)),

@@ -154,13 +154,6 @@ def test_blocks_of_the_cache(make_folder, serving, tmp_path_factory, tiny, kv):
     assert numbers[0] == numbers[1] * (1 if kv == "shared" else 4)
 
 
-def test_compiled(folder, model, serving):
-    prompts = serving.prompts([3, 40, 100], seed=8)
-    with serving.engine(folder, enforce_eager=False, max_num_batched_tokens=64) as llm:
-        tokens, _ = ask(llm, [(ids, {}) for ids in prompts])
-    assert tokens == [expected(model, serving, ids) for ids in prompts]
-
-
 def test_two_processes(folder, serving):
     prompts = serving.prompts([1, 30, 200])
     with serving.engine(folder, tensor_parallel_size=2, max_num_batched_tokens=96) as llm:
