@@ -4,8 +4,11 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
+# Tests write many small files, and wait until each is on the disk: not where there is room in memory, in GB.
+ROOM := $(shell df --output=avail --block-size=1G /dev/shm 2>/dev/null | tail -n 1)
+IN_MEMORY := $(if $(filter-out 0 1 2 3,$(ROOM)),TMPDIR=/dev/shm)
 # Tests start many processes: they keep what they compile of Python, also where the surroundings say not to.
-FOR_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+FOR_TESTS := $(IN_MEMORY) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 ON_THE_CPU := CUDA_VISIBLE_DEVICES= $(FOR_TESTS)
 # Each worker begins with whole files, whose fixtures are then made once, and takes from the others when it has done.
 WORKERS := -n $(JOBS) --dist worksteal

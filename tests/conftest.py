@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or nanobind (of Triton) reports it as leaked
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begins each test, its fixtures too, with the same random numbers: which tests ran before it changes nothing."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 class Programs:
