@@ -56,8 +56,8 @@ def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == ARGUMENTS.keys() | {"pretrain_small_model"}
 
 
-# By day the next test runs the first, and the tests of serving start a server as the second does.
-NIGHTLY = {"train_with_trainer", "serve_and_ask"}
+# By day the next test runs the first; the others do what the tests of serving, export, training and TRL do by day.
+NIGHTLY = {"train_with_trainer", "serve_and_ask", "export_onnx", "streams_for_each_p", "post_train", "grpo_model"}
 NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name in NIGHTLY else name for name in ARGUMENTS]
 
 

@@ -1,5 +1,7 @@
 """Tiny checkpoints to train, and runs in processes of their own."""
 
+import os
+
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -7,6 +9,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from parscale import wrap
 
 TEXT = "".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(60))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unflushed():
+    """No file waits for the disk, as about a hundred do in each run; only a loss of power could tell the difference."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from statistics import fmean
 
 import pytest
@@ -15,6 +16,7 @@ from parscale.checkpoints.control_runs import check_controls, controls_of, train
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training.packing import Shuffled, pack_documents
+from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.train import TrainSettings, train
 
 S, BATCH, P, T = 16, 2, 3, 4
@@ -129,14 +131,26 @@ def test_all_that_is_there_is_not_trained_again(finished, full, monkeypatch):
     assert train_controls(str(full), folder, SETTINGS) == report
 
 
-def test_an_end_in_between_is_gone_on_from(finished, full, tmp_path, monkeypatch):
-    folder, calls = trained(full, tmp_path / "run"), []
+@pytest.fixture
+def run_alone(finished, tmp_path):
+    """The finished run without its controls."""
+    return shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("controls", "controls.json"))
+
+
+@pytest.mark.parametrize("how", ["copied", pytest.param("trained", marks=pytest.mark.nightly)])
+def test_an_end_in_between_is_gone_on_from(finished, run_alone, full, monkeypatch, how):
+    """By day what trains a control copies the finished one."""
+    folder, calls = run_alone, []
 
     def counted(start, place, settings, **options):
         calls.append(place.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return train(start, place, settings, **options)
+        if how == "trained":
+            return train(start, place, settings, **options)
+        assert options["resume"]
+        shutil.copytree(finished[0] / "controls" / place.name, place)
+        return Run(place).report()
 
     monkeypatch.setattr(control_runs, "train", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -149,11 +163,10 @@ def test_an_end_in_between_is_gone_on_from(finished, full, tmp_path, monkeypatch
     assert (folder / "README.md").read_text() == "My own card."
 
 
-def test_other_data_than_the_run_had_is_refused(full, tmp_path):
-    folder = trained(full, tmp_path / "run")
+def test_other_data_than_the_run_had_is_refused(full, run_alone):
     other = dataclasses.replace(SETTINGS, data=[Source.of("train", TRAIN[::-1])])
     with pytest.raises(ValueError, match=r"differs from the run in .* by data_digest: give the data"):
-        train_controls(str(full), folder, other)
+        train_controls(str(full), run_alone, other)
 
 
 def test_what_cannot_be_compared_is_refused_before_any_work(full, backbone, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Tiny checkpoints with streams, and text."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ from transformers import LlamaForCausalLM
 import parscale
 
 TEXT = "".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in range(60))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unflushed():
+    """No file waits for the disk, as about a hundred do in each run; only a loss of power could tell the difference."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

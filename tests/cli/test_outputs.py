@@ -165,7 +165,7 @@ def test_a_closed_terminal_loses_no_step(two_sets, text_file, tmp_path, programs
     assert Run(output).metrics()[-1]["step"] == step
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.nightly)])
 def test_a_conversion_that_is_stopped_leaves_nothing(backbone, tmp_path, programs, name):
     """A signal of its own, which does not come from a terminal."""
     script = (

@@ -7,7 +7,7 @@ import pytest
 from parscale import load
 from parscale.cli.application import BAD_INPUT, INTERRUPTED, run
 
-SIZES = ["--tokens", "0.192K", "--sequence-length", "16", "--batch-size", "4"]
+SIZES = ["--tokens", "0.192K", "--sequence-length", "16", "--batch-size", "4", "--eval-tokens", "64"]
 
 
 def test_trains_and_reports(two_sets, text_file, tmp_path, capsys):

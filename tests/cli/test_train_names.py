@@ -7,7 +7,8 @@ import pytest
 
 from parscale.cli.application import BAD_INPUT, run
 
-SIZES = ["--tokens", "0.128K", "--sequence-length", "16", "--batch-size", "4", "--freeze-backbone"]
+SIZES = ["--tokens", "0.128K", "--sequence-length", "16", "--batch-size", "4", "--eval-tokens", "64"]
+SIZES += ["--freeze-backbone"]
 
 
 def test_a_name_that_is_not_utf8_stays_readable_to_the_card(two_sets, text_file, tmp_path, monkeypatch):

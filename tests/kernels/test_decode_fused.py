@@ -150,7 +150,9 @@ def test_splits(splits, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("length", [[7], [0, 1, 64, 65], *AT_THE_ENDS], ids=str)
+@pytest.mark.parametrize(
+    "length", [pytest.param([7], marks=pytest.mark.nightly), [0, 1, 64, 65], *AT_THE_ENDS], ids=str
+)
 def test_valid_length(length, device, poisoned, assert_as_exact):
     """What lies beyond it may be anything."""
     tensors = inputs(GROUPED, SINGLE, device)

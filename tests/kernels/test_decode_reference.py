@@ -192,7 +192,8 @@ def test_under_vmap(kind):
     torch.testing.assert_close(mapped, one_by_one, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str)
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_under_compile(dtype):
     """In one graph, for a cache that grows, without a new graph for each length."""
     torch._dynamo.reset()

@@ -38,7 +38,15 @@ def make(name, device, kv="own"):
 @pytest.mark.grid
 @pytest.mark.kernel
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize(("name", "kv"), [*((name, "own") for name in MODELS), ("Llama", "shared")])
+@pytest.mark.parametrize(
+    ("name", "kv"),
+    [
+        ("Llama", "own"),
+        ("Mistral", "own"),
+        ("Llama", "shared"),
+        *(pytest.param(name, "own", marks=pytest.mark.nightly) for name in MODELS if name not in ("Llama", "Mistral")),
+    ],
+)
 @torch.no_grad()
 def test_texts_and_scores(name, kv, cache, device):
     """Of two prompts, one of them padded on the left."""

@@ -55,7 +55,7 @@ def test_prefill_and_decoding(name, zoo):
 
 def test_switching_sets_between_compiled_calls(zoo):
     """A set is a part of what was compiled: another one compiles anew, and the first is found again."""
-    model, ids = make(zoo, "llama", num_hidden_layers=1), zoo.token_ids()
+    model, ids = make(zoo, "llama", num_hidden_layers=1), zoo.token_ids()[:, :5]  # a prompt and one token
     model.add_streams("other", 2, prefix_length=3, init="random")
     zoo.fill_streams(model, seed=9, name="other")
     compiled, expected = torch.compile(model, fullgraph=True, backend="aot_eager"), {}
@@ -87,7 +87,7 @@ def test_generate_compiles_its_decoding(name, zoo):
 
 
 @pytest.mark.slow
-@pytest.mark.nightly  # by day FlexAttention is compiled by it, see test_flex.py
+@pytest.mark.nightly  # it compiles C++
 def test_by_inductor(zoo):
     """Torch's own backend, with code made for this machine."""
     model, ids = make(zoo, "llama"), zoo.token_ids()

@@ -19,11 +19,9 @@ def test_there_are_three():
     assert {path.name for path in FOLDER.glob("*.ipynb")} == set(SAYS)
 
 
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in SAYS if name != "1_the_paper.ipynb"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1_the_paper.ipynb", *NIGHTLY])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SAYS)
 def test_notebook_runs(name, tmp_path):
     notebook = nbformat.read(FOLDER / name, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))

@@ -139,6 +139,7 @@ def test_what_goes_wrong_on_ray_is_said_as_elsewhere(small_corpus, tmp_path, clu
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # by day a pool that breaks at once, below
 def test_killed_workers_are_said_and_finished_runs_are_kept(small_corpus, tmp_path):
     def kill(run, share):
         for worker in multiprocessing.active_children():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import sys
 import warnings
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.config.group import GroupConfig
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _index
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
@@ -36,6 +37,22 @@ pytestmark = pytest.mark.usefixtures("brief_lm_eval")
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture
+def own_tasks(monkeypatch):
+    """Lets lm-eval find only some of the files of its own tasks; it takes ten seconds to read all."""
+    find, own = _index.TaskIndex._iter_yaml_files, Path(_index.__file__).parent
+
+    def only(chosen):
+        some = staticmethod(lambda root: [path for path in find(root) if root != own or chosen(path)])
+        monkeypatch.setattr(_index.TaskIndex, "_iter_yaml_files", some)
+
+    return only
+
+
+def of_hellaswag(path):
+    return path.parent.name == "hellaswag"
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +174,7 @@ def test_contexts_run_with_one_row_where_streams_share_keys(tokenizer, batch_siz
     assert whole[0] == pytest.approx(whole[1], rel=1e-9)
 
 
-@pytest.mark.parametrize("num_streams", [1, 4])
+@pytest.mark.parametrize("num_streams", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_generation(tokenizer, num_streams):
     """The same text alone, and padded on the left beside longer ones."""
     model = build(num_streams)
@@ -195,9 +212,12 @@ def by_hand(model, tokenizer):
     }
 
 
-@pytest.mark.parametrize("streams", ["default", "other", "off"])
+@pytest.mark.parametrize("streams", ["default", pytest.param("other", marks=pytest.mark.nightly), "off"])
 def test_tasks(tokenizer, streams):
-    """Of the active set, of another, and of none: then the figures are those of a model that was never wrapped."""
+    """Of the active set, of another, and of none: then the figures are those of a model that was never wrapped.
+
+    By day another set is measured by the command, see tests/cli/test_eval.py.
+    """
     model = build(4)
     model.set_streams(None if streams == "off" else streams)
     results = evaluate_tasks(model, tokenizer, FILES)
@@ -209,8 +229,11 @@ def test_tasks(tokenizer, streams):
     json.dumps(results, allow_nan=False)
 
 
-def test_a_group_and_examples_before_each_question(tokenizer, tmp_path):
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_a_group_and_examples_before_each_question(tokenizer, tmp_path, own_tasks, every):
     """By name, from a folder of one's own; the group has the mean over those tasks that have the metric."""
+    if not every:
+        own_tasks(of_hellaswag)
     for path in TASKS.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_text(path.read_text())
@@ -300,12 +323,20 @@ def test_without_lm_eval(tokenizer, monkeypatch):
         evaluate_tasks(build(None), tokenizer, FILES)
 
 
-def test_recipes(caplog):
-    """Each is a group by its file's name, of tasks that lm-eval knows, and hides none of lm-eval's own."""
-    manager = TaskManager(include_path=RECIPES)
-    assert "overrides" not in caplog.text
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_recipes(caplog, own_tasks, every):
+    """Each is a group by its file's name, of tasks that lm-eval knows, and hides none of lm-eval's own.
+
+    By day lm-eval reads those of its files that have one of the names on a line of its own, as a task, group or tag.
+    """
     recipes = {path.stem: path for path in RECIPES.iterdir()}
     assert recipes.keys() == {"general", "math", "code", "hallucination"}
+    if not every:
+        listed = re.findall(r"^ *- *(\w+) *$", "\n".join(path.read_text() for path in recipes.values()), re.MULTILINE)
+        line = rf"^\W*((task|group|tag)\W+)?({'|'.join([*recipes, *listed])})\W*$"
+        own_tasks(lambda path: re.search(line, path.read_text(), re.MULTILINE))
+    manager = TaskManager(include_path=RECIPES)
+    assert "overrides" not in caplog.text
     for name, path in recipes.items():
         entry = manager.task_index[name]
         assert entry.yaml_path == path
@@ -323,8 +354,9 @@ def errors_for_warnings():
 
 
 @pytest.mark.parametrize("how", ["a file", "a folder"])
-def test_task_files_that_can_run_code_are_named_before_they_do(tokenizer, tmp_path, how):
+def test_task_files_that_can_run_code_are_named_before_they_do(tokenizer, tmp_path, own_tasks, how):
     """lm-eval calls what a file names by `!function` while it reads the file."""
+    own_tasks(of_hellaswag)
     ran = tmp_path / "ran"
     (tmp_path / "trap.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('it ran')\n")
     path = tmp_path / "trap.yaml"

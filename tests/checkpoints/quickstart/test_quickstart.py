@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from statistics import fmean, stdev
 
 import pytest
@@ -16,6 +17,7 @@ from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.quickstart import run as quickstart
 from parscale.checkpoints.quickstart.report import quickstart_sentences
 from parscale.checkpoints.quickstart.run import CODE, PROSE, SHOWN, QuickstartSettings, QuickstartTexts, run_quickstart
+from parscale.checkpoints.training.run_folder import Run
 
 SETTINGS = QuickstartSettings(
     num_streams=3,
@@ -120,6 +122,19 @@ def test_one_prefix_trains_half_of_two_streams_that_stay_equal(finished):
     assert trained["prefix-and-backbone"] == trained["prefix"] + trained["alone"]
 
 
+@pytest.fixture
+def without_training(monkeypatch):
+    """Models stay as they start, where what they learn does not count."""
+
+    def start_alone(start, output, settings, **options):
+        shutil.copytree(start, output)
+        Run(output).add_metrics({"step": 1, "tokens": settings.tokens, "loss": 1.0})
+        return {"tokens": settings.tokens, "tokens_per_second": 1.0, "trained_parameters": 0}
+
+    monkeypatch.setattr(quickstart, "train", start_alone)
+
+
+@pytest.mark.usefixtures("without_training")
 def test_a_slow_machine_trains_all_rows_on_fewer_tokens(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "seconds_of_step", lambda *args, **options: 25.0)
     settings = dataclasses.replace(SETTINGS, seconds=80.0)
@@ -227,6 +242,7 @@ def test_the_same_seed_gives_the_same_figures(finished, backbone, tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("without_training")
 def test_an_interruption_leaves_nothing(backbone, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         assert any(tmp_path.iterdir())  # the first model has been saved by now

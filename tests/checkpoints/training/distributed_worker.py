@@ -1,11 +1,16 @@
-"""`train` in one of several processes, as `accelerate launch` would start it; takes its runs as one JSON argument."""
+"""`train` in one of several processes, as `accelerate launch` would start it; takes its runs as one JSON argument.
 
+A run with `refused` ends in a `ValueError` that says so.
+"""
+
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from parscale import ParScaleConfig
@@ -30,7 +35,10 @@ def main():
     helpers.load_on_cpus()
     (helpers.zero3_on_cpus if "ACCELERATE_USE_DEEPSPEED" in os.environ else helpers.fsdp_on_cpus)()
     for run in json.loads(sys.argv[1]):
-        train(trained(run["checkpoint"]), Path(run["output"]), TrainSettings(**run["settings"]), resume=run["resume"])
+        with pytest.raises(ValueError, match=run["refused"]) if "refused" in run else contextlib.nullcontext():
+            train(
+                trained(run["checkpoint"]), Path(run["output"]), TrainSettings(**run["settings"]), resume=run["resume"]
+            )
     dist.destroy_process_group()
 
 

@@ -31,6 +31,7 @@ def settings(text_file, **options):
         streams_learning_rate=3e-2,
         bf16=False,
         eval_every=3,
+        save_every=3,
         **options,
     )
 

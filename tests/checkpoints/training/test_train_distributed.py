@@ -1,5 +1,6 @@
 """`train` on two processes (gloo, CPU): the losses of one, and runs that go on with another number of processes."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -29,17 +30,22 @@ def settings(sentences):
         "learning_rate": 1e-3,
         "save_every": 2,
         "eval_every": 2,
+        "eval_tokens": 128,
         "bf16": False,
     }
 
 
 @pytest.fixture(scope="module")
 def one(full, settings, tmp_path_factory):
-    """The runs of one process, by what trains."""
+    """The folder of one process's run, by what trains."""
     folder = tmp_path_factory.mktemp("one")
-    for name, way in WAYS.items():
-        train(str(full), folder / name, TrainSettings(**settings | way))
-    return folder
+
+    @functools.cache
+    def run(name):
+        train(str(full), folder / name, TrainSettings(**settings | WAYS[name]))
+        return folder / name
+
+    return run
 
 
 @pytest.fixture
@@ -93,40 +99,46 @@ def stop_after_two_steps(folder, copy):
     return copy
 
 
-@pytest.mark.parametrize(
-    "gone_on_with", [("streams",), pytest.param(("everything", "lora"), marks=pytest.mark.nightly)], ids="-".join
-)
-def test_ddp(full, settings, one, tmp_path, launch, gone_on_with):
-    """And what two processes have begun goes on in one, and the other way round."""
-    runs = [request(full, tmp_path / name, settings | way) for name, way in WAYS.items()]
-    for name in gone_on_with:
-        stopped = stop_after_two_steps(one / name, tmp_path / f"{name}-from-one")
-        runs.append(request(full, stopped, settings | WAYS[name], resume=True))
-    launch(2, runs)
-    for name in WAYS:
-        assert_same(tmp_path / name, one / name)
-    for name in gone_on_with:
-        assert_same(tmp_path / f"{name}-from-one", one / name)
-        stopped = stop_after_two_steps(tmp_path / name, tmp_path / f"{name}-from-two")
-        train(str(full), stopped, TrainSettings(**settings | WAYS[name]), resume=True)
-        assert_same(stopped, one / name)
+def ways(*names, daily):
+    """What trains; by day one of them."""
+    return [name if name == daily else pytest.param(name, marks=pytest.mark.nightly) for name in names]
 
 
+@pytest.mark.parametrize("way", ways("everything", "streams", "lora", daily="streams"))
+def test_ddp(full, settings, one, tmp_path, launch, way):
+    """And what two processes have begun goes on in one, and the other way round; a batch of three rows is refused."""
+    chosen = settings | WAYS[way]
+    stopped = stop_after_two_steps(one(way), tmp_path / "from-one")
+    refused = request(full, tmp_path / "refused", chosen | {"batch_size": 3})
+    launch(
+        2,
+        [
+            refused | {"refused": "must be a multiple of the 2 processes"},
+            request(full, tmp_path / "two", chosen),
+            request(full, stopped, chosen, resume=True),
+        ],
+    )
+    assert not (tmp_path / "refused").exists()
+    assert_same(tmp_path / "two", one(way))
+    assert_same(tmp_path / "from-one", one(way))
+    stopped = stop_after_two_steps(tmp_path / "two", tmp_path / "from-two")
+    train(str(full), stopped, TrainSettings(**chosen), resume=True)
+    assert_same(stopped, one(way))
+
+
+@pytest.mark.parametrize("way", ways("everything", "streams", daily="everything"))
 @pytest.mark.parametrize("kind", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.nightly), "SHARDED_STATE_DICT"])
-def test_fsdp2(full, settings, one, tmp_path, kind, launch):
+def test_fsdp2(full, settings, one, tmp_path, kind, way, launch):
     """Also begun by two processes and gone on with by one, under FSDP too."""
-    ways = {name: WAYS[name] for name in ("everything", "streams")}
-    launch(2, [request(full, tmp_path / name, settings | way) for name, way in ways.items()], **fsdp2(kind))
-    runs = []
-    for name, way in ways.items():
-        assert_same(tmp_path / name, one / name)
-        stopped = stop_after_two_steps(tmp_path / name, tmp_path / f"{name}-from-two")
-        runs.append(request(full, stopped, settings | way, resume=True))
-    launch(1, runs, **fsdp2(kind))
-    for name in ways:
-        assert_same(tmp_path / f"{name}-from-two", one / name)
+    chosen = settings | WAYS[way]
+    launch(2, [request(full, tmp_path / "two", chosen)], **fsdp2(kind))
+    assert_same(tmp_path / "two", one(way))
+    stopped = stop_after_two_steps(tmp_path / "two", tmp_path / "from-two")
+    launch(1, [request(full, stopped, chosen, resume=True)], **fsdp2(kind))
+    assert_same(stopped, one(way))
 
 
+@pytest.mark.nightly  # by day a new model in one process, see test_new_model.py, and a checkpoint in two
 def test_a_new_model_in_parts(backbone, settings, tmp_path, launch):
     """Both processes make the same weights; begun and gone on with under FSDP, they end as in one process."""
     streams = {"num_streams": 3, "prefix_length": 4, "kv": "shared"}
@@ -142,19 +154,13 @@ def test_a_new_model_in_parts(backbone, settings, tmp_path, launch):
 
 def test_zero3(full, settings, one, tmp_path, launch):
     pytest.importorskip("deepspeed")
-    ways = {name: WAYS[name] for name in ("everything", "streams")}
+    names = ("everything", "streams")
     environment = {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGURATIONS / "zero3.json"),
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
         "DS_ACCELERATOR": "cpu",
     }
-    launch(2, [request(full, tmp_path / name, settings | way) for name, way in ways.items()], **environment)
-    for name in ways:
-        assert_same(tmp_path / name, one / name)
-
-
-def test_a_batch_that_the_processes_cannot_share(full, settings, tmp_path, launch):
-    with pytest.raises(AssertionError, match="must be a multiple of the 2 processes"):
-        launch(2, [request(full, tmp_path / "run", settings | {"batch_size": 3})])
-    assert not (tmp_path / "run").exists()
+    launch(2, [request(full, tmp_path / name, settings | WAYS[name]) for name in names], **environment)
+    for name in names:
+        assert_same(tmp_path / name, one(name))

@@ -1,6 +1,7 @@
 """`train` where prompts or low-rank differences make the streams differ."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def checkpoint(request, backbone, tmp_path_factory):
 
 def settings(text_file, **options):
     common = {"tokens": STEPS * BATCH * S, "sequence_length": S, "batch_size": BATCH, "warmup": 0.0, "decay": 0.0}
-    common |= {"learning_rate": 1e-2, "bf16": False}
+    common |= {"learning_rate": 1e-2, "bf16": False, "save_every": STEPS}
     return TrainSettings(data=[str(text_file)], **common | options)
 
 
@@ -44,6 +45,7 @@ def is_of_streams(name):
     return any(part in name for part in ("prompt", "stream_", "aggregate_layer"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["full", "streams"])
 def test_takes_the_steps_of_a_loop_by_hand(checkpoint, kind, text_file, tmp_path):
     """Documents packed into rows too; with a frozen backbone."""
@@ -99,15 +101,15 @@ def test_an_adapter_beside_the_streams(checkpoint, text_file, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(checkpoint, text_file, tmp_path):
-    whole, parts = settings(text_file, save_every=2), settings(text_file, save_every=2)
-    train(str(checkpoint / "full"), tmp_path / "whole", whole)
-    train(str(checkpoint / "full"), tmp_path / "parts", parts)
+    chosen = settings(text_file, save_every=2)
+    train(str(checkpoint / "full"), tmp_path / "whole", chosen)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     report = tmp_path / "parts" / "training.json"
     report.unlink()  # as if it had been killed before its end
     for path in (tmp_path / "parts").glob("checkpoint-4/*"):
         path.unlink()
     (tmp_path / "parts" / "checkpoint-4").rmdir()
-    train(str(checkpoint / "full"), tmp_path / "parts", parts, resume=True)
+    train(str(checkpoint / "full"), tmp_path / "parts", chosen, resume=True)
     first, second = load(tmp_path / "whole"), load(tmp_path / "parts")
     for name, parameter in first.named_parameters():
         assert torch.equal(second.get_parameter(name), parameter), name

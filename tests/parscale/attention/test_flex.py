@@ -181,19 +181,19 @@ def test_wrapping_compiles_nothing(zoo, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "plain_lengths",
     [
-        pytest.param((), id="first", marks=pytest.mark.nightly),
+        pytest.param((), id="first"),
         pytest.param((5,), id="after the plain backbone"),
-        pytest.param((5, 11, 8), id="after the plain backbone at several lengths", marks=pytest.mark.nightly),
+        pytest.param((5, 11, 8), id="after the plain backbone at several lengths"),
     ],
 )
 def test_compiled(plain_lengths, zoo):
     """For real, as transformers runs it, at two lengths, so that the second makes a dimension dynamic.
 
-    What transformers compiles serves all models, so that the plain backbone's lengths count too, and by day its one
-    length is the first. Slow: it compiles C++.
+    What transformers compiles serves all models, so that the plain backbone's lengths count too. Slow: it compiles C++.
     """
     torch._dynamo.reset()
     case, model = make(zoo, "llama")

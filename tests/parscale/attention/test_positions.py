@@ -133,7 +133,7 @@ def test_positions_that_are_given_stay(case, zoo):
     assert (logits[:, FRONT:] - logits_of(model, ids)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.nightly)], indirect=True)
 def test_compiled(family, zoo):
     model, ids = family.wrapped(), zoo.token_ids()
     whole, mask = padded(ids)

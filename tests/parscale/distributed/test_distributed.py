@@ -81,12 +81,22 @@ def backbones(zoo, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_trainer_under_ddp_and_fsdp2(backbones, launch):
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param(("ddp-all", "ddp-from-one", "fsdp2-frozen"), id="one way each"),
+        pytest.param(
+            ("ddp-all", "ddp-frozen", "ddp-from-one", "fsdp2-all", "fsdp2-frozen"),
+            id="both ways",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_the_trainer_under_ddp_and_fsdp2(runs, backbones, launch):
     worker = imported("train")
     one = {name: worker.train(backbones, name) for name in ("one-all", "one-frozen")}
     assert not one["one-all"]["sharded"]
     assert len(set(one["one-all"]["losses"])) == 4
-    runs = ("ddp-all", "ddp-frozen", "ddp-from-one", "fsdp2-all", "fsdp2-frozen")
     launch(2, "train", backbones, *runs)
     for run in runs:
         kind = "one-frozen" if run.endswith("frozen") else "one-all"
@@ -99,7 +109,7 @@ def test_the_trainer_under_ddp_and_fsdp2(backbones, launch):
         assert load(backbones / run / "streams", backbone=backbones / worker.RUNS[run].backbone).num_streams == 4
 
     # what the Trainer itself writes
-    for run in ("ddp-all", "fsdp2-all"):
+    for run in {"ddp-all", "fsdp2-all"} & set(runs):
         for folder in ("trainer", "checkpoint-4"):
             same_tensors(backbones / run / folder, backbones / "one-all" / folder)
     assert (backbones / "fsdp2-frozen" / "checkpoint-2" / "optimizer_0").is_dir()

@@ -85,9 +85,10 @@ def saved(tmp_path_factory, zoo) -> Callable[..., tuple[Any, Path]]:
     """Makes a model of a family with P streams, and a checkpoint of it; each once."""
 
     @once
-    def make(family: str, P: int, kv: str = "own", transform: str = "prefix") -> tuple[Any, Path]:
+    def make(family: str, P: int, kv: str = "own", transform: str = "prefix", layers: int = 2) -> tuple[Any, Path]:
         families = zoo.FAMILIES | {"granite": zoo.Family("Granite", GRANITE)}
-        model = families[family].build(families[family].attention[-1], max_position_embeddings=1024)
+        sizes = {"max_position_embeddings": 1024} | ({} if layers == 2 else {"num_hidden_layers": layers})
+        model = families[family].build(families[family].attention[-1], **sizes)
         if P > 1:
             options = {"prefix_length": zoo.T, "init": "random", "kv": kv, "transform": transform}
             parscale.wrap(model, P, **options)

@@ -12,7 +12,12 @@ ROUNDING = 1e-5
 
 
 @pytest.mark.parametrize(
-    ("transform", "name"), [("prefix", "llama"), ("prefix", "gemma3"), ("prompt", "llama"), ("lora", "llama")]
+    ("transform", "name"),
+    [
+        ("prefix", "gemma3"),
+        ("lora", "llama"),
+        *(pytest.param(x, "llama", marks=pytest.mark.nightly) for x in ("prefix", "prompt")),
+    ],
 )
 def test_any_length(transform, name, zoo):
     """One program for all, with a mask, as for the plain backbone."""

@@ -310,7 +310,8 @@ def test_rows_that_lost_their_streams_are_refused(name, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["T5", pytest.param("Whisper", marks=pytest.mark.nightly)], indirect=True)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["T5", "Whisper"], indirect=True)
 def test_compiled(name, model, zoo):
     source = KINDS[name].source()
     targets = {"decoder_input_ids": ids(length=7, seed=3), "use_cache": False}

@@ -130,7 +130,14 @@ def rloo(model, folder, tokenizer, **changes):
 
 
 DISTANCES = {dpo: ("rewards/chosen", "rewards/rejected"), kto: ("rewards/chosen", "kl"), grpo: ("kl",), rloo: ("kl",)}
-each = pytest.mark.parametrize("trainer_of", DISTANCES)
+
+
+def by_day(trainers):
+    """Of these DPO and GRPO; KTO and RLOO make their references alike, and are for the night."""
+    return [pytest.param(each, marks=pytest.mark.nightly) if each in (kto, rloo) else each for each in trainers]
+
+
+each = pytest.mark.parametrize("trainer_of", by_day(DISTANCES))
 
 
 def reference_of(trainer):
@@ -176,7 +183,7 @@ def test_with_an_adapter_that_the_trainer_adds(make, tokenizer, tmp_path, traine
 KEEP_A_SECOND = [trainer for trainer in DISTANCES if trainer is not kto or Version(trl.__version__) >= Version("1.16")]
 
 
-@pytest.mark.parametrize("trainer_of", KEEP_A_SECOND)
+@pytest.mark.parametrize("trainer_of", by_day(KEEP_A_SECOND))
 def test_with_an_adapter_that_is_there(make, tokenizer, tmp_path, trainer_of):
     """Trained already, as its streams are: TRL keeps a second one as the reference."""
     tuned = peft.get_peft_model(make(), peft.LoraConfig(**LORA, init_lora_weights=False))

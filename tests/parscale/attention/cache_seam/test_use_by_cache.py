@@ -129,10 +129,12 @@ def test_attentions_have_columns_for_the_prefix(kind, zoo, wrapped):
         assert weights[..., :T].min() > 0
 
 
-NIGHTLY = [pytest.param(kind, marks=pytest.mark.nightly) for kind in ("falcon alibi", "gptj", "gpt_neo", "mpt")]
+NIGHTLY = [
+    pytest.param(kind, marks=pytest.mark.nightly) for kind in ("rembert", "falcon alibi", "gptj", "gpt_neo", "mpt")
+]
 
 
-@pytest.mark.parametrize("kind", ["bloom", "rembert", *NIGHTLY], indirect=True)
+@pytest.mark.parametrize("kind", ["bloom", *NIGHTLY], indirect=True)
 def test_compiled_in_one_piece(kind, zoo, wrapped):
     if kind.model_type == "gpt_neo" and Version(torch.__version__) < Version("2.12"):
         pytest.skip("older torch compiles its layers' tables of who sees whom in two pieces")
