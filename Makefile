@@ -125,7 +125,8 @@ format: $(READY) ## Repair what can be repaired by a program
 typecheck: $(READY) ## Check types
 	@rm -rf build/types && mkdir -p build/types/parscale
 	@ln -s $(CURDIR)/parscale/* $(addprefix $(CURDIR)/,$(filter-out parscale,$(CODE))) build/types/parscale/
-	cd build/types && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p parscale
+	cd build/types && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+		--num-workers $(JOBS) -p parscale
 
 bench: $(READY) ## Measure what the streams cost on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py $(if $(RELEASED),--released $(RELEASED)) --output benchmarks/results/overhead.json

@@ -59,7 +59,7 @@ def test_against_float64(size, dtype, device, poisoned, assert_as_exact):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 17])
+@pytest.mark.parametrize("S", [pytest.param(3, marks=pytest.mark.nightly), 17])
 def test_without_gradients_the_same(S, device, poisoned):
     *tensors, _ = inputs(3, 2, S, 24, SINGLE, device)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_without_gradients_the_same(S, device, poisoned):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 17])
+@pytest.mark.parametrize("S", [3, pytest.param(17, marks=pytest.mark.nightly)])
 def test_under_autocast(S, device, poisoned):
     """The projections in half precision, the mixture in that of the hidden states, gradients in the parameters' own."""
     *tensors, gradient = inputs(4, 2, S, 32, SINGLE, device)
@@ -124,7 +124,7 @@ def test_both_regimes_agree(device, monkeypatch):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("S", [3, 17])
+@pytest.mark.parametrize("S", [3, pytest.param(17, marks=pytest.mark.nightly)])
 def test_compiles_in_one_graph(S, device):
     *tensors, gradient = inputs(3, 2, S, 24, SINGLE, device)
     tensors = [x.requires_grad_() for x in tensors]

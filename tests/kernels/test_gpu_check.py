@@ -140,6 +140,7 @@ def test_a_figure_that_fails_does_not_take_the_next(gpu_check):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_tuning(tmp_path):
     """What ships is tried first, then others, which are right too; the host functions choose as before afterwards."""
     pytest.importorskip("triton")

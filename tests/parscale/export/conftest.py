@@ -82,12 +82,15 @@ def runtime() -> type[Runtime]:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, zoo) -> Callable[..., tuple[Any, Path]]:
-    """Makes a model of a family with P streams, and a checkpoint of it; each once."""
+    """Makes a model of a family with P streams, and a checkpoint of it; each once.
+
+    Of two layers; Llama, which most tests take, of one: an export of it takes half the time.
+    """
 
     @once
-    def make(family: str, P: int, kv: str = "own", transform: str = "prefix", layers: int = 2) -> tuple[Any, Path]:
+    def make(family: str, P: int, kv: str = "own", transform: str = "prefix") -> tuple[Any, Path]:
         families = zoo.FAMILIES | {"granite": zoo.Family("Granite", GRANITE)}
-        sizes = {"max_position_embeddings": 1024} | ({} if layers == 2 else {"num_hidden_layers": layers})
+        sizes = {"max_position_embeddings": 1024} | ({"num_hidden_layers": 1} if family == "llama" else {})
         model = families[family].build(families[family].attention[-1], **sizes)
         if P > 1:
             options = {"prefix_length": zoo.T, "init": "random", "kv": kv, "transform": transform}

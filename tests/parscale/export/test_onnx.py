@@ -67,7 +67,7 @@ def test_genai_runs_the_folder_by_its_configuration(family, P, kv, exported, zoo
 @pytest.mark.parametrize(("family", "P", "kv", "heads"), [("llama", 2, "own", 2 * 2), ("llama", 4, "shared", 2)])
 def test_inputs_and_outputs_are_those_of_any_decoder(family, P, kv, heads, exported, runtime):
     session = runtime(exported(family, P, kv)[1])
-    caches = [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    caches = [f"past_key_values.0.{part}" for part in ("key", "value")]
     assert list(session.inputs) == ["input_ids", "attention_mask", *caches]
     assert session.outputs == ["logits", *(name.replace("past_key_values", "present") for name in caches)]
     assert all(session.inputs[name].shape == ["batch", heads, "past", 8] for name in caches)

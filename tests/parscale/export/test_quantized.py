@@ -24,7 +24,7 @@ TEXT = [__file__, onnx.__file__, np.__file__]  # Python, which the small model w
 @pytest.fixture(scope="module")
 def tiny_graph(saved, tmp_path_factory):
     """The float32 graph of a Llama of one layer with two streams, and the names of the nodes that mix them."""
-    model, _ = saved("llama", 2, layers=1)
+    model, _ = saved("llama", 2)
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
     return path, write_graph(model, cache_shape(model), path, {"parscale": parscale.__version__})
 

@@ -89,7 +89,7 @@ def test_the_command_line_says_so_in_one_line(arguments, complaint, saved, tmp_p
 
 
 def test_the_command_line_exports(saved, tmp_path, capsys):
-    command = ["export", str(saved("llama", 2, layers=1)[1]), str(tmp_path / "output"), "--format", "onnx"]
+    command = ["export", str(saved("llama", 2)[1]), str(tmp_path / "output"), "--format", "onnx"]
     assert run([*command, "--dtype", "int8", "--streams", "off", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["num_streams"], report["dtype"], report["format"]) == (1, "int8", "onnx")
