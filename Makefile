@@ -101,9 +101,10 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	@touch $@
 
 # Of the pinned versions are the tables of what each architecture and each compiler does.
+OF_OTHERS := not gpu and (versions or not nightly)
 OF_THE_PINNED := --ignore tests/test_support.py --ignore tests/kernels/test_compile_targets.py
 test-oldest: $(OLDEST_READY) ## The tests with the oldest versions that pyproject.toml allows; several GB to fetch
-	$(ON_THE_CPU) $(OLDEST_VENV)/bin/pytest $(WORKERS) -m "not gpu and not nightly" $(OF_THE_PINNED)
+	$(ON_THE_CPU) $(OLDEST_VENV)/bin/pytest $(WORKERS) -m "$(OF_OTHERS)" $(OF_THE_PINNED)
 
 $(NEWEST_READY): pyproject.toml
 	$(call environment,$(NEWEST_VENV))
@@ -111,7 +112,7 @@ $(NEWEST_READY): pyproject.toml
 	@touch $@
 
 test-newest: $(NEWEST_READY) ## The tests with the newest releases that pyproject.toml allows; several GB to fetch
-	$(ON_THE_CPU) $(NEWEST_VENV)/bin/pytest $(WORKERS) -m "not gpu and not nightly" $(OF_THE_PINNED)
+	$(ON_THE_CPU) $(NEWEST_VENV)/bin/pytest $(WORKERS) -m "$(OF_OTHERS)" $(OF_THE_PINNED)
 
 lint: $(READY) ## Look for faults of style
 	$(BIN)/ruff check $(ALL_CODE)

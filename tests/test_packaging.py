@@ -88,6 +88,7 @@ def test_root_is_not_on_the_path():
     assert ROOT not in {Path(entry or os.getcwd()).resolve() for entry in sys.path}
 
 
+@pytest.mark.nightly
 def test_python_started_in_a_clone_finds_all_packages():
     """As after `pip install .`: the current folder comes first, and there is no finder of an editable install."""
     script = (

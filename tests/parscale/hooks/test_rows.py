@@ -318,6 +318,8 @@ def backbones_of_transformers() -> list[type]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.versions
 def test_every_tensor_that_a_backbone_of_transformers_takes_is_classified():
     """A name that is new in transformers fails here: look at what it holds, and say whether it has one row each."""
     known = ROWS | AROUND | FLAGS | {*WHOLE, *PACKED}

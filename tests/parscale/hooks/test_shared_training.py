@@ -131,13 +131,10 @@ def _fresh():
 
 
 @pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [("llama", {"num_hidden_layers": 1}), pytest.param("gemma3", {}, marks=pytest.mark.nightly)],
-    ids=["llama", "gemma3"],
-)
-def test_a_compiled_forward_pass_is_one_graph(name, changes, zoo):
-    model, ids = make(zoo, name, **changes), zoo.token_ids()
+@pytest.mark.nightly  # by day the next two
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_prefill_and_decoding_are_one_graph_each(name, zoo):
+    model, ids = make(zoo, name), zoo.token_ids()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     @torch.no_grad()
@@ -150,6 +147,13 @@ def test_a_compiled_forward_pass_is_one_graph(name, changes, zoo):
 
     zoo.close(along(compiled), along(model), TOLERANCE)
     assert 0 < counters["stats"]["unique_graphs"] <= 3  # prompt, first token, and a length that became dynamic
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.nightly)])
+def test_a_compiled_training_pass_is_one_graph(name, zoo):
+    model, ids = make(zoo, name), zoo.token_ids()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = gradients(model, ids, use_cache=False)
     model.zero_grad()
     compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -171,9 +175,8 @@ def test_generate_compiles_its_decoding(zoo):
     assert torch.equal(output, model.generate(ids, **arguments, adaptive=2.0))
 
 
-@pytest.mark.parametrize(
-    "transform", [pytest.param({"prefix_length": 4}, marks=pytest.mark.nightly), {"transform": "lora", "rank": 2}]
-)
+@pytest.mark.nightly  # by day with own keys, in tests/parscale/export
+@pytest.mark.parametrize("transform", [{"prefix_length": 4}, {"transform": "lora", "rank": 2}])
 def test_export_with_any_length(zoo, transform):
     model = parscale.wrap(
         zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain(), 3, init="random", seed=0, kv="shared", **transform
