@@ -24,12 +24,15 @@ SIZES = {  # by name: width, layers, training tokens
     "21M": (512, 8, 100_000_000),  # on a GPU
 }
 FIRST_RATE = 8e-3
-VARIANTS = ("draw=7", "embedding", "lora=4", "probabilities", "left-out", "apart=0.1", "draw=3", "rate=3", "rate=0.3")
+VARIANTS = (
+    *("draw=7", "embedding", "lora=4"),  # at first these alone
+    *("smoothing=1", "left-out", "apart=0.1", "probabilities", "rate=0.3", "rate=3", "draw=3"),
+)
 SHARED_VARIANTS = ("shared-window=8", "shared-own", "shared-prefix")
 PREFIX_LENGTHS = (2, 32)  # besides 8
 TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with their levels, widths and layers
 UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
-TASK_STEPS, TUNING_SEED = 2000, 100
+TASK_STEPS, TASK_SEEDS, TUNING_SEED = 2000, 6, 100
 RECYCLED_TOKENS = 250_000  # at which its rates are tuned
 Rows = dict[str, dict[str, Any]]
 AnyRun = Run | TaskRun | RecycleRun | EnsembleRun
@@ -128,6 +131,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from islice(arms(size, 0, rates), 3)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(1, 2))
     yield from one_cache
+    yield from variants(0, rates)
     yield from _tasks(rows)
     for seed in range(3):
         yield from decisive("0.2M", seed, rates)
@@ -142,7 +146,6 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield shared("0.4M", 0, rates)
     yield from embedded("0.4M", 0, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
-    yield from variants(0, rates)
     yield from variants(1, rates)
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
@@ -247,7 +250,7 @@ def _tasks(rows: Rows) -> Iterator[TaskRun]:
             if best is not None:
                 rates[streams] = best.learning_rate
         if len(rates) == 2:
-            for seed in (0, 1, 2):
+            for seed in range(TASK_SEEDS):
                 dense, four = (TaskRun(*task, streams, TASK_STEPS, seed, rates[streams]) for streams in (1, 4))
                 yield from _arms(dense, four)
     for task in UNLEARNED:

@@ -8,6 +8,7 @@
 - `apart=C`: C times the mean cosine of the streams' final states is added to the loss
 - `probabilities`: the streams' predicted probabilities are mixed, in place of their states
 - `rate=F`: prefixes and aggregator train at F times the rate
+- `smoothing=E`: each stream counts at least E / P, where it is 0.1 otherwise; with 1 all count alike
 - `shared`: all streams read stream 0's keys and values, `kv="shared"`
 - `shared-own`: the same, but each stream reads its own key and value of the current token
 - `shared-window=W`: each stream also reads its own keys and values of the last W tokens, the current one included; a
@@ -238,7 +239,8 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
         wrapped = wrap(model, streams, transform="lora", rank=int(value), seed=seed)
         return Streams(wrapped, streams)
     kv = "shared" if kind.startswith("shared") or value == "shared" else "own"
-    wrapped = wrap(model, streams, prefix_length=prefix_length, init="random", seed=seed, kv=kv)
+    smoothing = float(value) if kind == "smoothing" else 0.1
+    wrapped = wrap(model, streams, prefix_length=prefix_length, smoothing=smoothing, init="random", seed=seed, kv=kv)
     if kind == "draw":
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
@@ -257,7 +259,7 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
         return SharedVariant(wrapped, streams, window=int(value), gated=True)
     if kind == "shared-prefix":
         return SharedVariant(wrapped, streams, first_prefix=True)
-    if kind not in ("", "draw", "rate", "shared"):
+    if kind not in ("", "draw", "rate", "shared", "smoothing"):
         raise ValueError(f"no variant {variant!r}")
     result = Streams(wrapped, streams)
     if kind == "rate":
