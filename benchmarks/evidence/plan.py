@@ -285,6 +285,7 @@ def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[Recycle
             yield RecycleRun("streams-and-backbone", streams, tokens, seed, streams_rate=frozen.streams_rate, **both)
         yield RecycleRun("prefix-and-backbone", 1, tokens, seed, streams_rate=prefix.streams_rate, **both)
         yield RecycleRun("long-prefix", 4, tokens, seed, streams_rate=prefix.streams_rate)
+        yield RecycleRun("long-prefix-and-backbone", 4, tokens, seed, streams_rate=prefix.streams_rate, **both)
         yield RecycleRun("lora", 4, tokens, seed, lora.backbone_rate)
         if tokens == RECYCLED_TOKENS:
             yield RecycleRun("frozen", 4, tokens, seed, streams_rate=frozen.streams_rate, kv="shared")

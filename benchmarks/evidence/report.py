@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from arms import Run
 from matplotlib.figure import Figure
-from plan import SIZES, Rows, read_rows
+from plan import PREFIX_LENGTHS, SIZES, VARIANTS, Rows, read_rows
 from recycling import RecycleRun
 from synthetic import TaskRun
 
@@ -59,10 +59,16 @@ SCRATCH_PAIRS = {
     "twice as wide": ("dense",),
     "average": ("dense",),
 }
+SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
+    f"P = 4, {changed}": ("dense", "prefix", "long prefix")
+    for changed in (*VARIANTS[3:], *(f"T = {length}" for length in PREFIX_LENGTHS))
+}
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
 CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
 CONTROLS |= {f"frozen{kv}": ("alone", "prefix", "long-prefix") for kv in ("", ", shared")}
-CONTROLS |= {f"streams-and-backbone{kv}": ("alone", "prefix-and-backbone") for kv in ("", ", shared")}
+CONTROLS |= {
+    f"streams-and-backbone{kv}": ("alone", "prefix-and-backbone", "long-prefix-and-backbone") for kv in ("", ", shared")
+}
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
@@ -78,6 +84,7 @@ def main() -> None:
     report = {
         "rows": len(rows),
         "comparisons": comparisons,
+        "mixing": mixing(rows),
         "tasks": task_results(rows),
         "gains": gains(comparisons),
         "confirmation": confirmation(rows),
@@ -204,6 +211,22 @@ def held_against(
     return entries
 
 
+def mixing(rows: Rows) -> list[dict[str, Any]]:
+    """What became of the streams from scratch: how alike they are, and how much of the mixture the largest is.
+
+    Correlations are between the streams' final states, weights the aggregator's means over tokens; both by seed.
+    """
+    entries = []
+    for size, arms in by_size(rows).items():
+        for arm, by_seed in arms.items():
+            if arm.startswith("P") and all("streams" in row for row in by_seed.values()):
+                found = [row["streams"] for row in by_seed.values()]
+                weights = [round(max(streams["weights"]), 3) for streams in found]
+                correlations = [round(streams["correlation"], 3) for streams in found]
+                entries.append({"size": size, "arm": arm, "correlations": correlations, "largest_weights": weights})
+    return entries
+
+
 def task_results(rows: Rows) -> list[dict[str, Any]]:
     """Of each task and arm, the share of right answers by seed, and the difference of P = 4 and 2 from it."""
     groups: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
@@ -324,14 +347,19 @@ def markdown(report: dict[str, Any]) -> str:
         shown = [found[baseline, where] for where in ("beginning", "middle")]
         figures = [f"{e['difference']:+.4f} ({e['low']:+.4f}, {e['high']:+.4f})" for e in shown]
         lines += _row(baseline, *figures, str(shown[0]["seeds"]))
+    about = "What became of the streams, by seed; of four, one has a weight of at most 0.925, of two of at most 0.95."
+    lines += ["", about, "", *_row("size", "arm", "correlation", "largest mean weight"), *_row(*["---"] * 4)]
+    for entry in report["mixing"]:
+        shown = [", ".join(f"{value:.2f}" for value in entry[name]) for name in ("correlations", "largest_weights")]
+        lines += _row(entry["size"], entry["arm"], *shown)
     lines += ["", "Right answers as a whole, by seed, and how many more P = 4 gets:", ""]
     lines += [*_row("task", "width, layers", "arm", "parameters", "right", "P = 4 more"), *_row(*["---"] * 6)]
     for entry in report["tasks"]:
         gain = entry.get("gain of P = 4")
-        shown = f"{gain['difference']:+.3f} ({gain['low']:+.3f}, {gain['high']:+.3f})" if gain else ""
+        more = f"{gain['difference']:+.3f} ({gain['low']:+.3f}, {gain['high']:+.3f})" if gain else ""
         exact = ", ".join(f"{value:.3f}" for value in entry["exact"])
         shape = f"{entry['hidden']}, {entry['layers']}"
-        lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, shown)
+        lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, more)
     return "\n".join(lines) + "\n"
 
 

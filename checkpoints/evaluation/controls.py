@@ -65,6 +65,7 @@ ARMS = (
     Arm("untrained", "streams, untrained", NOTHING, streams=True),
     Arm("frozen", "streams, backbone frozen", STREAMS, streams=True),
     Arm("prefix-and-backbone", "one prefix of T and backbone", BOTH, prefix=True),
+    Arm("long-prefix-and-backbone", "one prefix of P*T and backbone", BOTH, prefix=True, long=True),
     Arm("streams-and-backbone", "streams and backbone", BOTH, streams=True),
 )
 """Arms with P streams come after the arms that they are compared with."""
@@ -77,7 +78,8 @@ HELD_AGAINST = {
     "lora": ("untouched",),
     "frozen": ("untouched", "alone", "prefix", "long-prefix", "lora"),
     "prefix-and-backbone": ("untouched", "alone"),
-    "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone"),
+    "long-prefix-and-backbone": ("untouched", "alone"),
+    "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone"),
 }
 """The baselines of each arm in a report."""
 
