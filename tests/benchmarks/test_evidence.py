@@ -311,8 +311,8 @@ def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
     ("arm", "controls"),
     [
         ("frozen", ("alone", "prefix", "long-prefix")),
-        ("streams-and-backbone", ("alone", "prefix-and-backbone")),
-        ("streams-and-backbone, shared", ("alone", "prefix-and-backbone")),
+        ("streams-and-backbone", ("alone", "prefix-and-backbone", "long-prefix-and-backbone")),
+        ("streams-and-backbone, shared", ("alone", "prefix-and-backbone", "long-prefix-and-backbone")),
     ],
 )
 def test_a_recycled_model_gains_only_if_it_beats_one_prefix_too(arm: str, controls: tuple[str, ...]) -> None:
