@@ -98,9 +98,9 @@ def main() -> None:
     page = HEAD
     for found in measured["mixins"].values():
         chosen = f", `--only '{found['only']}'`" if found["only"] else ""
-        page += section(f"transformers {measured['transformers']}: `{found['mixin']}`{chosen}", found["families"])
-        if found["version"] != measured["transformers"]:
-            page += f"\nThe tests are those of transformers {found['version']}.\n"
+        others = f", tests of {found['version']}" if found["version"] != measured["transformers"] else ""
+        title = f"transformers {measured['transformers']}{others}: `{found['mixin']}`{chosen}"
+        page += section(title, found["families"])
     adapters = RESULTS / "mixins_peft.json"
     if adapters.exists():
         found = json.loads(adapters.read_text())

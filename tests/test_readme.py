@@ -119,6 +119,12 @@ def test_the_laws_k_is_on_file():
     assert law["sizes"] == 3
 
 
+def test_the_batches_of_a_larger_model_are_those_counted():
+    counted = (ROOT / "docs" / "shared.md").read_text()
+    batches = dict(re.findall(r"^\| (\d) \| own \| batch (\d+) \|", counted, flags=re.M))
+    assert is_said(f"from {batches['8']} at P = 8, {batches['4']} at P = 4, {batches['2']} at P = 2")
+
+
 @pytest.mark.parametrize("baseline", ["twice as wide", "average"])
 def test_what_is_better_where_memory_allows_it(baseline):
     found = compared("scratch", "0.1M")

@@ -108,6 +108,71 @@ def test_of_the_overhead(table):
     assert table("overhead.py", RESULTS / "overhead.json").strip() in page("results/overhead.md")
 
 
+def timed(rows, *, model="parscale"):
+    """Rows of times with streams."""
+    return [
+        row for row in rows if row["model"] == model and row["P"] > 1 and row["what"] in ("prefill", "decode", "train")
+    ]
+
+
+def over_floor(rows):
+    return [row["ratio"] / row["floor"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "models", "target"),
+    [
+        ("prefill", "prefill", ["parscale"], 1.03),
+        ("decoded token, own keys", "decode", ["parscale"], 1.06),
+        ("decoded token, shared keys", "decode", ["shared"], 1.06),
+        ("training step", "train", ["parscale"], 1.05),
+        ("memory in training", "train memory", ["parscale", "shared"], 1.03),
+    ],
+)
+def test_of_the_overheads_targets(name, what, models, target):
+    rows = [row for row in on_file("overhead.json")["rows"] if row["what"] == what and row["P"] > 1]
+    found = over_floor(row for row in rows if row["model"] in models)
+    missed = sum(ratio > target for ratio in found)
+    assert f"| {name} | {target} | {len(found)} | {missed} |" in page("results/overhead.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("prefill", "prefill"), ("training step", "train"), ("memory in training", "train memory")]
+)
+def test_of_the_overhead_that_was_not_run(name, what):
+    rows = [row for row in on_file("overhead.json")["rows"] if row["what"] == what]
+
+    def without(key, value):
+        shapes = ("small", "heads", "llama", "qwen", "narrow")
+        held = {row["shape"] for row in rows if row[key] == value}
+        return ", ".join(shape for shape in shapes if shape not in held)
+
+    assert f"| {name} | {without('S', 1024)} | {without('P', 8)} |" in page("results/overhead.md")
+
+
+def test_of_the_overhead_in_short():
+    rows = on_file("overhead.json")["rows"]
+    own, shared = timed(rows), timed(rows, model="shared")
+    qwen, others = ([row for row in own if (row["shape"] == "qwen") is wanted] for wanted in (True, False))
+    most = [f"{max(over_floor(part)) - 1:.0%}".replace("%", " %") for part in (qwen, others, shared)]
+    least, highest = (f"{100 * (of(row['floor'] for row in own) - 1):.0f}" for of in (min, max))
+    text = page("results/index.md")
+    assert f"up to {most[0]} at the shape of Qwen2.5-0.5B and up to {most[1]} at the others, over the floor" in text
+    assert f"itself {least} to {highest} %; with shared keys a decoded token is up to {most[2]} over its floor" in text
+    assert {row["what"] for row in shared} == {"decode"}
+
+
+def test_of_the_versions():
+    found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    serving = found.pop("serving.json")
+    said = "torch 2.13, transformers {}; serving with vLLM {} and transformers {}"
+    texts = [json.dumps(results) for results in found.values()]
+    versions = {version for text in texts for version in re.findall(r'"transformers": "(\d+\.\d+)\.', text)}
+    assert len(versions) == 1
+    shown = [version.rpartition(".")[0] for version in (serving["vllm"], serving["transformers"])]
+    assert said.format(*versions, *shown) in page("results/index.md").replace("\n", " ")
+
+
 def test_of_shared_keys(table, printed):
     assert table("shared.py", RESULTS / "shared.json").strip() in page("shared.md")
     assert table("adaptive.py", RESULTS / "adaptive.json").strip() in page("shared.md")
@@ -129,8 +194,10 @@ def test_of_the_mixins(monkeypatch, tmp_path):
 
 
 def test_of_the_cost():
-    text = page("results/cost.md")
-    for row in on_file("cost.json")["rows"]:
+    text, rows = page("results/cost.md"), on_file("cost.json")["rows"]
+    ratios = [row["streams_to_dense"] for row in rows]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times as long" in " ".join(page("limits.md").split())
+    for row in rows:
         ratios = [row[key] for key in ("streams_to_dense", "counted_streams_to_dense", "streams_to_plain")]
         cells = (row["streams"], row["batch_size"], *(f"{ratio:.2f}" for ratio in ratios))
         assert f"| {' | '.join(map(str, cells))} |" in text
@@ -144,6 +211,15 @@ def test_of_the_law():
         assert f"| {name} | {fit['E']:.4f} | {scale} | {fit['alpha']:.4f} | {fit['r2']:.4f} |" in text
     intervals = ["{:.3f} ({:.3f}, {:.3f})".format(fit["k"], *fit["intervals"]["k"]) for fit in (stack, pile)]
     assert f"| {' | '.join(intervals)} |" in text
+
+
+@pytest.mark.parametrize("name", ["tutorials/choose.md", "how/law.md", "worth.md", "results/law.md"])
+def test_of_our_own_law(name):
+    law = on_file("evidence.json")["law"]
+    found = law["N"]["all parameters"]
+    text = " ".join(page(name).split())
+    assert "k = {:.2f} ({:.2f}, {:.2f})".format(found["k"], *found["k_interval"]) in text
+    assert re.search(rf"\b{law['models']} models", text)
 
 
 def test_of_memory_and_kernels_are_taken_from_the_files():
