@@ -55,14 +55,18 @@ def gpu_plan(rows: Rows) -> list[AnyRun]:
     prefix = replace(dense, arm="prefix")
     runs: list[AnyRun] = [dense, four, prefix, replace(four, arm="twin"), replace(four, streams=2)]
     runs.append(replace(prefix, prefix_length=32))
-    tokens, both = 16 * RECYCLED_TOKENS, {"backbone_rate": 4e-4, "streams_rate": 2e-2}
+    tokens, rate, both = 16 * RECYCLED_TOKENS, 0.16, {"backbone_rate": 4e-4, "streams_rate": 0.16}
     runs += [
         RecycleRun("untouched", 1, 0, 0),
         RecycleRun("alone", 1, tokens, 0, 4e-4),
-        RecycleRun("prefix", 1, tokens, 0, 0.0, 2e-2),
-        RecycleRun("frozen", 4, tokens, 0, 0.0, 2e-2),
+        RecycleRun("prefix", 1, tokens, 0, streams_rate=rate),
+        RecycleRun("long-prefix", 4, tokens, 0, streams_rate=rate),
+        RecycleRun("lora", 4, tokens, 0, 2e-3),
+        RecycleRun("frozen", 4, tokens, 0, streams_rate=rate),
         RecycleRun("prefix-and-backbone", 1, tokens, 0, **both),
+        RecycleRun("long-prefix-and-backbone", 4, tokens, 0, **both),
         RecycleRun("streams-and-backbone", 4, tokens, 0, **both),
+        RecycleRun("streams-and-backbone", 2, tokens, 0, **both),
     ]
     return runs
 
