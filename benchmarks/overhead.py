@@ -351,7 +351,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: ratios, and their floors in brackets."""
+    """Markdown: ratios; in brackets their floors, and the quartiles over the pairs of turns."""
     lines = ["| shape | keys and values | P | S | prefill | decode, per token | training step | memory in training |"]
     lines.append("|---" * 8 + "|")
     found = {tuple(row[key] for key in ("shape", "model", "P", "S", "what")): row for row in rows}
@@ -364,7 +364,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    return f"{row['ratio']:.2f}" + (f" ({row['floor']:.2f})" if "floor" in row else "")
+    beside = [f"{row['floor']:.2f}"] if "floor" in row else []
+    beside += [f"{row['low']:.2f} to {row['high']:.2f}"] if "low" in row else []
+    return f"{row['ratio']:.2f}" + (f" ({'; '.join(beside)})" if beside else "")
 
 
 def main() -> None:
