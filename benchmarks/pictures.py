@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -38,6 +40,15 @@ EVIDENCE = (  # those of several seeds
     *("P = 2", "P = 4", "P = 4, shared", "P = 4, shared-window=8", "P = 4, embedding", "P = 2, embedding"),
 )
 PROMPTS = (64, 256, 1024, 4096, 16384)
+SIZES = {"0.1M": (48, 4), "0.2M": (64, 5), "0.4M": (80, 6)}  # width and layers
+TRAINED = (1, 2, 4)  # streams, from scratch
+# the learning rate is the best of P = 1 and of P = 4
+PUBLISHED = {"arm": "streams", "prefix_length": 8, "variant": "", "learning_rate": 8e-3}
+CONTROLS = {  # of the smallest size, without streams
+    "one\nprefix": {"arm": "prefix", "streams": 1},
+    "as many\nparameters": {"arm": "twin", "streams": 4},
+    "twice\nas wide": {"hidden": 96, "streams": 1},
+}
 
 
 def law(colours: Sequence[str]) -> Figure:
@@ -138,12 +149,117 @@ def evidence(colours: Sequence[str]) -> Figure:
     return figure
 
 
+def streams(colours: Sequence[str]) -> Figure:
+    """Loss over P, less that of P = 1 of the same seed: from scratch, middle of documents, controls and the law."""
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    _with_controls(left, colours)
+    for size, colour, marker in zip(("0.2M", "0.4M"), colours[2:], MARKERS[2:], strict=True):
+        seeds, differences = _over_seeds([_rows(size, streams=P) for P in TRAINED])
+        style = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": "none", "linewidth": 1}
+        style |= {"label": f"{size}, {_seeds(seeds)}", "gid": f"streams-{size}"}
+        right.plot(range(len(TRAINED)), [fmean(of_seeds) for of_seeds in differences], **style)
+    right.set_title("0.2 and 0.4 million", fontsize=9)
+    right.set_xlim(-0.4, len(TRAINED) - 0.6)
+    _ticks(right.xaxis, range(len(TRAINED)), [f"P = {P}" for P in TRAINED])
+    for axes in (left, right):
+        axes.legend(frameon=False, loc="lower left")
+        axes.axhline(0, linewidth=0.8, linestyle=":", color=colours[0])
+    return figure
+
+
+def _with_controls(axes: Axes, colours: Sequence[str]) -> None:
+    """The smallest size: each seed, means, and what the law says.
+
+    By the law streams equal a dense model with more parameters. Its loss is read off between the dense model and that
+    of twice the width, both trained here, in proportion to log N: k alone is the paper's.
+    """
+    rows = [_rows(EVIDENCE_SIZE, **arm) for arm in (*({"streams": P} for P in TRAINED), *CONTROLS.values())]
+    seeds, differences = _over_seeds(rows)
+    means = [fmean(of_seeds) for of_seeds in differences]
+    places = [*range(len(TRAINED)), *(len(TRAINED) + 0.6 + 1.1 * index for index in range(len(CONTROLS)))]
+    for index, (place, of_seeds) in enumerate(zip(places, differences, strict=True)):
+        colour = colours[1] if index < len(TRAINED) else colours[0]
+        dots = {"color": colour, "markersize": 3.5, "alpha": 0.65, "markeredgewidth": 0}
+        axes.plot([place] * len(seeds), of_seeds, "o", gid=f"seeds-{index}", **dots)
+        axes.plot([place - 0.22, place + 0.22], [means[index]] * 2, color=colour, linewidth=2, gid=f"mean-{index}")
+    axes.plot(range(len(TRAINED)), means[: len(TRAINED)], color=colours[1], linewidth=1)
+    law, params = fit(*published("stack")), [of_arm[seeds[0]]["params"] for of_arm in rows]
+    equal = law.equivalent_params(params[: len(TRAINED)], TRAINED)
+    by_law = means[-1] * np.log(equal / params[0]) / np.log(params[-1] / params[0])
+    axes.plot([], [], "o", color=colours[0], markersize=3.5, label="one seed")
+    axes.plot([], [], color=colours[0], linewidth=2, label=f"mean of {_seeds(seeds)}")
+    label = f"the paper's law: as a dense model of\n{law.k:.2f} ln P + 1 times the parameters"
+    line = {"color": colours[0], "linewidth": 1, "linestyle": "--"}
+    axes.plot(range(len(TRAINED)), by_law, label=label, gid="law-of-the-paper", **line)
+    axes.set(ylabel="difference of loss from P = 1, nats per byte")
+    axes.set_title("0.1 million parameters: streams, and controls without", fontsize=9)
+    _ticks(axes.xaxis, places, [*(f"P = {P}" for P in TRAINED), *CONTROLS])
+
+
+def shared(colours: Sequence[str]) -> Figure:
+    """Own and shared caches on two cores: first token, further token and bytes, to the plain backbone."""
+    rows = json.loads((RESULTS / "shared.json").read_text(encoding="utf-8"))["rows"]
+    figure = Figure(figsize=(7.4, 2.9), layout="constrained")
+    titles = {
+        "first_token": "time to the first token",
+        "further_token": "time of a further token",
+        "cache": "bytes of the cache",
+    }
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for axes, (what, title) in zip(panels, titles.items(), strict=True):
+        for index, (kind, S) in enumerate((kind, S) for kind in ("own", "shared") for S in (256, 4096)):
+            chosen = sorted((row for row in rows if row["S"] == S), key=lambda row: row["P"])
+            places = [number + 0.18 * (index - 1.5) for number in range(len(chosen))]
+            ratios, colour = [row[f"{what}_ratio"][kind] for row in chosen], colours[1 if kind == "own" else 2]
+            stems = [max(1, 0.955 * ratio) for ratio in ratios]  # to the marker's edge, for the hollow ones
+            axes.vlines(places, 1, stems, color=colour, linewidth=1.2)
+            dots = {"color": colour, "markersize": 5, "label": f"{kind}, {S:,} tokens"}
+            dots |= {"markerfacecolor": colour if S == 4096 else "none", "gid": f"{what}-{kind}-{S}"}
+            axes.plot(places, ratios, "s" if kind == "own" else "o", **dots)
+        axes.axhline(1, linewidth=0.8, linestyle=":", color=colours[0])
+        axes.set(yscale="log", ylim=(0.9, 10), xlim=(-0.5, len(chosen) - 0.5))
+        axes.set_title(title, fontsize=9)
+        _ticks(axes.xaxis, range(len(chosen)), [f"P = {row['P']}" for row in chosen])
+        _ticks(axes.yaxis, STREAMS, STREAMS)
+    panels[0].set_ylabel("plain backbone = 1")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _rows(size: str, **changes: Any) -> dict[int, dict[str, Any]]:
+    """Rows from scratch by seed: those of the method as published, but for the changes to their run."""
+    hidden, layers = SIZES[size]
+    wanted = {**PUBLISHED, "hidden": hidden, "layers": layers} | changes
+    return {row["run"]["seed"]: row for row in _finished() if wanted.items() <= row["run"].items()}
+
+
+def _over_seeds(rows: Sequence[dict[int, dict[str, Any]]]) -> tuple[list[int], list[list[float]]]:
+    """The seeds that all arms have, and by arm and seed the difference of loss from the first arm."""
+    seeds = sorted(set.intersection(*map(set, rows)))
+    losses = [[fmean(of_arm[seed]["test"]["middle"]) for seed in seeds] for of_arm in rows]
+    return seeds, [[loss - base for loss, base in zip(of_arm, losses[0], strict=True)] for of_arm in losses]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+@cache
+def _finished() -> list[dict[str, Any]]:
+    paths = sorted((RESULTS / "evidence" / "scratch").glob("[!.]*.json"))
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [row for row in rows if "test" in row]
+
+
 PICTURES: dict[str, Callable[[Sequence[str]], Figure]] = {
     "law": law,
     "overhead": overhead,
     "cost": cost,
     "batch": batch,
     "evidence": evidence,
+    "streams": streams,
+    "shared": shared,
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import matplotlib
 from arms import Run
 from matplotlib.figure import Figure
 from plan import PREFIX_LENGTHS, SIZES, VARIANTS, Rows, read_rows
@@ -364,21 +365,35 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Differences from the dense model in the middle of documents, by arm and size, with their intervals."""
+    """Differences from the dense model in the middle of documents, by arm and size, with their intervals.
+
+    An arm has the same row at every size. Hollow are those of one seed, whose intervals are over documents alone.
+    """
     entries = [e for e in report["comparisons"] if (e["study"], e["baseline"], e["where"]) == SHOWN]
     sizes = [size for size in SIZES if any(entry["size"] == size for entry in entries)]
     if not sizes:
         return
-    figure = Figure(figsize=(3.2 * len(sizes) + 1, 3.2), layout="constrained")
-    for index, (axes, size) in enumerate(zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True)):
-        of_size = [entry for entry in entries if entry["size"] == size]
-        for place, entry in enumerate(of_size):
-            below, above = entry["difference"] - entry["low"], entry["high"] - entry["difference"]
-            axes.errorbar(entry["difference"], place, xerr=[[below], [above]], fmt="o", color="black", capsize=3)
+    arms = list(dict.fromkeys(entry["arm"] for entry in entries))
+    figure = Figure(figsize=(2.1 * len(sizes) + 1.6, 0.2 * len(arms) + 1.2), layout="constrained")
+    shown = {"color": "black", "capsize": 2, "markersize": 4, "linewidth": 1}
+    panels = figure.subplots(1, len(sizes), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, size in zip(panels, sizes, strict=True):
+        for entry in (entry for entry in entries if entry["size"] == size):
+            place, face = arms.index(entry["arm"]), "black" if entry["seeds"] > 1 else "white"
+            between = [[entry["difference"] - entry["low"]], [entry["high"] - entry["difference"]]]
+            drawn = axes.errorbar(entry["difference"], place, xerr=between, fmt="o", markerfacecolor=face, **shown)
+            drawn.lines[0].set_gid(f"difference-{size}-{place}")
+            drawn.lines[2][0].set_gid(f"interval-{size}-{place}")
         axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(of_size)), [entry["arm"] for entry in of_size] if index == 0 else [])
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.set(title=size, xlabel="nats for each byte")
-    with path.open("w") as file:
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    for face, text in (("white", "one seed: interval over documents"), ("black", "several: over documents and seeds")):
+        axes.plot([], [], "o", color="black", markersize=4, markerfacecolor=face, label=text)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "parscale"}), path.open("w") as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 

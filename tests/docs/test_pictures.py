@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def batch():
             yield along, f"{along}-{P}", values, [found.ratio("seconds") for found in costs]
 
 
+def shared():
+    """Ratios beside each other: own and shared, of both prompts, at their places around P."""
+    rows = json.loads((RESULTS / "shared.json").read_text())["rows"]
+    for what in ("first_token", "further_token", "cache"):
+        for index, (kind, S) in enumerate((kind, S) for kind in ("own", "shared") for S in (256, 4096)):
+            found = {row["P"]: row[f"{what}_ratio"][kind] for row in rows if row["S"] == S}
+            places = np.arange(3) + 0.18 * (index - 1.5)
+            yield what, f"{what}-{kind}-{S}", np.exp(places), np.log([found[P] for P in (2, 4, 8)])
+
+
 def points_in(svg, name):
     """Where a line's points are, or those of markers alone: `(n, 2)`, pixels."""
     (group,) = [node for node in svg.iter(f"{SVG}g") if node.get("id") == name]
@@ -65,7 +76,7 @@ def points_in(svg, name):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("picture", [law, overhead, cost, batch], ids=lambda picture: picture.__name__)
+@pytest.mark.parametrize("picture", [law, overhead, cost, batch, shared], ids=lambda picture: picture.__name__)
 def test_the_points_are_the_data(picture, theme):
     svg = ElementTree.parse(ASSETS / f"{picture.__name__}-{theme}.svg")
     panels: dict[object, list] = {}
@@ -73,7 +84,7 @@ def test_the_points_are_the_data(picture, theme):
         found = points_in(svg, name)
         assert len(found) == len(x), name
         panels.setdefault(panel, []).append((np.log(np.asarray(x, dtype=float)), np.asarray(y, dtype=float), found))
-    assert len(panels) == 2
+    assert len(panels) == (3 if picture is shared else 2)
     for lines in panels.values():
         x, y, found = (np.concatenate(columns) for columns in zip(*lines, strict=True))
         for data, pixels in ((x, found[:, 0]), (y, found[:, 1])):
@@ -98,6 +109,83 @@ def test_arms_lie_where_their_differences_are(theme):
     slope, start = np.polyfit(data, pixels, 1)
     assert abs(slope) > 1
     assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
+
+
+def arms_of_streams():
+    """P = 1, 2, 4, one prefix, the dense twin, twice the width: at 0.1M, as they stand in the picture."""
+    names = ["streams-h48-l4-p1-t8", "streams-h48-l4-p2-t8", "streams-h48-l4-p4-t8"]
+    return [*names, "prefix-h48-l4-p1-t8", "twin-h48-l4-p4-t8", "streams-h96-l4-p1-t8"]
+
+
+def finished(name, tokens, seed):
+    return json.loads((RESULTS / "evidence" / "scratch" / f"{name}-n{tokens}-r0.008-s{seed}.json").read_text())
+
+
+def differences(names, tokens, seeds):
+    """Of each arm and seed, from the first arm."""
+    losses = [[fmean(finished(name, tokens, seed)["test"]["middle"]) for seed in seeds] for name in names]
+    return np.array(losses) - losses[0]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_losses_over_streams_are_those_of_the_rows(theme):
+    """Seeds, means and the law at 0.1M, and the larger sizes beside them, all on one scale."""
+    svg = ElementTree.parse(ASSETS / f"streams-{theme}.svg")
+    arms = differences(arms_of_streams(), 2_500_000, range(3))
+    data, pixels = [], []
+    for index, by_seed in enumerate(arms):
+        data += [*by_seed, *[by_seed.mean()] * 2]
+        pixels += [*points_in(svg, f"seeds-{index}")[:, 1], *points_in(svg, f"mean-{index}")[:, 1]]
+    for size, shape, tokens in (("0.2M", "h64-l5", 5_400_000), ("0.4M", "h80-l6", 9_700_000)):
+        data += differences([f"streams-{shape}-p{P}-t8" for P in (1, 2, 4)], tokens, [0])[:, 0].tolist()
+        pixels += [*points_in(svg, f"streams-{size}")[:, 1]]
+    params = [finished(name, 2_500_000, 0)["params"] for name in arms_of_streams()]
+    law = fit(*published("stack"))
+    for P, N in zip((1, 2, 4), params, strict=False):
+        worth = np.log(N * (law.k * np.log(P) + 1) / params[0]) / np.log(params[-1] / params[0])
+        data.append(worth * arms[-1].mean())
+    pixels += [*points_in(svg, "law-of-the-paper")[:, 1]]
+    slope, start = np.polyfit(data, pixels, 1)
+    assert slope < -1
+    assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
+
+
+def test_means_over_streams_are_those_of_the_report():
+    """The picture's rows are those that the report chose: the same arms at the same rates."""
+    comparisons = json.loads((RESULTS / "evidence.json").read_text())["comparisons"]
+    wanted = {"study": "scratch", "size": "0.1M", "where": "middle", "baseline": "dense", "seeds": 3}
+    reported = {entry["arm"]: entry["difference"] for entry in comparisons if wanted.items() <= entry.items()}
+    means = differences(arms_of_streams(), 2_500_000, range(3)).mean(axis=1)
+    for index, arm in ((1, "P = 2"), (2, "P = 4"), (5, "twice as wide")):
+        assert means[index] == pytest.approx(reported[arm], abs=1e-5)
+
+
+def test_the_report_draws_its_comparisons():
+    """`results/evidence.svg`: every arm in its row at every size, hollow where there is one seed."""
+    comparisons = json.loads((RESULTS / "evidence.json").read_text())["comparisons"]
+    wanted = {"study": "scratch", "where": "middle", "baseline": "dense"}
+    entries = [entry for entry in comparisons if wanted.items() <= entry.items()]
+    svg = ElementTree.parse(RESULTS / "evidence.svg")
+    arms = list(dict.fromkeys(entry["arm"] for entry in entries))
+    assert [text.text for text in svg.iter(f"{SVG}text") if text.text in arms] == arms
+    panels: dict[str, list] = {}
+    rows: dict[str, set] = {}
+    for entry in entries:
+        size, arm = entry["size"], entry["arm"]
+        name = f"{size}-{arms.index(arm)}"
+        centre, interval = points_in(svg, f"difference-{name}"), points_in(svg, f"interval-{name}")
+        figures = [entry[name] for name in ("difference", "low", "high")]
+        panels.setdefault(size, []).append((figures, [*centre[:, 0], *interval[:, 0]]))
+        rows.setdefault(arm, set()).add(round(float(centre[0, 1]), 1))
+        (marker,) = [node for node in svg.iter(f"{SVG}g") if node.get("id") == f"difference-{name}"]
+        (use,) = marker.iter("{http://www.w3.org/2000/svg}use")
+        assert ("fill: #ffffff" in use.get("style", "")) == (entry["seeds"] == 1), name
+    assert all(len(places) == 1 for places in rows.values())
+    for pairs in panels.values():
+        data, pixels = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        slope, start = np.polyfit(data, pixels, 1)
+        assert slope > 1
+        assert np.abs(slope * data + start - pixels).max() < PIXELS
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*.svg")), ids=lambda path: path.name)
