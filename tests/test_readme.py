@@ -105,17 +105,29 @@ def test_what_one_cache_costs_is_on_file():
     assert is_said(f"costs nothing that {SEEDS[entry['seeds']]} could show from scratch: {shown(entry)}")
     found = compared("recycling", "P = 4")
     both, frozen = (found[f"{arm}, shared", arm, "middle"] for arm in ("streams-and-backbone", "frozen"))
-    figures = f"{shown(both)} where everything trains, and {shown(frozen)} on a frozen backbone"
-    assert is_said(f"recycled, over {SEEDS[both['seeds']]}, {figures}")
-    assert both["seeds"] == frozen["seeds"]
+    assert is_said(f"nor recycled, {shown(both)}, but {shown(frozen)} on a frozen backbone")
+    assert both["seeds"] == frozen["seeds"] == entry["seeds"]
+    assert both["low"] < 0 < both["high"]
+
+
+def test_what_became_of_streams_is_on_file():
+    found = on_file("mixing")
+    published = [entry for entry in found if entry["arm"] == "P = 4"]
+    correlations = [value for entry in published if entry["size"] == "0.1M" for value in entry["correlations"]]
+    assert is_said(f"(correlation {min(correlations):.2f} to {max(correlations):.2f})")
+    (even,) = (entry for entry in found if entry["arm"] == "P = 4, smoothing=1")
+    assert min(even["correlations"]) > 0.98
+    weights = [value for entry in published for value in entry["largest_weights"]]
+    assert (sum(weight >= 0.92 for weight in weights), len(weights)) == (3, 5)
+    assert is_said("in three of five runs up to 0.4 million parameters the aggregator settled on one of four")
 
 
 def test_the_laws_k_is_on_file():
     law = on_file("law")
     found = law["N"]["all parameters"]
     low, high = found["k_interval"]
-    assert is_said(f"fitted to {law['models']} models of our own at 0.1 to 0.4 million, has k = {found['k']:.2f}")
-    assert is_said(f"k = {found['k']:.2f} ({low:.2f}, {high:.2f}) in place of 0.39 (90 %)")
+    fitted = f"fitted to {law['models']} models of our own at 0.1 to 0.4 million, has k = {found['k']:.2f}"
+    assert is_said(f"{fitted} in place of 0.39, 90 % interval ({low:.2f}, {high:.2f})")
     assert law["sizes"] == 3
 
 
