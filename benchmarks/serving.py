@@ -257,6 +257,8 @@ def table(result: dict[str, Any]) -> str:
     others = ("plain vLLM", "`generate`") if has_generate else ("plain vLLM",)
     titles = ["P", "keys", "prompt, tokens", "requests at once"]
     titles += [f"{what}, to {other}" for other in others for what in ("first token", "further token", "tokens/s")]
+    has_both = result["kv"] == ["own", "shared"]
+    titles += ["further token, shared to own"] if has_both else []
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for values, (P, kv) in itertools.product(result["loads"], models(result["streams"], result["kv"])):
         load = Load(*values)
@@ -265,6 +267,9 @@ def table(result: dict[str, Any]) -> str:
             against = rows[*other, load]
             cells += [own[what] / against[what] for what in ("first", "further", "tokens_per_second")]
         ratios = " | ".join(f"{cell:.2f}" for cell in cells)
+        if has_both:
+            with_own = rows["vllm", named(P, "own"), load]["further"]
+            ratios += f" | {own['further'] / with_own:.2f}" if kv == "shared" else " | "
         lines.append(f"| {P} | {kv} | {load.prompt} | {load.requests} | {ratios} |")
     return "\n".join(lines)
 

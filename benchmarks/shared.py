@@ -112,13 +112,14 @@ def measure(P: int, S: int, B: int, repeats: int, device: str) -> dict[str, Any]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: ratios to the plain backbone at the same batch."""
-    columns = ("first token: own", "shared", "further token: own", "shared", "cache: own", "shared")
+    columns = ("first token: own", "shared", "further token: own", "shared", "shared to own", "cache: own", "shared")
     lines = _head("P", "prompt, tokens", *columns)
     for row in rows:
         ratios = [
             row[f"{what}_ratio"][kind] for what in ("first_token", "further_token", "cache") for kind in KINDS[1:]
         ]
-        lines.append(_row(row["P"], row["S"], *ratios))
+        own, shared = ratios[2:4]
+        lines.append(_row(row["P"], row["S"], *ratios[:4], shared / own, *ratios[4:]))
     return "\n".join(lines)
 
 
