@@ -46,10 +46,27 @@ def _own(module: nn.Module, name: str) -> Any:
     return held
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def require_hooks(module: nn.Module) -> None:
+    """Raises an error for a module without the dictionaries that `has_hooks` reads.
+
+    That runs for each token and checks nothing, so a module is checked when it is made.
+
+    Raises:
+        IncompatibleVersionError: one is missing.
+    """
+    for name in _HOOKS:
+        if vars(module).get(name) is None:
+            raise missing(nn.Module, name)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks, so that a call does more than its `forward`.
 
-    torch has methods to register and remove hooks, but none to list them. torch.compile traces this function.
+    torch has methods to register and remove hooks, but none to list them. torch.compile traces this function. See
+    `require_hooks` for a version without the names.
     """
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -58,6 +75,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def tensor_hooks(tensor: torch.Tensor) -> list[Any]:
     """The hooks that `torch.Tensor.register_hook` has added to a tensor; torch has no other list of them."""
+    needed(type(tensor), "_backward_hooks")  # of a tensor without hooks it is None
     return list((tensor._backward_hooks or {}).values())
 
 
@@ -100,7 +118,7 @@ def version_of(tensor: torch.Tensor) -> int:
     The notes on autograd describe this counter ("in-place correctness checks"), but no documented name returns it.
     Without it, all values would have to be compared to see whether a forward pass wrote to a buffer.
     """
-    version: int = tensor._version
+    version: int = needed(tensor, "_version")
     return version
 
 

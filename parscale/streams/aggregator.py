@@ -7,7 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from parscale.compat.torch import has_hooks
+from parscale.compat.torch import has_hooks, require_hooks
 from parscale.distributed.parallel import local
 from parscale.kernels import aggregate, aggregator, stream_weights
 from parscale.kernels.aggregator.layout import stream_innermost
@@ -59,6 +59,7 @@ class Aggregator(nn.Sequential):
             nn.SiLU(),
             Projection(hidden_size, num_streams, dtype=dtype, device=device),
         )
+        require_hooks(self)
         self.num_streams = num_streams
         self.smoothing = smoothing
 

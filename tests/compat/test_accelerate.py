@@ -1,5 +1,7 @@
 """accelerate's hooks are found where they are, and put back."""
 
+import inspect
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -53,6 +55,24 @@ def test_a_hook_in_the_place_of_another_runs():
     assert torch.equal(module(x), expected)
     remove_hook_from_module(module)
     assert compat.hook_of(module) is None
+
+
+def test_what_an_accelerator_prepares_goes_through_the_extension(monkeypatch):
+    """Once, also where it is asked for again."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "prepare", inspect.unwrap(Accelerator.prepare))  # as it is without parscale
+    seen = []
+
+    def extension(prepare, accelerator, *objects, **options):
+        seen.append((accelerator, objects, options))
+        return prepare(accelerator, *objects, **options)
+
+    for _ in range(2):
+        compat.extend_prepare(extension)
+    accelerator, module = Accelerator(cpu=True), nn.Linear(2, 2)
+    assert accelerator.prepare(module, device_placement=[False]) is module
+    assert seen == [(accelerator, (module,), {"device_placement": [False]})]
 
 
 @pytest.mark.parametrize("attribute", ["offload", "execution_device", "weights_map"])

@@ -116,6 +116,16 @@ def test_every_argument_is_known(name):
         assert not list(unknown(given(model))), "add it to a table of parscale/compat/arguments.py"
 
 
+@pytest.mark.parametrize("name", tables.CACHES)
+def test_a_cache_is_found_under_each_of_its_names(name):
+    cache, others = object(), dict.fromkeys(tables.CACHES)
+    assert tables.given_cache({"input_ids": 1, name: cache}) is cache
+    assert tables.given_cache(others | {name: cache}) is cache
+    assert tables.given_cache(others) is tables.given_cache({"input_ids": 1}) is None
+    empty = []  # as a cache that holds nothing yet
+    assert tables.given_cache(others | {name: empty}) is empty
+
+
 def test_an_argument_in_a_signature_is_named():
     class Part:
         def forward(self, input_ids, shades=None, *args, use_cache=True, **kwargs):

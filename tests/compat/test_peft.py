@@ -68,6 +68,43 @@ def test_rows_go_to_layers_through_the_hooks(make, ids, monkeypatch):
     assert given[0]["adapter_names"] == ["default", "__base__"]
 
 
+@pytest.fixture
+def untouched(monkeypatch):
+    """A method and a function of PEFT as they are without parscale."""
+    method, function = (original(x) for x in (peft.PeftModel.set_adapter, peft.prepare_model_for_kbit_training))
+    monkeypatch.setattr(peft.PeftModel, "set_adapter", method)
+    monkeypatch.setattr(peft, "prepare_model_for_kbit_training", function)
+    return method, function
+
+
+def ours(function, *args, **kwargs):
+    """In place of what it extends, which is given back."""
+    return function
+
+
+EXTENDED = {(compat.MODEL, "set_adapter"): ours}, {"prepare_model_for_kbit_training": (ours, ["peft.utils"])}
+
+
+def test_all_are_extended_at_once(untouched):
+    method, function = untouched
+    modules = {name: vars(sys.modules[name]) for name in ("peft", "peft.utils")}
+    compat.extend_all(*EXTENDED, lambda model: True)
+    assert peft.PeftModel.set_adapter(None, "default") is method
+    assert modules["peft"][function.__name__](None) is function
+    assert modules["peft.utils"][function.__name__] is not modules["peft"][function.__name__]  # which keeps its own
+
+
+def test_none_is_extended_where_one_is_missing(untouched, monkeypatch):
+    method, function = untouched
+    refused = []
+    monkeypatch.setattr(compat, "_refuse_adapters", lambda error, is_wrapped: refused.append(str(error)))
+    methods, functions = EXTENDED
+    compat.extend_all(methods | {(compat.MODEL, "gone"): ours}, functions, lambda model: True)
+    assert peft.PeftModel.set_adapter is method
+    assert peft.prepare_model_for_kbit_training is function
+    assert ["PeftModel.gone, which the installed peft" in message for message in refused] == [True]
+
+
 # -- a version that lacks a name
 
 

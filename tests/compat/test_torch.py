@@ -63,12 +63,16 @@ def test_hooks_of_a_tensor_are_seen():
 
 def test_replicas_are_made_by_another_function_until_that_is_taken_back():
     module = nn.Linear(2, 2)
+    assert not compat.is_watched(module)
     compat.watch_replicas(module, lambda: "ours")
     assert module._replicate_for_data_parallel() == "ours"  # as nn.DataParallel calls it
+    assert compat.is_watched(module)
     replica = compat.replicate(module)
+    assert not compat.is_watched(replica)
     assert isinstance(replica, nn.Linear)
     assert replica._replicate_for_data_parallel() != "ours"
     compat.unwatch_replicas(module)
+    assert not compat.is_watched(module)
     assert isinstance(module._replicate_for_data_parallel(), nn.Linear)
 
 
@@ -126,6 +130,28 @@ def test_a_module_without_its_dictionaries_is_refused(name):
     del vars(module)[name]
     with pytest.raises(IncompatibleVersionError, match=f"Linear.{name}, which the installed torch"):
         compat.held_buffers(module) if name == "_buffers" else compat.take_parameter(module, "weight")
+
+
+@pytest.mark.parametrize("name", compat._HOOKS)
+def test_a_module_without_a_dictionary_of_hooks_is_refused(name):
+    module = nn.Linear(1, 1)
+    compat.require_hooks(module)
+    del vars(module)[name]
+    with pytest.raises(IncompatibleVersionError, match=rf"Module\.{name}, which the installed torch"):
+        compat.require_hooks(module)
+
+
+def test_every_dictionary_that_is_read_is_checked():
+    read = {name for name in compat.has_hooks.__code__.co_names if name.startswith("_")}
+    assert read == set(compat._HOOKS)
+
+
+@pytest.mark.parametrize(("name", "call"), [("_version", compat.version_of), ("_backward_hooks", compat.tensor_hooks)])
+def test_a_tensor_without_a_name_is_refused(name, call):
+    """torch's own tensors cannot lose one: an object of a class that is called the same."""
+    tensor = type("Tensor", (), {"__module__": "torch"})()
+    with pytest.raises(IncompatibleVersionError, match=rf"torch\.Tensor\.{name}, which the installed torch"):
+        call(tensor)
 
 
 def test_a_model_is_left_as_it_was(make, unharmed, monkeypatch):

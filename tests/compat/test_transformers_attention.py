@@ -47,6 +47,12 @@ def test_the_implementation_is_the_one_that_was_set(make):
     assert compat.attn_implementation(transformers.LlamaConfig()) == "eager"  # nobody chose
 
 
+def test_a_configuration_that_names_its_implementation_elsewhere_is_refused():
+    config = type("LlamaConfig", (), {"__module__": "transformers"})()
+    with pytest.raises(IncompatibleVersionError, match=r"LlamaConfig\._attn_implementation, which the installed trans"):
+        compat.attn_implementation(config)
+
+
 class View(compat.ConfigView):
     def implementation(self):
         return f"{self.prefix}{self.backbone._attn_implementation}"
