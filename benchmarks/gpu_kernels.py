@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from gpu_bench import Bench, Row, aggregator_tensors, decode_tensors, prefill_operations, prefill_tensors, randn
 
-from parscale.kernels import aggregate, aggregator, causal_attention, causal_attention_reference, decode_attention
+from parscale.kernels import (
+    aggregate,
+    aggregator,
+    causal_attention,
+    causal_attention_reference,
+    decode_attention,
+    shared_decode_attention,
+)
 from parscale.kernels.prefix import prepend
 
 
@@ -52,7 +59,8 @@ class Case:
 def attention_cases(bench: Bench) -> Iterator[Case]:
     """Decode attention in bfloat16, P = 8."""
     P = 8
-    for D, B, K, masked in ((96, 1, 4096, True), (96, 1, 4096, False), (128, 1, 4096, True), (96, 8, 4096, True)):
+    long = ((96, 1, 4096, True), (96, 1, 4096, False), (128, 1, 4096, True), (96, 8, 4096, True))
+    for D, B, K, masked in (*long, (96, 1, 512, False)):
         D, K = bench.size(D, 8), bench.size(K, 20)
         states = decode_tensors(bench, P, B, K, D)
         mask = torch.ones(P * B, 1, 1, 48 + K, dtype=torch.bool, device=bench.device) if masked else None
@@ -221,6 +229,7 @@ def exactness(bench: Bench) -> None:
         prompt = prefill_tensors(bench, bench.size(1024, 16), dtype)
         cases: dict[str, tuple[Any, list[torch.Tensor], torch.Tensor | None]] = {
             "decode attention": (_attend, states, None),
+            **_masked_cases(bench, dtype),
             "aggregator, 8 rows": (_mix_all, [x[:, :8], *weights], gradient[:8]),
             "aggregator": (_mix_all, [x, *weights], gradient),
             "aggregate": (_sum_all, [x, logits], gradient),
@@ -232,9 +241,29 @@ def exactness(bench: Bench) -> None:
             bench.figure(f"error {name}", find, dtype=str(dtype)[6:])
 
 
-def _attend(*tensors: Any) -> torch.Tensor:
+def _masked_cases(bench: Bench, dtype: torch.dtype) -> dict[str, tuple[Any, list[torch.Tensor], None]]:
+    """Decode attention with D = 128 and two rows, one of them padded, over own keys and over shared ones."""
+    P, B, K = 8, 2, bench.size(4096, 20)
+    states = decode_tensors(bench, P, B, K, bench.size(128, 8), dtype)
+    query, key, value, prefix_k, prefix_v = states
+    padding = torch.tensor([0, K // 3], device=bench.device).view(B, 1, 1, 1)
+    mask = torch.arange(K, device=bench.device) >= padding  # (B, 1, 1, K)
+    own = functools.partial(_attend, mask=mask.repeat(P, 1, 1, 1))
+    shared = functools.partial(_attend_shared, mask=mask)
+    return {
+        "decode attention, masked": (own, states, None),
+        "decode attention, shared keys": (shared, [query, key[:B], value[:B], prefix_k[1:], prefix_v[1:]], None),
+    }
+
+
+def _attend(*tensors: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     *tensors, impl = tensors
-    return decode_attention(*tensors, None, impl=impl)
+    return decode_attention(*tensors, mask, impl=impl)
+
+
+def _attend_shared(*tensors: Any, mask: torch.Tensor) -> torch.Tensor:
+    *tensors, impl = tensors
+    return shared_decode_attention(*tensors, mask, impl=impl)
 
 
 def _mix_all(*tensors: Any) -> torch.Tensor:

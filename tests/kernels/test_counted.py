@@ -171,11 +171,12 @@ def test_python_of_decode_attention(benchmark, monkeypatch):
     assert len(found) <= 40, found
 
 
+@pytest.mark.parametrize("H", [1536, 2560])
 @some_or_all("rows", [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)], 16384)
-def test_no_number_of_rows_is_a_cliff(benchmark, rows):
+def test_no_number_of_rows_is_a_cliff(benchmark, rows, H):
     """At every number the launches leave room for 40 per cent of the floor at least, and the next is no much worse."""
     roofline = benchmark("roofline")
-    shares = [roofline.aggregator(8, N, 1536)["of_floor"] for N in rows]
+    shares = [roofline.aggregator(8, N, H)["of_floor"] for N in rows]
     assert min(shares) >= 0.4
     assert max(a - b for a, b in itertools.pairwise(shares)) < 0.2
 

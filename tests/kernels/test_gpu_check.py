@@ -49,6 +49,8 @@ def test_dry_run(programs, tmp_path):
     errors = [row for row in rows if row["what"].startswith("error ")]
     assert {row["dtype"] for row in errors} == {"bfloat16", "float16", "float32"}
     assert all(row["ok"] for row in errors)
+    attention = {f"error decode attention{kind}" for kind in ("", ", masked", ", shared keys")}
+    assert attention <= {row["what"] for row in errors}
     for row in errors:
         if "prefill" not in row["what"]:  # which is merged on a CPU too; of all others, the reference runs
             assert row["fused"] == row["torch"]
