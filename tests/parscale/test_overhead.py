@@ -4,6 +4,7 @@ Times depend on the machine. These numbers do not, nor on the versions of torch 
 the method needs: an operator or a call of Python that comes back in a layer counts once for each of the layers.
 """
 
+import math
 import sys
 from collections import Counter
 
@@ -24,6 +25,8 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+HIDDEN = 4 * P * S * SHAPE["hidden_size"]  # bytes of all streams' hidden states in float32
+PREFIX = 5
 # Without `reshape`, by which torch 2.9 flattens, and later versions do not.
 VIEWS = ("view", "flatten", "unflatten", "transpose", "permute", "slice", "expand", "squeeze", "unsqueeze")
 
@@ -34,7 +37,15 @@ def models():
     config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
     torch.manual_seed(0)
     plain, wrapped = (transformers.Qwen2ForCausalLM(config).eval() for _ in range(2))
-    return plain, parscale.wrap(wrapped, P, prefix_length=5, seed=0)
+    return plain, parscale.wrap(wrapped, P, prefix_length=PREFIX, seed=0)
+
+
+@pytest.fixture
+def sharing(models):
+    """The plain backbone, and the same with streams that share keys."""
+    config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
+    shared = transformers.Qwen2ForCausalLM(config).eval()
+    return models[0], parscale.wrap(shared, P, prefix_length=PREFIX, seed=0, kv="shared")
 
 
 def run(model, ids, cache=None):
@@ -60,6 +71,17 @@ def decoding(model):
     return step
 
 
+def prefill(model):
+    """A prompt, into an empty cache."""
+
+    @torch.no_grad()
+    def step():
+        run(model, torch.arange(S)[None], transformers.DynamicCache())
+
+    step()
+    return step
+
+
 def training(model):
     """Forward and backward pass."""
 
@@ -78,6 +100,13 @@ def operators(step):
     counts = {event.key.removeprefix("aten::"): event.count for event in found.key_averages()}
     taken = sum(max(0, event.self_cpu_memory_usage) for event in found.events())
     return counts, taken
+
+
+def copied(step):
+    """The bytes that copies write in a step, in float32."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        step()
+    return sum(4 * math.prod(event.input_shapes[0]) for event in found.events() if event.key == "aten::copy_")
 
 
 def calls(step):
@@ -115,11 +144,8 @@ def test_operators_of_a_decoded_token(models):
     assert sum(found.get(name, 0) for name in VIEWS) <= 8 * LAYERS + 20
 
 
-def test_operators_of_a_decoded_token_with_shared_keys(models):
-    plain, _ = models
-    config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
-    shared = parscale.wrap(transformers.Qwen2ForCausalLM(config).eval(), P, prefix_length=5, seed=0, kv="shared")
-    found, _ = added(decoding, (plain, shared))
+def test_operators_of_a_decoded_token_with_shared_keys(sharing):
+    found, _ = added(decoding, sharing)
     assert found["_scaled_dot_product_flash_attention_for_cpu"] == LAYERS  # over the prefixes, beside the cache
     assert found["lerp_"] == found["sigmoid"] == found["sub"] == LAYERS  # the merge
     assert found["bmm"] == found["_softmax"] == found["mul"] == 1  # the mixture
@@ -159,11 +185,62 @@ def test_python_calls_of_a_decoded_token(models):
     plain, streams = (calls(decoding(model)) for model in models)
     deeper = transformers.Qwen2ForCausalLM(config).eval()
     deeper_plain = calls(decoding(deeper))
-    deeper_streams = calls(decoding(parscale.wrap(deeper, P, prefix_length=5, seed=0)))
+    deeper_streams = calls(decoding(parscale.wrap(deeper, P, prefix_length=PREFIX, seed=0)))
     added = (streams - plain).total()  # of counters: what is less than zero is left out
     each = (deeper_streams - deeper_plain).total() - added
     assert each <= 36, f"{each} calls in each layer"
     assert added - LAYERS * each <= 230, f"{added - LAYERS * each} calls around the layers"
+
+
+def test_operators_of_a_prefill(models):
+    found, _ = added(prefill, models)
+    assert found["_scaled_dot_product_flash_attention_for_cpu"] == LAYERS  # over the prefixes, beside the tokens
+    assert found["lerp_"] == found["sigmoid"] == found["sub"] == LAYERS  # the merge
+    assert found["bmm"] == found["_softmax"] == found["mul"] == found["add"] == 1  # the mixture
+    assert found["addmm"] == 2  # the aggregator's two layers
+    assert found.get("cat", 0) <= 0
+    assert found["copy_"] <= 5  # around the layers, as the next: none in any
+    assert found["clone"] <= 1
+    assert sum(found.get(name, 0) for name in VIEWS) <= 29 * LAYERS + 25
+    assert found.get("repeat", 0) == 0
+
+
+def test_operators_of_a_prefill_with_shared_keys(sharing):
+    found, _ = added(prefill, sharing)
+    assert found["_scaled_dot_product_flash_attention_for_cpu"] == LAYERS
+    assert found["lerp"] == found["sigmoid"] == found["sub"] == LAYERS
+    assert found["bmm"] == found["_softmax"] == found["mul"] == found["add"] == 1
+    assert found["addmm"] == 2
+    assert found["cat"] <= 3 * LAYERS  # queries, outputs and log-sums of stream 0 and of the others
+    assert found["copy_"] <= 3 * LAYERS + 5  # of the same, from streams to key heads and back
+    assert found["clone"] <= 3 * LAYERS + 1
+    assert sum(found.get(name, 0) for name in VIEWS) <= 63 * LAYERS + 25
+    assert found.get("repeat", 0) == 0
+
+
+def around(times=1):
+    """Bytes that the aggregator copies: its input, `times` over, and the biases of its two layers for each token."""
+    return times * HIDDEN + 4 * S * (SHAPE["hidden_size"] + P) + 16  # and four numbers
+
+
+def test_bytes_that_a_prefill_copies(models):
+    """None that grow with the layers."""
+    plain, streams = (copied(prefill(model)) for model in models)
+    assert streams - plain <= around()
+
+
+def test_bytes_that_a_prefill_copies_with_shared_keys(sharing):
+    plain, streams = (copied(prefill(model)) for model in sharing)
+    logsums = 4 * P * S * SHAPE["num_attention_heads"]
+    assert streams - plain <= LAYERS * (2 * HIDDEN + logsums) + around()  # queries and outputs, to key heads and back
+
+
+def test_bytes_that_a_training_step_copies(models):
+    """In each layer the prefix's gradients and the log-sums; around them, the aggregator's input and its gradient."""
+    plain, streams = (copied(training(model)) for model in models)
+    prefixes = 2 * 4 * P * SHAPE["num_key_value_heads"] * PREFIX * 8
+    logsums = 4 * P * S * SHAPE["num_attention_heads"]
+    assert streams - plain <= LAYERS * (prefixes + logsums) + around(2)
 
 
 def test_layout_of_gradients(models):

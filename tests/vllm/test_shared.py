@@ -175,15 +175,13 @@ def test_what_does_not_go_with_it(folder, serving, arguments, match):
 
 def test_requests_that_come_go_and_move():
     """As vLLM tells a logits processor: gone first, then come, then moved or swapped."""
-    from types import SimpleNamespace
-
     from vllm import SamplingParams
-    from vllm.v1.sample.logits_processor import MoveDirectionality
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
     from parscale.integrations.vllm.sampling import BatchOptions, RequestOptions
 
     def update(removed=(), added=(), moved=()):
-        batch.update(SimpleNamespace(removed=removed, added=added, moved=moved))
+        batch.update(BatchUpdate(batch_size=4, removed=removed, added=added, moved=moved))
         return batch.of(4)
 
     batch, every = BatchOptions(), RequestOptions()

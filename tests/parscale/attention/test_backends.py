@@ -108,6 +108,34 @@ def test_without_a_mask(S, K, causal, llama, zoo):
     zoo.close(attend(model, *inputs, None, **kwargs), by_hand(model, *inputs, visible), 1e-12)
 
 
+@pytest.mark.parametrize("whose", ["tokens", "tokens and prefix"])
+@pytest.mark.parametrize("S", [9, 3, 1])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa without a mask"])
+def test_large_biases_of_keys(name, S, whose, llama, zoo):
+    """As Qwen2's: scores of size 100 in float32, far apart or nearly alike, against float64 on the same numbers."""
+    model, exact = llama.wrapped(), llama.wrapped(dtype=torch.float64)
+    name, _, unmasked = name.partition(" ")
+    model.set_attn_implementation(name)
+    inputs = [x.float() for x in draw(zoo, S, 9 if not unmasked or S == 1 else S)]
+    bias = 20 * torch.randn(1, GROUPS, 1, SIZE, generator=torch.Generator().manual_seed(3))
+    inputs[1] += bias
+    with torch.no_grad():
+        if whose != "tokens":
+            model.parscale.layers[0].module.prefix_k.add_(bias)
+        prefix = model.parscale.layers[0].module.prefix_k
+        exact.parscale.layers[0].module.prefix_k.copy_(prefix)
+    K = inputs[1].shape[2]
+    visible = torch.ones(S, K, dtype=torch.bool).tril(K - S)
+    mask = None if unmasked else torch.zeros(1, 1, S, K).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = by_hand(exact, *(x.double() for x in inputs), visible)
+    # a score has D products and sums and a factor, each off by 2**-24 of their sizes at most; a weight by as much,
+    # relatively, for itself and for what it is divided by; and a weighted sum of T + K values is rounded too
+    sizes = 0.4 * inputs[0].norm(dim=-1).max() * max(inputs[1].norm(dim=-1).max(), prefix.norm(dim=-1).max())
+    largest = max(inputs[2].abs().max(), model.parscale.layers[0].module.prefix_v.abs().max())
+    tolerance = (2 * (SIZE + 1) * sizes + zoo.T + K) * 2**-24 * largest
+    zoo.close(attend(model, *inputs, mask), expected, tolerance.item())
+
+
 @pytest.mark.parametrize(
     ("S", "K", "given"),
     [(9, 9, "mask"), (3, 9, "mask"), (1, 9, "mask"), (9, 9, "no mask"), (9, 12, "no mask"), (1, 9, "no mask")],

@@ -168,6 +168,23 @@ def test_forward(name, implementation, flash, zoo):
         assert torch.equal(logits_of(model, ids), logits_of(flash(case.plain(), implementation), ids))
 
 
+def test_large_biases_of_keys(flash, zoo):
+    """With and without a cache, and padded."""
+    case = zoo.Case(zoo.BIASED)
+    model, ids, padding = case.wrapped(), zoo.token_ids(), torch.ones(zoo.B, zoo.S, dtype=torch.long)
+    padding[1, :3] = 0
+    positions = (padding.cumsum(-1) - 1).clamp(min=0)
+    reference = case.reference(model)
+    expected, behind = reference.logits(ids), reference.logits(ids, positions, padding=padding)
+    flash(model)
+    zoo.close(logits_of(model, ids), expected, zoo.BIASED_TOLERANCE)
+    cache = DynamicCache(config=model.config)
+    pieces = [logits_of(model, piece, cache=cache) for piece in ids.split([5, 3, 1], dim=1)]
+    zoo.close(torch.cat(pieces, dim=1), expected, zoo.BIASED_TOLERANCE)
+    logits = logits_of(model, ids, attention_mask=padding)
+    zoo.close(logits[padding.bool()], behind[padding.bool()], zoo.BIASED_TOLERANCE)
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 3, 1]], ids=["token by token", "in chunks"])
 @pytest.mark.parametrize("name", FAMILIES)

@@ -50,6 +50,14 @@ def test_forward(name, uncompiled, zoo):
         assert torch.equal(logits_of(model, ids), logits_of(case.plain(), ids))
 
 
+def test_large_biases_of_keys(uncompiled, zoo):
+    case = zoo.Case(zoo.BIASED, "flex_attention")
+    model, (ids, padding, positions) = case.wrapped(), padded(zoo)
+    expected = case.reference(model).logits(ids, positions, padding=padding)
+    logits = logits_of(model, ids, attention_mask=padding)
+    zoo.close(logits[padding.bool()], expected[padding.bool()], zoo.BIASED_TOLERANCE)
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("given", [True, False], ids=["positions", "no positions"])
 @pytest.mark.parametrize("name", NAMES)

@@ -100,6 +100,21 @@ def test_logits(name, zoo):
         zoo.close(logits_of(model, ids), reference(zoo, case, model, ids), TOLERANCE)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_large_biases_of_keys(attention, zoo):
+    """With and without a cache, whose one-token steps take a path of their own, and padded."""
+    case, ids, padding = zoo.Case(zoo.BIASED, attention), zoo.token_ids(), torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+    model = zoo.share(case.plain())
+    expected = reference(zoo, case, model, ids)
+    zoo.close(logits_of(model, ids), expected, zoo.BIASED_TOLERANCE)
+    cache = transformers.DynamicCache(config=model.config)
+    pieces = [logits_of(model, piece, cache=cache) for piece in ids.split([5, 3, 1], dim=1)]
+    zoo.close(torch.cat(pieces, dim=1), expected, zoo.BIASED_TOLERANCE)
+    behind = reference(zoo, case, model, ids, (padding.cumsum(-1) - 1).clamp(min=0), padding=padding)
+    logits = logits_of(model, ids, attention_mask=padding)
+    zoo.close(logits[padding.bool()], behind[padding.bool()], zoo.BIASED_TOLERANCE)
+
+
 def test_left_padding(name, zoo):
     ids, padding = zoo.token_ids(), torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
     positions = (padding.cumsum(-1) - 1).clamp(min=0)
