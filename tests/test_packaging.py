@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -30,6 +31,25 @@ ROOMS = {
     "parscale.checkpoints": ROOT / "checkpoints",
     "parscale.scaling_laws": ROOT / "scaling_laws",
 }
+
+
+def test_the_container_is_made_of_what_there_is() -> None:
+    """Nobody builds it here: its paths, the extras that it installs, and that a package's folders are all copied."""
+    text = (ROOT / "Containerfile").read_text()
+    copied = [path for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for path in line.split()]
+    assert [path for path in copied if not (ROOT / path).exists()] == []
+    assert {folder.relative_to(ROOT).parts[0] for folder in ROOMS.values()} <= set(copied)
+    needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["build-system"]["backend-path"]}
+    assert needed <= set(copied)
+    inside = set(re.findall(r"/source/([\w.-]+)", text))
+    assert inside <= {PurePosixPath(path).name for path in copied}
+    extras = [extra for line in re.findall(r"/source\[([^]]+)\]", text) for extra in line.split(",")]
+    assert extras
+    assert set(extras) <= PROJECT["project"]["optional-dependencies"].keys()
+    versions = SpecifierSet(PROJECT["project"]["requires-python"])
+    assert all(version in versions for version in re.findall(r"/python:([\d.]+)", text))
+    entries = re.findall(r'^ENTRYPOINT \["(\w+)"', text, re.MULTILINE)
+    assert set(entries) == {*PROJECT["project"]["scripts"], "vllm"}
 
 
 def python(*arguments: str, cwd: Path, executable: str = sys.executable) -> str:
