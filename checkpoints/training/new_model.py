@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.models import find_tokenizer, require_language_model, require_tokenizer
+from parscale.checkpoints.training.model_size import checked_size, configuration, shape_of
 from parscale.config import NUM_STREAMS
 from parscale.format.folders import CONFIG, TYPE_SUFFIX, read_json
 from parscale.format.pretrained import read_pretrained
@@ -23,27 +25,40 @@ class NewModel:
     """A model with random weights, to train from nothing.
 
     Attributes:
-        config: the file `config.json` of a causal language model.
+        config: the file `config.json` of a causal language model; or, where there is no such file, a size such as
+            `"20M"`, of a Qwen2 model with about as many parameters, without those of its embeddings.
         tokenizer: a folder with one, or a name on the Hugging Face Hub; its special tokens become the model's.
         streams: of the model; 1 makes it a plain one. They start at random, whatever `init` says.
         seed: of the weights.
+        sequence_length: the longest that a model of which a size is given has to take; it takes at least 2048 tokens.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, and it is no size.
     """
 
-    config: Path
+    config: Path | str
     tokenizer: str
     streams: ParScaleConfig
     seed: int = 0
+    sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.config.is_file():
-            kind = "a folder" if self.config.is_dir() else "no file"
-            raise ValueError(f"{self.config} is {kind}; give the {CONFIG} of a causal language model.")
+        if Path(self.config).is_dir():
+            raise ValueError(f"{self.config} is a folder; give the {CONFIG} of a causal language model.")
+        if not Path(self.config).is_file():
+            checked_size(str(self.config))
 
     def __str__(self) -> str:
         return str(self.config)
+
+    @property
+    def size(self) -> float | None:
+        """The size that is given in place of a file; None where there is the file.
+
+        Raises:
+            ValueError: there is no such file, and it is no size.
+        """
+        return None if Path(self.config).is_file() else checked_size(str(self.config))
 
     def find_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -59,7 +74,8 @@ class NewModel:
         Raises:
             ValueError: it is damaged, of a model with streams or quantized, or knows fewer tokens than the tokenizer.
         """
-        fields = read_json(self.config)
+        size = self.size
+        fields = read_json(Path(self.config)) if size is None else self._fields(size)
         if NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX):
             raise ValueError(f"{self.config} is of a model with streams; give that of its backbone.")
         if fields.get("quantization_config"):
@@ -98,16 +114,28 @@ class NewModel:
 
     def digest(self) -> str:
         """A digest of what the model is made of."""
-        given = (self.config.read_bytes(), repr(self.streams).encode(), str(self.seed).encode())
+        size = self.size
+        config = Path(self.config).read_bytes() if size is None else json.dumps(self._fields(size), indent=2).encode()
+        given = (config, repr(self.streams).encode(), str(self.seed).encode())
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in given)).hexdigest()
 
     def described(self) -> dict[str, Any]:
         """What a run's settings say of it."""
-        return {"config": str(self.config), "tokenizer": self.tokenizer, "num_streams": self.streams.num_streams}
+        said = {"config": str(self.config), "tokenizer": self.tokenizer, "num_streams": self.streams.num_streams}
+        if (size := self.size) is None:
+            return said
+        return said | {"parameters": shape_of(size).parameters, "configuration": self._fields(size)}
+
+    def _fields(self, size: float) -> dict[str, Any]:
+        """Those of the `config.json` of a model of this size."""
+        return configuration(size, len(self.find_tokenizer()), self.sequence_length)
 
     def _configuration(self) -> Any:
+        size = self.size
         with configuration_of(self):
-            config = read_pretrained(AutoConfig, self.config)
+            config = (
+                read_pretrained(AutoConfig, self.config) if size is None else AutoConfig.for_model(**self._fields(size))
+            )
         tokenizer, text = self.find_tokenizer(), config.get_text_config()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(text, name, getattr(tokenizer, name))

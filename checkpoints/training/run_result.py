@@ -95,7 +95,7 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
         versions=report["versions"],
         streams_only=what["kind"] == STREAMS_ONLY,
         kv=what.get("kv", OWN),
-        new=None if new is None else new["config"],
+        new=None if new is None else f"{'Qwen2, ' if 'configuration' in new else ''}{new['config']}",
         comparisons=tuple(report.get("comparisons", ())),
         controls=report.get("controls", {}),
     )

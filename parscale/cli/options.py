@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from parscale.checkpoints.training.model_size import read_size
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.descriptions import descriptions, plain
 
@@ -36,17 +37,12 @@ Files = list[Path]
 TextColumn = Annotated[str, typer.Option(help=descriptions(TrainSettings).get("text_column"))]
 
 
-SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-
-
 def size(text: str) -> float:
     """A number of parameters, such as 1.6e9, 1600000000 or 1.6B; `BadParameter` for other text."""
-    letter = text[-1:].upper()
     try:
-        value = float(text[:-1]) * SUFFIXES[letter] if letter in SUFFIXES else float(text)
+        return read_size(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a size; give a number such as 1.6e9 or 1.6B") from None
-    return value
 
 
 def count(text: str) -> int:

@@ -54,7 +54,11 @@ def train(
     ] = None,
     from_config: Annotated[
         Path | None,
-        typer.Option(help="Train a new model from nothing, of this config.json.", metavar="CONFIG.json"),
+        typer.Option(
+            help="Train a new model from nothing: of this config.json, or a Qwen2 of about this size, such as 20M, "
+            "in parameters without embeddings.",
+            metavar="CONFIG.json_OR_SIZE",
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help=f"{_NEW}: a folder with its tokenizer, or a name on the Hugging Face Hub.")
@@ -140,7 +144,7 @@ def _start(
     from parscale.checkpoints.training.new_model import NewModel
 
     chosen = {name: value for name, value in streams.items() if value is not None}
-    return NewModel(config, tokenizer, ParScaleConfig(**chosen), settings.seed)
+    return NewModel(config, tokenizer, ParScaleConfig(**chosen), settings.seed, settings.sequence_length)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -152,9 +156,19 @@ def _print(report: dict[str, Any]) -> None:
     }
     shown = ("checkpoint", "output", "trains", "trained_parameters", "tokens", "tokens_per_second", "seconds")
     uploaded = {"uploaded_to": report["uploaded_to"]} if "uploaded_to" in report else {}
-    print_figures({name: report[name] for name in shown} | losses | uploaded)
+    print_figures({name: report[name] for name in shown} | _made(report) | losses | uploaded)
     if report.get("comparisons"):
         _print_comparisons(report)
+
+
+def _made(report: dict[str, Any]) -> dict[str, Any]:
+    """What came of a size that was given in place of a configuration."""
+    new = report.get("new_model") or {}
+    if "configuration" not in new:
+        return {}
+    fields = new["configuration"]
+    shape = {"width": fields["hidden_size"], "layers": fields["num_hidden_layers"], "mlp": fields["intermediate_size"]}
+    return {f"a Qwen2 for {new['config']}": {"parameters_without_embeddings": new["parameters"], **shape}}
 
 
 def _print_comparisons(report: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`train` and `parscale train --from-config`: a model that does not exist yet, trained by the same engine."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,41 @@ def test_a_new_model_is_trained_as_one_that_was_saved_untrained(
     assert "base_model" not in card.data.to_dict()
 
 
+def test_of_a_size(backbone, text_file, tmp_path, capsys, monkeypatch):
+    """The run says what came out, and is resumed under the same size only; the same size makes the same model."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--tokenizer", str(backbone), "--num-streams", "2", "--prefix-length", "2"]
+    arguments += ["--output", "run", *SIZES, "--tokens", "64", "--data", str(text_file)]
+    assert run([*arguments, "--from-config", "100K"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a Qwen2 for 100K parameters without embeddings 107,200 width 64 layers 2 mlp 192" in printed
+    saved, tokenizer = json.loads(Path("run/config.json").read_text()), AutoTokenizer.from_pretrained(backbone)
+    assert (saved["vocab_size"], saved["eos_token_id"]) == (len(tokenizer), tokenizer.eos_token_id)
+    trained = Path("run/model.safetensors").read_bytes()
+    assert "| began as | random weights of `Qwen2, 100K` |" in ModelCard.load("run/README.md").text
+
+    Path("run/training.json").unlink()  # as if it had stopped before its end
+    assert run([*arguments, "--from-config", "140K", "--resume"]) == BAD_INPUT
+    assert "was started with other settings: checkpoint" in capsys.readouterr().err
+    assert run([*arguments, "--from-config", "100K", "--resume", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    made = NewModel("100K", str(backbone), ParScaleConfig(2, prefix_length=2), sequence_length=16)
+    assert report["new_model"] == made.described()
+    assert report["new_model"]["configuration"]["max_position_embeddings"] == 2048
+    assert Path("run/model.safetensors").read_bytes() == trained
+
+
+def test_a_file_goes_before_a_size(config, backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = NewModel("1M", str(backbone), ParScaleConfig(1), sequence_length=5000)
+    assert made.make().config.model_type == "qwen2"
+    assert made.make().config.max_position_embeddings == 5000
+    before = made.digest()
+    config.rename("1M")
+    assert made.make().config.model_type == "llama"
+    assert made.digest() != before
+
+
 def test_without_streams_it_is_a_plain_model(config, backbone):
     model = NewModel(config, str(backbone), ParScaleConfig(1), seed=3)
     model.check()
@@ -107,6 +143,13 @@ def test_without_streams_it_is_a_plain_model(config, backbone):
     [
         (["--from-config", "gone.json"], {}, "gone.json is no file; give the config.json of a causal language model"),
         (["--from-config", "."], {}, ". is a folder; give the config.json"),
+        (["--from-config", "20X"], {}, "20X is no file; give the config.json of a causal language model, or a size"),
+        (["--from-config", "M"], {}, "or a size from 100K to 1T such as 20M (parameters without embeddings)."),
+        (["--from-config", "0"], {}, "A new model cannot have 0 parameters; give a size from 100K to 1T such as 20M"),
+        (["--from-config", "-5M"], {}, "A new model cannot have -5M parameters; give a size from 100K to 1T"),
+        (["--from-config", "nan"], {}, "A new model cannot have nan parameters; give a size from 100K to 1T"),
+        (["--from-config", "99K"], {}, "A new model cannot have 99K parameters; give a size from 100K to 1T"),
+        (["--from-config", "1001B"], {}, "A new model cannot have 1001B parameters; give a size from 100K to 1T"),
         ([], {"vocab_size": 256}, "has 257 tokens, and vocab_size of small.json is 256; set it to 257 or more"),
         ([], {"parscale_n": 2}, "small.json is of a model with streams; give that of its backbone"),
         ([], {"quantization_config": {"quant_method": "fp8"}}, "small.json is of a quantized model"),
