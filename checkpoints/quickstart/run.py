@@ -55,7 +55,7 @@ UNTOUCHED = SHOWN[0]
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The quickstart's sizes; with the defaults it takes about five minutes on two CPU cores.
+    """The quickstart's sizes; with the defaults it takes four to seven minutes on two CPU cores.
 
     Attributes:
         num_streams: P.
