@@ -180,6 +180,14 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     programs.server.wait()
 
 
+@pytest.fixture(scope="module")
+def unflushed() -> Iterator[None]:
+    """No file waits for the disk, as about a hundred do in each run; only a loss of power could tell the difference."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def brief_lm_eval() -> Iterator[None]:
     """lm-eval reads each of its thousands of task files once, and describes the machine once, not at each run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -15,17 +14,7 @@ from torch.nn.functional import linear
 
 import parscale
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable() -> Any:
-    """Its files import one another by name, as a program's do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield
-    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("evidence")
 
 
 @pytest.mark.parametrize("variant", ["", "embedding"])

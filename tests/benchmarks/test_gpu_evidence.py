@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "evidence"
+pytestmark = pytest.mark.usefixtures("evidence")
 WORDS = [(str(number), f"the document of number {number}, one of several. " * 200) for number in range(50)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _importable() -> Any:
-    """Its files import one another by name, as a program's do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield
-    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
-        del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
-def runs(_importable: Any) -> list[Any]:
+def runs(evidence: None) -> list[Any]:
     """All of the plan, of which none waits for the rows of another."""
     from plan import gpu_plan
 

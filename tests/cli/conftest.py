@@ -1,6 +1,5 @@
 """Tiny checkpoints with streams, and text."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,8 @@ TEXT = "".join(f"def f{number}(x):\n    return x + {number}\n\n" for number in r
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unflushed():
-    """No file waits for the disk, as about a hundred do in each run; only a loss of power could tell the difference."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        yield
+def _runs_are_unflushed(unflushed):
+    """For all tests of this room."""
 
 
 @pytest.fixture(scope="session")
