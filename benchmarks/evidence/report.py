@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import matplotlib
 from arms import Run
 from matplotlib.figure import Figure
-from plan import PREFIX_LENGTHS, SIZES, VARIANTS, Rows, read_rows
+from plan import LATER_VARIANTS, PREFIX_LENGTHS, SIZES, Rows, read_rows
 from recycling import RecycleRun
 from synthetic import TaskRun
 
@@ -62,7 +62,7 @@ SCRATCH_PAIRS = {
 }
 SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
     f"P = 4, {changed}": ("dense", "prefix", "long prefix")
-    for changed in (*VARIANTS[3:], *(f"T = {length}" for length in PREFIX_LENGTHS))
+    for changed in (*LATER_VARIANTS, *(f"T = {length}" for length in PREFIX_LENGTHS))
 }
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
 CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
