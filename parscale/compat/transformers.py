@@ -63,7 +63,7 @@ def attn_implementation(config: Any) -> str:
     transformers documents how to set it (`attn_implementation=`, `set_attn_implementation`), but not how to read it.
     """
     name: str | None = getattr(config, "_attn_implementation", "")
-    return "eager" if name is None else name or needed(config, "_attn_implementation")
+    return "eager" if name is None else name or needed(config, "_attn_implementation") or "eager"
 
 
 def use_eager(config: PreTrainedConfig) -> None:
