@@ -9,6 +9,8 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -277,3 +279,30 @@ def test_standard_texts_are_cut_and_disjoint():
     assert all(0 < len(text) <= 100 for documents in texts.measured.values() for _, text in documents)
     whole = quickstart.quickstart_texts()
     assert max(len(text) for _, text in whole.measured[CODE]) > 50_000
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), max_size=12), characters=st.integers(-1, 200), seed=st.integers(0, 2**32 - 1)
+)
+def test_a_random_part_is_in_order_and_no_larger_than_needed(lengths, characters, seed):
+    documents = [(str(index), "x" * length) for index, length in enumerate(lengths)]
+    part = quickstart.random_documents(documents, characters, seed)
+    assert part == [document for document in documents if document in part]
+    found = sum(len(text) for _, text in part)
+    assert found >= min(characters, sum(lengths))
+    assert not part or min(found - len(text) for _, text in part) < characters  # the last one drawn was needed
+
+
+def test_training_reads_a_random_part_of_the_text(backbone, tmp_path, monkeypatch):
+    read = []
+
+    def stop(start, output, settings, **options):
+        read.append([list(source) for source in settings.data])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "train", stop)
+    settings = dataclasses.replace(SETTINGS, tokens=64, characters_per_token=4)
+    with pytest.raises(KeyboardInterrupt):
+        run_quickstart(tmp_path / "output", settings=settings, model_path=backbone, texts=TEXTS)
+    assert read == [[quickstart.random_documents(TEXTS.train, 256, seed=0)]]
+    assert len(read[0][0]) < len(TEXTS.train)
