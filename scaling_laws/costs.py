@@ -43,7 +43,7 @@ class Cost:
     seconds: float
     """Time from the prompts to the last token, in seconds."""
     memory: dict[str, float]
-    """`memory_bytes`, split by content."""
+    """`memory_bytes`, split by content, in bytes."""
     time: dict[str, float]
     """`seconds`, split by operation."""
     prefill_seconds: float

@@ -66,7 +66,7 @@ class Fit:
         """Profile-likelihood interval of each parameter, by the limits of the F distribution; see `intervals.profile`.
 
         Args:
-            level: the coverage of an interval.
+            level: the coverage of an interval, between 0 and 1.
 
         Returns:
             Both ends, by name of the parameter.

@@ -28,7 +28,7 @@ class Hardware:
     tflops_16bit: float
     """Peak dense arithmetic on 16-bit numbers, in 10^12 operations per second."""
     tflops_32bit: float
-    """Likewise on 32-bit numbers."""
+    """Likewise on 32-bit numbers, in 10^12 operations per second."""
     flops_efficiency: float = 0.7
     """The achievable share of the peak arithmetic."""
     bandwidth_efficiency: float = 0.9

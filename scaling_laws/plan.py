@@ -31,7 +31,7 @@ class Plan:
     shape: ModelShape
     """The shape of the model: the given one, wider or narrower."""
     costs: dict[str, float]
-    """The cost in each kind of budget."""
+    """The cost in each kind of budget: FLOPs of training, bytes, and seconds."""
 
 
 def training_flops(params: float, streams: float, tokens: float) -> float:

@@ -21,15 +21,15 @@ class ModelShape:
     layers: int
     """Decoder layers."""
     hidden: float
-    """H. May be fractional in a scaled shape (`scaled`)."""
+    """H, the size of a hidden state. May be fractional in a scaled shape (`scaled`)."""
     heads: int
     """Query heads."""
     kv_heads: int
-    """G."""
+    """Key heads, G."""
     head_dim: float
-    """D, of queries and keys."""
+    """D, the size of a query or a key of one head."""
     value_dim: float
-    """Of values."""
+    """The size of a value of one head."""
     intermediate: float
     """Inner size of a dense MLP."""
     vocab: int
@@ -45,7 +45,7 @@ class ModelShape:
     kv_rank: int = 0
     """Rank of multi-head latent attention; 0 without it."""
     rope_dim: int = 0
-    """With latent attention: the part of `head_dim` that encodes positions."""
+    """With latent attention: how many of `head_dim` encode positions."""
     window: int = 0
     """Tokens in the window of a layer with a sliding window; 0 without one."""
     window_layers: int = 0
@@ -67,7 +67,7 @@ class ModelShape:
     positions: int = 0
     """Rows of a learned position table."""
     prefix_length: int = PREFIX_LENGTH
-    """T."""
+    """T, tokens of a prefix."""
 
     @property
     def mlp_matrices(self) -> int:

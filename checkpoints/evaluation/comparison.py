@@ -17,7 +17,7 @@ class Comparison:
     Attributes:
         difference: the mean over documents of the difference in loss; every document has the same weight.
         low: lower end of the interval that holds the mean difference with probability `confidence`.
-        high: upper end.
+        high: upper end of that interval, in nats per token as all three.
         confidence: of the interval, between 0 and 1.
         documents: number of documents.
         improved: number of documents with a lower loss.

@@ -137,8 +137,8 @@ class Interval:
 
     Attributes:
         difference: the mean over seeds and documents, which all have the same weight.
-        low: lower end of the interval.
-        high: upper end.
+        low: lower end of its interval, in nats like the losses.
+        high: upper end, in nats.
         seeds: number of seeds; with one seed, the interval is over documents alone.
         documents: number of documents.
     """

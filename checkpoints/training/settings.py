@@ -35,7 +35,7 @@ class TrainSettings:
             streams. Default: 3e-5, of an adapter 2e-4, of a new model 1e-3.
         streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
             differences 3e-3, in a new model that of the rest.
-        weight_decay: Weight decay of the backbone's matrices.
+        weight_decay: Weight decay of the backbone's matrices: a factor of their learning rate.
         warmup: Share of the steps in which the learning rate rises; then it is constant.
         decay: Share of the steps at the end in which the learning rate falls to zero.
         freeze_backbone: Train only the streams.

@@ -22,6 +22,14 @@ SHOWN = [
 ]
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):$", flags=re.M)
 ARRAYS = ("Tensor", "ndarray")
+# What a number counts or is measured in; a formula, a range, or where it is described.
+UNIT = re.compile(
+    r"\b(seconds?|minutes|bytes|bits|nats?|FLOPs?|tokens?|characters|steps|checkpoints|rows|streams|layers|heads|"
+    r"experts|parameters|normalizations|windows|blocks?|documents|questions|examples|messages?|number of|how many|"
+    r"how often|size|length|width|numbers|rank|index|seed|share|fraction|ratio|probability|factor|between 0 and 1|loss|"
+    r"rate|temperature)\b|as in `|`[^`]*[*(][^`]*`",
+    flags=re.IGNORECASE,
+)
 
 
 def public(package):
@@ -132,6 +140,9 @@ def test_its_docstring_is_complete(path, found):
     for name, annotation in given.items():
         if any(kind in annotation for kind in ARRAYS):
             assert re.search(r"`\([^`]*\)`", described[name]), f"{path} does not say the shape of {name}"
+        if re.search(r"\b(int|float)\b", annotation):
+            words = f"{name.replace('_', ' ')}: {described[name]}"
+            assert UNIT.search(words), f"{path} does not say what the number {name} counts or is measured in"
     if inspect.isfunction(found):
         result = str(inspect.signature(found).return_annotation)
         if given and result not in ("None", "<class 'inspect._empty'>"):  # of no arguments, the first line says it
