@@ -7,6 +7,7 @@ ended. Whatever stops them, the next call goes on from their last checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.held_out import (
     TRAINED,
     UNTOUCHED,
+    UNTRAINED,
     Texts,
     measure_places,
     measure_untouched,
@@ -50,6 +52,7 @@ from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import card_of
 from parscale.checkpoints.training.settings import STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
+from parscale.checkpoints.training.trainable_model import rank_with_parameters
 from parscale.config import LORA, OWN
 from parscale.format.folders import FULL, Checkpoint
 from parscale.format.staging import staged_file
@@ -81,7 +84,9 @@ class Control:
     learning_rate: float | None = None
 
 
-def controls_of(streams: ParScaleConfig, run: Mapping[str, Any], largest_rank: int | None = None) -> list[Control]:
+def controls_of(
+    streams: ParScaleConfig, run: Mapping[str, Any], *, largest_rank: int | None = None, equal_rank: int | None = None
+) -> list[Control]:
     """What the streams of a run have to beat.
 
     Args:
@@ -89,11 +94,13 @@ def controls_of(streams: ParScaleConfig, run: Mapping[str, Any], largest_rank: i
         run: its report.
         largest_rank: that an adapter can have, by the layers in which streams differ by low-rank matrices; one of this
             rank is whatever one of a higher rank could be.
+        equal_rank: at which an adapter has as many parameters as streams with prefixes or prompts.
 
     Returns:
-        The backbone trained alone and, where streams differ by prefixes or prompts, one of T and one of P * T tokens.
-        Where they differ by low-rank matrices and the backbone is frozen, one adapter of their rank and one of P times
-        that, each of at most the largest rank; one alone if these are equal.
+        The backbone trained alone and, where streams differ by prefixes or prompts, one of T and one of P * T tokens;
+        on a frozen backbone also an adapter of as many parameters. Where they differ by low-rank matrices and the
+        backbone is frozen, one adapter of their rank and one of P times that, each of at most the largest rank; one
+        alone if these are equal.
     """
     frozen = run["trains"] == STREAMS
     rate = run["learning_rate"] if run["learning_rate"] != run["streams_learning_rate"] else None
@@ -112,6 +119,9 @@ def controls_of(streams: ParScaleConfig, run: Mapping[str, Any], largest_rank: i
         arm = Arm(name, "", ONE_PREFIX if frozen else BOTH, prefix=True, long=long)
         title = f"one {streams.transform} of {length} tokens{beside}"
         controls.append(Control(name, title, arm, run["lora_rank"], run["learning_rate"]))
+    if frozen and equal_rank is not None and equal_rank != alone_rank:
+        title = f"one adapter of rank {equal_rank}, as many parameters"
+        controls.append(Control("adapter", title, Arm("adapter", "", BACKBONE), equal_rank))
     return controls
 
 
@@ -161,7 +171,10 @@ def train_controls(
     console = console or Terminal(stderr=True)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
     streams = _streams_of(checkpoint)
-    controls = controls_of(streams, run, _largest_rank(checkpoint))
+    equal_rank = None
+    if streams.transform != LORA and run["trains"] == STREAMS:
+        equal_rank = _equal_rank(checkpoint, run, console)
+    controls = controls_of(streams, run, largest_rank=_largest_rank(checkpoint), equal_rank=equal_rank)
     (output / FOLDER).mkdir(exist_ok=True)
     for control in controls:
         console.print(f"control: {control.title}", highlight=False)
@@ -192,6 +205,14 @@ def _largest_rank(checkpoint: str) -> int | None:
         elif own == "stream_up":  # (P, out, r)
             sizes.setdefault(layer, []).append(tensor.shape[1])
     return max(map(min, sizes.values()), default=None)
+
+
+def _equal_rank(checkpoint: str, run: Mapping[str, Any], console: Console) -> int | None:
+    """The rank at which an adapter has as many parameters as a run trained; None without PEFT, which trains it."""
+    if importlib.util.find_spec("peft") is None:
+        console.print("The control with an adapter is left out; it needs: pip install 'parscale[peft]'", markup=False)
+        return None
+    return rank_with_parameters(load_any(checkpoint), run["trained_parameters"])
 
 
 def _train_control(
@@ -296,13 +317,14 @@ def _compare(
 ) -> dict[str, Any]:
     window = run["sequence_length"]
     micro = settings.micro_batch_size or run["batch_size"]
-    folders = {TRAINED: output} | {control.name: output / FOLDER / control.name for control in controls}
+    folders: dict[str, str | Path] = {TRAINED: output, UNTRAINED: checkpoint}
+    folders |= {control.name: output / FOLDER / control.name for control in controls}
     measured: dict[str, dict[str, Places]] = {UNTOUCHED: measure_untouched(checkpoint, tokenizer, texts, window, micro)}
     for name, folder in folders.items():
         measured[name] = measure_places(load_any(str(folder)), tokenizer, texts, window, micro)
     comparisons = []
-    pairs = [(TRAINED, UNTOUCHED), *((TRAINED, control.name) for control in controls)]
-    pairs += [(control.name, UNTOUCHED) for control in controls]
+    pairs = [(TRAINED, name) for name in (UNTOUCHED, UNTRAINED, *(control.name for control in controls))]
+    pairs += [(name, UNTOUCHED) for name in (UNTRAINED, *(control.name for control in controls))]
     for text in texts:
         for arm, baseline in pairs:
             pair = {name: measured[name][text] for name in (arm, baseline)}

@@ -35,6 +35,7 @@ from parscale.checkpoints import (
     small_model_path,
 )
 from parscale.checkpoints import train as train_checkpoint
+from parscale.checkpoints.training.trainable_model import rank_with_parameters
 
 PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
 TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2
@@ -144,12 +145,11 @@ def _settings(run: RecycleRun, folder: Path) -> TrainSettings:
 def adapter_rank(streams: int) -> int:
     """The rank at which an adapter of all linear layers has the parameters of P streams."""
     model: Any = AutoModelForCausalLM.from_pretrained(small_model_path())
-    head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
     before = model.num_parameters()
     added = wrap(model, streams, prefix_length=PREFIX_LENGTH, init="random").num_parameters() - before
-    return max(1, round(added / per_rank))
+    rank = rank_with_parameters(model, added)
+    assert rank is not None
+    return rank
 
 
 def _training(tokens: int) -> Sequence[Document]:

@@ -22,7 +22,9 @@ from parscale.checkpoints.evaluation.places import evaluate_places, holds_tokens
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
 
-TRAINED, UNTOUCHED = "trained", "untouched"
+TRAINED, UNTOUCHED, UNTRAINED = "trained", "untouched", "untrained"
+NOT_TRAINED = {UNTOUCHED: "untouched backbone", UNTRAINED: "streams before training"}
+"""Titles of what a trained model is compared with besides its controls."""
 LEAST_WINDOW = 4
 Texts = Mapping[str, Sequence[Document]]
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
 from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.training.held_out import NOT_TRAINED
 from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.compat.hub import NO_ANSWER
@@ -316,7 +317,7 @@ def _by_place(facts: TrainingFacts) -> list[str]:
             _code(entry["text"]),
             entry["where"],
             str(entry["documents"]),
-            facts.controls.get(entry["baseline"], "untouched backbone"),
+            (NOT_TRAINED | dict(facts.controls))[entry["baseline"]],
             f"{entry['baseline_loss']:.4f}",
             f"{entry['loss']:.4f}",
             format_interval(entry),

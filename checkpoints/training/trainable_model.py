@@ -118,14 +118,34 @@ def _with_adapter(model: Any, rank: int) -> Any:
     return adapted
 
 
-def _check_rank(model: Any, rank: int) -> None:
-    """Refuses an adapter of a rank that no weight under it has."""
-    head = model.get_output_embeddings()  # gets no adapter, as the aggregator
-    ranks = [
-        min((layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape)
+def rank_with_parameters(model: Any, parameters: int) -> int | None:
+    """The rank at which an adapter of a model has about so many parameters; at most the largest that a weight has.
+
+    Args:
+        model: a causal language model, with streams or without.
+        parameters: how many.
+
+    Returns:
+        The rank, at least 1; None if no layer of the model gets an adapter.
+    """
+    if not (sizes := _adapted(model)):
+        return None
+    return max(1, min(round(parameters / sum(map(sum, sizes))), max(map(min, sizes))))
+
+
+def _adapted(model: Any) -> list[tuple[int, int]]:
+    """Inputs and outputs of the layers that get an adapter: all but the head and the streams' own."""
+    head = model.get_output_embeddings()
+    return [
+        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.nx, layer.nf)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | Conv1D) and layer is not head and part_of(f"{name}.") is None
     ]
+
+
+def _check_rank(model: Any, rank: int) -> None:
+    """Refuses an adapter of a rank that no weight under it has."""
+    ranks = [min(sizes) for sizes in _adapted(model)]
     if ranks and rank > max(ranks):
         raise ValueError(
             f"lora_rank is {rank:,}, and no weight of {type(model).__name__} has a rank above {max(ranks):,}: give at "

@@ -175,7 +175,7 @@ def _print_comparisons(report: dict[str, Any]) -> None:
     """The trained model against the untouched backbone and, where they were trained, against controls."""
     from parscale.checkpoints.description import describe
     from parscale.checkpoints.evaluation.against import table_of
-    from parscale.checkpoints.training.held_out import TRAINED, UNTOUCHED, sentences
+    from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCHED, sentences
     from parscale.terminal.console import Terminal
 
     trained = [entry for entry in report["comparisons"] if entry["arm"] == TRAINED]
@@ -183,7 +183,7 @@ def _print_comparisons(report: dict[str, Any]) -> None:
     console = Terminal(soft_wrap=True, width=WIDEST)
     for text in dict.fromkeys(entry["text"] for entry in trained):
         entries = [entry for entry in trained if entry["text"] == text]
-        console.print(table_of(entries, {TRAINED: "the trained model", UNTOUCHED: "untouched backbone"} | controls))
+        console.print(table_of(entries, {TRAINED: "the trained model"} | NOT_TRAINED | controls))
     for sentence in sentences([entry for entry in trained if entry["baseline"] == UNTOUCHED]):
         print(sentence)
     for sentence in report.get("sentences", []):

@@ -1,12 +1,15 @@
 """`train_controls`: what is trained beside a run, on which tokens, how it is compared, and how it goes on."""
 
 import dataclasses
+import io
 import json
 import shutil
 from statistics import fmean
 
 import pytest
 import torch
+from rich.console import Console
+from torch.nn import Linear
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,6 +21,7 @@ from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training.packing import Shuffled, pack_documents
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.train import TrainSettings, train
+from parscale.checkpoints.training.trainable_model import rank_with_parameters
 
 S, BATCH, P, T = 16, 2, 3, 4
 TRAIN = [(f"{n}.py", f"def f{n}(x):\n    return x + {n}\n" * 3) for n in range(12)]
@@ -96,24 +100,27 @@ def test_the_report_pairs_the_run_with_each_control(finished, full):
         "alone": "backbone alone",
         "prefix": "one prefix of 4 tokens",
         "long-prefix": "one prefix of 12 tokens",
+        "adapter": "one adapter of rank 4, as many parameters",
     }
     assert json.loads((folder / "controls.json").read_text()) == report
     tokenizer = AutoTokenizer.from_pretrained(full)
     models = {
         "trained": load(folder),
+        "untrained": load(full),
         "prefix": load(folder / "controls" / "prefix"),
         "alone": AutoModelForCausalLM.from_pretrained(folder / "controls" / "alone"),
     }
     found = {name: evaluate_places(model, tokenizer, HELD_OUT, sequence_length=S) for name, model in models.items()}
     mean = {name: fmean(document.loss for document in places["middle"].documents) for name, places in found.items()}
-    for baseline in ("prefix", "alone"):
+    for baseline in ("prefix", "alone", "untrained"):
         (entry,) = [
             entry
             for entry in report["comparisons"]
             if (entry["arm"], entry["baseline"], entry["where"]) == ("trained", baseline, "middle")
         ]
         assert entry["difference"] == pytest.approx(mean["trained"] - mean[baseline], abs=1e-4)
-        assert f"{entry['difference']:+.4f}" in report["sentences"][0]
+        decides = baseline != "untrained"
+        assert (f"{entry['difference']:+.4f}" in report["sentences"][0]) == decides
     assert report["sentences"][0].startswith("Streams in the middle of code: ")
 
 
@@ -121,6 +128,7 @@ def test_the_model_card_states_the_controls(finished):
     folder, report = finished
     card = (folder / "README.md").read_text()
     assert "one prefix of 12 tokens" in card
+    assert "| streams before training |" in card
     assert "is not yet a gain of streams" not in card
     assert report["sentences"][0].split(". Difference")[0].removeprefix("Streams in the middle of code: ") in card
 
@@ -129,6 +137,27 @@ def test_all_that_is_there_is_not_trained_again(finished, full, monkeypatch):
     folder, report = finished
     monkeypatch.setattr(control_runs, "train", None)
     assert train_controls(str(full), folder, SETTINGS) == report
+
+
+def test_an_adapter_has_about_as_many_parameters_as_the_streams(full):
+    model = load(full)
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, Linear)]
+    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    for rank in (1, 5, 17):
+        assert rank_with_parameters(model, rank * per_rank + per_rank // 3) == rank
+    assert rank_with_parameters(model, 1) == 1
+    assert rank_with_parameters(model, 10**9) == max(min(layer.weight.shape) for layer in layers)
+
+
+def test_without_peft_the_adapter_is_left_out_and_said(run_alone, full, monkeypatch):
+    printed = io.StringIO()
+    monkeypatch.setattr(control_runs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(control_runs, "_train_control", lambda *args: None)
+    monkeypatch.setattr(control_runs, "_compare", lambda controls, *args: {"controls": [c.name for c in controls]})
+    monkeypatch.setattr(control_runs, "_rewrite_card", lambda *args: None)
+    report = train_controls(str(full), run_alone, SETTINGS, console=Console(file=printed, width=200))
+    assert report["controls"] == ["alone", "prefix", "long-prefix"]
+    assert "pip install 'parscale[peft]'" in printed.getvalue()
 
 
 @pytest.fixture
@@ -159,7 +188,7 @@ def test_an_end_in_between_is_gone_on_from(finished, run_alone, full, monkeypatc
     assert not (folder / "controls.json").exists()
     (folder / "README.md").write_text("My own card.")
     assert train_controls(str(full), folder, SETTINGS) == finished[1]
-    assert calls == ["alone", "prefix", "prefix", "long-prefix"]
+    assert calls == ["alone", "prefix", "prefix", "long-prefix", "adapter"]
     assert (folder / "README.md").read_text() == "My own card."
 
 
@@ -199,9 +228,17 @@ def test_controls_by_what_the_streams_are_and_what_trains(streams, run, names):
     assert (alone.title, [control.title for control in others]) == ("backbone alone", names)
 
 
+def test_an_adapter_of_as_many_parameters_on_a_frozen_backbone():
+    (*_, adapter) = controls_of(ParScaleConfig(), RUN, equal_rank=3)
+    assert (adapter.name, adapter.lora_rank, adapter.arm.prefix) == ("adapter", 3, False)
+    assert "adapter" not in [each.name for each in controls_of(ParScaleConfig(), RUN | EVERYTHING, equal_rank=3)]
+    quantized = controls_of(ParScaleConfig(), RUN | {"quantize": "int8"}, equal_rank=8)  # which the backbone's own has
+    assert "adapter" not in [each.name for each in quantized]
+
+
 @pytest.mark.parametrize(("largest", "ranks"), [(64, [8, 32]), (20, [8, 20]), (8, [8]), (4, [4])])
 def test_no_adapter_has_a_higher_rank_than_a_layer(largest, ranks):
-    _, *adapters = controls_of(ParScaleConfig(transform="lora"), RUN, largest)
+    _, *adapters = controls_of(ParScaleConfig(transform="lora"), RUN, largest_rank=largest)
     assert [control.lora_rank for control in adapters] == ranks
     assert [control.name for control in adapters] == ["adapter", "wide-adapter"][: len(ranks)]
 
