@@ -71,6 +71,7 @@ CONTROLS |= {
     f"streams-and-backbone{kv}": ("alone", "prefix-and-backbone", "long-prefix-and-backbone") for kv in ("", ", shared")
 }
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
+TASK_STREAMS = ("P = 4", "P = 2")
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 
@@ -82,12 +83,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = read_rows(args.rows)
     comparisons = [*scratch_comparisons(rows), *recycled_comparisons(rows)]
+    tasks = task_results(rows)
     report = {
         "rows": len(rows),
         "comparisons": comparisons,
         "mixing": mixing(rows),
-        "tasks": task_results(rows),
-        "gains": gains(comparisons),
+        "tasks": tasks,
+        "gains": gains(comparisons) + task_gains(tasks),
         "confirmation": confirmation(rows),
         "law": law(rows),
     }
@@ -243,7 +245,7 @@ def task_results(rows: Rows) -> list[dict[str, Any]]:
             entry = {"task": task, "level": level, "hidden": hidden, "layers": layers, "arm": arm}
             entry |= {"params": next(iter(by_seed.values()))["params"]}
             entry |= {what: [row["test"][what] for row in by_seed.values()] for what in ("exact", "tokens", "loss")}
-            for other in ("P = 4", "P = 2"):
+            for other in TASK_STREAMS:
                 seeds = sorted(set(by_seed) & set(arms.get(other, {})))
                 if other != arm and len(seeds) > 1:
                     more = [arms[other][seed]["test"]["exact"] - by_seed[seed]["test"]["exact"] for seed in seeds]
@@ -271,6 +273,20 @@ def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
         if arm in CONTROLS and all(beaten.get(control, False) for control in needed):
             found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
     return found
+
+
+def task_gains(tasks: Iterable[dict[str, Any]]) -> list[str]:
+    """The tasks of which streams answer more than the dense model and one prefix of either length, over the seeds."""
+    ahead: dict[tuple[str, int, str], dict[str, bool]] = {}
+    for entry in tasks:
+        for arm in TASK_STREAMS:
+            if gain := entry.get(f"gain of {arm}"):
+                ahead.setdefault((entry["task"], entry["level"], arm), {})[entry["arm"]] = gain["low"] > 0
+    return [
+        f"{task} {level}: {arm}"
+        for (task, level, arm), beaten in ahead.items()
+        if all(beaten.get(control, False) for control in CONTROLS[arm])
+    ]
 
 
 def law(rows: Rows) -> dict[str, Any] | None:
@@ -318,6 +334,11 @@ def rounded(interval: Interval) -> dict[str, Any]:
     return values | {name: round(values[name], 5) for name in ("difference", "low", "high")}
 
 
+def with_interval(entry: dict[str, Any], digits: int = 4) -> str:
+    """A difference and its interval."""
+    return "{:+.{d}f} ({:+.{d}f}, {:+.{d}f})".format(entry["difference"], entry["low"], entry["high"], d=digits)
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The same as tables for a reader."""
     lines = [
@@ -331,36 +352,39 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         law_sentence(report["law"]),
         "",
-        *_row("study", "size", "tokens", "arm", "against", "beginning", "middle", "seeds", "precision"),
-        *_row(*["---"] * 9),
     ]
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    tables: dict[tuple[str, str, int], dict[tuple[str, ...], dict[str, str]]] = {}
     for entry in report["comparisons"]:
-        key = [str(entry[name]) for name in ("study", "size", "tokens", "arm", "baseline", "seeds", "precision")]
-        figures = f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
-        cells.setdefault(tuple(key), {})[entry["where"]] = figures
-    for (*key, seeds, precision), places in cells.items():
-        lines += _row(*key, places.get("beginning", ""), places.get("middle", ""), seeds, precision)
-    lines += ["", f"{CHOSEN}, over the seeds that were trained after it was chosen alone:", ""]
+        cells = tables.setdefault((entry["study"], entry["size"], entry["tokens"]), {})
+        key = tuple(str(entry[name]) for name in ("arm", "baseline", "seeds", "precision"))
+        cells.setdefault(key, {})[entry["where"]] = with_interval(entry)
+    for (study, size, tokens), cells in tables.items():
+        what = f"From scratch, {size}" if study == "scratch" else f"Recycled, {size}"
+        lines += ["", f"## {what}, {tokens / 1e6:g} million {'bytes' if study == 'scratch' else 'tokens'}", ""]
+        lines += [*_row("arm", "against", "beginning", "middle", "seeds", "precision"), *_row(*["---"] * 6)]
+        for (arm, baseline, *rest), places in cells.items():
+            lines += _row(arm, baseline, places.get("beginning", ""), places.get("middle", ""), *rest)
+    lines += ["", f"## {CHOSEN}, over the seeds that were trained after it was chosen alone", ""]
     lines += [*_row("against", "beginning", "middle", "seeds"), *_row(*["---"] * 4)]
     found = {(entry["baseline"], entry["where"]): entry for entry in report["confirmation"]}
     for baseline in dict.fromkeys(entry["baseline"] for entry in report["confirmation"]):
         shown = [found[baseline, where] for where in ("beginning", "middle")]
-        figures = [f"{e['difference']:+.4f} ({e['low']:+.4f}, {e['high']:+.4f})" for e in shown]
-        lines += _row(baseline, *figures, str(shown[0]["seeds"]))
-    about = "What became of the streams, by seed; of four, one has a weight of at most 0.925, of two of at most 0.95."
-    lines += ["", about, "", *_row("size", "arm", "correlation", "largest mean weight"), *_row(*["---"] * 4)]
+        lines += _row(baseline, *map(with_interval, shown), str(shown[0]["seeds"]))
+    about = "By seed; of four streams, one has a weight of at most 0.925, of two of at most 0.95."
+    lines += ["", "## What became of the streams", "", about, ""]
+    lines += [*_row("size", "arm", "correlation", "largest mean weight"), *_row(*["---"] * 4)]
     for entry in report["mixing"]:
-        shown = [", ".join(f"{value:.2f}" for value in entry[name]) for name in ("correlations", "largest_weights")]
-        lines += _row(entry["size"], entry["arm"], *shown)
-    lines += ["", "Right answers as a whole, by seed, and how many more P = 4 gets:", ""]
-    lines += [*_row("task", "width, layers", "arm", "parameters", "right", "P = 4 more"), *_row(*["---"] * 6)]
+        of_seeds = [", ".join(f"{value:.2f}" for value in entry[name]) for name in ("correlations", "largest_weights")]
+        lines += _row(entry["size"], entry["arm"], *of_seeds)
+    lines += ["", "## Tasks", "", "Right answers as a whole, by seed, and how many more streams get.", ""]
+    heads = ("task", "width, layers", "arm", "parameters", "right", *(f"{arm} more" for arm in TASK_STREAMS))
+    lines += [*_row(*heads), *_row(*["---"] * len(heads))]
     for entry in report["tasks"]:
-        gain = entry.get("gain of P = 4")
-        more = f"{gain['difference']:+.3f} ({gain['low']:+.3f}, {gain['high']:+.3f})" if gain else ""
+        gained = [entry.get(f"gain of {arm}") for arm in TASK_STREAMS]
+        more = [with_interval(gain, digits=3) if gain else "" for gain in gained]
         exact = ", ".join(f"{value:.3f}" for value in entry["exact"])
         shape = f"{entry['hidden']}, {entry['layers']}"
-        lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, more)
+        lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, *more)
     return "\n".join(lines) + "\n"
 
 

@@ -327,6 +327,19 @@ def test_a_variant_gains_only_if_it_beats_what_one_of_its_streams_has(variant: s
     assert gains([*rows[:-1], rows[-1] | {"high": 0.001}]) == []
 
 
+@pytest.mark.parametrize(("against_prefix", "gained"), [(0.01, ["add 5: P = 4"]), (-0.01, [])])
+def test_a_task_is_gained_only_against_one_prefix_too(against_prefix: float, gained: list[str]) -> None:
+    from report import task_gains
+
+    controls = {"dense": 0.2, "prefix": against_prefix, "long prefix": 0.1, "twin": -0.5}  # the twin is no control
+    entries = [
+        {"task": "add", "level": 5, "arm": arm, "gain of P = 4": {"low": low}, "gain of P = 2": {"low": -1.0}}
+        for arm, low in controls.items()
+    ]
+    assert task_gains(entries) == gained
+    assert task_gains(entry for entry in entries if entry["arm"] != "long prefix") == []
+
+
 def test_the_laws_k_is_found_again() -> None:
     """N counts the parameters of streams; where it does not, streams are worth theirs too."""
     from dataclasses import asdict

@@ -85,9 +85,13 @@ def test_there_are_commands():
     assert len(WRITTEN) > 20
 
 
+SNIPPET = re.compile(r'^--8<-- "([^":]+)[^"]*"$', flags=re.MULTILINE)
+
+
 def headings(path):
-    """The anchors of a page, as mkdocs names them."""
+    """The anchors of a page, as mkdocs names them; those of the files that it includes too."""
     text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    text = SNIPPET.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), text)
     taken: set[str] = set()
     found = re.findall(r"^#+ (.+?)\s*$", text, flags=re.MULTILINE)
     names = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
