@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.config.group import GroupConfig
 from lm_eval.models.huggingface import HFLM
@@ -329,7 +330,7 @@ def test_recipes(caplog, own_tasks, every):
 
     By day lm-eval reads those of its files that have one of the names on a line of its own, as a task, group or tag.
     """
-    recipes = {path.stem: path for path in RECIPES.iterdir()}
+    recipes = {path.stem: path for path in RECIPES.iterdir() if not path.stem.startswith("halueval_")}
     assert recipes.keys() == {"general", "math", "code", "hallucination"}
     if not every:
         listed = re.findall(r"^ *- *(\w+) *$", "\n".join(path.read_text() for path in recipes.values()), re.MULTILINE)
@@ -344,6 +345,43 @@ def test_recipes(caplog, own_tasks, every):
         assert group.group == name
         assert group.task
         assert set(group.task) <= {*manager.all_groups, *manager.all_subtasks} - recipes.keys()
+
+
+HALUEVAL = {  # rows as the data set has them, in words of our own
+    "halueval_qa": [
+        {"knowledge": "The lake is deep.", "question": "Is it deep?", "answer": "It is", "hallucination": "no"},
+        {"knowledge": "The lake is deep.", "question": "Where is it?", "answer": "In Peru", "hallucination": "yes"},
+    ],
+    "halueval_dialogue": [
+        {"knowledge": "Ada reads.", "dialogue_history": "Does she?", "response": "Yes.", "hallucination": "no"},
+        {"knowledge": "Ada reads.", "dialogue_history": "What?", "response": "Dante.", "hallucination": "yes"},
+    ],
+    "halueval_summarization": [
+        {"document": "Rain fell for a day.", "summary": "It rained.", "hallucination": "no"},
+        {"document": "Rain fell for a day.", "summary": "It snowed.", "hallucination": "yes"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", HALUEVAL)
+def test_halueval_asks_about_the_row_and_scores_the_likelier_word(tokenizer, tmp_path, own_tasks, name):
+    """Its own file, but for where the rows come from."""
+    own_tasks(of_hellaswag)
+    recipe = (RECIPES / f"{name}.yaml").read_text()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HALUEVAL[name]))
+    source = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{data: {tmp_path / 'rows.jsonl'}}}\n"
+    local = re.sub(r"dataset_path: .*\ndataset_name: .*\n", source, recipe).replace(name, f"local_{name}")
+    (tmp_path / "local.yaml").write_text(local)
+    model = build(4)
+    found = evaluate_tasks(model, tokenizer, [str(tmp_path / "local.yaml")])
+    template = yaml.safe_load(recipe)["doc_to_text"]
+    right = []
+    for row in HALUEVAL[name]:
+        text = re.sub(r"{{(\w+)}}", lambda field, row=row: row[field[1]], template)
+        assert all(value in text for key, value in row.items() if key != "hallucination")
+        no, yes = (continuation(model, tokenizer, text, f" {word}")[0] for word in ("no", "yes"))
+        right.append((yes > no) == (row["hallucination"] == "yes"))
+    assert [value for _, metric, _, value, _ in scores(found) if metric == "acc"] == [sum(right) / 2]
 
 
 @contextlib.contextmanager
