@@ -40,6 +40,7 @@ def tables(report: Mapping[str, Any]) -> str:
     lines += ["", _row("difference (95 % interval)", *heads), _row(*["---"] * (1 + len(heads)))]
     shown = [(arm, "untouched") for arm in models if arm != "untouched"]
     shown += [(arm, baseline) for arm, controls in QUICKSTART_CONTROLS.items() for baseline in controls]
+    shown = list(dict.fromkeys(shown))
     for arm, baseline in shown:
         found = {
             (entry["text"], entry["where"]): format_interval(entry)

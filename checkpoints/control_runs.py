@@ -38,6 +38,7 @@ from parscale.checkpoints.texts.documents import Document, Source, text_document
 from parscale.checkpoints.texts.sources import open_sources
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.held_out import (
+    NOT_TRAINED,
     TRAINED,
     UNTOUCHED,
     UNTRAINED,
@@ -341,7 +342,11 @@ def _compare(
 
 
 def verdicts(comparisons: list[dict[str, Any]], titles: Mapping[str, str]) -> list[str]:
-    """For each text, whether the trained streams are ahead of all their controls in the middle of documents."""
+    """For each text, whether the trained streams are ahead of all their controls in the middle of documents.
+
+    And of the untouched backbone: on text of another kind, every training may do harm, and the least is no gain.
+    """
+    titles = {UNTOUCHED: NOT_TRAINED[UNTOUCHED], **titles}
     held = in_the_middle(comparisons, TRAINED, list(titles))
     result = []
     for text in dict.fromkeys(entry["text"] for entry in comparisons):

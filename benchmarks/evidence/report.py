@@ -66,9 +66,10 @@ SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
 }
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
 CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
-CONTROLS |= {f"frozen{kv}": ("alone", "prefix", "long-prefix") for kv in ("", ", shared")}
+CONTROLS |= {f"frozen{kv}": ("untouched", "alone", "prefix", "long-prefix") for kv in ("", ", shared")}
 CONTROLS |= {
-    f"streams-and-backbone{kv}": ("alone", "prefix-and-backbone", "long-prefix-and-backbone") for kv in ("", ", shared")
+    f"streams-and-backbone{kv}": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone")
+    for kv in ("", ", shared")
 }
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
 TASK_STREAMS = ("P = 4", "P = 2")

@@ -15,14 +15,17 @@ from parscale.checkpoints.evaluation.against import format_interval, in_the_midd
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
-QUICKSTART_CONTROLS = {"frozen": ("alone", "prefix"), "streams-and-backbone": ("alone", "prefix-and-backbone")}
+QUICKSTART_CONTROLS = {
+    "frozen": ("untouched", "alone", "prefix", "long-prefix"),
+    "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone"),
+}
 """The baselines of the quickstart's two models with streams, by the names that `report.json` has for all of them."""
 
 EXPLANATION = (
     "Trained: how many parameters. Difference: from the untouched backbone, paired by document; negative is better.",
     "One prefix is trained as two streams that stay equal, which is why it counts more parameters than it needs.",
-    "Do streams gain? They do if, in the middles of documents, their loss is below that of the backbone trained alone "
-    "and of one trained prefix. To be lower than the untouched backbone's is not enough, nor is it at beginnings.",
+    "Do streams gain? They do if, in the middles of documents, their loss is below that of the untouched backbone, of "
+    "the backbone trained alone and of one trained prefix, of T and of P*T tokens. At beginnings alone is not enough.",
 )
 
 
@@ -74,9 +77,9 @@ def loss_table(report: Report, text: str, where: str) -> Table:
 def quickstart_sentences(report: Report) -> list[str]:
     """The comparisons of streams with their controls, in words, and whether streams gain.
 
-    Streams gain on a text if, in the middle of its documents, they are better than the backbone trained alone and than
-    one trained prefix, by intervals that exclude zero. A run has one seed, so it can disprove a gain, but not prove
-    one.
+    Streams gain on a text if, in the middle of its documents, they are better than the backbone, untouched and trained
+    alone, and than one trained prefix of either length, by intervals that exclude zero. A run has one seed, so it can
+    disprove a gain, but not prove one.
 
     Args:
         report: of the quickstart, as `run_quickstart` returns it and `report.json` holds it.

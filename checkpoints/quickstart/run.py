@@ -1,7 +1,6 @@
 """The quickstart: adds streams to a small model, post-trains it on real text, and compares it with controls.
 
-Nothing is downloaded. The text is the source of the running Python's standard library, with 5 % of the files held out;
-pydoc's copy of the language reference is text of another kind, which no model here was trained on.
+Nothing is downloaded. The text is the source of the running Python's standard library, with 5 % of the files held out.
 """
 
 from __future__ import annotations
@@ -45,9 +44,18 @@ PROMPT = "def read_config(path):\n"
 CODE = "held-out code"
 """The quickstart's name for its held-out code."""
 PROSE = "prose"
-"""Its name for its prose."""
+"""The name of the prose in `quickstart_texts`: pydoc's copy of the language reference."""
 FROZEN, BOTH = "frozen", "streams-and-backbone"  # the two arms with streams, whose models are saved
-SHOWN = ("untouched", "alone", "prefix", "prefix-and-backbone", FROZEN, BOTH)
+SHOWN = (
+    "untouched",
+    "alone",
+    "prefix",
+    "long-prefix",
+    FROZEN,
+    "prefix-and-backbone",
+    "long-prefix-and-backbone",
+    BOTH,
+)
 TRAINED = {arm.name: arm for arm in ARMS if arm.name in SHOWN and arm.trains != NOTHING}
 TITLES = {arm.name: arm.title for arm in ARMS if arm.name in SHOWN}
 UNTOUCHED = SHOWN[0]
@@ -76,9 +84,9 @@ class QuickstartSettings:
 
     num_streams: int = 4
     prefix_length: int = 48
-    tokens: int = 100_000
+    tokens: int = 75_000
     characters_per_token: int = 16
-    seconds: float = 60.0
+    seconds: float = 50.0
     sequence_length: int = 256
     batch_size: int = 4
     window: int = 512
@@ -129,8 +137,9 @@ def run_quickstart(
 ) -> dict[str, Any]:
     """Adds streams to the small model, post-trains it with its backbone frozen and trained, and compares with controls.
 
-    The controls are the untouched backbone, the backbone trained alone, and one trained prefix with its backbone frozen
-    and not: after the same tokens, with the same context in front, at the beginnings and in the middles of documents.
+    The controls are the untouched backbone, the backbone trained alone, and one trained prefix of T and of P * T tokens
+    with its backbone frozen and not: after the same tokens, with the same context in front, at the beginnings and in
+    the middles of files that no model was trained on.
 
     Args:
         output: the folder to write, new or empty; it appears only when it is complete. It gets the two post-trained
@@ -138,7 +147,7 @@ def run_quickstart(
         seed: of random choices and of the order of the text.
         settings: the sizes.
         model_path: a model to use in place of the one in the package.
-        texts: documents to use in place of the standard library's.
+        texts: documents to use in place of the standard library's files.
         console: where progress and the table are shown; by default standard output.
 
     Returns:
@@ -157,7 +166,9 @@ def run_quickstart(
         backbone: Any = read_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
         if torch.cuda.is_available():
             backbone.to("cuda")
-        texts = texts or quickstart_texts()
+        if texts is None:
+            standard = quickstart_texts()
+            texts = QuickstartTexts(standard.train, {CODE: standard.measured[CODE]})
         enough = settings.tokens * settings.characters_per_token
         texts = QuickstartTexts(random_documents(texts.train, enough, seed), texts.measured)
         console.print(
@@ -259,7 +270,7 @@ def _rows(
         return Row(losses, write(model, tokenizer, settings.new_tokens), training, training_losses)
 
     P, T = settings.num_streams, settings.prefix_length
-    calibration = calibration_ids(texts.train, tokenizer, P, T, vocabulary=vocabulary_of(backbone))
+    calibration = calibration_ids(texts.train, tokenizer, P, P * T, vocabulary=vocabulary_of(backbone))
     config = ParScaleConfig(P, T, seed=seed)
     starts = {name: prepare_arm(arm, copy.deepcopy(backbone), config, calibration) for name, arm in TRAINED.items()}
     tokens = _affordable_tokens(starts[BOTH], tokenizer, texts, settings, bf16)

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
 from parscale.checkpoints.texts.files import shown
-from parscale.checkpoints.training.held_out import NOT_TRAINED
+from parscale.checkpoints.training.held_out import NOT_TRAINED, UNTOUCHED
 from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.compat.hub import NO_ANSWER
@@ -325,7 +325,7 @@ def _by_place(facts: TrainingFacts) -> list[str]:
         for entry in facts.comparisons
         if entry["arm"] == THIS_MODEL
     ]
-    held = in_the_middle(facts.comparisons, THIS_MODEL, list(facts.controls))
+    held = in_the_middle(facts.comparisons, THIS_MODEL, [UNTOUCHED, *facts.controls])
     verdicts = [f"Streams in the middle of {_code(text)}: {verdict(entries)}." for text, entries in held.items()]
     if not facts.controls:
         verdicts = [

@@ -299,9 +299,11 @@ def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
 @pytest.mark.parametrize(
     ("arm", "controls"),
     [
-        ("frozen", ("alone", "prefix", "long-prefix")),
-        ("streams-and-backbone", ("alone", "prefix-and-backbone", "long-prefix-and-backbone")),
-        ("streams-and-backbone, shared", ("alone", "prefix-and-backbone", "long-prefix-and-backbone")),
+        ("frozen", ("untouched", "alone", "prefix", "long-prefix")),
+        *(
+            (arm, ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone"))
+            for arm in ("streams-and-backbone", "streams-and-backbone, shared")
+        ),
     ],
 )
 def test_a_recycled_model_gains_only_if_it_beats_one_prefix_too(arm: str, controls: tuple[str, ...]) -> None:

@@ -118,10 +118,12 @@ def test_one_prefix_trains_half_of_two_streams_that_stay_equal(finished):
     """It is trained as two equal streams; what the table counts is what trains."""
     _, report, _ = finished
     trained = {name: figures["trained_parameters"] for name, figures in report["models"].items()}
-    layers, heads, T, size, H = 2, 2, 5, 8, 32
+    layers, heads, P, T, size, H = 2, 2, 3, 5, 8, 32
     prefixes, aggregator = layers * 2 * 2 * heads * T * size, 2 * H * H + H + H * 2 + 2  # of P = 2
     assert trained["prefix"] == prefixes + aggregator
-    assert trained["prefix-and-backbone"] == trained["prefix"] + trained["alone"]
+    assert trained["long-prefix"] == P * prefixes + aggregator
+    for name in ("prefix", "long-prefix"):
+        assert trained[f"{name}-and-backbone"] == trained[name] + trained["alone"]
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def test_a_slow_machine_trains_all_rows_on_fewer_tokens(backbone, tmp_path, monk
 
 def test_where_there_is_no_terminal_progress_is_printed(finished):
     _, _, printed = finished
-    assert printed.count("step 3 of 6  loss ") == 5
+    assert printed.count("step 3 of 6  loss ") == 7
 
 
 @pytest.mark.parametrize("where", ["beginning", "middle"])
@@ -182,8 +184,8 @@ def test_comparisons_pair_the_losses_by_document(finished, backbone, where):
 def test_streams_are_held_against_every_control(finished):
     _, report, _ = finished
     pairs = {(entry["arm"], entry["baseline"]) for entry in report["comparisons"]}
-    assert {("frozen", "alone"), ("frozen", "prefix"), ("frozen", "untouched")} <= pairs
-    assert {("streams-and-backbone", "alone"), ("streams-and-backbone", "prefix-and-backbone")} <= pairs
+    for arm, beside in (("frozen", ""), ("streams-and-backbone", "-and-backbone")):
+        assert {(arm, name) for name in ("untouched", "alone", f"prefix{beside}", f"long-prefix{beside}")} <= pairs
 
 
 def test_the_table_and_the_sentences_say_what_the_report_says(finished):
@@ -205,27 +207,28 @@ BETTER, WORSE, UNCLEAR = (-0.3, -0.1), (0.1, 0.3), (-0.1, 0.3)
 
 
 @pytest.mark.parametrize(
-    ("alone", "prefix", "verdict"),
+    ("intervals", "verdict"),
     [
-        (BETTER, BETTER, "ahead of each control with this seed; a gain needs several seeds"),
-        (BETTER, UNCLEAR, "no gain"),
-        (UNCLEAR, BETTER, "no gain"),
-        (WORSE, BETTER, "no gain"),
+        ([BETTER, BETTER, BETTER, BETTER], "ahead of each control with this seed; a gain needs several seeds"),
+        ([UNCLEAR, BETTER, BETTER, BETTER], "no gain"),
+        ([BETTER, BETTER, UNCLEAR, BETTER], "no gain"),
+        ([BETTER, WORSE, BETTER, BETTER], "no gain"),
+        ([BETTER, BETTER, BETTER, WORSE], "no gain"),
     ],
 )
-def test_a_gain_beats_the_backbone_alone_and_one_prefix_in_the_middle(alone, prefix, verdict):
+def test_a_gain_beats_the_backbone_and_one_prefix_in_the_middle(intervals, verdict):
     def entry(baseline, where, low, high):
         names = {"arm": "frozen", "baseline": baseline, "text": "CODE", "where": where}
         return names | {"difference": (low + high) / 2, "low": low, "high": high}
 
-    held = {"alone": alone, "prefix": prefix}
+    held = dict(zip(("untouched", "alone", "prefix", "long-prefix"), intervals, strict=True))
     report = {
         "models": {name: {"title": name} for name in ("frozen", *held)},
         "comparisons": [entry(name, "middle", *interval) for name, interval in held.items()]
         + [entry(name, "beginning", -9.0, -8.0) for name in held],  # does not count
     }
     (sentence,) = quickstart_sentences(report)
-    assert sentence.startswith(f"frozen, in the middle of CODE: {verdict}. Difference to alone: ")
+    assert sentence.startswith(f"frozen, in the middle of CODE: {verdict}. Difference to untouched: ")
 
 
 @pytest.mark.nightly  # a second whole run; by day training is repeated to the last bit, see test_resume.py
