@@ -278,17 +278,17 @@ def _save_start(
         model = unwrap(model)
     calibration = None
     if control.arm.prefix:
-        length = streams.prefix_length * (streams.num_streams if control.arm.long else 1)
-        calibration = _beginning(settings, tokenizer, length, vocabulary_of(model))
+        calibration = _beginning(settings, tokenizer, streams, vocabulary_of(model))
     prepare_arm(control.arm, model, dataclasses.replace(streams, kv=OWN), calibration)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _beginning(
-    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, length: int, vocabulary: int
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, streams: ParScaleConfig, vocabulary: int
 ) -> torch.Tensor:
-    """So many tokens of the training text, `(1, length)`."""
+    """So much of the training text as P prefixes start from, `(P, T)`."""
+    P, T = streams.num_streams, streams.prefix_length
     sources = open_sources(
         settings.data, text_column=settings.text_column, streaming=settings.streaming, seed=settings.seed
     )
@@ -296,9 +296,9 @@ def _beginning(
     rest = text_documents(documents_of(sources))
     while more := list(islice(rest, 8)):
         documents += more
-        if sum(len(text) for _, text in documents) > 8 * length:
+        if sum(len(text) for _, text in documents) > 8 * P * T:
             break
-    return calibration_ids(documents, tokenizer, 1, length, vocabulary=vocabulary)
+    return calibration_ids(documents, tokenizer, P, T, vocabulary=vocabulary)
 
 
 def _texts(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, run: Mapping[str, Any]) -> Texts:

@@ -115,7 +115,7 @@ def _start(run: RecycleRun, folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(small_model_path())
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
     texts = _training(run.tokens or UNTRAINED_FROM)[run.seed % 50 :: 50]  # a fiftieth of them, another for each seed
-    calibration = calibration_ids(texts, tokenizer, run.streams, run.streams * PREFIX_LENGTH)
+    calibration = calibration_ids(texts, tokenizer, run.streams, PREFIX_LENGTH)
     prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed, kv=run.kv), calibration)
     model.save_pretrained(folder / "start.partial")
     tokenizer.save_pretrained(folder / "start.partial")

@@ -7,7 +7,7 @@ in the middle of documents, with an interval over documents and seeds that exclu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from parscale import ParScaleConfig, wrap
+from parscale import ParScaleConfig, unwrap, wrap
 from parscale.checkpoints.evaluation.text_loss import Evaluation
 from parscale.config import PREFIX, PROMPT
+from parscale.streams.naming import TRANSFORM_PART, part_of
 
 NOTHING = "nothing"
 """`Arm.trains` of an arm that is measured as it is."""
@@ -95,40 +96,55 @@ def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch
         arm: one of `ARMS`; the caller adds the adapter of an adapter arm.
         model: a plain causal language model.
         config: of the P streams in question.
-        calibration: token ids `(P, P * T)`, real text; streams start from the first T tokens of each row (those that
-            share keys, all but stream 0, leave the last row out), one prefix from the first row. Without it the
-            backbone samples the texts of streams.
+        calibration: token ids `(P, T)`, real text; streams start from a row each (those that share keys, all but stream
+            0, leave the last row out), one prefix of T tokens from the first row, and one of P * T tokens from all: the
+            prefixes of the P streams one behind the other, which disturb the backbone less than a text of that length.
+            Without it the backbone samples the texts of streams.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: as in `parscale.wrap`; or one prefix has no calibration, or a calibration that is too short.
+        ValueError: as in `parscale.wrap`; or one prefix has no calibration, or one that is too small.
     """
     if arm.streams:
         texts = None if calibration is None else calibration[: config.num_transformed, : config.prefix_length]
         wrap(model, config, calibration=texts)
     elif arm.prefix:
-        length = config.prefix_length * (config.num_streams if arm.long else 1)
-        if calibration is None or calibration.shape[1] < length:
-            given = "none" if calibration is None else f"{calibration.shape[1]} tokens"
-            raise ValueError(
-                f"One prefix of {length} tokens starts from a text of as many; give calibration of that length (it is "
-                f"{given})."
-            )
-        of_prompts = config.transform == PROMPT
-        wrap(
-            model,
-            ParScaleConfig(
-                2, length, smoothing=config.smoothing, seed=config.seed, transform=PROMPT if of_prompts else PREFIX
-            ),
-            calibration=calibration[:1, :length].expand(2, -1),
-        )
+        _add_one_prefix(arm, model, config, calibration)
     if arm.trains == STREAMS:
         model.freeze_backbone()
     elif arm.trains == NOTHING:
         model.requires_grad_(False)
     return model
+
+
+def _add_one_prefix(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch.Tensor | None) -> None:
+    """Adds one prefix, of T tokens, or of the P times T with which P streams start, one behind the other."""
+    texts, T = config.num_streams if arm.long else 1, config.prefix_length
+    if calibration is None or len(calibration) < texts or calibration.shape[1] < T:
+        given = "none" if calibration is None else f"{calibration.shape[0]} of {calibration.shape[1]} tokens"
+        raise ValueError(
+            f"One prefix of {texts * T} tokens starts from {texts} {'text' if texts == 1 else 'texts'} of {T} tokens; "
+            f"give calibration of that size (it is {given})."
+        )
+    transform = PROMPT if config.transform == PROMPT else PREFIX
+    equal = ParScaleConfig(2, T, smoothing=config.smoothing, seed=config.seed, transform=transform)
+    if not arm.long:
+        wrap(model, equal, calibration=calibration[:1, :T].expand(2, -1))
+        return
+    wrap(model, replace(equal, num_streams=texts), calibration=calibration[:texts, :T])
+    behind = {
+        name: torch.cat(list(tensor.detach()), dim=-2)  # (P, ..., T, D) to (..., P * T, D)
+        for name, tensor in model.parscale.tensors(model.parscale.active).items()
+        if part_of(name) == TRANSFORM_PART
+    }
+    unwrap(model)
+    wrap(model, replace(equal, prefix_length=texts * T, init="random"))
+    with torch.no_grad():
+        for name, tensor in model.parscale.tensors(model.parscale.active).items():
+            if name in behind:
+                tensor.copy_(behind[name].expand_as(tensor))
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def _rows(
         return Row(losses, write(model, tokenizer, settings.new_tokens), training, training_losses)
 
     P, T = settings.num_streams, settings.prefix_length
-    calibration = calibration_ids(texts.train, tokenizer, P, P * T, vocabulary=vocabulary_of(backbone))
+    calibration = calibration_ids(texts.train, tokenizer, P, T, vocabulary=vocabulary_of(backbone))
     config = ParScaleConfig(P, T, seed=seed)
     starts = {name: prepare_arm(arm, copy.deepcopy(backbone), config, calibration) for name, arm in TRAINED.items()}
     tokens = _affordable_tokens(starts[BOTH], tokenizer, texts, settings, bf16)

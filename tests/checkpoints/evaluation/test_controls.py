@@ -1,6 +1,7 @@
 """Controls: intervals against closed forms and against how often they cover the truth, and what arms are."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from small_models import small_llama
 from parscale import ParScaleConfig
 from parscale.checkpoints.evaluation.controls import ARMS, HELD_AGAINST, crossed_interval, hold_against, prepare_arm
 from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
+from parscale.streams.naming import part_of
 
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -167,9 +169,23 @@ def test_what_an_arm_trains(plain, arm):
     assert getattr(model, "num_streams", 1) == (3 if arm.streams else 2 if arm.prefix else 1)
 
 
-def test_one_prefix_needs_a_text_of_its_length(plain):
-    for calibration, given in ((None, "none"), (IDS[:3, :8], "8 tokens")):
-        with pytest.raises(ValueError, match=rf"One prefix of 12 tokens .*\(it is {given}\)"):
+@pytest.mark.parametrize("transform", ["prefix", "prompt"])
+def test_a_long_prefix_is_those_of_the_streams_one_behind_the_other(plain, transform):
+    texts = torch.randint(1, 64, (3, 4), generator=torch.Generator().manual_seed(1))
+    config = dataclasses.replace(CONFIG, transform=transform)
+    of_streams = prepare_arm(BY_NAME["frozen"], copy.deepcopy(plain), config, texts).state_dict()
+    one = prepare_arm(BY_NAME["long-prefix"], copy.deepcopy(plain), config, texts).state_dict()
+    names = [name for name in one if part_of(name) == "transform"]
+    assert names
+    for name in names:
+        assert torch.equal(one[name][0], one[name][1])
+        parts = one[name][0].split(4, dim=-2)
+        assert all(torch.equal(part, own) for part, own in zip(parts, of_streams[name], strict=True))
+
+
+def test_one_prefix_needs_texts_of_its_length(plain):
+    for calibration, given in ((None, "none"), (IDS[:3, :2], "3 of 2 tokens"), (IDS[:2, :8], "2 of 8 tokens")):
+        with pytest.raises(ValueError, match=rf"One prefix of 12 tokens starts from 3 texts of 4 .*\(it is {given}\)"):
             prepare_arm(BY_NAME["long-prefix"], copy.deepcopy(plain), CONFIG, calibration)
 
 
