@@ -197,6 +197,31 @@ def _with_controls(axes: Axes, colours: Sequence[str]) -> None:
     _ticks(axes.xaxis, places, [*(f"P = {P}" for P in TRAINED), *CONTROLS])
 
 
+def tasks(colours: Sequence[str]) -> Figure:
+    """How many answers of a task are right, by arm: each seed, and a line at the mean; streams in colour."""
+    entries = json.loads((RESULTS / "evidence.json").read_text(encoding="utf-8"))["tasks"]
+    by_task: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if len(entry["exact"]) > 1:  # one seed decides nothing
+            by_task.setdefault(entry["task"], {})[entry["arm"]] = entry
+    arms = list(next(iter(by_task.values())))
+    figure = Figure(figsize=(7.4, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(by_task), sharey=True, squeeze=False)[0]
+    for axes, (task, found) in zip(panels, by_task.items(), strict=True):
+        for place, arm in enumerate(arms):
+            exact, colour = found[arm]["exact"], colours[2] if arm.startswith("P") else colours[0]
+            name = f"{task}-{place}"
+            seeds = {"linestyle": "none", "markersize": 4, "markerfacecolor": "none", "gid": f"answers-{name}"}
+            axes.plot(exact, [place] * len(exact), "o", color=colour, **seeds)
+            mean, ends = fmean(exact), (place - 0.3, place + 0.3)
+            axes.plot([mean] * 2, ends, color=colour, linewidth=1.5, gid=f"answered-{name}")
+        axes.set(title=f"{task}, {len(exact)} seeds", xlabel="share of right answers")
+        axes.set_xlim(-0.05, 1.05)
+    _ticks(panels[0].yaxis, range(len(arms)), ["dense, P = 1" if arm == "dense" else arm for arm in arms])
+    panels[0].invert_yaxis()
+    return figure
+
+
 def shared(colours: Sequence[str]) -> Figure:
     """Own and shared caches on two cores: first token, further token and bytes, to the plain backbone."""
     rows = json.loads((RESULTS / "shared.json").read_text(encoding="utf-8"))["rows"]
@@ -259,6 +284,7 @@ PICTURES: dict[str, Callable[[Sequence[str]], Figure]] = {
     "batch": batch,
     "evidence": evidence,
     "streams": streams,
+    "tasks": tasks,
     "shared": shared,
 }
 

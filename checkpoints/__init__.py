@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from parscale.checkpoints.training.settings import TrainSettings
     from parscale.checkpoints.training.speed import faster_in_bf16
     from parscale.checkpoints.training.train import Interrupted, train
+    from parscale.checkpoints.training.trainable_model import rank_with_parameters
 
 __all__ = [
     "ADAPTER",
@@ -106,6 +107,7 @@ __all__ = [
     "push",
     "quickstart_sentences",
     "quickstart_texts",
+    "rank_with_parameters",
     "read_documents",
     "require_tokenizer",
     "run_quickstart",
@@ -198,6 +200,7 @@ _HOMES = {  # of the public names, below this package
         "Interrupted",
         "train",
     ),
+    "training.trainable_model": ("rank_with_parameters",),
 }
 
 

@@ -100,6 +100,17 @@ def test_what_recycled_streams_add_to_one_prefix_is_on_file():
     assert entry["low"] < 0 < entry["high"]
 
 
+def test_what_streams_add_in_sorting_is_on_file():
+    by_arm = {entry["arm"]: entry for entry in on_file("tasks") if entry["task"] == "sort"}
+    dense, prefix, longer = (by_arm[arm]["gain of P = 4"] for arm in ("dense", "prefix", "long prefix"))
+    more = "{difference:+.3f} ({low:+.3f}, {high:+.3f})".format(**dense)
+    assert is_said(f"In sorting ten numbers, four streams get {more} of the answers more than the dense model")
+    assert is_said("and one trained prefix gets as many")
+    assert prefix["low"] < 0 < prefix["high"]
+    assert longer["high"] < 0
+    assert dense["seeds"] == prefix["seeds"] == longer["seeds"] == 6
+
+
 def test_what_one_cache_costs_is_on_file():
     entry = compared("scratch", "0.1M")["P = 4, shared", "P = 4", "middle"]
     assert is_said(f"costs nothing that {SEEDS[entry['seeds']]} could show from scratch: {shown(entry)}")
@@ -126,9 +137,9 @@ def test_the_laws_k_is_on_file():
     law = on_file("law")
     found = law["N"]["all parameters"]
     low, high = found["k_interval"]
-    fitted = f"fitted to {law['models']} models of our own at 0.1 to 0.4 million, has k = {found['k']:.2f}"
+    fitted = f"fitted to {law['models']} models of our own at 0.1 to 0.7 million, has k = {found['k']:.2f}"
     assert is_said(f"{fitted} in place of 0.39, 90 % interval ({low:.2f}, {high:.2f})")
-    assert law["sizes"] == 3
+    assert law["sizes"] == 4
 
 
 def test_the_batches_of_a_larger_model_are_those_counted():

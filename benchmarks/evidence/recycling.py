@@ -32,10 +32,10 @@ from parscale.checkpoints import (
     evaluate_places,
     open_checkpoint,
     prepare_arm,
+    rank_with_parameters,
     small_model_path,
 )
 from parscale.checkpoints import train as train_checkpoint
-from parscale.checkpoints.training.trainable_model import rank_with_parameters
 
 PREFIX_LENGTH, SEQUENCE_LENGTH, BATCH_SIZE = 48, 512, 4
 TUNING_DOCUMENTS, TEST_DOCUMENTS, MIDDLES = 60, 200, 2

@@ -73,6 +73,7 @@ CONTROLS |= {
 }
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
 TASK_STREAMS = ("P = 4", "P = 2")
+TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
 SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 
@@ -116,16 +117,26 @@ def label(run: Run | TaskRun, width: int) -> str:
 
 
 def best_rates(groups: dict[str, dict[float, BySeed]]) -> dict[str, BySeed]:
-    """Of each arm the rows at its best rate, on what is for tuning, by the seed that all rates share."""
+    """Of each arm the rows at its best rate, on what is for tuning, over the seeds that all its rates have.
+
+    A rate without the first seed is left out.
+    """
     chosen = {}
     for name, by_rate in groups.items():
-        seed = min(min(of_seed) for of_seed in by_rate.values())
-        usable = {rate: of_seed for rate, of_seed in by_rate.items() if seed in of_seed}
-        rate = min(usable, key=lambda rate: fmean(usable[rate][seed]["tuning"]["middle"]))
-        finished = {seed: row for seed, row in usable[rate].items() if "test" in row}
+        first = min(min(of_seed) for of_seed in by_rate.values())
+        usable = {rate: of_seed for rate, of_seed in by_rate.items() if first in of_seed}
+        seeds = set.intersection(*map(set, usable.values()))
+        rate = min(usable, key=lambda rate: fmean(tuning_loss(usable[rate][seed]) for seed in seeds))
+        finished = {seed: row for seed, row in sorted(usable[rate].items()) if "test" in row}
         if finished:
             chosen[name] = finished
     return chosen
+
+
+def tuning_loss(row: dict[str, Any]) -> float:
+    """In the middle of documents, or of a task's answers."""
+    found = row["tuning"]
+    return float(found["loss"]) if "loss" in found else fmean(found["middle"])
 
 
 def by_size(rows: Rows) -> dict[str, dict[str, BySeed]]:
@@ -233,18 +244,20 @@ def mixing(rows: Rows) -> list[dict[str, Any]]:
 
 def task_results(rows: Rows) -> list[dict[str, Any]]:
     """Of each task and arm, the share of right answers by seed, and the difference of P = 4 and 2 from it."""
-    groups: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, dict[float, BySeed]]] = {}
     runs = [(TaskRun(**row["run"]), row) for row in rows.values() if "task" in row["run"]]
     for run, row in runs:
         if run.seed < 100:
             width = min(other.hidden for other, _ in runs if (other.task, other.level) == (run.task, run.level))
             by_arm = groups.setdefault((run.task, run.level, width, run.layers), {})
-            by_arm.setdefault(label(run, width), {})[run.seed] = row
+            by_arm.setdefault(label(run, width), {}).setdefault(run.learning_rate, {})[run.seed] = row
     results = []
-    for (task, level, hidden, layers), arms in groups.items():
-        for arm, by_seed in arms.items():
+    for (task, level, hidden, layers), by_arm in groups.items():
+        arms = best_rates(by_arm)
+        for arm, by_seed in sorted(arms.items(), key=lambda item: TASK_ARMS.index(item[0])):
             entry = {"task": task, "level": level, "hidden": hidden, "layers": layers, "arm": arm}
-            entry |= {"params": next(iter(by_seed.values()))["params"]}
+            first = next(iter(by_seed.values()))
+            entry |= {"params": first["params"], "learning_rate": first["run"]["learning_rate"], "seeds": [*by_seed]}
             entry |= {what: [row["test"][what] for row in by_seed.values()] for what in ("exact", "tokens", "loss")}
             for other in TASK_STREAMS:
                 seeds = sorted(set(by_seed) & set(arms.get(other, {})))

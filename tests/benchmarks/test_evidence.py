@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -340,6 +340,29 @@ def test_a_task_is_gained_only_against_one_prefix_too(against_prefix: float, gai
     ]
     assert task_gains(entries) == gained
     assert task_gains(entry for entry in entries if entry["arm"] != "long prefix") == []
+
+
+def test_a_task_counts_each_arm_at_its_better_rate() -> None:
+    """By the mean over the seeds that both rates have, on what is for tuning; seeds for tuning do not count."""
+    from report import task_results
+    from synthetic import TaskRun
+
+    def row(rate: float, seed: int, tuning: float, exact: float, streams: int = 1) -> tuple[str, dict[str, Any]]:
+        run = TaskRun("sort", 10, 32, 1, streams, 10, seed, rate, arm="streams" if streams > 1 else "prefix")
+        test = {"exact": exact, "tokens": exact, "loss": 1 - exact}
+        return run.name, {"run": asdict(run), "params": 7, "tuning": {"loss": tuning}, "test": test}
+
+    rows = dict(
+        [
+            *(row(0.01, seed, tuning, 0.5) for seed, tuning in ((0, 0.1), (1, 0.9), (2, 0.0))),
+            *(row(0.02, seed, tuning, 0.7) for seed, tuning in ((0, 0.2), (1, 0.3), (100, 9.0))),
+            *(row(0.04, seed, 0.0, exact, streams=4) for seed, exact in ((0, 0.8), (1, 0.9), (2, 0.1))),
+        ]
+    )
+    streams, prefix = task_results(rows)
+    assert (streams["arm"], streams["exact"]) == ("P = 4", [0.8, 0.9, 0.1])
+    assert (prefix["arm"], prefix["learning_rate"], prefix["exact"]) == ("prefix", 0.02, [0.7, 0.7])
+    assert prefix["gain of P = 4"]["difference"] == pytest.approx(0.15)
 
 
 def test_the_laws_k_is_found_again() -> None:

@@ -160,6 +160,40 @@ def test_means_over_streams_are_those_of_the_report():
         assert means[index] == pytest.approx(reported[arm], abs=1e-5)
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_answers_of_tasks_are_those_of_the_rows(theme):
+    """Each seed and the mean, of each arm at the rate that the report chose, on one scale in each panel."""
+    entries = json.loads((RESULTS / "evidence.json").read_text())["tasks"]
+    svg = ElementTree.parse(ASSETS / f"tasks-{theme}.svg")
+    panels: dict[str, list] = {}
+    for entry in entries:
+        if len(entry["seeds"]) > 1:
+            panels.setdefault(entry["task"], []).append(entry)
+    assert {"add", "sort"} <= panels.keys()
+    for task, arms in panels.items():
+        assert [arm["arm"] for arm in arms][:3] == ["dense", "P = 2", "P = 4"]
+        data, pixels = [], []
+        for place, arm in enumerate(arms):
+            rows = [
+                json.loads(path.read_text())
+                for path in (RESULTS / "evidence" / "tasks").glob(f"{task}-{arm['level']}-*.json")
+            ]
+            by_seed = {
+                row["run"]["seed"]: row["test"]["exact"]
+                for row in rows
+                if row["params"] == arm["params"] and row["run"]["learning_rate"] == arm["learning_rate"]
+            }
+            exact = [by_seed[seed] for seed in arm["seeds"]]
+            data += [*exact, *[fmean(exact)] * 2]
+            pixels += [
+                *points_in(svg, f"answers-{task}-{place}")[:, 0],
+                *points_in(svg, f"answered-{task}-{place}")[:, 0],
+            ]
+        slope, start = np.polyfit(data, pixels, 1)
+        assert slope > 1
+        assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
+
+
 def test_the_report_draws_its_comparisons():
     """`results/evidence.svg`: every arm in its row at every size, hollow where there is one seed."""
     comparisons = json.loads((RESULTS / "evidence.json").read_text())["comparisons"]
