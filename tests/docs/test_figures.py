@@ -222,6 +222,22 @@ def test_of_our_own_law(name):
     assert re.search(rf"\b{law['models']} models", text)
 
 
+def test_of_sorting_and_adding():
+    """What the page says of P = 4 against each control, and how many seeds got to adding at all."""
+    text = " ".join(page("results/controls.md").split())
+    tasks = {(entry["task"], entry["arm"]): entry for entry in on_file("evidence.json")["tasks"]}
+    more = {arm: tasks["sort", arm]["gain of P = 4"] for arm in ("dense", "twin", "prefix", "long prefix")}
+    for arm, signed in (("dense", False), ("twin", False), ("prefix", True), ("long prefix", True)):
+        sign = "+" if signed else ""
+        figures = f"{{difference:{sign}.3f}} ({{low:{sign}.3f}}, {{high:{sign}.3f}})".format(**more[arm])
+        assert figures in text, arm
+        assert more[arm]["seeds"] == 6
+    learned = {arm: sum(share > 0.1 for share in tasks["add", arm]["exact"]) for arm in ("dense", "P = 2", "P = 4")}
+    assert learned == {"dense": 3, "P = 2": 5, "P = 4": 5}
+    assert all(min(tasks["add", arm]["exact"]) > 0.6 for arm in ("prefix", "long prefix"))
+    assert "the dense model does with three seeds of six, streams with five" in text
+
+
 def test_of_memory_and_kernels_are_taken_from_the_files():
     assert '--8<-- "benchmarks/results/training_memory.md:3"' in page("results/memory.md")
     assert (RESULTS / "training_memory.md").read_text().splitlines()[2].startswith("| backbone | P |")
