@@ -222,7 +222,7 @@ def test_of_our_own_law(name):
     assert re.search(rf"\b{law['models']} models", text)
 
 
-def test_of_sorting_and_adding():
+def test_of_tasks():
     """What the page says of P = 4 against each control, and how many seeds got to adding at all."""
     text = " ".join(page("results/controls.md").split())
     tasks = {(entry["task"], entry["arm"]): entry for entry in on_file("evidence.json")["tasks"]}
@@ -235,6 +235,10 @@ def test_of_sorting_and_adding():
     learned = {arm: sum(share > 0.1 for share in tasks["add", arm]["exact"]) for arm in ("dense", "P = 2", "P = 4")}
     assert learned == {"dense": 3, "P = 2": 5, "P = 4": 5}
     assert all(min(tasks["add", arm]["exact"]) > 0.6 for arm in ("prefix", "long prefix"))
+    behind = tasks["multiply", "dense"]["gain of P = 4"]
+    figures = "{difference:.3f} ({low:.3f}, {high:.3f})".format(**behind)
+    assert f"four streams are behind the dense model, {figures}" in text
+    assert behind["high"] < 0
     assert "the dense model does with three seeds of six, streams with five" in text
 
 
