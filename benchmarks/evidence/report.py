@@ -25,7 +25,7 @@ from plan import LATER_VARIANTS, PREFIX_LENGTHS, SIZES, Rows, read_rows
 from recycling import RecycleRun
 from synthetic import TaskRun
 
-from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval
+from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval, format_interval
 from parscale.scaling_laws import fit
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -348,11 +348,6 @@ def rounded(interval: Interval) -> dict[str, Any]:
     return values | {name: round(values[name], 5) for name in ("difference", "low", "high")}
 
 
-def with_interval(entry: dict[str, Any], digits: int = 4) -> str:
-    """A difference and its interval."""
-    return "{:+.{d}f} ({:+.{d}f}, {:+.{d}f})".format(entry["difference"], entry["low"], entry["high"], d=digits)
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The same as tables for a reader."""
     lines = [
@@ -371,7 +366,7 @@ def markdown(report: dict[str, Any]) -> str:
     for entry in report["comparisons"]:
         cells = tables.setdefault((entry["study"], entry["size"], entry["tokens"]), {})
         key = tuple(str(entry[name]) for name in ("arm", "baseline", "seeds", "precision"))
-        cells.setdefault(key, {})[entry["where"]] = with_interval(entry)
+        cells.setdefault(key, {})[entry["where"]] = format_interval(entry)
     for (study, size, tokens), cells in tables.items():
         what = f"From scratch, {size}" if study == "scratch" else f"Recycled, {size}"
         lines += ["", f"## {what}, {tokens / 1e6:g} million {'bytes' if study == 'scratch' else 'tokens'}", ""]
@@ -383,7 +378,7 @@ def markdown(report: dict[str, Any]) -> str:
     found = {(entry["baseline"], entry["where"]): entry for entry in report["confirmation"]}
     for baseline in dict.fromkeys(entry["baseline"] for entry in report["confirmation"]):
         shown = [found[baseline, where] for where in ("beginning", "middle")]
-        lines += _row(baseline, *map(with_interval, shown), str(shown[0]["seeds"]))
+        lines += _row(baseline, *map(format_interval, shown), str(shown[0]["seeds"]))
     about = "By seed; of four streams, one has a weight of at most 0.925, of two of at most 0.95."
     lines += ["", "## What became of the streams", "", about, ""]
     lines += [*_row("size", "arm", "correlation", "largest mean weight"), *_row(*["---"] * 4)]
@@ -395,7 +390,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [*_row(*heads), *_row(*["---"] * len(heads))]
     for entry in report["tasks"]:
         gained = [entry.get(f"gain of {arm}") for arm in TASK_STREAMS]
-        more = [with_interval(gain, digits=3) if gain else "" for gain in gained]
+        more = ["{difference:+.3f} ({low:+.3f}, {high:+.3f})".format(**gain) if gain else "" for gain in gained]
         exact = ", ".join(f"{value:.3f}" for value in entry["exact"])
         shape = f"{entry['hidden']}, {entry['layers']}"
         lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, *more)
