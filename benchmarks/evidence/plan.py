@@ -291,7 +291,8 @@ def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[Recycle
         yield RecycleRun("long-prefix-and-backbone", 4, tokens, seed, streams_rate=prefix.streams_rate, **both)
         yield RecycleRun("lora", 4, tokens, seed, lora.backbone_rate)
         if tokens == RECYCLED_TOKENS:
-            yield RecycleRun("frozen", 4, tokens, seed, streams_rate=frozen.streams_rate, kv="shared")
-            yield RecycleRun(
-                "streams-and-backbone", 4, tokens, seed, streams_rate=frozen.streams_rate, kv="shared", **both
-            )
+            for kv in ("shared", *SHARED_VARIANTS):
+                yield RecycleRun("frozen", 4, tokens, seed, streams_rate=frozen.streams_rate, kv=kv)
+                yield RecycleRun(
+                    "streams-and-backbone", 4, tokens, seed, streams_rate=frozen.streams_rate, kv=kv, **both
+                )

@@ -7,11 +7,13 @@ for sixteen million tokens. Everything trains through `parscale.checkpoints.trai
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import recycled_variants
 import torch
 from loop import DEVICE, PRECISION, autocast, write_row
 from rich.console import Console
@@ -58,14 +60,14 @@ class RecycleRun:
     streams_rate: float = 0.0
     """Of prefixes and aggregator, where they train."""
     kv: str = "own"
-    """Of the streams, as in `parscale.wrap`."""
+    """Of the streams, as in `parscale.wrap`; or a variant of one cache, by its name in `variants.py`."""
 
     @property
     def name(self) -> str:
         """Of its row and its folder; it tells every field."""
         rates = f"b{self.backbone_rate:g}-r{self.streams_rate:g}"
         name = f"recycle-{self.arm}-p{self.streams}-n{self.tokens}-{rates}-s{self.seed}"
-        return name if self.kv == "own" else f"{name}-{self.kv}"
+        return name if self.kv == "own" else f"{name}-{self.kv.replace('=', '')}"
 
     @property
     def of_arm(self) -> Arm:
@@ -79,13 +81,16 @@ def train(run: RecycleRun, work: Path, results: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     start = _start(run, folder)
     report: dict[str, Any] = {}
-    if run.of_arm.trains != NOTHING:
-        report = train_checkpoint(
-            str(start), folder / "trained", _settings(run, folder), resume=True, console=Console(quiet=True)
-        )
-    model, tokenizer = open_checkpoint(str(folder / "trained" if report else start))
+    if is_variant(run.kv):
+        model, tokenizer, report = _train_variant(run, start, folder)
+    else:
+        if run.of_arm.trains != NOTHING:
+            report = train_checkpoint(
+                str(start), folder / "trained", _settings(run, folder), resume=True, console=Console(quiet=True)
+            )
+        model, tokenizer = open_checkpoint(str(folder / "trained" if report else start))
+        model = model.float().to(DEVICE)
     assert tokenizer is not None
-    model = model.float().to(DEVICE)
     row = {
         "run": asdict(run),
         "trained_parameters": report.get("trained_parameters", 0),
@@ -114,13 +119,37 @@ def _start(run: RecycleRun, folder: Path) -> Path:
         return start
     tokenizer = AutoTokenizer.from_pretrained(small_model_path())
     model = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
-    texts = _training(run.tokens or UNTRAINED_FROM)[run.seed % 50 :: 50]  # a fiftieth of them, another for each seed
-    calibration = calibration_ids(texts, tokenizer, run.streams, PREFIX_LENGTH)
-    prepare_arm(run.of_arm, model, ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed, kv=run.kv), calibration)
+    config = ParScaleConfig(run.streams, PREFIX_LENGTH, seed=run.seed, kv="shared" if is_variant(run.kv) else run.kv)
+    prepare_arm(run.of_arm, model, config, _texts_of_streams(run, tokenizer))
     model.save_pretrained(folder / "start.partial")
     tokenizer.save_pretrained(folder / "start.partial")
     (folder / "start.partial").rename(start)
     return start
+
+
+def is_variant(kv: str) -> bool:
+    """Whether streams share a cache in a way that the package does not have."""
+    return kv not in ("own", "shared")
+
+
+def _train_variant(run: RecycleRun, start: Path, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """A trained variant of one cache with its tokenizer, and what there is to report of its training."""
+    began = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    first_text = _texts_of_streams(run, tokenizer)[-1:]  # the others are those of streams 1 to P - 1
+    variant = recycled_variants.open_variant(
+        run.kv, start, run.streams, first_text, frozen=run.of_arm.trains == STREAMS
+    )
+    recycled_variants.fit(variant, tokenizer, _settings(run, folder))
+    trained = sum(parameter.numel() for parameter in variant.parameters() if parameter.requires_grad)
+    seconds = round(time.perf_counter() - began, 1)
+    return variant.model, tokenizer, {"trained_parameters": trained, "losses": {}, "seconds": seconds}
+
+
+def _texts_of_streams(run: RecycleRun, tokenizer: Any) -> torch.Tensor:
+    """What P streams start from, `(P, T)`: pieces of a fiftieth of the documents, another one for each seed."""
+    texts = _training(run.tokens or UNTRAINED_FROM)[run.seed % 50 :: 50]
+    return calibration_ids(texts, tokenizer, run.streams, PREFIX_LENGTH)
 
 
 def _settings(run: RecycleRun, folder: Path) -> TrainSettings:

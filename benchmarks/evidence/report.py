@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import matplotlib
 from arms import Run
 from matplotlib.figure import Figure
-from plan import LATER_VARIANTS, PREFIX_LENGTHS, SIZES, Rows, read_rows
+from plan import LATER_VARIANTS, PREFIX_LENGTHS, SHARED_VARIANTS, SIZES, Rows, read_rows
 from recycling import RecycleRun
 from synthetic import TaskRun
 
@@ -66,10 +66,12 @@ SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
 }
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
 CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
-CONTROLS |= {f"frozen{kv}": ("untouched", "alone", "prefix", "long-prefix") for kv in ("", ", shared")}
+ONE_CACHE = ("shared", *SHARED_VARIANTS)
+CACHES = ("", *(f", {kv}" for kv in ONE_CACHE))  # as the names of recycled arms end
+CONTROLS |= {f"frozen{kv}": ("untouched", "alone", "prefix", "long-prefix") for kv in CACHES}
 CONTROLS |= {
     f"streams-and-backbone{kv}": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone")
-    for kv in ("", ", shared")
+    for kv in CACHES
 }
 CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
 TASK_STREAMS = ("P = 4", "P = 2")
@@ -197,8 +199,9 @@ def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
     entries = []
     for (tokens, streams), arms in sorted(found.items()):
         pairs = [(arm, baseline) for arm, baselines in HELD_AGAINST.items() for baseline in baselines]
-        pairs += [(f"{arm}, shared", baseline) for arm, baseline in pairs]
-        pairs += [(f"{arm}, shared", arm) for arm in HELD_AGAINST]
+        pairs += [(f"{arm}, {kv}", baseline) for kv in ONE_CACHE for arm, baseline in pairs]
+        pairs += [(f"{arm}, {kv}", arm) for kv in ONE_CACHE for arm in HELD_AGAINST]
+        pairs += [(f"{arm}, {kv}", f"{arm}, shared") for kv in SHARED_VARIANTS for arm in HELD_AGAINST]
         for arm, baseline in pairs:
             if arm in arms and baseline in arms:
                 about = {"study": "recycling", "size": f"P = {streams}", "text": "code", "tokens": tokens}

@@ -201,7 +201,8 @@ class SharedVariant(Streams):
         if self.gates_of_streams:
             logits[2] = logits[2] + self.gates_of_streams[index].view(1, 1, -1, 1, 1)
         sizes = [x.shape[-1] for x in logits]
-        scores = torch.cat(logits, -1).masked_fill(~self._visible(sizes, query), -torch.inf)
+        visible = self._visible(sizes, kwargs.get("position_ids"), query)
+        scores = torch.cat(logits, -1).masked_fill(~visible, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
         of_prefix, of_shared, *of_own = weights.split(sizes, -1)
         output = torch.einsum("pbhst,phtd->pbhsd", of_prefix, prefix_v)
@@ -217,19 +218,45 @@ class SharedVariant(Streams):
         prefix_k, prefix_v = (torch.cat(pair) for pair in zip(first, of_others, strict=True))
         return prefix_k, prefix_v
 
-    def _visible(self, sizes: list[int], query: torch.Tensor) -> torch.Tensor:
-        """What each query sees of the prefix, stream 0's tokens and the window, `(P, 1, 1, S, T + S + window)`."""
-        P, S, device = self.streams, query.shape[3], query.device
-        gated, position = bool(self.gates_of_streams), torch.arange(S, device=device)
+    def _visible(self, sizes: list[int], position_ids: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
+        """What each query sees of the prefix, stream 0's tokens and the window, `(P, B or 1, 1, S, T + S + window)`.
+
+        Where positions begin anew, `(P*B or 1, S)`, a document does, which sees none before it.
+        """
+        P, B, S, device = self.streams, query.shape[1], query.shape[3], query.device
+        gated, place = bool(self.gates_of_streams), torch.arange(S, device=device)
+        position = place[None] if position_ids is None else position_ids[:B]  # (B or 1, S)
         has_prefix, has_window = torch.ones(2, P, 1, 1, 1, 1, dtype=torch.bool, device=device)
         has_prefix[0], has_window[0] = bool(self.first_prefixes), not gated
+        document = place - position  # where it begins, (B or 1, S)
         replaced = 0 if gated else self.window
-        shared = position[None] <= position[:, None] - replaced  # (S, S)
-        seen = [has_prefix.expand(P, 1, 1, S, sizes[0]), shared.expand(P, 1, 1, S, S)]
+        shared = place <= place[:, None] - replaced  # (S, S)
+        shared = shared & (document[:, None] == document[..., None])  # (B or 1, S, S)
+        rows = len(position)
+        seen = [has_prefix.expand(P, rows, 1, S, sizes[0]), shared[:, None].expand(P, rows, 1, S, S)]
         if self.window:
-            own = position[:, None] + torch.arange(self.window, device=device) >= self.window - 1  # (S, window)
+            distance = torch.arange(self.window - 1, -1, -1, device=device)
+            own = position[:, None, :, None] >= distance  # (B or 1, 1, S, window)
             seen.append(has_window & own)
         return torch.cat(seen, -1)
+
+
+def with_one_cache(variant: str, model: Any, streams: int) -> SharedVariant:
+    """A variant of streams that share keys and values.
+
+    Args:
+        variant: `"shared-own"`, `"shared-window=W"` or `"shared-prefix"`.
+        model: a Qwen2 with such streams.
+        streams: P.
+    """
+    kind, _, value = variant.partition("=")
+    if kind == "shared-own":
+        return SharedVariant(model, streams, window=1)
+    if kind == "shared-window":
+        return SharedVariant(model, streams, window=int(value), gated=True)
+    if kind == "shared-prefix":
+        return SharedVariant(model, streams, first_prefix=True)
+    raise ValueError(f"no variant {variant!r} of one cache")
 
 
 def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, seed: int) -> Streams:
@@ -253,12 +280,8 @@ def apply_variant(variant: str, model: Any, streams: int, prefix_length: int, se
     simple = {"left-out": LeftOut, "probabilities": Probabilities}
     if kind in simple:
         return simple[kind](wrapped, streams)
-    if kind == "shared-own":
-        return SharedVariant(wrapped, streams, window=1)
-    if kind == "shared-window":
-        return SharedVariant(wrapped, streams, window=int(value), gated=True)
-    if kind == "shared-prefix":
-        return SharedVariant(wrapped, streams, first_prefix=True)
+    if kind.startswith("shared-"):
+        return with_one_cache(variant, wrapped, streams)
     if kind not in ("", "draw", "rate", "shared", "smoothing"):
         raise ValueError(f"no variant {variant!r}")
     result = Streams(wrapped, streams)

@@ -1,0 +1,88 @@
+"""The small model recycled with a variant of one cache, of which `variants.py` has the attention.
+
+The package does not save such a model, so its `train` cannot go on with one: here the same steps are taken in a loop of
+their own (the data, their order, the rates and the schedule of `parscale train`), which a killed run starts again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from loop import DEVICE, autocast
+from torch import nn
+from transformers import AutoModelForCausalLM, default_data_collator, get_wsd_schedule
+from variants import SharedVariant, with_one_cache
+
+from parscale import wrap
+from parscale.checkpoints import TrainSettings, open_checkpoint, small_model_path
+from parscale.checkpoints.training.packing import Encoder
+from parscale.checkpoints.training.training_data import Sources
+
+CLOSED = -4.0  # where gates start: the window of own keys counts 0.02 of the others, since a backbone exists
+
+
+def open_variant(
+    variant: str, checkpoint: Path, streams: int, first_text: torch.Tensor, *, frozen: bool
+) -> SharedVariant:
+    """A variant as its training begins.
+
+    Args:
+        variant: its name.
+        checkpoint: streams with one cache, started from texts.
+        streams: P.
+        first_text: what the prefix of stream 0 starts from, where there is one, `(1, T)`.
+        frozen: whether the backbone stays as it is.
+    """
+    model, _ = open_checkpoint(str(checkpoint))
+    model = model.float()
+    if frozen:
+        model.freeze_backbone()
+    else:
+        model.requires_grad_(True)
+    result = with_one_cache(variant, model, streams)
+    with torch.no_grad():
+        for gate in result.gates_of_streams:
+            gate.fill_(CLOSED)
+        if result.first_prefixes:
+            plain = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
+            one = wrap(plain, 2, prefix_length=first_text.shape[1], calibration=first_text.expand(2, -1))
+            for prefix, layer in zip(result.first_prefixes, one.get_decoder().layers, strict=True):
+                prefix.copy_(torch.stack([layer.self_attn.prefix_k[:1], layer.self_attn.prefix_v[:1]]))
+    return result.to(DEVICE)
+
+
+def fit(variant: SharedVariant, tokenizer: Any, settings: TrainSettings) -> None:
+    """Trains a variant in place, on the batches and at the rates that `parscale train` takes with these settings."""
+    model = variant.model
+    data = Sources(settings).packed(Encoder(tokenizer, model.config.vocab_size), settings.sequence_length)
+    names = [(name, parameter) for name, parameter in variant.named_parameters() if parameter.requires_grad]
+    of_streams = [parameter for name, parameter in names if of_stream(name)]
+    others = [parameter for name, parameter in names if not of_stream(name)]
+    rates = settings.rates("prefix")
+    groups = [{"params": part, "lr": rate} for part, rate in zip((of_streams, others), rates, strict=True) if part]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=round(settings.warmup * data.steps),
+        num_decay_steps=round(settings.decay * data.steps),
+        num_training_steps=data.steps,
+        decay_type="linear",
+    )
+    model.train()
+    for step in range(data.steps):
+        rows = [data.rows[step * settings.batch_size + row] for row in range(settings.batch_size)]
+        batch = {name: part.to(DEVICE) for name, part in default_data_collator(rows).items()}
+        with autocast():
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([parameter for _, parameter in names], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def of_stream(name: str) -> bool:
+    """Whether a parameter of a variant, by its name, belongs to the streams and not to the backbone."""
+    return any(part in name for part in ("prefix", "aggregate_layer", "of_streams"))
