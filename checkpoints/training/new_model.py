@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,15 @@ class NewModel:
         return None if Path(self.config).is_file() else checked_size(str(self.config))
 
     def find_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
+        """The tokenizer, which is read once.
 
         Raises:
             ValueError: there is none, or it cannot be read.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return require_tokenizer(find_tokenizer(self.tokenizer), self.tokenizer)
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import ParScaleConfig, load, wrap
 from parscale.checkpoints import NewModel, TrainSettings, train
+from parscale.checkpoints.training import new_model
 from parscale.cli.application import BAD_INPUT, run
 from parscale.format.staging import staged
 
@@ -122,6 +123,17 @@ def test_a_file_goes_before_a_size(config, backbone, tmp_path, monkeypatch):
     config.rename("1M")
     assert made.make().config.model_type == "llama"
     assert made.digest() != before
+
+
+def test_its_tokenizer_is_read_once(backbone, monkeypatch):
+    """A large vocabulary takes a second each time."""
+    reads, read = [], new_model.find_tokenizer
+    monkeypatch.setattr(new_model, "find_tokenizer", lambda place: reads.append(place) or read(place))
+    made = NewModel("100K", str(backbone), ParScaleConfig(1))
+    made.check()
+    assert made.make().config.eos_token_id == made.find_tokenizer().eos_token_id
+    assert made.described()["configuration"]["vocab_size"] == len(made.find_tokenizer())
+    assert reads == [str(backbone)]
 
 
 def test_without_streams_it_is_a_plain_model(config, backbone):
