@@ -42,7 +42,8 @@ class ParScaleConfig:
         num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the
             plain backbone.
         prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs before the keys of each
-            attention layer (`prefix`), or learned embeddings before the input (`prompt`). `lora` has none.
+            attention layer (`prefix`), or learned embeddings before the input (`prompt`). `lora` has none. At most the
+            model's number of positions, unless they start at `random`.
         smoothing: Smoothing of the aggregation weights: epsilon in `w * (1 - epsilon) + epsilon / P`, between 0 and 1.
         init: How the streams start: `documents` (from complete texts), `context` (from texts as they are) or `random`.
             Default: `documents` where the model generates text and streams can start from it, else `random`.

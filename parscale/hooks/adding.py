@@ -28,7 +28,7 @@ from parscale.streams.choosing import forget
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
-from parscale.transforms.inits import check_calibration, default_init, initialize
+from parscale.transforms.inits import check_calibration, check_length, default_init, initialize
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,6 +63,8 @@ def add(
     if streams.num_streams > 1:
         measure(state)
         streams.transform.places()  # raises an error if there are none
+        if tensors is None:
+            check_length(state, streams)
     state.sets[name] = streams
     try:
         _make_parameters(state, streams)

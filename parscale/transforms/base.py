@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import has_learned_positions
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.sets import StreamSet, Transform
 from parscale.streams.state import ParScaleState
@@ -38,9 +37,7 @@ class ModelTransform(Transform):
             ) from error
 
     def longest_text(self) -> int | None:
-        """The number of learned positions; `None`, any number, if there are none."""
-        if not has_learned_positions(self.state.backbone):
-            return None
+        """The number of positions that the configuration names; `None`, any number, if it names none."""
         config = self.state.model.config.get_text_config()
         names = ("max_position_embeddings", "max_target_positions")  # the latter: Whisper
         return next((getattr(config, name) for name in names if getattr(config, name, None)), None)

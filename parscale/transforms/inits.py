@@ -67,12 +67,6 @@ def _texts(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor |
         raise ValueError(
             f"init={init!r} runs the backbone, which has no weights on the meta device: use init='random'."
         )
-    most = streams.transform.longest_text()
-    if most is not None and most < T:
-        raise ValueError(
-            f"{type(state.model).__name__} has {most} positions for a text, so init={init!r} cannot read {T} tokens: "
-            "choose a prefix_length of at most that, or init='random'."
-        )
     texts = _sample_texts(state, streams) if calibration is None else calibration
     texts = texts.to(input_device(state.model), torch.long)
     end = _end_of_text(state.model)
@@ -112,6 +106,23 @@ def _end_of_text(model: Any) -> int | None:
 def _vocabulary_size(model: Any) -> int:
     """The number of tokens in the model's vocabulary; that of each table, if it has several (Musicgen)."""
     return whole_shape(next(model.get_input_embeddings().parameters()))[0]
+
+
+def check_length(state: ParScaleState, streams: StreamSet) -> None:
+    """Checks that texts of T tokens, where streams start from such, fit the model.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    T, init = streams.config.prefix_length, streams.config.init
+    if init not in TEXT_INITS:
+        return
+    most = streams.transform.longest_text()
+    if most is not None and most < T:
+        raise ValueError(
+            f"{type(state.model).__name__} has {most:,} positions for a text, so init={init!r} cannot read {T:,} "
+            "tokens: choose a prefix_length of at most that, or init='random'."
+        )
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:

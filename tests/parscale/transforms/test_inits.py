@@ -68,6 +68,17 @@ def test_each_stream_has_read_its_text_to_the_end(family, zoo):
         zoo.close(model(input_ids=ids).logits, expected, TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"], indirect=True)
+def test_no_text_is_longer_than_the_model_reads(family):
+    """Whether its positions are learned or rotate, a longer one would be sampled beyond them; drawn, any length is."""
+    most = family.plain().config.max_position_embeddings
+    for T in (most + 1, 10**12):  # the latter is refused before memory for it is
+        with pytest.raises(ValueError, match=f"has {most:,} positions for a text.*cannot read {T:,} tokens"):
+            parscale.wrap(family.plain(), 2, prefix_length=T)
+    drawn = parscale.wrap(family.plain(), 2, prefix_length=most + 1, init="random")
+    assert all(prefix.shape[2] == most + 1 for prefix in prefixes(drawn).values())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"], indirect=True)
 def test_sampled_texts_end_too(family, zoo):
     """They are the texts that "context" samples, but for the last token."""
