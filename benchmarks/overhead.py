@@ -355,7 +355,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| shape | keys and values | P | S | prefill | decode, per token | training step | memory in training |"]
     lines.append("|---" * 8 + "|")
     found = {tuple(row[key] for key in ("shape", "model", "P", "S", "what")): row for row in rows}
-    for name, model, P, S in dict.fromkeys(key[:4] for key in found):
+    shapes, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "model"))
+    places = sorted(
+        {key[:4] for key in found}, key=lambda key: (shapes.index(key[0]), key[2], models.index(key[1]), key[3])
+    )
+    for name, model, P, S in places:
         cells = [_cell(found.get((name, model, P, S, what))) for what in (*STEPS, MEMORY)]
         lines.append(f"| {name} | {LABELS[model]} | {P} | {S} | {' | '.join(cells)} |")
     return "\n".join(lines)
