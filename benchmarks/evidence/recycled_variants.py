@@ -6,6 +6,7 @@ their own (the data, their order, the rates and the schedule of `parscale train`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ import torch
 from loop import DEVICE, autocast
 from torch import nn
 from transformers import AutoModelForCausalLM, default_data_collator, get_wsd_schedule
-from variants import SharedVariant, with_one_cache
+from variants import SharedVariant, Streams, with_one_cache
 
 from parscale import wrap
-from parscale.checkpoints import TrainSettings, open_checkpoint, small_model_path
-from parscale.checkpoints.training.packing import Encoder
-from parscale.checkpoints.training.training_data import Sources
+from parscale.checkpoints import Document, TrainSettings, open_checkpoint, pack_documents, small_model_path
 
 CLOSED = -4.0  # where gates start: the window of own keys counts 0.02 of the others, since a backbone exists
 
@@ -53,10 +52,13 @@ def open_variant(
     return result.to(DEVICE)
 
 
-def fit(variant: SharedVariant, tokenizer: Any, settings: TrainSettings) -> None:
+def fit(variant: Streams, tokenizer: Any, documents: Sequence[Document], settings: TrainSettings) -> None:
     """Trains a variant in place, on the batches and at the rates that `parscale train` takes with these settings."""
-    model = variant.model
-    data = Sources(settings).packed(Encoder(tokenizer, model.config.vocab_size), settings.sequence_length)
+    model, size = variant.model, settings.batch_size
+    blocks = pack_documents(documents, tokenizer, settings.sequence_length)
+    steps = settings.tokens // (size * settings.sequence_length)
+    assert steps * size <= len(blocks), "the documents are read once"
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.seed * 1_000_003)).tolist()
     names = [(name, parameter) for name, parameter in variant.named_parameters() if parameter.requires_grad]
     of_streams = [parameter for name, parameter in names if of_stream(name)]
     others = [parameter for name, parameter in names if not of_stream(name)]
@@ -65,14 +67,14 @@ def fit(variant: SharedVariant, tokenizer: Any, settings: TrainSettings) -> None
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_wsd_schedule(
         optimizer,
-        num_warmup_steps=round(settings.warmup * data.steps),
-        num_decay_steps=round(settings.decay * data.steps),
-        num_training_steps=data.steps,
+        num_warmup_steps=round(settings.warmup * steps),
+        num_decay_steps=round(settings.decay * steps),
+        num_training_steps=steps,
         decay_type="linear",
     )
     model.train()
-    for step in range(data.steps):
-        rows = [data.rows[step * settings.batch_size + row] for row in range(settings.batch_size)]
+    for step in range(steps):
+        rows = [blocks[index] for index in order[step * size : (step + 1) * size]]
         batch = {name: part.to(DEVICE) for name, part in default_data_collator(rows).items()}
         with autocast():
             loss = model(**batch, use_cache=False).loss

@@ -140,7 +140,7 @@ def _train_variant(run: RecycleRun, start: Path, folder: Path) -> tuple[Any, Any
     variant = recycled_variants.open_variant(
         run.kv, start, run.streams, first_text, frozen=run.of_arm.trains == STREAMS
     )
-    recycled_variants.fit(variant, tokenizer, _settings(run, folder))
+    recycled_variants.fit(variant, tokenizer, _training(run.tokens), _settings(run, folder))
     trained = sum(parameter.numel() for parameter in variant.parameters() if parameter.requires_grad)
     seconds = round(time.perf_counter() - began, 1)
     return variant.model, tokenizer, {"trained_parameters": trained, "losses": {}, "seconds": seconds}

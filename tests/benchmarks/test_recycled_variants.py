@@ -109,7 +109,7 @@ def test_the_steps_are_those_of_parscale_train(small: Any, arm: str, tmp_path: P
         model.freeze_backbone()
     else:
         model.requires_grad_(True)
-    recycled_variants.fit(Streams(model, 2), AutoTokenizer.from_pretrained(start), settings)
+    recycled_variants.fit(Streams(model, 2), AutoTokenizer.from_pretrained(start), WORDS, settings)
     moved = parscale.load(start).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
@@ -124,6 +124,6 @@ def test_what_a_variant_adds_trains_and_a_frozen_backbone_does_not(small: Any, v
     run, opened = _opened(small, variant, tmp_path)
     before = {name: parameter.detach().clone() for name, parameter in opened.named_parameters()}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
-    recycled_variants.fit(opened, tokenizer, small._settings(run, tmp_path))
+    recycled_variants.fit(opened, tokenizer, WORDS, small._settings(run, tmp_path))
     for name, parameter in opened.named_parameters():
         assert torch.equal(parameter, before[name]) == (not recycled_variants.of_stream(name)), name
