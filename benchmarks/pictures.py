@@ -40,7 +40,7 @@ EVIDENCE = (  # those of several seeds
     *("P = 2", "P = 4", "P = 4, shared", "P = 4, shared-window=8", "P = 4, embedding", "P = 2, embedding"),
 )
 PROMPTS = (64, 256, 1024, 4096, 16384)
-SIZES = {"0.1M": (48, 4), "0.2M": (64, 5), "0.4M": (80, 6)}  # width and layers
+SIZES = {"0.1M": (48, 4), "0.2M": (64, 5), "0.4M": (80, 6), "0.7M": (96, 7)}  # width and layers
 TRAINED = (1, 2, 4)  # streams, from scratch
 # the learning rate is the best of P = 1 and of P = 4
 PUBLISHED = {"arm": "streams", "prefix_length": 8, "variant": "", "learning_rate": 8e-3}
@@ -154,12 +154,12 @@ def streams(colours: Sequence[str]) -> Figure:
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     _with_controls(left, colours)
-    for size, colour, marker in zip(("0.2M", "0.4M"), colours[2:], MARKERS[2:], strict=True):
+    for size, colour, marker in zip([*SIZES][1:], colours[1:], MARKERS[1:], strict=True):
         seeds, differences = _over_seeds([_rows(size, streams=P) for P in TRAINED])
         style = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": "none", "linewidth": 1}
         style |= {"label": f"{size}, {_seeds(seeds)}", "gid": f"streams-{size}"}
         right.plot(range(len(TRAINED)), [fmean(of_seeds) for of_seeds in differences], **style)
-    right.set_title("0.2 and 0.4 million", fontsize=9)
+    right.set_title("0.2, 0.4 and 0.7 million", fontsize=9)
     right.set_xlim(-0.4, len(TRAINED) - 0.6)
     _ticks(right.xaxis, range(len(TRAINED)), [f"P = {P}" for P in TRAINED])
     for axes in (left, right):

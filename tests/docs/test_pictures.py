@@ -136,7 +136,8 @@ def test_losses_over_streams_are_those_of_the_rows(theme):
     for index, by_seed in enumerate(arms):
         data += [*by_seed, *[by_seed.mean()] * 2]
         pixels += [*points_in(svg, f"seeds-{index}")[:, 1], *points_in(svg, f"mean-{index}")[:, 1]]
-    for size, shape, tokens in (("0.2M", "h64-l5", 5_400_000), ("0.4M", "h80-l6", 9_700_000)):
+    larger = (("0.2M", "h64-l5", 5_400_000), ("0.4M", "h80-l6", 9_700_000), ("0.7M", "h96-l7", 16_600_000))
+    for size, shape, tokens in larger:
         data += differences([f"streams-{shape}-p{P}-t8" for P in (1, 2, 4)], tokens, [0])[:, 0].tolist()
         pixels += [*points_in(svg, f"streams-{size}")[:, 1]]
     params = [finished(name, 2_500_000, 0)["params"] for name in arms_of_streams()]
