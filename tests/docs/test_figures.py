@@ -220,6 +220,48 @@ def test_of_our_own_law(name):
     assert re.search(rf"\b{law['models']} models", text)
 
 
+def compared(**wanted):
+    """The one comparison of the study that these fields tell."""
+    (entry,) = (e for e in on_file("evidence.json")["comparisons"] if wanted.items() <= e.items())
+    return entry
+
+
+def test_of_the_larger_models():
+    """Four and two streams against the dense model, and how alike two are."""
+    text = " ".join(page("results/controls.md").split())
+    sizes = ("0.2M", "0.4M", "0.7M")
+    for arm, where, said in (
+        ("P = 4", "middle", "{:.4f}, {:.4f} and {:.4f}"),
+        ("P = 4", "beginning", "{:.4f}, {:.4f} and {:.4f}"),
+        ("P = 2", "middle", "{:.4f}, {:+.4f} and {:.4f}"),
+    ):
+        found = [compared(arm=arm, baseline="dense", size=size, where=where) for size in sizes]
+        assert {entry["seeds"] for entry in found} == {1}
+        assert said.format(*(entry["difference"] for entry in found)) in text
+    mixing = on_file("evidence.json")["mixing"]
+    alike = {entry["size"]: entry["correlations"] for entry in mixing if entry["arm"] == "P = 2"}
+    smallest = f"{min(alike['0.1M']):.2f} to {max(alike['0.1M']):.2f} at 0.1 million"
+    larger = "{:.2f}, {:.2f} and {:.2f}".format(*(alike[size][0] for size in sizes))
+    assert f"two correlate by {smallest}, and by {larger} at these sizes" in text
+
+
+def test_of_the_recycled_variants_of_one_cache():
+    text, of_shared = (" ".join(page(name).split()) for name in ("results/controls.md", "shared.md"))
+    about = {"study": "recycling", "size": "P = 4", "where": "middle"}
+    for variant, seeds, baselines in (
+        ("shared-prefix", 3, ("frozen, shared", "frozen", "prefix")),
+        ("shared-window=8", 1, ("frozen, shared",)),
+        ("shared-own", 1, ("frozen, shared",)),
+    ):
+        for baseline in baselines:
+            entry = compared(arm=f"frozen, {variant}", baseline=baseline, **about)
+            assert entry["seeds"] == seeds
+            assert with_interval(entry) in text, (variant, baseline)
+    brought = compared(arm="frozen, shared-prefix", baseline="frozen, shared", **about)["difference"]
+    cost = compared(arm="frozen, shared", baseline="frozen", **about)["difference"]
+    assert f"brings back {-brought:.4f} of the {cost:.4f} over three seeds" in of_shared
+
+
 def test_of_tasks():
     """What the page says of P = 4 against each control, and how many seeds got to adding at all."""
     text = " ".join(page("results/controls.md").split())
