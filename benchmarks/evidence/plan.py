@@ -129,6 +129,10 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     one_cache = [replace(_run("0.1M", seed, rates, 4), variant=name) for name in SHARED_VARIANTS for seed in range(3)]
     yield from one_cache[:3]
     yield from _averages(rows, rates)
+    yield from islice(arms("0.7M", 0, rates), 6)
+    for seed in (1, 2):
+        yield from of_two_streams("0.7M", seed, rates)
+    yield from islice(arms("1.0M", 0, rates), 3)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
         yield from islice(arms(size, 0, rates), 3)
@@ -172,6 +176,13 @@ def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
     yield from (run for run in arms(size, seed, rates) if run.arm == "prefix")
     yield replace(_run(size, seed, rates, 4), streams=2, variant="embedding")
     yield replace(_run(size, seed, rates, 4), arm="twin", learning_rate=rates[1])
+
+
+def of_two_streams(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """What the rule needs for two streams as published: they, the dense model, one prefix, the dense twin."""
+    dense, four = _run(size, seed, rates, 1), _run(size, seed, rates, 4)
+    yield from (dense, replace(four, streams=2), replace(dense, arm="prefix"))
+    yield replace(four, arm="twin", learning_rate=dense.learning_rate)
 
 
 def with_vector(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
