@@ -120,6 +120,11 @@ def non_embedding_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - inner.get_input_embeddings().weight.numel()
 
 
+def is_of_streams(name: str) -> bool:
+    """Whether a parameter, by its name, belongs to streams or one prefix, and not to the backbone."""
+    return "prefix" in name or "aggregate_layer" in name or "of_stream" in name
+
+
 def autocast() -> torch.autocast:
     """bfloat16 where torch finds it safe and the machine has it, in training and measuring alike."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bfloat16")
@@ -157,8 +162,7 @@ def _step(
 def _optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        of_streams = "prefix" in name or "aggregate_layer" in name or "of_stream" in name
-        groups.setdefault((parameter.ndim > 1, of_streams), []).append(parameter)
+        groups.setdefault((parameter.ndim > 1, is_of_streams(name)), []).append(parameter)
     factor = model.rate_of_streams if isinstance(model, Streams) else 1.0
     return torch.optim.AdamW(
         [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loop import DEVICE, autocast
+from loop import DEVICE, autocast, is_of_streams
 from torch import nn
 from transformers import AutoModelForCausalLM, default_data_collator, get_wsd_schedule
 from variants import SharedVariant, Streams, with_one_cache
@@ -60,8 +60,8 @@ def fit(variant: Streams, tokenizer: Any, documents: Sequence[Document], setting
     assert steps * size <= len(blocks), "the documents are read once"
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.seed * 1_000_003)).tolist()
     names = [(name, parameter) for name, parameter in variant.named_parameters() if parameter.requires_grad]
-    of_streams = [parameter for name, parameter in names if of_stream(name)]
-    others = [parameter for name, parameter in names if not of_stream(name)]
+    of_streams = [parameter for name, parameter in names if is_of_streams(name)]
+    others = [parameter for name, parameter in names if not is_of_streams(name)]
     rates = settings.rates("prefix")
     groups = [{"params": part, "lr": rate} for part, rate in zip((of_streams, others), rates, strict=True) if part]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
@@ -83,8 +83,3 @@ def fit(variant: Streams, tokenizer: Any, documents: Sequence[Document], setting
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def of_stream(name: str) -> bool:
-    """Whether a parameter of a variant, by its name, belongs to the streams and not to the backbone."""
-    return any(part in name for part in ("prefix", "aggregate_layer", "of_streams"))

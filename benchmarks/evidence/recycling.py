@@ -1,7 +1,8 @@
 """The package's small model recycled: one arm of the controls trained on packages' source, and measured by document.
 
 The small model was pretrained on the standard library's source; the packages' source is new to it, and there is enough
-for sixteen million tokens. Everything trains through `parscale.checkpoints.training`, whose runs go on after a kill.
+for sixteen million tokens. All but the variants of one cache train through `parscale.checkpoints.train`, whose runs go
+on after a kill.
 """
 
 from __future__ import annotations

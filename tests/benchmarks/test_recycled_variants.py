@@ -120,10 +120,11 @@ def test_the_steps_are_those_of_parscale_train(small: Any, arm: str, tmp_path: P
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_a_variant_adds_trains_and_a_frozen_backbone_does_not(small: Any, variant: str, tmp_path: Path) -> None:
     import recycled_variants
+    from loop import is_of_streams
 
     run, opened = _opened(small, variant, tmp_path)
     before = {name: parameter.detach().clone() for name, parameter in opened.named_parameters()}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
     recycled_variants.fit(opened, tokenizer, WORDS, small._settings(run, tmp_path))
     for name, parameter in opened.named_parameters():
-        assert torch.equal(parameter, before[name]) == (not recycled_variants.of_stream(name)), name
+        assert torch.equal(parameter, before[name]) == (not is_of_streams(name)), name
