@@ -238,6 +238,10 @@ def test_of_the_larger_models():
         found = [compared(arm=arm, baseline="dense", size=size, where=where) for size in sizes]
         assert {entry["seeds"] for entry in found} == {1}
         assert said.format(*(entry["difference"] for entry in found)) in text
+    for arm in ("P = 4", "P = 2"):
+        entry = compared(arm=arm, baseline="prefix", size="0.7M", where="middle")
+        assert entry["seeds"] == 1
+        assert with_interval(entry) in text
     mixing = on_file("evidence.json")["mixing"]
     alike = {entry["size"]: entry["correlations"] for entry in mixing if entry["arm"] == "P = 2"}
     smallest = f"{min(alike['0.1M']):.2f} to {max(alike['0.1M']):.2f} at 0.1 million"
