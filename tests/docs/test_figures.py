@@ -249,6 +249,15 @@ def test_of_the_larger_models():
     assert f"two correlate by {smallest}, and by {larger} at these sizes" in text
 
 
+def test_of_what_the_aggregator_settled_on():
+    mixing = on_file("evidence.json")["mixing"]
+    weights = [weight for entry in mixing if entry["arm"] == "P = 4" for weight in entry["largest_weights"]]
+    assert (sum(weight >= 0.92 for weight in weights), len(weights)) == (3, 6)
+    assert "In three of six runs of P = 4 as published, at 0.1 to 0.7 million, one stream ends" in " ".join(
+        page("results/controls.md").split()
+    )
+
+
 def test_of_the_recycled_variants_of_one_cache():
     text, of_shared = (" ".join(page(name).split()) for name in ("results/controls.md", "shared.md"))
     about = {"study": "recycling", "size": "P = 4", "where": "middle"}
