@@ -238,8 +238,8 @@ def test_of_the_larger_models():
         found = [compared(arm=arm, baseline="dense", size=size, where=where) for size in sizes]
         assert {entry["seeds"] for entry in found} == {1}
         assert said.format(*(entry["difference"] for entry in found)) in text
-    for arm in ("P = 4", "P = 2"):
-        entry = compared(arm=arm, baseline="prefix", size="0.7M", where="middle")
+    for arm, baseline in product(("P = 4", "P = 2"), ("prefix", "twin")):
+        entry = compared(arm=arm, baseline=baseline, size="0.7M", where="middle")
         assert entry["seeds"] == 1
         assert with_interval(entry) in text
     mixing = on_file("evidence.json")["mixing"]
