@@ -179,9 +179,10 @@ def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
 
 
 def of_two_streams(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What the rule needs for two streams as published: they, the dense model, one prefix, the dense twin."""
+    """What the rule needs for two streams as published: they, the dense model, both prefixes, the dense twin."""
     dense, four = _run(size, seed, rates, 1), _run(size, seed, rates, 4)
-    yield from (dense, replace(four, streams=2), replace(dense, arm="prefix"))
+    yield from (dense, replace(four, streams=2))
+    yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 32))
     yield replace(four, arm="twin", learning_rate=dense.learning_rate)
 
 
