@@ -1,10 +1,13 @@
 """Each example runs as a program, quickly, and says what it promises."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ARGUMENTS = {
@@ -14,6 +17,7 @@ ARGUMENTS = {
     "post_train": ["--tokens", "512", "--sequence-length", "64", "--eval-tokens", "500"],
     "load_released": ["--max-new-tokens", "5"],
     "lora": ["--steps", "2"],
+    "nd_lora": ["--steps", "2", "--sequence-length", "32"],
     "scaling_law": [],
     "sft_chat_model": ["--steps", "2", "--max-new-tokens", "5"],
     "dpo_chat_model": ["--steps", "2"],
@@ -33,6 +37,7 @@ PROMISES = {
     "load_released": "Qwen2ForCausalLM: P = 4, T = 48",
     "scaling_law": "Each stream: k = 0.39",
     "lora": "loaded again, the same logits: True",
+    "nd_lora": "(low_rank: 163,840, aggregator: 263,428, backbone: 0)",
     "sft_chat_model": "Qwen2ForCausalLM with 4 streams answers:\nuser: How do I open a file?\nassistant: ",
     "dpo_chat_model": "preferred answers told apart: ",
     "grpo_model": "Qwen2ForCausalLM with 4 streams: reward 0.",
@@ -78,6 +83,22 @@ def test_a_trained_model_is_saved_and_read_again(tmp_path, programs):
     assert "load('trained') has 4 streams" in printed
     printed = run(programs, "load_released", "trained", *ARGUMENTS["load_released"], folder=tmp_path)
     assert "P = 4, T = 48, torch.float32" in printed
+
+
+def test_streams_apart_are_measured_by_their_correlations():
+    """The term of `nd_lora.py`, by correlations that numpy finds; it is 0 for equal streams of independent features."""
+    example = runpy.run_path(str(EXAMPLES / "nd_lora.py"))
+    P, tokens, features = example["P"], 10, 3
+    states = torch.randn(P * 2, tokens // 2, features, generator=torch.Generator().manual_seed(0))
+    by_stream = states.double().reshape(P, tokens, features).numpy()
+    distances = [
+        np.linalg.norm(np.corrcoef(by_stream[p].T, by_stream[q].T)[:features, features:] - np.eye(features))
+        for p in range(P)
+        for q in range(p + 1, P)
+    ]
+    assert example["barlow_twins"](states).item() == pytest.approx(np.mean(distances), rel=1e-5)
+    independent = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])  # over four tokens
+    assert example["barlow_twins"](independent.repeat(P, 1, 1)).item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow
