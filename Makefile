@@ -42,10 +42,10 @@ define environment
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 endef
 
-# The package and what it needs itself, and no more.
+# The package, what it needs itself, and the adapters that the quickstart trains as a control; no more.
 $(PLAIN): pyproject.toml constraints.txt
 	$(call environment,$(VENV))
-	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[peft]'
 	@touch $@
 
 $(READY): pyproject.toml constraints.txt

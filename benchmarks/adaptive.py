@@ -24,6 +24,7 @@ import torch
 import transformers
 from machine import processor
 from rich.console import Console
+from standard_texts import standard_texts
 
 from parscale import ParScaleConfig
 from parscale.checkpoints import (
@@ -37,7 +38,6 @@ from parscale.checkpoints import (
     evaluate,
     faster_in_bf16,
     open_checkpoint,
-    quickstart_texts,
     require_tokenizer,
     small_model_path,
     train,
@@ -115,7 +115,7 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
         return
-    texts = quickstart_texts(args.characters)
+    texts = standard_texts(args.characters)
     held_out = texts.measured[CODE]
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = trained(args, texts.train, Path(folder))

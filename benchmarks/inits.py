@@ -34,6 +34,7 @@ import torch
 import transformers
 from machine import processor
 from scipy.stats import t as student
+from standard_texts import PROSE, standard_texts
 from starts import STARTS, Lab, P, T, prefixes, streams_of
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,12 +42,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from parscale import wrap
 from parscale.checkpoints import (
     CODE,
-    PROSE,
     Document,
     evaluate,
     faster_in_bf16,
     pack_documents,
-    quickstart_texts,
     small_model_path,
     standard_library_split,
 )
@@ -293,7 +292,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     backbone = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     name = backbone.config.model_type
-    texts = quickstart_texts(CODE_CHARACTERS, PROSE_CHARACTERS)
+    texts = standard_texts(CODE_CHARACTERS, PROSE_CHARACTERS)
     within = [(name, text[CODE_CHARACTERS:][:MIDDLE_CHARACTERS]) for name, text in standard_library_split()[1]]
     measured = {**texts.measured, MIDDLE: [(name, text) for name, text in within if len(text) == MIDDLE_CHARACTERS]}
     beginnings = [(name, text[:BEGINNING]) for name, text in texts.measured[CODE]]

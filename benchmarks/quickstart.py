@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints import QUICKSTART_CONTROLS, format_interval, quickstart_sentences
+from parscale.checkpoints import HELD_AGAINST, QUICKSTART_CONTROLS, format_interval, quickstart_sentences
 
 RESULTS = Path(__file__).parent / "results"
 OF_THE_MACHINE = ("seconds", "output", "threads")
@@ -39,7 +39,7 @@ def tables(report: Mapping[str, Any]) -> str:
         lines.append(_row(figures["title"], *(f"{figures['loss'][text][where]:.4f}" for text, where in places)))
     lines += ["", _row("difference (95 % interval)", *heads), _row(*["---"] * (1 + len(heads)))]
     shown = [(arm, "untouched") for arm in models if arm != "untouched"]
-    shown += [(arm, baseline) for arm, controls in QUICKSTART_CONTROLS.items() for baseline in controls]
+    shown += [(arm, baseline) for arm in QUICKSTART_CONTROLS for baseline in HELD_AGAINST[arm] if baseline in models]
     shown = list(dict.fromkeys(shown))
     for arm, baseline in shown:
         found = {

@@ -23,11 +23,11 @@ import torch
 import transformers
 from machine import processor
 from rich.console import Console
+from standard_texts import PROSE, standard_texts
 
 from parscale import ParScaleConfig
 from parscale.checkpoints import (
     CODE,
-    PROSE,
     Document,
     Evaluation,
     Source,
@@ -37,7 +37,6 @@ from parscale.checkpoints import (
     evaluate,
     faster_in_bf16,
     open_checkpoint,
-    quickstart_texts,
     require_tokenizer,
     small_model_path,
     train,
@@ -75,7 +74,7 @@ def main() -> None:
 
 def read_texts(args: argparse.Namespace) -> tuple[list[Document], dict[str, Sequence[Document]]]:
     """Documents to train on, and by kind those to measure on."""
-    texts = quickstart_texts(3500, 1000)
+    texts = standard_texts(3500, 1000)
     training = list(texts.train) + (articles(args.prose) if args.prose else [])
     measured: dict[str, Sequence[Document]] = {CODE: texts.measured[CODE]}
     if args.held_out_prose:

@@ -31,12 +31,12 @@ import torch
 import transformers
 from machine import processor
 from overhead import STEPS, ratio, share
+from standard_texts import PROSE, standard_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import checkpoints, load, wrap
 from parscale.checkpoints import (
     CODE,
-    PROSE,
     Source,
     TrainSettings,
     calibration_ids,
@@ -44,7 +44,6 @@ from parscale.checkpoints import (
     evaluate,
     faster_in_bf16,
     pack_documents,
-    quickstart_texts,
     small_model_path,
 )
 
@@ -62,7 +61,7 @@ class Lab:
     def __init__(self) -> None:
         self.backbone = AutoModelForCausalLM.from_pretrained(small_model_path(), dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(small_model_path())
-        texts = quickstart_texts()
+        texts = standard_texts()
         self.training = list(texts.train)
         self.blocks = pack_documents(self.training, self.tokenizer, SEQUENCE_LENGTH).ids
         cut = {CODE: CODE_CHARACTERS, PROSE: PROSE_CHARACTERS}

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from parscale.checkpoints.quickstart.report import QUICKSTART_CONTROLS, quickstart_sentences
     from parscale.checkpoints.quickstart.run import (
         CODE,
-        PROSE,
         QuickstartSettings,
         QuickstartTexts,
         quickstart_texts,
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
     )
     from parscale.checkpoints.small_model import small_model_path
     from parscale.checkpoints.texts.documents import Chat, Completion, Document, Source
+    from parscale.checkpoints.texts.python_source import package_source_split, standard_library_split
     from parscale.checkpoints.texts.sources import open_source, read_documents
-    from parscale.checkpoints.texts.standard_library import standard_library_split
     from parscale.checkpoints.training.divergence import DivergedError
     from parscale.checkpoints.training.model_card import push
     from parscale.checkpoints.training.new_model import NewModel
@@ -65,7 +64,6 @@ __all__ = [
     "CODE",
     "HELD_AGAINST",
     "NOTHING",
-    "PROSE",
     "QUICKSTART_CONTROLS",
     "RECIPES",
     "STREAMS",
@@ -102,6 +100,7 @@ __all__ = [
     "open_source",
     "pack",
     "pack_documents",
+    "package_source_split",
     "plot_diagnosis",
     "prepare_arm",
     "push",
@@ -168,7 +167,6 @@ _HOMES = {  # of the public names, below this package
     ),
     "quickstart.run": (
         "CODE",
-        "PROSE",
         "QuickstartSettings",
         "QuickstartTexts",
         "quickstart_texts",
@@ -181,11 +179,14 @@ _HOMES = {  # of the public names, below this package
         "Document",
         "Source",
     ),
+    "texts.python_source": (
+        "package_source_split",
+        "standard_library_split",
+    ),
     "texts.sources": (
         "open_source",
         "read_documents",
     ),
-    "texts.standard_library": ("standard_library_split",),
     "training.divergence": ("DivergedError",),
     "training.model_card": ("push",),
     "training.new_model": ("NewModel",),

@@ -39,8 +39,9 @@ def print_report(report: Report, console: Console) -> None:
     for sentence in quickstart_sentences(report):
         console.print(f"* {sentence}", highlight=False)
     for figures in report["models"].values():
-        console.rule(f"written by: {figures['title']}")
-        console.print(figures["written"], highlight=False, markup=False)
+        if figures["written"] is not None:
+            console.rule(f"written by: {figures['title']}")
+            console.print(figures["written"], highlight=False, markup=False)
     console.rule()
     console.print(
         f"Took {report['seconds']:.0f} seconds. The models, report.json and report.png are in {report['output']}.",

@@ -1,4 +1,4 @@
-"""The source of Python's standard library as text, with some files held out."""
+"""Python source on this machine as text, with some files held out: the standard library's and installed packages'."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import hashlib
 import os
 import sysconfig
 import tokenize
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from parscale.checkpoints.texts.documents import Document
@@ -18,6 +20,7 @@ TEST_FOLDERS = {"test", "tests", "idle_test"}
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "encodings", "__pycache__"}
 # Generated files: the settings of the build, the copy of the language reference for `help`, a table of letters.
 EXCLUDED_NAMES = ("config-*/*", "_sysconfigdata*", "_sysconfig_vars*", "pydoc_data/topics.py", "re/_casefix.py")
+LARGEST_FILE = 1 << 18  # bytes; larger files of packages are tables that a program wrote
 
 
 def standard_library_files(*, tests: bool = False) -> list[Path]:
@@ -26,17 +29,13 @@ def standard_library_files(*, tests: bool = False) -> list[Path]:
     Args:
         tests: return its test suites instead; some distributions do not include them.
     """
-    found: list[Path] = []
-    for folder, inside, files in os.walk(_root()):
-        inside[:] = [name for name in inside if name not in EXCLUDED_FOLDERS]  # installed packages are many
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted((path for path in found if _is_wanted(path, tests) and path.is_file()), key=_relative_name)
+    return sorted((path for path in _source_files(_root()) if _is_wanted(path, tests)), key=_relative_name)
 
 
 def is_held_out(relative_name: str) -> bool:
     """Whether a file, by its name such as `"json/decoder.py"`, belongs to the held-out 5 %.
 
-    It depends on the name alone, so a file is on the same side in every version of Python.
+    It depends on the name alone, so a file is on the same side in every version of Python and of a package.
     """
     digest = hashlib.sha256(relative_name.encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
@@ -54,11 +53,48 @@ def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document],
     Returns:
         Both, as pairs of a name and a text.
     """
+    tests = set(standard_library_files(tests=True)) if with_tests else set()
+    files = [*standard_library_files(), *sorted(tests)]
+    return _split(((_relative_name(path), path) for path in files), for_training=tests)
+
+
+def package_source_split(packages: Sequence[str]) -> tuple[list[Document], list[Document]]:
+    """The source of installed packages: training and held-out documents; of equal texts only the first is kept.
+
+    Test suites are left out, and files of more than 256 KiB. A document's name is that of its package and the path of
+    its file within it, such as `"scipy/linalg/_basic.py"`.
+
+    Args:
+        packages: names to import, such as `"scipy"`; the documents are in this order, those of a package by name.
+
+    Returns:
+        Both, as pairs of a name and a text.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    files: list[tuple[str, Path]] = []
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"There is no installed package {package} with source; install it, or name another.")
+        root = Path(spec.submodule_search_locations[0])
+        named = {f"{package}/{path.relative_to(root).as_posix()}": path for path in _source_files(root)}
+        files += [
+            (name, path)
+            for name, path in sorted(named.items())
+            if not TEST_FOLDERS & set(name.split("/")[1:-1]) and path.stat().st_size <= LARGEST_FILE
+        ]
+    return _split(files)
+
+
+def _split(
+    files: Iterable[tuple[str, Path]], for_training: Collection[Path] = ()
+) -> tuple[list[Document], list[Document]]:
     train: list[Document] = []
     held_out: list[Document] = []
     seen: set[str] = set()
-    tests = set(standard_library_files(tests=True)) if with_tests else set()
-    for path in [*standard_library_files(), *sorted(tests)]:
+    for name, path in files:
         try:
             with tokenize.open(path) as file:  # follows a file's declared encoding
                 text = file.read()
@@ -66,9 +102,16 @@ def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document],
             continue
         if text.strip() and text not in seen:
             seen.add(text)
-            name = _relative_name(path)
-            (held_out if is_held_out(name) and path not in tests else train).append((name, text))
+            (held_out if is_held_out(name) and path not in for_training else train).append((name, text))
     return train, held_out
+
+
+def _source_files(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in EXCLUDED_FOLDERS]  # installed packages are many
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return [path for path in found if path.is_file()]
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The quickstart at a tiny scale: what it trains, compares, prints and leaves behind."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -15,11 +16,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from parscale import load
+from parscale.checkpoints.evaluation.controls import ARMS
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.quickstart import run as quickstart
 from parscale.checkpoints.quickstart.report import quickstart_sentences
-from parscale.checkpoints.quickstart.run import CODE, PROSE, SHOWN, QuickstartSettings, QuickstartTexts, run_quickstart
+from parscale.checkpoints.quickstart.run import CODE, QuickstartSettings, QuickstartTexts, run_quickstart
 from parscale.checkpoints.training.run_folder import Run
+
+PROSE = "prose"
 
 SETTINGS = QuickstartSettings(
     num_streams=3,
@@ -111,7 +115,30 @@ def test_only_the_streams_of_the_frozen_row_have_moved(finished, backbone):
 def test_rows_train_on_the_same_number_of_tokens(finished):
     _, report, _ = finished
     tokens = {name: figures["trained_tokens"] for name, figures in report["models"].items()}
-    assert tokens == dict.fromkeys(SHOWN, SETTINGS.tokens) | {"untouched": 0}
+    assert tokens == {arm.name: SETTINGS.tokens for arm in ARMS} | {"untouched": 0, "untrained": 0}
+
+
+def test_the_adapter_has_about_as_many_parameters_as_the_streams(finished, backbone):
+    _, report, _ = finished
+    trained = {name: figures["trained_parameters"] for name, figures in report["models"].items()}
+    backbone = AutoModelForCausalLM.from_pretrained(backbone)
+    of_rank_1 = sum(
+        sum(weight.shape) for name, weight in backbone.named_parameters() if weight.ndim == 2 and ".layers." in name
+    )
+    assert trained["lora"] % of_rank_1 == 0
+    assert abs(trained["lora"] - trained["frozen"]) <= of_rank_1 / 2
+
+
+def test_without_its_package_the_adapter_is_left_out(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    printed = io.StringIO()
+    arms = quickstart._arms(Console(file=printed, width=200))
+    assert [arm.name for arm in arms] == [arm.name for arm in ARMS if arm.name != "lora"]
+    assert printed.getvalue() == (
+        "left out: LoRA of as many parameters as the streams, which needs the package peft: "
+        "pip install 'parscale[peft]'\n"
+    )
 
 
 def test_one_prefix_trains_half_of_two_streams_that_stay_equal(finished):
@@ -150,12 +177,12 @@ def test_a_slow_machine_trains_all_rows_on_fewer_tokens(backbone, tmp_path, monk
         console=Console(file=io.StringIO()),
     )
     tokens = {name: figures["trained_tokens"] for name, figures in report["models"].items()}
-    assert tokens == dict.fromkeys(SHOWN, 3 * 4 * 16) | {"untouched": 0}
+    assert tokens == {arm.name: 3 * 4 * 16 for arm in ARMS} | {"untouched": 0, "untrained": 0}
 
 
 def test_where_there_is_no_terminal_progress_is_printed(finished):
     _, _, printed = finished
-    assert printed.count("step 3 of 6  loss ") == 7
+    assert printed.count("step 3 of 6  loss ") == 8
 
 
 @pytest.mark.parametrize("where", ["beginning", "middle"])
@@ -186,6 +213,7 @@ def test_streams_are_held_against_every_control(finished):
     pairs = {(entry["arm"], entry["baseline"]) for entry in report["comparisons"]}
     for arm, beside in (("frozen", ""), ("streams-and-backbone", "-and-backbone")):
         assert {(arm, name) for name in ("untouched", "alone", f"prefix{beside}", f"long-prefix{beside}")} <= pairs
+    assert {("frozen", "lora"), ("untrained", "untouched")} <= pairs
 
 
 def test_the_table_and_the_sentences_say_what_the_report_says(finished):
@@ -195,7 +223,9 @@ def test_the_table_and_the_sentences_say_what_the_report_says(finished):
         assert figures["title"] in printed
         assert all(f"{loss:.4f}" in printed for places in figures["loss"].values() for loss in places.values())
         assert f"{figures['trained_parameters']:,}" in printed
-        assert figures["written"].splitlines()[0] in printed
+    written = {name: figures["written"] for name, figures in report["models"].items() if figures["written"]}
+    assert list(written) == ["untouched", "frozen", "streams-and-backbone"]
+    assert all(text.startswith(quickstart.PROMPT) and text.splitlines()[0] in printed for text in written.values())
     for entry in report["comparisons"]:
         if entry["baseline"] == "untouched":
             assert f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})" in printed
@@ -273,15 +303,13 @@ def test_an_output_that_holds_something_is_refused_before_any_work(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_standard_texts_are_cut_and_disjoint():
-    texts = quickstart.quickstart_texts(100, 100)
-    trained = {name for name, _ in texts.train}
-    assert not trained & {name for name, _ in texts.measured[CODE]}
-    assert len(texts.measured[CODE]) > 20
-    assert len(texts.measured[PROSE]) > 50
-    assert all(0 < len(text) <= 100 for documents in texts.measured.values() for _, text in documents)
-    whole = quickstart.quickstart_texts()
-    assert max(len(text) for _, text in whole.measured[CODE]) > 50_000
+def test_texts_are_the_source_of_packages_that_are_there():
+    texts = quickstart.quickstart_texts()
+    trained, measured = ([name for name, _ in documents] for documents in (texts.train, texts.measured[CODE]))
+    assert list(texts.measured) == [CODE]
+    assert not set(trained) & set(measured)
+    assert {name.split("/")[0] for name in trained} == {"numpy", "scipy", "matplotlib"}
+    assert len(measured) > 20
 
 
 @given(

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from parscale.checkpoints.texts.standard_library import is_held_out, standard_library_files, standard_library_split
+from parscale.checkpoints.texts.python_source import (
+    is_held_out,
+    package_source_split,
+    standard_library_files,
+    standard_library_split,
+)
 from parscale.checkpoints.training.packing import pack_documents
 
 
@@ -112,3 +117,45 @@ def test_test_suites_join_the_training_side_only(documents):
     suites = {path.as_posix() for path in standard_library_files(tests=True)}
     assert all(any(path.endswith(name) for path in suites) for name in further)
     assert all({"test", "tests", "idle_test"} & set(name.split("/")) for name in further)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Two packages to import, `first_one` and `second_one`, with files that are wanted and others."""
+    files = {
+        "first_one/__init__.py": "",
+        "first_one/b.py": "b = 1\n",
+        "first_one/a.py": "a = 1\n",
+        "first_one/again.py": "a = 1\n",
+        "first_one/deep/er/c.py": "c = 1\n",
+        "first_one/tests/test_a.py": "assert True\n",
+        "first_one/deep/test/data.py": "d = 1\n",
+        "first_one/table.py": "x = 1\n" * 50_000,
+        "first_one/notes.txt": "no source\n",
+        "first_one/latin.py": "# coding: ascii\n# \u00e9\n",
+        "second_one/__init__.py": "",
+        "second_one/z.py": "z = 1\n",
+        "lone_file.py": "y = 1\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("packages")
+def test_source_of_packages():
+    train, held_out = package_source_split(["second_one", "first_one"])
+    wanted = {"second_one/z.py": "z = 1\n", "first_one/a.py": "a = 1\n", "first_one/b.py": "b = 1\n"}
+    assert dict(train + held_out) == wanted | {"first_one/deep/er/c.py": "c = 1\n"}
+    for side, expected in ((train, False), (held_out, True)):
+        assert all(is_held_out(name) is expected for name, _ in side)
+    assert train[0][0] == "second_one/z.py"  # in the order of the packages
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", ["not_there", "lone_file", "sys"])
+def test_a_package_without_source(name):
+    with pytest.raises(ValueError, match=f"There is no installed package {name} with source; install it"):
+        package_source_split(["first_one", name])

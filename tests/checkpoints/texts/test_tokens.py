@@ -72,7 +72,7 @@ def test_so_do_diagnosis_and_quickstart(other, tmp_path):
     model = wrap(LlamaForCausalLM.from_pretrained(other), 2, prefix_length=2, init="random")
     with pytest.raises(ValueError, match=OTHER):
         diagnose(model, AutoTokenizer.from_pretrained(other), documents)
-    texts = QuickstartTexts(documents, {quickstart.CODE: documents, quickstart.PROSE: documents})
+    texts = QuickstartTexts(documents, {quickstart.CODE: documents})
     with pytest.raises(ValueError, match=OTHER):
         quickstart.run_quickstart(tmp_path / "out", model_path=other, texts=texts)
     assert not (tmp_path / "out").exists()
