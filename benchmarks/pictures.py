@@ -44,10 +44,16 @@ SIZES = {"0.1M": (48, 4), "0.2M": (64, 5), "0.4M": (80, 6), "0.7M": (96, 7)}  # 
 TRAINED = (1, 2, 4)  # streams, from scratch
 # the learning rate is the best of P = 1 and of P = 4
 PUBLISHED = {"arm": "streams", "prefix_length": 8, "variant": "", "learning_rate": 8e-3}
+SEEDS = (0, 1, 2)
 CONTROLS = {  # of the smallest size, without streams
     "one\nprefix": {"arm": "prefix", "streams": 1},
     "as many\nparameters": {"arm": "twin", "streams": 4},
     "twice\nas wide": {"hidden": 96, "streams": 1},
+}
+LARGER_CONTROLS = {
+    "one\nprefix": {"arm": "prefix", "streams": 1},
+    "one of\n4 T": {"arm": "prefix", "streams": 1, "prefix_length": 32},
+    "as many\nparameters": {"arm": "twin", "streams": 4},
 }
 
 
@@ -151,50 +157,58 @@ def evidence(colours: Sequence[str]) -> Figure:
 
 def streams(colours: Sequence[str]) -> Figure:
     """Loss over P, less that of P = 1 of the same seed: from scratch, middle of documents, controls and the law."""
-    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    _with_controls(left, colours)
-    for size, colour, marker in zip([*SIZES][1:], colours[1:], MARKERS[1:], strict=True):
-        seeds, differences = _over_seeds([_rows(size, streams=P) for P in TRAINED])
+    figure = Figure(figsize=(9.4, 3.4), layout="constrained")
+    smallest, between, largest = figure.subplots(1, 3, sharey=True, width_ratios=(7, 3, 7))
+    _with_controls(smallest, colours, "0.1M", CONTROLS)
+    _add_law(smallest, colours)
+    smallest.set(title="0.1 million parameters", ylabel="difference of loss from P = 1, nats per byte")
+    for size, colour, marker in zip(("0.2M", "0.4M"), colours[2:], MARKERS[1:], strict=False):
+        differences = [fmean(of_seeds.values()) for of_seeds in _over_seeds(size, {})]
         style = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": "none", "linewidth": 1}
-        style |= {"label": f"{size}, {_seeds(seeds)}", "gid": f"streams-{size}"}
-        right.plot(range(len(TRAINED)), [fmean(of_seeds) for of_seeds in differences], **style)
-    right.set_title("0.2, 0.4 and 0.7 million", fontsize=9)
-    right.set_xlim(-0.4, len(TRAINED) - 0.6)
-    _ticks(right.xaxis, range(len(TRAINED)), [f"P = {P}" for P in TRAINED])
-    for axes in (left, right):
-        axes.legend(frameon=False, loc="lower left")
+        between.plot(range(len(TRAINED)), differences, label=size, gid=f"streams-{size}", **style)
+    between.set_title("0.2 and 0.4 million")
+    between.set_xlim(-0.4, len(TRAINED) - 0.6)
+    _ticks(between.xaxis, range(len(TRAINED)), [f"P = {P}" for P in TRAINED])
+    _with_controls(largest, colours, "0.7M", LARGER_CONTROLS)
+    largest.set_title("0.7 million")
+    for axes in (smallest, between, largest):
         axes.axhline(0, linewidth=0.8, linestyle=":", color=colours[0])
+    for axes in (smallest, between):
+        axes.legend(frameon=False, loc="lower left")
     return figure
 
 
-def _with_controls(axes: Axes, colours: Sequence[str]) -> None:
-    """The smallest size: each seed, means, and what the law says.
+def _with_controls(axes: Axes, colours: Sequence[str], size: str, controls: dict[str, dict[str, Any]]) -> None:
+    """P = 1, 2 and 4 and controls without streams: each seed, and the means."""
+    differences = _over_seeds(size, controls)
+    places = [*range(len(TRAINED)), *(len(TRAINED) + 0.5 + 1.4 * index for index in range(len(controls)))]
+    for index, (place, of_seeds) in enumerate(zip(places, differences, strict=True)):
+        colour = colours[1] if index < len(TRAINED) else colours[0]
+        dots = {"color": colour, "markersize": 3.5, "alpha": 0.65, "markeredgewidth": 0}
+        axes.plot([place] * len(of_seeds), [*of_seeds.values()], "o", gid=f"seeds-{size}-{index}", **dots)
+        mean = fmean(of_seeds.values())
+        axes.plot([place - 0.22, place + 0.22], [mean] * 2, color=colour, linewidth=2, gid=f"mean-{size}-{index}")
+    means = [fmean(of_seeds.values()) for of_seeds in differences[: len(TRAINED)]]
+    axes.plot(range(len(TRAINED)), means, color=colours[1], linewidth=1)
+    _ticks(axes.xaxis, places, [*(f"P = {P}" for P in TRAINED), *controls])
+
+
+def _add_law(axes: Axes, colours: Sequence[str]) -> None:
+    """What the law says at the smallest size, and what dots and bars are.
 
     By the law streams equal a dense model with more parameters. Its loss is read off between the dense model and that
     of twice the width, both trained here, in proportion to log N: k alone is the paper's.
     """
-    rows = [_rows(EVIDENCE_SIZE, **arm) for arm in (*({"streams": P} for P in TRAINED), *CONTROLS.values())]
-    seeds, differences = _over_seeds(rows)
-    means = [fmean(of_seeds) for of_seeds in differences]
-    places = [*range(len(TRAINED)), *(len(TRAINED) + 0.6 + 1.1 * index for index in range(len(CONTROLS)))]
-    for index, (place, of_seeds) in enumerate(zip(places, differences, strict=True)):
-        colour = colours[1] if index < len(TRAINED) else colours[0]
-        dots = {"color": colour, "markersize": 3.5, "alpha": 0.65, "markeredgewidth": 0}
-        axes.plot([place] * len(seeds), of_seeds, "o", gid=f"seeds-{index}", **dots)
-        axes.plot([place - 0.22, place + 0.22], [means[index]] * 2, color=colour, linewidth=2, gid=f"mean-{index}")
-    axes.plot(range(len(TRAINED)), means[: len(TRAINED)], color=colours[1], linewidth=1)
-    law, params = fit(*published("stack")), [of_arm[seeds[0]]["params"] for of_arm in rows]
+    arms = [_rows("0.1M", **run) for run in _arms(CONTROLS)]
+    law, params = fit(*published("stack")), [of_arm[0]["params"] for of_arm in arms]
     equal = law.equivalent_params(params[: len(TRAINED)], TRAINED)
-    by_law = means[-1] * np.log(equal / params[0]) / np.log(params[-1] / params[0])
+    of_wide = fmean(_over_seeds("0.1M", CONTROLS)[-1].values())
+    by_law = of_wide * np.log(equal / params[0]) / np.log(params[-1] / params[0])
     axes.plot([], [], "o", color=colours[0], markersize=3.5, label="one seed")
-    axes.plot([], [], color=colours[0], linewidth=2, label=f"mean of {_seeds(seeds)}")
+    axes.plot([], [], color=colours[0], linewidth=2, label="mean of the seeds")
     label = f"the paper's law: as a dense model of\n{law.k:.2f} ln P + 1 times the parameters"
     line = {"color": colours[0], "linewidth": 1, "linestyle": "--"}
     axes.plot(range(len(TRAINED)), by_law, label=label, gid="law-of-the-paper", **line)
-    axes.set(ylabel="difference of loss from P = 1, nats per byte")
-    axes.set_title("0.1 million parameters: streams, and controls without", fontsize=9)
-    _ticks(axes.xaxis, places, [*(f"P = {P}" for P in TRAINED), *CONTROLS])
 
 
 def tasks(colours: Sequence[str]) -> Figure:
@@ -259,15 +273,15 @@ def _rows(size: str, **changes: Any) -> dict[int, dict[str, Any]]:
     return {row["run"]["seed"]: row for row in _finished() if wanted.items() <= row["run"].items()}
 
 
-def _over_seeds(rows: Sequence[dict[int, dict[str, Any]]]) -> tuple[list[int], list[list[float]]]:
-    """The seeds that all arms have, and by arm and seed the difference of loss from the first arm."""
-    seeds = sorted(set.intersection(*map(set, rows)))
-    losses = [[fmean(of_arm[seed]["test"]["middle"]) for seed in seeds] for of_arm in rows]
-    return seeds, [[loss - base for loss, base in zip(of_arm, losses[0], strict=True)] for of_arm in losses]
+def _over_seeds(size: str, controls: dict[str, dict[str, Any]]) -> list[dict[int, float]]:
+    """By arm and seed, of the first three, the difference of loss from the dense model of that seed."""
+    arms = [_rows(size, **run) for run in _arms(controls)]
+    losses = [{seed: fmean(row["test"]["middle"]) for seed, row in rows.items() if seed in SEEDS} for rows in arms]
+    return [{seed: loss - losses[0][seed] for seed, loss in of_arm.items() if seed in losses[0]} for of_arm in losses]
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+def _arms(controls: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*({"streams": P} for P in TRAINED), *controls.values()]
 
 
 @cache

@@ -130,11 +130,14 @@ def test_what_became_of_streams_is_on_file():
     assert min(even["correlations"]) > 0.98
     of_two = {entry["size"]: min(entry["correlations"]) for entry in found if entry["arm"] == "P = 2"}
     assert sorted(of_two, key=lambda size: -of_two[size]) == ["0.1M", "0.2M", "0.4M", "0.7M"]
-    wanted = {"arm": "P = 2", "size": "0.7M", "baseline": "prefix", "where": "middle", "seeds": 1}
-    (entry,) = (entry for entry in on_file("comparisons") if wanted.items() <= entry.items())
-    assert entry["high"] < 0
-    ahead = f"at 0.7 million two ({of_two['0.7M']:.2f}) are {-entry['difference']:.4f} ahead of one prefix"
-    assert is_said(f"{ahead}, with the one seed there is: no gain by the rule")
+    wanted = {"arm": "P = 2", "size": "0.7M", "baseline": "long prefix", "seeds": 1}
+    entries = {entry["where"]: entry for entry in on_file("comparisons") if wanted.items() <= entry.items()}
+    middle, beginning = entries["middle"], entries["beginning"]
+    assert middle["high"] < 0 < beginning["low"]
+    ahead = (
+        f"at 0.7 million two ({of_two['0.7M']:.2f}) are {-middle['difference']:.4f} ahead of one prefix of 4 T tokens"
+    )
+    assert is_said(f"{ahead} in the middle and {beginning['difference']:.4f} behind at beginnings: one seed, no gain")
 
 
 def test_the_laws_k_is_on_file():

@@ -240,8 +240,9 @@ def test_of_the_larger_models():
         found = [compared(arm=arm, baseline="dense", size=size, where=where) for size in sizes]
         assert {entry["seeds"] for entry in found} == {1}
         assert said.format(*(entry["difference"] for entry in found)) in text
-    for arm, baseline in product(("P = 4", "P = 2"), ("prefix", "twin")):
-        entry = compared(arm=arm, baseline=baseline, size="0.7M", where="middle")
+    held = [(arm, baseline, "middle") for arm in ("P = 4", "P = 2") for baseline in ("prefix", "long prefix", "twin")]
+    for arm, baseline, where in [*held, ("P = 4", "long prefix", "beginning"), ("P = 2", "long prefix", "beginning")]:
+        entry = compared(arm=arm, baseline=baseline, size="0.7M", where=where)
         assert entry["seeds"] == 1
         assert with_interval(entry) in text
     mixing = on_file("evidence.json")["mixing"]

@@ -111,40 +111,65 @@ def test_arms_lie_where_their_differences_are(theme):
     assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
 
 
-def arms_of_streams():
-    """P = 1, 2, 4, one prefix, the dense twin, twice the width: at 0.1M, as they stand in the picture."""
-    names = ["streams-h48-l4-p1-t8", "streams-h48-l4-p2-t8", "streams-h48-l4-p4-t8"]
-    return [*names, "prefix-h48-l4-p1-t8", "twin-h48-l4-p4-t8", "streams-h96-l4-p1-t8"]
+TOKENS = {"h48-l4": 2_500_000, "h96-l4": 2_500_000, "h64-l5": 5_400_000, "h80-l6": 9_700_000, "h96-l7": 16_600_000}
 
 
-def finished(name, tokens, seed):
-    return json.loads((RESULTS / "evidence" / "scratch" / f"{name}-n{tokens}-r0.008-s{seed}.json").read_text())
+def of_seeds(shape, kind="streams", streams=1, length=8):
+    """The finished rows of an arm with the first three seeds, by seed."""
+    folder = RESULTS / "evidence" / "scratch"
+    name = f"{kind}-{shape}-p{streams}-t{length}-n{TOKENS[shape]}-r0.008-s"
+    paths = {seed: folder / f"{name}{seed}.json" for seed in range(3)}
+    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
 
-def differences(names, tokens, seeds):
-    """Of each arm and seed, from the first arm."""
-    losses = [[fmean(finished(name, tokens, seed)["test"]["middle"]) for seed in seeds] for name in names]
-    return np.array(losses) - losses[0]
+def arms_of_streams(shape):
+    """P = 1, 2, 4, as they stand in the picture."""
+    return [of_seeds(shape, streams=P) for P in (1, 2, 4)]
+
+
+def smallest_arms():
+    """Those, one prefix, the dense twin, twice the width."""
+    return [
+        *arms_of_streams("h48-l4"),
+        of_seeds("h48-l4", "prefix"),
+        of_seeds("h48-l4", "twin", 4),
+        of_seeds("h96-l4"),
+    ]
+
+
+def largest_arms():
+    """Those, one prefix of T and of 4 T, the dense twin."""
+    return [
+        *arms_of_streams("h96-l7"),
+        of_seeds("h96-l7", "prefix"),
+        of_seeds("h96-l7", "prefix", length=32),
+        of_seeds("h96-l7", "twin", 4),
+    ]
+
+
+def differences(arms):
+    """Of each arm, by seed, from the first arm."""
+    losses = [{seed: fmean(row["test"]["middle"]) for seed, row in arm.items()} for arm in arms]
+    return [[loss - losses[0][seed] for seed, loss in arm.items()] for arm in losses]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_losses_over_streams_are_those_of_the_rows(theme):
-    """Seeds, means and the law at 0.1M, and the larger sizes beside them, all on one scale."""
+    """Seeds, means and the law at 0.1M, the larger sizes beside them, all on one scale."""
     svg = ElementTree.parse(ASSETS / f"streams-{theme}.svg")
-    arms = differences(arms_of_streams(), 2_500_000, range(3))
     data, pixels = [], []
-    for index, by_seed in enumerate(arms):
-        data += [*by_seed, *[by_seed.mean()] * 2]
-        pixels += [*points_in(svg, f"seeds-{index}")[:, 1], *points_in(svg, f"mean-{index}")[:, 1]]
-    larger = (("0.2M", "h64-l5", 5_400_000), ("0.4M", "h80-l6", 9_700_000), ("0.7M", "h96-l7", 16_600_000))
-    for size, shape, tokens in larger:
-        data += differences([f"streams-{shape}-p{P}-t8" for P in (1, 2, 4)], tokens, [0])[:, 0].tolist()
+    for size, arms in (("0.1M", smallest_arms()), ("0.7M", largest_arms())):
+        for index, by_seed in enumerate(differences(arms)):
+            data += [*by_seed, *[fmean(by_seed)] * 2]
+            pixels += [*points_in(svg, f"seeds-{size}-{index}")[:, 1], *points_in(svg, f"mean-{size}-{index}")[:, 1]]
+    for size, shape in (("0.2M", "h64-l5"), ("0.4M", "h80-l6")):
+        data += [fmean(by_seed) for by_seed in differences(arms_of_streams(shape))]
         pixels += [*points_in(svg, f"streams-{size}")[:, 1]]
-    params = [finished(name, 2_500_000, 0)["params"] for name in arms_of_streams()]
+    params = [arm[0]["params"] for arm in smallest_arms()]
     law = fit(*published("stack"))
     for P, N in zip((1, 2, 4), params, strict=False):
         worth = np.log(N * (law.k * np.log(P) + 1) / params[0]) / np.log(params[-1] / params[0])
-        data.append(worth * arms[-1].mean())
+        data.append(worth * fmean(differences(smallest_arms())[-1]))
     pixels += [*points_in(svg, "law-of-the-paper")[:, 1]]
     slope, start = np.polyfit(data, pixels, 1)
     assert slope < -1
@@ -156,7 +181,7 @@ def test_means_over_streams_are_those_of_the_report():
     comparisons = json.loads((RESULTS / "evidence.json").read_text())["comparisons"]
     wanted = {"study": "scratch", "size": "0.1M", "where": "middle", "baseline": "dense", "seeds": 3}
     reported = {entry["arm"]: entry["difference"] for entry in comparisons if wanted.items() <= entry.items()}
-    means = differences(arms_of_streams(), 2_500_000, range(3)).mean(axis=1)
+    means = [fmean(by_seed) for by_seed in differences(smallest_arms())]
     for index, arm in ((1, "P = 2"), (2, "P = 4"), (5, "twice as wide")):
         assert means[index] == pytest.approx(reported[arm], abs=1e-5)
 
