@@ -100,8 +100,8 @@ def controls_of(
     Returns:
         The backbone trained alone and, where streams differ by prefixes or prompts, one of T and one of P * T tokens;
         on a frozen backbone also an adapter of as many parameters. Where they differ by low-rank matrices and the
-        backbone is frozen, one adapter of their rank and one of P times that, each of at most the largest rank; one
-        alone if these are equal.
+        backbone is frozen, one adapter of their rank and one of P times that, each of at most the largest rank, at
+        their learning rate; one alone if these are equal.
     """
     frozen = run["trains"] == STREAMS
     rate = run["learning_rate"] if run["learning_rate"] != run["streams_learning_rate"] else None
@@ -112,7 +112,8 @@ def controls_of(
         for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen else ():
             rank = min(factor * streams.rank, largest_rank or factor * streams.rank)
             if rank != controls[-1].lora_rank or name == "adapter":
-                controls.append(Control(name, f"one adapter of rank {rank}", Arm(name, "", BACKBONE), rank))
+                arm = Arm(name, "", BACKBONE)
+                controls.append(Control(name, f"one adapter of rank {rank}", arm, rank, run["streams_learning_rate"]))
         return controls
     beside = "" if frozen else " and backbone"
     for name, long in (("prefix", False), ("long-prefix", True)):

@@ -228,6 +228,12 @@ def test_controls_by_what_the_streams_are_and_what_trains(streams, run, names):
     assert (alone.title, [control.title for control in others]) == ("backbone alone", names)
 
 
+def test_adapters_train_at_the_rate_of_low_rank_streams():
+    """What one of these streams has; at an adapter's own default, a fifteenth of theirs, it would be a weak control."""
+    _, *adapters = controls_of(ParScaleConfig(transform="lora"), RUN)
+    assert [control.learning_rate for control in adapters] == [RUN["streams_learning_rate"]] * 2
+
+
 def test_an_adapter_of_as_many_parameters_on_a_frozen_backbone():
     (*_, adapter) = controls_of(ParScaleConfig(), RUN, equal_rank=3)
     assert (adapter.name, adapter.lora_rank, adapter.arm.prefix) == ("adapter", 3, False)
