@@ -132,6 +132,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from islice(arms("0.7M", 0, rates), 6)
     for seed in (1, 2):
         yield from of_two_streams("0.7M", seed, rates)
+    yield from with_longer_prefixes("0.7M", 0, rates)
     yield from islice(arms("1.0M", 0, rates), 3)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
@@ -184,6 +185,12 @@ def of_two_streams(size: str, seed: int, rates: dict[int, float]) -> Iterator[Ru
     yield from (dense, replace(four, streams=2))
     yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 32))
     yield replace(four, arm="twin", learning_rate=dense.learning_rate)
+
+
+def with_longer_prefixes(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
+    """Two streams with prefixes of 32 tokens, and one prefix of as many in all; `arms` has the one of 32."""
+    yield replace(_run(size, seed, rates, 4), streams=2, prefix_length=32)
+    yield replace(_run(size, seed, rates, 1), arm="prefix", prefix_length=64)
 
 
 def with_vector(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:

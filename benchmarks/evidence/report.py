@@ -33,6 +33,7 @@ WINDOW = "shared-window=8"
 SCRATCH_PAIRS = {
     "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
     "P = 2": ("dense", "prefix", "long prefix", "twin"),
+    "P = 2, T = 32": ("dense", "long prefix", "prefix, T = 64", "P = 2"),
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, shared-own": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, shared-window=8": ("dense", "prefix", "long prefix", f"prefix, {WINDOW}", f"dense, {WINDOW}", "twin"),
@@ -50,6 +51,7 @@ SCRATCH_PAIRS = {
     ),
     "P = 4, lora=4": ("dense", "prefix", "long prefix", "twin, lora=4", "twice as wide"),
     "prefix": ("dense",),
+    "prefix, T = 64": ("dense", "long prefix"),
     "long prefix": ("dense",),
     "prefix, embedding": ("dense", "prefix"),
     "dense, embedding": ("dense",),
@@ -66,6 +68,7 @@ SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
 }
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
 CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
+CONTROLS["P = 2, T = 32"] = ("dense", "long prefix", "prefix, T = 64")
 ONE_CACHE = ("shared", *SHARED_VARIANTS)
 CACHES = ("", *(f", {kv}" for kv in ONE_CACHE))  # as the names of recycled arms end
 CONTROLS |= {f"frozen{kv}": ("untouched", "alone", "prefix", "long-prefix") for kv in CACHES}
@@ -107,7 +110,8 @@ def label(run: Run | TaskRun, width: int) -> str:
     """How tables name an arm of the models from scratch; `width` is the size's own."""
     changed = [run.variant] if run.variant else []
     if run.arm == "prefix":
-        return ", ".join(["prefix" if run.prefix_length == 8 else "long prefix", *changed])
+        named = {8: "prefix", 32: "long prefix"}
+        return ", ".join([named.get(run.prefix_length, f"prefix, T = {run.prefix_length}"), *changed])
     if run.arm in ("twin", "average"):
         return ", ".join([run.arm, *changed])
     if run.hidden == 2 * width:
