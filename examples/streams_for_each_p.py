@@ -1,7 +1,7 @@
 """Train streams for P = 2, 4 and 8 on one frozen backbone, save each set alone, and choose P at inference.
 
-The paper's dynamic P: one backbone, several sets, each of a few per cent of its memory. They are measured against each
-other, not against controls. The text is the source of Python's standard library.
+The paper's dynamic P: one backbone, several sets, each a small part of a large model's size. They are measured against
+each other, not against controls. The text is the source of Python's standard library.
 
     python examples/streams_for_each_p.py --steps 200 --output sets
 """

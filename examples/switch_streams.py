@@ -1,6 +1,6 @@
 """Keep several sets of streams on one backbone and switch between them, as for more or less compute per token.
 
-Sets share the backbone's weights and are each a few per cent of its size.
+Sets share the backbone's weights and are each a small part of a large model's size.
 
     python examples/switch_streams.py
 """

@@ -1,4 +1,4 @@
-"""Parallel streams for any Hugging Face model.
+"""Parallel streams for Hugging Face models.
 
     from parscale import wrap
 

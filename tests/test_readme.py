@@ -96,8 +96,12 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
 
 def test_what_recycled_streams_add_to_one_prefix_is_on_file():
     entry = compared("recycling", "P = 4")["streams-and-backbone", "prefix-and-backbone", "middle"]
-    assert is_said(f"four streams are as good as one prefix over {SEEDS[entry['seeds']]}: {shown(entry)}")
+    assert is_said(f"everything trained: not told apart from one prefix over {SEEDS[entry['seeds']]}, {shown(entry)}")
     assert entry["low"] < 0 < entry["high"]
+    found = compared("recycling", "P = 4")
+    short, long = (found["frozen", baseline, "middle"] for baseline in ("prefix", "long-prefix"))
+    assert is_said(f"on a frozen backbone ahead of one of T tokens, {shown(short)}, but not of one of 4 T")
+    assert short["high"] < 0 < long["high"]
 
 
 def test_what_streams_add_in_sorting_is_on_file():

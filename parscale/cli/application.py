@@ -33,7 +33,7 @@ from parscale.terminal.text import shown, shown_streams
 
 app = typer.Typer(
     name="parscale",
-    help="Parallel streams for any Hugging Face model.",
+    help="Parallel streams for Hugging Face models.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -134,7 +134,7 @@ def _write_full(
 def save_streams(
     model: Any, save_directory: str | os.PathLike[str], *, state_dict: MutableMapping[str, Any] | None = None
 ) -> None:
-    """Writes the active set of streams and the name of the backbone: a few MB.
+    """Writes the active set of streams and the name of the backbone.
 
     An existing folder keeps its other files. On failure, the folder does not change. In a distributed run the first
     process writes; if the model is sharded over the processes, all of them call this together.

@@ -282,8 +282,9 @@ def test_of_tasks():
     """What the page says of P = 4 against each control, and how many seeds got to adding at all."""
     text = " ".join(page("results/controls.md").split())
     tasks = {(entry["task"], entry["arm"]): entry for entry in on_file("evidence.json")["tasks"]}
-    more = {arm: tasks["sort", arm]["gain of P = 4"] for arm in ("dense", "twin", "prefix", "long prefix")}
-    for arm, signed in (("dense", False), ("twin", False), ("prefix", True), ("long prefix", True)):
+    signs = {"dense": False, "twin": False, "twice as wide": False, "prefix": True, "long prefix": True}
+    more = {arm: tasks["sort", arm]["gain of P = 4"] for arm in signs}
+    for arm, signed in signs.items():
         sign = "+" if signed else ""
         figures = f"{{difference:{sign}.3f}} ({{low:{sign}.3f}}, {{high:{sign}.3f}})".format(**more[arm])
         assert figures in text, arm
