@@ -51,7 +51,7 @@ from parscale.checkpoints.training.model_card import CARD
 from parscale.checkpoints.training.packing import documents_of
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import card_of
-from parscale.checkpoints.training.settings import STREAMS, TrainSettings
+from parscale.checkpoints.training.settings import BACKBONE_RATE, STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
 from parscale.checkpoints.training.trainable_model import rank_with_parameters
 from parscale.config import LORA, OWN
@@ -104,8 +104,10 @@ def controls_of(
         their learning rate; one alone if these are equal.
     """
     frozen = run["trains"] == STREAMS
-    rate = run["learning_rate"] if run["learning_rate"] != run["streams_learning_rate"] else None
     alone_rank = ADAPTER_RANK if frozen and run["quantize"] else run["lora_rank"]
+    rate = run["learning_rate"]
+    if rate == run["streams_learning_rate"] or (frozen and alone_rank and rate == BACKBONE_RATE):
+        rate = None  # that of the streams, or the default of a backbone: not one for what trains here
     how = f" (adapter of rank {alone_rank})" if alone_rank else ""
     controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, rate)]
     if streams.transform == LORA:

@@ -265,6 +265,9 @@ def test_streams_of_a_higher_rank_in_all_than_their_layers_have_controls(backbon
 def test_of_a_quantized_backbone_an_adapter_trains_alone():
     (alone, *_) = controls_of(ParScaleConfig(), RUN | {"quantize": "int8"})
     assert (alone.title, alone.lora_rank) == ("backbone alone (adapter of rank 8)", 8)
+    assert alone.learning_rate is None  # an adapter's own default, and not a whole backbone's
+    (alone, *_) = controls_of(ParScaleConfig(), RUN | {"quantize": "int8", "learning_rate": 1e-3})
+    assert alone.learning_rate == 1e-3  # as it was given
 
 
 def test_a_rate_that_was_given_for_the_streams_is_not_the_backbones():
