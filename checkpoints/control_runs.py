@@ -7,6 +7,7 @@ ended. Whatever stops them, the next call goes on from their last checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, unwrap
 from parscale.checkpoints.conversion.convert import calibration_ids
@@ -34,9 +35,11 @@ from parscale.checkpoints.evaluation.against import (
 from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
 from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
 from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer
+from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
 from parscale.checkpoints.texts.sources import open_sources
 from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.held_out import (
     NOT_TRAINED,
     TRAINED,
@@ -51,11 +54,12 @@ from parscale.checkpoints.training.model_card import CARD
 from parscale.checkpoints.training.packing import documents_of
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import card_of
-from parscale.checkpoints.training.settings import BACKBONE_RATE, STREAMS, TrainSettings
+from parscale.checkpoints.training.settings import BACKBONE_RATE, LORA_RATE, STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
 from parscale.checkpoints.training.trainable_model import rank_with_parameters
 from parscale.config import LORA, OWN
-from parscale.format.folders import FULL, Checkpoint
+from parscale.format.folders import FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.pretrained import read_pretrained
 from parscale.format.staging import staged_file
 from parscale.format.working import working
 from parscale.terminal.console import Terminal
@@ -99,20 +103,20 @@ def controls_of(
 
     Returns:
         The backbone trained alone and, where streams differ by prefixes or prompts, one of T and one of P * T tokens;
-        on a frozen backbone also an adapter of as many parameters. Where they differ by low-rank matrices and the
-        backbone is frozen, one adapter of their rank and one of P times that, each of at most the largest rank, at
-        their learning rate; one alone if these are equal.
+        on a frozen backbone also an adapter of as many parameters, at a rate that stands to the backbone's as their
+        defaults do. Where they differ by low-rank matrices and the backbone itself does not train, one adapter of their
+        rank and one of P times that (each added to the rank of an adapter that trains beside the streams, and at most
+        the largest rank), at their learning rate; one alone if these are equal.
     """
     frozen = run["trains"] == STREAMS
+    of_alone, of_adapter = _rates(run)
     alone_rank = ADAPTER_RANK if frozen and run["quantize"] else run["lora_rank"]
-    rate = run["learning_rate"]
-    if rate == run["streams_learning_rate"] or (frozen and alone_rank and rate == BACKBONE_RATE):
-        rate = None  # that of the streams, or the default of a backbone: not one for what trains here
     how = f" (adapter of rank {alone_rank})" if alone_rank else ""
-    controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, rate)]
+    controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, of_alone)]
     if streams.transform == LORA:
-        for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen else ():
-            rank = min(factor * streams.rank, largest_rank or factor * streams.rank)
+        beside = run["lora_rank"] or 0
+        for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen or beside else ():
+            rank = min(beside + factor * streams.rank, largest_rank or beside + factor * streams.rank)
             if rank != controls[-1].lora_rank or name == "adapter":
                 arm = Arm(name, "", BACKBONE)
                 controls.append(Control(name, f"one adapter of rank {rank}", arm, rank, run["streams_learning_rate"]))
@@ -125,25 +129,67 @@ def controls_of(
         controls.append(Control(name, title, arm, run["lora_rank"], run["learning_rate"]))
     if frozen and equal_rank is not None and equal_rank != alone_rank:
         title = f"one adapter of rank {equal_rank}, as many parameters"
-        controls.append(Control("adapter", title, Arm("adapter", "", BACKBONE), equal_rank))
+        controls.append(Control("adapter", title, Arm("adapter", "", BACKBONE), equal_rank, of_adapter))
     return controls
+
+
+def _rates(run: Mapping[str, Any]) -> tuple[float, float]:
+    """The learning rates of the backbone alone, or what trains in its place, and of an adapter of equal size."""
+    rate: float = run["learning_rate"]
+    if run["trains"] != STREAMS:
+        return rate, rate
+    is_given = rate not in (run["streams_learning_rate"], BACKBONE_RATE)  # and not for the streams
+    if run["quantize"]:
+        return (rate, rate) if is_given else (LORA_RATE, LORA_RATE)
+    of_backbone = rate if is_given else BACKBONE_RATE
+    return of_backbone, of_backbone * LORA_RATE / BACKBONE_RATE
 
 
 def check_controls(checkpoint: str, settings: TrainSettings) -> None:
     """Refuses controls that cannot be trained or compared, before any work.
 
     Raises:
-        ValueError: there is no held-out text, the checkpoint has no streams, or several processes take part.
+        ValueError: there is no held-out text, the checkpoint has no streams or was trained before, its backbone has
+            dropout, PEFT is missing, or several processes take part.
     """
     if not settings.eval_data:
         raise ValueError("Controls are compared on held-out text; give some by --eval-data.")
-    if describe(checkpoint)["num_streams"] == 1:
+    sources = open_sources([*settings.eval_data.values()], text_column=settings.text_column)
+    if not any(True for source in sources for _ in text_documents(source)):
+        raise ValueError("Controls are compared on held-out text, and --eval-data holds chats alone; add some text.")
+    what = describe(checkpoint)
+    if what["num_streams"] == 1:
         raise ValueError(f"{checkpoint} has no streams, which controls are for; leave --controls out.")
+    if Run(Path(checkpoint)).report() is not None:
+        raise ValueError(
+            f"The streams of {checkpoint} were trained before, and controls would begin without that training; give "
+            "--controls to a run that starts from streams as parscale convert makes them."
+        )
+    if what["transform"] == LORA and settings.trains == STREAMS and importlib.util.find_spec("peft") is None:
+        raise ValueError("Controls of low-rank streams are adapters, which need: pip install 'parscale[peft]'.")
+    if dropout := _dropout(checkpoint):
+        raise ValueError(
+            f"The backbone of {checkpoint} trains with dropout ({', '.join(dropout)}), under which one prefix, trained "
+            "as two streams that stay equal, would become two: set it to 0 in config.json, for all arms alike."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "Controls train in one process. Train without --controls first, then give the same command with --resume "
             "--controls and without torchrun."
         )
+
+
+def _dropout(checkpoint: str) -> list[str]:
+    """The dropouts of a backbone, by the names and values in its configuration; those of other heads do not count."""
+    folder, place = Checkpoint(checkpoint), checkpoint
+    if folder.kind() == STREAMS_ONLY:
+        place = backbone_place(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
+    fields = read_pretrained(AutoConfig, place).get_text_config().to_dict()
+    return [
+        f"{name} = {value}"
+        for name, value in sorted(fields.items())
+        if "drop" in name and not name.startswith(("classifier", "summary")) and isinstance(value, float) and value > 0
+    ]
 
 
 def train_controls(
@@ -169,11 +215,18 @@ def train_controls(
     run = Run(output).report()
     if run is None:
         raise ValueError(f"{output} holds no finished run, which controls are trained beside; train it first.")
-    if (output / REPORT).is_file():
-        before: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
-        return before
+    if run["checkpoint_digest"] not in (None, checkpoint_digest(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} is not, or no longer, what the run in {output} was trained from, so that its controls would "
+            "begin elsewhere; name the checkpoint that the run began with."
+        )
     console = console or Terminal(stderr=True)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
+    texts = _texts(settings, tokenizer, run)
+    if (output / REPORT).is_file():
+        before: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        if before.get("texts_digest") == _digest(texts):
+            return before
     streams = _streams_of(checkpoint)
     equal_rank = None
     if streams.transform != LORA and run["trains"] == STREAMS:
@@ -183,7 +236,6 @@ def train_controls(
     for control in controls:
         console.print(f"control: {control.title}", highlight=False)
         _train_control(control, checkpoint, output, settings, run, streams, tokenizer, console)
-    texts = _texts(settings, tokenizer, run)
     report = _compare(controls, checkpoint, output, run, tokenizer, texts, settings)
     with staged_file(output / REPORT) as beside:
         beside.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -282,7 +334,8 @@ def _save_start(
     calibration = None
     if control.arm.prefix:
         calibration = _beginning(settings, tokenizer, streams, vocabulary_of(model))
-    prepare_arm(control.arm, model, dataclasses.replace(streams, kv=OWN), calibration)
+    config = dataclasses.replace(streams, kv=OWN, seed=streams.seed or 0)  # of what is drawn and does not count
+    prepare_arm(control.arm, model, config, calibration)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -296,9 +349,9 @@ def _beginning(
         settings.data, text_column=settings.text_column, streaming=settings.streaming, seed=settings.seed
     )
     documents: list[Document] = []
-    rest = text_documents(documents_of(sources))
+    rest = documents_of(sources)
     while more := list(islice(rest, 8)):
-        documents += more
+        documents += [(name, as_text(name, text, tokenizer)) for name, text in more]
         if sum(len(text) for _, text in documents) > 8 * P * T:
             break
     return calibration_ids(documents, tokenizer, P, T, vocabulary=vocabulary)
@@ -308,6 +361,10 @@ def _texts(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, run: Map
     sources: list[Source] = open_sources([*settings.eval_data.values()], text_column=settings.text_column)
     named = dict(zip(settings.eval_data, sources, strict=True))
     return texts_to_measure(named, tokenizer, run["sequence_length"], settings.eval_tokens)
+
+
+def _digest(texts: Texts) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _compare(
@@ -340,6 +397,7 @@ def _compare(
         "sentences": verdicts(comparisons, titles),
         "tokens": run["tokens"],
         "data_digest": run["data_digest"],
+        "texts_digest": _digest(texts),
         "versions": run["versions"],
     }
 

@@ -128,7 +128,9 @@ def verdict(entries: Sequence[Mapping[str, Any]]) -> str:
 
     A run has one seed, so it can deny a gain and cannot prove one.
     """
-    ahead = all(entry["high"] is not None and entry["high"] < 0 for entry in entries)
+    if any(entry["high"] is None for entry in entries):
+        return "one document decides nothing"
+    ahead = all(entry["high"] < 0 for entry in entries)
     return "ahead of each control with this seed; a gain needs several seeds" if ahead else "no gain"
 
 

@@ -23,6 +23,19 @@ from parscale.checkpoints.texts.token_ids import encode
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+def as_text(name: str, example: str | Completion | Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """An example as the text that a model reads; a chat by the template of its tokenizer.
+
+    Raises:
+        ValueError: as in `encode_chat`.
+    """
+    if isinstance(example, str):
+        return example
+    if isinstance(example, Completion):
+        return example.prompt + example.completion
+    return str(tokenizer.decode(list(encode_chat(name, example, tokenizer))[-1].ids))
+
+
 @dataclass(frozen=True)
 class LearnedInPart:
     """Token ids of a document, a part of which is learned.

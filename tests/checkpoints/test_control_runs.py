@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from torch.nn import Linear
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parscale import ParScaleConfig, load, wrap
 from parscale.checkpoints import control_runs
 from parscale.checkpoints.control_runs import check_controls, controls_of, train_controls
 from parscale.checkpoints.evaluation.places import evaluate_places
-from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.chat_tokens import as_text
+from parscale.checkpoints.texts.documents import Chat, Completion, Source
 from parscale.checkpoints.training.packing import Shuffled, pack_documents
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.train import TrainSettings, train
@@ -265,13 +266,102 @@ def test_streams_of_a_higher_rank_in_all_than_their_layers_have_controls(backbon
 def test_of_a_quantized_backbone_an_adapter_trains_alone():
     (alone, *_) = controls_of(ParScaleConfig(), RUN | {"quantize": "int8"})
     assert (alone.title, alone.lora_rank) == ("backbone alone (adapter of rank 8)", 8)
-    assert alone.learning_rate is None  # an adapter's own default, and not a whole backbone's
+    assert alone.learning_rate == 2e-4  # an adapter's own default, and not a whole backbone's
     (alone, *_) = controls_of(ParScaleConfig(), RUN | {"quantize": "int8", "learning_rate": 1e-3})
     assert alone.learning_rate == 1e-3  # as it was given
 
 
 def test_a_rate_that_was_given_for_the_streams_is_not_the_backbones():
-    (alone, *_) = controls_of(ParScaleConfig(), RUN | {"learning_rate": 1e-2})
-    assert alone.learning_rate is None
-    (alone, *_) = controls_of(ParScaleConfig(), RUN)
-    assert alone.learning_rate == 3e-5
+    for rate in (1e-2, 3e-5):
+        (alone, *_) = controls_of(ParScaleConfig(), RUN | {"learning_rate": rate})
+        assert alone.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("trains", ["everything", "lora"])
+def test_where_the_backbone_trains_too_its_rate_may_be_that_of_the_streams(trains):
+    run = RUN | {"trains": trains, "learning_rate": 1e-3, "streams_learning_rate": 1e-3}
+    (alone, *_) = controls_of(ParScaleConfig(transform="prompt"), run | {"lora_rank": 8 if trains == "lora" else None})
+    assert alone.learning_rate == 1e-3
+
+
+def test_an_adapter_of_as_many_parameters_trains_faster_as_the_backbone_does():
+    """Ten times the backbone's default rate is ten times the adapter's."""
+    for factor in (1, 10):
+        (*_, adapter) = controls_of(ParScaleConfig(), RUN | {"learning_rate": factor * 3e-5}, equal_rank=3)
+        assert adapter.learning_rate == pytest.approx(factor * 2e-4)
+
+
+def test_beside_an_adapter_low_rank_streams_have_adapters_of_both_ranks():
+    run = RUN | {"trains": "lora", "lora_rank": 5, "learning_rate": 2e-4}
+    alone, *adapters = controls_of(ParScaleConfig(transform="lora", rank=8), run)
+    assert (alone.lora_rank, alone.learning_rate) == (5, 2e-4)
+    assert [(each.lora_rank, each.learning_rate) for each in adapters] == [(13, 1e-2), (37, 1e-2)]
+
+
+def test_streams_that_were_trained_before_have_no_controls(finished, full):
+    with pytest.raises(ValueError, match="were trained before, and controls would begin without that training"):
+        check_controls(str(finished[0]), SETTINGS)
+
+
+def test_another_checkpoint_than_the_run_began_with_is_refused(backbone, run_alone, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16)
+    wrap(model, P, prefix_length=2 * T, init="random", seed=1).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is not, or no longer, what the run in .* was trained from"):
+        train_controls(str(tmp_path / "other"), run_alone, SETTINGS)
+
+
+def test_other_held_out_text_is_measured_without_training_again(finished, full, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setattr(control_runs, "train", None)
+    other = dataclasses.replace(SETTINGS, eval_data={"other": Source.of("other", HELD_OUT[:2])})
+    report = train_controls(str(full), folder, other)
+    assert {entry["text"] for entry in report["comparisons"]} == {"other"}
+    assert report["controls"] == finished[1]["controls"]
+
+
+CHAT = Chat([{"role": "user", "content": "What is one?"}, {"role": "assistant", "content": "def one(): return 1"}])
+
+
+def test_chats_are_trained_on_and_not_held_out_alone(full, tmp_path, monkeypatch):
+    chats = dataclasses.replace(SETTINGS, eval_data={"chats": Source.of("chats", [("a", CHAT)])})
+    with pytest.raises(ValueError, match="--eval-data holds chats alone; add some text"):
+        check_controls(str(full), chats)
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}|{% endfor %}"
+    examples = [("chat", CHAT), ("completion", Completion("def two", "(): return 2"))]
+    settings = dataclasses.replace(SETTINGS, data=[Source.of("chats", examples)])
+    texts = control_runs._beginning(settings, tokenizer, ParScaleConfig(2, 4), len(tokenizer))
+    assert texts.shape == (2, 4)
+    assert as_text(*examples[0], tokenizer) == "What is one?|def one(): return 1|"
+    assert as_text(*examples[1], tokenizer) == "def two(): return 2"
+
+
+def test_low_rank_streams_need_peft_before_any_work(backbone, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(backbone)
+    wrap(model, P, transform="lora", seed=1).save_pretrained(tmp_path / "low-rank")
+    monkeypatch.setattr(control_runs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="are adapters, which need: pip install 'parscale"):
+        check_controls(str(tmp_path / "low-rank"), SETTINGS)
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "save_streams"])
+def test_dropout_is_refused_since_one_prefix_would_become_two(how, tmp_path):
+    plain = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=32, attn_pdrop=0.0))
+    plain.save_pretrained(tmp_path / "plain")
+    model = wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), 2, prefix_length=2, init="random")
+    getattr(model, how)(tmp_path / "streams")
+    with pytest.raises(ValueError, match=r"with dropout \(embd_pdrop = 0.1, resid_pdrop = 0.1\)"):
+        check_controls(str(tmp_path / "streams"), SETTINGS)
+
+
+def test_a_control_starts_the_same_each_time_also_of_streams_without_a_seed(full, tmp_path):
+    control = controls_of(ParScaleConfig(P, T), RUN)[1]
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        folder = tmp_path / str(seed)
+        control_runs._save_start(control, str(full), folder, SETTINGS, ParScaleConfig(P, T, seed=None), tokenizer)
+        states.append(load(folder).state_dict())
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())

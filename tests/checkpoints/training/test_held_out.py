@@ -98,7 +98,13 @@ def test_a_text_without_a_token_to_score_is_left_out(byte_tokenizer):
     assert texts(nothing_in_front) == ["word"]
 
 
-@pytest.mark.parametrize(("highs", "gain"), [((-0.1, -0.2), True), ((-0.1, 0.2), False), ((-0.1, None), False)])
-def test_one_seed_never_proves_a_gain(highs, gain):
-    said = verdict([{"high": high} for high in highs])
-    assert said.startswith("ahead of each control with this seed; a gain needs several seeds" if gain else "no gain")
+@pytest.mark.parametrize(
+    ("highs", "said"),
+    [
+        ((-0.1, -0.2), "ahead of each control with this seed; a gain needs several seeds"),
+        ((-0.1, 0.2), "no gain"),
+        ((-0.1, None), "one document decides nothing"),
+    ],
+)
+def test_one_seed_never_proves_a_gain(highs, said):
+    assert verdict([{"high": high} for high in highs]) == said
