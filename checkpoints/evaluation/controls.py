@@ -175,10 +175,11 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
     """The interval of the mean of paired differences, with seeds and documents both as samples.
 
     Every seed is measured on the same documents, so d(s, i) = mean + seed(s) + document(i) + rest(s, i): two crossed
-    random factors. With the mean squares MS of the two-way table without replication, the variance of the grand mean is
-    (MS_seeds + MS_documents - MS_rest) / (S * D), with Student's t and Satterthwaite's degrees of freedom. A factor
-    whose mean square is below that of the rest counts as having no variance. With one seed the result is the t interval
-    over documents: it predicts the result on more documents, not of more training runs.
+    random factors. With the mean squares MS of the two-way table without replication, the interval is the widest of
+    three, each by Student's t: that of the variance (MS_seeds + MS_documents - MS_rest) / (S * D) with Satterthwaite's
+    degrees of freedom, that over seeds alone, MS_seeds / (S * D) with S - 1, and that over documents alone,
+    MS_documents / (S * D) with D - 1. With few seeds the first by itself is too narrow. With one seed the result is the
+    t interval over documents: it predicts the result on more documents, not of more training runs.
 
     Args:
         differences: `(S, D)`, one row for each seed.
@@ -197,30 +198,27 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
         )
     seeds, documents = table.shape
     mean = float(table.mean())
-    variance, freedom = _variance(table)
-    half = float(student.ppf((1 + confidence) / 2, freedom)) * variance**0.5 if variance > 0 else 0.0
+    widths = [student.ppf((1 + confidence) / 2, freedom) * variance**0.5 for variance, freedom in _variances(table)]
+    half = float(max(widths))
     return Interval(mean, mean - half, mean + half, seeds, documents)
 
 
-def _variance(table: NDArray[np.float64]) -> tuple[float, float]:
-    """The variance of the grand mean, and its degrees of freedom."""
+def _variances(table: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """Variances of the grand mean, each with its degrees of freedom."""
     seeds, documents = table.shape
     if seeds == 1:
-        return float(table.var(ddof=1)) / documents, documents - 1
+        return [(float(table.var(ddof=1)) / documents, documents - 1)]
     rows, columns, mean = table.mean(1), table.mean(0), table.mean()
     of_seeds = documents * float(((rows - mean) ** 2).sum()) / (seeds - 1)
     of_documents = seeds * float(((columns - mean) ** 2).sum()) / (documents - 1)
     free = (seeds - 1) * (documents - 1)
     rest = float(((table - rows[:, None] - columns + mean) ** 2).sum()) / free
-    if of_seeds <= rest and of_documents <= rest:
-        return max((of_seeds, seeds - 1), (of_documents, documents - 1))[0] / table.size, documents - 1
-    if of_seeds <= rest:
-        return of_documents / table.size, documents - 1
-    if of_documents <= rest:
-        return of_seeds / table.size, seeds - 1
+    found = [(of_seeds / table.size, seeds - 1.0), (of_documents / table.size, documents - 1.0)]
     total = of_seeds + of_documents - rest
-    freedom = total**2 / (of_seeds**2 / (seeds - 1) + of_documents**2 / (documents - 1) + rest**2 / free)
-    return total / table.size, freedom
+    if min(of_seeds, of_documents) > rest:
+        parts = of_seeds**2 / (seeds - 1) + of_documents**2 / (documents - 1) + rest**2 / free
+        found.append((total / table.size, total**2 / parts))
+    return found
 
 
 def hold_against(

@@ -7,7 +7,7 @@ import hashlib
 import os
 import sysconfig
 import tokenize
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,10 +35,9 @@ def standard_library_files(*, tests: bool = False) -> list[Path]:
 def is_held_out(relative_name: str) -> bool:
     """Whether a file, by its name such as `"json/decoder.py"`, belongs to the held-out 5 %.
 
-    It depends on the name alone, so a file is on the same side in every version of Python and of a package.
+    It depends on the name alone, so a file is on the same side in every version of Python.
     """
-    digest = hashlib.sha256(relative_name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
+    return _percent(relative_name) < HELD_OUT_PERCENT
 
 
 def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document], list[Document]]:
@@ -55,7 +54,9 @@ def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document],
     """
     tests = set(standard_library_files(tests=True)) if with_tests else set()
     files = [*standard_library_files(), *sorted(tests)]
-    return _split(((_relative_name(path), path) for path in files), for_training=tests)
+    return _split(
+        (_relative_name(path), path, is_held_out(_relative_name(path)) and path not in tests) for path in files
+    )
 
 
 def package_source_split(packages: Sequence[str]) -> tuple[list[Document], list[Document]]:
@@ -73,7 +74,7 @@ def package_source_split(packages: Sequence[str]) -> tuple[list[Document], list[
     Raises:
         ValueError: a package is not installed.
     """
-    files: list[tuple[str, Path]] = []
+    files: list[tuple[str, Path, bool]] = []
     for package in packages:
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
@@ -81,20 +82,28 @@ def package_source_split(packages: Sequence[str]) -> tuple[list[Document], list[
         root = Path(spec.submodule_search_locations[0])
         named = {f"{package}/{path.relative_to(root).as_posix()}": path for path in _source_files(root)}
         files += [
-            (name, path)
+            (name, path, _is_held_out_of_package(name))
             for name, path in sorted(named.items())
             if not TEST_FOLDERS & set(name.split("/")[1:-1]) and path.stat().st_size <= LARGEST_FILE
         ]
     return _split(files)
 
 
-def _split(
-    files: Iterable[tuple[str, Path]], for_training: Collection[Path] = ()
-) -> tuple[list[Document], list[Document]]:
+def _is_held_out_of_package(name: str) -> bool:
+    """Whether a package's file is held out: others than those by which learning rates for such text were chosen."""
+    return _percent(name) >= 100 - HELD_OUT_PERCENT
+
+
+def _percent(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+
+
+def _split(files: Iterable[tuple[str, Path, bool]]) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents from names, paths, and whether each is held out."""
     train: list[Document] = []
     held_out: list[Document] = []
     seen: set[str] = set()
-    for name, path in files:
+    for name, path, held in files:
         try:
             with tokenize.open(path) as file:  # follows a file's declared encoding
                 text = file.read()
@@ -102,7 +111,7 @@ def _split(
             continue
         if text.strip() and text not in seen:
             seen.add(text)
-            (held_out if is_held_out(name) and path not in for_training else train).append((name, text))
+            (held_out if held else train).append((name, text))
     return train, held_out
 
 

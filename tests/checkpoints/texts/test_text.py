@@ -1,5 +1,7 @@
 """The text at hand: which files it is, how it is split, and how it is packed."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -149,9 +151,16 @@ def test_source_of_packages():
     train, held_out = package_source_split(["second_one", "first_one"])
     wanted = {"second_one/z.py": "z = 1\n", "first_one/a.py": "a = 1\n", "first_one/b.py": "b = 1\n"}
     assert dict(train + held_out) == wanted | {"first_one/deep/er/c.py": "c = 1\n"}
-    for side, expected in ((train, False), (held_out, True)):
-        assert all(is_held_out(name) is expected for name, _ in side)
     assert train[0][0] == "second_one/z.py"  # in the order of the packages
+
+
+def test_held_out_source_of_packages_chose_no_learning_rate():
+    """The study of controls chose by files whose names' hashes end in 0 to 4."""
+    train, held_out = package_source_split(["numpy", "scipy"])
+    assert 0.03 < len(held_out) / (len(train) + len(held_out)) < 0.08
+    for name, _ in held_out:
+        assert int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 100 >= 95
+    assert all(int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 100 < 95 for name, _ in train)
 
 
 @pytest.mark.usefixtures("packages")
