@@ -129,7 +129,7 @@ def test_what_became_of_streams_is_on_file():
     found = on_file("mixing")
     published = [entry for entry in found if entry["arm"] == "P = 4"]
     correlations = [value for entry in published if entry["size"] == "0.1M" for value in entry["correlations"]]
-    assert is_said(f"(correlation {min(correlations):.2f} to {max(correlations):.2f})")
+    assert is_said(f"(token losses correlate by {min(correlations):.2f} to {max(correlations):.2f})")
     (even,) = (entry for entry in found if entry["arm"] == "P = 4, smoothing=1")
     assert min(even["correlations"]) > 0.98
     of_two = {entry["size"]: min(entry["correlations"]) for entry in found if entry["arm"] == "P = 2"}

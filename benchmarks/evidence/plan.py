@@ -130,7 +130,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from one_cache[:3]
     yield from _averages(rows, rates)
     yield from islice(arms("0.7M", 0, rates), 6)
-    for seed in (1, 2):
+    for seed in (1, 2, 0):
         yield from of_two_streams("0.7M", seed, rates)
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from islice(arms("1.0M", 0, rates), 3)
@@ -180,10 +180,10 @@ def decisive(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
 
 
 def of_two_streams(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What the rule needs for two streams as published: they, the dense model, both prefixes, the dense twin."""
+    """What the rule needs for two streams as published: they, the dense model, one prefix of each length, the twin."""
     dense, four = _run(size, seed, rates, 1), _run(size, seed, rates, 4)
     yield from (dense, replace(four, streams=2))
-    yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 32))
+    yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 16, 32))
     yield replace(four, arm="twin", learning_rate=dense.learning_rate)
 
 

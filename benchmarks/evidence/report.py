@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 WINDOW = "shared-window=8"
 SCRATCH_PAIRS = {
     "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
-    "P = 2": ("dense", "prefix", "long prefix", "twin"),
+    "P = 2": ("dense", "prefix", "prefix, T = 16", "long prefix", "twin"),
     "P = 2, T = 32": ("dense", "long prefix", "prefix, T = 64", "P = 2"),
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, shared-own": ("dense", "prefix", "long prefix", "twin"),
@@ -51,6 +51,7 @@ SCRATCH_PAIRS = {
     ),
     "P = 4, lora=4": ("dense", "prefix", "long prefix", "twin, lora=4", "twice as wide"),
     "prefix": ("dense",),
+    "prefix, T = 16": ("dense", "prefix"),
     "prefix, T = 64": ("dense", "long prefix"),
     "long prefix": ("dense",),
     "prefix, embedding": ("dense", "prefix"),
@@ -67,8 +68,22 @@ SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
     for changed in (*LATER_VARIANTS, *(f"T = {length}" for length in PREFIX_LENGTHS))
 }
 OF_ONE_STREAM = {"embedding": "prefix, embedding", WINDOW: f"prefix, {WINDOW}"}  # by what the names of arms hold
-CONTROLS = {arm: ("dense", "prefix", "long prefix") for arm in SCRATCH_PAIRS if arm.startswith("P")}
-CONTROLS["P = 2, T = 32"] = ("dense", "long prefix", "prefix, T = 64")
+PREFIX_NAMES = {8: "prefix", 32: "long prefix"}  # the lengths T and P * T of P = 4
+
+
+def one_prefix(length: int) -> str:
+    """How tables name one prefix of so many tokens."""
+    return PREFIX_NAMES.get(length, f"prefix, T = {length}")
+
+
+def needed_controls(arm: str) -> tuple[str, ...]:
+    """What streams from scratch have to beat by the rule: the dense model, one prefix of T and one of P * T tokens."""
+    streams = int(arm.removeprefix("P = ").partition(",")[0])
+    length = int(arm.partition("T = ")[2] or 8)
+    return ("dense", one_prefix(length), one_prefix(streams * length))
+
+
+CONTROLS = {arm: needed_controls(arm) for arm in SCRATCH_PAIRS if arm.startswith("P")}
 ONE_CACHE = ("shared", *SHARED_VARIANTS)
 CACHES = ("", *(f", {kv}" for kv in ONE_CACHE))  # as the names of recycled arms end
 CONTROLS |= {f"frozen{kv}": ("untouched", "alone", "prefix", "long-prefix") for kv in CACHES}
@@ -110,8 +125,7 @@ def label(run: Run | TaskRun, width: int) -> str:
     """How tables name an arm of the models from scratch; `width` is the size's own."""
     changed = [run.variant] if run.variant else []
     if run.arm == "prefix":
-        named = {8: "prefix", 32: "long prefix"}
-        return ", ".join([named.get(run.prefix_length, f"prefix, T = {run.prefix_length}"), *changed])
+        return ", ".join([one_prefix(run.prefix_length), *changed])
     if run.arm in ("twin", "average"):
         return ", ".join([run.arm, *changed])
     if run.hidden == 2 * width:
@@ -236,7 +250,8 @@ def held_against(
 def mixing(rows: Rows) -> list[dict[str, Any]]:
     """What became of the streams from scratch: how alike they are, and how much of the mixture the largest is.
 
-    Correlations are between the streams' final states, weights the aggregator's means over tokens; both by seed.
+    Correlations are between the streams' token losses, weights the aggregator's means over tokens, and losses those of
+    the best and the worst stream alone; all by seed, on 32 windows from the middle of tuning documents.
     """
     entries = []
     for size, arms in by_size(rows).items():
@@ -245,7 +260,12 @@ def mixing(rows: Rows) -> list[dict[str, Any]]:
                 found = [row["streams"] for row in by_seed.values()]
                 weights = [round(max(streams["weights"]), 3) for streams in found]
                 correlations = [round(streams["correlation"], 3) for streams in found]
-                entries.append({"size": size, "arm": arm, "correlations": correlations, "largest_weights": weights})
+                alone = {
+                    f"{name}_alone": [round(which(streams["losses"]), 2) for streams in found]
+                    for name, which in (("best", min), ("worst", max))
+                }
+                entry = {"size": size, "arm": arm, "correlations": correlations, "largest_weights": weights}
+                entries.append(entry | alone)
     return entries
 
 
@@ -386,11 +406,20 @@ def markdown(report: dict[str, Any]) -> str:
     for baseline in dict.fromkeys(entry["baseline"] for entry in report["confirmation"]):
         shown = [found[baseline, where] for where in ("beginning", "middle")]
         lines += _row(baseline, *map(format_interval, shown), str(shown[0]["seeds"]))
-    about = "By seed; of four streams, one has a weight of at most 0.925, of two of at most 0.95."
+    about = (
+        "By seed: the correlation of the streams' token losses, the mean weight of the largest (of four streams at "
+        "most 0.925, of two 0.95), the losses of the best and the worst stream alone; 32 windows of tuning documents."
+    )
     lines += ["", "## What became of the streams", "", about, ""]
-    lines += [*_row("size", "arm", "correlation", "largest mean weight"), *_row(*["---"] * 4)]
+    columns = {
+        "correlation": "correlations",
+        "largest mean weight": "largest_weights",
+        "best alone": "best_alone",
+        "worst alone": "worst_alone",
+    }
+    lines += [*_row("size", "arm", *columns), *_row(*["---"] * (2 + len(columns)))]
     for entry in report["mixing"]:
-        of_seeds = [", ".join(f"{value:.2f}" for value in entry[name]) for name in ("correlations", "largest_weights")]
+        of_seeds = [", ".join(f"{value:.2f}" for value in entry[name]) for name in columns.values()]
         lines += _row(entry["size"], entry["arm"], *of_seeds)
     lines += ["", "## Tasks", "", "Right answers as a whole, by seed, and how many more streams get.", ""]
     heads = ("task", "width, layers", "arm", "parameters", "right", *(f"{arm} more" for arm in TASK_STREAMS))
