@@ -36,6 +36,8 @@ TIED = {
 # Families whose projections all have biases, and those where only queries, keys and values do.
 ALL_BIASED = {"bart", "biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2", "xglm"}
 QKV_BIASED = {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"}
+# Every how manieth layer attends to everything where the configuration does not say; the others have a window.
+FULL_ATTENTION_STEP = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
 LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt"}
 
 NAMES = {
@@ -104,7 +106,7 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
     rope = number.optional("qk_rope_head_dim") if latent else 0
     if latent:
         head_dim, kv_heads = number.optional("qk_nope_head_dim") + rope, heads
-    kinds = _layer_kinds(contents, layers)
+    kinds = _layer_kinds(contents, name, layers)
     window = number.optional("sliding_window") if contents.get("use_sliding_window", True) else 0
     attention = sum(("attention" in kind or "hybrid" in kind) and "linear" not in kind for kind in kinds)
     if not attention:
@@ -190,7 +192,8 @@ def _kv_heads(number: _Reader, name: str, heads: int) -> int:
     return kv_heads
 
 
-def _layer_kinds(contents: Mapping[str, Any], layers: int) -> list[str]:
+def _layer_kinds(contents: Mapping[str, Any], name: str, layers: int) -> list[str]:
+    """What each layer is, in the words of `layer_types`; files that were saved by older code have other fields."""
     kinds = contents.get("layer_types")
     if isinstance(kinds, list) and kinds:
         if len(kinds) != layers:
@@ -198,9 +201,19 @@ def _layer_kinds(contents: Mapping[str, Any], layers: int) -> list[str]:
                 f"the configuration has {layers} layers and {len(kinds)} layer_types; it must name one for each"
             )
         return [str(kind) for kind in kinds]
+    full, number = "full_attention", _Reader(contents, name)
+    if step := number.optional("full_attention_interval"):
+        return [full if (i + 1) % step == 0 else "linear_attention" for i in range(layers)]
+    if step := number.optional("attn_layer_period"):
+        offset = number.optional("attn_layer_offset")
+        return [full if i % step == offset else "mamba" for i in range(layers)]
     if contents.get("sliding_window") and contents.get("use_sliding_window", True):
-        return ["sliding_attention"] * layers
-    return ["full_attention"] * layers
+        pattern = contents.get("sliding_window_pattern", FULL_ATTENTION_STEP.get(name))
+        if isinstance(pattern, str) and pattern:  # a letter for each layer, G for those that attend to everything
+            return [full if pattern[i % len(pattern)] == "G" else "sliding_attention" for i in range(layers)]
+        step = pattern if _is_size(pattern) and pattern else layers + 1
+        return [full if (i + 1) % step == 0 else "sliding_attention" for i in range(layers)]
+    return [full] * layers
 
 
 def _experts(number: _Reader, contents: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -218,9 +231,13 @@ def _experts(number: _Reader, contents: Mapping[str, Any], layers: int) -> dict[
     if not isinstance(dense, list) or not all(_is_size(index) for index in dense):
         raise ValueError(f"mlp_only_layers is {_brief(dense)}; it must be a list of layers, counted from 0")
     listed = set(dense)
-    step = number.optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
     first = number.optional("first_k_dense_replace", "moe_layer_start_index")
-    sparse = [i for i in range(layers) if i >= first and i not in listed and (i + 1) % step == 0]
+    if step := number.optional("expert_layer_period"):
+        place = number.optional("expert_layer_offset")
+    else:
+        step = number.optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
+        place = step - 1
+    sparse = [i for i in range(layers) if i >= first and i not in listed and i % step == place]
     return {
         "experts": experts,
         "active_experts": active,

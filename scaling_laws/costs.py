@@ -24,7 +24,8 @@ DTYPES = {
     "fp8": (16, 8),
     "int4": (16, 4.5),
 }
-"""Bits of activations and cache, and of weights; 4-bit weights include scales. 8 and 4 bits are for weights only."""
+"""Bits of activations and cache, and of weights; 4-bit weights include scales. 8 and 4 bits are for the matrices of the
+layers only: the rest has 16."""
 
 MOST = 10**9
 """The upper limit of streams, prompts and prompt tokens."""

@@ -39,6 +39,8 @@ class ParallelScalingLaw:
     """90 % intervals of E, A, alpha and k, by the bootstrap; None without one. An undetermined end is infinite."""
     draws: Array | None = field(default=None, repr=False, compare=False)
     """`(bootstrap, 4)`: E, A, alpha, k of each bootstrap draw; None without a bootstrap."""
+    freedom: int | None = field(default=None, repr=False, compare=False)
+    """Runs less parameters, by which `predict_interval` is wider; None without runs."""
     notes: tuple[str, ...] = ()
     """What the runs leave undetermined, as sentences."""
 
@@ -117,7 +119,7 @@ class ParallelScalingLaw:
         flat, flat_count = size.reshape(1, -1), count.reshape(1, -1)
         left = np.maximum(gain * np.log(flat_count) + 1, 1e-100)  # nearly 0 where a draw's k is far below 0
         losses = floor + (scale / (flat * left)) ** exponent
-        low, high = corrected_percentiles(losses, np.asarray(self.predict(flat[0], flat_count[0])), level)
+        low, high = corrected_percentiles(losses, np.asarray(self.predict(flat[0], flat_count[0])), level, self.freedom)
         return low.reshape(size.shape)[()], high.reshape(size.shape)[()]
 
     def to_dict(self) -> dict[str, Any]:

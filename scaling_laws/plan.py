@@ -146,12 +146,12 @@ def frontier(
 
         def costs(shape: ModelShape, count: int = count) -> dict[str, float]:
             generation = cost(shape, num_streams=count, **work)
-            training = training_flops(shape.params(count), count, tokens)
+            training = training_flops(shape.params(count, work.get("kv", "own")), count, tokens)
             return dict(zip(BUDGETS, (training, generation.memory_bytes, generation.seconds), strict=True))
 
         shape = _widest(base, budgets, costs)
         if shape is not None:
-            params = shape.params(count)
+            params = shape.params(count, work.get("kv", "own"))
             plans.append(Plan(params, count, law.predict(params, count), shape, costs(shape)))
     if not plans:
         given = ", ".join(f"{name} = {value:g}" for name, value in budgets.items())

@@ -58,7 +58,7 @@ def contours(law: ParallelScalingLaw, points: Points | None = None, *, streams: 
     """Contours of the loss over (N, P), with the runs if given; N covers their range, or 0.3B to 10B."""
     figure, (axes,) = _figure(1)
     low, high = (float(points.params.min()) / 1.3, float(points.params.max()) * 1.3) if points else (3e8, 1e10)
-    top = max(streams, float(points.streams.max()) if points else 1.0)
+    top = _most_streams(law, max(streams, float(points.streams.max()) if points else 1.0))
     size, count = np.meshgrid(np.geomspace(low, high, 120), np.geomspace(1, top, 120))
     loss = law.predict(size, count)
     drawn = axes.contourf(size, count, loss, levels=20, cmap="viridis_r")
@@ -79,6 +79,7 @@ def isoloss(law: ParallelScalingLaw, params: Sequence[float] = (5e8, 1e9, 2e9, 4
     With bootstrap draws, they have 90 % bands.
     """
     figure, (axes,) = _figure(1)
+    streams = _most_streams(law, streams)
     count = np.geomspace(1, streams, 100)
     for colour, size in zip(COLOURS, params, strict=False):
         axes.plot(
@@ -216,6 +217,11 @@ def _plain_numbers(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _most_streams(law: ParallelScalingLaw, wanted: float) -> float:
+    """As many streams as are wanted, or fewer where the law has k below 0 and says nothing of so many."""
+    return min(wanted, max(2.0, 0.9 * np.exp(-1 / law.k))) if law.k < 0 else wanted
 
 
 def _stream_axis(axes: Axes, top: float) -> None:

@@ -58,6 +58,11 @@ class Workload:
         return Pass(self.rows, self.cache_rows, prefixed, self.batch if self.streams > 1 else 0, self.batch)
 
     @property
+    def embedding_bits(self) -> float:
+        """Bits of the embedding and the output matrix, which keep 16 where the layers' matrices have fewer."""
+        return max(self.weight_bits, 16)
+
+    @property
     def of_prompt(self) -> list[tuple[Pass, int]]:
         """The passes over a prompt, each with its number of tokens per row."""
         if not self.shares:
@@ -110,7 +115,7 @@ def memory(shape: ModelShape, work: Workload) -> Split:
     )
     gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output, besides the residual stream
     return {
-        "weights": (shape.backbone_params + shape.embedding_params) * weight,
+        "weights": shape.backbone_params * weight + shape.embedding_params * work.embedding_bits / 8,
         "prefixes": shape.prefix_params(work.streams, work.kv) * number,
         "aggregator": shape.aggregator_params(work.streams) * number,
         "kv_cache": work.cache_rows * shape.kv_per_token * number * _kept_tokens(shape, length),
@@ -123,7 +128,7 @@ def seconds(shape: ModelShape, work: Workload, device: Hardware, overhead: float
     """Time by operation, of the prefill and of decoding, all in seconds.
 
     The prefill yields the first token, so there are `output_length - 1` decoding steps. overhead: additional seconds
-    for each layer of each step.
+    for each layer of each step, and of each pass over the prompt.
     """
     passes = [
         _price(_step(shape, work, each, tokens, np.full(1, work.input_length - tokens)), work, device)
@@ -136,9 +141,10 @@ def seconds(shape: ModelShape, work: Workload, device: Hardware, overhead: float
     total = {name: prefill[name] + decode.get(name, 0.0) for name in prefill}
     first, later = sum(prefill.values()), sum(decode.values())
     if overhead:
-        total["overhead"] = overhead * shape.layers * (1 + steps)
-        first += overhead * shape.layers
-        later += overhead * shape.layers * steps
+        once = overhead * shape.layers
+        total["overhead"] = once * (len(passes) + steps)
+        first += once * len(passes)
+        later += once * steps
     return total, first, later
 
 
@@ -194,7 +200,7 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
 def _embedding_and_head(shape: ModelShape, work: Workload, rows: Pass, n: float, once: Array) -> Operation:
     """The vectors of n tokens, and the logits of the rows that are predicted from."""
     number, logits = work.bits / 8, rows.predicted * shape.vocab
-    matrix = shape.vocab * shape.hidden * work.weight_bits / 8 if rows.predicted else 0
+    matrix = shape.vocab * shape.hidden * work.embedding_bits / 8 if rows.predicted else 0
     traffic = matrix + logits * number + 2 * n * shape.hidden * number
     return Operation("embedding_and_head", once * 2 * logits * shape.hidden, once * traffic)
 

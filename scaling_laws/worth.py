@@ -38,19 +38,20 @@ class Comparison:
         return float((getattr(self.dense, quantity) - base) / (getattr(self.streams, quantity) - base))
 
 
-def dense_equivalent(law: ParallelScalingLaw, config: Config, num_streams: int) -> ModelShape:
+def dense_equivalent(law: ParallelScalingLaw, config: Config, num_streams: int, *, kv: str = "own") -> ModelShape:
     """The plain model, of equal depth but wider, with the predicted loss of a model with streams.
 
     Args:
         law: the law for predictions.
         config: of the model that gets streams, as in `cost`.
         num_streams: P.
+        kv: as in `cost`; with `"shared"`, stream 0 has no prefix.
 
     Returns:
         The wider model's shape.
     """
     shape = config if isinstance(config, ModelShape) else read_shape(config)
-    return shape.scaled_to(law.equivalent_params(shape.params(num_streams), num_streams))
+    return shape.scaled_to(law.equivalent_params(shape.params(num_streams, kv), num_streams))
 
 
 def versus(
@@ -90,7 +91,7 @@ def versus(
     return Comparison(
         plain=cost(shape, num_streams=1, **work),
         streams=with_streams,
-        dense=cost(dense_equivalent(law, shape, num_streams), num_streams=1, **work),
+        dense=cost(dense_equivalent(law, shape, num_streams, kv=work.get("kv", "own")), num_streams=1, **work),
     )
 
 
@@ -103,7 +104,10 @@ def crossover(
     along: str = "batch_size",
     **workload: Any,
 ) -> int | None:
-    """The point from which streams cost more than the dense model of equal loss.
+    """The point from which on streams cost more than the dense model of equal loss.
+
+    They may cost more below some point too: of a mixture of experts, few rows load few experts, and P streams of one
+    token more of them.
 
     Args:
         law: as in `versus`.
@@ -114,7 +118,7 @@ def crossover(
         **workload: the other quantities, as in `versus`.
 
     Returns:
-        The smallest value of `along`; None if streams are still cheaper at 2^20.
+        The value of `along` from which on streams cost more, up to 2^20; None if they are cheaper there.
 
     Raises:
         ValueError: `quantity` or `along` is invalid, P = 1, or as in `cost`.
@@ -131,11 +135,11 @@ def crossover(
         options = workload | {along: value}
         return versus(law, shape, num_streams=num_streams, **options).ratio(quantity) > 1
 
-    high = 1
-    while not loses(high):
-        high *= 2
-        if high > LARGEST:
-            return None
+    if not loses(LARGEST):
+        return None
+    high = LARGEST
+    while high > 1 and loses(high // 2):
+        high //= 2
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

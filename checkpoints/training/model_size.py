@@ -24,7 +24,9 @@ _POSITIONS = 2048
 def read_size(text: str) -> float:
     """A number such as 1.6e9, 1600000000 or 1.6B; `ValueError` for other text."""
     letter = text[-1:].upper()
-    return float(text[:-1]) * SUFFIXES[letter] if letter in SUFFIXES else float(text)
+    if letter not in SUFFIXES:
+        return float(text)
+    return float(f"{float(text[:-1]) * SUFFIXES[letter]:.15g}")  # 4.1M is not 4099999.9999999995
 
 
 def checked_size(text: str) -> float:

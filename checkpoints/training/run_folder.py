@@ -36,6 +36,7 @@ from parscale.format.working import lock, remove_leftovers, working, working_fol
 
 RUN, METRICS, REPORT, MANIFEST = "run.json", "metrics.jsonl", "training.json", "manifest.json"
 CONTENTS = {"checkpoint_digest": "checkpoint", "data_digest": "data", "eval_digests": "eval_data"}
+READ_BY = {"data_digest": "streaming", "eval_digests": "eval_tokens"}  # what digests of the same contents depend on
 """What a run reads, by the setting that holds its digest; unknown digests are not compared."""
 _PARTS = {  # parts of a checkpoint and patterns of their file names; DeepSpeed's engine writes all of them
     "the weights": r".*\.safetensors|pytorch_model_fsdp.*|global_step.*",
@@ -106,11 +107,15 @@ class Run:
             raise ValueError(f"{path} is damaged ({error}); start in a new folder.") from error
         if not isinstance(before, dict):
             raise ValueError(f"{path} should hold a JSON object and is damaged; start in a new folder.")
-        changed = [
-            _change(key, before.get(key), settings.get(key))
+        differs = [
+            key
             for key in {**settings, **before}
             if _with_absolute_paths(settings.get(key)) != _with_absolute_paths(before.get(key))
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
+            and not (key in READ_BY.values() and key not in before)  # of a run before these were recorded
+        ]
+        changed = [
+            _change(key, before.get(key), settings.get(key)) for key in differs if READ_BY.get(key) not in differs
         ]
         if changed:
             raise ValueError(f"The run in {self.folder} was started with other settings: {'; '.join(changed)}.")

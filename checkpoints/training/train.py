@@ -435,6 +435,8 @@ def _described(
         "trains": settings.trains,
         "data": [_name(source) for source in settings.data],
         "text_column": settings.text_column,
+        "streaming": settings.streaming,
+        "eval_tokens": settings.eval_tokens,
         "eval_data": {name: _name(source) for name, source in settings.eval_data.items()},
         "tokens": steps * settings.batch_size * length,
         "steps": steps,

@@ -6,8 +6,9 @@
 
   const count = (value) => value.toLocaleString("en");
   const size = (params) => (params >= 1e9 ? `${(params / 1e9).toPrecision(3)}B` : `${(params / 1e6).toPrecision(3)}M`);
-  const seconds = (value) => (value < 1 ? `${(1000 * value).toPrecision(3)} ms` : `${value.toPrecision(3)} s`);
-  const gigabytes = (value) => `${value.toPrecision(3)} GB`;
+  const short = (value) => (value >= 999.5 ? count(Math.round(value)) : value.toPrecision(3));
+  const seconds = (value) => (value < 1 ? `${short(1000 * value)} ms` : `${short(value)} s`);
+  const gigabytes = (value) => `${short(value)} GB`;
 
   const choices = {
     model: figures.models.map((model) => model.name),

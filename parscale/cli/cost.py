@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,7 @@ import typer
 from parscale.cli.law import LAW_HELP, print_rows, read_law
 from parscale.cli.options import Json
 from parscale.cli.output import print_json, quiet_hub
+from parscale.config import KV, PREFIX_LENGTH
 from parscale.format.staging import require_writable, staged_file
 
 if TYPE_CHECKING:
@@ -41,7 +44,9 @@ def cost(
     kv: Annotated[
         list[str] | None,
         typer.Option(
-            help="'own', keys and values of each stream, 'shared', stream 0's for all, or both.", metavar="KV..."
+            help="'own', keys and values of each stream, 'shared', stream 0's for all, or both. Default: as the "
+            "checkpoint has them, or 'own'.",
+            metavar="KV...",
         ),
     ] = None,
     overhead: Annotated[
@@ -56,15 +61,20 @@ def cost(
     """Estimate memory and time of generation, and compare with the plain model of equal loss."""
     from parscale.scaling_laws import cost as count
     from parscale.scaling_laws import read_hardware, read_shape
+    from parscale.scaling_laws.configs import read_config
 
     if plot is not None:
         require_writable(plot)
     devices = read_hardware(hardware_file) if hardware_file is not None else {}
-    shape = read_shape(_config_file(config_or_checkpoint))
+    config, of_streams = _config_file(config_or_checkpoint)
+    shape = read_shape(config)
+    if of_streams:
+        shape = dataclasses.replace(shape, prefix_length=of_streams.get(PREFIX_LENGTH) or shape.prefix_length)
+    stored_kv = (of_streams or read_config(config)).get(KV, "own")
     work: dict[str, Any] = {"input_length": input_length, "output_length": output_length, "dtype": dtype}
     work |= {"hardware": devices.get(hardware, hardware), "method": method, "overhead": overhead}
     fitted = read_law(law)
-    kinds = list(dict.fromkeys(kv or ["own"]))
+    kinds = list(dict.fromkeys(kv or [stored_kv]))
     counted, rows = [], []
     for streams, kind, batch in itertools.product(dict.fromkeys(num_streams), kinds, dict.fromkeys(batch_size)):
         chosen = work | {"num_streams": streams, "batch_size": batch, "kv": kind}
@@ -154,8 +164,8 @@ def _sentence(found: dict[str, Any]) -> str:
     return f"P = {found['streams']}{kind}: {batches} than the model of equal loss; at batch 1, {lengths}."
 
 
-def _config_file(source: str) -> Path:
-    """The path of the `config.json` that a user names; for a streams-only folder, that of its backbone.
+def _config_file(source: str) -> tuple[Path, Mapping[str, Any]]:
+    """The `config.json` that a user names, or that of the backbone of streams alone with the fields of these.
 
     Raises:
         OSError: the file does not exist.
@@ -164,7 +174,7 @@ def _config_file(source: str) -> Path:
     from parscale.format.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
 
     if Path(source).exists() and not Path(source).is_dir():
-        return Path(source)
+        return Path(source), {}
     if re.search(r"\.json$", source):
         raise FileNotFoundError(
             f"There is no file {source}; give a config.json, a checkpoint's folder or its name on the Hub."
@@ -173,12 +183,13 @@ def _config_file(source: str) -> Path:
     checkpoint = Checkpoint(source)
     config = checkpoint.file(CONFIG)
     if config is not None:
-        return config
+        return config, {}
     if checkpoint.file(STREAMS_CONFIG) is None:
         raise FileNotFoundError(
             f"There is no {CONFIG} at {source}; give a config.json, a checkpoint's folder or its name on the Hub."
         )
-    backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    fields = checkpoint.read_json(STREAMS_CONFIG)
+    backbone = backbone_place(checkpoint, fields)
     if backbone is None:
         raise ValueError(f"{source} holds streams only and names no backbone; give the backbone's config.json.")
     config = Checkpoint(backbone).file(CONFIG)
@@ -186,4 +197,4 @@ def _config_file(source: str) -> Path:
         raise FileNotFoundError(
             f"The backbone {backbone} of {source} has no {CONFIG}; give the backbone's config.json."
         )
-    return config
+    return config, fields

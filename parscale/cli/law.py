@@ -125,7 +125,7 @@ def plot(
     points = None if law.lower().endswith(".json") else _runs(law)[0]
     fitted = read_law(law, bootstrap=bootstrap if kind == "isoloss" else 0, seed=seed)
     if kind == "isoloss":
-        figure = plots.isoloss(fitted)
+        figure = plots.isoloss(fitted) if points is None else plots.isoloss(fitted, _sizes_of(points))
     elif kind == "contours":
         figure = plots.contours(fitted, points)
     elif points is not None:
@@ -201,6 +201,12 @@ def _progress(runs: Sequence[Run]) -> Iterator[Report]:
         yield report
 
 
+def _sizes_of(points: Points) -> list[float]:
+    """Four sizes from the smallest to the largest of the runs."""
+    low, high = float(points.params.min()), float(points.params.max())
+    return [float(low * (high / low) ** (step / 3)) for step in range(4)]
+
+
 def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:
     """The runs that a user names, and their training tokens if requested."""
     from parscale.scaling_laws import data
@@ -262,6 +268,8 @@ def read_law(source: str, *, bootstrap: int = 0, seed: int = 0) -> ParallelScali
         contents = None
     if not isinstance(contents, dict):
         raise ValueError(f"{source} is not a law; give {wanted}")
+    if (form := contents.get("form", "log")) != "log":
+        raise ValueError(f"{source} holds a law of the form {form}, and this takes the form log alone; fit that one")
     try:
         return ParallelScalingLaw.from_dict(contents)
     except ValueError as error:

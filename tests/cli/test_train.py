@@ -6,6 +6,7 @@ import pytest
 
 from parscale import load
 from parscale.cli.application import BAD_INPUT, INTERRUPTED, run
+from parscale.cli.options import count
 
 SIZES = ["--tokens", "0.192K", "--sequence-length", "16", "--batch-size", "4", "--eval-tokens", "64"]
 
@@ -80,3 +81,9 @@ def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, monkey
     assert "checkpoint-1; --resume continues from there" in capsys.readouterr().err
     monkeypatch.undo()
     assert run([*arguments, "--resume"]) == 0
+
+
+def test_a_count_with_a_letter_is_the_whole_number_that_it_says():
+    """4.1 times a million is a little less, in binary."""
+    for letter, thousands in (("K", 1), ("M", 1000), ("B", 10**6)):
+        assert all(count(f"{n / 10}{letter}") == n * 100 * thousands for n in range(1, 1000))

@@ -51,6 +51,26 @@ def test_the_crossover_is_where_the_ratio_passes_one(quantity, along):
     assert versus(LAW, MODEL, num_streams=4, **{along: at}).ratio(quantity) > 1
 
 
+EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+MIXTURE = MODEL | EXPERTS | {"model_type": "qwen3_moe"}
+
+
+@pytest.mark.parametrize(("shape", "along"), [(MIXTURE, "batch_size"), (MODEL, "output_length")])
+def test_streams_that_lose_at_one_may_win_before_they_lose_for_good(shape, along):
+    """A mixture's few rows load few experts, and P streams of one token more of them; one token is a prefill alone."""
+    ratios = {
+        value: versus(LAW, shape, num_streams=4, **{along: value}).ratio("seconds")
+        for value in (2**power for power in range(21))
+    }
+    at = crossover(LAW, shape, num_streams=4, along=along)
+    assert ratios[1] > 1 > min(ratios.values())
+    if at is None:
+        assert ratios[2**20] <= 1
+    else:
+        assert all(ratio > 1 for value, ratio in ratios.items() if value >= at)
+        assert versus(LAW, shape, num_streams=4, **{along: at - 1}).ratio("seconds") <= 1
+
+
 def test_no_crossover_is_said_so():
     """Nobody needs more streams if they are free: k so large that no batch makes the dense model cheaper."""
     free = ParallelScalingLaw(E=0.7, A=1e7, alpha=0.2, k=20)
@@ -112,6 +132,14 @@ def test_the_frontier_has_each_number_of_streams_once():
     plans = frontier(LAW, MODEL, memory_bytes=4e9, streams=(1, 2, 4))
     assert [plan.streams for plan in plans] == [1, 2, 4]
     assert min(plan.loss for plan in plans) == optimal(LAW, MODEL, memory_bytes=4e9, streams=(1, 2, 4)).loss
+
+
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_parameters_are_those_of_what_is_planned(kv):
+    (plan,) = frontier(LAW, MODEL, memory_bytes=8e9, streams=(4,), kv=kv)
+    assert plan.params == cost(plan.shape, num_streams=4, batch_size=1, input_length=8, output_length=8, kv=kv).params
+    dense = dense_equivalent(LAW, plan.shape, 4, kv=kv)
+    assert LAW.predict(dense.params(1), 1) == pytest.approx(plan.loss, rel=1e-9)
 
 
 def test_impossible_budgets_are_refused_by_name():

@@ -1,5 +1,6 @@
 """Intervals: right coverage on data from known laws, and agreement with a profile computed by other means."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_intervals_cover():
         result = fit_form("log", *points, bootstrap=100, seed=seed)
         for kind, intervals in (("bootstrap", result.intervals), ("profile", result.profile_intervals())):
             hits[kind].append([low <= getattr(TRUTH, name) <= high for name, (low, high) in intervals.items()])
-        law = ParallelScalingLaw(**result.values, draws=result.draws)
+        law = ParallelScalingLaw(**result.values, draws=result.draws, freedom=result.optimum.freedom)
         low, high = law.predict_interval(1e10, 16)  # a model beyond the largest run
         hits["bootstrap"][-1].append(low <= TRUTH.predict(1e10, 16) <= high)
     shares = {kind: np.mean(rows, axis=0) for kind, rows in hits.items()}
@@ -139,3 +140,14 @@ def test_corrected_percentiles_of_symmetric_draws_are_plain_ones():
     low, high = corrected_percentiles(draws, np.full(1, 0.5), 0.9)  # most draws lie below the estimate: both ends rise
     assert low[0] > -0.5
     assert high[0] > 0.98
+
+
+def test_the_interval_of_a_prediction_widens_with_few_runs():
+    """By Student's t with the runs' degrees of freedom, in place of the normal distribution."""
+    points = [np.concatenate([values[:3], values[-3:]]) for values in noisy(2e-3, 3)]
+    law = fit(*points, bootstrap=400)
+    assert law.freedom == 2
+    as_of_many = dataclasses.replace(law, freedom=10**6)
+    widths = [np.subtract(*each.predict_interval(1e9, 2)) for each in (law, as_of_many)]
+    assert widths[0] < 1.3 * widths[1] < 0  # low less high
+    assert fit(*points).freedom is None

@@ -1,13 +1,24 @@
 """`parscale law` and `parscale cost`."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from parscale.checkpoints import small_model_path
 from parscale.cli.application import run
-from parscale.scaling_laws import cost, fit, published, published_models, read_points, sweep
+from parscale.scaling_laws import (
+    ParallelScalingLaw,
+    cost,
+    fit,
+    published,
+    published_models,
+    read_points,
+    read_shape,
+    sweep,
+)
 from parscale.scaling_laws.corpus import Corpus
 
 
@@ -182,3 +193,42 @@ def test_bad_input_is_one_line(arguments, complaint, config_json, tmp_path, monk
     assert printed.err.count("\n") == 1
     assert complaint in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.csv", "config.json", "one.csv"]
+
+
+@pytest.mark.parametrize("kind", ["full", "streams only", "config.json"])
+def test_cost_counts_the_streams_that_a_checkpoint_has(kind, tmp_path, capsys):
+    """Its kind of keys and its prefixes' length, where nothing else is given."""
+    folder = tmp_path / "streams"
+    backbone = str(small_model_path())
+    options = ["--kv", "shared", "--prefix-length", "16", "--init", "random"]
+    options += ["--streams-only"] * (kind == "streams only")
+    assert run(["convert", backbone, str(folder), "--num-streams", "4", *options]) == 0
+    capsys.readouterr()
+    place = folder / "config.json" if kind == "config.json" else folder
+    work = {"batch_size": 2, "input_length": 2000}
+    arguments = ["cost", str(place), "--num-streams", "4", "--batch-size", "2", "--input-length", "2000", "--json"]
+    for given, kv in (([], "shared"), (["--kv", "own"], "own")):
+        assert run([*arguments, *given]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["costs"]
+        shape = dataclasses.replace(read_shape(backbone), prefix_length=16)
+        expected = cost(shape, num_streams=4, output_length=256, kv=kv, **work)
+        assert row["memory"] == pytest.approx(expected.memory)
+
+
+@pytest.mark.parametrize("form", ["rho", "power", "dense"])
+def test_a_law_of_another_form_is_not_predicted_from(form, runs_csv, tmp_path, capsys):
+    assert run(["law", "fit", str(runs_csv), "--form", form, "--json", "--bootstrap", "0"]) == 0
+    (tmp_path / "law.json").write_text(capsys.readouterr().out)
+    assert run(["law", "predict", str(tmp_path / "law.json"), "--params", "1e9", "--streams", "2"]) == 2
+    assert f"holds a law of the form {form}, and this takes the form log alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["contours", "isoloss", "measured"])
+def test_runs_in_which_streams_lose_are_drawn(kind, tmp_path):
+    """With k below 0 there are numbers of streams of which the law says nothing."""
+    law = ParallelScalingLaw(E=0.3, A=2e5, alpha=0.3, k=-0.4)
+    rows = [(n, p, law.predict(n, p)) for n in (1e5, 2e5, 4e5, 8e5) for p in (1, 2, 4)]
+    path = tmp_path / "runs.csv"
+    path.write_text("params,streams,loss\n" + "".join(f"{n:.0f},{p},{loss}\n" for n, p, loss in rows))
+    assert run(["law", "plot", str(path), str(tmp_path / "law.png"), "--kind", kind, "--bootstrap", "20"]) == 0
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,15 @@ from cost_by_hand import BYTES_ONLY, FLOPS_ONLY, LAYER, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parscale.scaling_laws import Hardware, cost, known_hardware, published_models, read_hardware, read_shape
+from parscale.scaling_laws import (
+    Hardware,
+    cost,
+    known_hardware,
+    published_models,
+    read_hardware,
+    read_shape,
+    training_memory,
+)
 
 MODEL = published_models()["1.6B"]
 WORK = {"num_streams": 1, "batch_size": 1, "input_length": 256, "output_length": 256}
@@ -105,9 +113,27 @@ def test_only_the_experts_that_are_met_are_read():
 
 def test_quantised_weights_shrink_and_the_cache_does_not():
     sixteen, eight, four = (cost(MODEL, **WORK, dtype=dtype) for dtype in ("bfloat16", "int8", "int4"))
-    assert eight.memory["weights"] == sixteen.memory["weights"] / 2
+    embedding = 151_936 * 1536 * 2  # bytes; it keeps 16 bits, as the output matrix, which is the same
+    assert eight.memory["weights"] - embedding == (sixteen.memory["weights"] - embedding) / 2
     assert four.memory["weights"] < eight.memory["weights"]
     assert four.memory["kv_cache"] == sixteen.memory["kv_cache"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_weights_are_those_that_training_memory_counts(dtype):
+    """Those of a frozen backbone, and of streams in 32 bits that train; norms, which one of both quantizes, are few."""
+    memory = training_memory(MODEL, num_streams=4, batch_size=1, sequence_length=8, frozen_dtype=dtype)
+    streams = 4 * (cost(MODEL, **WORK | {"num_streams": 4}).params - cost(MODEL, **WORK).params)
+    assert memory.memory["weights"] - streams == pytest.approx(
+        cost(MODEL, **WORK, dtype=dtype).memory["weights"], rel=1e-3
+    )
+
+
+def test_a_shared_prompt_is_two_passes_to_the_overhead():
+    work = WORK | {"num_streams": 4, "kv": "shared"}
+    ideal, real = cost(MODEL, **work), cost(MODEL, **work, overhead=1e-4)
+    assert real.prefill_seconds - ideal.prefill_seconds == pytest.approx(2 * 36 * 1e-4)
+    assert real.seconds - ideal.seconds == pytest.approx(257 * 36 * 1e-4)
 
 
 def test_overhead_is_added_for_each_layer_and_step():

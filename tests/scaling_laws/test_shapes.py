@@ -82,6 +82,48 @@ def test_windows_layers_and_nested_configurations_are_read():
     assert read_shape(unused).window_layers == 0
 
 
+def without_kinds(kind, **sizes):
+    """A family's default configuration, as transformers reads it, and a file of older code that names no layers."""
+    config = AutoConfig.for_model(kind, **sizes)
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return config, {name: value for name, value in fields.items() if name != "layer_types"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+        ("gemma3_text", {"sliding_window_pattern": 3}),
+        ("cohere2", {"sliding_window_pattern": 4}),
+        ("cohere2", {}),
+        ("mistral", {}),
+        ("qwen3_next", {"full_attention_interval": 4}),
+    ],
+)
+def test_kinds_of_layers_are_found_as_transformers_does(kind, field):
+    _, fields = without_kinds(kind)
+    fields |= field
+    again = AutoConfig.for_model(kind, **{name: value for name, value in fields.items() if name != "model_type"})
+    kinds = getattr(again, "layer_types", None) or ["sliding_attention"] * again.num_hidden_layers
+    shape = read_shape(fields)
+    assert shape.attention_layers == sum("linear" not in each for each in kinds)
+    assert shape.window_layers == sum("sliding" in each for each in kinds)
+
+
+def test_a_pattern_of_letters_repeats():
+    fields = published_models()["0.5B"] | {"num_hidden_layers": 10, "sliding_window": 512}
+    assert read_shape(fields | {"sliding_window_pattern": "LLLG"}).window_layers == 8
+
+
+def test_layers_and_experts_of_jamba_are_found_by_their_periods():
+    config, fields = without_kinds("jamba")
+    kinds, experts = config.layers_block_type, config.layers_num_experts
+    shape = read_shape(fields)
+    assert shape.attention_layers == sum(kind == "attention" for kind in kinds) < shape.layers
+    assert shape.sparse_layers == sum(count > 1 for count in experts) < shape.layers
+
+
 def test_scaling_reaches_the_size_that_is_asked_for():
     shape = read_shape(published_models()["1.6B"])
     assert shape.scaled_to(3e9).backbone_params == pytest.approx(3e9, rel=1e-9)

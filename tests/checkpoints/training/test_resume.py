@@ -318,6 +318,8 @@ def test_nothing_to_go_on_with_and_nothing_left_to_do(checkpoint, options, whole
         ({"learning_rate": 1e-3}, r"learning_rate was 0.01 and is 0.001"),
         ({"tokens": 2 * STEPS * 4 * 32}, r"tokens was 768 and is 1536; steps was 6 and is 12"),
         ({"seed": 1}, "seed was 0 and is 1"),
+        ({"streaming": True}, "streaming was False and is True[.]$"),
+        ({"eval_tokens": 5}, "eval_tokens was [0-9]+ and is 5[.]$"),
     ],
 )
 def test_other_settings_are_refused(stopped, checkpoint, options, changed, said):
