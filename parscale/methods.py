@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.transformers import keeping_columns, own_reorder_cache
@@ -236,7 +236,7 @@ def _whole_attention_weights(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
     """In this block, assisted decoding keeps the columns of prefix or prompt, if attention weights are wanted."""
-    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    given = next((each for each in (*args, *kwargs.values()) if isinstance(each, GenerationConfig)), None)
     config, streams = given or model.generation_config, model.parscale.active
     wanted = kwargs.get("output_attentions", config.output_attentions)
     if not wanted or model.num_streams == 1 or streams.config.transform == LORA:

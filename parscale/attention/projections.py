@@ -13,6 +13,7 @@ Shapes: R rows that run, B for each of the running streams; S tokens.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -107,8 +108,11 @@ def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module
 
 def _are_not_read(state: ParScaleState, streams: StreamSet, modules: Iterable[nn.Module]) -> bool:
     """Whether noise on the rows of streams 1 to P - 1 changes nothing."""
+    own = threading.get_ident()
 
     def disturb(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if threading.get_ident() != own:  # a pass of another thread, whose results somebody wants
+            return output
         first = output[: output.shape[0] // streams.num_streams]
         return torch.cat([first, torch.randn_like(output[len(first) :]) * NOISE])
 

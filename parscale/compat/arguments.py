@@ -97,6 +97,7 @@ TOKENS = (
     "ple_input_ids",
     "per_layer_inputs",
 )
+UNREAD = {"WhisperEncoder": ("attention_mask",)}  # by class: accepted, and of any number of rows, since unused
 SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); a prompt sees none
 
 # -- PEFT: arguments that it passes to its layers

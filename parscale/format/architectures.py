@@ -131,7 +131,7 @@ def class_in_checkpoints(model: PreTrainedModel) -> tuple[str, dict[str, str]]:
     name = cls.__name__.removeprefix("FSDP")
     cls = next((base for base in cls.__mro__ if base.__name__ == name), cls)
     autos = readers(cls, config)
-    if "AutoModelForCausalLM" in autos or not autos:
+    if "AutoModelForCausalLM" in autos or (not autos and class_named(name) is not cls):
         return causal_lm_in_checkpoints(name), {"AutoModelForCausalLM": CAUSAL_LM}
     return _with_infix(name), dict.fromkeys(autos, READER)
 

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from parscale.compat.transformers import has_adapter
-from parscale.config import NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
+from parscale.config import FIELDS, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
 from parscale.distributed.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
 from parscale.format.architectures import class_in_checkpoints
@@ -193,9 +193,9 @@ def _mark(path: Path, model: Any) -> None:
     state: ParScaleState = model.parscale
     config = read_json(path)
     streams = state.active.config if state.active is not None else ParScaleConfig(num_streams=1)
+    for field in (*FIELDS, SET_NAME, SETS):  # of the set that the model's configuration records, which may be another
+        config.pop(field, None)
     config |= streams.to_fields()
-    config.pop(SET_NAME, None)
-    config.pop(SETS, None)
     name = None if state.active is None else state.active.name
     if name != DEFAULT:
         config[SET_NAME] = name

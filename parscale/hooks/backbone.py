@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
+from transformers.utils.generic import ModelOutput
 
 from parscale.attention.caches import fit_rows, is_empty
 from parscale.compat.arguments import NOISE, given_cache
@@ -127,8 +129,10 @@ class BackboneHooks:
         streams = call.in_flight
         if call.passes is not None:
             output = after_pass(self.state, module, output)
+        _mark_cache(output, streams)
         if streams is None:
             return output
+        ends = {name for name, states in _named(output) if _ends_with(states, output[0])}
         unpooled, output = output[0], streams.transform.after(output)
         if getattr(output, "router_logits", None):
             output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
@@ -142,24 +146,25 @@ class BackboneHooks:
         call.pooled = None
         with_mixed = functools.partial(self._with_mixed, streams, last, mixed)
         if isinstance(output, tuple):
-            return (mixed, *map(with_mixed, output[1:]))
+            return (mixed, *(with_mixed(states, place in ends) for place, states in _named(output) if place))
         output.last_hidden_state = mixed
         for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram", "mask", "ids_restore"):
             if getattr(output, name, None) is not None:
-                output[name] = with_mixed(output[name])
+                output[name] = with_mixed(output[name], name in ends)
         return output
 
-    def _with_mixed(self, streams: StreamSet, last: torch.Tensor, mixed: torch.Tensor, states: Any) -> Any:
+    def _with_mixed(self, streams: StreamSet, last: torch.Tensor, mixed: torch.Tensor, states: Any, ends: bool) -> Any:
         """One output of the backbone, with the streams mixed.
 
         Args:
             streams: the set that ran.
             last: the final hidden states `(P*B, S, H)`.
             mixed: the mixed states `(B, S, H)`.
-            states: the output. A tuple of hidden states gets the mixed states as its last entry, unless the last entry
-                is not the final hidden state.
+            states: the output.
+            ends: whether it is a tuple of hidden states that ends with the final one, which the mixed states replace;
+                others end with the state before the final normalization (ViT), which stays by stream.
         """
-        if isinstance(states, tuple) and states and getattr(states[-1], "shape", None) == last.shape:
+        if ends:
             return (*states[:-1], mixed)
         shape: tuple[int, ...] = getattr(states, "shape", ())
         if NOISE in self.state.positional[self.state.call.part] and len(shape) == 2:  # of patches, one for all streams
@@ -224,6 +229,28 @@ def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[
     the pieces as more layers and counts the real tokens of all streams.
     """
     return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
+
+
+def _named(output: Any) -> list[tuple[Any, Any]]:
+    """The parts of an output, by their places in a tuple or by their names; none of a single tensor."""
+    if isinstance(output, tuple):
+        return [*enumerate(output)]
+    return [*output.items()] if isinstance(output, ModelOutput) else []
+
+
+def _ends_with(states: Any, last: torch.Tensor) -> bool:
+    return isinstance(states, tuple) and bool(states) and states[-1] is last
+
+
+def _mark_cache(output: Any, streams: StreamSet | None) -> None:
+    """Marks a cache that the model made itself with the set that filled it."""
+    for _, part in _named(output):
+        if isinstance(part, Cache) and not hasattr(part, "parscale_streams"):
+            _mark(part, streams)
+
+
+def _mark(cache: Any, streams: StreamSet | None) -> None:
+    cache.parscale_streams = None if streams is None or streams.shares_keys else streams.name
 
 
 def _check_cache(cache: Any, streams: StreamSet | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from parscale.compat.arguments import ENCODED, INPUTS, PACKED, POSITIONS, WHOLE
+from parscale.compat.arguments import ENCODED, INPUTS, PACKED, POSITIONS, UNREAD, WHOLE
 from parscale.hooks.encoded import EncodedRows, rows_of_streams
 
 
@@ -67,7 +67,7 @@ def _copied(part: object, name: str, streams: str, P: int, B: int, value: Any) -
     """An argument that is no container, as in `copy_rows`."""
     if isinstance(value, EncodedRows):
         return rows_of_streams(part, name, value, streams, P, B)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in UNREAD.get(type(part).__name__, ()):
         return value
     if name in PACKED:
         return torch.cat([value] * P)

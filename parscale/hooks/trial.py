@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,8 +105,11 @@ def _output(model: nn.Module, arguments: dict[str, Any]) -> Any:
 
 def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
     """The model's output with noise added to the mixed states: every output that depends on them changes."""
+    own = threading.get_ident()
 
     def disturb(module: object, args: object, output: Any) -> Any:
+        if threading.get_ident() != own:  # a pass of another thread, whose results somebody wants
+            return output
         if isinstance(output, tuple):
             return (output[0] + torch.randn_like(output[0]), *output[1:])
         for name in ("last_hidden_state", "pooler_output"):

@@ -86,6 +86,8 @@ class TwoPassHooks:
             return "this one has labels: compute the loss from the logits"
         if call.one_batch or not call.aggregating:
             return "this one needs all streams in one batch"
+        if call.adaptive is not None and self._wants_more(arguments):
+            return "this one asks for hidden states, attentions or router logits"
         return None
 
     def _wants_more(self, arguments: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ is 1, which leaves no room for a text, `documents` equals `context`.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,13 +85,10 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     plain = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=T, min_new_tokens=T, pad_token_id=0, eos_token_id=None
     )
-    own = model.generation_config  # its settings (beams, stop strings, ...) are meant for the user's texts
-    try:
-        model.generation_config = plain
-        with backbone_only(state):
-            return model.generate(start, attention_mask=torch.ones_like(start))[:, -T:]
-    finally:
-        model.generation_config = own
+    sampler = copy.copy(model)  # the model's own settings are for users' texts, and other threads generate by them
+    sampler.generation_config = plain
+    with backbone_only(state):
+        return type(model).generate(sampler, start, attention_mask=torch.ones_like(start))[:, -T:]
 
 
 def _end_of_text(model: Any) -> int | None:

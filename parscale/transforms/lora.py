@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
     """
     found: dict[int, Linear] = {}
     probes: dict[int, torch.Tensor] = {}
-    paths = {id(module): path for path, module in state.model.named_modules()}
+    paths = {id(module): path.replace(".base_layer", "") for path, module in state.model.named_modules()}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         x = args[0] if args else None
@@ -112,10 +112,11 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
     modules = {id(module): module for part in state.parts for module in inner_modules(part)}
     poolers = [pooler for part in state.mixed if isinstance(pooler := getattr(part, "pooler", None), nn.Module)]
     mixed = {id(module) for pooler in poolers for module in pooler.modules()}  # these see the mixed states
+    apart = mixed | _of_adapters(modules.values())
     linears = [
         module
         for i, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and i not in mixed and not _EXPERT.search(paths[i])
+        if isinstance(module, nn.Linear | Conv1D) and i not in apart and not _EXPERT.search(paths[i])
     ]
     hooks = [module.register_forward_hook(record) for module in linears]
     try:
@@ -139,6 +140,16 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
             f"transform='lora' ({error}): use another one."
         ) from error
     return [layer for layer, gradient in zip(found.values(), gradients, strict=True) if gradient is not None]
+
+
+def _of_adapters(modules: Iterable[nn.Module]) -> set[int]:
+    """The modules that PEFT's layers have besides the layer that they stand on; they go when the adapter does."""
+    found: set[int] = set()
+    for module in modules:
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module):
+            found |= {id(inner) for inner in module.modules()} - {id(inner) for inner in base.modules()}
+    return found
 
 
 @contextlib.contextmanager

@@ -436,3 +436,58 @@ def replaced(module, output, hidden):
     if output.get("pooler_output") is not None:
         output.pooler_output = module.pooler(hidden)
     return output
+
+
+def vision(kind, **changes):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **PICTURES, **changes)
+    return transformers.AutoModel.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "bert"])
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_all_hidden_states_are_the_plain_ones_where_streams_change_nothing(kind, as_dict):
+    """The last one is the final state, or that before the final normalization; low-rank streams start at zero."""
+    inputs = {"input_ids": torch.arange(3, 13).view(2, 5)} if kind == "bert" else pictures()
+    plain, model = vision(kind), parscale.wrap(vision(kind), 2, transform="lora", rank=2, seed=0)
+    with torch.no_grad():
+        expected = plain(**inputs, output_hidden_states=True).hidden_states
+        output = model(**inputs, output_hidden_states=True, return_dict=as_dict)
+    found = output.hidden_states if as_dict else next(each for each in output if isinstance(each, tuple))
+    assert len(found) == len(expected)
+    for states, plain_states in zip(found, expected, strict=True):
+        assert len(states) in (len(plain_states), 2 * len(plain_states))  # by stream, or mixed
+        torch.testing.assert_close(states[: len(plain_states)], plain_states, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"])
+def test_a_class_that_no_auto_class_reads_comes_back(name, tmp_path):
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    sizes = PICTURES | {"projection_dim": 16, "num_key_value_heads": 4}
+    model = parscale.wrap(cls(cls.config_class(**sizes)).eval(), 2, prefix_length=3, init="random", seed=0)
+    model.save_pretrained(tmp_path)
+    again = parscale.load(tmp_path)
+    assert type(again) is cls
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
+
+
+def test_long_recordings_are_transcribed_in_pieces():
+    """Of which one has more than another, so that fewer rows go on, with a mask of all."""
+
+    def make():
+        torch.manual_seed(0)
+        config = transformers.WhisperConfig(**WHISPER)
+        model = transformers.WhisperForConditionalGeneration(config).eval()
+        model.generation_config.no_timestamps_token_id = 80
+        return model
+
+    length = 4 * WHISPER["max_source_positions"]
+    sound = {"input_features": noise(2, 8, length), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+    sound["attention_mask"][1, length // 3 :] = 0
+    options = {"return_timestamps": True, "max_new_tokens": 5, "do_sample": False}
+    expected = make().generate(**sound, **options)
+    model = parscale.wrap(make(), 2, transform="lora", rank=2, seed=0)  # streams that change nothing
+    assert torch.equal(model.generate(**sound, **options), expected)

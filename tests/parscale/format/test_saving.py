@@ -295,3 +295,25 @@ def test_streams_beside_a_full_checkpoint(wrapped, tmp_path):
     wrapped.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another folder"):
         wrapped.save_streams(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("default", "other"),
+    [
+        ({"transform": "lora", "rank": 2}, {"prefix_length": 4, "init": "random"}),
+        ({"prefix_length": 4, "init": "random", "kv": "shared"}, {"prefix_length": 3, "init": "random"}),
+        ({"prefix_length": 4, "init": "random"}, {"transform": "lora", "rank": 2}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_the_set_of_a_block_is_saved_as_it_is(family, default, other, tmp_path):
+    """Nothing that the configuration records of the set outside of the block comes along."""
+    model = wrap(family.plain(), 2, seed=0, **default)
+    model.add_streams("other", 3, seed=1, **other)
+    with model.use_streams("other"):
+        expected = exact_logits_of(model)
+        model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.num_streams == 3
+    assert loaded.parscale.active.config == model.parscale.sets["other"].config
+    assert torch.equal(exact_logits_of(loaded), expected)

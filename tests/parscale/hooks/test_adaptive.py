@@ -176,3 +176,9 @@ def test_gradients_and_labels_are_refused(llama, zoo):
         with pytest.raises(ValueError, match="has labels"), torch.no_grad():
             llama(ids, labels=ids)
     llama(ids, labels=ids).loss.backward()  # outside of it as ever
+
+
+@pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
+def test_states_of_other_streams_than_the_logits_are_refused(llama, zoo, wanted):
+    with pytest.raises(ValueError, match="asks for hidden states, attentions or router logits"):
+        llama.generate(zoo.token_ids(), adaptive=1.0, max_new_tokens=2, return_dict_in_generate=True, **{wanted: True})

@@ -266,3 +266,11 @@ def test_an_image_encoder_before_a_language_model_with_a_head(zoo):
     assert found.shape == expected.shape
     rows = [model(**{name: value[row : row + 1] for name, value in arguments.items()}).logits for row in (0, 1)]
     zoo.close(torch.cat(rows), found, 2e-5)
+
+
+def test_inputs_of_generate_by_their_places():
+    """The second argument of these models is token ids, where it is elsewhere the generation's configuration."""
+    arguments, model = with_image(), parscale.wrap(blip2_opt(), 2, prefix_length=2, init="random", seed=0)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**arguments, **options)
+    assert torch.equal(model.generate(arguments["pixel_values"], arguments["input_ids"], **options), expected)

@@ -447,3 +447,33 @@ def test_what_some_streams_cannot_have(make):
     with pytest.raises(ValueError, match="use_dora=True with transform='lora'"):
         model.add_streams("low-rank", 2, transform="lora")
     assert [name for name, _ in tuned.named_parameters()] == names
+
+
+@pytest.mark.parametrize("how", ["PeftModel", "add_adapter"])
+def test_low_rank_streams_made_after_an_adapter_stand_on_the_backbone(make, zoo, tmp_path, how):
+    """Not on the adapter's own matrices, which go when it is merged."""
+    model, ids = make(), zoo.token_ids()
+    if how == "PeftModel":
+        adapter = peft.get_peft_model(model, lora(init_lora_weights=False))
+    else:
+        model.add_adapter(lora(init_lora_weights=False))
+    model.add_streams("low", 2, transform="lora", rank=2, seed=0)
+    model.set_streams("low")
+    names = list(model.parscale.tensors(model.parscale.active))
+    assert not any("lora_" in name or "base_layer" in name for name in names)
+    plain = make()
+    plain.add_streams("low", 2, transform="lora", rank=2, seed=0)
+    plain.set_streams("low")
+    assert names == list(plain.parscale.tensors(plain.parscale.active))
+    with torch.no_grad():
+        for name, tensor in model.parscale.tensors(model.parscale.active).items():
+            if name.endswith("stream_up"):
+                tensor.normal_(0, 0.1)
+    model.save_streams(tmp_path / "streams")
+    assert parscale.load(tmp_path / "streams", backbone=zoo.FAMILIES["llama"].build("sdpa")).num_streams == 2
+    if how == "PeftModel":
+        expected = logits_of(model, ids)
+        merged = adapter.merge_and_unload()
+        zoo.close(logits_of(merged, ids), expected, 2e-5)
+        merged.save_pretrained(tmp_path / "merged")
+        zoo.close(logits_of(parscale.load(tmp_path / "merged"), ids), expected, 2e-5)

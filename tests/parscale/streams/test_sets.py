@@ -178,6 +178,17 @@ def test_a_cache_belongs_to_the_set_that_filled_it(model, family, zoo):
         logits_of(model, ids[:, 5:], cache=cache)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"], indirect=True)
+def test_so_does_a_cache_that_the_model_made_itself(model, family, zoo):
+    ids = zoo.token_ids()
+    with torch.no_grad():
+        made = model(ids[:, :5], use_cache=True).past_key_values
+        full = model(ids).logits
+        with model.use_streams("two"), pytest.raises(ValueError, match=r"filled with streams 'default', but 'two'"):
+            model(ids[:, 5:], past_key_values=made)
+        zoo.close(model(ids[:, 5:], past_key_values=made).logits, full[:, 5:], TOLERANCE)
+
+
 # -- reports
 
 

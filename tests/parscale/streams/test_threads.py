@@ -285,3 +285,49 @@ def test_blocks_that_overlap_leave_what_trains_as_it_was(at_once):
     assert not any(afterwards)
     assert trains(model, "default") == before
     assert not frozen.requires_grad
+
+
+@pytest.mark.parametrize("init", ["random", "documents"])
+def test_a_set_that_is_made_meanwhile_changes_nothing(init):
+    """It runs the model with noise, and samples texts by settings of its own; here it waits in the middle of each."""
+    model, reached, go_on = make(), threading.Event(), threading.Event()
+    expected = model(IDS).logits
+    greedy = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    maker = threading.Thread(target=model.add_streams, args=("new", 2), kwargs={"prefix_length": 6, "init": init})
+
+    def wait(module, args, output):
+        if threading.current_thread() is maker and not reached.is_set():
+            reached.set()
+            go_on.wait(timeout=60)
+
+    hook = model.model.layers[0].register_forward_hook(wait)
+    maker.start()
+    assert reached.wait(timeout=60)
+    try:
+        assert torch.equal(model(IDS).logits, expected)
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), greedy)
+    finally:
+        go_on.set()
+        maker.join()
+        hook.remove()
+    assert "new" in model.parscale.sets
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_noise_of_a_trial_is_for_its_own_thread():
+    """While a set is made, each pass of another thread gives what it gives alone, by the reference kernels."""
+    model, wrong, done = make(), [], threading.Event()
+    expected = model(IDS).logits
+
+    def call():
+        while not done.is_set():
+            if (model(IDS).logits - expected).abs().max() > 2e-5:
+                wrong.append(1)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    for number in range(3):
+        model.add_streams(f"new{number}", 2, prefix_length=3, init="random")
+    done.set()
+    caller.join()
+    assert not wrong
