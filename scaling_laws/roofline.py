@@ -131,7 +131,7 @@ def seconds(shape: ModelShape, work: Workload, device: Hardware, overhead: float
     for each layer of each step, and of each pass over the prompt.
     """
     passes = [
-        _price(_step(shape, work, each, tokens, np.full(1, work.input_length - tokens)), work, device)
+        _price(_step(shape, work, each, tokens, np.full(1, float(work.input_length - tokens))), work, device)
         for each, tokens in work.of_prompt
     ]
     prefill = {name: sum(found.get(name, 0.0) for found in passes) for name in passes[-1]}

@@ -237,3 +237,11 @@ def test_efficiencies_are_shares():
 
 def test_a_shape_serves_as_a_configuration():
     assert cost(read_shape(MODEL), **WORK) == cost(MODEL, **WORK)
+
+
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_the_largest_batches_are_counted_as_others_are(kv):
+    """In proportion, once weights do not count; a sum of whole numbers with 64 bits would have gone over."""
+    work = {"num_streams": 8, "input_length": 32_768, "output_length": 2, "kv": kv, "hardware": "h100"}
+    small, large = (cost(MODEL, batch_size=batch, **work).seconds / batch for batch in (2**12, 2**20))
+    assert large == pytest.approx(small, rel=1e-2)
