@@ -285,25 +285,30 @@ def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adapt
         yield adaptive
 
 
-def reorder_cache(model: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+def reorder_cache(model: Any, writer: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
     """Reorders the cache's rows with the beams, in every stream (`generate` counts B rows, the cache has P*B).
 
     Args:
+        writer: the model that generates: this one, or one inside it.
         past_key_values: the cache.
         beam_idx: `(B,)`, the row that each row continues.
     """
     active, B = model.parscale.active, beam_idx.shape[0]
     P = 1 if active is None else active.cache_copies
     rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
-    own = own_reorder_cache(type(model))
+    own = own_reorder_cache(type(writer))
     if own is not None:
         return own(past_key_values, rows)
     past_key_values.reorder_cache(rows)
     return past_key_values
 
 
-def static_cache_init_shape(model: object) -> None:
-    """Makes `generate` let a static cache take its number of rows from the first keys: P*B, not B."""
+def static_cache_init_shape(model: object, writer: object) -> None:
+    """Makes `generate` let a static cache take its number of rows from the first keys: P*B, not B.
+
+    Args:
+        writer: as in `reorder_cache`.
+    """
 
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:

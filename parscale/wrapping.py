@@ -43,9 +43,11 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "save_pretrained": methods.save_pretrained,
     "save_streams": methods.save_streams,
     "load_streams": methods.load_streams,
+    "init_continuous_batching": methods.init_continuous_batching,
+}
+WRITER_MEMBERS: dict[str, Callable[..., Any]] = {  # also of the models inside that generate
     REORDER_CACHE: methods.reorder_cache,
     STATIC_CACHE_SHAPE: methods.static_cache_init_shape,
-    "init_continuous_batching": methods.init_continuous_batching,
 }
 
 
@@ -198,6 +200,9 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         model.parscale = state
         for member, function in MEMBERS.items():
             setattr(model, member, functools.partial(function, model))
+        for writer in state.writers:
+            for member, function in WRITER_MEMBERS.items():
+                setattr(writer, member, functools.partial(function, model, writer))
         choosing.show_num_streams()
         if model.can_generate():
             model.generate = functools.partial(methods.generate, model)
@@ -275,5 +280,8 @@ def detach(state: ParScaleState) -> None:
     detach_attention(state)
     for member in ("parscale", "generate", "last_mean_streams", *MEMBERS):
         model.__dict__.pop(member, None)
+    for writer in state.writers:
+        for member in WRITER_MEMBERS:
+            writer.__dict__.pop(member, None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)

@@ -35,7 +35,9 @@ INNER = ("output_hidden_states", "output_attentions", "output_router_logits")  #
 
 
 class TwoPassHooks:
-    """The hooks on the whole model that plan two passes, and run the second of an adaptive call.
+    """The hooks on the innermost model with logits that plan two passes, and run the second of an adaptive call.
+
+    That is the whole model, unless a model inside it generates (BLIP-2).
 
     Args:
         state: the model's state.
@@ -43,11 +45,12 @@ class TwoPassHooks:
 
     def __init__(self, state: ParScaleState) -> None:
         self.state = state
-        self.parameters = list(inspect.signature(type(state.model).forward).parameters)[1:]
+        self.writer = state.writers[-1]
+        self.parameters = list(inspect.signature(type(self.writer).forward).parameters)[1:]
 
     def attach(self) -> list[Any]:
-        """Registers the hooks on the model and returns their handles."""
-        model = self.state.model
+        """Registers the hooks and returns their handles."""
+        model = self.writer
         if self.state.backbone is model:  # a backbone alone has no logits
             return []
         return [
@@ -91,7 +94,7 @@ class TwoPassHooks:
         return None
 
     def _wants_more(self, arguments: dict[str, Any]) -> bool:
-        config = self.state.model.config
+        config = self.writer.config
         return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

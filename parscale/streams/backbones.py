@@ -131,6 +131,16 @@ def writes_text(model: PreTrainedModel) -> bool:
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
 
 
+def find_writers(model: Any, backbone: nn.Module) -> list[Any]:
+    """The model, and the models inside it that can generate text with its backbone, from the outside in.
+
+    The `generate` of some models is that of a model inside them (BLIP-2): then the inner model's methods are called.
+    """
+    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.can_generate())
+    around = [module for module in inside if any(part is backbone for part in module.modules())]
+    return [model, *(module for module in around if module is not model and module is not backbone)]
+
+
 def input_of(part: nn.Module, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A small input that a backbone or an encoder accepts."""
     name = main_input(part)

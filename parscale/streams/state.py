@@ -15,7 +15,7 @@ from torch import nn
 
 from parscale.kernels.dispatch import Impl
 from parscale.streams.aggregator import Aggregator
-from parscale.streams.backbones import find_parts
+from parscale.streams.backbones import find_parts, find_writers
 from parscale.streams.calls import Blocks, Call, Calls, innermost_block
 from parscale.streams.places import AttentionLayer, Hidden, Linear
 from parscale.streams.sets import Adapters, StreamSet
@@ -32,6 +32,7 @@ class ParScaleState:
         backbone: the part that runs on all streams and whose output is mixed.
         encoder: of an encoder-decoder model.
         mixed: the backbone and its towers.
+        writers: the model, and the models inside it that can generate text with the backbone, from the outside in.
         backbone_name: its name in the model.
         roots: for each of `mixed`, what its tensors' names begin with.
         positional: for each of `parts`, the names of its arguments in their order.
@@ -58,6 +59,7 @@ class ParScaleState:
         parts = find_parts(model)
         self.backbone, self.encoder = parts.backbone, parts.encoder
         self.mixed = [parts.backbone, *parts.towers]
+        self.writers = find_writers(model, parts.backbone)
         names = {module: name for name, module in model.named_modules()}
         self.backbone_name = names[self.backbone]
         self.roots = [f"{names[part]}." if names[part] else "" for part in self.mixed]

@@ -93,9 +93,10 @@ class SharedTransform(ModelTransform):
                 state.backbone(input_ids=ids[:, :2], use_cache=True, **cache)
                 last = state.backbone(input_ids=ids[:, 2:], use_cache=True, **cache)[0]
                 difference = _difference(last, whole)
-                if writes_text(state.model) and reads(state.model, "logits_to_keep"):
-                    logits = state.model(input_ids=ids, use_cache=False).logits[:, -1:]
-                    by_passes = state.model(input_ids=ids, logits_to_keep=1).logits
+                writer = state.writers[-1]
+                if writes_text(writer) and reads(writer, "logits_to_keep"):
+                    logits = writer(input_ids=ids, use_cache=False).logits[:, -1:]
+                    by_passes = writer(input_ids=ids, logits_to_keep=1).logits
                     difference = max(difference, _difference(by_passes, logits))
         except Exception as error:  # whatever the backbone raises for fewer rows of keys than of queries
             if isinstance(error, UnsupportedModelError) or is_machine_error(error):

@@ -193,6 +193,17 @@ def blip2_t5():
     return blip2({"model_type": "t5", "vocab_size": 96, "pad_token_id": 0} | sizes)
 
 
+def blip():
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = small | {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0}
+    config = transformers.BlipConfig(
+        text_config=text | {"encoder_hidden_size": 32, "max_position_embeddings": 64},
+        vision_config=small | {"image_size": 8, "patch_size": 4},
+    )
+    torch.manual_seed(0)
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
 def llama4():
     text = SIZES | {"intermediate_size_mlp": 48, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
     vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -245,6 +256,79 @@ def test_a_language_model_with_its_head_inside_another(make, backbone, zoo):
         zoo.close(torch.cat(rows), found.logits, 2e-5)
         parscale.unwrap(model)
         assert torch.equal(model(**arguments).logits, expected.logits)
+
+
+BEAMS = {"num_beams": 3, "num_return_sequences": 3}
+
+
+@torch.no_grad()
+def decided(model):
+    """The model with larger weights, or its beams would write the same whatever rows the cache had."""
+    for parameter in model.get_decoder().parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(12)
+    return model
+
+
+def written(model, **options):
+    """The text of a model whose `generate` is that of the model inside it."""
+    if not isinstance(model, transformers.BlipForConditionalGeneration):  # it passes its own
+        options = {"pad_token_id": 0, "eos_token_id": None} | options
+    return model.generate(**with_image(), max_new_tokens=6, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("make", [blip2_opt, blip2_t5, blip])
+def test_beams_of_a_model_inside(make):
+    """Streams that change nothing write the plain model's text, and no method stays in the inner model."""
+    model = decided(make())
+    inner = model.get_decoder()
+    expected = written(model, **BEAMS)
+    members = set(vars(inner))
+    parscale.wrap(model, 3, transform="lora", rank=2, seed=0)
+    assert torch.equal(written(model, **BEAMS), expected)
+    parscale.unwrap(model)
+    assert set(vars(inner)) == members
+    assert torch.equal(written(model, **BEAMS), expected)
+
+
+@pytest.mark.parametrize(("make", "kv"), [(blip2_opt, "own"), (blip2_opt, "shared"), (blip2_t5, "own")])
+def test_beams_of_a_model_inside_with_prefixes(make, kv, zoo):
+    model = parscale.wrap(decided(make()), 3, prefix_length=4, init="random", seed=0, kv=kv)
+    zoo.fill_streams(model)
+    found = written(model, **BEAMS)
+    assert torch.equal(found, written(model, use_cache=False, **BEAMS))
+    assert not torch.equal(found, written(parscale.unwrap(model), **BEAMS))
+
+
+@torch.no_grad()
+def test_uncertain_tokens_of_a_model_inside(zoo):
+    """Each token by two whole models, by hand; at the ends all streams, and the plain model."""
+    model = parscale.wrap(blip2_opt(), 3, prefix_length=4, init="random", seed=0, kv="shared")
+    zoo.fill_streams(model)
+
+    def last_logits(ids, chosen):
+        with model.use_streams(chosen):
+            return model(**with_image() | {"input_ids": ids}, use_cache=False).logits[:, -1]
+
+    def entropy(logits):
+        return torch.distributions.Categorical(logits=logits).entropy()
+
+    ids, ran = with_image()["input_ids"], 0
+    threshold = float(entropy(last_logits(ids, None)).mean())
+    for _ in range(6):
+        alone, mixed = (last_logits(ids, chosen) for chosen in (None, "default"))
+        uncertain = entropy(alone) > threshold
+        ran += int(uncertain.sum())
+        ids = torch.cat([ids, torch.where(uncertain[:, None], mixed, alone).argmax(-1, keepdim=True)], 1)
+    assert torch.equal(written(model, adaptive=threshold), ids)
+    assert 0 < ran < 12  # or it would show nothing
+    assert model.last_mean_streams == pytest.approx(1 + 2 * ran / 12)
+
+    assert torch.equal(written(model, adaptive=1e-9), written(model))
+    assert model.last_mean_streams == 3
+    found = written(model, adaptive=100.0)
+    assert model.last_mean_streams == 1
+    assert torch.equal(found, written(parscale.unwrap(model)))
 
 
 @torch.no_grad()
