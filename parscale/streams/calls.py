@@ -4,7 +4,8 @@ Several threads, or tasks of an event loop, may call one model at once, each wit
 keep them apart:
 
 - `Block` is the choice of `with model.use_streams(name):`. A context variable holds the open blocks, so a block applies
-  to the code inside it, also in functions that it awaits, and to no other thread or task.
+  to the code inside it, also in functions that it awaits, and to no other thread or task. Compiled code cannot read it,
+  and goes by the thread's blocks.
 - `Call` is the record of the current forward pass. Each thread has one, since a pass never leaves its thread. Layers
   that are recomputed in a backward pass may run in another thread, and carry the parts that they need.
 
@@ -42,6 +43,7 @@ class Block:
     def __init__(self, calls: Calls, chosen: StreamSet | None) -> None:
         self.calls = calls
         self.chosen = chosen
+        self.around: Block | None = None  # of the blocks that this thread has open, the one that this one is inside of
         self.thread = threading.current_thread()
         self.trains: dict[nn.Parameter, bool] = {}  # whether the set's parameters are trainable; True if not listed
 
@@ -66,7 +68,9 @@ class Call:
             positions.
         tokens: for `transform="prompt"`: the positions of the tokens, `(R, S)`; `None`: all positions.
         cache: for `transform="prompt"`: the cache of the pass.
-        block: the innermost open block, for compiled code, which cannot read a context variable.
+        open: the blocks that this thread has open, in any of its tasks; the latest is the last.
+        block: the latest of them, for compiled code, which cannot read a context variable.
+        tangled: whether not each of them is inside of the one before.
         passes: the two passes of the current call of the whole model, if it has two.
         adaptive: where streams run, for calls that do not run them everywhere.
         one_batch: whether all streams always run in one batch.
@@ -83,7 +87,9 @@ class Call:
     mask_around: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     cache: Any = None
+    open: list[Block] = dataclasses.field(default_factory=list)
     block: Block | None = None
+    tangled: bool = False
     passes: TwoPasses | None = None
     adaptive: Adaptive | None = None
     one_batch: bool = False
@@ -93,6 +99,11 @@ class Call:
         self.masks.clear()
         self.pooled = None
         self.in_flight = streams
+
+    def hold(self, blocks: list[Block]) -> None:
+        """Records the blocks that this thread has open."""
+        self.open, self.block = blocks, blocks[-1] if blocks else None
+        self.tangled = any(block.around is not before for before, block in zip([None, *blocks], blocks, strict=False))
 
     def enter(self, part: nn.Module, running: nn.Module) -> None:
         """Records the mixed part that runs, and itself or its replica on another device."""
@@ -151,14 +162,14 @@ class Calls(_NotCopied, threading.local):
     def opened(self, block: Block) -> Iterator[None]:
         """Opens a block for the caller's thread or task."""
         call = self.call
-        around = call.block
+        block.around = next((other for other in reversed(_OPEN.get()) if other in call.open), None)
         _OPEN.set((*_OPEN.get(), block))
-        call.block = block
+        call.hold([*call.open, block])
         try:
             yield
         finally:
             _OPEN.set(tuple(other for other in _OPEN.get() if other is not block))
-            call.block = around
+            call.hold([other for other in call.open if other is not block])
 
     @contextlib.contextmanager
     def choosing(self, streams: StreamSet | None) -> Iterator[None]:
@@ -188,8 +199,17 @@ class Calls(_NotCopied, threading.local):
 
 
 def innermost_block(calls: Calls) -> Block | None:
-    """The innermost open block that chose a set for the model of these calls."""
+    """The innermost open block that chose a set for the model of these calls.
+
+    Raises:
+        ValueError: in compiled code, if blocks of several tasks of this thread are open.
+    """
     if torch.compiler.is_compiling():
+        if calls.call.tangled:
+            raise ValueError(
+                "Several tasks of this thread have blocks of use_streams open, which compiled code cannot tell apart. "
+                "Call the model that is not compiled, or open one block at a time in each thread."
+            )
         return calls.call.block
     return next((block for block in reversed(_OPEN.get()) if block.calls is calls), None)
 

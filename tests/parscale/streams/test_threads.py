@@ -189,6 +189,66 @@ def test_compiled_models_in_threads(at_once):
         assert torch.equal(result, alone)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Without the code that torch.compile gave up in this test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_tasks_that_overlap_and_call_a_compiled_model(fullgraph, fresh_compiler):
+    model = make()
+    expected = [with_set(model, name, logits, model) for name in NAMES]
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    refused = []
+
+    async def ask(name, turns):
+        results = []
+        with model.use_streams(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)  # the others' turn
+                try:
+                    results.append(logits(compiled))
+                except RuntimeError as error:  # torch's, around ours
+                    refused.append(str(error))
+        return results
+
+    async def all_at_once():
+        return await asyncio.gather(*map(ask, NAMES, (1, 2, 3)))  # the first one that opens a block closes it first
+
+    for results, alone in zip(asyncio.run(all_at_once()), expected, strict=True):
+        assert all((result - alone).abs().max() < 2e-5 for result in results)  # the order of sums may differ
+    assert bool(refused) is fullgraph
+    assert all("Several tasks of this thread have blocks of use_streams open" in message for message in refused)
+    assert results  # the last task's, alone in the end
+    afterwards = [*(with_set(model, name, logits, compiled) for name in NAMES), logits(compiled)]
+    for result, alone in zip(afterwards, [*expected, expected[0]], strict=True):
+        assert (result - alone).abs().max() < 2e-5
+
+
+def test_a_compiled_model_follows_the_thread():
+    model = make()
+    expected = [with_set(model, name, logits, model) for name in NAMES]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    async def ask(name):
+        with model.use_streams(name):
+            await asyncio.sleep(0)
+            return logits(compiled)
+
+    async def one_by_one():
+        results = [await asyncio.create_task(ask(name)) for name in NAMES]
+        with model.use_streams("two"):
+            results.append(await asyncio.to_thread(logits, compiled))
+            results.append(await asyncio.to_thread(with_set, model, None, logits, compiled))
+        return results
+
+    for result, alone in zip(asyncio.run(one_by_one()), [*expected, expected[0], expected[2]], strict=True):
+        assert (result - alone).abs().max() < 2e-5  # the order of sums may differ
+
+
 def test_a_report_in_one_thread_leaves_the_others_mixed(at_once):
     model = make()
     report, expected = model.stream_report(IDS), logits(model)
