@@ -229,27 +229,32 @@ def compared(**wanted):
 
 
 def test_of_the_larger_models():
-    """Four and two streams against the dense model, and how alike two are."""
+    """Two and four streams against the dense model and one prefix, how alike two are, and what they lose alone."""
     text = " ".join(page("results/controls.md").split())
-    sizes = ("0.2M", "0.4M", "0.7M")
-    for arm, where, said in (
-        ("P = 4", "middle", "{:.4f}, {:.4f} and {:.4f}"),
-        ("P = 4", "beginning", "{:.4f}, {:.4f} and {:.4f}"),
-        ("P = 2", "middle", "{:.4f}, {:+.4f} and {:.4f}"),
-    ):
-        found = [compared(arm=arm, baseline="dense", size=size, where=where) for size in sizes]
-        assert {entry["seeds"] for entry in found} == {1}
-        assert said.format(*(entry["difference"] for entry in found)) in text
-    held = [(arm, baseline, "middle") for arm in ("P = 4", "P = 2") for baseline in ("prefix", "long prefix", "twin")]
-    for arm, baseline, where in [*held, ("P = 4", "long prefix", "beginning"), ("P = 2", "long prefix", "beginning")]:
-        entry = compared(arm=arm, baseline=baseline, size="0.7M", where=where)
+    for baseline, where in product(("dense", "long prefix", "prefix"), ("middle", "beginning")):
+        entry = compared(arm="P = 2", baseline=baseline, size="0.7M", where=where)
+        assert entry["seeds"] == 3
+        ahead = (baseline, where) == ("dense", "middle")
+        assert (entry["high"] < 0) == ahead
+        assert ahead or entry["low"] < 0
+        assert with_interval(entry) in text or (baseline, where) == ("prefix", "beginning")
+    for arm, baseline in (("P = 4", "long prefix"), ("P = 2", "twin")):
+        entry = compared(arm=arm, baseline=baseline, size="0.7M", where="middle")
         assert entry["seeds"] == 1
         assert with_interval(entry) in text
-    mixing = on_file("evidence.json")["mixing"]
-    alike = {entry["size"]: entry["correlations"] for entry in mixing if entry["arm"] == "P = 2"}
-    smallest = f"{min(alike['0.1M']):.2f} to {max(alike['0.1M']):.2f} at 0.1 million"
-    larger = "{:.2f}, {:.2f} and {:.2f}".format(*(alike[size][0] for size in sizes))
-    assert f"two correlate by {smallest}, and by {larger} at these sizes" in text
+    for arm, said in (("P = 4", "four streams are {} and {} from"), ("P = 2", "and two {} and {}, no more")):
+        found = [compared(arm=arm, baseline="dense", size=size, where="middle") for size in ("0.2M", "0.4M")]
+        assert said.format(*(f"{entry['difference']:+.4f}" for entry in found)) in text
+    mixing = {entry["size"]: entry for entry in on_file("evidence.json")["mixing"] if entry["arm"] == "P = 2"}
+    smallest, largest = (mixing[size]["correlations"] for size in ("0.1M", "0.7M"))
+    alike = f"{min(largest):.2f} to {max(largest):.2f} (at 0.1 million by {min(smallest):.2f} to {max(smallest):.2f})"
+    assert f"their token losses correlate by {alike}" in text
+    best, worst, weights = (mixing["0.7M"][name] for name in ("best_alone", "worst_alone", "largest_weights"))
+    assert f"One alone loses {min(best):.2f} to {max(best):.2f} nats per byte" in text
+    assert f"the other {min(worst):.2f} to {max(worst):.2f}" in text
+    assert f"the larger weight of the two is {min(weights):.2f} to {max(weights):.2f}" in text
+    between = [mixing[size]["correlations"][0] for size in ("0.2M", "0.4M")]
+    assert "two correlate by {:.2f} and {:.2f}.".format(*between) in text
 
 
 def test_of_what_the_aggregator_settled_on():
