@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.utils.generic import ModelOutput
 
 from parscale.attention.caches import fit_rows, is_empty
 from parscale.compat.arguments import NOISE, given_cache
@@ -82,6 +81,7 @@ class BackboneHooks:
         arguments = dict(zip(state.positional[part][: len(args)], args, strict=True)) | kwargs
         cache = given_cache(arguments)
         _check_cache(cache, streams)
+        call.makes_cache = cache is None
         if streams is None:
             check_plain(module, arguments)
             return None
@@ -129,11 +129,13 @@ class BackboneHooks:
         streams = call.in_flight
         if call.passes is not None:
             output = after_pass(self.state, module, output)
-        _mark_cache(output, streams)
+        if call.makes_cache:
+            _mark_cache(output, streams)
         if streams is None:
             return output
-        ends = {name for name, states in _named(output) if _ends_with(states, output[0])}
-        unpooled, output = output[0], streams.transform.after(output)
+        unpooled = output[0]
+        ends = _ends_with(output, unpooled)
+        output = streams.transform.after(output)
         if getattr(output, "router_logits", None):
             output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
         if not call.aggregating:
@@ -146,11 +148,11 @@ class BackboneHooks:
         call.pooled = None
         with_mixed = functools.partial(self._with_mixed, streams, last, mixed)
         if isinstance(output, tuple):
-            return (mixed, *(with_mixed(states, place in ends) for place, states in _named(output) if place))
+            return (mixed, *map(with_mixed, output[1:], ends[1:]))
         output.last_hidden_state = mixed
         for name in ("hidden_states", "pooler_output", "last_hidden_state_ngram", "mask", "ids_restore"):
             if getattr(output, name, None) is not None:
-                output[name] = with_mixed(output[name], name in ends)
+                output[name] = with_mixed(output[name], ends[0] and name == "hidden_states")
         return output
 
     def _with_mixed(self, streams: StreamSet, last: torch.Tensor, mixed: torch.Tensor, states: Any, ends: bool) -> Any:
@@ -231,21 +233,17 @@ def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[
     return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
 
 
-def _named(output: Any) -> list[tuple[Any, Any]]:
-    """The parts of an output, by their places in a tuple or by their names; none of a single tensor."""
-    if isinstance(output, tuple):
-        return [*enumerate(output)]
-    return [*output.items()] if isinstance(output, ModelOutput) else []
-
-
-def _ends_with(states: Any, last: torch.Tensor) -> bool:
-    return isinstance(states, tuple) and bool(states) and states[-1] is last
+def _ends_with(output: Any, last: torch.Tensor) -> list[bool]:
+    """Of each part of a tuple, or of `hidden_states` alone: whether it is a tuple that ends with the final states."""
+    parts = output if isinstance(output, tuple) else (getattr(output, "hidden_states", None),)
+    return [isinstance(states, tuple) and bool(states) and states[-1] is last for states in parts]
 
 
 def _mark_cache(output: Any, streams: StreamSet | None) -> None:
     """Marks a cache that the model made itself with the set that filled it."""
-    for _, part in _named(output):
-        if isinstance(part, Cache) and not hasattr(part, "parscale_streams"):
+    parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
+    for part in parts:
+        if isinstance(part, Cache):
             _mark(part, streams)
 
 

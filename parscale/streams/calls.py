@@ -68,6 +68,7 @@ class Call:
             positions.
         tokens: for `transform="prompt"`: the positions of the tokens, `(R, S)`; `None`: all positions.
         cache: for `transform="prompt"`: the cache of the pass.
+        makes_cache: whether the pass was given none, so that a cache in its output is its own.
         open: the blocks that this thread has open, in any of its tasks; the latest is the last.
         block: the latest of them, for compiled code, which cannot read a context variable.
         tangled: whether not each of them is inside of the one before.
@@ -87,6 +88,7 @@ class Call:
     mask_around: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     cache: Any = None
+    makes_cache: bool = False
     open: list[Block] = dataclasses.field(default_factory=list)
     block: Block | None = None
     tangled: bool = False
