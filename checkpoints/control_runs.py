@@ -114,9 +114,10 @@ def controls_of(
     how = f" (adapter of rank {alone_rank})" if alone_rank else ""
     controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, of_alone)]
     if streams.transform == LORA:
-        beside = run["lora_rank"] or 0
-        for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen or beside else ():
-            rank = min(beside + factor * streams.rank, largest_rank or beside + factor * streams.rank)
+        of_run = run["lora_rank"] or 0
+        for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen or of_run else ():
+            rank = of_run + factor * streams.rank
+            rank = min(rank, largest_rank or rank)
             if rank != controls[-1].lora_rank or name == "adapter":
                 arm = Arm(name, "", BACKBONE)
                 controls.append(Control(name, f"one adapter of rank {rank}", arm, rank, run["streams_learning_rate"]))

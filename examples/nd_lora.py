@@ -98,7 +98,6 @@ def main() -> None:
             parameter.requires_grad_(False)
     model.print_trainable_parameters()
 
-    batch = torch.from_numpy(blocks.ids[:8]).long().to(model.device)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
@@ -114,7 +113,8 @@ def main() -> None:
         )
         trainer = ApartTrainer(model, settings, layer=model.model.layers[args.last_layer], train_dataset=blocks)
         trainer.train()
-    report = model.eval().stream_report(batch.to(model.device))
+    batch = torch.from_numpy(blocks.ids[:8]).long().to(model.device)
+    report = model.eval().stream_report(batch)
     others = report.correlation[~torch.eye(P, dtype=torch.bool)]
     print(f"the streams' losses correlate by {others.mean():.3f}, the least alike two by {others.min():.3f}")
 

@@ -202,17 +202,20 @@ def _layer_kinds(contents: Mapping[str, Any], name: str, layers: int) -> list[st
             )
         return [str(kind) for kind in kinds]
     full, number = "full_attention", _Reader(contents, name)
+
+    def one_in(step: int, place: int, others: str) -> list[str]:
+        return [full if i % step == place else others for i in range(layers)]
+
     if step := number.optional("full_attention_interval"):
-        return [full if (i + 1) % step == 0 else "linear_attention" for i in range(layers)]
+        return one_in(step, step - 1, "linear_attention")
     if step := number.optional("attn_layer_period"):
-        offset = number.optional("attn_layer_offset")
-        return [full if i % step == offset else "mamba" for i in range(layers)]
+        return one_in(step, number.optional("attn_layer_offset"), "mamba")
     if contents.get("sliding_window") and contents.get("use_sliding_window", True):
         pattern = contents.get("sliding_window_pattern", FULL_ATTENTION_STEP.get(name))
         if isinstance(pattern, str) and pattern:  # a letter for each layer, G for those that attend to everything
             return [full if pattern[i % len(pattern)] == "G" else "sliding_attention" for i in range(layers)]
         step = pattern if _is_size(pattern) and pattern else layers + 1
-        return [full if (i + 1) % step == 0 else "sliding_attention" for i in range(layers)]
+        return one_in(step, step - 1, "sliding_attention")
     return [full] * layers
 
 

@@ -53,10 +53,8 @@ def standard_library_split(*, with_tests: bool = False) -> tuple[list[Document],
         Both, as pairs of a name and a text.
     """
     tests = set(standard_library_files(tests=True)) if with_tests else set()
-    files = [*standard_library_files(), *sorted(tests)]
-    return _split(
-        (_relative_name(path), path, is_held_out(_relative_name(path)) and path not in tests) for path in files
-    )
+    named = [(_relative_name(path), path) for path in [*standard_library_files(), *sorted(tests)]]
+    return _split((name, path, is_held_out(name) and path not in tests) for name, path in named)
 
 
 def package_source_split(packages: Sequence[str]) -> tuple[list[Document], list[Document]]:

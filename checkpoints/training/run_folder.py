@@ -36,8 +36,9 @@ from parscale.format.working import lock, remove_leftovers, working, working_fol
 
 RUN, METRICS, REPORT, MANIFEST = "run.json", "metrics.jsonl", "training.json", "manifest.json"
 CONTENTS = {"checkpoint_digest": "checkpoint", "data_digest": "data", "eval_digests": "eval_data"}
-READ_BY = {"data_digest": "streaming", "eval_digests": "eval_tokens"}  # what digests of the same contents depend on
 """What a run reads, by the setting that holds its digest; unknown digests are not compared."""
+READ_BY = {"data_digest": "streaming", "eval_digests": "eval_tokens"}
+"""The settings that digests of the same contents depend on."""
 _PARTS = {  # parts of a checkpoint and patterns of their file names; DeepSpeed's engine writes all of them
     "the weights": r".*\.safetensors|pytorch_model_fsdp.*|global_step.*",
     "the optimizer's state": r"optimizer.*|global_step.*",

@@ -13,7 +13,6 @@ Shapes: R rows that run, B for each of the running streams; S tokens.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import Conv1D, DynamicCache
 
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens
-from parscale.streams.brief_runs import backbone_only, is_machine_error
+from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -108,18 +107,15 @@ def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module
 
 def _are_not_read(state: ParScaleState, streams: StreamSet, modules: Iterable[nn.Module]) -> bool:
     """Whether noise on the rows of streams 1 to P - 1 changes nothing."""
-    own = threading.get_ident()
 
     def disturb(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        if threading.get_ident() != own:  # a pass of another thread, whose results somebody wants
-            return output
         first = output[: output.shape[0] // streams.num_streams]
         return torch.cat([first, torch.randn_like(output[len(first) :]) * NOISE])
 
     expected = _read(state, 3)
     with contextlib.ExitStack() as disturbed:
         for module in modules:
-            disturbed.callback(module.register_forward_hook(disturb).remove)
+            disturbed.callback(module.register_forward_hook(in_this_thread(disturb)).remove)
         return torch.equal(_read(state, 3), expected)
 
 

@@ -117,6 +117,8 @@ def plot(
     seed: Seed = 0,
 ) -> None:
     """Plot the law: loss over size and P, runs against predictions, or curves of equal loss."""
+    import numpy as np
+
     import parscale.scaling_laws.plots as plots
 
     if kind not in ("contours", "measured", "isoloss"):
@@ -125,7 +127,8 @@ def plot(
     points = None if law.lower().endswith(".json") else _runs(law)[0]
     fitted = read_law(law, bootstrap=bootstrap if kind == "isoloss" else 0, seed=seed)
     if kind == "isoloss":
-        figure = plots.isoloss(fitted) if points is None else plots.isoloss(fitted, _sizes_of(points))
+        of_runs = () if points is None else (np.geomspace(points.params.min(), points.params.max(), 4),)
+        figure = plots.isoloss(fitted, *of_runs)
     elif kind == "contours":
         figure = plots.contours(fitted, points)
     elif points is not None:
@@ -199,12 +202,6 @@ def _progress(runs: Sequence[Run]) -> Iterator[Report]:
             progress.update(bar, completed=sum(weights[one] * shares[one] for one in runs), description=title)
 
         yield report
-
-
-def _sizes_of(points: Points) -> list[float]:
-    """Four sizes from the smallest to the largest of the runs."""
-    low, high = float(points.params.min()), float(points.params.max())
-    return [float(low * (high / low) ** (step / 3)) for step in range(4)]
 
 
 def _runs(source: str, *, with_tokens: bool = False) -> tuple[Points, Any]:

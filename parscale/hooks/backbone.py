@@ -242,20 +242,21 @@ def _ends_with(output: Any, last: torch.Tensor) -> list[bool]:
 def _mark_cache(output: Any, streams: StreamSet | None) -> None:
     """Marks a cache that the model made itself with the set that filled it."""
     parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
-    for part in parts:
-        if isinstance(part, Cache):
-            _mark(part, streams)
+    caches: list[Any] = [part for part in parts if isinstance(part, Cache)]
+    for cache in caches:
+        cache.parscale_streams = _filled_by(streams)
 
 
-def _mark(cache: Any, streams: StreamSet | None) -> None:
-    cache.parscale_streams = None if streams is None or streams.shares_keys else streams.name
+def _filled_by(streams: StreamSet | None) -> str | None:
+    """What a cache records of the set that filled it; sets that share keys use the plain backbone's cache."""
+    return None if streams is None or streams.shares_keys else streams.name
 
 
 def _check_cache(cache: Any, streams: StreamSet | None) -> None:
-    """Checks that a cache was filled by the active set; sets that share keys use the plain backbone's cache."""
+    """Checks that a cache was filled by the active set."""
     if cache is None or isinstance(cache, (tuple, list)):  # a cache of the model's own class
         return
-    name = None if streams is None or streams.shares_keys else streams.name
+    name = _filled_by(streams)
     filled_by = getattr(cache, "parscale_streams", name)
     if filled_by != name and not is_empty(cache):
         raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import input_device, input_of, main_input, ordinary_tokens
-from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
+from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error, one_line
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -105,11 +104,8 @@ def _output(model: nn.Module, arguments: dict[str, Any]) -> Any:
 
 def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
     """The model's output with noise added to the mixed states: every output that depends on them changes."""
-    own = threading.get_ident()
 
     def disturb(module: object, args: object, output: Any) -> Any:
-        if threading.get_ident() != own:  # a pass of another thread, whose results somebody wants
-            return output
         if isinstance(output, tuple):
             return (output[0] + torch.randn_like(output[0]), *output[1:])
         for name in ("last_hidden_state", "pooler_output"):
@@ -119,7 +115,7 @@ def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
 
     with contextlib.ExitStack() as hooks:
         for part in state.mixed:
-            hooks.callback(part.register_forward_hook(disturb).remove)
+            hooks.callback(part.register_forward_hook(in_this_thread(disturb)).remove)
         return state.model(**arguments)
 
 

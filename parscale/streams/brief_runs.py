@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +58,12 @@ def run_briefly(
                 )
             results.append(hidden)
     return results
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook that leaves the passes of other threads alone, whose results somebody wants."""
+    own = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == own else None
 
 
 @contextlib.contextmanager
