@@ -39,10 +39,11 @@ def row(config: dict, streams: int, trains: str, length: int, batch: int, hardwa
 
 
 def table(length: int, batch: int, hardware: str) -> str:
+    device = known_hardware()[hardware]
     lines = [
         f"GiB on each GPU, counted: {batch} sequence{'s' if batch > 1 else ''} of {length:,} tokens on each GPU at "
         "once, bfloat16 under autocast, 32-bit masters and AdamW states of what trains, activation checkpointing, FSDP "
-        f"on more than one GPU. *Slanted*: does not fit {known_hardware()[hardware].memory_gb:g} GB.",
+        f"on more than one GPU. *Slanted*: does not fit one ({device.label}, {device.memory_gb:g} GB).",
         "",
         f"| backbone | P | trains | {' | '.join(f'{gpus} GPU' + 's' * (gpus > 1) for gpus in GPUS)} |",
         "| --- " * (3 + len(GPUS)) + "|",

@@ -22,7 +22,7 @@ class Hardware:
     label: str
     """The common name."""
     memory_gb: float
-    """Memory in 10^9 bytes."""
+    """Memory in 10^9 bytes, as PyTorch reports it where the device has its own: a "80 GB" GPU offers 85."""
     bandwidth_gbs: float
     """Peak memory bandwidth in 10^9 bytes per second."""
     tflops_16bit: float

@@ -205,6 +205,11 @@ def test_the_table_has_what_is_promised():
     assert a100.flops(16) == pytest.approx(0.7 * 312e12)
 
 
+@pytest.mark.parametrize(("name", "sold_as"), [("a100-80gb", 80), ("h200", 141), ("rtx-4090", 24), ("mi300x", 192)])
+def test_a_makers_gigabytes_are_gibibytes_less_a_reserve(name, sold_as):
+    assert sold_as * 1e9 < known_hardware()[name].memory_gb * 1e9 < sold_as * 2**30
+
+
 def test_anyone_can_add_a_device(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("# mine\nname,label,memory_gb,bandwidth_gbs,tflops_16bit,tflops_32bit\nmine,Mine,8,100,10,5\n")
