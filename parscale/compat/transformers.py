@@ -205,20 +205,21 @@ def experts_without_data_dependence(config: PreTrainedConfig) -> Iterator[None]:
         config._experts_implementation = previous
 
 
-_CHECKPOINT = "_gradient_checkpointing_func"
-
-
 def checkpointing_function(layer: nn.Module) -> Callable[..., Any] | None:
     """The function that recomputes a layer in the backward pass; `None` without gradient checkpointing.
 
-    transformers stores it in each layer when checkpointing is enabled, and has no hook around its call.
+    transformers stores it in each layer, FSDP's `activation_checkpointing` in a module around each; neither has a hook.
     """
-    return vars(layer).get(_CHECKPOINT)
+    return vars(layer).get(_name_in(layer))
 
 
 def set_checkpointing_function(layer: nn.Module, function: Callable[..., Any]) -> None:
     """Replaces that function."""
-    setattr(layer, _CHECKPOINT, function)
+    setattr(layer, _name_in(layer), function)
+
+
+def _name_in(layer: nn.Module) -> str:
+    return "checkpoint_fn" if type(layer).__name__ == "CheckpointWrapper" else "_gradient_checkpointing_func"
 
 
 def show_on_models(name: str, descriptor: object) -> None:

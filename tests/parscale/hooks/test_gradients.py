@@ -1,8 +1,17 @@
 """Gradients: they reach every new parameter, agree with finite differences, and survive checkpointing."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import parscale
 
@@ -127,6 +136,32 @@ def test_checkpointing_with_a_frozen_backbone(family, zoo, reentrant):
     found = gradients(model, ids, use_cache=False)
     assert found.keys() == new_tensors(model).keys()
     assert_same(found, expected, zoo)
+
+
+@REENTRANT
+@pytest.mark.parametrize("transform", ["prefix", "lora"])
+def test_checkpointing_around_the_layers_in_the_thread_of_a_gpu(zoo, transform, reentrant):
+    """FSDP's `activation_checkpointing` puts modules around the layers; on a GPU another thread computes them again."""
+    ids, family = zoo.token_ids(), zoo.FAMILIES["llama"]
+    plain, model = (parscale.wrap(family.build(), 2, transform=transform, seed=0).train() for _ in range(2))
+    plain.freeze_backbone()
+    expected = gradients(plain, ids, use_cache=False)
+    model.freeze_backbone()
+    apply_activation_checkpointing(
+        model,
+        functools.partial(
+            checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+        ),
+        lambda module: isinstance(module, LlamaDecoderLayer),
+    )
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    with ThreadPoolExecutor() as gpu:
+        gpu.submit(loss.backward).result()
+    found = {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
+    assert_same({name: gradient for name, gradient in found.items() if gradient is not None}, expected, zoo)
+    parscale.unwrap(model)
+    wrapper = model.model.layers[0]
+    assert wrapper.checkpoint_fn.func is torch.utils.checkpoint.checkpoint  # its own again
 
 
 @pytest.mark.grid
