@@ -36,7 +36,7 @@ DEVICE, MODEL, NEW_TOKENS = "h100", "1.6B", 256
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 EVIDENCE_SIZE = "0.1M"
 EVIDENCE = (  # those of several seeds
-    *("prefix", "long prefix", "prefix, embedding", "dense, embedding", "twin", "twice as wide", "average"),
+    *("prefix", "long prefix", "prefix, embedding", "dense, embedding", "twin", "twice as wide", "average of 4"),
     *("P = 2", "P = 4", "P = 4, shared", "P = 4, shared-window=8", "P = 4, embedding", "P = 2, embedding"),
 )
 PROMPTS = (64, 256, 1024, 4096, 16384)

@@ -171,7 +171,7 @@ def test_the_batches_of_a_larger_model_are_those_counted():
     assert is_said(f"from {batches['8']} at P = 8, {batches['4']} at P = 4, {batches['2']} at P = 2")
 
 
-@pytest.mark.parametrize("baseline", ["twice as wide", "average"])
+@pytest.mark.parametrize("baseline", ["twice as wide", "average of 4"])
 def test_what_is_better_where_memory_allows_it(baseline):
     found = compared("scratch", "0.1M")
     for where in ("beginning", "middle"):

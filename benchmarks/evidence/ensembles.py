@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from arms import Run, build
 from loop import claimed, non_embedding_parameters, write_row
-from scratch import measure
+from scratch import ROUNDED, measure, window_losses
 from scratch import train as train_member
 from text import read_text
 from torch import nn
@@ -63,12 +64,19 @@ def train(run: EnsembleRun, work: Path, results: Path) -> dict[str, Any]:
         model.load_state_dict(torch.load(weights, map_location="cpu"))
         models.append(model)
     text = read_text()
+    alone = np.stack([window_losses(model.eval(), text.tuning.ids[-32:]).ravel() for model in models])  # (M, tokens)
+    apart = ~np.eye(len(models), dtype=bool)
     row = {
         "run": asdict(run.run) | {"arm": "average", "seed": run.seeds[0], "streams": len(run.seeds)},
         "params": sum(map(non_embedding_parameters, models)),
         "tuning": measure(Average(models), text.tuning),
         "test": measure(Average(models), text.test),
         "text": text.digest,
+        "streams": {  # what a model's streams are described by, for models that share nothing
+            "losses": [round(float(loss), ROUNDED) for loss in alone.mean(1)],
+            "weights": [round(1 / len(models), 4)] * len(models),
+            "correlation": round(float(np.corrcoef(alone)[apart].mean()), 4),
+        },
         "seconds": 0.0,
     }
     write_row(row, results / f"{run.name}.json")

@@ -132,6 +132,9 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from islice(arms("0.7M", 0, rates), 6)
     for seed in (1, 2, 0):
         yield from of_two_streams("0.7M", seed, rates)
+    for streams in (1, 4):
+        run = _run("0.4M", 0, rates, streams)
+        yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from islice(arms("1.0M", 0, rates), 3)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
@@ -155,9 +158,6 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from embedded("0.4M", 0, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from variants(1, rates)
-    for streams in (1, 4):
-        run = _run("0.4M", 0, rates, streams)
-        yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
     for seed in (3, 4):
         yield from arms("0.1M", seed, rates)
     yield from _recycled(rows, 4 * RECYCLED_TOKENS, seeds=(1, 2))
@@ -242,11 +242,12 @@ def _arms(dense: R, four: R) -> Iterator[R]:
 
 
 def _averages(rows: Rows, rates: dict[int, float]) -> Iterator[EnsembleRun]:
-    """Four seeds of the dense model on average, for each seed four, that one first."""
-    dense = _run("0.1M", 0, rates, 1)
-    if all(replace(dense, seed=seed).name in rows for seed in range(5)):
-        for seed in range(5):
-            yield EnsembleRun(dense, tuple((seed + number) % 5 for number in range(4)))
+    """Of each seed's dense model and those of the next seeds: as many as P, of those that are finished."""
+    for size, seeds, models in (("0.1M", 5, 4), ("0.7M", 3, 2)):
+        dense = _run(size, 0, rates, 1)
+        if all(replace(dense, seed=seed).name in rows for seed in range(seeds)):
+            for seed in range(seeds):
+                yield EnsembleRun(dense, tuple((seed + number) % seeds for number in range(models)))
 
 
 def variants(seed: int, rates: dict[int, float]) -> Iterator[Run]:

@@ -26,13 +26,13 @@ from recycling import RecycleRun
 from synthetic import TaskRun
 
 from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval, format_interval
-from parscale.scaling_laws import fit
+from parscale.scaling_laws import fit_form
 
 RESULTS = Path(__file__).parents[1] / "results"
 WINDOW = "shared-window=8"
 SCRATCH_PAIRS = {
-    "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average"),
-    "P = 2": ("dense", "prefix", "prefix, T = 16", "long prefix", "twin"),
+    "P = 4": ("dense", "prefix", "long prefix", "twin", "twice as wide", "average of 4"),
+    "P = 2": ("dense", "prefix", "prefix, T = 16", "long prefix", "twin", "average of 2"),
     "P = 2, T = 32": ("dense", "long prefix", "prefix, T = 64", "P = 2"),
     "P = 4, shared": ("dense", "prefix", "long prefix", "twin"),
     "P = 4, shared-own": ("dense", "prefix", "long prefix", "twin"),
@@ -61,7 +61,8 @@ SCRATCH_PAIRS = {
     "twin": ("dense",),
     "twin, lora=4": ("dense",),
     "twice as wide": ("dense",),
-    "average": ("dense",),
+    "average of 2": ("dense",),
+    "average of 4": ("dense",),
 }
 SCRATCH_PAIRS |= {  # with the prefixes' length for a name, or the variant's
     f"P = 4, {changed}": ("dense", "prefix", "long prefix")
@@ -91,7 +92,11 @@ CONTROLS |= {
     f"streams-and-backbone{kv}": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone")
     for kv in CACHES
 }
-CHOSEN, CHOSEN_SIZE, CHOSEN_AFTER = "P = 2, embedding", "0.1M", range(3, 8)  # the seeds that RULE.md adds after three
+CHOSEN = {  # arms and sizes that were chosen for the test losses of their first seeds, and the seeds trained after that
+    ("P = 2, embedding", "0.1M"): range(3, 8),
+    ("P = 2", "0.7M"): range(1, 3),
+}
+DENSE = ("dense", "twin", "twin, lora=4", "twice as wide")  # of P = 1, at each size's tokens
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
 SHOWN = ("scratch", "dense", "middle")  # in the plot
@@ -126,7 +131,9 @@ def label(run: Run | TaskRun, width: int) -> str:
     changed = [run.variant] if run.variant else []
     if run.arm == "prefix":
         return ", ".join([one_prefix(run.prefix_length), *changed])
-    if run.arm in ("twin", "average"):
+    if run.arm == "average":
+        return f"average of {run.streams}"
+    if run.arm == "twin":
         return ", ".join([run.arm, *changed])
     if run.hidden == 2 * width:
         return "twice as wide"
@@ -191,14 +198,14 @@ def scratch_comparisons(rows: Rows) -> list[dict[str, Any]]:
 
 
 def confirmation(rows: Rows) -> list[dict[str, Any]]:
-    """The arm that was chosen for its first seeds, over those alone that were trained after the choice."""
-    arms = by_size(rows).get(CHOSEN_SIZE, {})
-    fresh = {arm: {seed: row for seed, row in arms.get(arm, {}).items() if seed in CHOSEN_AFTER} for arm in arms}
-    entries = []
-    for baseline in SCRATCH_PAIRS[CHOSEN]:
-        if fresh.get(CHOSEN) and fresh.get(baseline):
-            about = {"study": "scratch", "size": CHOSEN_SIZE, "text": "code", "tokens": SIZES[CHOSEN_SIZE][2]}
-            entries += held_against(CHOSEN, baseline, fresh[CHOSEN], fresh[baseline], about)
+    """Arms that were chosen for their first seeds, over those alone that were trained after the choice."""
+    entries, sizes = [], by_size(rows)
+    for (chosen, size), seeds in CHOSEN.items():
+        fresh = {arm: {s: row for s, row in found.items() if s in seeds} for arm, found in sizes.get(size, {}).items()}
+        about = {"study": "scratch", "size": size, "text": "code", "tokens": SIZES[size][2]}
+        for baseline in SCRATCH_PAIRS[chosen]:
+            if fresh.get(chosen) and fresh.get(baseline):
+                entries += held_against(chosen, baseline, fresh[chosen], fresh[baseline], about)
     return entries
 
 
@@ -331,28 +338,32 @@ def task_gains(tasks: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def law(rows: Rows) -> dict[str, Any] | None:
-    """k from the models from scratch, in the middle of documents; None until there are three sizes.
+    """k from the models from scratch, in the middle of documents; None until there are three sizes with streams.
 
-    Fitted twice: N counts all parameters without embeddings, as the rule says, and those of the backbone alone.
+    Larger models read more, so the form has a term in tokens too, and dense models of every width count as P = 1: they
+    say what parameters are worth at equal tokens. Of each size the seeds count that streams were trained with. Fitted
+    twice: N counts all parameters without embeddings, as the rule says, and without those of streams.
     """
-    sizes = [arms for arms in by_size(rows).values() if "dense" in arms]
+    sizes = [arms for arms in by_size(rows).values() if "dense" in arms and ("P = 2" in arms or "P = 4" in arms)]
     if len(sizes) < 3:
         return None
     counts: dict[str, list[int]] = {"all parameters": [], "the backbone's parameters": []}
-    streams, losses = [], []
+    streams, tokens, losses = [], [], []
     for arms in sizes:
         (backbone,) = {row["params"] for row in arms["dense"].values()}
-        for row in (row for name in ("dense", "P = 2", "P = 4") for row in arms.get(name, {}).values()):
-            counts["all parameters"].append(row["params"])
-            counts["the backbone's parameters"].append(backbone)
-            streams.append(row["run"]["streams"])
-            losses.append(fmean(row["test"]["middle"]))
+        seeds = {*arms.get("P = 2", ()), *arms.get("P = 4", ())}
+        for name in (*DENSE, "P = 2", "P = 4"):
+            for row in (row for seed, row in arms.get(name, {}).items() if seed in seeds):
+                counts["all parameters"].append(row["params"])
+                counts["the backbone's parameters"].append(row["params"] if name in DENSE else backbone)
+                streams.append(1 if name in DENSE else row["run"]["streams"])
+                tokens.append(row["run"]["tokens"])
+                losses.append(fmean(row["test"]["middle"]))
     fits = {}
     for counted, params in counts.items():
-        fitted = fit(params, streams, losses, bootstrap=200)
+        fitted = fit_form("joint", params, streams, losses, tokens, bootstrap=200)
         assert fitted.intervals is not None
-        values = {name: getattr(fitted, name) for name in ("E", "A", "alpha", "k", "r2")}
-        fits[counted] = values | {"k_interval": fitted.intervals["k"], "notes": fitted.notes}
+        fits[counted] = fitted.values | {"r2": fitted.r2, "k_interval": fitted.intervals["k"], "notes": fitted.notes}
     return {"models": len(losses), "sizes": len(sizes), "N": fits}
 
 
@@ -366,7 +377,10 @@ def law_sentence(found: dict[str, Any] | None) -> str:
         )
         for counted, fitted in found["N"].items()
     ]
-    return f"The law, fitted to {found['models']} models of {found['sizes']} sizes, 90 % interval: {'; '.join(texts)}."
+    return (
+        f"The law with a term in tokens, fitted to {found['models']} models of {found['sizes']} sizes, 90 % interval: "
+        f"{'; '.join(texts)}."
+    )
 
 
 def rounded(interval: Interval) -> dict[str, Any]:
@@ -400,12 +414,14 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [*_row("arm", "against", "beginning", "middle", "seeds", "precision"), *_row(*["---"] * 6)]
         for (arm, baseline, *rest), places in cells.items():
             lines += _row(arm, baseline, places.get("beginning", ""), places.get("middle", ""), *rest)
-    lines += ["", f"## {CHOSEN}, over the seeds that were trained after it was chosen alone", ""]
-    lines += [*_row("against", "beginning", "middle", "seeds"), *_row(*["---"] * 4)]
-    found = {(entry["baseline"], entry["where"]): entry for entry in report["confirmation"]}
-    for baseline in dict.fromkeys(entry["baseline"] for entry in report["confirmation"]):
-        shown = [found[baseline, where] for where in ("beginning", "middle")]
-        lines += _row(baseline, *map(format_interval, shown), str(shown[0]["seeds"]))
+    lines += ["", "## Arms that were chosen for their first seeds, over those alone that were trained afterwards", ""]
+    lines += [*_row("size", "arm", "against", "beginning", "middle", "seeds"), *_row(*["---"] * 6)]
+    found = {
+        tuple(entry[name] for name in ("size", "arm", "baseline", "where")): entry for entry in report["confirmation"]
+    }
+    for key in dict.fromkeys(key[:3] for key in found):
+        shown = [found[*key, where] for where in ("beginning", "middle")]
+        lines += _row(*key, *map(format_interval, shown), str(shown[0]["seeds"]))
     about = (
         "By seed: the correlation of the streams' token losses, the mean weight of the largest (of four streams at "
         "most 0.925, of two 0.95), the losses of the best and the worst stream alone; 32 windows of tuning documents."

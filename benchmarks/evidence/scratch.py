@@ -47,7 +47,7 @@ def measure(model: nn.Module, windows: Windows) -> dict[str, list[float]]:
     """Mean loss of each document, in nats per byte, at its beginning and in its middle."""
     model.to(DEVICE).eval()
     starts = range(0, len(windows.ids), MEASURED_AT_ONCE)
-    losses = np.concatenate([_window_losses(model, windows.ids[start : start + MEASURED_AT_ONCE]) for start in starts])
+    losses = np.concatenate([window_losses(model, windows.ids[start : start + MEASURED_AT_ONCE]) for start in starts])
     middle = losses[:, WINDOW // 2 - 1 :].mean(1)  # of the second half: bytes 128 to 255
     of_window = np.where(windows.is_middle, middle, losses.mean(1))
     result = {}
@@ -58,8 +58,8 @@ def measure(model: nn.Module, windows: Windows) -> dict[str, list[float]]:
     return result
 
 
-def _window_losses(model: nn.Module, ids: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Of each byte but the first, (W, 255)."""
+def window_losses(model: nn.Module, ids: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The loss of each byte but the first, in nats, (W, 255)."""
     batch = _tensor(ids)
     with torch.no_grad(), autocast():
         logits = model(batch)[:, :-1].float()

@@ -52,18 +52,18 @@ def main() -> None:
 
 
 def do(run: AnyRun, work: Path, results: Path) -> str:
-    """Trains and measures one model; what to print of it."""
+    """Trains and measures one model; what to print of it, which is its loss on what is for tuning."""
     if isinstance(run, Run):
         row = scratch.train(run, work, results / "scratch")
-        return ", ".join(f"{where} {fmean(row['test'][where]):.4f}" for where in ("beginning", "middle"))
+        return ", ".join(f"{where} {fmean(row['tuning'][where]):.4f}" for where in ("beginning", "middle"))
     if isinstance(run, EnsembleRun):
         row = ensembles.train(run, work, results / "averages")
-        return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
+        return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["tuning"].items())
     if isinstance(run, TaskRun):
         row = synthetic.train(run, work, results / "tasks")
-        return ", ".join(f"{what} {value:.4f}" for what, value in row["test"].items())
+        return ", ".join(f"{what} {value:.4f}" for what, value in row["tuning"].items())
     row = recycling.train(run, work, results / "recycling")
-    return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["test"].items())
+    return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["tuning"].items())
 
 
 if __name__ == "__main__":

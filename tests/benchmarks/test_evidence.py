@@ -365,28 +365,39 @@ def test_a_task_counts_each_arm_at_its_better_rate() -> None:
     assert prefix["gain of P = 4"]["difference"] == pytest.approx(0.15)
 
 
-def test_the_laws_k_is_found_again() -> None:
-    """N counts the parameters of streams; where it does not, streams are worth theirs too."""
-    from dataclasses import asdict
+@pytest.mark.parametrize("k", [0.3, 0.0])
+def test_the_laws_k_is_found_again(k: float) -> None:
+    """Larger models read more, which is not theirs; N counts streams' parameters, or they are worth theirs too."""
+    from dataclasses import asdict, replace
 
     from arms import Run
     from plan import SIZES
     from report import law
 
     rows: dict[str, Any] = {}
+
+    def add(run: Run, streams: int) -> None:
+        params = run.hidden**2 * run.layers * (20 + run.streams)
+        of_size = (4e5 / (params * (k * np.log(streams) + 1))) ** 0.25
+        losses = {
+            where: [(1 + 1e-6 * run.seed) * (of_size + (3e5 / run.tokens) ** 0.4)] for where in ("beginning", "middle")
+        }
+        rows[run.name] = {"run": asdict(run), "params": params, "text": "", "tuning": losses, "test": losses}
+
     for size, seed, streams in product(("0.1M", "0.2M", "0.4M"), (0, 1), (1, 2, 4)):
         run = Run(*SIZES[size][:2], streams, SIZES[size][2], seed, 8e-3)
-        params = run.hidden**2 * run.layers * (20 + streams)
-        loss = (1 + 1e-6 * seed) * (4e5 / (params * (0.3 * np.log(streams) + 1))) ** 0.25
-        losses = {where: [loss] for where in ("beginning", "middle")}
-        row = {"run": asdict(run), "params": params, "text": "", "tuning": losses, "test": losses}
-        rows[run.name] = row
+        add(run, streams)
+        add(replace(run, streams=4, arm="twin"), 1)
+        add(replace(run, streams=1, hidden=2 * run.hidden), 1)
+    add(replace(Run(*SIZES["0.1M"][:2], 1, SIZES["0.1M"][2], 7, 8e-3)), 1)  # of a seed without streams
     found = law(rows)
     assert found is not None
-    assert (found["models"], found["sizes"]) == (18, 3)
-    assert found["N"]["all parameters"]["k"] == pytest.approx(0.3, abs=1e-3)
-    assert found["N"]["the backbone's parameters"]["k"] > 0.35
-    assert law({name: row for name, row in rows.items() if row["run"]["hidden"] < 80}) is None
+    assert (found["models"], found["sizes"]) == (3 * 2 * (3 + 2), 3)
+    assert found["N"]["all parameters"]["k"] == pytest.approx(k, abs=2e-3)
+    low, high = found["N"]["all parameters"]["k_interval"]
+    assert low - 1e-3 <= k <= high + 1e-3
+    assert found["N"]["the backbone's parameters"]["k"] > k + 0.02
+    assert law({name: row for name, row in rows.items() if row["run"]["layers"] < 6}) is None
 
 
 def test_the_study_follows_when_its_rates_are_tuned() -> None:
