@@ -24,7 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import __version__
 from parscale.checkpoints.evaluation.answers import harness_model
-from parscale.checkpoints.evaluation.text_loss import adapting, checked_length, evaluating, shown_threshold
+from parscale.checkpoints.evaluation.text_loss import (
+    adapting,
+    checked_length,
+    evaluating,
+    shown_threshold,
+    text_positions,
+)
 from parscale.checkpoints.models import STREAMS_OFF
 from parscale.checkpoints.texts.token_ids import only_known_ids
 
@@ -75,6 +81,9 @@ def evaluate_tasks(
         OSError: the data of a task is not available.
     """
     _check_numbers(num_fewshot, limit, batch_size)
+    positions, _ = text_positions(model)
+    if sequence_length is None and positions < math.inf:
+        sequence_length = int(positions)
     length = None if sequence_length is None else checked_length(model, sequence_length)
     if include_path is not None:
         if not Path(include_path).is_dir():

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
+from parscale.config import PROMPT
 from parscale.methods import adaptive_streams
 from parscale.streams.passes import Adaptive
 
@@ -147,13 +148,25 @@ def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     Raises:
         ValueError: it is below 2, or the model has fewer positions.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions, taken = text_positions(model)
     if sequence_length is None:
         return int(min(DEFAULT_SEQUENCE_LENGTH, positions))
     if not 2 <= sequence_length <= positions:
-        limit = f"between 2 and the model's {positions} positions" if positions < math.inf else "at least 2"
+        less = f" that its prompts of {taken} tokens leave" if taken else ""
+        limit = f"between 2 and the model's {positions} positions{less}" if positions < math.inf else "at least 2"
         raise ValueError(f"sequence_length is {sequence_length}, and must be {limit}.")
     return sequence_length
+
+
+def text_positions(model: PreTrainedModel) -> tuple[float, int]:
+    """How many tokens of text the model has positions for, infinity if it states none, and how many its prompts take.
+
+    Prompts are embeddings in front of the text, and take positions as that does; prefixes lie before the first one.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    streams = model.parscale.active if hasattr(model, "parscale") else None
+    taken = streams.config.prefix_length if streams is not None and streams.config.transform == PROMPT else 0
+    return positions - taken, taken
 
 
 def windows_of(

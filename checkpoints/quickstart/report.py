@@ -120,6 +120,7 @@ def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: P
     labels = []
     controls = [(arm, baseline) for arm, baselines in QUICKSTART_CONTROLS.items() for baseline in baselines]
     entries = [entry for entry in report["comparisons"] if (entry["arm"], entry["baseline"]) in controls]
+    entries = [entry for entry in entries if entry["low"] is not None]  # one document gives no interval
     for position, entry in enumerate(reversed(entries)):
         mean, low, high = (entry[key] for key in ("difference", "low", "high"))
         color = "tab:green" if high < 0 else "tab:red" if low > 0 else "tab:gray"

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from parscale import ParScaleConfig
 from parscale.checkpoints.conversion.convert import calibration_ids
+from parscale.checkpoints.evaluation.against import paired_entries
 from parscale.checkpoints.evaluation.controls import (
     ADAPTER,
     ARMS,
@@ -30,7 +31,6 @@ from parscale.checkpoints.evaluation.controls import (
     NOTHING,
     STREAMS,
     Arm,
-    hold_against,
     prepare_arm,
 )
 from parscale.checkpoints.evaluation.places import evaluate_places
@@ -157,7 +157,7 @@ def run_quickstart(
 
     Returns:
         The report, which can be written as JSON: losses and generated text of each model, under `"comparisons"` the
-        paired differences of `hold_against`, the settings and versions, and the total seconds.
+        paired differences of `paired_entries`, the settings and versions, and the total seconds.
 
     Raises:
         ValueError: `output` is not empty, or there is too little text.
@@ -303,9 +303,9 @@ def _comparisons(rows: Mapping[str, Row], texts: Sequence[str]) -> list[dict[str
     for name, row in rows.items():
         for baseline in HELD_AGAINST.get(name, ()):
             for text in texts if baseline in rows else ():
-                measured = {arm: [rows[arm].losses[text]] for arm in (name, baseline)}
+                measured = {arm: rows[arm].losses[text] for arm in (name, baseline)}
                 tokens = row.training["tokens"] if row.training else 0
-                entries += hold_against(name, baseline, text, measured, tokens)
+                entries += paired_entries(name, baseline, text, measured, tokens)
     return entries
 
 

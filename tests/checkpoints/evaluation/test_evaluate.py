@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from small_models import small_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from parscale import wrap
 from parscale.checkpoints.evaluation.text_loss import evaluate
 
 VOCABULARY = 64
@@ -112,6 +114,18 @@ def test_progress_goes_to_standard_error(model, capsys):
 def test_sequence_length_out_of_range(model, length):
     with pytest.raises(ValueError, match=rf"sequence_length is {length}, and must be between 2 and .* 128"):
         evaluate(model, Letters(), DOCUMENTS, sequence_length=length)
+
+
+@pytest.mark.parametrize(("transform", "positions"), [("prefix", 64), ("prompt", 56)])
+def test_prompts_take_positions_and_prefixes_none(transform, positions):
+    """Learned positions end where their table does."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model = wrap(GPT2LMHeadModel(config), 2, prefix_length=8, transform=transform, init="random", seed=0)
+    assert evaluate(model, Letters(), DOCUMENTS).sequence_length == positions
+    with pytest.raises(ValueError, match=rf"sequence_length is {positions + 1}, .* 2 and the model's {positions} "):
+        evaluate(model, Letters(), DOCUMENTS, sequence_length=positions + 1)
+    with model.use_streams(None):
+        assert evaluate(model, Letters(), DOCUMENTS).sequence_length == 64
 
 
 def test_batch_size_out_of_range(model):

@@ -208,6 +208,18 @@ def test_comparisons_pair_the_losses_by_document(finished, backbone, where):
     assert entry["high"] - entry["difference"] == pytest.approx(half, rel=1e-4)
 
 
+def test_a_text_with_one_middle_decides_nothing(backbone, tmp_path):
+    """Models that took minutes to train are not lost for it."""
+    texts = QuickstartTexts(TEXTS.train, {CODE: [TEXTS.measured[CODE][0], ("short", "x = 1"), ("shorter", "y")]})
+    settings = dataclasses.replace(SETTINGS, num_streams=2, tokens=64)
+    console = Console(file=io.StringIO(), width=80)
+    report = run_quickstart(tmp_path / "out", settings=settings, model_path=backbone, texts=texts, console=console)
+    middles = [entry for entry in report["comparisons"] if entry["where"] == "middle"]
+    assert middles and {(entry["documents"], entry["low"], entry["high"]) for entry in middles} == {(1, None, None)}
+    assert "one document decides nothing" in console.file.getvalue()
+    assert (tmp_path / "out" / "report.png").is_file()
+
+
 def test_streams_are_held_against_every_control(finished):
     _, report, _ = finished
     pairs = {(entry["arm"], entry["baseline"]) for entry in report["comparisons"]}
