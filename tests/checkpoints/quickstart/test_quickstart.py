@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from parscale import load
 from parscale.checkpoints.evaluation.controls import ARMS
 from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
 from parscale.checkpoints.quickstart import run as quickstart
-from parscale.checkpoints.quickstart.report import quickstart_sentences
+from parscale.checkpoints.quickstart.report import plot, quickstart_sentences
 from parscale.checkpoints.quickstart.run import CODE, QuickstartSettings, QuickstartTexts, run_quickstart
 from parscale.checkpoints.training.run_folder import Run
 
@@ -208,16 +209,25 @@ def test_comparisons_pair_the_losses_by_document(finished, backbone, where):
     assert entry["high"] - entry["difference"] == pytest.approx(half, rel=1e-4)
 
 
-def test_a_text_with_one_middle_decides_nothing(backbone, tmp_path):
+def test_a_text_with_one_middle_decides_nothing(tmp_path):
     """Models that took minutes to train are not lost for it."""
-    texts = QuickstartTexts(TEXTS.train, {CODE: [TEXTS.measured[CODE][0], ("short", "x = 1"), ("shorter", "y")]})
-    settings = dataclasses.replace(SETTINGS, num_streams=2, tokens=64)
-    console = Console(file=io.StringIO(), width=80)
-    report = run_quickstart(tmp_path / "out", settings=settings, model_path=backbone, texts=texts, console=console)
-    middles = [entry for entry in report["comparisons"] if entry["where"] == "middle"]
-    assert middles and {(entry["documents"], entry["low"], entry["high"]) for entry in middles} == {(1, None, None)}
-    assert "one document decides nothing" in console.file.getvalue()
-    assert (tmp_path / "out" / "report.png").is_file()
+
+    def places(loss):
+        documents = [DocumentLoss(name, loss, 9) for name in ("long", "short")]
+        measured = {"beginning": documents, "middle": documents[:1]}
+        return {where: Evaluation(loss, 0.0, 9, 32, tuple(found)) for where, found in measured.items()}
+
+    names = ("untouched", "alone", "prefix", "long-prefix", "frozen")
+    training = {"tokens": 64}
+    rows = {name: quickstart.Row({CODE: places(n)}, None, training) for n, name in enumerate(names)}
+    entries = quickstart._comparisons(rows, [CODE])
+    middles = [entry for entry in entries if entry["where"] == "middle"]
+    assert {(entry["documents"], entry["low"], entry["high"]) for entry in middles} == {(1, None, None)}
+    assert all(entry["low"] is not None for entry in entries if entry["where"] == "beginning")
+    report = {"models": {name: {"title": name, "trained_tokens": 64} for name in names}, "comparisons": entries}
+    (sentence,) = quickstart_sentences(report)
+    assert "one document decides nothing" in sentence
+    plot(report, {name: [1.0, 0.5] for name in names}, tmp_path / "report.png")
 
 
 def test_streams_are_held_against_every_control(finished):
