@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import transformers
 from machine import processor
-from scipy.stats import t as student
 from standard_texts import PROSE, standard_texts
 from starts import STARTS, Lab, P, T, prefixes, streams_of
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -43,6 +42,7 @@ from parscale import wrap
 from parscale.checkpoints import (
     CODE,
     Document,
+    crossed_interval,
     evaluate,
     faster_in_bf16,
     pack_documents,
@@ -209,10 +209,9 @@ def stays_below(curve: list[list[float]]) -> float | None:
 
 
 def interval(differences: np.ndarray) -> str:
-    """Mean over documents and its 95 % interval, of differences `(seeds, documents)` in nats per token."""
-    by_document = differences.mean(0)
-    half = student.ppf(0.975, len(by_document) - 1) * by_document.std(ddof=1) / len(by_document) ** 0.5
-    return f"{by_document.mean():+.4f} ({by_document.mean() - half:+.4f}, {by_document.mean() + half:+.4f})"
+    """Mean and 95 % interval over seeds and documents, of differences `(seeds, documents)` in nats per token."""
+    found = crossed_interval(differences)
+    return f"{found.difference:+.4f} ({found.low:+.4f}, {found.high:+.4f})"
 
 
 def table(results: dict[str, Any]) -> str:
