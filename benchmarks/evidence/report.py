@@ -337,7 +337,7 @@ def task_gains(tasks: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
-def law(rows: Rows) -> dict[str, Any] | None:
+def law(rows: Rows, draws: int = 200) -> dict[str, Any] | None:
     """k from the models from scratch, in the middle of documents; None until there are three sizes with streams.
 
     Larger models read more, so the form has a term in tokens too, and dense models of every width count as P = 1: they
@@ -361,7 +361,7 @@ def law(rows: Rows) -> dict[str, Any] | None:
                 losses.append(fmean(row["test"]["middle"]))
     fits = {}
     for counted, params in counts.items():
-        fitted = fit_form("joint", params, streams, losses, tokens, bootstrap=200)
+        fitted = fit_form("joint", params, streams, losses, tokens, bootstrap=draws)
         assert fitted.intervals is not None
         fits[counted] = fitted.values | {"r2": fitted.r2, "k_interval": fitted.intervals["k"], "notes": fitted.notes}
     return {"models": len(losses), "sizes": len(sizes), "N": fits}

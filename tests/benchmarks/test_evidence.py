@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import linear
 
 import parscale
+from parscale.scaling_laws import fit
 
 pytestmark = pytest.mark.usefixtures("evidence")
 
@@ -390,7 +392,7 @@ def test_the_laws_k_is_found_again(k: float) -> None:
         add(replace(run, streams=4, arm="twin"), 1)
         add(replace(run, streams=1, hidden=2 * run.hidden), 1)
     add(replace(Run(*SIZES["0.1M"][:2], 1, SIZES["0.1M"][2], 7, 8e-3)), 1)  # of a seed without streams
-    found = law(rows)
+    found = law(rows, draws=20)
     assert found is not None
     assert (found["models"], found["sizes"]) == (3 * 2 * (3 + 2), 3)
     assert found["N"]["all parameters"]["k"] == pytest.approx(k, abs=2e-3)
@@ -398,6 +400,22 @@ def test_the_laws_k_is_found_again(k: float) -> None:
     assert low - 1e-3 <= k <= high + 1e-3
     assert found["N"]["the backbone's parameters"]["k"] > k + 0.02
     assert law({name: row for name, row in rows.items() if row["run"]["layers"] < 6}) is None
+
+
+def test_without_tokens_dense_models_called_streams_have_a_k_below_zero() -> None:
+    """Why the law has a term in tokens: in the published rows N alone takes what more training is worth."""
+    from report import RESULTS, by_size, read_rows
+
+    found = by_size(read_rows(RESULTS / "evidence"))
+    points = [
+        (row["params"], streams, fmean(row["test"]["middle"]))
+        for arms in found.values()
+        for arm, streams in (("dense", 1), ("twin", 4))
+        for row in arms.get(arm, {}).values()
+    ]
+    law = fit(*zip(*points, strict=True), bootstrap=100)
+    assert law.intervals is not None
+    assert law.intervals["k"][1] < 0
 
 
 def test_the_study_follows_when_its_rates_are_tuned() -> None:
