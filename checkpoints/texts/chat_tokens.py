@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import takewhile
 from typing import Any
 
@@ -19,7 +20,13 @@ from parscale.checkpoints.texts.chats import ASSISTANT
 from parscale.checkpoints.texts.documents import Chat, Completion
 from parscale.checkpoints.texts.files import first_line
 from parscale.checkpoints.texts.token_ids import encode
+from parscale.compat.chat_templates import dated
 
+DAY = date(2024, 7, 26)
+"""What templates that write the date of today write: a run that goes on tomorrow has to read the same tokens.
+
+The day that Llama's templates write where they know none.
+"""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -146,7 +153,8 @@ class _Renderer:
     def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         given: dict[str, Any] = {"tools": self.chat.tools, **self.chat.template_options, **options}
         try:
-            return self.tokenizer.apply_chat_template([*messages], return_dict=True, **given)  # type: ignore[arg-type]
+            with dated(DAY):
+                return self.tokenizer.apply_chat_template([*messages], return_dict=True, **given)  # type: ignore[arg-type]
         except Exception as error:  # of Jinja, or whatever a template does with a message that it did not expect
             raise ValueError(f"{self.name}: the chat template refuses these messages: {first_line(error)}") from error
 

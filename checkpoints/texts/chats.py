@@ -71,6 +71,9 @@ def _messages(where: str, column: str, found: object) -> list[dict[str, Any]]:
 
 
 def _message(where: str, message: object) -> dict[str, Any]:
+    """One message, its content a text: most templates of text models write a list of parts as it is, or drop it."""
+    if isinstance(message, str) and message.lstrip().startswith("{"):  # as datasets writes messages of several forms
+        message = _from_json(where, "the message", message, dict)
     if not isinstance(message, dict):
         raise ValueError(f"{where} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}.")
     kept = {key: value for key, value in message.items() if value is not None}
@@ -82,7 +85,9 @@ def _message(where: str, message: object) -> dict[str, Any]:
         return kept | {"content": ""}
     if isinstance(content, str):
         require_text(where, content)
-    elif not _is_parts(content):
+    elif _is_parts(content):
+        kept["content"] = "".join(require_text(where, part["text"]) for part in content)
+    else:
         kind = "nothing" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"{where} holds {kind} as its content; write a text, or a list of {{'type': 'text', ...}}.")
     return kept
@@ -94,6 +99,13 @@ def _is_parts(content: object) -> bool:
         and bool(content)
         and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
     )
+
+
+def without_fillings(value: Any) -> Any:
+    """A value of a table without what the table filled in: it gives each record the keys of all, with None."""
+    if isinstance(value, dict):
+        return {key: without_fillings(inner) for key, inner in value.items() if inner is not None}
+    return [without_fillings(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(where: str, column: str, value: object, kind: type) -> Any:

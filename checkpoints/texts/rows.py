@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parscale.checkpoints.texts.chats import COLUMNS, chat_of, is_chat
+from parscale.checkpoints.texts.chats import COLUMNS, chat_of, is_chat, without_fillings
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
 from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
 from parscale.checkpoints.texts.token_ids import require_text
@@ -228,7 +228,7 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             if read := _read(names, column):
                 batch = batch.select(read)
                 batch.validate(full=True)  # without which offsets that are damaged end the process
-                yield batch.to_pylist()
+                yield [{name: without_fillings(cell) for name, cell in row.items()} for row in batch.to_pylist()]
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow raises many types for damage, and Python another for text that is not UTF-8

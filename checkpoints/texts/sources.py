@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from parscale.checkpoints.texts.chats import without_fillings
 from parscale.checkpoints.texts.documents import Document, Example, Source
 from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
 from parscale.checkpoints.texts.rows import JSON, SEPARATED, example_of, examples_of_rows, has_rows, texts_of_rows
@@ -122,9 +123,11 @@ def _is_hidden(path: Path) -> bool:
 def _folder(folder: Path, text_column: str) -> Source:
     """Reads every file with text below a folder, sorted by name; warns about skipped files."""
     found = below(folder)
-    readable, other, useless = [], [], []
+    readable, other, useless, caches = [], [], [], []
     for path in found.files:
-        if not path.is_file() or not (has_rows(path) or is_text(path)):
+        if path.match("cache-*.arrow") and (path.parent / "state.json").is_file():
+            caches.append(shown(path))
+        elif not path.is_file() or not (has_rows(path) or is_text(path)):
             other.append(shown(path))
         elif suffix_of(path) in MAYBE_ROWS and (problem := _problem(path, text_column)):
             useless.append(problem)
@@ -136,6 +139,7 @@ def _folder(folder: Path, text_column: str) -> Source:
         raise ValueError(f"The folder {shown(folder)} holds no file with text ({count} files were looked at).{why}")
     for what, names in (
         (f"of {count} files are not text", other),
+        (f"of {count} files are what datasets keeps of its own work, as of map", caches),
         (f"of {count} files have no rows that can be read", useless),
         ("links lead to a folder that is already read", [shown(path) for path in found.again]),
     ):
@@ -179,7 +183,8 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Example]:
     for number, row in enumerate(_read(name, rows), 1):
-        example = example_of(f"{name}, row {number}", row, text_column)
+        cells = {column: without_fillings(cell) for column, cell in row.items()}
+        example = example_of(f"{name}, row {number}", cells, text_column)
         if not isinstance(example, str) or example.strip():
             yield f"{name}:{number}", example
 

@@ -36,7 +36,7 @@ class RunMonitor(TrainerCallback):
         self.run, self.tokens_per_step, self.console = run, tokens_per_step, console
         self.trainer: StreamsTrainer | None = None
         self.seconds, self.steps, self._started = 0.0, 0, 0.0
-        self._last = 0.0
+        self._last, self._rates = 0.0, dict[str, float]()
         self._bar: Progress | None = None
 
     def on_train_begin(
@@ -57,9 +57,17 @@ class RunMonitor(TrainerCallback):
                 trainer.evaluate(metric_key_prefix=BACKBONE)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: object,
     ) -> None:
-        """Starts the clock."""
+        """Notes the step's learning rates, and starts the clock."""
+        groups = optimizer.param_groups
+        self._rates = {"streams" if group["of_streams"] else "backbone": float(group["lr"]) for group in groups}
         self._started = time.perf_counter()
 
     def on_step_end(
@@ -75,21 +83,17 @@ class RunMonitor(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, float] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: object,
     ) -> None:
         """Writes one line for a step."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs or optimizer is None:
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
-        groups = optimizer.param_groups
-        factor = logs["learning_rate"] / groups[0]["initial_lr"] if groups[0]["initial_lr"] else 0.0
-        rates = {"streams" if group["of_streams"] else "backbone": factor * group["initial_lr"] for group in groups}
         line = {
             "step": state.global_step,
             "tokens": state.global_step * self.tokens_per_step,
             "loss": logs["loss"],
             "grad_norm": norm if (norm := logs.get("grad_norm")) is not None and math.isfinite(norm) else None,
-            "learning_rates": rates,
+            "learning_rates": self._rates,
             "tokens_per_second": round(self.tokens_per_step / self._last, 1) if self._last else None,
         }
         self.run.add_metrics(line)

@@ -263,14 +263,20 @@ def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) ->
     )
 
 
-def keeps_documents_apart(model: PreTrainedModel, vocabulary: int) -> bool:
+def keeps_documents_apart(model: PreTrainedModel, vocabulary: int, rows: int = 1) -> bool:
     """Whether a model's outputs for a document stay the same if another document comes before it in one block.
 
-    This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions.
+    This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions;
+    flash-attention finds documents by their positions in one row only.
+
+    Args:
+        model: to try.
+        vocabulary: its number of token ids.
+        rows: blocks at once.
     """
     weight: Any = model.get_input_embeddings().weight
-    ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary)[None]  # (1, 12)
-    positions = torch.arange(6, device=weight.device).repeat(2)[None]
+    ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary).expand(rows, -1)  # (rows, 12)
+    positions = torch.arange(6, device=weight.device).repeat(2).expand(rows, -1)
     was_training = model.training
     model.eval()
     try:

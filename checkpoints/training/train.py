@@ -49,6 +49,7 @@ from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
 from parscale.terminal.console import Terminal
 
+MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # how a launcher says it
 REMEDY = "start again in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
 
 __all__ = ["Interrupted", "TrainSettings", "train"]
@@ -233,9 +234,7 @@ class _Prepared:
 def _prepared(
     run: Run, checkpoint: str | NewModel, settings: TrainSettings, state: PartialState, console: Console
 ) -> _Prepared:
-    bf16 = settings.bf16
-    if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = _bf16(settings)
     check_trackers(settings.report_to)
     check_trainable(checkpoint, settings.trains)
     tokenizer = _tokenizer(checkpoint)
@@ -243,11 +242,11 @@ def _prepared(
     sources = Sources(settings)
     sources.check_chats(tokenizer)
     set_seed(settings.seed)
-    model = _model(checkpoint, settings, bf16)
+    micro = _micro_batch(settings, state.num_processes)
+    model = _model(checkpoint, settings, bf16, micro)
     length = checked_length(model, settings.sequence_length)
     with console.status("Reading the data"):
         data = sources.packed(Encoder(tokenizer, vocabulary_of(model)), length)
-    micro = _micro_batch(settings, state.num_processes)
     if torch.cuda.device_count() > 1 and state.num_processes == 1:
         warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
 
@@ -273,19 +272,22 @@ def _trainer(
 ) -> StreamsTrainer:
     data, micro = prepared.data, prepared.micro
     divergence = StopWhenDiverged(REMEDY, run.kept)
+    arguments = OneDeviceArguments(
+        output_dir=str(run.folder),
+        bf16=prepared.bf16,
+        use_cpu=_on_cpu(),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // (micro * state.num_processes),
+        eval_strategy="steps" if data.measured else "no",
+        eval_on_start=bool(data.measured) and newest is None,
+        **_arguments(settings, data.steps),
+    )
+    if arguments.mixed_precision == "bf16" and not prepared.bf16:  # the launcher's, in place of what was given
+        arguments.mixed_precision = "no"
     trainer = StreamsTrainer(
         prepared.model,
-        OneDeviceArguments(
-            output_dir=str(run.folder),
-            bf16=prepared.bf16,
-            use_cpu=_on_cpu(),
-            per_device_train_batch_size=micro,
-            per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // (micro * state.num_processes),
-            eval_strategy="steps" if data.measured else "no",
-            eval_on_start=bool(data.measured) and newest is None,
-            **_arguments(settings, data.steps),
-        ),
+        arguments,
         run=run,
         tokenizer=prepared.tokenizer,
         rates=prepared.rates,
@@ -324,8 +326,20 @@ def _tokenizer(checkpoint: str | NewModel) -> PreTrainedTokenizerBase:
     return require_tokenizer(find_tokenizer(checkpoint), checkpoint)
 
 
-def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool) -> Any:
-    """The model, ready to train; warns if it mixes documents that are packed together."""
+def _bf16(settings: TrainSettings) -> bool:
+    """Whether to compute in bfloat16: as given, or as the launcher says, or where a GPU supports it."""
+    if settings.bf16 is not None:
+        return settings.bf16
+    launcher = os.environ.get(MIXED_PRECISION, "no")
+    return launcher == "bf16" or (launcher == "no" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool, micro: int) -> Any:
+    """The model, ready to train; warns if it mixes documents that are packed together.
+
+    Raises:
+        ValueError: it keeps them apart in one row only, and more are trained at once.
+    """
     model = open_for_training(
         checkpoint,
         trains=settings.trains,
@@ -338,6 +352,12 @@ def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool) -> A
     require_finite(model, str(checkpoint))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         apart = keeps_documents_apart(model, vocabulary_of(model))
+        in_rows = apart and (micro == 1 or keeps_documents_apart(model, vocabulary_of(model), rows=2))
+    if apart and not in_rows:
+        raise ValueError(
+            f"{checkpoint} keeps documents that are packed together apart only where one sequence runs at once, as "
+            "models with flash-attention do; give --micro-batch-size 1, or --attn-implementation sdpa."
+        )
     if not apart:
         warnings.warn(
             f"{checkpoint} lets documents that are packed into one sequence see each other.",

@@ -218,7 +218,8 @@ def _saves_whole_models(accelerator: Any) -> bool:
 
 def _sums_by_row(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """Each row's summed loss in nats and its number of predicted tokens, `(rows, 2)`, from `(rows, S, V)` logits."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    if isinstance(logits, tuple):  # experts put their auxiliary loss, a number, in front
+        logits = next(part for part in logits if isinstance(part, torch.Tensor) and part.ndim == 3)
     targets = labels[:, 1:]  # (rows, S - 1)
     losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return torch.stack([losses.double().sum(1), (targets != IGNORED).double().sum(1)], dim=1)

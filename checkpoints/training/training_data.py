@@ -97,6 +97,8 @@ def _training_rows(
         assert settings.tokens is not None
         steps = _steps(settings.tokens, per_step, settings, length)
         beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
+        if not len(beginning):
+            raise too_few(sources, encode, length)
         named = [each for each in settings.data if isinstance(each, str)]
         digest = streamed_digest(beginning.fingerprint(), named)
         return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest

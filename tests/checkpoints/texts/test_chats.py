@@ -10,7 +10,11 @@ from parscale.checkpoints.texts.sources import open_source, read_documents
 
 USER, ANSWER = {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+OTHER_CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "g", "arguments": {"y": 2}}}],
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": ["x"]}}}
 
 
 @pytest.fixture
@@ -35,6 +39,9 @@ def test_rows_of_each_form(write):
         {"text": "as before", "messages": "not looked at"},
         {"messages": [USER, CALL], "tools": json.dumps([TOOL]), "chat_template_kwargs": {"thinking": False}},
         {"messages": json.dumps([USER, ANSWER | {"tool_calls": None}])},
+        {"messages": [json.dumps(USER), json.dumps(ANSWER)]},
+        {"messages": [USER, ANSWER | {"content": [{"type": "text", "text": "Ye"}, {"type": "text", "text": "s."}]}]},
+        {"messages": [USER, CALL], "tools": [TOOL | {"strict": None}]},
     ]
     assert read(write(*rows)) == [
         Chat([USER, ANSWER]),
@@ -42,7 +49,8 @@ def test_rows_of_each_form(write):
         Completion("a", "b"),
         "as before",
         Chat([USER, CALL | {"content": ""}], 0, [TOOL], {"thinking": False}),
-        Chat([USER, ANSWER]),
+        *[Chat([USER, ANSWER])] * 3,
+        Chat([USER, CALL | {"content": ""}], 0, [TOOL | {"strict": None}]),  # a null of one's own is kept
     ]
 
 
@@ -60,7 +68,8 @@ def test_tables(tmp_path, ending):
     """In which each message has the keys of all, without a value where a row has none."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.Table.from_pylist([{"messages": [USER, CALL], "id": 1}, {"messages": [USER, ANSWER], "id": 2}])
+    rows = [{"messages": [USER, CALL], "tools": [TOOL], "id": 1}, {"messages": [USER, ANSWER, OTHER_CALL], "id": 2}]
+    table = pyarrow.Table.from_pylist(rows)
     path = tmp_path / f"chat.{ending}"
     if ending == "parquet":
         parquet.write_table(table, path)
@@ -68,9 +77,8 @@ def test_tables(tmp_path, ending):
         with pyarrow.ipc.new_file(path, table.schema) as file:
             file.write_table(table)
     first, second = read(str(path))
-    assert [message["role"] for message in first.messages] == ["user", "assistant"]
-    assert first.messages[1]["tool_calls"][0]["function"]["name"] == "f"
-    assert second == Chat([USER, ANSWER])
+    assert first.messages == [USER, CALL | {"content": ""}]
+    assert second == Chat([USER, ANSWER, OTHER_CALL | {"content": ""}])
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,18 @@ def test_a_folder_is_its_files_with_text(tmp_path):
         assert texts(tmp_path) == ["alpha", "first", "s\u00e9cond\nline", "beta"]
 
 
+def test_what_datasets_keeps_of_its_own_work_is_no_data(tmp_path):
+    """After `map` its result stands in the same folder, and after `filter` the numbers of rows."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": f"row {number}"} for number in range(3)]).save_to_disk(tmp_path / "kept")
+    loaded = datasets.load_from_disk(tmp_path / "kept")
+    loaded.map(lambda row: {"text": row["text"].upper()})
+    loaded.filter(lambda row: row["text"] != "row 1")
+    assert len(list((tmp_path / "kept").glob("cache-*.arrow"))) == 2
+    with pytest.warns(UserWarning, match="2 of 5 files are what datasets keeps of its own work"):
+        assert texts(tmp_path / "kept") == ["row 0", "row 1", "row 2"]
+
+
 def test_a_character_at_the_border_of_what_is_looked_at(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 8191 + "\u00e9" + "y")
     assert len(texts(tmp_path)[0]) == 8193

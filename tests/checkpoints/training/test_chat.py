@@ -64,6 +64,12 @@ def test_marks_say_what_is_learned(byte_tokenizer):
     assert learned(tokenizer, Chat(TURNS, 2)) == [(text, ["22<end>"])]
 
 
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(byte_tokenizer):
+    """A run that goes on tomorrow has to read what it began with."""
+    tokenizer = with_template(byte_tokenizer, "{{- strftime_now('%d %b %Y') }}" + MARKED)
+    assert [text[:12] for text, _ in learned(tokenizer, Chat(SHORT))] == ["26 Jul 2024u"]
+
+
 def test_turns_are_told_by_what_they_add(byte_tokenizer):
     template = MARKED.replace("{%- generation %}", "").replace("{% endgeneration %}", "")
     tokenizer = with_template(byte_tokenizer, template)

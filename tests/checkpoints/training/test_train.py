@@ -1,6 +1,7 @@
 """`train` at a tiny scale: against a loop by hand, in every mode, and what it leaves behind."""
 
 import copy
+import functools
 import json
 import shutil
 
@@ -9,11 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from parscale import load, wrap
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.training import train as training
 from parscale.checkpoints.training.packing import Blocks, Encoder, Shuffled, pack
 from parscale.checkpoints.training.train import TrainSettings, train
 
@@ -281,6 +290,63 @@ def test_in_bfloat16(full, text_file, tmp_path):
     assert {p.dtype for p in load(tmp_path / "run").parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("given", "precision"), [(False, False), (None, True), (True, True)])
+def test_a_launchers_precision_is_a_default(full, text_file, tmp_path, monkeypatch, given, precision):
+    """What the report says is what ran: `accelerate launch` sets this variable by its configuration."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    report = train(str(full), tmp_path / "run", settings(text_file, bf16=given))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    train(str(full), tmp_path / "alone", settings(text_file, bf16=precision))
+    assert report["bf16"] is precision
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(("apart_in", "micro", "refused"), [(2, None, False), (1, 1, False), (1, 2, True)])
+def test_rows_that_mix_their_documents_are_refused(full, text_file, tmp_path, monkeypatch, apart_in, micro, refused):
+    """As flash-attention does, which finds documents in one row only."""
+    monkeypatch.setattr(training, "keeps_documents_apart", lambda model, vocabulary, rows=1: rows <= apart_in)
+    run = functools.partial(train, str(full), tmp_path / "run", settings(text_file, micro_batch_size=micro))
+    if refused:
+        with pytest.raises(ValueError, match=r"apart only where one sequence runs at once.*--micro-batch-size 1"):
+            run()
+        assert not (tmp_path / "run").exists()
+    else:
+        run()
+
+
+def test_experts_that_are_balanced_are_measured(backbone, text_file, tmp_path):
+    """Their outputs begin with the loss that balances them."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        output_router_logits=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = wrap(MixtralForCausalLM(config), 2, prefix_length=2, init="random", seed=0)
+    model.save_pretrained(tmp_path / "experts")
+    tokenizer.save_pretrained(tmp_path / "experts")
+    held_out = {"held-out": str(text_file)}
+    report = train(
+        str(tmp_path / "experts"), tmp_path / "run", settings(text_file, eval_data=held_out, tokens=BATCH * S)
+    )
+    assert 0 < report["losses"]["held-out"]["after"] < 10
+
+
+def test_rates_are_those_of_each_part(full, text_file, tmp_path):
+    """Also where that of the streams is zero."""
+    train(str(full), tmp_path / "run", settings(text_file, streams_learning_rate=0.0, warmup=0.0, decay=0.0))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rates"] for line in lines if "loss" in line]
+    assert rates == [{"streams": 0.0, "backbone": 1e-2}] * 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
@@ -372,6 +438,7 @@ def test_settings_without_sense(text_file, options, said):
         ("full", {"micro_batch_size": 3}, "must divide each process's 4 sequences"),
         ("full", {"lora_rank": 33}, "lora_rank is 33, and no weight of LlamaForCausalLM has a rank above 32: give at"),
         ("full", {"data": ["short.txt"], "tokens": None}, "fewer than one sequence of 16"),
+        ("full", {"data": ["short.txt"], "streaming": True}, "fewer than one sequence of 16"),
         ("full", {"data": ["empty.txt"]}, "empty.txt is empty"),
         ("full", {"data": ["gone.txt"]}, "gone.txt does not exist"),
         ("full", {"eval_data": {"x": "gone.txt"}}, "gone.txt does not exist"),
