@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.against import MIDDLES, Places, paired_entries
 from parscale.checkpoints.evaluation.places import evaluate_places
-from parscale.checkpoints.models import STREAMS_OFF, open_checkpoint, require_tokenizer
+from parscale.checkpoints.models import STREAMS_OFF, find_tokenizer, open_checkpoint, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode
 
@@ -55,20 +55,22 @@ def compare_checkpoints(
             progress=True,
         )
 
-    measured = {name: places(model)}
-    entries = []
-    for other in dict.fromkeys(others):
+    for other in others:  # before anything is measured
         if other == name:
             raise ValueError(f"{name} cannot be compared with itself; its own plain backbone is called 'off'.")
         if other == STREAMS_OFF:
             if not hasattr(model, "parscale"):
                 raise ValueError(f"{name} has no streams to turn off; leave 'off' out of --against.")
+        elif encode(documents, require_tokenizer(find_tokenizer(other), other)) != encode(documents, tokenizer):
+            raise ValueError(f"{other} reads the text as other tokens than {name}, so their losses do not compare.")
+    measured = {name: places(model)}
+    entries = []
+    for other in dict.fromkeys(others):
+        if other == STREAMS_OFF:
             with model.use_streams(None):
                 measured[other] = places(model)
         else:
-            rival, its_tokenizer = open_checkpoint(other, device=device)
-            if encode(documents, require_tokenizer(its_tokenizer, other)) != encode(documents, tokenizer):
-                raise ValueError(f"{other} reads the text as other tokens than {name}, so their losses do not compare.")
+            rival, _ = open_checkpoint(other, device=device)
             measured[other] = places(rival)
             del rival
         entries += paired_entries(name, other, TEXT, {key: measured[key] for key in (name, other)}, 0)

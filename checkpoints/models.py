@@ -47,6 +47,11 @@ def open_checkpoint(
     model = load_any(checkpoint)
     require_language_model(model, checkpoint)
     if not is_plain and streams is not None:
+        if streams != STREAMS_OFF and streams not in (sets := model.parscale.sets):
+            known = ", ".join(map(repr, sets)) or "none"
+            raise ValueError(
+                f"{checkpoint} has no set of streams {streams!r}; it has {known}, and {STREAMS_OFF!r} for the backbone."
+            )
         model.set_streams(None if streams == STREAMS_OFF else streams)
     return model.to(place).eval(), find_tokenizer(checkpoint)
 

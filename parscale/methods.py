@@ -275,7 +275,7 @@ def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adapt
         if streams is not None:
             given = f"{streams.name!r} is P = {streams.num_streams}, {streams.config.kv}"
         raise ValueError(
-            f"adaptive chooses tokens for streams that share keys and values, but {given}: wrap(model, P, kv='shared')."
+            f"adaptive chooses tokens for streams that share keys and values, but {given}: make some with kv='shared'."
         )
     adaptive = Adaptive(float(threshold), streams.num_streams)
     if threshold == 0:

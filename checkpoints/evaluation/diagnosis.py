@@ -211,7 +211,9 @@ def diagnose(
     """
     state = getattr(model, "parscale", None)
     if state is None or state.active is None or state.active.num_streams == 1:
-        raise ValueError("No streams are active (or P is 1), so there is nothing to compare: set_streams(name) first.")
+        raise ValueError(
+            "No streams are active (or P is 1), so there is nothing to compare; choose a set of two or more."
+        )
     length = checked_length(model, sequence_length)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")

@@ -227,4 +227,6 @@ def with_progress_bar(batches: list[list[W]], shown: bool) -> Iterator[list[W]]:
 
     from parscale.terminal.console import Terminal
 
-    yield from track(batches, description="Evaluating", console=Terminal(stderr=True), transient=True)
+    console = Terminal(stderr=True)
+    shown_at = {"console": console, "disable": not console.is_terminal, "transient": True}
+    yield from track(batches, description="Evaluating", **shown_at)

@@ -85,9 +85,10 @@ class NewModel:
             raise ValueError(f"{self.config} is of a model with streams; give that of its backbone.")
         if fields.get("quantization_config"):
             raise ValueError(f"{self.config} is of a quantized model, which cannot train; leave the quantization out.")
+        tokens = len(self.find_tokenizer())
         with configuration_of(self):
             known = int(self._configuration().get_text_config().vocab_size)
-        if (tokens := len(self.find_tokenizer())) > known:
+        if tokens > known:
             raise ValueError(
                 f"The tokenizer {self.tokenizer} has {tokens:,} tokens, and vocab_size of {self.config} is {known:,}; "
                 f"set it to {tokens:,} or more."

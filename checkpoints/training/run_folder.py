@@ -100,7 +100,18 @@ class Run:
             self._take_lock()
         remove_leftovers(self.folder)
 
-    def _require_same(self, settings: Mapping[str, Any]) -> None:
+    def require_asked(self, settings: Mapping[str, Any]) -> None:
+        """Refuses to take a run that has finished for one with other settings, as far as they are known.
+
+        Args:
+            settings: some of those that the run would be started with.
+
+        Raises:
+            ValueError: the run was started with others, or its settings are damaged.
+        """
+        self._require_same(settings, partly=True)
+
+    def _require_same(self, settings: Mapping[str, Any], *, partly: bool = False) -> None:
         path = self.folder / RUN
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -108,9 +119,10 @@ class Run:
             raise ValueError(f"{path} is damaged ({error}); start in a new folder.") from error
         if not isinstance(before, dict):
             raise ValueError(f"{path} should hold a JSON object and is damaged; start in a new folder.")
+        compared = [key for key in settings if key in before] if partly else [*{**settings, **before}]
         differs = [
             key
-            for key in {**settings, **before}
+            for key in compared
             if _with_absolute_paths(settings.get(key)) != _with_absolute_paths(before.get(key))
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
             and not (key in READ_BY.values() and key not in before)  # of a run before these were recorded

@@ -114,6 +114,7 @@ def _train_in(
         run.check(resume=resume)
     state.wait_for_everyone()
     if resume and (before := run.report()) is not None:
+        run.require_asked(_asked(checkpoint, settings, before))
         return before | {"finished_before": True}
 
     start = time.perf_counter()
@@ -472,6 +473,16 @@ def _described(
         "bf16": bf16,
         "seed": settings.seed,
     }
+
+
+def _asked(checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a run's settings before anything is read, of those that its weights depend on."""
+    length = settings.sequence_length or before["sequence_length"]
+    steps = (settings.tokens or before["tokens"]) // (settings.batch_size * length)
+    optional = {name: getattr(settings, name) for name in ("streams_learning_rate", "learning_rate", "bf16")}
+    known = _described(str(checkpoint), settings, (0.0, 0.0), False, length, steps)
+    known = {key: value for key, value in known.items() if key not in (*optional, "eval_data", "eval_tokens")}
+    return known | {key: value for key, value in optional.items() if value is not None}
 
 
 def _name(source: str | Source) -> str:

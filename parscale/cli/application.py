@@ -112,8 +112,10 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and not isinstance(ended.__context__, BrokenPipeError):  # which click makes it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader, such as `head`, has exited
         return 0
     except Exception as error:
         line = _bad_input(error)
@@ -177,7 +179,9 @@ def _is_out_of_memory(error: Exception, text: str) -> bool:
     """Whether the memory of the machine or of a device is used up; torch's error for a CPU has no class of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without an import of torch
         return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in text or "enough memory" in text)
+    return isinstance(error, RuntimeError) and any(
+        said in text for said in ("allocate memory", "enough memory", "Storage size calculation overflowed")
+    )
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
-from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting, write_json
+from parscale.cli.output import WIDEST, print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-WIDEST = 1000  # columns of a table, which uses only what it needs
 
 
 def evaluate(
@@ -105,26 +103,31 @@ def evaluate(
         )
         figures["parscale"] = {"checkpoint": checkpoint} | figures["parscale"]
     else:
-        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
+        comparisons = {}
         if against:
             from parscale.checkpoints.checkpoint_comparison import compare_checkpoints
+            from parscale.checkpoints.evaluation.text_loss import checked_length
 
-            figures["comparisons"] = compare_checkpoints(
+            comparisons["comparisons"] = compare_checkpoints(
                 (model, tokenizer, checkpoint),
                 against,
                 documents,
-                sequence_length=figures["sequence_length"],
+                sequence_length=checked_length(model, sequence_length),
                 batch_size=batch_size,
                 device=device,
             )
-    if json:
-        print_json(figures)
-    elif tasks:
-        _print_scores(figures)
-    else:
-        _print_losses(figures)
-    if output is not None:
-        write_json(output, figures)
+        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
+        figures |= comparisons
+    try:
+        if json:
+            print_json(figures)
+        elif tasks:
+            _print_scores(figures)
+        else:
+            _print_losses(figures)
+    finally:  # also where nobody reads what is printed
+        if output is not None:
+            write_json(output, figures)
 
 
 def _check_options(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parscale.cli.options import Json, ListOptionCommand, size
-from parscale.cli.output import print_figures, print_json
+from parscale.cli.output import WIDEST, print_figures, print_json
 from parscale.format.staging import require_writable, require_writable_folder, staged_file
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
-    Terminal(soft_wrap=True).print(table)
+    Terminal(soft_wrap=True, width=WIDEST).print(table)
 
 
 def _cell(value: object) -> str:

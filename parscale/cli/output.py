@@ -39,6 +39,10 @@ def without_nan(figures: object) -> Any:
     return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
+WIDEST = 1000
+"""Columns of a table, which uses what it needs: lines are never cut off."""
+
+
 def _json(figures: Mapping[str, Any]) -> str:
     return json.dumps(without_nan(figures), indent=2, allow_nan=False) + "\n"
 
@@ -58,7 +62,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
                 table.add_row("  " + inner_name.replace("_", " "), _show(inner))
         else:
             table.add_row(label, _show(value))
-    Terminal(soft_wrap=True).print(table)
+    Terminal(soft_wrap=True, width=WIDEST).print(table)
 
 
 @contextmanager

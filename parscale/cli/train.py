@@ -12,14 +12,13 @@ import typer
 
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.cli.options import Json, Special, count, takes_settings
-from parscale.cli.output import print_figures, print_json, quiet_libraries
+from parscale.cli.output import WIDEST, print_figures, print_json, quiet_libraries
 from parscale.cli.recipes import Recipe
 from parscale.config import ParScaleConfig
 from parscale.descriptions import descriptions, plain
 
 _NEW = "Of a new model"
 _OF_STREAMS = descriptions(ParScaleConfig)
-WIDEST = 1000  # columns of a table; it takes what it needs
 
 
 def _named(texts: list[str]) -> dict[str, str]:

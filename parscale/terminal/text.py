@@ -7,6 +7,7 @@ escapes them: in the command line every stream is a `ShownStream`, and tables, s
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,8 @@ def raw_stream(stream: TextIO) -> TextIO:
 def shown_streams() -> Iterator[None]:
     """In this block standard output and standard error escape what is written to them."""
     output, errors = sys.stdout, sys.stderr
+    if isinstance(output, io.TextIOWrapper):  # as standard error does by itself, where an encoding lacks a character
+        output.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = ShownStream(output), ShownStream(errors)
     try:
         yield

@@ -84,6 +84,12 @@ def test_eval_against_other_checkpoints(two_sets, backbone, held_out, capsys):
 )
 def test_what_cannot_be_compared(two_sets, text_file, capsys, monkeypatch, options, said):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or the Hub is asked again and again
+    for name in ("checkpoint_comparison.evaluate_places", "evaluation.text_loss.evaluate"):
+        monkeypatch.setattr(
+            f"parscale.checkpoints.{name}", lambda *_, **__: pytest.fail("measured before it was refused")
+        )
     options = [str(two_sets) if option == "THIS" else option for option in options]
     assert run(["eval", str(two_sets), "--data", str(text_file), "--device", "cpu", *options]) == BAD_INPUT
-    assert said in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1

@@ -182,7 +182,10 @@ def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
         (["--num-fewshot", "-1"], "num_fewshot is -1, and must be at least 0"),
         (["--include-path", "nowhere"], "There is no folder nowhere"),
         (["--sequence-length", "129"], "sequence_length is 129, and must be between 2 and the model's 128 positions"),
-        (["--streams", "nothing"], "There is no set of streams 'nothing'"),
+        (
+            ["--streams", "nothing"],
+            "has no set of streams 'nothing'; it has 'default', 'wide', and 'off' for the backbone",
+        ),
         (["--output", "nowhere/results.json"], "There is no folder nowhere"),
         (["--output", "."], ". is a folder"),
         (["--output", "/proc/results.json"], "/proc/results.json: cannot be written"),
@@ -214,6 +217,19 @@ def test_a_result_that_cannot_be_written_is_printed(two_sets, text_file, capsys,
     printed = capsys.readouterr()
     assert json.loads(printed.out)["loss"] > 0
     assert f"{output}: cannot be written (No such file or directory)" in printed.err
+
+
+def test_a_result_that_cannot_be_printed_is_written(two_sets, text_file, capsys, tmp_path, monkeypatch):
+    """The reader may have gone, as `less` does, or its encoding may lack a letter."""
+
+    def broken(figures):
+        raise UnicodeEncodeError("cp1252", "\u03c0", 0, 1, "no such letter")
+
+    monkeypatch.setattr("parscale.cli.evaluate.print_json", broken)
+    output = tmp_path / "results.json"
+    assert run(["eval", str(two_sets), "--data", str(text_file), "--json", "--output", str(output)]) == 2
+    assert json.loads(output.read_text())["loss"] > 0
+    assert "no such letter" in capsys.readouterr().err
 
 
 LM_EVAL = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"

@@ -40,6 +40,16 @@ class Screen(io.StringIO):
         return True
 
 
+def test_a_letter_that_an_encoding_lacks_is_escaped(monkeypatch):
+    """As Python does on standard error; a file on Windows may have such an encoding."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    with shown_streams():
+        print("x = '\u03c0\u00e9'")
+        sys.stdout.flush()
+    assert written.getvalue() == b"x = '\\u03c0\xe9'\n"
+
+
 @contextmanager
 def terminal(monkeypatch):
     """In this block standard output and standard error are one terminal."""

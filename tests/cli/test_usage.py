@@ -119,6 +119,7 @@ def failing(monkeypatch):
         (MemoryError(), OUT_OF_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), f"{OUT_OF_MEMORY} (CUDA out of memory. Tried)"),
         (RuntimeError("can't allocate memory"), f"{OUT_OF_MEMORY} (can't allocate memory)"),
+        (RuntimeError("Storage size calculation overflowed"), f"{OUT_OF_MEMORY} (Storage size calculation overflowed)"),
     ],
 )
 def test_bad_input_is_one_line(error, line, failing, capsys):
@@ -160,6 +161,7 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path):
     command = f"{sys.executable} -m parscale --help | head -c 1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert result.stderr == ""
+    assert result.stdout[1:] == "0\n"
 
 
 class Parameter:

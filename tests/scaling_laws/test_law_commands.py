@@ -9,6 +9,7 @@ import pytest
 
 from parscale.checkpoints import small_model_path
 from parscale.cli.application import run
+from parscale.cli.output import print_figures
 from parscale.scaling_laws import (
     ParallelScalingLaw,
     cost,
@@ -106,6 +107,18 @@ def test_cost_prints_json_and_draws(config_json, tmp_path, capsys):
     assert row["memory"] == pytest.approx(expected.memory)
     assert printed["crossovers"][0]["slower_from_batch_size"] == pytest.approx(11, abs=1)
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_figure_is_cut_off(config_json, monkeypatch, capsys):
+    """However narrow the terminal is, or where there is none."""
+    monkeypatch.setenv("COLUMNS", "40")
+    assert (
+        run(["cost", str(config_json), "--num-streams", "1", "8", "--batch-size", "64", "--kv", "own", "shared"]) == 0
+    )
+    print_figures({"checkpoint": "a long name of a folder " * 9})
+    printed = capsys.readouterr().out
+    assert "\u2026" not in printed
+    assert "a long name of a folder " * 9 in printed
 
 
 def test_cost_says_where_streams_lose(config_json, capsys):

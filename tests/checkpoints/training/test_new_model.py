@@ -125,6 +125,12 @@ def test_a_file_goes_before_a_size(config, backbone, tmp_path, monkeypatch):
     assert made.digest() != before
 
 
+def test_a_missing_tokenizer_is_not_the_configurations_fault(config, tmp_path):
+    for size in (config, "100K"):
+        with pytest.raises((ValueError, OSError), match=r"^((?!config).)*nowhere"):
+            NewModel(size, str(tmp_path / "nowhere"), ParScaleConfig(1)).check()
+
+
 def test_its_tokenizer_is_read_once(backbone, monkeypatch):
     """A large vocabulary takes a second each time."""
     reads, read = [], new_model.find_tokenizer

@@ -302,13 +302,24 @@ def test_a_checkpoint_without_a_part_is_not_whole(stopped, part):
 
 
 def test_nothing_to_go_on_with_and_nothing_left_to_do(checkpoint, options, whole, tmp_path):
-    """With resume a run starts, and a finished one is left as it is, whatever else is asked for."""
+    """With resume a run starts, and a finished one is left as it is, also where other text is to be measured."""
     first = train(str(checkpoint), tmp_path / "run", TrainSettings(**options), resume=True)
     assert not first["finished_before"]
     assert_same(tmp_path / "run", whole[False][0])
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    again = train(str(checkpoint), tmp_path / "run", TrainSettings(**options), resume=True)
+    measured_on = {"eval_data": {"new": "gone.txt"}, "eval_tokens": 5}
+    again = train(str(checkpoint), tmp_path / "run", TrainSettings(**options | measured_on), resume=True)
     assert again == first | {"finished_before": True}
+    for changed, said in (
+        ({"tokens": 2 * STEPS * 4 * 32}, "tokens was 768 and is 1536"),
+        ({"learning_rate": 5.0}, "learning_rate was 0.01 and is 5.0"),
+        ({"data": ["gone.txt"]}, "data was"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+    ):
+        with pytest.raises(ValueError, match=f"was started with other settings: .*{said}"):
+            train(str(checkpoint), tmp_path / "run", TrainSettings(**options | changed), resume=True)
+    with pytest.raises(ValueError, match=r"other settings: checkpoint was .* and is 'nope'"):
+        train("nope", tmp_path / "run", TrainSettings(**options), resume=True)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
