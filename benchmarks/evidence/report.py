@@ -257,13 +257,15 @@ def held_against(
 def mixing(rows: Rows) -> list[dict[str, Any]]:
     """What became of the streams from scratch: how alike they are, and how much of the mixture the largest is.
 
+    Beside them models that were trained apart and are averaged.
+
     Correlations are between the streams' token losses, weights the aggregator's means over tokens, and losses those of
     the best and the worst stream alone; all by seed, on 32 windows from the middle of tuning documents.
     """
     entries = []
     for size, arms in by_size(rows).items():
         for arm, by_seed in arms.items():
-            if arm.startswith("P") and all("streams" in row for row in by_seed.values()):
+            if arm.startswith(("P", "average")) and all("streams" in row for row in by_seed.values()):
                 found = [row["streams"] for row in by_seed.values()]
                 weights = [round(max(streams["weights"]), 3) for streams in found]
                 correlations = [round(streams["correlation"], 3) for streams in found]

@@ -231,21 +231,31 @@ def compared(**wanted):
 def test_of_the_larger_models():
     """Two and four streams against the dense model and one prefix, how alike two are, and what they lose alone."""
     text = " ".join(page("results/controls.md").split())
-    for baseline, where in product(("dense", "long prefix", "prefix"), ("middle", "beginning")):
+    for baseline, where in product(("dense", "long prefix", "prefix", "prefix, T = 16"), ("middle", "beginning")):
         entry = compared(arm="P = 2", baseline=baseline, size="0.7M", where=where)
         assert entry["seeds"] == 3
         ahead = (baseline, where) == ("dense", "middle")
         assert (entry["high"] < 0) == ahead
         assert ahead or entry["low"] < 0
-        assert with_interval(entry) in text or (baseline, where) == ("prefix", "beginning")
-    for arm, baseline in (("P = 4", "long prefix"), ("P = 2", "twin")):
+        assert with_interval(entry) in text or (baseline.startswith("prefix") and where == "beginning")
+    pairs = ("P = 4", "long prefix", 1), ("P = 2", "twin", 3), ("P = 2", "average of 2", 3), ("average of 2", "dense", 3)
+    for arm, baseline, seeds in pairs:
         entry = compared(arm=arm, baseline=baseline, size="0.7M", where="middle")
-        assert entry["seeds"] == 1
+        assert entry["seeds"] == seeds
         assert with_interval(entry) in text
+    (fresh,) = (
+        entry
+        for entry in on_file("evidence.json")["confirmation"]
+        if (entry["size"], entry["baseline"], entry["where"]) == ("0.7M", "dense", "middle")
+    )
+    assert fresh["low"] < 0 < fresh["high"]
+    assert f"Over those two alone the lead is not told apart from zero, {with_interval(fresh)}" in text
     for arm, said in (("P = 4", "four streams are {} and {} from"), ("P = 2", "and two {} and {}, no more")):
         found = [compared(arm=arm, baseline="dense", size=size, where="middle") for size in ("0.2M", "0.4M")]
         assert said.format(*(f"{entry['difference']:+.4f}" for entry in found)) in text
     mixing = {entry["size"]: entry for entry in on_file("evidence.json")["mixing"] if entry["arm"] == "P = 2"}
+    (apart,) = (e for e in on_file("evidence.json")["mixing"] if (e["arm"], e["size"]) == ("average of 2", "0.7M"))
+    assert f"trained apart correlate by {min(apart['correlations']):.2f}" in text
     smallest, largest = (mixing[size]["correlations"] for size in ("0.1M", "0.7M"))
     alike = f"{min(largest):.2f} to {max(largest):.2f} (at 0.1 million by {min(smallest):.2f} to {max(smallest):.2f})"
     assert f"their token losses correlate by {alike}" in text
@@ -268,7 +278,7 @@ def test_of_what_the_aggregator_settled_on():
 
 def test_of_the_recycled_variants_of_one_cache():
     text, of_shared = (" ".join(page(name).split()) for name in ("results/controls.md", "shared.md"))
-    about = {"study": "recycling", "size": "P = 4", "where": "middle"}
+    about = {"study": "recycling", "size": "P = 4", "where": "middle", "tokens": 250_000}
     for variant, seeds, baselines in (
         ("shared-prefix", 3, ("frozen, shared", "frozen", "prefix")),
         ("shared-window=8", 1, ("frozen, shared",)),
