@@ -55,7 +55,15 @@ def make_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def serving():
     """The functions of this file, for tests to call."""
-    return SimpleNamespace(agree=agree, engine=engine, greedy=greedy, prompts=prompts, reference=reference)
+    return SimpleNamespace(
+        agree=agree,
+        built=built,
+        configured=configured,
+        engine=engine,
+        greedy=greedy,
+        prompts=prompts,
+        reference=reference,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -135,21 +143,50 @@ def reference(folder, ids, new, **arguments):
     return tokens.tolist(), logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
 
 
+SETTINGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": CACHE_BYTES,
+}
+
+
+def configured(folder, **arguments):
+    """What vLLM makes of a checkpoint and its settings before it starts anything."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    with quickly():
+        return EngineArgs(str(folder), **SETTINGS | arguments).create_engine_config()
+
+
+@contextmanager
+def built(folder, **arguments) -> Iterator:
+    """vLLM's model of a checkpoint, without an engine around it."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.model_loader import get_model
+    from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+
+    config = configured(folder, **arguments)
+    try:
+        with pytest.MonkeyPatch.context() as patched, quickly(), set_current_vllm_config(config):
+            patched.setattr(torch.accelerator, "empty_cache", nothing)  # as vLLM's worker does on a CPU
+            init_distributed_environment(1, 0, get_distributed_init_method("127.0.0.1", get_open_port()), 0, "gloo")
+            initialize_model_parallel(1, 1)
+            yield get_model(vllm_config=config)
+    finally:
+        cleanup_dist_env_and_memory()
+
+
 @contextmanager
 def engine(folder, **arguments) -> Iterator:
     """vLLM on a checkpoint, in float32."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    settings = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 1024,
-        "skip_tokenizer_init": True,
-        "kv_cache_memory_bytes": CACHE_BYTES,
-    }
     with quickly():
-        llm = LLM(str(folder), **settings | arguments)
+        llm = LLM(str(folder), **SETTINGS | arguments)
         try:
             yield llm
         finally:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch import nn
 from vllm_sources import Parameters, Sources, declared, stored
 
 from parscale.compat import vllm as compat
@@ -24,6 +25,7 @@ CONFIGS = {
     "model_config": f"{CONFIG}.ModelConfig",
     "cache_config": f"{CONFIG}.CacheConfig",
     "compilation_config": f"{CONFIG}.CompilationConfig",
+    "device_config": f"{CONFIG}.DeviceConfig",
     "load_config": f"{CONFIG}.LoadConfig",
     "parallel_config": f"{CONFIG}.ParallelConfig",
     "scheduler_config": f"{CONFIG}.SchedulerConfig",
@@ -235,6 +237,8 @@ def test_what_an_object_reads_of_itself_is_there(sources, name):
     """By a method, by vLLM's class, or set by another part of the plugin; to announce it is not to have it."""
     own, paths = hierarchy(name)
     has = set().union(*map(stored, own), *(declared(node, bare=False) for node in own), *map(sources.attributes, paths))
+    if any(ast.unparse(base) == "nn.Module" for node in own for base in node.bases):
+        has |= set(dir(nn.Module))
     has |= {"prefix", "num_streams", "aggregate_layer"}  # set by the layer and by the model that hold them
     read = {
         node.attr

@@ -193,6 +193,8 @@ def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):
         ({"runner": "pooling"}, "--runner pooling"),
         ({"tensor_parallel_size": 3}, "divisible by tensor parallel size"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
+        ({"kv_offloading_size": 1}, "--kv-offloading-size"),
     ],
 )
 def test_settings_that_do_not_go_with_streams(serving, make_folder, arguments, match):

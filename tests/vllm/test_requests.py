@@ -71,6 +71,49 @@ def test_the_prefix_is_shared(llm, serving):
     assert metric(llm, "prefix_cache_hits") - before == 32
 
 
+def test_created_cache_tokens_are_the_users(llm, serving):
+    ids = serving.prompts([100], seed=10)[0]
+    llm.reset_prefix_cache()
+    assert [ask(llm, ids, max_tokens=1).num_cache_creation_tokens for _ in range(2)] == [96, 0]
+    assert ask(llm, ids[::-1], max_tokens=1).num_cache_creation_tokens == 96
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cached", "computed", "expected"),
+    [
+        (200, 0, 128, 80),  # the first: a block of 48 slots and 80 tokens
+        (200, 128, 128, 0),  # again
+        (100, 0, 128, 80),
+        (20, 0, 0, 0),  # no whole block
+        (300, 128, 256, 128),
+        (300, 0, 256, 208),
+        (100, 32, 144, 96),  # in blocks of 16: two of the slots' three blocks are still there
+        (100, 0, 32, 0),  # written up to the slots alone
+    ],
+)
+def test_slots_are_not_counted(tokens, cached, computed, expected):
+    """Of 48 slots and the user's tokens, those found in the cache, and those that it holds afterwards."""
+    from vllm.v1.metrics.stats import PrefillStats
+
+    from parscale.integrations.vllm.scheduler import _take_out
+
+    stats = PrefillStats()
+    stats.set(48 + tokens, cached, 0)
+    stats.finalize(computed)
+    _take_out(stats, 48)
+    found = max(0, cached - 48)
+    assert stats == PrefillStats(tokens, tokens - found, found, found, 0, expected)
+
+
+def test_one_stream_is_refused(llm, serving):
+    """All streams would answer: those with keys of their own have no single one that could."""
+    ids = serving.prompts([5])[0]
+    for value in (1, 3, "x"):
+        with pytest.raises(Exception, match=f"parscale_streams was {value!r}, .*kv='shared' answer .*: leave it out"):
+            ask(llm, ids, max_tokens=1, extra_args={"parscale_streams": value})
+    assert len(ask(llm, ids, max_tokens=1, extra_args={"other": 1}).outputs[0].token_ids) == 1
+
+
 def metric(llm, name):
     return next(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
 

@@ -147,12 +147,18 @@ class _Streams(nn.Module):
     embed_input_ids: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        config = vllm_config.model_config.hf_config
+        model_config = vllm_config.model_config
+        config = model_config.hf_config
+        num_slots: int = getattr(config, SLOTS)
+        model_config.max_model_len -= num_slots  # by the longest text vLLM chooses the factors of LongRoPE
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            model_config.max_model_len += num_slots
         streams = ParScaleConfig.from_fields(vars(config))
         self.num_streams = streams.num_streams
         for layer in self.layers:
-            layer.self_attn = StreamAttention(layer.self_attn, streams, getattr(config, SLOTS), vllm_config)
+            layer.self_attn = StreamAttention(layer.self_attn, streams, num_slots, vllm_config)
         self.aggregate_layer = StreamAggregator(
             streams.num_streams, config.hidden_size, streams.smoothing, prefix=maybe_prefix(prefix, "aggregate_layer")
         )
@@ -205,7 +211,8 @@ class StreamsForCausalLM(nn.Module, SupportsQuant):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.vllm_config, self.is_loaded = vllm_config, False
+        self.vllm_config = vllm_config
+        self.is_loaded = vllm_config.load_config.load_format == "dummy"  # what comes then is a trainer's
         quantize_attention(vllm_config)
         config = vllm_config.model_config.hf_config
         self.model: Any = self.backbone(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -243,14 +250,28 @@ class StreamsForCausalLM(nn.Module, SupportsQuant):
         Later calls take new tensors from a trainer, any of them, under the names that they have in its model.
 
         Raises:
-            ValueError: a tensor has no place in the model, or there are new tensors for another set than the default.
+            ValueError: a tensor has no place in the model, the checkpoint lacks one of its streams, or there are new
+                tensors for another set than the default.
         """
         if self.is_loaded:
             self._check_updatable()
-        else:
-            weights, self.is_loaded = self._stored(weights), True
+            return self._load(weights)
+        loaded, self.is_loaded = self._load(self._stored(weights)), True
+        self._check_complete(loaded)
+        return loaded
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         served = ((name, tensor) for name, tensor in weights if not is_further(name))
         return AutoWeightsLoader(self).load_weights(stream_outer(served, self.model.num_streams))
+
+    def _check_complete(self, loaded: set[str]) -> None:
+        """vLLM itself looks for tensors that are missing in some models only: in no quantized one, say."""
+        missing = sorted({name for name, _ in self.named_parameters() if part_of(name)} - loaded)
+        if missing:
+            raise ValueError(
+                f"{checkpoint_of(self.vllm_config)} has no {missing[0]} ({len(missing)} tensors of its streams are "
+                "missing): the checkpoint is damaged, copy or save it again."
+            )
 
     def _stored(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         """Those of the checkpoint, with the streams of the chosen set."""

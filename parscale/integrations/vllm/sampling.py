@@ -4,7 +4,7 @@
 server, runs it as the plain backbone. A worker learns that from Model Runner V2 as the model's state
 (`parscale.integrations.vllm.model_state`), and from V1 as a logits processor, the one thing of V1's that is told the
 parameters of each request in the batch before the model runs. In both a logits processor is what checks them in the
-front end.
+front end, where streams with keys of their own have it refuse one stream.
 """
 
 from __future__ import annotations
@@ -52,6 +52,20 @@ def check(sampling_params: SamplingParams) -> None:
     if value is not None and (isinstance(value, bool) or value != 1):
         raise ValueError(
             f"{STREAMS} is 1, for the plain backbone without streams, and was {value!r}: leave it out for all streams."
+        )
+
+
+def check_own_keys(sampling_params: SamplingParams) -> None:
+    """Refuses any number of streams, for streams with keys and values of their own.
+
+    Raises:
+        ValueError: there is one.
+    """
+    value = (sampling_params.extra_args or {}).get(STREAMS)
+    if value is not None:
+        raise ValueError(
+            f"{STREAMS} was {value!r}, but the streams of this folder have keys of their own, and only those of "
+            "kv='shared' answer a single request with one stream: leave it out."
         )
 
 
@@ -137,3 +151,18 @@ class OptionsProcessorV2(LogitsProcessorV2):
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
         """The logits as they are."""
         return logits
+
+
+class _OwnKeys:
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """As vLLM calls it for each request, in its front end."""
+        check_own_keys(sampling_params)
+
+
+class OwnKeysProcessorV1(_OwnKeys, OptionsProcessorV1):
+    """For streams with keys and values of their own, whose requests have no options."""
+
+
+class OwnKeysProcessorV2(_OwnKeys, OptionsProcessorV2):
+    """The same for Model Runner V2."""

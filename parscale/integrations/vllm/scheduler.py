@@ -83,8 +83,9 @@ def _add_slots(request: Request, num_slots: int) -> None:
 
 
 def _take_out(stats: PrefillStats, num_slots: int) -> None:
+    new_slots = max(0, num_slots - stats.num_cached_tokens)  # those that were not found in the cache, but computed
     stats.num_prompt_tokens -= num_slots
     stats.num_cached_tokens = max(0, stats.num_cached_tokens - num_slots)
     stats.num_local_cached_tokens = max(0, stats.num_local_cached_tokens - num_slots)
     stats.num_computed_tokens = stats.num_prompt_tokens - stats.num_cached_tokens
-    stats.num_cache_creation_tokens = min(stats.num_cache_creation_tokens, stats.num_computed_tokens)
+    stats.num_cache_creation_tokens = max(0, stats.num_cache_creation_tokens - new_slots)

@@ -47,6 +47,8 @@ class _SharedForCausalLM(StreamsForCausalLM):
         streams = ParScaleConfig.from_fields(vars(config))
         P, most = streams.num_streams, vllm_config.scheduler_config.max_num_batched_tokens
         self.rows = StreamRows(P, most)
+        # Of what the model holds, vLLM's sleep at level 2 gives back the buffers alone.
+        self.register_buffer("is_single", self.rows.is_single, persistent=False)
         for layer in self.model.layers:
             _share_keys(layer.self_attn, streams, self.rows, vllm_config)
         name = maybe_prefix(maybe_prefix(prefix, "model"), "aggregate_layer")

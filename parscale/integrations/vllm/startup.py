@@ -75,12 +75,12 @@ def prepare(vllm_config: VllmConfig) -> None:
     config = model.hf_config
     checkpoint = checkpoint_of(vllm_config)
     name = getattr(config, SET_NAME, DEFAULT)
-    streams, tensors, is_active = _chosen_set(checkpoint, name)
+    streams, further = _chosen_set(checkpoint, name)
     if vllm_config.load_config.load_format != "dummy":
-        check_streams(checkpoint, streams, tensors)
+        check_streams(checkpoint, streams, _tensors(checkpoint) if further is None else further.streams())
     _check_compressed(checkpoint, config)
     if streams.num_streams == 1:
-        if not is_active:
+        if further is not None:
             raise ValueError(f"The set {name!r} of {checkpoint} has one stream: serve the backbone itself.")
         _rename(model, lambda name: name.replace(INFIX, ""))
         return
@@ -97,12 +97,13 @@ def prepare(vllm_config: VllmConfig) -> None:
     if streams.kv == SHARED:
         _prepare_shared(vllm_config)
         where = "apart from the cache, which all share"
-    elif _has_window(vllm_config):
-        setattr(config, SLOTS, 0)
-        where = "apart from the cache"
     else:
-        _make_room(vllm_config, streams.prefix_length)
-        where = "in slots of the cache"
+        _refuse_one_stream(vllm_config)
+        num_slots = 0 if _has_window(vllm_config) else streams.prefix_length
+        setattr(config, SLOTS, num_slots)
+        if num_slots:
+            _make_room(vllm_config, num_slots)
+        where = "in slots of the cache" if num_slots else "apart from the cache"
     logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
 
 
@@ -115,7 +116,6 @@ def _rename(model_config: ModelConfig, rename: Callable[[str], str]) -> None:
 def _make_room(vllm_config: VllmConfig, num_slots: int) -> None:
     """For T slots in front of each request, which the engine's scheduler fills."""
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-    setattr(model.hf_config, SLOTS, num_slots)
     # A window as long as the longest text hides nothing of it, and must not hide the slots either.
     model.hf_config.sliding_window = vllm_config.cache_config.sliding_window = None
     model.max_model_len += num_slots
@@ -136,12 +136,32 @@ def _prepare_shared(vllm_config: VllmConfig) -> None:
         }
     )
     _rename(model, _sharing)
-    processor = f"parscale.integrations.vllm.sampling:{'OptionsProcessorV2' if is_v2 else 'OptionsProcessorV1'}"
-    model.logits_processors = [*(model.logits_processors or ()), processor]
+    _add_processor(vllm_config, "OptionsProcessor")
     if is_v2:
         return
     if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE  # a whole graph would not ask what the requests want
+
+
+def _refuse_one_stream(vllm_config: VllmConfig) -> None:
+    """Has the front end refuse requests for one stream, where vLLM allows a logits processor and it costs nothing.
+
+    Model Runner V1 allows none beside speculative decoding, and on GPUs its steps would wait for each other's tokens;
+    V2 allows none where it returns what it sampled from.
+    """
+    if vllm_config.use_v2_model_runner:
+        is_free = not vllm_config.model_config.return_sampling_mask
+    else:
+        is_free = vllm_config.speculative_config is None and vllm_config.device_config.device_type == "cpu"
+    if is_free:
+        _add_processor(vllm_config, "OwnKeysProcessor")
+
+
+def _add_processor(vllm_config: VllmConfig, name: str) -> None:
+    """Adds a logits processor of `parscale.integrations.vllm.sampling`, in the form for the model runner."""
+    model, version = vllm_config.model_config, "V2" if vllm_config.use_v2_model_runner else "V1"
+    processor = f"parscale.integrations.vllm.sampling:{name}{version}"
+    model.logits_processors = [*(model.logits_processors or ()), processor]
 
 
 def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
@@ -176,20 +196,24 @@ def quantize_attention(vllm_config: VllmConfig) -> None:
         config.modules_to_not_convert = [name for name in listed if name not in holders]
 
 
-def _chosen_set(checkpoint: Checkpoint, name: object) -> tuple[ParScaleConfig, Mapping[str, StoredTensor], bool]:
-    """The configuration and tensors of a set of streams, and whether it is the active set of its folder."""
+def _chosen_set(checkpoint: Checkpoint, name: object) -> tuple[ParScaleConfig, Checkpoint | None]:
+    """The configuration of a set of streams, and where it lies; `None` if it is the active set of its folder."""
     fields = checkpoint.read_json(CONFIG)
     active, further = set_names(checkpoint, fields)
     if name == active:
-        tensors = {key: tensor for key, tensor in checkpoint.weights().items() if part_of(key)}
-        return stream_config(checkpoint, fields), tensors, True
+        return stream_config(checkpoint, fields), None
     if name not in further:
         raise ValueError(
             f"{checkpoint} has no set of streams {name!r}, but {', '.join(repr(x) for x in [active, *further])}: "
             f"""choose one by --hf-overrides '{{"{SET_NAME}": "NAME"}}'."""
         )
     inside = checkpoint.inside(name)
-    return stream_config(inside, inside.read_json(STREAMS_CONFIG)), inside.streams(), False
+    return stream_config(inside, inside.read_json(STREAMS_CONFIG)), inside
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Those of the active set."""
+    return {name: tensor for name, tensor in checkpoint.weights().items() if part_of(name)}
 
 
 def _has_window(vllm_config: VllmConfig) -> bool:
@@ -239,6 +263,7 @@ def _check_settings(vllm_config: VllmConfig) -> None:
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--scheduler-cls": vllm_config.scheduler_config.scheduler_cls is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size is not None,
         "--speculative-config, but for the method 'ngram'": speculative is not None and speculative.method != "ngram",
         "Llama 4's scaling of the attention": getattr(model.hf_config, "llama_4_scaling", None) is not None,
         "dual chunk attention": getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
