@@ -112,7 +112,11 @@ class Bench:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay
+
+        def replay(kept: Call = call) -> None:  # the graph reads the call's tensors, and does not hold them
+            graph.replay()
+
+        return replay
 
     def floor(self, moved_bytes: float, operations: float = 0.0) -> float:
         """Seconds; not a number where the ceilings are not known."""

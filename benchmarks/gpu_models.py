@@ -138,18 +138,22 @@ def _python_step(bench: Bench, model: Any, length: int) -> Row:
     return {"seconds": bench.seconds(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True))}
 
 
+def _beside_plain(model: Any, plain: dict[str, float], what: str, seconds: float) -> Row:
+    """A figure and, if that of the plain model was measured, its ratio to it; `plain` has those of the plain model."""
+    if not hasattr(model, "parscale"):
+        plain[what] = seconds
+    return {"seconds": seconds} | ({"to_P1": seconds / plain[what]} if what in plain else {})
+
+
 @torch.no_grad()
 def compiled_decoding(bench: Bench) -> None:
     """The compiled step and the whole of `generate`, P = 1 and 8."""
     length, tokens = bench.size(512, 8), bench.size(64, 4)
     ids = torch.randint(0, 64, (1, length), device=bench.device)
-    model, first = plain_model(bench).eval(), dict[str, float]()
-
-    def beside_the_first(what: str, seconds: float) -> Row:
-        return {"seconds": seconds, "to_P1": seconds / first.setdefault(what, seconds)}
+    model, plain = plain_model(bench).eval(), dict[str, float]()
 
     def step() -> Row:
-        return beside_the_first("step", bench.seconds(captured_step(bench, model, length, is_compiled=True)))
+        return _beside_plain(model, plain, "step", bench.seconds(captured_step(bench, model, length, is_compiled=True)))
 
     def generate(new: int) -> float:
         options = {} if bench.dry else {"cache_implementation": "static"}
@@ -162,7 +166,7 @@ def compiled_decoding(bench: Bench) -> None:
     def token() -> Row:
         generate(tokens)  # compiles
         long, short = (statistics.median(generate(n) for _ in range(3)) for n in (tokens, 2))
-        return beside_the_first("token", (long - short) / (tokens - 2))
+        return _beside_plain(model, plain, "token", (long - short) / (tokens - 2))
 
     for P in (1, 8):
         model = with_streams(model, P)
@@ -187,7 +191,7 @@ def training(bench: Bench) -> None:
 
     def time_step() -> Row:
         seconds = bench.seconds(bench.graphed(step), repeats=9)
-        return {"seconds": seconds, "to_P1": seconds / plain.setdefault("seconds", seconds)}
+        return _beside_plain(model, plain, "step", seconds)
 
     bench.figure("training", time_step, P=1, rows=P, S=S)
     model = with_streams(model, P)

@@ -1,11 +1,15 @@
 """The programs for a GPU, with tiny sizes and without one: they run through and write what they promise."""
 
+import contextlib
+import functools
 import importlib
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +143,49 @@ def test_a_figure_that_fails_does_not_take_the_next(gpu_check):
         {"what": "second", "N": 2, "seconds": 2.0},
         {"what": "third", "left_out": "the time was over"},
     ]
+
+
+def test_a_graph_keeps_what_it_reads(gpu_check, monkeypatch):
+    """A replay reads the call's tensors by their addresses, which others would get once the call is gone."""
+    replays = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(1)))
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    x = torch.zeros(3)
+    replay, read = gpu_check.Bench(dry=False).graphed(functools.partial(x.add_, 1)), weakref.ref(x)
+    del x
+    replay()
+    assert replays == [1]
+    assert read() is not None
+    assert read().tolist() == [4.0] * 3  # three runs to warm up, one to record
+
+
+@pytest.mark.parametrize(
+    ("part", "failing", "ratios"),
+    [("training", "training", []), ("compiled_decoding", "compiled step", ["token of generate"] * 2)],
+    ids=["training", "decoding"],
+)
+def test_no_figure_stands_in_for_a_baseline_that_failed(part, failing, ratios, gpu_check):
+    """The first of its kind, of P = 1, fails; the next one is no ratio to itself."""
+    rows, fails = [], iter([True])
+
+    def figure(what, find, **sizes):
+        with contextlib.suppress(MemoryError):
+            rows.append({"what": what, **sizes, **find()})
+
+    def seconds(call, repeats=30):
+        if next(fails, False):
+            raise MemoryError
+        return 2.0
+
+    bench = gpu_check.Bench(dry=True)
+    bench.figure, bench.seconds = figure, seconds
+    getattr(gpu_check.gpu_models, part)(bench)
+    assert [row["P"] > 1 for row in rows if row["what"] == failing] == [True]
+    assert [row["what"] for row in rows if "to_P1" in row] == ratios
 
 
 @pytest.mark.slow
