@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, get_args
 
 import torch
 
@@ -13,6 +14,12 @@ from parscale.kernels.compat import functorch_transforms_are_active
 
 Impl = Literal["auto", "fused", "reference"]
 IMPLS = get_args(Impl)
+Options = ParamSpec("Options")
+Operation = Callable[Concatenate[torch.Tensor, Options], torch.Tensor]
+
+
+class FusedError(ValueError):
+    """The Triton kernels were asked for, and cannot run."""
 
 
 def triton_is_installed() -> bool:
@@ -47,17 +54,21 @@ def runs_fused(impl: Impl, x: torch.Tensor, find_obstacle: Callable[[], str | No
         find_obstacle: says why the kernels cannot take these arguments, if they cannot; asked where they might run.
 
     Raises:
-        ValueError: `impl` is unknown, or `"fused"` cannot run; the message says why.
+        ValueError: `impl` is unknown.
+        FusedError: `"fused"` cannot run; the message says why.
     """
-    if check_impl(impl) == "reference":
-        return False
     if impl == "auto":
         return TRITON and x.is_cuda and not transforms_are_active() and find_obstacle() is None
+    if check_impl(impl) == "reference":
+        return False
     obstacle = find_obstacle() if TRITON else "Triton is not installed"
     if obstacle is None and not x.is_cuda and not _interpreted():
         obstacle = f"the tensors are on {x.device}, but the kernels need a CUDA or ROCm device"
     if obstacle is not None:
-        raise ValueError(f"impl='fused' cannot run here: {obstacle}. Use impl='auto' or impl='reference'.")
+        raise FusedError(
+            f"impl='fused' cannot run here: {obstacle}. Use impl='auto' or impl='reference'; for a wrapped model, "
+            "kernels='auto' or kernels='reference' in place of kernels='fused'."
+        )
     return True
 
 
@@ -69,6 +80,19 @@ def autocasts(x: torch.Tensor) -> bool:
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block without autocast for the device of `x`, so that a kernel's products have the dtypes it chooses."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
+
+
+def outside_autocast(operation: Operation[Options]) -> Operation[Options]:
+    """Makes an operation run without autocast for the device of its first tensor, in the dtypes that it chooses."""
+
+    @functools.wraps(operation)
+    def run(x: torch.Tensor, /, *args: Options.args, **options: Options.kwargs) -> torch.Tensor:
+        if not autocasts(x):  # in every layer for every token: no block where it would do nothing
+            return operation(x, *args, **options)
+        with torch.autocast(x.device.type, enabled=False):
+            return operation(x, *args, **options)
+
+    return run
 
 
 def wants_gradients(tensors: Iterable[torch.Tensor]) -> bool:

@@ -2,7 +2,10 @@
 
 import torch
 
+from parscale.kernels.dispatch import outside_autocast
 
+
+@outside_autocast
 def aggregate_reference(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Softmax over streams, smoothing, weighted sum (Chen et al., arXiv 2505.10475, section 3.2).
 

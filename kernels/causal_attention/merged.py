@@ -46,9 +46,10 @@ def _merged(
     prefix_output, prefix_lse = flash(by_stream(query, P), prefix_k, prefix_v, False, scaling)
     prefix_output, prefix_lse = by_row(prefix_output, B), by_row(prefix_lse.unsqueeze(-1), B).squeeze(-1)
     share = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)  # the prefix's part of the whole, (R, heads, S, 1)
+    own, dtype = output.to(share.dtype), output.dtype  # in half precision a share close to one would leave few bits
     # torch 2.11 forgets what is done in place when it compiles the backward pass
-    merge = output.lerp if torch.compiler.is_compiling() else output.lerp_
-    return merge(prefix_output, share.to(output.dtype)), lse, prefix_lse
+    merge = own.lerp if torch.compiler.is_compiling() else own.lerp_
+    return merge(prefix_output.to(share.dtype), share).to(dtype), lse, prefix_lse
 
 
 class _CausalAttention(torch.autograd.Function):

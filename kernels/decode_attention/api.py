@@ -87,7 +87,8 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
 
 def is_one_token(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether query, key, value and both parts of the prefix have four dimensions, and rows one query token each."""
-    return [x.ndim for x in tensors] == [4] * 5 and tensors[0].shape[2] == 1
+    query, key, value, prefix_k, prefix_v = tensors
+    return query.ndim == key.ndim == value.ndim == prefix_k.ndim == prefix_v.ndim == 4 and query.shape[2] == 1
 
 
 def decode_shapes_error(operation: str, rows: str, streams: str, tensors: tuple[torch.Tensor, ...]) -> ValueError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from parscale.kernels.dispatch import outside_autocast
 from parscale.kernels.prefix import prepend, with_room
 
 
+@outside_autocast
 def decode_attention_joined(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -24,6 +26,9 @@ def decode_attention_joined(
     """`parscale.kernels.decode_attention` on a copy of the cache: the baseline for the other implementations."""
     (R, heads, _, D), (_, G, T, _) = query.shape, prefix_k.shape
     K, device, dtype = key.shape[2], query.device, torch.promote_types(query.dtype, torch.float32)
+    if length is not None:
+        hidden = torch.arange(K, device=device) >= length.reshape(-1, 1, 1, 1)  # (R or 1, 1, 1, K)
+        key, value = (x.masked_fill(hidden.mT, 0.0) for x in (key, value))  # zero times NaN is NaN
     keys, values = (
         prepend(prefix, states).repeat_interleave(heads // G, 1).to(dtype)  # (R, heads, T + K, D)
         for prefix, states in ((prefix_k, key), (prefix_v, value))
@@ -35,7 +40,6 @@ def decode_attention_joined(
         mask = with_room(mask, T, K)
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if length is not None:
-        hidden = torch.arange(K, device=device) >= length.reshape(-1, 1, 1, 1)  # (R or 1, 1, 1, K)
         scores = scores.masked_fill(nn.functional.pad(hidden, (T, 0)), float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(R, -1, 1, 1)], dim=-1)

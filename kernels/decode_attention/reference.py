@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from parscale.kernels.dispatch import outside_autocast
+
 # Half-precision keys and values are converted to single precision in pieces of this many elements, which stay in the
 # cache of a processor and in the pool of its allocator.
 PIECE = 2**20
 
 
+@outside_autocast
 def decode_attention_reference(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -43,7 +43,7 @@ def shared_decode_attention(
         prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
         prefix_v: `(P - 1, G, T, Dv)`.
         mask: `None`, or over the cache: boolean (True: attend) or additive, broadcasting to `(B, heads, 1, K)`.
-        length: number of real tokens among the K, `(B,)` or one, on the device.
+        length: number of real tokens among the K, `(B,)` or one, on the device. Entries beyond it may have any value.
         scaling: factor on the scores; `D ** -0.5` if `None`.
         impl: as in `parscale.kernels.decode_attention`; `"fused"` supports up to 64 queries of all streams for each
             key/value head.
@@ -65,6 +65,8 @@ def shared_decode_attention(
         return decode_op(*tensors, mask, length, None, factor, None)
     if length is not None:
         real = torch.arange(key.shape[2], device=key.device) < length.view(-1, 1, 1, 1)  # (B or 1, 1, 1, K)
+        key, value = (x.masked_fill(~real.mT, 0.0) for x in (key, value))  # zero times NaN is NaN
+        tensors = (query, key, value, prefix_k, prefix_v)
         if mask is None or mask.dtype == torch.bool:
             mask = real if mask is None else mask & real
         else:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from parscale.kernels.decode_attention.reference import PIECE
+from parscale.kernels.dispatch import outside_autocast
 
 
+@outside_autocast
 def shared_decode_reference(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -218,7 +218,7 @@ def attend_to_shared(
             options: Any = {"length": length, "scaling": kwargs.get("scaling"), "impl": state.kernels}
             output = shared_decode_attention(query, key, value, *prefix, mask, **options)
             return output.transpose(1, 2), None  # (R, 1, heads, Dv)
-        if mask is None and causal and is_mergeable(query, key, value, state.kernels):
+        if S > 1 and mask is None and causal and is_mergeable(query, key, value, state.kernels):
             output = shared_causal_attention(
                 query, key[:, :, :S], value[:, :, :S], *prefix, scaling=kwargs.get("scaling")
             )

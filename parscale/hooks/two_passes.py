@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from parscale.attention.flash import document_boundaries
 from parscale.attention.shared import SeenTokens, can_slice
 from parscale.compat.arguments import CACHES, PACKED, POSITIONS, WHOLE, given_cache
-from parscale.compat.transformers import attn_implementation
+from parscale.compat.transformers import attn_implementation, is_flash
 from parscale.hooks.rows import by_part, copy_rows
 from parscale.streams.backbones import cache_argument
 from parscale.streams.passes import Adaptive, TwoPasses
@@ -139,7 +140,7 @@ def _choose(passes: TwoPasses, adaptive: Adaptive, logits: torch.Tensor) -> torc
     adaptive.ran += int(where.sum())
     adaptive.tokens += where.numel()
     rows = where.any(dim=1)
-    if not bool(rows.all()) and not _holds_packed(passes) and not _is_block_mask(passes):
+    if not bool(rows.all()) and not passes.is_packed and not _is_block_mask(passes):
         passes.chosen = rows.nonzero().flatten()
     return where
 
@@ -149,10 +150,11 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))).sum(-1)
 
 
-def _holds_packed(passes: TwoPasses) -> bool:
-    """Whether an argument of the backbone has other rows than the input, such as image tokens."""
-    assert passes.arguments is not None
-    return any(passes.arguments.get(name) is not None for name in PACKED)
+def _is_packed(implementation: str, arguments: dict[str, Any], B: int, S: int) -> bool:
+    """Whether rows hold image tokens, or documents for flash-attention, so that nothing can be cut off them."""
+    if any(arguments.get(name) is not None for name in PACKED):
+        return True
+    return S > 1 and is_flash(implementation) and document_boundaries(arguments, B, S, S) is not None
 
 
 def _is_block_mask(passes: TwoPasses) -> bool:
@@ -185,8 +187,9 @@ def of_pass(
         raise RuntimeError(f"{type(state.model).__name__} calls its backbone twice: streams support one call.")
     B, S = rows.shape[:2]
     positions = S if passes.kept is None else min(passes.kept, S)
-    packed = any(arguments.get(name) is not None for name in PACKED)
-    if packed or not can_slice(attn_implementation(state.backbone.config)):
+    implementation = attn_implementation(state.backbone.config)
+    passes.is_packed = _is_packed(implementation, arguments, B, S)
+    if passes.is_packed or not can_slice(implementation):
         positions = S
     if passes.adaptive is None and positions == S:
         call.passes = None

@@ -16,6 +16,7 @@ from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
+from parscale.kernels.dispatch import FusedError
 from parscale.streams.backbones import cuda_devices, input_device, input_of, reads
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -102,8 +103,10 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
 
 
 def is_machine_error(error: BaseException) -> bool:
-    """Whether an error comes from a device, its memory or an installed library, not from the model."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | IncompatibleVersionError):
+    """Whether an error comes from a device, its memory, a library or `kernels="fused"`, not from the model."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+        return True
+    if isinstance(error, IncompatibleVersionError | FusedError):
         return True
     return isinstance(error, RuntimeError) and "memory" in str(error)  # the CPU's memory error has no class of its own
 

@@ -69,6 +69,7 @@ class TwoPasses:
         hidden: final hidden states of stream 0 there, `(B, positions, H)`.
         keys: the keys, values and mask of each attention call in the first pass, in order.
         chosen: the rows of the second pass; `None`: all.
+        is_packed: whether all positions and rows take part, since arguments cannot be cut.
     """
 
     streams: StreamSet
@@ -83,3 +84,4 @@ class TwoPasses:
     hidden: torch.Tensor | None = None
     keys: dict[nn.Module, list[LayerKeys]] = dataclasses.field(default_factory=dict)
     chosen: torch.Tensor | None = None
+    is_packed: bool = False

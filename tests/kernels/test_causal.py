@@ -11,6 +11,7 @@ from parscale.kernels import causal_attention, causal_attention_reference, is_me
 from parscale.kernels.causal_attention.api import _flash_runs
 
 aten = torch.ops.aten
+HALVES = [torch.bfloat16, torch.float16]
 NAMES = ["query", "key", "value", "prefix_k", "prefix_v"]
 
 
@@ -47,10 +48,22 @@ def test_output_and_gradients(size, joined):
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_is_as_exact_as_torch(dtype):
-    """Mean errors against float64, beside those of torch's attention over the joined keys in the same precision."""
+@pytest.mark.parametrize(
+    ("dtype", "is_sink"),
+    [(torch.float32, False), *((dtype, is_sink) for dtype in HALVES for is_sink in (False, True))],
+    ids=str,
+)
+def test_is_as_exact_as_torch(dtype, is_sink):
+    """Mean errors against float64, beside those of torch's attention over the joined keys in the same precision.
+
+    A sink takes almost all weight and has no values, so that the output is what is left to the tokens.
+    """
     tensors = inputs(P=2, B=2, S=40, T=16, D=32, dtype=dtype)
+    if is_sink:
+        query, _, value, prefix_k, prefix_v = tensors
+        for x, more in ((query, 1), (value, 4), (prefix_k, 0.5)):
+            x.add_(more)
+        prefix_v.zero_()
     exact = gradients(causal_attention_reference, [x.double() for x in tensors])
     own, theirs = gradients(causal_attention, tensors), gradients(causal_attention_reference, tensors)
     for name, a, b, truth in zip(["output", *NAMES], own, theirs, exact, strict=True):
@@ -156,7 +169,7 @@ def test_leaves_transforms_to_torchs_own():
 @pytest.mark.parametrize(
     "size", [{"B": 1}, {"B": 2, "G": 4}, {"B": 2, "G": 1, "S": 129}, {"T": 200, "D": 128}], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_on_a_gpu(dtype, size):
     tensors = inputs(**{"P": 4, "S": 300, "T": 48, "D": 64, "dtype": dtype} | size)
     exact = gradients(causal_attention_reference, [x.double() for x in tensors])

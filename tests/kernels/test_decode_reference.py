@@ -152,12 +152,40 @@ def test_pieces_change_nothing(dtype, monkeypatch):
         torch.testing.assert_close(decode_attention(*inputs, mask), whole, rtol=2**-10, atol=1e-6)
 
 
+def test_tokens_beyond_the_length_may_be_anything():
+    """Also in the backward pass, whose gradients for them are zero."""
+    inputs, length = tensors(SHAPES[1]), torch.tensor([0, 1, 3, 6, 7, 9])
+    beyond = (torch.arange(SHAPES[1].K) >= length[:, None])[:, None, :, None]  # (R, 1, K, 1)
+    results = []
+    for value in (0.0, float("nan"), INF):
+        own = [x.clone() for x in inputs]
+        for x in own[1:3]:
+            x.masked_fill_(beyond, value)
+        output = decode_attention(*(x.requires_grad_() for x in own), None, length=length)
+        results.append([output, *torch.autograd.grad(output.square().sum(), own)])
+    for found in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found, results[0], strict=True))
+    assert not results[0][2].masked_select(beyond).any()
+
+
 def test_mixed_precision_of_query_and_cache():
     """A cache may hold another dtype than the query has (autocast, a rotary embedding in float32)."""
     query, key, value, prefix_k, prefix_v = tensors(SHAPES[1], torch.float32)
     output = decode_attention(query, key.bfloat16(), value.bfloat16(), prefix_k, prefix_v, None)
     exact = dense(query, key.bfloat16(), value.bfloat16(), prefix_k, prefix_v, None)
     torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 50.0}], ids=["separate scores", "joined keys"])
+def test_autocast_rounds_nothing(options):
+    """Neither forward nor backward: scores of biased keys in bfloat16 would give errors of some percent."""
+    inputs = [x.requires_grad_() for x in tensors(SHAPES[1], torch.float32)]
+    outputs = [decode_attention(*inputs, None, **options)]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs.append(decode_attention(*inputs, None, **options))
+    assert torch.equal(*outputs)
+    for own, other in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in outputs), strict=True):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("kind", ["none", "boolean, per head", "additive -inf", "additive, per head", "nothing cached"])

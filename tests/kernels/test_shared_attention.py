@@ -174,6 +174,13 @@ def test_fewer_bits_cost_no_more_than_torchs_own_attention(dtype):
         assert ours.abs().max() <= 2 * theirs.abs().max()
 
 
+def test_autocast_does_not_round_a_step():
+    inputs, mask = tensors(3, 2, 4, 2, 1, 50, torch.float32), torch.ones(2, 1, 1, 50, dtype=torch.bool)
+    expected = shared_decode_attention(*inputs, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shared_decode_attention(*inputs, mask), expected)
+
+
 def test_half_precision_is_raised_in_pieces(monkeypatch):
     from parscale.kernels.shared_decode_attention import reference
 
@@ -218,7 +225,13 @@ def test_fused_decode(size, has_plain, kind, device, poisoned, assert_as_exact):
     exact_mask = mask.double() if kind == "additive" else mask
     exact = shared_decode_attention(*(x.double() for x in inputs), exact_mask, impl="reference", **options)
     plain = shared_decode_attention(*inputs, mask, impl="reference", **options)
-    assert_as_exact(shared_decode_attention(*inputs, mask, impl="fused", **options), plain, exact)
+    found = shared_decode_attention(*inputs, mask, impl="fused", **options)
+    assert_as_exact(found, plain, exact)
+    if kind == "length":
+        beyond = (torch.arange(K, device=device) >= options["length"][:, None])[:, None, :, None]  # (B, 1, K, 1)
+        spoiled = [x.masked_fill(beyond, float("nan")) for x in inputs[1:3]]
+        again = shared_decode_attention(inputs[0], *spoiled, *inputs[3:], None, impl="fused", **options)
+        assert torch.equal(again, found)
 
 
 @pytest.mark.kernel
@@ -237,8 +250,11 @@ def test_a_length_hides_what_lies_beyond():
     for mask in (None, torch.rand(2, 1, 1, 9) < 0.7, torch.randn(2, 1, 1, 9, dtype=torch.float64)):
         short = [inputs[0], *(x[:, :, :6] for x in inputs[1:3]), *inputs[3:]]
         expected = shared_decode_attention(*short, None if mask is None else mask[..., :6])
-        found = shared_decode_attention(*inputs, mask, length=torch.tensor([6]))
-        torch.testing.assert_close(found, expected)
+        for value in (0.0, float("nan"), float("inf")):
+            for x in inputs[1:3]:
+                x[:, :, 6:] = value
+            found = shared_decode_attention(*inputs, mask, length=torch.tensor([6]))
+            torch.testing.assert_close(found, expected)
 
 
 def test_too_many_queries_for_the_kernel_are_named():

@@ -1,5 +1,7 @@
 """The one argument that chooses how the streams' operations run."""
 
+import importlib
+
 import pytest
 import torch
 from model_calls import given
@@ -76,6 +78,32 @@ def test_kernels_that_cannot_run_are_an_error(zoo, monkeypatch):
     model = make(zoo, "fused")
     with pytest.raises(ValueError, match=r"impl='fused' cannot run here: (the tensors are on cpu|Triton is not)"):
         model(zoo.token_ids())
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv": "shared"}, {"transform": "lora"}, {"kv": "shared", "transform": "lora"}], ids=str
+)
+def test_a_trial_that_needs_them_blames_no_model(options, zoo, monkeypatch):
+    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
+    plain = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
+    with pytest.raises(
+        ValueError, match=r"^impl='fused' cannot run here: (the tensors are on cpu|Triton is not)"
+    ) as info:
+        parscale.wrap(plain, 2, init="random", kernels="fused", **options)
+    assert "kernels='fused'" in str(info.value)
+    assert not hasattr(plain, "parscale")
+
+
+def test_more_queries_of_a_shared_key_than_the_kernel_takes(zoo, monkeypatch):
+    """Each stream runs by itself, here by plain torch, and sees the whole cache in a step without a mask."""
+    model, ids = zoo.share(zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()), zoo.token_ids()
+    expected = steps(model, ids)
+    model.parscale.kernels = "fused"
+    monkeypatch.setattr("parscale.attention.shared.fits_fused", lambda query, key: False)
+    for operation in ("decode_attention", "aggregate", "aggregator"):
+        api = importlib.import_module(f"parscale.kernels.{operation}.api")
+        monkeypatch.setattr(api, "runs_fused", lambda *args: False)
+    zoo.close(steps(model, ids), expected, 2e-5)
 
 
 def test_an_unknown_choice(zoo, tmp_path):

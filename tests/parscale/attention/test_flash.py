@@ -17,6 +17,8 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from parscale.methods import adaptive_streams
+
 TOLERANCE = 5e-5  # float32 rounding of logits of size 1 to 5 through two to four layers; measured: 2.2e-5 at most
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3", "gpt_neox", "deepseek_v3", "gpt_oss", "qwen3_next"]
 PLAIN = ["llama", "deepseek_v3"]  # without a window
@@ -271,6 +273,34 @@ def test_packed_documents(name, given, flash, zoo):
     if "boundaries" in given:
         arguments |= documents([n for row in lengths for n in row])
     zoo.close(logits_of(flash(model), ids, **arguments), alone, TOLERANCE)
+
+
+@pytest.mark.parametrize("given", ["positions", "boundaries"])
+def test_the_last_logits_of_packed_documents(given, flash, zoo):
+    """With shared keys: the streams' second pass would have fewer queries than the documents have tokens."""
+    model = zoo.share(zoo.Case(zoo.FAMILIES["llama"], "eager").plain())
+    ids, lengths = zoo.token_ids(rows=1), [6, 3]
+    alone = logits_of(model, ids[:, 6:], logits_to_keep=2)
+    arguments = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None], "use_cache": False}
+    if given == "boundaries":
+        arguments |= documents(lengths)
+    zoo.close(logits_of(flash(model), ids, logits_to_keep=2, **arguments), alone, TOLERANCE)
+
+
+def test_uncertain_tokens_of_packed_documents(flash, zoo):
+    """Boundaries go through all rows, so that none is left out, though only one has tokens for the streams."""
+    model = zoo.share(zoo.Case(zoo.FAMILIES["llama"], "eager").plain())
+    ids, lengths = zoo.token_ids(rows=2), [6, 3, 9]
+    pieces = ids.flatten()[None].split(lengths, dim=1)
+    mixed = torch.cat([logits_of(model, piece) for piece in pieces], dim=1).view(2, 9, -1)
+    with model.use_streams(None):
+        alone = torch.cat([logits_of(model, piece) for piece in pieces], dim=1).view(2, 9, -1)
+    entropy = torch.special.entr(alone.softmax(-1)).sum(-1)
+    threshold = float(entropy.amax(dim=1).mean())
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 9)
+    with adaptive_streams(model, threshold):
+        found = logits_of(flash(model), ids, position_ids=positions, use_cache=False, **documents(lengths))
+    zoo.close(found, torch.where(entropy[..., None] > threshold, mixed, alone), TOLERANCE)
 
 
 def test_boundaries_beside_a_cache_are_refused(flash, zoo):
