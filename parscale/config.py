@@ -183,6 +183,7 @@ def _integer(name: str, value: object, *, minimum: int, maximum: int | None = No
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}.")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
-    if maximum is not None and value > maximum:
-        raise ValueError(f"{name} must be at most {maximum}, got {value}.")
-    return int(value)
+    number = int(value)
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {number}.")
+    return number

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -164,7 +164,8 @@ def text_positions(model: PreTrainedModel) -> tuple[float, int]:
     Prompts are embeddings in front of the text, and take positions as that does; prefixes lie before the first one.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    streams = model.parscale.active if hasattr(model, "parscale") else None
+    state: Any = getattr(model, "parscale", None)
+    streams = None if state is None else state.active
     taken = streams.config.prefix_length if streams is not None and streams.config.transform == PROMPT else 0
     return positions - taken, taken
 
@@ -228,5 +229,5 @@ def with_progress_bar(batches: list[list[W]], shown: bool) -> Iterator[list[W]]:
     from parscale.terminal.console import Terminal
 
     console = Terminal(stderr=True)
-    shown_at = {"console": console, "disable": not console.is_terminal, "transient": True}
-    yield from track(batches, description="Evaluating", **shown_at)
+    hidden = not console.is_terminal
+    yield from track(batches, description="Evaluating", console=console, disable=hidden, transient=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from parscale.checkpoints.texts.documents import Chat, Completion
 from parscale.checkpoints.texts.token_ids import require_text
@@ -93,7 +93,7 @@ def _message(where: str, message: object) -> dict[str, Any]:
     return kept
 
 
-def _is_parts(content: object) -> bool:
+def _is_parts(content: object) -> TypeGuard[Sequence[dict[str, str]]]:
     return (
         isinstance(content, Sequence)
         and bool(content)

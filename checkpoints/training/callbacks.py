@@ -61,12 +61,11 @@ class RunMonitor(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None = None,
         **kwargs: object,
     ) -> None:
         """Notes the step's learning rates, and starts the clock."""
-        groups = optimizer.param_groups
+        groups = [] if optimizer is None else optimizer.param_groups
         self._rates = {"streams" if group["of_streams"] else "backbone": float(group["lr"]) for group in groups}
         self._started = time.perf_counter()
 

@@ -238,7 +238,12 @@ def test_of_the_larger_models():
         assert (entry["high"] < 0) == ahead
         assert ahead or entry["low"] < 0
         assert with_interval(entry) in text or (baseline.startswith("prefix") and where == "beginning")
-    pairs = ("P = 4", "long prefix", 1), ("P = 2", "twin", 3), ("P = 2", "average of 2", 3), ("average of 2", "dense", 3)
+    pairs = (
+        ("P = 4", "long prefix", 1),
+        ("P = 2", "twin", 3),
+        ("P = 2", "average of 2", 3),
+        ("average of 2", "dense", 3),
+    )
     for arm, baseline, seeds in pairs:
         entry = compared(arm=arm, baseline=baseline, size="0.7M", where="middle")
         assert entry["seeds"] == seeds
