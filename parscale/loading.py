@@ -178,7 +178,7 @@ def _load_streams(checkpoint: Checkpoint, backbone: object, options: dict[str, A
         if options:
             raise ValueError(f"backbone is a loaded model: omit {', '.join(options)}.")
         check_fit(checkpoint, fields, backbone.config)
-        model = backbone
+        model = backbone.eval()
     elif backbone is None or isinstance(backbone, str | os.PathLike):
         model = _named_backbone(checkpoint, fields, backbone, options)
     else:

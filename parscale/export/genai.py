@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from parscale.errors import UnsupportedModelError
 from parscale.export.decoder import CacheShape
 from parscale.export.graph import INPUTS, LOGITS, PAST, PRESENT
 
 GENAI_CONFIG = "genai_config.json"
+
+
+def longest_text(config: Any) -> int:
+    """The length of context that the runtime is told, in tokens: the model's, under the names that families give it.
+
+    Raises:
+        UnsupportedModelError: the configuration states none.
+    """
+    for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
+        if (length := getattr(config, name, None)) is not None:
+            return int(length)
+    raise UnsupportedModelError(
+        f"The configuration of {config.model_type} states no length of context, which the runtime needs: set "
+        "max_position_embeddings in it."
+    )
 
 
 def genai_config(model: Any, shape: CacheShape, filename: str) -> dict[str, Any]:
@@ -19,10 +35,15 @@ def genai_config(model: Any, shape: CacheShape, filename: str) -> dict[str, Any]
         filename: of the graph.
     """
     config, generation = model.config.get_text_config(), model.generation_config
-    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+
+    def token(name: str) -> Any:
+        """An id of the generation's configuration, else of the model's, which may have no such field."""
+        found = getattr(generation, name)
+        return found if found is not None else getattr(config, name, None)
+
+    end = token("eos_token_id")
     ends = [end] if isinstance(end, int) else list(end or [])
-    start = generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id
-    padding = generation.pad_token_id if generation.pad_token_id is not None else config.pad_token_id
+    start, padding = token("bos_token_id"), token("pad_token_id")
     if padding is None:
         padding = ends[0] if ends else 0
     # without a token of its own, the id after the last one, which the tokenizer never gives
@@ -31,7 +52,7 @@ def genai_config(model: Any, shape: CacheShape, filename: str) -> dict[str, Any]
         "eos_token_id": ends,
         "pad_token_id": padding,
     }
-    length = config.max_position_embeddings
+    length = longest_text(config)
     return {
         "model": {
             "type": "decoder",

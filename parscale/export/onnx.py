@@ -16,7 +16,7 @@ from parscale.checkpoints.versions import versions
 from parscale.config import OWN
 from parscale.export.comparison import check_graph, sample
 from parscale.export.decoder import CacheShape, cache_shape
-from parscale.export.genai import GENAI_CONFIG, genai_config
+from parscale.export.genai import GENAI_CONFIG, genai_config, longest_text
 from parscale.export.graph import write_graph
 from parscale.export.quantization import quantize
 from parscale.format.staging import require_new_folder, staged
@@ -57,6 +57,7 @@ def export_onnx(
     with staged(output, last=GENAI_CONFIG, new=True) as folder:
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device="cpu")
         model.to(torch.float16 if dtype == "float16" else torch.float32)
+        longest_text(model.config.get_text_config())  # before any work
         made_of = _described(model, checkpoint, dtype)
         shape = _write(model, folder / GRAPH, dtype, made_of)
         if tokenizer is not None:

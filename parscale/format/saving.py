@@ -175,9 +175,13 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
                 for name in state.names(streams).values():
                     state_dict.pop(name, None)
         if state.active is not None:
+            holders = state.holders(state.active)
             for released, name in state.names(state.active).items():
                 if name in state_dict:
-                    state_dict[released] = state_dict.pop(name)
+                    value = state_dict.pop(name)
+                    # transformers fetches what is offloaded by its name, which may be that of another set
+                    is_offloaded = isinstance(value, torch.Tensor) and value.is_meta
+                    state_dict[released] = fetched(*holders[released]).detach() if is_offloaded else value
 
     hook = state.model.register_state_dict_post_hook(rename)
     try:

@@ -19,6 +19,7 @@ from transformers import Cache
 from parscale.attention.caches import fit_rows, is_empty
 from parscale.compat.arguments import NOISE, given_cache
 from parscale.compat.torch import replicate, unwatch_replicas, watch_replicas
+from parscale.compat.transformers import answer_itself
 from parscale.hooks.encoded import mark_output
 from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
 from parscale.hooks.rows import check_plain, copy_rows, first_input
@@ -27,6 +28,7 @@ from parscale.streams.backbones import masking_noise
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import use_outside_of_blocks
+from parscale.transforms.prompt import TOKEN_COUNTS
 
 REPLICA = "parscale_replica"  # on a copy of a backbone or an encoder by nn.DataParallel: the original, and the set
 
@@ -258,9 +260,12 @@ def _check_cache(cache: Any, streams: StreamSet | None) -> None:
         return
     name = _filled_by(streams)
     filled_by = getattr(cache, "parscale_streams", name)
-    if filled_by != name and not is_empty(cache):
-        raise ValueError(
-            f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
-            "backbone, or streams that share its keys). Start with a new cache after switching."
-        )
+    if filled_by != name:
+        if not is_empty(cache):
+            raise ValueError(
+                f"This cache was filled with streams {filled_by!r}, but {name!r} are active (None: the plain "
+                "backbone, or streams that share its keys). Start with a new cache after switching."
+            )
+        if isinstance(cache, Cache):
+            answer_itself(cache, TOKEN_COUNTS)  # one that was reset, and counts as a prompt's
     cache.parscale_streams = name

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class PromptTransform(ModelTransform):
             arguments |= self._inputs_of_layers(ids)
             embeds = _embeddings(self.state.call.running)(ids)  # (R, S, H)
         if mask is None and positions is not None and _restarts(positions):
-            return arguments | self._packed(embeds, positions)
+            return arguments | self._packed(arguments, embeds, positions)
         padding, (R, S) = leading_zeros(mask), embeds.shape[:2]
         prompt = self._prompt().to(embeds.dtype).to(embeds.device)  # (P, T, H)
         prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
@@ -151,7 +151,9 @@ class PromptTransform(ModelTransform):
             return {"per_layer_inputs": backbone.get_per_layer_inputs(**{k: v for k, v in given.items() if k in taken})}
         return {}
 
-    def _packed(self, embeds: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _packed(
+        self, arguments: Mapping[str, Any], embeds: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Rows `(R, S, H)` of several documents, whose positions restart: each document gets the prompt before it.
 
         All rows get the length of the one with the most documents; the padding at the end is not visible to any token.
@@ -177,7 +179,14 @@ class PromptTransform(ModelTransform):
         source.scatter_(1, places.flatten(1), own)
         moved.scatter_(1, places.flatten(1), own)
         both = torch.cat([prompt.repeat_interleave(R // P, dim=0), embeds], dim=1)  # (R, T + S, H)
-        return {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
+        packed = {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
+        for name in TOKENS:
+            if arguments.get(name) is not None:
+                value = arguments[name]
+                before = value[:, :1] if name in AS_FIRST else torch.zeros_like(value[:, :1])
+                both = torch.cat([before.repeat_interleave(T, dim=1), value], dim=1)
+                packed[name] = _gather(both, source[:, :-1])
+        return packed
 
     def _positions(self, positions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         """Positions `([3,] R or 1, S)` shifted by T, after those of the prompt."""
@@ -225,8 +234,9 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
     """Removes the prompt's entries from a tensor with one entry for each token of prompt and text.
 
     Args:
-        states: hidden states `(R, T + S, H)`, attention weights `(R, heads, T + S, T + S)` (whose columns stay), router
-            logits `(R*(T + S), E)`, or a tuple of these for the layers; other values are returned unchanged.
+        states: hidden states `(R, T + S, H)`, several of each layer `(N, R, T + S, H)` (Gemma 3n), attention weights
+            `(R, heads, T + S, T + S)` (whose columns stay), router logits `(R*(T + S), E)`, or a tuple of these for the
+            layers; other values are returned unchanged.
         index: `(R, S)`, the places of the tokens.
         whole: T + S.
     """
@@ -236,6 +246,8 @@ def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
         return states
     if states.ndim == 3 and states.shape[:2] == (index.shape[0], whole):
         return _gather(states, index)
+    if states.ndim == 4 and states.shape[1:3] == (index.shape[0], whole) != states.shape[2:]:
+        return torch.stack([_gather(each, index) for each in states])
     if states.ndim == 4 and states.shape[2] == whole:
         rows = states.transpose(1, 2).flatten(2)  # (R, T + S, heads * (T + S))
         return _gather(rows, index).unflatten(2, states.shape[1::2]).transpose(1, 2)

@@ -228,6 +228,25 @@ def fill_streams(model: Any, seed: int = 1, name: str = "default") -> None:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
+def gemma3n() -> Any:
+    """A model whose layers have inputs of their own for each token, and some of which borrow other layers' keys."""
+    config = transformers.Gemma3nTextConfig(
+        **COMMON | {"num_hidden_layers": 4},
+        head_dim=8,
+        num_kv_shared_layers=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.Gemma3nForCausalLM(config).eval()
+
+
 def share(model: Any, num_streams: int = P, **changes: Any) -> Any:
     """The model with random streams that share keys and values."""
     options = {"prefix_length": T, "init": "random", "kv": "shared"} | changes

@@ -121,10 +121,13 @@ class AdapterStreams:
             return
         reshard(self.state.model)
         if adapter != self.active:
-            self._trains[self.active] = self._flags()
-            self._set_flags({name: [False] * len(flags) for name, flags in self._flags().items()})
+            before = self._trains[self.active] = self._flags()
+            self._set_flags({name: [False] * len(flags) for name, flags in before.items()})
             self.active = adapter
-            self._set_flags(self._trains.pop(adapter, {}))
+            kept, streams = self._trains.pop(adapter, {}), self.state.active
+            if streams is not None and streams.name in before:  # of the sets, the active one alone trains
+                flags = kept.get(streams.name, [])
+                self._set_flags({streams.name: flags if any(flags) else before[streams.name]})
         if not trains:
             self._set_flags({name: [False] * len(flags) for name, flags in self._flags().items()})
 

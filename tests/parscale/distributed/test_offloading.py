@@ -43,30 +43,11 @@ def bloom(zoo):
         return transformers.BloomForCausalLM(config).eval()
 
 
-def gemma3n(zoo):
-    """Has layers that borrow other layers' keys, and with them their prefix."""
-    config = transformers.Gemma3nTextConfig(
-        **zoo.COMMON | {"num_hidden_layers": 4},
-        head_dim=8,
-        num_kv_shared_layers=2,
-        sliding_window=64,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        vocab_size_per_layer_input=zoo.VOCABULARY,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        activation_sparsity_pattern=[0.0] * 4,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.Gemma3nForCausalLM(config).eval()
-
-
 @pytest.fixture(params=[pytest.param("llama", marks=pytest.mark.nightly), "gpt_oss", "bloom", "gemma3n"])
 def plain(request, zoo, tmp_path):
     """Makes a model, the same at every call; GPT-OSS has parameters of its own in its attention layers."""
-    own = {"bloom": bloom, "gemma3n": gemma3n}.get(request.param)
-    make = functools.partial(own, zoo) if own else zoo.Case(zoo.FAMILIES[request.param]).plain
+    own = {"bloom": functools.partial(bloom, zoo), "gemma3n": zoo.gemma3n}.get(request.param)
+    make = own if own else zoo.Case(zoo.FAMILIES[request.param]).plain
     try:
         logits_of(OFFLOAD["by a map"](make(), tmp_path / "plain"), zoo)
     except KeyError:
@@ -112,6 +93,21 @@ def test_offloaded_after_wrapping(how, transform, plain, zoo, tmp_path):
     assert torch.equal(logits_of(model, zoo), logits_of(alone, zoo))
     model.set_streams("default")
     assert torch.equal(logits_of(model, zoo), expected)
+
+
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_a_further_set_is_saved_with_its_own_values(how, zoo, tmp_path):
+    """Its released names are those of the default set's tensors, by which transformers fetches what is offloaded."""
+    plain = zoo.Case(zoo.FAMILIES["llama"]).plain
+    model = with_streams(plain(), "prefix")
+    model.add_streams("two", 2, prefix_length=4, init="random", seed=1)
+    model.set_streams("two")
+    expected = {name: x.clone() for name, x in model.parscale.tensors(model.parscale.active).items()}
+    OFFLOAD[how](model, tmp_path / "weights")
+    model.save_pretrained(tmp_path / "whole")
+    saved = parscale.load(tmp_path / "whole").parscale
+    assert saved.active.name == "two"
+    assert all(torch.equal(x, expected[name]) for name, x in saved.tensors(saved.active).items())
 
 
 @pytest.mark.grid

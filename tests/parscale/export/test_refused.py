@@ -4,12 +4,20 @@ import importlib.util
 import json
 
 import pytest
-from transformers import BertConfig, BertModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 import parscale
 from parscale.cli.application import run
 from parscale.errors import UnsupportedModelError
 from parscale.export.decoder import cache_shape
+from parscale.export.genai import longest_text
 from parscale.export.onnx import export_onnx
 
 
@@ -52,6 +60,16 @@ def test_streams_that_begin_with_a_prompt(saved, tmp_path):
 )
 def test_models_that_no_runtime_for_decoders_knows(family, reason, saved, tmp_path):
     refused(saved(family, 1)[1], tmp_path, reason, UnsupportedModelError)
+
+
+def test_a_model_that_states_no_length_of_context(tmp_path):
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    parscale.wrap(BloomForCausalLM(config), 2, prefix_length=2, init="random").save_pretrained(tmp_path / "source")
+    with pytest.raises(UnsupportedModelError, match=r"bloom states no length of context.*set max_position_embeddings"):
+        export_onnx(str(tmp_path / "source"), tmp_path / "output")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    config.seq_length = 64
+    assert longest_text(config) == 64
 
 
 def test_a_model_without_a_cache():

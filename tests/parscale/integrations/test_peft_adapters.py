@@ -198,6 +198,29 @@ def test_choosing_a_set_while_adapters_are_switched_off(make, zoo):
     assert not torch.equal(model.stream_report(ids).weights, weights)
 
 
+@pytest.mark.parametrize("chosen", ["more", None])
+def test_an_adapter_trains_the_streams_of_the_set_in_use(chosen, make, zoo):
+    """Also where another set was in use when it was added."""
+    model, ids = make(), zoo.token_ids()
+    model.add_streams("more", 2, prefix_length=3, init="random", seed=1)
+    tuned = adapted(model)
+    tuned.add_adapter("second", lora())
+    tuned.set_streams(chosen)
+    for adapter in ("second", "default", "second"):
+        tuned.set_adapter(adapter)
+        state = model.parscale
+        trained = {name for name, streams in state.sets.items() if any(p.requires_grad for p in of_set(state, streams))}
+        assert trained == ({chosen} if chosen else set())
+    tuned.zero_grad()
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    assert chosen is None or all(p.grad is not None for p in of_set(state, state.active))
+
+
+def of_set(state, streams):
+    """The parameters of a set that run, those of the active adapter."""
+    return list(state.tensors(streams).values())
+
+
 def test_unwrapping_leaves_nothing_behind(make, zoo):
     model = make()
     tuned = adapted(model)

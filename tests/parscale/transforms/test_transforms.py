@@ -252,6 +252,33 @@ def test_packed_documents_each_get_the_prompt(family, zoo):
         zoo.close(packed[row : row + 1], alone, TOLERANCE)
 
 
+def test_packed_documents_of_a_model_whose_layers_read_the_tokens_too(zoo):
+    model, ids, lengths = wrapped(zoo.gemma3n(), "prompt"), zoo.token_ids(rows=1), [4, 5]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+    alone = [model(piece, use_cache=False, output_hidden_states=True) for piece in ids.split(lengths, dim=1)]
+    zoo.close(packed.logits, torch.cat([each.logits for each in alone], dim=1), TOLERANCE)
+    for found, *own in zip(packed.hidden_states[:-1], *(each.hidden_states[:-1] for each in alone), strict=True):
+        zoo.close(found, torch.cat(own, dim=2), TOLERANCE)  # (inputs of a layer, R, S, H)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prefix", None, "default"])
+def test_a_cache_that_was_reset_counts_for_another_set(name, zoo):
+    model, ids = wrapped(zoo.FAMILIES["llama"].build(), "prompt"), zoo.token_ids()
+    model.add_streams("prefix", 2, prefix_length=3, init="random", seed=0)
+
+    def one_by_one(cache):
+        return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+
+    cache = DynamicCache(config=model.config)
+    one_by_one(cache)
+    cache.reset()
+    model.set_streams(name)
+    zoo.close(one_by_one(cache), one_by_one(DynamicCache(config=model.config)), TOLERANCE)
+    assert cache.get_seq_length() == ids.shape[1]
+
+
 def test_router_logits_are_those_of_the_tokens(zoo):
     family = zoo.FAMILIES["mixtral"]
     model, ids = wrapped(zoo.Case(family, "sdpa").plain(), "prompt"), zoo.token_ids()
