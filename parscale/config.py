@@ -15,7 +15,7 @@ PREFIX, PROMPT, LORA = "prefix", "prompt", "lora"
 TRANSFORMS = (PREFIX, PROMPT, LORA)
 OWN, SHARED = "own", "shared"
 KVS = (OWN, SHARED)
-LARGEST = 10**9  # of any number of things; torch counts elements with 64 bits
+LARGEST = 10**15  # of any number of things; torch counts bytes with 64 bits
 
 # Field names in a `config.json`. The first three are those of the released checkpoints; a released config without the
 # smoothing means 0.01, the default of the released code.

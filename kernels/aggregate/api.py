@@ -23,7 +23,8 @@ def aggregate(
 ) -> torch.Tensor:
     """Mixes P streams by a smoothed softmax.
 
-    Both implementations compute in float32 (float64 tensors in float64), and round once, at the end.
+    Both implementations compute in float32 (float64 tensors in float64), and round once, at the end; where
+    autocast is on, the reference in its dtype.
 
     Args:
         x: hidden states of the streams, `(P, N, H)`, any strides, of a floating-point dtype.

@@ -2,14 +2,12 @@
 
 import torch
 
-from parscale.kernels.dispatch import outside_autocast
 
-
-@outside_autocast
 def aggregate_reference(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Softmax over streams, smoothing, weighted sum (Chen et al., arXiv 2505.10475, section 3.2).
 
-    Computes in float32 (float64 inputs stay float64) and rounds once, at the end.
+    Computes in float32 (float64 inputs stay float64) and rounds once, at the end; under autocast, in its dtype, which
+    halves what is kept for the backward pass.
 
     Args:
         x: hidden states of the streams, `(P, N, H)`.

@@ -126,9 +126,9 @@ def refused(capsys, tmp_path, *arguments: object, complaint: str) -> None:
         (["--num-streams", 0], "num_streams must be at least 1, got 0"),
         (["--num-streams", -2], "num_streams must be at least 1, got -2"),
         (["--num-streams", 10**9, "--init", "random"], "Out of memory; choose fewer streams"),  # terabytes
-        (["--num-streams", 10**22], "num_streams must be at most 1000000000, got 1"),
-        (["--num-streams", 2, "--prefix-length", 10**18], "prefix_length must be at most 1000000000, got 1"),
-        (["--num-streams", 2, "--transform", "lora", "--rank", 10**22], "rank must be at most 1000000000, got 1"),
+        (["--num-streams", 10**22], "num_streams must be at most 1000000000000000, got 1"),
+        (["--num-streams", 2, "--prefix-length", 10**18], "prefix_length must be at most 1000000000000000, got 1"),
+        (["--num-streams", 2, "--transform", "lora", "--rank", 10**22], "rank must be at most 1000000000000000, got 1"),
         (["--num-streams", 2, "--prefix-length", 0], "prefix_length must be at least 1, got 0"),
         (["--num-streams", 2, "--smoothing", 1.5], "smoothing must be between 0 and 1, got 1.5"),
         (["--num-streams", 2, "--smoothing", "nan"], "smoothing must be between 0 and 1, got nan"),

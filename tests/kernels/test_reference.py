@@ -43,15 +43,6 @@ def test_aggregate_is_its_definition(P, smoothing, dtype):
     assert torch.equal(aggregate(x, logits, smoothing, impl="reference"), mixed)
 
 
-def test_autocast_does_not_round_a_mixture():
-    x, logits = draw(3, 7, 5, dtype=torch.float32).requires_grad_(), draw(7, 3, dtype=torch.float32, seed=1)
-    outputs = [aggregate(x, logits, 0.1)]
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs.append(aggregate(x, logits, 0.1))
-    assert torch.equal(*outputs)
-    assert torch.equal(*(torch.autograd.grad(output.square().sum(), x)[0] for output in outputs))
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_weights_are_a_distribution_with_a_floor(smoothing):
     weights = stream_weights(30 * draw(50, 4, dtype=torch.float32), smoothing)

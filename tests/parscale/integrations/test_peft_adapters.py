@@ -208,17 +208,11 @@ def test_an_adapter_trains_the_streams_of_the_set_in_use(chosen, make, zoo):
     tuned.set_streams(chosen)
     for adapter in ("second", "default", "second"):
         tuned.set_adapter(adapter)
-        state = model.parscale
-        trained = {name for name, streams in state.sets.items() if any(p.requires_grad for p in of_set(state, streams))}
+        tensors, sets = model.parscale.tensors, model.parscale.sets
+        trained = {name for name, own in sets.items() if any(p.requires_grad for p in tensors(own).values())}
         assert trained == ({chosen} if chosen else set())
-    tuned.zero_grad()
     tuned(input_ids=ids, labels=ids).loss.backward()
-    assert chosen is None or all(p.grad is not None for p in of_set(state, state.active))
-
-
-def of_set(state, streams):
-    """The parameters of a set that run, those of the active adapter."""
-    return list(state.tensors(streams).values())
+    assert chosen is None or all(p.grad is not None for p in tensors(sets[chosen]).values())
 
 
 def test_unwrapping_leaves_nothing_behind(make, zoo):
