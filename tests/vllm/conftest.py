@@ -169,6 +169,7 @@ def built(folder, **arguments) -> Iterator:
     from vllm.utils.network_utils import get_distributed_init_method, get_open_port
 
     config = configured(folder, **arguments)
+    cleanup_dist_env_and_memory()  # of an engine in this process, in another file
     try:
         with pytest.MonkeyPatch.context() as patched, quickly(), set_current_vllm_config(config):
             patched.setattr(torch.accelerator, "empty_cache", nothing)  # as vLLM's worker does on a CPU
