@@ -25,6 +25,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,6 +46,7 @@ from parscale.checkpoints import (
     crossed_interval,
     evaluate,
     faster_in_bf16,
+    format_interval,
     pack_documents,
     small_model_path,
     standard_library_split,
@@ -210,8 +212,7 @@ def stays_below(curve: list[list[float]]) -> float | None:
 
 def interval(differences: np.ndarray) -> str:
     """Mean and 95 % interval over seeds and documents, of differences `(seeds, documents)` in nats per token."""
-    found = crossed_interval(differences)
-    return f"{found.difference:+.4f} ({found.low:+.4f}, {found.high:+.4f})"
+    return format_interval(asdict(crossed_interval(differences)))
 
 
 def table(results: dict[str, Any]) -> str:

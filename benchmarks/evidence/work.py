@@ -14,11 +14,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ensembles
+import numpy as np
 import recycling
 import scratch
 import synthetic
@@ -55,15 +55,13 @@ def do(run: AnyRun, work: Path, results: Path) -> str:
     """Trains and measures one model; what to print of it, which is its loss on what is for tuning."""
     if isinstance(run, Run):
         row = scratch.train(run, work, results / "scratch")
-        return ", ".join(f"{where} {fmean(row['tuning'][where]):.4f}" for where in ("beginning", "middle"))
-    if isinstance(run, EnsembleRun):
+    elif isinstance(run, EnsembleRun):
         row = ensembles.train(run, work, results / "averages")
-        return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["tuning"].items())
-    if isinstance(run, TaskRun):
+    elif isinstance(run, TaskRun):
         row = synthetic.train(run, work, results / "tasks")
-        return ", ".join(f"{what} {value:.4f}" for what, value in row["tuning"].items())
-    row = recycling.train(run, work, results / "recycling")
-    return ", ".join(f"{where} {fmean(losses):.4f}" for where, losses in row["tuning"].items())
+    else:
+        row = recycling.train(run, work, results / "recycling")
+    return ", ".join(f"{what} {np.mean(found):.4f}" for what, found in row["tuning"].items())
 
 
 if __name__ == "__main__":

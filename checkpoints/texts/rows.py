@@ -228,7 +228,7 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             if read := _read(names, column):
                 batch = batch.select(read)
                 batch.validate(full=True)  # without which offsets that are damaged end the process
-                yield [{name: without_fillings(cell) for name, cell in row.items()} for row in batch.to_pylist()]
+                yield [without_fillings(row) for row in batch.to_pylist()]
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow raises many types for damage, and Python another for text that is not UTF-8

@@ -183,8 +183,7 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Example]:
     for number, row in enumerate(_read(name, rows), 1):
-        cells = {column: without_fillings(cell) for column, cell in row.items()}
-        example = example_of(f"{name}, row {number}", cells, text_column)
+        example = example_of(f"{name}, row {number}", without_fillings(row), text_column)
         if not isinstance(example, str) or example.strip():
             yield f"{name}:{number}", example
 

@@ -91,7 +91,7 @@ class Run:
         settings = json.loads(json.dumps(settings))
         path = self.folder / RUN
         if path.is_file():
-            self._require_same(settings)
+            self.require_same(settings)
         elif holds_something(self.folder):
             raise ValueError(f"{self.folder} holds no run to resume (it has no {RUN}); give a new folder.")
         else:
@@ -100,18 +100,16 @@ class Run:
             self._take_lock()
         remove_leftovers(self.folder)
 
-    def require_asked(self, settings: Mapping[str, Any]) -> None:
-        """Refuses to take a run that has finished for one with other settings, as far as they are known.
+    def require_same(self, settings: Mapping[str, Any], *, partly: bool = False) -> None:
+        """Refuses other settings than those that the run was started with.
 
         Args:
-            settings: some of those that the run would be started with.
+            settings: that it would be started with.
+            partly: whether these are some of them, as far as they are known; others are then not compared.
 
         Raises:
             ValueError: the run was started with others, or its settings are damaged.
         """
-        self._require_same(settings, partly=True)
-
-    def _require_same(self, settings: Mapping[str, Any], *, partly: bool = False) -> None:
         path = self.folder / RUN
         try:
             before = json.loads(path.read_text(encoding="utf-8"))

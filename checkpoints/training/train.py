@@ -114,7 +114,7 @@ def _train_in(
         run.check(resume=resume)
     state.wait_for_everyone()
     if resume and (before := run.report()) is not None:
-        run.require_asked(_asked(checkpoint, settings, before))
+        run.require_same(_asked(checkpoint, settings, before), partly=True)
         return before | {"finished_before": True}
 
     start = time.perf_counter()
@@ -352,9 +352,9 @@ def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool, micr
     )
     require_finite(model, str(checkpoint))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        apart = keeps_documents_apart(model, vocabulary_of(model))
-        in_rows = apart and (micro == 1 or keeps_documents_apart(model, vocabulary_of(model), rows=2))
-    if apart and not in_rows:
+        apart = keeps_documents_apart(model, vocabulary_of(model), rows=min(micro, 2))
+        in_one_row = not apart and micro > 1 and keeps_documents_apart(model, vocabulary_of(model))
+    if in_one_row:
         raise ValueError(
             f"{checkpoint} keeps documents that are packed together apart only where one sequence runs at once, as "
             "models with flash-attention do; give --micro-batch-size 1, or --attn-implementation sdpa."

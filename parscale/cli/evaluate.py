@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
-from parscale.cli.output import WIDEST, print_figures, print_json, quiet_libraries, waiting, write_json
+from parscale.cli.output import for_tables, print_figures, print_json, quiet_libraries, waiting, write_json
 from parscale.format.staging import require_writable
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def evaluate(
                 batch_size=batch_size,
                 device=device,
             )
-        figures = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
-        figures |= comparisons
+        measured = _measure(model, tokenizer, documents, checkpoint, streams, sequence_length, batch_size, adaptive)
+        figures = measured | comparisons
     try:
         if json:
             print_json(figures)
@@ -194,12 +194,11 @@ def _measure(
 
 def _print_comparisons(comparisons: list[dict[str, Any]]) -> None:
     from parscale.checkpoints.evaluation.against import table_of
-    from parscale.terminal.console import Terminal
 
     if comparisons:
         names = {entry[side] for entry in comparisons for side in ("arm", "baseline")}
         table = table_of(comparisons, {name: name for name in names})
-        Terminal(soft_wrap=True, width=WIDEST).print(table)
+        for_tables().print(table)
 
 
 def _adapted(threshold: float | None, mean_streams: float | None, model: Any) -> dict[str, Any]:
@@ -216,7 +215,6 @@ def _print_scores(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     from parscale.checkpoints.evaluation.tasks import scores
-    from parscale.terminal.console import Terminal
 
     print_figures(figures["parscale"])
     typer.echo()
@@ -229,4 +227,4 @@ def _print_scores(figures: dict[str, Any]) -> None:
         standard_error = "-" if error is None else f"{error:.4f}"
         examples = str(figures["n-shot"].get(task, ""))
         table.add_row(task, metric, answer_filter, f"{value:.4f}", standard_error, questions, examples)
-    Terminal(soft_wrap=True, width=WIDEST).print(table)  # lines are never cut off
+    for_tables().print(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parscale.cli.options import Json, ListOptionCommand, size
-from parscale.cli.output import WIDEST, print_figures, print_json
+from parscale.cli.output import for_tables, print_figures, print_json
 from parscale.format.staging import require_writable, require_writable_folder, staged_file
 
 if TYPE_CHECKING:
@@ -224,15 +224,13 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints a table with a column for each name in any of the rows."""
     from rich.table import Table
 
-    from parscale.terminal.console import Terminal
-
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
-    Terminal(soft_wrap=True, width=WIDEST).print(table)
+    for_tables().print(table)
 
 
 def _cell(value: object) -> str:

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parscale.format.staging import staged_file
+
+if TYPE_CHECKING:
+    from parscale.terminal.console import Terminal
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
@@ -39,10 +42,6 @@ def without_nan(figures: object) -> Any:
     return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
-WIDEST = 1000
-"""Columns of a table, which uses what it needs: lines are never cut off."""
-
-
 def _json(figures: Mapping[str, Any]) -> str:
     return json.dumps(without_nan(figures), indent=2, allow_nan=False) + "\n"
 
@@ -50,8 +49,6 @@ def _json(figures: Mapping[str, Any]) -> str:
 def print_figures(figures: Mapping[str, Any]) -> None:
     """Prints one aligned line for each figure; the lines of a nested mapping are indented under its name."""
     from rich.table import Table
-
-    from parscale.terminal.console import Terminal
 
     table = Table.grid(padding=(0, 2))
     for name, value in figures.items():
@@ -62,7 +59,14 @@ def print_figures(figures: Mapping[str, Any]) -> None:
                 table.add_row("  " + inner_name.replace("_", " "), _show(inner))
         else:
             table.add_row(label, _show(value))
-    Terminal(soft_wrap=True, width=WIDEST).print(table)
+    for_tables().print(table)
+
+
+def for_tables() -> Terminal:
+    """A console on standard output that cuts no line off, however narrow the terminal is."""
+    from parscale.terminal.console import Terminal
+
+    return Terminal(soft_wrap=True, width=1000)
 
 
 @contextmanager

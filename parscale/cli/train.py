@@ -12,7 +12,7 @@ import typer
 
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.cli.options import Json, Special, count, takes_settings
-from parscale.cli.output import WIDEST, print_figures, print_json, quiet_libraries
+from parscale.cli.output import for_tables, print_figures, print_json, quiet_libraries
 from parscale.cli.recipes import Recipe
 from parscale.config import ParScaleConfig
 from parscale.descriptions import descriptions, plain
@@ -175,11 +175,10 @@ def _print_comparisons(report: dict[str, Any]) -> None:
     from parscale.checkpoints.description import describe
     from parscale.checkpoints.evaluation.against import table_of
     from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCHED, sentences
-    from parscale.terminal.console import Terminal
 
     trained = [entry for entry in report["comparisons"] if entry["arm"] == TRAINED]
     controls = report.get("controls", {})
-    console = Terminal(soft_wrap=True, width=WIDEST)
+    console = for_tables()
     for text in dict.fromkeys(entry["text"] for entry in trained):
         entries = [entry for entry in trained if entry["text"] == text]
         console.print(table_of(entries, {TRAINED: "the trained model"} | NOT_TRAINED | controls))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,14 +24,18 @@ def dated(day: datetime.date) -> Iterator[None]:
         day: what they write; its time is midnight.
     """
     before = needed(chat_template_utils, _CLOCK)
+    setattr(chat_template_utils, _CLOCK, _clock(day))
+    try:
+        yield
+    finally:
+        setattr(chat_template_utils, _CLOCK, before)
 
+
+@functools.cache  # for each turn of each chat
+def _clock(day: datetime.date) -> type[datetime.datetime]:
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz: datetime.tzinfo | None = None) -> Clock:
             return cls(day.year, day.month, day.day, tzinfo=tz)
 
-    setattr(chat_template_utils, _CLOCK, Clock)
-    try:
-        yield
-    finally:
-        setattr(chat_template_utils, _CLOCK, before)
+    return Clock

@@ -179,9 +179,10 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
             for released, name in state.names(state.active).items():
                 if name in state_dict:
                     value = state_dict.pop(name)
-                    # transformers fetches what is offloaded by its name, which may be that of another set
-                    is_offloaded = isinstance(value, torch.Tensor) and value.is_meta
-                    state_dict[released] = fetched(*holders[released]).detach() if is_offloaded else value
+                    if isinstance(value, torch.Tensor) and value.is_meta:
+                        # transformers would fetch it by its released name, which may be that of another set
+                        value = fetched(*holders[released]).detach()
+                    state_dict[released] = value
 
     hook = state.model.register_state_dict_post_hook(rename)
     try:

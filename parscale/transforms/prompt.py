@@ -127,8 +127,7 @@ class PromptTransform(ModelTransform):
         for name in TOKENS:
             if arguments.get(name) is not None:
                 value = arguments[name]
-                own = value[:, :1] if name in AS_FIRST else torch.zeros_like(value[:, :1])
-                arguments[name] = _insert(own.repeat_interleave(T, dim=1), value, padding)
+                arguments[name] = _insert(_of_prompt(name, value, T), value, padding)
         for name in SEES_IMAGES:
             if arguments.get(name) is not None:
                 value = arguments[name].transpose(1, 2)  # (R, S, 1, ...)
@@ -183,8 +182,7 @@ class PromptTransform(ModelTransform):
         for name in TOKENS:
             if arguments.get(name) is not None:
                 value = arguments[name]
-                before = value[:, :1] if name in AS_FIRST else torch.zeros_like(value[:, :1])
-                both = torch.cat([before.repeat_interleave(T, dim=1), value], dim=1)
+                both = torch.cat([_of_prompt(name, value, T), value], dim=1)
                 packed[name] = _gather(both, source[:, :-1])
         return packed
 
@@ -228,6 +226,12 @@ class PromptTransform(ModelTransform):
             if output.get(name) is not None:
                 output[name] = _of_tokens(output[name], index, whole)
         return output
+
+
+def _of_prompt(name: str, value: torch.Tensor, T: int) -> torch.Tensor:
+    """What an input with an entry for each token, `(R, S, ...)`, has for those of the prompt: `(R, T, ...)`."""
+    own = value[:, :1] if name in AS_FIRST else torch.zeros_like(value[:, :1])
+    return own.repeat_interleave(T, dim=1)
 
 
 def _of_tokens(states: Any, index: torch.Tensor, whole: int) -> Any:
