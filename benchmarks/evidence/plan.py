@@ -137,6 +137,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from islice(arms("1.0M", 0, rates), 3)
+    yield from of_two_streams("1.0M", 0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
         yield from islice(arms(size, 0, rates), 3)
