@@ -193,6 +193,28 @@ def _dropout(checkpoint: str) -> list[str]:
     ]
 
 
+def train_with_controls(checkpoint: str, output: Path, settings: TrainSettings, **options: Any) -> dict[str, Any]:
+    """`train` and then `train_controls`; that the controls can be trained is checked once, before any work.
+
+    Args:
+        checkpoint: with streams: a folder, or a name on the Hugging Face Hub.
+        output: the folder of the run.
+        settings: of the run.
+        **options: the other arguments of `train`.
+
+    Returns:
+        The reports of both, as one.
+
+    Raises:
+        ValueError: as `train` and `check_controls`.
+        OSError: as `train` and `train_controls`.
+        Interrupted: a signal ended the run or a control, after a checkpoint.
+    """
+    check_controls(checkpoint, settings)
+    report = train(checkpoint, output, settings, **options)
+    return report | _train_controls(checkpoint, output, settings, options.get("console"))
+
+
 def train_controls(
     checkpoint: str, output: Path, settings: TrainSettings, *, console: Console | None = None
 ) -> dict[str, Any]:
@@ -213,6 +235,10 @@ def train_controls(
         Interrupted: a signal ended a control, after a checkpoint.
     """
     check_controls(checkpoint, settings)
+    return _train_controls(checkpoint, output, settings, console)
+
+
+def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, console: Console | None) -> dict[str, Any]:
     run = Run(output).report()
     if run is None:
         raise ValueError(f"{output} holds no finished run, which controls are trained beside; train it first.")

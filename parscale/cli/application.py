@@ -95,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """As `main`, but returns the exit code."""
+    if sys.stdout is None:  # closed by the caller, as in `parscale info CHECKPOINT >&-`
+        print("parscale: Standard output is closed: redirect it to a file, or to /dev/null.", file=sys.stderr)
+        return BAD_INPUT
     with shown_streams():
         return _run(arguments)
 

@@ -83,11 +83,14 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a checkpoint, or a new model, on text and chats; also under torchrun or accelerate launch."""
+    from parscale.checkpoints.control_runs import train_with_controls
     from parscale.checkpoints.training.train import Interrupted
     from parscale.checkpoints.training.train import train as train_checkpoint
 
     of_new = {"num_streams": num_streams, "prefix_length": prefix_length, "kv": kv}
     start = _start(checkpoint, from_config, tokenizer, of_new, settings)
+    if controls and checkpoint is None:
+        raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
     quiet_libraries()
     if push_to_hub is not None:
         from parscale.checkpoints.training.model_card import check_repository, push
@@ -95,15 +98,8 @@ def train(
         check_repository(push_to_hub)
     command = shlex.join(["parscale", *sys.argv[1:]])
     try:
-        if controls:
-            from parscale.checkpoints.control_runs import check_controls, train_controls
-
-            if checkpoint is None:
-                raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
-            check_controls(checkpoint, settings)
-        report = train_checkpoint(start, output, settings, resume=resume, command=command, name=push_to_hub)
-        if controls and checkpoint is not None:
-            report = report | train_controls(checkpoint, output, settings)
+        run = train_with_controls if controls else train_checkpoint
+        report = run(start, output, settings, resume=resume, command=command, name=push_to_hub)
     except Interrupted as interruption:
         with contextlib.suppress(OSError):  # the terminal may be closed
             print(f"parscale: {interruption}", file=sys.stderr)

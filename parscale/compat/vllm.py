@@ -42,6 +42,9 @@ _PLACES = {
     "ModelConfig": "vllm.config",
     "MODELS_CONFIG_MAP": f"{_MODELS}.config",
     "VerifyAndUpdateConfig": f"{_MODELS}.config",
+    # what `--model-impl transformers` takes as it is registered, and does not look for in transformers: so that the
+    # function is asked there too
+    "TRANSFORMERS_BACKEND_MODELS": f"{_MODELS}.registry:_TRANSFORMERS_BACKEND_MODELS",
     "init_logger": "vllm.logger",  # vLLM shows only lines of its own loggers
     # the scheduler, which puts slots for the prefix before each request and removes them from its output
     "Scheduler": "vllm.v1.core.sched.scheduler",

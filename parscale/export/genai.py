@@ -26,13 +26,14 @@ def longest_text(config: Any) -> int:
     )
 
 
-def genai_config(model: Any, shape: CacheShape, filename: str) -> dict[str, Any]:
+def genai_config(model: Any, shape: CacheShape, filename: str, length: int) -> dict[str, Any]:
     """The configuration of a graph.
 
     Args:
         model: that the graph was made of.
         shape: of its cache; to the runtime the streams are further key/value heads.
         filename: of the graph.
+        length: of the context, in tokens, as `longest_text` finds it.
     """
     config, generation = model.config.get_text_config(), model.generation_config
 
@@ -52,7 +53,6 @@ def genai_config(model: Any, shape: CacheShape, filename: str) -> dict[str, Any]
         "eos_token_id": ends,
         "pad_token_id": padding,
     }
-    length = longest_text(config)
     return {
         "model": {
             "type": "decoder",

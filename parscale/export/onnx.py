@@ -57,12 +57,12 @@ def export_onnx(
     with staged(output, last=GENAI_CONFIG, new=True) as folder:
         model, tokenizer = open_checkpoint(checkpoint, streams=streams, device="cpu")
         model.to(torch.float16 if dtype == "float16" else torch.float32)
-        longest_text(model.config.get_text_config())  # before any work
+        length = longest_text(model.config.get_text_config())  # before any work
         made_of = _described(model, checkpoint, dtype)
         shape = _write(model, folder / GRAPH, dtype, made_of)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        config = genai_config(model, shape, GRAPH)
+        config = genai_config(model, shape, GRAPH, length)
         (folder / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return made_of | {

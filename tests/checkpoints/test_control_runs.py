@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from parscale import ParScaleConfig, load, wrap
 from parscale.checkpoints import control_runs
-from parscale.checkpoints.control_runs import check_controls, controls_of, train_controls
+from parscale.checkpoints.control_runs import check_controls, controls_of, train_controls, train_with_controls
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Chat, Completion, Source
@@ -209,6 +209,18 @@ def test_what_cannot_be_compared_is_refused_before_any_work(full, backbone, tmp_
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="Controls train in one process"):
         check_controls(str(full), SETTINGS)
+
+
+def test_held_out_text_is_looked_for_once_beside_a_run(finished, full, tmp_path, monkeypatch):
+    """Before the run, and not again after it."""
+    sources, check = [], control_runs.text_documents
+    monkeypatch.setattr(control_runs, "text_documents", lambda source: sources.append(source.name) or check(source))
+    monkeypatch.setattr(control_runs, "train", lambda *_, **options: Run(finished[0]).report() | options)
+    report = train_with_controls(str(full), finished[0], SETTINGS, resume=True)
+    assert report.items() >= (finished[1] | {"resume": True}).items()
+    assert sources == ["code"]
+    with pytest.raises(ValueError, match="give some by --eval-data"):
+        train_with_controls(str(full), tmp_path / "other", dataclasses.replace(SETTINGS, eval_data={}))
 
 
 RUN = {"trains": "streams", "learning_rate": 3e-5, "streams_learning_rate": 1e-2, "lora_rank": None, "quantize": None}

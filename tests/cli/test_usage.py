@@ -164,6 +164,16 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path):
     assert result.stdout[1:] == "0\n"
 
 
+@pytest.mark.parametrize("arguments", ["--version", "convert nowhere output --num-streams 2"])
+def test_a_closed_output_is_one_line_before_any_work(arguments, tmp_path):
+    command = f"{sys.executable} -m parscale {arguments} >&-"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    line = "parscale: Standard output is closed: redirect it to a file, or to /dev/null.\n"
+    assert (result.returncode, result.stderr) == (2, line)
+    result = subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
 class Parameter:
     def __init__(self, names: list[str], *, multiple: bool = False, is_flag: bool = False) -> None:
         self.opts = names

@@ -50,6 +50,30 @@ def test_no_such_set(two_sets, serving):
     refused(serving, two_sets, match, hf_overrides={"parscale_name": "third"})
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"parscale_attn_smooth": 0.5},
+        {"parscale_n": 2, "parscale_name": "other"},
+        {"parscale_kv": "shared"},
+        {"parscale_unknown": 1},
+    ],
+)
+def test_streams_are_what_the_folder_says(two_sets, serving, overrides):
+    """What is given beside it would be ignored."""
+    match = rf"--hf-overrides cannot set {next(iter(overrides))}: streams are served as config\.json of .* says\. Leave"
+    refused(serving, two_sets, match, hf_overrides=overrides)
+
+
+def test_an_override_by_a_function(make_folder, serving):
+    def smoothed(config):
+        config.parscale_attn_smooth = 0.5
+        return config
+
+    refused(serving, make_folder("Qwen2", 4), "cannot set parscale_attn_smooth", hf_overrides=smoothed)
+    refused(serving, make_folder("Qwen2", 1), "cannot set parscale_n", hf_overrides={"parscale_n": 4})
+
+
 def test_the_released_format(make_folder, serving, tmp_path):
     """The configuration as the released code writes it: names of transformers 4, and no field that it does not know."""
     folder = shutil.copytree(make_folder("Qwen2", 4), tmp_path / "released")
@@ -70,6 +94,7 @@ def test_the_released_format(make_folder, serving, tmp_path):
 
 def test_one_stream_is_vllms_own_class(make_folder, serving):
     """So it costs nothing: neither a slot nor a class of parscale is in the way."""
+    refused(serving, make_folder("Qwen2", 1), "--model-impl transformers", model_impl="transformers")
     with serving.engine(make_folder("Qwen2", 1)) as llm:
         names = llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__qualname__}")
         assert names == ["vllm.model_executor.models.qwen2.Qwen2ForCausalLM"]
@@ -120,7 +145,9 @@ def refused(serving, folder, match, **arguments):
 
 def test_another_family(serving, make_folder):
     folder = make_folder("GPTNeoX", 2)
-    refused(serving, folder, "serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM")
+    match = "serves Qwen2ForCausalLM, .* this checkpoint is GPTNeoXParScaleForCausalLM"
+    refused(serving, folder, match)
+    refused(serving, folder, match, model_impl="transformers")
 
 
 def test_another_kind_of_model(serving, tmp_path):
@@ -188,6 +215,7 @@ def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):
     ("arguments", "match"),
     [
         ({"enable_lora": True}, "--enable-lora"),
+        ({"model_impl": "transformers"}, "--model-impl transformers"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"runner": "pooling"}, "--runner pooling"),

@@ -167,17 +167,28 @@ def test_preempted_requests(folder, model, serving):
         assert list(output.outputs[0].token_ids) == serving.reference(model, ids, 40)[0]
 
 
-def test_the_scheduler_of_gpus(folder, model, serving, monkeypatch):
-    """vLLM runs its asynchronous scheduler there, and not on CPUs; its slots are the same."""
+def test_the_scheduler_of_gpus(folder, model, serving, monkeypatch, caplog):
+    """vLLM runs its asynchronous scheduler there, and not on CPUs; its slots are the same.
+
+    Where that is not Model Runner V2's, no logits processor refuses one stream: a warning says that all answer.
+    """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    from parscale.integrations.vllm import scheduler
+    from parscale.integrations.vllm import scheduler, startup
 
     monkeypatch.setattr(scheduler, "_WithSlots", scheduler._AsyncWithSlots)
+    monkeypatch.setattr(startup, "_refuse_one_stream", lambda vllm_config: None)
     ids = serving.prompts([50], seed=9)[0]
     with serving.engine(folder, max_model_len=LONGEST) as llm:
         assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler, AsyncScheduler)
+        monkeypatch.setattr(scheduler.logger, "handlers", [caplog.handler])
+        monkeypatch.setattr(scheduler.logger, "propagate", False)
+        caplog.set_level("WARNING", scheduler.logger.name)
         output = serving.greedy(llm, [ids], 8)[0]
+        assert "parscale_streams" not in caplog.text
+        for one in serving.greedy(llm, [ids, ids], 8, extra_args={"parscale_streams": 1}):
+            assert one.outputs[0].token_ids == output.outputs[0].token_ids
+    assert caplog.text.count("parscale_streams of a request is ignored: streams with keys of their own all answer") == 1
     assert (list(output.outputs[0].token_ids), output.prompt_token_ids) == (serving.reference(model, ids, 8)[0], ids)
 
 

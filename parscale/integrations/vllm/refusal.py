@@ -20,7 +20,7 @@ def refuse(architecture: str, reason: str) -> None:
     """
     ModelRegistry.register_model(architecture, f"{Refused.__module__}:{Refused.__name__}")
     try:
-        from parscale.compat.vllm import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+        from parscale.compat.vllm import MODELS_CONFIG_MAP, TRANSFORMERS_BACKEND_MODELS, VerifyAndUpdateConfig
     except ImportError:  # another version of vLLM; then the model itself raises the error, when it is made
         return
 
@@ -29,6 +29,7 @@ def refuse(architecture: str, reason: str) -> None:
 
     body = {verify_and_update_config.__name__: staticmethod(verify_and_update_config)}
     MODELS_CONFIG_MAP[architecture] = type(architecture, (VerifyAndUpdateConfig,), body)
+    TRANSFORMERS_BACKEND_MODELS[architecture] = (Refused.__module__, Refused.__name__)
 
 
 class Refused(nn.Module):

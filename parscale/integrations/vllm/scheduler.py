@@ -9,7 +9,8 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from parscale.compat.vllm import AsyncScheduler, LogprobsTensors, Scheduler, put_in_front
+from parscale.compat.vllm import AsyncScheduler, LogprobsTensors, Scheduler, init_logger, put_in_front
+from parscale.integrations.vllm.sampling import STREAMS, RequestOptions
 from parscale.integrations.vllm.startup import SLOTS
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
         SchedulerOutput,
         VllmConfig,
     )
+
+logger = init_logger("vllm.parscale.scheduler")
 
 SLOT = 0  # the token in a slot: any valid id, since the model never reads it
 
@@ -74,6 +77,8 @@ def slot_scheduler(*, vllm_config: VllmConfig, **others: Any) -> Scheduler:
 
 def _add_slots(request: Request, num_slots: int) -> None:
     sampling = request.sampling_params
+    if sampling is not None and RequestOptions.of(sampling).single:  # where no logits processor has refused it
+        logger.warning_once("%s of a request is ignored: streams with keys of their own all answer.", STREAMS)
     # A repetition penalty counts the prompt's tokens, so the slots repeat a token of the prompt.
     penalised = sampling is not None and sampling.repetition_penalty != 1.0
     if sampling is not None and sampling.prompt_logprob_token_ids is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 from vllm import ModelRegistry
 
 from parscale.compat.vllm import (
     MODELS_CONFIG_MAP,
+    TRANSFORMERS_BACKEND_MODELS,
     AttentionBackendEnum,
     CUDAGraphMode,
     VerifyAndUpdateConfig,
@@ -46,6 +47,7 @@ def serve(architecture: str) -> None:
     shared = _sharing(architecture)
     ModelRegistry.register_model(shared, f"parscale.integrations.vllm.shared_models:{shared}")
     MODELS_CONFIG_MAP[architecture] = _Prepared
+    TRANSFORMERS_BACKEND_MODELS[architecture] = (__name__, architecture)
 
 
 class _Prepared(VerifyAndUpdateConfig):
@@ -74,8 +76,10 @@ def prepare(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     config = model.hf_config
     checkpoint = checkpoint_of(vllm_config)
-    name = getattr(config, SET_NAME, DEFAULT)
-    streams, further = _chosen_set(checkpoint, name)
+    _refuse({"--model-impl transformers": model.model_impl == "transformers"})
+    name, fields = getattr(config, SET_NAME, DEFAULT), checkpoint.read_json(CONFIG)
+    _check_overrides(checkpoint, fields, config)
+    streams, further = _chosen_set(checkpoint, fields, name)
     if vllm_config.load_config.load_format != "dummy":
         check_streams(checkpoint, streams, _tensors(checkpoint) if further is None else further.streams())
     _check_compressed(checkpoint, config)
@@ -196,9 +200,20 @@ def quantize_attention(vllm_config: VllmConfig) -> None:
         config.modules_to_not_convert = [name for name in listed if name not in holders]
 
 
-def _chosen_set(checkpoint: Checkpoint, name: object) -> tuple[ParScaleConfig, Checkpoint | None]:
+def _check_overrides(checkpoint: Checkpoint, fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Raises an error for fields of the streams that --hf-overrides has changed, and which would be ignored."""
+    given = {key: value for key, value in vars(config).items() if key.startswith("parscale_") and key != SET_NAME}
+    if changed := [key for key, value in given.items() if value != fields.get(key)]:
+        raise ValueError(
+            f"--hf-overrides cannot set {' and '.join(changed)}: streams are served as {CONFIG} of {checkpoint} says. "
+            f"Leave it out; what can be chosen is a set, by {SET_NAME}."
+        )
+
+
+def _chosen_set(
+    checkpoint: Checkpoint, fields: Mapping[str, Any], name: object
+) -> tuple[ParScaleConfig, Checkpoint | None]:
     """The configuration of a set of streams, and where it lies; `None` if it is the active set of its folder."""
-    fields = checkpoint.read_json(CONFIG)
     active, further = set_names(checkpoint, fields)
     if name == active:
         return stream_config(checkpoint, fields), None
