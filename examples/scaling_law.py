@@ -35,7 +35,7 @@ def main() -> None:
         memory, time = comparison.ratio("memory_bytes"), comparison.ratio("seconds")
         print(f"  batch {batch:3}: {memory:4.2f} times the memory, {time:4.2f} times the time")
     batch = crossover(law, shape, num_streams=streams, hardware=hardware)
-    print("  never slower" if batch is None else f"  slower from batch {batch} on")
+    print("  not slower at large batches" if batch is None else f"  slower from batch {batch} on")
 
 
 if __name__ == "__main__":

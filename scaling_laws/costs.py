@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,7 +141,8 @@ def cost(
 
 
 def _require_countable_by_paper(shape: ModelShape, dtype: str, overhead: float) -> None:
-    if shape.experts or shape.kv_rank or not shape.gated or shape.head_dim * shape.heads != shape.hidden:
+    of_hidden = math.isclose(shape.head_dim * shape.heads, shape.hidden)  # a quotient of the two may be rounded
+    if shape.experts or shape.kv_rank or not shape.gated or not of_hidden:
         raise ValueError(
             "the paper's count is for dense models with a gated MLP and heads of hidden size / heads, and "
             f"{shape.name!r} is not one; "
@@ -159,5 +161,5 @@ def _notes(shape: ModelShape) -> tuple[str, ...]:
         return ()
     return (
         f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted as if they were "
-        "attention, their states as nothing.",
+        "attention, their states and what they read of other layers' keys as nothing.",
     )

@@ -40,9 +40,10 @@ class Comparison:
     r2: float
     huber: float
     size_error: float
-    """Root mean square error in log loss, each run predicted without its size; NaN with fewer than three sizes."""
+    """Root mean square error in log loss, each run predicted without its size; NaN with fewer than three sizes, and
+    where the runs of the others determine no fit, as if one size alone has streams."""
     streams_error: float
-    """The same without the runs of its P; NaN with fewer than three P."""
+    """The same without the runs of its P; NaN with fewer than three P, and where the others determine no fit."""
 
 
 def leave_one_out(
@@ -90,10 +91,10 @@ def compare(
         forms: names from `FORMS`.
 
     Returns:
-        One row for each form, best at held-out P first.
+        One row for each form, best at held-out P first. An error is NaN where some of the runs determine no fit.
 
     Raises:
-        ValueError: as in `fit_form`.
+        ValueError: as in `fit_form`, of all runs.
     """
     points = check_points(params, streams, losses)
     result = []
@@ -110,7 +111,10 @@ _NOUNS = {"size": "size", "streams": "P"}
 def _held_out_error(points: Points, by: str, form: str) -> float:
     if len(_groups(points, by)[1]) < 3:
         return math.nan
-    groups = leave_one_out(*points, by=by, form=form)
+    try:
+        groups = leave_one_out(*points, by=by, form=form)
+    except ValueError:  # all runs were accepted, so those without a group are not enough
+        return math.nan
     squares = np.concatenate([(np.log(group.predicted) - np.log(group.actual)) ** 2 for group in groups])
     return float(np.sqrt(squares.mean()))
 

@@ -115,19 +115,21 @@ def cost_bars(costs: Mapping[str, Cost]) -> Figure:
     return figure
 
 
-def cost_curves(costs: Mapping[tuple[int, int], Cost]) -> Figure:
-    """Memory and time over batch size, one curve for each P; keys are (P, batch size)."""
+def cost_curves(costs: Mapping[tuple[Any, ...], Cost]) -> Figure:
+    """Memory and time over batch size, one curve for each P.
+
+    Keys are (P, batch size), or (P, kind of keys and values, batch size) with a curve for each of both.
+    """
     figure, (left, right) = _figure(2)
-    for index, streams in enumerate(sorted({key[0] for key in costs})):
-        batches = sorted(batch for count, batch in costs if count == streams)
-        style = _style(index)
-        left.plot(
-            batches, [costs[streams, batch].memory_bytes / GIB for batch in batches], label=f"P = {streams}", **style
-        )
-        right.plot(batches, [costs[streams, batch].seconds for batch in batches], **style)
+    for index, curve in enumerate(sorted({key[:-1] for key in costs})):
+        batches = sorted(key[-1] for key in costs if key[:-1] == curve)
+        drawn = [costs[*curve, batch] for batch in batches]
+        label, style = f"P = {', '.join(map(str, curve))}", _style(index)
+        left.plot(batches, [item.memory_bytes / GIB for item in drawn], label=label, **style)
+        right.plot(batches, [item.seconds for item in drawn], **style)
     for axes, label in ((left, "memory (GiB)"), (right, "time (s)")):
         axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel=label)
-        ticks = sorted({batch for _, batch in costs})
+        ticks = sorted({key[-1] for key in costs})
         axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.xaxis.set_minor_formatter(NullFormatter())
         _plain_numbers(axes.yaxis)

@@ -118,7 +118,7 @@ def memory(shape: ModelShape, work: Workload) -> Split:
         "weights": shape.backbone_params * weight + shape.embedding_params * work.embedding_bits / 8,
         "prefixes": shape.prefix_params(work.streams, work.kv) * number,
         "aggregator": shape.aggregator_params(work.streams) * number,
-        "kv_cache": work.cache_rows * shape.kv_per_token * number * _kept_tokens(shape, length),
+        "kv_cache": work.cache_rows * shape.cached_per_token * number * _kept_tokens(shape, length),
         "activations": number * tokens * (shape.hidden + max(attention, inner, gathered))
         + 4 * work.batch * shape.vocab,
     }

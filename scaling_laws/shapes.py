@@ -66,6 +66,8 @@ class ModelShape:
     """Normalizations over H in a layer."""
     positions: int = 0
     """Rows of a learned position table."""
+    layer_embeddings: int = 0
+    """Elements of the layers' own embeddings of tokens."""
     prefix_length: int = PREFIX_LENGTH
     """T, tokens of a prefix."""
 
@@ -112,8 +114,8 @@ class ModelShape:
 
     @property
     def embedding_params(self) -> float:
-        """Embedding, output matrix if it is not tied, learned positions."""
-        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.positions)
+        """Embedding, output matrix if it is not tied, learned positions, embeddings of layers."""
+        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.positions) + self.layer_embeddings
 
     @property
     def backbone_params(self) -> float:
@@ -127,6 +129,11 @@ class ModelShape:
     def kv_per_token(self) -> float:
         """Keys and values of one token in one attention layer."""
         return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def cached_per_token(self) -> float:
+        """What the cache keeps of one token in one attention layer: its keys and values, or their latents."""
+        return self.kv_rank + self.rope_dim if self.kv_rank else self.kv_per_token
 
     def prefix_params(self, streams: int, kv: str = "own") -> float:
         """Parameters of the prefixes.

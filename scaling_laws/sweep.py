@@ -162,8 +162,8 @@ def sweep(
         longest = max(run.tokens for run in missing)
         if corpus.train.size < longest:
             raise ValueError(
-                f"the text has {corpus.train.size:,} bytes to train on, but a run needs {longest:,}: give fewer tokens "
-                "or a larger source, such as packages"
+                f"the text has {corpus.train.size:,} bytes to train on, but a run needs {longest:,}: give a "
+                "larger source, such as packages"
             )
     if report is not None:
         for run in runs:

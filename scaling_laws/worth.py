@@ -106,8 +106,8 @@ def crossover(
 ) -> int | None:
     """The point from which on streams cost more than the dense model of equal loss.
 
-    They may cost more below some point too: of a mixture of experts, few rows load few experts, and P streams of one
-    token more of them.
+    They may cost more at some smaller values too, as for a mixture of experts: few rows load few experts, and P streams
+    of one token more of them.
 
     Args:
         law: as in `versus`.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +12,7 @@ import typer
 from parscale.cli.law import LAW_HELP, print_rows, read_law
 from parscale.cli.options import Json
 from parscale.cli.output import print_json, quiet_hub
-from parscale.config import KV, PREFIX_LENGTH
+from parscale.config import KV
 from parscale.format.staging import require_writable, staged_file
 
 if TYPE_CHECKING:
@@ -67,19 +65,17 @@ def cost(
         require_writable(plot)
     devices = read_hardware(hardware_file) if hardware_file is not None else {}
     config, of_streams = _config_file(config_or_checkpoint)
-    shape = read_shape(config)
-    if of_streams:
-        shape = dataclasses.replace(shape, prefix_length=of_streams.get(PREFIX_LENGTH) or shape.prefix_length)
-    stored_kv = (of_streams or read_config(config)).get(KV, "own")
+    contents = read_config(config) | of_streams
+    shape = read_shape(contents)
     work: dict[str, Any] = {"input_length": input_length, "output_length": output_length, "dtype": dtype}
     work |= {"hardware": devices.get(hardware, hardware), "method": method, "overhead": overhead}
     fitted = read_law(law)
-    kinds = list(dict.fromkeys(kv or [stored_kv]))
+    kinds = list(dict.fromkeys(kv or [contents.get(KV, "own")]))
     counted, rows = [], []
     for streams, kind, batch in itertools.product(dict.fromkeys(num_streams), kinds, dict.fromkeys(batch_size)):
         chosen = work | {"num_streams": streams, "batch_size": batch, "kv": kind}
         item = count(shape, **chosen)
-        counted.append(((streams, batch), kind, item))
+        counted.append(((streams, batch) if kv is None else (streams, kind, batch), item))
         rows.append(_row(item, chosen, shows_kv=kv is not None) | _versus_dense(fitted, shape, chosen))
     several = [P for P in dict.fromkeys(num_streams) if P > 1]
     crossovers = [
@@ -91,10 +87,10 @@ def cost(
         from parscale.scaling_laws import plots
 
         with staged_file(plot) as beside:
-            plots.save(plots.cost_curves({key: item for key, kind, item in counted if kind == kinds[0]}), beside)
-    notes = list(counted[0][2].notes)
+            plots.save(plots.cost_curves(dict(counted)), beside)
+    notes = list(counted[0][1].notes)
     if json:
-        for row, (_, _, item) in zip(rows, counted, strict=True):
+        for row, (_, item) in zip(rows, counted, strict=True):
             row |= {"memory": item.memory, "time": item.time}
         named = {"model": config_or_checkpoint, "params": shape.params(), "hardware": hardware}
         named |= {"input_length": input_length, "output_length": output_length, "dtype": dtype, "method": method}
@@ -138,33 +134,46 @@ def _versus_dense(fitted: ParallelScalingLaw, shape: ModelShape, work: dict[str,
 def _crossovers(
     fitted: ParallelScalingLaw, shape: ModelShape, streams: list[int], work: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The batch size, and with one prompt the prompt length, from which streams cost more than the plain model."""
-    from parscale.scaling_laws import crossover
+    """The batch size, and with one prompt the prompt length, from which streams cost more than the plain model.
+
+    For each also whether streams cost more at some smaller power of 2, and less between.
+    """
+    from parscale.scaling_laws import crossover, versus
+    from parscale.scaling_laws.worth import LARGEST
 
     found = []
     for count in streams:
         row: dict[str, Any] = {"streams": count}
         for word, quantity in (("slower", "seconds"), ("larger", "memory_bytes")):
             for axis in ("batch_size", "input_length"):
-                row[f"{word}_from_{axis}"] = crossover(
-                    fitted, shape, num_streams=count, quantity=quantity, along=axis, **work
+                options = work | {"num_streams": count}
+                start = crossover(fitted, shape, quantity=quantity, along=axis, **options)
+                smaller = (1 << power for power in range(((start or LARGEST) - 1).bit_length()))
+                row[f"{word}_from_{axis}"] = start
+                row[f"{word}_at_smaller_{axis}"] = any(
+                    versus(fitted, shape, **options | {axis: value}).ratio(quantity) > 1 for value in smaller
                 )
         found.append(row)
     return found
 
 
 def _sentence(found: dict[str, Any]) -> str:
-    def since(word: str, axis: str, what: str) -> str:
-        start = found[f"{word}_from_{axis}"]
-        return f"never {word}" if start is None else f"{word} from {what.format(start)} on"
+    def since(word: str, axis: str, what: str, several: str) -> str:
+        start, smaller = found[f"{word}_from_{axis}"], found[f"{word}_at_smaller_{axis}"]
+        if start is None:
+            return f"{word} at some {several} only" if smaller else f"never {word}"
+        return f"{word} from {what.format(start)} on" + (f" (and at some {several})" if smaller else "")
 
-    batches = " and ".join(since(word, "batch_size", "batch {}") for word in ("slower", "larger"))
-    lengths = " and ".join(since(word, "input_length", "{} prompt tokens") for word in ("slower", "larger"))
+    def both(*axis: str) -> str:
+        return " and ".join(since(word, *axis) for word in ("slower", "larger"))
+
+    batches = both("batch_size", "batch {}", "small batches")
+    lengths = both("input_length", "{} prompt tokens", "short prompts")
     kind = f", {found['kv']} keys and values" if "kv" in found else ""
     return f"P = {found['streams']}{kind}: {batches} than the model of equal loss; at batch 1, {lengths}."
 
 
-def _config_file(source: str) -> tuple[Path, Mapping[str, Any]]:
+def _config_file(source: str) -> tuple[Path, dict[str, Any]]:
     """The `config.json` that a user names, or that of the backbone of streams alone with the fields of these.
 
     Raises:

@@ -153,8 +153,15 @@ MODEL = published_models()["1.6B"]
         ({"vocab_size": True}, "has no vocab_size"),
         ({"layer_types": ["full_attention"] * 35}, "has 36 layers and 35 layer_types; it must name one for each"),
         ({"layer_types": ["full_attention"] * 10**6}, "has 36 layers and 1000000 layer_types"),
-        ({"num_experts": 8, "mlp_only_layers": 3}, "mlp_only_layers is 3; it must be a list of layers"),
-        ({"num_experts": 8, "mlp_only_layers": [[]]}, "mlp_only_layers is [[]]; it must be a list of layers"),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": 3},
+            "mlp_only_layers is 3; it must be a list of layers",
+        ),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [[]]},
+            "mlp_only_layers is [[]]; it must be a list of layers",
+        ),
+        ({"num_experts": 8}, "has no num_experts_per_tok or num_experts_per_token or moe_top_k"),
         ({"num_experts": 8, "num_experts_per_tok": 9}, "each token passes 9 experts of 8"),
     ],
 )
@@ -176,7 +183,8 @@ def test_an_open_limit_is_none_of_them():
 
 def test_many_dense_layers_are_counted_at_once():
     layers = 100_000
-    config = MODEL | {"num_hidden_layers": layers, "num_experts": 8, "mlp_only_layers": list(range(0, layers, 2))}
+    config = MODEL | {"num_hidden_layers": layers, "num_experts": 8, "num_experts_per_tok": 2}
+    config |= {"mlp_only_layers": list(range(0, layers, 2))}
     assert read_shape(config).sparse_layers == layers // 2
 
 

@@ -52,3 +52,15 @@ def test_too_few_groups_are_said():
     assert np.isnan(compare(*some, forms=["log"])[0].streams_error)
     with pytest.raises(ValueError, match="by is 'corpus'; give 'size' or 'streams'"):
         leave_one_out(*some, by="corpus")
+
+
+def test_runs_with_streams_at_one_size_are_compared():
+    """Without that size, the others say nothing of streams; without P = 1, one size says nothing of sizes."""
+    law = ParallelScalingLaw(0.7, 1e7, 0.2, 0.4)
+    runs = [(1e8, 1), (2e8, 1), (4e8, 1), (8e8, 1), (4e8, 2), (4e8, 4)]
+    params, streams = np.array(runs).T
+    row = compare(params, streams, law.predict(params, streams), forms=["log"])[0]
+    assert row.values["k"] == pytest.approx(0.4, abs=1e-3)
+    assert np.isnan(row.size_error)
+    assert np.isnan(row.streams_error)
+    assert [each.form for each in compare(params, streams, law.predict(params, streams))]

@@ -14,6 +14,7 @@ from parscale.scaling_laws import (
     ParallelScalingLaw,
     cost,
     fit,
+    plots,
     published,
     published_models,
     read_points,
@@ -129,6 +130,34 @@ def test_cost_says_where_streams_lose(config_json, capsys):
     assert "at batch 1, slower from 4537 prompt tokens on" in printed
 
 
+@pytest.mark.parametrize(
+    ("kv", "active", "said"),
+    [
+        ("own", 8, ": slower from batch 162 on (and at some small batches) and larger from batch 208 on than"),
+        ("shared", 8, "at batch 1, slower at some short prompts only and never larger"),
+        ("shared", 1, "(and at some small batches) and never larger than the model of equal loss; at batch 1, never"),
+    ],
+)
+def test_cost_says_that_a_mixture_is_slower_at_small_batches_too(kv, active, said, tmp_path, capsys):
+    """P streams of few tokens load more experts than one; the table has a ratio above 1 beside the sentence."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "vocab_size": 151936}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    experts = {"num_experts": 16 * active, "num_experts_per_tok": active, "moe_intermediate_size": 768}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen3_moe", **sizes, **heads, **experts, "tie_word_embeddings": False}))
+    arguments = ["cost", str(path), "--num-streams", "4", "--batch-size", "2", "64", "--hardware", "h100"]
+    arguments += ["--kv", kv] * (kv == "shared")
+    assert run([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    first, larger = (row["seconds_vs_dense"] for row in printed["costs"])
+    assert first > 1 > larger
+    assert printed["crossovers"][0]["slower_at_smaller_batch_size"] is True
+    assert printed["crossovers"][0]["larger_at_smaller_batch_size"] is False
+    assert run(arguments) == 0
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert said in sentence
+
+
 def test_cost_takes_devices_from_a_file_and_counts_as_the_paper(config_json, tmp_path, capsys):
     table = tmp_path / "mine.csv"
     table.write_text("name,label,memory_gb,bandwidth_gbs,tflops_16bit,tflops_32bit\nmine,Mine,1,100,10,5\n")
@@ -226,6 +255,41 @@ def test_cost_counts_the_streams_that_a_checkpoint_has(kind, tmp_path, capsys):
         shape = dataclasses.replace(read_shape(backbone), prefix_length=16)
         expected = cost(shape, num_streams=4, output_length=256, kv=kv, **work)
         assert row["memory"] == pytest.approx(expected.memory)
+
+
+@pytest.mark.parametrize("transform", ["prompt", "lora"])
+@pytest.mark.parametrize("kind", ["full", "streams only"])
+def test_cost_of_streams_without_prefixes_is_refused(transform, kind, tmp_path, capsys):
+    folder = tmp_path / "streams"
+    options = ["--transform", transform, "--init", "random"] + ["--streams-only"] * (kind == "streams only")
+    assert run(["convert", str(small_model_path()), str(folder), "--num-streams", "2", *options]) == 0
+    capsys.readouterr()
+    assert run(["cost", str(folder), "--num-streams", "2", "--batch-size", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"have the transform '{transform}', and costs are counted for 'prefix' alone; give the backbone's" in said
+
+
+def test_both_kinds_of_keys_are_drawn(config_json, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: (drawn.append(figure), path.touch()))
+    arguments = ["cost", str(config_json), "--num-streams", "4", "--batch-size", "1", "8", "--kv", "own", "shared"]
+    assert run([*arguments, "--plot", str(tmp_path / "cost.png")]) == 0
+    memory, _ = drawn[0].axes
+    own, shared = (line.get_ydata() for line in memory.lines)
+    assert [line.get_label() for line in memory.lines] == ["P = 4, own", "P = 4, shared"]
+    assert all(own > shared)
+
+
+def test_runs_with_streams_at_one_size_are_compared(tmp_path, capsys):
+    law = ParallelScalingLaw(E=0.7, A=1e7, alpha=0.2, k=0.4)
+    rows = [(1e8, 1), (2e8, 1), (4e8, 1), (8e8, 1), (4e8, 2), (4e8, 4)]
+    path = tmp_path / "runs.csv"
+    path.write_text("params,streams,loss\n" + "".join(f"{n:.0f},{p},{law.predict(n, p)}\n" for n, p in rows))
+    assert run(["law", "fit", str(path), "--bootstrap", "0", "--compare", "--json"]) == 0
+    compared = {row["form"]: row for row in json.loads(capsys.readouterr().out)["comparison"]}
+    assert compared["log"]["r2"] == pytest.approx(1)
+    assert compared["log"]["size_error"] is compared["log"]["streams_error"] is None
 
 
 @pytest.mark.parametrize("form", ["rho", "power", "dense"])

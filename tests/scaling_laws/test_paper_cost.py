@@ -2,7 +2,7 @@
 
 import pytest
 
-from parscale.scaling_laws import cost, published_models
+from parscale.scaling_laws import cost, published_models, read_shape
 from parscale.scaling_laws.headline import average, dense_of_equal_loss, increase_ratios
 
 GIB = 2**30
@@ -78,9 +78,20 @@ def test_no_figure_where_the_paper_has_none():
         dense_of_equal_loss(8, "4.4B")
     with pytest.raises(ValueError, match="no published model '9B'"):
         average("9B", 1, 1)
-    sparse = published_models()["1.6B"] | {"num_experts": 8, "moe_intermediate_size": 512}
+    sparse = published_models()["1.6B"] | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
     work = {"num_streams": 1, "batch_size": 1, "input_length": 64, "output_length": 64, "method": "paper"}
     with pytest.raises(ValueError, match=r"the paper's count is for dense models .* use method=\"roofline\""):
         cost(sparse, **work)
     with pytest.raises(ValueError, match=r"supports 16 bits and no overhead, not dtype 'float32'"):
         cost(published_models()["1.6B"], **work, dtype="float32")
+
+
+def test_wider_models_are_counted_whatever_their_heads():
+    """12 heads of a wider model's hidden size / 12 are together that size, but for the last bit of a float."""
+    sizes = {"hidden_size": 1152, "intermediate_size": 3456, "num_hidden_layers": 24, "vocab_size": 32000}
+    shape = read_shape({"model_type": "llama", "num_attention_heads": 12, **sizes})
+    work = {"num_streams": 1, "batch_size": 1, "input_length": 64, "output_length": 64, "method": "paper"}
+    wider = [shape.scaled(1 + step / 97) for step in range(1, 97)]
+    assert any(each.head_dim * each.heads != each.hidden for each in wider)
+    plain = cost(shape, **work).seconds
+    assert all(plain < cost(each, **work).seconds < 5 * plain for each in wider)

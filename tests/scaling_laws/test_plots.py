@@ -41,6 +41,11 @@ def test_cost_plots_show_every_cost(law):
     costs = {(p, b): cost(models["0.5B"], num_streams=p, batch_size=b, **WORK) for p in (1, 4) for b in (1, 2, 4)}
     left, _ = plots.cost_curves(costs).axes
     assert [line.get_label() for line in left.lines] == ["P = 1", "P = 4"]
+    left, right = plots.cost_curves(
+        {(p, kv, b): item for (p, b), item in costs.items() for kv in ("own", "shared")}
+    ).axes
+    assert [line.get_label() for line in left.lines] == ["P = 1, own", "P = 1, shared", "P = 4, own", "P = 4, shared"]
+    assert [len(line.get_xdata()) for line in right.lines] == [3] * 4
     bars, _ = plots.cost_bars({f"P = {p}": costs[p, 1] for p in (1, 4)}).axes
     heights = sum(patch.get_height() for patch in bars.patches)
     assert heights == pytest.approx((costs[1, 1].memory_bytes + costs[4, 1].memory_bytes) / 2**30)

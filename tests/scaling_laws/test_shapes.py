@@ -11,9 +11,10 @@ from parscale.scaling_laws.shapes import ModelShape
 
 # Exact to 1 in 1000 for these; what is left are biases of norms and norms of queries and keys.
 EXACT = [
-    "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm",
-    "glm4", "gpt_neox", "granite", "llama", "minimax_m2", "mistral", "mixtral", "mpt", "nanochat", "olmo", "olmo2",
-    "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "aria_text", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "falcon", "gemma",
+    "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "granite", "llama", "minimax_m2", "mistral", "mixtral", "mpt",
+    "nanochat", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
+    "stablelm", "starcoder2",
 ]  # fmt: skip
 
 
@@ -26,6 +27,8 @@ def few_layers(kind):
         config.layer_types = config.layer_types[:4]
     if kind == "phi":  # the default has one more matrix of layer norms than counted
         config.qk_layernorm = False
+    if kind == "deepseek_v2":  # the default does not say
+        config.num_experts_per_tok = 6
     return config
 
 

@@ -182,7 +182,9 @@ def test_half_a_character_in_a_data_set_is_named(monkeypatch):
 def test_impossible_sweeps_are_refused_by_name(small_corpus, tmp_path):
     with pytest.raises(ValueError, match="one sweep reads one text; these runs name packages, stdlib"):
         sweep.sweep([Run(16, 1, 1, 64), Run(16, 1, 1, 64, source="packages")], tmp_path, wrap)
-    with pytest.raises(ValueError, match="the text has 2,800 bytes to train on, but a run needs 9,999: give fewer"):
+    with pytest.raises(
+        ValueError, match="the text has 2,800 bytes to train on, but a run needs 9,999: give a larger source"
+    ):
         sweep.sweep([Run(16, 1, 1, 9999)], tmp_path, wrap)
     (tmp_path / RUNS).write_text("params,streams,loss\n1,2,3\n")
     with pytest.raises(ValueError, match=r"runs.csv, line 2 is not a row of a sweep; delete the line"):
@@ -271,3 +273,13 @@ def test_the_example_runs(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "scaling_law.py")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "slower from batch 11 on" in result.stdout
+
+
+def test_the_page_names_a_text_of_the_size_that_the_preset_reads():
+    longest = max(run.tokens for run in PRESETS["gpu"]("any"))
+    assert read_corpus("stdlib").train.size < longest
+    commands = [
+        line for line in (ROOT / "docs/how/law.md").read_text(encoding="utf-8").splitlines() if "--preset gpu" in line
+    ]
+    assert len(commands) == 2
+    assert all("--source packages" in command for command in commands)

@@ -309,7 +309,10 @@ def test_impossible_runs_are_refused_by_name(change, message):
         training_memory(LLAMA, **WORK | change)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "gpt_neox"}, {"model_type": "mixtral", "num_local_experts": 8}])
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("change", [{"model_type": "gpt_neox"}, MIXTURE])
 def test_models_of_another_kind_are_refused(change):
     with pytest.raises(ValueError, match="decoders with a gated MLP in every layer"):
         training_memory(LLAMA | change, **WORK)
