@@ -214,12 +214,19 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
 
     Raises:
         ValueError: `adaptive` is not such a number, or the active streams do not share keys; or streams are active and
-            the assistant model has no encoder and would use this model's.
+            the assistant model has no encoder and would use this model's, or it reads inner hidden states (DFlash).
     """
     if adaptive is not None:
         return _generate_adaptively(model, adaptive, *args, **kwargs)
     if kwargs.get("encoder_outputs") is not None:
         kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
+    config = _generation_config(model, args, kwargs)
+    if model.num_streams > 1 and kwargs.get("speculation_type", getattr(config, "speculation_type", None)) == "dflash":
+        raise ValueError(
+            "speculation_type='dflash' drafts from the hidden states of inner layers, which each of the "
+            f"{model.num_streams} streams has for itself: use an assistant model without speculation_type, or "
+            "model.use_streams(None)."
+        )
     assistant = kwargs.get("assistant_model")
     decodes_alone = assistant is not None and not assistant.config.is_encoder_decoder
     if model.num_streams > 1 and decodes_alone and model.parscale.encoder is not None:
@@ -228,16 +235,21 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
             "model.use_streams(None)."
         )
-    with _whole_attention_weights(model, args, kwargs):
+    with _whole_attention_weights(model, config, kwargs):
         return type(model).generate(model, *args, **kwargs)
 
 
+def _generation_config(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationConfig:
+    """The configuration that `generate` was given, or the model's."""
+    given = (each for each in (*args, *kwargs.values()) if isinstance(each, GenerationConfig))
+    return next(given, model.generation_config)
+
+
 def _whole_attention_weights(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
     """In this block, assisted decoding keeps the columns of prefix or prompt, if attention weights are wanted."""
-    given = next((each for each in (*args, *kwargs.values()) if isinstance(each, GenerationConfig)), None)
-    config, streams = given or model.generation_config, model.parscale.active
+    streams = model.parscale.active
     wanted = kwargs.get("output_attentions", config.output_attentions)
     if not wanted or model.num_streams == 1 or streams.config.transform == LORA:
         return contextlib.nullcontext()

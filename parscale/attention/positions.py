@@ -87,6 +87,8 @@ class RowPositions:
         padding = leading_zeros(mask)
         if padding is None and mask is not None and outer is not None:  # made from the outer module's mask
             padding = leading_zeros(torch.cat([outer] * num_streams))
+        if padding is None and positions is None:
+            padding = _hidden_columns(mask)
         if padding is None or (positions is not None and positions.ndim != 2):
             return arguments
         padding, cache, S = padding.to(rows.device)[:, None], given_cache(arguments), rows.shape[1]  # (R, 1)
@@ -96,6 +98,19 @@ class RowPositions:
         else:  # the outer module has counted the padding: the last token has the highest position
             padding = padding * (positions[:, -1:] >= start + S - 1)
         return arguments | {"position_ids": (positions - padding).clamp(min=0)}  # (R, S)
+
+
+def _hidden_columns(mask: object) -> torch.Tensor | None:
+    """The number of leading columns that no query of a row sees, `(R,)`, of masks by kind of layer; `None` for others.
+
+    `generate` makes such masks `(R, 1, S, K)` for a static cache, and no positions if the model's `forward` names none.
+    Only the mask of full attention hides nothing but padding.
+    """
+    full = mask.get("full_attention") if isinstance(mask, dict) else None
+    if not isinstance(full, torch.Tensor) or full.ndim != 4:
+        return None
+    visible = full if full.dtype == torch.bool else full == 0
+    return leading_zeros(visible.any(dim=1).any(dim=1))
 
 
 def _counts_positions(part: nn.Module) -> bool:

@@ -48,7 +48,9 @@ class BackboneHooks:
         state = self.state
         for part in state.parts:
             watch_replicas(part, functools.partial(self._replicate, part))
-        hooks: list[Any] = [state.model.register_forward_hook(self._join_router_logits)]
+        hooks: list[Any] = []
+        if state.model is not state.backbone:
+            hooks.append(state.model.register_forward_hook(self._join_router_logits))
         hooks.append(state.model.register_load_state_dict_pre_hook(self._load_into_active))
         for part in state.mixed:
             hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
@@ -138,7 +140,7 @@ class BackboneHooks:
         unpooled = output[0]
         ends = _ends_with(output, unpooled)
         output = streams.transform.after(output)
-        if getattr(output, "router_logits", None):
+        if getattr(output, "router_logits", None) and self.state.model is not self.state.backbone:
             output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
         if not call.aggregating:
             return output
@@ -189,9 +191,12 @@ class BackboneHooks:
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the whole model: joins a mixture of experts' router logits by layer again, `(P*B*S, E)`."""
         streams = self.state.in_flight
-        if streams is not None and getattr(output, "router_logits", None):
-            P, pieces = streams.num_streams, output.router_logits
-            output.router_logits = tuple(torch.cat(pieces[i : i + P]) for i in range(0, len(pieces), P))
+        if streams is None:
+            return output
+        if isinstance(output, tuple):  # there, router logits are the tuple of matrices
+            return tuple(_by_layer(part, streams.num_streams) if _are_matrices(part) else part for part in output)
+        if getattr(output, "router_logits", None):
+            output.router_logits = _by_layer(output.router_logits, streams.num_streams)
         return output
 
     # -- besides the forward pass
@@ -233,6 +238,16 @@ def _router_logits_by_stream(layers: tuple[torch.Tensor, ...], P: int) -> tuple[
     the pieces as more layers and counts the real tokens of all streams.
     """
     return tuple(piece for logits in layers for piece in logits.unflatten(0, (P, -1)).unbind(0))
+
+
+def _by_layer(pieces: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, ...]:
+    """Undoes `_router_logits_by_stream`."""
+    return tuple(torch.cat(pieces[i : i + P]) for i in range(0, len(pieces), P))
+
+
+def _are_matrices(part: object) -> bool:
+    """Whether a part of a model's output is a tuple of matrices."""
+    return isinstance(part, tuple) and all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in part)
 
 
 def _ends_with(output: Any, last: torch.Tensor) -> list[bool]:

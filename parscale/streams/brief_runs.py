@@ -71,13 +71,17 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def backbone_only(state: ParScaleState) -> Iterator[None]:
     """In this block the plain backbone runs, in eval mode, without gradients; random state and buffers are restored.
 
-    Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds.
+    Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds. Where streams
+    run, `kernels="fused"` is as `"auto"`: it may be meant for a device that comes later.
     """
+    kernels = state.kernels
     training = {module: module.training for module in state.model.modules()}
     experts: Any = contextlib.nullcontext()
     if any(p.is_meta for p in state.backbone.parameters()):
         experts = experts_without_data_dependence(state.model.config)
     try:
+        if kernels == "fused":
+            state.kernels = "auto"
         state.model.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
@@ -97,6 +101,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:
+        state.kernels = kernels
         for module in state.model.modules():
             # a new configuration was chosen when the backbone first ran on a short text (BigBird's attention)
             module.training = training.get(module, training[state.backbone])

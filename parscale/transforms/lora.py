@@ -28,7 +28,8 @@ from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 
 ROWS = 3  # of the forward pass that finds linear layers on whole rows; two tokens in each
-_EXPERT = re.compile(r"(^|\.)experts\.")  # these get the tokens routed to them, from any row
+# Experts get the tokens routed to them, from any row. Of correction_coefs (Gemma 3n) training uses the weight alone.
+_WITHOUT = re.compile(r"(^|\.)(experts\.|correction_coefs$)")
 
 
 class LoraTransform(ModelTransform):
@@ -116,7 +117,7 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
     linears = [
         module
         for i, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and i not in apart and not _EXPERT.search(paths[i])
+        if isinstance(module, nn.Linear | Conv1D) and i not in apart and not _WITHOUT.search(paths[i])
     ]
     hooks = [module.register_forward_hook(record) for module in linears]
     try:

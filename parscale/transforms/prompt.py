@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import leading_zeros
 from parscale.attention.positions import RowPositions
 from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, given_cache
-from parscale.compat.transformers import answer_by, answer_itself
+from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.streams.places import Place
@@ -81,13 +81,15 @@ class PromptTransform(ModelTransform):
         self.state.call.tokens, self.state.call.cache = None, cache
         begins = is_empty(cache)
         self._check_cache(cache, mask, begins)
+        padding = None if begins else leading_zeros(mask)
+        if mask is not None and padding is not None:  # the first pass contains the prompt, even if it was padding alone
+            first = getattr(cache, FIRST_LENGTH, mask.shape[-1])
+            self._check_padding(padding, first, mask.shape[-1] - first, arguments)
+            padding = padding.clamp(max=first)
         if isinstance(cache, Cache):
             answer_itself(cache, TOKEN_COUNTS)  # the backbone counts the prompt
         if begins:
             return self._begin(arguments, mask, positions)
-        padding = leading_zeros(mask)
-        if mask is not None and padding is not None:  # the first pass contains the prompt, even if it was padding alone
-            padding = padding.clamp(max=getattr(cache, FIRST_LENGTH, mask.shape[-1]))
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
@@ -107,6 +109,34 @@ class PromptTransform(ModelTransform):
                 f"{type(self.state.model).__name__} makes masks of its own for layers with a window, which do not know "
                 "of a prompt that has left it: with a cache, use transform='prefix' or 'lora'."
             )
+
+    def _check_padding(self, padding: torch.Tensor, first: int, read: int, arguments: dict[str, Any]) -> None:
+        """In the second pass of a cache, checks that the first one contained the padding of each row.
+
+        Args:
+            padding: tokens of each row, `(R,)`.
+            first: columns of the first pass.
+            read: columns of the mask after those.
+            arguments: of the pass.
+        """
+        ids = arguments.get("input_ids")
+        columns = arguments["inputs_embeds"].shape[1] if ids is None else ids.shape[1]
+        if torch.compiler.is_compiling() or read != columns or not self._place_counts or not (padding > first).any():
+            return
+        raise ValueError(
+            f"A row has {int(padding.max())} padding tokens in front, but the first pass of its cache read {first} "
+            f"columns: a prompt stands right before the tokens, and in {type(self.state.model).__name__} (windows, "
+            "recurrent states or positions by column) its distance from them counts. Read all of the padding in the "
+            "first pass, or use transform='prefix' or 'lora'."
+        )
+
+    @functools.cached_property
+    def _place_counts(self) -> bool:
+        """Whether padding between prompt and tokens changes a result: windows, states, or positions by column."""
+        backbone = self.state.backbone
+        layers = DynamicCache(config=backbone.config).layers
+        by_column = "position_ids" not in self.state.positional[backbone]
+        return by_column or any(getattr(layer, "is_sliding", False) or carries_state(layer) for layer in layers)
 
     def _begin(self, arguments: dict[str, Any], mask: Any, positions: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a first pass: embeddings of prompt and tokens in place of ids."""
@@ -137,6 +167,8 @@ class PromptTransform(ModelTransform):
             arguments["attention_mask"] = _extended(mask, T, True, padding)
         if positions is not None:
             arguments["position_ids"] = self._positions(positions, padding)
+        elif ids is not None:
+            arguments |= self._positions_by_ids(ids, padding)
         return arguments
 
     def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -149,6 +181,15 @@ class PromptTransform(ModelTransform):
             taken = inspect.signature(backbone.get_per_layer_inputs).parameters
             return {"per_layer_inputs": backbone.get_per_layer_inputs(**{k: v for k, v in given.items() if k in taken})}
         return {}
+
+    def _positions_by_ids(self, ids: torch.Tensor, padding: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The positions that some backbones (RoBERTa) count from ids `(R, S)`, and from embeddings without padding."""
+        embeddings: Any = getattr(self.state.call.running, "embeddings", None)
+        count = getattr(embeddings, "create_position_ids_from_input_ids", None)
+        if count is None or "position_ids" not in self.state.positional[self.state.backbone]:
+            return {}
+        no_padding = ids.new_full((len(ids), self.streams.config.prefix_length), embeddings.padding_idx + 1)
+        return {"position_ids": count(_insert(no_padding, ids, padding), embeddings.padding_idx)}
 
     def _packed(
         self, arguments: Mapping[str, Any], embeds: torch.Tensor, positions: torch.Tensor

@@ -163,6 +163,24 @@ def test_a_draft_that_is_right_is_taken(llama, zoo):
     assert torch.equal(generated, greedy(parscale_only(llama), ids, steps=12))
 
 
+def test_a_draft_from_inner_states_is_refused(llama, zoo):
+    configuration = transformers.GenerationConfig(max_new_tokens=4)
+    configuration.speculation_type = "dflash"
+    for arguments in ({"generation_config": configuration}, {"speculation_type": "dflash"}):
+        with pytest.raises(ValueError, match=r"'dflash' drafts from .* inner layers.*use an assistant model without"):
+            llama.generate(zoo.token_ids(rows=1), **arguments)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "MuseGlimmerAssistantModel"), reason="this transformers has no DFlash")
+def test_a_draft_from_inner_states_serves_the_backbone(llama, zoo):
+    sizes = zoo.COMMON | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    config = transformers.MuseGlimmerAssistantConfig(**sizes, block_size=3, mask_token_id=1, target_layer_ids=[0, 1])
+    draft, ids = transformers.MuseGlimmerAssistantModel(config).eval(), zoo.token_ids(rows=1)
+    with llama.use_streams(None):
+        drafted = generate(llama, ids, assistant_model=draft, speculation_type="dflash")
+        assert torch.equal(drafted, greedy(llama, ids))
+
+
 @pytest.mark.parametrize("changes", [{}, {"kv": "shared"}, {"transform": "prompt"}], ids=["own", "shared", "prompt"])
 def test_attention_weights_of_drafted_tokens(changes, zoo):
     """They have all columns, of prefix or prompt and tokens, as without a draft."""

@@ -72,26 +72,20 @@ def test_the_numbers_are_the_same(zoo, tmp_path):
     assert "kernels" not in (tmp_path / "full" / "config.json").read_text()
 
 
-def test_kernels_that_cannot_run_are_an_error(zoo, monkeypatch):
-    """Nothing falls back in silence."""
-    monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
-    model = make(zoo, "fused")
-    with pytest.raises(ValueError, match=r"impl='fused' cannot run here: (the tensors are on cpu|Triton is not)"):
-        model(zoo.token_ids())
-
-
 @pytest.mark.parametrize(
-    "options", [{"kv": "shared"}, {"transform": "lora"}, {"kv": "shared", "transform": "lora"}], ids=str
+    "options",
+    [{"init": "context"}, {"kv": "shared"}, {"transform": "prompt"}, {"kv": "shared", "transform": "lora"}],
+    ids=str,
 )
-def test_a_trial_that_needs_them_blames_no_model(options, zoo, monkeypatch):
+def test_kernels_that_cannot_run_are_an_error(options, zoo, monkeypatch):
+    """Of a call, where nothing falls back in silence; a model is wrapped before it goes to its device."""
     monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
-    plain = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
-    with pytest.raises(
-        ValueError, match=r"^impl='fused' cannot run here: (the tensors are on cpu|Triton is not)"
-    ) as info:
-        parscale.wrap(plain, 2, init="random", kernels="fused", **options)
-    assert "kernels='fused'" in str(info.value)
-    assert not hasattr(plain, "parscale")
+    model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()
+    parscale.wrap(model, 2, prefix_length=zoo.T, kernels="fused", **options)
+    assert model.parscale.kernels == "fused"
+    message = r"^impl='fused' cannot run here: (the tensors are on cpu|Triton is not).*kernels='fused'"
+    with pytest.raises(ValueError, match=message):
+        model(zoo.token_ids())
 
 
 def test_more_queries_of_a_shared_key_than_the_kernel_takes(zoo, monkeypatch):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import parscale
+
 MOE = ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_next"]
 only_moe = pytest.mark.parametrize("family", MOE, indirect=True)
 TOLERANCE = 2e-5  # as in test_families.py
@@ -51,6 +53,21 @@ def test_router_logits_are_each_streams_own(family, zoo):
         assert len(seen) == len(output.router_logits)
         for logits, expected in zip(output.router_logits, seen, strict=True):
             zoo.close(logits.unflatten(0, (zoo.P, -1))[p], expected.flatten(0, -2), TOLERANCE)
+
+
+@only_moe
+def test_router_logits_in_a_tuple_and_of_a_backbone_alone(family, zoo):
+    model, ids = family.wrapped(), zoo.token_ids()
+    backbone = family.plain().base_model
+    parscale.wrap(backbone, zoo.P, prefix_length=zoo.T, init="random")
+    zoo.fill_streams(backbone)
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_router_logits=True).router_logits
+        for each in (model, backbone):
+            in_tuple = each(input_ids=ids, output_router_logits=True, return_dict=False)[-1]
+            for found in (in_tuple, each(input_ids=ids, output_router_logits=True).router_logits):
+                for logits, own in zip(found, expected, strict=True):
+                    zoo.close(logits, own, TOLERANCE)
 
 
 @pytest.mark.grid

@@ -3,6 +3,8 @@
 The measure is the plain backbone: where its answer does not depend on the padding, that of the streams does not either.
 """
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -78,6 +80,48 @@ def test_other_transforms(transform, name, way, zoo):
     assert difference(model, zoo.token_ids(), way) < 5 * ROUNDING
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next", "mpt"])
+def test_a_prompt_whose_place_counts_asks_for_all_padding_at_once(name, zoo):
+    """Behind windows, in recurrent states, and where positions are those of columns."""
+    if name == "mpt":
+        plain = transformers.MptForCausalLM(transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=96))
+    else:
+        plain = zoo.Case(zoo.FAMILIES[name]).plain()
+    model, ids = parscale.wrap(plain.eval(), 3, prefix_length=4, init="random", transform="prompt"), zoo.token_ids()
+    whole, mask = padded(ids)
+
+    def in_pieces(width):
+        cache = DynamicCache(config=model.config)
+        first = logits_of(model, whole[:, :width], attention_mask=mask[:, :width], cache=cache, use_cache=True)
+        rest = logits_of(model, whole[:, width:], attention_mask=mask, cache=cache, use_cache=True)
+        return torch.cat([first, rest], dim=1)[:, FRONT:]
+
+    zoo.close(in_pieces(FRONT), logits_of(model, ids), 5 * ROUNDING)
+    with pytest.raises(ValueError, match=r"3 padding tokens in front, but .* its cache read 2 columns.*Read all"):
+        in_pieces(FRONT - 1)
+
+
+def test_a_prompt_of_a_model_that_counts_positions_from_ids(zoo):
+    sizes = zoo.COMMON | {"max_position_embeddings": 32, "pad_token_id": 1, "is_decoder": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes)).eval()
+        zoo.randomize(model)
+    ids = zoo.token_ids()
+    whole, mask = padded(ids)
+    whole = whole.where(mask.bool(), 1)
+
+    def error():
+        rows = logits_of(model, whole, attention_mask=mask, use_cache=False)[:, FRONT:]
+        return (rows - logits_of(model, ids, use_cache=False)).abs().max().item()
+
+    assert error() < ROUNDING
+    parscale.wrap(model, 3, prefix_length=4, init="random", transform="prompt")
+    with torch.no_grad():
+        model.parscale.active.transform.parameters()[0].normal_()
+    assert error() < ROUNDING
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 def test_what_generate_says(name, zoo):
     model, ids = zoo.Case(zoo.FAMILIES[name]).wrapped(), zoo.token_ids()
@@ -88,6 +132,30 @@ def test_what_generate_says(name, zoo):
         text = output.sequences[:, : whole.shape[1] + step]
         seen = torch.cat([mask, torch.ones(zoo.B, step, dtype=torch.long)], dim=1)
         zoo.close(logits, logits_of(model, text, attention_mask=seen)[:, -1], 2 * ROUNDING)
+
+
+@pytest.mark.parametrize("changes", [{}, {"prefill_chunk_size": 2}], ids=["at once", "in chunks"])
+def test_a_static_cache_where_forward_names_no_positions(changes, zoo):
+    """As some models of audio: `generate` gives masks for each kind of layer, and no positions."""
+    case, ids = zoo.Case(zoo.FAMILIES["qwen3"], "sdpa"), zoo.token_ids()
+    model = case.wrapped()
+    signature = inspect.signature(type(model).forward)
+
+    class WithoutPositions(type(model)):
+        def forward(self, *args, **kwargs):
+            assert "position_ids" not in kwargs
+            return super().forward(*args, **kwargs)
+
+    names = [parameter for name, parameter in signature.parameters.items() if name != "position_ids"]
+    WithoutPositions.forward.__signature__ = signature.replace(parameters=names)
+    model.__class__ = WithoutPositions
+    whole, mask = padded(ids)
+    arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True} | changes
+    output = model.generate(whole, attention_mask=mask, **arguments)
+    reference = case.reference(model)
+    for step, logits in enumerate(output.logits):
+        zoo.close(logits, reference.logits(output.sequences[:, FRONT : whole.shape[1] + step])[:, -1], 2 * ROUNDING)
 
 
 def test_rows_of_different_lengths(family, zoo):

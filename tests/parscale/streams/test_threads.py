@@ -375,7 +375,7 @@ def test_a_set_that_is_made_meanwhile_changes_nothing(init):
 
 
 def test_noise_of_a_trial_is_for_its_own_thread():
-    """While a set is made, each pass of another thread gives what it gives alone, by the reference kernels."""
+    """While a set is made, each pass of another thread gives what it gives alone."""
     model, wrong, done = make(), [], threading.Event()
     expected = model(IDS).logits
 

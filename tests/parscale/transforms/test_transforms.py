@@ -341,6 +341,14 @@ def test_lora_leaves_experts_alone_and_takes_what_sees_whole_rows(zoo):
     assert "model.layers.0.self_attn.o_proj" in names
 
 
+def test_lora_is_on_the_layers_that_training_calls(zoo):
+    """Gemma 3n calls one layer in eval mode alone: DDP stops where a trained parameter has no gradient."""
+    model, ids = wrapped(zoo.gemma3n(), "lora").train(), zoo.token_ids()
+    model(ids, labels=ids).loss.backward()
+    tensors = model.parscale.tensors(model.parscale.active)
+    assert [name for name, parameter in tensors.items() if parameter.grad is None] == []
+
+
 # -- both
 
 
