@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,15 @@ from parscale.streams.backbones import writes_text
 
 STREAMS_OFF = "off"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
+# The Hub is asked for one file at a time.
+_ON_THE_HUB = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 def open_checkpoint(
@@ -61,7 +71,7 @@ def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: An
 
     Args:
         checkpoint: a folder, or a name on the Hugging Face Hub; with streams, or a plain model.
-        dtype: by default that of the saved tensors.
+        dtype: by default the one that `config.json` names, without one that of the saved tensors.
         **options: passed to `parscale.load` or `from_pretrained`.
 
     Raises:
@@ -90,7 +100,7 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool 
 
     Args:
         source: a folder, or a name on the Hugging Face Hub.
-        dtype: by default that of the saved tensors.
+        dtype: by default the one that `config.json` names, without one that of the saved tensors.
         any_task: load the class that it was saved from, also an encoder; otherwise a causal language model.
         **options: passed to `from_pretrained`.
 
@@ -124,18 +134,39 @@ def _own_class(checkpoint: Checkpoint) -> Any:
 
 
 def find_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint; None if its folder has none.
+    """The tokenizer of a checkpoint; None if it has none.
 
     Raises:
         ValueError: the tokenizer cannot be read.
     """
     folder = Path(checkpoint)
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+    if folder.is_dir():
+        found = any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES)
+    else:
+        source = Checkpoint(checkpoint)
+        found = any(source.file(name) is not None for name in _ON_THE_HUB)
+    if not found:
         return None
     try:
         return read_pretrained(AutoTokenizer, checkpoint)
     except Exception as error:
         raise ValueError(f"The tokenizer of {checkpoint} cannot be read: {error}") from error
+
+
+def copy_processor(checkpoint: str, folder: Path) -> None:
+    """Copies into a folder what a processor needs beside the tokenizer, for images and sounds, where there is such.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face Hub.
+        folder: an existing folder.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    source = Checkpoint(checkpoint)
+    for name in _PROCESSOR_FILES:
+        if (path := source.file(name)) is not None:
+            shutil.copyfile(path, folder / name)
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, checkpoint: str) -> PreTrainedTokenizerBase:

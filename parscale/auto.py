@@ -79,6 +79,15 @@ class ParScaleModel:
         return load_full(pretrained_model_name_or_path, config, *model_args, **kwargs)
 
     @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
+        """A model with new weights and streams, for the `from_config` of an `AutoModel...`."""
+        plain = backbone_config(config)
+        auto = cls.auto or readers(backbone_class(config, plain), type(plain))[0]
+        streams = ParScaleConfig.from_fields(vars(config))
+        streams.init = "random"  # a text has no meaning to new weights
+        return wrap(AUTO_CLASSES[auto].from_config(plain, **kwargs), streams)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: object = None) -> None:
         """Does nothing: this class is never saved as code."""
 
@@ -87,13 +96,6 @@ class ParScaleForCausalLM(ParScaleModel):
     """The class for `AutoModelForCausalLM`."""
 
     auto = "AutoModelForCausalLM"
-
-    @classmethod
-    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        """A model with new weights and streams, for `AutoModelForCausalLM.from_config`."""
-        streams = ParScaleConfig.from_fields(vars(config))
-        streams.init = "random"  # a text has no meaning to new weights
-        return wrap(AutoModelForCausalLM.from_config(backbone_config(config), **kwargs), streams)
 
 
 _READERS = {

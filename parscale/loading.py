@@ -4,9 +4,10 @@ A full checkpoint is a folder in the backbone's own format, with the active set 
 it has the format of the released `ParScale/*` checkpoints:
 
 - `config.json`: the backbone's, with `model_type: <backbone>_parscale`, `parscale_n` (P), `parscale_n_tokens` (T),
-  `parscale_attn_smooth` (without it, 0.01), and, with more than one set, `parscale_name` and - `model.safetensors` or
-  shards: the backbone's tensors, `<attention>.prefix_k` and `.prefix_v` of `(P, G, T, D)` (or the tensors of another
-  transform, which `parscale_transform` then names), and `<backbone>.aggregate_layer.{0,2}.{weight,bias}`;
+  `parscale_attn_smooth` (without it, 0.01), and, with more than one set, `parscale_name` and `parscale_sets`;
+- `model.safetensors` or shards: the backbone's tensors, `<attention>.prefix_k` and `.prefix_v` of `(P, G, T, D)` (or
+  the tensors of another transform, which `parscale_transform` then names), and
+  `<backbone>.aggregate_layer.{0,2}.{weight,bias}`;
 - `modeling_parscale.py`: for `trust_remote_code=True`;
 - a streams-only folder for each other set, by its name.
 
@@ -76,7 +77,8 @@ def load(
         path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
         backbone: for streams only, in place of the backbone that they name: a folder, a name on the Hub, or a model,
             which is wrapped in place. Streams in the backbone's folder are ignored.
-        dtype: a `torch.dtype` or its name; by default that of the saved tensors.
+        dtype: a `torch.dtype` or its name; by default the one that `config.json` names, without one that of the saved
+            tensors.
         device_map: as in `from_pretrained`.
         attn_implementation: as in `from_pretrained`.
         revision: of the repository: a branch, a tag or a commit.

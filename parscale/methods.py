@@ -169,18 +169,29 @@ def stream_report(
     )
 
 
-def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
     """Writes a full checkpoint: backbone and active streams, and each other set in a folder of its name.
 
     Args:
         save_directory: the folder to write; it appears only when it is complete.
-        **kwargs: as in transformers' own `save_pretrained`.
+        is_main_process: as in transformers' own `save_pretrained`.
+        state_dict: likewise.
+        **kwargs: likewise.
     """
-    saving.save_full(model, save_directory, **kwargs)
+    saving.save_full(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
 
 def save_streams(model: PreTrainedModel, save_directory: str | os.PathLike[str]) -> None:
     """Writes the active streams and the backbone's name, for `parscale.load` and `load_streams`.
+
+    The revision of a backbone on the Hub is not recorded: `load` reads its default branch. For another one, load the
+    backbone by itself and give it to `load` as `backbone=`.
 
     Args:
         save_directory: the folder to write; it appears only when it is complete.

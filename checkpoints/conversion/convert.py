@@ -1,4 +1,4 @@
-"""Conversion: loads a model's checkpoint, adds parallel streams, and saves it with its tokenizer."""
+"""Conversion: loads a model's checkpoint, adds parallel streams, and saves it with its tokenizer or processor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.description import PLAIN, kind_of
 from parscale.checkpoints.finite_values import first_not_finite
-from parscale.checkpoints.models import find_tokenizer, load_plain, require_tokenizer
+from parscale.checkpoints.models import copy_processor, find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.sources import read_documents
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
@@ -81,6 +81,7 @@ def convert(
             model.save_streams(folder)
         else:
             model.save_pretrained(folder)
+        copy_processor(source, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

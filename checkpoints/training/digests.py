@@ -10,7 +10,7 @@ from pathlib import Path
 from parscale.checkpoints.description import kind_of
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
-from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
 
 _PICKLE = "pytorch_model.bin"  # the weights of a backbone that has no other format
 
@@ -38,8 +38,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The files that loading a checkpoint reads, in a fixed order."""
     if kind_of(checkpoint) == STREAMS_ONLY:
         yield from _existing_files(checkpoint, STREAMS_CONFIG, STREAMS)
-        backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
-        if isinstance(backbone, str) and backbone:
+        backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+        if backbone is not None:
             yield from _files(Checkpoint(backbone))
         return
     yield from _existing_files(checkpoint, CONFIG)

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,12 @@ from parscale.checkpoints.training.settings import TrainSettings
 from parscale.compat.hub import NO_ANSWER
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
-from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, set_names
 
 CARD = "README.md"
 # What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
-NOT_UPLOADED = ("checkpoint-[0-9]*", "controls/*", "metrics.jsonl", "run.json", "runs/*", ".*", "*/.*")
+NOT_UPLOADED = ("metrics.jsonl", "run.json", ".*", "*/.*")
+FOLDERS_NOT_UPLOADED = ("checkpoint-[0-9]*", "controls", "runs")  # unless they are sets of streams
 TRAINED = {
     "streams": "the streams and their aggregator; the backbone was frozen",
     "everything": "streams and backbone",
@@ -195,6 +197,9 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
                 "give backbone=.",
                 stacklevel=2,
             )
+    sets = set_names(checkpoint, checkpoint.read_json(CONFIG))[1] if kind == FULL else []
+    folders = [entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in sets]
+    runs = [name for name in folders if any(fnmatchcase(name, pattern) for pattern in FOLDERS_NOT_UPLOADED)]
     check_repository(repo_id)
     api = HfApi(token=token)
     try:
@@ -202,7 +207,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
         return api.upload_folder(
             repo_id=name,
             folder_path=path,
-            ignore_patterns=list(NOT_UPLOADED),
+            ignore_patterns=[*NOT_UPLOADED, *(f"{name}/*" for name in runs)],
             commit_message="Upload a checkpoint with parallel streams",
         ).commit_url
     except NO_ANSWER as error:

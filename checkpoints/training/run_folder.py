@@ -24,8 +24,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from parscale.format.moving import flush
 from parscale.format.staging import (
-    flush,
     holds_something,
     require_new_folder,
     require_writable_folder,

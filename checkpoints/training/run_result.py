@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.description import describe
+from parscale.checkpoints.models import copy_processor
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
 from parscale.checkpoints.training.new_model import NewModel
@@ -44,6 +45,8 @@ def finish(
     """
     with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
         put_together(checkpoint, run.checkpoint(steps), work)
+        if not isinstance(checkpoint, NewModel):
+            copy_processor(checkpoint, work)
         tokenizer.save_pretrained(work)
         plot_metrics(run.metrics(), work / PLOT)
         report = report | {"comparisons": measure(str(work))}

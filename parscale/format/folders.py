@@ -21,7 +21,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from parscale.config import DEFAULT_SET, NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
 from parscale.format.headers import StoredTensor, read_header
+from parscale.format.moving import cut_off
 from parscale.format.untrusted import brief, parse_json
+from parscale.format.working import working_folder
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
@@ -92,7 +94,11 @@ class Checkpoint:
             )
         if not any(self.folder.iterdir()):
             raise FileNotFoundError(f"The folder {self} is empty; a checkpoint has a {CONFIG} or a {STREAMS_CONFIG}.")
-        raise FileNotFoundError(f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint.")
+        moving = cut_off(working_folder(self.folder))
+        raise FileNotFoundError(
+            f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint."
+            + (f" A save was cut off: move the files in {moving} to {self}." if moving is not None else "")
+        )
 
     def file(self, name: str) -> Path | None:
         """The path of a file, which is fetched if the checkpoint is on the Hub; `None` if it does not exist.
@@ -281,7 +287,8 @@ def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | N
     if not isinstance(name, str) or not name:
         return None
     candidates = [name, path] if isinstance(path, str) and os.path.isabs(name) else [name]
-    places = [os.path.normpath(checkpoint.folder / each) for each in candidates] if checkpoint.folder else []
+    folder = None if checkpoint.folder is None else os.path.realpath(checkpoint.folder)
+    places = [os.path.normpath(os.path.join(folder, each)) for each in candidates] if folder is not None else []
     return next(filter(os.path.isdir, places), name)
 
 

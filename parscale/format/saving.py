@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -47,7 +48,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     """Writes a full checkpoint: the backbone with the active set of streams, and each other set in a sub-folder.
 
     The backbone's own class writes it, with all features of its `save_pretrained`. An existing folder keeps its other
-    files; an older checkpoint in it is replaced. On failure, the folder does not change.
+    files; an older checkpoint in it is replaced. On failure, the folder does not change. Of a model with an adapter
+    from its own `add_adapter`, the class writes the adapter alone; the active set is written as by `save_streams`.
 
     In a distributed run the first process writes. If the model's tensors are sharded over the processes, all of them
     call this together, and the folder holds full tensors; with an already gathered `state_dict`, the first process may
@@ -60,7 +62,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
             class's own `save_pretrained`, except for `distributed_checkpoint`.
 
     Raises:
-        ValueError: `distributed_checkpoint=True`, or streams on the meta device.
+        ValueError: `distributed_checkpoint=True`, streams on the meta device, or an adapter with streams for a folder
+            that holds a full checkpoint.
         OSError: the folder is a file, cannot be written, or the disk is full.
     """
     state: ParScaleState = model.parscale
@@ -81,8 +84,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
     further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
     beside = None
-    if has_adapter(model):
-        beside = _tensors(state, _active(state), kwargs.get("state_dict"))
+    if has_adapter(model) and state.active is not None:
+        beside = _tensors(state, state.active, kwargs.get("state_dict"))
     if together:
         kwargs["state_dict"] = gathered_state_dict(model)
     with together_at_the_end() if together else nullcontext():
@@ -109,14 +112,17 @@ def _write_full(
         model: the wrapped model.
         save_directory: the folder.
         further: the tensors of the other sets.
-        beside: the tensors of the active set, if the class writes only its adapters.
+        beside: the tensors of the active set, if there is one and the class writes only its adapters.
         push: what to do on the Hub.
         without_weights: other code writes the weights.
         kwargs: passed to the class's own `save_pretrained`.
     """
     state: ParScaleState = model.parscale
+    if beside is not None:
+        _require_no_full_checkpoint(save_directory)
     stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
-    with staged(save_directory, last=CONFIG, replaces=lambda name: not without_weights and stale(name)) as work:
+    writes_model = not without_weights and not has_adapter(model)
+    with staged(save_directory, last=CONFIG, replaces=lambda name: writes_model and stale(name)) as work:
         with _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, work, **kwargs)
         if (work / CONFIG).exists():
@@ -125,7 +131,7 @@ def _write_full(
             for name, tensors in further.items():
                 _write_streams(work / name, model, state.sets[name], tensors, "..")
         elif beside is not None:
-            _write_streams(work, model, _active(state), beside, _backbone_name(model))
+            _write_streams(work, model, _active(state), beside, model.config.name_or_path or None)
         written = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
     if push.get("push_to_hub"):
         _push(Path(save_directory), written, push)
@@ -135,6 +141,9 @@ def save_streams(
     model: Any, save_directory: str | os.PathLike[str], *, state_dict: MutableMapping[str, Any] | None = None
 ) -> None:
     """Writes the active set of streams and the name of the backbone.
+
+    The revision of a backbone on the Hub is not recorded: `load` reads its default branch. For another one, load the
+    backbone by itself and give it to `load` as `backbone=`.
 
     An existing folder keeps its other files. On failure, the folder does not change. In a distributed run the first
     process writes; if the model is sharded over the processes, all of them call this together.
@@ -150,22 +159,30 @@ def save_streams(
     """
     state: ParScaleState = model.parscale
     streams = _active(state)
-    config = Path(save_directory, CONFIG)
-    if config.is_file() and NUM_STREAMS in read_json(config):
-        raise ValueError(f"{save_directory} holds a full checkpoint: save the streams alone in another folder.")
+    _require_no_full_checkpoint(save_directory)
     with together_at_the_end() if state_dict is None and is_sharded(model) else nullcontext():
         tensors = _tensors(state, streams, state_dict)
         if is_writer():
             with staged(save_directory, last=STREAMS_CONFIG) as work:
-                _write_streams(work, model, streams, tensors, _backbone_name(model))
+                _write_streams(work, model, streams, tensors, model.config.name_or_path or None)
+
+
+def _require_no_full_checkpoint(folder: str | os.PathLike[str]) -> None:
+    config = Path(folder, CONFIG)
+    if config.is_file() and NUM_STREAMS in read_json(config):
+        raise ValueError(f"{folder} holds a full checkpoint: save the streams alone in another folder.")
 
 
 @contextmanager
 def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, Any] | None) -> Iterator[None]:
-    """In this block the model's `state_dict()`, and `state_dict`, hold only the active set, by its released names."""
+    """In this block the model's `state_dict()`, and `state_dict`, hold only the active set, by its released names.
+
+    Other threads, which may be saving another set, have hooks of their own.
+    """
+    thread = threading.get_ident()
 
     def rename(model: object, state_dict: MutableMapping[str, Any], prefix: str = "", *args: Any) -> None:
-        if prefix:
+        if prefix or threading.get_ident() != thread:
             return
         in_use = set() if state.active is None else set(state.names(state.active).values())
         for name in [name for name in state_dict if is_copy(name) and name not in in_use]:
@@ -261,17 +278,12 @@ def _write_streams(
         **streams.config.to_fields(),
     }
     if backbone is not None and os.path.isabs(backbone):
-        config[BACKBONE_PATH] = os.path.relpath(backbone, final_place(folder))
+        config[BACKBONE_PATH] = os.path.relpath(os.path.realpath(backbone), final_place(folder))
     _write_json(folder / STREAMS_CONFIG, config)
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _backbone_name(model: Any) -> str | None:
-    name = model.config.name_or_path or None
-    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 
 def _active(state: ParScaleState) -> StreamSet:

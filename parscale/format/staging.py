@@ -2,7 +2,8 @@
 
 Everything is written in a working folder next to its destination (`parscale.format.working`), flushed to disk, and then
 moved; the destination folders are flushed too. So neither a kill nor a power failure leaves incomplete files under
-their final names, and a failed write changes nothing.
+their final names, and a failed write changes nothing. After a kill while files move, the next write to the same place
+first ends or undoes the moves (`parscale.format.moving`).
 
 **Links.** A link that is itself the output is followed: the user named its target. A broken link raises an error.
 Inside a folder nothing is written through a link: a link in place of a file is replaced by the file, and its target
@@ -20,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from parscale.format.working import NotUndoneError, is_working_folder, working, working_folder
+from parscale.format.moving import NEW, flush, move_into
+from parscale.format.working import is_working_folder, working, working_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
@@ -56,7 +58,7 @@ def staged(
     if new:
         require_new_folder(target)
     with _explained(target), _folders_above(target), _working_at(target) as folder:
-        work = folder / "new"
+        work = folder / NEW
         work.mkdir()
         known = _PLACES.set({**_PLACES.get(), work: final_place(target)})
         try:
@@ -69,7 +71,8 @@ def staged(
         if new:
             require_new_folder(target)
         if target.is_dir():
-            _move_into(work, target, [last] if isinstance(last, str) else last, replaces)
+            replaced = filter(replaces, _files_nearby(target))
+            move_into(target, folder, [last] if isinstance(last, str) else last, replaced)
         else:
             os.rename(work, target)
             flush(target.parent)
@@ -200,15 +203,6 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 # -- moving
 
 
-def flush(path: Path) -> None:
-    """Flushes the buffers of a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_all(folder: Path) -> None:
     """Flushes a folder and everything below it."""
     for place, _, files in os.walk(folder, topdown=False):
@@ -239,104 +233,15 @@ def _working_at(target: Path) -> contextlib.AbstractContextManager[Path]:
     return working(target) if target.is_dir() else working(target.parent, target.name)
 
 
-def _move_into(work: Path, target: Path, last: Sequence[str], replaces: Callable[[str], bool]) -> None:
-    """Moves all files below `work` into an existing folder; on failure, all moves are undone.
-
-    On disk this has four steps: files of `last` are removed, other old files are removed, the new files are moved in,
-    and those of `last` are moved in.
-    """
-    new = _files(work)
-    for name in new:
-        _require_place(target, name)
-    old = [name for name in new if os.path.lexists(target / name)]
-    old += [name for name in _files_nearby(target) if name not in new and replaces(name)]
-    away = work.with_name("old")
-    parts = [
-        [(target / name, away / name) for name in reversed(last) if name in old],
-        [(target / name, away / name) for name in old if name not in last],
-        [(work / name, target / name) for name in new if name not in last],
-        [(work / name, target / name) for name in last if name in new],
-    ]
-    done: list[tuple[Path, Path]] = []
-    made: list[Path] = []
-    try:
-        for part in parts:
-            for source, destination in part:
-                made += _make_folders(destination.parent)
-                os.replace(source, destination)
-                done.append((source, destination))
-            for folder in sorted({path.parent for move in part for path in move} | {place.parent for place in made}):
-                flush(folder)
-    except BaseException as error:
-        _undo(done, made, away, error)
-        raise
-    for folder in {(target / name).parent for name in old} - {target}:
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
-
-
-def _undo(done: Sequence[tuple[Path, Path]], made: Sequence[Path], away: Path, error: BaseException) -> None:
-    """Moves files back and removes the folders that were made.
-
-    Args:
-        done: sources and destinations of the moves, in their order.
-        made: the new folders.
-        away: where the old files lie.
-        error: the reason.
-
-    Raises:
-        NotUndoneError: a file cannot be moved back.
-    """
-    failed = 0
-    for source, destination in reversed(done):
-        try:
-            os.replace(destination, source)
-        except OSError:
-            failed += 1
-    if failed:
-        raise NotUndoneError(
-            f"{error}; and {failed} of the old files could not be restored: they are in {away}."
-        ) from error
-    for folder in reversed(made):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _require_place(target: Path, name: str) -> None:
-    """Checks that a file is not written through a link or in place of something that is not a file."""
-    for part in reversed(Path(name).parents[:-1]):
-        place = target / part
-        if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
-            what = "a link, through which nothing is written" if place.is_symlink() else "not a folder"
-            raise OSError(f"Nothing was saved: {place} should be a folder, but is {what}; move it elsewhere.")
-    place = target / name
-    if place.is_dir() and not place.is_symlink():
-        raise OSError(f"Nothing was saved: {place} should be a file, but is a folder; move it elsewhere.")
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Creates a folder and its parents; returns the ones that did not exist."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
-    for place in missing:
-        place.mkdir()
-    return missing
-
-
-def _files(folder: Path) -> list[str]:
-    """The names of all files below a folder, including links."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
-    return sorted(found)
-
-
 def _files_nearby(folder: Path) -> list[str]:
     """The names of the files in a folder and in its direct sub-folders, including links."""
     names = []
     for entry in sorted(folder.iterdir()):
         is_folder = entry.is_dir() and not entry.is_symlink()
-        paths = sorted(entry.iterdir()) if is_folder and not is_working_folder(entry) else [entry]
+        try:
+            paths = sorted(entry.iterdir()) if is_folder and not is_working_folder(entry) else [entry]
+        except PermissionError:  # somebody else's
+            continue
         names += [path.relative_to(folder).as_posix() for path in paths if path.is_file() or path.is_symlink()]
     return names
 

@@ -1,8 +1,8 @@
 """Working folders: hidden folders in which one process writes files before they move to their destination.
 
 A working folder holds the file `MARKER`, which its process keeps locked. The lock ends with the process, even if it is
-killed; the folder is then a leftover, and the next process at this place removes it. A folder without the marker
-belongs to someone else, whatever its name, and is not touched.
+killed; the folder is then a leftover, and the next process at this place removes it, after it has ended moves that were
+cut off. A folder without the marker belongs to someone else, whatever its name, and is not touched.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ try:
 except ImportError:  # Windows, where no file is locked
     fcntl = None  # type: ignore[assignment]
 
+from parscale.format.moving import cut_off, end_moves
+
 SUFFIX = ".parscale-working"
 MARKER = "made-by-parscale"
-_MARKS = b"A process of parscale writes in this folder. Once none does, the folder can be deleted.\n"
+_MARKS = (
+    b"A process of parscale writes in this folder. Once none does, the folder can be deleted, unless it holds .leaving "
+    b"or .old:\nthen files were moving, and the next process that writes to the same place moves the others.\n"
+)
 BUSY = "another process is writing there; wait until it has ended, or give another place"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _ATTEMPTS = 10
 
 
-class NotUndoneError(OSError):
-    """A change was undone only in part; the working folder stays, with the files that could not be restored."""
-
-
 @contextlib.contextmanager
 def working(place: Path, name: str = "") -> Iterator[Path]:
     """Creates the working folder `.NAME.parscale-working` in `place`, and removes it after the block.
+
+    It stays if files in it could be neither moved to their places nor back.
 
     Args:
         place: an existing folder, on the disk of the destination.
@@ -50,12 +53,9 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
     try:
         clear(folder)
         yield folder
-    except NotUndoneError:
-        (folder / MARKER).unlink()  # from now on no process removes it
-        raise
     finally:
         with contextlib.suppress(OSError):
-            if (folder / MARKER).exists():
+            if cut_off(folder) is None:
                 _remove(folder)
         os.close(marker)
 
@@ -91,7 +91,10 @@ def is_working_folder(folder: Path) -> bool:
     """Whether a folder has the marker, or may have been left by a kill before the marker was written."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return (folder / MARKER).is_file() or (folder.name.endswith(SUFFIX) and not any(folder.iterdir()))
+    try:
+        return (folder / MARKER).is_file() or (folder.name.endswith(SUFFIX) and not any(folder.iterdir()))
+    except PermissionError:  # somebody else's, such as the folder lost+found of a disk
+        return False
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -123,7 +126,7 @@ def _remove(folder: Path) -> None:
 
 
 def _claim(folder: Path) -> int:
-    """Creates a working folder, or takes over a leftover; returns the descriptor of its locked marker."""
+    """Creates a working folder, or takes over a leftover and ends its moves; returns the locked marker."""
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -135,6 +138,7 @@ def _claim(folder: Path) -> int:
         try:
             lock(marker, folder)
             if _is_at(folder / MARKER, marker):
+                end_moves(_destination(folder), folder)
                 _write_marks(folder, marker)
                 return marker
         except BaseException:
@@ -142,6 +146,11 @@ def _claim(folder: Path) -> int:
             raise
         os.close(marker)
     raise BlockingIOError(errno.EBUSY, BUSY, str(folder))
+
+
+def _destination(folder: Path) -> Path:
+    """What is written in a working folder: the inverse of `working_folder`."""
+    return folder.parent / folder.name.removesuffix(SUFFIX).removeprefix(".")
 
 
 def _write_marks(folder: Path, marker: int) -> None:

@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import parscale
 from parscale.checkpoints.conversion import convert as conversion
 from parscale.checkpoints.conversion.convert import calibration_ids
+from parscale.checkpoints.models import find_tokenizer
 from parscale.cli.application import run
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -290,6 +292,32 @@ def test_an_encoder(tmp_path, capsys):
     for command in (["eval", "--data", str(tmp_path / "text.txt")], ["generate", "--prompt", "x"]):
         assert run([command[0], str(tmp_path / "wide"), *command[1:]]) == 2
         assert "holds a BertForMaskedLM, but this is for causal language models" in capsys.readouterr().err
+
+
+def test_what_prepares_images_comes_along(tmp_path):
+    """A ViT has no tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "plain")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (tmp_path / "plain" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert convert(tmp_path / "plain", tmp_path / "wide", "--num-streams", 2) == 0
+    assert json.loads((tmp_path / "wide" / "preprocessor_config.json").read_text()) == processor
+    assert files(tmp_path / "wide") == files(tmp_path / "plain") | {"modeling_parscale.py"}
+    assert type(parscale.load(tmp_path / "wide")) is transformers.ViTForImageClassification
+
+
+@pytest.mark.parametrize(("held", "read"), [(["config.json"], False), (["config.json", "vocab.txt"], True)])
+def test_a_tokenizer_on_the_hub_is_read_where_there_is_one(monkeypatch, tmp_path, held, read):
+    def download(repo, name):
+        if name not in held:
+            raise EntryNotFoundError(f"{repo} has no {name}")
+        return tmp_path / name
+
+    monkeypatch.setattr("parscale.format.folders.hf_hub_download", download)
+    monkeypatch.setattr("parscale.checkpoints.models.read_pretrained", lambda reader, name: f"that of {name}")
+    assert find_tokenizer("org/model") == ("that of org/model" if read else None)
 
 
 @pytest.mark.parametrize("transform", ["prompt", "lora"])

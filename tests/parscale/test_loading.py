@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, unwrap, wrap
 
@@ -200,6 +200,20 @@ def test_a_model_from_a_configuration_alone(folder):
     assert type(model) is LlamaForCausalLM
     assert model.num_streams == 4
     assert logits_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["AutoModelForMaskedLM", "AutoModel"])
+def test_an_encoder_from_a_configuration_alone(name, tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    auto = getattr(transformers, name)
+    plain = auto.from_config(config)
+    wrap(plain, 3, prefix_length=2, init="random").save_pretrained(tmp_path)
+    for trusted in (False, True):
+        config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=trusted)
+        model = auto.from_config(config, trust_remote_code=trusted)
+        assert type(model) is type(plain)
+        assert model.num_streams == 3
+        assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_the_loading_report(folder):

@@ -234,6 +234,19 @@ def test_push(api, trained, private):
     assert files == {"README.md", "training.json", "loss.png"} | model_files
 
 
+@pytest.mark.parametrize("name", ["checkpoint-2000", "runs", "controls"])
+def test_a_set_with_the_name_of_a_run_s_folder_is_uploaded(api, model, trained, name):
+    model.add_streams(name, 2, prefix_length=2, init="random")
+    for file in (trained / "runs").iterdir():
+        file.unlink()
+    (trained / "runs").rmdir()
+    model.save_pretrained(trained)
+    push(trained, "mine")
+    files = uploaded(trained, api.calls[-1][1]["ignore_patterns"])
+    assert {f"{name}/streams.safetensors", f"{name}/parscale_config.json"} < files
+    assert "checkpoint-5/optimizer.pt" not in files
+
+
 @pytest.mark.parametrize(("backbone", "warns"), [("Qwen/Qwen2.5-0.5B", False), ("/models/qwen", True)])
 def test_streams_whose_backbone_others_cannot_reach(api, model, tmp_path, recwarn, backbone, warns):
     model.config._name_or_path = backbone

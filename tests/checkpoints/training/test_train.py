@@ -144,6 +144,19 @@ def test_leaves_a_checkpoint_of_the_same_kind(full, streams_only, backbone, text
     assert losses_of(tmp_path / "p")[-1] < losses_of(tmp_path / "p")[0]
 
 
+def test_streams_train_where_their_backbone_moved_with_them(backbone, text_file, tmp_path):
+    """What a processor needs comes along."""
+    shutil.copytree(backbone, tmp_path / "first" / "backbone")
+    model = wrap(LlamaForCausalLM.from_pretrained(tmp_path / "first" / "backbone"), 2, prefix_length=4, init="random")
+    model.save_streams(tmp_path / "first" / "streams")
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "first" / "streams")
+    (tmp_path / "first" / "streams" / "processor_config.json").write_text("{}")
+    (tmp_path / "first").rename(tmp_path / "second")
+    train(str(tmp_path / "second" / "streams"), tmp_path / "run", settings(text_file, freeze_backbone=True))
+    assert load(tmp_path / "run").config.name_or_path == str(tmp_path / "second" / "backbone")
+    assert (tmp_path / "run" / "processor_config.json").read_text() == "{}"
+
+
 def test_checkpoints_on_the_way_can_be_loaded(full, text_file, tmp_path):
     train(str(full), tmp_path / "all", settings(text_file))
     train(str(full), tmp_path / "streams", settings(text_file, freeze_backbone=True))

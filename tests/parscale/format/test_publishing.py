@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from parscale import wrap
+from parscale.format.folders import Checkpoint
 from parscale.format.staging import require_new_folder, require_writable, require_writable_folder, staged, staged_file
 from parscale.format.working import MARKER, working
 
@@ -139,27 +140,117 @@ def test_a_link_that_is_the_output_is_followed(tmp_path):
 # -- undoing
 
 
-def test_what_cannot_be_put_back_is_kept(target, monkeypatch):
-    """From one move on, all fail: the old files are where the error says."""
-    from parscale.format import staging
-
+@pytest.mark.parametrize("first", range(2, 5))
+def test_what_cannot_be_put_back_is_kept(target, monkeypatch, first):
+    """From one move on, all fail: the next save finds the files where the error says."""
     before, moves, replace = tree(target), [], os.replace
 
     def move(source, destination):
         moves.append(source)
-        if len(moves) > 2:
+        if len(moves) >= first:
             raise OSError(errno.EIO, "broken")
         replace(source, destination)
 
-    monkeypatch.setattr(staging.os, "replace", move)
-    with pytest.raises(OSError, match=r"2 of the old files could not be restored: they are in .*old") as raised:
+    monkeypatch.setattr(os, "replace", move)
+    with pytest.raises(OSError, match=rf"could not be moved back \(.*\): they are in .*{SUFFIX}, and the next save"):
         publish(target, ["config.json", "model.safetensors"])
     monkeypatch.undo()
-    away = Path(str(raised.value).partition(" are in ")[2].rstrip("."))
-    assert {name: before[name] for name in ("config.json", "model-1.safetensors")} == tree(away)
-    with pytest.raises(FileExistsError, match="is in the way"):  # it stays until somebody has looked
-        publish(target, ["config.json"])
-    assert tree(away)
+    require_writable_folder(target)
+    new = before | {"config.json": b"new", "model.safetensors": b"new"}
+    del new["model-1.safetensors"]
+    assert tree(target) == (before if first < 4 else new)
+
+
+# -- killed while files move
+
+
+@pytest.mark.parametrize("target_holds", [["config.json", "model-1.safetensors", "mine.txt"], ["mine.txt"]])
+def test_a_save_that_is_killed_while_files_move_is_all_or_nothing(tmp_path, target_holds):
+    """A kill at each rename and each flush: whatever the next save does, one checkpoint is complete."""
+    ended = []
+    for number in range(1, 100):
+        target = tmp_path / str(number)
+        write(target, target_holds, "old")
+        old, new = tree(target), {"config.json": b"new", "deep": "folder", "deep/set": b"new", "mine.txt": b"old"}
+        process = os.fork()
+        if process == 0:
+            die_at(number)
+            publish(target, ["config.json", "deep/set"])
+            os._exit(0)
+        killed = os.waitpid(process, 0)[1] != 0
+        if "config.json" in target_holds and not (target / "config.json").exists():
+            with pytest.raises(FileNotFoundError, match=r"A save was cut off: move the files in .* to "):
+                Checkpoint(target).kind()
+        with pytest.raises(RuntimeError), staged(target, last="config.json"):
+            raise RuntimeError
+        assert tree(target) in (old, new)
+        ended.append(tree(target) == new)
+        if not killed:
+            break
+    assert not killed
+    assert ended == sorted(ended)  # from one kill on it is the new one
+    assert set(ended) == {False, True}
+
+
+def die_at(number):
+    """Ends this process without any clean-up in place of one of its renames and flushes."""
+    calls = 0
+
+    def counted(call):
+        def counting(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os._exit(9)
+            return call(*arguments)
+
+        return counting
+
+    os.replace, os.rename, os.fsync = counted(os.replace), counted(os.rename), counted(os.fsync)
+
+
+def test_a_second_interruption_while_moves_are_undone(target, monkeypatch):
+    before, moves, replace = tree(target), [], os.replace
+
+    def interrupt(source, destination):
+        moves.append(source)
+        if len(moves) > 2:
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        publish(target, ["config.json", "model.safetensors"])
+    monkeypatch.undo()
+    require_writable_folder(target)
+    assert tree(target) == before
+
+
+def test_a_folder_that_may_not_be_read_is_somebody_s(target, monkeypatch):
+    """As the folder lost+found at the top of a disk."""
+    (target / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse(path):
+        if path.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    publish(target, ["config.json", "model.safetensors"])
+    assert sorted(os.listdir(target)) == ["config.json", "lost+found", "mine.txt", "model.safetensors", "other"]
+
+
+def test_a_working_folder_of_links_moves_nothing(tmp_path):
+    """As one in a folder that somebody else made."""
+    write(tmp_path / "elsewhere", ["thesis.txt"], "mine")
+    for name in (".leaving", "new"):
+        folder = tmp_path / name.strip(".") / SUFFIX
+        write(folder, [MARKER, *([".old/config.json"] if name == "new" else [])])
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+        require_writable_folder(folder.parent)
+        assert tree(folder.parent) == {}
+    assert tree(tmp_path / "elsewhere") == {"thesis.txt": b"mine"}
 
 
 # -- flushing
@@ -206,7 +297,7 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(wrapped, tiny, tmp_path, l
         getattr(wrap(tiny(), 2, init="random"), save)(target)
         log.clear()
     getattr(wrapped, save)(target)
-    moved = [entry for entry in log if entry[0] == "move" and entry[2].is_relative_to(target)]
+    moved = [entry for entry in log if entry[0] == "move" and SUFFIX not in entry[2].parts]
     assert_flushed(log, [path.relative_to(target) for path in target.rglob("*") if path.is_file()], target)
     last = "config.json" if save == "save_pretrained" else "parscale_config.json"
     if existing:

@@ -111,6 +111,33 @@ def test_streams_only_names_its_backbone(tiny, zoo, tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
+def test_a_name_on_the_hub_stays_one(tiny, tmp_path, monkeypatch):
+    """Also where a folder of that name is made later, as the streams' own."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    model.config.name_or_path = "org/model"
+    wrap(model, 2, prefix_length=3, init="random").save_streams("org/model/streams")
+    model.save_streams("org/model/again")
+    for name in ("streams", "again"):
+        fields = json.loads((tmp_path / "org" / "model" / name / "parscale_config.json").read_text())
+        assert fields["base_model_name_or_path"] == "org/model"
+        assert "backbone_path" not in fields
+
+
+def test_streams_find_their_backbone_through_links(tiny, tmp_path):
+    """Both are written through one link, read through another, and moved together."""
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/deep")
+    tiny().save_pretrained(tmp_path / "link" / "backbone")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "link" / "backbone")
+    wrap(model, 2, prefix_length=3, init="random").save_streams(tmp_path / "disk" / "deep" / "streams")
+    (tmp_path / "link").unlink()
+    (tmp_path / "disk").rename(tmp_path / "moved")
+    (tmp_path / "other").symlink_to("moved/deep/streams")
+    for place in ("moved/deep/streams", "other"):
+        assert torch.equal(exact_logits_of(load(tmp_path / place)), exact_logits_of(model))
+
+
 def test_a_full_folder_lends_its_backbone(wrapped, tmp_path):
     """To streams of its own in a sub-folder, and to others; its own streams are left out."""
     wrapped.save_pretrained(tmp_path / "full")
@@ -295,6 +322,37 @@ def test_streams_beside_a_full_checkpoint(wrapped, tmp_path):
     wrapped.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another folder"):
         wrapped.save_streams(tmp_path)
+
+
+def test_an_adapter_leaves_the_model_in_its_folder(wrapped, tiny, tmp_path):
+    """The class writes the adapter alone, as it does without streams."""
+    peft = pytest.importorskip("peft")
+    tiny().save_pretrained(tmp_path / "plain", max_shard_size="30KB")
+    wrapped.save_pretrained(tmp_path / "full", max_shard_size="30KB")
+    before = {folder: names_in(tmp_path / folder) for folder in ("plain", "full", "full/code")}
+    wrapped.config.name_or_path = str(tmp_path / "plain")
+    streams = exact_logits_of(wrapped)
+    wrapped.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="full checkpoint: save the streams alone in another folder"):
+        wrapped.save_pretrained(tmp_path / "full")
+    wrapped.save_pretrained(tmp_path / "plain")
+    beside = {"adapter_model.safetensors", "streams.safetensors"}
+    assert names_in(tmp_path / "plain").keys() == before["plain"].keys() | beside
+    with pytest.warns(UserWarning, match="adapter"):
+        assert torch.equal(exact_logits_of(load(tmp_path / "plain")), streams)  # a new adapter changes nothing
+    wrapped.set_streams(None)
+    wrapped.save_pretrained(tmp_path / "full")
+    assert names_in(tmp_path / "full").keys() == before["full"].keys() | {"adapter_model.safetensors"}
+    assert names_in(tmp_path / "full" / "code") == before["full/code"]
+
+
+def test_arguments_by_position(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path / "nothing", False)
+    assert not (tmp_path / "nothing").exists()
+    given = {name: tensor + 1 for name, tensor in wrapped.state_dict().items()}
+    wrapped.save_pretrained(tmp_path / "saved", True, given)
+    saved = load(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], given[name]) for name in ("model.norm.weight", "model.embed_tokens.weight"))
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,23 @@ def test_a_set_that_is_made_meanwhile_changes_nothing(init):
     assert torch.equal(model(IDS).logits, expected)
 
 
+def test_threads_that_save_one_model_each_save_their_own_set(at_once, tmp_path, monkeypatch):
+    """All have their hooks on the model before one asks for its tensors."""
+    model = make()
+    expected = {name: with_set(model, name, logits, model) for name in NAMES}
+    barrier, save = threading.Barrier(3, timeout=60), type(model).save_pretrained
+
+    def together(self, *args, **kwargs):
+        barrier.wait()
+        save(self, *args, **kwargs)
+        barrier.wait()
+
+    monkeypatch.setattr(type(model), "save_pretrained", together)
+    at_once(*(lambda name=name: with_set(model, name, model.save_pretrained, tmp_path / str(name)) for name in NAMES))
+    for name, alone in expected.items():
+        assert torch.equal(logits(parscale.load(tmp_path / str(name))), alone)
+
+
 def test_noise_of_a_trial_is_for_its_own_thread():
     """While a set is made, each pass of another thread gives what it gives alone."""
     model, wrong, done = make(), [], threading.Event()

@@ -1,0 +1,167 @@
+"""Moves of files into a folder, which a kill at any time leaves so that they can be ended or undone.
+
+A working folder holds the new files in `NEW`. First the old files move away, into `LEAVING`. Then `LEAVING` is renamed
+to `OLD`, and the new files move in. So `LEAVING` tells that no new file is in its place yet: the old ones can move
+back. `OLD` tells that all old files are away: the other new ones can move in. Sets of streams have no such names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+NEW, LEAVING, OLD = "new", ".leaving", ".old"
+
+
+def move_into(target: Path, folder: Path, last: Sequence[str], replaced: Iterable[str]) -> None:
+    """Moves all files below `NEW` in a working folder into an existing folder; on failure, all moves are undone.
+
+    On disk this has four steps: old files of `last` move away, then the other old ones; the new files move in, and at
+    the end those of `last`.
+
+    Args:
+        target: the existing folder.
+        folder: its working folder.
+        last: names of files, relative to the target.
+        replaced: names of old files that must not stay with the new ones.
+
+    Raises:
+        OSError: a file cannot be moved.
+    """
+    new = _files(folder / NEW)
+    for name in new:
+        _require_place(target, name)
+    old = [name for name in new if os.path.lexists(target / name)]
+    old += [name for name in replaced if name not in new]
+    made: list[Path] = []
+    try:
+        (folder / LEAVING).mkdir()
+        _move(target, folder / LEAVING, [name for name in reversed(last) if name in old])
+        _move(target, folder / LEAVING, [name for name in old if name not in last])
+        _rename(folder / LEAVING, OLD)
+        _move(folder / NEW, target, [name for name in new if name not in last], made)
+        _move(folder / NEW, target, [name for name in last if name in new], made)
+    except BaseException as error:
+        _undo(target, folder, new, made, error)
+        raise
+    _rename(folder / OLD, "replaced")  # from now on it can be deleted
+    for place in {(target / name).parent for name in old} - {target}:
+        with contextlib.suppress(OSError):  # not empty
+            place.rmdir()
+
+
+def cut_off(folder: Path) -> Path | None:
+    """In a working folder whose moves were cut off, the folder with the files still to move; otherwise `None`."""
+    if _is_folder(folder / OLD):
+        return folder / NEW
+    return folder / LEAVING if _is_folder(folder / LEAVING) else None
+
+
+def end_moves(target: Path, folder: Path) -> None:
+    """Ends moves that were cut off, so that the files of the target are all old or all new.
+
+    Args:
+        target: the folder that the files belong to.
+        folder: its working folder, which no process uses.
+
+    Raises:
+        OSError: a file cannot be moved; nothing is lost, and the next call goes on.
+    """
+    source = cut_off(folder)
+    if source is None:
+        return
+    names = _files(source) if _is_folder(source) else []
+    for name in names:
+        _require_place(target, name)
+    _move(source, target, names)
+    for done in (OLD, LEAVING):
+        if _is_folder(folder / done):
+            _rename(folder / done, "replaced")
+
+
+def flush(path: Path) -> None:
+    """Flushes the buffers of a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _undo(target: Path, folder: Path, new: Sequence[str], made: Sequence[Path], error: BaseException) -> None:
+    """Moves new files out of the target and old ones back, and removes the folders that were made there.
+
+    Raises:
+        OSError: a file cannot be moved.
+    """
+    try:
+        _move(target, folder / NEW, [name for name in new if not os.path.lexists(folder / NEW / name)])
+        if (folder / OLD).is_dir():
+            _rename(folder / OLD, LEAVING)
+        end_moves(target, folder)
+    except OSError as failure:
+        raise OSError(
+            f"{error}; and the older files could not be moved back ({failure}): they are in {folder}, and the next "
+            "save here begins with them."
+        ) from error
+    for place in reversed(made):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+def _move(source: Path, target: Path, names: Sequence[str], made: list[Path] | None = None) -> None:
+    """Moves files to the same places in another folder, and flushes all folders that change.
+
+    Args:
+        source: the folder that they are in.
+        target: the other folder.
+        names: of the files, relative to the folder.
+        made: gets the folders that are created.
+    """
+    made = [] if made is None else made
+    for name in names:
+        made += _make_folders((target / name).parent)
+        os.replace(source / name, target / name)
+    places = {(folder / name).parent for name in names for folder in (source, target)}
+    for place in sorted(places | {place.parent for place in made}):
+        flush(place)
+
+
+def _rename(folder: Path, name: str) -> None:
+    os.rename(folder, folder.with_name(name))
+    flush(folder.parent)
+
+
+def _require_place(target: Path, name: str) -> None:
+    """Checks that a file is not written through a link or in place of something that is not a file."""
+    for part in reversed(Path(name).parents[:-1]):
+        place = target / part
+        if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
+            what = "a link, through which nothing is written" if place.is_symlink() else "not a folder"
+            raise OSError(f"Nothing was saved: {place} should be a folder, but is {what}; move it elsewhere.")
+    place = target / name
+    if place.is_dir() and not place.is_symlink():
+        raise OSError(f"Nothing was saved: {place} should be a file, but is a folder; move it elsewhere.")
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Creates a folder and its parents; returns the ones that did not exist."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    for place in missing:
+        place.mkdir()
+    return missing
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of all files below a folder, including links."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(found)
