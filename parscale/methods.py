@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
-from parscale.compat.transformers import keeping_columns, own_reorder_cache
+from parscale.compat.transformers import TOKEN_TIMES, keeping_columns, own_reorder_cache
 from parscale.config import LORA, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
@@ -334,6 +334,24 @@ def static_cache_init_shape(model: object, writer: object) -> None:
     """
 
 
+def token_times(model: Any, writer: Any, outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The times of tokens in the audio (Whisper), from stream 0's cross-attention without the columns of a prefix.
+
+    Args:
+        writer: as in `reorder_cache`.
+        outputs: of `generate`; `cross_attentions` by token, then by layer, `(P*B, heads, S, T + frames)`.
+        *args: passed to the writer's own method.
+        **kwargs: passed to the writer's own method.
+    """
+    streams = model.parscale.active
+    if model.num_streams > 1 and streams.config.transform == PREFIX:
+        T = streams.config.prefix_length
+        heard = tuple(tuple(layer[..., T:] for layer in step) for step in outputs.cross_attentions)
+        outputs = dataclasses.replace(outputs, cross_attentions=heard)
+    times: torch.Tensor = getattr(type(writer), TOKEN_TIMES)(writer, outputs, *args, **kwargs)
+    return times
+
+
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls transformers' own method, for the plain backbone only (`generate_batch` uses it too).
 
@@ -345,8 +363,10 @@ def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
         The result of transformers' own method.
 
     Raises:
-        ValueError: streams are active: continuous batching packs all requests into one row with one cache.
+        ValueError: streams are active, here or in the thread that serves the requests, which sees no `use_streams`
+            block: continuous batching packs all requests into one row with one cache.
     """
-    if model.num_streams > 1:
+    outside = model.parscale.default
+    if model.num_streams > 1 or (outside is not None and outside.num_streams > 1):
         raise ValueError(CONTINUOUS_BATCHING)
     return type(model).init_continuous_batching(model, *args, **kwargs)

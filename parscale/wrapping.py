@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
 from parscale.compat.torch import is_watched
-from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE
+from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES
 from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
@@ -48,6 +48,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
 WRITER_MEMBERS: dict[str, Callable[..., Any]] = {  # also of the models inside that generate
     REORDER_CACHE: methods.reorder_cache,
     STATIC_CACHE_SHAPE: methods.static_cache_init_shape,
+    TOKEN_TIMES: methods.token_times,
 }
 
 

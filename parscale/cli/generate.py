@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from parscale.cli.output import quiet_libraries, waiting
 from parscale.terminal.text import raw_stream
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
 COLDEST = 1e-3
@@ -54,23 +55,54 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt has no tokens; give --prompt some text.")
     require_known(inputs["input_ids"][0].tolist(), vocabulary_of(model))
+    _require_positions(model, inputs["input_ids"].shape[1], max_new_tokens)
 
     from transformers import set_seed
 
+    from parscale import methods
+
     if seed is not None:
         set_seed(seed)
-    options = {} if adaptive is None else {"adaptive": adaptive}
+    write = model.generate if adaptive is None else functools.partial(methods.generate, model, adaptive=adaptive)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    model.generate(
+    write(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],  # passed by name: some tokenizers return more than every model takes
         **sampling,
-        **options,
+        **_without_state(model),
+        num_beams=1,  # text is printed while it is generated, which beams do not allow
         max_new_tokens=max_new_tokens,
         streamer=_streamer(tokenizer),
     )
     if adaptive is not None:
         typer.echo(f"Streams for a token on average: {model.last_mean_streams:.2f} of {model.num_streams}.", err=True)
+
+
+def _require_positions(model: PreTrainedModel, length: int, max_new_tokens: int) -> None:
+    """Checks that learned positions suffice for a prompt of `length` tokens and the new ones, but for the last.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from parscale.checkpoints.evaluation.text_loss import text_positions
+    from parscale.streams.backbones import has_learned_positions
+
+    positions, _ = text_positions(model)
+    most = positions - length + 1  # the last new token is not read
+    if max_new_tokens <= most or not has_learned_positions(model):
+        return
+    given = f"The prompt has {length} tokens, and the model positions for {positions}"
+    if most < 1:
+        raise ValueError(f"{given}: shorten the prompt.")
+    raise ValueError(f"{given}: --max-new-tokens is {max_new_tokens}, and must be at most {most}.")
+
+
+def _without_state(model: Any) -> dict[str, bool]:
+    """Turns off a recurrent state that continues with one row only, where several streams run (RWKV)."""
+    from parscale.streams.backbones import cache_argument
+
+    alone = getattr(model, "num_streams", 1) > 1 and cache_argument(model.parscale.backbone) == "state"
+    return {"use_cache": False} if alone else {}
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:

@@ -388,6 +388,7 @@ def answer_itself(cache: Cache, names: Iterable[str]) -> None:
 
 REORDER_CACHE = "_reorder_cache"  # moves a cache's rows with the beams; without it the cache moves them itself
 STATIC_CACHE_SHAPE = "_get_static_cache_init_shape"  # of a static cache before it is filled; None: from the first keys
+TOKEN_TIMES = "_extract_token_timestamps"  # reads the times of tokens off the columns of cross-attention (Whisper)
 
 
 def own_reorder_cache(cls: type) -> Callable[..., Any] | None:
@@ -464,8 +465,7 @@ def counted_as_adapted(model: object) -> Iterator[None]:
         setattr(model, _HAS_ADAPTER, before)
 
 
-# Methods of the Trainer that a subclass overrides: the sampler, the folder of a checkpoint, and how it is saved and
-# read.
+# Methods of the Trainer that a subclass overrides: the sampler, a checkpoint's folder, how it is saved and read.
 TRAINER_METHODS = ("_get_train_sampler", "_get_output_dir", "_save_checkpoint", "_save", "_load_from_checkpoint")
 
 

@@ -231,10 +231,13 @@ class PromptTransform(ModelTransform):
         """Positions `([3,] R or 1, S)` shifted by T, after those of the prompt."""
         T = self.streams.config.prefix_length
         own = torch.arange(T, device=positions.device).expand(*positions.shape[:-1], -1)
-        if padding is None or positions.ndim == 3:
+        if padding is None:
             return torch.cat([own, positions + T], dim=-1)
         rows = padding.shape[0]
-        return _insert(own.expand(rows, -1), positions.expand(rows, -1) + T, padding)
+        own, moved = (each.expand(*each.shape[:-2], rows, -1) for each in (own, positions + T))
+        if positions.ndim == 3:  # by axis
+            return torch.stack([_insert(*axis, padding) for axis in zip(own, moved, strict=True)])
+        return _insert(own, moved, padding)
 
     def before_pooling(self, states: torch.Tensor) -> torch.Tensor:
         """The states of the tokens, without the prompt."""

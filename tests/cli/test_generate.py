@@ -1,8 +1,10 @@
 """`parscale generate`: the text is that of `model.generate`."""
 
+import shutil
+
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import parscale
 from parscale.cli.application import run
@@ -72,3 +74,69 @@ def test_without_a_tokenizer(backbone, tmp_path, capsys):
     LlamaForCausalLM.from_pretrained(backbone).save_pretrained(tmp_path / "bare")
     assert run(["generate", str(tmp_path / "bare"), "--prompt", "x"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+# -- what a checkpoint's model or settings ask for
+
+
+@pytest.fixture
+def gpt2(byte_tokenizer, tmp_path):
+    """A plain GPT-2 with 32 positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    byte_tokenizer.save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(byte_tokenizer), "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_learned_positions_end_somewhere(gpt2, capsys):
+    """The last new token is not read: 32 positions are enough for 9 tokens of a prompt and 24 new ones."""
+    given = ["generate", str(gpt2), "--device", "cpu", "--prompt"]
+    assert run([*given, PROMPT, "--max-new-tokens", "24"]) == 0
+    capsys.readouterr()
+    assert run([*given, PROMPT, "--max-new-tokens", "25"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "prompt has 9 tokens, and the model positions for 32: --max-new-tokens is 25, and must be at most 24" in (
+        printed.err
+    )
+    assert run([*given, "x" * 33]) == 2
+    assert "33 tokens, and the model positions for 32: shorten the prompt" in capsys.readouterr().err
+
+
+def test_rotary_positions_do_not_end(backbone, capsys):
+    assert len(generate(capsys, backbone, "--prompt", PROMPT * 14, "--max-new-tokens", 8)) > len(PROMPT * 14)
+
+
+def test_adaptive_needs_streams(backbone, capsys):
+    assert run(["generate", str(backbone), "--prompt", "x", "--adaptive", "1"]) == 2
+    assert "adaptive chooses tokens for streams that share keys and values, but none are active" in (
+        capsys.readouterr().err
+    )
+
+
+def test_settings_that_ask_for_beams(backbone, capsys, tmp_path):
+    """A stream of text has no beams: the text is the greedy one."""
+    shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
+    settings = GenerationConfig.from_pretrained(tmp_path)
+    settings.num_beams = 3
+    settings.save_pretrained(tmp_path)
+    given = ["--prompt", PROMPT, "--max-new-tokens", 5]
+    assert generate(capsys, tmp_path, *given) == generate(capsys, backbone, *given)
+
+
+def test_rwkv_with_prompts(byte_tokenizer, capsys, tmp_path):
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    byte_tokenizer.save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(byte_tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "rescale_every": 0}
+    model = RwkvForCausalLM(RwkvConfig(**sizes, attention_hidden_size=32, bos_token_id=None, eos_token_id=None))
+    parscale.wrap(model, 3, prefix_length=4, init="random", seed=1, transform="prompt").save_pretrained(tmp_path)
+    ids = byte_tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.cat([ids, model.eval()(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    expected = byte_tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert generate(capsys, tmp_path, "--prompt", PROMPT, "--max-new-tokens", 3) == expected + "\n"

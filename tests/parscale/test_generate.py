@@ -446,3 +446,40 @@ def test_half_precision(dtype, zoo):
         text = output.sequences[:, : zoo.S + step]
         rounding = (next_logits(model, text) - next_logits(exact, text)).abs().max()
         assert (logits - next_logits(exact, text)).abs().max() <= 2 * rounding + 2e-3
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_times_of_tokens_in_audio(beams, zoo):
+    """Prefixes that get no weight change nothing: the times are the plain Whisper's.
+
+    The first dimension of each head is the same in all queries and zero in all keys but those of the prefix.
+    """
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 96, "d_model": 32, "num_mel_bins": 8}
+    sizes |= {"max_source_positions": 40, "max_target_positions": 64, "pad_token_id": 0, "bos_token_id": 1}
+    sizes |= {"eos_token_id": 2, "decoder_start_token_id": 3, "init_std": 0.3, "attn_implementation": "eager"}
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**sizes)).eval()
+    settings = {"no_timestamps_token_id": 60, "alignment_heads": [[0, 1], [1, 0]], "is_multilingual": False}
+    vars(model.generation_config).update(settings)
+    layers = [module for name, module in model.named_modules() if name.endswith("_attn")]
+    with torch.no_grad():
+        for layer in layers:
+            for projection, first in ((layer.q_proj, 1.0), (layer.k_proj, 0.0)):
+                projection.weight[:: layer.head_dim] = 0.0
+                if projection.bias is not None:
+                    projection.bias[:: layer.head_dim] = first
+    audio, asked = torch.randn(2, 8, 80), {"return_timestamps": True, "return_token_timestamps": True}
+
+    def times():
+        result = model.generate(audio, max_new_tokens=12, min_new_tokens=12, num_beams=beams, **asked)
+        return result["sequences"], result["token_timestamps"]
+
+    expected = times()
+    parscale.wrap(model, zoo.P, prefix_length=30, init="random")
+    with torch.no_grad():
+        for layer in layers:
+            layer.prefix_v.zero_()
+            layer.prefix_k.zero_()[..., 0] = -1e4
+    for result, one in zip(times(), expected, strict=True):
+        assert torch.equal(result, one)
+    assert len(expected[1].unique()) > 2

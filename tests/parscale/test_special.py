@@ -364,3 +364,20 @@ def test_left_padding_without_positions(make, zoo):
             model(**more, attention_mask=seen, **given(model, whole.past_key_values)),
         ]
     zoo.close(after[1].logits, after[0].logits, 2e-5)
+
+
+@pytest.mark.parametrize("make", [qwen2_vl, qwen2_5_vl, qwen3_vl], ids=lambda make: make.__name__)
+def test_left_padding_before_a_prompt(make, zoo):
+    """Positions by axis `(3, B, S)`: a padded row is continued as it is alone."""
+    model = parscale.wrap(build(make, zoo), zoo.P, prefix_length=zoo.T, init="random", transform="prompt")
+    with torch.no_grad():
+        model.parscale.active.transform.parameters()[0].normal_()
+    ids = zoo.token_ids().clamp(max=89)
+    front = torch.zeros(2, 3, dtype=torch.long)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    mask = torch.cat([front, torch.ones_like(ids)], dim=1)
+    padded = model.generate(torch.cat([front, ids], dim=1), attention_mask=mask, **options)
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(padded.sequences[:, 3:], alone.sequences)
+    zoo.close(torch.stack(padded.logits), torch.stack(alone.logits), 2e-5)

@@ -355,9 +355,12 @@ def test_continuous_batching_is_refused(llama, zoo):
         arguments = (requests,) if start == model.generate_batch else ()
         with pytest.raises(ValueError, match="Continuous batching"):
             start(*arguments, generation_config=config)
-    with model.use_streams(None):
-        manager = model.init_continuous_batching(generation_config=config)
-        assert not manager.is_running()
+    with model.use_streams(None), pytest.raises(ValueError, match=r"set_streams\(None\)"):
+        model.init_continuous_batching(generation_config=config)  # its own thread would run the streams
+    model.set_streams(None)
+    assert not model.init_continuous_batching(generation_config=config).is_running()
+    with model.use_streams("default"), pytest.raises(ValueError, match="Continuous batching"):
+        model.init_continuous_batching(generation_config=config)
 
 
 def test_paged_attention_is_refused(llama, zoo):
