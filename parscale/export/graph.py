@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,9 @@ PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"  # by layer, and "key" 
 LOGITS = "logits"
 
 _CLASSES = "pkg.torch.onnx.class_hierarchy"  # the classes of the modules that a node comes from, as torch notes them
-_EXACT = ("Aggregator", "Router")  # parts of the names of classes whose products are never quantized
+_PATHS = "pkg.torch.onnx.name_scopes"  # and their names in the model
+# Products that are never quantized are those of such classes, and of what is called `gate` or `router` in a model.
+_EXACT = re.compile(r"Aggregator|Router|\.(gate|router\w*)\b")
 
 
 def cache_names(pattern: str, layers: int) -> list[str]:
@@ -49,8 +53,10 @@ def write_graph(model: Any, shape: CacheShape, path: Path, provenance: Mapping[s
     """
     program = _program(model, shape)
     graph = program.model
-    classes = {str(node.name): node.metadata_props.get(_CLASSES, "") for node in graph.graph}
-    exact = [name for name, of_node in classes.items() if any(part in of_node for part in _EXACT)]
+    modules = {
+        str(node.name): " ".join(node.metadata_props.get(key, "") for key in (_CLASSES, _PATHS)) for node in graph.graph
+    }
+    exact = [name for name, of_node in modules.items() if _EXACT.search(of_node)]
     for node in graph.graph:
         node.metadata_props.clear()  # places in source files
     graph.metadata_props.clear()
@@ -94,13 +100,16 @@ def _program(model: Any, shape: CacheShape) -> Any:
 
 @contextlib.contextmanager
 def _without_hints() -> Iterator[None]:
-    """In this block torch and ONNX IR give no hints: of a size with two names, torchvision, an empty attribute."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    """In this block torch and ONNX IR give no hints: of a size with two names, torchvision, an empty attribute.
+
+    Where torch refuses a model it prints the graph so far, hundreds of lines; its reason is in the error.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

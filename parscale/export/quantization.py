@@ -36,13 +36,14 @@ def quantize(path: Path, bits: int, keep: Sequence[str]) -> None:
     model = onnx.load(path)
     path.with_name(path.name + WEIGHTS_SUFFIX).unlink()
     _transpose_constants(model.graph)
+    _part_gemms(model.graph)
     _part_experts(model.graph)
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=bits,
         block_size=BLOCK,
         accuracy_level=INT8_PRODUCTS,
-        nodes_to_exclude=list(keep),
+        nodes_to_exclude=[*keep, *_batched_products(model.graph)],
     )
     quantizer.process()
     model = quantizer.model.model
@@ -64,6 +65,32 @@ def _transpose_constants(graph: Any) -> None:
         graph.node.remove(node)
 
 
+def _part_gemms(graph: Any) -> None:
+    """Makes a product and a sum of each `Gemm`, which torch writes for rows `(N, in)`: the quantizer takes products."""
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    transposed: dict[str, str] = {}
+    for position, node in reversed(list(enumerate(graph.node))):
+        options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        scaled = options.get("alpha", 1) != 1 or options.get("beta", 1) != 1 or options.get("transA", 0)
+        if node.op_type != "Gemm" or node.input[1] not in constants or scaled:
+            continue
+        rows, matrix, *bias = node.input
+        if options.get("transB", 0):
+            if matrix not in transposed:
+                transposed[matrix] = f"{matrix}_transposed"
+                array = np.ascontiguousarray(numpy_helper.to_array(constants[matrix]).T)
+                graph.initializer.append(numpy_helper.from_array(array, transposed[matrix]))
+            matrix = transposed[matrix]
+        result = node.output[0]
+        product = f"{result}_product" if bias else result
+        node.CopyFrom(helper.make_node("MatMul", [rows, matrix], [product], name=node.name))  # by which it may be kept
+        if bias:
+            graph.node.insert(position + 1, helper.make_node("Add", [product, *bias], [result]))
+    _remove_unused(graph, [constants[name] for name in transposed])
+
+
 def _part_experts(graph: Any) -> None:
     """Makes each expert's matrix a constant of its own, in place of a part of the constant of all experts."""
     from onnx import numpy_helper
@@ -78,9 +105,20 @@ def _part_experts(graph: Any) -> None:
         matrix = parted[experts.name][int(numpy_helper.to_array(expert))]
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix), node.output[0]))
         graph.node.remove(node)
+    _remove_unused(graph, [constants[name] for name in parted])
+
+
+def _remove_unused(graph: Any, constants: Sequence[Any]) -> None:
     used = {name for node in graph.node for name in node.input}
-    for name in parted.keys() - used:
-        graph.initializer.remove(constants[name])
+    for tensor in constants:
+        if tensor.name not in used:
+            graph.initializer.remove(tensor)
+
+
+def _batched_products(graph: Any) -> list[str]:
+    """The names of products with a matrix for each stream, also where one stream alone has one: `(1, in, out)`."""
+    batched = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 2}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in batched]
 
 
 def _halve_tables(graph: Any) -> None:

@@ -106,6 +106,19 @@ def test_the_command_line_says_so_in_one_line(arguments, complaint, saved, tmp_p
     assert not (tmp_path / "output").exists()
 
 
+def test_a_model_that_torch_refuses_is_one_line(zoo, tmp_path, capfd):
+    """Without the graph so far, which torch prints."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = zoo.FAMILIES["llama"].build("sdpa", num_hidden_layers=1, max_position_embeddings=16, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "source")
+    capfd.readouterr()
+    assert run(["export", str(tmp_path / "source"), str(tmp_path / "output"), "--format", "onnx"]) == 2
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1
+    assert "LlamaForCausalLM cannot be exported: torch.onnx.export makes no graph of it" in printed
+    assert "data-dependent" in printed  # torch's own reason
+
+
 def test_the_command_line_exports(saved, tmp_path, capsys):
     command = ["export", str(saved("llama", 2)[1]), str(tmp_path / "output"), "--format", "onnx"]
     assert run([*command, "--dtype", "int8", "--streams", "off", "--json"]) == 0
