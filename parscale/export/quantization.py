@@ -79,12 +79,12 @@ def _part_gemms(graph: Any) -> None:
         rows, matrix, *bias = node.input
         if options.get("transB", 0):
             if matrix not in transposed:
-                transposed[matrix] = f"{matrix}_transposed"
+                transposed[matrix] = f"{matrix}.transposed"
                 array = np.ascontiguousarray(numpy_helper.to_array(constants[matrix]).T)
                 graph.initializer.append(numpy_helper.from_array(array, transposed[matrix]))
             matrix = transposed[matrix]
         result = node.output[0]
-        product = f"{result}_product" if bias else result
+        product = f"{result}.product" if bias else result
         node.CopyFrom(helper.make_node("MatMul", [rows, matrix], [product], name=node.name))  # by which it may be kept
         if bias:
             graph.node.insert(position + 1, helper.make_node("Add", [product, *bias], [result]))
