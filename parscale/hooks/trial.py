@@ -84,7 +84,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
 
 @contextlib.contextmanager
 def _reference_kernels(state: ParScaleState) -> Iterator[None]:
-    """In this block the PyTorch reference runs: fused kernels may be meant for a device that comes later."""
+    """In this block the PyTorch reference runs, so that no kernel is compiled for a text this short."""
     kernels, state.kernels = state.kernels, "reference"
     try:
         yield
