@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +130,7 @@ def crossover(
         raise ValueError(f"along is {along!r}; give one of {', '.join(AXES)}")
     if num_streams == 1:
         raise ValueError("with one stream there is nothing to compare; give num_streams of at least 2")
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
-
-    def loses(value: int) -> bool:
-        options = workload | {along: value}
-        return versus(law, shape, num_streams=num_streams, **options).ratio(quantity) > 1
-
+    loses = _loses(law, config, num_streams=num_streams, quantity=quantity, along=along, **workload)
     if not loses(LARGEST):
         return None
     high = LARGEST
@@ -145,3 +141,25 @@ def crossover(
         middle = (low + high) // 2
         low, high = (low, middle) if loses(middle) else (middle, high)
     return high
+
+
+def loses_below(law: ParallelScalingLaw, config: Config, point: int | None, *, along: str, **options: Any) -> bool:
+    """Whether streams cost more than the dense model of equal loss at some power of 2 below a point.
+
+    Args:
+        law: as in `versus`.
+        config: as in `cost`.
+        point: a value of `along`, as `crossover` gives it: None is 2^20.
+        along: as in `crossover`.
+        **options: the other arguments of `crossover`.
+    """
+    loses = _loses(law, config, along=along, **options)
+    return any(loses(1 << power) for power in range(((point or LARGEST) - 1).bit_length()))
+
+
+def _loses(
+    law: ParallelScalingLaw, config: Config, *, num_streams: int, quantity: str, along: str, **workload: Any
+) -> Callable[[int], bool]:
+    """Whether streams cost more at a value of `along`, as a function of it."""
+    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    return lambda value: versus(law, shape, num_streams=num_streams, **workload | {along: value}).ratio(quantity) > 1

@@ -138,21 +138,17 @@ def _crossovers(
 
     For each also whether streams cost more at some smaller power of 2, and less between.
     """
-    from parscale.scaling_laws import crossover, versus
-    from parscale.scaling_laws.worth import LARGEST
+    from parscale.scaling_laws import crossover
+    from parscale.scaling_laws.worth import loses_below
 
     found = []
     for count in streams:
         row: dict[str, Any] = {"streams": count}
         for word, quantity in (("slower", "seconds"), ("larger", "memory_bytes")):
             for axis in ("batch_size", "input_length"):
-                options = work | {"num_streams": count}
-                start = crossover(fitted, shape, quantity=quantity, along=axis, **options)
-                smaller = (1 << power for power in range(((start or LARGEST) - 1).bit_length()))
-                row[f"{word}_from_{axis}"] = start
-                row[f"{word}_at_smaller_{axis}"] = any(
-                    versus(fitted, shape, **options | {axis: value}).ratio(quantity) > 1 for value in smaller
-                )
+                options = work | {"num_streams": count, "quantity": quantity, "along": axis}
+                start = row[f"{word}_from_{axis}"] = crossover(fitted, shape, **options)
+                row[f"{word}_at_smaller_{axis}"] = loses_below(fitted, shape, start, **options)
         found.append(row)
     return found
 
