@@ -18,10 +18,6 @@ Options = ParamSpec("Options")
 Operation = Callable[Concatenate[torch.Tensor, Options], torch.Tensor]
 
 
-class FusedError(ValueError):
-    """The Triton kernels were asked for, and cannot run."""
-
-
 def triton_is_installed() -> bool:
     """Whether `import triton` would find a module."""
     try:
@@ -54,8 +50,7 @@ def runs_fused(impl: Impl, x: torch.Tensor, find_obstacle: Callable[[], str | No
         find_obstacle: says why the kernels cannot take these arguments, if they cannot; asked where they might run.
 
     Raises:
-        ValueError: `impl` is unknown.
-        FusedError: `"fused"` cannot run; the message says why.
+        ValueError: `impl` is unknown, or `"fused"` cannot run; the message says why.
     """
     if impl == "auto":
         return TRITON and x.is_cuda and not transforms_are_active() and find_obstacle() is None
@@ -65,7 +60,7 @@ def runs_fused(impl: Impl, x: torch.Tensor, find_obstacle: Callable[[], str | No
     if obstacle is None and not x.is_cuda and not _interpreted():
         obstacle = f"the tensors are on {x.device}, but the kernels need a CUDA or ROCm device"
     if obstacle is not None:
-        raise FusedError(
+        raise ValueError(
             f"impl='fused' cannot run here: {obstacle}. Use impl='auto' or impl='reference'; for a wrapped model, "
             "kernels='auto' or kernels='reference' in place of kernels='fused'."
         )

@@ -180,7 +180,7 @@ def _load_streams(checkpoint: Checkpoint, backbone: object, options: dict[str, A
         if options:
             raise ValueError(f"backbone is a loaded model: omit {', '.join(options)}.")
         check_fit(checkpoint, fields, backbone.config)
-        model = backbone.eval()
+        model = backbone
     elif backbone is None or isinstance(backbone, str | os.PathLike):
         model = _named_backbone(checkpoint, fields, backbone, options)
     else:
@@ -192,7 +192,7 @@ def _load_streams(checkpoint: Checkpoint, backbone: object, options: dict[str, A
         detach(state)
         raise
     set_streams(model, name)
-    return model
+    return model.eval()
 
 
 def _named_backbone(

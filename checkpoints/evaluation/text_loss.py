@@ -146,9 +146,14 @@ def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     """The number of tokens in a window or sequence: as given, or 1024, or the model's positions if they are fewer.
 
     Raises:
-        ValueError: it is below 2, or the model has fewer positions.
+        ValueError: it is below 2, or the model has fewer positions; or the prompts leave none for text.
     """
     positions, taken = text_positions(model)
+    if positions < 2:
+        raise ValueError(
+            f"The prompts of {taken} tokens leave {max(0, positions)} of the model's {positions + taken} positions for "
+            "text, and it needs at least 2. Use shorter prompts, or a model with more positions."
+        )
     if sequence_length is None:
         return int(min(DEFAULT_SEQUENCE_LENGTH, positions))
     if not 2 <= sequence_length <= positions:

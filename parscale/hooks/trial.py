@@ -56,7 +56,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         if labels and _output(model, arguments | labels) is None:
             labels = {}
         try:
-            with state.calls.choosing(streams), _reference_kernels(state):
+            with state.calls.choosing(streams):
                 mixed = _disturbed(state, arguments | labels)
         except Exception as error:  # whatever the model raises for its backbone's new output
             if is_machine_error(error):
@@ -80,16 +80,6 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
             f"{name} has a part that streams do not reach: {', '.join(key for key in unmoved if unmoved[key])} would "
             f"stay the plain model's. Wrap its parts one by one instead, such as {type(state.backbone).__name__}."
         )
-
-
-@contextlib.contextmanager
-def _reference_kernels(state: ParScaleState) -> Iterator[None]:
-    """In this block the PyTorch reference runs, so that no kernel is compiled for a text this short."""
-    kernels, state.kernels = state.kernels, "reference"
-    try:
-        yield
-    finally:
-        state.kernels = kernels
 
 
 def _output(model: nn.Module, arguments: dict[str, Any]) -> Any:

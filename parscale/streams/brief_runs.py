@@ -16,7 +16,6 @@ from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
-from parscale.kernels.dispatch import FusedError
 from parscale.streams.backbones import cuda_devices, input_device, input_of, reads
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -71,8 +70,8 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def backbone_only(state: ParScaleState) -> Iterator[None]:
     """In this block the plain backbone runs, in eval mode, without gradients; random state and buffers are restored.
 
-    Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds. Where streams
-    run, `kernels="fused"` is as `"auto"`: it may be meant for a device that comes later.
+    Nothing is compiled, neither FlexAttention, which transformers compiles for each length, nor, where streams run, a
+    kernel: these texts are short.
     """
     kernels = state.kernels
     training = {module: module.training for module in state.model.modules()}
@@ -80,8 +79,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
     if any(p.is_meta for p in state.backbone.parameters()):
         experts = experts_without_data_dependence(state.model.config)
     try:
-        if kernels == "fused":
-            state.kernels = "auto"
+        state.kernels = "reference"
         state.model.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
@@ -108,10 +106,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
 
 
 def is_machine_error(error: BaseException) -> bool:
-    """Whether an error comes from a device, its memory, a library or `kernels="fused"`, not from the model."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
-        return True
-    if isinstance(error, IncompatibleVersionError | FusedError):
+    """Whether an error comes from a device, its memory or a library, not from the model."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | IncompatibleVersionError):
         return True
     return isinstance(error, RuntimeError) and "memory" in str(error)  # the CPU's memory error has no class of its own
 

@@ -51,6 +51,7 @@ class AdapterStreams:
         self._count = 0
         self._copies: dict[str | None, Copies] = {None: {}, first: {}}  # by adapter; None: without any
         self._trains: dict[str | None, dict[str, list[bool]]] = {}  # of inactive copies, for each tensor
+        self._trained: dict[str, list[bool]] = {}  # of the copies of the adapter that was active last
         for streams in state.sets.values():
             self.cover(streams)
         self.active = first
@@ -122,12 +123,15 @@ class AdapterStreams:
         reshard(self.state.model)
         if adapter != self.active:
             before = self._trains[self.active] = self._flags()
+            if self.active is not None:
+                self._trained = before
             self._set_flags({name: [False] * len(flags) for name, flags in before.items()})
             self.active = adapter
             kept, streams = self._trains.pop(adapter, {}), self.state.active
-            if streams is not None and streams.name in before:  # of the sets, the active one alone trains
+            if adapter is not None and streams is not None and streams.name in before:  # the active set alone trains
                 flags = kept.get(streams.name, [])
-                self._set_flags({streams.name: flags if any(flags) else before[streams.name]})
+                trained = self._trained.get(streams.name, before[streams.name])
+                self._set_flags({streams.name: flags if any(flags) else trained})
         if not trains:
             self._set_flags({name: [False] * len(flags) for name, flags in self._flags().items()})
 

@@ -128,6 +128,14 @@ def test_prompts_take_positions_and_prefixes_none(transform, positions):
         assert evaluate(model, Letters(), DOCUMENTS).sequence_length == 64
 
 
+@pytest.mark.parametrize(("tokens", "left"), [(63, 1), (64, 0), (70, 0)])
+def test_prompts_that_leave_no_positions(tokens, left):
+    model = small_llama(vocab_size=VOCABULARY, max_position_embeddings=64)
+    wrap(model, 2, prefix_length=tokens, transform="prompt", init="random", seed=0)
+    with pytest.raises(ValueError, match=f"prompts of {tokens} tokens leave {left} of the model's 64 positions"):
+        evaluate(model, Letters(), DOCUMENTS)
+
+
 def test_batch_size_out_of_range(model):
     with pytest.raises(ValueError, match="batch_size is 0, and must be at least 1"):
         evaluate(model, Letters(), DOCUMENTS, batch_size=0)

@@ -438,11 +438,12 @@ def test_a_further_set_that_is_damaged(copied):
 )
 @pytest.mark.parametrize("given", ["a model", "a folder"])
 def test_a_backbone_that_does_not_fit(copied, tmp_path, changes, match, given):
-    model = backbone(**changes)
+    model = backbone(**changes).train()
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=match):
         load(copied("streams"), backbone=model if given == "a model" else tmp_path / "other")
     assert not hasattr(model, "parscale")
+    assert model.training
 
 
 def test_a_backbone_of_another_type(copied, zoo):
