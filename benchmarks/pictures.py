@@ -40,7 +40,7 @@ EVIDENCE = (  # those of several seeds
     *("P = 2", "P = 4", "P = 4, shared", "P = 4, shared-window=8", "P = 4, embedding", "P = 2, embedding"),
 )
 PROMPTS = (64, 256, 1024, 4096, 16384)
-SIZES = {"0.1M": (48, 4), "0.2M": (64, 5), "0.4M": (80, 6), "0.7M": (96, 7)}  # width and layers
+SIZES = {"0.1M": (48, 4), "0.2M": (64, 5), "0.4M": (80, 6), "0.7M": (96, 7), "1.0M": (128, 6)}  # width and layers
 TRAINED = (1, 2, 4)  # streams, from scratch
 # the learning rate is the best of P = 1 and of P = 4
 PUBLISHED = {"arm": "streams", "prefix_length": 8, "variant": "", "learning_rate": 8e-3}
@@ -162,11 +162,11 @@ def streams(colours: Sequence[str]) -> Figure:
     _with_controls(smallest, colours, "0.1M", CONTROLS)
     _add_law(smallest, colours)
     smallest.set(title="0.1 million parameters", ylabel="difference of loss from P = 1, nats per byte")
-    for size, colour, marker in zip(("0.2M", "0.4M"), colours[2:], MARKERS[1:], strict=False):
+    for size, colour, marker in zip(("0.2M", "0.4M", "1.0M"), colours[1:], MARKERS[1:], strict=True):
         differences = [fmean(of_seeds.values()) for of_seeds in _over_seeds(size, {})]
         style = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": "none", "linewidth": 1}
         between.plot(range(len(TRAINED)), differences, label=size, gid=f"streams-{size}", **style)
-    between.set_title("0.2 and 0.4 million")
+    between.set_title("one seed each")
     between.set_xlim(-0.4, len(TRAINED) - 0.6)
     _ticks(between.xaxis, range(len(TRAINED)), [f"P = {P}" for P in TRAINED])
     _with_controls(largest, colours, "0.7M", LARGER_CONTROLS)

@@ -108,7 +108,7 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
     assert dense["high"] < 0
     assert one["low"] < 0 < one["high"]
     alone = found["dense, embedding", "dense", "middle"]
-    assert is_said(f"lowers the dense model's loss by {-alone['difference']:.3f}")
+    assert is_said(f"One lowers the dense model's loss by {-alone['difference']:.3f}")
 
 
 def test_what_recycled_streams_add_to_one_prefix_is_on_file():
@@ -162,14 +162,26 @@ def test_what_became_of_streams_is_on_file():
     assert is_said("no one prefix, at its cost, is told apart from them")
 
 
+def test_what_four_streams_are_ahead_of_with_one_seed_is_on_file():
+    found = compared("scratch", "1.0M")
+    controls = [found["P = 4", baseline, "middle"] for baseline in ("dense", "prefix", "long prefix", "twin")]
+    dense, short, long, twin = (f"{entry['difference']:+.4f}" for entry in controls)
+    assert is_said(
+        f"four streams are ahead of all these in the middle: {dense} from the dense model, {short} and {long} from one "
+        f"prefix of T and 4 T, {twin} from as many parameters. Two are not."
+    )
+    assert all(entry["high"] < 0 and entry["seeds"] == 1 for entry in controls)
+    assert found["P = 2", "dense", "middle"]["low"] > 0
+
+
 def test_the_laws_k_is_on_file():
     law = on_file("law")
     found = law["N"]["all parameters"]
     low, high = found["k_interval"]
-    fitted = f"fitted to {law['models']} models of our own at 0.1 to 0.7 million, has k = {found['k']:.2f}"
+    fitted = f"fitted to {law['models']} models of our own at 0.1 to 1.0 million, has k = {found['k']:.2f}"
     assert low < 0 < high
     assert is_said(f"{fitted}, 90 % interval ({low:.2f}, {high:.2f}): not told apart from zero")
-    assert law["sizes"] == 4
+    assert law["sizes"] == 5
 
 
 def test_the_batches_of_a_larger_model_are_those_counted():

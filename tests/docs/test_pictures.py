@@ -111,7 +111,8 @@ def test_arms_lie_where_their_differences_are(theme):
     assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
 
 
-TOKENS = {"h48-l4": 2_500_000, "h96-l4": 2_500_000, "h64-l5": 5_400_000, "h80-l6": 9_700_000, "h96-l7": 16_600_000}
+TOKENS = {"h48-l4": 2_500_000, "h96-l4": 2_500_000, "h64-l5": 5_400_000, "h80-l6": 9_700_000}
+TOKENS |= {"h96-l7": 16_600_000, "h128-l6": 25_000_000}
 
 
 def of_seeds(shape, kind="streams", streams=1, length=8):
@@ -162,7 +163,7 @@ def test_losses_over_streams_are_those_of_the_rows(theme):
         for index, by_seed in enumerate(differences(arms)):
             data += [*by_seed, *[fmean(by_seed)] * 2]
             pixels += [*points_in(svg, f"seeds-{size}-{index}")[:, 1], *points_in(svg, f"mean-{size}-{index}")[:, 1]]
-    for size, shape in (("0.2M", "h64-l5"), ("0.4M", "h80-l6")):
+    for size, shape in (("0.2M", "h64-l5"), ("0.4M", "h80-l6"), ("1.0M", "h128-l6")):
         data += [fmean(by_seed) for by_seed in differences(arms_of_streams(shape))]
         pixels += [*points_in(svg, f"streams-{size}")[:, 1]]
     params = [arm[0]["params"] for arm in smallest_arms()]
