@@ -18,6 +18,7 @@ from parscale.format.folders import CONFIG, Checkpoint
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 from parscale.streams.backbones import writes_text
+from parscale.streams.choosing import no_such_set
 
 STREAMS_OFF = "off"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
@@ -58,10 +59,7 @@ def open_checkpoint(
     require_language_model(model, checkpoint)
     if not is_plain and streams is not None:
         if streams != STREAMS_OFF and streams not in (sets := model.parscale.sets):
-            known = ", ".join(map(repr, sets)) or "none"
-            raise ValueError(
-                f"{checkpoint} has no set of streams {streams!r}; it has {known}, and {STREAMS_OFF!r} for the backbone."
-            )
+            raise no_such_set(streams, sets, f", and {STREAMS_OFF!r} for the plain backbone.", checkpoint)
         model.set_streams(None if streams == STREAMS_OFF else streams)
     return model.to(place).eval(), find_tokenizer(checkpoint)
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from parscale.attention.functions import record
-from parscale.attention.masks import extend_dense_mask, extended_mask
+from parscale.attention.masks import extend_dense_mask, extended_mask, is_causal_table
 from parscale.attention.rotary import RotaryTable, rotary_tables
 from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS
 from parscale.compat.transformers import alibi_function, attn_implementation, carries_state
@@ -87,8 +87,7 @@ class CachedAttention:
         self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self.cache_argument = next(name for name in LAYER_CACHES if name in self.parameters)
         self.trial: Prefix | None = None  # a prefix of no set, to test whether the layer accepts one
-        # names of buffers with causal masks, (1, 1, N, N), true where the row's token sees the column's
-        self.tables = [name for name, buffer in module.named_buffers(recurse=False) if _is_causal_table(buffer)]
+        self.tables = [name for name, buffer in module.named_buffers(recurse=False) if is_causal_table(buffer)]
         self.rotation: RotaryTable | None = None  # the table of RoFormer's sines and cosines
         self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
         for name in self.tables:
@@ -266,10 +265,6 @@ class _CausalTable:
     def whole(self) -> Any:
         """The layer's own buffer, which this object shadows, or that of the replica."""
         return nn.Module.__getattr__(self.module, self.name) if self.own is None else self.own
-
-
-def _is_causal_table(buffer: torch.Tensor) -> bool:
-    return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2]
 
 
 def _alibi_of_prefix(module: nn.Module, heads: int, T: int, alibi: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,11 @@ def leading_zeros(mask: object) -> torch.Tensor | None:
     return (mask.cumsum(-1) == 0).sum(-1)
 
 
+def is_causal_table(buffer: torch.Tensor) -> bool:
+    """Whether a layer's buffer is a causal mask `(1, 1, N, N)`, true where the row's token sees the column's."""
+    return buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2]
+
+
 def keep_sizes_static(*tensors: torch.Tensor) -> None:
     """Makes FlexAttention compile again for each size of these tensors on a CPU.
 

@@ -13,9 +13,11 @@ versions, and any other raises an error at startup.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from parscale.compat.names import needed, needed_module
+from parscale.compat.patching import extend
 
 _MODELS, _LAYERS = "vllm.model_executor.models", "vllm.model_executor.layers"
 _BACKENDS = "vllm.v1.attention.backends"
@@ -97,6 +99,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
+
+
+def before_inspection(check: Callable[[list[str], Any], None]) -> None:
+    """Has vLLM call `check` before it looks for a model's class, which `--model-impl terratorch` names by itself.
+
+    Args:
+        check: takes the architectures of the checkpoint and vLLM's configuration of the model, and raises an error.
+    """
+
+    def inspect(own: Callable[..., Any], architectures: str | list[str], model_config: Any) -> Any:
+        check([architectures] if isinstance(architectures, str) else architectures, model_config)
+        return own(architectures, model_config)
+
+    extend(needed(needed_module("vllm"), "ModelRegistry"), "inspect_model_cls", inspect)
 
 
 def put_in_front(request: Any, tokens: list[int]) -> None:

@@ -78,9 +78,10 @@ class BackboneHooks:
         if part is not state.encoder:
             call.enter(part, module)
         if torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
+            is_compiled = torch.compiler.is_compiling()
+            if not is_compiled:
                 use_outside_of_blocks(state)
-            if module.training:
+            if module.training or not is_compiled:
                 recompute_with_own_streams(state, module)
         arguments = dict(zip(state.positional[part][: len(args)], args, strict=True)) | kwargs
         cache = given_cache(arguments)
@@ -109,7 +110,7 @@ class BackboneHooks:
 
     def _mark_encoded(self, module: nn.Module, args: tuple[Any, ...], output: object) -> Any:
         """After the encoder: marks its output with the streams that made its P*B rows."""
-        streams = self.state.in_flight
+        streams = self.state.call.end()
         return output if streams is None else mark_output(output, streams.name, streams.num_streams)
 
     def _mix_before_pooling(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -130,7 +131,7 @@ class BackboneHooks:
         """After the backbone: `(P*B, S, H)` to `(B, S, H)`, also in `hidden_states[-1]` and in what heads read."""
         call = self.state.call
         call.masks.clear()
-        streams = call.in_flight
+        streams = call.end()
         if call.passes is not None:
             output = after_pass(self.state, module, output)
         if call.makes_cache:
@@ -142,6 +143,7 @@ class BackboneHooks:
         output = streams.transform.after(output)
         if getattr(output, "router_logits", None) and self.state.model is not self.state.backbone:
             output.router_logits = _router_logits_by_stream(output.router_logits, streams.num_streams)
+            call.routers = streams.num_streams, len(output.router_logits)
         if not call.aggregating:
             return output
         last = output[0]
@@ -190,13 +192,15 @@ class BackboneHooks:
 
     def _join_router_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the whole model: joins a mixture of experts' router logits by layer again, `(P*B*S, E)`."""
-        streams = self.state.in_flight
-        if streams is None:
+        call = self.state.call
+        routers, call.routers = call.routers, None
+        if routers is None:
             return output
-        if isinstance(output, tuple):  # there, router logits are the tuple of matrices
-            return tuple(_by_layer(part, streams.num_streams) if _are_matrices(part) else part for part in output)
+        P, number = routers
+        if isinstance(output, tuple):
+            return tuple(_by_layer(part, P) if _are_matrices(part, number) else part for part in output)
         if getattr(output, "router_logits", None):
-            output.router_logits = _by_layer(output.router_logits, streams.num_streams)
+            output.router_logits = _by_layer(output.router_logits, P)
         return output
 
     # -- besides the forward pass
@@ -245,9 +249,13 @@ def _by_layer(pieces: tuple[torch.Tensor, ...], P: int) -> tuple[torch.Tensor, .
     return tuple(torch.cat(pieces[i : i + P]) for i in range(0, len(pieces), P))
 
 
-def _are_matrices(part: object) -> bool:
-    """Whether a part of a model's output is a tuple of matrices."""
-    return isinstance(part, tuple) and all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in part)
+def _are_matrices(part: object, number: int) -> bool:
+    """Whether a part of a model's output is a tuple of that many matrices."""
+    return (
+        isinstance(part, tuple)
+        and len(part) == number
+        and all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in part)
+    )
 
 
 def _ends_with(output: Any, last: torch.Tensor) -> list[bool]:

@@ -56,7 +56,7 @@ class Call:
     """The current forward pass in this thread, or the last one.
 
     Args:
-        in_flight: the set that it runs with. `None`: the plain backbone.
+        in_flight: the set that the pass runs with. `None`: the plain backbone, or no pass is running.
         trains: the set's parameters, and whether they are trainable; filled if layers are recomputed.
         part: the mixed part that runs: the backbone, or a tower.
         running: the part itself, or its replica on another device.
@@ -69,6 +69,7 @@ class Call:
         tokens: for `transform="prompt"`: the positions of the tokens, `(R, S)`; `None`: all positions.
         cache: for `transform="prompt"`: the cache of the pass.
         makes_cache: whether the pass was given none, so that a cache in its output is its own.
+        routers: where router logits go from the backbone to the model by stream: P, and the number of these pieces.
         open: the blocks that this thread has open, in any of its tasks; the latest is the last.
         block: the latest of them, for compiled code, which cannot read a context variable.
         tangled: whether not each of them is inside of the one before.
@@ -89,6 +90,7 @@ class Call:
     tokens: torch.Tensor | None = None
     cache: Any = None
     makes_cache: bool = False
+    routers: tuple[int, int] | None = None
     open: list[Block] = dataclasses.field(default_factory=list)
     block: Block | None = None
     tangled: bool = False
@@ -100,7 +102,16 @@ class Call:
         """Starts a pass of the backbone, or of its encoder, with this set."""
         self.masks.clear()
         self.pooled = None
+        self.routers = None
         self.in_flight = streams
+
+    def end(self) -> StreamSet | None:
+        """Ends the pass: a layer that is called by itself is the plain backbone's. Returns the set that ran.
+
+        Layers that are computed again in the backward pass carry what they need (`remembered`).
+        """
+        streams, self.in_flight = self.in_flight, None
+        return streams
 
     def hold(self, blocks: list[Block]) -> None:
         """Records the blocks that this thread has open."""

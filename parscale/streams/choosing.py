@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from parscale.compat.transformers import show_on_models
@@ -119,9 +119,22 @@ def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
     if name is None:
         return None
     if not isinstance(name, str) or name not in state.sets:
-        known = ", ".join(map(repr, state.sets)) or "none"
-        raise ValueError(f"There is no set of streams {name!r}; there are: {known}, and None for the plain backbone.")
+        raise no_such_set(name, state.sets, ", and None for the plain backbone.")
     return state.sets[name]
+
+
+def no_such_set(name: object, sets: Iterable[str | None], ending: str, checkpoint: object = None) -> ValueError:
+    """The error for a set of streams that does not exist.
+
+    Args:
+        name: the set's.
+        sets: the names of those that exist.
+        ending: of the message: what can be chosen beside them, or how.
+        checkpoint: where the set was looked for; by default in the model.
+    """
+    place = "" if checkpoint is None else f" in {checkpoint}"
+    known = ", ".join(map(repr, sets)) or "none"
+    return ValueError(f"There is no set of streams {name!r}{place}; there are: {known}{ending}")
 
 
 def _note(state: ParScaleState, streams: StreamSet | None, trains: bool) -> None:

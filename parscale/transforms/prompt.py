@@ -21,12 +21,13 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from parscale.attention.caches import is_empty
-from parscale.attention.masks import leading_zeros
+from parscale.attention.masks import is_causal_table, leading_zeros
 from parscale.attention.positions import RowPositions
 from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, given_cache
 from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
+from parscale.streams.backbones import has_learned_positions
 from parscale.streams.places import Place
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -121,22 +122,34 @@ class PromptTransform(ModelTransform):
         """
         ids = arguments.get("input_ids")
         columns = arguments["inputs_embeds"].shape[1] if ids is None else ids.shape[1]
-        if torch.compiler.is_compiling() or read != columns or not self._place_counts or not (padding > first).any():
+        if torch.compiler.is_compiling() or read != columns:
             return
+        counts = self._place_counts or (arguments.get("position_ids") is None and self._by_column)
+        if not counts or not (padding > first).any():
+            return
+        takes_positions = "position_ids" in inspect.signature(type(self.state.model).forward).parameters
+        remedy = "pass position_ids, " if takes_positions and not self._place_counts else ""
         raise ValueError(
             f"A row has {int(padding.max())} padding tokens in front, but the first pass of its cache read {first} "
             f"columns: a prompt stands right before the tokens, and in {type(self.state.model).__name__} (windows, "
             "recurrent states or positions by column) its distance from them counts. Read all of the padding in the "
-            "first pass, or use transform='prefix' or 'lora'."
+            f"first pass, {remedy}or use transform='prefix' or 'lora'."
         )
 
     @functools.cached_property
     def _place_counts(self) -> bool:
-        """Whether padding between prompt and tokens changes a result: windows, states, or positions by column."""
+        """Whether padding between prompt and tokens changes a result, whatever the positions: windows or states."""
         backbone = self.state.backbone
+        if any(not table[0, 0, -1, 0] for table in backbone.buffers() if is_causal_table(table)):  # GPT-Neo's window
+            return True
         layers = DynamicCache(config=backbone.config).layers
-        by_column = "position_ids" not in self.state.positional[backbone]
-        return by_column or any(getattr(layer, "is_sliding", False) or carries_state(layer) for layer in layers)
+        return any(getattr(layer, "is_sliding", False) or carries_state(layer) for layer in layers)
+
+    @functools.cached_property
+    def _by_column(self) -> bool:
+        """Whether positions that nobody passes are those of the columns."""
+        backbone = self.state.backbone
+        return "position_ids" not in self.state.positional[backbone] or has_learned_positions(backbone)
 
     def _begin(self, arguments: dict[str, Any], mask: Any, positions: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a first pass: embeddings of prompt and tokens in place of ids."""

@@ -184,7 +184,7 @@ def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
         (["--sequence-length", "129"], "sequence_length is 129, and must be between 2 and the model's 128 positions"),
         (
             ["--streams", "nothing"],
-            "has no set of streams 'nothing'; it has 'default', 'other', and 'off' for the backbone",
+            "; there are: 'default', 'other', and 'off' for the plain backbone.",
         ),
         (["--output", "nowhere/results.json"], "There is no folder nowhere"),
         (["--output", "."], ". is a folder"),

@@ -1,11 +1,14 @@
 """What must hold of every wrapped model whatever its weights: symmetries, ways of calling it, what it returns."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+
+import parscale
 
 TOLERANCE = 2e-5  # as in test_families.py
 
@@ -66,6 +69,35 @@ def test_embeddings_in_place_of_ids(family, zoo):
     model, ids = family.wrapped(), zoo.token_ids()
     embeddings = model.get_input_embeddings()(ids)
     zoo.close(logits_of(model, inputs_embeds=embeddings), logits_of(model, input_ids=ids), 0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"transform": "lora"}, {"kv": "shared"}], ids=str)
+def test_a_layer_called_by_itself_is_the_plain_one(options, zoo):
+    """Whatever ran before: it has the caller's rows, not those of the streams."""
+    case, ids = zoo.Case(zoo.FAMILIES["llama"], "sdpa"), zoo.token_ids()
+    plain, model = case.plain(), parscale.wrap(case.plain(), 2, prefix_length=4, init="random", **options)
+    with torch.no_grad():
+        for parameter in model.parscale.tensors(model.parscale.active).values():
+            parameter.normal_()
+    states = torch.randn(zoo.B, zoo.S, plain.config.hidden_size)
+    positions = plain.model.rotary_emb(states, torch.arange(zoo.S)[None])
+
+    def layer(owner):
+        return owner.model.layers[0](states, position_embeddings=positions)
+
+    for run in (lambda: None, lambda: model(ids), lambda: model.model(ids), lambda: model.generate(ids, max_length=12)):
+        run()
+        assert torch.equal(layer(model), layer(plain))
+
+
+def test_a_layer_of_an_encoder_called_by_itself_is_the_plain_one(zoo):
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    plain = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    model = parscale.wrap(copy.deepcopy(plain), 2, prefix_length=4, init="random")
+    states = torch.randn(zoo.B, zoo.S, 32)
+    model.get_encoder()(input_ids=zoo.token_ids())
+    layers = [owner.get_encoder().block[0].layer[0] for owner in (model, plain)]
+    assert torch.equal(*(layer(states)[0] for layer in layers))
 
 
 def test_arguments_by_position(family, zoo):

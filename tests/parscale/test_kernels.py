@@ -58,6 +58,12 @@ def test_every_operation_is_told(impl, seen, zoo):
     assert seen == [*prompt, ("aggregate", impl), *token, ("aggregate", impl)]
 
 
+@pytest.mark.parametrize("impl", ["auto", "fused"])
+def test_the_trial_of_a_whole_model_compiles_no_kernel(impl, seen, zoo):
+    assert make(zoo, impl).parscale.kernels == impl
+    assert {told for _, told in seen} == {"reference"}
+
+
 def test_the_numbers_are_the_same(zoo, tmp_path):
     family, ids = zoo.FAMILIES["llama"], zoo.token_ids()
     models = [make(zoo, impl) for impl in IMPL]

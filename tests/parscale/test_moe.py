@@ -70,6 +70,23 @@ def test_router_logits_in_a_tuple_and_of_a_backbone_alone(family, zoo):
                     zoo.close(logits, own, TOLERANCE)
 
 
+def test_other_matrices_in_a_tuple_stay(zoo):
+    """A tuple has no names, and its matrices need not be a router's."""
+    model, ids = zoo.Case(zoo.FAMILIES["qwen3_moe"]).wrapped(), zoo.token_ids()
+    others = tuple(torch.randn(3, 2) for _ in range(zoo.P))
+
+    class WithOthers(type(model)):
+        def forward(self, *args, **kwargs):
+            return (*super().forward(*args, **kwargs), others)
+
+    model.__class__ = WithOthers
+    with torch.no_grad():
+        for wanted in (False, True):
+            output = model(input_ids=ids, output_router_logits=wanted, return_dict=False)
+            assert output[-1] is others
+    assert {tuple(logits.shape) for logits in output[-2]} == {(zoo.P * zoo.B * zoo.S, 4)}
+
+
 @pytest.mark.grid
 @only_moe
 @pytest.mark.parametrize("padding", ["none", "all ones", "left", "right"])

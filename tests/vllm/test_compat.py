@@ -47,6 +47,20 @@ def test_tokens_are_put_in_front_of_a_request():
     assert request.block_hashes == [(0, 0), (0, 0, 0, 5)]
 
 
+def test_models_are_checked_before_their_classes_are_looked_for(monkeypatch):
+    from vllm import ModelRegistry
+
+    seen = []
+    monkeypatch.setattr(ModelRegistry, "inspect_model_cls", lambda architectures, model_config: "its own answer")
+    compat.before_inspection(lambda names, model_config: seen.append((names, model_config)))
+    assert ModelRegistry.inspect_model_cls("One", 1) == ModelRegistry.inspect_model_cls(["One"], 2) == "its own answer"
+    assert seen == [(["One"], 1), (["One"], 2)]
+    assert list(inspect.signature(type(ModelRegistry).inspect_model_cls).parameters)[1:] == [
+        "architectures",
+        "model_config",
+    ]
+
+
 def test_a_missing_name_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setitem(compat._PLACES, "Gone", "vllm.logger")
     with pytest.raises(

@@ -46,7 +46,7 @@ def test_a_set_by_its_name(two_sets, serving, name):
 
 
 def test_no_such_set(two_sets, serving):
-    match = r"no set of streams 'third', but 'default', 'other'.*--hf-overrides"
+    match = r"no set of streams 'third' in .*; there are: 'default', 'other': choose one by --hf-overrides"
     refused(serving, two_sets, match, hf_overrides={"parscale_name": "third"})
 
 
@@ -216,6 +216,7 @@ def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):
     [
         ({"enable_lora": True}, "--enable-lora"),
         ({"model_impl": "transformers"}, "--model-impl transformers"),
+        ({"model_impl": "terratorch"}, "without --model-impl terratorch: leave it out"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"runner": "pooling"}, "--runner pooling"),

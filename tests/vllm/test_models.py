@@ -97,6 +97,7 @@ def test_no_weights_are_needed_for_dummies(make_folder, serving, tmp_path, kv):
         assert model.get_parameter(name).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("family", "fields"), [("Qwen2", {}), ("Mistral", {"sliding_window": 24})])
 @pytest.mark.parametrize(
     ("is_v2", "arguments", "expected"),
     [
@@ -106,13 +107,15 @@ def test_no_weights_are_needed_for_dummies(make_folder, serving, tmp_path, kv):
         (True, {"return_sampling_mask": True, "logprobs_mode": "processed_logprobs"}, []),
     ],
 )
-def test_what_refuses_one_stream(make_folder, serving, monkeypatch, is_v2, arguments, expected):
-    """A logits processor, where vLLM allows one."""
+def test_what_refuses_one_stream(make_folder, serving, monkeypatch, family, fields, is_v2, arguments, expected):
+    """A logits processor, where vLLM allows one; where not, the scheduler warns, which the slots need anyway."""
     from vllm import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", is_v2)  # by which vLLM decides
-    config = serving.configured(make_folder("Qwen2", 4), **arguments)
+    config = serving.configured(make_folder(family, 4, **fields), **arguments)
+    has_own_scheduler = config.scheduler_config.scheduler_cls is not None
+    assert has_own_scheduler == (not expected or not fields)
     names = config.model_config.logits_processors or []
     assert [name.rpartition(":")[2] for name in names] == expected
     if expected:

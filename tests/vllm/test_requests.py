@@ -167,18 +167,23 @@ def test_preempted_requests(folder, model, serving):
         assert list(output.outputs[0].token_ids) == serving.reference(model, ids, 40)[0]
 
 
-def test_the_scheduler_of_gpus(folder, model, serving, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("family", "fields"), [("Qwen2", {}), ("Mistral", {"sliding_window": 24})], ids=["slots", "window"]
+)
+def test_the_scheduler_of_gpus(make_folder, serving, monkeypatch, caplog, family, fields):
     """vLLM runs its asynchronous scheduler there, and not on CPUs; its slots are the same.
 
     Where that is not Model Runner V2's, no logits processor refuses one stream: a warning says that all answer.
     """
+    import vllm.logger
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     from parscale.integrations.vllm import scheduler, startup
 
-    monkeypatch.setattr(scheduler, "_WithSlots", scheduler._AsyncWithSlots)
-    monkeypatch.setattr(startup, "_refuse_one_stream", lambda vllm_config: None)
-    ids = serving.prompts([50], seed=9)[0]
+    vllm.logger._print_warning_once.cache_clear()
+    monkeypatch.setattr(scheduler, "_OwnKeysScheduler", scheduler._AsyncOwnKeysScheduler)
+    monkeypatch.setattr(startup, "_refuse_one_stream", lambda vllm_config: False)
+    folder, ids = make_folder(family, 4, prefix_length=32, **fields), serving.prompts([50], seed=9)[0]
     with serving.engine(folder, max_model_len=LONGEST) as llm:
         assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler, AsyncScheduler)
         monkeypatch.setattr(scheduler.logger, "handlers", [caplog.handler])
@@ -189,7 +194,7 @@ def test_the_scheduler_of_gpus(folder, model, serving, monkeypatch, caplog):
         for one in serving.greedy(llm, [ids, ids], 8, extra_args={"parscale_streams": 1}):
             assert one.outputs[0].token_ids == output.outputs[0].token_ids
     assert caplog.text.count("parscale_streams of a request is ignored: streams with keys of their own all answer") == 1
-    assert (list(output.outputs[0].token_ids), output.prompt_token_ids) == (serving.reference(model, ids, 8)[0], ids)
+    assert (list(output.outputs[0].token_ids), output.prompt_token_ids) == (serving.reference(folder, ids, 8)[0], ids)
 
 
 GUESSING = """

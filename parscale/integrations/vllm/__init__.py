@@ -34,10 +34,13 @@ def register() -> None:
             f"{' and '.join(TESTED)}: pip install 'parscale[vllm]'."
         )
     served = set() if reason else {causal_lm_in_checkpoints(name) for name in FAMILIES}
-    for architecture in architectures_in_checkpoints() - served:
+    known = architectures_in_checkpoints()
+    for architecture in known - served:
         other = f"vLLM serves {', '.join(FAMILIES)} with streams, but this checkpoint is {architecture}"
         refuse(architecture, reason or f"{other}: `transformers serve --trust-remote-code` serves any language model.")
-    for architecture in served:
-        from parscale.integrations.vllm.startup import serve
+    if served:
+        from parscale.integrations.vllm.startup import refuse_terratorch, serve
 
-        serve(architecture)
+        for architecture in served:
+            serve(architecture)
+        refuse_terratorch(known)

@@ -1,7 +1,8 @@
-"""The engine's scheduler with T leading slots before each request, for the keys and values of the prefix.
+"""The engine's scheduler for streams with keys of their own, with T leading slots before each request for the prefix.
 
 It runs behind vLLM's front end, which counts, limits and returns only the user's tokens. With prefix caching, the
-slots of all requests share the same blocks of the cache, as far as they fill whole blocks.
+slots of all requests share the same blocks of the cache, as far as they fill whole blocks. Models with a window have no
+slots; their scheduler warns of requests for one stream, where no logits processor has refused them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ logger = init_logger("vllm.parscale.scheduler")
 SLOT = 0  # the token in a slot: any valid id, since the model never reads it
 
 
-class _WithSlots(Scheduler):
+class _OwnKeysScheduler(Scheduler):
     """The common part of both schedulers.
 
-    `parscale.integrations.vllm.startup.prepare` has reserved room for the slots.
+    `parscale.integrations.vllm.startup.prepare` has reserved room for the slots, if there are any.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +46,11 @@ class _WithSlots(Scheduler):
     def add_request(self, request: Request) -> None:
         """Puts the slots before a new request; a request that continues with more input has them already."""
         if request.request_id not in self.requests:
-            _add_slots(request, self.num_slots)
+            sampling = request.sampling_params
+            if sampling is not None and RequestOptions.of(sampling).single:
+                logger.warning_once("%s of a request is ignored: streams with keys of their own all answer.", STREAMS)
+            if self.num_slots:
+                _add_slots(request, self.num_slots)
         super().add_request(request)
 
     def update_from_output(
@@ -53,6 +58,8 @@ class _WithSlots(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """As in vLLM, without the slots in what goes to the user."""
         T = self.num_slots
+        if not T:
+            return super().update_from_output(scheduler_output, model_runner_output)
         tensors = model_runner_output.prompt_logprobs_dict
         for name, whole in tensors.items():
             if whole is not None:
@@ -65,20 +72,18 @@ class _WithSlots(Scheduler):
         return outputs
 
 
-class _AsyncWithSlots(_WithSlots, AsyncScheduler):
+class _AsyncOwnKeysScheduler(_OwnKeysScheduler, AsyncScheduler):
     pass
 
 
-def slot_scheduler(*, vllm_config: VllmConfig, **others: Any) -> Scheduler:
+def own_keys_scheduler(*, vllm_config: VllmConfig, **others: Any) -> Scheduler:
     """The callable that vLLM uses in place of its scheduler class."""
-    scheduler = _AsyncWithSlots if vllm_config.scheduler_config.async_scheduling else _WithSlots
+    scheduler = _AsyncOwnKeysScheduler if vllm_config.scheduler_config.async_scheduling else _OwnKeysScheduler
     return scheduler(vllm_config=vllm_config, **others)
 
 
 def _add_slots(request: Request, num_slots: int) -> None:
     sampling = request.sampling_params
-    if sampling is not None and RequestOptions.of(sampling).single:  # where no logits processor has refused it
-        logger.warning_once("%s of a request is ignored: streams with keys of their own all answer.", STREAMS)
     # A repetition penalty counts the prompt's tokens, so the slots repeat a token of the prompt.
     penalised = sampling is not None and sampling.repetition_penalty != 1.0
     if sampling is not None and sampling.prompt_logprob_token_ids is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from parscale.compat.vllm import (
     AttentionBackendEnum,
     CUDAGraphMode,
     VerifyAndUpdateConfig,
+    before_inspection,
     init_logger,
     is_breakable_cudagraph_enabled,
 )
@@ -22,6 +23,7 @@ from parscale.config import KV, NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SH
 from parscale.format.checks import check_streams
 from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, set_names, stream_config
 from parscale.format.headers import StoredTensor
+from parscale.streams.choosing import no_such_set
 from parscale.streams.naming import TRANSFORM_PART, part_of
 from parscale.streams.sets import DEFAULT
 
@@ -48,6 +50,16 @@ def serve(architecture: str) -> None:
     ModelRegistry.register_model(shared, f"parscale.integrations.vllm.shared_models:{shared}")
     MODELS_CONFIG_MAP[architecture] = _Prepared
     TRANSFORMERS_BACKEND_MODELS[architecture] = (__name__, architecture)
+
+
+def refuse_terratorch(architectures: Collection[str]) -> None:
+    """Makes vLLM refuse `--model-impl terratorch` for these architectures, whose own functions it would not ask."""
+
+    def check(names: list[str], model_config: ModelConfig) -> None:
+        is_ours = not set(names).isdisjoint(architectures)
+        _refuse({"--model-impl terratorch": is_ours and model_config.model_impl == "terratorch"})
+
+    before_inspection(check)
 
 
 class _Prepared(VerifyAndUpdateConfig):
@@ -102,11 +114,13 @@ def prepare(vllm_config: VllmConfig) -> None:
         _prepare_shared(vllm_config)
         where = "apart from the cache, which all share"
     else:
-        _refuse_one_stream(vllm_config)
+        is_refused = _refuse_one_stream(vllm_config)
         num_slots = 0 if _has_window(vllm_config) else streams.prefix_length
         setattr(config, SLOTS, num_slots)
         if num_slots:
             _make_room(vllm_config, num_slots)
+        if num_slots or not is_refused:  # the engine's scheduler adds the slots, and warns of one stream
+            vllm_config.scheduler_config.scheduler_cls = "parscale.integrations.vllm.scheduler.own_keys_scheduler"
         where = "in slots of the cache" if num_slots else "apart from the cache"
     logger.info("%d parallel streams, with prefixes of %d tokens %s", streams.num_streams, streams.prefix_length, where)
 
@@ -125,7 +139,6 @@ def _make_room(vllm_config: VllmConfig, num_slots: int) -> None:
     model.max_model_len += num_slots
     if not scheduler.enable_chunked_prefill:
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
-    scheduler.scheduler_cls = "parscale.integrations.vllm.scheduler.slot_scheduler"
 
 
 def _prepare_shared(vllm_config: VllmConfig) -> None:
@@ -147,11 +160,14 @@ def _prepare_shared(vllm_config: VllmConfig) -> None:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE  # a whole graph would not ask what the requests want
 
 
-def _refuse_one_stream(vllm_config: VllmConfig) -> None:
+def _refuse_one_stream(vllm_config: VllmConfig) -> bool:
     """Has the front end refuse requests for one stream, where vLLM allows a logits processor and it costs nothing.
 
     Model Runner V1 allows none beside speculative decoding, and on GPUs its steps would wait for each other's tokens;
     V2 allows none where it returns what it sampled from.
+
+    Returns:
+        Whether it does.
     """
     if vllm_config.use_v2_model_runner:
         is_free = not vllm_config.model_config.return_sampling_mask
@@ -159,6 +175,7 @@ def _refuse_one_stream(vllm_config: VllmConfig) -> None:
         is_free = vllm_config.speculative_config is None and vllm_config.device_config.device_type == "cpu"
     if is_free:
         _add_processor(vllm_config, "OwnKeysProcessor")
+    return is_free
 
 
 def _add_processor(vllm_config: VllmConfig, name: str) -> None:
@@ -218,10 +235,8 @@ def _chosen_set(
     if name == active:
         return stream_config(checkpoint, fields), None
     if name not in further:
-        raise ValueError(
-            f"{checkpoint} has no set of streams {name!r}, but {', '.join(repr(x) for x in [active, *further])}: "
-            f"""choose one by --hf-overrides '{{"{SET_NAME}": "NAME"}}'."""
-        )
+        how = f""": choose one by --hf-overrides '{{"{SET_NAME}": "NAME"}}'."""
+        raise no_such_set(name, [active, *further], how, checkpoint)
     inside = checkpoint.inside(name)
     return stream_config(inside, inside.read_json(STREAMS_CONFIG)), inside
 

@@ -101,6 +101,49 @@ def test_a_prompt_whose_place_counts_asks_for_all_padding_at_once(name, zoo):
         in_pieces(FRONT - 1)
 
 
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
+LEARNED = {
+    "GPT2LMHeadModel": {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "GPTNeoForCausalLM": SMALL | {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "WhisperForCausalLM": {"vocab_size": 96, "d_model": 32, "max_target_positions": 64, "pad_token_id": 0}
+    | {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 4))},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_prompt_and_learned_positions(name, zoo):
+    """Those that nobody passes are those of columns; behind GPT-Neo's window the prompt's place counts in any case."""
+    cls = getattr(transformers, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**LEARNED[name])).eval()
+        zoo.randomize(model)
+    model, ids = parscale.wrap(model, 3, prefix_length=4, init="random", transform="prompt"), zoo.token_ids()
+    with torch.no_grad():
+        model.parscale.active.transform.parameters()[0].normal_()
+    whole, mask = padded(ids)
+    counted = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def in_pieces(width, **positions):
+        cache, pieces = DynamicCache(config=model.config), []
+        for piece in (slice(width), slice(width, None)):
+            arguments = {"attention_mask": mask[:, : piece.stop]} | {k: x[:, piece] for k, x in positions.items()}
+            pieces.append(logits_of(model, whole[:, piece], cache=cache, use_cache=True, **arguments))
+        return torch.cat(pieces, dim=1)[:, FRONT:]
+
+    at_once = logits_of(model, whole, attention_mask=mask, use_cache=False)[:, FRONT:]
+    zoo.close(in_pieces(FRONT), at_once, 5 * ROUNDING)
+    remedy = ", pass position_ids, or" if name == "GPT2LMHeadModel" else ", or"
+    message = rf"3 padding tokens in front, but .* its cache read 2 columns.* in the first pass{remedy} use transform="
+    with pytest.raises(ValueError, match=message):
+        in_pieces(FRONT - 1)
+    if name == "GPT2LMHeadModel":
+        zoo.close(in_pieces(FRONT - 1, **counted), logits_of(model, ids), 5 * ROUNDING)
+    elif name == "GPTNeoForCausalLM":
+        with pytest.raises(ValueError, match=message):
+            in_pieces(FRONT - 1, **counted)
+
+
 def test_a_prompt_of_a_model_that_counts_positions_from_ids(zoo):
     sizes = zoo.COMMON | {"max_position_embeddings": 32, "pad_token_id": 1, "is_decoder": True}
     with torch.random.fork_rng():

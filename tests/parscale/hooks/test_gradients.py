@@ -139,11 +139,14 @@ def test_checkpointing_with_a_frozen_backbone(family, zoo, reentrant):
 
 
 @REENTRANT
-@pytest.mark.parametrize("transform", ["prefix", "lora"])
-def test_checkpointing_around_the_layers_in_the_thread_of_a_gpu(zoo, transform, reentrant):
-    """FSDP's `activation_checkpointing` puts modules around the layers; on a GPU another thread computes them again."""
+@pytest.mark.parametrize(("transform", "trains"), [("prefix", True), ("prefix", False), ("lora", True)])
+def test_checkpointing_around_the_layers_in_the_thread_of_a_gpu(zoo, transform, trains, reentrant):
+    """FSDP's `activation_checkpointing` puts modules around the layers; on a GPU another thread computes them again.
+
+    They do it in eval mode too.
+    """
     ids, family = zoo.token_ids(), zoo.FAMILIES["llama"]
-    plain, model = (parscale.wrap(family.build(), 2, transform=transform, seed=0).train() for _ in range(2))
+    plain, model = (parscale.wrap(family.build(), 2, transform=transform, seed=0).train(trains) for _ in range(2))
     plain.freeze_backbone()
     expected = gradients(plain, ids, use_cache=False)
     model.freeze_backbone()
