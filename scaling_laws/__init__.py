@@ -8,11 +8,12 @@ from parscale.scaling_laws.hardware import Hardware, known_hardware, read_hardwa
 from parscale.scaling_laws.holdout import compare, leave_one_out
 from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.plan import Plan, frontier, optimal
-from parscale.scaling_laws.shapes import ModelShape, published_models
+from parscale.scaling_laws.shapes import Attention, ModelShape, published_models
 from parscale.scaling_laws.training_memory import TrainingMemory, known_backbones, training_memory
 from parscale.scaling_laws.worth import crossover, dense_equivalent, versus
 
 __all__ = [
+    "Attention",
     "Cost",
     "Fit",
     "Hardware",

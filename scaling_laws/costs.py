@@ -84,7 +84,8 @@ def cost(
     """The memory and time to generate a number of tokens for a batch of prompts.
 
     Args:
-        config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; any architecture with attention.
+        config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; any architecture with attention
+            but those that compress keys (DeepSeek-V4).
         num_streams: P.
         batch_size: B, prompts in a batch.
         input_length: tokens of each prompt.
@@ -141,12 +142,11 @@ def cost(
 
 
 def _require_countable_by_paper(shape: ModelShape, dtype: str, overhead: float) -> None:
-    of_hidden = math.isclose(shape.head_dim * shape.heads, shape.hidden)  # a quotient of the two may be rounded
-    if shape.experts or shape.kv_rank or not shape.gated or not of_hidden:
+    of_hidden = math.isclose(shape.attention[0].query, shape.hidden)  # a quotient of the two may be rounded
+    if shape.experts or not shape.has_equal_layers or not shape.gated or not of_hidden:
         raise ValueError(
-            "the paper's count is for dense models with a gated MLP and heads of hidden size / heads, and "
-            f"{shape.name!r} is not one; "
-            'use method="roofline"'
+            "the paper's count is for dense models with a gated MLP and heads of hidden size / heads, in every layer, "
+            f'and {shape.name!r} is not one; use method="roofline"'
         )
     if dtype not in ("bfloat16", "float16") or overhead:
         raise ValueError(
@@ -156,10 +156,15 @@ def _require_countable_by_paper(shape: ModelShape, dtype: str, overhead: float) 
 
 
 def _notes(shape: ModelShape) -> tuple[str, ...]:
-    stateful = shape.layers - shape.attention_layers
-    if not stateful:
-        return ()
-    return (
-        f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted as if they were "
-        "attention, their states and what they read of other layers' keys as nothing.",
-    )
+    notes = []
+    if stateful := sum(kind.layers for kind in shape.attention if kind.keys == "none"):
+        notes.append(
+            f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted as if they were "
+            "attention, their states and what they read of images as nothing."
+        )
+    if shape.zero_experts:
+        notes.append(
+            f"of the {shape.active_experts} experts that a token passes, {shape.used_experts:.3g} have parameters: the "
+            "average of routers that choose evenly among these and the zero experts."
+        )
+    return tuple(notes)

@@ -35,7 +35,7 @@ def memory(shape: ModelShape, work: Workload) -> Split:
     """Bytes, split by content."""
     length = _prompt(shape, work)
     rows, h = work.rows, shape.hidden
-    layer = max(3 * h, 2 * h + 4 * shape.heads, shape.intermediate)
+    layer = max(3 * h, 2 * h + 4 * shape.attention[0].heads, shape.intermediate)
     return {
         "weights": BYTES
         * (shape.layers * (_attention_params(shape) + _mlp_params(shape) + 2 * h) + h * (shape.vocab + 1)),
@@ -50,11 +50,12 @@ def seconds(shape: ModelShape, work: Workload, device: Hardware) -> tuple[Split,
     rate, bandwidth = device.flops(16), device.bandwidth
     length = _prompt(shape, work)
     tokens = work.input_length + work.output_length
+    heads = shape.attention[0].heads
 
     def attention(rows: int, span: int) -> float:
-        groups = shape.heads / shape.kv_heads
+        groups = heads / shape.attention[0].kv_heads
         flops = 4 * rows * span * shape.hidden * (shape.hidden * (1 + 1 / groups) + span)
-        buffers = max(3 * shape.hidden, 2 * shape.hidden + 4 * shape.heads) * rows * span
+        buffers = max(3 * shape.hidden, 2 * shape.hidden + 4 * heads) * rows * span
         return max(flops / rate, BYTES * (_attention_params(shape) + buffers) / bandwidth)
 
     def mlp(rows: int, span: int) -> float:
@@ -96,7 +97,8 @@ def _prompt(shape: ModelShape, work: Workload) -> int:
 
 
 def _attention_params(shape: ModelShape) -> float:
-    return 2 * shape.hidden**2 * (1 + shape.kv_heads / shape.heads)
+    layer = shape.attention[0]
+    return 2 * shape.hidden**2 * (1 + layer.kv_heads / layer.heads)
 
 
 def _mlp_params(shape: ModelShape) -> float:
@@ -110,4 +112,5 @@ def _aggregator_params(shape: ModelShape, streams: int) -> float:
 def _cache_bytes(shape: ModelShape, work: Workload) -> float:
     """Keys and values of every row at its final length, including the prefix."""
     length = _prompt(shape, work) + work.output_length
-    return 2 * work.rows * length * shape.hidden * shape.kv_heads / shape.heads * BYTES * shape.layers
+    layer = shape.attention[0]
+    return 2 * work.rows * length * shape.hidden * layer.kv_heads / layer.heads * BYTES * shape.layers

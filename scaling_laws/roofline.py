@@ -108,17 +108,18 @@ def memory(shape: ModelShape, work: Workload) -> Split:
     length = work.input_length + work.output_length - 1  # the last token's keys and values are not needed
     streamed = work.streams > 1
     tokens = work.cache_rows * work.input_length  # in the pass over the prompt, the largest
-    query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
-    attention = query + shape.kv_per_token + value
+    attention = max(kind.query + kind.projected + kind.value for kind in shape.attention)
     inner = (shape.mlp_matrices - 1) * max(
-        shape.intermediate, shape.active_experts * shape.expert_intermediate + shape.shared_intermediate
+        shape.intermediate, shape.used_experts * shape.expert_intermediate + shape.shared_intermediate
     )
     gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output, besides the residual stream
     return {
         "weights": shape.backbone_params * weight + shape.embedding_params * work.embedding_bits / 8,
         "prefixes": shape.prefix_params(work.streams, work.kv) * number,
         "aggregator": shape.aggregator_params(work.streams) * number,
-        "kv_cache": work.cache_rows * shape.cached_per_token * number * _kept_tokens(shape, length),
+        "kv_cache": work.cache_rows
+        * number
+        * sum(kind.layers * kind.cached_per_token * min(length, kind.window or length) for kind in shape.attention),
         "activations": number * tokens * (shape.hidden + max(attention, inner, gathered))
         + 4 * work.batch * shape.vocab,
     }
@@ -165,22 +166,12 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
     """
     h, n = shape.hidden, rows.rows * tokens
     number, weight = work.bits / 8, work.weight_bits / 8
-    query, value = shape.heads * shape.head_dim, shape.heads * shape.value_dim
     once = np.ones_like(contexts)
-    seen, loaded = _attended(shape, tokens, contexts)
-    prefix = rows.prefixes * shape.prefix_length * shape.attention_layers
-    projections = shape.layers * (
-        shape.attention_params * weight + number * n * (2 * h + query + shape.kv_per_token + value)
-    )
-    scores = rows.rows * seen + work.batch * tokens * prefix
-    cached = rows.cache_rows * loaded + prefix
+    widths = sum(kind.layers * (2 * h + kind.query + kind.projected + kind.value) for kind in shape.attention)
+    projections = shape.attention_params * weight + number * n * widths
     operations = [
-        Operation("projections", once * 2 * n * shape.layers * shape.attention_params, once * projections),
-        Operation(
-            "attention",
-            2 * scores * (query + value),
-            number * (cached * shape.kv_per_token + n * shape.attention_layers * (query + value)),
-        ),
+        Operation("projections", once * 2 * n * shape.attention_params, once * projections),
+        _attention(shape, work, rows, tokens, contexts),
         _mlp(shape, work, n, once),
         Operation("norms", once * 10 * n * h * shape.layers, once * 10 * n * h * shape.layers * number),
         _embedding_and_head(shape, work, rows, n, once),
@@ -195,6 +186,21 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
             )
         )
     return operations
+
+
+def _attention(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: Array) -> Operation:
+    """Scores and weighted sums, in the layers that read keys and values; prefixes are read as these are."""
+    prefix = rows.prefixes * shape.prefix_length
+    flops, elements = np.zeros_like(contexts), np.zeros_like(contexts)
+    for kind in shape.attention:
+        if kind.keys == "none":
+            continue
+        seen, loaded = _attended(kind.window, tokens, contexts)
+        per_token = kind.query + kind.value
+        flops += kind.layers * 2 * (rows.rows * seen + work.batch * tokens * prefix) * per_token
+        cached = (rows.cache_rows * loaded + prefix) * kind.kv_per_token
+        elements += kind.layers * (cached + rows.rows * tokens * per_token)
+    return Operation("attention", flops, work.bits / 8 * elements)
 
 
 def _embedding_and_head(shape: ModelShape, work: Workload, rows: Pass, n: float, once: Array) -> Operation:
@@ -213,34 +219,22 @@ def _mlp(shape: ModelShape, work: Workload, n: float, once: Array) -> Operation:
     loaded = dense * shape.dense_mlp_params
     inner = dense * shape.mlp_matrices * shape.intermediate
     if shape.sparse_layers:
-        met = shape.experts * (1 - (1 - shape.active_experts / shape.experts) ** n)
-        flops += shape.sparse_layers * (shape.active_experts * shape.expert_params + shape.shared_params)
+        met = shape.experts * (1 - (1 - shape.used_experts / shape.experts) ** n)
+        flops += shape.sparse_layers * (shape.used_experts * shape.expert_params + shape.shared_params)
         loaded += shape.sparse_layers * (met * shape.expert_params + shape.shared_params)
-        width = shape.active_experts * shape.expert_intermediate + shape.shared_intermediate
+        width = shape.used_experts * shape.expert_intermediate + shape.shared_intermediate
         inner += shape.sparse_layers * shape.mlp_matrices * width
     traffic = loaded * weight + number * n * (2 * shape.layers * shape.hidden + inner)
     return Operation("mlp", once * 2 * n * flops, once * traffic)
 
 
-def _attended(shape: ModelShape, tokens: int, contexts: Array) -> tuple[Array, Array]:
+def _attended(window: int, tokens: int, contexts: Array) -> tuple[Array, Array]:
     """Pairs of a new token and a visible token, and tokens whose keys and values are read.
 
-    Both per row and summed over layers.
+    Both per row of one layer.
     """
-    full = shape.attention_layers - shape.window_layers
-    pairs = tokens * contexts + tokens * (tokens + 1) / 2
     kept = contexts + tokens
-    if not shape.window_layers:
-        return full * pairs, full * kept
-    window = shape.window
-    near = np.clip(window - contexts, 0, tokens)  # new tokens whose window is not full
-    narrow = near * contexts + near * (near + 1) / 2 + (tokens - near) * window
-    return full * pairs + shape.window_layers * narrow, full * kept + shape.window_layers * np.minimum(
-        kept, window + tokens - 1
-    )
-
-
-def _kept_tokens(shape: ModelShape, length: int) -> int:
-    """Tokens whose keys and values are kept, summed over layers."""
-    full = shape.attention_layers - shape.window_layers
-    return full * length + shape.window_layers * min(length, shape.window or length)
+    reach = window or kept.max()
+    near = np.clip(reach - contexts, 0, tokens)  # new tokens whose window is not full
+    pairs = near * contexts + near * (near + 1) / 2 + (tokens - near) * reach
+    return pairs, np.minimum(kept, reach + tokens - 1)

@@ -13,6 +13,84 @@ PREFIX_LENGTH = 48
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The attention of the layers in which it has the same sizes, in elements."""
+
+    layers: int
+    """The number of these layers."""
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key heads, G."""
+    head_dim: float
+    """D, the size of a query or a key of one head. May be fractional in a scaled shape (`ModelShape.scaled`)."""
+    value_dim: float
+    """The size of a value of one head."""
+    keys: str = "own"
+    """Which keys and values a layer reads: `"own"`, which it caches; `"borrowed"`, those of another layer, without a
+    projection of its own; `"none"`, as a layer with a state of constant size (linear attention, state space)."""
+    window: int = 0
+    """Tokens in its sliding window; 0 without one."""
+    keys_are_values: bool = False
+    """Whether one projection yields both keys and values."""
+    query_rank: int = 0
+    """Rank of a low-rank query projection; 0 for a full one."""
+    kv_rank: int = 0
+    """Rank of multi-head latent attention; 0 without it."""
+    rope_dim: int = 0
+    """With latent attention: how many of `head_dim` encode positions."""
+
+    @property
+    def query(self) -> float:
+        """The queries of one token."""
+        return self.heads * self.head_dim
+
+    @property
+    def value(self) -> float:
+        """What attention returns for one token: a value for each query head."""
+        return self.heads * self.value_dim
+
+    @property
+    def kv_per_token(self) -> float:
+        """The keys and values of one token."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def projected(self) -> float:
+        """The keys and values of one token that a layer projects: none if it borrows them."""
+        return 0 if self.keys == "borrowed" else self.kv_per_token
+
+    @property
+    def cached_per_token(self) -> float:
+        """What the cache of a layer keeps of one token: its keys and values, or their latents."""
+        if self.keys != "own":
+            return 0
+        return self.kv_rank + self.rope_dim if self.kv_rank else self.kv_per_token
+
+    def params(self, hidden: float, biases: str) -> float:
+        """Parameters of one layer.
+
+        Args:
+            hidden: H, the size of a hidden state.
+            biases: as in `ModelShape`.
+
+        Returns:
+            The elements of its matrices and biases.
+        """
+        total = self.query_rank * (hidden + self.query) if self.query_rank else hidden * self.query
+        if self.kv_rank and self.keys != "borrowed":
+            unrotated = self.head_dim - self.rope_dim
+            total += hidden * (self.kv_rank + self.rope_dim)
+            total += self.kv_rank * self.heads * (unrotated + self.value_dim)
+        else:
+            total += hidden * (self.projected / 2 if self.keys_are_values else self.projected)
+        total += self.value * hidden
+        if biases != "none":
+            total += self.query + self.projected + (hidden if biases == "all" else 0)
+        return total
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes that determine parameters, memory and time, in elements."""
 
@@ -22,14 +100,8 @@ class ModelShape:
     """Decoder layers."""
     hidden: float
     """H, the size of a hidden state. May be fractional in a scaled shape (`scaled`)."""
-    heads: int
-    """Query heads."""
-    kv_heads: int
-    """Key heads, G."""
-    head_dim: float
-    """D, the size of a query or a key of one head."""
-    value_dim: float
-    """The size of a value of one head."""
+    attention: tuple[Attention, ...]
+    """The attention of all layers, one entry for each kind of layer."""
     intermediate: float
     """Inner size of a dense MLP."""
     vocab: int
@@ -38,22 +110,12 @@ class ModelShape:
     """Whether the MLP is gated: two matrices up and one down, rather than one of each."""
     tied: bool
     """Whether the output matrix is tied to the embedding."""
-    attention_layers: int
-    """Layers that cache keys and values; the others (linear attention, state space) have a state of constant size."""
-    query_rank: int = 0
-    """Rank of a low-rank query projection; 0 for a full one."""
-    kv_rank: int = 0
-    """Rank of multi-head latent attention; 0 without it."""
-    rope_dim: int = 0
-    """With latent attention: how many of `head_dim` encode positions."""
-    window: int = 0
-    """Tokens in the window of a layer with a sliding window; 0 without one."""
-    window_layers: int = 0
-    """The number of `attention_layers` with this window."""
     experts: int = 0
     """Routed experts in a sparse layer; 0 for a dense model."""
+    zero_experts: int = 0
+    """Choices of a router beside these that return their input, without parameters or arithmetic."""
     active_experts: int = 0
-    """Routed experts per token."""
+    """Experts that a router chooses for a token, zero experts among them."""
     expert_intermediate: float = 0
     """Inner size of a routed expert."""
     shared_intermediate: float = 0
@@ -77,23 +139,21 @@ class ModelShape:
         return 3 if self.gated else 2
 
     @property
+    def attention_layers(self) -> int:
+        """Layers that cache keys and values."""
+        return sum(kind.layers for kind in self.attention if kind.keys == "own")
+
+    @property
+    def has_equal_layers(self) -> bool:
+        """Whether grouped-query attention has the same sizes in all layers, whatever their windows."""
+        first = self.attention[0]
+        alike = {dataclasses.replace(kind, layers=1, window=0) for kind in self.attention}
+        return alike == {Attention(1, first.heads, first.kv_heads, first.head_dim, first.head_dim)}
+
+    @property
     def attention_params(self) -> float:
-        """Matrices and biases of the attention in one layer."""
-        h, query, key, value = (
-            self.hidden,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-            self.kv_heads * self.value_dim,
-        )
-        total = self.query_rank * (h + query) if self.query_rank else h * query
-        if self.kv_rank:
-            unrotated = self.head_dim - self.rope_dim
-            total += h * (self.kv_rank + self.rope_dim) + self.kv_rank * self.heads * (unrotated + self.value_dim)
-        else:
-            total += h * (key + value)
-        total += self.heads * self.value_dim * h
-        total += {"none": 0, "qkv": query + key + value, "all": query + key + value + h}[self.biases]
-        return total
+        """Matrices and biases of the attention in all layers."""
+        return sum(kind.layers * kind.params(self.hidden, self.biases) for kind in self.attention)
 
     @property
     def dense_mlp_params(self) -> float:
@@ -108,9 +168,14 @@ class ModelShape:
         return self.mlp_matrices * self.hidden * self.expert_intermediate
 
     @property
+    def used_experts(self) -> float:
+        """Routed experts per token, on average over tokens that choose evenly: without the zero experts."""
+        return self.active_experts * self.experts / max(1, self.experts + self.zero_experts)
+
+    @property
     def shared_params(self) -> float:
         """Parameters that every token uses in a sparse layer: shared experts and the router."""
-        return self.mlp_matrices * self.hidden * self.shared_intermediate + self.hidden * self.experts
+        return self.hidden * (self.mlp_matrices * self.shared_intermediate + self.experts + self.zero_experts)
 
     @property
     def embedding_params(self) -> float:
@@ -123,17 +188,7 @@ class ModelShape:
         norms = (self.norms_per_layer * self.layers + 1) * self.hidden * (2 if self.biases == "all" else 1)
         dense = (self.layers - self.sparse_layers) * self.dense_mlp_params
         sparse = self.sparse_layers * (self.experts * self.expert_params + self.shared_params)
-        return self.layers * self.attention_params + dense + sparse + norms
-
-    @property
-    def kv_per_token(self) -> float:
-        """Keys and values of one token in one attention layer."""
-        return self.kv_heads * (self.head_dim + self.value_dim)
-
-    @property
-    def cached_per_token(self) -> float:
-        """What the cache keeps of one token in one attention layer: its keys and values, or their latents."""
-        return self.kv_rank + self.rope_dim if self.kv_rank else self.kv_per_token
+        return self.attention_params + dense + sparse + norms
 
     def prefix_params(self, streams: int, kv: str = "own") -> float:
         """Parameters of the prefixes.
@@ -143,11 +198,12 @@ class ModelShape:
             kv: the keys and values that a stream reads, `"own"` or `"shared"`.
 
         Returns:
-            `attention layers * P * G * T * (D of keys + D of values)`; with `P - 1` in place of P if the streams share
-            keys, since stream 0 has no prefix then; 0 at P = 1.
+            `P * G * T * (D of keys + D of values)`, summed over the layers that cache keys; with `P - 1` in place of P
+            if the streams share keys, since stream 0 has no prefix then; 0 at P = 1.
         """
         prefixed = streams - (kv == "shared") if streams > 1 else 0
-        return self.attention_layers * prefixed * self.prefix_length * self.kv_per_token
+        kept = sum(kind.layers * kind.kv_per_token for kind in self.attention if kind.keys == "own")
+        return prefixed * self.prefix_length * kept
 
     def aggregator_params(self, streams: int) -> float:
         """Parameters of the aggregator.
@@ -181,8 +237,12 @@ class ModelShape:
         Returns:
             A shape whose sizes may be fractions.
         """
-        names = ("hidden", "head_dim", "value_dim", "intermediate", "expert_intermediate", "shared_intermediate")
-        return dataclasses.replace(self, **{name: getattr(self, name) * width for name in names})
+        names = ("hidden", "intermediate", "expert_intermediate", "shared_intermediate")
+        attention = tuple(
+            dataclasses.replace(kind, head_dim=kind.head_dim * width, value_dim=kind.value_dim * width)
+            for kind in self.attention
+        )
+        return dataclasses.replace(self, attention=attention, **{name: getattr(self, name) * width for name in names})
 
     def scaled_to(self, params: float) -> ModelShape:
         """The same model, wider or narrower, with a given size.

@@ -188,9 +188,10 @@ def training_memory(
 def _countable_shape(config: Config, prefix_length: int | None) -> ModelShape:
     """The shape of a model whose training is counted, with another prefix length if given."""
     shape = config if isinstance(config, ModelShape) else read_shape(config)
-    if shape.experts or shape.kv_rank or not shape.gated or shape.attention_layers != shape.layers:
+    if shape.experts or not shape.gated or not shape.has_equal_layers:
         raise ValueError(
-            f"training is counted for decoders with a gated MLP in every layer, but {shape.name!r} is not one"
+            "training is counted for decoders with a gated MLP in every layer and the same grouped-query attention in "
+            f"each, but {shape.name!r} is not one"
         )
     return shape if prefix_length is None else dataclasses.replace(shape, prefix_length=prefix_length)
 
@@ -222,7 +223,8 @@ def known_backbones() -> dict[str, dict[str, Any]]:
 
 def _matrices(shape: ModelShape) -> list[tuple[float, float]]:
     """The input and output sizes of one layer's seven matrices."""
-    h, query, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = shape.attention[0]
+    h, query, kv = shape.hidden, layer.query, layer.kv_per_token / 2
     return [(h, query), (h, kv), (h, kv), (query, h)] + [(h, shape.intermediate)] * 2 + [(shape.intermediate, h)]
 
 
@@ -274,7 +276,8 @@ def _activations(run: _Run) -> tuple[float, float, float]:
         kept += shape.layers * residual
         again = layer + layer_copies - (residual if run.r == 4 else 0)  # its input is already stored
     else:
-        kept += first + (shape.layers - 1) * layer + 2 * run.S * shape.head_dim * run.r  # and sines and cosines
+        rotary = 2 * run.S * shape.attention[0].head_dim * run.r  # sines and cosines
+        kept += first + (shape.layers - 1) * layer + rotary
         copies += shape.layers * layer_copies
     moments: list[float] = [2 * logits]  # the loss: gradients of log-probabilities and of logits
     freed = mixing + head_copies
@@ -289,10 +292,10 @@ def _activations(run: _Run) -> tuple[float, float, float]:
 def _layer(run: _Run) -> tuple[float, float]:
     """The bytes that a layer stores, and those of the first layer."""
     shape, n, c = run.shape, run.n, run.c
-    h, inner = shape.hidden, shape.intermediate
-    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    h, inner, heads = shape.hidden, shape.intermediate, shape.attention[0]
+    query, kv = heads.query, heads.kv_per_token / 2
     norm: float = 4 * n * (h + 1)
-    attention = c * n * (2 * query + 2 * kv) + 4 * n * shape.heads
+    attention = c * n * (2 * query + 2 * kv) + 4 * n * heads.heads
     mlp = 3 * c * n * inner
     into_attention, into_mlp, others = 0.0, 0.0, 0.0
     if run.everything:
@@ -305,7 +308,7 @@ def _layer(run: _Run) -> tuple[float, float]:
         others = c * n * (inner + 7 * run.rank + (query if run.casts else 0))
     heads_norms = 0.0
     if shape.name in QUERY_KEY_NORMS:
-        heads_norms = n * (shape.heads + shape.kv_heads) * (4 * shape.head_dim + 4)
+        heads_norms = n * (heads.heads + heads.kv_heads) * (4 * heads.head_dim + 4)
         heads_norms += c * n * (query + kv) if run.everything else 0
     layer = 2 * norm + attention + heads_norms + mlp + into_attention + into_mlp + others
     without_gradient = {"streams": norm + heads_norms, "lora": norm, "everything": 0.0}[run.trains]

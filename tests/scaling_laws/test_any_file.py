@@ -97,6 +97,10 @@ MODEL = published_models()["1.6B"] | {
     "text_config": None,
     "depths": [1, 2],
 }
+ELSEWHERE = (
+    "first_k_dense_replace", "decoder_sparse_step", "v_head_dim", "per_layer_config", "mlp_layer_types", "swa_head_dim",
+    "num_attention_heads_per_layer", "num_kv_shared_layers", "global_head_dim", "zero_expert_num",
+)  # fmt: skip
 NUMBER = st.one_of(
     st.integers(-1, 100), st.sampled_from([10**5, 10**9, 10**15, 10**400]), st.floats(), st.none(), st.booleans()
 )
@@ -106,7 +110,9 @@ VALUE = st.one_of(
 
 
 @ANYTHING
-@given(st.dictionaries(st.sampled_from([*MODEL, "first_k_dense_replace", "decoder_sparse_step", "v_head_dim"]), VALUE))
+@given(st.dictionaries(st.sampled_from([*MODEL, *ELSEWHERE]), VALUE))
+@example({"per_layer_config": {"9" * 5000: {}}})
+@example({"per_layer_config": {"1": {"head_dim": [10**400]}}})
 @example({"num_hidden_layers": 10**9})
 @example({"num_hidden_layers": [1, 10**9]})
 @example({"hidden_size": 10**400})

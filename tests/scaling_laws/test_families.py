@@ -1,28 +1,16 @@
 """What a configuration says of layers, caches, experts and ties, against the small model that transformers builds."""
 
-import dataclasses
-import importlib.util
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
+from counted_models import cached_bytes, counted_bytes, fields_of, tiny_models, window_layers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from parscale import wrap
-from parscale.scaling_laws import cost, read_shape
+from parscale.scaling_laws import read_shape
 
-spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).parents[2] / "benchmarks" / "tiny_models.py"
-)
-tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
-
-TOKENS = 40
 CACHES = [
     "BambaForCausalLM", "DeepseekV3ForCausalLM", "Gemma3nForCausalLM", "JambaForCausalLM", "Lfm2ForCausalLM",
     "Llama4ForCausalLM", "MiniCPM3ForCausalLM", "MllamaForCausalLM", "Zamba2ForCausalLM", "ZambaForCausalLM",
@@ -43,32 +31,10 @@ MIXTURES = {
 }
 
 
-def fields_of(config):
-    """The contents of its `config.json`."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
-
-
 def build(name):
     if name not in tiny_models.names():
         pytest.skip(f"no {name} in this transformers")
     return tiny_models.Tiny(name).build()
-
-
-def cached_bytes(model):
-    """Of the keys and values of all layers, and how many have some."""
-    with torch.no_grad():
-        cache = model(torch.randint(3, tiny_models.FIRST_SPECIAL, (1, TOKENS)), use_cache=True).past_key_values
-    kept = [each for layer in cache.layers if (each := getattr(layer, "keys", None)) is not None]
-    values = [layer.values for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(tensor.nbytes for tensor in kept + values), len(kept)
-
-
-def counted_bytes(fields):
-    """Of a cache that keeps one token less than a window has, as transformers' does: it sees the new one beside it."""
-    shape = read_shape(fields)
-    shape = dataclasses.replace(shape, window=shape.window - 1)
-    work = {"batch_size": 1, "input_length": TOKENS, "output_length": 1, "dtype": "float32"}
-    return cost(shape, num_streams=1, **work).memory["kv_cache"]
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -95,22 +61,15 @@ def test_layers_are_found_where_a_file_does_not_list_them(kind):
     fields = {name: value for name, value in fields_of(config).items() if name not in ("layer_types", "no_rope_layers")}
     shape = read_shape(fields)
     assert shape.attention_layers == sum("linear" not in each for each in config.layer_types)
-    assert shape.window_layers == sum("sliding" in each or "chunked" in each for each in config.layer_types)
+    assert window_layers(shape) == sum("sliding" in each or "chunked" in each for each in config.layer_types)
     windows = {"llama4_text": 8192, "recurrent_gemma": 2048, "bamba": 0}
-    assert shape.window == windows[kind]
+    assert max(each.window for each in shape.attention) == windows[kind]
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "xlstm"])
 def test_a_model_without_attention_is_refused(kind):
     with pytest.raises(ValueError, match=f"no layer of '{kind}' keeps keys and values"):
         read_shape(AutoConfig.for_model(kind))
-
-
-def test_layers_that_share_keys_are_said():
-    fields = fields_of(AutoConfig.for_model("gemma3n_text"))
-    (note,) = cost(fields, num_streams=2, batch_size=1, input_length=8, output_length=8).notes
-    assert note.startswith("15 of 35 layers keep no keys and values")
-    assert "what they read of other layers' keys as nothing" in note
 
 
 @pytest.mark.parametrize("name", ["Gemma3nForCausalLM", "BambaForCausalLM", "DeepseekV3ForCausalLM"])

@@ -92,6 +92,6 @@ def test_wider_models_are_counted_whatever_their_heads():
     shape = read_shape({"model_type": "llama", "num_attention_heads": 12, **sizes})
     work = {"num_streams": 1, "batch_size": 1, "input_length": 64, "output_length": 64, "method": "paper"}
     wider = [shape.scaled(1 + step / 97) for step in range(1, 97)]
-    assert any(each.head_dim * each.heads != each.hidden for each in wider)
+    assert any(each.attention[0].query != each.hidden for each in wider)
     plain = cost(shape, **work).seconds
     assert all(plain < cost(each, **work).seconds < 5 * plain for each in wider)

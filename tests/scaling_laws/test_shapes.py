@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from counted_models import window_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parscale.scaling_laws import published, published_models, read_shape
@@ -12,9 +13,9 @@ from parscale.scaling_laws.shapes import ModelShape
 # Exact to 1 in 1000 for these; what is left are biases of norms and norms of queries and keys.
 EXACT = [
     "aria_text", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "falcon", "gemma",
-    "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "granite", "llama", "minimax_m2", "mistral", "mixtral", "mpt",
-    "nanochat", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
-    "stablelm", "starcoder2",
+    "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "granite", "llama", "mimo_v2_flash", "minimax_m2", "mistral",
+    "mixtral", "mpt", "nanochat", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 ]  # fmt: skip
 
 
@@ -23,8 +24,9 @@ def few_layers(kind):
     config = AutoConfig.for_model(kind)
     name = next(name for name in ("num_hidden_layers", "n_layer", "n_layers") if hasattr(config, name))
     setattr(config, name, 4)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:4]
+    for kinds in ("layer_types", "mlp_layer_types"):
+        if getattr(config, kinds, None):
+            setattr(config, kinds, getattr(config, kinds)[:4])
     if kind == "phi":  # the default has one more matrix of layer norms than counted
         config.qk_layernorm = False
     if kind == "deepseek_v2":  # the default does not say
@@ -75,14 +77,14 @@ def test_streams_add_what_a_wrapped_model_has():
 
 def test_windows_layers_and_nested_configurations_are_read():
     shape = read_shape(json.loads(AutoConfig.for_model("gemma3_text").to_json_string(use_diff=False)))
-    assert 0 < shape.window_layers < shape.attention_layers == shape.layers
+    assert 0 < window_layers(shape) < shape.attention_layers == shape.layers
     text = {"model_type": "qwen3_next", **json.loads(AutoConfig.for_model("qwen3_next").to_json_string(use_diff=False))}
     hybrid = read_shape(text)
     assert hybrid.attention_layers == hybrid.layers // 4
     outer = {"model_type": "llava", "text_config": published_models()["0.5B"], "tie_word_embeddings": False}
     assert read_shape(outer).hidden == 896
     unused = published_models()["0.5B"] | {"sliding_window": 512, "use_sliding_window": False}
-    assert read_shape(unused).window_layers == 0
+    assert window_layers(read_shape(unused)) == 0
 
 
 def without_kinds(kind, **sizes):
@@ -111,12 +113,12 @@ def test_kinds_of_layers_are_found_as_transformers_does(kind, field):
     kinds = getattr(again, "layer_types", None) or ["sliding_attention"] * again.num_hidden_layers
     shape = read_shape(fields)
     assert shape.attention_layers == sum("linear" not in each for each in kinds)
-    assert shape.window_layers == sum("sliding" in each for each in kinds)
+    assert window_layers(shape) == sum("sliding" in each for each in kinds)
 
 
 def test_a_pattern_of_letters_repeats():
     fields = published_models()["0.5B"] | {"num_hidden_layers": 10, "sliding_window": 512}
-    assert read_shape(fields | {"sliding_window_pattern": "LLLG"}).window_layers == 8
+    assert window_layers(read_shape(fields | {"sliding_window_pattern": "LLLG"})) == 8
 
 
 def test_layers_and_experts_of_jamba_are_found_by_their_periods():

@@ -1,0 +1,47 @@
+"""What is counted of a model, and what it holds: small models of transformers, their configurations and caches."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from parscale.scaling_laws import cost, read_shape
+
+spec = importlib.util.spec_from_file_location(
+    "tiny_models", Path(__file__).parents[2] / "benchmarks" / "tiny_models.py"
+)
+tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_models)
+
+TOKENS = 40
+
+
+def fields_of(config):
+    """The contents of its `config.json`."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def cached_bytes(model):
+    """Of the keys and values of all layers, and how many have some."""
+    with torch.no_grad():
+        cache = model(torch.randint(3, tiny_models.FIRST_SPECIAL, (1, TOKENS)), use_cache=True).past_key_values
+    kept = [each for layer in cache.layers if (each := getattr(layer, "keys", None)) is not None]
+    values = [layer.values for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(tensor.nbytes for tensor in kept + values), len(kept)
+
+
+def counted_bytes(fields):
+    """Of a cache that keeps one token less than a window has, as transformers' does: it sees the new one beside it."""
+    shape = read_shape(fields)
+    kinds = [dataclasses.replace(kind, window=max(0, kind.window - 1)) for kind in shape.attention]
+    shape = dataclasses.replace(shape, attention=tuple(kinds))
+    work = {"batch_size": 1, "input_length": TOKENS, "output_length": 1, "dtype": "float32"}
+    return cost(shape, num_streams=1, **work).memory["kv_cache"]
+
+
+def window_layers(shape):
+    """The number of layers with a sliding window."""
+    return sum(kind.layers for kind in shape.attention if kind.window)
