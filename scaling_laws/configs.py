@@ -130,7 +130,7 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         layers=layers,
         hidden=hidden,
         attention=attention,
-        intermediate=wider * (number.optional(*NAMES["intermediate"]) or 4 * hidden),
+        intermediate=wider * (number.optional("intermediate_size_mlp", *NAMES["intermediate"]) or 4 * hidden),
         vocab=vocab,
         gated=name not in UNGATED,
         tied=_flag(contents, "tie_word_embeddings", name in TIED),
@@ -163,10 +163,10 @@ def _experts(number: Reader, contents: Mapping[str, Any], layers: int) -> dict[s
     shared = number.optional("shared_expert_intermediate_size", "share_expert_dim") or inner * number.optional(
         "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"
     )
-    if contents.get("enable_moe_block"):  # beside the dense MLP
+    if contents.get("enable_moe_block") or "intermediate_size_mlp" in contents:  # beside a dense MLP, or Llama 4
         shared = dense_inner
     dense = listed_layers(contents, "mlp_only_layers")
-    first = number.optional("first_k_dense_replace", "moe_layer_start_index")
+    first = number.optional("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
     if step := number.optional("expert_layer_period"):
         place = number.optional("expert_layer_offset")
     else:

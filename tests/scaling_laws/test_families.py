@@ -112,6 +112,30 @@ def test_a_token_passes_as_many_experts_as_in_the_model(name):
 
 
 @pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("afmoe", {}),
+        ("beam", {}),
+        ("glm4_moe_lite", {}),
+        ("llama4_text", {}),
+        ("llama4_text", {"interleave_moe_layer_step": 2}),
+        ("mimo_v2_flash", {}),
+    ],
+)
+def test_dense_layers_of_mixtures_are_those_of_the_model(kind, changes):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"no {kind} in this transformers")
+    config = AutoConfig.for_model(kind, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = [name for name, _ in model.named_modules()]
+    shape = read_shape(fields_of(config))
+    assert shape.sparse_layers == sum(name.endswith(".experts") for name in names)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert shape.backbone_params + shape.embedding_params == pytest.approx(total, rel=1e-2)
+
+
+@pytest.mark.parametrize(
     "kinds", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, pytest.param(CONFIG_MAPPING, marks=pytest.mark.nightly)], ids=len
 )
 def test_every_mixture_says_how_many_experts_a_token_passes(kinds):
