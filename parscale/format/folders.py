@@ -87,6 +87,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self} is not a ParScale checkpoint but a plain model (model_type {fields.get('model_type')!r}): "
                 "parscale.wrap(AutoModelForCausalLM.from_pretrained(...)) or `parscale convert` gives it streams."
+                f"{self._cut_off()}"
             )
         if self.folder is None:
             raise FileNotFoundError(
@@ -94,10 +95,8 @@ class Checkpoint:
             )
         if not any(self.folder.iterdir()):
             raise FileNotFoundError(f"The folder {self} is empty; a checkpoint has a {CONFIG} or a {STREAMS_CONFIG}.")
-        moving = cut_off(working_folder(self.folder))
         raise FileNotFoundError(
-            f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint."
-            + (f" A save was cut off: move the files in {moving} to {self}." if moving is not None else "")
+            f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint.{self._cut_off()}"
         )
 
     def file(self, name: str) -> Path | None:
@@ -158,7 +157,7 @@ class Checkpoint:
                 f"{self} has {', '.join(pickles[:3])} in place of {WEIGHTS}: parscale reads safetensors only, since "
                 "unpickling a file can run any code. Save the model again with save_pretrained."
             )
-        raise FileNotFoundError(f"{self} has no {WEIGHTS} and no {INDEX}: the weights are missing.")
+        raise FileNotFoundError(f"{self} has no {WEIGHTS} and no {INDEX}: the weights are missing.{self._cut_off()}")
 
     def streams(self) -> dict[str, StoredTensor]:
         """Names, shapes and positions of the tensors of a streams-only checkpoint.
@@ -171,7 +170,7 @@ class Checkpoint:
         if path is None:
             pickles = [] if self.folder is None else _pickles(self.folder)
             given = f" ({', '.join(pickles[:3])} is not read: pickles can run any code)" if pickles else ""
-            raise FileNotFoundError(f"{self} has no {STREAMS}: the streams are missing{given}.")
+            raise FileNotFoundError(f"{self} has no {STREAMS}: the streams are missing{given}.{self._cut_off()}")
         return read_header(path)
 
     def inside(self, name: str) -> Checkpoint:
@@ -186,6 +185,13 @@ class Checkpoint:
             return Checkpoint(self.folder / name)
         above = self.hub.get("subfolder")
         return Checkpoint(self.name, **self.hub | {"subfolder": f"{above}/{name}" if above else name})
+
+    def _cut_off(self) -> str:
+        """What to do where a save into the folder was cut off, for the end of an error; otherwise empty."""
+        moving = None if self.folder is None else cut_off(working_folder(self.folder))
+        if moving is None:
+            return ""
+        return f" A save was cut off: move the files in {moving} to {self}, if it has none of these names."
 
     def _sharded_weights(self, index: Path) -> dict[str, StoredTensor]:
         contents = read_json(index)
@@ -204,7 +210,9 @@ class Checkpoint:
         for shard, indexed in sorted(shards.items()):
             path = self.file(shard)
             if path is None:
-                raise FileNotFoundError(f"{self} has no {shard}, which {index.name} names: copy it there again.")
+                raise FileNotFoundError(
+                    f"{self} has no {shard}, which {index.name} names: copy it there again.{self._cut_off()}"
+                )
             header = read_header(path)
             if indexed != header.keys():
                 name = min(indexed ^ header.keys())

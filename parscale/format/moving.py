@@ -3,16 +3,22 @@
 A working folder holds the new files in `NEW`. First the old files move away, into `LEAVING`. Then `LEAVING` is renamed
 to `OLD`, and the new files move in. So `LEAVING` tells that no new file is in its place yet: the old ones can move
 back. `OLD` tells that all old files are away: the other new ones can move in. Sets of streams have no such names.
+
+While files move, none of those still to come has its name in the folder. A file that has is somebody's newer one: moves
+that were cut off are not ended over it. `LAST` has the names of the files to move last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-NEW, LEAVING, OLD = "new", ".leaving", ".old"
+from parscale.format.untrusted import brief
+
+NEW, LEAVING, OLD, LAST = "new", ".leaving", ".old", ".last"
 
 
 def move_into(target: Path, folder: Path, last: Sequence[str], replaced: Iterable[str]) -> None:
@@ -35,16 +41,17 @@ def move_into(target: Path, folder: Path, last: Sequence[str], replaced: Iterabl
         _require_place(target, name)
     old = [name for name in new if os.path.lexists(target / name)]
     old += [name for name in replaced if name not in new]
+    (folder / LAST).write_text("\n".join(last), encoding="utf-8")
+    flush(folder / LAST)
     made: list[Path] = []
     try:
         (folder / LEAVING).mkdir()
-        _move(target, folder / LEAVING, [name for name in reversed(last) if name in old])
-        _move(target, folder / LEAVING, [name for name in old if name not in last])
+        flush(folder)
+        _move_out(target, folder / LEAVING, old, last)
         _rename(folder / LEAVING, OLD)
-        _move(folder / NEW, target, [name for name in new if name not in last], made)
-        _move(folder / NEW, target, [name for name in last if name in new], made)
+        _move_in(folder / NEW, target, new, last, made)
     except BaseException as error:
-        _undo(target, folder, new, made, error)
+        _undo(target, folder, new, last, made, error)
         raise
     _rename(folder / OLD, "replaced")  # from now on it can be deleted
     for place in {(target / name).parent for name in old} - {target}:
@@ -60,13 +67,14 @@ def cut_off(folder: Path) -> Path | None:
 
 
 def end_moves(target: Path, folder: Path) -> None:
-    """Ends moves that were cut off, so that the files of the target are all old or all new.
+    """Ends moves that were cut off, so that the files of the target are all old or all new; no file is replaced.
 
     Args:
         target: the folder that the files belong to.
         folder: its working folder, which no process uses.
 
     Raises:
+        FileExistsError: the target has a file of the same name as one to move, which somebody else wrote meanwhile.
         OSError: a file cannot be moved; nothing is lost, and the next call goes on.
     """
     source = cut_off(folder)
@@ -75,7 +83,17 @@ def end_moves(target: Path, folder: Path) -> None:
     names = _files(source) if _is_folder(source) else []
     for name in names:
         _require_place(target, name)
-    _move(source, target, names)
+    newer = [name for name in names if os.path.lexists(target / name)]
+    if newer:
+        raise FileExistsError(
+            errno.EEXIST,
+            f"has files of a save that was cut off, but {target} has newer ones of the same names "
+            f"({brief(', '.join(newer))}), which are not replaced: move those elsewhere for the files of that save, or "
+            "delete this folder to go on without them",
+            str(folder),
+        )
+    last = (folder / LAST).read_text(encoding="utf-8").splitlines() if (folder / LAST).is_file() else []
+    _move_in(source, target, names, last)
     for done in (OLD, LEAVING):
         if _is_folder(folder / done):
             _rename(folder / done, "replaced")
@@ -90,14 +108,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _undo(target: Path, folder: Path, new: Sequence[str], made: Sequence[Path], error: BaseException) -> None:
+def _undo(
+    target: Path, folder: Path, new: Sequence[str], last: Sequence[str], made: Sequence[Path], error: BaseException
+) -> None:
     """Moves new files out of the target and old ones back, and removes the folders that were made there.
 
     Raises:
         OSError: a file cannot be moved.
     """
     try:
-        _move(target, folder / NEW, [name for name in new if not os.path.lexists(folder / NEW / name)])
+        _move_out(target, folder / NEW, [name for name in new if not os.path.lexists(folder / NEW / name)], last)
         if (folder / OLD).is_dir():
             _rename(folder / OLD, LEAVING)
         end_moves(target, folder)
@@ -109,6 +129,20 @@ def _undo(target: Path, folder: Path, new: Sequence[str], made: Sequence[Path], 
     for place in reversed(made):
         with contextlib.suppress(OSError):
             place.rmdir()
+
+
+def _move_out(target: Path, place: Path, names: Sequence[str], last: Sequence[str]) -> None:
+    """Moves files out of the target, first those that move in last."""
+    _move(target, place, [name for name in reversed(last) if name in names])
+    _move(target, place, [name for name in names if name not in last])
+
+
+def _move_in(
+    source: Path, target: Path, names: Sequence[str], last: Sequence[str], made: list[Path] | None = None
+) -> None:
+    """Moves files into the target, those of `last` at the end."""
+    _move(source, target, [name for name in names if name not in last], made)
+    _move(source, target, [name for name in last if name in names], made)
 
 
 def _move(source: Path, target: Path, names: Sequence[str], made: list[Path] | None = None) -> None:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,12 @@ def _write_full(
         kwargs: passed to the class's own `save_pretrained`.
     """
     state: ParScaleState = model.parscale
-    if beside is not None:
-        _require_no_full_checkpoint(save_directory)
     stale = _StaleFiles(Path(save_directory), kwargs.get("variant"))
     writes_model = not without_weights and not has_adapter(model)
-    with staged(save_directory, last=CONFIG, replaces=lambda name: writes_model and stale(name)) as work:
+    last = (STREAMS_CONFIG, CONFIG)  # with an adapter, the first alone is written
+    with staged(save_directory, last=last, replaces=lambda name: writes_model and stale(name)) as work:
+        if beside is not None:
+            _require_no_full_checkpoint(save_directory)
         with _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, work, **kwargs)
         if (work / CONFIG).exists():
@@ -164,6 +166,7 @@ def save_streams(
         tensors = _tensors(state, streams, state_dict)
         if is_writer():
             with staged(save_directory, last=STREAMS_CONFIG) as work:
+                _require_no_full_checkpoint(save_directory)  # again: a save that was cut off is ended only now
                 _write_streams(work, model, streams, tensors, model.config.name_or_path or None)
 
 
@@ -249,12 +252,17 @@ class _StaleFiles:
         infix = f".{variant}" if variant else ""
         weights = rf"model{re.escape(infix)}(-\d{{5}}-of-\d{{5}})?\.safetensors"
         self._pattern = re.compile(rf"{weights}|model\.safetensors\.index{re.escape(infix)}\.json")
-        config = folder / CONFIG
+        self._folder = folder
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """The files of further sets; read when `staged` asks, after it has ended a save that was cut off."""
+        config = self._folder / CONFIG
         try:
-            sets = set_names(Checkpoint(folder), read_json(config))[1] if config.is_file() else []
+            sets = set_names(Checkpoint(self._folder), read_json(config))[1] if config.is_file() else []
         except ValueError:  # the older files cannot be identified
             sets = []
-        self._names = {f"{name}/{file}" for name in sets for file in (STREAMS, STREAMS_CONFIG)}
+        return {f"{name}/{file}" for name in sets for file in (STREAMS, STREAMS_CONFIG)}
 
     def __call__(self, name: str) -> bool:
         return name in self._names or self._pattern.fullmatch(name) is not None

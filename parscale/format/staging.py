@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from parscale.format.moving import NEW, flush, move_into
+from parscale.format.moving import NEW, cut_off, flush, move_into
 from parscale.format.working import is_working_folder, working, working_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
@@ -40,7 +40,8 @@ def staged(
 ) -> Iterator[Path]:
     """A folder whose files move to `save_directory` at the end of the block; on failure, nothing changes.
 
-    An existing folder keeps its other files. If nothing was written in the block, nothing happens.
+    An existing folder keeps its other files. If nothing was written in the block, nothing happens. Moves of an earlier
+    save that were cut off are ended before the block, which can then judge what the folder holds.
 
     Args:
         save_directory: created if it does not exist, with its parent folders.
@@ -52,12 +53,13 @@ def staged(
     Raises:
         ValueError: with `new`, as in `require_new_folder`.
         NotADirectoryError: `save_directory` is a file.
+        FileExistsError: it was filled while the block ran, or since an earlier save was cut off (`end_moves`).
         OSError: it cannot be written, another process is writing to it, or the disk is full.
     """
     target = folder_to_write(save_directory)
-    if new:
-        require_new_folder(target)
     with _explained(target), _folders_above(target), _working_at(target) as folder:
+        if new:
+            require_new_folder(target)
         work = folder / NEW
         work.mkdir()
         known = _PLACES.set({**_PLACES.get(), work: final_place(target)})
@@ -70,9 +72,13 @@ def staged(
         _flush_all(work)
         if new:
             require_new_folder(target)
-        if target.is_dir():
+        if folder.parent == target:
             replaced = filter(replaces, _files_nearby(target))
             move_into(target, folder, [last] if isinstance(last, str) else last, replaced)
+        elif holds_something(target):
+            raise FileExistsError(
+                errno.EEXIST, "did not exist and was filled while files for it were written; save again", str(target)
+            )
         else:
             os.rename(work, target)
             flush(target.parent)
@@ -133,6 +139,8 @@ def folder_to_write(path: str | os.PathLike[str]) -> Path:
 def require_new_folder(output: str | os.PathLike[str]) -> None:
     """Checks that an output folder is empty or does not exist; leftovers of a killed process do not count.
 
+    Files that were moving when their process was killed do count: they are somebody's.
+
     Raises:
         ValueError: it is not a folder, or not empty.
     """
@@ -146,21 +154,24 @@ def require_new_folder(output: str | os.PathLike[str]) -> None:
         what = "a file" if path.is_file() else "neither a folder nor a file"
         raise ValueError(f"The output {output} is {what}; give a folder that is new or empty.")
     if holds_something(path):
-        raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.")
+        moving = cut_off(working_folder(path))
+        hidden = "" if moving is None else f" A save there was cut off, and {moving} has files of it."
+        raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.{hidden}")
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether a folder exists and holds more than working folders."""
+    """Whether a folder exists and holds more than working folders, or one with moves that were cut off."""
     if not folder.is_dir():
         return False
-    return not all(is_working_folder(entry) for entry in folder.iterdir())
+    return not all(is_working_folder(entry) and cut_off(entry) is None for entry in folder.iterdir())
 
 
 def require_writable_folder(output: str | os.PathLike[str]) -> None:
     """Tests whether a folder can be written to, and leaves nothing behind.
 
     Raises:
-        OSError: it cannot be written to, or another process is writing to it.
+        OSError: it cannot be written to, another process is writing to it, or it was filled since a save there was cut
+            off (`end_moves`).
     """
     target = folder_to_write(output)
     with _explained(target), _folders_above(target), _working_at(target):

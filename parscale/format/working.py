@@ -45,7 +45,7 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
 
     Raises:
         BlockingIOError: another process is working there.
-        FileExistsError: something else has this name.
+        FileExistsError: something else has this name, or moves that were cut off cannot be ended (`end_moves`).
         OSError: nothing can be written in `place`.
     """
     folder = working_folder(place, name)

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from killed_saves import kill_at_move
 
 from parscale import wrap
 from parscale.format.folders import Checkpoint
-from parscale.format.staging import require_new_folder, require_writable, require_writable_folder, staged, staged_file
+from parscale.format.staging import require_new_folder, require_writable_folder, staged, staged_file
 from parscale.format.working import MARKER, working
 
 SUFFIX = ".parscale-working"
@@ -226,6 +227,64 @@ def test_a_second_interruption_while_moves_are_undone(target, monkeypatch):
     assert tree(target) == before
 
 
+SAVED = ["config.json", "model.safetensors"]  # of the folder `target`: two old files move away, then these come
+
+
+@pytest.mark.parametrize(("number", "newer"), [(2, SAVED), (3, SAVED[:1]), (3, SAVED), (4, SAVED[:1])])
+def test_what_was_written_after_a_save_was_cut_off_is_not_replaced(target, number, newer):
+    before = tree(target)
+    assert kill_at_move(number, lambda: publish(target, SAVED))
+    write(target, newer, "newer")
+    cut = tree(target)
+    for write_again in (lambda: require_writable_folder(target), lambda: publish(target, ["report.json"])):
+        said = r"has newer ones of the same names \(config.json.*move those elsewhere.*delete this folder"
+        with pytest.raises(FileExistsError, match=said) as raised:
+            write_again()
+        assert raised.value.filename == str(target / SUFFIX)
+        assert tree(target) == cut
+    for name in newer:
+        (target / name).rename(target.parent / name)
+    require_writable_folder(target)
+    new = before | dict.fromkeys(SAVED, b"new")
+    del new["model-1.safetensors"]
+    assert tree(target) == (before if number < 3 else new)
+
+
+def test_a_folder_that_was_emptied_after_a_save_was_cut_off_is_not_new(target):
+    """What a shell's `rm -r target/*` leaves is hidden; a save brings it back and does not go on."""
+    kill_at_move(2, lambda: publish(target, SAVED))
+    for name in ("other/streams.safetensors", "model-1.safetensors", "mine.txt"):
+        (target / name).unlink()
+    (target / "other").rmdir()
+    with pytest.raises(
+        ValueError, match=r"is not empty; .* A save there was cut off, and .*/\.leaving has files of it"
+    ):
+        require_new_folder(target)
+    with pytest.raises(ValueError, match="is not empty"), staged(target, last="config.json", new=True):
+        pytest.fail("the work was begun")
+    assert tree(target) == {"config.json": b"old"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_save_that_was_cut_off_is_ended_in_its_own_order(target, number, log):
+    """Also by whoever ends it: `config.json` first would let readers take an incomplete folder for a checkpoint."""
+    write(target, ["model.safetensors"], "old")
+    kill_at_move(number, lambda: publish(target, SAVED))
+    require_writable_folder(target)
+    moved = [entry[2].relative_to(target).as_posix() for entry in log if entry[0] == "move"]
+    assert [name for name in moved if SUFFIX not in name] == ["model.safetensors", "config.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_save_that_fails_is_undone_in_its_own_order(target, monkeypatch, log):
+    break_the_last_move(monkeypatch, 4)
+    with pytest.raises(OSError, match="Nothing was saved"):
+        publish(target, SAVED)
+    moved = [entry[2].relative_to(target).as_posix() for entry in log if entry[0] == "move"]
+    assert [name for name in moved if SUFFIX not in name][-2:] == ["model-1.safetensors", "config.json"]
+
+
 def test_a_folder_that_may_not_be_read_is_somebody_s(target, monkeypatch):
     """As the folder lost+found at the top of a disk."""
     (target / "lost+found").mkdir()
@@ -374,7 +433,7 @@ def test_a_working_folder_says_what_it_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# -- outputs that cannot be
+# -- folders that are filled meanwhile
 
 
 def test_a_new_folder_that_was_filled_meanwhile(tmp_path):
@@ -388,50 +447,22 @@ def test_a_new_folder_that_was_filled_meanwhile(tmp_path):
     assert tree(tmp_path) == {"model": "folder", "model/mine": b"new"}
 
 
-def make_pipe(path):
-    os.mkfifo(path)
+def test_a_folder_that_appeared_meanwhile(tmp_path):
+    for name, files in (("empty", []), ("filled", ["config.json", "mine"])):
+        target = tmp_path / name
 
+        def save(target=target, files=files):
+            with staged(target, last="config.json") as work:
+                write(work, ["config.json"])
+                target.mkdir()
+                write(target, files, "theirs")
 
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
-        (make_pipe, "neither a folder nor a file|a device or a pipe"),
-        (lambda path: path.symlink_to("/dev/null"), "neither a folder nor a file|a device or a pipe"),
-        (lambda path: path.symlink_to(path.name), "is a link to output"),
-    ],
-    ids=["dangling", "pipe", "device", "loop"],
-)
-@pytest.mark.parametrize("check", [require_new_folder, require_writable_folder, require_writable])
-def test_outputs_that_are_neither_files_nor_folders(tmp_path, check, make, said):
-    make(tmp_path / "output")
-    with pytest.raises((ValueError, OSError), match=said):
-        check(tmp_path / "output")
-    assert os.listdir(tmp_path) == ["output"]
-
-
-@pytest.mark.parametrize("check", [require_writable_folder, require_writable])
-def test_a_place_that_cannot_be_written(check):
-    with pytest.raises(OSError, match=r"Nothing was saved|cannot be written"):
-        check("/proc/output")
-
-
-def test_folders_above_an_output_that_fails_are_not_left(tmp_path):
-    with pytest.raises(RuntimeError), staged(tmp_path / "a" / "b" / "model", last="config.json"):
-        raise RuntimeError
-    require_writable_folder(tmp_path / "a" / "b" / "model")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("text", ["No space left on device (os error 28)", "I/O error: File too large (os error 27)"])
-def test_a_full_disk_that_a_library_in_rust_reports(tmp_path, text):
-    """As the tokenizers' writer does: by an Exception of no type of its own."""
-    said = r"Nothing was saved: .*; free some space or give another folder"
-    with pytest.raises(OSError, match=said), staged(tmp_path / "model", last="config.json"):
-        raise Exception(text)
-
-
-def test_an_error_about_another_file_stays_what_it_is(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No such file.*source") as raised, staged(tmp_path / "model", last=""):
-        (tmp_path / "source").read_text()
-    assert "Nothing was saved" not in str(raised.value)
+        if files:
+            with pytest.raises(FileExistsError, match=r"did not exist and was filled while .*; save again.*filled"):
+                save()
+        else:
+            save()
+    assert tree(tmp_path) == {
+        "empty": "folder", "empty/config.json": b"new", "filled": "folder", "filled/config.json": b"theirs",
+        "filled/mine": b"theirs",
+    }  # fmt: skip

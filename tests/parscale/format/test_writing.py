@@ -6,9 +6,12 @@ import resource
 
 import pytest
 import torch
+from killed_saves import kill_at_move
 from model_calls import exact_logits_of
 
 from parscale import load, unwrap, wrap
+from parscale.format.folders import Checkpoint
+from parscale.format.staging import require_writable_folder
 
 
 def test_an_older_save_is_replaced_and_other_files_stay(wrapped, tiny, tmp_path):
@@ -148,3 +151,72 @@ def test_a_folder_without_a_name(wrapped, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     wrapped.save_streams(".")
     assert (tmp_path / "streams.safetensors").exists()
+
+
+# -- killed while files move
+
+
+def test_streams_are_refused_in_a_full_checkpoint_whose_save_was_cut_off(wrapped, tiny, tmp_path):
+    """Its `config.json` is not in its place, but comes back before the folder is judged."""
+    peft = pytest.importorskip("peft")
+    wrapped.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    other = wrap(tiny(), 4, prefix_length=3, init="random")
+    adapted = wrap(tiny(), 4, prefix_length=3, init="random")
+    adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    for save in (other.save_streams, adapted.save_pretrained):
+        assert kill_at_move(2, lambda: wrapped.save_pretrained(tmp_path))
+        assert not (tmp_path / "config.json").exists()
+        with pytest.raises(ValueError, match="holds a full checkpoint"):
+            save(tmp_path)
+        assert contents(tmp_path) == before
+
+
+def test_sets_of_a_checkpoint_whose_save_was_cut_off_are_replaced(wrapped, tiny, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "code" / "streams.safetensors").exists()
+    assert kill_at_move(2, lambda: wrapped.save_pretrained(tmp_path))
+    wrap(tiny(), 2, prefix_length=3, init="random").save_pretrained(tmp_path)
+    assert not (tmp_path / "code").exists()
+
+
+def test_streams_beside_an_adapter_are_all_there_or_said_to_be_missing(wrapped, tiny, tmp_path):
+    """Killed at each move, and again while the next save ends the moves."""
+    peft = pytest.importorskip("peft")
+    tiny().save_pretrained(tmp_path / "plain")
+    wrapped.config.name_or_path = str(tmp_path / "plain")
+    wrapped.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    folder = tmp_path / "adapted"
+    wrapped.save_pretrained(folder)
+    complete = {path.name for path in folder.iterdir()}
+    assert {"parscale_config.json", "streams.safetensors", "adapter_model.safetensors"} <= complete
+
+    def require_all_or_none():
+        if (folder / "parscale_config.json").exists():
+            assert complete <= {path.name for path in folder.iterdir()}
+        else:
+            with pytest.raises(FileNotFoundError, match=r"A save was cut off: move the files in .* to "):
+                Checkpoint(folder).kind()
+
+    number = 1
+    while kill_at_move(number, lambda: wrapped.save_pretrained(folder)):
+        require_all_or_none()
+        kill_at_move(2, lambda: require_writable_folder(folder))
+        require_all_or_none()
+        require_writable_folder(folder)
+        assert {path.name for path in folder.iterdir()} == complete
+        number += 1
+    assert number > 2 * len(complete)
+
+
+def test_a_missing_file_where_a_save_was_cut_off(wrapped, tiny, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    kill_at_move(6, lambda: wrapped.save_pretrained(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+    checkpoint = Checkpoint(tmp_path)
+    for read in (checkpoint.weights, checkpoint.streams):
+        with pytest.raises(FileNotFoundError, match=r"missing\. A save was cut off: move the files in .* to "):
+            read()
+    tiny().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a plain model .* A save was cut off: move the files in .* to "):
+        checkpoint.kind()
