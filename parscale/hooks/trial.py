@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from parscale.compat.arguments import TEXT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import input_device, input_of, main_input, ordinary_tokens
-from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error, one_line
+from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error, one_line, running_kernels
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -56,7 +56,8 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         if labels and _output(model, arguments | labels) is None:
             labels = {}
         try:
-            with state.calls.choosing(streams):
+            # so that no kernel is compiled for a text this short
+            with state.calls.choosing(streams), running_kernels(state, "reference"):
                 mixed = _disturbed(state, arguments | labels)
         except Exception as error:  # whatever the model raises for its backbone's new output
             if is_machine_error(error):

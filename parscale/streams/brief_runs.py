@@ -16,6 +16,7 @@ from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
+from parscale.kernels.dispatch import Impl
 from parscale.streams.backbones import cuda_devices, input_device, input_of, reads
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -70,16 +71,14 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def backbone_only(state: ParScaleState) -> Iterator[None]:
     """In this block the plain backbone runs, in eval mode, without gradients; random state and buffers are restored.
 
-    Nothing is compiled, neither FlexAttention, which transformers compiles for each length, nor, where streams run, a
-    kernel: these texts are short.
+    Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds. Where streams
+    run, `kernels="fused"` is as `"auto"`: it may be meant for a device that comes later.
     """
-    kernels = state.kernels
     training = {module: module.training for module in state.model.modules()}
     experts: Any = contextlib.nullcontext()
     if any(p.is_meta for p in state.backbone.parameters()):
         experts = experts_without_data_dependence(state.model.config)
     try:
-        state.kernels = "reference"
         state.model.eval()
         own_draws = torch.random.fork_rng(cuda_devices(state.model))
         uncompiled = torch.compiler.set_stance("force_eager")
@@ -87,6 +86,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         plain, weights = state.calls.choosing(None), four_bits_unpacked(state.model)
         with (
             plain,
+            running_kernels(state, "auto" if state.kernels == "fused" else state.kernels),
             torch.no_grad(),
             own_draws,
             experts,
@@ -99,10 +99,19 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             yield
     finally:
-        state.kernels = kernels
         for module in state.model.modules():
             # a new configuration was chosen when the backbone first ran on a short text (BigBird's attention)
             module.training = training.get(module, training[state.backbone])
+
+
+@contextlib.contextmanager
+def running_kernels(state: ParScaleState, impl: Impl) -> Iterator[None]:
+    """In this block the model's operations run with this `impl`, in all threads."""
+    kernels, state.kernels = state.kernels, impl
+    try:
+        yield
+    finally:
+        state.kernels = kernels
 
 
 def is_machine_error(error: BaseException) -> bool:
