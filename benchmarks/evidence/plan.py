@@ -134,8 +134,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from of_two_streams("0.7M", seed, rates)
     yield from islice(arms("1.0M", 0, rates), 3)
     yield from of_two_streams("1.0M", 0, rates)
-    for seed in (1, 2):
-        yield from of_four_streams("1.0M", seed, rates)
+    yield from of_four_streams("1.0M", (1, 2), rates)
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
@@ -190,12 +189,14 @@ def of_two_streams(size: str, seed: int, rates: dict[int, float]) -> Iterator[Ru
     yield replace(four, arm="twin", learning_rate=dense.learning_rate)
 
 
-def of_four_streams(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What the rule needs for four streams as published: they, the dense model, one prefix of each length, the twin."""
-    dense, four = _run(size, seed, rates, 1), _run(size, seed, rates, 4)
-    yield from (dense, four)
-    yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 32))
-    yield replace(four, arm="twin", learning_rate=dense.learning_rate)
+def of_four_streams(size: str, seeds: Iterable[int], rates: dict[int, float]) -> Iterator[Run]:
+    """What the rule needs for four streams as published, arm by arm: they take the longest and come first."""
+    pairs = [(_run(size, seed, rates, 1), _run(size, seed, rates, 4)) for seed in seeds]
+    yield from (four for _, four in pairs)
+    yield from (dense for dense, _ in pairs)
+    for length in (8, 32):
+        yield from (replace(dense, arm="prefix", prefix_length=length) for dense, _ in pairs)
+    yield from (replace(four, arm="twin", learning_rate=dense.learning_rate) for dense, four in pairs)
 
 
 def with_longer_prefixes(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
