@@ -191,3 +191,14 @@ def test_adapters_saved_and_loaded_hold_no_streams(zoo, tmp_path):
     again = peft.PeftModel.from_pretrained(case.wrapped(), tmp_path / "adapter", is_trainable=True).eval()
     zoo.close(logits_of(again, ids), logits_of(tuned, ids), 1e-6)
     assert all(p.requires_grad is (is_adapter(n) or is_stream(n)) for n, p in again.named_parameters())
+
+
+def test_without_its_adapter_nothing_trains_until_the_next(zoo):
+    """What runs then are the copies from before the first adapter, which no optimizer sees."""
+    model = parscale.wrap(zoo.FAMILIES["llama"].build(), 2, prefix_length=zoo.T, init="random", seed=0)
+    tuned, ids = adapted(model), zoo.token_ids()
+    tuned.delete_adapter("default")
+    assert not model(input_ids=ids, labels=ids).loss.requires_grad
+    tuned.add_adapter("next", peft.LoraConfig(**LORA))
+    tuned.set_adapter("next")
+    assert any(p.requires_grad for name, p in tuned.named_parameters() if is_stream(name))

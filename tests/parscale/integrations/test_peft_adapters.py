@@ -120,18 +120,6 @@ def test_each_adapter_has_streams_of_its_own(make, zoo, transform):
     assert torch.equal(logits_of(copied, ids), other)
 
 
-def test_without_its_adapter_nothing_trains_until_the_next(make, zoo):
-    ids = zoo.token_ids()
-    model = make()
-    tuned = adapted(model)
-    tuned.delete_adapter("default")
-    assert not any(tensor.requires_grad for tensor in model.buffers())
-    assert not model(input_ids=ids, labels=ids).loss.requires_grad
-    tuned.add_adapter("next", lora())
-    tuned.set_adapter("next")
-    assert any(p.requires_grad for name, p in tuned.named_parameters() if is_stream(name))
-
-
 def test_a_further_adapter_starts_with_the_streams_in_use(make):
     tuned = adapted(make())
     train(tuned)
