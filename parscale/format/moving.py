@@ -66,6 +66,12 @@ def cut_off(folder: Path) -> Path | None:
     return folder / LEAVING if _is_folder(folder / LEAVING) else None
 
 
+def still_to_move(folder: Path) -> list[str]:
+    """In a working folder, the names of the files that moves which were cut off have left to move."""
+    source = cut_off(folder)
+    return _files(source) if source is not None and _is_folder(source) else []
+
+
 def end_moves(target: Path, folder: Path) -> None:
     """Ends moves that were cut off, so that the files of the target are all old or all new; no file is replaced.
 
@@ -80,7 +86,7 @@ def end_moves(target: Path, folder: Path) -> None:
     source = cut_off(folder)
     if source is None:
         return
-    names = _files(source) if _is_folder(source) else []
+    names = still_to_move(folder)
     for name in names:
         _require_place(target, name)
     newer = [name for name in names if os.path.lexists(target / name)]

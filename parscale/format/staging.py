@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from parscale.format.moving import NEW, cut_off, flush, move_into
+from parscale.format.moving import NEW, flush, move_into, still_to_move
 from parscale.format.working import is_working_folder, working, working_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
@@ -154,16 +154,16 @@ def require_new_folder(output: str | os.PathLike[str]) -> None:
         what = "a file" if path.is_file() else "neither a folder nor a file"
         raise ValueError(f"The output {output} is {what}; give a folder that is new or empty.")
     if holds_something(path):
-        moving = cut_off(working_folder(path))
-        hidden = "" if moving is None else f" A save there was cut off, and {moving} has files of it."
+        work = working_folder(path)
+        hidden = f" A save there was cut off, and {work} has files of it." if still_to_move(work) else ""
         raise ValueError(f"The output folder {output} is not empty; give a new one, or empty it.{hidden}")
 
 
 def holds_something(folder: Path) -> bool:
-    """Whether a folder exists and holds more than working folders, or one with moves that were cut off."""
+    """Whether a folder exists and holds more than working folders, or one with files still to move."""
     if not folder.is_dir():
         return False
-    return not all(is_working_folder(entry) and cut_off(entry) is None for entry in folder.iterdir())
+    return not all(is_working_folder(entry) and not still_to_move(entry) for entry in folder.iterdir())
 
 
 def require_writable_folder(output: str | os.PathLike[str]) -> None:

@@ -256,13 +256,19 @@ def test_a_folder_that_was_emptied_after_a_save_was_cut_off_is_not_new(target):
     for name in ("other/streams.safetensors", "model-1.safetensors", "mine.txt"):
         (target / name).unlink()
     (target / "other").rmdir()
-    with pytest.raises(
-        ValueError, match=r"is not empty; .* A save there was cut off, and .*/\.leaving has files of it"
-    ):
+    with pytest.raises(ValueError, match=r"is not empty; .* A save there was cut off, and .*working has files of it"):
         require_new_folder(target)
     with pytest.raises(ValueError, match="is not empty"), staged(target, last="config.json", new=True):
         pytest.fail("the work was begun")
     assert tree(target) == {"config.json": b"old"}
+
+
+def test_a_folder_in_which_nothing_had_moved_yet_is_new(tmp_path):
+    write(tmp_path / SUFFIX, [MARKER, "new/config.json"])
+    (tmp_path / SUFFIX / ".leaving").mkdir()
+    require_new_folder(tmp_path)
+    publish(tmp_path, ["config.json"], new=True)
+    assert tree(tmp_path) == {"config.json": b"new"}
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
