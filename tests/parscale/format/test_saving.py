@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from model_calls import exact_logits_of
+from peft_versions import peft_for_add_adapter
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -326,7 +327,7 @@ def test_streams_beside_a_full_checkpoint(wrapped, tmp_path):
 
 def test_an_adapter_leaves_the_model_in_its_folder(wrapped, tiny, tmp_path):
     """The class writes the adapter alone, as it does without streams."""
-    peft = pytest.importorskip("peft")
+    peft = peft_for_add_adapter(tiny())
     tiny().save_pretrained(tmp_path / "plain", max_shard_size="30KB")
     wrapped.save_pretrained(tmp_path / "full", max_shard_size="30KB")
     before = {folder: names_in(tmp_path / folder) for folder in ("plain", "full", "full/code")}

@@ -4,9 +4,8 @@ import pytest
 import torch
 import transformers
 from model_calls import exact_logits_of
-from packaging.version import Version
+from peft_versions import peft_for_add_adapter
 from transformers import AutoConfig, Trainer, TrainingArguments
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from parscale import load
 
@@ -71,13 +70,8 @@ def test_streams_beside_an_adapter(wrapped, tiny, tmp_path):
 
 def test_adapters_that_the_class_itself_holds(wrapped, tiny, tmp_path):
     """Then the class's own save_pretrained writes the adapter alone; the streams lie beside it."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
-        with pytest.raises(ValueError, match="version of PEFT"):
-            tiny().add_adapter(config)
-        pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}, without streams either")
-    wrapped.add_adapter(config)
+    peft = peft_for_add_adapter(tiny())
+    wrapped.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     wrapped.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
     loaded = load(tmp_path, backbone=tiny())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from killed_saves import kill_at_move
 from model_calls import exact_logits_of
+from peft_versions import peft_for_add_adapter
 
 from parscale import load, unwrap, wrap
 from parscale.format.folders import Checkpoint
@@ -158,7 +159,7 @@ def test_a_folder_without_a_name(wrapped, tmp_path, monkeypatch):
 
 def test_streams_are_refused_in_a_full_checkpoint_whose_save_was_cut_off(wrapped, tiny, tmp_path):
     """Its `config.json` is not in its place, but comes back before the folder is judged."""
-    peft = pytest.importorskip("peft")
+    peft = peft_for_add_adapter(tiny())
     wrapped.save_pretrained(tmp_path)
     before = contents(tmp_path)
     other = wrap(tiny(), 4, prefix_length=3, init="random")
@@ -182,7 +183,7 @@ def test_sets_of_a_checkpoint_whose_save_was_cut_off_are_replaced(wrapped, tiny,
 
 def test_streams_beside_an_adapter_are_all_there_or_said_to_be_missing(wrapped, tiny, tmp_path):
     """Killed at each move, and again while the next save ends the moves."""
-    peft = pytest.importorskip("peft")
+    peft = peft_for_add_adapter(tiny())
     tiny().save_pretrained(tmp_path / "plain")
     wrapped.config.name_or_path = str(tmp_path / "plain")
     wrapped.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))

@@ -6,10 +6,9 @@ import pytest
 import torch
 from lora_adapters import adapted, is_stream, lora, train
 from model_calls import logits_of
-from packaging.version import Version
+from peft_versions import peft_for_add_adapter
 from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import parscale
 
@@ -414,10 +413,7 @@ def test_preparing_for_training_in_few_bits_leaves_streams_trainable(make):
 
 
 def test_adapters_that_transformers_adds_leave_streams_trainable(make, tiny):
-    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
-        with pytest.raises(ValueError, match="version of PEFT"):
-            tiny().add_adapter(lora())
-        pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}, without streams either")
+    peft_for_add_adapter(tiny())
     model = make()
     model.add_adapter(lora())
     assert all(p.requires_grad is (is_stream(n) or "lora_" in n) for n, p in model.named_parameters())
@@ -473,6 +469,7 @@ def test_low_rank_streams_made_after_an_adapter_stand_on_the_backbone(make, zoo,
     if how == "PeftModel":
         adapter = peft.get_peft_model(model, lora(init_lora_weights=False))
     else:
+        peft_for_add_adapter(zoo.FAMILIES["llama"].build())
         model.add_adapter(lora(init_lora_weights=False))
     model.add_streams("low", 2, transform="lora", rank=2, seed=0)
     model.set_streams("low")
