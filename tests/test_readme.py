@@ -166,9 +166,10 @@ def test_what_four_streams_are_ahead_of_with_one_seed_is_on_file():
     found = compared("scratch", "1.0M")
     controls = [found["P = 4", baseline, "middle"] for baseline in ("dense", "prefix", "long prefix", "twin")]
     dense, short, long, twin = (f"{entry['difference']:+.4f}" for entry in controls)
+    begun = found["P = 4", "dense", "beginning"]
     assert is_said(
-        f"four streams are ahead of all these in the middle: {dense} from the dense model, {short} and {long} from one "
-        f"prefix of T and 4 T, {twin} from as many parameters. Two are not."
+        f"four streams are in the middle {dense} from the dense model (at beginnings {begun['difference']:+.4f}), "
+        f"{short} and {long} from one prefix of T and 4 T, {twin} from as many parameters; two lag."
     )
     assert all(entry["high"] < 0 and entry["seeds"] == 1 for entry in controls)
     assert found["P = 2", "dense", "middle"]["low"] > 0
