@@ -3,27 +3,18 @@
 `benchmarks/classes.py` goes through all of them; here, of each kind of task, one class for each verdict.
 """
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
+from scripts import load_script
 
 import parscale
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "classes.json").read_text())
 PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
-
-
-def load_script(name):
-    """A script by its path, for the next one to import: `benchmarks/` is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 *_, classes = map(load_script, ("tiny_models", "tiny_inputs", "promises", "support", "classes"))

@@ -1,14 +1,13 @@
 """What `docs/architectures.md` says of each architecture is still so, and it knows each that transformers has."""
 
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from scripts import load_script
 
 import parscale
 
@@ -16,14 +15,6 @@ ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "support.json").read_text())
 CLASSES = RECORDED["classes"]
 PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
-
-
-def load_script(name):
-    """A script by its path, for the next one to import: `benchmarks/` is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tiny_models, promises, support = map(load_script, ("tiny_models", "promises", "support"))

@@ -4,15 +4,14 @@ A new one is added to the table of `parscale/compat/arguments.py` that says what
 """
 
 import contextlib
-import importlib.util
 import inspect
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from parscale.compat import arguments as tables
 from parscale.errors import UnsupportedModelError
@@ -39,13 +38,6 @@ IN_TABLES = {
 BY_TOKEN = {*tables.INPUTS, *tables.TOKENS, *tables.LAYER_MASKS, tables.POSITIONS}
 # Without one row for each sequence.
 BY_NO_ROW = {*tables.WHOLE, *tables.PACKED, tables.POSITIONS}
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 tiny_models, tiny_inputs = map(load_script, ("tiny_models", "tiny_inputs"))

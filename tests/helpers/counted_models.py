@@ -1,20 +1,14 @@
 """What is counted of a model, and what it holds: small models of transformers, their configurations and caches."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import torch
+from scripts import load_script
 
 from parscale.scaling_laws import cost, read_shape
 
-spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).parents[2] / "benchmarks" / "tiny_models.py"
-)
-tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+tiny_models = load_script("tiny_models")
 
 TOKENS = 40
 

@@ -1,24 +1,18 @@
 """Architectures that do something that others do not; `tests/test_support.py` goes through all there are."""
 
-import importlib.util
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from model_calls import choose_stream, logits_of
+from scripts import load_script
 from transformers import AutoModelForCausalLM
 
 import parscale
 
 TEXT = 6
-spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).parents[2] / "benchmarks" / "tiny_models.py"
-)
-tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+tiny_models = load_script("tiny_models")
 
 
 def build(name):

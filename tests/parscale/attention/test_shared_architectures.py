@@ -1,21 +1,14 @@
 """Architectures in which shared keys and values meet something that others do not have."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from model_calls import given
+from scripts import load_script
 
 import parscale
 
 TOLERANCE = 2e-5
-spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).parents[3] / "benchmarks" / "tiny_models.py"
-)
-tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
+tiny_models = load_script("tiny_models")
 
 
 def build(name):
