@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
+from parscale.compat.conversion import spare_from_conversion
 from parscale.compat.torch import is_watched
 from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES
 from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
@@ -28,6 +29,7 @@ from parscale.integrations.peft import extend_peft
 from parscale.integrations.trl import keep_reference
 from parscale.kernels.dispatch import Impl, check_impl
 from parscale.streams import choosing
+from parscale.streams.naming import is_of_streams
 from parscale.streams.sets import DEFAULT
 from parscale.streams.state import ParScaleState
 
@@ -210,6 +212,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         extend_peft()
         keep_reference()
         keep_texts_whole()
+        spare_from_conversion(is_of_streams)
         register_backbone(model.config.model_type)
     except BaseException:
         detach(state)

@@ -263,18 +263,6 @@ def without_own_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "_from_auto"}
 
 
-def share_conversion(model_type: str, name: str) -> None:
-    """Makes weights of type `name` use the conversion rules of `model_type`, if there are any.
-
-    The experts of a mixture are stored one by one, and joined by rules that are looked up by model type. The functions
-    that register rules are public in their module, but not documented.
-    """
-    module = needed_module("transformers.conversion_mapping")
-    rules = needed(module, "get_checkpoint_conversion_mapping")(model_type)
-    if rules is not None:
-        needed(module, "register_checkpoint_conversion_mapping")(name, rules, overwrite=True)
-
-
 def show_class(name: str, cls: type) -> None:
     """Makes `getattr(transformers, name)` find a class, unless it already finds one.
 
@@ -291,12 +279,6 @@ def show_class(name: str, cls: type) -> None:
 
 
 # -- loading
-
-
-def stored_name(model: PreTrainedModel, name: str) -> str:
-    """The name of a model's tensor in a file: some classes save their modules under other names."""
-    revert = needed(needed_module("transformers.core_model_loading"), "revert_weight_conversion")
-    return next(iter(revert(model, {name: torch.empty(0)})))
 
 
 @contextlib.contextmanager

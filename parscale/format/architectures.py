@@ -18,7 +18,8 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from parscale.compat.transformers import auto_classes, class_names, model_mapping, share_conversion
+from parscale.compat.conversion import share_conversion
+from parscale.compat.transformers import auto_classes, class_names, model_mapping
 from parscale.format.folders import CAUSAL_LM, INFIX, TYPE_SUFFIX
 from parscale.format.values import check_values, configuration_of
 

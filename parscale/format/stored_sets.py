@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from parscale.compat.transformers import stored_name
+from parscale.compat.conversion import stored_name
 from parscale.config import FIELDS, ParScaleConfig
 from parscale.format.checks import check_fit, check_streams
 from parscale.format.folders import (

@@ -21,6 +21,11 @@ PATTERNS = [pattern.pattern for pattern in _PATTERNS.values()]
 LABELS = {PREFIX: "prefixes", PROMPT: "prompts", LORA: "low_rank"}
 
 
+def is_of_streams(name: str) -> bool:
+    """Whether a tensor belongs to streams and not to the backbone."""
+    return part_of(name) is not None
+
+
 def is_copy(name: str) -> bool:
     """Whether a tensor of streams belongs to an adapter's copy."""
     return part_of(name) is not None and COPY in name

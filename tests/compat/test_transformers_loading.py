@@ -1,24 +1,13 @@
-"""Private names of transformers around loading: names in files, reports, plans of tensor parallelism."""
+"""Private names of transformers around loading: reports, plans of tensor parallelism."""
 
 import logging
 
 import pytest
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import parscale
 from parscale.compat import transformers as compat
 from parscale.streams.naming import part_of
-
-
-def test_the_name_in_a_file():
-    """LLaVA keeps its language model under the name that it had."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = transformers.LlamaConfig(vocab_size=32, **sizes).to_dict()
-    images = transformers.CLIPVisionConfig(image_size=8, patch_size=4, **sizes).to_dict()
-    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=images))
-    layer = "layers.0.self_attn.q_proj.weight"
-    assert compat.stored_name(model, f"model.language_model.{layer}") == f"language_model.model.{layer}"
 
 
 def test_no_adapter_is_found_beside_a_model(tmp_path):

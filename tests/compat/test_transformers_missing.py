@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import parscale
+from parscale.compat import conversion
 from parscale.compat import transformers as compat
 from parscale.errors import IncompatibleVersionError
 
@@ -16,13 +17,14 @@ from parscale.errors import IncompatibleVersionError
     ("owner", "name", "call"),
     [
         ("integrations.flash_attention", "get_target_dtype", lambda: compat.flash_dtype(torch.ones(1), None)),
-        ("conversion_mapping", "get_checkpoint_conversion_mapping", lambda: compat.share_conversion("qwen2", "x")),
+        ("conversion_mapping", "get_checkpoint_conversion_mapping", lambda: conversion.share_conversion("qwen2", "x")),
         (
             "conversion_mapping",
             "register_checkpoint_conversion_mapping",
-            lambda: compat.share_conversion("mixtral", "x"),
+            lambda: conversion.share_conversion("mixtral", "x"),
         ),
-        ("core_model_loading", "revert_weight_conversion", lambda: compat.stored_name(None, "x")),
+        ("core_model_loading", "revert_weight_conversion", lambda: conversion.stored_name(None, "x")),
+        ("core_model_loading", "WeightConverter", lambda: conversion.spare_from_conversion(bool)),
         ("distributed", "DistributedConfig", lambda: compat.tensor_parallel(1, None)),
         ("integrations.deepspeed", "unset_hf_deepspeed_config", compat.forget_deepspeed),
         (

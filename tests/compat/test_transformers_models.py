@@ -67,17 +67,6 @@ def test_the_mark_of_an_auto_class_is_taken_out():
     assert compat.without_own_arguments({"_from_auto": True, "revision": "main"}) == {"revision": "main"}
 
 
-def test_weights_are_read_by_the_rules_of_another_type():
-    from transformers import conversion_mapping
-
-    compat.share_conversion("mixtral", "mixtral_compat_test")
-    rules = conversion_mapping.get_checkpoint_conversion_mapping("mixtral_compat_test")
-    assert rules
-    assert len(rules) == len(conversion_mapping.get_checkpoint_conversion_mapping("mixtral"))
-    compat.share_conversion("qwen2", "qwen2_compat_test")
-    assert conversion_mapping.get_checkpoint_conversion_mapping("qwen2_compat_test") is None
-
-
 class Shown:
     """A class for everyone to import."""
 
