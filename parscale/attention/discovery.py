@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from parscale.attention.registered import AttentionConfig
 from parscale.compat.transformers import use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import inner_modules
+from parscale.streams.backbones import TOKENS, inner_modules
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.naming import part_of
 from parscale.streams.places import AttentionLayer, Hidden
@@ -55,6 +56,8 @@ def attach_attention(state: ParScaleState) -> None:
     try:
         with state.calls.recording(record):
             state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
+        for module in _over_depth(state, found.values()):
+            del found[id(module)]
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -72,6 +75,25 @@ def attach_attention(state: ParScaleState) -> None:
     mesh = tensor_parallel_mesh(state.model)
     if mesh is not None:
         _count_heads_of_all_devices(state, mesh)
+
+
+def _over_depth(state: ParScaleState, layers: Iterable[AttentionLayer]) -> list[nn.Module]:
+    """The layers, found in a run on `TOKENS` tokens, that do not attend over tokens.
+
+    Each token of such a layer attends to its own states in earlier layers (Inkling 2), with tokens where heads would
+    be: as many as there are tokens. A layer with as many heads keeps its number in a run on more tokens.
+    """
+    heads = {id(layer.module): layer.key_heads for layer in layers}
+    over_depth: list[nn.Module] = []
+
+    def compare(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        if key.shape[1] != heads.get(id(module), key.shape[1]) and module not in over_depth:
+            over_depth.append(module)
+
+    if TOKENS in heads.values():
+        with state.calls.recording(compare):
+            run_briefly(state, tokens=TOKENS + 1)
+    return over_depth
 
 
 def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelError:

@@ -25,6 +25,8 @@ from parscale.compat.arguments import AUDIO, CACHES, IMAGES, TEXT
 from parscale.distributed.offloading import execution_device
 from parscale.errors import UnsupportedModelError
 
+TOKENS = 2  # in each row of a brief run
+
 
 @dataclasses.dataclass
 class Parts:
@@ -141,12 +143,12 @@ def find_writers(model: Any, backbone: nn.Module) -> list[Any]:
     return [model, *(module for module in around if module is not model and module is not backbone)]
 
 
-def input_of(part: nn.Module, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A small input that a backbone or an encoder accepts."""
+def input_of(part: nn.Module, rows: int, device: torch.device, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    """A small input that a backbone or an encoder accepts; of text, some tokens in each row."""
     name = main_input(part)
     config: Any = getattr(part, "config", None)
     if name == TEXT:
-        return {name: torch.zeros(rows, 2, dtype=torch.long, device=device)}
+        return {name: torch.zeros(rows, tokens, dtype=torch.long, device=device)}
     dtype = next(parameter.dtype for parameter in part.parameters() if parameter.is_floating_point())
     if name == IMAGES and getattr(config, "image_size", None):
         size = config.image_size

@@ -17,21 +17,27 @@ from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
 from parscale.kernels.dispatch import Impl
-from parscale.streams.backbones import cuda_devices, input_device, input_of, reads
+from parscale.streams.backbones import TOKENS, cuda_devices, input_device, input_of, reads
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
 
 def run_briefly(
-    state: ParScaleState, rows: int = 1, streams: StreamSet | None = None, *, gradients: bool = False
+    state: ParScaleState,
+    rows: int = 1,
+    streams: StreamSet | None = None,
+    *,
+    gradients: bool = False,
+    tokens: int = TOKENS,
 ) -> list[torch.Tensor]:
-    """Runs the backbone and its towers on two tokens in each row, on an image, or on silence.
+    """Runs the backbone and its towers on a few tokens in each row, on an image, or on silence.
 
     Args:
         state: the model's state.
         rows: number of rows.
         streams: a set to run with; by default the plain backbone.
         gradients: whether to record gradients.
+        tokens: number of tokens in each row.
 
     Returns:
         The final hidden states `(rows, S, H)` of each mixed part, the backbone's first.
@@ -46,8 +52,8 @@ def run_briefly(
         for part in state.mixed:
             arguments: dict[str, Any] = {}
             if state.encoder is not None:
-                arguments["encoder_hidden_states"] = state.encoder(**input_of(state.encoder, rows, device))[0]
-            arguments |= input_of(part, rows, device)
+                arguments["encoder_hidden_states"] = state.encoder(**input_of(state.encoder, rows, device, tokens))[0]
+            arguments |= input_of(part, rows, device, tokens)
             if reads(part, "use_cache"):
                 arguments["use_cache"] = False
             hidden = part(**arguments)[0]
