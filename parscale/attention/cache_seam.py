@@ -175,6 +175,8 @@ class CachedAttention:
             extended = extended_mask(self.state.call.masks, mask, T, rows)
             assert isinstance(extended, torch.Tensor)
             return extended
+        if mask.ndim == 2 and mask.shape[1] == 1:  # XLM's for one new token: the column stands for all keys
+            return mask
         return torch.cat([mask.new_ones(*mask.shape[:-1], T), mask], dim=-1)  # 1: attend
 
     def _rotation_of_rows(self, rotation: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

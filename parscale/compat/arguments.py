@@ -27,6 +27,7 @@ NOISE = "noise"  # random numbers for image patches; the patches with the larges
 # The cache argument of a backbone, by kind. Since transformers 5.24 all but RWKV's `state` are called `cache`; until
 # 5.40 the older names work, too.
 CACHES = ("cache", "past_key_values", "cache_params", "state")
+PAGES = "write_index"  # with it, one cache for all requests, which stand in one row: continuous batching
 LAYER_CACHES = ("layer_past", "past_key_values", "cache")  # an attention layer's argument
 
 
@@ -97,6 +98,8 @@ TOKENS = (
     "ple_input_ids",
     "per_layer_inputs",
 )
+# Backbones whose input is always the whole text, of which they leave out as many tokens as their cache has.
+WHOLE_TEXT = ("FlaubertModel", "XLMModel")
 UNREAD = {"WhisperEncoder": ("attention_mask",)}  # by class: accepted, and of any number of rows, since unused
 SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); a prompt sees none
 

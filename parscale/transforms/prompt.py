@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import is_causal_table, leading_zeros
 from parscale.attention.positions import RowPositions
-from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, given_cache
+from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, WHOLE_TEXT, given_cache
 from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
@@ -92,7 +92,17 @@ class PromptTransform(ModelTransform):
         if begins:
             return self._begin(arguments, mask, positions)
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
+        if type(self.state.backbone).__name__ in WHOLE_TEXT:
+            return arguments | moved | self._whole(arguments, positions)
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
+
+    def _whole(self, arguments: Mapping[str, Any], positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Arguments of a later pass with the whole text, and T columns before it which the cache has already."""
+        T = self.streams.config.prefix_length
+        named = {name: arguments[name] for name in ("input_ids", *TOKENS) if arguments.get(name) is not None}
+        # the last column is no padding, whose number these backbones count
+        whole = {name: torch.cat([value[:, -1:].repeat_interleave(T, 1), value], 1) for name, value in named.items()}
+        return whole | ({} if positions is None else {"position_ids": self._positions(positions, None)})
 
     def _prompt(self) -> torch.Tensor:
         """The prompt `(P, T, H)` of the running backbone."""

@@ -10,6 +10,7 @@ import torch
 from model_calls import logits_of
 from packaging.version import Version
 from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 import parscale
 from parscale import UnsupportedModelError
@@ -152,6 +153,21 @@ def test_further_sets(zoo, kinds, wrapped):
     with model.use_streams("more"):
         assert not torch.equal(logits_of(model, ids), expected)
     assert torch.equal(logits_of(model, ids), expected)
+
+
+@pytest.mark.parametrize("transform", ["prefix", "prompt"])
+@pytest.mark.parametrize("options", [{"causal": False, "n_layers": 1}, {"causal": True}], ids=["masked", "causal"])
+def test_one_new_token_of_xlm(transform, options, zoo, kinds):
+    """It is given the whole text again, and if it is not causal, gives its layers a mask of one column.
+
+    Its cache changes nothing if it is causal or has one layer.
+    """
+    model = parscale.wrap(kinds["xlm"].plain(**options), P, prefix_length=T, init="random", transform=transform)
+    zoo.fill_streams(model)
+    ids = zoo.token_ids()
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    logits_of(model, ids[:, :-1], cache)
+    zoo.close(logits_of(model, ids, cache)[:, -1], logits_of(model, ids)[:, -1], TOLERANCE)
 
 
 # -- what is found, and what is refused
