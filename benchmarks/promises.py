@@ -188,6 +188,8 @@ class Examination:
             return
         if not same:
             self.verdict.notes.append("with a cache, its own `generate` writes something else")
+        elif NO_WAY in self.verdict.notes:  # that its own tokens were the same was chance
+            return
         elif not torch.equal(generated(model, self.ids, True), generated(model, self.ids, False)):
             raise BrokenPromiseError("generate writes something else with a cache than without")
 

@@ -85,6 +85,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "DPTForDepthEstimation": _PYRAMID,
     "DPTForSemanticSegmentation": _PYRAMID,
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
+    "DoryForCausalLM": {
+        "num_hidden_layers": 3,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "initializer_range": 1.0,  # vectors are divided by it, and scores grow with their square
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "Dots1ForCausalLM": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "Dots3NoteForCausalLM": {
         "swa_num_attention_heads": HEADS,

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Cache
 
 from parscale.attention.caches import fit_rows, is_empty
-from parscale.compat.arguments import NOISE, given_cache
+from parscale.attention.registered import CONTINUOUS_BATCHING
+from parscale.compat.arguments import NOISE, PAGES, given_cache
 from parscale.compat.torch import replicate, unwatch_replicas, watch_replicas
 from parscale.compat.transformers import answer_itself
 from parscale.hooks.encoded import mark_output
@@ -93,6 +94,8 @@ class BackboneHooks:
         rows = first_input(module, arguments)
         if rows is None:  # the backbone raises the error for a missing input
             return None
+        if PAGES in arguments:  # prepared while the streams were off
+            raise ValueError(CONTINUOUS_BATCHING)
         if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
             raise ValueError(
                 f"transformers' {type(module).__name__} continues from its state with one row only, but "

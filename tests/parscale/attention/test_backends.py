@@ -8,6 +8,7 @@ import transformers
 from model_calls import logits_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -361,6 +362,22 @@ def test_continuous_batching_is_refused(llama, zoo):
     assert not model.init_continuous_batching(generation_config=config).is_running()
     with model.use_streams("default"), pytest.raises(ValueError, match="Continuous batching"):
         model.init_continuous_batching(generation_config=config)
+
+
+def test_streams_that_are_switched_on_later_are_refused(llama):
+    """By an answer to the request: the manager of the plain backbone runs already, in a thread of its own."""
+    model = llama.wrapped()
+    model.set_streams(None)
+    options = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32, use_async_batching=False)
+    greedy = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=options)
+    model.set_streams("default")
+    manager.start()
+    try:
+        result = manager.get_result(manager.add_request([5, 6, 7], max_new_tokens=3), timeout=60)
+    finally:
+        manager.stop(block=True, timeout=60)
+    assert result.error.startswith("Continuous batching")
 
 
 def test_paged_attention_is_refused(llama, zoo):
