@@ -80,11 +80,26 @@ def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def together_at_the_end() -> Iterator[None]:
-    """No process leaves this block before the last one has reached its end, even if that one fails."""
+    """No process leaves this block before the last one has reached its end; if one fails, all do.
+
+    Raises:
+        RuntimeError: in the other processes, with the error of the one that failed.
+    """
     try:
         yield
-    finally:
-        dist.barrier()
+    except BaseException as error:
+        of_all_processes(f"{type(error).__name__}: {error}")
+        raise
+    for rank, failure in enumerate(of_all_processes("")):
+        if failure:
+            raise RuntimeError(f"Process {rank} failed: {failure}")
+
+
+def of_all_processes(text: str) -> list[str]:
+    """The texts of all processes, by their ranks. Every process has to call this."""
+    texts = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
 
 
 def check_takes_parameters(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import parscale
+from parscale.distributed.parallel import of_all_processes
 
 IDS = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(0))
 # Heads that are split, also with norms of each head; heads that are gathered.
@@ -79,6 +80,13 @@ def run(root: Path, out: Path) -> dict[str, Any]:
     figures["sampled"] = model.generate(IDS[:2], max_new_tokens=3, num_beams=2, do_sample=False).tolist()
     model.save_pretrained(out / "full")
     model.save_streams(out / "streams")
+    (out / "taken").touch()
+    failure = ""
+    try:
+        model.save_streams(out / "taken")
+    except (OSError, RuntimeError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    figures["failures"] = of_all_processes(failure) if processes() > 1 else [failure]
     with model.use_streams("code"):
         figures["further set"] = loss_of(model)
     figures["all of them DTensors"] = all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)

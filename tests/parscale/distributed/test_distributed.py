@@ -145,6 +145,9 @@ def test_tensor_parallelism(backbones, launch):
     actual = figures(backbones, "tensor-parallel-2")
     assert "tensor parallelism or ZeRO-3 takes transform='prefix' only, got 'lora'" in actual.pop("refused")
     assert actual.keys() == expected.keys()
+    ((alone,), (first, second)) = expected.pop("failures"), actual.pop("failures")
+    assert first == alone.replace("tensor-parallel-1", "tensor-parallel-2")
+    assert second == f"RuntimeError: Process 0 failed: {first}"
     assert [actual[f"{name} heads here"] for name in worker.BACKBONES] == [1, 1, 2]
     assert actual["all of them DTensors"]
     for name, value in expected.items():
