@@ -11,6 +11,22 @@ P, G, HEADS, D, T, SIZE = 2, 2, 4, 8, 3, 4  # SIZE: tokens in a block of the cac
 SCALE = D**-0.5
 
 
+@pytest.fixture(autouse=True)
+def addresses_of_the_kernel(monkeypatch):
+    """vLLM's kernel that merges two parts, for GPUs, takes a token's address from heads and head size, not strides."""
+    from parscale.integrations.vllm import shared_attention, windows
+
+    own = windows.merge_attn_states
+
+    def merge(output, prefix_output, prefix_lse, suffix_output, suffix_lse):
+        for states in (output, prefix_output, prefix_lse, suffix_output, suffix_lse):
+            assert states.is_contiguous()
+        own(output, prefix_output, prefix_lse, suffix_output, suffix_lse)
+
+    for module in (shared_attention, windows):
+        monkeypatch.setattr(module, "merge_attn_states", merge)
+
+
 def batch(lengths, new, metadata_class, heads=P * G):
     """A cache of pages in disorder, the keys and values in it by request, and queries for the last tokens of each.
 

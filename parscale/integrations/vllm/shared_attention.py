@@ -200,8 +200,8 @@ class SharedFlashImpl(SharedKeys, FlashCache):
         mixed: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """See `SharedKeys.merge`."""
-        merge_attn_states(output, learned, learned_lse, mixed, lse.contiguous())
+        """See `SharedKeys.merge`. The kernel addresses tokens by heads and head size alone, not by strides."""
+        merge_attn_states(output, learned, learned_lse, mixed.contiguous(), lse.contiguous())
 
 
 class SharedFlashBackend(FlashAttentionBackend):
