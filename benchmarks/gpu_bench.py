@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from parscale.kernels.dispatch import TRITON
+from parscale.kernels.prefix import prepend
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -159,6 +161,26 @@ def decode_tensors(
     return states
 
 
+def square_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_k: torch.Tensor,
+    prefix_v: torch.Tensor,
+    *,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """`parscale.kernels.causal_attention` by torch's flash attention: T queries of zeros in front, no mask.
+
+    The yardstick of errors in half precision: where there is a mask torch may compute in float32.
+    """
+    T, group = prefix_k.shape[2], query.shape[1] // key.shape[1]
+    keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))  # (P*B, heads, T + S, D)
+    padded = nn.functional.pad(query, (0, 0, T, 0))  # (P*B, heads, T + S, D)
+    return nn.functional.scaled_dot_product_attention(padded, keys, values, is_causal=True, scale=scaling)[:, :, T:]
+
+
 def prefill_operations(tensors: list[torch.Tensor]) -> float:
     """Of the forward pass: two products over the causal half and over the prefix."""
     R, heads, S, D = tensors[0].shape
@@ -172,6 +194,7 @@ def versions(dry: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
         "triton": importlib.import_module("triton").__version__ if TRITON else None,
         "transformers": transformers.__version__,
     }

@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_bench import Bench, Row, aggregator_tensors, decode_tensors, prefill_operations, prefill_tensors, randn
+from gpu_bench import (
+    Bench,
+    Row,
+    aggregator_tensors,
+    decode_tensors,
+    prefill_operations,
+    prefill_tensors,
+    randn,
+    square_attention,
+)
 
 from parscale.kernels import (
     aggregate,
@@ -278,7 +287,9 @@ def _sum_all(*tensors: Any) -> torch.Tensor:
 
 def _read(*tensors: Any) -> torch.Tensor:
     *tensors, impl = tensors
-    return (causal_attention_reference if impl == "reference" else causal_attention)(*tensors)
+    if impl != "reference":
+        return causal_attention(*tensors)
+    return (causal_attention_reference if tensors[0].dtype == torch.float64 else square_attention)(*tensors)
 
 
 def _errors(

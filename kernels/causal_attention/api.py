@@ -49,7 +49,10 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
 def _flash_runs(device: torch.device) -> bool:
     if not torch.backends.cuda.flash_sdp_enabled():  # also on CPUs
         return False
-    return device.type == "cpu" or torch.cuda.get_device_properties(device).major >= 8
+    if device.type == "cpu":
+        return True
+    is_built = torch.backends.cuda.is_flash_attention_available()  # not on Windows
+    return is_built and torch.cuda.get_device_properties(device).major >= 8
 
 
 def causal_attention(

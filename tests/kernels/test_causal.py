@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import load_script
 from torch._subclasses import FakeTensorMode
 
 from parscale.kernels import causal_attention, causal_attention_reference, is_mergeable
 from parscale.kernels.causal_attention.api import _flash_runs
 
 aten = torch.ops.aten
+square_attention = load_script("gpu_bench").square_attention
 HALVES = [torch.bfloat16, torch.float16]
 NAMES = ["query", "key", "value", "prefix_k", "prefix_v"]
 
@@ -164,6 +166,28 @@ def test_leaves_transforms_to_torchs_own():
     assert is_mergeable(query, key, value)
 
 
+def test_the_yardstick_is_the_same_attention():
+    for own, other in zip(
+        *(gradients(each, inputs()) for each in (square_attention, causal_attention_reference)), strict=True
+    ):
+        torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_errors_in_half_precision(dtype):
+    """As on a GPU below, on this machine's flash attention."""
+    errors_beside_those_of_the_yardstick(inputs(P=4, B=1, S=300, T=48, D=64, dtype=dtype))
+
+
+def errors_beside_those_of_the_yardstick(tensors):
+    """Mean errors against float64, of the output and each gradient, beside those of torch's flash attention."""
+    exact = gradients(causal_attention_reference, [x.cpu().double() for x in tensors])
+    own, theirs = gradients(causal_attention, tensors), gradients(square_attention, tensors)
+    for name, a, b, truth in zip(["output", *NAMES], own, theirs, exact, strict=True):
+        errors = [(x.double().cpu() - truth).abs().mean().item() for x in (a, b)]
+        assert errors[0] <= 2 * errors[1], (name, errors)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
@@ -171,11 +195,6 @@ def test_leaves_transforms_to_torchs_own():
 )
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_on_a_gpu(dtype, size):
-    tensors = inputs(**{"P": 4, "S": 300, "T": 48, "D": 64, "dtype": dtype} | size)
-    exact = gradients(causal_attention_reference, [x.double() for x in tensors])
-    tensors = [x.cuda() for x in tensors]
+    tensors = [x.cuda() for x in inputs(**{"P": 4, "S": 300, "T": 48, "D": 64, "dtype": dtype} | size)]
     assert is_mergeable(*tensors[:3])
-    own, theirs = gradients(causal_attention, tensors), gradients(causal_attention_reference, tensors)
-    for name, a, b, truth in zip(["output", *NAMES], own, theirs, exact, strict=True):
-        errors = [(x.double().cpu() - truth).abs().mean().item() for x in (a, b)]
-        assert errors[0] <= 2 * errors[1], (name, errors)
+    errors_beside_those_of_the_yardstick(tensors)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from scripts import load_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parscale.kernels import decode_attention, shared_causal_attention, shared_decode_attention
 from parscale.kernels.shared_causal_attention import shared_attention_reference
 
+square_attention = load_script("gpu_bench").square_attention
 T, D = 5, 8
 BIAS = 5.0  # of keys, as Qwen2's have: scores are large and nearly alike
 # streams, rows, heads, key/value heads, tokens
@@ -102,15 +104,30 @@ def test_causal_on_rocm_merges_nothing(has_plain, operators, monkeypatch):
     assert sorted(operators.calls) == sorted((way, *call) for way in ("forward", "backward") for call in calls)
 
 
+def by_squares(query, key, value, prefix_k, prefix_v):
+    """Stream 0 over the keys, the others over copies of them behind their prefix, by torch's flash attention."""
+    B, streams = key.shape[0], prefix_k.shape[0]
+    nothing = prefix_k[:1, :, :0], prefix_v[:1, :, :0]
+    copies = (x.repeat(streams, 1, 1, 1) for x in (key, value))
+    return torch.cat(
+        [square_attention(query[:B], key, value, *nothing), square_attention(query[B:], *copies, prefix_k, prefix_v)]
+    )
+
+
+def test_the_yardstick_is_the_same_attention():
+    inputs = tensors(3, 2, 6, 2, 7, 7)
+    torch.testing.assert_close(by_squares(*inputs), shared_attention_reference(*inputs), rtol=0, atol=1e-12)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_causal_on_a_gpu(dtype):
-    """Errors against float64, of the output and each gradient, beside those of torch's attention over joined keys."""
+    """Errors against float64, of the output and each gradient, beside those of torch's flash attention."""
     inputs, results = [x.detach() for x in tensors(4, 2, 8, 2, 300, 300, dtype)], []
     for function, device, to in (
         (shared_causal_attention, "cuda", dtype),
-        (shared_attention_reference, "cuda", dtype),
+        (by_squares, "cuda", dtype),
         (shared_attention_reference, "cpu", torch.float64),
     ):
         own = [x.to(device, to).requires_grad_() for x in inputs]
