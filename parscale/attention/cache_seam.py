@@ -195,7 +195,8 @@ class CachedAttention:
         hidden = ~mask if mask.dtype == torch.bool else mask < 0
         padding = _hidden_in_front(hidden)[:, None]  # (R, 1)
         positions = (torch.arange(K - S, K, device=mask.device) - padding).clamp(min=0)  # (R, S)
-        return getattr(module, name)[positions][:, None]
+        table = getattr(module, name)
+        return table[positions.to(table.device)][:, None].to(rotation.device)
 
 
 class _BiasOfRows:

@@ -78,10 +78,10 @@ def attach_attention(state: ParScaleState) -> None:
 
 
 def _over_depth(state: ParScaleState, layers: Iterable[AttentionLayer]) -> list[nn.Module]:
-    """The layers, found in a run on `TOKENS` tokens, that do not attend over tokens.
+    """The layers, found in a run on `TOKENS` tokens, whose tokens stand where heads would be (Inkling 2).
 
-    Each token of such a layer attends to its own states in earlier layers (Inkling 2), with tokens where heads would
-    be: as many as there are tokens. A layer with as many heads keeps its number in a run on more tokens.
+    Each token of such a layer attends to its own states in earlier layers, and there are as many "heads" as tokens. A
+    layer with as many true heads keeps its number in a run on more tokens.
     """
     heads = {id(layer.module): layer.key_heads for layer in layers}
     over_depth: list[nn.Module] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from parscale.compat.torch import mark_static
 from parscale.kernels import visible_lengths
 
 Mask = torch.Tensor | BlockMask | None  # dense, of FlexAttention, or none
+Made = dict[Any, tuple[Any, Any]]  # of a kind and a mask's id: a weak reference to the mask, and what was made of it
 
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
@@ -89,11 +92,30 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
     return create_block_mask(function, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
-def extended_mask(made: dict[Any, tuple[Any, Any]], mask: Mask, prefix_length: int, num_rows: int) -> Mask:
+def _once(made: Made, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a mask: once for all layers that share it, and kept as long as the mask itself.
+
+    A model on several devices copies the mask for each layer of the others.
+    """
+    key = kind, id(mask)
+    entry = made.get(key)
+    if torch.compiler.is_compiling():  # without weak references, which it does not know
+        entry = made[key] = (None, make()) if entry is None else entry
+    elif entry is None or entry[0]() is not mask:
+        entry = made[key] = (weakref.ref(mask, lambda _: made.pop(key, None)), make())
+    return entry[1]
+
+
+def _alone(mask: torch.Tensor) -> torch.Tensor:
+    """The mask as a tensor of its own on the same memory: a slice of the mask itself would keep it."""
+    return mask if mask.requires_grad else mask.detach()
+
+
+def extended_mask(made: Made, mask: Mask, prefix_length: int, num_rows: int) -> Mask:
     """The mask with columns for the prefix; made once for all layers that share it.
 
     Args:
-        made: the extended masks of this pass, by the id of the original mask.
+        made: what was made of this pass's masks.
         mask: a dense mask or one of FlexAttention.
         prefix_length: T.
         num_rows: P*B.
@@ -102,17 +124,14 @@ def extended_mask(made: dict[Any, tuple[Any, Any]], mask: Mask, prefix_length: i
         return None
     if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
         return extend_dense_mask(mask, prefix_length)  # the compiler shares the result
-    entry = made.get(id(mask))
-    if entry is None:
-        if isinstance(mask, BlockMask):
-            extended: Any = extend_block_mask(mask, prefix_length, num_rows)
-        else:
-            extended = extend_dense_mask(mask, prefix_length)
-        entry = made[id(mask)] = (mask, extended)  # keeps the mask alive, so that its id stays unique
-    return entry[1]
+    if isinstance(mask, BlockMask):
+        block_mask: Mask = _once(made, "extended", mask, lambda: extend_block_mask(mask, prefix_length, num_rows))
+        return block_mask
+    extended: Mask = _once(made, "extended", mask, lambda: extend_dense_mask(mask, prefix_length))
+    return extended
 
 
-def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -> torch.Tensor:
+def visible_lengths_once(made: Made, mask: torch.Tensor) -> torch.Tensor:
     """The result of `parscale.kernels.visible_lengths`; computed once for all layers that share the mask.
 
     Args:
@@ -121,17 +140,15 @@ def visible_lengths_once(made: dict[Any, tuple[Any, Any]], mask: torch.Tensor) -
     """
     if torch.compiler.is_compiling():
         return visible_lengths(mask)  # the compiler shares the result
-    key = "lengths", id(mask)
-    if key not in made:
-        made[key] = (mask, visible_lengths(mask))
-    return made[key][1]
+    lengths: torch.Tensor = _once(made, "lengths", mask, lambda: visible_lengths(mask))
+    return lengths
 
 
-def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Mask, num_rows: int) -> Mask:
+def rows_of_mask(made: Made, mask: Mask, num_rows: int) -> Mask:
     """The mask of the first rows; made once for all layers that share it.
 
     Args:
-        made: as in `extended_mask`, with its own keys.
+        made: as in `extended_mask`.
         mask: a dense mask, a padding mask `(R, K)` or one of FlexAttention, for at least that many rows or for one row;
             or `None`.
         num_rows: number of rows.
@@ -140,33 +157,40 @@ def rows_of_mask(made: dict[Any, tuple[Any, Any]], mask: Mask, num_rows: int) ->
         return mask
     if torch.compiler.is_compiling():
         return mask[:num_rows]
-    key = ("rows", id(mask))
-    if key not in made:
+
+    def first_rows() -> Mask:
+        if isinstance(mask, torch.Tensor):
+            return _alone(mask)[:num_rows]
         piece = mask[:num_rows]
-        if isinstance(mask, BlockMask) and isinstance(piece, BlockMask):
-            piece.mask_mod = mask.mask_mod  # the first rows keep their indices
-        made[key] = (mask, piece)
-    return made[key][1]
+        piece.mask_mod = mask.mask_mod  # the first rows keep their indices
+        return piece
+
+    rows: Mask = _once(made, "rows", mask, first_rows)
+    return rows
 
 
 def last_queries_of_mask(
-    made: dict[Any, tuple[Any, Any]], mask: torch.Tensor | BlockMask, positions: int, chosen: torch.Tensor | None
+    made: Made, mask: torch.Tensor | BlockMask, positions: int, chosen: torch.Tensor | None
 ) -> Mask:
     """The mask of the last queries of chosen rows; made once for all layers that share it.
 
     Args:
-        made: as in `extended_mask`, with its own keys.
+        made: as in `extended_mask`.
         mask: `(B or 1, heads or 1, S, K)`; a padding mask `(B, K)`; or one of FlexAttention, which is used for all its
             queries.
         positions: number of queries.
         chosen: indices of the rows; `None` means all.
     """
-    key = ("last", id(mask))
-    if key not in made:
-        piece = mask
-        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            piece = mask[:, :, -positions:]
-        if chosen is not None and mask.shape[0] > 1:
-            piece = piece[chosen]
-        made[key] = (mask, piece)
-    return made[key][1]
+    rows = None if mask.shape[0] == 1 else chosen
+    cut = isinstance(mask, torch.Tensor) and mask.ndim == 4
+    if rows is None and not cut:
+        return mask
+
+    def last() -> Mask:
+        piece = _alone(mask)[:, :, -positions:] if cut and isinstance(mask, torch.Tensor) else mask
+        if rows is None:
+            return piece
+        return piece[rows.to(piece.device) if isinstance(piece, torch.Tensor) else rows]
+
+    queries: Mask = _once(made, "last", mask, last)
+    return queries

@@ -44,7 +44,8 @@ NAME_PREFIX = "parscale_"
 
 CONTINUOUS_BATCHING = (
     "Continuous batching and its paged attention do not run with streams: they pack all requests into one row and "
-    "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone."
+    "keep one cache for it. Use generate(), or set_streams(None) for the plain backbone, and a new manager if one has "
+    "stopped for this."
 )
 
 

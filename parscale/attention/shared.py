@@ -166,7 +166,8 @@ def keys_of_pass(
     elif mask is not None:
         mask = last_queries_of_mask(call.masks, mask, n, passes.chosen)
     if passes.chosen is not None:
-        key, value = key[passes.chosen], value[passes.chosen]
+        chosen = passes.chosen.to(key.device)  # found where the logits are
+        key, value = key[chosen], value[chosen]
     return key, value, mask
 
 

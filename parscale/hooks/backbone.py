@@ -85,6 +85,8 @@ class BackboneHooks:
             if module.training or not is_compiled:
                 recompute_with_own_streams(state, module)
         arguments = dict(zip(state.positional[part][: len(args)], args, strict=True)) | kwargs
+        if streams is not None and PAGES in arguments:  # prepared while the streams were off
+            raise ValueError(CONTINUOUS_BATCHING)
         cache = given_cache(arguments)
         _check_cache(cache, streams)
         call.makes_cache = cache is None
@@ -94,8 +96,6 @@ class BackboneHooks:
         rows = first_input(module, arguments)
         if rows is None:  # the backbone raises the error for a missing input
             return None
-        if PAGES in arguments:  # prepared while the streams were off
-            raise ValueError(CONTINUOUS_BATCHING)
         if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
             raise ValueError(
                 f"transformers' {type(module).__name__} continues from its state with one row only, but "

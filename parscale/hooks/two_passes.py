@@ -223,7 +223,7 @@ def after_pass(state: ParScaleState, module: nn.Module, output: Any) -> Any:
             return output
         return _with_states(output, torch.cat([output[0][:, : -passes.positions], _second_pass(state, module)], 1))
     assert passes.hidden is not None
-    hidden = passes.hidden if passes.chosen is None else passes.hidden[passes.chosen]
+    hidden = passes.hidden if passes.chosen is None else passes.hidden[passes.chosen.to(passes.hidden.device)]
     if getattr(output, "router_logits", None) is not None:
         output.router_logits = None  # the caller gets those of the first pass
     joined = torch.cat([hidden, output[0]])  # (P*b, n, H)

@@ -371,9 +371,11 @@ def test_streams_that_are_switched_on_later_are_refused(llama):
     options = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32, use_async_batching=False)
     greedy = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
     manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=options)
-    model.set_streams("default")
     manager.start()
     try:
+        served = manager.get_result(manager.add_request([5, 6, 7], max_new_tokens=3), timeout=60)
+        assert served.error is None
+        model.set_streams("default")
         result = manager.get_result(manager.add_request([5, 6, 7], max_new_tokens=3), timeout=60)
     finally:
         manager.stop(block=True, timeout=60)

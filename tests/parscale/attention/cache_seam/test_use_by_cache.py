@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from model_calls import logits_of
 from packaging.version import Version
 from torch import nn
@@ -168,6 +169,29 @@ def test_one_new_token_of_xlm(transform, options, zoo, kinds):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     logits_of(model, ids[:, :-1], cache)
     zoo.close(logits_of(model, ids, cache)[:, -1], logits_of(model, ids)[:, -1], TOLERANCE)
+
+
+@pytest.mark.parametrize("transform", ["prefix", "prompt"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["XLM", "Flaubert"])
+def test_padding_that_is_counted(name, causal, transform, zoo, kinds):
+    """By the ids or by `lengths`, in whole rows and in a later pass with a cache."""
+    options = {"vocab_size": 96, "pad_index": 2, **kinds["xlm"].options, "causal": causal}
+    model = getattr(transformers, f"{name}WithLMHeadModel")(getattr(transformers, f"{name}Config")(**options)).eval()
+    zoo.randomize(model)
+    parscale.wrap(model, P, prefix_length=T, init="random", transform=transform)
+    zoo.fill_streams(model)
+    ids, padding = zoo.token_ids()[:2], 2
+    lengths = torch.tensor([ids.shape[1], ids.shape[1] - 3])
+    ids[1, -3:] = padding
+    alone = [logits_of(model, row[None, :length])[0] for row, length in zip(ids, lengths, strict=True)]
+    for arguments in ({}, {"lengths": lengths}):
+        for row, length, expected in zip(logits_of(model, ids, **arguments), lengths, alone, strict=True):
+            zoo.close(row[:length], expected, TOLERANCE)
+    if causal:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits_of(model, ids[:, :-4], cache)
+        zoo.close(logits_of(model, ids, cache)[1, 0], alone[1][-1], TOLERANCE)
 
 
 # -- what is found, and what is refused

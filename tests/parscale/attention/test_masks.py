@@ -1,0 +1,46 @@
+"""What is made of a pass's masks: once for all layers that share one, and no longer than it is there."""
+
+import weakref
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from parscale.attention.masks import extended_mask, last_queries_of_mask, rows_of_mask, visible_lengths_once
+
+S, K, T, P, B = 4, 6, 3, 2, 2
+
+
+def dense():
+    return torch.ones(P * B, 1, S, K, dtype=torch.bool).tril(K - S)
+
+
+def blocks():
+    return create_block_mask(lambda b, h, q, kv: q >= kv, P * B, None, S, K, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("mask", "make"),
+    [
+        (dense, lambda made, mask: extended_mask(made, mask, T, P * B)),
+        (blocks, lambda made, mask: extended_mask(made, mask, T, P * B)),
+        (dense, visible_lengths_once),
+        (dense, lambda made, mask: rows_of_mask(made, mask, B)),
+        (dense, lambda made, mask: last_queries_of_mask(made, mask, 1, torch.tensor([0, 2]))),
+    ],
+)
+def test_layers_share_a_result_while_the_mask_is_there(mask, make):
+    made, one, other = {}, mask(), mask()
+    assert make(made, one) is make(made, one)
+    assert make(made, other) is not make(made, one)
+    del one
+    assert len(made) == 1  # on further devices each layer has a copy of its own
+    del other
+    assert not made
+
+
+def test_another_mask_of_the_same_id_is_another():
+    made, mask, gone = {}, dense(), dense()
+    made["extended", id(mask)] = (weakref.ref(gone), "that of the one before")
+    del gone
+    assert extended_mask(made, mask, T, P * B).shape == (P * B, 1, S, T + K)
