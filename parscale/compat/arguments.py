@@ -98,7 +98,8 @@ TOKENS = (
     "ple_input_ids",
     "per_layer_inputs",
 )
-# Backbones whose input is always the whole text, of which they leave out as many tokens as their cache has.
+# Backbones whose input is always the whole text, of which they leave out as many tokens as their cache has. Without a
+# mask they count the ids that are no padding, or take `lengths`, their number in each row.
 WHOLE_TEXT = ("FlaubertModel", "XLMModel")
 UNREAD = {"WhisperEncoder": ("attention_mask",)}  # by class: accepted, and of any number of rows, since unused
 SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); a prompt sees none

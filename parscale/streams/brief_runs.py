@@ -29,6 +29,7 @@ def run_briefly(
     *,
     gradients: bool = False,
     tokens: int = TOKENS,
+    change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> list[torch.Tensor]:
     """Runs the backbone and its towers on a few tokens in each row, on an image, or on silence.
 
@@ -38,6 +39,7 @@ def run_briefly(
         streams: a set to run with; by default the plain backbone.
         gradients: whether to record gradients.
         tokens: number of tokens in each row.
+        change: what each part is given in place of the arguments that it would be.
 
     Returns:
         The final hidden states `(rows, S, H)` of each mixed part, the backbone's first.
@@ -56,7 +58,7 @@ def run_briefly(
             arguments |= input_of(part, rows, device, tokens)
             if reads(part, "use_cache"):
                 arguments["use_cache"] = False
-            hidden = part(**arguments)[0]
+            hidden = part(**(arguments if change is None else change(arguments)))[0]
             if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != rows:
                 given = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
                 raise UnsupportedModelError(

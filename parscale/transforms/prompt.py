@@ -27,7 +27,9 @@ from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, WHOLE_TEXT,
 from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import has_learned_positions
+from parscale.streams.backbones import TOKENS as TOKENS_OF_A_RUN
+from parscale.streams.backbones import has_learned_positions, input_device, ordinary_tokens
+from parscale.streams.brief_runs import run_briefly
 from parscale.streams.places import Place
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -64,6 +66,7 @@ class PromptTransform(ModelTransform):
         """Hooks the modules around the backbone, and tests the model."""
         self._row_positions.attach()
         self.try_out()
+        self._check_embeddings()
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -100,9 +103,43 @@ class PromptTransform(ModelTransform):
         """Arguments of a later pass with the whole text, and T columns before it which the cache has already."""
         T = self.streams.config.prefix_length
         named = {name: arguments[name] for name in ("input_ids", *TOKENS) if arguments.get(name) is not None}
-        # the last column is no padding, whose number these backbones count
-        whole = {name: torch.cat([value[:, -1:].repeat_interleave(T, 1), value], 1) for name, value in named.items()}
+        whole = {name: torch.cat([value[:, :1].repeat_interleave(T, 1), value], 1) for name, value in named.items()}
+        whole |= self._lengths(arguments, arguments.get("input_ids"))
         return whole | ({} if positions is None else {"position_ids": self._positions(positions, None)})
+
+    def _lengths(self, arguments: Mapping[str, Any], ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The tokens in each row before its padding, `(R,)`, with the prompt's, for backbones that would count ids."""
+        if type(self.state.backbone).__name__ not in WHOLE_TEXT:
+            return {}
+        lengths = arguments.get("lengths")
+        if lengths is None and ids is not None:
+            lengths = (ids != self.state.backbone.pad_index).sum(dim=1)
+        return {} if lengths is None else {"lengths": lengths + self.streams.config.prefix_length}
+
+    def _check_embeddings(self) -> None:
+        """Tests whether the backbone reads ids as it reads their embeddings.
+
+        Raises:
+            UnsupportedModelError: it does not, as where it multiplies embeddings that it has looked up itself.
+        """
+        backbone, device = self.state.backbone, input_device(self.state.model)
+        if device.type == "meta":
+            return
+        ids = torch.tensor([ordinary_tokens(self.state.model, TOKENS_OF_A_RUN)], device=device)
+
+        def by_embeddings(arguments: dict[str, Any]) -> dict[str, Any]:
+            rest = {name: value for name, value in arguments.items() if name != "input_ids"}
+            return rest | self._inputs_of_layers(backbone, ids) | {"inputs_embeds": _embeddings(backbone)(ids)}
+
+        (expected,), (found,) = (
+            run_briefly(self.state, change=change)
+            for change in (lambda arguments: arguments | {"input_ids": ids}, by_embeddings)
+        )
+        if ((found - expected).abs() > 1e-3 * expected.abs().max()).any():
+            raise UnsupportedModelError(
+                f"{type(backbone).__name__} of {type(self.state.model).__name__} does more with token ids than to look "
+                "up their embeddings, of which transform='prompt' knows nothing: use transform='prefix' or 'lora'."
+            )
 
     def _prompt(self) -> torch.Tensor:
         """The prompt `(P, T, H)` of the running backbone."""
@@ -167,9 +204,10 @@ class PromptTransform(ModelTransform):
         arguments = dict(arguments)
         ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
         if embeds is None:
-            arguments |= self._inputs_of_layers(ids)
+            arguments |= self._inputs_of_layers(self.state.call.running, ids)
             embeds = _embeddings(self.state.call.running)(ids)  # (R, S, H)
-        if mask is None and positions is not None and _restarts(positions):
+        arguments |= self._lengths(arguments, ids)
+        if mask is None and given_cache(arguments) is None and positions is not None and _restarts(positions):
             return arguments | self._packed(arguments, embeds, positions)
         padding, (R, S) = leading_zeros(mask), embeds.shape[:2]
         prompt = self._prompt().to(embeds.dtype).to(embeds.device)  # (P, T, H)
@@ -194,9 +232,9 @@ class PromptTransform(ModelTransform):
             arguments |= self._positions_by_ids(ids, padding)
         return arguments
 
-    def _inputs_of_layers(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _inputs_of_layers(self, backbone: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The additional inputs of some backbones' layers for ids `(R, S)` (Gemma 3n, Gemma 4, Qwen4)."""
-        names, backbone = self.state.positional[self.state.backbone], self.state.call.running
+        names = self.state.positional[self.state.backbone]
         if "ple_input_ids" in names:
             return {"ple_input_ids": ids}
         if "per_layer_inputs" in names and getattr(backbone, "hidden_size_per_layer_input", None):
@@ -221,7 +259,7 @@ class PromptTransform(ModelTransform):
 
         All rows get the length of the one with the most documents; the padding at the end is not visible to any token.
         """
-        T, prompt = self.streams.config.prefix_length, self._prompt().to(embeds.dtype)
+        T, prompt = self.streams.config.prefix_length, self._prompt().to(embeds.dtype).to(embeds.device)
         (R, S), P = embeds.shape[:2], prompt.shape[0]
         positions = positions.expand(R, -1)
         first = torch.ones_like(positions[:, :1], dtype=torch.bool)

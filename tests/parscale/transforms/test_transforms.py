@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from model_calls import choose_stream, logits_of
+from scripts import load_script
 from transformers import DynamicCache
 
 import parscale
 from parscale.streams.backbones import cache_argument
 
+tiny_models = load_script("tiny_models")
 TOLERANCE = 2e-5  # as in test_families.py
 RECURRENT = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba", "rwkv": "Rwkv", "xlstm": "xLSTM"}
 OPTIONS = {
@@ -260,6 +262,30 @@ def test_packed_documents_of_a_model_whose_layers_read_the_tokens_too(zoo):
     zoo.close(packed.logits, torch.cat([each.logits for each in alone], dim=1), TOLERANCE)
     for found, *own in zip(packed.hidden_states[:-1], *(each.hidden_states[:-1] for each in alone), strict=True):
         zoo.close(found, torch.cat(own, dim=2), TOLERANCE)  # (inputs of a layer, R, S, H)
+
+
+def test_documents_are_not_kept_apart_beside_a_cache(zoo):
+    """As in the plain backbone, which has one text in a cache: one prompt, of which the cache counts nothing."""
+    model, ids, cache = wrapped(zoo.FAMILIES["llama"].build(), "prompt"), zoo.token_ids(rows=1), DynamicCache()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    logits_of(model, ids, cache, position_ids=positions)
+    assert cache.get_seq_length() == 9
+    more = logits_of(model, ids[:, :1], cache, position_ids=torch.tensor([[5]]))
+    both, restarted = torch.cat([ids, ids[:, :1]], dim=1), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    zoo.close(more, logits_of(model, both, DynamicCache(), position_ids=restarted)[:, -1:], TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("FalconH1ForCausalLM", {"embedding_multiplier": 2.0}), ("MvpForCausalLM", {"scale_embedding": True})],
+)
+def test_a_backbone_that_changes_what_it_looked_up_is_refused(name, options):
+    """Its passes by ids, which follow the first one of a cache, would read other inputs than that one."""
+    tiny = tiny_models.Tiny(name)
+    model = tiny.cls(type(tiny.config())(**tiny.config().to_dict() | options)).eval()
+    with pytest.raises(parscale.UnsupportedModelError, match=r"does more with token ids than .* transform='prompt'"):
+        parscale.wrap(model, 2, prefix_length=3, transform="prompt", init="random")
+    parscale.wrap(model, 2, prefix_length=3, init="random")
 
 
 @torch.no_grad()
