@@ -154,13 +154,14 @@ gpu-check: ## The benchmarks and tests for a GPU, in eight minutes; RELEASED=FOL
 
 gpu-evidence: ## The study of what streams are worth at the size of one GPU; started again, it goes on
 	@python=$(PYTHON); \
-	$$python -P -c 'import parscale, datasets, scipy, sklearn, sympy; $(SEES_GPU)' 2>/dev/null \
+	$$python -P -c 'import parscale, datasets, matplotlib, mpmath, networkx, nltk, pandas, pygments, scipy, sklearn, sympy; $(SEES_GPU)' 2>/dev/null \
 		|| { $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; } || exit 1; \
 	$$python -P -c '$(SEES_GPU)' \
 		|| { echo "make gpu-evidence needs a CUDA or ROCm device, and torch sees none." >&2; exit 1; }; \
-	$$python -P benchmarks/evidence/work.py --gpu --work build/gpu-evidence --results benchmarks/results/gpu-evidence \
-		&& $$python -P benchmarks/evidence/report.py --rows benchmarks/results/gpu-evidence \
-			--output benchmarks/results/gpu-evidence.json
+	trained=0; $$python -P benchmarks/evidence/work.py --gpu --work build/gpu-evidence \
+		--results benchmarks/results/gpu-evidence || trained=1; \
+	$$python -P benchmarks/evidence/report.py --rows benchmarks/results/gpu-evidence \
+		--output benchmarks/results/gpu-evidence.json && exit $$trained
 
 $(DOCS_READY): $(PLAIN)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,11 +45,19 @@ def main() -> None:
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     planned = gpu_plan if args.gpu else plan
+    failed: set[str] = set()
     while missing := [run for rows in [read_rows(args.results)] for run in planned(rows) if run.name not in rows]:
+        missing = [run for run in missing if run.name not in failed]
+        if not missing:
+            raise SystemExit(f"These runs failed, for the reasons above: {', '.join(sorted(failed))}.")
         for run in missing:
             with claimed(args.work / f"{run.name}.lock") as is_mine:
                 if is_mine and run.name not in read_rows(args.results):
-                    print(time.strftime("%H:%M:%S"), run.name, do(run, args.work, args.results), flush=True)
+                    try:
+                        print(time.strftime("%H:%M:%S"), run.name, do(run, args.work, args.results), flush=True)
+                    except Exception:  # the next runs may do
+                        traceback.print_exc()
+                        failed.add(run.name)
                     break
         else:
             time.sleep(10)  # the others are at work on what is left

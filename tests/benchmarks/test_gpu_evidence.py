@@ -32,6 +32,26 @@ def test_finished_rows_change_nothing(runs: list[Any]) -> None:
     assert list(gpu_plan({runs[0].name: {}})) == runs
 
 
+def test_a_run_that_fails_holds_up_no_other(
+    runs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import work
+
+    def do(run: Any, work: Path, results: Path) -> str:
+        if run == runs[1]:
+            raise ValueError("the loss is not a number")
+        (results / "scratch" / f"{run.name}.json").write_text("{}")
+        return "done"
+
+    monkeypatch.setattr(work, "do", do)
+    monkeypatch.setattr("sys.argv", ["work.py", "--gpu", "--work", f"{tmp_path}/work", "--results", str(tmp_path)])
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(SystemExit, match=f"These runs failed, for the reasons above: {runs[1].name}"):
+        work.main()
+    assert {path.stem for path in (tmp_path / "scratch").iterdir()} == {run.name for run in runs} - {runs[1].name}
+    assert "the loss is not a number" in capsys.readouterr().err
+
+
 def test_every_model_from_scratch_can_be_built(runs: list[Any]) -> None:
     """At their own width, of which the heads follow, with two layers in place of eight and on a few tokens."""
     from arms import Run, build
