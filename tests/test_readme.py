@@ -49,7 +49,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
     namespace: dict[str, object] = {}
     for number, block in enumerate(BLOCKS):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parallel", "wide-streams"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four-streams", "wide-streams"]
 
 
 def test_the_folders_are_listed():
@@ -188,7 +188,7 @@ def test_the_laws_k_is_on_file():
 def test_the_batches_of_a_larger_model_are_those_counted():
     counted = (ROOT / "docs" / "shared.md").read_text()
     batches = dict(re.findall(r"^\| (\d) \| own \| batch (\d+) \|", counted, flags=re.M))
-    assert is_said(f"from {batches['8']} at P = 8, {batches['4']} at P = 4, {batches['2']} at P = 2")
+    assert is_said(f"from batch {batches['8']} (P = 8), {batches['4']} (P = 4) or {batches['2']} (P = 2) on")
 
 
 @pytest.mark.parametrize("baseline", ["twice as wide", "average of 4"])
