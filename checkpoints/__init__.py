@@ -48,13 +48,13 @@ if TYPE_CHECKING:
     from parscale.checkpoints.texts.python_source import package_source_split, standard_library_split
     from parscale.checkpoints.texts.sources import open_source, read_documents
     from parscale.checkpoints.training.divergence import DivergedError
-    from parscale.checkpoints.training.model_card import push
     from parscale.checkpoints.training.new_model import NewModel
     from parscale.checkpoints.training.packing import Blocks, pack, pack_documents
     from parscale.checkpoints.training.settings import TrainSettings
     from parscale.checkpoints.training.speed import faster_in_bf16
     from parscale.checkpoints.training.train import Interrupted, train
     from parscale.checkpoints.training.trainable_model import rank_with_parameters
+    from parscale.checkpoints.training.upload import push
 
 __all__ = [
     "ADAPTER",
@@ -188,7 +188,6 @@ _HOMES = {  # of the public names, below this package
         "read_documents",
     ),
     "training.divergence": ("DivergedError",),
-    "training.model_card": ("push",),
     "training.new_model": ("NewModel",),
     "training.packing": (
         "Blocks",
@@ -202,6 +201,7 @@ _HOMES = {  # of the public names, below this package
         "train",
     ),
     "training.trainable_model": ("rank_with_parameters",),
+    "training.upload": ("push",),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def compare_checkpoints(
         For each of the others and each place an entry, as `parscale.checkpoints.evaluation.against.paired_entries`.
 
     Raises:
-        ValueError: a checkpoint is damaged, or has another tokenization of the documents.
+        ValueError: a checkpoint is damaged, has another tokenization of the documents, or is the first one.
         OSError: there is no such checkpoint.
     """
     model, tokenizer, name = this
@@ -56,11 +57,13 @@ def compare_checkpoints(
         )
 
     for other in others:  # before anything is measured
-        if other == name:
+        if _place(other) == _place(name):
             raise ValueError(f"{name} cannot be compared with itself; its own plain backbone is called 'off'.")
         if other == STREAMS_OFF:
             if not hasattr(model, "parscale"):
                 raise ValueError(f"{name} has no streams to turn off; leave 'off' out of --against.")
+            if model.parscale.active is None:
+                raise ValueError(f"The streams of {name} are off already; leave 'off' out of --against.")
         elif encode(documents, require_tokenizer(find_tokenizer(other), other)) != encode(documents, tokenizer):
             raise ValueError(f"{other} reads the text as other tokens than {name}, so their losses do not compare.")
     measured = {name: places(model)}
@@ -75,3 +78,8 @@ def compare_checkpoints(
             del rival
         entries += paired_entries(name, other, TEXT, {key: measured[key] for key in (name, other)}, 0)
     return [{key: value for key, value in entry.items() if key not in ("tokens", "seeds")} for entry in entries]
+
+
+def _place(checkpoint: str) -> str:
+    """The folder that a checkpoint is in, however it is named; names on the Hub stay as they are."""
+    return os.path.realpath(checkpoint) if os.path.isdir(checkpoint) else checkpoint

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from parscale.checkpoints.evaluation.against import (
 )
 from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
 from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
+from parscale.checkpoints.evaluation.text_loss import DEFAULT_SEQUENCE_LENGTH
 from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer
 from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
@@ -52,19 +54,19 @@ from parscale.checkpoints.training.held_out import (
 )
 from parscale.checkpoints.training.model_card import CARD
 from parscale.checkpoints.training.packing import documents_of
-from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.run_folder import CONTROLS, Run
 from parscale.checkpoints.training.run_result import card_of
 from parscale.checkpoints.training.settings import BACKBONE_RATE, LORA_RATE, STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
 from parscale.checkpoints.training.trainable_model import rank_with_parameters
-from parscale.config import LORA, OWN
+from parscale.config import LORA, OWN, PROMPT
 from parscale.format.folders import FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
 from parscale.format.pretrained import read_pretrained
 from parscale.format.staging import staged_file
 from parscale.format.working import working
 from parscale.terminal.console import Terminal
 
-FOLDER, REPORT = "controls", "controls.json"
+FOLDER = "controls"
 ADAPTER_RANK = 8  # in place of a whole backbone, where that is quantized
 SAME = ("data_digest", "tokens", "steps", "sequence_length", "batch_size", "seed", "warmup", "decay", "bf16")
 """What of a run a control shares, so that it reads the same tokens in the same order at the same pace."""
@@ -146,12 +148,17 @@ def _rates(run: Mapping[str, Any]) -> tuple[float, float]:
     return of_backbone, of_backbone * LORA_RATE / BACKBONE_RATE
 
 
-def check_controls(checkpoint: str, settings: TrainSettings) -> None:
+def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, Any] | None = None) -> None:
     """Refuses controls that cannot be trained or compared, before any work.
+
+    Args:
+        checkpoint: what the run starts from.
+        settings: of the run.
+        run: its report, if it has ended: then its sequences count.
 
     Raises:
         ValueError: there is no held-out text, the checkpoint has no streams or was trained before, its backbone has
-            dropout, PEFT is missing, or several processes take part.
+            dropout or too few positions for the longest prompt, PEFT is missing, or several processes take part.
     """
     if not settings.eval_data:
         raise ValueError("Controls are compared on held-out text; give some by --eval-data.")
@@ -168,7 +175,11 @@ def check_controls(checkpoint: str, settings: TrainSettings) -> None:
         )
     if what["transform"] == LORA and settings.trains == STREAMS and importlib.util.find_spec("peft") is None:
         raise ValueError("Controls of low-rank streams are adapters, which need: pip install 'parscale[peft]'.")
-    if dropout := _dropout(checkpoint):
+    backbone = _backbone_config(checkpoint)
+    if what["transform"] == PROMPT:
+        length = settings.sequence_length if run is None else run["sequence_length"]
+        _check_long_prompt(backbone, what["num_streams"], what["prefix_length"], length)
+    if dropout := _dropout(backbone):
         raise ValueError(
             f"The backbone of {checkpoint} trains with dropout ({', '.join(dropout)}), under which one prefix, trained "
             "as two streams that stay equal, would become two: set it to 0 in config.json, for all arms alike."
@@ -180,15 +191,31 @@ def check_controls(checkpoint: str, settings: TrainSettings) -> None:
         )
 
 
-def _dropout(checkpoint: str) -> list[str]:
-    """The dropouts of a backbone, by the names and values in its configuration; those of other heads do not count."""
+def _backbone_config(checkpoint: str) -> Any:
     folder, place = Checkpoint(checkpoint), checkpoint
     if folder.kind() == STREAMS_ONLY:
         place = backbone_place(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
-    fields = read_pretrained(AutoConfig, place).get_text_config().to_dict()
+    return read_pretrained(AutoConfig, place).get_text_config()
+
+
+def _check_long_prompt(backbone: Any, P: int, T: int, sequence_length: int | None) -> None:
+    """Refuses a prompt of P * T tokens that takes more positions than the run's sequences leave."""
+    positions = getattr(backbone, "max_position_embeddings", None) or math.inf
+    length = min(DEFAULT_SEQUENCE_LENGTH, positions - T) if sequence_length is None else sequence_length
+    left = positions - P * T
+    if length > left:
+        remedy = f"give --sequence-length {left} or less" if left >= 2 else "use shorter prompts"
+        raise ValueError(
+            f"Controls train one prompt of {P} * {T} tokens, which with sequences of {length} takes more than the "
+            f"{positions} positions of the model; {remedy}, or leave --controls out."
+        )
+
+
+def _dropout(backbone: Any) -> list[str]:
+    """The dropouts of a backbone, by the names and values in its configuration; those of other heads do not count."""
     return [
         f"{name} = {value}"
-        for name, value in sorted(fields.items())
+        for name, value in sorted(backbone.to_dict().items())
         if "drop" in name and not name.startswith(("classifier", "summary")) and isinstance(value, float) and value > 0
     ]
 
@@ -210,7 +237,8 @@ def train_with_controls(checkpoint: str, output: Path, settings: TrainSettings, 
         OSError: as `train` and `train_controls`.
         Interrupted: a signal ended the run or a control, after a checkpoint.
     """
-    check_controls(checkpoint, settings)
+    output = Path(output)
+    check_controls(checkpoint, settings, Run(output).report())
     report = train(checkpoint, output, settings, **options)
     return report | _train_controls(checkpoint, output, settings, options.get("console"))
 
@@ -234,7 +262,8 @@ def train_controls(
         OSError: something cannot be read or written; what is whole stays.
         Interrupted: a signal ended a control, after a checkpoint.
     """
-    check_controls(checkpoint, settings)
+    output = Path(output)
+    check_controls(checkpoint, settings, Run(output).report())
     return _train_controls(checkpoint, output, settings, console)
 
 
@@ -250,8 +279,8 @@ def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, cons
     console = console or Terminal(stderr=True)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
     texts = _texts(settings, tokenizer, run)
-    if (output / REPORT).is_file():
-        before: dict[str, Any] = json.loads((output / REPORT).read_text(encoding="utf-8"))
+    if (output / CONTROLS).is_file():
+        before: dict[str, Any] = json.loads((output / CONTROLS).read_text(encoding="utf-8"))
         if before.get("texts_digest") == _digest(texts):
             return before
     streams = _streams_of(checkpoint)
@@ -264,7 +293,7 @@ def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, cons
         console.print(f"control: {control.title}", highlight=False)
         _train_control(control, checkpoint, output, settings, run, streams, tokenizer, console)
     report = _compare(controls, checkpoint, output, run, tokenizer, texts, settings)
-    with staged_file(output / REPORT) as beside:
+    with staged_file(output / CONTROLS) as beside:
         beside.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _rewrite_card(output, run, report)
     return report

@@ -60,7 +60,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         "kind": kind,
         "backbone": _backbone(fields, kind),
         "active_streams": name,
-        **_streams(streams),
+        **describe_streams(streams),
         "dtype": _dtype(tensors),
         "parameters": _parameters(tensors, streams.transform, fields.get("quantization_config")),
         "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
@@ -100,7 +100,8 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {"class": name, "model_type": model_type, "name": "in this folder"}
 
 
-def _streams(streams: ParScaleConfig) -> dict[str, Any]:
+def describe_streams(streams: ParScaleConfig) -> dict[str, Any]:
+    """The fields of a set of streams that have an effect; one stream is the plain backbone, whatever they say."""
     if streams.num_streams == 1:
         of_streams = ("transform", "prefix_length", "smoothing", "init", "seed")
         return {"num_streams": 1, **dict.fromkeys(of_streams)}
@@ -118,7 +119,7 @@ def _streams(streams: ParScaleConfig) -> dict[str, Any]:
 
 def _further(checkpoint: Checkpoint) -> dict[str, Any]:
     streams = stream_config(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
-    return {**_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
+    return {**describe_streams(streams), "parameters": _parameters(checkpoint.streams(), streams.transform)}
 
 
 def _parameters(tensors: Mapping[str, StoredTensor], transform: str, quantization: object = None) -> dict[str, int]:

@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
-from parscale.checkpoints.description import PLAIN, kind_of
+from parscale.checkpoints.description import PLAIN, describe_streams, kind_of
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import copy_processor, find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.sources import read_documents
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
-from parscale.config import LORA, OWN, TEXT_INITS
+from parscale.config import TEXT_INITS
 from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.format.staging import require_new_folder, staged
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
@@ -57,6 +57,8 @@ def convert(
     if calibration_files and config.init not in (None, *TEXT_INITS):
         readers = " or ".join(map(repr, TEXT_INITS))
         raise ValueError(f"Calibration text is for init {readers}, but init is {config.init!r}; omit one of them.")
+    if calibration_files and config.num_streams == 1:
+        raise ValueError("Calibration text is for streams that start from it, and one stream is the backbone; omit it.")
     documents = read_documents(calibration_files, text_column=text_column)
     require_new_folder(output)
     if (kind := kind_of(Checkpoint(source))) != PLAIN:
@@ -90,26 +92,13 @@ def convert(
         "output": str(output),
         "kind": STREAMS_ONLY if streams_only else FULL,
         "backbone": type(model).__name__,
-        **_described(model, config),
+        **describe_streams(model.parscale.active.config),
         "calibration": [name for name, _ in documents],
-        "seed": config.seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,
         "parameters": {"backbone": backbone_parameters, **_parameters_of_streams(model, config)},
         "bytes": size,
         "seconds": round(time.perf_counter() - start, 3),
-    }
-
-
-def _described(model: Any, config: ParScaleConfig) -> dict[str, Any]:
-    """What a report says of the streams: what they were configured as, and the start that was chosen."""
-    return {
-        "num_streams": config.num_streams,
-        "transform": config.transform,
-        **({} if config.kv == OWN else {"kv": config.kv}),
-        **({"rank": config.rank} if config.transform == LORA else {"prefix_length": config.prefix_length}),
-        "smoothing": config.smoothing,
-        "init": model.parscale.active.config.init,
     }
 
 

@@ -19,6 +19,11 @@ def is_chat(row: Mapping[str, Any]) -> bool:
     return MESSAGES in row or (PROMPT in row and COMPLETION in row)
 
 
+def holds_chat(row: Mapping[str, Any]) -> bool:
+    """Whether these columns hold something; tables have them in all rows."""
+    return row.get(MESSAGES) is not None or (row.get(PROMPT) is not None and row.get(COMPLETION) is not None)
+
+
 def chat_of(where: str, row: Mapping[str, Any]) -> Chat | Completion:
     """A row's messages, or its prompt and completion, each a text or messages.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class Source:
         return self.read()
 
     @classmethod
-    def of(cls, name: str, documents: Sequence[Example]) -> Source:
+    def of(cls, name: str, documents: Iterable[Example]) -> Source:
         """A source of documents that are in memory.
 
         Args:
@@ -72,7 +73,12 @@ class Source:
         Returns:
             The source.
         """
-        return cls(name, lambda: iter(documents))
+        kept = tuple(documents)
+        return cls(name, lambda: iter(kept))
+
+
+Named = str | os.PathLike[str] | Source
+"""Text that a user names, or gives."""
 
 
 def text_documents(examples: Iterable[Example]) -> Iterator[Document]:

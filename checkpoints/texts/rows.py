@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parscale.checkpoints.texts.chats import COLUMNS, chat_of, is_chat, without_fillings
+from parscale.checkpoints.texts.chats import COLUMNS, chat_of, holds_chat, is_chat, without_fillings
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
 from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
 from parscale.checkpoints.texts.token_ids import require_text
@@ -37,7 +37,7 @@ def has_rows(path: Path) -> bool:
 
 
 def texts_of_rows(path: Path, column: str) -> Iterator[Document]:
-    """The texts of a file's rows with their names, such as `"a.jsonl:3"`; those without a letter are left out.
+    """The texts of a file's rows with their names, such as `"a.jsonl:3"`; empty ones, and null, are left out.
 
     Args:
         path: a file for which `has_rows` holds.
@@ -55,7 +55,7 @@ def texts_of_rows(path: Path, column: str) -> Iterator[Document]:
 
 
 def examples_of_rows(path: Path, column: str) -> Iterator[Example]:
-    """As `texts_of_rows`, but a row that has no such column may hold a chat, as `example_of` says."""
+    """As `texts_of_rows`, but a row without a text may hold a chat, as `example_of` says."""
     for where, name, row in _rows(path, column):
         example = example_of(where, row, column)
         if not isinstance(example, str) or example.strip():
@@ -68,12 +68,15 @@ def example_of(where: str, row: object, column: str) -> str | Completion | Chat:
     Args:
         where: what an error names.
         row: its columns; anything else is refused.
-        column: what holds the text; a row that has it is no chat.
+        column: what holds the text; a row with text in it is no chat.
+
+    Returns:
+        The text, `""` where there is null, or the chat.
 
     Raises:
         ValueError: there is neither, or it is damaged.
     """
-    if isinstance(row, dict) and column not in row and is_chat(row):
+    if isinstance(row, dict) and row.get(column) is None and (holds_chat if column in row else is_chat)(row):
         return chat_of(where, row)
     try:
         return text_of(where, row, column)
@@ -100,6 +103,9 @@ def text_of(where: str, row: object, column: str) -> str:
         row: its columns; other types raise an error.
         column: the column that holds the text.
 
+    Returns:
+        The text; `""` where there is null, as tables have it in rows without a text.
+
     Raises:
         ValueError: there is no such column, or it does not hold text.
     """
@@ -112,6 +118,8 @@ def text_of(where: str, row: object, column: str) -> str:
             f"{where}, has no column {column!r}; it has: {', '.join(names)}{more}. "
             "Name the one that holds the text with --text-column."
         )
+    if row[column] is None:
+        return ""
     if not isinstance(row[column], str):
         raise ValueError(f"{where}: column {column!r} is not text but a {type(row[column]).__name__}.")
     return require_text(where, row[column])
@@ -204,7 +212,7 @@ def _table(path: Path, column: str) -> Iterator[Row]:
 
 
 def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str, Any]]]:
-    """A table's rows, some at a time: only this column, or, if the table lacks it, only the columns of chats.
+    """A table's rows, some at a time: only this column and those of chats.
 
     If the table has none of these columns, all values of its rows are `None`.
     """
@@ -228,6 +236,8 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
             if read := _read(names, column):
                 batch = batch.select(read)
                 batch.validate(full=True)  # without which offsets that are damaged end the process
+                if column in read and not batch.column(column).null_count:  # no row's chat counts
+                    batch = batch.select([column])
                 yield [without_fillings(row) for row in batch.to_pylist()]
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
@@ -237,6 +247,5 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
 
 def _read(names: list[str], column: str) -> list[str]:
     """Which of a table's columns are read."""
-    if column in names:
-        return [column]
-    return [name for name in names if name in COLUMNS] if is_chat(dict.fromkeys(names)) else []
+    of_chats = [name for name in names if name in COLUMNS and name != column]
+    return [*([column] if column in names else []), *(of_chats if is_chat(dict.fromkeys(names)) else [])]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale.checkpoints.texts.chats import without_fillings
-from parscale.checkpoints.texts.documents import Document, Example, Source
+from parscale.checkpoints.texts.documents import Document, Example, Named, Source
 from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
 from parscale.checkpoints.texts.rows import JSON, SEPARATED, example_of, examples_of_rows, has_rows, texts_of_rows
 
@@ -23,7 +23,7 @@ _FILE_SUFFIXES = {".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 
 def open_source(name: str, *, text_column: str = "text", streaming: bool = False, seed: int = 0) -> Source:
-    """Opens training text by name; documents that contain only white space are skipped.
+    """Opens training text by name; documents that contain only white space, and rows whose text is null, are skipped.
 
     Text is in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Files may be compressed (`.gz`, `.bz2`,
     `.xz`, `.zst`). The suffix of a file's name determines its format:
@@ -49,10 +49,12 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
         The documents, read again each time that they are iterated over.
 
     Raises:
-        ValueError: the file or dataset does not exist, or it is a pipe, a device or a socket. Errors in the contents
-            are raised when they are read.
+        ValueError: the name is empty, the file or dataset does not exist, or it is a pipe, a device or a socket. Errors
+            in the contents are raised when they are read.
         OSError: a folder cannot be entered.
     """
+    if not name:  # which as a path would be the current folder
+        raise ValueError("A text has an empty name; give a text file, a folder, or the name of a dataset on the Hub.")
     path = Path(name)
     if path.is_dir():
         return _folder(path, text_column)
@@ -95,7 +97,7 @@ def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[
     return documents
 
 
-def refuse_output_in_data(output: Path, data: Sequence[str | Source]) -> None:
+def refuse_output_in_data(output: Path, data: Sequence[Named]) -> None:
     """Raises an error for an output folder inside the data: a resumed run would read its own files.
 
     Args:
@@ -107,7 +109,7 @@ def refuse_output_in_data(output: Path, data: Sequence[str | Source]) -> None:
         OSError: a folder cannot be entered.
     """
     place = output.resolve()
-    for name in (each for each in data if isinstance(each, str) and os.path.isdir(each)):
+    for name in (each for each in data if not isinstance(each, Source) and os.path.isdir(each)):
         for folder in below(Path(name)).folders:
             if place.is_relative_to(folder) and not _is_hidden(place.relative_to(folder)):
                 raise ValueError(
@@ -212,7 +214,7 @@ def _dataset(name: str, path: str, config: str | None, streaming: bool) -> Any:
 
 
 def open_sources(
-    data: Sequence[str | Source], *, text_column: str = "text", streaming: bool = False, seed: int = 0
+    data: Sequence[Named], *, text_column: str = "text", streaming: bool = False, seed: int = 0
 ) -> list[Source]:
     """Opens several sources and checks the beginning of each, so that errors are reported before any long work.
 
@@ -226,7 +228,9 @@ def open_sources(
         ValueError: a source is missing, damaged or empty.
     """
     sources = [
-        open_source(each, text_column=text_column, streaming=streaming, seed=seed) if isinstance(each, str) else each
+        each
+        if isinstance(each, Source)
+        else open_source(os.fspath(each), text_column=text_column, streaming=streaming, seed=seed)
         for each in data
     ]
     for source in sources:

@@ -42,7 +42,12 @@ class RunMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Opens the progress bar; before a new run, measures the model without its streams."""
+        """Opens the progress bar; before a new run, measures the model without its streams.
+
+        A checkpoint keeps how often the run saved and measured before; what is given now counts.
+        """
+        for name in ("save_steps", "eval_steps"):
+            setattr(state, name, getattr(args, name))
         if state.is_world_process_zero and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)

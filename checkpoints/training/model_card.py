@@ -1,34 +1,25 @@
-"""The model card of a trained checkpoint, and its upload to the Hugging Face Hub."""
+"""The model card of a trained checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # its __all__ is computed
+from huggingface_hub import ModelCard, ModelCardData
 
 from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
 from parscale.checkpoints.texts.files import shown
 from parscale.checkpoints.training.held_out import NOT_TRAINED, UNTOUCHED
 from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
 from parscale.checkpoints.training.settings import TrainSettings
-from parscale.compat.hub import NO_ANSWER
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
-from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, set_names
 
 CARD = "README.md"
-# What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
-NOT_UPLOADED = ("metrics.jsonl", "run.json", ".*", "*/.*")
-FOLDERS_NOT_UPLOADED = ("checkpoint-[0-9]*", "controls", "runs")  # unless they are sets of streams
 TRAINED = {
     "streams": "the streams and their aggregator; the backbone was frozen",
     "everything": "streams and backbone",
@@ -131,7 +122,7 @@ def model_card(facts: TrainingFacts) -> str:
     only if they are on the Hub, which rejects other names there.
     """
     data = ModelCardData(
-        base_model=facts.backbone if _is_hub_name(facts.backbone) else None,
+        base_model=facts.backbone if is_hub_name(facts.backbone) else None,
         datasets=list(facts.datasets) or None,
         library_name="parscale" if facts.streams_only else "transformers",
         pipeline_tag="text-generation",
@@ -166,65 +157,6 @@ def model_card(facts: TrainingFacts) -> str:
     return str(ModelCard(shown(text)))  # a name may hold bytes that are not UTF-8
 
 
-def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Uploads a trained checkpoint with its card to the Hub, without the Trainer's checkpoints and logs.
-
-    Args:
-        folder: a checkpoint with streams, of any kind, with its card, `README.md`.
-        repo_id: the name of the repository, such as `"me/my-model"`; it is created if it does not exist.
-        private: whether a repository created here is private.
-        token: for the Hub; by default that of `hf auth login`.
-
-    Returns:
-        The URL of the upload.
-
-    Raises:
-        ValueError: the folder has no checkpoint with streams or no card, or `repo_id` is not a valid name.
-        OSError: the folder does not exist, or the Hub refuses or cannot be reached.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise FileNotFoundError(f"There is no folder {path}; give the folder of a trained checkpoint.")
-    checkpoint = Checkpoint(path)
-    kind = checkpoint.kind()
-    if not (path / CARD).is_file():
-        raise ValueError(f"{path} holds no {CARD}; write its model card first.")
-    if kind == STREAMS_ONLY:
-        backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
-        if not _is_hub_name(backbone):
-            warnings.warn(
-                f"{path} holds streams only, and its backbone {backbone!r} is not on the Hub: whoever loads it has to "
-                "give backbone=.",
-                stacklevel=2,
-            )
-    sets = set_names(checkpoint, checkpoint.read_json(CONFIG))[1] if kind == FULL else []
-    folders = [entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in sets]
-    runs = [name for name in folders if any(fnmatchcase(name, pattern) for pattern in FOLDERS_NOT_UPLOADED)]
-    check_repository(repo_id)
-    api = HfApi(token=token)
-    try:
-        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(
-            repo_id=name,
-            folder_path=path,
-            ignore_patterns=[*NOT_UPLOADED, *(f"{name}/*" for name in runs)],
-            commit_message="Upload a checkpoint with parallel streams",
-        ).commit_url
-    except NO_ANSWER as error:
-        if isinstance(error, OSError):
-            raise
-        raise OSError(f"{path} was not uploaded, since the Hugging Face Hub cannot be reached: {error}") from error
-
-
-def check_repository(repo_id: str) -> None:
-    """Refuses what cannot be the name of a repository on the Hub.
-
-    Raises:
-        ValueError: the name is not valid.
-    """
-    validate_repo_id(repo_id)
-
-
 def _introduction(facts: TrainingFacts) -> str:
     backbone = facts.backbone_class if facts.backbone is None else f"{_code(facts.backbone)} ({facts.backbone_class})"
     differing = "each time behind a learned prefix of its own"
@@ -247,7 +179,7 @@ def _cache(facts: TrainingFacts) -> str:
 def _use(facts: TrainingFacts) -> str:
     name = json.dumps(facts.checkpoint, ensure_ascii=False)
     call = f"load({name})"
-    if facts.streams_only and not _is_hub_name(facts.backbone):
+    if facts.streams_only and not is_hub_name(facts.backbone):
         call = f'load({name}, backbone="...")  # the backbone\'s folder: these are the streams alone'
     return _fenced(
         "from transformers import AutoTokenizer\n\n"
@@ -366,7 +298,8 @@ def _fenced(text: str, language: str = "") -> str:
     return "\n".join((f"{ticks}{language}", *text.splitlines(), ticks))
 
 
-def _is_hub_name(name: str | None) -> bool:
+def is_hub_name(name: str | None) -> bool:
+    """Whether a name can be one on the Hugging Face Hub, and is no path here."""
     if not name or os.path.exists(name):
         return False
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None

@@ -1,6 +1,6 @@
 """The folder of a training run: its settings, its checkpoints, and its metrics.
 
-- `run.json`: the settings that the run was started with; it cannot be resumed with others
+- `run.json`: the settings that the run was started with, paths among them absolute; it cannot be resumed with others
 - `metrics.jsonl`: one line for each step, and for each measured text
 - `checkpoint-N`: what is needed to resume after N steps, with `manifest.json`: its files, their sizes and checksums
 - `training.json`: the report, written when the run has ended and the model is in the folder
@@ -35,8 +35,10 @@ from parscale.format.staging import (
 from parscale.format.working import lock, remove_leftovers, working, working_folder
 
 RUN, METRICS, REPORT, MANIFEST = "run.json", "metrics.jsonl", "training.json", "manifest.json"
+CONTROLS = "controls.json"  # the report of controls, where they were trained beside the run
 CONTENTS = {"checkpoint_digest": "checkpoint", "data_digest": "data", "eval_digests": "eval_data"}
 """What a run reads, by the setting that holds its digest; unknown digests are not compared."""
+WITH_PATHS = (*CONTENTS.values(), "new_model")
 READ_BY = {"data_digest": "streaming", "eval_digests": "eval_tokens"}
 """The settings that digests of the same contents depend on."""
 _PARTS = {  # parts of a checkpoint and patterns of their file names; DeepSpeed's engine writes all of them
@@ -89,6 +91,7 @@ class Run:
         """
         self.check(resume=resume)
         settings = json.loads(json.dumps(settings))
+        settings = {**settings, **{key: _with_absolute_paths(settings[key]) for key in WITH_PATHS if key in settings}}
         path = self.folder / RUN
         if path.is_file():
             self.require_same(settings)
@@ -122,6 +125,7 @@ class Run:
             key
             for key in compared
             if _with_absolute_paths(settings.get(key)) != _with_absolute_paths(before.get(key))
+            and not _has_same_contents(key, settings, before)
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
             and not (key in READ_BY.values() and key not in before)  # of a run before these were recorded
         ]
@@ -254,6 +258,14 @@ def _with_absolute_paths(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _with_absolute_paths(item) for key, item in value.items()}
     return value
+
+
+def _has_same_contents(key: str, settings: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a setting names, perhaps in other words, what has the same digest; that of streams is of a part only."""
+    digest = next((digest for digest, named in CONTENTS.items() if named == key), None)
+    if digest is None or (key == "data" and settings.get("streaming")):
+        return False
+    return settings.get(digest) is not None and settings[digest] == before.get(digest)
 
 
 def write_manifest(folder: Path, processes: int = 1) -> None:

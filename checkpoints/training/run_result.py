@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import copy_processor
+from parscale.checkpoints.texts.files import first_line
+from parscale.checkpoints.training.held_out import Texts, against_untouched
 from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
 from parscale.checkpoints.training.new_model import NewModel
@@ -31,9 +34,12 @@ def finish(
     steps: int,
     tokenizer: PreTrainedTokenizerBase,
     report: dict[str, Any],
-    measure: Callable[[str], list[dict[str, Any]]],
+    texts: Texts,
+    batch_size: int,
 ) -> None:
-    """Puts the trained checkpoint, its tokenizer, its card, the plot and the report into the run's folder.
+    """Puts the trained checkpoint, its tokenizer, its card and the plot into the run's folder, and at last the report.
+
+    The model is there before it is compared with the untouched backbone, and stays where that fails, with a warning.
 
     Args:
         checkpoint: the checkpoint that the run started from.
@@ -41,20 +47,61 @@ def finish(
         steps: how many there were.
         tokenizer: of the model.
         report: what is written to `training.json`, and stated by the card.
-        measure: the trained model in a folder against the untouched backbone; it becomes `"comparisons"` of the report.
+        texts: held-out documents to compare on, by the text's name; a new model is compared with nothing.
+        batch_size: windows of them in a batch.
     """
-    with staged(run.folder, last=(CONFIG, STREAMS_CONFIG, REPORT)) as work:
+    report = report | {"backbone": None if isinstance(checkpoint, NewModel) else _backbone_of(checkpoint)}
+    with staged(run.folder, last=(CONFIG, STREAMS_CONFIG)) as work:
         put_together(checkpoint, run.checkpoint(steps), work)
         if not isinstance(checkpoint, NewModel):
             copy_processor(checkpoint, work)
         tokenizer.save_pretrained(work)
         plot_metrics(run.metrics(), work / PLOT)
-        report = report | {"comparisons": measure(str(work))}
-        card = card_of(work, report)
-        if card is not None:
-            (work / CARD).write_text(card, encoding="utf-8")
+        _write_card(work, work, report)
+    comparisons = _compared(checkpoint, run, tokenizer, report, texts, batch_size)
+    report = report | {"comparisons": comparisons}
+    with staged(run.folder, last=REPORT) as work:
+        _write_card(run.folder, work, report)
         text = json.dumps(report, indent=2, allow_nan=False)
         (work / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_card(trained: Path, folder: Path, report: Mapping[str, Any]) -> None:
+    card = card_of(trained, report)
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _compared(
+    checkpoint: str | NewModel,
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Mapping[str, Any],
+    texts: Texts,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    if isinstance(checkpoint, NewModel):  # whose backbone was never trained without the streams
+        return []
+    try:
+        entries = against_untouched(
+            str(run.folder),
+            checkpoint,
+            tokenizer,
+            texts,
+            window=report["sequence_length"],
+            batch_size=batch_size,
+            tokens=report["tokens"],
+        )
+        json.dumps(entries, allow_nan=False)
+    except Exception as error:  # of many types, such as too little memory: the model is there
+        warnings.warn(
+            f"The trained model is in {run.folder}, but was not compared with the untouched backbone "
+            f"({first_line(error).rstrip('.')}); to try again, such as with a smaller --micro-batch-size, remove "
+            f"{run.folder / REPORT} and give the same command with --resume.",
+            stacklevel=5,
+        )
+        return []
+    return entries
 
 
 def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
@@ -67,11 +114,13 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]
     new = report.get("new_model")
-    source = None if new else describe(report["checkpoint"])["backbone"]["name"]
+    source = None
+    if not new:  # reports of runs before these were recorded lack the backbone
+        source = report["backbone"] if "backbone" in report else _backbone_of(report["checkpoint"])
     facts = TrainingFacts(
         checkpoint=report["name"],
         backbone_class=str(backbone["class"]),
-        backbone=None if source == "in this folder" else source,
+        backbone=source,
         num_streams=what["num_streams"],
         prefix_length=what.get("prefix_length"),
         smoothing=what["smoothing"],
@@ -103,6 +152,12 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
         controls=report.get("controls", {}),
     )
     return model_card(facts)
+
+
+def _backbone_of(checkpoint: str) -> str | None:
+    """What a checkpoint calls its backbone; None where it is in the checkpoint itself."""
+    name: str | None = describe(checkpoint)["backbone"]["name"]
+    return None if name == "in this folder" else name
 
 
 def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

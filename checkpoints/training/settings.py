@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import numbers
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.documents import Named, Source
 
 STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what is trained
 
 STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
 BACKBONE_RATE, LORA_RATE, NEW_RATE = 3e-5, 2e-4, 1e-3
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """How to post-train a checkpoint.
 
-    In Python, `data` and the values of `eval_data` may also be a `Source` with documents in memory.
+    In Python, `data` and the values of `eval_data` may also be paths, or a `Source` with documents in memory.
 
     Attributes:
         data: Training text: text files, files of rows (.json, .jsonl, .csv, .tsv, .parquet, .arrow), folders, or
@@ -55,11 +58,11 @@ class TrainSettings:
         seed: Seed of the order of the text and of what else is drawn.
 
     Raises:
-        ValueError: a number is out of range, or two settings exclude each other.
+        ValueError: a setting has the wrong type, a number is out of range, or two settings exclude each other.
     """
 
-    data: Sequence[str | Source]
-    eval_data: Mapping[str, str | Source] = field(default_factory=dict)
+    data: Sequence[Named]
+    eval_data: Mapping[str, Named] = field(default_factory=dict)
     text_column: str = "text"
     streaming: bool = False
     tokens: int | None = None
@@ -86,24 +89,22 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("No training data was given; name at least one file, folder or dataset.")
-        for name in (
-            "tokens",
-            "batch_size",
-            "micro_batch_size",
-            "lora_rank",
-            "eval_every",
-            "eval_tokens",
-            "save_every",
-        ):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
-        _at_least("sequence_length", self.sequence_length, 2)
-        for name in ("learning_rate", "streams_learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}, and must be a number of at least 0.")
+        self._check_texts()
+        for name in ("tokens", "micro_batch_size", "lora_rank", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
+        for name in ("batch_size", "eval_tokens", "keep_checkpoints"):
+            _check_whole(name, getattr(self, name), 1)
+        if self.sequence_length is not None:
+            _check_whole("sequence_length", self.sequence_length, 2)
+        _check_whole("seed", self.seed, 0)
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"seed is {self.seed}, and must be at most {LARGEST_SEED}.")
+        for name in ("learning_rate", "streams_learning_rate"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name))
+        for name in ("weight_decay", "warmup", "decay"):
+            _check_number(name, getattr(self, name))
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise ValueError(
                 f"warmup is {self.warmup} and decay {self.decay}; they are shares of the run, and together at most 1."
@@ -118,6 +119,26 @@ class TrainSettings:
             raise ValueError("A quantized backbone cannot train; give freeze_backbone or lora_rank with quantize.")
         if self.streaming and self.tokens is None:
             raise ValueError("Streamed data has no length; set tokens, the number to train on.")
+
+    def _check_texts(self) -> None:
+        """Refuses what is no list or mapping of texts, or no list of trackers."""
+        named = (str, os.PathLike, Source)
+        for name, kinds in (("data", named), ("report_to", str)):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                example = f", such as [{value!r}]" if isinstance(value, kinds) else ""
+                raise ValueError(f"{name} is {value!r}, and must be a list of names{example}.")
+            for each in value:
+                if not isinstance(each, kinds):
+                    raise ValueError(f"{name} has {each!r} in it, and must be a list of names.")
+        if not self.data:
+            raise ValueError("No training data was given; name at least one file, folder or dataset.")
+        if not isinstance(self.eval_data, Mapping):
+            example = f", such as {{'held-out': {self.eval_data!r}}}" if isinstance(self.eval_data, named) else ""
+            raise ValueError(f"eval_data is {self.eval_data!r}, and must give each text a name{example}.")
+        for text, source in self.eval_data.items():
+            if not (isinstance(text, str) and text and isinstance(source, named)):
+                raise ValueError(f"eval_data calls {source!r} {text!r}; give a text by a name that is not empty.")
 
     @property
     def trains(self) -> str:
@@ -146,6 +167,13 @@ class TrainSettings:
         return of_streams, rest
 
 
-def _at_least(name: str, value: int | None, minimum: int) -> None:
-    if value is not None and value < minimum:
+def _check_whole(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}, and must be an integer of at least {minimum}.")
+    if value < minimum:
         raise ValueError(f"{name} is {value}, and must be at least {minimum}.")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and float(value) >= 0):
+        raise ValueError(f"{name} is {value!r}, and must be a number of at least 0.")

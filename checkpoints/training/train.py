@@ -27,21 +27,21 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from parscale.checkpoints.evaluation.text_loss import checked_length
 from parscale.checkpoints.finite_values import require_finite
 from parscale.checkpoints.models import find_tokenizer, require_tokenizer
-from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.documents import Named, Source
 from parscale.checkpoints.texts.files import shown
 from parscale.checkpoints.texts.sources import refuse_output_in_data
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.digests import checkpoint_digest
-from parscale.checkpoints.training.divergence import StopWhenDiverged
-from parscale.checkpoints.training.held_out import against_untouched, texts_to_measure
+from parscale.checkpoints.training.divergence import DivergedError, StopWhenDiverged
 from parscale.checkpoints.training.new_model import NewModel
-from parscale.checkpoints.training.packing import Encoder, keeps_documents_apart
+from parscale.checkpoints.training.packing import Encoder, Streamed, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
+from parscale.checkpoints.training.trained_weights import is_adapted
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
 from parscale.checkpoints.versions import versions
@@ -92,7 +92,7 @@ def train(
             stays complete.
         Interrupted: a signal ended the run, after a checkpoint.
     """
-    run = Run(output)
+    run = Run(Path(output))
     try:
         return _train_in(run, checkpoint, settings, resume, command, name, console or Terminal(stderr=True))
     finally:
@@ -191,31 +191,16 @@ def _finish(
         "datasets": data.datasets,
     }
     _require_unchanged(checkpoint, described)
-    window = described["sequence_length"]
-
-    def measure(folder: str) -> list[dict[str, Any]]:
-        if isinstance(checkpoint, NewModel):  # whose backbone was never trained without the streams
-            return []
-        if trained.sharded and data.held_out:
-            warnings.warn(
-                "The model was trained in parts, and one device may be too small for it; compare it with the "
-                f"untouched backbone by: parscale eval {run.folder} --data ... --against off",
-                stacklevel=2,
-            )
-            return []
-        texts = texts_to_measure(data.held_out, trained.tokenizer, window, settings.eval_tokens)
-        return against_untouched(
-            folder,
-            checkpoint,
-            trained.tokenizer,
-            texts,
-            window=window,
-            batch_size=trained.micro,
-            tokens=described["tokens"],
+    texts = data.held_out
+    if trained.sharded and texts:
+        warnings.warn(
+            "The model was trained in parts, and one device may be too small for it; compare it with the untouched "
+            f"backbone by: parscale eval {run.folder} --data ... --against off",
+            stacklevel=2,
         )
-
+        texts = {}
     with _explained(run):
-        finish(checkpoint, run, data.steps, trained.tokenizer, report, measure)
+        finish(checkpoint, run, data.steps, trained.tokenizer, report, texts, trained.micro)
 
 
 @dataclass(frozen=True)
@@ -409,6 +394,15 @@ def _run_steps(
     try:
         with interruption.listening(), _explained(run):
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    except ValueError as error:
+        if isinstance(error, DivergedError) or not isinstance(trainer.train_dataset, Streamed):
+            raise
+        last = None if is_adapted(trainer.bare_model()) else run.newest_checkpoint()
+        start = "" if last is None else f", from {last}"
+        raise ValueError(
+            f"{str(error).rstrip('.')}. With the same data --resume goes on; after a correction, start in a new "
+            f"folder{start}."
+        ) from error
     finally:
         monitor.close()
     if trainer.state.global_step < trainer.state.max_steps:
@@ -485,5 +479,5 @@ def _asked(checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[
     return known | {key: value for key, value in optional.items() if value is not None}
 
 
-def _name(source: str | Source) -> str:
-    return shown(source) if isinstance(source, str) else source.name
+def _name(source: Named) -> str:
+    return source.name if isinstance(source, Source) else shown(source)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.texts.documents import Document, Source
 from parscale.checkpoints.texts.sources import LOOKED_AT, open_sources
 from parscale.checkpoints.training.digests import streamed_digest
+from parscale.checkpoints.training.held_out import texts_to_measure
 from parscale.checkpoints.training.packing import (
     Block,
     Blocks,
@@ -33,7 +35,7 @@ class TrainingData:
         steps: how many there are.
         digest: of the rows; of streamed ones, of their beginning.
         measured: what to measure on while training, by name.
-        held_out: the documents of the same texts.
+        held_out: the documents of the same texts that are measured at the end.
         datasets: the names of what came from the Hugging Face Hub.
     """
 
@@ -41,7 +43,7 @@ class TrainingData:
     steps: int
     digest: str
     measured: dict[str, Blocks]
-    held_out: dict[str, Source]
+    held_out: dict[str, list[Document]]
     datasets: list[str]
 
 
@@ -78,14 +80,16 @@ class Sources:
         """Their text, packed into rows of `length` tokens.
 
         Raises:
-            ValueError: there is too little text, or the tokenizer belongs to another model.
+            ValueError: there is too little text, a row that is measured holds none, or the tokenizer belongs to another
+                model.
         """
         rows, steps, digest = _training_rows(self.data, encode, length, self.settings)
         measured = {
             name: _measured_blocks(source, encode, length, self.settings) for name, source in self.eval_data.items()
         }
+        held_out = texts_to_measure(self.eval_data, encode.tokenizer, length, self.settings.eval_tokens)
         datasets = [source.dataset for source in self.data if source.dataset is not None]
-        return TrainingData(rows, steps, digest, measured, self.eval_data, datasets)
+        return TrainingData(rows, steps, digest, measured, held_out, datasets)
 
 
 def _training_rows(
@@ -99,7 +103,7 @@ def _training_rows(
         beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
         if not len(beginning):
             raise too_few(sources, encode, length)
-        named = [each for each in settings.data if isinstance(each, str)]
+        named = [os.fspath(each) for each in settings.data if not isinstance(each, Source)]
         digest = streamed_digest(beginning.fingerprint(), named)
         return Streamed(list(sources), encode, length, steps * settings.batch_size), steps, digest
     blocks = Blocks(pack(encode(documents_of(sources)), length), length)

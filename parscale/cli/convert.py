@@ -10,7 +10,7 @@ import typer
 from parscale.cli.options import Files, Json, Special, TextColumn, takes_settings
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
 from parscale.cli.recipes import Recipe
-from parscale.config import ParScaleConfig
+from parscale.config import LORA, ParScaleConfig
 
 
 @takes_settings(
@@ -39,6 +39,8 @@ def convert(
     """Recycle a checkpoint: add P parallel streams to a model and save it."""
     from parscale.checkpoints.conversion.convert import convert as convert_checkpoint
 
+    if config.transform != LORA and config.rank != ParScaleConfig.rank:
+        raise ValueError(f"--rank is of --transform lora, and the transform is {config.transform}; omit one of them.")
     quiet_libraries()
     with waiting(f"Converting {source}"):
         report = convert_checkpoint(

@@ -18,7 +18,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Upload a trained checkpoint with its card to the Hugging Face Hub."""
-    from parscale.checkpoints.training.model_card import push as upload
+    from parscale.checkpoints.training.upload import push as upload
 
     quiet_libraries()
     with waiting(f"Uploading {folder}"):

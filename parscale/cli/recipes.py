@@ -43,13 +43,21 @@ def _apply(context: typer.Context, name: str | None) -> str | None:
     if name is None:
         return None
     command = context.info_name or ""
-    parameters = {option.lstrip("-"): each.name for each in context.command.params for option in each.opts}
-    defaults = {}
+    parameters = {option.lstrip("-"): each for each in context.command.params for option in each.opts}
+    defaults: dict[str, Any] = {}
     for option, value in read_recipe(name, command).items():
         if option not in parameters or option == "recipe":
             raise ValueError(f"The recipe {name} gives {command} {option!r}, which is not one of its options.")
-        plain = isinstance(value, bool | list)
-        defaults[parameters[option]] = value if plain else str(value)
+        parameter = parameters[option]
+        values = value if isinstance(value, list) else [value]
+        if getattr(parameter, "multiple", False):  # which an argument has not
+            if not all(isinstance(each, str) for each in values):
+                raise ValueError(f"The recipe {name} gives {option!r} the value {value!r}; give a list of strings.")
+            defaults[parameter.name] = values
+        elif isinstance(value, list | dict):
+            raise ValueError(f"The recipe {name} gives {option!r} the value {value!r}; give a single one.")
+        else:
+            defaults[parameter.name] = value if isinstance(value, bool) else str(value)
     context.default_map = {**(context.default_map or {}), **defaults}
     return name
 

@@ -93,9 +93,10 @@ def train(
         raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
     quiet_libraries()
     if push_to_hub is not None:
-        from parscale.checkpoints.training.model_card import check_repository, push
+        from parscale.checkpoints.training.upload import check_repository, push
 
         check_repository(push_to_hub)
+        _require_streams(start)
     command = shlex.join(["parscale", *sys.argv[1:]])
     try:
         run = train_with_controls if controls else train_checkpoint
@@ -140,6 +141,18 @@ def _start(
 
     chosen = {name: value for name, value in streams.items() if value is not None}
     return NewModel(config, tokenizer, ParScaleConfig(**chosen), settings.seed, settings.sequence_length)
+
+
+def _require_streams(start: Any) -> None:
+    """Refuses what cannot be uploaded after it has trained."""
+    from parscale.checkpoints.description import describe
+
+    streams = describe(start)["num_streams"] if isinstance(start, str) else start.streams.num_streams
+    if streams == 1:
+        raise ValueError(
+            f"--push-to-hub uploads checkpoints with streams, and {start} has none; add some with parscale convert, or "
+            "leave it out."
+        )
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -357,6 +357,19 @@ def test_low_rank_streams_need_peft_before_any_work(backbone, tmp_path, monkeypa
         check_controls(str(tmp_path / "low-rank"), SETTINGS)
 
 
+def test_a_prompt_that_leaves_no_positions_for_the_text_is_refused_before_the_run(backbone, tmp_path):
+    """The longest takes 3 * 40 of the model's 128."""
+    model = AutoModelForCausalLM.from_pretrained(backbone)
+    wrap(model, P, prefix_length=40, transform="prompt", init="random").save_pretrained(tmp_path / "prompts")
+    for length in (S, None):
+        with pytest.raises(ValueError, match=r"one prompt of 3 \* 40 tokens.* give --sequence-length 8 or less"):
+            check_controls(str(tmp_path / "prompts"), dataclasses.replace(SETTINGS, sequence_length=length))
+        check_controls(
+            str(tmp_path / "prompts"), dataclasses.replace(SETTINGS, sequence_length=length), {"sequence_length": 8}
+        )
+    check_controls(str(tmp_path / "prompts"), dataclasses.replace(SETTINGS, sequence_length=8))
+
+
 @pytest.mark.parametrize("how", ["save_pretrained", "save_streams"])
 def test_dropout_is_refused_since_one_prefix_would_become_two(how, tmp_path):
     plain = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=32, attn_pdrop=0.0))

@@ -78,6 +78,8 @@ def test_eval_against_other_checkpoints(two_sets, backbone, held_out, capsys):
     ("options", "said"),
     [
         (["--against", "THIS"], "cannot be compared with itself"),
+        (["--against", "THIS/../THIS/"], "cannot be compared with itself"),
+        (["--streams", "off", "--against", "off"], "are off already; leave 'off' out of --against"),
         (["--against", "off", "--adaptive", "1"], "leave --tasks and --adaptive out"),
         (["--against", "nowhere"], "nowhere"),
     ],
@@ -88,8 +90,9 @@ def test_what_cannot_be_compared(two_sets, text_file, capsys, monkeypatch, optio
         monkeypatch.setattr(
             f"parscale.checkpoints.{name}", lambda *_, **__: pytest.fail("measured before it was refused")
         )
-    options = [str(two_sets) if option == "THIS" else option for option in options]
-    assert run(["eval", str(two_sets), "--data", str(text_file), "--device", "cpu", *options]) == BAD_INPUT
+    monkeypatch.chdir(two_sets.parent)
+    options = [option.replace("THIS", two_sets.name) for option in options]
+    assert run(["eval", two_sets.name, "--data", str(text_file), "--device", "cpu", *options]) == BAD_INPUT
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1

@@ -137,10 +137,20 @@ def refused(capsys, tmp_path, *arguments: object, complaint: str) -> None:
         (["--num-streams", 2, "--init", "zeros"], "init must be one of 'context', 'documents', 'random', got 'zeros'"),
         (["--num-streams", 2, "--seed", -1], "'--seed'"),
         (["--num-streams", 2, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--num-streams", 1, "--calibration", "nowhere.txt"], "one stream is the backbone; omit it"),
+        (["--num-streams", 2, "--rank", 4], "--rank is of --transform lora, and the transform is prefix; omit one"),
     ],
 )
 def test_bad_options(backbone, tmp_path, capsys, options, complaint):
     refused(capsys, tmp_path, backbone, tmp_path / "output", *options, complaint=complaint)
+
+
+def test_one_stream_has_none_of_the_settings_of_several(backbone, tmp_path, capsys):
+    assert convert(backbone, tmp_path / "output", "--num-streams", 1, "--prefix-length", 7, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    fields = ("transform", "prefix_length", "smoothing", "init", "seed")
+    assert [report[name] for name in fields] == [None] * 5
+    assert report["num_streams"] == 1
 
 
 def test_calibration_for_a_random_start(backbone, tmp_path, text_file, capsys):
@@ -322,7 +332,8 @@ def test_a_tokenizer_on_the_hub_is_read_where_there_is_one(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("transform", ["prompt", "lora"])
 def test_transforms(backbone, tmp_path, capsys, transform):
-    arguments = ["--num-streams", "2", "--prefix-length", "4", "--transform", transform, "--rank", "3", "--json"]
+    arguments = ["--num-streams", "2", "--transform", transform, "--json"]
+    arguments += {"prompt": ["--prefix-length", "4"], "lora": ["--rank", "3"]}[transform]
     assert convert(backbone, tmp_path / "wide", *arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["transform"] == transform

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi
 
 import parscale
-from parscale.checkpoints.training import model_card
+from parscale.checkpoints.training import upload
 from parscale.cli.application import BAD_INPUT, run
 from parscale.compat.hub import NO_ANSWER
 
@@ -23,7 +23,7 @@ def hub(monkeypatch):
     api = client.return_value
     api.create_repo.return_value = SimpleNamespace(repo_id="me/mine")
     api.upload_folder.return_value = SimpleNamespace(commit_url="https://the.hub/me/mine/commit/0")
-    monkeypatch.setattr(model_card, "HfApi", client)
+    monkeypatch.setattr(upload, "HfApi", client)
     return api
 
 
@@ -73,4 +73,13 @@ def test_a_name_that_none_can_have_is_said_before_training(two_sets, text_file, 
     arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run")]
     assert run([*arguments, "--push-to-hub", "a b"]) == BAD_INPUT
     assert "'a b'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_model_without_streams_is_refused_before_training(backbone, text_file, tmp_path, capsys, new):
+    start = ["--from-config", str(backbone / "config.json"), "--tokenizer", str(backbone), "--num-streams", "1"]
+    arguments = ["train", *(start if new else [str(backbone)]), "--data", str(text_file), "--sequence-length", "16"]
+    assert run([*arguments, "--output", str(tmp_path / "run"), "--push-to-hub", "me/mine"]) == BAD_INPUT
+    assert "--push-to-hub uploads checkpoints with streams, and " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -59,6 +59,13 @@ def test_a_file_of_ones_own(settings_of, tmp_path):
     assert (settings.keep_checkpoints, settings.bf16) == (3, False)
 
 
+def test_a_string_is_a_list_of_one(settings_of, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[train]\neval-data = "code=x.txt"\nreport-to = "wandb"\n')
+    settings = settings_of("--recipe", str(path))
+    assert (settings.eval_data, settings.report_to) == ({"code": "x.txt"}, ["wandb"])
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_name_in_a_recipe_is_an_option(path):
     import typer
@@ -79,6 +86,9 @@ def test_every_name_in_a_recipe_is_an_option(path):
         ("[convert]", "says nothing of train"),
         ("[train]\nepochs = 3", "gives train 'epochs', which is not one of its options"),
         ("[train]\ntokens = 'many'", "'many' is not a size"),
+        ("[train]\neval-data = ['a.txt', 3]", "gives 'eval-data' the value ['a.txt', 3]; give a list of strings."),
+        ("[train.eval-data]\ncode = 'a.txt'", "gives 'eval-data' the value {'code': 'a.txt'}; give a list of strings."),
+        ("[train]\nseed = [1, 2]", "gives 'seed' the value [1, 2]; give a single one."),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(contents, said, tmp_path, capsys):

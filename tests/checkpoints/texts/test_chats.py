@@ -81,6 +81,25 @@ def test_tables(tmp_path, ending):
     assert second == Chat([USER, ANSWER, OTHER_CALL | {"content": ""}])
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_row_without_a_text_holds_a_chat_also_where_all_rows_have_both_columns(write, tmp_path, ending):
+    rows = [
+        {"text": "a", "messages": None},
+        {"text": None, "messages": [USER, ANSWER]},
+        {"text": None, "messages": None},
+        {"text": None, "prompt": "p", "completion": None},
+    ]
+    path = str(tmp_path / "chat.parquet")
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        columns = ("text", "messages", "prompt", "completion")
+        filled = [dict.fromkeys(columns) | row for row in rows]
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(filled), path)
+    else:
+        path = write(*rows)
+    assert read(path) == ["a", Chat([USER, ANSWER])]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

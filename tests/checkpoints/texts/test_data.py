@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.texts.sources import open_source, open_sources, read_documents, refuse_output_in_data
 
 ROWS = [{"text": "first", "other": 1}, {"text": "  ", "other": 2}, {"text": "s\u00e9cond\nline", "other": 3}]
@@ -211,6 +212,27 @@ def test_datasets_by_name(monkeypatch, streaming, name):
     assert asked == [("me/data", "small" if streaming else None, {"split": "train", "streaming": streaming})]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "arrow", "dataset"])
+def test_rows_whose_text_is_null_are_empty(tmp_path, monkeypatch, form):
+    rows = [{"text": "first", "id": 1}, {"text": None, "id": 2}, {"text": "last", "id": 3}]
+    path = tmp_path / f"a.{form}"
+    if form in ("parquet", "arrow"):
+        write_table(path, rows, form.replace("arrow", "file"))
+    elif form == "dataset":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(rows))
+        assert [text for _, text in open_source("me/data")] == ["first", "last"]
+        return
+    else:
+        path.write_text(json.dumps(rows) if form == "json" else "\n".join(map(json.dumps, rows)))
+    assert texts(path) == ["first", "last"]
+    assert [text for _, text in read_documents([path])] == ["first", "last"]
+
+
+def test_documents_that_are_given_one_by_one_are_kept():
+    source = Source.of("some", ((f"{number}", "text") for number in range(3)))
+    assert [[name for name, _ in source] for _ in range(2)] == [["0", "1", "2"]] * 2
+
+
 def write(path, contents):
     path.write_bytes(contents)
     return str(path)
@@ -262,6 +284,11 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, contents, said):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         list(open_sources([path])[0])
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="A text has an empty name; give a text file"):
+        open_source("")
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "no/such/folder/at/all", "./here", "missing.jsonl"])

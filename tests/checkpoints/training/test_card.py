@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,11 @@ from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parscale import wrap
-from parscale.checkpoints.training import model_card as card
-from parscale.checkpoints.training.model_card import TextLosses, TrainingFacts, model_card, push
+from parscale.checkpoints.control_runs import _rewrite_card
+from parscale.checkpoints.training import upload
+from parscale.checkpoints.training.model_card import TextLosses, TrainingFacts, model_card
+from parscale.checkpoints.training.train import TrainSettings, train
+from parscale.checkpoints.training.upload import push
 
 FACTS = TrainingFacts(
     checkpoint="me/parallel-qwen",
@@ -184,10 +189,13 @@ class StandIn:
         StandIn.calls.append(("upload_folder", options))
         return SimpleNamespace(commit_url="https://the.hub/me/commit")
 
+    def upload_file(self, **options):
+        StandIn.calls.append(("upload_file", options))
+
 
 @pytest.fixture
 def api(monkeypatch):
-    monkeypatch.setattr(card, "HfApi", StandIn)
+    monkeypatch.setattr(upload, "HfApi", StandIn)
     StandIn.calls = []
     return StandIn
 
@@ -226,10 +234,10 @@ def uploaded(folder, patterns):
 @pytest.mark.parametrize("private", [False, True])
 def test_push(api, trained, private):
     assert push(trained, "mine", private=private, token="secret") == "https://the.hub/me/commit"
-    (first, name, token, options), (second, upload) = api.calls
+    (first, name, token, options), (second, files_of) = api.calls
     assert (first, name, token, options) == ("create_repo", "mine", "secret", {"private": private, "exist_ok": True})
-    assert (second, upload["repo_id"], upload["folder_path"]) == ("upload_folder", "me/mine", trained)
-    files = uploaded(trained, upload["ignore_patterns"])
+    assert (second, files_of["repo_id"], files_of["folder_path"]) == ("upload_folder", "me/mine", trained)
+    files = uploaded(trained, files_of["ignore_patterns"])
     model_files = {"config.json", "generation_config.json", "model.safetensors", "modeling_parscale.py"}
     assert files == {"README.md", "training.json", "loss.png"} | model_files
 
@@ -270,3 +278,32 @@ def test_nothing_is_uploaded_of_what_is_no_trained_checkpoint(api, trained, prep
     with pytest.raises(error, match=message):
         push(trained, "mine")
     assert api.calls == []
+
+
+def test_the_card_of_a_run_says_the_name_of_the_repository(api, full, text_file, tmp_path):
+    """Also with controls in it, and where what the run began with is gone; a changed card stays."""
+    start, folder = shutil.copytree(full, tmp_path / "start"), tmp_path / "local-name"
+    sizes = {"tokens": 32, "sequence_length": 16, "batch_size": 2, "freeze_backbone": True, "bf16": False}
+    report = train(str(start), folder, TrainSettings([str(text_file)], **sizes))
+    shutil.rmtree(start)
+    entry = {"arm": "trained", "baseline": "alone", "text": "code", "where": "middle", "documents": 2, "loss": 0.5}
+    entry |= {"baseline_loss": 1.5, "difference": -1.0, "low": -1.25, "high": -0.75}
+    for controls in (None, {"controls": {"alone": "backbone alone"}, "comparisons": [entry]}):
+        if controls is not None:
+            (folder / "controls.json").write_text(json.dumps(controls))
+            _rewrite_card(folder, report, controls)
+        push(folder, "mine")
+        _, (_, of_folder), (_, of_card) = api.calls
+        assert "README.md" not in uploaded(folder, of_folder["ignore_patterns"])
+        assert (of_card["repo_id"], of_card["path_in_repo"]) == ("me/mine", "README.md")
+        card = of_card["path_or_fileobj"].decode()
+        assert "# me/mine\n" in card
+        assert blocks(card)[0].count('("me/mine")') == 2
+        assert "local-name" not in card
+        assert ("backbone alone" in card) is (controls is not None)
+        assert "local-name" in (folder / "README.md").read_text()
+    with (folder / "README.md").open("a") as file:
+        file.write("My own words.")
+    push(folder, "mine")
+    assert "README.md" in uploaded(folder, api.calls[-1][1]["ignore_patterns"])
+    assert len(api.calls) == 2

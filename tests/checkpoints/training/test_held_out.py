@@ -1,10 +1,12 @@
 """What a run reports of held-out text: the trained model against the untouched backbone, by place."""
 
 import copy
+import dataclasses
 from statistics import fmean
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from transformers import AutoTokenizer
 
@@ -12,7 +14,9 @@ from parscale import load, unwrap
 from parscale.checkpoints.evaluation.against import first_documents, format_interval, verdict
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.training import held_out
 from parscale.checkpoints.training.held_out import sentences, texts_to_measure
+from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.train import TrainSettings, train
 
 S = 16
@@ -20,10 +24,10 @@ DOCUMENTS = [(f"{n}.py", f"def g{n}(y):\n    return y * {n}\n" * 4) for n in ran
 
 
 def settings(text_file, **options):
-    held_out = {"code": Source.of("code", DOCUMENTS), "line": Source.of("line", [("one", "import os")])}
+    texts = {"code": Source.of("code", DOCUMENTS), "line": Source.of("line", [("one", "import os")])}
     return TrainSettings(
         data=[str(text_file)],
-        eval_data=held_out,
+        eval_data=texts,
         tokens=3 * 2 * S,
         sequence_length=S,
         batch_size=2,
@@ -73,12 +77,41 @@ def test_one_short_document_has_no_middle_and_no_interval(full, text_file, tmp_p
 
 
 def test_without_held_out_text_nothing_is_compared(full, text_file, tmp_path, monkeypatch):
-    from parscale.checkpoints.training import held_out
-
     monkeypatch.setattr(held_out, "measure_places", None)
     wanted = settings(text_file, freeze_backbone=True)
     without = TrainSettings(**{**vars(wanted), "eval_data": {}})
     assert train(str(full), tmp_path / "run", without)["comparisons"] == []
+
+
+def test_the_model_is_there_whatever_becomes_of_the_comparison(full, text_file, tmp_path, monkeypatch):
+    """Interrupted, it is made up for; where it fails, as for lack of memory, the run ends without it."""
+    folder, wanted = tmp_path / "run", settings(text_file, freeze_backbone=True)
+
+    def run_until(error, **options):
+        monkeypatch.setattr(held_out, "measure_places", lambda *args: (_ for _ in ()).throw(error))
+        return train(str(full), folder, wanted, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_until(KeyboardInterrupt())
+    assert load(folder).num_streams == 3
+    assert AutoTokenizer.from_pretrained(folder)("x")["input_ids"]
+    assert "Not measured." not in (folder / "README.md").read_text()
+    assert Run(folder).report() is None
+    said = r"trained model is in .*run, but was not compared with the untouched backbone \(too large\);.* --resume"
+    with pytest.warns(UserWarning, match=said):
+        report = run_until(torch.OutOfMemoryError("too large"), resume=True)
+    assert (report["comparisons"], report["finished_before"]) == ([], False)
+    assert run_until(AssertionError(), resume=True)["finished_before"]
+
+
+def test_rows_that_are_measured_at_the_end_alone_are_read_before_the_first_step(full, text_file, tmp_path):
+    """A letter is two tokens in packed text, which ends it here after 64 documents, and one where it is measured."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "x"}\n' * 90 + '{"text": 3}\n')
+    wanted = dataclasses.replace(settings(text_file), eval_data={"rows": str(rows)}, eval_tokens=100)
+    with pytest.raises(ValueError, match="line 91: column 'text' is not text but a int"):
+        train(str(full), tmp_path / "run", wanted)
+    assert not (tmp_path / "run").exists()
 
 
 def test_documents_are_taken_until_there_are_enough_tokens(byte_tokenizer):

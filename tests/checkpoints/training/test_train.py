@@ -421,25 +421,6 @@ def test_the_card_states_the_run(full, text_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"data": []}, "No training data was given"),
-        ({"batch_size": 0}, "batch_size is 0, and must be at least 1"),
-        ({"sequence_length": 1}, "sequence_length is 1, and must be at least 2"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan, and must be a number of at least 0"),
-        ({"warmup": 0.7, "decay": 0.5}, "together at most 1"),
-        ({"freeze_backbone": True, "lora_rank": 4}, "give only one of them"),
-        ({"quantize": "int3", "freeze_backbone": True}, "must be 'int8' or 'nf4'"),
-        ({"quantize": "int8"}, "A quantized backbone cannot train"),
-        ({"streaming": True, "tokens": None}, "set tokens, the number to train on"),
-    ],
-)
-def test_settings_without_sense(text_file, options, said):
-    with pytest.raises(ValueError, match=said):
-        settings(text_file, **options)
-
-
-@pytest.mark.parametrize(
     ("which", "options", "said"),
     [
         ("full", {"tokens": BATCH * S - 1}, "63 tokens are fewer than the 64 of one step"),

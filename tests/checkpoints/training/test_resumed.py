@@ -1,0 +1,83 @@
+"""What may be another when a run is resumed, and what it is told that cannot be resumed."""
+
+import json
+import re
+
+import pytest
+
+from parscale import load
+from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.train import TrainSettings, train
+
+S, BATCH = 16, 2
+OPTIONS = {"sequence_length": S, "batch_size": BATCH, "freeze_backbone": True, "bf16": False}
+
+
+def test_how_often_is_saved_and_measured(streams_only, text_file, tmp_path, monkeypatch):
+    """A checkpoint of the Trainer holds what was given before."""
+    folder = tmp_path / "run"
+    options = OPTIONS | {"data": [str(text_file)], "eval_data": {"same": str(text_file)}, "eval_tokens": S}
+    options |= {"tokens": 5 * BATCH * S, "keep_checkpoints": 9}
+    with monkeypatch.context() as patched:
+        publish = Run.publish
+
+        def stopped(self, written, step, **others):
+            publish(self, written, step, **others)
+            raise KeyboardInterrupt
+
+        patched.setattr(Run, "publish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(str(streams_only), folder, TrainSettings(**options, save_every=2, eval_every=5))
+    train(str(streams_only), folder, TrainSettings(**options, save_every=1, eval_every=2), resume=True)
+    assert sorted(Run(folder).steps()) == [2, 3, 4, 5]
+    measured = [line["step"] for line in Run(folder).metrics() if "eval_loss" in line]
+    assert measured == [0, 4, 5]
+
+
+def test_names_of_the_same_contents(tmp_path, monkeypatch):
+    """Of streamed data a part is compared by its contents, so its names count."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "here" / "text.txt").write_text("text")
+    (tmp_path / "here" / "model").mkdir()
+    names = {"checkpoint": "model", "data": ["text.txt", "org/data"], "eval_data": {"code": "text.txt"}}
+    digests = {"checkpoint_digest": "1", "data_digest": "2", "eval_digests": {"code": "3"}}
+    for streaming in (False, True):
+        settings = names | digests | {"streaming": streaming}
+        monkeypatch.chdir(tmp_path / "here")
+        run = Run(tmp_path / f"run-{streaming}")
+        run.begin(settings, resume=False)
+        run.release()
+        here = tmp_path / "here"
+        written = {
+            "checkpoint": str(here / "model"),
+            "data": [str(here / "text.txt"), "org/data"],
+            "eval_data": {"code": str(here / "text.txt")},
+        }
+        assert json.loads((run.folder / "run.json").read_text()).items() >= written.items()
+        monkeypatch.chdir(tmp_path / "there")
+        run.require_same(settings | written)
+        run.require_same(settings | written | {"checkpoint": "a copy", "eval_data": {"code": "copy.txt"}})
+        other = settings | written | {"data": ["copy.txt", "org/data"]}
+        if streaming:
+            with pytest.raises(ValueError, match="other settings: data was"):
+                run.require_same(other)
+        else:
+            run.require_same(other)
+        with pytest.raises(ValueError, match=r"other settings: checkpoint was .* is 'other'; checkpoint_digest was"):
+            run.require_same(settings | written | {"checkpoint": "other", "checkpoint_digest": "4"})
+
+
+def test_streamed_data_that_cannot_be_read_to_its_end(streams_only, text_file, tmp_path):
+    """The checkpoint that is named can be trained in its place."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "def f(x): return x"}\n' * 69 + '{"text": 3}\n')  # read 64 at a time
+    options = OPTIONS | {"tokens": 4000, "sequence_length": 64, "save_every": 4}
+    chosen = TrainSettings(data=[str(rows)], streaming=True, **options)
+    said = r"line 70: column 'text' is not text but a int\. With the same data --resume goes on; after a correction, "
+    with pytest.raises(ValueError, match=rf"{said}start in a new folder, from \S+checkpoint-\d+\.$") as caught:
+        train(str(streams_only), tmp_path / "run", chosen)
+    newest = re.search(r"from (\S+)\.$", str(caught.value))[1]
+    assert newest == str(Run(tmp_path / "run").newest_checkpoint())
+    train(newest, tmp_path / "more", TrainSettings(data=[str(text_file)], **OPTIONS, tokens=BATCH * S))
+    assert load(tmp_path / "more").num_streams == 3
