@@ -157,22 +157,25 @@ def evidence(colours: Sequence[str]) -> Figure:
 
 def streams(colours: Sequence[str]) -> Figure:
     """Loss over P, less that of P = 1 of the same seed: from scratch, middle of documents, controls and the law."""
-    figure = Figure(figsize=(9.4, 3.4), layout="constrained")
-    smallest, between, largest = figure.subplots(1, 3, sharey=True, width_ratios=(7, 3, 7))
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    (smallest, between), (larger, largest) = figure.subplots(2, 2, sharey="row")
     _with_controls(smallest, colours, "0.1M", CONTROLS)
     _add_law(smallest, colours)
-    smallest.set(title="0.1 million parameters", ylabel="difference of loss from P = 1, nats per byte")
-    for size, colour, marker in zip(("0.2M", "0.4M", "1.0M"), colours[1:], MARKERS[1:], strict=True):
+    smallest.set(title="0.1 million parameters")
+    for size, colour, marker in zip(("0.2M", "0.4M"), colours[1:], MARKERS[1:], strict=False):
         differences = [fmean(of_seeds.values()) for of_seeds in _over_seeds(size, {})]
         style = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": "none", "linewidth": 1}
         between.plot(range(len(TRAINED)), differences, label=size, gid=f"streams-{size}", **style)
-    between.set_title("one seed each")
+    between.set_title("0.2 and 0.4 million, one seed each")
     between.set_xlim(-0.4, len(TRAINED) - 0.6)
     _ticks(between.xaxis, range(len(TRAINED)), [f"P = {P}" for P in TRAINED])
-    _with_controls(largest, colours, "0.7M", LARGER_CONTROLS)
-    largest.set_title("0.7 million")
-    for axes in (smallest, between, largest):
+    _with_controls(larger, colours, "0.7M", LARGER_CONTROLS)
+    larger.set_title("0.7 million, P = 4 with one seed")
+    _with_controls(largest, colours, "1.0M", LARGER_CONTROLS)
+    largest.set_title("1.0 million, P = 2 with one seed")
+    for axes in (smallest, between, larger, largest):
         axes.axhline(0, linewidth=0.8, linestyle=":", color=colours[0])
+    figure.supylabel("difference of loss from P = 1, nats per byte", fontsize=8)
     for axes in (smallest, between):
         axes.legend(frameon=False, loc="lower left")
     return figure

@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -138,13 +139,13 @@ def smallest_arms():
     ]
 
 
-def largest_arms():
+def larger_arms(shape):
     """Those, one prefix of T and of 4 T, the dense twin."""
     return [
-        *arms_of_streams("h96-l7"),
-        of_seeds("h96-l7", "prefix"),
-        of_seeds("h96-l7", "prefix", length=32),
-        of_seeds("h96-l7", "twin", 4),
+        *arms_of_streams(shape),
+        of_seeds(shape, "prefix"),
+        of_seeds(shape, "prefix", length=32),
+        of_seeds(shape, "twin", 4),
     ]
 
 
@@ -154,16 +155,21 @@ def differences(arms):
     return [[loss - losses[0][seed] for seed, loss in arm.items()] for arm in losses]
 
 
+def seeds_and_means(svg, size, arms):
+    """What a panel with controls shows, and the heights at which it does."""
+    data, pixels = [], []
+    for index, by_seed in enumerate(differences(arms)):
+        data += [*by_seed, *[fmean(by_seed)] * 2]
+        pixels += [*points_in(svg, f"seeds-{size}-{index}")[:, 1], *points_in(svg, f"mean-{size}-{index}")[:, 1]]
+    return data, pixels
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_losses_over_streams_are_those_of_the_rows(theme):
-    """Seeds, means and the law at 0.1M, the larger sizes beside them, all on one scale."""
+    """Seeds, means and the law at 0.1M beside the next two sizes; the larger ones below on a scale of their own."""
     svg = ElementTree.parse(ASSETS / f"streams-{theme}.svg")
-    data, pixels = [], []
-    for size, arms in (("0.1M", smallest_arms()), ("0.7M", largest_arms())):
-        for index, by_seed in enumerate(differences(arms)):
-            data += [*by_seed, *[fmean(by_seed)] * 2]
-            pixels += [*points_in(svg, f"seeds-{size}-{index}")[:, 1], *points_in(svg, f"mean-{size}-{index}")[:, 1]]
-    for size, shape in (("0.2M", "h64-l5"), ("0.4M", "h80-l6"), ("1.0M", "h128-l6")):
+    data, pixels = seeds_and_means(svg, "0.1M", smallest_arms())
+    for size, shape in (("0.2M", "h64-l5"), ("0.4M", "h80-l6")):
         data += [fmean(by_seed) for by_seed in differences(arms_of_streams(shape))]
         pixels += [*points_in(svg, f"streams-{size}")[:, 1]]
     params = [arm[0]["params"] for arm in smallest_arms()]
@@ -172,9 +178,14 @@ def test_losses_over_streams_are_those_of_the_rows(theme):
         worth = np.log(N * (law.k * np.log(P) + 1) / params[0]) / np.log(params[-1] / params[0])
         data.append(worth * fmean(differences(smallest_arms())[-1]))
     pixels += [*points_in(svg, "law-of-the-paper")[:, 1]]
-    slope, start = np.polyfit(data, pixels, 1)
-    assert slope < -1
-    assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
+    of_both = [
+        seeds_and_means(svg, size, larger_arms(shape)) for size, shape in (("0.7M", "h96-l7"), ("1.0M", "h128-l6"))
+    ]
+    below = [[*chain.from_iterable(each)] for each in zip(*of_both, strict=True)]
+    for values, places in ((data, pixels), below):
+        slope, start = np.polyfit(values, places, 1)
+        assert slope < -1
+        assert np.abs(slope * np.array(values) + start - places).max() < PIXELS
 
 
 def test_means_over_streams_are_those_of_the_report():
