@@ -130,10 +130,11 @@ def test_shapes_by_torchs_own_description_of_the_operators():
 
 
 def test_which_tensors_it_takes(monkeypatch):
-    def mergeable(major=9, allowed=True, D=64, value_size=None, impl="auto", autocast=None, **options):
+    def mergeable(major=9, allowed=True, built=True, D=64, value_size=None, impl="auto", autocast=None, **options):
         dtype, device = options.get("dtype", torch.bfloat16), options.get("device", "cuda")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
         monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: allowed)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast is not None)
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: autocast)
         with FakeTensorMode():
@@ -151,6 +152,8 @@ def test_which_tensors_it_takes(monkeypatch):
     assert not mergeable(D=20)
     assert not mergeable(D=264)
     assert not mergeable(major=7)
+    assert not mergeable(built=False)  # torch for Windows
+    assert mergeable(built=False, device="cpu")
     assert not mergeable(allowed=False)
     assert not mergeable(allowed=False, device="cpu")
     assert not mergeable(device="meta")
