@@ -138,6 +138,8 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     for streams in (1, 4):
         run = _run("0.4M", 0, rates, streams)
         yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
+    for seeds in ((3, 4), (5, 6), (7,)):
+        yield from islice(of_four_streams("1.0M", seeds, rates), 4 * len(seeds))  # without the twin
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):

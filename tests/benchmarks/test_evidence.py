@@ -296,6 +296,9 @@ def test_a_gain_beats_every_control_in_the_middle_over_seeds() -> None:
     assert gains(entries()) == ["scratch, 0.1M, 10 tokens: P = 4"]
     for changed in ({"high": 0.001}, {"seeds": 1}, {"where": "beginning"}, {"baseline": "twin"}):
         assert gains(entries(**changed)) == []
+    of_the_largest = [entry | {"size": "1.0M", "seeds": 8} for entry in entries()]
+    assert gains(of_the_largest) == ["scratch, 1.0M, 10 tokens: P = 4"]
+    assert gains([*of_the_largest[:-1], of_the_largest[-1] | {"seeds": 7}]) == []
 
 
 @pytest.mark.parametrize(
