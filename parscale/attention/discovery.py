@@ -18,7 +18,7 @@ from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import TOKENS, inner_modules
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
-from parscale.streams.naming import part_of
+from parscale.streams.naming import is_of_streams
 from parscale.streams.places import AttentionLayer, Hidden
 from parscale.streams.state import ParScaleState
 
@@ -134,7 +134,7 @@ def measure(state: ParScaleState) -> None:
 def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
     """The dtype and device of the own parameters of each module that runs streams."""
     named = [item for part in state.parts for item in part.named_parameters()]
-    return [(x.dtype, x.device) for name, x in named if part_of(name) is None]
+    return [(x.dtype, x.device) for name, x in named if not is_of_streams(name)]
 
 
 def _count_heads_of_all_devices(state: ParScaleState, mesh: DeviceMesh) -> None:

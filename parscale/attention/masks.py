@@ -182,15 +182,14 @@ def last_queries_of_mask(
         chosen: indices of the rows; `None` means all.
     """
     rows = None if mask.shape[0] == 1 else chosen
-    cut = isinstance(mask, torch.Tensor) and mask.ndim == 4
-    if rows is None and not cut:
+    if rows is None and (isinstance(mask, BlockMask) or mask.ndim != 4):
         return mask
 
     def last() -> Mask:
-        piece = _alone(mask)[:, :, -positions:] if cut and isinstance(mask, torch.Tensor) else mask
-        if rows is None:
-            return piece
-        return piece[rows.to(piece.device) if isinstance(piece, torch.Tensor) else rows]
+        if isinstance(mask, BlockMask):
+            return mask if rows is None else mask[rows]
+        piece = _alone(mask)[:, :, -positions:] if mask.ndim == 4 else mask
+        return piece if rows is None else piece[rows.to(piece.device)]
 
     queries: Mask = _once(made, "last", mask, last)
     return queries

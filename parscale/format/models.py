@@ -16,7 +16,7 @@ from parscale.format.folders import CONFIG, Checkpoint
 from parscale.format.headers import StoredTensor
 from parscale.format.pretrained import read_pretrained, warn_of_adapter
 from parscale.format.values import check_values, configuration_of
-from parscale.streams.naming import part_of
+from parscale.streams.naming import is_of_streams
 
 # The errors that transformers raises for a field of the wrong type.
 FAULTS = (ArithmeticError, AttributeError, LookupError)
@@ -88,7 +88,7 @@ def load_backbone(
                 raise
             found = differences(checkpoint, cls, plain, tensors)[:3] or reports or [str(error)]
             raise ValueError(f"The tensors of {checkpoint} do not fit its {CONFIG}: {'; '.join(found)}.") from error
-    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if part_of(key) is None}
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not is_of_streams(key)}
     problems = [f"{key} is missing" for key in sorted(info["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(info["unexpected_keys"])]
     if problems and not tolerant:
@@ -110,7 +110,7 @@ def _reports(*, shown: bool) -> Iterator[list[str]]:
     reports: list[str] = []
 
     def keep(report: str) -> str | None:
-        lines = [line for line in report.splitlines() if part_of(line.partition("|")[0].strip()) is None]
+        lines = [line for line in report.splitlines() if not is_of_streams(line.partition("|")[0].strip())]
         reports.append("\n".join(lines))
         rows = sum("|" in line for line in lines) - 1  # without the table's header
         return reports[-1] if shown and rows else None

@@ -28,12 +28,12 @@ def is_of_streams(name: str) -> bool:
 
 def is_copy(name: str) -> bool:
     """Whether a tensor of streams belongs to an adapter's copy."""
-    return part_of(name) is not None and COPY in name
+    return is_of_streams(name) and COPY in name
 
 
 def is_further(name: str) -> bool:
     """Whether a tensor belongs to a set with another name than the default, or to an adapter's copy of a set."""
-    return part_of(name) is not None and "@" in name
+    return is_of_streams(name) and "@" in name
 
 
 def part_of(name: str) -> str | None:

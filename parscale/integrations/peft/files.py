@@ -14,7 +14,7 @@ from parscale.format.saving import save_streams
 from parscale.format.stored_sets import load_into_active
 from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import DEFAULT_ADAPTER, Method, state_of
-from parscale.streams.naming import part_of
+from parscale.streams.naming import is_of_streams
 
 HUB = ("subfolder", "revision", "token", "cache_dir")
 
@@ -37,7 +37,7 @@ def save_pretrained(
         if given is None and not is_sharded(self):
             kwargs["state_dict"] = self.state_dict()
         if kwargs.get("state_dict") is not None:  # bias="all" would include the aggregator's
-            kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if part_of(k) is None}
+            kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if not is_of_streams(k)}
         if state.active is not None and state.active.num_streams > 1 and (is_main_process or given is None):
             for name in [name for name in adapters.names if selected_adapters is None or name in selected_adapters]:
                 folder = save_directory if name == DEFAULT_ADAPTER else os.path.join(save_directory, name)
@@ -108,7 +108,7 @@ def get_state_dict(
     if not names:
         return found
     values = model.state_dict() if state_dict is None else state_dict
-    root, found = _root(model), {name: value for name, value in found.items() if part_of(name) is None}
+    root, found = _root(model), {name: value for name, value in found.items() if not is_of_streams(name)}
     return found | {root + released: values[name] for released, name in names.items()}
 
 
