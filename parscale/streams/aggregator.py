@@ -83,7 +83,7 @@ class Aggregator(nn.Sequential):
             w1, b1, w2, b2 = (local(x) for x in (first.weight, first.bias, last.weight, last.bias))
             return aggregator(hidden, w1, b1, w2, b2, self.smoothing, impl=impl)
         innermost = stream_innermost(hidden, self.num_streams)  # (B, S, H*P)
-        logits = super().forward(innermost)  # (B, S, P)
+        logits = super().forward(innermost).to(hidden.device)  # (B, S, P); the layers may run on another one
         mixed = aggregate(
             innermost.view(-1, hidden.shape[-1], self.num_streams).permute(2, 0, 1),  # (P, B*S, H)
             logits.flatten(0, 1),  # (B*S, P)

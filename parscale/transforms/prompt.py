@@ -214,7 +214,8 @@ class PromptTransform(ModelTransform):
         prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
         arguments["inputs_embeds"] = _insert(prompt, embeds, padding)
         columns = torch.arange(S, device=embeds.device).expand(R, -1)
-        self.state.call.tokens = columns + (T if padding is None else T * (columns >= padding[:, None]))
+        starts = 0 if padding is None else padding.to(embeds.device)[:, None]  # (R, 1)
+        self.state.call.tokens = columns + T * (columns >= starts)
         for name in TOKENS:
             if arguments.get(name) is not None:
                 value = arguments[name]
