@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -77,12 +77,17 @@ def plan(rows: Rows) -> list[AnyRun]:
     for streams in (1, 4):
         hidden, layers, tokens = SIZES["0.1M"]
         first = Run(hidden, layers, streams, tokens, 0, FIRST_RATE)
-        needed, best = tuned(rows, first, lambda row: fmean(row["tuning"]["middle"]))
+        needed, best = tuned(rows, first, middle_loss)
         runs += needed
         if best is not None:
             rates[streams] = best.learning_rate
     runs += _study(rows, rates) if len(rates) == 2 else _tasks(rows)
     return list(dict.fromkeys(runs))
+
+
+def middle_loss(row: dict[str, Any]) -> float:
+    """In the middle of tuning documents."""
+    return fmean(row["tuning"]["middle"])
 
 
 def tuned(
@@ -135,11 +140,9 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from islice(arms("1.0M", 0, rates), 3)
     yield from of_two_streams("1.0M", 0, rates)
     yield from of_four_streams("1.0M", (1, 2), rates)
-    for streams in (1, 4):
-        run = _run("0.4M", 0, rates, streams)
-        yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in (0.5, 2))
-    for seeds in ((3, 4), (5, 6), (7,)):
-        yield from islice(of_four_streams("1.0M", seeds, rates), 4 * len(seeds))  # without the twin
+    yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
+    for size in ("0.7M", "1.0M"):
+        yield from (replace(run, learning_rate=2 * run.learning_rate) for run in of_one_seed(size, rates))
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
@@ -199,6 +202,49 @@ def of_four_streams(size: str, seeds: Iterable[int], rates: dict[int, float]) ->
     for length in (8, 32):
         yield from (replace(dense, arm="prefix", prefix_length=length) for dense, _ in pairs)
     yield from (replace(four, arm="twin", learning_rate=dense.learning_rate) for dense, four in pairs)
+
+
+def at_rates_of_its_own(
+    size: str, pairs_of_seeds: Iterable[tuple[int, ...]], rows: Rows, rates: dict[int, float]
+) -> Iterator[Run]:
+    """What the rule needs for four streams, at learning rates that are tuned at this size, with seed 0.
+
+    Those of P = 1 and 4 as at the smallest size; one prefix and the twin take the best of P = 1's, twice that, and
+    P = 4's.
+
+    Args:
+        size: of the models.
+        pairs_of_seeds: the other ones, in their order.
+        rows: those that are finished.
+        rates: by P, of the smallest size.
+    """
+    found = {}
+    for streams in (1, 4):
+        needed, found[streams] = tuned(rows, _run(size, 0, rates, streams), middle_loss)
+        yield from needed
+    dense, four = found[1], found[4]
+    if dense is None:
+        return
+    prefixes = [replace(dense, arm="prefix", prefix_length=length) for length in (8, 32)]
+    factors = (1, 2)
+    yield from (replace(run, learning_rate=factor * run.learning_rate) for factor in factors for run in prefixes)
+    if four is None:
+        return
+    tried = dict.fromkeys((*(factor * dense.learning_rate for factor in factors), four.learning_rate))
+    controls = [[replace(run, learning_rate=rate) for rate in tried] for run in (*prefixes, replace(four, arm="twin"))]
+    yield from chain(*controls)
+    measured = [runs for runs in controls if all(run.name in rows for run in runs)]
+    best = [min(runs, key=lambda run: middle_loss(rows[run.name])) for runs in measured]
+    for pair in pairs_of_seeds:
+        yield from (replace(run, seed=seed) for run in (four, dense, *best) for seed in pair)
+    yield replace(four, streams=2)
+
+
+def of_one_seed(size: str, rates: dict[int, float]) -> Iterator[Run]:
+    """Four streams, the dense model and one prefix of each length, with seed 0."""
+    dense = _run(size, 0, rates, 1)
+    yield from (_run(size, 0, rates, 4), dense)
+    yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 32))
 
 
 def with_longer_prefixes(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
@@ -305,7 +351,7 @@ def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[Recycle
     ):
         first = RecycleRun(arm, streams, RECYCLED_TOKENS, TUNING_SEED, backbone_rate, streams_rate)
         rate = "backbone_rate" if backbone_rate else "streams_rate"
-        needed, best[arm] = tuned(rows, first, lambda row: fmean(row["tuning"]["middle"]), rate)
+        needed, best[arm] = tuned(rows, first, middle_loss, rate)
         yield from needed
     alone, prefix, frozen, lora = (best[arm] for arm in ("alone", "prefix", "frozen", "lora"))
     if alone is None or prefix is None or frozen is None or lora is None:

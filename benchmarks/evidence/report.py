@@ -96,8 +96,12 @@ CHOSEN = {  # arms and sizes that were chosen for the losses of their first seed
     ("P = 2, embedding", "0.1M"): range(3, 8),
     ("P = 2", "0.7M"): range(1, 3),
     ("P = 4", "1.0M"): range(1, 8),
+    ("P = 4", "0.4M"): range(1, 5),
 }
-AWAITED = {("P = 4", "1.0M"): 8}  # seeds without which an arm is not called a gain; of any other, two
+AWAITED = {
+    ("P = 4", "0.4M"): 5,
+    ("P = 4", "1.0M"): 8,
+}  # seeds without which no gain is called; else two
 DENSE = ("dense", "twin", "twin, lora=4", "twice as wide")  # of P = 1, at each size's tokens
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
