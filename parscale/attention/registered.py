@@ -166,8 +166,8 @@ def prefix_attention(
         raise ValueError(CONTINUOUS_BATCHING)
     prefix = None
     if has_prefix:
-        prefix_k = parameter_of(owner, streams.key_name)  # (P, G, T, D)
-        prefix_v = parameter_of(owner, streams.value_name)
+        prefix_k = parameter_of(owner, streams.key_name).to(key.device)  # (P, G, T, D); a lender may run on another one
+        prefix_v = parameter_of(owner, streams.value_name).to(key.device)
         if repeats:
             prefix_k, prefix_v = (_with_heads(x, query.shape[1]) for x in (prefix_k, prefix_v))
         if prefix_v.shape[-1] < value.shape[-1]:  # some models pad MLA's values to the keys' head size

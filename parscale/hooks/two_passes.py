@@ -109,7 +109,7 @@ class TwoPassHooks:
         if not where.any():
             return output
         arguments = self._arguments(args, kwargs)
-        mixed = self._run_second(module, passes, arguments.get(KEPT))  # (b, n, V)
+        mixed = self._run_second(module, passes, arguments.get(KEPT)).to(logits.device)  # (b, n, V)
         if passes.chosen is not None:
             mixed = logits.index_copy(0, passes.chosen, mixed)
         mixed = torch.where(where[..., None], mixed, logits)
@@ -280,4 +280,6 @@ def _piece(passes: TwoPasses, name: str, value: Any) -> Any:
     if passes.chosen is None:
         return value
     dim = 1 if name == POSITIONS and value.ndim == 3 else 0
-    return value.index_select(dim, passes.chosen) if value.shape[dim] == B and value.ndim > 1 else value
+    if value.shape[dim] != B or value.ndim == 1:
+        return value
+    return value.index_select(dim, passes.chosen.to(value.device))

@@ -81,12 +81,12 @@ class LoraTransform(ModelTransform):
         """After a linear layer: adds the streams' differences to `(P*B, ..., out)` or `(P*B*S, out)`."""
         if self.state.in_flight is not self.streams:
             return output
-        return output + self.difference(module, args[0]).reshape(output.shape).to(output.dtype)
+        return output + self.difference(module, args[0]).reshape(output.shape).to(output)
 
     def difference(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Of the streams that have one: `(P*B, ..., in)`, stream-major, to `(P, N, out)`."""
         down, up = parameter_of(module, self.down_name), parameter_of(module, self.up_name)
-        low = torch.bmm(x.to(down.dtype).reshape(len(down), -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r)
+        low = torch.bmm(x.to(down).reshape(len(down), -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r)
         return torch.bmm(low, up.mT)
 
 
