@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import load, wrap
-from parscale.checkpoints import pack_documents, small_model_path, standard_library_split
+from parscale.checkpoints import pack_documents, package_source_split, small_model_path
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = torch.from_numpy(pack_documents(standard_library_split()[0][:10], tokenizer, 128).ids).long()
+    documents, _ = package_source_split(["numpy"])  # text that the small model has not seen
+    blocks = torch.from_numpy(pack_documents(documents[:10], tokenizer, 128).ids).long()
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     model.print_trainable_parameters()  # what is not streams is the adapter

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from parscale import load, wrap
-from parscale.checkpoints import pack_documents, small_model_path, standard_library_split
+from parscale.checkpoints import pack_documents, package_source_split, small_model_path
 
 P = 4
 WEIGHT = 0.58  # of the term, with P = 4
@@ -89,7 +89,8 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = pack_documents(standard_library_split()[0], tokenizer, args.sequence_length)
+    documents, _ = package_source_split(["numpy"])  # text that the small model has not seen
+    blocks = pack_documents(documents, tokenizer, args.sequence_length)
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), P, transform="lora", rank=16)
     model.freeze_backbone()
     layers = "|".join(map(str, range(args.first_layer, args.last_layer + 1)))

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from parscale import ParScaleConfig, load
-from parscale.checkpoints import Source, TrainSettings, convert, small_model_path, standard_library_split, train
+from parscale.checkpoints import Source, TrainSettings, convert, package_source_split, small_model_path, train
 
 
 def main() -> None:
@@ -27,11 +27,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        training, held_out = standard_library_split()
+        # Text that the small model has not seen.
+        training, held_out = package_source_split(["numpy", "scipy", "matplotlib"])
 
         convert(args.model, work / "converted", ParScaleConfig(args.num_streams, seed=0))
         settings = TrainSettings(
-            data=[Source.of("the standard library", training)],  # or files, folders, datasets by their names
+            data=[Source.of("source of packages", training[::5])],  # or files, folders, datasets by their names
             eval_data={"held-out": Source.of("held-out files", held_out)},
             eval_tokens=args.eval_tokens,
             tokens=args.tokens,

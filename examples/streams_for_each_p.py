@@ -1,7 +1,8 @@
 """Train streams for P = 2, 4 and 8 on one frozen backbone, save each set alone, and choose P at inference.
 
 The paper's dynamic P: one backbone, several sets, each a small part of a large model's size. They are measured against
-each other, not against controls. The text is the source of Python's standard library.
+each other, not against controls. The text is the source of numpy, scipy and matplotlib, which the small model has not
+seen.
 
     python examples/streams_for_each_p.py --steps 200 --output sets
 """
@@ -20,8 +21,8 @@ from parscale.checkpoints import (
     TrainSettings,
     convert,
     evaluate,
+    package_source_split,
     small_model_path,
-    standard_library_split,
     train,
 )
 
@@ -36,10 +37,10 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    training, held_out = standard_library_split()
+    training, held_out = package_source_split(["numpy", "scipy", "matplotlib"])
     documents = [(name, text[:1500]) for name, text in held_out[:4]]
     settings = TrainSettings(
-        data=[Source.of("the standard library", training[::15])],
+        data=[Source.of("numpy, scipy and matplotlib", training[::15])],
         tokens=args.steps * 4 * args.sequence_length,
         sequence_length=args.sequence_length,
         batch_size=4,

@@ -1,6 +1,7 @@
 """Train the streams of a frozen backbone with the Hugging Face Trainer, and save them.
 
-The text is the source of Python's standard library. Prefixes want a far higher learning rate than weights do.
+The text is the source of numpy, which the small model has not seen. Prefixes want a far higher learning rate than
+weights do.
 
     python examples/train_with_trainer.py --steps 200 --output trained
 """
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from parscale import load, wrap
-from parscale.checkpoints import pack_documents, small_model_path, standard_library_split
+from parscale.checkpoints import pack_documents, package_source_split, small_model_path
 
 
 def main() -> None:
@@ -22,12 +23,12 @@ def main() -> None:
     parser.add_argument("--model", default=str(small_model_path()))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--files", type=int, default=20, help="how many files of the standard library to train on")
+    parser.add_argument("--files", type=int, default=20, help="how many files of numpy to train on")
     parser.add_argument("--output", help="folder for the trained model")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    blocks = pack_documents(standard_library_split()[0][: args.files], tokenizer, args.sequence_length)
+    blocks = pack_documents(package_source_split(["numpy"])[0][: args.files], tokenizer, args.sequence_length)
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
     model.freeze_backbone()  # leave this line out to train everything
     model.print_trainable_parameters()

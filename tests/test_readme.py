@@ -108,16 +108,17 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
     assert dense["high"] < 0
     assert one["low"] < 0 < one["high"]
     alone = found["dense, embedding", "dense", "middle"]
-    assert is_said(f"One lowers the dense model's loss by {-alone['difference']:.3f}")
+    assert is_said(f"One vector lowers the dense model's loss by {-alone['difference']:.3f}")
 
 
 def test_what_recycled_streams_add_to_one_prefix_is_on_file():
     entry = compared("recycling", "P = 4")["streams-and-backbone", "prefix-and-backbone", "middle"]
-    assert is_said(f"everything trained: not told apart from one prefix over {SEEDS[entry['seeds']]}, {shown(entry)}")
+    seeds = SEEDS[entry["seeds"]]
+    assert is_said(f"With everything trained: not told apart from one prefix over {seeds}, {shown(entry)}")
     assert entry["low"] < 0 < entry["high"]
     found = compared("recycling", "P = 4")
     short, long = (found["frozen", baseline, "middle"] for baseline in ("prefix", "long-prefix"))
-    assert is_said(f"on a frozen backbone ahead of one of T tokens, {shown(short)}, but not of one of 4 T")
+    assert is_said(f"On a frozen backbone: ahead of one of T tokens, {shown(short)}, but not of one of 4 T")
     assert short["high"] < 0 < long["high"]
 
 
@@ -149,20 +150,18 @@ def test_what_became_of_streams_is_on_file():
     smallest = compared("scratch", "0.1M")
     dense, wide = (smallest["P = 4", baseline, "middle"] for baseline in ("dense", "twice as wide"))
     assert is_said(
-        f"(token losses correlate by {min(correlations):.2f} to {max(correlations):.2f}) and gain nothing, "
-        f"{shown(dense)} from the dense model in the middle; one of twice the width, at their cost, is ahead of them "
-        f"by {wide['difference']:.2f}."
+        f"their token losses correlate by {min(correlations):.2f} to {max(correlations):.2f}. They gain nothing, "
+        f"{shown(dense)} from the dense model in the middle. A dense model of twice the width, which costs what they "
+        f"cost, is ahead of them by {wide['difference']:.2f}."
     )
     assert dense["low"] < 0 < wide["low"]
     (even,) = (entry for entry in found if entry["arm"] == "P = 4, smoothing=1")
     assert min(even["correlations"]) > 0.98
     two, four = (e["correlations"] for arm in LARGEST for e in found if (e["arm"], e["size"]) == arm)
     (apart,) = (entry for entry in found if (entry["arm"], entry["size"]) == ("average of 2", "0.7M"))
-    figures = f"{min(two):.2f} to {max(two):.2f} and {min(four):.2f} to {max(four):.2f}"
-    assert is_said(f"Larger ones are not copies ({figures}; models trained apart {min(apart['correlations']):.2f})")
-    assert is_said(
-        "and are ahead of the dense model in the middle. No one prefix, which costs what the dense model costs"
-    )
+    figures = f"two correlate by {min(two):.2f} to {max(two):.2f}, four by {min(four):.2f} to {max(four):.2f}"
+    assert is_said(f"are not copies: {figures}, models trained apart by {min(apart['correlations']):.2f}.")
+    assert is_said("In the middle they are ahead of the dense model. No prefix, at that model's cost, is told apart")
 
 
 @pytest.mark.parametrize(("arm", "size"), LARGEST)
@@ -184,7 +183,7 @@ def test_the_laws_k_is_on_file():
     law = on_file("law")
     found = law["N"]["all parameters"]
     low, high = found["k_interval"]
-    fitted = f"fitted to {law['models']} models of our own at 0.1 to 1.0 million, has k = {found['k']:.2f}"
+    fitted = f"In {law['models']} models of our own at 0.1 to 1.0 million, k = {found['k']:.2f}"
     assert low < 0 < high
     assert is_said(f"{fitted}, 90 % interval ({low:.2f}, {high:.2f}): not told apart from zero")
     assert law["sizes"] == 5

@@ -5,7 +5,8 @@ import json
 import re
 import runpy
 import sys
-from itertools import product
+from itertools import pairwise, product
+from math import log
 from pathlib import Path
 from statistics import fmean
 
@@ -60,15 +61,6 @@ def test_of_the_quickstart(monkeypatch):
     for figures in report["models"].values():
         assert all(f"{loss:.4f}" in text for places in figures["loss"].values() for loss in places.values())
     assert '--8<-- "benchmarks/results/quickstart.md"' in page("results/quickstart.md")
-
-
-def test_of_the_code():
-    tool = runpy.run_path(str(ROOT / "tools" / "code_figures.py"))
-    figures, text = on_file("code.json"), (RESULTS / "code.md").read_text(encoding="utf-8")
-    assert tool["tables"](figures) == text
-    assert figures["now"]["circles"] == []
-    assert figures["now"]["modules with private names"] == []
-    assert '--8<-- "benchmarks/results/code.md"' in page("how/code.md")
 
 
 def test_of_recycling():
@@ -215,7 +207,23 @@ def test_of_the_law():
     assert f"| {' | '.join(intervals)} |" in text
 
 
-@pytest.mark.parametrize("name", ["tutorials/choose.md", "how/law.md", "worth.md", "results/law.md"])
+def test_of_what_a_doubling_lowers():
+    """By the published law's formula, with the fit on file."""
+    fit = on_file("law.json")["fits"]["stack"]
+    losses = [fit["E"] + (fit["A"] / (1.6e9 * (1 + fit["k"] * log(P)))) ** fit["alpha"] for P in (1, 2, 4, 8)]
+    first, second, third = (f"{more - less:.4f}" for more, less in pairwise(losses))
+    said = f"at 1.6 billion parameters by {first}, {second} and {third} nats per token"
+    assert said in " ".join(page("tutorials/choose.md").split())
+
+
+def test_of_k_not_told_apart_from_zero():
+    low, high = on_file("evidence.json")["law"]["N"]["all parameters"]["k_interval"]
+    assert low < 0 < high
+    for name in ("tutorials/choose.md", "how/law.md", "worth.md"):
+        assert "k is not told apart from zero" in " ".join(page(name).split())
+
+
+@pytest.mark.parametrize("name", ["results/controls.md", "results/law.md"])
 def test_of_our_own_law(name):
     law = on_file("evidence.json")["law"]
     found = law["N"]["all parameters"]

@@ -174,10 +174,10 @@ def test_python_of_decode_attention(benchmark, monkeypatch):
 @pytest.mark.parametrize("H", [1536, 2560])
 @some_or_all("rows", [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)], 16384)
 def test_no_number_of_rows_is_a_cliff(benchmark, rows, H):
-    """At every number the launches leave room for 40 per cent of the floor at least, and the next is no much worse."""
+    """At every number the counted time is at most twice the floor, and at the next one it is not much longer."""
     roofline = benchmark("roofline")
     shares = [roofline.aggregator(8, N, H)["of_floor"] for N in rows]
-    assert min(shares) >= 0.4
+    assert min(shares) >= 0.5
     assert max(a - b for a, b in itertools.pairwise(shares)) < 0.2
 
 
@@ -190,7 +190,7 @@ def test_the_sweep_finds_a_cliff(benchmark, monkeypatch):
         return 2.0 * 128 * 128 * K * processors / rates.operations_per_second * -(-blocks // processors)
 
     monkeypatch.setattr(roofline, "product_seconds", one_block)
-    assert roofline.aggregator(8, 64, 1536)["of_floor"] < 0.4
+    assert roofline.aggregator(8, 64, 1536)["of_floor"] < 0.5
 
 
 @pytest.mark.parametrize("K", [512, 1024, 1640, 4096, 8192, 16384])
