@@ -18,6 +18,7 @@ from parscale.format.folders import CONFIG, Checkpoint
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 from parscale.streams.backbones import writes_text
+from parscale.streams.brief_runs import is_machine_error
 from parscale.streams.choosing import no_such_set
 
 STREAMS_OFF = "off"
@@ -109,11 +110,13 @@ def load_plain(source: str, *, dtype: torch.dtype | None = None, any_task: bool 
     reader: Any = _own_class(checkpoint) if any_task else AutoModelForCausalLM
     try:
         model, report = load_plain_model(checkpoint, reader, dtype=dtype or "auto", **options)
-    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (OSError, ValueError, ImportError):
         raise
-    except RuntimeError as error:  # tensors whose shapes differ from the configuration
-        raise ValueError(f"The weights of {source} do not fit its {CONFIG}: {error}") from error
     except Exception as error:  # whatever an invalid configuration raises
+        if is_machine_error(error):
+            raise
+        if isinstance(error, RuntimeError):  # tensors whose shapes differ from the configuration
+            raise ValueError(f"The weights of {source} do not fit its {CONFIG}: {error}") from error
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"No model can be made from {source}: its {CONFIG} is damaged ({problem}).") from error
     if missing := sorted(report["missing_keys"]):

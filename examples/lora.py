@@ -30,7 +30,7 @@ def main() -> None:
     blocks = torch.from_numpy(pack_documents(documents[:10], tokenizer, 128).ids).long()
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
-    model.print_trainable_parameters()  # what is not streams is the adapter
+    model.print_trainable_parameters()
 
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
     for step in range(args.steps):

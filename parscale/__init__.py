@@ -17,17 +17,28 @@ from parscale.version import __version__
 
 if TYPE_CHECKING:
     from parscale.config import ParScaleConfig
-    from parscale.errors import UnsupportedModelError
+    from parscale.errors import IncompatibleVersionError, RefusedCheckpointError, UnsupportedModelError
     from parscale.loading import load
     from parscale.wrapping import unwrap, wrap
 
 # Python started in a clone finds this folder before what is installed; three sub-packages lie beside it there.
 __path__.extend(str(folder) for folder in Path(__file__).parents[1:2] if (folder / "pyproject.toml").exists())
 
-__all__ = ["ParScaleConfig", "UnsupportedModelError", "__version__", "load", "unwrap", "wrap"]
+__all__ = [
+    "IncompatibleVersionError",
+    "ParScaleConfig",
+    "RefusedCheckpointError",
+    "UnsupportedModelError",
+    "__version__",
+    "load",
+    "unwrap",
+    "wrap",
+]
 
 _HOMES = {
+    "IncompatibleVersionError": "parscale.errors",
     "ParScaleConfig": "parscale.config",
+    "RefusedCheckpointError": "parscale.errors",
     "UnsupportedModelError": "parscale.errors",
     "load": "parscale.loading",
     "unwrap": "parscale.wrapping",

@@ -36,8 +36,10 @@ RELEASED_PREFIX_LENGTH = 48
 class ParScaleConfig:
     """One set of P streams (Chen et al., arXiv 2505.10475).
 
-    How streams differ is described in `parscale.transforms`, how they start in `parscale.transforms.inits`, and how
-    they share keys and values in `parscale.transforms.shared`.
+    A transform makes the streams differ: it adds keys and values to each attention layer, embeddings to the input, or a
+    low-rank difference to each linear layer. A stream that starts from a text begins with the keys and values, or the
+    embeddings, of its tokens; at random, they come from a normal distribution, and low-rank differences are zero. If
+    streams share keys and values, all attend to those of stream 0, which is the plain backbone.
 
     Attributes:
         num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the

@@ -89,7 +89,11 @@ def freeze_backbone(model: Any) -> None:
 
 
 def print_trainable_parameters(model: Any) -> None:
-    """Prints the number of trainable parameters, of all parameters, their ratio in per cent, and the parts."""
+    """Prints the number of trainable parameters, of all parameters, their ratio in per cent, and the parts.
+
+    The parts are those of the streams, by transform, their aggregators, and all others: the backbone's own parameters
+    and those of adapters.
+    """
     state: ParScaleState = model.parscale
     sizes = parameter_sizes(model)
     total = sum(sizes.values())
@@ -99,7 +103,7 @@ def print_trainable_parameters(model: Any) -> None:
         for name, parameter in state.tensors(streams).items():
             label = LABELS[streams.config.transform] if part_of(name) == TRANSFORM_PART else "aggregator"
             counts[label] += sizes[parameter] if parameter.requires_grad else 0
-    counts["backbone"] = trained - sum(counts.values())
+    counts["others"] = trained - sum(counts.values())
     share = 100 * trained / total if total else 0.0
     print(
         f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f} "
@@ -178,11 +182,19 @@ def save_pretrained(
 ) -> None:
     """Writes a full checkpoint: backbone and active streams, and each other set in a folder of its name.
 
+    Of a model with an adapter from its own `add_adapter`, only the adapter and the active streams are written, as by
+    `save_streams`.
+
     Args:
         save_directory: the folder to write; it appears only when it is complete.
         is_main_process: as in transformers' own `save_pretrained`.
         state_dict: likewise.
         **kwargs: likewise.
+
+    Raises:
+        ValueError: `distributed_checkpoint=True`, streams on the meta device, or an adapter with streams for a folder
+            that holds a full checkpoint.
+        OSError: the folder is a file, cannot be written, or the disk is full.
     """
     saving.save_full(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
@@ -195,6 +207,10 @@ def save_streams(model: PreTrainedModel, save_directory: str | os.PathLike[str])
 
     Args:
         save_directory: the folder to write; it appears only when it is complete.
+
+    Raises:
+        ValueError: no streams are active, their tensors are on the meta device, or the folder holds a full checkpoint.
+        OSError: the folder is a file, cannot be written, or the disk is full.
     """
     saving.save_streams(model, save_directory)
 
@@ -205,12 +221,17 @@ def load_streams(model: PreTrainedModel, path_or_repo: str | os.PathLike[str], n
     Args:
         path_or_repo: a folder, or a name on the Hugging Face Hub.
         name: the set's name in this model; by default the name that it was saved with.
+
+    Raises:
+        ValueError: the folder is damaged or not a streams-only checkpoint, its streams do not fit the model, or a set
+            has this name already.
+        OSError: a folder or a file does not exist (`FileNotFoundError`) or cannot be read.
     """
     stored_sets.add_saved_streams(model, path_or_repo, name)
 
 
 def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: Any) -> Any:
-    """Generates as the model's own method does; `encoder_outputs` have one row for each source.
+    """Generates as the model's own method does.
 
     Args:
         *args: passed to the model's own method.
@@ -218,7 +239,7 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             token, in nats, above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain
             backbone. `model.last_mean_streams` is then the mean number of streams that ran for a token, over all beams
             and returned sequences.
-        **kwargs: passed to the model's own method.
+        **kwargs: passed to the model's own method; `encoder_outputs` have one row for each source.
 
     Returns:
         The result of the model's own method.
@@ -270,7 +291,7 @@ def _whole_attention_weights(
 def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
     """Calls `generate`, with streams where the entropy is above `threshold`."""
     with adaptive_streams(model, threshold) as adaptive:
-        output = type(model).generate(model, *args, **kwargs | {"disable_compile": True})
+        output = generate(model, *args, **kwargs | {"disable_compile": True})
     model.last_mean_streams = adaptive.mean_streams
     return output
 

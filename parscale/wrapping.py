@@ -76,9 +76,10 @@ def wrap(
 
     Args:
         model: a `transformers.PreTrainedModel`: a causal language model, also with images; an encoder of text or
-            images; two parallel encoders; or an encoder-decoder model (see `parscale.streams.backbones`). It may be
-            split by tensor parallelism, or partitioned by ZeRO-3 when it was loaded; then every process calls this.
-            FSDP shards it afterwards. The model is run on two tokens or on an image, with and without streams.
+            images; two parallel encoders; or an encoder-decoder model. The final hidden states are mixed: before the
+            pooling of an encoder, of each of two encoders, or of the decoder. It may be split by tensor parallelism, or
+            partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards. The
+            model is run on two tokens or on an image, with and without streams.
         num_streams: P, or a `ParScaleConfig` in place of all other fields. 1 adds nothing.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.

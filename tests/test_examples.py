@@ -31,13 +31,13 @@ ARGUMENTS = {
 }
 PROMISES = {
     "wrap_and_generate": "Qwen2ForCausalLM with 4 streams",
-    "train_with_trainer": "backbone: 0)",
+    "train_with_trainer": "others: 0)",
     "switch_streams": "the backbone's logits to the last bit: True",
     "post_train": "P = 4, 460,036 parameters were trained",
     "load_released": "Qwen2ForCausalLM: P = 4, T = 48",
     "scaling_law": "Each stream: k = 0.39",
     "lora": "loaded again, the same logits: True",
-    "nd_lora": "(low_rank: 163,840, aggregator: 263,428, backbone: 0)",
+    "nd_lora": "(low_rank: 163,840, aggregator: 263,428, others: 0)",
     "sft_chat_model": "Qwen2ForCausalLM with 4 streams answers:\nuser: How do I open a file?\nassistant: ",
     "dpo_chat_model": "preferred answers told apart: ",
     "grpo_model": "Qwen2ForCausalLM with 4 streams: reward 0.",

@@ -164,6 +164,14 @@ def test_type_checkers_see_the_names_that_are_fetched(package):
         assert getattr(importlib.import_module(home), name) is getattr(module, name)
 
 
+def test_every_error_is_public():
+    import parscale
+    import parscale.errors
+
+    defined = {name for name, found in vars(parscale.errors).items() if isinstance(found, type)}
+    assert defined <= set(parscale.__all__)
+
+
 @pytest.mark.parametrize(("room", "allowed"), [("kernels", {"kernels"}), ("scaling_laws", {"scaling_laws"})])
 def test_lower_rooms_import_nothing_above(room, allowed):
     for name, path in modules().items():

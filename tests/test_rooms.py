@@ -5,6 +5,7 @@ Imports inside functions, those for type checkers and modules that are named in 
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,24 @@ def test_no_modules_import_each_other_in_a_circle(ours):
 
 def test_scripts_import_public_names_of_checkpoints_alone(everything):
     assert into_rooms(everything) == [], "import it from parscale.checkpoints itself"
+
+
+def listed(path: Path) -> list[str]:
+    """The modules that a package's docstring lists, as in "- `name`: what it is for"."""
+    return sorted(re.findall(r"^- `(\w+)`: ", ast.get_docstring(ast.parse(path.read_text())) or "", flags=re.M))
+
+
+def contents(folder: Path) -> list[str]:
+    """The modules and packages in a package."""
+    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    return sorted(names - {"__init__"})
+
+
+def test_docstrings_that_list_modules_list_all():
+    packages = [path for folder in SOURCES.values() for path in folder.rglob("__init__.py") if listed(path)]
+    assert ROOT / "parscale" / "streams" / "__init__.py" in packages
+    for path in packages:
+        assert listed(path) == contents(path.parent), path.relative_to(ROOT)
 
 
 def test_files_are_short():

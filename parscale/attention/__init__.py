@@ -3,6 +3,9 @@
 - `registered`: the attention function that transformers' layers look up
 - `cache_seam`: layers without that lookup: their cache adds the prefix
 - `flash`: the prefix with flash-attention
+- `shared`: streams that share the keys and values of stream 0
+- `projections`: these projected for stream 0 alone
+- `grouped`: attention without repeated keys and values, for exported graphs
 - `functions`: the common parts of these
 - `masks`: room for the prefix in masks
 - `positions`: positions of left-padded texts

@@ -30,7 +30,7 @@ from parscale.compat.transformers import alibi_function, attn_implementation, ca
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
-from parscale.streams.brief_runs import one_line, run_briefly
+from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.places import AttentionLayer
 from parscale.streams.state import ParScaleState
 
@@ -327,6 +327,8 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
     except Exception as error:
         for attention, _ in hooked:
             attention.remove()
+        if is_machine_error(error):
+            raise
         raise UnsupportedModelError(
             f"{name} has no place for a prefix: its attention ({type(hooked[0][0].module).__name__}) takes more keys "
             "than there are tokens from its cache, but then fails, since something else in it has one entry for each "

@@ -12,6 +12,7 @@
 - `models`: loads plain models and backbones
 - `stored_sets`: loads sets of streams
 - `working`: working folders, locked by the process that writes in them
+- `moving`: moves files into a folder so that a kill loses none
 - `staging`: folders and files that change completely or not at all
 - `saving`: saves full checkpoints and streams
 

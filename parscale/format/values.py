@@ -19,6 +19,7 @@ from parscale.errors import RefusedCheckpointError
 from parscale.format.folders import CONFIG
 from parscale.format.headers import StoredTensor
 from parscale.format.untrusted import brief
+from parscale.streams.brief_runs import is_machine_error
 
 # Upper limits of a number if the files do not hold more.
 _MOST_PARTS, _MOST_LABELS, _MOST_NUMBERS = 2**10, 2**17, 2**24
@@ -101,9 +102,11 @@ def configuration_of(checkpoint: object, faults: tuple[type[Exception], ...] = (
     """
     try:
         yield
-    except (OSError, ImportError, MemoryError, RefusedCheckpointError):
+    except (OSError, ImportError, RefusedCheckpointError):
         raise
     except faults as error:
+        if is_machine_error(error):
+            raise
         raise ValueError(
             f"{CONFIG} of {checkpoint} does not describe a model: it is damaged, or needs another version of "
             f"transformers ({type(error).__name__}: {brief(error)})."

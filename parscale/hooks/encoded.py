@@ -61,9 +61,8 @@ class EncodedRows(torch.Tensor):
         return marked(copy.deepcopy(plain(self), memo), self.mark)
 
 
-# Encoder outputs can be saved, and read again by torch.load as it is; those of before this module moved, too.
+# Encoder outputs can be saved, and read again by torch.load as it is.
 torch.serialization.add_safe_globals([EncodedRows, Mark])
-torch.serialization.add_safe_globals([(cls, f"parscale.encoded.{cls.__name__}") for cls in (EncodedRows, Mark)])
 
 _REPEATS = (torch.Tensor.repeat_interleave, torch.repeat_interleave)
 _MOVES_ROWS = (torch.Tensor.index_select, torch.index_select, torch.Tensor.flip, torch.flip, torch.roll)

@@ -5,6 +5,7 @@
 - `places`: where parameters of streams can be added
 - `sets`: a set of streams, and the interface of transforms
 - `calls`: which set runs, in this thread and in this forward pass
+- `passes`: calls that run stream 0 first, and the other streams where they are needed
 - `state`: all of this for one model: `model.parscale`
 - `aggregator`: the learned mixture of the streams
 - `trainability`: which parameters of the sets are trainable

@@ -13,6 +13,8 @@ from parscale.kernels import aggregate, aggregator, stream_weights
 from parscale.kernels.aggregator.layout import stream_innermost
 from parscale.kernels.dispatch import Impl
 
+TENSORS = ("0.weight", "0.bias", "2.weight", "2.bias")  # the names of an aggregator's parameters
+
 
 class Projection(nn.Module):
     """`x @ weight.T + bias`.

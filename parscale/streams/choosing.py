@@ -56,12 +56,8 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
     `contextvars.copy_context().run` (`asyncio.to_thread` does). After the block, the active set and the trainable
     parameters are as before. The configuration records the model's choice, not the block's.
 
-    A compiled model follows the thread, not the task, since compiled code cannot read context variables. It runs the
-    set of the block that its thread opened last, in whatever task or context, and the model's own set if its thread has
-    none open: in `asyncio.to_thread` and `copy_context().run`, open a block inside. Blocks of several tasks that
-    overlap in one thread, none of them inside another, are noticed: with `torch.compile(..., fullgraph=True)` a call is
-    then an error; without it torch splits the graph and runs the task's set, and runs such pieces until
-    `torch.compiler.reset()`.
+    A compiled model uses the set of the block its *thread* opened last. Inside `asyncio.to_thread`, open a block there.
+    Blocks of several tasks that overlap in one thread: call the uncompiled model.
 
     Args:
         name: the set's name; `None` for the plain backbone.

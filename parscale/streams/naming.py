@@ -14,7 +14,7 @@ COPY = "@@"  # in the names of a copy for an adapter, before its number
 _NAMES = "|".join(name for names in PARAMETERS.values() for name in names)
 _PATTERNS = {
     TRANSFORM_PART: re.compile(rf"(^|\.)({_NAMES})(@[\w-]+)?(@@\d+)?$"),
-    AGGREGATOR_PART: re.compile(r"(^|\.)aggregate_layer(@[\w-]+)?(@@\d+)?\."),
+    AGGREGATOR_PART: re.compile(rf"(^|\.){AGGREGATOR}(@[\w-]+)?(@@\d+)?\."),
 }
 PATTERNS = [pattern.pattern for pattern in _PATTERNS.values()]
 # The label of each transform's parameters, in counts of parameters.

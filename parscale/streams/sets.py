@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from parscale.config import DEFAULT_SET, SHARED, ParScaleConfig
-from parscale.streams.naming import COPY
+from parscale.streams.naming import AGGREGATOR, COPY
 from parscale.streams.places import Place
 
 DEFAULT = DEFAULT_SET
@@ -37,7 +37,7 @@ class StreamSet:
         self.config = config
         self.copy = copy
         self.key_name, self.value_name = self.own_name("prefix_k"), self.own_name("prefix_v")
-        self.aggregator_name = self.own_name("aggregate_layer")
+        self.aggregator_name = self.own_name(AGGREGATOR)
 
     def own_name(self, released: str) -> str:
         """The set's name for a parameter, or for the aggregator, in the module that holds it."""
@@ -82,7 +82,7 @@ class Transform:
         """Adds the hooks of the transform to the model, once its parameters exist."""
 
     def attach(self) -> None:
-        """Calls `add_hooks`, and tests that the model runs with the transform."""
+        """Calls `add_hooks`."""
         self.add_hooks()
 
     def detach(self) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from parscale.kernels.dispatch import Impl
-from parscale.streams.aggregator import Aggregator
+from parscale.streams.aggregator import TENSORS, Aggregator
 from parscale.streams.backbones import find_parts, find_writers
 from parscale.streams.calls import Blocks, Call, Calls, innermost_block
+from parscale.streams.naming import AGGREGATOR
 from parscale.streams.places import AttentionLayer, Hidden, Linear
 from parscale.streams.sets import Adapters, StreamSet
 
@@ -127,31 +129,27 @@ class ParScaleState:
 
     def holders(self, streams: StreamSet) -> dict[str, tuple[nn.Module, str]]:
         """The module and the attribute name of each of the set's parameters, by released name."""
-        streams = self.of_active_adapter(streams)
-        if streams.num_streams == 1:
-            return {}
-        places = streams.transform.places()
-        holders = {place.released_name: (place.module, streams.own_name(place.name)) for place in places}
-        for root, part in zip(self.roots, self.mixed, strict=True):
-            aggregator = getattr(part, streams.aggregator_name)
-            for name in tensors_of(aggregator):
-                path, _, leaf = name.rpartition(".")
-                holders[f"{root}aggregate_layer.{name}"] = (aggregator.get_submodule(path), leaf)
+        holders = {}
+        for released, _, module, name in self._walk(streams):
+            path, _, attribute = name.rpartition(".")
+            holders[released] = (module.get_submodule(path), attribute)
         return holders
 
     def names(self, streams: StreamSet) -> dict[str, str]:
-        """The set's names in the model's `state_dict`, by released name."""
+        """The set's names in the model's `state_dict`, by released name; the parameters need not be there yet."""
+        return {released: f"{root}{name}" for released, root, _, name in self._walk(streams)}
+
+    def _walk(self, streams: StreamSet) -> Iterator[tuple[str, str, nn.Module, str]]:
+        """Each parameter: its released name, what its name in the model begins with, the module there, and the rest."""
         streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
-            return {}
-        names = {}
+            return
         for place in streams.transform.places():
-            path = f"{place.path}." if place.path else ""
-            names[place.released_name] = f"{path}{streams.own_name(place.name)}"
-        for root in self.roots:
-            for leaf in ("0.weight", "0.bias", "2.weight", "2.bias"):
-                names[f"{root}aggregate_layer.{leaf}"] = f"{root}{streams.aggregator_name}.{leaf}"
-        return names
+            root = f"{place.path}." if place.path else ""
+            yield place.released_name, root, place.module, streams.own_name(place.name)
+        for root, part in zip(self.roots, self.mixed, strict=True):
+            for name in TENSORS:
+                yield f"{root}{AGGREGATOR}.{name}", root, part, f"{streams.aggregator_name}.{name}"
 
     def aggregators(self, streams: StreamSet) -> list[Aggregator]:
         """The aggregators of the set, one for each mixed part."""

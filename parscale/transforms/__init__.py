@@ -1,13 +1,13 @@
-"""How the streams of a set differ: three transforms, of the input or of the layers that read it.
+"""How the streams of a set differ: three transforms, of the input or of the layers that read it, and how they start.
 
 - `prefix`: learned keys and values before those of each attention layer (models with attention; the paper's method)
 - `prompt`: learned embeddings before those of the input (models that read token ids)
 - `lora`: a low-rank difference in each linear layer (any model)
+- `shared`: streams with a prefix or low-rank differences that share keys and values
+- `base`: the common parts of the transforms
+- `inits`: how a set starts
 
-Streams with a prefix or low-rank differences may share keys and values (`parscale.transforms.shared`).
-
-Chen et al., arXiv 2505.10475, found nearly equal losses for them; the number of streams matters more. How a set starts
-is described in `parscale.transforms.inits`.
+Chen et al., arXiv 2505.10475, found nearly equal losses for the three; the number of streams matters more.
 
 May import: `attention`, `streams` and what is below them.
 """

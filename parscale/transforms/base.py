@@ -20,6 +20,15 @@ class ModelTransform(Transform):
         super().__init__(streams)
         self.state = state
 
+    def attach(self) -> None:
+        """Calls `add_hooks`, and tests that the model runs with the transform.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+        super().attach()
+        self.try_out()
+
     def try_out(self) -> None:
         """Tests whether the backbone runs with the streams.
 

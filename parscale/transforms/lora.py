@@ -21,7 +21,7 @@ from transformers import Conv1D
 from parscale.distributed.offloading import execution_device, parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import inner_modules
-from parscale.streams.brief_runs import run_briefly
+from parscale.streams.brief_runs import is_machine_error, run_briefly
 from parscale.streams.places import Linear, Place
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -58,11 +58,6 @@ class LoraTransform(ModelTransform):
     def add_hooks(self) -> None:
         """A hook on each linear layer."""
         self._hooks = [layer.module.register_forward_hook(self._add) for layer in self.linears()]
-
-    def attach(self) -> None:
-        """Adds a hook to each linear layer, and tests that the model runs."""
-        self.add_hooks()
-        self.try_out()
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -136,6 +131,8 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
             total = torch.stack([hidden.sum().to(results[0].device) for hidden in results]).sum()
             gradients = torch.autograd.grad(total, list(probes.values()), allow_unused=True)
     except RuntimeError as error:  # Reformer runs its layers again in its own backward
+        if is_machine_error(error):
+            raise
         raise UnsupportedModelError(
             f"{type(state.model).__name__} differentiates its layers by code of its own, which does not know of "
             f"transform='lora' ({error}): use another one."

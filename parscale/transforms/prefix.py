@@ -55,10 +55,14 @@ class PrefixTransform(ModelTransform):
         ]
 
     def attach(self) -> None:
-        """Hooks the modules around the backbone, and tests models with their own pooling or decoding."""
+        """Hooks the modules around the backbone, and tests the model."""
         self._row_positions.attach()
+        super().attach()
+
+    def try_out(self) -> None:
+        """Tests only models with their own pooling or decoding."""
         if not writes_text(self.state.model):
-            self.try_out()
+            super().try_out()
 
     def detach(self) -> None:
         """Removes the hooks."""

@@ -65,7 +65,7 @@ class PromptTransform(ModelTransform):
     def attach(self) -> None:
         """Hooks the modules around the backbone, and tests the model."""
         self._row_positions.attach()
-        self.try_out()
+        super().attach()
         self._check_embeddings()
 
     def detach(self) -> None:

@@ -27,6 +27,7 @@ from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.projections import SharedProjections, find_projections
 from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
+from parscale.config import PREFIX
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens, reads, writes_text
 from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
@@ -47,7 +48,8 @@ class SharedTransform(ModelTransform):
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
         self._layers, self._projections = SharedLayers(state, streams), SharedProjections(state, streams)
-        if state.layers and streams.num_streams > 1:
+        # without layers, `places` says why there is no prefix
+        if streams.num_streams > 1 and (state.layers or streams.config.transform != PREFIX):
             check_can_share(state)
 
     def add_hooks(self) -> None:
@@ -55,11 +57,6 @@ class SharedTransform(ModelTransform):
         super().add_hooks()
         self._layers.attach(registered_layers(self.state))
         self._projections.attach(self.key_projections())
-
-    def attach(self) -> None:
-        """Hangs the hooks, and tries whether both ways agree."""
-        self.add_hooks()
-        self.try_out()
 
     def detach(self) -> None:
         """Removes the hooks."""
@@ -119,11 +116,6 @@ class SharedTransform(ModelTransform):
 
 class SharedPrefixTransform(SharedTransform, PrefixTransform):
     """`prefix_k` and `prefix_v` `(P - 1, G, T, D)` on each attention layer, of streams 1 to P - 1."""
-
-    def attach(self) -> None:
-        """Hooks what is around the backbone, too."""
-        self._row_positions.attach()
-        super().attach()
 
     def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As `before`, for stream 0 alone: B rows."""

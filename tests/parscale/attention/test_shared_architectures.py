@@ -59,6 +59,24 @@ def test_what_is_refused(name, reason):
         parscale.wrap(model, 2, prefix_length=3, init="random", kv="shared")
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("OpenAIGPTLMHeadModel", "it takes no cache that streams could share"),
+        ("MambaForCausalLM", "layers without keys of the text, which carry a state"),
+    ],
+)
+def test_models_without_layers_that_could_be_shared(name, reason):
+    for options, message in (
+        ({"transform": "lora"}, rf"kv='shared' is not for {name}: .*{reason}.*Use kv='own'"),
+        ({"prefix_length": 3}, "No attention was found"),
+    ):
+        model = build(name)
+        with pytest.raises(parscale.UnsupportedModelError, match=message):
+            parscale.wrap(model, 2, init="random", kv="shared", **options)
+        assert not hasattr(model, "parscale")
+
+
 def test_weights_that_are_no_numbers_yet_are_said_to_be_so(zoo):
     """A memory that nobody has filled: the model cannot be tried, and its layers are not to blame."""
     model = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain()

@@ -72,7 +72,7 @@ def test_a_quantized_backbone(plain, parameters, quantization, capsys):
     streams = sum(tensor.numel() for tensor in model.parscale.tensors(model.parscale.active).values())
     trained, total, parts = printed(model, capsys)
     assert (trained, total) == (streams, parameters + streams)
-    assert parts["backbone"] == 0
+    assert parts["others"] == 0
     assert parts["prefixes"] + parts["aggregator"] == streams
 
 

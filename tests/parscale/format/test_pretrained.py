@@ -20,6 +20,7 @@ from parscale.checkpoints.training.trainable_model import open_for_training
 from parscale.config import ParScaleConfig
 from parscale.format.folders import Checkpoint, backbone_place
 from parscale.format.pretrained import read_pretrained
+from parscale.format.values import configuration_of
 
 ROOT = Path(__file__).parents[3]
 IDS = torch.arange(8)[None]
@@ -329,3 +330,28 @@ def test_a_name_on_the_hub_that_was_put_in_place_of_a_folder_counts(folders):
     assert backbone_place(streams, fields | {"base_model_name_or_path": "org/model"}) == "org/model"
     for name in (None, "", 5, ["a"]):
         assert backbone_place(streams, fields | {"base_model_name_or_path": name}) is None
+
+
+# -- errors of the machine
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["a device", "the CPU", "Python"],
+)
+def test_too_little_memory_is_not_damage(folders, error, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fails)
+    with pytest.raises(type(error)) as caught:
+        load_plain(str(folders / "backbone"))
+    assert caught.value is error
+    with pytest.raises(type(error)) as caught, configuration_of("a checkpoint"):
+        fails()
+    assert caught.value is error

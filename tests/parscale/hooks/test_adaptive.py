@@ -101,6 +101,20 @@ def test_the_callers_own_word_on_compilation(llama, disabled, zoo):
     assert torch.equal(found.sequences, generate(llama, ids, adaptive=1.0).sequences)
 
 
+@pytest.mark.parametrize("adaptive", [None, 0, 1.0])
+def test_a_draft_from_inner_states_is_refused(llama, adaptive, zoo):
+    with pytest.raises(ValueError, match="'dflash' drafts from the hidden states of inner layers"):
+        generate(llama, zoo.token_ids(), adaptive=adaptive, speculation_type="dflash")
+
+
+def test_attention_weights_of_drafted_tokens(llama, zoo):
+    """They keep the columns of the prefix, as without `adaptive`."""
+    llama.set_attn_implementation("eager")
+    options = {"attention_mask": None, "output_attentions": True, "assistant_model": make(zoo, "llama")}
+    found = generate(llama, zoo.token_ids(rows=1), adaptive=0, **options).attentions
+    assert [step[0].shape[-1] for step in found] == [zoo.T + zoo.S + step for step in range(STEPS)]
+
+
 def test_what_nobody_is_above_is_the_plain_backbone(llama, zoo):
     """By its own way: stream 0 runs first, and nothing follows."""
     ids = zoo.token_ids() * PADDING

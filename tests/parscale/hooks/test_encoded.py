@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutput
 
 import parscale
-from parscale.hooks.encoded import EncodedRows, Mark, marked
+from parscale.hooks.encoded import EncodedRows
 
 P, B, S, TOLERANCE = 3, 2, 9, 2e-5  # as in test_families.py
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -196,20 +195,6 @@ def test_however_it_is_handed_on(name, model, zoo):
     for way in ways.keys() - KINDS[name].without:
         result = model(encoder_outputs=ways[way], decoder_input_ids=targets)[0]
         assert torch.equal(result, expected), way
-
-
-def test_what_was_saved_before_the_module_moved(monkeypatch):
-    rows, saved = marked(torch.rand(6, 2), Mark("default", P)), io.BytesIO()
-    with monkeypatch.context() as before:
-        before.setitem(sys.modules, "parscale.encoded", parscale.hooks.encoded)
-        for cls in (EncodedRows, Mark):
-            before.setattr(cls, "__module__", "parscale.encoded")
-        torch.save(rows, saved)
-    assert b"parscale.encoded" in saved.getvalue()
-    saved.seek(0)
-    read = torch.load(saved)
-    assert (type(read), read.mark) == (EncodedRows, rows.mark)
-    assert torch.equal(read.as_subclass(torch.Tensor), rows.as_subclass(torch.Tensor))
 
 
 @pytest.mark.grid

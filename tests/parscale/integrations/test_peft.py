@@ -125,7 +125,7 @@ def test_members_are_reached_through_the_adapter(family, zoo, capsys):
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     streams = sum(parameter.numel() for name, parameter in tuned.named_parameters() if is_stream(name))
     assert f"trainable params: {trained:,} " in line
-    assert f"backbone: {trained - streams:,})" in line  # the adapter's
+    assert f"others: {trained - streams:,})" in line  # the adapter's
 
 
 @FEW

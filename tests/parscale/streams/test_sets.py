@@ -208,19 +208,19 @@ def test_trainable_parameters_are_counted(family, zoo, capsys):
     total, new = backbone + prefixes + aggregator, prefixes + aggregator
     line = (
         f"trainable params: {total:,} || all params: {total:,} || trainable%: 100.0000 "
-        f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, backbone: {backbone:,})\n"
+        f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, others: {backbone:,})\n"
     )
     assert printed() == line
     model.freeze_backbone()
     line = (
         f"trainable params: {new:,} || all params: {total:,} || trainable%: {100 * new / total:.4f} "
-        f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, backbone: 0)\n"
+        f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, others: 0)\n"
     )
     assert printed() == line
     model.add_streams("more", 2, prefix_length=5, init="random")
     model.set_streams("more")
     prefixes, aggregator = layers * 2 * 2 * G * 5 * D, 2 * H * H + H + H * 2 + 2
-    assert f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, backbone: 0)" in printed()
+    assert f"(prefixes: {prefixes:,}, aggregator: {aggregator:,}, others: 0)" in printed()
     assert f"all params: {total + prefixes + aggregator:,} " in printed()
 
 

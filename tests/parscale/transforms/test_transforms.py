@@ -367,6 +367,15 @@ def test_lora_leaves_experts_alone_and_takes_what_sees_whole_rows(zoo):
     assert "model.layers.0.self_attn.o_proj" in names
 
 
+def test_too_little_memory_for_the_gradients_of_lora(tiny, monkeypatch):
+    def grad(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(torch.OutOfMemoryError):
+        parscale.wrap(tiny(), 2, transform="lora")
+
+
 def test_lora_is_on_the_layers_that_training_calls(zoo):
     """Gemma 3n calls one layer in eval mode alone: DDP stops where a trained parameter has no gradient."""
     model, ids = wrapped(zoo.gemma3n(), "lora").train(), zoo.token_ids()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 
@@ -239,4 +240,23 @@ def test_attention_that_cannot_take_a_prefix(name, zoo, kinds):
     with pytest.raises(UnsupportedModelError, match=message):
         parscale.wrap(model, 2, prefix_length=3, init="random")
     assert torch.equal(logits_of(model, ids), logits_of(kind.plain(), ids))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_too_little_memory_is_not_the_models_fault(kinds, monkeypatch):
+    """Also where it lacks only for the prefix: the bias then has more entries than there are tokens."""
+    model = kinds["bloom"].plain()
+    layer = type(model.transformer.h[0].self_attention)
+    forward = layer.forward
+
+    @functools.wraps(forward)
+    def fails(self, hidden_states, residual, alibi, *args, **kwargs):
+        if alibi.shape[-1] > hidden_states.shape[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, hidden_states, residual, alibi, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        parscale.wrap(model, 2, prefix_length=3, init="random")
+    assert not hasattr(model, "parscale")
     assert not any(module._forward_pre_hooks for module in model.modules())
