@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import numbers
 import os
@@ -14,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
+from parscale.compat.arguments import KEYS_OF_TARGET
 from parscale.compat.transformers import TOKEN_TIMES, keeping_columns, own_reorder_cache
 from parscale.config import LORA, OWN, PREFIX, ParScaleConfig
 from parscale.distributed.parallel import reshard
@@ -246,7 +248,8 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
 
     Raises:
         ValueError: `adaptive` is not such a number, or the active streams do not share keys; or streams are active and
-            the assistant model has no encoder and would use this model's, or it reads inner hidden states (DFlash).
+            the assistant model has no encoder and would use this model's, or it reads inner hidden states (DFlash), or
+            the keys and values of streams that do not share them (Gemma 4's assistant).
     """
     if adaptive is not None:
         return _generate_adaptively(model, adaptive, *args, **kwargs)
@@ -260,6 +263,13 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             "model.use_streams(None)."
         )
     assistant = kwargs.get("assistant_model")
+    reads_keys = assistant is not None and KEYS_OF_TARGET in inspect.signature(type(assistant).forward).parameters
+    if model.num_streams > 1 and reads_keys and not model.parscale.active.shares_keys:
+        raise ValueError(
+            f"{type(assistant).__name__} drafts from the keys and values of {type(model).__name__}, which each of the "
+            f"{model.num_streams} streams has for itself: use streams made with kv='shared', another assistant model, "
+            "or model.use_streams(None)."
+        )
     decodes_alone = assistant is not None and not assistant.config.is_encoder_decoder
     if model.num_streams > 1 and decodes_alone and model.parscale.encoder is not None:
         raise ValueError(

@@ -28,7 +28,8 @@ def aggregator(
 
     As in Chen et al., arXiv 2505.10475, section 3.2. The fused implementation computes the sum of the first projection,
     SiLU, softmax and mixture in float32, without rounding between them. Up to 32 rows it makes no reordered copy of
-    `hidden`. Under autocast the projections use its dtype, as linear layers do, and the mixture uses that of `hidden`.
+    `hidden`. The projections use the dtype of the weights, or autocast's, as linear layers do; the mixture uses that of
+    `hidden`.
 
     Args:
         hidden: the streams' hidden states, `(P*B, S, H)`, stream-major rows.

@@ -5,6 +5,9 @@ the prefix before the keys and values that the caller's own cache returns, or be
 The hook also adds columns for the prefix to the masks and position biases of the call. So the caller's cache, its
 length and all positions count real tokens only.
 
+Cross-attention reads the encoder's states, which are the same at each call: it computes their keys and values anew and
+leaves the cache alone.
+
 Rules: nothing hides the prefix: not padding, not causality, not GPT-Neo's window. With ALiBi it has positions -T..-1,
 before the first real token of each row. A learned bias for pairs of tokens is zero for it.
 
@@ -25,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from parscale.attention.functions import record
 from parscale.attention.masks import extend_dense_mask, extended_mask, is_causal_table
 from parscale.attention.rotary import RotaryTable, rotary_tables
-from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS
+from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS, LAYER_SOURCES
 from parscale.compat.transformers import alibi_function, attn_implementation, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
@@ -78,11 +81,13 @@ class CachedAttention:
 
     Args:
         state: the streams of the model that the layer belongs to.
+        part: the part of the model (one of `state.parts`) that holds the layer.
         module: the layer; its `forward` has one of `parscale.compat.arguments.LAYER_CACHES`.
     """
 
-    def __init__(self, state: ParScaleState, module: nn.Module) -> None:
+    def __init__(self, state: ParScaleState, part: Any, module: nn.Module) -> None:
         self.state = state
+        self.part = part
         self.module = module
         self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         self.cache_argument = next(name for name in LAYER_CACHES if name in self.parameters)
@@ -104,10 +109,11 @@ class CachedAttention:
         cache = arguments.get(self.cache_argument)
         if isinstance(cache, PrefixCache):  # passed on by the module around this one, which does not use it
             cache = cache.cache
-        cache = getattr(cache, "self_attention_cache", cache)  # of an EncoderDecoderCache
+        crosses = any(arguments.get(name) is not None for name in LAYER_SOURCES)
+        cache = None if crosses else getattr(cache, "self_attention_cache", cache)  # of an EncoderDecoderCache
         arguments[self.cache_argument] = PrefixCache(cache, prefix, self._record if recording else None)
         if prefix is not None:
-            self._make_room(module, arguments, cache, prefix[0])
+            self._make_room(module, arguments, cache, prefix[0], crosses=crosses)
         names = self.parameters[: len(args)]
         return tuple(arguments.pop(name) for name in names), arguments
 
@@ -128,17 +134,27 @@ class CachedAttention:
     def _record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         record(self.state, self.module, key, value)
 
-    def _make_room(self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor) -> None:
-        """Adds T columns at the start of each mask and each bias among the arguments, in place."""
+    def _make_room(
+        self, module: nn.Module, arguments: dict[str, Any], cache: Any, prefix_k: torch.Tensor, *, crosses: bool
+    ) -> None:
+        """Adds T columns at the start of each mask and each bias among the arguments, in place.
+
+        Args:
+            module: the layer, or its replica.
+            arguments: of the call, by name.
+            cache: of the decoder's own tokens, if any.
+            prefix_k: `(P, G, T, D)`.
+            crosses: the keys are an encoder's, which nothing rotates or hides but the mask.
+        """
         T, D = prefix_k.shape[2:]
         R, S = arguments[self.parameters[0]].shape[:2]  # of the hidden states
-        implementation = attn_implementation(self.state.backbone.config)
+        implementation = attn_implementation(self.part.config)
         name = next((name for name in LAYER_MASKS if name in self.parameters), "")
         mask, alibi, bias = (arguments.get(x) for x in (name, "alibi", "position_bias"))
-        if mask is not None and arguments.get("sinusoidal_pos") is not None:
+        if mask is not None and not crosses and arguments.get("sinusoidal_pos") is not None:
             arguments["sinusoidal_pos"] = self._rotation_of_rows(arguments["sinusoidal_pos"], mask)
         extended = None if mask is None else self._extended_mask(mask, T, R, hides=implementation == "eager")
-        if mask is None and name and S > 1 and implementation == "sdpa":
+        if mask is None and name and S > 1 and not crosses and implementation == "sdpa":
             # No mask means the causal mask over the first S keys (a static cache is longer).
             K = S if cache is None else cache.get_mask_sizes(S, getattr(self.module, "layer_idx", 0))[0]
             extended = torch.ones(S, T + K, dtype=torch.bool, device=prefix_k.device).tril(T)[None, None]
@@ -187,7 +203,7 @@ class CachedAttention:
             mask: `(R, 1, S, K)`, boolean (True: attend) or additive.
         """
         if self.rotation is None and not rotation.is_meta:
-            self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1])), None)
+            self.rotation = next(iter(rotary_tables(self.state, rotation.shape[-1], self.part)), None)
         if self.rotation is None:  # the table is not RoFormer's
             return rotation
         module, name = self.rotation
@@ -298,24 +314,32 @@ def _hidden_in_front(mask: torch.Tensor) -> torch.Tensor:
     return mask[:, 0, -1].long().cumprod(dim=-1).sum(dim=-1)
 
 
-def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
+def attach_caches(state: ParScaleState, parts: list[Any]) -> list[AttentionLayer]:
     """Hooks and records the attention layers that update a cache.
 
     Args:
-        state: the state of a model in which no layer looks up its attention in transformers' registry.
+        state: the model's state.
+        parts: those of `state.parts` in which no layer looks up its attention in transformers' registry.
 
     Raises:
-        UnsupportedModelError: there is no such layer, or one fails with a prefix before its keys.
+        UnsupportedModelError: there is no such layer in the backbone, which is one of them, or one fails with a prefix
+            before its keys.
     """
-    hooked = _record_layers(state)
+    hooked = _record_layers(state, parts)
     name = type(state.model).__name__
-    if not hooked:
+    if state.backbone in parts and not any(attention.part is state.backbone for attention, _ in hooked):
+        for attention, _ in hooked:
+            attention.remove()
+        alone = len(parts) == len(state.parts) and not hooked
+        whole = name if alone else f"the part {type(state.backbone).__name__} of {name}"
         raise UnsupportedModelError(
-            f"No attention was found in {name}: none of its layers takes its attention function from transformers' "
+            f"No attention was found in {whole}: none of its layers takes its attention function from transformers' "
             "registry (ALL_ATTENTION_FUNCTIONS), or its keys and values from a cache (Cache.update), where streams put "
             "their prefix. Models without keys and values (Mamba, RWKV), and old ones that attend without such a cache "
             "(GPT-1, XLNet, Reformer), have no place for one."
         )
+    if not hooked:
+        return []
     try:
         for attention, layer in hooked:
             keys, values = (
@@ -341,19 +365,20 @@ def attach_caches(state: ParScaleState) -> list[AttentionLayer]:
     return [layer for _, layer in hooked]
 
 
-def _record_layers(state: ParScaleState) -> list[tuple[CachedAttention, AttentionLayer]]:
+def _record_layers(state: ParScaleState, parts: list[Any]) -> list[tuple[CachedAttention, AttentionLayer]]:
     """Hooks the layers that take a cache, runs the model briefly, and keeps the hooks of those that updated it."""
     names = {id(module): name for name, module in state.model.named_modules()}
-    takes_cache = [module for part in state.parts for module in part.modules() if _takes_cache(module)]
+    takes_cache = {module: part for part in parts for module in part.modules() if _takes_cache(module)}
     if takes_cache and all(map(carries_state, DynamicCache(config=state.backbone.config).layers)):
         return []  # their cache holds no keys (Mamba)
-    candidates = {id(module): CachedAttention(state, module) for module in takes_cache}
+    candidates = {id(module): CachedAttention(state, part, module) for module, part in takes_cache.items()}
     found: dict[int, AttentionLayer] = {}
 
     def find(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        found[id(module)] = AttentionLayer(
-            names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
-        )
+        if id(module) in candidates:  # else in another part
+            found[id(module)] = AttentionLayer(
+                names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
+            )
 
     if candidates:
         try:

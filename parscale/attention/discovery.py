@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 def attach_attention(state: ParScaleState) -> None:
     """Gives the attention layers an `AttentionConfig` as their configuration, and records them.
 
-    If no layer looks up its attention function in transformers' registry, layers that read a cache are hooked instead
-    (`parscale.attention.cache_seam`). If there are none either, `state.without_layers` holds the reason.
+    In a part where no layer looks up its attention function in transformers' registry, layers that read a cache are
+    hooked instead (`parscale.attention.cache_seam`). If the backbone has none either, `state.without_layers` holds the
+    reason.
 
     Raises:
         UnsupportedModelError: streams do not run on this backbone.
@@ -67,7 +68,8 @@ def attach_attention(state: ParScaleState) -> None:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.backbone
     try:
-        state.layers = list(found.values()) or attach_caches(state)
+        others = [part for part in state.parts if not any(id(module) in found for module in part.modules())]
+        state.layers = [*found.values(), *attach_caches(state, others)]
     except UnsupportedModelError as error:
         state.without_layers = str(error)
     except Exception as error:

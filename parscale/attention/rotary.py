@@ -14,12 +14,13 @@ from parscale.streams.state import ParScaleState
 RotaryTable = tuple[nn.Module, str]  # the module that holds the table, and the table's name in it
 
 
-def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryTable]:
+def rotary_tables(state: ParScaleState, size: int | None = None, part: nn.Module | None = None) -> list[RotaryTable]:
     """Tables `(N, D or less)` of sines and cosines that rotate keys (GPT-J, CodeGen, RoFormer).
 
     Args:
         state: the model's state.
         size: D; by default that of the attention layers.
+        part: the module to look in; by default the backbone.
 
     Returns:
         The module and the name of each table.
@@ -27,7 +28,7 @@ def rotary_tables(state: ParScaleState, size: int | None = None) -> list[RotaryT
     if size is None:
         size = max((layer.key_size for layer in state.layers), default=0)
     found = []
-    for module_name, module in state.backbone.named_modules():
+    for module_name, module in (state.backbone if part is None else part).named_modules():
         for name, table in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
             if "position" in f"{module_name}.{name}" and _is_rotary(table, size):
                 found.append((module, name))

@@ -22,6 +22,10 @@ INPUTS = (TEXT, "inputs_embeds", IMAGES, AUDIO, "input_values", "audio_input_ids
 ENCODED = ("encoder_hidden_states", "encoder_attention_mask")
 NOISE = "noise"  # random numbers for image patches; the patches with the largest are masked (ViT-MAE)
 
+LAYER_SOURCES = ("key_value_states", "encoder_hidden_states")  # a cross-attention layer's argument: whence keys come
+# An assistant model's argument: keys and values of the model that it drafts for (Gemma 4's assistant).
+KEYS_OF_TARGET = "shared_kv_states"
+
 # -- caches
 
 # The cache argument of a backbone, by kind. Since transformers 5.24 all but RWKV's `state` are called `cache`; until

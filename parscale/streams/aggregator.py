@@ -33,8 +33,8 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
-        return nn.functional.linear(x, local(self.weight), local(self.bias))
+        """`(..., in_features)` to `(..., out_features)`, in the dtype of the weight, whatever that of `x`."""
+        return nn.functional.linear(x.to(self.weight.dtype), local(self.weight), local(self.bias))
 
     def extra_repr(self) -> str:
         """The text in `print(model)`."""
@@ -74,7 +74,7 @@ class Aggregator(nn.Sequential):
         return stream_weights(self.logits(hidden), self.smoothing)
 
     def forward(self, hidden: torch.Tensor, impl: Impl = "auto") -> torch.Tensor:
-        """Mixes `(P*B, S, H)`, stream-major, into `(B, S, H)`; on a GPU with fused kernels.
+        """Mixes `(P*B, S, H)`, stream-major, into `(B, S, H)` of the same dtype; on a GPU with fused kernels.
 
         Args:
             hidden: the streams' final hidden states.

@@ -192,3 +192,14 @@ def test_fused_says_why_it_cannot():
         aggregator(*(x.double() for x in tensors), 0.1, impl="fused")
     with pytest.raises(ValueError, match=r"one dtype.*torch\.bfloat16"):
         aggregator(tensors[0].to(BRAIN), *tensors[1:], 0.1, impl="fused")
+
+
+def test_weights_wider_than_the_hidden_states():
+    """Without `"fused"`, which takes one dtype: the projections in that of the weights, the result in the other."""
+    *tensors, _ = inputs(3, 2, 5, 16, SINGLE, "cpu")
+    hidden = tensors[0].to(BRAIN)
+    exact = aggregator(hidden.double(), *(x.double() for x in tensors[1:]), 0.1, impl="reference")
+    for impl in ("auto", "reference"):
+        mixed = aggregator(hidden, *tensors[1:], 0.1, impl=impl)
+        assert mixed.dtype == BRAIN
+        assert ((mixed.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()

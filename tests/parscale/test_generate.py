@@ -171,6 +171,13 @@ def test_a_draft_from_inner_states_is_refused(llama, zoo):
             llama.generate(zoo.token_ids(rows=1), **arguments)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4AssistantForCausalLM"), reason="this transformers has no Gemma 4")
+def test_a_draft_from_the_keys_is_refused(llama, zoo):
+    draft = object.__new__(transformers.Gemma4AssistantForCausalLM)  # transformers 5.23.0 cannot build one
+    with pytest.raises(ValueError, match=r"Gemma4AssistantForCausalLM drafts from the keys .*made with kv='shared'"):
+        llama.generate(zoo.token_ids(rows=1), assistant_model=draft)
+
+
 @pytest.mark.skipif(not hasattr(transformers, "MuseGlimmerAssistantModel"), reason="this transformers has no DFlash")
 def test_a_draft_from_inner_states_serves_the_backbone(llama, zoo):
     sizes = zoo.COMMON | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}

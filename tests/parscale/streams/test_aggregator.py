@@ -1,9 +1,12 @@
 """The module that mixes the streams, against its definition and the released order of its inputs."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import parscale
 from parscale.streams.aggregator import Aggregator
 
 P, B, S, H = 3, 2, 4, 5
@@ -60,6 +63,54 @@ def test_low_precision(dtype):
     weights = module.weights(hidden).double()
     expected = torch.einsum("pbsh,bsp->bsh", hidden.double().unflatten(0, (P, B)), weights)
     assert (mixed.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps  # of numbers up to 4
+
+
+def test_float32_above_bfloat16():
+    """The layers and the weights are in float32; the mixture is rounded once, to the dtype of the hidden states."""
+    module, hidden = filled(dtype=torch.float32), draw(P * B, S, H, seed=9, dtype=torch.bfloat16)
+    expected = by_hand(module, hidden, 0.1)
+    mixed = module(hidden)
+    assert mixed.dtype == torch.bfloat16
+    assert ((mixed.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-5).all()
+    exact = copy.deepcopy(module).double().weights(hidden.double())
+    assert (module.weights(hidden).double() - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kv": "shared"}, {"transform": "lora"}, {"transform": "prompt"}],
+    ids=["own", "shared", "lora", "prompt"],
+)
+def test_streams_in_float32_above_a_bfloat16_backbone(options, zoo):
+    """As with the whole model in float32, up to what the backbone rounds: logits, text and gradients."""
+    backbone, ids = zoo.FAMILIES["llama"].build("sdpa", dtype=torch.bfloat16), zoo.token_ids()
+    streams = {"prefix_length": 4, "init": "random", "seed": 0} | options
+    exact = parscale.wrap(copy.deepcopy(backbone).float(), P, **streams)
+    model = parscale.wrap(backbone, P, **streams)
+    own, same = (dict(each.named_parameters()) for each in (model, exact))
+    for each in (model, exact):
+        each.freeze_backbone()
+    trained = [name for name, parameter in own.items() if parameter.requires_grad]
+    for seed, name in enumerate(trained):
+        values = draw(*own[name].shape, seed=seed, dtype=torch.float32) * (0.5 * own[name].shape[-1] ** -0.5)
+        own[name].data, same[name].data = values, values.clone()
+    labels = {"input_ids": ids, "labels": ids}
+    found, expected = model(**labels), exact(**labels)
+    assert found.logits.dtype == torch.bfloat16
+    zoo.close(found.logits, expected.logits, 0.1)
+    found.loss.backward()
+    expected.loss.backward()
+    assert trained
+    for name in trained:
+        gradient, other = own[name].grad, same[name].grad
+        assert gradient.dtype == torch.float32
+        assert other.norm() > 0
+        assert (gradient - other).norm() < 0.2 * other.norm(), name
+    with torch.no_grad():
+        text = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+        logits = exact(text).logits[:, ids.shape[1] - 1 : -1]
+        chosen = logits.gather(-1, text[:, ids.shape[1] :, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() < 0.2
 
 
 def test_gradients_in_float64():
