@@ -107,8 +107,15 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
     assert dense["seeds"] == one["seeds"] == 8
     assert dense["high"] < 0
     assert one["low"] < 0 < one["high"]
-    alone = found["dense, embedding", "dense", "middle"]
-    assert is_said(f"One vector lowers the dense model's loss by {-alone['difference']:.3f}")
+
+
+def test_what_a_rate_of_their_own_gives_is_on_file():
+    found = compared("scratch", "0.4M")
+    dense, prefix = (found["P = 4", baseline, "middle"] for baseline in ("dense", "prefix"))
+    said = f"four are {shown(dense)} from the dense model and {shown(prefix)} from one prefix of T over"
+    assert is_said(f"{said} {SEEDS[dense['seeds']]}")
+    assert dense["seeds"] == prefix["seeds"]
+    assert all(entry["low"] < 0 < entry["high"] for entry in (dense, prefix))
 
 
 def test_what_recycled_streams_add_to_one_prefix_is_on_file():
