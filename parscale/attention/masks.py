@@ -177,17 +177,17 @@ def last_queries_of_mask(
     Args:
         made: as in `extended_mask`.
         mask: `(B or 1, heads or 1, S, K)`; a padding mask `(B, K)`; or one of FlexAttention, which is used for all its
-            queries.
+            rows and queries.
         positions: number of queries.
         chosen: indices of the rows; `None` means all.
     """
+    if isinstance(mask, BlockMask):
+        return mask
     rows = None if mask.shape[0] == 1 else chosen
-    if rows is None and (isinstance(mask, BlockMask) or mask.ndim != 4):
+    if rows is None and mask.ndim != 4:
         return mask
 
     def last() -> Mask:
-        if isinstance(mask, BlockMask):
-            return mask if rows is None else mask[rows]
         piece = _alone(mask)[:, :, -positions:] if mask.ndim == 4 else mask
         return piece if rows is None else piece[rows.to(piece.device)]
 

@@ -25,7 +25,7 @@ from parscale.format.moving import cut_off
 from parscale.format.untrusted import brief, parse_json
 from parscale.format.working import working_folder
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
 BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second is relative to the folder
 FULL, STREAMS_ONLY = "full", "streams only"
@@ -37,6 +37,7 @@ CAUSAL_LM = f"{INFIX}ForCausalLM"  # the end of the class name of a causal langu
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
+_OF_VARIANT = re.compile(r"model\.(.+)(?<!-of-\d{5})\.safetensors|model\.safetensors\.index\.(.+)\.json")
 _LARGEST_JSON, _LARGEST_INDEX = 16 * 2**20, 64 * 2**20
 
 
@@ -145,19 +146,22 @@ class Checkpoint:
             ValueError: all weights are pickles, a file is damaged, or the index does not match its shards.
         """
         infix = f".{variant}" if variant else ""
-        single = self.file(f"model{infix}.safetensors")
-        if single is not None:
-            return read_header(single)
-        index = self.file(f"model.safetensors.index{infix}.json")
-        if index is not None:
-            return self._sharded_weights(index)
+        whole, index = f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"
+        path = self.file(whole)
+        if path is not None:
+            return read_header(path)
+        path = self.file(index)
+        if path is not None:
+            return self._sharded_weights(path)
         pickles = [] if self.folder is None else _pickles(self.folder)
         if pickles:
             raise ValueError(
                 f"{self} has {', '.join(pickles[:3])} in place of {WEIGHTS}: parscale reads safetensors only, since "
                 "unpickling a file can run any code. Save the model again with save_pretrained."
             )
-        raise FileNotFoundError(f"{self} has no {WEIGHTS} and no {INDEX}: the weights are missing.{self._cut_off()}")
+        raise FileNotFoundError(
+            f"{self} has no {whole} and no {index}: the weights are missing.{self._variant()}{self._cut_off()}"
+        )
 
     def streams(self) -> dict[str, StoredTensor]:
         """Names, shapes and positions of the tensors of a streams-only checkpoint.
@@ -185,6 +189,15 @@ class Checkpoint:
             return Checkpoint(self.folder / name)
         above = self.hub.get("subfolder")
         return Checkpoint(self.name, **self.hub | {"subfolder": f"{above}/{name}" if above else name})
+
+    def _variant(self) -> str:
+        """How to read a folder whose weights are those of a variant, for the end of an error; otherwise empty."""
+        names = [] if self.folder is None else sorted(path.name for path in self.folder.glob("model.*"))
+        found = next(filter(None, map(_OF_VARIANT.fullmatch, names)), None)
+        if found is None:
+            return ""
+        call = f"AutoModelForCausalLM.from_pretrained({str(self)!r}, variant={found[1] or found[2]!r})"
+        return f" There is {found[0]}, which {call} reads."
 
     def _cut_off(self) -> str:
         """What to do where a save into the folder was cut off, for the end of an error; otherwise empty."""

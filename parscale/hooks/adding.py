@@ -24,7 +24,6 @@ from parscale.distributed.parallel import (
 from parscale.hooks.surroundings import undisturbed
 from parscale.hooks.trial import try_whole_model
 from parscale.streams.aggregator import Aggregator
-from parscale.streams.choosing import forget
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
@@ -85,7 +84,6 @@ def add(
 
 def remove(state: ParScaleState, streams: StreamSet) -> None:
     """Removes a set and its parameters."""
-    forget(state, streams)
     if streams.num_streams > 1:
         streams.transform.detach()
         for place in streams.transform.places():

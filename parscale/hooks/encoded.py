@@ -51,10 +51,10 @@ class EncodedRows(torch.Tensor):
         if func is torch.Tensor.view_as:  # how plain() removes the mark; torch.compile can trace view_as
             return torch.Tensor.__torch_function__(func, (torch.Tensor,), args, kwargs)
         result = super().__torch_function__(func, (cls,), args, kwargs)
-        source = _first_marked((*args, *kwargs.values()))
+        sources = _all_marked((*args, *kwargs.values()))
         for x in result if isinstance(result, SEQUENCES) else (result,):
-            if isinstance(x, EncodedRows) and x is not source and source is not None:
-                x.mark = _mark_of_result(func, source, args, x)
+            if isinstance(x, EncodedRows) and sources and x is not sources[0]:
+                x.mark = _mark_of_result(func, sources, args, kwargs, x)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncodedRows:
@@ -64,32 +64,80 @@ class EncodedRows(torch.Tensor):
 # Encoder outputs can be saved, and read again by torch.load as it is.
 torch.serialization.add_safe_globals([EncodedRows, Mark])
 
-_REPEATS = (torch.Tensor.repeat_interleave, torch.repeat_interleave)
-_MOVES_ROWS = (torch.Tensor.index_select, torch.index_select, torch.Tensor.flip, torch.flip, torch.roll)
+# Functions of torch, Tensor and torch.nn.functional after which it is known where the rows are; others may move them.
+_RESHAPES = frozenset({"flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"})
+_ONE_BY_ONE = """
+    __rdiv__ __rpow__ __rsub__ abs add addcdiv addcmul bfloat16 celu clamp clamp_max clamp_min clone contiguous cos cpu
+    cuda detach div divide double dropout elu eq erf exp expand expand_as float ge gelu gt half hardtanh isfinite isinf
+    isnan layer_norm le leaky_relu lerp log lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow
+    reciprocal relu relu6 repeat rms_norm rsqrt selu sigmoid sign silu sin softplus sqrt square sub subtract tanh to
+    true_divide type type_as where
+"""
+_EACH_ROW = frozenset(_ONE_BY_ONE.split())
+_PRODUCTS = frozenset({"linear", "matmul"})
+# of functions along dimensions: where these stand among the arguments
+_ALONG = {"cat": 1, "chunk": 2, "flip": 1, "index_select": 1, "repeat_interleave": 2, "roll": 2, "split": 2}
 
 
-def _first_marked(values: Any) -> EncodedRows | None:
+def _all_marked(values: Any) -> list[EncodedRows]:
+    found = []
     for value in values:
         if isinstance(value, EncodedRows) and hasattr(value, "mark"):
-            return value
-        if isinstance(value, SEQUENCES) and (found := _first_marked(value)) is not None:  # torch.cat([...])
-            return found
-    return None
+            found.append(value)
+        elif isinstance(value, SEQUENCES):  # torch.cat([...])
+            found += _all_marked(value)
+    return found
 
 
-def _mark_of_result(func: Any, source: EncodedRows, args: Any, result: torch.Tensor) -> Mark:
-    """The mark of the result of `func` on `source`: ordered while rows keep their places or are repeated equally."""
-    mark = source.mark
+def _mark_of_result(func: Any, sources: list[EncodedRows], args: Any, kwargs: Any, result: torch.Tensor) -> Mark:
+    """The mark of the result of `func` on `sources`: ordered while rows keep their places or are repeated equally."""
+    mark = sources[0].mark
     if mark.by_source:
         ordered = result.ndim > 2 and result.shape[2] == mark.num_streams
-    elif func in _REPEATS:
-        ordered = len(args) > 1 and isinstance(args[1], int)  # the same number of repeats for each row
-    elif func is torch.Tensor.__getitem__:
-        first = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        ordered = (first is Ellipsis or isinstance(first, slice)) and result.shape[:1] == source.shape[:1]
     else:
-        ordered = func not in _MOVES_ROWS and result.shape[:1] == source.shape[:1]
-    return dataclasses.replace(mark, ordered=mark.ordered and ordered)
+        ordered = _keeps_rows(getattr(func, "__name__", ""), sources[0], args, kwargs, result)
+    return dataclasses.replace(mark, ordered=ordered and mark.ordered and all(each.mark == mark for each in sources))
+
+
+def _keeps_rows(name: str, source: EncodedRows, args: Any, kwargs: Any, result: torch.Tensor) -> bool:
+    """Whether the rows of the result of a function are those of `source`, in their order or repeated equally."""
+    if name == "repeat_interleave" and 0 in _dimensions(name, source, args, kwargs):
+        return isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), int)  # not other numbers by row
+    if result.shape[:1] != source.shape[:1]:
+        return False
+    if name == "__getitem__":
+        return _index_keeps_rows(args[1], source)
+    if name in _ALONG:
+        dimensions = _dimensions(name, source, args, kwargs)
+        return bool(dimensions) and 0 not in dimensions
+    if name in _RESHAPES:
+        return True
+    if name in _PRODUCTS:
+        known = bool(args) and args[0] is source  # a factor on the left mixes rows
+    else:
+        known = name in _EACH_ROW
+    return known and result.ndim == source.ndim  # further dimensions would be in front
+
+
+def _dimensions(name: str, source: EncodedRows, args: Any, kwargs: Any) -> list[int]:
+    """The dimensions that a function of `_ALONG` was given; none if it was called without."""
+    given = kwargs.get("dim", kwargs.get("dims", args[_ALONG[name] :]))
+    return [number % max(1, source.ndim) for number in _integers(given)]
+
+
+def _integers(value: Any) -> list[int]:
+    if isinstance(value, SEQUENCES):
+        return [number for part in value for number in _integers(part)]
+    return [value] if isinstance(value, int) else []
+
+
+def _index_keeps_rows(index: Any, source: EncodedRows) -> bool:
+    """Whether an index leaves the first dimension, which has kept its size, as it is."""
+    index = index if isinstance(index, tuple) else (index,)
+    lists = [each for each in index if not (each is None or each is Ellipsis or isinstance(each, (int, slice)))]
+    if index and index[0] is Ellipsis:  # stands for no dimension at all if the others name each
+        return not lists and len(index) <= source.ndim
+    return bool(index) and isinstance(index[0], slice) and len(lists) <= 1  # several lists may come first in the result
 
 
 def marked(x: torch.Tensor, mark: Mark) -> EncodedRows:
@@ -196,8 +244,8 @@ def _check_ordered(value: EncodedRows, given: str) -> None:
     if not value.mark.ordered:
         raise ValueError(
             f"{given} was made from an encoder's output of {value.mark.num_streams} streams, (P*B, S, H), by choosing, "
-            "moving or joining its rows, so that their streams are not known: encode the sources that you want with "
-            "model.get_encoder()."
+            "moving or joining its rows, or by a function that may do so: their streams are not known. Encode the "
+            "sources that you want with model.get_encoder()."
         )
 
 

@@ -97,15 +97,6 @@ def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
         blocks.append(new)
 
 
-def forget(state: ParScaleState, streams: StreamSet) -> None:
-    """Switches the model and the open blocks from a set that is removed to the plain backbone."""
-    if state.default is streams:
-        state.default = None
-    for block in state.blocks.innermost:
-        if block.chosen is streams:
-            block.chosen = None
-
-
 def find_set(state: ParScaleState, name: str | None) -> StreamSet | None:
     """The set of this name; `None` for `None`.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from parscale.kernels import decode_attention
+from parscale.kernels import decode_attention, shared_decode_attention
 
 INF = float("inf")
 BIAS = 5.0  # of keys
@@ -152,6 +152,17 @@ def test_pieces_change_nothing(dtype, monkeypatch):
         torch.testing.assert_close(decode_attention(*inputs, mask), whole, rtol=2**-10, atol=1e-6)
 
 
+@pytest.mark.parametrize("function", [decode_attention, shared_decode_attention])
+def test_a_token_of_the_cache_with_more_numbers_than_a_piece(function, monkeypatch):
+    """It is a piece by itself."""
+    inputs = tensors(Shape(2, 2, 2, 1, 4, 4, 3, 6), torch.bfloat16)
+    if function is shared_decode_attention:  # whose cache has one row for all streams
+        inputs = (inputs[0], *(x[:2] for x in inputs[1:3]), *inputs[3:])
+    whole = function(*inputs, None)
+    monkeypatch.setattr(importlib.import_module(f"parscale.kernels.{function.__name__}.reference"), "PIECE", 1)
+    torch.testing.assert_close(function(*inputs, None), whole, rtol=0, atol=2**-7)
+
+
 def test_tokens_beyond_the_length_may_be_anything():
     """Also in the backward pass, whose gradients for them are zero."""
     inputs, length = tensors(SHAPES[1]), torch.tensor([0, 1, 3, 6, 7, 9])
@@ -249,3 +260,16 @@ def test_a_query_that_is_a_view():
     torch.testing.assert_close(
         decode_attention(as_view, key, value, prefix_k, prefix_v, None), expected, rtol=1e-12, atol=1e-12
     )
+
+
+def test_rows_that_are_no_multiple_of_the_streams():
+    query, key, value, *prefix = tensors(Shape(2, 3, 2, 1, 4, 4, 3, 6))
+    with pytest.raises(ValueError, match=r"query \(P\*B, heads, 1, D\).*got \(5, 2, 1, 4\)"):
+        decode_attention(query[:5], key[:5], value[:5], *prefix, None)
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(264, 8), (8, 264)])
+def test_large_heads_are_named(D, Dv):
+    inputs = tensors(Shape(1, 2, 1, 1, D, Dv, 3, 4), torch.float32)
+    with pytest.raises(ValueError, match=f"heads of up to 256 numbers, got {D} and {Dv}"):
+        decode_attention(*inputs, None, impl="fused")

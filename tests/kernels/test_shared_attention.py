@@ -173,6 +173,17 @@ def test_decode(shape, kind, has_plain):
         torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
 
 
+def test_gradients_of_a_step_without_a_mask():
+    """With values of the size of keys, as torch's own attention takes them."""
+    inputs = tensors(3, 2, 4, 2, 1, 9)
+    found, truth = (
+        torch.autograd.grad(output.square().sum(), inputs)
+        for output in (shared_decode_attention(*inputs, None), shared_attention_reference(*inputs))
+    )
+    for gradient, true in zip(found, truth, strict=True):
+        torch.testing.assert_close(gradient, true, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_fewer_bits_cost_no_more_than_torchs_own_attention(dtype):
     """The error against float64 is at most twice that of torch's attention over joined keys in the same dtype."""

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForCausalLM
 
 from parscale import load, unwrap, wrap
+from parscale.format.folders import Checkpoint
 
 IDS = torch.arange(18).remainder(17).view(2, 9) + 3
 
@@ -368,6 +369,18 @@ def test_without_a_connection_the_hub_is_asked_once(monkeypatch):
     with pytest.raises(FileNotFoundError, match="cannot be reached"):
         load("org/model")
     assert asked == [False] + [True] * (len(asked) - 1)
+
+
+def test_a_further_set_in_a_subfolder_of_the_hub(monkeypatch):
+    asked = []
+
+    def download(repo, name, subfolder):
+        asked.append((repo, subfolder, name))
+        return "nowhere"
+
+    monkeypatch.setattr("parscale.format.folders.hf_hub_download", download)
+    Checkpoint("org/model", subfolder="runs").inside("code").file("streams.safetensors")
+    assert asked == [("org/model", "runs/code", "streams.safetensors")]
 
 
 # -- streams only

@@ -70,6 +70,16 @@ def test_router_logits_in_a_tuple_and_of_a_backbone_alone(family, zoo):
                     zoo.close(logits, own, TOLERANCE)
 
 
+@torch.no_grad()
+def test_router_logits_of_the_plain_model_after_the_backbone_alone(zoo):
+    case, ids = zoo.Case(zoo.FAMILIES["mixtral"], "sdpa"), zoo.token_ids()
+    model, expected = case.wrapped(), case.plain()(ids, output_router_logits=True).router_logits
+    model.model(ids, output_router_logits=True)
+    with model.use_streams(None):
+        found = model(ids, output_router_logits=True).router_logits
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_other_matrices_in_a_tuple_stay(zoo):
     """A tuple has no names, and its matrices need not be a router's."""
     model, ids = zoo.Case(zoo.FAMILIES["qwen3_moe"]).wrapped(), zoo.token_ids()

@@ -7,6 +7,7 @@ from model_calls import choose_stream, given, logits_of
 from transformers import DynamicCache
 
 import parscale
+from parscale.methods import adaptive_streams
 
 TOLERANCE = 2e-4  # as in test_context.py
 IMAGE = 92
@@ -39,8 +40,8 @@ def gemma3_with_images(zoo):
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def qwen3_vl(zoo):
-    text = zoo.COMMON | {"head_dim": 8, "rope_parameters": zoo.ROPE | {"mrope_section": [2, 1, 1]}}
+def qwen3_vl(zoo, stem="Qwen3VL", **options):
+    text = zoo.COMMON | {"head_dim": 8, "rope_parameters": zoo.ROPE | {"mrope_section": [2, 1, 1]}} | options
     vision = {
         "depth": 2,
         "hidden_size": 16,
@@ -53,12 +54,16 @@ def qwen3_vl(zoo):
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0, 1],
     }
-    config = transformers.Qwen3VLConfig(
+    config = getattr(transformers, f"{stem}Config")(
         text_config=text,
         vision_config=vision,
         **QWEN_TOKENS,
     )
-    return transformers.Qwen3VLForConditionalGeneration(config)
+    return getattr(transformers, f"{stem}ForConditionalGeneration")(config)
+
+
+def qwen3_vl_moe(zoo):
+    return qwen3_vl(zoo, "Qwen3VLMoe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 
 def qwen2_vl(zoo, stem="Qwen2VL"):
@@ -381,3 +386,65 @@ def test_left_padding_before_a_prompt(make, zoo):
     alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(padded.sequences[:, 3:], alone.sequences)
     zoo.close(torch.stack(padded.logits), torch.stack(alone.logits), 2e-5)
+
+
+@torch.no_grad()
+def test_an_error_leaves_no_mask_behind(zoo):
+    """The backbone alone has its own positions, whatever the module around it was called with before."""
+    model = parscale.wrap(build(llava, zoo), zoo.P, prefix_length=zoo.T, init="random")
+    zoo.fill_streams(model)
+    ids, mask, backbone = zoo.token_ids().clamp(max=89), torch.ones(2, 9, dtype=torch.long), model.get_decoder()
+    mask[:, :3] = 0
+    own = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(9).expand(2, -1)}
+    expected = backbone(**own)[0]
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    hook = backbone.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    assert torch.equal(backbone(**own)[0], expected)
+
+
+def test_a_prompt_and_masks_that_know_nothing_of_it(zoo):
+    model = parscale.wrap(build(gemma3_with_images, zoo), zoo.P, prefix_length=zoo.T, init="random", transform="prompt")
+    said = r"makes masks of its own for layers with a window.*with a cache, use transform="
+    with pytest.raises(ValueError, match=said):
+        model.generate(zoo.token_ids().clamp(max=89), max_new_tokens=3)
+
+
+# -- two passes, of streams that share keys and values
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_one_uncertain_row_and_positions_by_axis(rows, zoo):
+    """Also of as many rows as there are axes."""
+    model, ids = zoo.share(build(qwen2_vl, zoo)), zoo.token_ids(rows).clamp(max=89)
+    positions = torch.arange(zoo.S).expand(3, rows, -1).clone()
+    positions[1:] += torch.arange(rows)[None, :, None]
+    options = {"logits_to_keep": 1, "use_cache": False, "position_ids": positions}
+    mixed = logits_of(model, ids, **options)
+    with model.use_streams(None):
+        alone = logits_of(model, ids, **options)
+    entropy = torch.special.entr(alone.softmax(-1)).sum(-1)  # (rows, 1)
+    with adaptive_streams(model, float(entropy.mean())) as adaptive:
+        found = logits_of(model, ids, **options)
+    assert 0 < adaptive.ran < rows
+    zoo.close(found, torch.where((entropy > entropy.mean())[..., None], mixed, alone), 2e-5)
+
+
+def test_the_last_logits_after_images(zoo):
+    model, arguments = zoo.share(build(qwen3_vl, zoo)), picture_inputs(qwen3_vl, zoo, 2)()
+    whole = logits_of(model, **arguments, use_cache=False)
+    for kept in (1, 5):
+        found = logits_of(model, **arguments, use_cache=False, logits_to_keep=kept)
+        zoo.close(found, whole[:, -kept:], 2e-5)
+
+
+def test_the_last_logits_of_experts_whose_router_is_reported(zoo):
+    model, ids = zoo.share(build(qwen3_vl_moe, zoo)), zoo.token_ids().clamp(max=89)
+    whole = logits_of(model, ids)
+    model.config.text_config.output_router_logits = True
+    zoo.close(logits_of(model, ids, logits_to_keep=2), whole[:, -2:], 2e-5)

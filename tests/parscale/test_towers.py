@@ -1,12 +1,14 @@
 """Encoders of a text and of something else side by side: both have streams, and each is mixed by its own aggregator."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 import parscale
+from parscale.streams.backbones import masking_noise
 
 P, T, TOLERANCE = 3, 4, 2e-5  # as in test_kinds.py
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -179,3 +181,8 @@ def test_all_streams_see_the_same_patches(zoo):
         encoded = model.vit(images, noise=noise, return_dict=False)
         assert [tuple(x.shape) for x in encoded] == [(3, 3, 32), (3, 4), (3, 4)]
         assert torch.equal(encoded[1], expected.mask)
+
+
+def test_patches_of_an_image_that_is_not_square():
+    part = SimpleNamespace(config=SimpleNamespace(patch_size=(4, 2)))
+    assert masking_noise(part, torch.zeros(3, 1, 8, 24)).shape == (3, 2 * 12)

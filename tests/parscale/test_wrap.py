@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_calls import logits_of
 from torch import nn
@@ -252,6 +252,7 @@ NUMBERS = st.one_of(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(num_streams=NUMBERS, prefix_length=NUMBERS, smoothing=NUMBERS, seed=NUMBERS)
 def test_a_configuration_holds_what_is_allowed_or_raises(num_streams, prefix_length, smoothing, seed):
     try:

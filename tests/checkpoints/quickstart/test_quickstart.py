@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -334,6 +334,7 @@ def test_texts_are_the_source_of_packages_that_are_there():
     assert len(measured) > 20
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(0, 30), max_size=12), characters=st.integers(-1, 200), seed=st.integers(0, 2**32 - 1)
 )

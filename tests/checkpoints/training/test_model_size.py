@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,6 +13,7 @@ from parscale.checkpoints.training.model_size import configuration, shape_of
 SIZES = st.floats(math.log(1e5), math.log(1e10)).map(math.exp)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SIZES, SIZES)
 def test_a_shape_has_about_the_size_and_grows_with_it(one, other):
     smaller, larger = (shape_of(size) for size in sorted((one, other)))

@@ -130,6 +130,17 @@ def test_a_cache_of_another_set_is_refused(kind, llama, zoo):
             zoo.close(logits_of(llama, ids, cache=cache), logits_of(llama, ids), TOLERANCE)
 
 
+def test_a_static_cache_of_other_texts_is_refused(llama, zoo):
+    ids, cache = zoo.token_ids(), StaticCache(config=llama.config, max_cache_len=24)
+    logits_of(llama, ids, cache=cache)
+    for rows in (1, 6):  # 6: as many as the cache has, but not three for each
+        said = rf"static cache has 6 rows and 9 tokens: 3 streams of {rows} rows need {3 * rows} rows"
+        with pytest.raises(ValueError, match=said):
+            logits_of(llama, ids[:1].expand(rows, -1), cache=cache)
+    whole = torch.cat([ids, ids[:, :1]], dim=1)
+    zoo.close(logits_of(llama, ids[:, :1], cache=cache), logits_of(llama, whole)[:, -1:], TOLERANCE)
+
+
 # -- quantized caches
 
 

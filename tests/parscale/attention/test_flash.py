@@ -17,6 +17,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import parscale
 from parscale.methods import adaptive_streams
 
 TOLERANCE = 5e-5  # float32 rounding of logits of size 1 to 5 through two to four layers; measured: 2.2e-5 at most
@@ -275,6 +276,13 @@ def test_packed_documents(name, given, flash, zoo):
     zoo.close(logits_of(flash(model), ids, **arguments), alone, TOLERANCE)
 
 
+def test_positions_that_restart_in_several_rows_are_no_documents(flash, zoo):
+    case, model = make(zoo, "llama")
+    ids, positions = zoo.token_ids(), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(zoo.B, -1)
+    expected = case.reference(model).logits(ids, positions)
+    zoo.close(logits_of(flash(model), ids, position_ids=positions, use_cache=False), expected, TOLERANCE)
+
+
 @pytest.mark.parametrize("given", ["positions", "boundaries"])
 def test_the_last_logits_of_packed_documents(given, flash, zoo):
     """With shared keys: the streams' second pass would have fewer queries than the documents have tokens."""
@@ -320,6 +328,18 @@ def test_a_window_that_everything_fits_in_stays_with_flash_attention(window, cal
     eager = logits_of(model, zoo.token_ids())
     zoo.close(logits_of(flash(model), zoo.token_ids()), eager, TOLERANCE)
     assert flash.stand_in.calls == calls * model.config.num_hidden_layers
+
+
+def test_a_window_to_both_sides(flash, zoo):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "local_attention": 4, "pad_token_id": 0}
+    config = transformers.ModernBertConfig(**sizes, attn_implementation="eager")
+    model, ids = transformers.ModernBertForMaskedLM(config).eval(), zoo.token_ids()
+    zoo.randomize(model)
+    parscale.wrap(model, zoo.P, prefix_length=zoo.T, init="random")
+    zoo.fill_streams(model)
+    expected = logits_of(model, ids)
+    zoo.close(logits_of(flash(model), ids), expected, TOLERANCE)
 
 
 def test_short_documents_in_a_long_row_stay_with_flash_attention(flash, zoo):

@@ -44,3 +44,9 @@ def test_another_mask_of_the_same_id_is_another():
     made["extended", id(mask)] = (weakref.ref(gone), "that of the one before")
     del gone
     assert extended_mask(made, mask, T, P * B).shape == (P * B, 1, S, T + K)
+
+
+def test_a_mask_that_is_learned_gets_its_gradient():
+    mask = torch.zeros(6, 1, S, K, requires_grad=True)
+    rows_of_mask({}, mask, 2).sum().backward()
+    assert torch.equal(mask.grad, torch.cat([torch.ones(2, 1, S, K), torch.zeros(4, 1, S, K)]))

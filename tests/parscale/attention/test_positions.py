@@ -177,10 +177,12 @@ def test_what_generate_says(name, zoo):
         zoo.close(logits, logits_of(model, text, attention_mask=seen)[:, -1], 2 * ROUNDING)
 
 
+@pytest.mark.grid
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("changes", [{}, {"prefill_chunk_size": 2}], ids=["at once", "in chunks"])
-def test_a_static_cache_where_forward_names_no_positions(changes, zoo):
+def test_a_static_cache_where_forward_names_no_positions(changes, attention, zoo):
     """As some models of audio: `generate` gives masks for each kind of layer, and no positions."""
-    case, ids = zoo.Case(zoo.FAMILIES["qwen3"], "sdpa"), zoo.token_ids()
+    case, ids = zoo.Case(zoo.FAMILIES["qwen3"], attention), zoo.token_ids()
     model = case.wrapped()
     signature = inspect.signature(type(model).forward)
 

@@ -247,6 +247,19 @@ def test_who_wants_more_gets_one_batch(llama, zoo):
     assert set(shapes) == {(zoo.P * zoo.B, zoo.S)}
 
 
+@torch.no_grad()
+def test_hidden_states_that_the_configuration_asks_for(llama, zoo):
+    ids = zoo.token_ids()
+    expected = llama(ids, logits_to_keep=1, output_hidden_states=True).hidden_states
+    llama.config.output_hidden_states = True
+    found = llama(ids, logits_to_keep=1).hidden_states
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_zero_keeps_all_logits(llama, zoo):
+    zoo.close(logits_of(llama, zoo.token_ids(), logits_to_keep=0), logits_of(llama, zoo.token_ids()), TOLERANCE)
+
+
 def test_after_an_error_the_next_call_is_whole(llama, zoo):
     ids = zoo.token_ids()
     expected = logits_of(llama, ids)

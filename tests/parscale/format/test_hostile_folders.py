@@ -283,3 +283,19 @@ def test_info_takes_the_name_of_streams_as_load_does(copied, name):
     edit(folder / "parscale_config.json", name=name)
     for action in (lambda: describe(str(folder)), lambda: load(folder)):
         refused(action, "should name a set of streams")
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "said"),
+    [
+        ({"transform": "prompt", "prefix_length": 3}, "parscale_n_tokens", r"prompt of .*says \(2, 10+, hidden size\)"),
+        ({"transform": "lora", "rank": 2}, "parscale_rank", r"stream_down of .*says \(2, 10+, inputs\)"),
+    ],
+    ids=["prompt", "lora"],
+)
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(options, field, said, tiny, tmp_path):
+    wrap(tiny(), 2, init="random", **options).save_streams(tmp_path)
+    path = tmp_path / "parscale_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 10**12}))
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, backbone=tiny())

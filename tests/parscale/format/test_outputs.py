@@ -35,6 +35,11 @@ def test_a_place_that_cannot_be_written(check):
         check("/proc/output")
 
 
+def test_a_file_in_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere to put figures\.json in; make it first"):
+        require_writable(tmp_path / "nowhere" / "figures.json")
+
+
 def test_folders_above_an_output_that_fails_are_not_left(tmp_path):
     with pytest.raises(RuntimeError), staged(tmp_path / "a" / "b" / "model", last="config.json"):
         raise RuntimeError

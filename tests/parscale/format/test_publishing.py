@@ -378,6 +378,22 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, log):
     assert_flushed(log, ["figures.json"], tmp_path)
 
 
+def test_folders_above_are_on_the_disk(tmp_path, log):
+    with staged(tmp_path / "a" / "b" / "model", last="config.json") as work:
+        write(work, ["config.json"])
+    assert {("flush", tmp_path), ("flush", tmp_path / "a"), ("flush", tmp_path / "a" / "b")} <= set(log)
+
+
+def test_what_says_how_to_end_the_moves_is_on_the_disk_before_them(tmp_path, log):
+    write(tmp_path, ["config.json", "model.safetensors"], "old")
+    publish(tmp_path, ["config.json", "model.safetensors"])
+    folder = tmp_path / SUFFIX
+    moves = {entry[2]: number for number, entry in enumerate(log) if entry[0] == "move"}
+    leaves, left = moves[folder / ".leaving" / "config.json"], moves[folder / ".old"]
+    assert {("flush", folder / ".last"), ("flush", folder)} <= set(log[:leaves])
+    assert ("flush", folder) in log[left : moves[tmp_path / "model.safetensors"]]
+
+
 # -- several processes, and killed ones
 
 

@@ -1,9 +1,12 @@
 """Full and streams-only folders: what they hold, and that they come back as they were."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from model_calls import exact_logits_of
 from peft_versions import peft_for_add_adapter
 from safetensors import safe_open
@@ -75,6 +78,31 @@ def test_all_sets_come_back_and_the_active_one_is_active(wrapped, active, tmp_pa
         assert torch.equal(exact_logits_of(loaded), exact_logits_of(wrapped))
         if name is not None:
             assert loaded.parscale.sets[name].config == wrapped.parscale.sets[name].config
+
+
+@pytest.mark.parametrize("active", ["default", "code", "one", None])
+def test_a_models_own_state_dict_comes_back_whatever_set_is_active(wrapped, active):
+    wrapped.set_streams(active)
+    saved = {key: tensor.clone() for key, tensor in wrapped.state_dict().items()}
+    with torch.no_grad():
+        for tensor in wrapped.parameters():
+            tensor.add_(1)
+    wrapped.load_state_dict(saved)
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in wrapped.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_further_prompt_of_a_model_that_is_its_own_backbone(tiny, tmp_path):
+    model = wrap(tiny().model, 2, prefix_length=3, transform="prompt", init="random", seed=0)
+    model.add_streams("two", 3, prefix_length=4, transform="prompt", init="random", seed=1)
+    model.set_streams("two")
+    ids = torch.arange(3, 12)[None]
+    expected = model(ids).last_hidden_state
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.allclose(again(ids).last_hidden_state, expected, rtol=0, atol=1e-6)
+    prompts = {name: tuple(p.shape) for name, p in again.named_parameters() if "prompt" in name}
+    assert prompts == {"prompt": (2, 3, 32), "prompt@two": (3, 4, 32)}
 
 
 def test_training_goes_on_where_it_was(wrapped, tmp_path):
@@ -251,11 +279,15 @@ def test_a_gathered_state_dict_is_what_is_saved(wrapped, tmp_path):
     assert all(torch.equal(tensor, gathered[name]) for name, tensor in loaded.state_dict().items())
 
 
-def test_an_empty_state_dict_is_saved_as_such(wrapped, tmp_path):
-    """The Trainer does so under DeepSpeed, which then writes the weights itself."""
-    wrapped.save_pretrained(tmp_path, state_dict={})
-    assert names_in(tmp_path) == {}
-    assert (tmp_path / "config.json").exists()
+def test_an_empty_state_dict_leaves_the_weights_to_others(wrapped, tmp_path):
+    """The Trainer does so under DeepSpeed, which writes the weights itself, perhaps before."""
+    wrapped.save_pretrained(tmp_path / "new", state_dict={})
+    assert not list((tmp_path / "new").rglob("*.safetensors"))
+    assert (tmp_path / "new" / "config.json").exists()
+    wrapped.save_pretrained(tmp_path / "old")
+    before = (tmp_path / "old" / "model.safetensors").read_bytes()
+    wrapped.save_pretrained(tmp_path / "old", state_dict={})
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == before
 
 
 def test_another_process_writes_nothing(wrapped, tmp_path):
@@ -268,11 +300,27 @@ def test_distributed_checkpoint_is_refused(wrapped, tmp_path):
         wrapped.save_pretrained(tmp_path, distributed_checkpoint=True)
 
 
-def test_variant(wrapped, tmp_path):
-    wrapped.save_pretrained(tmp_path, variant="half")
-    assert list(names_in(tmp_path)) == ["model.half.safetensors"]
+@pytest.mark.parametrize(("size", "beginning"), [("5GB", "model.half.safetensors"), ("30KB", "model.half-0000")])
+def test_variant(wrapped, size, beginning, tmp_path):
+    """`load` says what reads it."""
+    wrapped.save_pretrained(tmp_path, variant="half", max_shard_size=size)
+    assert all(name.startswith(beginning) for name in names_in(tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="half")
     assert torch.equal(exact_logits_of(loaded), exact_logits_of(wrapped))
+    said = r"are missing\. There is model\..*half.*, which AutoModelForCausalLM.*\(.*, variant='half'\) reads"
+    with pytest.raises(FileNotFoundError, match=said):
+        load(tmp_path)
+
+
+def test_a_variant_replaces_its_own_files_alone(wrapped, tmp_path):
+    expected = exact_logits_of(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    wrapped.save_pretrained(tmp_path, variant="fp16")
+    wrapped.save_pretrained(tmp_path, variant="fp16", max_shard_size="30KB")
+    names = names_in(tmp_path).keys()
+    assert "model.safetensors" in names
+    assert "model.fp16.safetensors" not in names
+    assert torch.equal(exact_logits_of(load(tmp_path)), expected)
 
 
 def test_push_to_hub_uploads_what_was_written(wrapped, tmp_path, monkeypatch):
@@ -297,6 +345,18 @@ def test_push_to_hub_uploads_what_was_written(wrapped, tmp_path, monkeypatch):
     assert (token, name, upload["repo_id"], upload["commit_message"]) == ("t", "model", "me/model", "m")
     assert "optimizer.pt" not in upload["allow_patterns"]
     assert {"config.json", "code/streams.safetensors"} < set(upload["allow_patterns"])
+
+
+def test_what_is_said_of_the_repository_reaches_the_hub(wrapped, tmp_path, monkeypatch):
+    client = create_autospec(HfApi)
+    hub = client.return_value
+    hub.create_repo.return_value = SimpleNamespace(repo_id="org/name")
+    monkeypatch.setattr("parscale.format.saving.HfApi", client)
+    upload = {"repo_id": "org/name", "create_pr": True, "revision": "dev"}
+    wrapped.save_pretrained(tmp_path / "model", push_to_hub=True, private=True, **upload)
+    assert hub.create_repo.call_args.args == ("org/name",)
+    assert hub.create_repo.call_args.kwargs["private"] is True
+    assert upload.items() <= hub.upload_folder.call_args.kwargs.items()
 
 
 # -- what cannot be saved

@@ -156,6 +156,24 @@ def test_all_positions_at_once(attention, zoo):
     assert adaptive.mean_streams == pytest.approx(1 + (zoo.P - 1) * float(uncertain.double().mean()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_some_uncertain_rows(attention, llama, zoo):
+    """Streams run on those alone, or on all rows where a mask cannot be cut to some."""
+    ids, mask = zoo.token_ids(3), torch.cat([PADDING, PADDING[:1]])
+    options = {"attention_mask": mask, "logits_to_keep": 1, "use_cache": False}
+    alone, mixed = (logits_of(llama, ids, chosen, **options) for chosen in (None, "default"))
+    entropy = entropy_of(alone)
+    uncertain = entropy > entropy.mean()
+    expected = torch.where(uncertain[..., None], mixed, alone)
+    llama.set_attn_implementation(attention)
+    stance = torch.compiler.set_stance("force_eager")
+    with adaptive_streams(llama, float(entropy.mean())) as adaptive, stance:
+        for found in (llama(ids, **options).logits, llama(ids, return_dict=False, **options)[0]):
+            zoo.close(found, expected, TOLERANCE)
+    assert 0 < adaptive.ran == 2 * uncertain.sum() < 2 * len(ids)  # in two calls
+
+
 def test_pieces_of_a_text(llama, zoo):
     ids, cache, threshold = zoo.token_ids(), DynamicCache(config=llama.config), between(llama, zoo.token_ids())
     alone, mixed = (logits_of(llama, ids, chosen) for chosen in (None, "default"))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import parscale
-from parscale.hooks.encoded import EncodedRows
+from parscale.hooks.encoded import EncodedRows, Mark, by_source, marked
 
 P, B, S, TOLERANCE = 3, 2, 9, 2e-5  # as in test_families.py
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -277,8 +278,20 @@ def test_rows_that_lost_their_streams_are_refused(name, model):
     for chosen in (
         states[:B],
         states[[1, 0, 2, 3, 4, 5]],
+        states[..., torch.arange(6), :, :],
         states.flip(0),
+        torch.flip(states, (0,)),
+        states.flipud(),
+        states.roll(3, 0),
+        torch.roll(states, 1, 0),
         states.index_select(0, torch.arange(6)),
+        torch.index_select(states, dim=0, index=torch.arange(6)),
+        states.gather(0, torch.zeros_like(states, dtype=torch.long)),
+        states.take_along_dim(torch.arange(6).view(-1, 1, 1), 0),
+        states.sort(0).values,
+        (torch.eye(6) @ states.flatten(1)).view(states.shape),
+        torch.einsum("rq,qsh->rsh", torch.eye(6), states),
+        states + states.flip(0),
         torch.cat([states[:3], states[3:]]),
         states.repeat(2, 1, 1),
         states.repeat_interleave(torch.tensor([2, 1, 1, 1, 1, 1]), dim=0),
@@ -292,6 +305,34 @@ def test_rows_that_lost_their_streams_are_refused(name, model):
         ):
             with pytest.raises(ValueError, match=r"choosing, moving or joining its rows.*get_encoder"):
                 run()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.flip(1),
+        lambda x: torch.flip(x, (1, 2)),
+        lambda x: x.index_select(1, torch.arange(2)),
+        lambda x: torch.index_select(x, dim=-1, index=torch.arange(2)),
+        lambda x: x.roll(1, dims=1),
+        lambda x: x.repeat_interleave(repeats=2, dim=0),
+        lambda x: torch.repeat_interleave(x, 2, dim=0),
+        lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1]), dim=1),
+        lambda x: torch.cat([x, x], dim=1).chunk(2, dim=1)[0],
+        lambda x: x[..., :2] + x[:, [0, 2, 1, 3], None].squeeze(2)[..., 2:4],
+        lambda x: x.flatten(1) @ torch.ones(32, 4),
+        lambda x: nn.functional.linear(2 * x.to(torch.float64), torch.ones(4, 8).double()),
+        lambda x: nn.Dropout(0.5)(torch.tanh(1 - x)).masked_fill(x > 0, 0.0),
+    ],
+)
+def test_functions_that_move_no_row_keep_the_mark(function):
+    assert function(marked(torch.randn(6, 4, 8), Mark("default", P))).mark.ordered
+
+
+def test_streams_chosen_from_rows_by_source():
+    rows = by_source(marked(torch.randn(6, 4, 8), Mark("default", P)))
+    assert rows[:1].mark.ordered
+    assert not rows[:, :, :2].mark.ordered
 
 
 @pytest.mark.slow

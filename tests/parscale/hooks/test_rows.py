@@ -219,6 +219,11 @@ def test_what_is_known_to_be_no_row_stays_whatever_its_shape(name):
         assert copied(value, name) is value
 
 
+def test_what_a_decoder_reads_of_an_encoder_with_streams_stays():
+    value = torch.randn(P * B, S)
+    assert copied(value, "encoder_hidden_states") is value
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_what_has_any_number_of_entries_for_a_row_is_copied_whole(name):
     value = torch.randn(5, S)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import parscale
+from parscale.kernels import aggregate
+from parscale.streams import aggregator
 from parscale.streams.aggregator import Aggregator
 
 P, B, S, H = 3, 2, 4, 5
@@ -147,3 +149,12 @@ def test_more_of_the_batch_and_other_strides_change_nothing():
     assert (module(strided) - module(hidden)).abs().max() < 1e-15
     one = module(hidden.unflatten(0, (P, B))[:, :1].flatten(0, 1))
     assert (one - module(hidden)[:1]).abs().max() < 1e-15
+
+
+def test_hooks_on_its_layers_run(monkeypatch):
+    """Also where the kernel would compute the layers and the mixture at once."""
+    module, hidden = Aggregator(P, H, 0.0, dtype=torch.float64, device=torch.device("cpu")), draw(P * B, S, H)
+    monkeypatch.setattr(aggregator, "aggregator", lambda *args, **options: pytest.fail("its layers were passed by"))
+    monkeypatch.setattr(aggregator, "aggregate", lambda *args, impl: aggregate(*args))
+    module[2].register_forward_hook(lambda layer, args, output: output + torch.tensor([0.0, 1e4, 0.0]))
+    assert torch.equal(module(hidden, impl="fused"), hidden.unflatten(0, (P, B))[1])

@@ -262,6 +262,15 @@ def test_stream_report(family, zoo):
     zoo.close(unlabelled.weights, report.weights, 0.0)
 
 
+@torch.no_grad()
+def test_losses_of_a_model_in_bfloat16_are_not_rounded(zoo):
+    model, ids = zoo.Case(zoo.FAMILIES["llama"], "sdpa").wrapped(dtype=torch.bfloat16), zoo.token_ids()
+    with model.parscale.calls.unmixed():
+        logits = model(ids).logits.unflatten(0, (zoo.P, -1))
+    expected = torch.stack([token_losses(each, ids).mean() for each in logits])
+    zoo.close(model.stream_report(ids).losses, expected, 1e-5)
+
+
 @FEW
 def test_stream_report_at_equal_weights(family, zoo):
     model = parscale.wrap(family.plain(), 4, prefix_length=3, init="random")

@@ -62,6 +62,14 @@ def test_each_stream_has_read_its_text(case, zoo):
     assert_reads(model, plain, texts(zoo), zoo)
 
 
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_start_from_texts_in_bfloat16_is_exact(family, zoo):
+    """It says nothing of an approximation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        parscale.wrap(family.plain(dtype=torch.bfloat16), 3, prefix_length=12, init="context", calibration=texts(zoo))
+
+
 @pytest.mark.parametrize("family", ROTARY, indirect=True)
 def test_texts_that_the_backbone_samples(family, zoo):
     """The values of the first layer tell which tokens were read; reading those again gives the same prefixes."""
@@ -84,6 +92,12 @@ def test_texts_that_the_backbone_samples(family, zoo):
     assert len({tuple(row.tolist()) for row in calibration}) == 3  # another text for each stream
     assert len(calibration.unique()) > 6  # and texts, not one token
     assert_reads(model, plain, calibration, zoo)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_more_streams_than_tokens_start_from_texts(family):
+    model = family.plain(vocab_size=8)
+    assert parscale.wrap(model, 9, prefix_length=3, init="context", seed=0).num_streams == 9
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)

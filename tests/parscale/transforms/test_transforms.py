@@ -8,6 +8,7 @@ import torch
 import transformers
 from model_calls import choose_stream, logits_of
 from scripts import load_script
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache
 
 import parscale
@@ -239,6 +240,15 @@ def test_custom_masks_leave_room_for_the_prompt(family, zoo):
     alone = torch.cat([logits_of(model, input_ids=piece) for piece in ids.split(lengths, dim=1)], dim=1)
     for each in (mask[None, None], torch.zeros(1, 1, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)):
         zoo.close(logits_of(model, input_ids=ids, attention_mask=each, position_ids=positions), alone, TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_mask_of_flex_attention_has_no_room_for_the_prompt(family, zoo):
+    model = wrapped(family.plain(), "prompt")
+    blocks = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, device="cpu")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="needs a tensor as mask, got BlockMask: use sdpa or eager"):
+        logits_of(model, zoo.token_ids(), attention_mask=blocks, use_cache=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "gpt2"], indirect=True)
