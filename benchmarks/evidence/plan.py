@@ -77,7 +77,7 @@ def plan(rows: Rows) -> list[AnyRun]:
     for streams in (1, 4):
         hidden, layers, tokens = SIZES["0.1M"]
         first = Run(hidden, layers, streams, tokens, 0, FIRST_RATE)
-        needed, best = tuned(rows, first, middle_loss)
+        needed, best = tuned(rows, first, tuning_loss)
         runs += needed
         if best is not None:
             rates[streams] = best.learning_rate
@@ -85,9 +85,10 @@ def plan(rows: Rows) -> list[AnyRun]:
     return list(dict.fromkeys(runs))
 
 
-def middle_loss(row: dict[str, Any]) -> float:
-    """In the middle of tuning documents."""
-    return fmean(row["tuning"]["middle"])
+def tuning_loss(row: dict[str, Any]) -> float:
+    """In the middle of tuning documents, or of a task's answers."""
+    found = row["tuning"]
+    return float(found["loss"]) if "loss" in found else fmean(found["middle"])
 
 
 def tuned(
@@ -142,7 +143,9 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from of_four_streams("1.0M", (1, 2), rates)
     yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
     for size in ("0.7M", "1.0M"):
-        yield from (replace(run, learning_rate=2 * run.learning_rate) for run in of_one_seed(size, rates))
+        yield from (
+            replace(run, learning_rate=2 * run.learning_rate) for run in islice(of_four_streams(size, (0,), rates), 4)
+        )
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):
@@ -220,7 +223,7 @@ def at_rates_of_its_own(
     """
     found = {}
     for streams in (1, 4):
-        needed, found[streams] = tuned(rows, _run(size, 0, rates, streams), middle_loss)
+        needed, found[streams] = tuned(rows, _run(size, 0, rates, streams), tuning_loss)
         yield from needed
     dense, four = found[1], found[4]
     if dense is None:
@@ -234,17 +237,10 @@ def at_rates_of_its_own(
     controls = [[replace(run, learning_rate=rate) for rate in tried] for run in (*prefixes, replace(four, arm="twin"))]
     yield from chain(*controls)
     measured = [runs for runs in controls if all(run.name in rows for run in runs)]
-    best = [min(runs, key=lambda run: middle_loss(rows[run.name])) for runs in measured]
+    best = [min(runs, key=lambda run: tuning_loss(rows[run.name])) for runs in measured]
     for pair in pairs_of_seeds:
         yield from (replace(run, seed=seed) for run in (four, dense, *best) for seed in pair)
     yield replace(four, streams=2)
-
-
-def of_one_seed(size: str, rates: dict[int, float]) -> Iterator[Run]:
-    """Four streams, the dense model and one prefix of each length, with seed 0."""
-    dense = _run(size, 0, rates, 1)
-    yield from (_run(size, 0, rates, 4), dense)
-    yield from (replace(dense, arm="prefix", prefix_length=length) for length in (8, 32))
 
 
 def with_longer_prefixes(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
@@ -328,7 +324,7 @@ def _tasks(rows: Rows) -> Iterator[TaskRun]:
         rates = {}
         for streams in (1, 4):
             first = TaskRun(*task, streams, TASK_STEPS, TUNING_SEED, FIRST_RATE)
-            needed, best = tuned(rows, first, lambda row: float(row["tuning"]["loss"]))
+            needed, best = tuned(rows, first, tuning_loss)
             yield from needed
             if best is not None:
                 rates[streams] = best.learning_rate
@@ -351,7 +347,7 @@ def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[Recycle
     ):
         first = RecycleRun(arm, streams, RECYCLED_TOKENS, TUNING_SEED, backbone_rate, streams_rate)
         rate = "backbone_rate" if backbone_rate else "streams_rate"
-        needed, best[arm] = tuned(rows, first, middle_loss, rate)
+        needed, best[arm] = tuned(rows, first, tuning_loss, rate)
         yield from needed
     alone, prefix, frozen, lora = (best[arm] for arm in ("alone", "prefix", "frozen", "lora"))
     if alone is None or prefix is None or frozen is None or lora is None:

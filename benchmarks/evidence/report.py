@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import matplotlib
 from arms import Run
 from matplotlib.figure import Figure
-from plan import LATER_VARIANTS, PREFIX_LENGTHS, SHARED_VARIANTS, SIZES, Rows, read_rows
+from plan import LATER_VARIANTS, PREFIX_LENGTHS, SHARED_VARIANTS, SIZES, Rows, read_rows, tuning_loss
 from recycling import RecycleRun
 from synthetic import TaskRun
 
@@ -98,10 +98,7 @@ CHOSEN = {  # arms and sizes that were chosen for the losses of their first seed
     ("P = 4", "1.0M"): range(1, 8),
     ("P = 4", "0.4M"): range(1, 5),
 }
-AWAITED = {
-    ("P = 4", "0.4M"): 5,
-    ("P = 4", "1.0M"): 8,
-}  # seeds without which no gain is called; else two
+AWAITED = {("P = 4", "0.4M"): 5, ("P = 4", "1.0M"): 8}  # seeds without which no gain is called; else two
 DENSE = ("dense", "twin", "twin, lora=4", "twice as wide")  # of P = 1, at each size's tokens
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
@@ -164,12 +161,6 @@ def best_rates(groups: dict[str, dict[float, BySeed]]) -> dict[str, BySeed]:
         if finished:
             chosen[name] = finished
     return chosen
-
-
-def tuning_loss(row: dict[str, Any]) -> float:
-    """In the middle of documents, or of a task's answers."""
-    found = row["tuning"]
-    return float(found["loss"]) if "loss" in found else fmean(found["middle"])
 
 
 def by_size(rows: Rows) -> dict[str, dict[str, BySeed]]:
