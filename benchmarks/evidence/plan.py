@@ -142,7 +142,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from of_two_streams("1.0M", 0, rates)
     yield from of_four_streams("1.0M", (1, 2), rates)
     yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
-    for size in ("0.7M", "1.0M"):
+    for size in ("1.0M", "0.7M"):
         yield from (
             replace(run, learning_rate=2 * run.learning_rate) for run in islice(of_four_streams(size, (0,), rates), 4)
         )
