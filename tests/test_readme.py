@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-SEEDS = {2: "two seeds", 3: "three seeds"}
+SEEDS = {2: "two seeds", 3: "three seeds", 5: "five seeds"}
 LARGEST = (("P = 2", "0.7M"), ("P = 4", "1.0M"))  # the largest sizes of several seeds
 FOLDERS = ("parscale", "kernels", "checkpoints", "scaling_laws", "examples", "benchmarks", "docs", "tests")
 

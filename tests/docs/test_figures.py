@@ -288,25 +288,51 @@ def test_of_four_streams_at_rates_of_their_own():
         baseline: compared(arm="P = 4", baseline=baseline, **size)
         for baseline in ("dense", "prefix", "long prefix", "twin")
     }
-    assert {entry["seeds"] for entry in found.values()} == {3}
-    begun = compared(arm="P = 4", baseline="dense", size="0.4M", where="beginning")
+    assert {entry["seeds"] for entry in found.values()} == {5}
+    begun, short = (
+        compared(arm="P = 4", baseline=name, size="0.4M", where="beginning") for name in ("dense", "prefix")
+    )
     said = f"four streams are {with_interval(found['dense'])} from the dense model in the middle and"
     assert f"{said} {with_interval(begun)} at beginnings. **They are {with_interval(found['prefix'])} from" in text
     longer, twin = with_interval(found["long prefix"]), with_interval(found["twin"])
     assert f"{longer} from one of 4 T, and {twin} from a dense model of as many parameters." in text
-    assert all(entry["low"] < 0 < entry["high"] for name, entry in found.items() if name != "twin")
-    assert found["twin"]["high"] < 0
+    assert all(entry["low"] < 0 < entry["high"] for entry in (*found.values(), begun))
+    assert short["high"] < 0
+    assert f"At beginnings they are ahead of one prefix, {with_interval(short)}, and not told apart" in text
+    (fresh,) = (
+        entry
+        for entry in on_file("evidence.json")["confirmation"]
+        if (entry["arm"], entry["size"], entry["baseline"], entry["where"]) == ("P = 4", "0.4M", "dense", "middle")
+    )
+    assert (fresh["seeds"], fresh["low"] < 0 < fresh["high"]) == (4, True)
+    assert f"nor over the four seeds after the one that chose the rates, {with_interval(fresh)} from the dense" in text
 
-    def losses(arm, rate):
-        row = ROOT / f"benchmarks/results/evidence/scratch/{arm}-t8-n9700000-r{rate}-s0.json"
-        return f"{fmean(json.loads(row.read_text())['tuning']['middle']):.3f}"
+    def loss(name, on="test"):
+        row = json.loads((ROOT / f"benchmarks/results/evidence/scratch/{name}.json").read_text())
+        return fmean(row[on]["middle"])
+
+    def tuned(arm, rate):
+        return f"{loss(f'{arm}-t8-n9700000-r{rate}-s0', on='tuning'):.3f}"
 
     rates = ("0.004", "0.008", "0.016", "0.032")
-    four, dense = ([losses(f"streams-h80-l6-p{P}", rate) for rate in rates[:tried]] for P, tried in ((4, 4), (1, 3)))
+    four, dense = ([tuned(f"streams-h80-l6-p{P}", rate) for rate in rates[:tried]] for P, tried in ((4, 4), (1, 3)))
     assert "four streams lose {}, {}, {} and {}; at the first three, the dense model loses".format(*four) in text
     assert "the dense model loses {}, {} and {}.".format(*dense) in text
-    prefix = [losses("prefix-h80-l6-p1", rate) for rate in rates[1:3]]
+    prefix = [tuned("prefix-h80-l6-p1", rate) for rate in rates[1:3]]
     assert "one of T tokens loses {} at the rate and {} at twice that".format(*prefix) in text
+
+    arms = ("streams-h80-l6-p1-t8-{}-r0.008", "twin-h80-l6-p4-t8-{}-r0.008", "streams-h80-l6-p4-t8-{}-r0.016")
+    arms += ("prefix-h80-l6-p1-t8-{}-r0.016", "prefix-h80-l6-p1-t32-{}-r0.016")
+    by_seed = [[loss(f"{arm.format('n9700000')}-s{seed}") for seed in range(5)] for arm in arms]
+    spreads = [max(found) - min(found) for found in by_seed]
+    assert f"seeds of one arm differ by {min(spreads):.2f} to {max(spreads):.2f}." in text
+    apart = max(abs(four - prefix) for four, prefix in zip(by_seed[2], by_seed[3], strict=True))
+    assert f"Seed by seed, four streams and one prefix of T tokens differ by {apart:.2f} at most." in text
+    (mixed,) = (e for e in on_file("evidence.json")["mixing"] if (e["arm"], e["size"]) == ("P = 4", "0.4M"))
+    alone, together = mixed["best_alone"], [loss(f"{arms[2].format('n9700000')}-s{s}", "tuning") for s in range(5)]
+    assert f"each seed one stream has a mean weight of {min(mixed['largest_weights']):.2f} or more" in text
+    said = f"the best stream loses {min(alone):.2f} to {max(alone):.2f} on tuning documents, where all together lose"
+    assert f"{said} {min(together):.2f} to {max(together):.2f}." in text
 
 
 def test_of_four_streams_at_the_largest_size():
@@ -356,8 +382,8 @@ def test_of_four_streams_at_the_largest_size():
 def test_of_what_the_aggregator_settled_on():
     mixing = on_file("evidence.json")["mixing"]
     weights = [weight for entry in mixing if entry["arm"] == "P = 4" for weight in entry["largest_weights"]]
-    assert (sum(weight >= 0.91 for weight in weights), len(weights)) == (7, 11)
-    assert "In seven of eleven runs of P = 4 as published, at 0.1 to 1.0 million, one stream ends with" in " ".join(
+    assert (sum(weight >= 0.91 for weight in weights), len(weights)) == (9, 13)
+    assert "In nine of thirteen runs of P = 4 as published, at 0.1 to 1.0 million, one stream ends with" in " ".join(
         page("results/controls.md").split()
     )
 
