@@ -23,7 +23,7 @@ def test_it_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(tmp_path))
-    for line in ("230,146 of 3,576,834 parameters were trained", "8 tokens in", "end-of-text token in front: "):
+    for line in ("230,146 of 3,576,834 parameters were trained", "8 tokens in", "one prefix of 48 tokens: "):
         assert line in printed(notebook)
     assert len(outputs(notebook, "display_data") + outputs(notebook, "execute_result")) == 2
 
@@ -32,5 +32,5 @@ def test_it_is_stored_with_what_it_showed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert re.search(r"end-of-text token in front: [+-]0\.\d{4} \(", printed(notebook))
+    assert re.search(r"one prefix of 48 tokens: [+-]0\.\d{4} \(", printed(notebook))
     assert not re.search(r"/(home|root|tmp|work|Users)/", NOTEBOOK.read_text(encoding="utf-8"))
