@@ -73,6 +73,8 @@ _PYRAMID = {
     "fusion_hidden_size": 8,
     "image_size": 16,
 }
+_BOXES = {"coordinate_size": 6, "shape_size": 4, "input_size": 8}  # 4 coordinates and 2 lengths in `HIDDEN`
+_FRAMES = {"frames_per_clip": 4, "pred_num_hidden_layers": LAYERS}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "Blip2ForConditionalGeneration": {"image_token_index": FIRST_SPECIAL},
@@ -122,6 +124,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "InstructBlipVideoModel": {"video_token_index": FIRST_SPECIAL},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "LagunaForCausalLM": _WINDOWS,
+    "LayoutLMv3ForQuestionAnswering": _BOXES,
+    "LayoutLMv3ForSequenceClassification": _BOXES,
+    "LayoutLMv3ForTokenClassification": _BOXES,
+    "LayoutLMv3Model": _BOXES,
     "Lfm2ForCausalLM": _CONVOLUTIONS,
     "Lfm2MoeForCausalLM": _CONVOLUTIONS,
     "LongcatFlashForCausalLM": {"head_dim": 4, "qk_head_dim": 12, "zero_expert_num": 2},
@@ -154,6 +160,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 16],
         "num_buckets": 2,
     },
+    "VJEPA2ForVideoClassification": _FRAMES,
+    "VJEPA2Model": _FRAMES,
     "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128},  # sizes are rounded up to 64
     "XmodForCausalLM": {"default_language": "en_XX"},
     "Zamba2ForCausalLM": _NO_LIMIT,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 TEXT_INITS = ("context", "documents")  # inits that read a text for each stream
 INITS = (*TEXT_INITS, "random")
@@ -30,6 +31,9 @@ DEFAULT_SET = "default"
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 RELEASED_SMOOTHING = 0.01
 RELEASED_PREFIX_LENGTH = 48
+
+A = ParamSpec("A")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass
@@ -104,28 +108,21 @@ class ParScaleConfig:
 
     @classmethod
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
-        """The arguments of `parscale.wrap` as a new configuration: single fields, or a configuration to copy.
+        """The arguments of a function that `takes_fields` as a new configuration.
 
         Args:
-            num_streams: P, or a configuration.
-            **others: the other fields.
+            num_streams: P, or a configuration to copy.
+            **others: the other fields; a configuration has its own.
 
         Returns:
             A new configuration.
 
         Raises:
-            ValueError: a field has the wrong type or is out of range, or is given together with a configuration.
+            ValueError: a field has the wrong type or is out of range.
         """
-        if not isinstance(num_streams, ParScaleConfig):
-            return cls(num_streams, **others)
-        default = cls()
-        for name, value in others.items():
-            if value != getattr(default, name):
-                raise ValueError(
-                    f"A ParScaleConfig sets all fields, so {name}={value!r} cannot be given beside it: "
-                    f"write ParScaleConfig({name}={value!r}, ...)."
-                )
-        return dataclasses.replace(num_streams)
+        if isinstance(num_streams, ParScaleConfig):
+            return dataclasses.replace(num_streams)
+        return cls(num_streams, **others)
 
     def to_fields(self) -> dict[str, Any]:
         """The fields to write into a `config.json`, under the released names."""
@@ -178,6 +175,31 @@ class ParScaleConfig:
             rank=fields.get(RANK, cls.rank),
             kv=fields.get(KV, OWN),
         )
+
+
+def takes_fields(function: Callable[A, R]) -> Callable[A, R]:
+    """Makes a function refuse fields that are given beside a `ParScaleConfig`, whatever their values.
+
+    Args:
+        function: takes P or a configuration as `num_streams`, and the other fields by name only.
+
+    Returns:
+        The function with this check, under the same signature.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: A.args, **kwargs: A.kwargs) -> R:
+        if any(isinstance(value, ParScaleConfig) for value in (*args, kwargs.get("num_streams"))):
+            others = [field.name for field in dataclasses.fields(ParScaleConfig) if field.name != "num_streams"]
+            given = ", ".join(f"{name}={kwargs[name]!r}" for name in others if name in kwargs)
+            if given:
+                raise ValueError(
+                    f"A ParScaleConfig sets all fields, so {given} cannot be given beside it: "
+                    f"write ParScaleConfig({given}, ...)."
+                )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def _integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:

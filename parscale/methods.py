@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.arguments import KEYS_OF_TARGET
 from parscale.compat.transformers import TOKEN_TIMES, keeping_columns, own_reorder_cache
-from parscale.config import LORA, OWN, PREFIX, ParScaleConfig
+from parscale.config import LORA, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
@@ -31,6 +31,7 @@ from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import parameters_of, train
 
 
+@takes_fields
 def add_streams(
     model: Any,
     name: str,
@@ -49,7 +50,7 @@ def add_streams(
 
     Args:
         name: the set's name; letters, digits, `-` and `_`.
-        num_streams: P, or a `ParScaleConfig` in place of all other fields.
+        num_streams: P, or a `ParScaleConfig`, beside which no other field may be given.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
         init: as in `ParScaleConfig`.

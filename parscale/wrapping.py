@@ -18,7 +18,7 @@ from parscale.attention.discovery import attach_attention, detach_attention
 from parscale.compat.conversion import spare_from_conversion
 from parscale.compat.torch import is_watched
 from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES
-from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig
+from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
 from parscale.hooks.adding import add, remove
@@ -54,6 +54,7 @@ WRITER_MEMBERS: dict[str, Callable[..., Any]] = {  # also of the models inside t
 }
 
 
+@takes_fields
 def wrap(
     model: M,
     num_streams: int | ParScaleConfig = 4,
@@ -80,7 +81,7 @@ def wrap(
             pooling of an encoder, of each of two encoders, or of the decoder. It may be split by tensor parallelism, or
             partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards. The
             model is run on two tokens or on an image, with and without streams.
-        num_streams: P, or a `ParScaleConfig` in place of all other fields. 1 adds nothing.
+        num_streams: P, or a `ParScaleConfig`, beside which no other field may be given. 1 adds nothing.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
         init: as in `ParScaleConfig`.

@@ -14,6 +14,7 @@ import parscale
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "benchmarks" / "results" / "classes.json").read_text())
+OTHERS = ("LayoutLMv3Model", "PixioBackbone", "VJEPA2Model")  # of boxes, of states before the last norm, of videos
 PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
 
 
@@ -21,12 +22,13 @@ PINNED = transformers.__version__ == RECORDED["versions"]["transformers"]
 
 
 def sample():
-    """Of each task, the first class that takes streams and, at night, the first that is refused."""
+    """Of each task, the first class that takes streams and, at night, the first that is refused; and `OTHERS`."""
     chosen = {}
     for names in classes.tasks().values():
         for verdict, marks in ((classes.REFUSED, [pytest.mark.nightly]), (classes.TAKES, [])):
             known = [name for name in names if RECORDED["classes"].get(name, {}).get("verdict") == verdict]
             chosen |= {name: pytest.param(name, marks=marks) for name in known[:1]}
+    chosen |= {name: pytest.param(name) for name in OTHERS}
     return [chosen[name] for name in sorted(chosen)]
 
 
@@ -47,6 +49,8 @@ def test_none_breaks():
 def test_the_file_has_every_class():
     assert sorted(RECORDED["classes"]) == sorted({name for names in classes.tasks().values() for name in names})
     assert (ROOT / "docs" / "classes.md").read_text() == classes.page(RECORDED)
+    counted = classes.results({name: classes.Verdict(**found) for name, found in RECORDED["classes"].items()})
+    assert counted | {"versions": RECORDED["versions"]} == RECORDED
 
 
 @pytest.mark.parametrize(

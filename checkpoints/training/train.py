@@ -26,8 +26,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from parscale.checkpoints.evaluation.text_loss import checked_length
 from parscale.checkpoints.finite_values import require_finite
-from parscale.checkpoints.models import find_tokenizer, require_tokenizer
-from parscale.checkpoints.texts.documents import Named, Source
 from parscale.checkpoints.texts.files import shown
 from parscale.checkpoints.texts.sources import refuse_output_in_data
 from parscale.checkpoints.texts.token_ids import vocabulary_of
@@ -38,6 +36,7 @@ from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder, Streamed, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
+from parscale.checkpoints.training.run_settings import asked, contents, described, tokenizer_of
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
@@ -77,7 +76,8 @@ def train(
         output: the folder of the run, new or empty, or with `resume` that of a run which was stopped.
         settings: what on, how much and how.
         resume: go on from the newest checkpoint in `output` that is whole, with the same settings: on one device the
-            result is the same to the last bit. Where there is none, the run starts; a finished one is left as it is.
+            result is the same to the last bit. Where there is none, the run starts; a finished one is left as it is,
+            whatever is measured.
         command: what the model card says it was made by.
         name: what the model card calls the result, such as its repository on the Hub; by default the folder's name.
         console: where progress is shown; by default standard error.
@@ -114,7 +114,10 @@ def _train_in(
         run.check(resume=resume)
     state.wait_for_everyone()
     if resume and (before := run.report()) is not None:
-        run.require_same(_asked(checkpoint, settings, before), partly=True)
+        run.require_same(asked(checkpoint, settings, before), partly=True)
+        if state.is_main_process:
+            with console.status("Reading the data"):
+                run.require_same(contents(checkpoint, settings, before), partly=True)
         return before | {"finished_before": True}
 
     start = time.perf_counter()
@@ -223,7 +226,7 @@ def _prepared(
     bf16 = _bf16(settings)
     check_trackers(settings.report_to)
     check_trainable(checkpoint, settings.trains)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     refuse_output_in_data(run.folder, [*settings.data, *settings.eval_data.values()])
     sources = Sources(settings)
     sources.check_chats(tokenizer)
@@ -239,13 +242,13 @@ def _prepared(
     new = checkpoint if isinstance(checkpoint, NewModel) else None
     active = model.parscale.active if hasattr(model, "parscale") else None
     rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
-    described = _described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
+    run_settings = described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
         "data_digest": data.digest,
         "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
         **({} if new is None else {"new_model": new.described()}),
     }
-    return _Prepared(model, tokenizer, data, length, micro, rates, bf16, described)
+    return _Prepared(model, tokenizer, data, length, micro, rates, bf16, run_settings)
 
 
 def _trainer(
@@ -304,12 +307,6 @@ def _one_of(devices: int) -> str:
         f"{devices} GPUs are available, but only one is used; to use all of them, run "
         f"torchrun --nproc-per-node {devices} -m parscale train ..."
     )
-
-
-def _tokenizer(checkpoint: str | NewModel) -> PreTrainedTokenizerBase:
-    if isinstance(checkpoint, NewModel):
-        return checkpoint.find_tokenizer()
-    return require_tokenizer(find_tokenizer(checkpoint), checkpoint)
 
 
 def _bf16(settings: TrainSettings) -> bool:
@@ -433,51 +430,3 @@ def _micro_batch(settings: TrainSettings, processes: int) -> int:
     if share % micro:
         raise ValueError(f"micro_batch_size is {micro}, and must divide each process's {share} sequences of a batch.")
     return micro
-
-
-def _described(
-    checkpoint: str,
-    settings: TrainSettings,
-    rates: tuple[float, float],
-    bf16: bool,
-    length: int,
-    steps: int,
-) -> dict[str, Any]:
-    """The settings that the result of a run depends on, without digests of the contents that it reads."""
-    of_streams, rest = rates
-    return {
-        "checkpoint": checkpoint,
-        "trains": settings.trains,
-        "data": [_name(source) for source in settings.data],
-        "text_column": settings.text_column,
-        "streaming": settings.streaming,
-        "eval_tokens": settings.eval_tokens,
-        "eval_data": {name: _name(source) for name, source in settings.eval_data.items()},
-        "tokens": steps * settings.batch_size * length,
-        "steps": steps,
-        "sequence_length": length,
-        "batch_size": settings.batch_size,
-        "streams_learning_rate": of_streams,
-        "learning_rate": rest,
-        "weight_decay": settings.weight_decay,
-        "warmup": settings.warmup,
-        "decay": settings.decay,
-        "lora_rank": settings.lora_rank,
-        "quantize": settings.quantize,
-        "bf16": bf16,
-        "seed": settings.seed,
-    }
-
-
-def _asked(checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of a run's settings before anything is read, of those that its weights depend on."""
-    length = settings.sequence_length or before["sequence_length"]
-    steps = (settings.tokens or before["tokens"]) // (settings.batch_size * length)
-    optional = {name: getattr(settings, name) for name in ("streams_learning_rate", "learning_rate", "bf16")}
-    known = _described(str(checkpoint), settings, (0.0, 0.0), False, length, steps)
-    known = {key: value for key, value in known.items() if key not in (*optional, "eval_data", "eval_tokens")}
-    return known | {key: value for key, value in optional.items() if value is not None}
-
-
-def _name(source: Named) -> str:
-    return source.name if isinstance(source, Source) else shown(source)

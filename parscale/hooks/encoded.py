@@ -38,6 +38,9 @@ class Mark:
 class EncodedRows(torch.Tensor):
     """A tensor of a wrapped encoder's output, `(P*B, S, ...)`, stream-major, or a tensor computed from it.
 
+    What is written into the tensor itself, in place or as `out`, changes its mark. Writing into a view of it, assigning
+    its `data`, or writing inside a function that torch.compile has compiled does not.
+
     Attributes:
         mark: which streams made it.
     """
@@ -46,14 +49,19 @@ class EncodedRows(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs `func` and marks its results too."""
+        """Runs `func` and marks its results too, and what it writes into."""
         kwargs = kwargs or {}
         if func is torch.Tensor.view_as:  # how plain() removes the mark; torch.compile can trace view_as
             return torch.Tensor.__torch_function__(func, (torch.Tensor,), args, kwargs)
         result = super().__torch_function__(func, (cls,), args, kwargs)
-        sources = _all_marked((*args, *kwargs.values()))
-        for x in result if isinstance(result, SEQUENCES) else (result,):
-            if isinstance(x, EncodedRows) and sources and x is not sources[0]:
+        sources = _all_marked((*args, *(value for name, value in kwargs.items() if name != "out")))
+        written = _all_marked((args[:1] if getattr(func, "__name__", "") in _IN_PLACE else (), kwargs.get("out")))
+        if not sources:  # as in torch.cat(others, out=x)
+            for x in written:
+                x.mark = dataclasses.replace(x.mark, ordered=False)
+            return result
+        for x in (*(result if isinstance(result, SEQUENCES) else (result,)), *written):
+            if isinstance(x, EncodedRows) and (written or x is not sources[0]):
                 x.mark = _mark_of_result(func, sources, args, kwargs, x)
         return result
 
@@ -67,16 +75,19 @@ torch.serialization.add_safe_globals([EncodedRows, Mark])
 # Functions of torch, Tensor and torch.nn.functional after which it is known where the rows are; others may move them.
 _RESHAPES = frozenset({"flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"})
 _ONE_BY_ONE = """
-    __rdiv__ __rpow__ __rsub__ abs add addcdiv addcmul bfloat16 celu clamp clamp_max clamp_min clone contiguous cos cpu
-    cuda detach div divide double dropout elu eq erf exp expand expand_as float ge gelu gt half hardtanh isfinite isinf
-    isnan layer_norm le leaky_relu lerp log lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow
-    reciprocal relu relu6 repeat rms_norm rsqrt selu sigmoid sign silu sin softplus sqrt square sub subtract tanh to
-    true_divide type type_as where
+    __rdiv__ __rpow__ __rsub__ abs add addcdiv addcmul bfloat16 celu clamp clamp_max clamp_min clone contiguous copy
+    cos cpu cuda detach div divide double dropout elu eq erf exp expand expand_as fill float ge gelu gt half hardtanh
+    isfinite isinf isnan layer_norm le leaky_relu lerp log lt masked_fill maximum minimum mish mul multiply nan_to_num
+    ne neg pow reciprocal relu relu6 repeat requires_grad rms_norm rsqrt selu share_memory sigmoid sign silu sin
+    softplus sqrt square sub subtract tanh to true_divide type type_as where zero
 """
-_EACH_ROW = frozenset(_ONE_BY_ONE.split())
+_EACH_ROW = frozenset(each for name in _ONE_BY_ONE.split() for each in (name, f"{name}_"))
 _PRODUCTS = frozenset({"linear", "matmul"})
 # of functions along dimensions: where these stand among the arguments
 _ALONG = {"cat": 1, "chunk": 2, "flip": 1, "index_select": 1, "repeat_interleave": 2, "roll": 2, "split": 2}
+# Functions that write into their first argument: a set, since torch.compile cannot look into a function's name.
+_NAMES = {name for place in (torch, torch.Tensor, torch.nn.functional) for name in dir(place)}
+_IN_PLACE = frozenset({"__setitem__", *(name for name in _NAMES if name.endswith("_") and not name.endswith("__"))})
 
 
 def _all_marked(values: Any) -> list[EncodedRows]:
@@ -105,6 +116,8 @@ def _keeps_rows(name: str, source: EncodedRows, args: Any, kwargs: Any, result: 
         return isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), int)  # not other numbers by row
     if result.shape[:1] != source.shape[:1]:
         return False
+    if name == "__setitem__":
+        return getattr(args[2], "ndim", 0) == 0 or source[args[1]].mark.ordered  # one number for all, or row by row
     if name == "__getitem__":
         return _index_keeps_rows(args[1], source)
     if name in _ALONG:

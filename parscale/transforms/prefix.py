@@ -26,7 +26,7 @@ from parscale.transforms.base import ModelTransform
 
 AFTERWARDS = 8  # tokens on which a stream that starts from a text is compared with the backbone after that text
 EXACT, FEW_BITS = 1e-3, 5e-2  # tolerances for equal results: in float32, and in shorter formats
-USER = 7  # number of frames from a warning here to the caller of wrap or add_streams
+USER = 8  # number of frames from a warning here to the caller of wrap or add_streams
 
 
 class PrefixTransform(ModelTransform):

@@ -1,7 +1,9 @@
 """Wrapping takes nothing from a model: what it is, what it was, what a failed attempt leaves, and what is refused."""
 
 import copy
+import dataclasses
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 import parscale
 from parscale import ParScaleConfig, UnsupportedModelError
+from parscale.methods import add_streams
 
 RECORDED = {"parscale_n", "parscale_n_tokens", "parscale_attn_smooth", "parscale_init", "parscale_seed"}
 
@@ -117,6 +120,18 @@ def test_a_configuration_object_in_place_of_numbers(family, zoo):
             call(family.plain(), config)
         with pytest.raises(ValueError, match=r"sets all fields, so smoothing=0\.5"):
             call(family.plain(), ParScaleConfig(2), smoothing=0.5)
+
+
+@pytest.mark.parametrize("function", [partial(parscale.wrap, None), partial(add_streams, None, "more")])
+def test_fields_beside_a_configuration_are_refused_also_those_of_the_defaults(function):
+    config, (_, *others) = ParScaleConfig(8, kv="shared"), dataclasses.fields(ParScaleConfig)
+    for field in others:
+        with pytest.raises(ValueError, match=f"{field.name}={field.default!r} cannot be given beside it"):
+            function(config, **{field.name: field.default})
+        with pytest.raises(ValueError, match="sets all fields"):
+            function(num_streams=config, **{field.name: field.default})
+    with pytest.raises(ValueError, match=r"so rank=8, kv='own' cannot be given .* ParScaleConfig\(rank=8, kv='own', "):
+        function(config, kv="own", rank=8)
 
 
 def test_two_models_from_one_configuration_object(case, zoo):

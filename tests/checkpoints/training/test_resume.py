@@ -303,12 +303,16 @@ def test_a_checkpoint_without_a_part_is_not_whole(stopped, part):
 
 def test_nothing_to_go_on_with_and_nothing_left_to_do(checkpoint, options, whole, tmp_path):
     """With resume a run starts, and a finished one is left as it is, also where other text is to be measured."""
-    first = train(str(checkpoint), tmp_path / "run", TrainSettings(**options), resume=True)
+    start, text = tmp_path / "start", tmp_path / "text.txt"
+    shutil.copytree(checkpoint, start)
+    text.write_text(Path(options["data"][0]).read_text())
+    options = options | {"data": [str(text)]}
+    first = train(str(start), tmp_path / "run", TrainSettings(**options), resume=True)
     assert not first["finished_before"]
     assert_same(tmp_path / "run", whole[False][0])
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     measured_on = {"eval_data": {"new": "gone.txt"}, "eval_tokens": 5}
-    again = train(str(checkpoint), tmp_path / "run", TrainSettings(**options | measured_on), resume=True)
+    again = train(str(start), tmp_path / "run", TrainSettings(**options | measured_on), resume=True)
     assert again == first | {"finished_before": True}
     for changed, said in (
         ({"tokens": 2 * STEPS * 4 * 32}, "tokens was 768 and is 1536"),
@@ -317,9 +321,20 @@ def test_nothing_to_go_on_with_and_nothing_left_to_do(checkpoint, options, whole
         ({"seed": 1}, "seed was 0 and is 1"),
     ):
         with pytest.raises(ValueError, match=f"was started with other settings: .*{said}"):
-            train(str(checkpoint), tmp_path / "run", TrainSettings(**options | changed), resume=True)
+            train(str(start), tmp_path / "run", TrainSettings(**options | changed), resume=True)
+    for omitted, said in (("learning_rate", "learning_rate was 0.01 and is 3e-05"), ("tokens", "steps was 6 and is")):
+        others = {name: value for name, value in options.items() if name != omitted}
+        with pytest.raises(ValueError, match=f"was started with other settings: .*{said}"):
+            train(str(start), tmp_path / "run", TrainSettings(**others), resume=True)
     with pytest.raises(ValueError, match=r"other settings: checkpoint was .* and is 'nope'"):
         train("nope", tmp_path / "run", TrainSettings(**options), resume=True)
+    for path, said in ((text, "contents of data have"), (start / "config.json", "contents of checkpoint have")):
+        before = path.read_text()
+        path.write_text(("Something else. " if path is text else "\n") + before)
+        with pytest.raises(ValueError, match=f"other settings: .*{said} changed"):
+            train(str(start), tmp_path / "run", TrainSettings(**options), resume=True)
+        path.write_text(before)
+    assert train(str(start), tmp_path / "run", TrainSettings(**options), resume=True) == again
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 

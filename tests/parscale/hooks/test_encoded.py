@@ -329,6 +329,60 @@ def test_functions_that_move_no_row_keep_the_mark(function):
     assert function(marked(torch.randn(6, 4, 8), Mark("default", P))).mark.ordered
 
 
+OTHERS = torch.arange(6 * 4 * 8.0).view(6, 4, 8)
+BACK = torch.arange(5, -1, -1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.copy_(x.flip(0)),
+        lambda x: x.index_copy_(0, BACK, OTHERS),
+        lambda x: x.index_add_(0, BACK, x.clone()),
+        lambda x: x.scatter_(0, BACK.view(-1, 1, 1).expand_as(OTHERS), OTHERS),
+        lambda x: x.masked_scatter_(OTHERS > 9, OTHERS),
+        lambda x: x.add_(x.flip(0)),
+        lambda x: x.swapaxes_(0, 1),
+        lambda x: x.__setitem__(slice(None), x.flip(0)),
+        lambda x: x.__setitem__([0, 1], x[[1, 0]]),
+        lambda x: x.__setitem__(slice(3), OTHERS[3:]),
+        lambda x: x.__setitem__(0, OTHERS[1]),
+        lambda x: torch.index_select(OTHERS, 0, BACK, out=x),
+        lambda x: torch.index_select(marked(OTHERS, x.mark), 0, BACK, out=x),
+        lambda x: torch.sort(OTHERS, 0, out=(x, torch.empty(OTHERS.shape, dtype=torch.long))),
+    ],
+)
+def test_rows_moved_in_place_lose_their_streams(function):
+    x = marked(OTHERS.clone(), Mark("default", P))
+    function(x)
+    assert x.mark == Mark("default", P, ordered=False)
+    x.mul_(2)  # nor does it come back
+    assert not x.mark.ordered
+    with pytest.raises(ValueError, match=r"choosing, moving or joining its rows.*get_encoder"):
+        by_source(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mul_(2).add_(x.clone()).clamp_(max=100.0),
+        lambda x: x.copy_(2 * x),
+        lambda x: x[:, 2:].zero_(),
+        lambda x: x.__setitem__((slice(None), 0), x[:, 1]),
+        lambda x: x.__setitem__((..., slice(3)), 0.0),
+        lambda x: x.__setitem__(OTHERS > 9, torch.tensor(0.0)),
+        lambda x: x.__setitem__(2, 0),
+        lambda x: torch.add(x, 1, out=x),
+        lambda x: torch.mul(marked(OTHERS, x.mark), 2, out=x),
+        lambda x: nn.functional.relu(x, inplace=True).requires_grad_(False),
+    ],
+)
+def test_what_is_written_in_place_row_by_row_keeps_the_mark(function):
+    x = marked(OTHERS.clone(), Mark("default", P))
+    function(x)
+    assert x.mark == Mark("default", P)
+
+
 def test_streams_chosen_from_rows_by_source():
     rows = by_source(marked(torch.randn(6, 4, 8), Mark("default", P)))
     assert rows[:1].mark.ordered
