@@ -48,7 +48,7 @@ INSIDE = ("hidden_states", "attentions", "past_key_values", "cache", "router_log
 class Verdict:
     """What was found for a class.
 
-    Args:
+    Attributes:
         verdict: one of the words above.
         reason: why.
         loss: whether a loss was compared.

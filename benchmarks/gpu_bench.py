@@ -172,7 +172,7 @@ def square_attention(
 ) -> torch.Tensor:
     """`parscale.kernels.causal_attention` by torch's flash attention: T queries of zeros in front, no mask.
 
-    The yardstick of errors in half precision: where there is a mask torch may compute in float32.
+    The baseline for errors in half precision: where there is a mask torch may compute in float32.
     """
     T, group = prefix_k.shape[2], query.shape[1] // key.shape[1]
     keys, values = prepend(prefix_k, key), prepend(prefix_v, value)

@@ -46,7 +46,7 @@ GRACE = 20  # seconds that a part has after its limit, for the figure that it is
 class Part:
     """Some of the figures.
 
-    Args:
+    Attributes:
         run: adds them.
         seconds: its limit, after which it begins no further figure.
     """

@@ -52,7 +52,7 @@ def ceilings(bench: Bench) -> None:
 class Case:
     """One operation at one size.
 
-    Args:
+    Attributes:
         what: its name.
         floor: seconds that any implementation takes.
         call: the operation, given `impl`.

@@ -49,7 +49,7 @@ VOCABULARY = (
 class Answer:
     """What one request got; times in seconds.
 
-    Args:
+    Attributes:
         first: from the request to the first piece of text; None if there was none.
         gaps: between one piece and the next.
         total: from the request to the end of the stream.

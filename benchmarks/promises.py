@@ -49,7 +49,7 @@ class BrokenPromiseError(Exception):
 class Verdict:
     """What was found for a class in one column.
 
-    Args:
+    Attributes:
         verdict: `"supported"`, `"not"` or `"cannot be built"`.
         reason: why it is not.
         without: kinds of layers that have no prefix.

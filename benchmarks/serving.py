@@ -41,7 +41,7 @@ WAKING = 64  # tokens that an engine reads before each turn
 class Load(NamedTuple):
     """Requests that come at once.
 
-    Args:
+    Attributes:
         requests: their number.
         prompt: tokens of each.
     """

@@ -178,7 +178,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 class Tiny:
     """A class of models.
 
-    Args:
+    Attributes:
         name: of the class.
     """
 

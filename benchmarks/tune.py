@@ -35,7 +35,7 @@ Options = dict[str, Any]
 class Subject:
     """One kernel at one size.
 
-    Args:
+    Attributes:
         name: for the table.
         module: of the host functions, under `parscale.kernels`.
         config: the function there that chooses the configuration.

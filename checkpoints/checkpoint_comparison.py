@@ -13,6 +13,7 @@ from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.models import STREAMS_OFF, find_tokenizer, open_checkpoint, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode
+from parscale.streams.state import find_state
 
 TEXT = "the text"
 
@@ -60,7 +61,7 @@ def compare_checkpoints(
         if _place(other) == _place(name):
             raise ValueError(f"{name} cannot be compared with itself; its own plain backbone is called 'off'.")
         if other == STREAMS_OFF:
-            if not hasattr(model, "parscale"):
+            if find_state(model) is None:
                 raise ValueError(f"{name} has no streams to turn off; leave 'off' out of --against.")
             if model.parscale.active is None:
                 raise ValueError(f"The streams of {name} are off already; leave 'off' out of --against.")

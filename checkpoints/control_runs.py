@@ -64,6 +64,7 @@ from parscale.format.folders import FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoi
 from parscale.format.pretrained import read_pretrained
 from parscale.format.staging import staged_file
 from parscale.format.working import working
+from parscale.streams.state import find_state
 from parscale.terminal.console import Terminal
 
 FOLDER = "controls"
@@ -114,25 +115,25 @@ def controls_of(
     of_alone, of_adapter = _rates(run)
     alone_rank = ADAPTER_RANK if frozen and run["quantize"] else run["lora_rank"]
     how = f" (adapter of rank {alone_rank})" if alone_rank else ""
-    controls = [Control("alone", f"backbone alone{how}", Arm("alone", "", BACKBONE), alone_rank, of_alone)]
+    controls = [Control("alone", f"backbone alone{how}", Arm("alone", BACKBONE), alone_rank, of_alone)]
     if streams.transform == LORA:
         of_run = run["lora_rank"] or 0
         for name, factor in (("adapter", 1), ("wide-adapter", streams.num_streams)) if frozen or of_run else ():
             rank = of_run + factor * streams.rank
             rank = min(rank, largest_rank or rank)
             if rank != controls[-1].lora_rank or name == "adapter":
-                arm = Arm(name, "", BACKBONE)
+                arm = Arm(name, BACKBONE)
                 controls.append(Control(name, f"one adapter of rank {rank}", arm, rank, run["streams_learning_rate"]))
         return controls
     beside = "" if frozen else " and backbone"
     for name, long in (("prefix", False), ("long-prefix", True)):
         length = streams.prefix_length * (streams.num_streams if long else 1)
-        arm = Arm(name, "", ONE_PREFIX if frozen else BOTH, prefix=True, long=long)
+        arm = Arm(name, ONE_PREFIX if frozen else BOTH, prefix=True, long=long)
         title = f"one {streams.transform} of {length} tokens{beside}"
         controls.append(Control(name, title, arm, run["lora_rank"], run["learning_rate"]))
     if frozen and equal_rank is not None and equal_rank != alone_rank:
         title = f"one adapter of rank {equal_rank}, as many parameters"
-        controls.append(Control("adapter", title, Arm("adapter", "", BACKBONE), equal_rank, of_adapter))
+        controls.append(Control("adapter", title, Arm("adapter", BACKBONE), equal_rank, of_adapter))
     return controls
 
 
@@ -193,7 +194,7 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
 
 def _backbone_config(checkpoint: str) -> Any:
     folder, place = Checkpoint(checkpoint), checkpoint
-    if folder.kind() == STREAMS_ONLY:
+    if folder.kind_with_streams() == STREAMS_ONLY:
         place = backbone_place(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
     return read_pretrained(AutoConfig, place).get_text_config()
 
@@ -308,7 +309,7 @@ def _streams_of(checkpoint: str) -> ParScaleConfig:
 def _largest_rank(checkpoint: str) -> int | None:
     """The largest rank of a layer in which streams differ by low-rank matrices, by the headers of the files."""
     folder = Checkpoint(checkpoint)
-    tensors = folder.weights() if folder.kind() == FULL else folder.streams()
+    tensors = folder.weights() if folder.kind_with_streams() == FULL else folder.streams()
     sizes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
         layer, _, own = name.partition("@")[0].rpartition(".")
@@ -385,7 +386,7 @@ def _save_start(
 ) -> None:
     """The control before training; made anew each time, and the same each time."""
     model = load_any(checkpoint)
-    if hasattr(model, "parscale"):
+    if find_state(model) is not None:
         model = unwrap(model)
     calibration = None
     if control.arm.prefix:

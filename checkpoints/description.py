@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.config import LORA, NUM_STREAMS, OWN, ParScaleConfig
+from parscale.config import LORA, OWN, ParScaleConfig
 from parscale.format.folders import (
     BACKBONE,
     CAUSAL_LM,
     CONFIG,
     FULL,
     INFIX,
+    PLAIN,
     STREAMS_CONFIG,
     TYPE_SUFFIX,
     Checkpoint,
-    read_json,
     set_name,
     set_names,
     stream_config,
@@ -25,7 +25,6 @@ from parscale.format.headers import StoredTensor
 from parscale.format.packed import stored_sizes
 from parscale.streams.naming import AGGREGATOR_PART, LABELS, TRANSFORM_PART, part_of
 
-PLAIN = "plain backbone"  # in addition to the kinds of parscale.format.folders
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -44,7 +43,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         OSError: it does not exist.
     """
     checkpoint = Checkpoint(path_or_repo)
-    kind = kind_of(checkpoint)
+    kind = checkpoint.kind()
     fields = checkpoint.read_json(CONFIG if kind in (FULL, PLAIN) else STREAMS_CONFIG)
     tensors = checkpoint.weights() if kind in (FULL, PLAIN) else checkpoint.streams()
     name: str | None = None
@@ -65,21 +64,6 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         "parameters": _parameters(tensors, streams.transform, fields.get("quantization_config")),
         "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
     }
-
-
-def kind_of(checkpoint: Checkpoint) -> str:
-    """`"full"`, `"streams only"` or `"plain backbone"`.
-
-    Raises:
-        OSError: the checkpoint does not exist.
-    """
-    config = checkpoint.file(CONFIG)
-    if config is not None:
-        fields = read_json(config)
-        of_streams = NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX)
-        if not of_streams and checkpoint.file(STREAMS_CONFIG) is None:
-            return PLAIN
-    return checkpoint.kind()
 
 
 def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import load
-from parscale.checkpoints.description import PLAIN, kind_of
 from parscale.format.architectures import class_named
-from parscale.format.folders import CONFIG, Checkpoint
+from parscale.format.folders import CONFIG, PLAIN, Checkpoint
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 from parscale.streams.backbones import writes_text
@@ -53,7 +52,7 @@ def open_checkpoint(
         OSError: the checkpoint does not exist.
     """
     place = _device(device)
-    is_plain = kind_of(Checkpoint(checkpoint)) == PLAIN
+    is_plain = Checkpoint(checkpoint).kind() == PLAIN
     if is_plain and streams not in (None, STREAMS_OFF):
         raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; omit the set.")
     model = load_any(checkpoint)
@@ -77,7 +76,7 @@ def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: An
         ValueError: the checkpoint is damaged.
         OSError: it does not exist.
     """
-    read = load_plain if kind_of(Checkpoint(checkpoint)) == PLAIN else load
+    read = load_plain if Checkpoint(checkpoint).kind() == PLAIN else load
     return read(checkpoint, dtype=dtype, **options)
 
 

@@ -2,7 +2,7 @@
 
 from parscale.kernels.aggregate import aggregate, stream_weights
 from parscale.kernels.aggregator import aggregator
-from parscale.kernels.causal_attention import causal_attention, causal_attention_reference, is_mergeable
+from parscale.kernels.causal_attention import causal_attention, causal_attention_reference, flash_supports
 from parscale.kernels.decode_attention import decode_attention, visible_lengths
 from parscale.kernels.shared_causal_attention import shared_causal_attention
 from parscale.kernels.shared_decode_attention import shared_decode_attention
@@ -13,7 +13,7 @@ __all__ = [
     "causal_attention",
     "causal_attention_reference",
     "decode_attention",
-    "is_mergeable",
+    "flash_supports",
     "shared_causal_attention",
     "shared_decode_attention",
     "stream_weights",

@@ -53,7 +53,7 @@ def runs_fused(impl: Impl, x: torch.Tensor, find_obstacle: Callable[[], str | No
         ValueError: `impl` is unknown, or `"fused"` cannot run; the message says why.
     """
     if impl == "auto":
-        return TRITON and x.is_cuda and not transforms_are_active() and find_obstacle() is None
+        return TRITON and x.is_cuda and not functorch_transforms_are_active() and find_obstacle() is None
     if check_impl(impl) == "reference":
         return False
     obstacle = find_obstacle() if TRITON else "Triton is not installed"
@@ -93,11 +93,6 @@ def outside_autocast(operation: Operation[Options]) -> Operation[Options]:
 def wants_gradients(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def transforms_are_active() -> bool:
-    """Whether a transform of `torch.func` is active, which may map and differentiate any number of times."""
-    return functorch_transforms_are_active()
 
 
 def _interpreted() -> bool:

@@ -34,7 +34,7 @@ TRITON_DTYPES = {
 class Gpu:
     """The properties of a GPU that determine blocks and splits.
 
-    Args:
+    Attributes:
         processors: multiprocessors (compute units on AMD).
         shared_memory: bytes of shared memory of one multiprocessor.
         is_hip: whether torch was built for ROCm.

@@ -103,7 +103,7 @@ def load(
         raise ValueError("distributed_config has its own tp_plan: give only one of them.")
     options["distributed_config"] = distributed_config if tp_plan is None else _tensor_parallel(tp_plan)
     options = {key: value for key, value in options.items() if value is not None}
-    if checkpoint.kind() == FULL:
+    if checkpoint.kind_with_streams() == FULL:
         if backbone is not None:
             raise ValueError(f"{checkpoint} has its own backbone: omit backbone=, which is for streams only.")
         model = _load_full(checkpoint, _full_config(checkpoint), **options)

@@ -27,7 +27,7 @@ from parscale.hooks.stream_losses import IGNORED, stream_losses
 from parscale.streams.backbones import writes_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
-from parscale.streams.state import ParScaleState
+from parscale.streams.state import ParScaleState, find_state
 from parscale.streams.trainability import parameters_of, train
 
 
@@ -118,7 +118,7 @@ def print_trainable_parameters(model: Any) -> None:
 class StreamReport:
     """What the streams of a model do on a text.
 
-    Args:
+    Attributes:
         losses: mean next-token loss of each stream alone, in nats, `(P,)`.
         weights: aggregation weights, `(B, S, P)`.
         entropy: of the weights at each token, in nats, `(B, S)`; `log(P)` for equal weights.
@@ -320,7 +320,7 @@ def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adapt
     Raises:
         ValueError: the threshold is invalid, or the active streams do not share keys and values.
     """
-    state: ParScaleState | None = getattr(model, "parscale", None)
+    state = find_state(model)
     is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
     if not is_number or math.isnan(threshold) or threshold < 0:
         raise ValueError(f"adaptive must be an entropy in nats, 0 (all streams) to infinity (none), got {threshold!r}.")
@@ -364,6 +364,7 @@ def static_cache_init_shape(model: object, writer: object) -> None:
     Args:
         writer: as in `reorder_cache`.
     """
+    return None  # no shape: generate then takes it from the first keys
 
 
 def token_times(model: Any, writer: Any, outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -31,7 +31,7 @@ from parscale.kernels.dispatch import Impl, check_impl
 from parscale.streams import choosing
 from parscale.streams.naming import is_of_streams
 from parscale.streams.sets import DEFAULT
-from parscale.streams.state import ParScaleState
+from parscale.streams.state import ParScaleState, find_state
 
 M = TypeVar("M")  # the caller's class of model, which does not change
 
@@ -159,18 +159,18 @@ def unwrap(model: M) -> M:
     Raises:
         ValueError: the model is not wrapped.
     """
-    detach(state_of(model))
+    detach(require_state(model))
     return model
 
 
-def state_of(model: object) -> ParScaleState:
-    """The streams of a wrapped model.
+def require_state(model: object) -> ParScaleState:
+    """The state of a wrapped model.
 
     Raises:
         ValueError: the model is not wrapped.
     """
-    state = getattr(model, "parscale", None)
-    if not isinstance(state, ParScaleState) or state.model is not model:
+    state = find_state(model)
+    if state is None or state.model is not model:
         raise ValueError(f"This {type(model).__name__} is not wrapped: parscale.wrap(model) gives it streams.")
     return state
 
@@ -187,7 +187,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         ValueError: the model is already wrapped, or `kernels` is unknown.
         UnsupportedModelError: as in `wrap`.
     """
-    if isinstance(getattr(model, "parscale", None), ParScaleState):
+    if find_state(model) is not None:
         raise ValueError(
             f"This {type(model).__name__} is wrapped already: add_streams(name, ...) adds another set of streams, "
             "parscale.unwrap(model) removes them."

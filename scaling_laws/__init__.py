@@ -1,4 +1,7 @@
-"""The parallel scaling law: its fit, its cost model and the published points. Nothing here imports torch."""
+"""The parallel scaling law: its fit, its cost model and the published points.
+
+Importing it does not import torch; only `sweep` needs torch.
+"""
 
 from parscale.scaling_laws.configs import read_shape
 from parscale.scaling_laws.costs import Cost, cost

@@ -18,9 +18,10 @@ from parscale.scaling_laws.intervals import Interval, corrected_percentiles
 class ParallelScalingLaw:
     """`L(N, P) = E + (A / (N * (k*ln P + 1)))**alpha`, arXiv 2505.10475.
 
-    N: non-embedding parameters, including those of the streams. P: streams. L: nats per token. `fit` makes a law from
-        runs;
-    with known parameters it is `ParallelScalingLaw(E=0.6912, A=1.131e7, alpha=0.1894, k=0.3935)`.
+    N: non-embedding parameters, including those of the streams. P: number of streams. L: loss in nats per token.
+
+    `fit` makes a law from runs. With known parameters: `ParallelScalingLaw(E=0.6912, A=1.131e7, alpha=0.1894,
+    k=0.3935)`.
     """
 
     E: float

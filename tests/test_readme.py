@@ -38,7 +38,7 @@ def is_said(sentence):
     return sentence in " ".join(README.split())
 
 
-def test_it_is_read_in_one_sitting():
+def test_the_readme_has_at_most_170_lines():
     assert len(README.splitlines()) <= 170
 
 

@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
-from parscale.checkpoints.description import PLAIN, describe_streams, kind_of
+from parscale.checkpoints.description import describe_streams
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import copy_processor, find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.sources import read_documents
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
 from parscale.config import TEXT_INITS
-from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
+from parscale.format.folders import CONFIG, FULL, PLAIN, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint
 from parscale.format.staging import require_new_folder, staged
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 
@@ -61,7 +61,7 @@ def convert(
         raise ValueError("Calibration text is for streams that start from it, and one stream is the backbone; omit it.")
     documents = read_documents(calibration_files, text_column=text_column)
     require_new_folder(output)
-    if (kind := kind_of(Checkpoint(source))) != PLAIN:
+    if (kind := Checkpoint(source).kind()) != PLAIN:
         raise ValueError(f"{source} already has streams ({kind}); give a plain model, such as its backbone.")
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from parscale.streams.backbones import reads
+from parscale.streams.state import find_state
 
 
 def harness_model(model: Any, **options: Any) -> Any:
@@ -23,7 +24,7 @@ def harness_model(model: Any, **options: Any) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    state = getattr(model, "parscale", None)
+    state = find_state(model)
     streams = None if state is None else state.active
     if streams is None or not streams.shares_keys or not reads(model, "logits_to_keep"):
         return HFLM(pretrained=model, **options)

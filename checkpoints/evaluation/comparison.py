@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.stats import t as student
-
+from parscale.checkpoints.evaluation.controls import crossed_interval, paired
 from parscale.checkpoints.evaluation.text_loss import Evaluation
 
 
@@ -48,19 +46,9 @@ def compare(evaluation: Evaluation, baseline: Evaluation, *, confidence: float =
     Raises:
         ValueError: the two were measured on different documents or windows, or there are fewer than two documents.
     """
-    names = [document.name for document in evaluation.documents]
-    if names != [document.name for document in baseline.documents]:
-        raise ValueError("The two evaluations used different documents; measure both models on the same ones.")
-    if evaluation.sequence_length != baseline.sequence_length:
-        raise ValueError(
-            f"The two evaluations have windows of {evaluation.sequence_length} and {baseline.sequence_length} tokens; "
-            "measure both models with the same."
-        )
-    if len(names) < 2:
-        raise ValueError(f"An interval needs at least 2 documents, got {len(names)}.")
-    losses = np.array([document.loss for document in evaluation.documents])
-    differences = losses - np.array([document.loss for document in baseline.documents])
-    mean = float(differences.mean())
-    error = float(differences.std(ddof=1)) / len(names) ** 0.5
-    half = float(student.ppf((1 + confidence) / 2, len(names) - 1)) * error
-    return Comparison(mean, mean - half, mean + half, confidence, len(names), int((differences < 0).sum()))
+    differences = paired([evaluation], [baseline])  # (1, documents)
+    if differences.size < 2:
+        raise ValueError(f"An interval needs at least 2 documents, got {differences.size}.")
+    found = crossed_interval(differences, confidence=confidence)
+    improved = int((differences < 0).sum())
+    return Comparison(found.difference, found.low, found.high, confidence, found.documents, improved)

@@ -42,32 +42,32 @@ class Arm:
 
     Attributes:
         name: its name in results.
-        title: its name in tables.
         trains: `NOTHING`, `BACKBONE`, `STREAMS` (or the one prefix), `BOTH`, or `ADAPTER`.
+        title: its name in tables.
         streams: whether it has the P streams under study.
         prefix: whether it has one trained prefix.
         long: whether that prefix has P * T tokens, as many as P streams have, rather than T.
     """
 
     name: str
-    title: str
     trains: str
+    title: str = ""
     streams: bool = False
     prefix: bool = False
     long: bool = False
 
 
 ARMS = (
-    Arm("untouched", "untouched backbone", NOTHING),
-    Arm("alone", "backbone alone, trained", BACKBONE),
-    Arm("prefix", "one prefix of T, backbone frozen", STREAMS, prefix=True),
-    Arm("long-prefix", "one prefix of P*T, backbone frozen", STREAMS, prefix=True, long=True),
-    Arm("lora", "LoRA of as many parameters as the streams", ADAPTER),
-    Arm("untrained", "streams, untrained", NOTHING, streams=True),
-    Arm("frozen", "streams, backbone frozen", STREAMS, streams=True),
-    Arm("prefix-and-backbone", "one prefix of T and backbone", BOTH, prefix=True),
-    Arm("long-prefix-and-backbone", "one prefix of P*T and backbone", BOTH, prefix=True, long=True),
-    Arm("streams-and-backbone", "streams and backbone", BOTH, streams=True),
+    Arm("untouched", NOTHING, title="untouched backbone"),
+    Arm("alone", BACKBONE, title="backbone alone, trained"),
+    Arm("prefix", STREAMS, title="one prefix of T, backbone frozen", prefix=True),
+    Arm("long-prefix", STREAMS, title="one prefix of P*T, backbone frozen", prefix=True, long=True),
+    Arm("lora", ADAPTER, title="LoRA of as many parameters as the streams"),
+    Arm("untrained", NOTHING, title="streams, untrained", streams=True),
+    Arm("frozen", STREAMS, title="streams, backbone frozen", streams=True),
+    Arm("prefix-and-backbone", BOTH, title="one prefix of T and backbone", prefix=True),
+    Arm("long-prefix-and-backbone", BOTH, title="one prefix of P*T and backbone", prefix=True, long=True),
+    Arm("streams-and-backbone", BOTH, title="streams and backbone", streams=True),
 )
 """Arms with P streams come after the arms that they are compared with."""
 
@@ -266,12 +266,13 @@ def paired(arm: Sequence[Evaluation], baseline: Sequence[Evaluation]) -> NDArray
             f"The arms have {len(arm)} and {len(baseline)} seeds; measure both with the same seeds, or measure an arm "
             "that does not train once."
         )
-    shown = {
-        (tuple(document.name for document in evaluation.documents), evaluation.sequence_length)
-        for evaluation in (*arm, *baseline)
-    }
-    if len(shown) > 1:
-        raise ValueError("The evaluations used different documents or windows; measure all arms on the same ones.")
+    measured_on = {tuple(document.name for document in evaluation.documents) for evaluation in (*arm, *baseline)}
+    if len(measured_on) > 1:
+        raise ValueError("The evaluations used different documents; measure all models on the same ones.")
+    windows = {evaluation.sequence_length for evaluation in (*arm, *baseline)}
+    if len(windows) > 1:
+        lengths = " and ".join(map(str, sorted(windows)))
+        raise ValueError(f"The evaluations have windows of {lengths} tokens; measure all models with the same.")
     table, other = (
         np.array([[document.loss for document in evaluation.documents] for evaluation in side])
         for side in (arm, baseline)

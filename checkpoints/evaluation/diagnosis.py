@@ -30,6 +30,7 @@ from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.format.staging import require_writable, staged_file
 from parscale.hooks.stream_losses import stream_losses
 from parscale.streams.sets import StreamSet
+from parscale.streams.state import find_state
 
 # Thresholds of the mean correlation of token losses, above which streams are said to differ hardly, or little. Models
 # that are trained apart correlate by 0.94 (`benchmarks/results/evidence.md`, "average of 2"): the same tokens are hard.
@@ -209,7 +210,7 @@ def diagnose(
         ValueError: no streams are active, a number is out of range, a share is wanted of streams that do not share
             keys, or no document has three tokens.
     """
-    state = getattr(model, "parscale", None)
+    state = find_state(model)
     if state is None or state.active is None or state.active.num_streams == 1:
         raise ValueError(
             "No streams are active (or P is 1), so there is nothing to compare; choose a set of two or more."

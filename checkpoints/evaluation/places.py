@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.text_loss import (
@@ -28,7 +27,8 @@ from parscale.checkpoints.evaluation.text_loss import (
     Window,
     checked_length,
     evaluating,
-    padded,
+    perplexity_of,
+    summed_losses,
     with_progress_bar,
 )
 from parscale.checkpoints.texts.documents import Document
@@ -88,7 +88,8 @@ def evaluate_places(
     batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     with evaluating(model), torch.inference_mode():
         for batch in with_progress_bar(batches, progress):
-            for window, loss in zip(batch, _losses(model, batch), strict=True):
+            losses = summed_losses(model, [(window.ids, window.first) for window in batch])
+            for window, loss in zip(batch, losses, strict=True):
                 key = (window.place, window.document)
                 sums.setdefault(key, []).append(loss)
                 counts[key] = counts.get(key, 0) + len(window.ids) - window.first
@@ -105,8 +106,7 @@ def evaluate_places(
         ]
         tokens = sum(document.tokens for document in by_document)
         loss = math.fsum(sum_ for index in found for sum_ in sums[place, index]) / tokens
-        perplexity = math.inf if loss > 700 else math.exp(loss)
-        result[place] = Evaluation(loss, perplexity, tokens, length, tuple(by_document))
+        result[place] = Evaluation(loss, perplexity_of(loss), tokens, length, tuple(by_document))
     return result
 
 
@@ -141,16 +141,3 @@ def _own_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     (bare,), (whole,) = (tokenizer(["a"], add_special_tokens=own)["input_ids"] for own in (False, True))
     at = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
     return list(whole[:at])
-
-
-def _losses(model: PreTrainedModel, batch: Sequence[_Scored]) -> list[float]:
-    """The summed loss of each window's scored tokens, in nats."""
-    input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
-    logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
-    sums = []
-    for row, window in enumerate(batch):  # one row at a time: a float32 copy of all logits may be large
-        predicted = logits[row, window.first - 1 : len(window.ids) - 1]
-        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
-        targets = input_ids[row, window.first : len(window.ids)].to(predicted.device)
-        sums.append(cross_entropy(predicted, targets, reduction="none").double().sum().item())
-    return sums

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,6 +22,7 @@ from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
 from parscale.config import PROMPT
 from parscale.methods import adaptive_streams
 from parscale.streams.passes import Adaptive
+from parscale.streams.state import find_state
 
 DEFAULT_SEQUENCE_LENGTH = 1024
 W = TypeVar("W")
@@ -114,7 +115,8 @@ def evaluate(
     ran = 0
     with evaluating(model), torch.inference_mode(), adapting(model, adaptive) as chooser:
         for batch in with_progress_bar(batches, progress):
-            for window, loss in zip(batch, _losses(model, [window.ids for window in batch]), strict=True):
+            losses = summed_losses(model, [(window.ids, 1) for window in batch])
+            for window, loss in zip(batch, losses, strict=True):
                 sums[window.document] += loss
                 counts[window.document] += len(window.ids) - 1
             if chooser is not None:
@@ -127,9 +129,8 @@ def evaluate(
         if counts[index]
     )
     loss = total / tokens
-    perplexity = math.inf if loss > 700 else math.exp(loss)
     mean = None if chooser is None else chooser.mean_of(ran, tokens)
-    return Evaluation(loss, perplexity, tokens, length, by_document, mean)
+    return Evaluation(loss, perplexity_of(loss), tokens, length, by_document, mean)
 
 
 def adapting(model: PreTrainedModel, threshold: float | None) -> AbstractContextManager[Adaptive | None]:
@@ -169,7 +170,7 @@ def text_positions(model: PreTrainedModel) -> tuple[float, int]:
     Prompts are embeddings in front of the text, and take positions as that does; prefixes lie before the first one.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    state: Any = getattr(model, "parscale", None)
+    state = find_state(model)
     streams = None if state is None else state.active
     taken = streams.config.prefix_length if streams is not None and streams.config.transform == PROMPT else 0
     return positions - taken, taken
@@ -200,17 +201,27 @@ def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
         yield ids[start : start + length]
 
 
-def _losses(model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
-    """Each window's summed loss, in nats."""
-    input_ids = padded(batch, model.device)  # (B, S)
+def summed_losses(model: PreTrainedModel, batch: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Each window's summed loss in nats, from its token `first` on.
+
+    Args:
+        model: a causal language model.
+        batch: the ids of each window, and `first`, the index of its first scored token, at least 1.
+    """
+    input_ids = padded([ids for ids, _ in batch], model.device)  # (B, S)
     logits = model(input_ids=input_ids, use_cache=False).logits  # (B, S, V)
     sums = []
-    for row, ids in enumerate(batch):  # one row at a time: a float32 copy of all logits may be large
-        predicted = logits[row, : len(ids) - 1]
+    for row, (ids, first) in enumerate(batch):  # one row at a time: a float32 copy of all logits may be large
+        predicted = logits[row, first - 1 : len(ids) - 1]
         predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
-        targets = input_ids[row, 1 : len(ids)].to(predicted.device)
+        targets = input_ids[row, first : len(ids)].to(predicted.device)
         sums.append(cross_entropy(predicted, targets, reduction="none").double().sum().item())
     return sums
+
+
+def perplexity_of(loss: float) -> float:
+    """`exp(loss)`; infinity if that is too large for a float."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 @contextmanager

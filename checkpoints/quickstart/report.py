@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
+from parscale.checkpoints.evaluation.controls import HELD_AGAINST
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
-QUICKSTART_CONTROLS = {
-    "frozen": ("untouched", "alone", "prefix", "long-prefix"),
-    "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone"),
+QUICKSTART_CONTROLS = {  # the quickstart trains no adapter
+    arm: tuple(baseline for baseline in HELD_AGAINST[arm] if baseline != "lora")
+    for arm in ("frozen", "streams-and-backbone")
 }
 """The baselines of the quickstart's two models with streams, by the names that `report.json` has for all of them."""
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-# Byte-order marks, and the encodings that remove them. The mark of UTF-32 begins like that of UTF-16.
+# Byte-order marks, and the encodings that remove them. The mark of UTF-32 begins like that of UTF-16. As in
+# scaling_laws/files.py: neither package imports the other.
 _ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from parscale.checkpoints.description import kind_of
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
 from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
@@ -36,7 +35,7 @@ def checkpoint_digest(name: str | NewModel) -> str:
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The files that loading a checkpoint reads, in a fixed order."""
-    if kind_of(checkpoint) == STREAMS_ONLY:
+    if checkpoint.kind() == STREAMS_ONLY:
         yield from _existing_files(checkpoint, STREAMS_CONFIG, STREAMS)
         backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
         if backbone is not None:

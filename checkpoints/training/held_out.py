@@ -21,6 +21,7 @@ from parscale.checkpoints.evaluation.against import (
 from parscale.checkpoints.evaluation.places import evaluate_places, holds_tokens_to_score
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
+from parscale.streams.state import find_state
 
 TRAINED, UNTOUCHED, UNTRAINED = "trained", "untouched", "untrained"
 NOT_TRAINED = {UNTOUCHED: "untouched backbone", UNTRAINED: "streams before training"}
@@ -64,7 +65,7 @@ def measure_untouched(
 ) -> dict[str, Places]:
     """The same of the backbone that a checkpoint has, without its streams."""
     model = load_any(checkpoint)
-    if hasattr(model, "parscale"):
+    if find_state(model) is not None:
         model.set_streams(None)
     return measure_places(model, tokenizer, texts, window, batch_size)
 

@@ -46,6 +46,7 @@ from parscale.checkpoints.training.training_data import Sources, TrainingData
 from parscale.checkpoints.versions import versions
 from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
+from parscale.streams.state import find_state
 from parscale.terminal.console import Terminal
 
 MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # how a launcher says it
@@ -125,7 +126,7 @@ def _train_in(
     if state.is_main_process:
         gc.collect()  # the model and its optimizer, which refer to each other
         torch.cuda.empty_cache()
-        _finish(run, checkpoint, settings, trained, command=command, name=name, start=start)
+        _finish(run, checkpoint, trained, command=command, name=name, start=start)
     state.wait_for_everyone()
     report = run.report()
     assert report is not None
@@ -175,7 +176,6 @@ def _run(
 def _finish(
     run: Run,
     checkpoint: str | NewModel,
-    settings: TrainSettings,
     trained: _Trained,
     *,
     command: str | None,
@@ -240,7 +240,8 @@ def _prepared(
         warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
 
     new = checkpoint if isinstance(checkpoint, NewModel) else None
-    active = model.parscale.active if hasattr(model, "parscale") else None
+    streams = find_state(model)
+    active = None if streams is None else streams.active
     rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
     run_settings = described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, Conv1D
 
 import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
-from parscale.checkpoints.description import PLAIN, describe, kind_of
+from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import load_any, require_language_model
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.compat.bitsandbytes import four_bits_with_gradients
-from parscale.format.folders import STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.folders import PLAIN, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 from parscale.streams.naming import part_of
@@ -39,7 +39,7 @@ def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
             )
         checkpoint.check()
         return
-    kind = kind_of(Checkpoint(checkpoint))
+    kind = Checkpoint(checkpoint).kind()
     if kind == STREAMS_ONLY and trains != STREAMS:
         raise ValueError(
             f"{checkpoint} holds streams only, so its backbone cannot be trained; add --freeze-backbone, or train a "
@@ -163,7 +163,7 @@ def _quantized(checkpoint: str, quantize: str, dtype: torch.dtype | None, option
 
 def _load_quantized(source: str, options: dict[str, Any]) -> Any:
     checkpoint = Checkpoint(source)
-    kind = kind_of(checkpoint)
+    kind = checkpoint.kind()
     if kind == PLAIN:
         return load_plain_model(checkpoint, AutoModelForCausalLM, **options)[0]
     if kind != STREAMS_ONLY:
@@ -171,7 +171,7 @@ def _load_quantized(source: str, options: dict[str, Any]) -> Any:
     backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
     if backbone is None:
         raise ValueError(f"{source} does not name its backbone, so it cannot be quantized.")
-    if kind_of(Checkpoint(backbone)) == STREAMS_ONLY:
+    if Checkpoint(backbone).kind() == STREAMS_ONLY:
         raise ValueError(f"The backbone {backbone} of {source} is itself a streams-only folder.")
     model = _load_quantized(backbone, options)
     if has_streams(model):

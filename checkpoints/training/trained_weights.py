@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from parscale.checkpoints.description import kind_of
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.training.new_model import NewModel
@@ -103,7 +102,7 @@ def put_together(checkpoint: str | NewModel, trained: Path, output: Path) -> Non
             f"The trained values of {name} do not fit into {dtype}, the dtype of {checkpoint}; save that checkpoint in "
             f"bfloat16 or float32 and train it again. The trained values are in float32 in {trained}."
         )
-    if not isinstance(checkpoint, NewModel) and kind_of(Checkpoint(checkpoint)) == STREAMS_ONLY:
+    if not isinstance(checkpoint, NewModel) and Checkpoint(checkpoint).kind() == STREAMS_ONLY:
         model.save_streams(output)
     else:
         model.save_pretrained(output)

@@ -44,7 +44,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
     if not path.is_dir():
         raise FileNotFoundError(f"There is no folder {path}; give the folder of a trained checkpoint.")
     checkpoint = Checkpoint(path)
-    kind = checkpoint.kind()
+    kind = checkpoint.kind_with_streams()
     if not (path / CARD).is_file():
         raise ValueError(f"{path} holds no {CARD}; write its model card first.")
     if kind == STREAMS_ONLY:

@@ -76,7 +76,7 @@ def join_streams(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     config = join_config(P, H)
     grid = (N * cdiv(H, config["BH"]),)
     x = last_contiguous(x)
-    launch(join_kernel, grid, x, joined, N, H, *x.stride()[:2], P=P, BP=power_of_2(P), **config)
+    launch(join_kernel, grid, x, joined, H, *x.stride()[:2], P=P, BP=power_of_2(P), **config)
     return joined
 
 

@@ -116,11 +116,10 @@ def finish_kernel(
         tl.store(p_out + o_n * H + o_h, b_out.to(p_out.dtype.element_ty), mask=m_h)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def join_kernel(
     p_x,
     p_joined,
-    N,
     H,
     s_xp,
     s_xn,

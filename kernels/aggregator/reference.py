@@ -21,6 +21,6 @@ def aggregator_reference(
     innermost = stream_innermost(hidden, weight2.shape[0])  # (B, S, H*P)
     inner = nn.functional.silu(nn.functional.linear(innermost.to(weight1.dtype), weight1, bias1))  # (B, S, H)
     logits = nn.functional.linear(inner, weight2, bias2)  # (B, S, P)
-    x = innermost.view(-1, *hidden.shape[-1:], weight2.shape[0]).permute(2, 0, 1)  # (P, B*S, H)
+    x = innermost.view(-1, hidden.shape[-1], weight2.shape[0]).permute(2, 0, 1)  # (P, B*S, H)
     mixed = aggregate(x, logits.flatten(0, 1), smoothing, impl="reference")  # (B*S, H)
     return mixed.unflatten(0, logits.shape[:2])

@@ -13,16 +13,16 @@ from __future__ import annotations
 import torch
 
 from parscale.kernels.causal_attention.merged import causal_attention_merged
-from parscale.kernels.compat import flash_for_gpu
-from parscale.kernels.dispatch import Impl, autocast_dtype, transforms_are_active
+from parscale.kernels.compat import flash_for_gpu, functorch_transforms_are_active
+from parscale.kernels.dispatch import Impl, autocast_dtype
 from parscale.kernels.prefix import prepend
 
 HALVES = (torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256
 
 
-def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: Impl = "auto") -> bool:
-    """Whether `causal_attention` supports these tensors: whether torch's flash attention does, and is allowed.
+def flash_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, impl: Impl = "auto") -> bool:
+    """Whether torch's flash attention supports these tensors, so that `causal_attention` can run.
 
     On a CPU it supports every floating dtype; on CUDA and ROCm devices (compute capability 8 or more) float16 and
     bfloat16, with head sizes up to 256 that are multiples of 8. It does not run where `torch.nn.attention.sdpa_kernel`
@@ -32,12 +32,12 @@ def is_mergeable(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, im
         query: `(P*B, heads, S, D)`.
         key: `(P*B, G, S, D)`.
         value: `(P*B, G, S, D)`.
-        impl: as `kernels` in `wrap`; `"reference"` is never mergeable.
+        impl: as `kernels` in `wrap`; False for `"reference"`.
 
     Returns:
         Whether it supports them.
     """
-    if impl == "reference" or key.shape[-1] != value.shape[-1] or transforms_are_active():
+    if impl == "reference" or key.shape[-1] != value.shape[-1] or functorch_transforms_are_active():
         return False
     dtype, size = autocast_dtype(query), query.shape[-1]
     if not query.is_cpu and (not query.is_cuda or dtype not in HALVES or size % 8 or size > LARGEST_HEAD):
@@ -67,7 +67,7 @@ def causal_attention(
     """Each token attends to its stream's whole prefix and to the tokens up to and including itself.
 
     Args:
-        query: `(P*B, heads, S, D)`, stream-major rows; tensors that `is_mergeable` accepts.
+        query: `(P*B, heads, S, D)`, stream-major rows; tensors that `flash_supports` accepts.
         key: `(P*B, G, S, D)`; `heads` is a multiple of G (grouped queries).
         value: `(P*B, G, S, D)`.
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.

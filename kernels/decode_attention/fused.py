@@ -58,7 +58,7 @@ def part_programs(config: dict[str, int], queries: int, D: int, V: int, dtype: t
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every layer; a growing cache asks anew for each block
-def choose_splits(heads: int, blocks: int, places: int, most: int) -> int:
+def choose_splits(heads: int, blocks: int, places: int, most_splits: int) -> int:
     """The number of parts into which the sequence of each head is split.
 
     It minimizes the number of consecutive blocks, plus one for the start of each program. Several parts must save at
@@ -68,14 +68,14 @@ def choose_splits(heads: int, blocks: int, places: int, most: int) -> int:
         heads: key/value heads of all rows.
         blocks: number of blocks of tokens for each head.
         places: number of programs that the GPU holds at a time.
-        most: parts.
+        most_splits: the largest result.
     """
 
     def steps(splits: int) -> float:
         waves = cdiv(heads * splits, places)
         return waves * (cdiv(blocks, splits) + 1) * (1.1 if splits > 1 else 1.0)
 
-    return min(range(1, max(1, min(blocks, most)) + 1), key=steps)
+    return min(range(1, max(1, min(blocks, most_splits)) + 1), key=steps)
 
 
 def decode(
@@ -102,7 +102,8 @@ def decode(
     if out.numel() == 0:
         return out
     S = R // rows  # streams that share keys
-    plain = S - P if S > 1 else 0
+    plain = S - P if S > 1 else 0  # the first of them, without a prefix
+    B = R // P if S == 1 else rows  # rows of a stream; of streams that share keys, P leaves the plain ones out
     query, prefix_k, prefix_v = query.contiguous(), prefix_k.contiguous(), prefix_v.contiguous()
     key, value = last_contiguous(key), last_contiguous(value)
     length, sinks = (x if x is None else x.contiguous() for x in (length, sinks))
@@ -120,7 +121,7 @@ def decode(
         part_kernel,
         (rows * G, splits),
         *(query, key, value, prefix_k, prefix_v, mask, length, sinks, parts, lse),
-        *(R // P if S == 1 else rows, K, splits, float(scaling), *key.stride()[:3], *value.stride()[:3], *mask_strides),
+        *(B, K, splits, float(scaling), *key.stride()[:3], *value.stride()[:3], *mask_strides),
         G=G,
         n=n,
         S=S,

@@ -4,9 +4,9 @@ In kernels `b_x` is a value, `p_x` a pointer, `o_d` an offset, `m_d` a mask, `s_
 of a head, `BT` tokens, `BD` elements of a key and `BV` of a value. Logarithms are to base 2. Tensors without strides
 are contiguous. A pointer that is `None` means that an option is not used.
 
-Shapes: R = P*B rows, stream-major; G key/value heads of n queries each; K cached tokens; T prefix tokens; D, V sizes of
-a key and a value. S streams share the keys of a row: 1, if each has its own; otherwise all streams that run, of which
-the first PLAIN have no prefix. A program treats them as S*n queries of one head.
+Shapes: R rows, B for each stream, stream-major; G key/value heads of n queries each; K cached tokens; T prefix tokens;
+D, V sizes of a key and a value. S streams share the keys of a row: 1, if each has its own; otherwise all streams that
+run, of which the first PLAIN have no prefix. A program treats them as S*n queries of one head.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -151,10 +151,9 @@ def part_kernel(
     """One split of one key/value head of one row of keys.
 
     Writes `out (R*G*n, splits, V)`; with several splits also their log-sum-exp, `lse (R*G*n, splits)`, for
-    `merge_kernel`. `query` is `(R, G*n, D)`, `prefix_k` is `(P, G, T, D)`, without the PLAIN streams. B is the number
-    of rows with the same prefix and, if streams share keys, the number of rows of a stream. The mask covers the cache,
-    or prefix and cache if MASKED_PREFIX, for each head if HEADS. `length` is one number, or one for each row if
-    LENGTHS. With EARLY, the next kernel may start before this one has ended.
+    `merge_kernel`. `query` is `(R, G*n, D)`, `prefix_k` is `(P, G, T, D)` for the P streams that have a prefix. The
+    mask covers the cache, or prefix and cache if MASKED_PREFIX, for each head if HEADS. `length` is one number, or one
+    for each row if LENGTHS. With EARLY, the next kernel may start before this one has ended.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()

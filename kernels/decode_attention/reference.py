@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from parscale.kernels.dispatch import outside_autocast
-
-# Half-precision keys and values are converted to single precision in pieces of this many elements, which stay in the
-# cache of a processor and in the pool of its allocator.
-PIECE = 2**20
+from parscale.kernels.pieces import split_tokens, tokens_of_piece
 
 
 @outside_autocast
@@ -46,22 +41,17 @@ def decode_attention_reference(
     B, n = R // P, heads // G
     scaling = D**-0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
-    piece = None
-    if key.dtype != dtype and not torch.compiler.is_compiling():
-        piece = max(1, PIECE // (R * G * D))
-
-    def pieces(states: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
-        return (states,) if piece is None else states.split(piece, dim)
-
+    piece = tokens_of_piece(key, dtype)
     grouped = (query.to(dtype) * scaling).reshape(R * G, n, D)  # the queries of a key/value head as its rows
     of_prefix = torch.bmm(_by_stream(grouped, P, B, G), prefix_k.to(dtype).flatten(0, 1).mT)  # (P*G, B*n, T)
     scores = [_by_row(of_prefix, P, B, G)]
-    scores += [torch.bmm(grouped, keys.to(dtype).flatten(0, 1).mT) for keys in pieces(key, 2)]  # (R*G, n, K)
+    of_pieces = split_tokens(key, piece, 2)
+    scores += [torch.bmm(grouped, keys.to(dtype).flatten(0, 1).mT) for keys in of_pieces]  # each (R*G, n, K)
     if mask is not None:
         if mask.shape[1] != 1:
             mask = mask.expand(R, heads, 1, -1).reshape(R, G, n, -1)
         if mask.shape[-1] == K:
-            seen = pieces(mask, -1)
+            seen = split_tokens(mask, piece, -1)
             scores[1:] = [_masked(*pair, G) for pair in zip(scores[1:], seen, strict=True)]
     joined = torch.cat(scores, dim=-1)  # (R*G, n, T + K)
     if mask is not None and mask.shape[-1] != K:
@@ -70,7 +60,8 @@ def decode_attention_reference(
 
     of_prefix = torch.bmm(_by_stream(weights[..., :T], P, B, G), prefix_v.to(dtype).flatten(0, 1))  # (P*G, B*n, Dv)
     output = _by_row(of_prefix, P, B, G)  # (R*G, n, Dv)
-    for part, values in zip(pieces(weights[..., T:], -1), pieces(value, 2), strict=True):
+    products = zip(split_tokens(weights[..., T:], piece, -1), split_tokens(value, piece, 2), strict=True)
+    for part, values in products:
         output = output + torch.bmm(part, values.to(dtype).flatten(0, 1))
     return output.view(R, heads, 1, -1).to(query.dtype)
 

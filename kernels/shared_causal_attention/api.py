@@ -35,7 +35,7 @@ def shared_causal_attention(
 
     Args:
         query: `(P*B, heads, S, D)`, stream-major rows, of all streams or of those with a prefix; tensors that
-            `parscale.kernels.is_mergeable` accepts.
+            `parscale.kernels.flash_supports` accepts.
         key: `(B, G, S, D)`, of stream 0; `heads` is a multiple of G (grouped queries).
         value: `(B, G, S, D)`.
         prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.

@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from parscale.kernels.causal_attention.api import HALVES, is_mergeable
+from parscale.kernels.causal_attention.api import HALVES, flash_supports
 from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
 from parscale.kernels.dispatch import Impl, runs_fused, wants_gradients
 from parscale.kernels.shared_decode_attention.merged import shared_decode_merged
@@ -71,13 +71,13 @@ def shared_decode_attention(
             mask = real if mask is None else mask & real
         else:
             mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)
-    if mask is None and query.is_cpu and _is_mergeable(tensors, impl):
+    if mask is None and query.is_cpu and _can_merge_exactly(tensors, impl):
         return shared_decode_merged(*tensors, scaling)
     return shared_decode_reference(*tensors, mask, plain, scaling)
 
 
-def _is_mergeable(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:
+def _can_merge_exactly(tensors: tuple[torch.Tensor, ...], impl: Impl) -> bool:
     """Whether flash attention supports these tensors, without gradients, and without rounding before the merge."""
     query, key, value = tensors[:3]
     precise = query.dtype not in HALVES and all(x.dtype == query.dtype for x in tensors)
-    return precise and not wants_gradients(tensors) and is_mergeable(query, key, value, impl)
+    return precise and not wants_gradients(tensors) and flash_supports(query, key, value, impl)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 
-from parscale.kernels.decode_attention.reference import PIECE
 from parscale.kernels.dispatch import outside_autocast
+from parscale.kernels.pieces import split_tokens, tokens_of_piece
 
 
 @outside_autocast
@@ -40,13 +39,7 @@ def shared_decode_reference(
     (R, heads, _, D), (B, G, _, _), (Q, _, T, Dv) = query.shape, key.shape, prefix_v.shape
     P, n = R // B, heads // G
     dtype = torch.promote_types(query.dtype, torch.float32)
-    piece = None
-    if key.dtype != dtype and not torch.compiler.is_compiling():
-        piece = max(1, PIECE // (B * G * D))
-
-    def pieces(states: torch.Tensor, dim: int) -> Sequence[torch.Tensor]:
-        return (states,) if piece is None else states.split(piece, dim)
-
+    piece = tokens_of_piece(key, dtype)
     scaled = (query.to(dtype) * (D**-0.5 if scaling is None else scaling)).view(P, B, G, n, D)
     by_stream = scaled[P - Q :].transpose(1, 2).reshape(Q * G, B * n, D)
     of_prefix = torch.bmm(by_stream, prefix_k.to(dtype).flatten(0, 1).mT)  # (Q*G, B*n, T)
@@ -54,7 +47,8 @@ def shared_decode_reference(
     if plain:  # stream 0 has no prefix
         of_prefix = torch.cat([of_prefix.new_full((B, G, 1, n, T), -torch.inf), of_prefix], dim=2)
     grouped = scaled.permute(1, 2, 0, 3, 4).reshape(B * G, P * n, D)  # all queries of a key/value head
-    parts = [torch.bmm(grouped, keys.to(dtype).flatten(0, 1).mT) for keys in pieces(key, 2)]  # (B*G, P*n, K)
+    of_pieces = split_tokens(key, piece, 2)
+    parts = [torch.bmm(grouped, keys.to(dtype).flatten(0, 1).mT) for keys in of_pieces]  # each (B*G, P*n, K)
     of_cache = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(B, G, P, n, -1)
     if mask is not None:
         mask = mask.unflatten(1, (1, 1) if mask.shape[1] == 1 else (G, n))  # (B or 1, G or 1, n or 1, 1, K)
@@ -67,7 +61,7 @@ def shared_decode_reference(
     over_prefix = torch.bmm(by_stream, prefix_v.to(dtype).flatten(0, 1))  # (Q*G, B*n, Dv)
     over_prefix = over_prefix.view(Q, G, B, n, Dv).transpose(1, 2)  # (Q, B, G, n, Dv)
     grouped = weights[..., T:].view(B * G, P * n, -1)
-    products = zip(pieces(grouped, -1), pieces(value, 2), strict=True)
+    products = zip(split_tokens(grouped, piece, -1), split_tokens(value, piece, 2), strict=True)
     over_cache = (torch.bmm(part, values.to(dtype).flatten(0, 1)) for part, values in products)  # each (B*G, P*n, Dv)
     output = functools.reduce(torch.add, over_cache).view(B, G, P, n, Dv).permute(2, 0, 1, 3, 4)  # (P, B, G, n, Dv)
     with_prefix = output[P - Q :] + over_prefix

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention.cache_seam import attach_caches
 from parscale.attention.registered import AttentionConfig
-from parscale.compat.transformers import use_eager
+from parscale.compat.transformers import looks_up_attention, use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import TOKENS, inner_modules
@@ -176,4 +175,4 @@ def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:
 def _looks_up_attention(module: nn.Module) -> bool:
     if isinstance(module, PreTrainedModel) or not isinstance(module.__dict__.get("config"), PreTrainedConfig):
         return False
-    return any(hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
+    return looks_up_attention(type(module))

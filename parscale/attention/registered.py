@@ -36,7 +36,7 @@ from parscale.compat.transformers import (
     mask_functions,
 )
 from parscale.distributed.offloading import parameter_of
-from parscale.kernels import causal_attention, decode_attention, is_mergeable
+from parscale.kernels import causal_attention, decode_attention, flash_supports
 from parscale.kernels.prefix import prepend
 from parscale.streams.state import ParScaleState
 
@@ -251,7 +251,7 @@ def _by_own_functions(
         return decode_attention(*tensors, mask, length=length, scaling=scaling, impl=state.kernels)
     if mask is None and _is_causal(layer, kwargs):
         key, value = key[:, :, :S], value[:, :, :S]
-        if is_mergeable(query, key, value, state.kernels):
+        if flash_supports(query, key, value, state.kernels):
             return causal_attention(query, key, value, prefix_k, prefix_v, scaling=scaling)
     return None
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from parscale.attention.masks import Mask, last_queries_of_mask, rows_of_mask, visible_lengths_once
-from parscale.kernels import is_mergeable, shared_causal_attention, shared_decode_attention
+from parscale.kernels import flash_supports, shared_causal_attention, shared_decode_attention
 from parscale.kernels.decode_attention import fits_fused
 from parscale.streams.calls import Call
 from parscale.streams.passes import TwoPasses
@@ -125,9 +125,7 @@ class SharedLayers:
         if name is None:
             return None
         cache = arguments[name]
-        if isinstance(
-            cache, EncoderDecoderCache
-        ):  # decoders that could have an encoder; a layer here attends to tokens
+        if isinstance(cache, EncoderDecoderCache):  # of a decoder that also has cross-attention
             cache = cache.self_attention_cache
         arguments[name] = SharedCache(cache, self.streams.num_streams)
         return tuple(arguments.pop(name) for name in names), arguments
@@ -219,7 +217,7 @@ def attend_to_shared(
             options: Any = {"length": length, "scaling": kwargs.get("scaling"), "impl": state.kernels}
             output = shared_decode_attention(query, key, value, *prefix, mask, **options)
             return output.transpose(1, 2), None  # (R, 1, heads, Dv)
-        if S > 1 and mask is None and causal and is_mergeable(query, key, value, state.kernels):
+        if S > 1 and mask is None and causal and flash_supports(query, key, value, state.kernels):
             output = shared_causal_attention(
                 query, key[:, :, :S], value[:, :, :S], *prefix, scaling=kwargs.get("scaling")
             )

@@ -44,7 +44,7 @@ def spare_from_conversion(spared: Callable[[str], bool]) -> None:
 
 
 def _without_spared(
-    spared: Callable[[str], bool], rename: Callable[..., tuple[str, str | None]], rule: Any, name: str
+    spared: Callable[[str], bool], original: Callable[..., tuple[str, str | None]], rule: Any, name: str
 ) -> tuple[str, str | None]:
     """The name under a rule, and the pattern of it that matched, which is `None` if the rule does not apply."""
-    return (name, None) if spared(name) else rename(rule, name)
+    return (name, None) if spared(name) else original(rule, name)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-Extension = Callable[..., Any]  # takes the function, then its arguments
+Extension = Callable[..., Any]  # takes the original function, then its arguments
 
 
 def extend(owner: object, name: str, extension: Extension) -> None:
-    """Replaces a class's method or a module's function by `extension(function, *its_arguments)`, once."""
+    """Replaces a class's method or a module's function by `extension(original, *its_arguments)`, once."""
     function = getattr(owner, name)
     if not _is_extended(function):
         setattr(owner, name, _extended(function, extension))
@@ -26,7 +26,7 @@ def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_
     Args:
         owner: the module.
         name: name of the function.
-        extension: takes the function, then its arguments.
+        extension: takes the original function, then its arguments.
         apart_from: names of modules that keep the original function.
     """
     function = getattr(owner, name)

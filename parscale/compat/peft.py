@@ -83,10 +83,10 @@ def _refuse_adapters(error: IncompatibleVersionError, is_wrapped: Callable[[Any]
     """Makes every way to add an adapter in this version raise the error for a wrapped model."""
     message = str(error)
 
-    def refuse(function: Callable[..., Any], self: object, model: object, *args: Any, **kwargs: Any) -> Any:
+    def refuse(original: Callable[..., Any], self: object, model: object, *args: Any, **kwargs: Any) -> Any:
         if is_wrapped(model):
             raise IncompatibleVersionError(message)
-        return function(self, model, *args, **kwargs)
+        return original(self, model, *args, **kwargs)
 
     for name, method in ((MODEL, "__init__"), (MIXED_MODEL, "__init__"), (TUNER, "inject_adapter")):
         try:

@@ -325,8 +325,8 @@ def without_adapter() -> dict[str, str]:
     return {"subfolder": _NO_ADAPTER}
 
 
-def _find_adapter(find: Callable[..., str | None], *args: Any, **kwargs: Any) -> str | None:
-    return None if kwargs.get("subfolder") == _NO_ADAPTER else find(*args, **kwargs)
+def _find_adapter(original: Callable[..., str | None], *args: Any, **kwargs: Any) -> str | None:
+    return None if kwargs.get("subfolder") == _NO_ADAPTER else original(*args, **kwargs)
 
 
 def tensor_parallel(size: int, plan: dict[str, str] | None) -> Any:
@@ -403,7 +403,7 @@ _Steps = tuple[tuple[torch.Tensor, ...], ...]  # by token, then by layer
 
 
 def _split_behind_columns(
-    split: Callable[..., _Steps],
+    original: Callable[..., _Steps],
     outputs: _Steps,
     layers: tuple[torch.Tensor, ...],
     cur_len: int,
@@ -412,9 +412,9 @@ def _split_behind_columns(
 ) -> _Steps:
     count = _COLUMNS.get()
     if not count or not is_decoder_attention:
-        return split(outputs, layers, cur_len, added, is_decoder_attention)
-    before = split(outputs, tuple(layer[..., :count] for layer in layers), cur_len, added)
-    after = split(outputs, tuple(layer[..., count:] for layer in layers), cur_len, added, is_decoder_attention)
+        return original(outputs, layers, cur_len, added, is_decoder_attention)
+    before = original(outputs, tuple(layer[..., :count] for layer in layers), cur_len, added)
+    after = original(outputs, tuple(layer[..., count:] for layer in layers), cur_len, added, is_decoder_attention)
     steps = zip(before[len(outputs) :], after[len(outputs) :], strict=True)
     return outputs + tuple(tuple(torch.cat(both, -1) for both in zip(*step, strict=True)) for step in steps)
 

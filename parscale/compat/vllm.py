@@ -108,9 +108,9 @@ def before_inspection(check: Callable[[list[str], Any], None]) -> None:
         check: takes the architectures of the checkpoint and vLLM's configuration of the model, and raises an error.
     """
 
-    def inspect(own: Callable[..., Any], architectures: str | list[str], model_config: Any) -> Any:
+    def inspect(original: Callable[..., Any], architectures: str | list[str], model_config: Any) -> Any:
         check([architectures] if isinstance(architectures, str) else architectures, model_config)
-        return own(architectures, model_config)
+        return original(architectures, model_config)
 
     extend(needed(needed_module("vllm"), "ModelRegistry"), "inspect_model_cls", inspect)
 

@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
 class Sample:
     """Some tokens, and what a model says of them.
 
-    Args:
+    Attributes:
         ids: `(B, N)`.
         mask: `(B, N)`, 0 for padding in front.
         logits: `(B, N, V)`.

@@ -23,6 +23,7 @@ from parscale.config import PROMPT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument
 from parscale.streams.brief_runs import is_machine_error, one_line
+from parscale.streams.state import find_state
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,7 +32,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class CacheShape:
     """What a decoder keeps of each token, in every layer alike.
 
-    Args:
+    Attributes:
         layers: how many layers keep keys and values.
         copies: C.
         heads: G.
@@ -137,7 +138,8 @@ def cache_shape(model: Any) -> CacheShape:
         UnsupportedModelError: a layer keeps more than keys and values, or they have another shape than other layers'.
     """
     name = type(model).__name__
-    streams = model.parscale.active if hasattr(model, "parscale") else None
+    state = find_state(model)
+    streams = None if state is None else state.active
     if streams is not None and streams.config.transform == PROMPT:
         raise UnsupportedModelError(
             "Streams with transform='prompt' cannot be exported: the first step puts the prompt into the cache, and "

@@ -4,7 +4,7 @@ A checkpoint is a folder, or a repository on the Hugging Face Hub. There are thr
 
 - full: `config.json` with `parscale_n`, and `model.safetensors` or shards with their index
 - streams only: `parscale_config.json` and `streams.safetensors`
-- plain backbone: `config.json` without `parscale_n`; refused
+- plain backbone: `config.json` without `parscale_n`; refused where streams are loaded
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from parscale.format.working import working_folder
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
 BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second is relative to the folder
-FULL, STREAMS_ONLY = "full", "streams only"
+FULL, STREAMS_ONLY, PLAIN = "full", "streams only", "plain backbone"
 FORMAT_VERSION = 1  # of a streams-only folder
 TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is that of the backbone plus this suffix
 INFIX = "ParScale"  # in the name of a full checkpoint's class
@@ -72,24 +72,19 @@ class Checkpoint:
         return self.name if self.folder is None else str(self.folder)
 
     def kind(self) -> str:
-        """`"full"` or `"streams only"`.
+        """`FULL`, `STREAMS_ONLY` or `PLAIN`.
 
         Raises:
-            FileNotFoundError: it is empty, or there is no such repository.
-            ValueError: it is of neither kind.
+            FileNotFoundError: it is empty or of no kind, or there is no such repository.
+            ValueError: its `config.json` is damaged.
         """
         config = self.file(CONFIG)
-        fields = {} if config is None else read_json(config)
-        if NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX):
+        if config is not None and describes_streams(read_json(config)):
             return FULL
         if self.file(STREAMS_CONFIG) is not None:
             return STREAMS_ONLY
         if config is not None:
-            raise ValueError(
-                f"{self} is not a ParScale checkpoint but a plain model (model_type {fields.get('model_type')!r}): "
-                "parscale.wrap(AutoModelForCausalLM.from_pretrained(...)) or `parscale convert` gives it streams."
-                f"{self._cut_off()}"
-            )
+            return PLAIN
         if self.folder is None:
             raise FileNotFoundError(
                 f"There is no folder {self.name}, and the Hugging Face Hub has no such checkpoint or cannot be reached."
@@ -99,6 +94,23 @@ class Checkpoint:
         raise FileNotFoundError(
             f"{self} holds neither a {CONFIG} nor a {STREAMS_CONFIG}: it is not a checkpoint.{self._cut_off()}"
         )
+
+    def kind_with_streams(self) -> str:
+        """`FULL` or `STREAMS_ONLY`.
+
+        Raises:
+            FileNotFoundError: as in `kind`.
+            ValueError: it is a plain model, or its `config.json` is damaged.
+        """
+        kind = self.kind()
+        if kind == PLAIN:
+            model_type = self.read_json(CONFIG).get("model_type")
+            raise ValueError(
+                f"{self} is not a ParScale checkpoint but a plain model (model_type {model_type!r}): "
+                "parscale.wrap(AutoModelForCausalLM.from_pretrained(...)) or `parscale convert` gives it streams."
+                f"{self._cut_off()}"
+            )
+        return kind
 
     def file(self, name: str) -> Path | None:
         """The path of a file, which is fetched if the checkpoint is on the Hub; `None` if it does not exist.
@@ -249,6 +261,11 @@ def require_regular(path: Path) -> None:
         kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         what = kinds.get(stat.S_IFMT(mode), "a device")
         raise ValueError(f"{path} is {what}, which is not opened: a checkpoint holds regular files. Copy it again.")
+
+
+def describes_streams(fields: Mapping[str, Any]) -> bool:
+    """Whether the fields of a `config.json` are those of a model with streams."""
+    return NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX)
 
 
 def stream_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScaleConfig:

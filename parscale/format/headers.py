@@ -29,7 +29,7 @@ _BYTES = {
 class StoredTensor:
     """A tensor in a file.
 
-    Args:
+    Attributes:
         file: the safetensors file.
         dtype: as the format writes it (`"F32"`).
         shape: of the tensor.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from parscale.compat.conversion import stored_name
 from parscale.config import FIELDS, ParScaleConfig
@@ -57,20 +56,14 @@ def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Stor
 def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors of a set by their released names in the model."""
     state: ParScaleState = model.parscale
-    names = {_stored_name(model, name, stored): name for name in state.names(make_set(state, DEFAULT, config))}
+    released = state.names(make_set(state, DEFAULT, config))
+    names = {name if name in stored else stored_name(model, name): name for name in released}
     values = {}
     for file in {tensor.file for tensor in stored.values()}:
         with safe_open(file, "pt") as tensors:
             for name in (name for name, tensor in stored.items() if tensor.file == file):
                 values[names.get(name, name)] = tensors.get_tensor(name)
     return values
-
-
-def _stored_name(model: PreTrainedModel, name: str, stored: Iterable[str]) -> str:
-    """The name of a tensor in a file: some classes save their modules under other names."""
-    if name in stored:
-        return name
-    return stored_name(model, name)
 
 
 @torch.inference_mode(False)  # loaded tensors can be trained
@@ -88,7 +81,7 @@ def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: st
         OSError: a folder or a file does not exist or cannot be read.
     """
     checkpoint = Checkpoint(path_or_repo)
-    if checkpoint.kind() == FULL:
+    if checkpoint.kind_with_streams() == FULL:
         raise ValueError(f"{checkpoint} has its own backbone: load_streams reads folders written by save_streams.")
     fields = checkpoint.read_json(STREAMS_CONFIG)
     streams, stored = read_streams(checkpoint)

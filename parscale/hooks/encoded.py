@@ -22,7 +22,7 @@ SEQUENCES = (tuple, list)  # torch 2.9 cannot trace isinstance(x, tuple | list)
 class Mark:
     """Which streams made the rows of a tensor.
 
-    Args:
+    Attributes:
         name: the name of the set of streams.
         num_streams: P.
         by_source: the tensor is `(B, S, P, ...)`, one entry for each source; otherwise `(P*B, S, ...)`, stream-major.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from parscale.compat.accelerate import extend_prepare
-from parscale.streams.state import ParScaleState
+from parscale.streams.state import find_state
 
 
 def keep_texts_whole() -> None:
@@ -20,21 +20,18 @@ def keep_texts_whole() -> None:
     extend_prepare(_prepare)
 
 
-def _prepare(prepare: Callable[..., Any], self: Any, *objects: Any, **kwargs: Any) -> Any:
+def _prepare(original: Callable[..., Any], self: Any, *objects: Any, **kwargs: Any) -> Any:
     config = self.parallelism_config
     if config is not None and (config.cp_enabled or config.sp_enabled) and any(map(_runs_streams, objects)):
         raise ValueError(
             "Context and sequence parallelism cut a text over devices, and the streams' prefixes stand before all of "
             "it: set cp_size and sp_size to 1, and shard the model by FSDP2 or ZeRO-3 in their place."
         )
-    return prepare(self, *objects, **kwargs)
+    return original(self, *objects, **kwargs)
 
 
 def _runs_streams(prepared: object) -> bool:
     """Whether it is a model with more than one stream, also inside an adapter."""
     modules = prepared.modules() if isinstance(prepared, nn.Module) else ()
-    states = (getattr(module, "parscale", None) for module in modules)
-    return any(
-        isinstance(state, ParScaleState) and state.active is not None and state.active.num_streams > 1
-        for state in states
-    )
+    active = [state.active for module in modules if (state := find_state(module)) is not None]
+    return any(streams is not None and streams.num_streams > 1 for streams in active)

@@ -15,7 +15,7 @@ from typing import Any
 from parscale.compat.accelerate import hook_of
 from parscale.compat.trl import extend_reference
 from parscale.distributed.parallel import is_sharded
-from parscale.streams.state import ALIVE, ParScaleState
+from parscale.streams.state import ALIVE, ParScaleState, find_state
 
 
 class _NameOfWrapped(str):
@@ -29,19 +29,19 @@ def keep_reference() -> None:
     extend_reference(_name, _create)
 
 
-def _name(get_config_model_id: Callable[..., str], config: object) -> str:
-    name = get_config_model_id(config)
+def _name(original: Callable[..., str], config: object) -> str:
+    name = original(config)
     for state in ALIVE:
-        if getattr(state.model, "parscale", None) is state and state.model.config is config:
+        if find_state(state.model) is state and state.model.config is config:
             marked = _NameOfWrapped(name)
             marked.state = state
             return marked
     return name
 
 
-def _create(create_model_from_path: Callable[..., Any], model_id: str, *args: Any, **kwargs: Any) -> Any:
+def _create(original: Callable[..., Any], model_id: str, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(model_id, _NameOfWrapped) or model_id.state.active is None:
-        return create_model_from_path(model_id, *args, **kwargs)
+        return original(model_id, *args, **kwargs)
     model = model_id.state.model
     if is_sharded(model):
         raise ValueError(

@@ -32,7 +32,7 @@ TOKENS = 2  # in each row of a brief run
 class Parts:
     """The parts of a model that get P*B rows.
 
-    Args:
+    Attributes:
         backbone: its rows are copied and mixed.
         encoder: of an encoder-decoder model: its rows are copied.
         towers: parallel encoders of other inputs; their rows are copied and mixed too.

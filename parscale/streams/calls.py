@@ -55,7 +55,7 @@ _OPEN: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("parsc
 class Call:
     """The current forward pass in this thread, or the last one.
 
-    Args:
+    Attributes:
         in_flight: the set that the pass runs with. `None`: the plain backbone, or no pass is running.
         trains: the set's parameters, and whether they are trainable; filled if layers are recomputed.
         part: the mixed part that runs: the backbone, or a tower.

@@ -22,7 +22,7 @@ LayerKeys = tuple[torch.Tensor, torch.Tensor, Any]  # keys and values (B, G, K, 
 class Adaptive:
     """Runs streams only on tokens where stream 0's prediction is uncertain.
 
-    Args:
+    Attributes:
         threshold: entropy of the prediction, in nats, above which they run.
         num_streams: P.
         ran: number of tokens on which all streams ran.
@@ -56,7 +56,7 @@ class Adaptive:
 class TwoPasses:
     """A call of the whole model with two passes of its backbone.
 
-    Args:
+    Attributes:
         streams: the set.
         kept: number of last positions that the caller wants; `None`: all.
         adaptive: where the streams run; `None`: everywhere.

@@ -21,7 +21,7 @@ class Hidden(NamedTuple):
 class AttentionLayer:
     """An attention layer that can have a prefix, and the shapes of its keys and values.
 
-    Args:
+    Attributes:
         name: its name in the model.
         module: the layer.
         key_heads: G.
@@ -56,7 +56,7 @@ class Linear:
 class Place:
     """The place of one parameter of a set of streams, and its properties.
 
-    Args:
+    Attributes:
         path: the module's name in the model.
         module: the module.
         name: of the parameter in the module, as in a checkpoint; sets other than the default one add their own name.

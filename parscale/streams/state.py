@@ -168,6 +168,12 @@ class ParScaleState:
 ALIVE: weakref.WeakSet[ParScaleState] = weakref.WeakSet()  # of all models, wrapped or copied
 
 
+def find_state(model: object) -> ParScaleState | None:
+    """The state of a wrapped model, also through adapters around it; `None` for anything else."""
+    state = getattr(model, "parscale", None)
+    return state if isinstance(state, ParScaleState) else None
+
+
 def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Any]:
     """A module's parameters by name, and its buffers, which a copy that is never trained has instead."""
     return dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))

@@ -160,7 +160,7 @@ def test_tasks_of_streams_only_and_plain_checkpoints(two_sets, backbone, capsys,
     assert [figures["parscale"]["num_streams"] for figures in (plain, off, on)] == [1, 1, 3]
 
 
-def test_text_figures_are_stamped_too(two_sets, text_file, capsys, tmp_path):
+def test_text_figures_are_stamped(two_sets, text_file, capsys, tmp_path):
     figures = measure(capsys, two_sets, "--data", text_file, "--output", tmp_path / "results.json")
     assert figures["parscale"] | {"versions": None} == {
         "checkpoint": str(two_sets),
@@ -246,7 +246,7 @@ def lm_eval(programs, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_stock_command_says_the_same(two_sets, capsys, lm_eval, own_tasks, tmp_path):
+def test_the_stock_lm_eval_command_gives_the_same_scores(two_sets, capsys, lm_eval, own_tasks, tmp_path):
     """`lm_eval --model hf` reads a full folder by its remote code."""
     tasks = ("next_line", "prose", "rest_of_line")
     finished = lm_eval(

@@ -45,7 +45,7 @@ def test_what_is_given_beside_it_counts_more(settings_of):
     assert (settings.tokens, settings.seed, settings.batch_size) == (1_000_000, 0, 64)
 
 
-def test_converts_by_it(backbone, tmp_path, capsys):
+def test_converts_by_a_recipe(backbone, tmp_path, capsys):
     assert run(["convert", str(backbone), str(tmp_path / "parallel"), "--recipe", "nd-lora", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["num_streams"], report["transform"], report["rank"], report["seed"]) == (4, "lora", 16, 42)

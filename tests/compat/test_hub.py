@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from parscale.compat import hub as compat
 
 
-def test_it_is_one_class_of_the_client_that_is_no_error_of_the_system():
+def test_no_answer_is_one_class_of_the_client_that_is_no_error_of_the_system():
     found = [base for base in HfHubHTTPError.__bases__ if not issubclass(base, OSError)]
     assert found == [compat.NO_ANSWER]
     assert issubclass(compat.NO_ANSWER, Exception)
@@ -18,7 +18,7 @@ def test_it_is_one_class_of_the_client_that_is_no_error_of_the_system():
 
 
 @pytest.mark.parametrize("error", [HfHubHTTPError, RepositoryNotFoundError])
-def test_an_answer_that_refuses_is_an_error_of_the_system_too(error):
+def test_an_answer_that_refuses_is_an_error_of_the_client_and_of_the_system(error):
     """By which the two are told apart."""
     assert issubclass(error, OSError)
     assert issubclass(error, compat.NO_ANSWER)

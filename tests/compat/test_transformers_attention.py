@@ -11,6 +11,12 @@ from parscale.compat import transformers as compat
 from parscale.errors import IncompatibleVersionError
 
 
+@pytest.fixture
+def bloom():
+    """A layer without the table of all models, whose file makes distance biases."""
+    return transformers.models.bloom.modeling_bloom.BloomAttention
+
+
 def test_functions_that_anybody_registers_are_seen():
     def ours(*args, **kwargs):
         """An attention function."""
@@ -85,14 +91,22 @@ def test_a_view_is_copied_with_what_it_views(copied):
     assert (type(view), view._attn_implementation, view.vocab_size) == (View, "xeager", 7)
 
 
-def test_where_attention_is_looked_up(make):
+def test_where_attention_is_looked_up(make, bloom):
     assert compat.looks_up_attention(type(make().model.layers[0].self_attn))
-    bloom = transformers.models.bloom.modeling_bloom.BloomAttention
     assert not compat.looks_up_attention(bloom)
+
+
+def test_a_file_without_an_eager_function(bloom):
     assert compat.eager_attention(bloom) is None
+
+
+def test_distance_biases_grow_with_the_position(bloom):
     biases = compat.alibi_function(bloom)(torch.ones(1, 3, dtype=torch.long), 2, dtype=torch.float32)
     slopes = biases.flatten()[1::3]
     torch.testing.assert_close(biases.view(2, 3), slopes[:, None] * torch.arange(3))
+
+
+def test_a_layer_without_distance_biases_is_refused(make):
     with pytest.raises(IncompatibleVersionError, match="build_alibi_tensor, which the installed transformers"):
         compat.alibi_function(type(make().model.layers[0].self_attn))
 

@@ -19,7 +19,7 @@ def printed(notebook):
 
 
 @pytest.mark.nightly
-def test_it_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3").execute(cwd=str(tmp_path))
@@ -28,7 +28,7 @@ def test_it_runs(tmp_path, monkeypatch):
     assert len(outputs(notebook, "display_data") + outputs(notebook, "execute_result")) == 2
 
 
-def test_it_is_stored_with_what_it_showed():
+def test_the_notebook_is_stored_with_what_it_showed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

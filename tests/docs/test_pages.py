@@ -81,7 +81,7 @@ def test_the_command_is_understood(page, line):
     command.make_parser(context).parse_args(repeat_list_options(words, command.params))
 
 
-def test_there_are_commands():
+def test_pages_show_more_than_20_commands():
     assert len(WRITTEN) > 20
 
 

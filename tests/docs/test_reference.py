@@ -96,6 +96,17 @@ def entries(section):
     return found
 
 
+def test_fields_are_described_as_attributes():
+    """Of all dataclasses and named tuples, also those that are not public."""
+    folders = [REFERENCE.parents[1] / name for name in ("parscale", "kernels", "checkpoints", "scaling_laws")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.rglob("*.py")]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    made_of = {node: " ".join(map(ast.unparse, (*node.decorator_list, *node.bases))) for node in classes}
+    with_fields = [node for node, words in made_of.items() if re.search(r"\b(dataclass|NamedTuple)\b", words)]
+    assert len(with_fields) > 50
+    assert [node.name for node in with_fields if "Args" in sections(ast.get_docstring(node))] == []
+
+
 def tree(found):
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(found))).body
     return node

@@ -1,4 +1,4 @@
-"""What many tests do with a model."""
+"""Calls of models: logits, `generate`, one stream chosen, with fixed greedy options."""
 
 import torch
 

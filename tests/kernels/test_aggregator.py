@@ -60,7 +60,7 @@ def test_against_float64(size, dtype, device, poisoned, assert_as_exact):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("S", [pytest.param(3, marks=pytest.mark.nightly), 17])
-def test_without_gradients_the_same(S, device, poisoned):
+def test_the_result_is_the_same_without_gradients(S, device, poisoned):
     *tensors, _ = inputs(3, 2, S, 24, SINGLE, device)
     with torch.no_grad():
         found = aggregator(*tensors, 0.1, impl="fused")

@@ -8,7 +8,7 @@ import torch
 from scripts import load_script
 from torch._subclasses import FakeTensorMode
 
-from parscale.kernels import causal_attention, causal_attention_reference, is_mergeable
+from parscale.kernels import causal_attention, causal_attention_reference, flash_supports
 from parscale.kernels.causal_attention.api import _flash_runs
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def test_under_compile(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
 
     def asks_first(query, key, value, *prefix, scaling):
-        assert is_mergeable(query, key, value)
+        assert flash_supports(query, key, value)
         assert _flash_runs(query.device)
         return causal_attention(query, key, value, *prefix, scaling=scaling)
 
@@ -130,7 +130,7 @@ def test_shapes_by_torchs_own_description_of_the_operators():
 
 
 def test_which_tensors_it_takes(monkeypatch):
-    def mergeable(major=9, allowed=True, built=True, D=64, value_size=None, impl="auto", autocast=None, **options):
+    def supported(major=9, allowed=True, built=True, D=64, value_size=None, impl="auto", autocast=None, **options):
         dtype, device = options.get("dtype", torch.bfloat16), options.get("device", "cuda")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
         monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: allowed)
@@ -139,37 +139,37 @@ def test_which_tensors_it_takes(monkeypatch):
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: autocast)
         with FakeTensorMode():
             query, value = (torch.empty(2, 2, 3, size, dtype=dtype, device=device) for size in (D, value_size or D))
-            return is_mergeable(query, query, value, impl)
+            return flash_supports(query, query, value, impl)
 
-    assert mergeable()
-    assert mergeable(dtype=torch.float16, D=256)
-    assert mergeable(device="cpu", dtype=torch.float64, D=7)
-    assert not mergeable(impl="reference")
-    assert not mergeable(impl="reference", device="cpu")
-    assert not mergeable(value_size=32)  # latent attention
-    assert not mergeable(dtype=torch.float32)
-    assert mergeable(dtype=torch.float32, autocast=torch.bfloat16)
-    assert not mergeable(D=20)
-    assert not mergeable(D=264)
-    assert not mergeable(major=7)
-    assert not mergeable(built=False)  # torch for Windows
-    assert mergeable(built=False, device="cpu")
-    assert not mergeable(allowed=False)
-    assert not mergeable(allowed=False, device="cpu")
-    assert not mergeable(device="meta")
+    assert supported()
+    assert supported(dtype=torch.float16, D=256)
+    assert supported(device="cpu", dtype=torch.float64, D=7)
+    assert not supported(impl="reference")
+    assert not supported(impl="reference", device="cpu")
+    assert not supported(value_size=32)  # latent attention
+    assert not supported(dtype=torch.float32)
+    assert supported(dtype=torch.float32, autocast=torch.bfloat16)
+    assert not supported(D=20)
+    assert not supported(D=264)
+    assert not supported(major=7)
+    assert not supported(built=False)  # torch for Windows
+    assert supported(built=False, device="cpu")
+    assert not supported(allowed=False)
+    assert not supported(allowed=False, device="cpu")
+    assert not supported(device="meta")
 
 
 def test_leaves_transforms_to_torchs_own():
     """They differentiate any number of times, forward and backward."""
-    mergeable = []
+    supported = []
     query, key, value, *_ = inputs()
-    torch.func.grad(lambda x: (mergeable.append(is_mergeable(x, key, value)), x.sum())[1])(query)
-    torch.func.vmap(lambda x: (mergeable.append(is_mergeable(x[None], key, value)), x)[1])(query)
-    assert mergeable == [False, False]
-    assert is_mergeable(query, key, value)
+    torch.func.grad(lambda x: (supported.append(flash_supports(x, key, value)), x.sum())[1])(query)
+    torch.func.vmap(lambda x: (supported.append(flash_supports(x[None], key, value)), x)[1])(query)
+    assert supported == [False, False]
+    assert flash_supports(query, key, value)
 
 
-def test_the_yardstick_is_the_same_attention():
+def test_the_baseline_is_the_same_attention():
     for own, other in zip(
         *(gradients(each, inputs()) for each in (square_attention, causal_attention_reference)), strict=True
     ):
@@ -179,10 +179,10 @@ def test_the_yardstick_is_the_same_attention():
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_errors_in_half_precision(dtype):
     """As on a GPU below, on this machine's flash attention."""
-    errors_beside_those_of_the_yardstick(inputs(P=4, B=1, S=300, T=48, D=64, dtype=dtype))
+    errors_beside_those_of_the_baseline(inputs(P=4, B=1, S=300, T=48, D=64, dtype=dtype))
 
 
-def errors_beside_those_of_the_yardstick(tensors):
+def errors_beside_those_of_the_baseline(tensors):
     """Mean errors against float64, of the output and each gradient, beside those of torch's flash attention."""
     exact = gradients(causal_attention_reference, [x.cpu().double() for x in tensors])
     own, theirs = gradients(causal_attention, tensors), gradients(square_attention, tensors)
@@ -199,5 +199,5 @@ def errors_beside_those_of_the_yardstick(tensors):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_on_a_gpu(dtype, size):
     tensors = [x.cuda() for x in inputs(**{"P": 4, "S": 300, "T": 48, "D": 64, "dtype": dtype} | size)]
-    assert is_mergeable(*tensors[:3])
-    errors_beside_those_of_the_yardstick(tensors)
+    assert flash_supports(*tensors[:3])
+    errors_beside_those_of_the_baseline(tensors)

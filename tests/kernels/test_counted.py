@@ -147,7 +147,7 @@ def test_every_size_has_the_shared_memory_that_it_takes(benchmark, target):
         assert part.part_shared(config, queries, D, V, dtype, gpu) <= gpu.most_shared, (queries, D, V, dtype)
 
 
-def test_python_of_decode_attention(benchmark, monkeypatch):
+def test_decode_attention_makes_at_most_40_python_calls(benchmark, monkeypatch):
     """What a layer's step calls in Python before its two launches, with the mask and the length of a static cache."""
     monkeypatch.setattr("parscale.kernels.dispatch._interpreted", lambda: True)
     sizes = ((8, 16, 1, 96), (8, 2, 256, 96), (8, 2, 256, 96), (8, 2, 48, 96), (8, 2, 48, 96))
@@ -173,7 +173,7 @@ def test_python_of_decode_attention(benchmark, monkeypatch):
 
 @pytest.mark.parametrize("H", [1536, 2560])
 @some_or_all("rows", [*range(1, 600), *range(600, 2048, 7), *range(2048, 16385, 64)], 16384)
-def test_no_number_of_rows_is_a_cliff(benchmark, rows, H):
+def test_counted_time_grows_smoothly_with_rows(benchmark, rows, H):
     """At every number the counted time is at most twice the floor, and at the next one it is not much longer."""
     roofline = benchmark("roofline")
     shares = [roofline.aggregator(8, N, H)["of_floor"] for N in rows]

@@ -1,13 +1,12 @@
 """Attention of one new token over prefix and cache, against one softmax over both in float64."""
 
-import importlib
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from parscale.kernels import decode_attention, shared_decode_attention
+from parscale.kernels import decode_attention, pieces, shared_decode_attention
 
 INF = float("inf")
 BIAS = 5.0  # of keys
@@ -144,8 +143,7 @@ def test_pieces_change_nothing(dtype, monkeypatch):
     shape = Shape(2, 2, 2, 2, 16, 16, 5, 33)
     inputs, mask = tensors(shape, dtype), make_mask("boolean", shape)
     whole = decode_attention(*inputs, mask)
-    module = importlib.import_module("parscale.kernels.decode_attention.reference")
-    monkeypatch.setattr(module, "PIECE", 7 * shape.P * shape.B * shape.G * shape.D)
+    monkeypatch.setattr(pieces, "PIECE", 7 * shape.P * shape.B * shape.G * shape.D)
     if dtype == torch.float32:
         assert torch.equal(decode_attention(*inputs, mask), whole)
     else:  # sums in another order, in float32, then one rounding
@@ -159,7 +157,7 @@ def test_a_token_of_the_cache_with_more_numbers_than_a_piece(function, monkeypat
     if function is shared_decode_attention:  # whose cache has one row for all streams
         inputs = (inputs[0], *(x[:2] for x in inputs[1:3]), *inputs[3:])
     whole = function(*inputs, None)
-    monkeypatch.setattr(importlib.import_module(f"parscale.kernels.{function.__name__}.reference"), "PIECE", 1)
+    monkeypatch.setattr(pieces, "PIECE", 1)
     torch.testing.assert_close(function(*inputs, None), whole, rtol=0, atol=2**-7)
 
 

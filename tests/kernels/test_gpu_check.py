@@ -190,7 +190,7 @@ def test_no_figure_stands_in_for_a_baseline_that_failed(part, failing, ratios, g
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_tuning(tmp_path):
+def test_tune_script_runs_dry(tmp_path):
     """What ships is tried first, then others, which are right too; the host functions choose as before afterwards."""
     pytest.importorskip("triton")
     options = ("--dry-run", "--only", "N=1", "--output", str(tmp_path / "tune.json"))

@@ -12,7 +12,7 @@ KERNELS = Path(__file__).parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["not nightly", pytest.param("nightly", marks=pytest.mark.nightly)])
-def test_interpreted(when):
+def test_kernel_tests_pass_in_the_interpreter(when):
     """One process for all files: to import torch and transformers takes longer than many a test."""
     command = [
         sys.executable,

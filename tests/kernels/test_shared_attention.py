@@ -5,7 +5,7 @@ import torch
 from scripts import load_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from parscale.kernels import decode_attention, shared_causal_attention, shared_decode_attention
+from parscale.kernels import decode_attention, pieces, shared_causal_attention, shared_decode_attention
 from parscale.kernels.shared_causal_attention import shared_attention_reference
 
 square_attention = load_script("gpu_bench").square_attention
@@ -114,7 +114,7 @@ def by_squares(query, key, value, prefix_k, prefix_v):
     )
 
 
-def test_the_yardstick_is_the_same_attention():
+def test_the_baseline_is_the_same_attention():
     inputs = tensors(3, 2, 6, 2, 7, 7)
     torch.testing.assert_close(by_squares(*inputs), shared_attention_reference(*inputs), rtol=0, atol=1e-12)
 
@@ -210,11 +210,9 @@ def test_autocast_does_not_round_a_step():
 
 
 def test_half_precision_is_raised_in_pieces(monkeypatch):
-    from parscale.kernels.shared_decode_attention import reference
-
     inputs = [x.detach() for x in tensors(3, 2, 4, 2, 1, 50, torch.bfloat16)]
     whole = shared_decode_attention(*inputs, None)
-    monkeypatch.setattr(reference, "PIECE", 7 * 2 * 2 * D)
+    monkeypatch.setattr(pieces, "PIECE", 7 * 2 * 2 * D)
     torch.testing.assert_close(shared_decode_attention(*inputs, None), whole, rtol=0, atol=2**-7)
 
 

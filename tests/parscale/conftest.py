@@ -38,7 +38,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 class Family:
     """A family of models.
 
-    Args:
+    Attributes:
         name: of its classes, as in `LlamaConfig`.
         options: of its configuration, beside the common ones.
         common: the common options.

@@ -19,13 +19,13 @@ def seen(monkeypatch):
 
     def note(name, function):
         def noted(*args, **kwargs):
-            told.append((name, kwargs.get("impl", args[3] if name == "is_mergeable" else None)))
+            told.append((name, kwargs.get("impl", args[3] if name == "flash_supports" else None)))
             return function(*args, **kwargs)
 
         return noted
 
     for module, name in (
-        ("attention.registered", "is_mergeable"),
+        ("attention.registered", "flash_supports"),
         ("attention.registered", "decode_attention"),
         ("streams.aggregator", "aggregate"),
     ):
@@ -54,7 +54,7 @@ def test_every_operation_is_told(impl, seen, zoo):
     seen.clear()  # of the trial when it was wrapped
     steps(model, ids)
     layers = model.config.num_hidden_layers
-    prompt, token = [("is_mergeable", impl)] * layers, [("decode_attention", impl)] * layers
+    prompt, token = [("flash_supports", impl)] * layers, [("decode_attention", impl)] * layers
     assert seen == [*prompt, ("aggregate", impl), *token, ("aggregate", impl)]
 
 
@@ -64,7 +64,7 @@ def test_the_trial_of_a_whole_model_compiles_no_kernel(impl, seen, zoo):
     assert {told for _, told in seen} == {"reference"}
 
 
-def test_the_numbers_are_the_same(zoo, tmp_path):
+def test_both_implementations_give_the_same_logits(zoo, tmp_path):
     family, ids = zoo.FAMILIES["llama"], zoo.token_ids()
     models = [make(zoo, impl) for impl in IMPL]
     models[0].save_pretrained(tmp_path / "full")

@@ -43,7 +43,7 @@ def snapshot(model):
     }
 
 
-def test_it_is_the_same_object_of_the_same_class(family, zoo):
+def test_wrap_returns_the_same_object_of_the_same_class(family, zoo):
     model = family.plain()
     before, forward = type(model), model.forward
     wrapped = parscale.wrap(model, 2, prefix_length=3, init="random")

@@ -15,7 +15,7 @@ SAYS = {
 }
 
 
-def test_there_are_three():
+def test_every_notebook_is_tested():
     assert {path.name for path in FOLDER.glob("*.ipynb")} == set(SAYS)
 
 

@@ -42,7 +42,7 @@ STARTS_WITHIN, ANSWERS_WITHIN = 180, 60  # seconds
 class Server:
     """A running server.
 
-    Args:
+    Attributes:
         url: without a path.
         model: the name by which requests ask for the model.
         log: the file with all that the server printed.

@@ -41,7 +41,7 @@ NAMES = {
     },
     "cached_attention.py": {
         "Sequences": {"attn_metadata": METADATA},
-        "FlashCache": {"attn_metadata": [METADATA[1]]},
+        "PagedFlashAttention": {"attn_metadata": [METADATA[1]]},
     },
     "shared_attention.py": {"SharedKeys": {"attn_metadata": METADATA}},
     "shared_models.py": {

@@ -90,7 +90,7 @@ def requests_of(serving, kv):
 
 @pytest.mark.parametrize(("kv", "cached"), [("own", [80, 144]), ("shared", [64, 128])])  # behind 16 slots, or none
 @torch.no_grad()
-def test_answers_are_the_same(make_folder, serving, found, kv, cached):
+def test_answers_are_those_of_transformers(make_folder, serving, found, kv, cached):
     model = parscale.load(make_folder("Qwen2", 4, kv=kv), dtype=torch.float32).eval()
     requests, found = requests_of(serving, kv), found[kv]
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"

@@ -298,7 +298,7 @@ def read_and_wrapped(make_folder, fill, tmp_path):
     return backbone, model
 
 
-def test_compressed_again(make_folder, fill, tmp_path):
+def test_a_compressed_model_is_saved_to_the_last_bit(make_folder, fill, tmp_path):
     """The folder holds the backbone's tensors to the last bit, and those of the streams."""
     backbone, model = read_and_wrapped(make_folder, fill, tmp_path)
     with torch.no_grad():

@@ -131,7 +131,7 @@ def test_an_answer_of_a_given_form(client):
     assert answer.choices[0].text in ("yes", "no")
 
 
-def test_the_prompt_again(client):
+def test_echo_returns_the_prompt_with_log_probabilities(client):
     """`echo`, with the log-probability of each of the user's tokens."""
     answer = complete(client, new=1, echo=True, logprobs=0)
     assert answer.choices[0].text.startswith(TEXT)

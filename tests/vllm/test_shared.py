@@ -168,7 +168,7 @@ def test_two_processes(folder, serving):
         ({"kv_cache_dtype": "fp8"}, "that share keys and values are served without --kv-cache-dtype fp8"),
     ],
 )
-def test_what_does_not_go_with_it(folder, serving, arguments, match):
+def test_settings_that_shared_keys_do_not_support_are_refused(folder, serving, arguments, match):
     with pytest.raises(ValueError, match=match), serving.engine(folder, **arguments):
         pass
 

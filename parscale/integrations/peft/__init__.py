@@ -20,6 +20,7 @@ from parscale.compat.peft import (
     extend_all,
 )
 from parscale.integrations.peft import files, lifecycle, rows
+from parscale.streams.state import find_state
 
 METHODS: Methods = {
     **{(cls, "__init__"): lifecycle.init for cls in (MODEL, MIXED_MODEL)},
@@ -50,4 +51,4 @@ FUNCTIONS: Functions = {
 
 def extend_peft() -> None:
     """Makes PEFT handle the streams of wrapped models, if it is installed."""
-    extend_all(METHODS, FUNCTIONS, lambda model: lifecycle.state_of(model) is not None)
+    extend_all(METHODS, FUNCTIONS, lambda model: find_state(model) is not None)

@@ -13,14 +13,15 @@ from parscale.format.folders import STREAMS_CONFIG, Checkpoint
 from parscale.format.saving import save_streams
 from parscale.format.stored_sets import load_into_active
 from parscale.integrations.peft.copies import adapters_on
-from parscale.integrations.peft.lifecycle import DEFAULT_ADAPTER, Method, state_of
+from parscale.integrations.peft.lifecycle import DEFAULT_ADAPTER, Method
 from parscale.streams.naming import is_of_streams
+from parscale.streams.state import find_state
 
 HUB = ("subfolder", "revision", "token", "cache_dir")
 
 
 def save_pretrained(
-    save_pretrained: Method,
+    original: Method,
     self: nn.Module,
     save_directory: str | os.PathLike[str],
     safe_serialization: bool = True,
@@ -30,7 +31,7 @@ def save_pretrained(
     **kwargs: Any,
 ) -> None:
     """Extends PEFT's method: also writes the active set of each adapter, as `save_streams` does."""
-    state = state_of(self)
+    state = find_state(self)
     adapters = adapters_on(state)
     if state is not None and adapters is not None:
         given = kwargs.get("state_dict")
@@ -43,14 +44,14 @@ def save_pretrained(
                 folder = save_directory if name == DEFAULT_ADAPTER else os.path.join(save_directory, name)
                 with adapters.using(name):
                     save_streams(state.model, folder, state_dict=_of_set(self, name, given))
-    save_pretrained(
+    original(
         self, save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
     )
 
 
 def _of_set(model: nn.Module, adapter_name: str, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
     """The values of an adapter's streams in a `state_dict`, by their names without adapters."""
-    state = state_of(model)
+    state = find_state(model)
     if state_dict is None or state is None or state.active is None:
         return None
     own = state.names(state.active)
@@ -58,7 +59,7 @@ def _of_set(model: nn.Module, adapter_name: str, state_dict: dict[str, Any] | No
 
 
 def load_adapter(
-    load_adapter: Method,
+    original: Method,
     self: nn.Module,
     model_id: str | os.PathLike[str],
     adapter_name: str,
@@ -66,20 +67,20 @@ def load_adapter(
     **kwargs: Any,
 ) -> Any:
     """Extends PEFT's method: also loads the streams that were saved with the adapter."""
-    result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    result = original(self, model_id, adapter_name, *args, **kwargs)
     _load_streams(self, model_id, adapter_name, kwargs)
     return result
 
 
-def hotswap_adapter(hotswap: Method, model: object, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+def hotswap_adapter(original: Method, model: object, path: str, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Extends PEFT's function: also loads the new adapter's streams."""
-    hotswap(model, path, adapter_name, *args, **kwargs)
+    original(model, path, adapter_name, *args, **kwargs)
     _load_streams(model, path, adapter_name, kwargs)
 
 
 def _load_streams(model: object, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
     """Loads the streams that were saved with an adapter, if there are any, into the adapter's copies."""
-    state = state_of(model)
+    state = find_state(model)
     adapters = adapters_on(state)
     if state is None or adapters is None:
         if os.path.exists(os.path.join(path, options.get("subfolder") or "", STREAMS_CONFIG)):
@@ -96,14 +97,14 @@ def _load_streams(model: object, path: str | os.PathLike[str], adapter_name: str
 
 
 def get_state_dict(
-    get: Method,
+    original: Method,
     model: nn.Module,
     state_dict: dict[str, Any] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Extends PEFT's function: adds the adapter's streams by their released names; accelerate saves it under FSDP."""
-    found: dict[str, Any] = get(model, state_dict, adapter_name, **kwargs)
+    found: dict[str, Any] = original(model, state_dict, adapter_name, **kwargs)
     names = _stream_names(model, adapter_name)
     if not names:
         return found
@@ -113,7 +114,7 @@ def get_state_dict(
 
 
 def set_state_dict(
-    set_state_dict: Method,
+    original: Method,
     model: nn.Module,
     state_dict: dict[str, Any],
     adapter_name: str = DEFAULT_ADAPTER,
@@ -123,10 +124,10 @@ def set_state_dict(
     root = _root(model)
     names = {root + released: name for released, name in _stream_names(model, adapter_name).items()}
     streams = {names[name]: value for name, value in state_dict.items() if name in names}
-    result = set_state_dict(
+    result = original(
         model, {name: value for name, value in state_dict.items() if name not in names}, adapter_name, **kwargs
     )
-    adapters = adapters_on(state_of(model))
+    adapters = adapters_on(find_state(model))
     if adapters is not None and streams:
         with adapters.using(adapter_name):  # released names mean the copies in use
             model.load_state_dict(streams, strict=False)
@@ -138,7 +139,7 @@ def _stream_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
     They are found by the tensors themselves, since some adapters wrap the modules that hold them.
     """
-    state = state_of(model)
+    state = find_state(model)
     adapters = adapters_on(state)
     if state is None or adapters is None or state.active is None:
         return {}
@@ -150,6 +151,6 @@ def _stream_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 def _root(model: nn.Module) -> str:
     """The prefix that PEFT adds to the names of the model under the adapters."""
-    base = state_of(model)
+    base = find_state(model)
     found = {id(module): name for name, module in model.named_modules()}
     return "" if base is None or base.model is model else f"{found[id(base.model)]}."

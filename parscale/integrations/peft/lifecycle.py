@@ -10,17 +10,11 @@ from torch import nn
 
 from parscale.integrations.peft.copies import AdapterStreams, adapters_on
 from parscale.integrations.peft.methods import AdapterConfig, check_method
-from parscale.streams.state import ParScaleState
+from parscale.streams.state import ParScaleState, find_state
 
 DEFAULT_ADAPTER = "default"
 
 Method = Callable[..., Any]
-
-
-def state_of(model: object) -> ParScaleState | None:
-    """The state of a wrapped model, also through adapters around it."""
-    state = getattr(model, "parscale", None)
-    return state if isinstance(state, ParScaleState) else None
 
 
 @contextlib.contextmanager
@@ -34,7 +28,7 @@ def _trainable_as_before(state: ParScaleState | None) -> Iterator[None]:
 
 
 def init(
-    init: Method,
+    original: Method,
     self: Any,
     model: object,
     peft_config: AdapterConfig,
@@ -43,11 +37,11 @@ def init(
     **kwargs: Any,
 ) -> None:
     """A model's first adapter gets the model's streams."""
-    state = state_of(model)
+    state = find_state(model)
     if state is not None:
         check_method(peft_config, _transforms(state))
     with _trainable_as_before(state):
-        init(self, model, peft_config, adapter_name, *args, **kwargs)
+        original(self, model, peft_config, adapter_name, *args, **kwargs)
     if state is not None:
         if "forward" in self.base_model.__dict__:  # the model's forward, without its hooks (ADAPTION_PROMPT)
             self.base_model.forward = state.model.__call__
@@ -60,14 +54,14 @@ def init(
 
 
 def add_adapter(
-    add_adapter: Method, self: nn.Module, adapter_name: str, peft_config: AdapterConfig, *args: Any, **kwargs: Any
+    original: Method, self: nn.Module, adapter_name: str, peft_config: AdapterConfig, *args: Any, **kwargs: Any
 ) -> None:
     """Another adapter starts from the streams in use."""
-    state = state_of(self)
+    state = find_state(self)
     if state is not None:
         check_method(peft_config, _transforms(state))
     with _trainable_as_before(state):
-        add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+        original(self, adapter_name, peft_config, *args, **kwargs)
     adapters = adapters_on(state)
     if adapters is not None:  # None inside __init__
         adapters.add(adapter_name, peft_config)
@@ -77,32 +71,30 @@ def _transforms(state: ParScaleState) -> set[str]:
     return {streams.config.transform for streams in state.sets.values() if streams.num_streams > 1}
 
 
-def inject_adapter(
-    inject_adapter: Method, self: Any, model: object, adapter_name: str, *args: Any, **kwargs: Any
-) -> None:
+def inject_adapter(original: Method, self: Any, model: object, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Also for layers that transformers' own `add_adapter` and mixtures of adapters insert."""
-    state = state_of(model)
+    state = find_state(model)
     with _trainable_as_before(state):
-        inject_adapter(self, model, adapter_name, *args, **kwargs)
+        original(self, model, adapter_name, *args, **kwargs)
     adapters = adapters_on(state)
     if adapters is not None:  # a mixture of other adapters, by add_weighted_adapter
         adapters.add(adapter_name, self.peft_config[adapter_name])
 
 
-def set_adapter(set_adapter: Method, self: nn.Module, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
+def set_adapter(original: Method, self: nn.Module, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
     """Activates the streams of the chosen adapter; of several, those of the first one."""
-    set_adapter(self, adapter_name, *args, **kwargs)
-    adapters = adapters_on(state_of(self))
+    original(self, adapter_name, *args, **kwargs)
+    adapters = adapters_on(find_state(self))
     if adapters is not None:
         inference = args[0] if args else kwargs.get("inference_mode", False)
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         adapters.activate(names[0] if names else None, trains=not inference)
 
 
-def delete_adapter(delete_adapter: Method, self: Any, adapter_name: Any) -> None:
+def delete_adapter(original: Method, self: Any, adapter_name: Any) -> None:
     """Removes the adapter's streams with it."""
-    delete_adapter(self, adapter_name)
-    adapters = adapters_on(state_of(self))
+    original(self, adapter_name)
+    adapters = adapters_on(find_state(self))
     if adapters is not None:
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             adapters.remove(name)
@@ -110,57 +102,57 @@ def delete_adapter(delete_adapter: Method, self: Any, adapter_name: Any) -> None
         adapters.activate(names[0] if names else None)
 
 
-def unload(unload: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def unload(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Restores the streams as they were before the first adapter."""
-    model, adapters = unload(self, *args, **kwargs), adapters_on(state_of(self))
+    model, adapters = original(self, *args, **kwargs), adapters_on(find_state(self))
     if adapters is not None:
         adapters.keep(None)
     return model
 
 
-def merge_and_unload(merge_and_unload: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def merge_and_unload(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Keeps the streams of the merged adapter."""
-    model, adapters = merge_and_unload(self, *args, **kwargs), adapters_on(state_of(self))
+    model, adapters = original(self, *args, **kwargs), adapters_on(find_state(self))
     if adapters is not None:
         names = args[2] if len(args) > 2 else kwargs.get("adapter_names")
         adapters.keep(names[0] if names else adapters.active)
     return model
 
 
-def prepare_for_kbit_training(prepare: Method, model: object, *args: Any, **kwargs: Any) -> Any:
+def prepare_for_kbit_training(original: Method, model: object, *args: Any, **kwargs: Any) -> Any:
     """Freezes only the backbone."""
-    with _trainable_as_before(state_of(model)):
-        return prepare(model, *args, **kwargs)
+    with _trainable_as_before(find_state(model)):
+        return original(model, *args, **kwargs)
 
 
 @contextlib.contextmanager
-def disable_adapter(disable_adapter: Method, self: Any) -> Iterator[None]:
+def disable_adapter(original: Method, self: Any) -> Iterator[None]:
     """In this block the streams are those before the first adapter."""
-    adapters = adapters_on(state_of(self))
-    with contextlib.nullcontext() if adapters is None else adapters.as_before(), disable_adapter(self):
+    adapters = adapters_on(find_state(self))
+    with contextlib.nullcontext() if adapters is None else adapters.as_before(), original(self):
         if adapters is not None and "forward" in self.__dict__:  # the model's forward, without its hooks
             self.forward = self.base_model.__call__
         yield
 
 
-def forward(forward: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
+def forward(original: Method, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces PEFT's method, which in older versions calls the model's `forward` without the model's hooks."""
-    return forward(self, *args, **kwargs) if state_of(self) is None else self.model(*args, **kwargs)
+    return original(self, *args, **kwargs) if find_state(self) is None else self.model(*args, **kwargs)
 
 
-def disable_adapter_layers(disable: Method, self: nn.Module) -> None:
+def disable_adapter_layers(original: Method, self: nn.Module) -> None:
     """Switches to the streams before the first adapter."""
-    disable(self)
+    original(self)
     _set_disabled(self, True)
 
 
-def enable_adapter_layers(enable: Method, self: nn.Module) -> None:
+def enable_adapter_layers(original: Method, self: nn.Module) -> None:
     """Switches to the streams of the active adapter."""
-    enable(self)
+    original(self)
     _set_disabled(self, False)
 
 
 def _set_disabled(tuner: object, disabled: bool) -> None:
-    adapters = adapters_on(state_of(tuner))
+    adapters = adapters_on(find_state(tuner))
     if adapters is not None:
         adapters.disabled = disabled

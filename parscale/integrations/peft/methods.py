@@ -21,7 +21,7 @@ class AdapterConfig(Protocol):
 class PeftMethod:
     """How a method of PEFT works with streams.
 
-    Args:
+    Attributes:
         refused: the reason why it does not.
         merges: PEFT can merge it into the backbone; the streams that it was trained with stay.
         keeps_outputs: it only adds to the output of a linear layer, so that the low-rank differences of

@@ -10,27 +10,27 @@ from torch import nn
 
 from parscale.compat.arguments import NO_ADAPTER, OF_ADAPTERS
 from parscale.integrations.peft.copies import adapters_on
-from parscale.integrations.peft.lifecycle import Method, state_of
+from parscale.integrations.peft.lifecycle import Method
 from parscale.integrations.peft.methods import method_of
-from parscale.streams.state import ParScaleState
+from parscale.streams.state import ParScaleState, find_state
 
 
-def get_prompt(get_prompt: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+def get_prompt(original: Method, self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
     """Extends PEFT's method: keys and values get one row per row of the cache, embeddings one per row of the batch."""
-    state = state_of(self)
+    state = find_state(self)
     if state is not None and state.active is not None and method_of(self.active_peft_config).fills_cache:
         batch_size = batch_size * state.active.cache_copies
-    return get_prompt(self, batch_size, *args, **kwargs)
+    return original(self, batch_size, *args, **kwargs)
 
 
 @contextlib.contextmanager
-def with_rows(enable: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+def with_rows(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Extends PEFT's method: its layers in the backbone get an entry for each of the P*B rows, stream-major."""
-    state = state_of(self)
+    state = find_state(self)
     P = 1 if state is None or state.active is None else state.active.num_streams
     given = {name: kwargs[name] for name in OF_ADAPTERS if kwargs.get(name) is not None}
     if state is None or P == 1 or not given:
-        with enable(self, *args, **kwargs):
+        with original(self, *args, **kwargs):
             yield
         return
     repeated = {name: list(rows) * P for name, rows in given.items()}
@@ -38,20 +38,20 @@ def with_rows(enable: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Ite
     outside = {name: [row for row in rows for _ in range(beams)] for name, rows in given.items()}
     streams = _streams_of_rows(state, given.get("adapter_names"))
     around, together = _outside_backbone(state, self, outside), state.calls.in_one_batch()
-    with streams, enable(self, *args, **kwargs | repeated), around, together:
+    with streams, original(self, *args, **kwargs | repeated), around, together:
         yield
 
 
 @contextlib.contextmanager
-def with_tasks(manage: Method, self: nn.Module, task_ids: Any) -> Iterator[None]:
+def with_tasks(original: Method, self: nn.Module, task_ids: Any) -> Iterator[None]:
     """Extends Poly's method in the same way for the tasks of the rows, `(B,)`."""
-    state = state_of(self)
+    state = find_state(self)
     if task_ids is None or state is None or state.active is None:
-        with manage(self, task_ids):
+        with original(self, task_ids):
             yield
         return
     repeated = task_ids.repeat(state.active.num_streams)  # (P*B,)
-    with manage(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}), state.calls.in_one_batch():
+    with original(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}), state.calls.in_one_batch():
         yield
 
 

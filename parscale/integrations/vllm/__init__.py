@@ -25,7 +25,7 @@ def register() -> None:
 
     import parscale.auto  # makes transformers read full checkpoints  # noqa: F401
     from parscale.format.architectures import architectures_in_checkpoints, causal_lm_in_checkpoints
-    from parscale.integrations.vllm.refusal import refuse
+    from parscale.integrations.vllm.refusal import register_refused
 
     reason = None
     if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
@@ -36,8 +36,11 @@ def register() -> None:
     served = set() if reason else {causal_lm_in_checkpoints(name) for name in FAMILIES}
     known = architectures_in_checkpoints()
     for architecture in known - served:
-        other = f"vLLM serves {', '.join(FAMILIES)} with streams, but this checkpoint is {architecture}"
-        refuse(architecture, reason or f"{other}: `transformers serve --trust-remote-code` serves any language model.")
+        other = (
+            f"vLLM serves {', '.join(FAMILIES)} with streams, but this checkpoint is {architecture}: "
+            "`transformers serve --trust-remote-code` serves any language model."
+        )
+        register_refused(architecture, reason or other)
     if served:
         from parscale.integrations.vllm.startup import refuse_terratorch, serve
 

@@ -53,8 +53,8 @@ class Sequences(NamedTuple):
         )
 
 
-class CpuCache(CPUAttentionBackendImpl):
-    """The cache in plain order, `(blocks, G, size, 2*D)`."""
+class PagedCpuAttention(CPUAttentionBackendImpl):
+    """vLLM's attention on CPUs, with a cache in plain order, `(blocks, G, size, 2*D)`, which torch can read."""
 
     def planned(self, attn_metadata: AttentionMetadata) -> Sequences:
         """The requests of a step."""
@@ -114,8 +114,8 @@ def _pages(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return torch.stack([head.index_select(0, blocks) for head in kv_cache.unbind(1)])
 
 
-class FlashCache(FlashAttentionImpl):
-    """vLLM's flash attention, which returns its log-sum-exp when it is asked to."""
+class PagedFlashAttention(FlashAttentionImpl):
+    """vLLM's flash attention over its paged cache, with its log-sum-exp."""
 
     def planned(self, attn_metadata: AttentionMetadata) -> Sequences:
         """The requests of a step, with what vLLM planned for the layer's number of heads."""

@@ -9,8 +9,8 @@ from torch import nn
 from vllm import ModelRegistry
 
 
-def refuse(architecture: str, reason: str) -> None:
-    """Makes vLLM stop at startup with a reason for checkpoints of this architecture.
+def register_refused(architecture: str, reason: str) -> None:
+    """Registers an architecture as one for whose checkpoints vLLM stops at startup, with a reason.
 
     Otherwise vLLM would look for a way to run the model that ignores its streams.
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
-from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache, Sequences
+from parscale.integrations.vllm.cached_attention import PagedCpuAttention, PagedFlashAttention, Sequences
 from parscale.integrations.vllm.rows import StreamRows
 from parscale.integrations.vllm.windows import SeparatePrefix, attend_to_prefix, backend_for
 from parscale.kernels.compat import flash_for_cpu
@@ -26,7 +26,7 @@ from parscale.kernels.flash import flash
 if TYPE_CHECKING:
     from parscale.compat.vllm import AttentionMetadata
 
-Parts = tuple[torch.Tensor, torch.Tensor]  # of an attention: the mixture (N, heads, D), the log-sum-exp (heads, N)
+OutputAndLse = tuple[torch.Tensor, torch.Tensor]  # (N, heads, D), (heads, N)
 
 
 def shared_backend(own: type[Any]) -> type[Any]:
@@ -43,11 +43,11 @@ class SharedKeys(SeparatePrefix):
 
     served = "Streams that share keys and values are served"
     rows: StreamRows
-    prefix: Parts
+    prefix: tuple[nn.Parameter, nn.Parameter]  # keys and values, (P - 1, G, T, D) each
     num_heads: int
     num_kv_heads: int
     scale: float
-    attend: Callable[[torch.Tensor, torch.Tensor, Sequences], Parts]
+    attend: Callable[[torch.Tensor, torch.Tensor, Sequences], OutputAndLse]
     planned: Callable[[AttentionMetadata], Sequences]
 
     def share(self, rows: StreamRows, prefix_k: nn.Parameter, prefix_v: nn.Parameter) -> None:
@@ -97,7 +97,9 @@ class SharedKeys(SeparatePrefix):
         self.merge(out_others.flatten(1, 2), learned, learned_lse, mixed.flatten(1, 2), lse.flatten(0, 1))
         return output
 
-    def _attend_together(self, query: torch.Tensor, kv_cache: torch.Tensor, sequences: Sequences) -> Parts:
+    def _attend_together(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Several streams of each token, `(N, Q, heads, D)`, as queries of the same key heads.
 
         Returns:
@@ -128,10 +130,10 @@ class SharedKeys(SeparatePrefix):
         output.copy_(mixed.to(share.dtype).lerp(learned.to(share.dtype), share))
 
 
-class SharedCpuImpl(SharedKeys, CpuCache):
+class SharedCpuImpl(SharedKeys, PagedCpuAttention):
     """By torch's flash attention, on keys and values that are gathered from the cache."""
 
-    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, sequences: Sequences) -> Parts:
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, sequences: Sequences) -> OutputAndLse:
         """A request at a time, or all at once where each has one query."""
         if sequences.max_query == 1:
             B = sequences.lengths.shape[0]
@@ -189,7 +191,7 @@ class SharedCpuBackend(CPUAttentionBackend):
         return SharedCpuImpl
 
 
-class SharedFlashImpl(SharedKeys, FlashCache):
+class SharedFlashImpl(SharedKeys, PagedFlashAttention):
     """By vLLM's flash attention, and its kernel that merges."""
 
     def merge(

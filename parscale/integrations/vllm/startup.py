@@ -57,7 +57,7 @@ def refuse_terratorch(architectures: Collection[str]) -> None:
 
     def check(names: list[str], model_config: ModelConfig) -> None:
         is_ours = not set(names).isdisjoint(architectures)
-        _refuse({"--model-impl terratorch": is_ours and model_config.model_impl == "terratorch"})
+        _require_none({"--model-impl terratorch": is_ours and model_config.model_impl == "terratorch"})
 
     before_inspection(check)
 
@@ -88,7 +88,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     config = model.hf_config
     checkpoint = checkpoint_of(vllm_config)
-    _refuse({"--model-impl transformers": model.model_impl == "transformers"})
+    _require_none({"--model-impl transformers": model.model_impl == "transformers"})
     name, fields = getattr(config, SET_NAME, DEFAULT), checkpoint.read_json(CONFIG)
     _check_overrides(checkpoint, fields, config)
     streams, further = _chosen_set(checkpoint, fields, name)
@@ -145,7 +145,7 @@ def _prepare_shared(vllm_config: VllmConfig) -> None:
     """For streams that share keys: their classes, and how a worker learns what each request asks for."""
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     is_v2 = vllm_config.use_v2_model_runner
-    _refuse(
+    _require_none(
         {
             "--speculative-config with shared keys and values": vllm_config.speculative_config is not None,
             "--enable-dbo": vllm_config.parallel_config.use_ubatching,
@@ -299,11 +299,15 @@ def _check_settings(vllm_config: VllmConfig) -> None:
         "dual chunk attention": getattr(model.hf_config, "dual_chunk_attention_config", None) is not None,
         "a scale of the cache for each head": isinstance(scheme, dict) and scheme.get("strategy") == "attn_head",
     }
-    _refuse(refused)
+    _require_none(refused)
 
 
-def _refuse(settings: Mapping[str, bool]) -> None:
-    """Refuses the settings that are given."""
+def _require_none(settings: Mapping[str, bool]) -> None:
+    """Raises an error if any of the settings is given.
+
+    Raises:
+        ValueError: some are; it names them.
+    """
     given = [name for name, is_given in settings.items() if is_given]
     if given:
         raise ValueError(f"Models with parallel streams are served without {' and '.join(given)}: leave it out.")

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from parscale.compat.vllm import CPUAttentionBackend, FlashAttentionBackend, merge_attn_states
-from parscale.integrations.vllm.cached_attention import CpuCache, FlashCache
+from parscale.integrations.vllm.cached_attention import PagedCpuAttention, PagedFlashAttention
 
 if TYPE_CHECKING:
     from parscale.compat.vllm import AttentionMetadata
@@ -62,7 +62,7 @@ class SeparatePrefix:
             raise ValueError(f"{self.served} without --kv-cache-dtype fp8: leave it out.")
 
 
-class WindowCpuImpl(SeparatePrefix, CpuCache):
+class WindowCpuImpl(SeparatePrefix, PagedCpuAttention):
     """The keys that a request sees are gathered behind the prefix.
 
     `prefix` is set by the layer: keys and values `(P, G, T, D)`.
@@ -106,7 +106,7 @@ class WindowCpuBackend(CPUAttentionBackend):
         return WindowCpuImpl
 
 
-class WindowFlashImpl(SeparatePrefix, FlashCache):
+class WindowFlashImpl(SeparatePrefix, PagedFlashAttention):
     """Cache and prefix separately, merged by their log-sum-exp.
 
     `prefix` is set by the layer: keys and values `(P, G, T, D)`.

@@ -1,8 +1,9 @@
-"""`compare` against the paired t interval by hand, and against how often it covers the truth."""
+"""`compare` against scipy's paired t interval, and against how often it covers the truth."""
 
 import random
 
 import pytest
+from scipy.stats import ttest_rel
 
 from parscale.checkpoints.evaluation.comparison import compare
 from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
@@ -14,13 +15,14 @@ def evaluation(losses, names=None, sequence_length=32):
     return Evaluation(0.0, 1.0, 10 * len(losses), sequence_length, documents)
 
 
-def test_the_interval_by_hand():
-    # differences -1, -2, -3: mean -2, standard deviation 1, error 1/sqrt(3), t(2 degrees, 95 %) = 4.302653
-    result = compare(evaluation([4.0, 3.0, 2.0]), evaluation([5.0, 5.0, 5.0]))
-    assert result.difference == pytest.approx(-2.0)
-    assert result.low == pytest.approx(-2.0 - 4.302653 / 3**0.5, rel=1e-6)
-    assert result.high == pytest.approx(-2.0 + 4.302653 / 3**0.5, rel=1e-6)
-    assert (result.documents, result.improved, result.confidence) == (3, 3, 0.95)
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_is_the_paired_t_interval(confidence):
+    losses, others = [4.0, 3.0, 5.5], [5.0, 5.0, 5.0]
+    result = compare(evaluation(losses), evaluation(others), confidence=confidence)
+    expected = ttest_rel(losses, others).confidence_interval(confidence)
+    assert result.difference == pytest.approx((-1.0 - 2.0 + 0.5) / 3)
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
+    assert (result.documents, result.improved, result.confidence) == (3, 2, confidence)
 
 
 def test_pairing_removes_what_documents_have_in_common():
@@ -41,7 +43,7 @@ def test_covers_the_truth_as_often_as_it_says():
     ("other", "message"),
     [
         (evaluation([1.0, 2.0], names=["a", "b"]), "different documents"),
-        (evaluation([1.0, 2.0], sequence_length=16), "windows of 32 and 16 tokens"),
+        (evaluation([1.0, 2.0], sequence_length=16), "windows of 16 and 32 tokens"),
     ],
 )
 def test_refuses_what_cannot_be_paired(other, message):

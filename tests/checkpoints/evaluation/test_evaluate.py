@@ -9,7 +9,7 @@ from small_models import small_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from parscale import wrap
-from parscale.checkpoints.evaluation.text_loss import evaluate
+from parscale.checkpoints.evaluation.text_loss import evaluate, perplexity_of
 
 VOCABULARY = 64
 DOCUMENTS = [
@@ -66,6 +66,11 @@ def test_losses_are_those_of_single_predictions(model, sequence_length, batch_si
     assert result.loss == pytest.approx(sum(everything) / len(everything), rel=1e-9)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.sequence_length == (sequence_length or 128)
+
+
+def test_a_perplexity_that_is_too_large_for_a_float_is_infinite():
+    assert perplexity_of(2.0) == pytest.approx(7.389056)
+    assert perplexity_of(1e4) == math.inf
 
 
 def test_tokens_do_not_depend_on_the_windows(model):

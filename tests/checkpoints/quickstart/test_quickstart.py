@@ -20,7 +20,7 @@ from parscale.checkpoints.evaluation.controls import ARMS
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
 from parscale.checkpoints.quickstart import run as quickstart
-from parscale.checkpoints.quickstart.report import plot, quickstart_sentences
+from parscale.checkpoints.quickstart.report import QUICKSTART_CONTROLS, plot, quickstart_sentences
 from parscale.checkpoints.quickstart.run import CODE, QuickstartSettings, QuickstartTexts, run_quickstart
 from parscale.checkpoints.training.run_folder import Run
 
@@ -360,3 +360,10 @@ def test_training_reads_a_random_part_of_the_text(backbone, tmp_path, monkeypatc
         run_quickstart(tmp_path / "output", settings=settings, model_path=backbone, texts=TEXTS)
     assert read == [[quickstart.random_documents(TEXTS.train, 256, seed=0)]]
     assert len(read[0][0]) < len(TEXTS.train)
+
+
+def test_the_controls_are_those_that_the_quickstart_trains():
+    assert QUICKSTART_CONTROLS == {
+        "frozen": ("untouched", "alone", "prefix", "long-prefix"),
+        "streams-and-backbone": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone"),
+    }

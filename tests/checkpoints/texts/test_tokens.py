@@ -67,7 +67,7 @@ def test_every_command_names_a_tokenizer_of_another_model(other, prose, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_so_do_diagnosis_and_quickstart(other, tmp_path):
+def test_diagnosis_and_quickstart_name_a_tokenizer_of_another_model(other, tmp_path):
     documents = [("a", "some letters and more")]
     model = wrap(LlamaForCausalLM.from_pretrained(other), 2, prefix_length=2, init="random")
     with pytest.raises(ValueError, match=OTHER):
@@ -143,7 +143,7 @@ def test_every_command_names_the_row(backbone, tmp_path, capsys, arguments, endi
     assert sorted(os.listdir(tmp_path)) == [path.name]
 
 
-def test_so_is_the_row_of_a_dataset(monkeypatch):
+def test_the_row_of_a_dataset_is_named(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: [{"text": "fine"}, {"text": "\ud83d"}])
     with pytest.raises(ValueError, match=re.escape("wikitext, row 2: character 1 is '\\ud83d'")):
         list(open_source("wikitext"))

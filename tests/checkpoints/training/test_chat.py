@@ -143,7 +143,7 @@ def of_ours(tokenizer, rows, folder):
 
 
 @pytest.mark.parametrize("name", ["marked", *SPECIALS])
-def test_as_trl_reads_them(backbone, byte_tokenizer, tmp_path, name):
+def test_chats_are_read_as_trl_reads_them(backbone, byte_tokenizer, tmp_path, name):
     """TRL brings variants with marks of known templates without; ours are told by what turns add."""
     pytest.importorskip("trl")
     if name == "marked":

@@ -235,8 +235,7 @@ def test_a_turn_of_a_chat_reads_its_own_tokens_with_one_row(llama, zoo):
     assert turns[1] == [(zoo.B, 4), (zoo.B, 1)]
 
 
-def test_who_wants_more_gets_one_batch(llama, zoo):
-    """Hidden states, labels or gradients: of all streams at all positions."""
+def test_hidden_states_labels_index_tensors_and_gradients_run_all_streams_at_all_positions(llama, zoo):
     shapes, ids = rows_and_tokens(llama), zoo.token_ids()
     with torch.no_grad():
         llama(ids, logits_to_keep=1, output_hidden_states=True)

@@ -29,7 +29,7 @@ STEPS, ROWS, LENGTH = 4, 8, 9
 class Run:
     """One training run.
 
-    Args:
+    Attributes:
         backbone: its name.
         kind: `"plain"` (DDP where there are several processes), `"fsdp2"` or `"zero3"`.
         frozen: the backbone does not train.

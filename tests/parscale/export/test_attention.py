@@ -15,7 +15,7 @@ def tensors(heads=4, groups=2, queries=3, keys=7, size=8):
 
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_it_is_torchs_attention(scaling, additive):
+def test_grouped_attention_is_torchs_attention(scaling, additive):
     query, key, value = tensors()
     mask = torch.rand(2, 1, 3, 7, generator=torch.Generator().manual_seed(1)) > 0.5
     mask[..., 0] = True

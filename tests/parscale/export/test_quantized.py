@@ -129,7 +129,7 @@ def test_low_rank_differences_of_one_stream_are_not_quantized(saved, tmp_path):
     assert all(np.array_equal(after[name], onnx.numpy_helper.to_array(before[name])) for name in differences)
 
 
-def test_what_chooses_experts_is_found_by_its_name_too(tmp_path):
+def test_a_gate_module_that_chooses_experts_is_not_quantized(tmp_path):
     """HunYuan's is a `Gate` with a linear layer."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8, "vocab_size": 64}
     config = HunYuanMoEV1Config(num_hidden_layers=1, num_experts=5, moe_topk=2, max_position_embeddings=64, **sizes)

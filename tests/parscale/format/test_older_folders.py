@@ -53,6 +53,6 @@ def test_streams_only_on_a_model_that_is_loaded():
     compare(model, "streams")
 
 
-def test_its_own_code_reads_it():
+def test_a_full_folder_is_read_by_its_own_code():
     """The few lines of code in the folder import what is still there."""
     compare(AutoModelForCausalLM.from_pretrained(OLD / "full", trust_remote_code=True), "full")

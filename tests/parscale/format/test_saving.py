@@ -255,7 +255,7 @@ def test_class_names_of_the_released_kind(zoo, tmp_path):
         assert (config["architectures"], config["model_type"]) == ([name], f"{family}_parscale")
 
 
-def test_qwen2_is_written_for_the_released_code_too(zoo, tmp_path):
+def test_qwen2_is_written_for_the_released_code(zoo, tmp_path):
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e6}
     model = zoo.Case(zoo.FAMILIES["qwen2"], "sdpa").wrapped(2, rope_parameters=rope)
     model.save_pretrained(tmp_path)

@@ -156,7 +156,7 @@ def test_copies_and_pickles(llama, zoo):
 # -- adapted
 
 
-def test_adapters_have_copies_that_share_too(llama, zoo):
+def test_adapters_have_copies_that_share_keys(llama, zoo):
     peft = pytest.importorskip("peft")
     ids = zoo.token_ids()
     expected = exact_logits_of(zoo.share(llama), ids)

@@ -219,5 +219,6 @@ def test_a_missing_file_where_a_save_was_cut_off(wrapped, tiny, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"missing\. A save was cut off: move the files in .* to "):
             read()
     tiny().config.save_pretrained(tmp_path)
+    assert checkpoint.kind() == "plain backbone"
     with pytest.raises(ValueError, match=r"a plain model .* A save was cut off: move the files in .* to "):
-        checkpoint.kind()
+        checkpoint.kind_with_streams()

@@ -110,7 +110,7 @@ def test_what_does_not_go_through_the_backbone_is_refused(cls, reason, transform
         assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_a_second_set_is_tried_too():
+def test_a_second_set_is_tried():
     model = parscale.wrap(llama(RowsForEachStream), 1)
     with pytest.raises(UnsupportedModelError, match="returns logits"):
         model.add_streams("three", 3, prefix_length=2, init="random")

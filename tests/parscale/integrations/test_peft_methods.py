@@ -201,7 +201,7 @@ def test_a_model_without_a_head_runs_its_streams(llama, zoo, kind):
 
 
 @each
-def test_streams_train_with_it_and_are_switched_off_with_it(wrapped, zoo, kind):
+def test_streams_train_and_are_switched_off_with_an_adapter(wrapped, zoo, kind):
     if kind == "PVERA" and "generator" not in torch.randn_like.__doc__:
         pytest.skip("PVERA trains by a randn_like with a generator, which this torch does not take")
     ids, model = zoo.token_ids(), wrapped()
@@ -220,7 +220,7 @@ def test_streams_train_with_it_and_are_switched_off_with_it(wrapped, zoo, kind):
 
 
 @each
-def test_streams_are_saved_and_loaded_with_it(wrapped, zoo, tmp_path, kind):
+def test_streams_are_saved_and_loaded_with_an_adapter(wrapped, zoo, tmp_path, kind):
     if kind == "ADAMSS" and Version(peft.__version__) < Version("0.20"):
         pytest.skip("PEFT 0.19 does not load what it saves of it, without streams either")
     ids = zoo.token_ids()

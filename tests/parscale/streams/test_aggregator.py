@@ -44,7 +44,7 @@ def by_hand(module, hidden, smoothing):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_it_is_its_definition(smoothing):
+def test_the_aggregator_is_its_definition(smoothing):
     module, hidden = filled(smoothing), draw(P * B, S, H, seed=9)
     mixed = module(hidden)
     assert mixed.shape == (B, S, H)
@@ -136,7 +136,7 @@ def test_nothing_in_it_is_what_tools_take_for_a_layer_of_the_backbone():
     assert not any(isinstance(module, nn.Linear) for module in filled().modules())
 
 
-def test_it_starts_with_equal_weights():
+def test_the_aggregator_starts_with_equal_weights():
     module = Aggregator(P, H, 0.0, dtype=torch.float32, device=torch.device("cpu"))
     hidden = draw(P * B, S, H, seed=9, dtype=torch.float32)
     assert (module(hidden) - hidden.unflatten(0, (P, B)).mean(0)).abs().max() < 1e-6

@@ -1,6 +1,7 @@
 """Several sets of streams on one backbone, and what the members of a wrapped model report about them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from model_calls import choose_stream, logits_of
 from transformers import DynamicCache
 
 import parscale
+from parscale.streams.state import find_state
 
 TOLERANCE = 2e-5  # as in test_families.py
 FEW = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "deepseek_v3", "qwen3_next"], indirect=True)
@@ -31,6 +33,15 @@ def model(family, zoo):
     model.add_streams("one", 1)
     zoo.fill_streams(model, seed=3, name="two")
     return model
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_the_state_is_found_in_a_wrapped_model_alone(family):
+    model = family.wrapped()
+    assert find_state(model) is model.parscale
+    assert model.parscale.model is model
+    for other in (family.plain(), SimpleNamespace(parscale="a name of its own"), None):
+        assert find_state(other) is None
 
 
 @FEW
@@ -179,7 +190,7 @@ def test_a_cache_belongs_to_the_set_that_filled_it(model, family, zoo):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"], indirect=True)
-def test_so_does_a_cache_that_the_model_made_itself(model, family, zoo):
+def test_a_cache_that_the_model_made_belongs_to_its_set(model, family, zoo):
     ids = zoo.token_ids()
     with torch.no_grad():
         made = model(ids[:, :5], use_cache=True).past_key_values

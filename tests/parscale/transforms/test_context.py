@@ -182,7 +182,7 @@ def test_random_prefixes(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3_next"], indirect=True)
-def test_where_it_is_an_approximation_it_says_so(family, zoo):
+def test_a_context_start_that_is_an_approximation_warns(family, zoo):
     model, ids = family.plain(), zoo.token_ids()
     reason = "layers without keys and values" if family.family.attention_layers else "learned positions"
     with pytest.warns(UserWarning, match=f"{reason}.*approximation") as warned:

@@ -31,7 +31,7 @@ def options(family):
     return {"sliding_window": 64} if family.family.window is not None else {}  # text and input fit into it
 
 
-def test_it_is_one_of_three():
+def test_init_is_one_of_three():
     assert INITS == ("context", "documents", "random")
 
 
@@ -80,7 +80,7 @@ def test_no_text_is_longer_than_the_model_reads(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"], indirect=True)
-def test_sampled_texts_end_too(family, zoo):
+def test_sampled_texts_end_with_the_end_of_text_token(family, zoo):
     """They are the texts that "context" samples, but for the last token."""
     model = parscale.wrap(family.plain(), 3, prefix_length=T, init="documents", seed=4)
     context = parscale.wrap(family.plain(), 3, prefix_length=T, init="context", seed=4)

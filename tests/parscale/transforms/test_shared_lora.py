@@ -82,7 +82,7 @@ def test_stream_0_and_projections_of_keys_have_none(zoo):
 
 
 @torch.no_grad()
-def test_it_starts_as_the_backbone_and_its_cache_is_the_backbones(zoo):
+def test_shared_low_rank_streams_start_as_the_backbone_with_its_cache(zoo):
     backbone, ids = plain(zoo, "llama"), zoo.token_ids()
     model = parscale.wrap(plain(zoo, "llama"), 3, transform="lora", kv="shared", smoothing=0.0, seed=0)
     zoo.close(model(ids).logits, backbone(ids).logits, TOLERANCE)

@@ -57,7 +57,7 @@ def test_a_layer_that_makes_queries_too_is_left_alone(name, zoo):
     assert operations(model, ids)[0] == before
 
 
-def test_gradients_are_the_same(zoo):
+def test_gradients_are_those_of_projections_for_all_rows(zoo):
     models = [shared(zoo, "llama").double() for _ in range(2)]
     widen(models[1])
     for model in models:

@@ -45,7 +45,7 @@ DECODER = {
 class Kind:
     """A tiny model.
 
-    Args:
+    Attributes:
         model_type: of its configuration.
         options: of its configuration.
         positions: how tokens get theirs: `"given"` (an argument), `"alibi"`, `"length"` (the cache's), `"own"`.

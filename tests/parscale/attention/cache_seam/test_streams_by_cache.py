@@ -60,7 +60,7 @@ def test_where_reading_a_text_is_an_approximation_it_says_so(kind, zoo):
     assert logits_of(model, zoo.token_ids()).isfinite().all()
 
 
-def test_so_it_does_for_a_table_that_the_registry_seam_meets(zoo, kinds):
+def test_ctrl_warns_that_reading_a_text_is_an_approximation(zoo, kinds):
     """CTRL, whose table a negative position would read from its end."""
     ctrl = dataclasses.replace(
         kinds["gptj"],
