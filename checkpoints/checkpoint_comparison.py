@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from parscale.checkpoints.description import describe
 from parscale.checkpoints.evaluation.against import MIDDLES, Places, paired_entries
 from parscale.checkpoints.evaluation.places import evaluate_places
-from parscale.checkpoints.models import STREAMS_OFF, find_tokenizer, open_checkpoint, require_tokenizer
+from parscale.checkpoints.models import (
+    STREAMS_OFF,
+    find_tokenizer,
+    open_checkpoint,
+    require_merged,
+    require_tokenizer,
+    text_config,
+)
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode
+from parscale.config import PROMPT
 from parscale.streams.state import find_state
 
 TEXT = "the text"
@@ -41,7 +51,8 @@ def compare_checkpoints(
         For each of the others and each place an entry, as `parscale.checkpoints.evaluation.against.paired_entries`.
 
     Raises:
-        ValueError: a checkpoint is damaged, has another tokenization of the documents, or is the first one.
+        ValueError: a checkpoint is damaged, has another tokenization of the documents or too few positions, or is the
+            first one.
         OSError: there is no such checkpoint.
     """
     model, tokenizer, name = this
@@ -65,8 +76,16 @@ def compare_checkpoints(
                 raise ValueError(f"{name} has no streams to turn off; leave 'off' out of --against.")
             if model.parscale.active is None:
                 raise ValueError(f"The streams of {name} are off already; leave 'off' out of --against.")
-        elif encode(documents, require_tokenizer(find_tokenizer(other), other)) != encode(documents, tokenizer):
+            continue
+        require_merged(other)
+        positions = _positions(other)
+        if encode(documents, require_tokenizer(find_tokenizer(other), other)) != encode(documents, tokenizer):
             raise ValueError(f"{other} reads the text as other tokens than {name}, so their losses do not compare.")
+        if sequence_length > positions:
+            raise ValueError(
+                f"{other} has positions for {positions} tokens of text, and sequence_length is {sequence_length}; give "
+                f"at most {positions}, for all that are compared."
+            )
     measured = {name: places(model)}
     entries = []
     for other in dict.fromkeys(others):
@@ -79,6 +98,14 @@ def compare_checkpoints(
             del rival
         entries += paired_entries(name, other, TEXT, {key: measured[key] for key in (name, other)}, 0)
     return [{key: value for key, value in entry.items() if key not in ("tokens", "seeds")} for entry in entries]
+
+
+def _positions(checkpoint: str) -> float:
+    """How many tokens of text a checkpoint has positions for, infinity if it states none; no weight is read."""
+    what = describe(checkpoint)
+    taken: int = what["prefix_length"] if what["transform"] == PROMPT else 0
+    positions: float = getattr(text_config(checkpoint), "max_position_embeddings", None) or math.inf
+    return positions - taken
 
 
 def _place(checkpoint: str) -> str:

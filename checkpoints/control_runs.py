@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, unwrap
 from parscale.checkpoints.conversion.convert import calibration_ids
@@ -36,7 +36,7 @@ from parscale.checkpoints.evaluation.against import (
 from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
 from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
 from parscale.checkpoints.evaluation.text_loss import DEFAULT_SEQUENCE_LENGTH
-from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer
+from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer, text_config
 from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
 from parscale.checkpoints.texts.sources import open_sources
@@ -53,15 +53,15 @@ from parscale.checkpoints.training.held_out import (
     texts_to_measure,
 )
 from parscale.checkpoints.training.model_card import CARD
-from parscale.checkpoints.training.packing import documents_of
-from parscale.checkpoints.training.run_folder import CONTROLS, Run
+from parscale.checkpoints.training.packing import Encoder, documents_of
+from parscale.checkpoints.training.run_folder import CONTROLS, Run, read_object
 from parscale.checkpoints.training.run_result import card_of
 from parscale.checkpoints.training.settings import BACKBONE_RATE, LORA_RATE, STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
 from parscale.checkpoints.training.trainable_model import rank_with_parameters
+from parscale.checkpoints.training.training_data import Sources
 from parscale.config import LORA, OWN, PROMPT
-from parscale.format.folders import FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
-from parscale.format.pretrained import read_pretrained
+from parscale.format.folders import FULL, Checkpoint
 from parscale.format.staging import staged_file
 from parscale.format.working import working
 from parscale.streams.state import find_state
@@ -176,7 +176,7 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
         )
     if what["transform"] == LORA and settings.trains == STREAMS and importlib.util.find_spec("peft") is None:
         raise ValueError("Controls of low-rank streams are adapters, which need: pip install 'parscale[peft]'.")
-    backbone = _backbone_config(checkpoint)
+    backbone = text_config(checkpoint)
     if what["transform"] == PROMPT:
         length = settings.sequence_length if run is None else run["sequence_length"]
         _check_long_prompt(backbone, what["num_streams"], what["prefix_length"], length)
@@ -190,13 +190,6 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
             "Controls train in one process. Train without --controls first, then give the same command with --resume "
             "--controls and without torchrun."
         )
-
-
-def _backbone_config(checkpoint: str) -> Any:
-    folder, place = Checkpoint(checkpoint), checkpoint
-    if folder.kind_with_streams() == STREAMS_ONLY:
-        place = backbone_place(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
-    return read_pretrained(AutoConfig, place).get_text_config()
 
 
 def _check_long_prompt(backbone: Any, P: int, T: int, sequence_length: int | None) -> None:
@@ -280,24 +273,39 @@ def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, cons
     console = console or Terminal(stderr=True)
     tokenizer = require_tokenizer(find_tokenizer(checkpoint), checkpoint)
     texts = _texts(settings, tokenizer, run)
+    before = None
     if (output / CONTROLS).is_file():
-        before: dict[str, Any] = json.loads((output / CONTROLS).read_text(encoding="utf-8"))
+        before = read_object(output / CONTROLS, "remove it, and --resume --controls compares again")
         if before.get("texts_digest") == _digest(texts):
+            _rewrite_card(output, run, before)  # which may be that of the run alone again
             return before
     streams = _streams_of(checkpoint)
     equal_rank = None
     if streams.transform != LORA and run["trains"] == STREAMS:
         equal_rank = _equal_rank(checkpoint, run, console)
     controls = controls_of(streams, run, largest_rank=_largest_rank(checkpoint), equal_rank=equal_rank)
+    if any(Run(output / FOLDER / control.name).report() is None for control in controls):
+        _check_data(_settings_of(controls[0], settings, run), tokenizer, run, output)
     (output / FOLDER).mkdir(exist_ok=True)
     for control in controls:
         console.print(f"control: {control.title}", highlight=False)
         _train_control(control, checkpoint, output, settings, run, streams, tokenizer, console)
     report = _compare(controls, checkpoint, output, run, tokenizer, texts, settings)
-    with staged_file(output / CONTROLS) as beside:
+    _rewrite_card(output, run, report, before)
+    with staged_file(output / CONTROLS) as beside:  # last: until then the card of before is known
         beside.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _rewrite_card(output, run, report)
     return report
+
+
+def _check_data(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, run: Mapping[str, Any], output: Path
+) -> None:
+    """Refuses other data than the run's, before a control is trained on it."""
+    if Sources(settings).packed(Encoder(tokenizer), run["sequence_length"]).digest != run["data_digest"]:
+        raise ValueError(
+            f"The data is not, or no longer, what the run in {output} was trained on, so that its controls would read "
+            "other tokens; give the data that the run began with."
+        )
 
 
 def _streams_of(checkpoint: str) -> ParScaleConfig:
@@ -476,11 +484,14 @@ def verdicts(comparisons: list[dict[str, Any]], titles: Mapping[str, str]) -> li
     return result
 
 
-def _rewrite_card(output: Path, run: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """States the controls in the run's model card, unless somebody has changed that."""
+def _rewrite_card(
+    output: Path, run: Mapping[str, Any], report: Mapping[str, Any], before: Mapping[str, Any] | None = None
+) -> None:
+    """States the controls in the run's model card, unless somebody has changed that; `before` is what it may state."""
     card = output / CARD
-    if not card.is_file() or card.read_text(encoding="utf-8") != card_of(output, run):
+    stated = [{key: each[key] for key in ("comparisons", "controls")} for each in (before, report) if each]
+    *known, new = [card_of(output, {**run, **more}) for more in ({}, *stated)]
+    if not card.is_file() or card.read_text(encoding="utf-8") not in known:
         return
-    new = card_of(output, {**run, "comparisons": report["comparisons"], "controls": report["controls"]})
     with staged_file(card) as beside:
         beside.write_text(new or "", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 
 from parscale.config import LORA, OWN, ParScaleConfig
 from parscale.format.folders import (
+    ADAPTER_CONFIG,
     BACKBONE,
     CAUSAL_LM,
     CONFIG,
@@ -36,7 +37,8 @@ def describe(path_or_repo: str) -> dict[str, Any]:
 
     Returns:
         `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `backbone` (its class, type and name), the
-        configuration of the active streams, `dtype`, `parameters` by part, and `further_streams` by name.
+        configuration of the active streams, `dtype`, `parameters` by part, and `further_streams` by name. An adapter in
+        the same folder adds `adapter`, its type.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -60,6 +62,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         "backbone": _backbone(fields, kind),
         "active_streams": name,
         **describe_streams(streams),
+        **_adapter(checkpoint),
         "dtype": _dtype(tensors),
         "parameters": _parameters(tensors, streams.transform, fields.get("quantization_config")),
         "further_streams": {other: _further(checkpoint.inside(other)) for other in further},
@@ -82,6 +85,12 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if isinstance(saved, str) and not saved.endswith(CAUSAL_LM):
         name = saved.replace(INFIX, "", 1)
     return {"class": name, "model_type": model_type, "name": "in this folder"}
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, str]:
+    if checkpoint.file(ADAPTER_CONFIG) is None:
+        return {}
+    return {"adapter": str(checkpoint.read_json(ADAPTER_CONFIG).get("peft_type", "unknown"))}
 
 
 def describe_streams(streams: ParScaleConfig) -> dict[str, Any]:

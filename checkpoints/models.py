@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import load
 from parscale.format.architectures import class_named
-from parscale.format.folders import CONFIG, PLAIN, Checkpoint
+from parscale.format.folders import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    PLAIN,
+    STREAMS_CONFIG,
+    STREAMS_ONLY,
+    Checkpoint,
+    backbone_place,
+)
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
+from parscale.format.values import configuration_of
 from parscale.streams.backbones import writes_text
 from parscale.streams.brief_runs import is_machine_error
 from parscale.streams.choosing import no_such_set
@@ -73,11 +82,46 @@ def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: An
         **options: passed to `parscale.load` or `from_pretrained`.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or has an adapter that is not merged.
         OSError: it does not exist.
     """
+    require_merged(checkpoint)
     read = load_plain if Checkpoint(checkpoint).kind() == PLAIN else load
     return read(checkpoint, dtype=dtype, **options)
+
+
+def require_merged(checkpoint: str) -> None:
+    """Refuses streams that an adapter was saved with: without the adapter they are another model.
+
+    Raises:
+        ValueError: there is an adapter beside the streams.
+        OSError: there is no such checkpoint.
+    """
+    folder = Checkpoint(checkpoint)
+    if folder.kind() == STREAMS_ONLY and folder.file(ADAPTER_CONFIG) is not None:
+        raise ValueError(
+            f"{checkpoint} holds an adapter ({ADAPTER_CONFIG}) and the streams that were trained with it, and without "
+            "it they are another model. Merge it, put the tokenizer's files into the new folder, and name that: "
+            f"peft.PeftModel.from_pretrained(parscale.load({checkpoint!r}), {checkpoint!r}).merge_and_unload()"
+            ".save_pretrained(FOLDER)"
+        )
+
+
+def text_config(checkpoint: str) -> Any:
+    """The configuration of a checkpoint's backbone, as far as it concerns text; no weight is read.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face Hub; with streams, or a plain model.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it does not exist.
+    """
+    folder, place = Checkpoint(checkpoint), checkpoint
+    if folder.kind() == STREAMS_ONLY:
+        place = backbone_place(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
+    with configuration_of(Checkpoint(place)):
+        return read_pretrained(AutoConfig, place).get_text_config()
 
 
 def require_language_model(model: PreTrainedModel, checkpoint: str) -> None:

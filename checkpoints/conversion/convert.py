@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from parscale import ParScaleConfig, wrap
-from parscale.checkpoints.description import describe_streams
+from parscale.checkpoints.description import describe, describe_streams
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import copy_processor, find_tokenizer, load_plain, require_tokenizer
 from parscale.checkpoints.texts.documents import Document
@@ -62,6 +62,13 @@ def convert(
     documents = read_documents(calibration_files, text_column=text_column)
     require_new_folder(output)
     if (kind := Checkpoint(source).kind()) != PLAIN:
+        what = describe(source)
+        if what["num_streams"] == 1 and not what["further_streams"]:
+            raise ValueError(
+                f"{source} was made with one stream, which is its backbone alone. Write that as a plain model, put the "
+                "tokenizer's files into its folder, and convert it: "
+                f"parscale.unwrap(parscale.load({source!r})).save_pretrained(FOLDER)"
+            )
         raise ValueError(f"{source} already has streams ({kind}); give a plain model, such as its backbone.")
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)

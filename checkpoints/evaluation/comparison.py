@@ -44,7 +44,8 @@ def compare(evaluation: Evaluation, baseline: Evaluation, *, confidence: float =
         The mean difference with its interval.
 
     Raises:
-        ValueError: the two were measured on different documents or windows, or there are fewer than two documents.
+        ValueError: the two were measured on different documents or windows, there are fewer than two documents, or
+            `confidence` is out of range.
     """
     differences = paired([evaluation], [baseline])  # (1, documents)
     if differences.size < 2:

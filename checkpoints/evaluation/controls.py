@@ -46,7 +46,8 @@ class Arm:
         title: its name in tables.
         streams: whether it has the P streams under study.
         prefix: whether it has one trained prefix.
-        long: whether that prefix has P * T tokens, as many as P streams have, rather than T.
+        long: whether that prefix has P * T tokens, as many as P streams have, rather than T. Where they share keys,
+            and stream 0 has no prefix, they have (P - 1) * T, and it is the stronger control.
     """
 
     name: str
@@ -178,8 +179,10 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
     random factors. With the mean squares MS of the two-way table without replication, the interval is the widest of
     three, each by Student's t: that of the variance (MS_seeds + MS_documents - MS_rest) / (S * D) with Satterthwaite's
     degrees of freedom, that over seeds alone, MS_seeds / (S * D) with S - 1, and that over documents alone,
-    MS_documents / (S * D) with D - 1. With few seeds the first by itself is too narrow. With one seed the result is the
-    t interval over documents: it predicts the result on more documents, not of more training runs.
+    MS_documents / (S * D) with D - 1. The first is left out unless both MS_seeds and MS_documents are above MS_rest:
+    where one is not, that factor does not show, and the variance may be negative. With few seeds the first by itself
+    is too narrow. With one seed the result is the t interval over documents: it predicts the result on more documents,
+    not of more training runs.
 
     Args:
         differences: `(S, D)`, one row for each seed.
@@ -189,8 +192,9 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
         The mean and its interval.
 
     Raises:
-        ValueError: `differences` is not a table, or has fewer than two documents.
+        ValueError: `differences` is not a table or has fewer than two documents, or `confidence` is out of range.
     """
+    check_confidence(confidence)
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or not table.shape[0] or table.shape[1] < 2:
         raise ValueError(
@@ -201,6 +205,16 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
     widths = [student.ppf((1 + confidence) / 2, freedom) * variance**0.5 for variance, freedom in _variances(table)]
     half = float(max(widths))
     return Interval(mean, mean - half, mean + half, seeds, documents)
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuses what no interval can have.
+
+    Raises:
+        ValueError: it is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, and must be between 0 and 1, such as 0.95.")
 
 
 def _variances(table: NDArray[np.float64]) -> list[tuple[float, float]]:

@@ -416,7 +416,8 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     right.axhline(1 / P, color="black", linewidth=0.8, linestyle=":")
     entropy = f"entropy {diagnosis.mean_entropy:.3f} of at most {math.log(P):.3f}"
     right.set(title=f"Mean weights; {entropy}", xlabel="position in the window", ylabel="weight")
-    right.legend(fontsize=8)
+    if P <= 16:  # more would leave no room for the plots
+        right.legend(fontsize=8)
 
     first = float(diagnosis.losses[0])
     streams, losses = zip((1.0, first), *diagnosis.by_mean_streams, strict=True)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from parscale.checkpoints.texts.chats import COLUMNS, chat_of, holds_chat, is_chat, without_fillings
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
@@ -44,11 +44,13 @@ def texts_of_rows(path: Path, column: str) -> Iterator[Document]:
         column: the column that holds the text.
 
     Raises:
-        ValueError: it is not a file, is damaged, or has a row without text in this column; raised when that row is
-            read.
+        ValueError: it is not a file, is damaged, or has a row without text in this column, or with a chat; raised when
+            that row is read.
         OSError: it cannot be read.
     """
     for where, name, row in _rows(path, column):
+        if _is_chat(row, column):
+            raise ValueError(f"{where}, holds a chat, which only training reads; give rows of text.")
         text = text_of(where, row, column)
         if text.strip():
             yield name, text
@@ -76,7 +78,7 @@ def example_of(where: str, row: object, column: str) -> str | Completion | Chat:
     Raises:
         ValueError: there is neither, or it is damaged.
     """
-    if isinstance(row, dict) and row.get(column) is None and (holds_chat if column in row else is_chat)(row):
+    if _is_chat(row, column):
         return chat_of(where, row)
     try:
         return text_of(where, row, column)
@@ -84,6 +86,11 @@ def example_of(where: str, row: object, column: str) -> str | Completion | Chat:
         if not isinstance(row, dict) or column in row:
             raise
         raise ValueError(f"{error} A row of chats has messages, or prompt and completion.") from None
+
+
+def _is_chat(row: object, column: str) -> TypeGuard[dict[str, Any]]:
+    """Whether a row holds a chat in place of a text."""
+    return isinstance(row, dict) and row.get(column) is None and (holds_chat if column in row else is_chat)(row)
 
 
 def _rows(path: Path, column: str) -> Iterator[Row]:

@@ -84,7 +84,8 @@ def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[
         Pairs of a name and a text.
 
     Raises:
-        ValueError: a file does not exist, is a folder or not a file, or its contents do not match its suffix.
+        ValueError: a file does not exist, is a folder or not a file, its contents do not match its suffix or are
+            binary, or a row holds a chat, which only training reads.
         OSError: it cannot be opened.
     """
     documents: list[Document] = []
@@ -93,7 +94,7 @@ def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[
         if has_rows(path):
             documents += texts_of_rows(path, text_column)
         else:
-            documents.append((shown(path), read_text(path)))
+            documents.append((shown(path), _text_in(path)))
     return documents
 
 
@@ -174,13 +175,18 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
     if has_rows(path):
         yield from examples_of_rows(path, text_column)
         return
-    text = read_text(path)
-    if "\0" in text:
-        raise ValueError(f"{shown(path)} is a binary file (it holds zero bytes); give a file with text.")
+    text = _text_in(path)
     if text.strip():
         yield shown(path), text
     elif not may_be_empty:
         raise ValueError(f"{shown(path)} holds nothing but white space; give a file with text.")
+
+
+def _text_in(path: Path) -> str:
+    text = read_text(path)
+    if "\0" in text:
+        raise ValueError(f"{shown(path)} is a binary file (it holds zero bytes); give a file with text.")
+    return text
 
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Example]:

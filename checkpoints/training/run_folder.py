@@ -113,18 +113,12 @@ class Run:
         Raises:
             ValueError: the run was started with others, or its settings are damaged.
         """
-        path = self.folder / RUN
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); start in a new folder.") from error
-        if not isinstance(before, dict):
-            raise ValueError(f"{path} should hold a JSON object and is damaged; start in a new folder.")
+        before = read_object(self.folder / RUN, "start in a new folder")
         compared = [key for key in settings if key in before] if partly else [*{**settings, **before}]
         differs = [
             key
             for key in compared
-            if _with_absolute_paths(settings.get(key)) != _with_absolute_paths(before.get(key))
+            if not _is_same(settings.get(key), before.get(key))
             and not _has_same_contents(key, settings, before)
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
             and not (key in READ_BY.values() and key not in before)  # of a run before these were recorded
@@ -244,9 +238,32 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def report(self) -> dict[str, Any] | None:
-        """The report at the end of the run; None before the end."""
+        """The report at the end of the run; None before the end.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         path = self.folder / REPORT
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_object(path, "remove it, and --resume writes it again") if path.exists() else None
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object of a run's folder.
+
+    Args:
+        path: its file.
+        remedy: what to do where that is damaged, for the error.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}.") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} should hold a JSON object and is damaged; {remedy}.")
+    return contents
 
 
 def _with_absolute_paths(value: object) -> Any:
@@ -258,6 +275,16 @@ def _with_absolute_paths(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _with_absolute_paths(item) for key, item in value.items()}
     return value
+
+
+def _is_same(now: object, before: object) -> bool:
+    """Whether two values of a setting agree; a file that is gone may be named relative to this folder."""
+    if isinstance(now, list) and isinstance(before, list):
+        return len(now) == len(before) and all(map(_is_same, now, before))
+    if isinstance(now, dict) and isinstance(before, dict):
+        return now.keys() == before.keys() and all(_is_same(now[key], before[key]) for key in now)
+    gone = isinstance(now, str) and os.path.abspath(now) == before
+    return gone or _with_absolute_paths(now) == _with_absolute_paths(before)
 
 
 def _has_same_contents(key: str, settings: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

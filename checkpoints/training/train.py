@@ -202,6 +202,13 @@ def _finish(
             stacklevel=2,
         )
         texts = {}
+    elif not isinstance(checkpoint, NewModel):
+        for text in (name for name in data.measured if name not in texts):
+            warnings.warn(
+                f"The trained model is not compared with the untouched backbone on {text}, which holds no text for it: "
+                "chats are measured while training only.",
+                stacklevel=2,
+            )
     with _explained(run):
         finish(checkpoint, run, data.steps, trained.tokenizer, report, texts, trained.micro)
 

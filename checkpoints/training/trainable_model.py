@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Conv1D
 import parscale.auto  # makes AutoModelForCausalLM read full checkpoints
 from parscale import load
 from parscale.checkpoints.description import describe
-from parscale.checkpoints.models import load_any, require_language_model
+from parscale.checkpoints.models import load_any, require_language_model, require_merged
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
 from parscale.checkpoints.training.trained_weights import has_streams
@@ -28,7 +28,7 @@ def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
 
     Raises:
         ValueError: a checkpoint without streams or a new model with a frozen backbone, streams only with one that
-            trains, or a configuration from which no model can be made.
+            trains, an adapter that is not merged, or a configuration from which no model can be made.
         OSError: there is no such checkpoint.
     """
     if isinstance(checkpoint, NewModel):
@@ -39,6 +39,7 @@ def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
             )
         checkpoint.check()
         return
+    require_merged(checkpoint)
     kind = Checkpoint(checkpoint).kind()
     if kind == STREAMS_ONLY and trains != STREAMS:
         raise ValueError(

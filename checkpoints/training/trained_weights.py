@@ -6,7 +6,8 @@ What is trained, and its format on disk:
 - an adapter and the streams: an adapter's folder, with the streams in it
 - everything: a full checkpoint, or a plain model's folder where there are no streams
 
-`parscale.load`, PEFT or transformers can read each of them, so a run can be inspected before its end.
+`parscale.load`, PEFT or transformers can read each of them, so a run can be inspected before its end. The commands read
+no adapter: `parscale.checkpoints.models.require_merged` says how to merge it.
 """
 
 from __future__ import annotations

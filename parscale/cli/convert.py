@@ -26,9 +26,7 @@ def convert(
     recipe: Recipe = None,
     calibration: Annotated[
         Files | None,
-        typer.Option(
-            help="Text that the streams start from: text files, or files of rows, as for train.", metavar="FILE..."
-        ),
+        typer.Option(help="Text that the streams start from: text files, or files of rows of text.", metavar="FILE..."),
     ] = None,
     text_column: TextColumn = "text",
     streams_only: Annotated[

@@ -14,7 +14,7 @@ from parscale.cli.output import print_figures, print_json, quiet_libraries, wait
 def diagnose(
     checkpoint: Checkpoint,
     data: Annotated[
-        Files, typer.Option(help="Text files, each one document, or files of rows, as for train.", metavar="FILE...")
+        Files, typer.Option(help="Text files, each one document, or files of rows of text.", metavar="FILE...")
     ],
     text_column: TextColumn = "text",
     streams: Streams = None,

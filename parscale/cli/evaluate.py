@@ -19,7 +19,7 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
         Files | None,
-        typer.Option(help="Text files, each one document, or files of rows, as for train.", metavar="FILE..."),
+        typer.Option(help="Text files, each one document, or files of rows of text.", metavar="FILE..."),
     ] = None,
     tasks: Annotated[
         list[str] | None,

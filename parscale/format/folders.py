@@ -33,6 +33,7 @@ FORMAT_VERSION = 1  # of a streams-only folder
 TYPE_SUFFIX = "_parscale"  # a full checkpoint's model_type is that of the backbone plus this suffix
 INFIX = "ParScale"  # in the name of a full checkpoint's class
 CAUSAL_LM = f"{INFIX}ForCausalLM"  # the end of the class name of a causal language model
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside streams or a model
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

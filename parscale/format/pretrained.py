@@ -13,10 +13,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from parscale.compat.transformers import model_mapping, without_adapter
 from parscale.errors import IncompatibleVersionError, RefusedCheckpointError
-from parscale.format.folders import Checkpoint, read_json, require_regular
+from parscale.format.folders import ADAPTER_CONFIG, Checkpoint, read_json, require_regular
 from parscale.format.headers import read_header
 
-ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
 _RELEASED = "ParScale/"  # the owner of the released checkpoints
 
 
@@ -78,9 +78,9 @@ def read_adapter(model: Any, folder: Path) -> Any:
 
 def warn_of_adapter(checkpoint: Checkpoint) -> None:
     """Warns that an adapter in a model's folder is not applied, and says how to apply it."""
-    if checkpoint.file(_ADAPTER_CONFIG) is not None:
+    if checkpoint.file(ADAPTER_CONFIG) is not None:
         warnings.warn(
-            f"{checkpoint} also holds an adapter ({_ADAPTER_CONFIG}), which is not applied: "
+            f"{checkpoint} also holds an adapter ({ADAPTER_CONFIG}), which is not applied: "
             f"peft.PeftModel.from_pretrained(model, {str(checkpoint)!r}) puts it on the model.",
             stacklevel=2,
         )

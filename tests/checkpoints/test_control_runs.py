@@ -21,8 +21,10 @@ from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Chat, Completion, Source
 from parscale.checkpoints.training.packing import Shuffled, pack_documents
 from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.run_result import card_of
 from parscale.checkpoints.training.train import TrainSettings, train
 from parscale.checkpoints.training.trainable_model import rank_with_parameters
+from parscale.checkpoints.training.upload import _renamed_card
 
 S, BATCH, P, T = 16, 2, 3, 4
 TRAIN = [(f"{n}.py", f"def f{n}(x):\n    return x + {n}\n" * 3) for n in range(12)]
@@ -134,6 +136,15 @@ def test_the_model_card_states_the_controls(finished):
     assert report["sentences"][0].split(". Difference")[0].removeprefix("Streams in the middle of code: ") in card
 
 
+def test_a_card_that_the_run_wrote_again_states_the_controls_again(finished, full, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    stated = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card_of(folder, Run(folder).report()))
+    assert (folder / "README.md").read_text() != stated
+    assert train_controls(str(full), folder, SETTINGS) == finished[1]
+    assert (folder / "README.md").read_text() == stated
+
+
 def test_all_that_is_there_is_not_trained_again(finished, full, monkeypatch):
     folder, report = finished
     monkeypatch.setattr(control_runs, "train", None)
@@ -195,8 +206,17 @@ def test_an_end_in_between_is_gone_on_from(finished, run_alone, full, monkeypatc
 
 def test_other_data_than_the_run_had_is_refused(full, run_alone):
     other = dataclasses.replace(SETTINGS, data=[Source.of("train", TRAIN[::-1])])
-    with pytest.raises(ValueError, match=r"differs from the run in .* by data_digest: give the data"):
+    with pytest.raises(ValueError, match=r"data is not, or no longer, what the run in .*; give the data that the run"):
         train_controls(str(full), run_alone, other)
+    assert not (run_alone / "controls").exists()
+
+
+def test_a_control_that_was_trained_on_other_data_is_refused(full, finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("controls.json"))
+    path = folder / "controls" / "alone" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_digest": "another"}))
+    with pytest.raises(ValueError, match=r"differs from the run in .* by data_digest: give the data"):
+        train_controls(str(full), folder, SETTINGS)
 
 
 def test_what_cannot_be_compared_is_refused_before_any_work(full, backbone, tmp_path, monkeypatch):
@@ -327,9 +347,21 @@ def test_other_held_out_text_is_measured_without_training_again(finished, full, 
     folder = shutil.copytree(finished[0], tmp_path / "run")
     monkeypatch.setattr(control_runs, "train", None)
     other = dataclasses.replace(SETTINGS, eval_data={"other": Source.of("other", HELD_OUT[:2])})
-    report = train_controls(str(full), folder, other)
-    assert {entry["text"] for entry in report["comparisons"]} == {"other"}
-    assert report["controls"] == finished[1]["controls"]
+    for _ in range(2):  # the second time after an end between the card and the report
+        report = train_controls(str(full), folder, other)
+        assert {entry["text"] for entry in report["comparisons"]} == {"other"}
+        assert report["controls"] == finished[1]["controls"]
+        assert json.loads((folder / "controls.json").read_text()) == report
+        card = (folder / "README.md").read_text()
+        for found, is_stated in ((report, True), (finished[1], False)):
+            (entry,) = [each for each in found["comparisons"] if is_against_the_long_prefix(each)]
+            assert (f"{entry['difference']:+.4f}" in card) is is_stated
+        assert _renamed_card(folder, "me/mine") is not None
+        (folder / "controls.json").write_text(json.dumps(finished[1]))
+
+
+def is_against_the_long_prefix(entry):
+    return (entry["arm"], entry["baseline"], entry["where"]) == ("trained", "long-prefix", "middle")
 
 
 CHAT = Chat([{"role": "user", "content": "What is one?"}, {"role": "assistant", "content": "def one(): return 1"}])

@@ -2,11 +2,12 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from statistics import fmean
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import parscale
 from parscale.checkpoints.evaluation.places import evaluate_places
@@ -81,7 +82,7 @@ def test_eval_against_other_checkpoints(two_sets, backbone, held_out, capsys):
         (["--against", "THIS/../THIS/"], "cannot be compared with itself"),
         (["--streams", "off", "--against", "off"], "are off already; leave 'off' out of --against"),
         (["--against", "off", "--adaptive", "1"], "leave --tasks and --adaptive out"),
-        (["--against", "nowhere"], "nowhere"),
+        (["--against", "nowhere"], "There is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_compared(two_sets, text_file, capsys, monkeypatch, options, said):
@@ -96,3 +97,34 @@ def test_what_cannot_be_compared(two_sets, text_file, capsys, monkeypatch, optio
     printed = capsys.readouterr().err
     assert said in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(("prompt", "left"), [(None, 64), (20, 44)])
+def test_a_rival_with_fewer_positions_is_named_before_anything_is_measured(
+    two_sets, backbone, text_file, tmp_path, capsys, monkeypatch, prompt, left
+):
+    monkeypatch.setattr(
+        "parscale.checkpoints.checkpoint_comparison.evaluate_places", lambda *_, **__: pytest.fail("measured")
+    )
+    shorter = shutil.copytree(backbone, tmp_path / "shorter")
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    rival = shorter if prompt is None else shutil.copytree(shorter, tmp_path / "prompts")
+    if prompt is not None:
+        (rival / "config.json").unlink()
+        model = parscale.wrap(LlamaForCausalLM.from_pretrained(shorter), 2, prefix_length=prompt, transform="prompt")
+        model.save_streams(rival)
+    arguments = [
+        "eval",
+        str(two_sets),
+        "--data",
+        str(text_file),
+        "--device",
+        "cpu",
+        "--against",
+        str(backbone),
+        str(rival),
+    ]
+    assert run(arguments) == BAD_INPUT
+    said = f"{rival} has positions for {left} tokens of text, and sequence_length is 128; give at most {left}, for all"
+    assert said in capsys.readouterr().err

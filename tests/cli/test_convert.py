@@ -153,6 +153,17 @@ def test_one_stream_has_none_of_the_settings_of_several(backbone, tmp_path, caps
     assert report["num_streams"] == 1
 
 
+def test_a_checkpoint_of_one_stream_says_how_it_becomes_a_plain_model(backbone, tmp_path, capsys):
+    one, plain = tmp_path / "one", tmp_path / "plain"
+    assert convert(backbone, one, "--num-streams", 1) == 0
+    capsys.readouterr()
+    line = f"parscale.unwrap(parscale.load({str(one)!r})).save_pretrained(FOLDER)"
+    given = ["--num-streams", 2, "--init", "random"]
+    refused(capsys, tmp_path, one, tmp_path / "output", *given, complaint=line)
+    eval(line, {"parscale": parscale, "FOLDER": plain})
+    assert convert(plain, tmp_path / "output", *given) == 0
+
+
 def test_calibration_for_a_random_start(backbone, tmp_path, text_file, capsys):
     options = ["--num-streams", 2, "--init", "random", "--calibration", text_file]
     refused(

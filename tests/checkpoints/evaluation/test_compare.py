@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from parscale.checkpoints.evaluation.comparison import compare
+from parscale.checkpoints.evaluation.controls import crossed_interval
 from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation
 
 
@@ -49,6 +50,14 @@ def test_covers_the_truth_as_often_as_it_says():
 def test_refuses_what_cannot_be_paired(other, message):
     with pytest.raises(ValueError, match=message):
         compare(evaluation([1.0, 2.0]), other)
+
+
+@pytest.mark.parametrize("confidence", [95, 1, 0, -0.5, float("nan")])
+def test_refuses_a_confidence_that_no_interval_has(confidence):
+    with pytest.raises(ValueError, match=r"confidence is .*, and must be between 0 and 1, such as 0.95"):
+        compare(evaluation([1.0, 2.0]), evaluation([2.0, 2.5]), confidence=confidence)
+    with pytest.raises(ValueError, match=r"confidence is .*, and must be between 0 and 1, such as 0.95"):
+        crossed_interval([[1.0, 2.0], [2.0, 4.0]], confidence=confidence)
 
 
 def test_refuses_a_single_document():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -282,6 +283,15 @@ def test_plot(model, tmp_path, ending):
     assert [path.name for path in tmp_path.iterdir()] == [f"plot.{ending}"]
     start = (tmp_path / f"plot.{ending}").read_bytes()[:5]
     assert start == {"png": b"\x89PNG\r", "svg": b"<?xml"}[ending]
+
+
+def test_a_plot_of_many_streams_has_room_for_its_curves(backbone, tmp_path):
+    """A legend of all would leave none, of which matplotlib warns."""
+    model = wrap(copy.deepcopy(backbone), 40, prefix_length=1, init="random")
+    found = diagnose(model, Letters(), DOCUMENTS[:1], sequence_length=LENGTH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_diagnosis(found, tmp_path / "plot.svg")
 
 
 def test_plot_of_an_unknown_kind(model, tmp_path):

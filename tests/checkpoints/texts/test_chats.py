@@ -129,5 +129,11 @@ def test_what_is_wrong_is_named_by_file_and_line(write, row, said):
 
 def test_texts_to_measure_are_no_chats(write):
     """`parscale eval` and others measure text alone."""
-    with pytest.raises(ValueError, match="line 1, has no column 'text'; it has: 'messages'"):
-        read_documents([Path(write({"messages": [USER, ANSWER]}))])
+    said = "line 2, holds a chat, which only training reads; give rows of text"
+    for empty, chat in (
+        ({"text": " "}, {"messages": [USER, ANSWER]}),
+        ({"text": None, "messages": None}, {"text": None, "messages": [USER, ANSWER]}),
+    ):
+        assert read_documents([Path(write({"text": "a"}, empty))])[0][1] == "a"
+        with pytest.raises(ValueError, match=said):
+            read_documents([Path(write(empty, chat))])

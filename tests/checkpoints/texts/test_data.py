@@ -286,6 +286,11 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, contents, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_binary_file_is_neither_measured_nor_started_from(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.bin is a binary file \(it holds zero bytes\); give a file with text"):
+        read_documents([Path(write(tmp_path / "a.bin", b"abc\0def"))])
+
+
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(ValueError, match="A text has an empty name; give a text file"):
         open_source("")

@@ -81,3 +81,28 @@ def test_streamed_data_that_cannot_be_read_to_its_end(streams_only, text_file, t
     assert newest == str(Run(tmp_path / "run").newest_checkpoint())
     train(newest, tmp_path / "more", TrainSettings(data=[str(text_file)], **OPTIONS, tokens=BATCH * S))
     assert load(tmp_path / "more").num_streams == 3
+
+
+def test_a_file_that_is_gone_by_the_name_that_it_had(tmp_path, monkeypatch):
+    """Relative to the folder that the run was started in."""
+    monkeypatch.chdir(tmp_path)
+    names = {"data": ["text.txt", "org/data"], "eval_data": {"code": "text.txt"}, "trains": "streams"}
+    (tmp_path / "text.txt").write_text("text")
+    run = Run(tmp_path / "run")
+    run.begin(names, resume=False)
+    run.release()
+    (tmp_path / "text.txt").unlink()
+    run.require_same(names)
+    for changed in ({"data": ["other.txt", "org/data"]}, {"data": ["text.txt"]}, {"eval_data": {"code": "other.txt"}}):
+        with pytest.raises(ValueError, match="was started with other settings"):
+            run.require_same(names | changed)
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(ValueError, match="was started with other settings"):
+        run.require_same(names)
+
+
+@pytest.mark.parametrize("contents", ['{"a', "[]"])
+def test_a_damaged_report_is_named(tmp_path, contents):
+    (tmp_path / "training.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"training\.json .*damaged.*; remove it, and --resume writes it again\."):
+        Run(tmp_path).report()

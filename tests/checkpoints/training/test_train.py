@@ -404,12 +404,6 @@ def test_further_sets_stay_as_they_are(full, text_file, tmp_path):
         assert all(torch.equal(after.get_parameter(key), value) for key, value in kept.items())
 
 
-def test_a_tracker(full, text_file, tmp_path):
-    pytest.importorskip("tensorboard")
-    train(str(full), tmp_path / "run", settings(text_file, freeze_backbone=True, report_to=["tensorboard"]))
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-
-
 def test_the_card_states_the_run(full, text_file, tmp_path):
     report = train(
         str(full), tmp_path / "run", settings(text_file, freeze_backbone=True, eval_data={"code": str(text_file)}),

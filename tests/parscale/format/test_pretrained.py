@@ -13,10 +13,12 @@ import torch
 from small_models import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import parscale
 from parscale import load, wrap
 from parscale.checkpoints.conversion.convert import convert
+from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import find_tokenizer, load_any, load_plain
-from parscale.checkpoints.training.trainable_model import open_for_training
+from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
 from parscale.config import ParScaleConfig
 from parscale.format.folders import Checkpoint, backbone_place
 from parscale.format.pretrained import read_pretrained
@@ -24,6 +26,7 @@ from parscale.format.values import configuration_of
 
 ROOT = Path(__file__).parents[3]
 IDS = torch.arange(8)[None]
+TRAINS = ("streams", "lora", "everything")
 
 
 def wrapped_on(folder):
@@ -245,6 +248,25 @@ def test_an_adapter_does_not_send_the_reader_to_another_backbone(folders, adapte
     edit(folders / "full" / "adapter_config.json", base_model_name_or_path=str(folders / "other"))
     with pytest.warns(UserWarning, match="not applied"):
         assert torch.equal(logits_of(load(folders / "full")), expected)
+
+
+@pytest.mark.parametrize("use", [load_any, *(lambda folder, it=it: check_trainable(folder, it) for it in TRAINS)])
+def test_streams_of_an_adapter_are_no_model_for_a_command_until_it_is_merged(folders, adapter, use):
+    """By the line that the error gives."""
+    import peft
+
+    place = str(folders / "adapter")
+    with pytest.raises(
+        ValueError, match=r"holds an adapter \(adapter_config.json\) and the streams.*Merge it"
+    ) as error:
+        use(place)
+    line, names = str(error.value).rpartition(": ")[2], {"peft": peft, "parscale": parscale}
+    with pytest.warns(UserWarning, match="also holds an adapter"):
+        eval(line, names | {"FOLDER": folders / "merged"})
+    use(str(folders / "merged"))
+    torch.testing.assert_close(logits_of(load_any(str(folders / "merged"))), logits_of(adapter), atol=1e-5, rtol=1e-5)
+    assert describe(place)["adapter"] == "LORA"
+    assert "adapter" not in describe(str(folders / "merged"))
 
 
 # -- where the backbone of streams is
