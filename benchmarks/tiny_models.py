@@ -24,6 +24,7 @@ FIRST_SPECIAL = 80  # ids from here on may stand for images and the like
 # A field whose whole name (the standard one, where the class has another) matches gets the value, if its default is a
 # positive number. The first match counts.
 WINDOW = r"(sliding|local)_(window|attention)(_size)?|window_size|attention_(window|chunk)_size|index_topk"
+DEPTH = {r"num_(hidden_|encoder_|decoder_|global_)?layers|(n|encoder|decoder)_layers?|depth|num_blocks": LAYERS}
 SIZES: dict[str, int] = {
     WINDOW: 0,  # the argument `window` of `Tiny.config`
     r"(.*_)?vocab_size(_per_layer_input|_base)?|encoder_hash_byte_group_vocab|pronunciation_size": VOCABULARY,
@@ -46,7 +47,7 @@ SIZES: dict[str, int] = {
     r"(.*_)?(d_state|state_size|dt_rank|time_step_rank|rank|lowrank)|hidden_size_per_layer_input": 8,
     r"router_hidden_size|ple_embed_dim": 16,
     r"(.*_)?chunk_(size|length)|block_size": 4,
-    r"num_(hidden_|encoder_|decoder_|global_)?layers|(n|encoder|decoder)_layers?|depth|num_blocks": LAYERS,
+    **DEPTH,
     r"image_size|crop_size": 8,
     r"patch_size": 4,
     r"num_position_embeddings": 16,
@@ -218,13 +219,14 @@ def model_types(name: str) -> list[str]:
     return sorted(kind for kind, names in items if name in ((names,) if isinstance(names, str) else names))
 
 
-def tiny_config(cls: Any, window: int, special: dict[str, Any]) -> Any:
+def tiny_config(cls: Any, window: int, special: dict[str, Any], sizes: dict[str, int] = SIZES) -> Any:
     """The class's default configuration with small sizes.
 
     Args:
         cls: the configuration's class.
         window: as `Tiny.config`.
         special: fields that are set to other values.
+        sizes: what is made small, and how small; `DEPTH` leaves the width as it is.
     """
     nested = {name: value for name, value in special.items() if name in cls.sub_configs}
     default = cls(**nested)
@@ -235,11 +237,11 @@ def tiny_config(cls: Any, window: int, special: dict[str, Any]) -> Any:
         name = field.name
         value = vars(default)[name] if name in vars(default) else getattr(default, name, None)
         if isinstance(value, PreTrainedConfig):
-            fields[name] = tiny_config(type(value), window, special.get(name, {}))
+            fields[name] = tiny_config(type(value), window, special.get(name, {}), sizes)
         elif name not in _OF_EVERY_MODEL:
-            small = _small(name, value, window, layers)
+            small = _small(name, value, window, layers, sizes)
             if small is value and name in standard:
-                small = _small(standard[name], value, window, layers)
+                small = _small(standard[name], value, window, layers, sizes)
             if small is not value:
                 fields[name] = small
     if len(layers) > LAYERS:
@@ -275,7 +277,7 @@ def _layers_of_each_kind(config: Any) -> list[int]:
     return sorted(chosen)
 
 
-def _small(name: str, value: Any, window: int, layers: list[int]) -> Any:
+def _small(name: str, value: Any, window: int, layers: list[int], sizes: dict[str, int]) -> Any:
     """The small value of a field; the same object where it can stay."""
     if name == "is_decoder":  # encoders that can be decoders
         return True
@@ -284,7 +286,7 @@ def _small(name: str, value: Any, window: int, layers: list[int]) -> Any:
     if isinstance(value, (list, tuple)) and layers and len(value) > max(layers) and "token" not in name:
         if len(value) <= LAYERS or not _by_layer(name):
             return value
-        return [_small(name, value[layer], window, layers) for layer in layers]
+        return [_small(name, value[layer], window, layers, sizes) for layer in layers]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         return value
     if re.search(r"dropout|pdrop|layerdrop|_drop$|jitter", name):
@@ -294,7 +296,7 @@ def _small(name: str, value: Any, window: int, layers: list[int]) -> Any:
         if first is not None:
             return first
         return value if value < VOCABULARY else FIRST_SPECIAL + sum(map(ord, name)) % (VOCABULARY - FIRST_SPECIAL)
-    for pattern, small in SIZES.items():
+    for pattern, small in sizes.items():
         if re.fullmatch(pattern, name):
             return min(value, small or window)
     return value

@@ -1,9 +1,11 @@
 """Reads a model's shape from its `config.json`, under any architecture's field names.
 
-Tested against transformers' own models: exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their sparse
-versions, Gemma, OLMo, Cohere, GLM, Granite, Phi, DeepSeek, MiMo, LongCat-Flash, GPT-2, OPT, NeoX and others; within
-some percent for families with additional parts; an estimate for those with layers other than attention, which `cost`
-reports in its notes. Heads, ranks and windows may differ by layer. DeepSeek-V4, whose layers compress keys, is refused.
+Tested against transformers' own models: for each family of causal and multimodal language models whose default
+configuration builds one that runs, parameters, the cache of a token and the arithmetic of a step are those of the model
+to 5 %, and parameters exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their sparse versions, Gemma,
+OLMo, Cohere, GLM, Granite, Phi, DeepSeek, MiMo, LongCat-Flash, GPT-2, OPT, NeoX and others. Heads, ranks and windows
+may differ by layer. What is not counted is refused by name (`uncounted.py`). A family that transformers does not know
+is counted by its fields, as a decoder with a gated MLP.
 """
 
 from __future__ import annotations
@@ -18,34 +20,44 @@ from parscale.scaling_laws.fields import NAMES, Reader, brief, listed_layers
 from parscale.scaling_laws.files import read_json, require_file
 from parscale.scaling_laws.layers import attention_of_layers, layer_kinds
 from parscale.scaling_laws.shapes import PREFIX_LENGTH, ModelShape
+from parscale.scaling_laws.uncounted import require_counted
 
 MOST_LAYERS = 100_000
 
+# Encoders that can be decoders: their MLP has one matrix up and one down, and every projection a bias.
+BERTS = {
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "git", "megatron-bert",
+    "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
+}  # fmt: skip
 # Families whose MLP has one matrix up and one down; all others have a gate, with two up and one down.
-UNGATED = {
-    "apertus", "arcee", "bart", "biogpt", "bloom", "codegen", "cpmant", "ctrl", "falcon", "gpt-sw3", "gpt2",
+UNGATED = BERTS | {
+    "apertus", "arcee", "biogpt", "bloom", "codegen", "cosmos3_edge_text", "ctrl", "falcon", "gpt-sw3", "gpt2",
     "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat", "nemotron",
-    "openai-gpt", "opt", "persimmon", "phi", "starcoder2", "xglm",
+    "opt", "persimmon", "phi", "starcoder2", "xglm",
 }  # fmt: skip
 # Families that tie the output matrix to the embedding unless the configuration says otherwise.
-TIED = {
-    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small",
-    "bloom", "camembert", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "cpmant", "ctrl", "data2vec-text",
-    "electra", "ernie", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text",
-    "gemma3n_text", "gemma4_text", "gemma4_unified_text", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese",
-    "granite_swa", "jetmoe", "lfm2", "lfm2_moe", "lfm3", "marian", "mbart", "megatron-bert", "minicpm3",
-    "modernbert-decoder", "mpt", "mvp", "openai-gpt", "opt", "pegasus", "plbart", "recurrent_gemma", "roberta",
-    "roberta-prelayernorm", "roc_bert", "roformer", "smollm3", "starcoder2", "trocr", "vaultgemma", "whisper", "xglm",
-    "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "youtu", "zamba", "zamba2", "zaya",
+TIED = BERTS - {"git"} | {
+    "biogpt", "bloom", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl", "ernie4_5", "ernie4_5_moe",
+    "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "gpt2",
+    "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "granite_swa", "lfm2", "lfm2_moe", "lfm3", "minicpm3",
+    "modernbert-decoder", "mpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm", "youtu",
+    "zaya",
 }  # fmt: skip
 # Families whose projections all have biases, and those where only queries, keys and values do.
-ALL_BIASED = {"bart", "biogpt", "bloom", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2", "xglm"}
+ALL_BIASED = BERTS | {"biogpt", "bloom", "ctrl", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2", "xglm"}
 QKV_BIASED = {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl"}
-LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt"}
+LEARNED_POSITIONS = BERTS - {"roformer"} | {"gpt2", "gpt_bigcode", "gpt_neo", "opt"}
+# Families with one shared expert of the size in `intermediate_size`.
+SHARED_AS_DENSE = {"hunyuan_v1_moe", "llama4_text"}
+# Families that multiply a token with every expert, and what most of them return with 0.
+EVERY_EXPERT = {"llama4_text"}
+# Families whose MLP has half of `intermediate_size`.
+HALF_INNER = {"recurrent_gemma"}
 # Families whose decoder layer holds two layers of attention and an MLP, one of them with a mixture beside its MLP.
 TWO_IN_ONE = {"longcat_flash"}
 
-# Fields that a multimodal configuration may have outside of its language part.
+# The language part of a multimodal configuration, and fields that it may have outside of this part.
+LANGUAGE = ("thinker_config", "text_config", "llm_config", "language_config")
 OF_THE_WHOLE = ("tie_word_embeddings", "parscale_n_tokens", "parscale_transform")
 
 
@@ -85,15 +97,18 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: it is not a configuration, a required size is missing or impossible, its layers compress keys, or it
-            has streams that differ by something other than prefixes.
+        ValueError: it is not a configuration, a required size is missing or impossible, it has parts whose cost is not
+            counted, or streams that differ by something other than prefixes.
     """
     contents = read_config(config)
     _require_finite(contents)
-    outer = contents
-    for key in ("text_config", "llm_config", "language_config", "thinker_config"):  # multimodal: the language part
+    outer, others = contents, _other_parts(contents)
+    for key in LANGUAGE:
         if isinstance(contents.get(key), dict):
-            contents = {field: outer.get(field) for field in OF_THE_WHOLE} | contents[key]
+            others += _other_parts(contents[key])
+            own = {field: value for field, value in contents[key].items() if value is not None}
+            whole = {field: value for field in OF_THE_WHOLE if (value := outer.get(field)) is not None}
+            contents = whole | own | {field: value for field, value in whole.items() if value}
     for key in ("attn_config", "ffn_config"):  # DBRX
         if isinstance(contents.get(key), dict):
             contents = contents[key] | contents
@@ -103,16 +118,11 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
             f"the streams of this {name!r} have the transform {brief(transform)}, and costs are counted for 'prefix' "
             "alone; give the backbone's config.json"
         )
-    for field in ("compress_rates", "compress_ratios"):
-        if contents.get(field):
-            raise ValueError(
-                f"the layers of {name!r} compress their keys ({field} is {brief(contents[field])}), and neither their "
-                "parameters nor their caches are counted; give a model that caches the keys of every token"
-            )
     if name in TWO_IN_ONE:
         doubled = contents.get("num_hidden_layers") or 2 * Reader(contents, name).optional("num_layers")
         contents = contents | {"num_hidden_layers": doubled, "decoder_sparse_step": 2, "enable_moe_block": True}
     number = Reader(contents, name)
+    require_counted(contents, name, number.optional(*NAMES["hidden"]))
     hidden, layers = number.needed("hidden"), number.needed("layers")
     if layers > MOST_LAYERS:
         raise ValueError(f"the configuration of {name!r} has {layers:,} layers; give one of at most {MOST_LAYERS:,}")
@@ -130,7 +140,7 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         layers=layers,
         hidden=hidden,
         attention=attention,
-        intermediate=wider * (number.optional("intermediate_size_mlp", *NAMES["intermediate"]) or 4 * hidden),
+        intermediate=wider * _intermediate(number, hidden),
         vocab=vocab,
         gated=name not in UNGATED,
         tied=_flag(contents, "tie_word_embeddings", name in TIED),
@@ -147,15 +157,34 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         layer_embeddings=layers
         * number.optional("vocab_size_per_layer_input")
         * number.optional("hidden_size_per_layer_input"),
+        other_parts=tuple(dict.fromkeys(others)),
         prefix_length=number.optional("parscale_n_tokens") or PREFIX_LENGTH,
     )
 
 
+def _other_parts(contents: Mapping[str, Any]) -> list[str]:
+    """The fields that describe parts beside the language model."""
+    nested = [field for field, part in contents.items() if isinstance(part, dict) and "model_type" in part]
+    return [field for field in nested if field.endswith("_config") and field not in LANGUAGE]
+
+
+def _intermediate(number: Reader, hidden: int) -> int:
+    """The inner size of a dense MLP."""
+    inner = number.optional("intermediate_size_mlp", *NAMES["intermediate"]) or 4 * hidden
+    if number.model in HALF_INNER:
+        return inner // 2
+    if not number.contents.get("block_auto_adjust_ff_dim"):
+        return inner
+    inner, multiple = 2 * inner // 3, number.optional("block_multiple_of") or 1  # LFM2
+    return -(-int(inner * (number.contents.get("block_ffn_dim_multiplier") or 1)) // multiple) * multiple
+
+
 def _experts(number: Reader, contents: Mapping[str, Any], layers: int) -> dict[str, Any]:
     experts = number.optional(*NAMES["experts"])
-    if experts < 2 or contents.get("is_moe") is False or contents.get("enable_moe_block") is False:
+    if experts < 2 or contents.get("enable_moe_block") is False:
         return {}
     active, zero = number.needed("active"), number.optional("zero_expert_num")
+    active = experts if number.model in EVERY_EXPERT else active
     if active > experts + zero:
         raise ValueError(f"each token passes {active} experts of {experts + zero}; it must be at most all of them")
     dense_inner = number.optional(*NAMES["intermediate"])
@@ -163,7 +192,7 @@ def _experts(number: Reader, contents: Mapping[str, Any], layers: int) -> dict[s
     shared = number.optional("shared_expert_intermediate_size", "share_expert_dim") or inner * number.optional(
         "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"
     )
-    if contents.get("enable_moe_block") or "intermediate_size_mlp" in contents:  # beside a dense MLP, or Llama 4
+    if contents.get("enable_moe_block") or number.model in SHARED_AS_DENSE:
         shared = dense_inner
     dense = listed_layers(contents, "mlp_only_layers")
     first = number.optional("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
@@ -173,6 +202,8 @@ def _experts(number: Reader, contents: Mapping[str, Any], layers: int) -> dict[s
         step = number.optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
         place = step - 1
     sparse = [i for i in range(layers) if i >= first and i not in dense and i % step == place]
+    if isinstance(contents.get("moe_layers"), list):
+        sparse = sorted(listed_layers(contents, "moe_layers") & set(range(layers)))
     for field in ("mlp_layer_types", "moe_layer_freq"):
         if isinstance(kinds := contents.get(field), list):
             if len(kinds) != layers:

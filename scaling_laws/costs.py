@@ -85,7 +85,7 @@ def cost(
 
     Args:
         config: a `config.json`'s path, its folder's, its contents, or a `ModelShape`; any architecture with attention
-            but those that compress keys (DeepSeek-V4).
+            that has no parts which are not counted; the error names them.
         num_streams: P.
         batch_size: B, prompts in a batch.
         input_length: tokens of each prompt.
@@ -103,7 +103,8 @@ def cost(
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: a number is out of range, a name is unknown, or the configuration lacks a required size.
+        ValueError: a number is out of range, a name is unknown, the configuration lacks a required size, or the model
+            has parts whose cost is not counted.
     """
     counts = {"num_streams": num_streams, "batch_size": batch_size, "input_length": input_length}
     for name, value in counts.items():
@@ -159,8 +160,13 @@ def _notes(shape: ModelShape) -> tuple[str, ...]:
     notes = []
     if stateful := sum(kind.layers for kind in shape.attention if kind.keys == "none"):
         notes.append(
-            f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted as if they were "
-            "attention, their states and what they read of images as nothing."
+            f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted, their states "
+            "and what they read of images are not."
+        )
+    if shape.other_parts:
+        notes.append(
+            f"counted is the language model alone, without what {', '.join(shape.other_parts)} describe"
+            f"{'s' * (len(shape.other_parts) == 1)}."
         )
     if shape.zero_experts:
         notes.append(

@@ -10,12 +10,34 @@ from typing import Any
 from parscale.scaling_laws.fields import LARGEST, NAMES, Reader, brief, is_size, listed_layers
 from parscale.scaling_laws.shapes import Attention
 
-# Fields that list what each layer is; one of letters has a star for attention, one of numbers a 1 for a window.
-KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "hybrid_layer_pattern")
+# Fields that list what each layer is; one of numbers has a 1 for a window.
+KINDS = ("layer_types", "layers_block_type", "hybrid_layer_pattern")
 # Every how manieth layer attends to everything where the configuration does not say; the others have a window.
 FULL_ATTENTION_STEP = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4, "llama4_text": 4}
 # Families with heads, but none of attention.
 WITHOUT_ATTENTION = {"mamba2", "xlstm"}
+# Families with layers of several kinds that only a list tells apart; the second ones only if they have a window.
+LISTED = {
+    "kimi_linear", "lfm3", "minimax", "modernbert-decoder", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text",
+    "qwen3_next",
+}  # fmt: skip
+LISTED_WINDOWS = {
+    "afmoe", "beam", "cohere_compass_text", "cwm", "diffusion_gemma_text", "dots1", "dots3_note_text",
+    "embedding_gemma2_text", "flint", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "gpt_oss", "granite_swa",
+    "granitemoe_swa", "inkling_text", "inkling2_text", "kolibri1", "laguna", "mellum", "mimo_v2_flash",
+    "muse_glimmer_text", "olmo3", "vaultgemma",
+}  # fmt: skip
+# The other kinds of layers that are counted; some keep a state of constant size in place of keys.
+COUNTED = {
+    "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "linear_attention", "attention",
+    "deepseek_sparse_attention", "hybrid", "hybrid_sliding", "mamba", "recurrent", "conv", "cross",
+}  # fmt: skip
+# Families whose attention multiplies what it returns with a gate.
+GATED = {
+    "afmoe", "beam", "hy_v4", "inkling2_text", "muse_glimmer_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+}  # fmt: skip
+# Families with DeepSeek-V3.2's indexer, and every how manieth layer has one of its own; the others use its choice.
+INDEXER_STEP = {"axk2": 1, "deepseek_v32": 1, "dots3_note_text": 1, "glm_moe_dsa": 1, "hy_v4": 4}
 
 # Fields that may differ by layer: in a list, in `per_layer_config`, or between layers with a window and those without.
 BY_LAYER = (
@@ -38,7 +60,13 @@ def layer_kinds(contents: Mapping[str, Any], name: str, layers: int) -> list[str
                 raise ValueError(
                     f"the configuration has {layers} layers and {len(kinds)} {field}; it must name one for each"
                 )
-            return [{"*": full, "0": full, "1": "sliding_attention"}.get(str(kind), str(kind)) for kind in kinds]
+            named = [{"0": full, "1": "sliding_attention"}.get(str(kind), str(kind)) for kind in kinds]
+            if unknown := sorted(set(named) - COUNTED):
+                raise ValueError(
+                    f"{field} of {name!r} names layers of the kind {brief(unknown[0])}, whose cost is not counted; "
+                    f"counted are {', '.join(sorted(COUNTED))}"
+                )
+            return named
     if name in WITHOUT_ATTENTION:
         return ["mamba"] * layers
     if "attn_layer_indices" in contents:
@@ -52,11 +80,17 @@ def layer_kinds(contents: Mapping[str, Any], name: str, layers: int) -> list[str
     def one_in(step: int, place: int, others: str) -> list[str]:
         return [full if i % step == place else others for i in range(layers)]
 
-    if step := number.optional("full_attention_interval"):
+    if step := number.optional("full_attention_interval", "layer_group_size"):
         return one_in(step, step - 1, "linear_attention")
     if step := number.optional("attn_layer_period"):
         return one_in(step, number.optional("attn_layer_offset"), "mamba")
-    if number.optional(*NAMES["window"]) and contents.get("use_sliding_window", True):
+    windowed = number.optional(*NAMES["window"]) and contents.get("use_sliding_window", True)
+    if name in LISTED or (windowed and name in LISTED_WINDOWS):
+        raise ValueError(
+            f"the configuration of {name!r} has no layer_types, and no other field says which of its layers have a "
+            "window or a state; give the file that transformers saves (AutoConfig.from_pretrained, save_pretrained)"
+        )
+    if windowed:
         pattern = contents.get("sliding_window_pattern", FULL_ATTENTION_STEP.get(name))
         if isinstance(pattern, str) and pattern:  # a letter for each layer, G for those that attend to everything
             return [full if pattern[i % len(pattern)] == "G" else "sliding_attention" for i in range(layers)]
@@ -76,15 +110,19 @@ def attention_of_layers(
         kinds: as `layer_kinds` gives them.
         borrowers: how many layers, the last ones, read keys and values of earlier layers.
     """
-    listed, named = _lists(contents, len(kinds)), _named(contents)
-    layers: Counter[tuple[str, bool, frozenset[tuple[str, int | None]]]] = Counter()
+    listed, named, indexed = _lists(contents, len(kinds)), _named(contents), _indexed(Reader(contents, name), kinds)
+    layers: Counter[tuple[str, bool, bool, frozenset[tuple[str, int | None]]]] = Counter()
     for layer, kind in enumerate(kinds):
         own = {field: values[layer] for field, values in listed.items()} | named.get(layer, {})
-        layers[kind, layer >= len(kinds) - borrowers, frozenset(own.items())] += 1
+        layers[kind, layer >= len(kinds) - borrowers, indexed[layer], frozenset(own.items())] += 1
     alike: Counter[Attention] = Counter()
-    for (kind, borrows, changed), count in layers.items():
-        fields = ChainMap(dict(changed), _of_kind(Reader(contents, name), kind), dict(contents))
-        alike[_attention(Reader(fields, name), kind, borrows)] += count
+    for (kind, borrows, has_indexer, changed), count in layers.items():
+        fields = Reader(ChainMap(dict(changed), _of_kind(Reader(contents, name), kind), dict(contents)), name)
+        attention = _state(fields, kind) or _attention(fields, kind, borrows)
+        if has_indexer:
+            heads, size = fields.needed("index_n_heads"), fields.needed("index_head_dim")
+            attention = dataclasses.replace(attention, indexer_heads=heads, indexer_dim=size)
+        alike[attention] += count
     return tuple(dataclasses.replace(attention, layers=count) for attention, count in alike.items())
 
 
@@ -133,6 +171,50 @@ def _of_kind(number: Reader, kind: str) -> dict[str, int]:
     return {field: value for field, value in fields.items() if value}
 
 
+def _indexed(number: Reader, kinds: list[str]) -> list[bool]:
+    """Whether each layer has an indexer of its own."""
+    contents, layers = number.contents, len(kinds)
+    if number.model not in INDEXER_STEP or contents.get("use_dsa") is False:
+        return [False] * layers
+    modes = contents.get("indexer_types") or contents.get("index_topk_pattern")
+    if modes is not None:
+        if not isinstance(modes, list | str) or len(modes) != layers:
+            raise ValueError(f"indexer_types is {brief(modes)}; it must name one for each of the {layers} layers")
+        own = [mode not in ("shared", "S") for mode in modes]
+    else:
+        step = number.optional("index_topk_freq") or INDEXER_STEP[number.model]
+        offset = number.optional("index_skip_topk_offset") or 2
+        own = [max(i - offset + 1, 0) % step == 0 for i in range(layers)]
+    # Files that name the sizes of single layers name those with an indexer as well.
+    without = {"sliding_attention"} | ({"full_attention"} if contents.get("per_layer_config") else set())
+    return [each and kind not in without for each, kind in zip(own, kinds, strict=True)]
+
+
+def _state(number: Reader, kind: str) -> Attention | None:
+    """A layer with a state in place of keys, by the width of its projections; None if no field says so.
+
+    What linear attention, state spaces and convolutions project is written as queries, keys, values and a gate.
+    """
+    hidden = number.needed("hidden")
+    keys = values = 0
+    gated = True
+    if kind == "conv":
+        keys, values, gated = hidden, hidden, False
+    elif kind == "recurrent":
+        values = number.optional("lru_width") or hidden
+    elif kind in ("mamba", "linear_attention"):
+        keys = number.optional("linear_num_key_heads") * number.optional("linear_key_head_dim")
+        values = number.optional("linear_num_value_heads") * number.optional("linear_value_head_dim")
+        keys = keys or number.optional("linear_num_heads") * number.optional("linear_head_dim")
+        values = values or keys or number.optional("mamba_expand") * hidden
+        if number.model == "minimax":
+            heads = number.needed("heads")
+            keys = values = heads * (number.optional("head_dim") or hidden // heads)
+    if not values:
+        return None
+    return Attention(1, 1, 1, keys, values, keys="none", gated=gated)
+
+
 def _attention(number: Reader, kind: str, borrows: bool) -> Attention:
     """The attention of one layer, whose fields `number` reads."""
     heads = number.needed("heads")
@@ -156,6 +238,7 @@ def _attention(number: Reader, kind: str, borrows: bool) -> Attention:
         query_rank=number.optional("q_lora_rank") if latent else 0,
         kv_rank=latent,
         rope_dim=rope,
+        gated=number.model in GATED,
     )
 
 

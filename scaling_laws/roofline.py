@@ -113,6 +113,9 @@ def memory(shape: ModelShape, work: Workload) -> Split:
         shape.intermediate, shape.used_experts * shape.expert_intermediate + shape.shared_intermediate
     )
     gathered = 2 * shape.hidden if streamed else 0  # the aggregator's input and output, besides the residual stream
+    expanded = max(  # keys and values that the last step makes of one layer's latents
+        kind.kv_per_token * min(length, kind.window or length) if kind.expansion else 0 for kind in shape.attention
+    )
     return {
         "weights": shape.backbone_params * weight + shape.embedding_params * work.embedding_bits / 8,
         "prefixes": shape.prefix_params(work.streams, work.kv) * number,
@@ -120,7 +123,8 @@ def memory(shape: ModelShape, work: Workload) -> Split:
         "kv_cache": work.cache_rows
         * number
         * sum(kind.layers * kind.cached_per_token * min(length, kind.window or length) for kind in shape.attention),
-        "activations": number * tokens * (shape.hidden + max(attention, inner, gathered))
+        "activations": number
+        * max(tokens * (shape.hidden + max(attention, inner, gathered)), work.cache_rows * expanded)
         + 4 * work.batch * shape.vocab,
     }
 
@@ -169,8 +173,9 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
     once = np.ones_like(contexts)
     widths = sum(kind.layers * (2 * h + kind.query + kind.projected + kind.value) for kind in shape.attention)
     projections = shape.attention_params * weight + number * n * widths
+    expansions = sum(kind.layers * kind.expansion for kind in shape.attention if kind.keys == "own")  # see _attention
     operations = [
-        Operation("projections", once * 2 * n * shape.attention_params, once * projections),
+        Operation("projections", once * 2 * n * (shape.attention_params - expansions), once * projections),
         _attention(shape, work, rows, tokens, contexts),
         _mlp(shape, work, n, once),
         Operation("norms", once * 10 * n * h * shape.layers, once * 10 * n * h * shape.layers * number),
@@ -189,7 +194,11 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
 
 
 def _attention(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: Array) -> Operation:
-    """Scores and weighted sums, in the layers that read keys and values; prefixes are read as these are."""
+    """Scores and weighted sums, in the layers that read keys and values; prefixes are read as these are.
+
+    Latent attention makes keys and values of all latents that are seen, in each step. An indexer scores all keys, and
+    what it does not choose is masked: queries are multiplied with all of them.
+    """
     prefix = rows.prefixes * shape.prefix_length
     flops, elements = np.zeros_like(contexts), np.zeros_like(contexts)
     for kind in shape.attention:
@@ -200,6 +209,13 @@ def _attention(shape: ModelShape, work: Workload, rows: Pass, tokens: int, conte
         flops += kind.layers * 2 * (rows.rows * seen + work.batch * tokens * prefix) * per_token
         cached = (rows.cache_rows * loaded + prefix) * kind.kv_per_token
         elements += kind.layers * (cached + rows.rows * tokens * per_token)
+        if kind.expansion:
+            flops += kind.layers * 2 * rows.cache_rows * loaded * kind.expansion
+            made = kind.kv_rank + kind.rope_dim + kind.kv_per_token
+            elements += kind.layers * rows.cache_rows * (loaded - tokens) * made
+        flops += kind.layers * 2 * rows.rows * seen * kind.indexer_heads * (kind.indexer_dim + 1)
+        indexer = (rows.cache_rows * loaded + rows.rows * tokens * kind.indexer_heads) * kind.indexer_dim
+        elements += kind.layers * indexer
     return Operation("attention", flops, work.bits / 8 * elements)
 
 

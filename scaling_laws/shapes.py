@@ -39,6 +39,12 @@ class Attention:
     """Rank of multi-head latent attention; 0 without it."""
     rope_dim: int = 0
     """With latent attention: how many of `head_dim` encode positions."""
+    gated: bool = False
+    """Whether what it returns is multiplied with a gate, which has a projection of its own."""
+    indexer_heads: int = 0
+    """Query heads of an indexer, which scores all keys and chooses some of them; 0 without one."""
+    indexer_dim: int = 0
+    """The size of a query or a key of an indexer; all its heads have the same key."""
 
     @property
     def query(self) -> float:
@@ -62,10 +68,17 @@ class Attention:
 
     @property
     def cached_per_token(self) -> float:
-        """What the cache of a layer keeps of one token: its keys and values, or their latents."""
+        """What the cache of a layer keeps of one token: keys and values, or their latents, and its indexer's key."""
         if self.keys != "own":
             return 0
-        return self.kv_rank + self.rope_dim if self.kv_rank else self.kv_per_token
+        return (self.kv_rank + self.rope_dim if self.kv_rank else self.kv_per_token) + self.indexer_dim
+
+    @property
+    def expansion(self) -> float:
+        """The matrix that makes keys and values of latents; 0 without them, or if those of another layer are read."""
+        if self.keys == "borrowed":
+            return 0
+        return self.kv_rank * self.heads * (self.head_dim - self.rope_dim + self.value_dim)
 
     def params(self, hidden: float, biases: str) -> float:
         """Parameters of one layer.
@@ -79,12 +92,12 @@ class Attention:
         """
         total = self.query_rank * (hidden + self.query) if self.query_rank else hidden * self.query
         if self.kv_rank and self.keys != "borrowed":
-            unrotated = self.head_dim - self.rope_dim
-            total += hidden * (self.kv_rank + self.rope_dim)
-            total += self.kv_rank * self.heads * (unrotated + self.value_dim)
+            total += hidden * (self.kv_rank + self.rope_dim) + self.expansion
         else:
             total += hidden * (self.projected / 2 if self.keys_are_values else self.projected)
-        total += self.value * hidden
+        total += self.value * hidden * (2 if self.gated else 1)
+        total += self.indexer_heads * ((self.query_rank or hidden) * self.indexer_dim + hidden)
+        total += hidden * self.indexer_dim
         if biases != "none":
             total += self.query + self.projected + (hidden if biases == "all" else 0)
         return total
@@ -130,6 +143,8 @@ class ModelShape:
     """Rows of a learned position table."""
     layer_embeddings: int = 0
     """Elements of the layers' own embeddings of tokens."""
+    other_parts: tuple[str, ...] = ()
+    """The fields of a configuration that describe parts beside the language model, which are not counted."""
     prefix_length: int = PREFIX_LENGTH
     """T, tokens of a prefix."""
 

@@ -19,12 +19,12 @@ def fields_of(config):
 
 
 def cached_bytes(model):
-    """Of the keys and values of all layers, and how many have some."""
+    """Of the keys and values of all layers and the keys of their indexers, and how many layers have some."""
     with torch.no_grad():
         cache = model(torch.randint(3, tiny_models.FIRST_SPECIAL, (1, TOKENS)), use_cache=True).past_key_values
-    kept = [each for layer in cache.layers if (each := getattr(layer, "keys", None)) is not None]
-    values = [layer.values for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(tensor.nbytes for tensor in kept + values), len(kept)
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    kept = [getattr(layer, name, None) for layer in layers for name in ("keys", "values", "indexer_keys")]
+    return sum(tensor.nbytes for tensor in kept if tensor is not None), len(layers)
 
 
 def counted_bytes(fields):

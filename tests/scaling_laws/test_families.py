@@ -9,12 +9,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from parscale import wrap
-from parscale.scaling_laws import read_shape
+from parscale.scaling_laws import cost, read_shape
+from parscale.scaling_laws.layers import LISTED, LISTED_WINDOWS
 
 CACHES = [
     "BambaForCausalLM", "DeepseekV3ForCausalLM", "Gemma3nForCausalLM", "JambaForCausalLM", "Lfm2ForCausalLM",
-    "Llama4ForCausalLM", "MiniCPM3ForCausalLM", "MllamaForCausalLM", "Zamba2ForCausalLM", "ZambaForCausalLM",
-    "BailingHybridForCausalLM", "InklingForCausalLM", "Qwen3NextForCausalLM",
+    "Llama4ForCausalLM", "MiniCPM3ForCausalLM", "MllamaForCausalLM", "BailingHybridForCausalLM", "InklingForCausalLM",
+    "Qwen3NextForCausalLM",
 ]  # fmt: skip
 # With the fields that make it a mixture, where its default is none.
 MIXTURES = {
@@ -44,15 +45,23 @@ def test_the_cache_is_that_of_the_model(name):
     assert (counted_bytes(fields), read_shape(fields).attention_layers) == cached_bytes(model)
 
 
-def test_a_pattern_of_letters_says_which_layers_have_a_cache():
-    """As in the files of Nemotron-H."""
-    model = build("NemotronHForCausalLM")
-    fields = fields_of(model.config)
-    pattern = model.config.hybrid_override_pattern
-    old = {name: value for name, value in fields.items() if name != "layers_block_type"}
-    old |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
-    assert 0 < pattern.count("*") < len(pattern)
-    assert counted_bytes(old) == cached_bytes(model)[0]
+def test_layers_that_a_file_does_not_list_are_those_of_the_model_or_refused():
+    seen = 0
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            fields = fields_of(CONFIG_MAPPING[kind]())
+            listed = read_shape(fields)
+        except (ValueError, StrictDataclassError):  # it has no default, or is not counted
+            continue
+        if fields.pop("layer_types", None) is None:
+            continue
+        seen += 1
+        if kind in LISTED | LISTED_WINDOWS:
+            with pytest.raises(ValueError, match="has no layer_types"):
+                read_shape(fields)
+        else:
+            assert read_shape(fields).attention == listed.attention, kind
+    assert seen > 30
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "recurrent_gemma", "bamba"])
@@ -82,6 +91,19 @@ def test_prefixes_are_those_of_the_layers_that_keep_keys(name):
 def test_a_language_model_that_sees_has_its_own_prefix_length():
     model = wrap(build("Gemma3ForConditionalGeneration"), 2, prefix_length=5, init="random", seed=0)
     assert read_shape(fields_of(model.config)).prefix_length == 5
+
+
+def test_parts_beside_the_language_model_are_named():
+    (note,) = cost(AutoConfig.for_model("gemma3"), num_streams=1, batch_size=1, input_length=8, output_length=8).notes
+    assert note == "counted is the language model alone, without what vision_config describes."
+
+
+@pytest.mark.parametrize(("whole", "text", "tied"), [(True, False, True), (False, True, True), (False, False, False)])
+def test_a_multimodal_model_is_tied_if_either_part_says_so(whole, text, tied):
+    """As transformers reads the files of families that have said so in the language part."""
+    config = AutoConfig.for_model("llava", tie_word_embeddings=whole, text_config={"tie_word_embeddings": text})
+    fields = fields_of(config) | {"tie_word_embeddings": whole}
+    assert read_shape(fields).tied == tied == config.tie_word_embeddings
 
 
 EXPERTS_BESIDE_THE_MLP = {"enable_moe_block": True, "num_experts": 16, "top_k_experts": 3, "moe_intermediate_size": 704}
@@ -149,12 +171,6 @@ def test_every_mixture_says_how_many_experts_a_token_passes(kinds):
             if "num_experts_per_tok" in str(error):
                 without.add(kind.removesuffix("_parscale"))
     assert without <= silent
-
-
-@pytest.mark.parametrize("flag", [True, False])
-def test_a_doge_is_a_mixture_if_it_says_so(flag):
-    config = AutoConfig.for_model("doge", is_moe=flag)
-    assert (read_shape(fields_of(config)).experts > 0) == flag
 
 
 def test_a_file_that_does_not_say_whether_it_is_tied_is_its_familys():

@@ -15,10 +15,13 @@ from parscale.scaling_laws import cost, read_shape, training_memory
 
 # What makes the sizes of each kind of layer different.
 SIZES = {
+    "DeepseekV32ForCausalLM": {},
     "Dots3NoteForCausalLM": {"swa_kv_lora_rank": 20, "swa_head_dim": 20, "swa_qk_nope_head_dim": 16},
     "Gemma3nForCausalLM": {},
     "Gemma4ForCausalLM": {"use_double_wide_mlp": True},
     "Gemma4UnifiedForCausalLM": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "GlmMoeDsaForCausalLM": {"indexer_types": ["full", "shared"], "index_n_heads": 3},
+    "HYV4ForCausalLM": {},
     "Inkling2ForCausalLM": {"swa_num_key_value_heads": 4, "swa_head_dim": 16},
     "InklingForCausalLM": {"swa_num_key_value_heads": 4, "swa_head_dim": 16},
     "LagunaForCausalLM": {"num_attention_heads_per_layer": [4, 8]},
@@ -27,8 +30,10 @@ SIZES = {
 }
 WRAPPED = sorted(SIZES.keys() - {"Dots3NoteForCausalLM", "Inkling2ForCausalLM"})
 # Without other products inside of attention.
-PLAIN = sorted(SIZES.keys() - {"Dots3NoteForCausalLM", "Inkling2ForCausalLM", "InklingForCausalLM"})
-PROJECTION = re.compile(r"\.((q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)\.weight$")
+PLAIN = sorted(SIZES.keys() - {"Inkling2ForCausalLM", "InklingForCausalLM"})
+PROJECTION = re.compile(
+    r"\.((q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|self_attn\.gate_proj|wq_b|wk|weights_proj)\.weight$"
+)
 # Gemma 4 of 2 and of 31 billion parameters, with fewer layers.
 GEMMA_4 = {
     "shared keys": {"hidden_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 1, "intermediate_size": 6144}
@@ -65,18 +70,23 @@ def test_prefixes_are_those_of_each_layer(name):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_arithmetic_of_attention_is_that_of_each_layer(name):
-    """The products of scores and of values in one step after a prompt, layers that borrow keys included."""
+    """The products of scores and of values in one step after a prompt, layers that borrow keys included.
+
+    With latent attention also what makes keys and values of all latents, and an indexer's scores.
+    """
     model = build(name)
     ids = torch.randint(3, tiny_models.FIRST_SPECIAL, (1, TOKENS + 1))
     with torch.no_grad():
         cache = model(ids[:, :-1], use_cache=True).past_key_values
         with FlopCounterMode(display=False) as counter:
             model(ids[:, -1:], past_key_values=cache)
+    counts = counter.get_flop_counts().items()
     products = sum(
         operations.get(torch.ops.aten.bmm, 0)
-        for module, operations in counter.get_flop_counts().items()
+        for module, operations in counts
         if re.search(r"self_attn(\.\d)?$", module)
     )
+    products += sum(sum(operations.values()) for module, operations in counts if module.endswith("kv_b_proj"))
     work = {"num_streams": 1, "batch_size": 1, "input_length": TOKENS, "hardware": FLOPS_ONLY}
     one, two = (cost(fields_of(model.config), output_length=n, **work).time["attention"] for n in (1, 2))
     assert products > 0
@@ -149,8 +159,25 @@ def test_zero_experts_do_no_work():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"compress_rates": {"compressed_sparse_attention": 4}}, r"'llama' compress their keys \(compress_rates is"),
-        ({"compress_ratios": [0, 4, 128]}, r"compress_ratios is \[0, 4, 128\]\).*give a model that caches the keys"),
+        ({"compress_rates": {"compressed_sparse_attention": 4}}, r"'llama' is .* several tokens .*\(compress_rates is"),
+        (
+            {"compress_ratios": [0, 4, 128]},
+            r"several tokens at once \(compress_ratios is \[0, 4, 128\]\); give a model",
+        ),
+        ({"index_n_heads": 4}, r"indexers unlike that of DeepSeek-V3.2 \(index_n_heads is 4\); give a model without"),
+        ({"word_embed_proj_dim": 4}, r"embeddings of another size than the layers' 8 \(word_embed_proj_dim is 4\)"),
+        ({"is_encoder_decoder": True}, r"'llama' is not counted.*an encoder returns \(is_encoder_decoder is True\)"),
+        ({"model_type": "nemotron_h"}, "'nemotron_h' is not counted, since it has layers that hold attention, a state"),
+        ({"model_type": "cpmant"}, "'cpmant' is not counted, since it has tokens of its own before every text"),
+        ({"layer_types": ["minimax_m3_sparse"] * 3}, "names layers of the kind 'minimax_m3_sparse', whose cost is not"),
+        (
+            {"model_type": "gpt_oss", "sliding_window": 4},
+            "'gpt_oss' has no layer_types, .*; give the file that transformers saves",
+        ),
+        (
+            {"model_type": "hy_v4", "index_n_heads": 2, "indexer_types": ["full"]},
+            r"indexer_types is \['full'\]; it must name one for each of the 3 layers",
+        ),
         ({"per_layer_config": {"1": {"skip": ["attention"]}}}, "per_layer_config has 'skip' for layer 1"),
         ({"per_layer_config": {"1": {"head_dim": -2}}}, "per_layer_config has head_dim = -2 for layer 1"),
         ({"per_layer_config": [4, 8, 4]}, r"per_layer_config is \[4, 8, 4\]; it must give fields to layers"),
@@ -164,7 +191,7 @@ def test_layers_that_are_not_counted_are_refused_by_their_field(change, message)
 
 
 def test_deepseek_v4_is_refused():
-    with pytest.raises(ValueError, match="the layers of 'deepseek_v4' compress their keys"):
+    with pytest.raises(ValueError, match="the cost of 'deepseek_v4' is not counted, since it has keys of several"):
         read_shape(AutoConfig.for_model("deepseek_v4"))
 
 

@@ -50,6 +50,54 @@ def test_memory_by_hand():
     assert result.params == read_shape(TINY).params(3) - 3 * KEYS_AND_VALUES * 5
 
 
+LATENT = {"kv_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "num_key_value_heads": 4}
+MADE = 6 * 4 * (3 + 4)  # the matrix from latents to keys and values
+
+
+@pytest.mark.parametrize(("kv", "rows", "prefixes"), [("own", 6, 3), ("shared", 2, 2)])
+def test_a_step_makes_keys_of_all_latents_in_the_cache(kv, rows, prefixes):
+    """The one step after a prompt of four: each of five latents in each row of the cache, in each of three layers."""
+    work = WORK | {"input_length": 4, "kv": kv}
+    flops, moved = (
+        [cost(TINY | LATENT, num_streams=3, hardware=device, **work | {"output_length": n}).time for n in (1, 2)]
+        for device in (FLOPS_ONLY, BYTES_ONLY)
+    )
+    pairs = 6 * 5 + 2 * prefixes * 5
+    assert flops[1]["attention"] - flops[0]["attention"] == pytest.approx(
+        3 * 2 * (pairs * 4 * (5 + 4) + rows * 5 * MADE)
+    )
+    layer = 8 * 4 * 5 + 8 * (6 + 2) + 4 * 4 * 8  # queries, latents and output; keys and values are made in attention
+    assert flops[1]["projections"] - flops[0]["projections"] == pytest.approx(3 * 2 * 6 * layer)
+    keys = 4 * (5 + 4)
+    read = (rows * 5 + prefixes * 5) * keys + 6 * 4 * (5 + 4) + rows * 4 * (6 + 2 + keys)
+    assert moved[1]["attention"] - moved[0]["attention"] == pytest.approx(2 * 3 * read)
+
+
+def test_keys_of_one_layer_are_held_beside_the_latents():
+    longer, longest = (
+        cost(TINY | LATENT, num_streams=1, hardware=BYTES_ONLY, **WORK | {"output_length": n}).memory
+        for n in (101, 201)
+    )
+    assert longest["kv_cache"] - longer["kv_cache"] == 2 * 2 * 3 * (6 + 2) * 100
+    assert longest["activations"] - longer["activations"] == 2 * 2 * 4 * (5 + 4) * 100
+
+
+def test_an_indexer_reads_a_key_of_its_own_for_each_token():
+    indexed = {"model_type": "deepseek_v32", "index_n_heads": 3, "index_head_dim": 7, "q_lora_rank": 9}
+    plain, with_indexer = ({"model_type": "deepseek_v3", "q_lora_rank": 9} | LATENT, indexed | LATENT)
+    work = {"num_streams": 1, "batch_size": 2, "input_length": 4}
+
+    def added(n, device):
+        have, base = (
+            cost(TINY | each, hardware=device, **work | {"output_length": n}) for each in (with_indexer, plain)
+        )
+        return have.time["attention"] - base.time["attention"], have.memory["kv_cache"] - base.memory["kv_cache"]
+
+    assert added(1, BYTES_ONLY)[1] == 2 * 2 * 3 * 4 * 7
+    for device, expected in ((FLOPS_ONLY, 2 * 2 * 5 * 3 * (7 + 1)), (BYTES_ONLY, 2 * 2 * (5 + 3) * 7)):
+        assert added(2, device)[0] - added(1, device)[0] == pytest.approx(3 * expected)
+
+
 @pytest.mark.parametrize("kv", ["own", "shared"])
 def test_one_stream_shares_with_nobody(kv):
     work = {"batch_size": 4, "input_length": 100, "output_length": 50, "num_streams": 1}
