@@ -117,7 +117,8 @@ def _keeps_rows(name: str, source: EncodedRows, args: Any, kwargs: Any, result: 
     if result.shape[:1] != source.shape[:1]:
         return False
     if name == "__setitem__":
-        return getattr(args[2], "ndim", 0) == 0 or source[args[1]].mark.ordered  # one number for all, or row by row
+        written: Any = source[args[1]]
+        return getattr(args[2], "ndim", 0) == 0 or written.mark.ordered  # one number for all, or row by row
     if name == "__getitem__":
         return _index_keeps_rows(args[1], source)
     if name in _ALONG:
