@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from parscale.checkpoints.control_runs import train_controls
     from parscale.checkpoints.conversion.convert import calibration_ids, convert
     from parscale.checkpoints.description import describe
-    from parscale.checkpoints.evaluation.against import format_interval
     from parscale.checkpoints.evaluation.comparison import Comparison, compare
     from parscale.checkpoints.evaluation.controls import (
         ADAPTER,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
         prepare_arm,
     )
     from parscale.checkpoints.evaluation.diagnosis import Diagnosis, diagnose, plot_diagnosis
+    from parscale.checkpoints.evaluation.paired_differences import format_interval
     from parscale.checkpoints.evaluation.places import evaluate_places
     from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks
     from parscale.checkpoints.evaluation.text_loss import DocumentLoss, Evaluation, evaluate
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from parscale.checkpoints.texts.python_source import package_source_split, standard_library_split
     from parscale.checkpoints.texts.sources import open_source, read_documents
     from parscale.checkpoints.training.divergence import DivergedError
+    from parscale.checkpoints.training.model_loading import rank_with_parameters
     from parscale.checkpoints.training.new_model import NewModel
     from parscale.checkpoints.training.packing import Blocks, pack, pack_documents
     from parscale.checkpoints.training.settings import TrainSettings
     from parscale.checkpoints.training.speed import faster_in_bf16
     from parscale.checkpoints.training.train import Interrupted, train
-    from parscale.checkpoints.training.trainable_model import rank_with_parameters
     from parscale.checkpoints.training.upload import push
 
 __all__ = [
@@ -123,7 +123,7 @@ _HOMES = {  # of the public names, below this package
         "convert",
     ),
     "description": ("describe",),
-    "evaluation.against": ("format_interval",),
+    "evaluation.paired_differences": ("format_interval",),
     "evaluation.comparison": (
         "Comparison",
         "compare",
@@ -200,7 +200,7 @@ _HOMES = {  # of the public names, below this package
         "Interrupted",
         "train",
     ),
-    "training.trainable_model": ("rank_with_parameters",),
+    "training.model_loading": ("rank_with_parameters",),
     "training.upload": ("push",),
 }
 

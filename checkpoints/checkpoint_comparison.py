@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.description import describe
-from parscale.checkpoints.evaluation.against import MIDDLES, Places, paired_entries
+from parscale.checkpoints.evaluation.paired_differences import MIDDLES, Places, single_seed_entries
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.models import (
     STREAMS_OFF,
@@ -48,7 +48,8 @@ def compare_checkpoints(
         device: where the others run; by default on a GPU if there is one.
 
     Returns:
-        For each of the others and each place an entry, as `parscale.checkpoints.evaluation.against.paired_entries`.
+        For each of the others and each place an entry, as
+        `parscale.checkpoints.evaluation.paired_differences.single_seed_entries`.
 
     Raises:
         ValueError: a checkpoint is damaged, has another tokenization of the documents or too few positions, or is the
@@ -96,7 +97,7 @@ def compare_checkpoints(
             rival, _ = open_checkpoint(other, device=device)
             measured[other] = places(rival)
             del rival
-        entries += paired_entries(name, other, TEXT, {key: measured[key] for key in (name, other)}, 0)
+        entries += single_seed_entries(name, other, TEXT, {key: measured[key] for key in (name, other)}, 0)
     return [{key: value for key, value in entry.items() if key not in ("tokens", "seeds")} for entry in entries]
 
 

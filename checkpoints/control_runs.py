@@ -25,16 +25,15 @@ from transformers import PreTrainedTokenizerBase
 from parscale import ParScaleConfig, unwrap
 from parscale.checkpoints.conversion.convert import calibration_ids
 from parscale.checkpoints.description import describe
-from parscale.checkpoints.evaluation.against import (
+from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, STREAMS, Arm, prepare_arm
+from parscale.checkpoints.evaluation.paired_differences import (
     Places,
     format_interval,
     in_the_middle,
     no_middle,
-    paired_entries,
+    single_seed_entries,
     verdict,
 )
-from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, Arm, prepare_arm
-from parscale.checkpoints.evaluation.controls import STREAMS as ONE_PREFIX
 from parscale.checkpoints.evaluation.text_loss import DEFAULT_SEQUENCE_LENGTH
 from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer, text_config
 from parscale.checkpoints.texts.chat_tokens import as_text
@@ -53,12 +52,12 @@ from parscale.checkpoints.training.held_out import (
     texts_to_measure,
 )
 from parscale.checkpoints.training.model_card import CARD
+from parscale.checkpoints.training.model_loading import rank_with_parameters
 from parscale.checkpoints.training.packing import Encoder, documents_of
 from parscale.checkpoints.training.run_folder import CONTROLS, Run, read_object
 from parscale.checkpoints.training.run_result import card_of
-from parscale.checkpoints.training.settings import BACKBONE_RATE, LORA_RATE, STREAMS, TrainSettings
+from parscale.checkpoints.training.settings import BACKBONE_RATE, LORA_RATE, ONLY_STREAMS, TrainSettings
 from parscale.checkpoints.training.train import train
-from parscale.checkpoints.training.trainable_model import rank_with_parameters
 from parscale.checkpoints.training.training_data import Sources
 from parscale.config import LORA, OWN, PROMPT
 from parscale.format.folders import FULL, Checkpoint
@@ -111,7 +110,7 @@ def controls_of(
         rank and one of P times that (each added to the rank of an adapter that trains beside the streams, and at most
         the largest rank), at their learning rate; one alone if these are equal.
     """
-    frozen = run["trains"] == STREAMS
+    frozen = run["trains"] == ONLY_STREAMS
     of_alone, of_adapter = _rates(run)
     alone_rank = ADAPTER_RANK if frozen and run["quantize"] else run["lora_rank"]
     how = f" (adapter of rank {alone_rank})" if alone_rank else ""
@@ -128,7 +127,7 @@ def controls_of(
     beside = "" if frozen else " and backbone"
     for name, long in (("prefix", False), ("long-prefix", True)):
         length = streams.prefix_length * (streams.num_streams if long else 1)
-        arm = Arm(name, ONE_PREFIX if frozen else BOTH, prefix=True, long=long)
+        arm = Arm(name, STREAMS if frozen else BOTH, prefix=True, long=long)
         title = f"one {streams.transform} of {length} tokens{beside}"
         controls.append(Control(name, title, arm, run["lora_rank"], run["learning_rate"]))
     if frozen and equal_rank is not None and equal_rank != alone_rank:
@@ -140,7 +139,7 @@ def controls_of(
 def _rates(run: Mapping[str, Any]) -> tuple[float, float]:
     """The learning rates of the backbone alone, or what trains in its place, and of an adapter of equal size."""
     rate: float = run["learning_rate"]
-    if run["trains"] != STREAMS:
+    if run["trains"] != ONLY_STREAMS:
         return rate, rate
     is_given = rate not in (run["streams_learning_rate"], BACKBONE_RATE)  # and not for the streams
     if run["quantize"]:
@@ -174,7 +173,7 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
             f"The streams of {checkpoint} were trained before, and controls would begin without that training; give "
             "--controls to a run that starts from streams as parscale convert makes them."
         )
-    if what["transform"] == LORA and settings.trains == STREAMS and importlib.util.find_spec("peft") is None:
+    if what["transform"] == LORA and settings.trains == ONLY_STREAMS and importlib.util.find_spec("peft") is None:
         raise ValueError("Controls of low-rank streams are adapters, which need: pip install 'parscale[peft]'.")
     backbone = text_config(checkpoint)
     if what["transform"] == PROMPT:
@@ -281,7 +280,7 @@ def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, cons
             return before
     streams = _streams_of(checkpoint)
     equal_rank = None
-    if streams.transform != LORA and run["trains"] == STREAMS:
+    if streams.transform != LORA and run["trains"] == ONLY_STREAMS:
         equal_rank = _equal_rank(checkpoint, run, console)
     controls = controls_of(streams, run, largest_rank=_largest_rank(checkpoint), equal_rank=equal_rank)
     if any(Run(output / FOLDER / control.name).report() is None for control in controls):
@@ -375,8 +374,8 @@ def _settings_of(control: Control, settings: TrainSettings, run: Mapping[str, An
         weight_decay=run["weight_decay"],
         bf16=run["bf16"],
         seed=run["seed"],
-        freeze_backbone=control.arm.trains == ONE_PREFIX,
-        lora_rank=None if control.arm.trains == ONE_PREFIX else control.lora_rank,
+        freeze_backbone=control.arm.trains == STREAMS,
+        lora_rank=None if control.arm.trains == STREAMS else control.lora_rank,
         quantize=run["quantize"],
         streams_learning_rate=run["streams_learning_rate"] if control.arm.prefix else None,
         learning_rate=control.learning_rate,
@@ -454,7 +453,7 @@ def _compare(
     for text in texts:
         for arm, baseline in pairs:
             pair = {name: measured[name][text] for name in (arm, baseline)}
-            comparisons += paired_entries(arm, baseline, text, pair, run["tokens"])
+            comparisons += single_seed_entries(arm, baseline, text, pair, run["tokens"])
     titles = {control.name: control.title for control in controls}
     return {
         "controls": titles,

@@ -20,12 +20,12 @@ from parscale.format.folders import (
     STREAMS_CONFIG,
     STREAMS_ONLY,
     Checkpoint,
-    backbone_place,
+    backbone_location,
 )
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 from parscale.format.values import configuration_of
-from parscale.streams.backbones import writes_text
+from parscale.streams.backbones import generates_text
 from parscale.streams.brief_runs import is_machine_error
 from parscale.streams.choosing import no_such_set
 
@@ -60,7 +60,7 @@ def open_checkpoint(
             language model.
         OSError: the checkpoint does not exist.
     """
-    place = _device(device)
+    target_device = _device(device)
     is_plain = Checkpoint(checkpoint).kind() == PLAIN
     if is_plain and streams not in (None, STREAMS_OFF):
         raise ValueError(f"{checkpoint} is a plain model without a set of streams {streams!r}; omit the set.")
@@ -70,7 +70,7 @@ def open_checkpoint(
         if streams != STREAMS_OFF and streams not in (sets := model.parscale.sets):
             raise no_such_set(streams, sets, f", and {STREAMS_OFF!r} for the plain backbone.", checkpoint)
         model.set_streams(None if streams == STREAMS_OFF else streams)
-    return model.to(place).eval(), find_tokenizer(checkpoint)
+    return model.to(target_device).eval(), find_tokenizer(checkpoint)
 
 
 def load_any(checkpoint: str, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -119,7 +119,7 @@ def text_config(checkpoint: str) -> Any:
     """
     folder, place = Checkpoint(checkpoint), checkpoint
     if folder.kind() == STREAMS_ONLY:
-        place = backbone_place(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
+        place = backbone_location(folder, folder.read_json(STREAMS_CONFIG)) or checkpoint
     with configuration_of(Checkpoint(place)):
         return read_pretrained(AutoConfig, place).get_text_config()
 
@@ -130,7 +130,7 @@ def require_language_model(model: PreTrainedModel, checkpoint: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    if not writes_text(model):
+    if not generates_text(model):
         raise ValueError(
             f"{checkpoint} holds a {type(model).__name__}, but this is for causal language models: use it from Python, "
             "by parscale.load."

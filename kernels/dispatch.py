@@ -72,12 +72,12 @@ def autocasts(x: torch.Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block without autocast for the device of `x`, so that a kernel's products have the dtypes it chooses."""
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
-def outside_autocast(operation: Operation[Options]) -> Operation[Options]:
+def runs_without_autocast(operation: Operation[Options]) -> Operation[Options]:
     """Makes an operation run without autocast for the device of its first tensor, in the dtypes that it chooses."""
 
     @functools.wraps(operation)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 
 
-def fold(x: torch.Tensor, B: int, G: int) -> torch.Tensor:
+def fold_queries(x: torch.Tensor, B: int, G: int) -> torch.Tensor:
     """`(P*B, heads, S, D)`, stream-major, as `(B, P*heads, S, D)`, grouped by key/value head."""
     x = x.transpose(1, 2).unflatten(0, (-1, B)).unflatten(3, (G, -1))  # (P, B, S, G, n, D)
     return x.permute(1, 2, 3, 0, 4, 5).flatten(2, 4).transpose(1, 2)  # over (B, S, G, P, n, D)
 
 
-def unfold(x: torch.Tensor, P: int, G: int) -> torch.Tensor:
-    """`(B, P*heads, S, D)` as `(P*B, heads, S, D)`: the inverse of `fold`."""
+def unfold_queries(x: torch.Tensor, P: int, G: int) -> torch.Tensor:
+    """`(B, P*heads, S, D)` as `(P*B, heads, S, D)`: the inverse of `fold_queries`."""
     x = x.transpose(1, 2).unflatten(2, (G, P, -1))  # (B, S, G, P, n, D)
     return x.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(0, 1).transpose(1, 2)  # over (P, B, S, G, n, D)
 

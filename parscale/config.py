@@ -16,7 +16,7 @@ PREFIX, PROMPT, LORA = "prefix", "prompt", "lora"
 TRANSFORMS = (PREFIX, PROMPT, LORA)
 OWN, SHARED = "own", "shared"
 KVS = (OWN, SHARED)
-LARGEST = 10**15  # of any number of things; torch counts bytes with 64 bits
+LARGEST_COUNT = 10**15  # of any number of things; torch counts bytes with 64 bits
 
 # Field names in a `config.json`. The first three are those of the released checkpoints; a released config without the
 # smoothing means 0.01, the default of the released code.
@@ -75,8 +75,8 @@ class ParScaleConfig:
     kv: str = OWN
 
     def __post_init__(self) -> None:
-        self.num_streams = _integer("num_streams", self.num_streams, minimum=1, maximum=LARGEST)
-        self.prefix_length = _integer("prefix_length", self.prefix_length, minimum=1, maximum=LARGEST)
+        self.num_streams = _integer("num_streams", self.num_streams, minimum=1, maximum=LARGEST_COUNT)
+        self.prefix_length = _integer("prefix_length", self.prefix_length, minimum=1, maximum=LARGEST_COUNT)
         if isinstance(self.smoothing, bool) or not isinstance(self.smoothing, numbers.Real):
             raise ValueError(f"smoothing must be a number between 0 and 1, got {self.smoothing!r}.")
         self.smoothing = float(self.smoothing)
@@ -84,7 +84,7 @@ class ParScaleConfig:
             raise ValueError(f"smoothing must be between 0 and 1, got {self.smoothing}; the paper uses 0.1.")
         if self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, got {self.transform!r}.")
-        self.rank = _integer("rank", self.rank, minimum=1, maximum=LARGEST)
+        self.rank = _integer("rank", self.rank, minimum=1, maximum=LARGEST_COUNT)
         if self.kv not in KVS:
             raise ValueError(f"kv must be one of {', '.join(map(repr, KVS))}, got {self.kv!r}.")
         if self.kv == SHARED and self.transform == PROMPT:

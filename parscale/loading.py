@@ -39,7 +39,7 @@ from parscale.format.folders import (
     STREAMS_CONFIG,
     TYPE_SUFFIX,
     Checkpoint,
-    backbone_place,
+    backbone_location,
     set_name,
     set_names,
     stream_config,
@@ -199,7 +199,7 @@ def _named_backbone(
     checkpoint: Checkpoint, fields: Mapping[str, Any], given: str | os.PathLike[str] | None, options: dict[str, Any]
 ) -> Any:
     """Loads the backbone that was given by name or that the streams name, without any streams of its own."""
-    name = os.fspath(given) if given is not None else backbone_place(checkpoint, fields)
+    name = os.fspath(given) if given is not None else backbone_location(checkpoint, fields)
     if not name:
         raise ValueError(f"{checkpoint} does not name its backbone: pass backbone=, a folder or a model.")
     try:

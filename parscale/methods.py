@@ -24,11 +24,11 @@ from parscale.format.counting import parameter_sizes
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import IGNORED, stream_losses
-from parscale.streams.backbones import writes_text
+from parscale.streams.backbones import generates_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
 from parscale.streams.state import ParScaleState, find_state
-from parscale.streams.trainability import parameters_of, train
+from parscale.streams.trainability import parameters_of, set_trainable
 
 
 @takes_fields
@@ -88,7 +88,7 @@ def freeze_backbone(model: Any) -> None:
     reshard(model)
     model.requires_grad_(False)
     for parameter in parameters_of(state, state.active):
-        train(parameter, True)
+        set_trainable(parameter, True)
 
 
 def print_trainable_parameters(model: Any) -> None:
@@ -153,7 +153,7 @@ def stream_report(
     streams = state.active
     if streams is None or streams.num_streams == 1:
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
-    if not writes_text(model):
+    if not generates_text(model):
         raise ValueError(f"stream_report measures next-token losses, which {type(model).__name__} does not have.")
     labels = input_ids if labels is None else labels
     if input_ids.ndim != 2 or labels.shape != input_ids.shape:
@@ -340,48 +340,48 @@ def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adapt
         yield adaptive
 
 
-def reorder_cache(model: Any, writer: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+def reorder_cache(model: Any, generator: Any, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
     """Reorders the cache's rows with the beams, in every stream (`generate` counts B rows, the cache has P*B).
 
     Args:
-        writer: the model that generates: this one, or one inside it.
+        generator: the model that generates: this one, or one inside it.
         past_key_values: the cache.
         beam_idx: `(B,)`, the row that each row continues.
     """
     active, B = model.parscale.active, beam_idx.shape[0]
     P = 1 if active is None else active.cache_copies
     rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
-    own = own_reorder_cache(type(writer))
+    own = own_reorder_cache(type(generator))
     if own is not None:
         return own(past_key_values, rows)
     past_key_values.reorder_cache(rows)
     return past_key_values
 
 
-def static_cache_init_shape(model: object, writer: object) -> None:
+def static_cache_init_shape(model: object, generator: object) -> None:
     """Makes `generate` let a static cache take its number of rows from the first keys: P*B, not B.
 
     Args:
-        writer: as in `reorder_cache`.
+        generator: as in `reorder_cache`.
     """
     return None  # no shape: generate then takes it from the first keys
 
 
-def token_times(model: Any, writer: Any, outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def token_times(model: Any, generator: Any, outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The times of tokens in the audio (Whisper), from stream 0's cross-attention without the columns of a prefix.
 
     Args:
-        writer: as in `reorder_cache`.
+        generator: as in `reorder_cache`.
         outputs: of `generate`; `cross_attentions` by token, then by layer, `(P*B, heads, S, T + frames)`.
-        *args: passed to the writer's own method.
-        **kwargs: passed to the writer's own method.
+        *args: passed to the generator's own method.
+        **kwargs: passed to the generator's own method.
     """
     streams = model.parscale.active
     if model.num_streams > 1 and streams.config.transform == PREFIX:
         T = streams.config.prefix_length
         heard = tuple(tuple(layer[..., T:] for layer in step) for step in outputs.cross_attentions)
         outputs = dataclasses.replace(outputs, cross_attentions=heard)
-    times: torch.Tensor = getattr(type(writer), TOKEN_TIMES)(writer, outputs, *args, **kwargs)
+    times: torch.Tensor = getattr(type(generator), TOKEN_TIMES)(generator, outputs, *args, **kwargs)
     return times
 
 
@@ -399,7 +399,7 @@ def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
         ValueError: streams are active, here or in the thread that serves the requests, which sees no `use_streams`
             block: continuous batching packs all requests into one row with one cache.
     """
-    outside = model.parscale.default
+    outside = model.parscale.selected
     if model.num_streams > 1 or (outside is not None and outside.num_streams > 1):
         raise ValueError(CONTINUOUS_BATCHING)
     return type(model).init_continuous_batching(model, *args, **kwargs)

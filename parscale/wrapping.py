@@ -18,7 +18,7 @@ from parscale.attention.discovery import attach_attention, detach_attention
 from parscale.compat.conversion import spare_from_conversion
 from parscale.compat.torch import is_watched
 from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES
-from parscale.config import FIELDS, OWN, PREFIX, ParScaleConfig, takes_fields
+from parscale.config import DEFAULT_SET, FIELDS, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
 from parscale.hooks.adding import add, remove
@@ -30,7 +30,6 @@ from parscale.integrations.trl import keep_reference
 from parscale.kernels.dispatch import Impl, check_impl
 from parscale.streams import choosing
 from parscale.streams.naming import is_of_streams
-from parscale.streams.sets import DEFAULT
 from parscale.streams.state import ParScaleState, find_state
 
 M = TypeVar("M")  # the caller's class of model, which does not change
@@ -47,7 +46,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "load_streams": methods.load_streams,
     "init_continuous_batching": methods.init_continuous_batching,
 }
-WRITER_MEMBERS: dict[str, Callable[..., Any]] = {  # also of the models inside that generate
+GENERATOR_MEMBERS: dict[str, Callable[..., Any]] = {  # also of the models inside that generate
     REORDER_CACHE: methods.reorder_cache,
     STATIC_CACHE_SHAPE: methods.static_cache_init_shape,
     TOKEN_TIMES: methods.token_times,
@@ -117,8 +116,8 @@ def wrap(
     with _restored_on_failure(model):
         state = attach(model, kernels)
         try:
-            add(state, DEFAULT, config, calibration=calibration)
-            choosing.set_streams(model, DEFAULT)
+            add(state, DEFAULT_SET, config, calibration=calibration)
+            choosing.set_streams(model, DEFAULT_SET)
         except BaseException:
             detach(state)
             raise
@@ -205,9 +204,9 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         model.parscale = state
         for member, function in MEMBERS.items():
             setattr(model, member, functools.partial(function, model))
-        for writer in state.writers:
-            for member, function in WRITER_MEMBERS.items():
-                setattr(writer, member, functools.partial(function, model, writer))
+        for generator in state.generators:
+            for member, function in GENERATOR_MEMBERS.items():
+                setattr(generator, member, functools.partial(function, model, generator))
         choosing.show_num_streams()
         if model.can_generate():
             model.generate = functools.partial(methods.generate, model)
@@ -286,8 +285,8 @@ def detach(state: ParScaleState) -> None:
     detach_attention(state)
     for member in ("parscale", "generate", "last_mean_streams", *MEMBERS):
         model.__dict__.pop(member, None)
-    for writer in state.writers:
-        for member in WRITER_MEMBERS:
-            writer.__dict__.pop(member, None)
+    for generator in state.generators:
+        for member in GENERATOR_MEMBERS:
+            generator.__dict__.pop(member, None)
     for field in FIELDS:
         model.config.__dict__.pop(field, None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST = 10**12
+LARGEST_SIZE = 10**12
 """The upper limit of every number in a model's shape."""
 
 NAMES = {
@@ -43,7 +43,7 @@ class Reader:
             if not is_size(value):
                 raise ValueError(
                     f"the configuration of {self.model!r} has {name} = {brief(value)}; it must be a whole number of "
-                    f"at least 0 and at most {LARGEST:,}"
+                    f"at least 0 and at most {LARGEST_SIZE:,}"
                 )
             return int(value)
         return 0
@@ -69,13 +69,13 @@ def listed_layers(contents: Mapping[str, Any], name: str) -> set[int]:
 
 
 def is_size(value: object) -> bool:
-    """Whether it is a whole number from 0 to `LARGEST`."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    """Whether it is a whole number from 0 to `LARGEST_SIZE`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SIZE
 
 
 def brief(value: object) -> str:
     """A value for an error message: shortened if it is a number with thousands of digits or a long list."""
-    if isinstance(value, int) and value > LARGEST:
+    if isinstance(value, int) and value > LARGEST_SIZE:
         return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -103,7 +103,7 @@ def fit(
         huber=result.huber,
         intervals=result.intervals,
         draws=result.draws,
-        freedom=result.optimum.freedom if bootstrap else None,
+        freedom=result.optimum.degrees_of_freedom if bootstrap else None,
         notes=result.notes,
     )
 

@@ -40,7 +40,7 @@ class Optimum:
         return np.log(self.problem.losses) - self.fitted
 
     @property
-    def freedom(self) -> int:
+    def degrees_of_freedom(self) -> int:
         """Points minus parameters; raises `ValueError` if this is 0, since the noise is then unknown."""
         spare = self.problem.losses.size - self.theta.size
         if spare < 1:
@@ -54,7 +54,7 @@ class Optimum:
     @property
     def noise(self) -> float:
         """Standard deviation of log loss around the law."""
-        return float(np.sqrt((self.residuals**2).sum() / self.freedom))
+        return float(np.sqrt((self.residuals**2).sum() / self.degrees_of_freedom))
 
     def natural(self, theta: Array) -> Array:
         """Parameters `(..., p)` without logarithms."""
@@ -82,7 +82,7 @@ def bootstrap(optimum: Optimum, draws: int, seed: int) -> Resampled:
     """
     problem, noise = optimum.problem, optimum.noise
     generator = np.random.default_rng(seed)
-    widened = optimum.residuals * np.sqrt(problem.losses.size / optimum.freedom)
+    widened = optimum.residuals * np.sqrt(problem.losses.size / optimum.degrees_of_freedom)
     shape = (draws, problem.losses.size)
     resampled = generator.choice(np.concatenate([widened, -widened]), shape)
     log_losses = optimum.fitted + (resampled + generator.normal(0, noise, shape)) / np.sqrt(2)
@@ -105,7 +105,7 @@ def calibrated_limits(optimum: Optimum, resampled: Resampled, level: float) -> A
     """
     problem, (draws, number) = optimum.problem, resampled.theta.shape
     fitted = np.log(problem.form.predict(resampled.theta, problem.sizes, problem.streams))
-    dispersion = _dispersion(resampled.log_losses - fitted, optimum.freedom)
+    dispersion = _dispersion(resampled.log_losses - fitted, optimum.degrees_of_freedom)
     limits = np.empty(number)
     for column in range(number):
         free = np.ones((draws, number), dtype=bool)
@@ -117,17 +117,17 @@ def calibrated_limits(optimum: Optimum, resampled: Resampled, level: float) -> A
 
 
 def corrected_percentiles(
-    draws: Array, estimate: Array, level: float, freedom: int | None = None
+    draws: Array, estimate: Array, level: float, degrees_of_freedom: int | None = None
 ) -> tuple[Array, Array]:
     """The ends `(p,)` of the bias-corrected percentile interval of `draws` `(B, p)` around `estimate` `(p,)`.
 
     Efron's correction: if most draws lie on one side of the estimate, the percentiles move to the other side. With
-    `freedom`, points minus parameters, they also move outward like Student's t (Hesterberg's expanded percentiles,
-    arXiv 1411.5279).
+    `degrees_of_freedom`, points minus parameters, they also move outward like Student's t (Hesterberg's expanded
+    percentiles, arXiv 1411.5279).
     """
     below = np.clip((draws < estimate).mean(axis=0), 1 / len(draws), 1 - 1 / len(draws))
     shift = 2 * stats.norm.ppf(below)
-    reach = (stats.norm if freedom is None else stats.t(freedom)).ppf(0.5 + level / 2)
+    reach = (stats.norm if degrees_of_freedom is None else stats.t(degrees_of_freedom)).ppf(0.5 + level / 2)
     ends = [
         np.array([np.quantile(column, q) for column, q in zip(draws.T, stats.norm.cdf(shift + side), strict=True)])
         for side in (-reach, reach)
@@ -137,7 +137,7 @@ def corrected_percentiles(
 
 def f_limits(optimum: Optimum, level: float) -> Array:
     """The limits of the F distribution for `profile`, `(p,)`, exact for a linear law with normal noise."""
-    return np.full(optimum.theta.size, stats.f.ppf(level, 1, optimum.freedom))
+    return np.full(optimum.theta.size, stats.f.ppf(level, 1, optimum.degrees_of_freedom))
 
 
 def profile(optimum: Optimum, limits: Array) -> dict[str, Interval]:
@@ -184,18 +184,18 @@ def _likelihood_ratio(optimum: Optimum, columns: NDArray[np.int64], offsets: Arr
     movable = np.tile(np.repeat(unit == 0, offsets.shape[1], axis=0), (2, 1))
     _, values = solve(problem, starts, free=movable, tolerance=TOLERANCE)
     best = values.reshape(2, *offsets.shape).min(axis=0)
-    return 2 * (best - optimum.value) / _dispersion(optimum.residuals, optimum.freedom)
+    return 2 * (best - optimum.value) / _dispersion(optimum.residuals, optimum.degrees_of_freedom)
 
 
-def _dispersion(residuals: Array, freedom: int) -> Any:
+def _dispersion(residuals: Array, degrees_of_freedom: int) -> Any:
     """The unit of twice the rise of the Huber loss, for residuals `(..., n)`.
 
     It is the mean square of the derivative divided by the mean of the second derivative.
     """
     force = np.clip(residuals, -DELTA, DELTA)
-    noise = np.sqrt((residuals**2).sum(axis=-1) / freedom)
+    noise = np.sqrt((residuals**2).sum(axis=-1) / degrees_of_freedom)
     inner = 2 * stats.norm.cdf(DELTA / np.maximum(noise, 1e-300)) - 1
-    return np.maximum((force**2).sum(axis=-1) / freedom / inner, 1e-300)
+    return np.maximum((force**2).sum(axis=-1) / degrees_of_freedom / inner, 1e-300)
 
 
 def _search_scale(optimum: Optimum) -> tuple[Array, Array]:

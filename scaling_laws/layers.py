@@ -7,7 +7,7 @@ from collections import ChainMap, Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.scaling_laws.fields import LARGEST, NAMES, Reader, brief, is_size, listed_layers
+from parscale.scaling_laws.fields import LARGEST_SIZE, NAMES, Reader, brief, is_size, listed_layers
 from parscale.scaling_laws.shapes import Attention
 
 # Fields that list what each layer is; one of numbers has a 1 for a window.
@@ -153,7 +153,7 @@ def _named(contents: Mapping[str, Any]) -> dict[int, dict[str, int | None]]:
             if value is not None and not is_size(value):
                 raise ValueError(
                     f"per_layer_config has {field} = {brief(value)} for layer {layer}; it must be a whole number of at "
-                    f"least 0 and at most {LARGEST:,}"
+                    f"least 0 and at most {LARGEST_SIZE:,}"
                 )
     return {int(layer): dict(fields) for layer, fields in named.items()}
 

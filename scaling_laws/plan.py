@@ -14,7 +14,7 @@ from parscale.scaling_laws.costs import Config, cost
 from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.shapes import ModelShape
 
-STREAMS = (1, 2, 4, 8, 16, 32)
+STREAM_COUNTS = (1, 2, 4, 8, 16, 32)
 BUDGETS = ("train_flops", "memory_bytes", "seconds")
 
 
@@ -56,7 +56,7 @@ def optimal(
     train_flops: float | None = None,
     memory_bytes: float | None = None,
     seconds: float | None = None,
-    streams: Sequence[int] = STREAMS,
+    streams: Sequence[int] = STREAM_COUNTS,
     tokens: float = 42e9,
     **workload: Any,
 ) -> Plan:
@@ -107,7 +107,7 @@ def frontier(
     train_flops: float | None = None,
     memory_bytes: float | None = None,
     seconds: float | None = None,
-    streams: Sequence[int] = STREAMS,
+    streams: Sequence[int] = STREAM_COUNTS,
     tokens: float = 42e9,
     **workload: Any,
 ) -> list[Plan]:

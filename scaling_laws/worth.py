@@ -14,7 +14,7 @@ from parscale.scaling_laws.shapes import ModelShape
 
 QUANTITIES = ("seconds", "memory_bytes")
 AXES = ("batch_size", "input_length", "output_length")
-LARGEST = 1 << 20
+SEARCH_LIMIT = 1 << 20
 """The limit of the search for a crossover."""
 
 
@@ -131,9 +131,9 @@ def crossover(
     if num_streams == 1:
         raise ValueError("with one stream there is nothing to compare; give num_streams of at least 2")
     loses = _loses(law, config, num_streams=num_streams, quantity=quantity, along=along, **workload)
-    if not loses(LARGEST):
+    if not loses(SEARCH_LIMIT):
         return None
-    high = LARGEST
+    high = SEARCH_LIMIT
     while high > 1 and loses(high // 2):
         high //= 2
     low = high // 2
@@ -154,7 +154,7 @@ def loses_below(law: ParallelScalingLaw, config: Config, point: int | None, *, a
         **options: the other arguments of `crossover`.
     """
     loses = _loses(law, config, along=along, **options)
-    return any(loses(1 << power) for power in range(((point or LARGEST) - 1).bit_length()))
+    return any(loses(1 << power) for power in range(((point or SEARCH_LIMIT) - 1).bit_length()))
 
 
 def _loses(

@@ -1,7 +1,7 @@
 """lm-eval's tasks on a model with or without streams: lm-eval asks and scores, and the result records the settings.
 
 The model goes to lm-eval as it is, in lm-eval's own `HFLM`, so that a figure means what it means for any other model;
-where streams share keys and values, contexts run with one row (`parscale.checkpoints.evaluation.answers`).
+where streams share keys and values, contexts run with one row (`parscale.checkpoints.evaluation.harness_model`).
 `RECIPES` is a folder of task lists in lm-eval's format; its file names are their names.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import __version__
-from parscale.checkpoints.evaluation.answers import harness_model
+from parscale.checkpoints.evaluation.harness_model import harness_model
 from parscale.checkpoints.evaluation.text_loss import (
     adapting,
     checked_length,

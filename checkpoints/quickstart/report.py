@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
 from parscale.checkpoints.evaluation.controls import HELD_AGAINST
+from parscale.checkpoints.evaluation.paired_differences import format_interval, in_the_middle, verdict
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from parscale import ParScaleConfig
 from parscale.checkpoints.conversion.convert import calibration_ids
-from parscale.checkpoints.evaluation.against import paired_entries
 from parscale.checkpoints.evaluation.controls import (
     ADAPTER,
     ARMS,
@@ -33,6 +32,7 @@ from parscale.checkpoints.evaluation.controls import (
     Arm,
     prepare_arm,
 )
+from parscale.checkpoints.evaluation.paired_differences import single_seed_entries
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.evaluation.text_loss import Evaluation
 from parscale.checkpoints.models import load_any
@@ -41,12 +41,12 @@ from parscale.checkpoints.small_model import small_model_path
 from parscale.checkpoints.texts.documents import Document, Source
 from parscale.checkpoints.texts.python_source import package_source_split
 from parscale.checkpoints.texts.token_ids import vocabulary_of
+from parscale.checkpoints.training.model_loading import rank_with_parameters
 from parscale.checkpoints.training.packing import pack_documents
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.speed import faster_in_bf16, seconds_of_step
 from parscale.checkpoints.training.train import train
-from parscale.checkpoints.training.trainable_model import rank_with_parameters
 from parscale.checkpoints.versions import versions
 from parscale.format.pretrained import read_pretrained
 from parscale.format.staging import require_new_folder, staged
@@ -157,7 +157,7 @@ def run_quickstart(
 
     Returns:
         The report, which can be written as JSON: losses and generated text of each model, under `"comparisons"` the
-        paired differences of `paired_entries`, the settings and versions, and the total seconds.
+        paired differences of `single_seed_entries`, the settings and versions, and the total seconds.
 
     Raises:
         ValueError: `output` is not empty, or there is too little text.
@@ -305,7 +305,7 @@ def _comparisons(rows: Mapping[str, Row], texts: Sequence[str]) -> list[dict[str
             for text in texts if baseline in rows else ():
                 measured = {arm: rows[arm].losses[text] for arm in (name, baseline)}
                 tokens = row.training["tokens"] if row.training else 0
-                entries += paired_entries(name, baseline, text, measured, tokens)
+                entries += single_seed_entries(name, baseline, text, measured, tokens)
     return entries
 
 

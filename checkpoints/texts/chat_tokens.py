@@ -44,16 +44,16 @@ def as_text(name: str, example: str | Completion | Chat, tokenizer: PreTrainedTo
 
 
 @dataclass(frozen=True)
-class LearnedInPart:
-    """Token ids of a document, a part of which is learned.
+class MaskedTokens:
+    """Token ids of a document, and which of them are learned.
 
     Attributes:
         ids: all of them.
-        learned: for each, whether it is learned.
+        loss_mask: for each, whether it is learned.
     """
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,7 +74,7 @@ def encode_completion(name: str, text: Completion, tokenizer: PreTrainedTokenize
     return ids, _in_common(prompt, ids)
 
 
-def encode_chat(name: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[LearnedInPart]:
+def encode_chat(name: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Iterator[MaskedTokens]:
     """A chat as one document, or as one for each turn of the assistant's where the template asks for that.
 
     Args:
@@ -89,7 +89,7 @@ def encode_chat(name: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> It
     learned = render.by_marks() or render.by_turns()
     documents = [learned] if learned is not None else [render.turn(number) for number in render.turns]
     for document in documents:
-        if not any(document.learned):
+        if not any(document.loss_mask):
             raise ValueError(f"{name}: the chat template writes nothing of what the {ASSISTANT} says.")
         yield document
 
@@ -111,7 +111,7 @@ class _Renderer:
                 "checkpoint's tokenizer, or train on text."
             )
 
-    def by_marks(self) -> LearnedInPart | None:
+    def by_marks(self) -> MaskedTokens | None:
         """What the template marks as generated, if it marks anything and the tokenizer can tell the places."""
         if not self.tokenizer.is_fast:
             return None
@@ -122,22 +122,22 @@ class _Renderer:
         ids, start = encoded["input_ids"], 0
         if self.chat.learned_from:
             start = _in_common(self._ids(self.chat.learned_from, prompts=True), ids)
-        learned = [bool(mark) and place >= start for place, mark in enumerate(encoded["assistant_masks"])]
-        return LearnedInPart(ids, learned)
+        loss_mask = [bool(mark) and index >= start for index, mark in enumerate(encoded["assistant_masks"])]
+        return MaskedTokens(ids, loss_mask)
 
-    def by_turns(self) -> LearnedInPart | None:
+    def by_turns(self) -> MaskedTokens | None:
         """What each turn adds to the chat before it, or None if the template changes a turn that is over."""
         ids = self._ids(len(self.messages))
-        learned = [False] * len(ids)
+        loss_mask = [False] * len(ids)
         for number in self.turns:
             through = self._ids(number + 1)
             if _in_common(through, ids) < len(through):
                 return None
-            for place in range(self._start(number, ids), len(through)):
-                learned[place] = True
-        return LearnedInPart(ids, learned)
+            for index in range(self._start(number, ids), len(through)):
+                loss_mask[index] = True
+        return MaskedTokens(ids, loss_mask)
 
-    def turn(self, number: int) -> LearnedInPart:
+    def turn(self, number: int) -> MaskedTokens:
         """The chat up to a turn of the assistant's, which alone is learned."""
         ids = self._ids(number + 1)
         return learned_from(self._start(number, ids), ids)
@@ -159,14 +159,14 @@ class _Renderer:
             raise ValueError(f"{self.name}: the chat template refuses these messages: {first_line(error)}") from error
 
 
-def learned_from(start: int, ids: list[int]) -> LearnedInPart:
+def learned_from(start: int, ids: list[int]) -> MaskedTokens:
     """Token ids, which are learned from a position on.
 
     Args:
         start: the position.
         ids: all of them.
     """
-    return LearnedInPart(ids, [place >= start for place in range(len(ids))])
+    return MaskedTokens(ids, [index >= start for index in range(len(ids))])
 
 
 def _in_common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -106,15 +106,15 @@ def _is_parts(content: object) -> TypeGuard[Sequence[dict[str, str]]]:
     )
 
 
-def without_fillings(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a table, its cells without what the table filled in: it gives each record the keys of all, with None."""
-    return {column: _filled_by_hand(cell) for column, cell in row.items()}
+    return {column: _drop_nulls(cell) for column, cell in row.items()}
 
 
-def _filled_by_hand(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _filled_by_hand(inner) for key, inner in value.items() if inner is not None}
-    return [_filled_by_hand(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_drop_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(where: str, column: str, value: object, kind: type) -> Any:

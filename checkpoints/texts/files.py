@@ -38,7 +38,9 @@ def _zstandard(path: Path, mode: str) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ValueError(f"Reading {shown(path)} needs the package pyarrow: pip install 'parscale[train]'.") from error
+        raise ValueError(
+            f"Reading {printable_path(path)} needs the package pyarrow: pip install 'parscale[train]'."
+        ) from error
     return io.BufferedReader(_Raw(pyarrow.input_stream(path.open(mode), compression="zstd")))
 
 
@@ -72,7 +74,7 @@ _COMPRESSIONS: dict[str, tuple[str, Callable[[Path, str], Any]]] = {
 }
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def printable_path(path: str | os.PathLike[str]) -> str:
     r"""A path, or text with paths, that can be printed: a byte 0xe9 that is not UTF-8 becomes `\udce9`."""
     return os.fspath(path).encode("utf-8", "backslashreplace").decode()
 
@@ -102,7 +104,7 @@ def require_file(path: Path) -> None:
         if stat.S_ISREG(mode):
             return
         problem = next((name for is_one, name in _NO_FILES if is_one(mode)), "is not a file")
-    raise ValueError(f"{shown(path)} {problem}; give a text file.")
+    raise ValueError(f"{printable_path(path)} {problem}; give a text file.")
 
 
 @contextlib.contextmanager
@@ -121,7 +123,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and (error.errno is not None or not compression):
             raise
-        raise ValueError(f"{shown(path)} is not a complete {compression} file: {error}.") from error
+        raise ValueError(f"{printable_path(path)} is not a complete {compression} file: {error}.") from error
 
 
 @contextlib.contextmanager
@@ -142,7 +144,7 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
         try:
             yield text
         except UnicodeDecodeError as error:
-            raise ValueError(f"{shown(path)} is not text in {_label(encoding)}: {error.reason}.") from error
+            raise ValueError(f"{printable_path(path)} is not text in {_label(encoding)}: {error.reason}.") from error
 
 
 def read_text(path: Path) -> str:
@@ -154,7 +156,7 @@ def read_text(path: Path) -> str:
         text = contents.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{shown(path)} is not text in {_label(encoding)}: byte {error.start} cannot be read."
+            f"{printable_path(path)} is not text in {_label(encoding)}: byte {error.start} cannot be read."
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -180,7 +182,7 @@ def _label(encoding: str) -> str:
 
 
 @dataclass(frozen=True)
-class Below:
+class FolderContents:
     """The contents of a folder, without hidden files.
 
     Attributes:
@@ -194,13 +196,13 @@ class Below:
     again: list[Path]
 
 
-def below(folder: Path) -> Below:
+def list_folder(folder: Path) -> FolderContents:
     """Everything below a folder; links to folders are followed, and each folder is read once.
 
     Raises:
         OSError: a folder cannot be entered.
     """
-    found = Below([], [], [])
+    found = FolderContents([], [], [])
     seen: set[Path] = set()
     waiting = [folder]
     while waiting:

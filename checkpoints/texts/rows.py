@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from parscale.checkpoints.texts.chats import COLUMNS, chat_of, holds_chat, is_chat, without_fillings
+from parscale.checkpoints.texts.chats import COLUMNS, chat_of, holds_chat, is_chat, without_nulls
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
-from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, read_text, shown, suffix_of
+from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, printable_path, read_text, suffix_of
 from parscale.checkpoints.texts.token_ids import require_text
 
 Row = tuple[str, str, dict[str, Any]]  # its place, for error messages; the name of its document; its columns
@@ -136,10 +136,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                where = f"{shown(path)}, line {number}"
+                where = f"{printable_path(path)}, line {number}"
                 with _is_json(f"{where}, is"):
                     row = json.loads(line)
-                yield where, f"{shown(path)}:{number}", row
+                yield where, f"{printable_path(path)}:{number}", row
 
 
 def _json(path: Path, column: str) -> Iterator[Row]:
@@ -150,7 +150,7 @@ def _json(path: Path, column: str) -> Iterator[Row]:
         values = lists if len(lists) == 1 else values
     rows = [row for value in values for row in (value if isinstance(value, list) else [value])]
     for number, row in enumerate(rows, 1):
-        yield f"{shown(path)}, row {number}", f"{shown(path)}:{number}", row
+        yield f"{printable_path(path)}, row {number}", f"{printable_path(path)}:{number}", row
 
 
 def _json_values(path: Path) -> list[Any]:
@@ -158,7 +158,7 @@ def _json_values(path: Path) -> list[Any]:
     text = read_text(path)
     values: list[Any] = []
     decoder = json.JSONDecoder()
-    with _is_json(f"{shown(path)} is"):
+    with _is_json(f"{printable_path(path)} is"):
         at = _after_space(text, 0)
         while at < len(text):
             value, end = decoder.raw_decode(text, at)
@@ -193,7 +193,7 @@ def _separated(path: Path, delimiter: str, column: str) -> Iterator[Row]:
         header: list[str] = []
         try:
             for cells in reader:
-                where = f"{shown(path)}, line {reader.line_num}"
+                where = f"{printable_path(path)}, line {reader.line_num}"
                 if not cells:  # a blank line
                     continue
                 if not header:
@@ -206,16 +206,16 @@ def _separated(path: Path, delimiter: str, column: str) -> Iterator[Row]:
                         f"{where}, has {len(cells)} cells, but the header has {len(header)} columns; put a cell that "
                         "contains a separator in quotes."
                     )
-                yield where, f"{shown(path)}:{reader.line_num}", dict(zip(header, cells, strict=True))
+                yield where, f"{printable_path(path)}:{reader.line_num}", dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise ValueError(f"{shown(path)}, line {reader.line_num}, cannot be read: {error}.") from error
+            raise ValueError(f"{printable_path(path)}, line {reader.line_num}, cannot be read: {error}.") from error
 
 
 def _table(path: Path, column: str) -> Iterator[Row]:
     with open_bytes(path) as file:
         rows = (row for batch in _batches(path, file, column) for row in batch)
         for number, row in enumerate(rows, 1):
-            yield f"{shown(path)}, row {number}", f"{shown(path)}:{number}", row
+            yield f"{printable_path(path)}, row {number}", f"{printable_path(path)}:{number}", row
 
 
 def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str, Any]]]:
@@ -227,7 +227,9 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"Reading {shown(path)} needs the package pyarrow: pip install 'parscale[train]'.") from error
+        raise ValueError(
+            f"Reading {printable_path(path)} needs the package pyarrow: pip install 'parscale[train]'."
+        ) from error
     try:
         if suffix_of(path) == ".parquet":
             table = ParquetFile(file)
@@ -245,11 +247,11 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
                 batch.validate(full=True)  # without which offsets that are damaged end the process
                 if column in read and not batch.column(column).null_count:  # no row's chat counts
                     batch = batch.select([column])
-                yield [without_fillings(row) for row in batch.to_pylist()]
+                yield [without_nulls(row) for row in batch.to_pylist()]
             else:
                 yield [dict.fromkeys(names)] * batch.num_rows
     except Exception as error:  # pyarrow raises many types for damage, and Python another for text that is not UTF-8
-        raise ValueError(f"{shown(path)} cannot be read: {first_line(error)}") from error
+        raise ValueError(f"{printable_path(path)} cannot be read: {first_line(error)}") from error
 
 
 def _read(names: list[str], column: str) -> list[str]:

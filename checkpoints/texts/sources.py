@@ -10,9 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from parscale.checkpoints.texts.chats import without_fillings
+from parscale.checkpoints.texts.chats import without_nulls
 from parscale.checkpoints.texts.documents import Document, Example, Named, Source
-from parscale.checkpoints.texts.files import below, first_line, is_text, read_text, require_file, shown, suffix_of
+from parscale.checkpoints.texts.files import (
+    first_line,
+    is_text,
+    list_folder,
+    printable_path,
+    read_text,
+    require_file,
+    suffix_of,
+)
 from parscale.checkpoints.texts.rows import JSON, SEPARATED, example_of, examples_of_rows, has_rows, texts_of_rows
 
 MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be other files, such as settings
@@ -60,12 +68,12 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
         return _folder(path, text_column)
     if path.exists() or path.is_symlink():
         require_file(path)
-        return Source(shown(path), lambda: _file(path, text_column))
+        return Source(printable_path(path), lambda: _file(path, text_column))
     match = _DATASET.fullmatch(name)
     if match is None or path.suffix.lower() in _FILE_SUFFIXES or has_rows(path):
         raise ValueError(
-            f"{shown(name)} does not exist; give a text file, a folder, a .jsonl file, or the name of a dataset on the "
-            "Hub."
+            f"{printable_path(name)} does not exist; give a text file, a folder, a .jsonl file, or the name of a "
+            "dataset on the Hub."
         )
     rows = _dataset(name, match["name"], match["config"], streaming)
     if streaming:
@@ -94,7 +102,7 @@ def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[
         if has_rows(path):
             documents += texts_of_rows(path, text_column)
         else:
-            documents.append((shown(path), _text_in(path)))
+            documents.append((printable_path(path), _text_in(path)))
     return documents
 
 
@@ -109,13 +117,13 @@ def refuse_output_in_data(output: Path, data: Sequence[Named]) -> None:
         ValueError: the output is inside a folder of data, also through a link.
         OSError: a folder cannot be entered.
     """
-    place = output.resolve()
+    real_output = output.resolve()
     for name in (each for each in data if not isinstance(each, Source) and os.path.isdir(each)):
-        for folder in below(Path(name)).folders:
-            if place.is_relative_to(folder) and not _is_hidden(place.relative_to(folder)):
+        for folder in list_folder(Path(name)).folders:
+            if real_output.is_relative_to(folder) and not _is_hidden(real_output.relative_to(folder)):
                 raise ValueError(
-                    f"The output {shown(output)} is inside {shown(name)}, which is read as data, so that its own files "
-                    "would be read too; give an output folder elsewhere."
+                    f"The output {printable_path(output)} is inside {printable_path(name)}, which is read as data, so "
+                    "that its own files would be read too; give an output folder elsewhere."
                 )
 
 
@@ -125,13 +133,13 @@ def _is_hidden(path: Path) -> bool:
 
 def _folder(folder: Path, text_column: str) -> Source:
     """Reads every file with text below a folder, sorted by name; warns about skipped files."""
-    found = below(folder)
+    found = list_folder(folder)
     readable, other, useless, caches = [], [], [], []
     for path in found.files:
         if path.match("cache-*.arrow") and (path.parent / "state.json").is_file():
-            caches.append(shown(path))
+            caches.append(printable_path(path))
         elif not path.is_file() or not (has_rows(path) or is_text(path)):
-            other.append(shown(path))
+            other.append(printable_path(path))
         elif suffix_of(path) in MAYBE_ROWS and (problem := _problem(path, text_column)):
             useless.append(problem)
         else:
@@ -139,20 +147,23 @@ def _folder(folder: Path, text_column: str) -> Source:
     count = len(found.files)
     if not readable:
         why = "".join(f" {problem}" for problem in useless[:1])
-        raise ValueError(f"The folder {shown(folder)} holds no file with text ({count} files were looked at).{why}")
+        raise ValueError(
+            f"The folder {printable_path(folder)} holds no file with text ({count} files were looked at).{why}"
+        )
     for what, names in (
         (f"of {count} files are not text", other),
         (f"of {count} files are what datasets keeps of its own work, as of map", caches),
         (f"of {count} files have no rows that can be read", useless),
-        ("links lead to a folder that is already read", [shown(path) for path in found.again]),
+        ("links lead to a folder that is already read", [printable_path(path) for path in found.again]),
     ):
         if names:
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
-                f"{shown(folder)}: {len(names)} {what}, and are skipped: {'; '.join(names[:3])}{more}.", stacklevel=3
+                f"{printable_path(folder)}: {len(names)} {what}, and are skipped: {'; '.join(names[:3])}{more}.",
+                stacklevel=3,
             )
     return Source(
-        shown(folder),
+        printable_path(folder),
         lambda: (document for path in readable for document in _file(path, text_column, may_be_empty=True)),
     )
 
@@ -171,27 +182,27 @@ def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterat
     if path.stat().st_size == 0:
         if may_be_empty:
             return
-        raise ValueError(f"{shown(path)} is empty; give a file with text.")
+        raise ValueError(f"{printable_path(path)} is empty; give a file with text.")
     if has_rows(path):
         yield from examples_of_rows(path, text_column)
         return
     text = _text_in(path)
     if text.strip():
-        yield shown(path), text
+        yield printable_path(path), text
     elif not may_be_empty:
-        raise ValueError(f"{shown(path)} holds nothing but white space; give a file with text.")
+        raise ValueError(f"{printable_path(path)} holds nothing but white space; give a file with text.")
 
 
 def _text_in(path: Path) -> str:
     text = read_text(path)
     if "\0" in text:
-        raise ValueError(f"{shown(path)} is a binary file (it holds zero bytes); give a file with text.")
+        raise ValueError(f"{printable_path(path)} is a binary file (it holds zero bytes); give a file with text.")
     return text
 
 
 def _rows(name: str, rows: Iterable[dict[str, Any]], text_column: str) -> Iterator[Example]:
     for number, row in enumerate(_read(name, rows), 1):
-        example = example_of(f"{name}, row {number}", without_fillings(row), text_column)
+        example = example_of(f"{name}, row {number}", without_nulls(row), text_column)
         if not isinstance(example, str) or example.strip():
             yield f"{name}:{number}", example
 

@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parscale.checkpoints.training.divergence import MEASURED
 from parscale.checkpoints.training.run_folder import Run
-from parscale.checkpoints.training.trained_weights import has_streams
 from parscale.checkpoints.training.trainer import BACKBONE, TEXT, StreamsTrainer
+from parscale.checkpoints.training.weight_files import has_streams
 
 LINES = 10  # printed in a run without a terminal for a progress bar
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
-from parscale.format.folders import CONFIG, STREAMS, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_FILE, STREAMS_ONLY, Checkpoint, backbone_location
 
 _PICKLE = "pytorch_model.bin"  # the weights of a backbone that has no other format
 
@@ -36,8 +36,8 @@ def checkpoint_digest(name: str | NewModel) -> str:
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     """The files that loading a checkpoint reads, in a fixed order."""
     if checkpoint.kind() == STREAMS_ONLY:
-        yield from _existing_files(checkpoint, STREAMS_CONFIG, STREAMS)
-        backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+        yield from _existing_files(checkpoint, STREAMS_CONFIG, STREAMS_FILE)
+        backbone = backbone_location(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
         if backbone is not None:
             yield from _files(Checkpoint(backbone))
         return
@@ -49,7 +49,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     else:
         yield from sorted({tensor.file for tensor in weights.values()}, key=lambda path: path.name)
     for name in checkpoint.read_json(CONFIG).get(SETS, []):
-        yield from _existing_files(checkpoint.inside(name), STREAMS_CONFIG, STREAMS)
+        yield from _existing_files(checkpoint.inside(name), STREAMS_CONFIG, STREAMS_FILE)
 
 
 def _existing_files(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:

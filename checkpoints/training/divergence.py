@@ -20,11 +20,11 @@ class StopWhenDiverged(TrainerCallback):
 
     Args:
         remedy: what to change.
-        kept: returns the end of the message: which checkpoint the run can continue from.
+        resume_hint: returns the end of the message: which checkpoint the run can continue from.
     """
 
-    def __init__(self, remedy: str, kept: Callable[[], str]) -> None:
-        self.remedy, self.kept = remedy, kept
+    def __init__(self, remedy: str, resume_hint: Callable[[], str]) -> None:
+        self.remedy, self.resume_hint = remedy, resume_hint
         self.scaled = False
         self._loss: float | None = None
 
@@ -64,4 +64,4 @@ class StopWhenDiverged(TrainerCallback):
         before = "" if self._loss is None else f", and the loss before it was {self._loss:,.4g}"
         when = f"after step {step}{before}" if step else "before the first step"
         remedy = self.remedy if step > 1 or self._loss is not None else _FIRST
-        raise DivergedError(f"The {what} is {value} {when}; {remedy}.{self.kept()}")
+        raise DivergedError(f"The {what} is {value} {when}; {remedy}.{self.resume_hint()}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from parscale.checkpoints.evaluation.against import (
+from parscale.checkpoints.evaluation.paired_differences import (
     MIDDLES,
     Places,
     direction,
@@ -16,7 +16,7 @@ from parscale.checkpoints.evaluation.against import (
     format_interval,
     in_the_middle,
     no_middle,
-    paired_entries,
+    single_seed_entries,
 )
 from parscale.checkpoints.evaluation.places import evaluate_places, holds_tokens_to_score
 from parscale.checkpoints.models import load_any
@@ -92,7 +92,8 @@ def against_untouched(
         tokens: how many it was trained on.
 
     Returns:
-        An entry for each text and place, as `parscale.checkpoints.evaluation.against.paired_entries` makes them.
+        An entry for each text and place, as
+        `parscale.checkpoints.evaluation.paired_differences.single_seed_entries` makes them.
     """
     if not texts:
         return []
@@ -100,7 +101,7 @@ def against_untouched(
     untouched = measure_untouched(checkpoint, tokenizer, texts, window, batch_size)
     entries = []
     for text in texts:
-        entries += paired_entries(
+        entries += single_seed_entries(
             TRAINED, UNTOUCHED, text, {TRAINED: measured[text], UNTOUCHED: untouched[text]}, tokens
         )
     return entries

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from parscale.checkpoints.evaluation.against import format_interval, in_the_middle, verdict
-from parscale.checkpoints.texts.files import shown
-from parscale.checkpoints.training.held_out import NOT_TRAINED, UNTOUCHED
-from parscale.checkpoints.training.held_out import TRAINED as THIS_MODEL
+from parscale.checkpoints.evaluation.paired_differences import format_interval, in_the_middle, verdict
+from parscale.checkpoints.texts.files import printable_path
+from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCHED
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
 
 CARD = "README.md"
-TRAINED = {
+TRAINED_PARTS = {
     "streams": "the streams and their aggregator; the backbone was frozen",
     "everything": "streams and backbone",
     "lora": "the streams, and a LoRA adapter, which was merged into the frozen backbone",
@@ -76,7 +75,8 @@ class TrainingFacts:
         streams_only: whether the checkpoint holds only the streams and takes its backbone from elsewhere.
         kv: whose keys and values a stream reads, `"own"` or `"shared"`.
         new: the configuration of a model that began with random weights; None for one that was trained before.
-        comparisons: by place in the held-out documents, as `parscale.checkpoints.evaluation.against.paired_entries`.
+        comparisons: by place in the held-out documents, as
+            `parscale.checkpoints.evaluation.paired_differences.single_seed_entries`.
         controls: titles by name of the controls that the model was held against in `comparisons`.
 
     Raises:
@@ -111,8 +111,8 @@ class TrainingFacts:
     controls: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.trains not in TRAINED:
-            raise ValueError(f"trains is {self.trains!r}, and must be one of {', '.join(TRAINED)}.")
+        if self.trains not in TRAINED_PARTS:
+            raise ValueError(f"trains is {self.trains!r}, and must be one of {', '.join(TRAINED_PARTS)}.")
 
 
 def model_card(facts: TrainingFacts) -> str:
@@ -154,7 +154,7 @@ def model_card(facts: TrainingFacts) -> str:
         _fenced(CITATION, "bibtex"),
     ]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
-    return str(ModelCard(shown(text)))  # a name may hold bytes that are not UTF-8
+    return str(ModelCard(printable_path(text)))  # a name may hold bytes that are not UTF-8
 
 
 def _introduction(facts: TrainingFacts) -> str:
@@ -202,7 +202,7 @@ def _numbers(facts: TrainingFacts) -> list[tuple[str, str]]:
         *([(label["kv"], _code(facts.kv))] if facts.kv != OWN else []),
         (label["smoothing"], f"{facts.smoothing:g}"),
         (label["init"], "-" if facts.init is None else _code(facts.init)),
-        ("trained", TRAINED[facts.trains]),
+        ("trained", TRAINED_PARTS[facts.trains]),
         *([("began as", f"random weights of {_code(facts.new)}")] if facts.new is not None else []),
         ("trained parameters", f"{facts.trained_parameters:,} of {facts.parameters:,} ({share:.2f} %)"),
     ]
@@ -260,9 +260,9 @@ def _by_place(facts: TrainingFacts) -> list[str]:
             format_interval(entry),
         )
         for entry in facts.comparisons
-        if entry["arm"] == THIS_MODEL
+        if entry["arm"] == TRAINED
     ]
-    held = in_the_middle(facts.comparisons, THIS_MODEL, [UNTOUCHED, *facts.controls])
+    held = in_the_middle(facts.comparisons, TRAINED, [UNTOUCHED, *facts.controls])
     verdicts = [f"Streams in the middle of {_code(text)}: {verdict(entries)}." for text, entries in held.items()]
     if not facts.controls:
         verdicts = [

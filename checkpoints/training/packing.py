@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parscale.checkpoints.texts.chat_tokens import LearnedInPart, encode_chat, encode_completion, learned_from
+from parscale.checkpoints.texts.chat_tokens import MaskedTokens, encode_chat, encode_completion, learned_from
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example, Source
 from parscale.checkpoints.texts.token_ids import encode, require_known
 
@@ -28,7 +28,7 @@ _DOCUMENTS_AT_ONCE = 64
 
 # Token ids and positions, and of chats which are learned; each (S,).
 Block = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
-Encoded = list[int] | LearnedInPart
+Encoded = list[int] | MaskedTokens
 Row = dict[str, torch.Tensor]
 
 
@@ -116,8 +116,8 @@ def pack(encoded: Iterable[Encoded], sequence_length: int, *, padding: int | Non
 
 def _parts(encoded: Encoded) -> tuple[list[int], list[bool]]:
     """A document's token ids, and for each whether it is learned."""
-    if isinstance(encoded, LearnedInPart):
-        return encoded.ids, encoded.learned
+    if isinstance(encoded, MaskedTokens):
+        return encoded.ids, encoded.loss_mask
     return encoded, [True] * len(encoded)
 
 

@@ -157,7 +157,7 @@ class Run:
             warnings.warn(f"{path} is skipped: {problem}.", stacklevel=2)
         return None
 
-    def kept(self) -> str:
+    def resume_hint(self) -> str:
         """The end of a message about a stopped run: the checkpoint to resume from."""
         newest = self.newest_checkpoint()
         return f" {newest} is complete." if newest is not None else ""

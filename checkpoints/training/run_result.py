@@ -18,9 +18,9 @@ from parscale.checkpoints.training.loss_plot import plot_metrics
 from parscale.checkpoints.training.model_card import CARD, TextLosses, TrainingFacts, model_card
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.run_folder import REPORT, Run
-from parscale.checkpoints.training.settings import LORA, STREAMS
-from parscale.checkpoints.training.trained_weights import put_together
+from parscale.checkpoints.training.settings import LORA, ONLY_STREAMS
 from parscale.checkpoints.training.trainer import BACKBONE, TEXT
+from parscale.checkpoints.training.weight_files import put_together
 from parscale.config import OWN
 from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_ONLY
 from parscale.format.staging import staged
@@ -110,7 +110,7 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
     if what["num_streams"] == 1:
         return None
     rates = {"streams": report["streams_learning_rate"]}
-    if report["trains"] != STREAMS:
+    if report["trains"] != ONLY_STREAMS:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]
     new = report.get("new_model")

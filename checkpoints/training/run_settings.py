@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import find_tokenizer, require_tokenizer
 from parscale.checkpoints.texts.documents import Named, Source
-from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.texts.files import printable_path
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder
@@ -20,7 +20,7 @@ from parscale.checkpoints.training.training_data import Sources
 from parscale.config import PREFIX
 
 
-def described(
+def reported_settings(
     checkpoint: str,
     settings: TrainSettings,
     rates: tuple[float, float],
@@ -54,18 +54,22 @@ def described(
     }
 
 
-def asked(checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[str, Any]) -> dict[str, Any]:
+def settings_known_before_reading(
+    checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[str, Any]
+) -> dict[str, Any]:
     """What is known of a run's settings before anything is read, of those that its weights depend on."""
     length = settings.sequence_length or before["sequence_length"]
     steps = (settings.tokens or before["tokens"]) // (settings.batch_size * length)
     optional = {name: getattr(settings, name) for name in ("streams_learning_rate", "learning_rate", "bf16")}
-    known = described(str(checkpoint), settings, (0.0, 0.0), False, length, steps)
+    known = reported_settings(str(checkpoint), settings, (0.0, 0.0), False, length, steps)
     known = {key: value for key, value in known.items() if key not in (*optional, "eval_data", "eval_tokens")}
     return known | {key: value for key, value in optional.items() if value is not None}
 
 
-def contents(checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The rest of what `asked` gives: what takes reading the checkpoint's files and the data again.
+def settings_known_after_reading(
+    checkpoint: str | NewModel, settings: TrainSettings, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The other settings, known once the checkpoint's files and the data are read again.
 
     Raises:
         ValueError: the data or the checkpoint is missing or damaged.
@@ -93,4 +97,4 @@ def tokenizer_of(checkpoint: str | NewModel) -> PreTrainedTokenizerBase:
 
 
 def _name(source: Named) -> str:
-    return source.name if isinstance(source, Source) else shown(source)
+    return source.name if isinstance(source, Source) else printable_path(source)

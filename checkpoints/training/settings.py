@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from parscale.checkpoints.texts.documents import Named, Source
 
-STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what is trained
+ONLY_STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what is trained
 
 STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
 BACKBONE_RATE, LORA_RATE, NEW_RATE = 3e-5, 2e-4, 1e-3
@@ -143,7 +143,7 @@ class TrainSettings:
     @property
     def trains(self) -> str:
         """`"streams"`, `"lora"` or `"everything"`."""
-        return STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
+        return ONLY_STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
 
     def rates(self, transform: str, *, new: bool = False) -> tuple[float, float]:
         """The peak learning rates of the streams' parameters and of all others.
@@ -160,7 +160,7 @@ class TrainSettings:
             rest = NEW_RATE if rest is None else rest
             return rest if of_streams is None else of_streams, rest
         if of_streams is None:
-            given = self.learning_rate if self.trains == STREAMS else None
+            given = self.learning_rate if self.trains == ONLY_STREAMS else None
             of_streams = STREAMS_RATES[transform] if given is None else given
         if rest is None:
             rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE

@@ -26,23 +26,28 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from parscale.checkpoints.evaluation.text_loss import checked_length
 from parscale.checkpoints.finite_values import require_finite
-from parscale.checkpoints.texts.files import shown
+from parscale.checkpoints.texts.files import printable_path
 from parscale.checkpoints.texts.sources import refuse_output_in_data
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.divergence import DivergedError, StopWhenDiverged
+from parscale.checkpoints.training.model_loading import check_trainable, open_for_training
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder, Streamed, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
-from parscale.checkpoints.training.run_settings import asked, contents, described, tokenizer_of
+from parscale.checkpoints.training.run_settings import (
+    reported_settings,
+    settings_known_after_reading,
+    settings_known_before_reading,
+    tokenizer_of,
+)
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.checkpoints.training.trackers import check_trackers
-from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
-from parscale.checkpoints.training.trained_weights import is_adapted
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
+from parscale.checkpoints.training.weight_files import is_adapted
 from parscale.checkpoints.versions import versions
 from parscale.compat.transformers import forget_deepspeed
 from parscale.format.counting import parameter_sizes
@@ -95,12 +100,12 @@ def train(
     """
     run = Run(Path(output))
     try:
-        return _train_in(run, checkpoint, settings, resume, command, name, console or Terminal(stderr=True))
+        return _train_locked(run, checkpoint, settings, resume, command, name, console or Terminal(stderr=True))
     finally:
         run.release()
 
 
-def _train_in(
+def _train_locked(
     run: Run,
     checkpoint: str | NewModel,
     settings: TrainSettings,
@@ -115,18 +120,18 @@ def _train_in(
         run.check(resume=resume)
     state.wait_for_everyone()
     if resume and (before := run.report()) is not None:
-        run.require_same(asked(checkpoint, settings, before), partly=True)
+        run.require_same(settings_known_before_reading(checkpoint, settings, before), partly=True)
         if state.is_main_process:
             with console.status("Reading the data"):
-                run.require_same(contents(checkpoint, settings, before), partly=True)
+                run.require_same(settings_known_after_reading(checkpoint, settings, before), partly=True)
         return before | {"finished_before": True}
 
     start = time.perf_counter()
-    trained = _run(run, checkpoint, settings, state, console, resume=resume)
+    trained = _train_to_last_step(run, checkpoint, settings, state, console, resume=resume)
     if state.is_main_process:
         gc.collect()  # the model and its optimizer, which refer to each other
         torch.cuda.empty_cache()
-        _finish(run, checkpoint, trained, command=command, name=name, start=start)
+        _write_result(run, checkpoint, trained, command=command, name=name, start=start)
     state.wait_for_everyone()
     report = run.report()
     assert report is not None
@@ -144,7 +149,7 @@ class _Trained:
     figures: dict[str, Any]
 
 
-def _run(
+def _train_to_last_step(
     run: Run,
     checkpoint: str | NewModel,
     settings: TrainSettings,
@@ -154,10 +159,10 @@ def _run(
     resume: bool,
 ) -> _Trained:
     """Trains to the last step; the model and its optimizer live no longer than this call."""
-    prepared = _prepared(run, checkpoint, settings, state, console)
-    newest = _begin(run, prepared.described, state, resume=resume)
+    prepared = _prepare(run, checkpoint, settings, state, console)
+    newest = _begin(run, prepared.run_settings, state, resume=resume)
     monitor, interruption = RunMonitor(run, settings.batch_size * prepared.length, console), Interruption()
-    trainer = _trainer(run, settings, prepared, state, newest, [monitor, interruption])
+    trainer = _make_trainer(run, settings, prepared, state, newest, [monitor, interruption])
     monitor.trainer = interruption.trainer = trainer
     _run_steps(trainer, run, newest, monitor, interruption)
 
@@ -170,10 +175,10 @@ def _run(
         "parameters": sum(sizes.values()),
         "tokens_per_second": monitor.tokens_per_second,
     }
-    return _Trained(prepared.tokenizer, prepared.data, prepared.micro, sharded, prepared.described | figures)
+    return _Trained(prepared.tokenizer, prepared.data, prepared.micro, sharded, prepared.run_settings | figures)
 
 
-def _finish(
+def _write_result(
     run: Run,
     checkpoint: str | NewModel,
     trained: _Trained,
@@ -183,17 +188,17 @@ def _finish(
     start: float,
 ) -> None:
     """Puts the trained checkpoint and the report into the run's folder."""
-    described, data = trained.figures, trained.data
-    report = described | {
+    figures, data = trained.figures, trained.data
+    report = figures | {
         "output": str(run.folder),
         "losses": losses_by_text(run.metrics()),
         "seconds": round(time.perf_counter() - start, 1),
         "versions": versions(),
-        "command": None if command is None else shown(command),
+        "command": None if command is None else printable_path(command),
         "name": name or run.folder.resolve().name,
         "datasets": data.datasets,
     }
-    _require_unchanged(checkpoint, described)
+    _require_unchanged(checkpoint, figures)
     texts = data.held_out
     if trained.sharded and texts:
         warnings.warn(
@@ -224,10 +229,10 @@ class _Prepared:
     micro: int  # sequences on a device at once
     rates: tuple[float, float]
     bf16: bool
-    described: dict[str, Any]
+    run_settings: dict[str, Any]
 
 
-def _prepared(
+def _prepare(
     run: Run, checkpoint: str | NewModel, settings: TrainSettings, state: PartialState, console: Console
 ) -> _Prepared:
     bf16 = _bf16(settings)
@@ -244,13 +249,13 @@ def _prepared(
     with console.status("Reading the data"):
         data = sources.packed(Encoder(tokenizer, vocabulary_of(model)), length)
     if torch.cuda.device_count() > 1 and state.num_processes == 1:
-        warnings.warn(_one_of(torch.cuda.device_count()), stacklevel=4)
+        warnings.warn(_one_gpu_warning(torch.cuda.device_count()), stacklevel=4)
 
     new = checkpoint if isinstance(checkpoint, NewModel) else None
     streams = find_state(model)
     active = None if streams is None else streams.active
     rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
-    run_settings = described(str(checkpoint), settings, rates, bf16, length, data.steps) | {
+    run_settings = reported_settings(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
         "data_digest": data.digest,
         "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
@@ -259,7 +264,7 @@ def _prepared(
     return _Prepared(model, tokenizer, data, length, micro, rates, bf16, run_settings)
 
 
-def _trainer(
+def _make_trainer(
     run: Run,
     settings: TrainSettings,
     prepared: _Prepared,
@@ -268,7 +273,7 @@ def _trainer(
     callbacks: list[TrainerCallback],
 ) -> StreamsTrainer:
     data, micro = prepared.data, prepared.micro
-    divergence = StopWhenDiverged(REMEDY, run.kept)
+    divergence = StopWhenDiverged(REMEDY, run.resume_hint)
     arguments = OneDeviceArguments(
         output_dir=str(run.folder),
         bf16=prepared.bf16,
@@ -302,15 +307,15 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
 
 
-def _require_unchanged(checkpoint: str | NewModel, described: Mapping[str, Any]) -> None:
-    if checkpoint_digest(checkpoint) != described["checkpoint_digest"]:
+def _require_unchanged(checkpoint: str | NewModel, figures: Mapping[str, Any]) -> None:
+    if checkpoint_digest(checkpoint) != figures["checkpoint_digest"]:
         raise ValueError(
             f"{checkpoint} has changed during the run, so the result would mix two checkpoints; restore the old one, "
             "and continue with --resume."
         )
 
 
-def _one_of(devices: int) -> str:
+def _one_gpu_warning(devices: int) -> str:
     return (
         f"{devices} GPUs are available, but only one is used; to use all of them, run "
         f"torchrun --nproc-per-node {devices} -m parscale train ..."
@@ -357,11 +362,11 @@ def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool, micr
     return model
 
 
-def _begin(run: Run, described: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
+def _begin(run: Run, run_settings: dict[str, Any], state: PartialState, *, resume: bool) -> Path | None:
     """Prepares the run's folder on one process, for all; returns the checkpoint to resume from, if there is one."""
     found: list[Path | None] = [None]
     if state.is_main_process:
-        run.begin(described, resume=resume)
+        run.begin(run_settings, resume=resume)
         newest = run.newest_checkpoint() if resume else None  # reads all files
         run.keep_metrics(-1 if newest is None else int(newest.name.rpartition("-")[2]))
         found = [newest]

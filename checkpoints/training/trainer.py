@@ -26,9 +26,9 @@ from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.training.divergence import MEASURED, DivergedError
 from parscale.checkpoints.training.packing import IGNORED
 from parscale.checkpoints.training.run_folder import Run
-from parscale.checkpoints.training.trained_weights import has_streams, load_trained, save_trained, trains_streams_only
+from parscale.checkpoints.training.weight_files import has_streams, load_trained, save_trained, trains_streams_only
 from parscale.compat.transformers import counted_as_adapted, require_trainer_methods
-from parscale.format.staging import FULL, disk_error
+from parscale.format.staging import DISK_FULL, disk_error
 from parscale.streams.naming import part_of
 
 BETAS = (0.9, 0.95)
@@ -163,7 +163,7 @@ class StreamsTrainer(Trainer):
             where = "a parameter on another device" if name is None else name
             raise DivergedError(
                 f"After step {step}, {where} has values that are not finite; start again with a smaller learning rate."
-                f"{self.run.kept()}"
+                f"{self.run.resume_hint()}"
             )
 
     def _not_written(self, step: int, error: Exception) -> str:
@@ -171,7 +171,7 @@ class StreamsTrainer(Trainer):
         last = "there is none before it" if whole is None else f"{whole} is complete"
         code = disk_error(error)
         reason = str(error).splitlines()[0] if code is None else os.strerror(code)
-        remedy = "Free some space" if code is None or code in FULL else "Make it a folder that can be written"
+        remedy = "Free some space" if code is None or code in DISK_FULL else "Make it a folder that can be written"
         free = shutil.disk_usage(self.run.folder).free
         return (
             f"The checkpoint after {step} steps could not be written to {self.run.folder}, where {free:,} bytes are "

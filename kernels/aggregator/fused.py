@@ -19,7 +19,7 @@ import torch
 
 from parscale.kernels.aggregate import fused as aggregate_fused
 from parscale.kernels.aggregator.kernels import few_rows_kernel, finish_kernel, join_kernel, split_kernel
-from parscale.kernels.dispatch import without_autocast
+from parscale.kernels.dispatch import no_autocast
 from parscale.kernels.launch import Gpu, cdiv, dependent, gpu_of, last_contiguous, launch, operand, power_of_2
 
 FEW_ROWS = 32
@@ -47,9 +47,9 @@ def few_rows_programs(P: int, N: int, dtype: torch.dtype, gpu: Gpu) -> int:
 def few_rows_splits(P: int, N: int, H: int, dtype: torch.dtype, gpu: Gpu) -> tuple[int, int]:
     """The number of splits of the hidden dimension that fill the GPU once, and the steps of each."""
     config = few_rows_config(P, N, dtype, gpu)
-    places = gpu.processors * few_rows_programs(P, N, dtype, gpu)
+    resident_programs = gpu.processors * few_rows_programs(P, N, dtype, gpu)
     blocks = cdiv(H, config["BH"])
-    splits = max(1, min(blocks, places // cdiv(H, config["BJ"]), MAX_SPLITS))
+    splits = max(1, min(blocks, resident_programs // cdiv(H, config["BJ"]), MAX_SPLITS))
     steps = cdiv(blocks, splits)
     return cdiv(blocks, steps), steps
 
@@ -159,7 +159,7 @@ def _multiply_few(x: torch.Tensor, weight: torch.Tensor, gpu: Gpu) -> torch.Tens
 
 def _multiply(joined: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`joined (N, H*P)`, `weight (H, H*P)` -> `(N, H)` in float32; on ROCm, rounded to their dtype."""
-    with without_autocast(joined):
+    with no_autocast(joined):
         if joined.dtype == torch.float32 or not joined.is_cuda:
             return joined.float() @ weight.float().T
         if gpu_of(joined.device).is_hip:
@@ -183,7 +183,7 @@ def backward(
         return torch.empty_like(x), zeros(weight1), weight1.new_zeros(H), zeros(weight2), weight2.new_zeros(P)
     dtype = weight1.dtype
     dx, dlogits = aggregate_fused.backward(gradient, x, logits, smoothing)  # (P, N, H), (N, P) float32
-    with without_autocast(x):
+    with no_autocast(x):
         z = inner.float()
         sigmoid = torch.sigmoid(z)
         dz = (dlogits @ weight2.float()) * (sigmoid * (1 + z * (1 - sigmoid)))  # (N, H)

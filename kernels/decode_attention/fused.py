@@ -58,7 +58,7 @@ def part_programs(config: dict[str, int], queries: int, D: int, V: int, dtype: t
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every layer; a growing cache asks anew for each block
-def choose_splits(heads: int, blocks: int, places: int, most_splits: int) -> int:
+def choose_splits(heads: int, blocks: int, resident_programs: int, most_splits: int) -> int:
     """The number of parts into which the sequence of each head is split.
 
     It minimizes the number of consecutive blocks, plus one for the start of each program. Several parts must save at
@@ -67,12 +67,12 @@ def choose_splits(heads: int, blocks: int, places: int, most_splits: int) -> int
     Args:
         heads: key/value heads of all rows.
         blocks: number of blocks of tokens for each head.
-        places: number of programs that the GPU holds at a time.
+        resident_programs: number of programs that the GPU holds at a time.
         most_splits: the largest result.
     """
 
     def steps(splits: int) -> float:
-        waves = cdiv(heads * splits, places)
+        waves = cdiv(heads * splits, resident_programs)
         return waves * (cdiv(blocks, splits) + 1) * (1.1 if splits > 1 else 1.0)
 
     return min(range(1, max(1, min(blocks, most_splits)) + 1), key=steps)
@@ -110,8 +110,8 @@ def decode(
     config = part_config(S * n, D, V, query.dtype, gpu)
     if splits is None:
         blocks = cdiv((S - plain) * T, config["BT"]) + cdiv(K, config["BT"])
-        places = gpu.processors * part_programs(config, S * n, D, V, query.dtype, gpu)
-        splits = choose_splits(rows * G, blocks, places, MAX_SPLITS)
+        resident_programs = gpu.processors * part_programs(config, S * n, D, V, query.dtype, gpu)
+        splits = choose_splits(rows * G, blocks, resident_programs, MAX_SPLITS)
     parts, lse = out, None
     if splits > 1:
         parts = torch.empty(R * heads, splits, V, dtype=torch.float32, device=query.device)

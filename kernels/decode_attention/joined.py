@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from parscale.kernels.dispatch import outside_autocast
+from parscale.kernels.dispatch import runs_without_autocast
 from parscale.kernels.prefix import prepend, with_room
 
 
-@outside_autocast
+@runs_without_autocast
 def decode_attention_joined(
     query: torch.Tensor,
     key: torch.Tensor,

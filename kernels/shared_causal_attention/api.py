@@ -19,7 +19,7 @@ from parscale.kernels.causal_attention.api import causal_attention
 from parscale.kernels.compat import flash_for_gpu
 from parscale.kernels.dispatch import autocast_dtype, wants_gradients
 from parscale.kernels.flash import by_row, by_stream, flash, flash_backward, gradients_once
-from parscale.kernels.shared_rows import fold, plain_rows, unfold
+from parscale.kernels.shared_rows import fold_queries, plain_rows, unfold_queries
 
 
 def shared_causal_attention(
@@ -79,8 +79,8 @@ def _merged(
         `(R, heads, S, D)`, `(R, heads, S, 1)`, `(Q*B, heads, S, 1)`, and the additional results of both calls.
     """
     (B, G), R, Q = key.shape[:2], query.shape[0], prefix_k.shape[0]
-    output, lse, *random = flash(fold(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
-    output, lse = unfold(output, R // B, G), unfold(lse.unsqueeze(-1), R // B, G)
+    output, lse, *random = flash(fold_queries(query, B, G), key, value, True, scaling)  # of (B, P*heads, S)
+    output, lse = unfold_queries(output, R // B, G), unfold_queries(lse.unsqueeze(-1), R // B, G)
     found = flash(by_stream(query[plain:], Q), prefix_k, prefix_v, False, scaling)
     prefix_output, prefix_lse = by_row(found[0], B), by_row(found[1].unsqueeze(-1), B)
     share = torch.sigmoid(prefix_lse - lse[plain:])  # the weight of the prefix, (Q*B, heads, S, 1)
@@ -130,13 +130,13 @@ def _gradients(
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key, value and both parts of the prefix."""
     (B, G), R, Q, half = key.shape[:2], query.shape[0], prefix_k.shape[0], len(random) // 2
-    folded = (fold(x, B, G) for x in (gradient, query, output))
-    lse_folded = fold(lse, B, G).squeeze(-1).contiguous()  # (B, P*heads, S)
+    folded = (fold_queries(x, B, G) for x in (gradient, query, output))
+    lse_folded = fold_queries(lse, B, G).squeeze(-1).contiguous()  # (B, P*heads, S)
     folded_gradient, folded_query, folded_output = folded
     d_folded, d_key, d_value = flash_backward(
         folded_gradient, folded_query, key, value, folded_output, lse_folded, random[:half], True, scaling
     )
-    d_query = unfold(d_folded, R // B, G)
+    d_query = unfold_queries(d_folded, R // B, G)
     of_streams = (by_stream(x[plain:], Q) for x in (gradient, query, output, lse))
     stream_gradient, stream_query, stream_output, stream_lse = of_streams
     d_queries, d_prefix_k, d_prefix_v = flash_backward(

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from parscale.kernels.dispatch import outside_autocast
+from parscale.kernels.dispatch import runs_without_autocast
 from parscale.kernels.pieces import split_tokens, tokens_of_piece
 
 
-@outside_autocast
+@runs_without_autocast
 def shared_decode_reference(
     query: torch.Tensor,
     key: torch.Tensor,

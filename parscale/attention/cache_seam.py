@@ -34,7 +34,7 @@ from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
-from parscale.streams.places import AttentionLayer
+from parscale.streams.layer_specs import AttentionLayer
 from parscale.streams.state import ParScaleState
 
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values, (P, G, T, D)

@@ -15,10 +15,10 @@ from parscale.attention.registered import AttentionConfig
 from parscale.compat.transformers import looks_up_attention, use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import TOKENS, inner_modules
+from parscale.streams.backbones import TRIAL_TOKENS, inner_modules
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
+from parscale.streams.layer_specs import AttentionLayer, Hidden
 from parscale.streams.naming import is_of_streams
-from parscale.streams.places import AttentionLayer, Hidden
 from parscale.streams.state import ParScaleState
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def attach_attention(state: ParScaleState) -> None:
     state.measured = _weights(state)
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
-            module.config = module.config.backbone
+            module.config = module.config.original
     try:
         others = [part for part in state.parts if not any(id(module) in found for module in part.modules())]
         state.layers = [*found.values(), *attach_caches(state, others)]
@@ -79,7 +79,7 @@ def attach_attention(state: ParScaleState) -> None:
 
 
 def _over_depth(state: ParScaleState, layers: Iterable[AttentionLayer]) -> list[nn.Module]:
-    """The layers, found in a run on `TOKENS` tokens, whose tokens stand where heads would be (Inkling 2).
+    """The layers, found in a run on `TRIAL_TOKENS` tokens, whose tokens stand where heads would be (Inkling 2).
 
     Each token of such a layer attends to its own states in earlier layers, and there are as many "heads" as tokens. A
     layer with as many true heads keeps its number in a run on more tokens.
@@ -91,9 +91,9 @@ def _over_depth(state: ParScaleState, layers: Iterable[AttentionLayer]) -> list[
         if key.shape[1] != heads.get(id(module), key.shape[1]) and module not in over_depth:
             over_depth.append(module)
 
-    if TOKENS in heads.values():
+    if TRIAL_TOKENS in heads.values():
         with state.calls.recording(compare):
-            run_briefly(state, tokens=TOKENS + 1)
+            run_briefly(state, tokens=TRIAL_TOKENS + 1)
     return over_depth
 
 
@@ -146,10 +146,10 @@ def _count_heads_of_all_devices(state: ParScaleState, mesh: DeviceMesh) -> None:
         model: Any = type(state.model)(config)
     undivided = ParScaleState(model)
     attach_attention(undivided)
-    heads = {layer.name: layer.key_heads for layer in undivided.layers}
+    heads = {layer.module_name: layer.key_heads for layer in undivided.layers}
     for layer in state.layers:
-        if layer.key_heads != heads[layer.name]:
-            layer.key_heads, layer.mesh = heads[layer.name], mesh
+        if layer.key_heads != heads[layer.module_name]:
+            layer.key_heads, layer.mesh = heads[layer.module_name], mesh
 
 
 def detach_attention(state: ParScaleState) -> None:
@@ -157,7 +157,7 @@ def detach_attention(state: ParScaleState) -> None:
     for part in state.parts:
         for module in part.modules():
             if isinstance(module.__dict__.get("config"), AttentionConfig):
-                module.config = module.config.backbone
+                module.config = module.config.original
 
 
 def number_of_attention_layers(state: ParScaleState) -> int:

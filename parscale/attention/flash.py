@@ -18,7 +18,7 @@ from parscale.kernels.prefix import prepend
 
 
 def flash_with_prefix(
-    backbone: AttentionFunction,
+    plain_attention: AttentionFunction,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -28,13 +28,13 @@ def flash_with_prefix(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Calls `backbone` with the prefix `(P, G, T, D)` before the keys and values.
+    """Calls `plain_attention` with the prefix `(P, G, T, D)` before the keys and values.
 
     A layer whose sliding window is shorter than T + K runs through `sdpa` (or `eager`, for caps or sinks) with an
     explicit mask instead: no flash-attention interface can exempt the prefix from the window.
 
     Args:
-        backbone: transformers' flash-attention function.
+        plain_attention: transformers' flash-attention function.
         module: the attention layer, with the backbone's own configuration; `module.layer` is the layer itself.
         query: `(P*B, heads, S, D)`.
         key: `(P*B, G, K, D)`.
@@ -42,7 +42,7 @@ def flash_with_prefix(
         prefix_k: `(P, G, T, D)`.
         prefix_v: `(P, G, T, Dv)`.
         attention_mask: padding mask `(P*B, K)`, 1 for real tokens, or `None`.
-        **kwargs: passed to `backbone`.
+        **kwargs: passed to `plain_attention`.
 
     Returns:
         `(P*B, S, heads, Dv)` and `None`.
@@ -56,7 +56,7 @@ def flash_with_prefix(
         boundaries = document_boundaries(kwargs, B, S, K)
     if boundaries is not None and B > 1:  # they count through all rows of a stream
         query, key, value = (x.unflatten(0, (P, B)).transpose(1, 2).flatten(2, 3) for x in (query, key, value))
-        output, _ = flash_with_prefix(backbone, module, query, key, value, prefix_k, prefix_v, None, **kwargs)
+        output, _ = flash_with_prefix(plain_attention, module, query, key, value, prefix_k, prefix_v, None, **kwargs)
         return output.unflatten(1, (B, S)).flatten(0, 1), None
     longest = K if boundaries is None else int(torch.diff(boundaries).max())
     window = kwargs.get("sliding_window")
@@ -65,10 +65,10 @@ def flash_with_prefix(
         mask = nn.functional.pad(mask, (T, 0), value=True)  # (P*B or 1, 1, S, T + K)
         return _with_mask(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, kwargs)
     if boundaries is not None:
-        return _packed(backbone, module, query, key, value, prefix_k, prefix_v, boundaries, kwargs)
+        return _packed(plain_attention, module, query, key, value, prefix_k, prefix_v, boundaries, kwargs)
     if attention_mask is not None:
         attention_mask = nn.functional.pad(attention_mask, (T, 0), value=1)  # (P*B, T + K)
-    return backbone(module, query, prepend(prefix_k, key), prepend(prefix_v, value), attention_mask, **kwargs)
+    return plain_attention(module, query, prepend(prefix_k, key), prepend(prefix_v, value), attention_mask, **kwargs)
 
 
 def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch
 
 
 def _packed(
-    backbone: AttentionFunction,
+    plain_attention: AttentionFunction,
     module: object,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -132,7 +132,7 @@ def _packed(
         "position_ids": None,
     }
     queries = query.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, heads, P * S, D)
-    output, _ = backbone(module, queries, joined(prefix_k, key), joined(prefix_v, value), None, **kwargs)
+    output, _ = plain_attention(module, queries, joined(prefix_k, key), joined(prefix_v, value), None, **kwargs)
     return output.reshape(P, S, *output.shape[2:]), None
 
 

@@ -80,7 +80,7 @@ class AttentionConfig(ConfigView):
         layer: the layer's class.
     """
 
-    backbone: Any
+    original: Any
     state: ParScaleState
     compared: bool
     lender: Any
@@ -94,7 +94,7 @@ class AttentionConfig(ConfigView):
 
     def implementation(self) -> str:
         """The name that `prefix_attention` is registered under; the true name for the plain backbone."""
-        true_name = attn_implementation(self.backbone)
+        true_name = attn_implementation(self.original)
         call = self.state.call
         if call.in_flight is None and call.recorder is None and call.passes is None:
             return true_name
@@ -104,18 +104,18 @@ class AttentionConfig(ConfigView):
         return _BothNames(true_name) if self.compared else name
 
 
-class _BackboneView:
+class _LayerWithOriginalConfig:
     """An attention layer with the backbone's own configuration, for functions that read the name from there."""
 
     def __init__(self, module: Any) -> None:
         self.layer = module
-        self.config = module.config.backbone
+        self.config = module.config.original
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
 
-class _UngroupedView(_BackboneView):
+class _UngroupedView(_LayerWithOriginalConfig):
     """An attention layer with as many key/value heads as query heads."""
 
     num_key_value_groups = 1
@@ -160,7 +160,7 @@ def prefix_attention(
         key, value, attention_mask = keys_of_pass(call, module, query, key, value, attention_mask, name)
     has_prefix = streams is not None and hasattr(owner, streams.key_name)
     if streams is None or not (has_prefix or streams.shares_keys):
-        return _backbone(name, layer)(query, key, value, attention_mask, **kwargs)
+        return _plain_attention(name, layer)(query, key, value, attention_mask, **kwargs)
 
     if name.startswith("paged|") or kwargs.get("cache") is not None:
         raise ValueError(CONTINUOUS_BATCHING)
@@ -177,7 +177,7 @@ def prefix_attention(
         return attend_to_shared(
             state,
             functools.partial(_with_prefix, state, name, layer),
-            _backbone(name, layer),
+            _plain_attention(name, layer),
             *(query, key, value, prefix, attention_mask),
             by_sdpa=name == "sdpa" and not _is_special(kwargs),
             causal=_is_causal(module, kwargs),
@@ -187,11 +187,11 @@ def prefix_attention(
     return _with_prefix(state, name, layer, query, key, value, *prefix, attention_mask, **kwargs)
 
 
-def _backbone(name: str, layer: Any) -> functools.partial[tuple[torch.Tensor, torch.Tensor | None]]:
+def _plain_attention(name: str, layer: Any) -> functools.partial[tuple[torch.Tensor, torch.Tensor | None]]:
     """The backbone's own attention of a layer: `(query, key, value, mask, **kwargs)`."""
     module = layer.layer if isinstance(layer, _UngroupedView) else layer
     # a flash-attention function reads the implementation's name from the layer's configuration
-    view = _BackboneView(layer) if is_flash(name) else layer
+    view = _LayerWithOriginalConfig(layer) if is_flash(name) else layer
     return functools.partial(backbone_function(module, name), view)
 
 
@@ -213,18 +213,18 @@ def _with_prefix(
         output = _by_own_functions(state, layer, *tensors, attention_mask, **kwargs)
         if output is not None:
             return output.transpose(1, 2), None  # (R, S, heads, D)
-    backbone = _backbone(name, layer)
+    plain_attention = _plain_attention(name, layer)
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if is_flash(name):
-        return flash_with_prefix(backbone.func, backbone.args[0], *tensors, attention_mask, **kwargs)
+        return flash_with_prefix(plain_attention.func, plain_attention.args[0], *tensors, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         mask = extended_mask(state.call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
         keep_sizes_static(query, keys, values)
-        return backbone(query, keys, values, mask, **kwargs)
+        return plain_attention(query, keys, values, mask, **kwargs)
     causal = name != "eager" and _is_causal(layer, kwargs)
-    return _dense_attention(state, backbone, name, causal, *tensors, attention_mask, **kwargs)
+    return _dense_attention(state, plain_attention, name, causal, *tensors, attention_mask, **kwargs)
 
 
 def _by_own_functions(
@@ -263,7 +263,7 @@ def _with_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _dense_attention(
     state: ParScaleState,
-    backbone: AttentionFunction,
+    plain_attention: AttentionFunction,
     name: str,
     causal: bool,
     query: torch.Tensor,
@@ -285,10 +285,10 @@ def _dense_attention(
         queries = nn.functional.pad(query, (0, 0, T, 0))  # (R, heads, T + S, D)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"][..., : keys.shape[2]], (0, 0, T, 0))
-        output, weights = backbone(queries, keys, values, None, **kwargs)
+        output, weights = plain_attention(queries, keys, values, None, **kwargs)
         return output[:, T:], weights
     mask: Any = extended_mask(state.call.masks, attention_mask, T, query.shape[0])
-    return backbone(query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
+    return plain_attention(query, prepend(prefix_k, key), prepend(prefix_v, value), mask, **kwargs)
 
 
 def _is_causal(module: object, kwargs: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from parscale.attention.masks import Mask, last_queries_of_mask, rows_of_mask, visible_lengths_once
 from parscale.kernels import flash_supports, shared_causal_attention, shared_decode_attention
 from parscale.kernels.decode_attention import fits_fused
-from parscale.streams.calls import Call
+from parscale.streams.calls import ForwardPass
 from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -137,7 +137,13 @@ def can_slice(implementation: str) -> bool:
 
 
 def keys_of_pass(
-    call: Call, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Mask, name: str
+    call: ForwardPass,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Mask,
+    name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, Mask]:
     """Stores what a layer attends to in the first of two passes; in the second returns it, cut to the last queries.
 
@@ -171,8 +177,8 @@ def keys_of_pass(
 
 def attend_to_shared(
     state: ParScaleState,
-    attend: Callable[..., Result],
-    backbone: Callable[..., Result],
+    attend_with_prefix: Callable[..., Result],
+    plain_attention: Callable[..., Result],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -187,9 +193,9 @@ def attend_to_shared(
 
     Args:
         state: the model's state.
-        attend: the backbone's attention with a prefix, for rows that have keys of their own: `(query, key, value,
-            prefix_k, prefix_v, mask, **kwargs)`.
-        backbone: the backbone's attention without a prefix: `(query, key, value, mask, **kwargs)`.
+        attend_with_prefix: the backbone's attention with a prefix, for rows that have keys of their own: `(query, key,
+            value, prefix_k, prefix_v, mask, **kwargs)`.
+        plain_attention: the backbone's attention without a prefix: `(query, key, value, mask, **kwargs)`.
         query: `(R, heads, S, D)`, stream-major.
         key: `(B, G, K, D)`, or `(R, G, K, D)`, from which stream 0's rows are taken.
         value: `(B or R, G, K, Dv)`.
@@ -227,10 +233,10 @@ def attend_to_shared(
     weights: list[torch.Tensor | None] = []
     for number, rows in enumerate(query.unflatten(0, (running, -1)).unbind(0), start=int(second)):
         if number == 0 or prefix is None:
-            output, weight = backbone(rows, key, value, mask, **own)
+            output, weight = plain_attention(rows, key, value, mask, **own)
         else:
             prefix_k, prefix_v = (x[number - 1 : number] for x in prefix)
-            output, weight = attend(rows, key, value, prefix_k, prefix_v, mask, **own)
+            output, weight = attend_with_prefix(rows, key, value, prefix_k, prefix_v, mask, **own)
         outputs.append(output)
         weights.append(weight)
     return torch.cat(outputs), _joined(weights)

@@ -29,7 +29,7 @@ from parscale.cli.options import ListOptionCommand
 from parscale.cli.push import push
 from parscale.cli.quickstart import quickstart
 from parscale.cli.train import train
-from parscale.terminal.text import shown, shown_streams
+from parscale.terminal.text import escape_controls, escaping_streams
 
 app = typer.Typer(
     name="parscale",
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
     except Exception:
-        sys.stderr.write(shown(traceback.format_exc()))
+        sys.stderr.write(escape_controls(traceback.format_exc()))
         code = 1
     sys.exit(code)
 
@@ -98,7 +98,7 @@ def run(arguments: list[str]) -> int:
     if sys.stdout is None:  # closed by the caller, as in `parscale info CHECKPOINT >&-`
         print("parscale: Standard output is closed: redirect it to a file, or to /dev/null.", file=sys.stderr)
         return BAD_INPUT
-    with shown_streams():
+    with escaping_streams():
         return _run(arguments)
 
 

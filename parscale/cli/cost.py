@@ -176,7 +176,7 @@ def _config_file(source: str) -> tuple[Path, dict[str, Any]]:
         OSError: the file does not exist.
         ValueError: the folder or repository has no such file.
     """
-    from parscale.format.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_place
+    from parscale.format.folders import CONFIG, STREAMS_CONFIG, Checkpoint, backbone_location
 
     if Path(source).exists() and not Path(source).is_dir():
         return Path(source), {}
@@ -194,7 +194,7 @@ def _config_file(source: str) -> tuple[Path, dict[str, Any]]:
             f"There is no {CONFIG} at {source}; give a config.json, a checkpoint's folder or its name on the Hub."
         )
     fields = checkpoint.read_json(STREAMS_CONFIG)
-    backbone = backbone_place(checkpoint, fields)
+    backbone = backbone_location(checkpoint, fields)
     if backbone is None:
         raise ValueError(f"{source} holds streams only and names no backbone; give the backbone's config.json.")
     config = Checkpoint(backbone).file(CONFIG)

@@ -193,7 +193,7 @@ def _measure(
 
 
 def _print_comparisons(comparisons: list[dict[str, Any]]) -> None:
-    from parscale.checkpoints.evaluation.against import table_of
+    from parscale.checkpoints.evaluation.paired_differences import table_of
 
     if comparisons:
         names = {entry[side] for entry in comparisons for side in ("arm", "baseline")}

@@ -182,7 +182,7 @@ def _made(report: dict[str, Any]) -> dict[str, Any]:
 def _print_comparisons(report: dict[str, Any]) -> None:
     """The trained model against the untouched backbone and, where they were trained, against controls."""
     from parscale.checkpoints.description import describe
-    from parscale.checkpoints.evaluation.against import table_of
+    from parscale.checkpoints.evaluation.paired_differences import table_of
     from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCHED, sentences
 
     trained = [entry for entry in report["comparisons"] if entry["arm"] == TRAINED]

@@ -52,7 +52,7 @@ POSITIONS = "position_ids"  # also (S,), the same for all rows, and (3, B, S), m
 # -- arguments without one row for each sequence
 
 # For all rows of a batch, or already for the streams' P*B rows.
-WHOLE = (
+NOT_COPIED = (
     *CACHES,
     "encoder_past_key_values",
     "mems",
@@ -69,7 +69,7 @@ WHOLE = (
     "num_items_in_batch",
 )
 # Any number of entries for each row, in the order of the rows: image tokens, by layer; images and their tiles; audio.
-PACKED = (
+ANY_ROWS = (
     "deepstack_visual_embeds",
     "deepstack_features",
     "cross_attention_states",
@@ -81,7 +81,7 @@ PACKED = (
 # -- arguments with one entry for each token
 
 # The entries for a prompt are those of the first token, or zero.
-AS_FIRST = (
+COPIED_FROM_FIRST_TOKEN = (
     "langs",
     "task_type_ids",
     "bbox",
@@ -90,8 +90,8 @@ AS_FIRST = (
     "xpath_tags_seq",
     "xpath_subs_seq",
 )
-TOKENS = (
-    *AS_FIRST,
+PER_TOKEN = (
+    *COPIED_FROM_FIRST_TOKEN,
     "token_type_ids",
     "global_attention_mask",
     "vision_mask",
@@ -105,8 +105,8 @@ TOKENS = (
 # Backbones whose input is always the whole text, of which they leave out as many tokens as their cache has. Without a
 # mask they count the ids that are no padding, or take `lengths`, their number in each row.
 WHOLE_TEXT = ("FlaubertModel", "XLMModel")
-UNREAD = {"WhisperEncoder": ("attention_mask",)}  # by class: accepted, and of any number of rows, since unused
-SEES_IMAGES = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); a prompt sees none
+UNUSED_ARGUMENTS = {"WhisperEncoder": ("attention_mask",)}  # by class: accepted, of any number of rows
+IMAGE_MASKS = ("cross_attention_mask", "full_text_row_masked_out_mask")  # (R, 1, S, ...); a prompt sees none
 
 # -- PEFT: arguments that it passes to its layers
 

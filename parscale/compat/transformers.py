@@ -86,7 +86,7 @@ class ConfigView:
     """
 
     def __init__(self, config: PreTrainedConfig, **own: Any) -> None:
-        vars(self).update(own, backbone=config)
+        vars(self).update(own, original=config)
 
     def implementation(self) -> str:
         """The name that the layer sees."""
@@ -97,12 +97,12 @@ class ConfigView:
         return self.implementation()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "backbone":  # during unpickling, before the attributes are set
+        if name == "original":  # during unpickling, before the attributes are set
             raise AttributeError(name)
-        return getattr(self.backbone, name)
+        return getattr(self.original, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.backbone, name, value)
+        setattr(self.original, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copyreg.__newobj__, (type(self),), dict(vars(self))  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from parscale.compat.patching import extend
 
 _MODELS, _LAYERS = "vllm.model_executor.models", "vllm.model_executor.layers"
 _BACKENDS = "vllm.v1.attention.backends"
-_PLACES = {
+_MODULES = {
     # models: the base classes of the plugin's models, and the parts of a language model around them
     "LlamaModel": f"{_MODELS}.llama",
     "MistralModel": f"{_MODELS}.mistral",
@@ -91,14 +91,14 @@ def __getattr__(name: str) -> Any:
     Raises:
         IncompatibleVersionError: the installed version does not have it.
     """
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, own_name = _PLACES[name].partition(":")
+    module, _, own_name = _MODULES[name].partition(":")
     return needed(needed_module(module), own_name or name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})
 
 
 def before_inspection(check: Callable[[list[str], Any], None]) -> None:

@@ -96,7 +96,7 @@ class _BesideStreams:
         return getattr(self.hook, name)
 
 
-def keep(module: nn.Module, name: str) -> None:
+def keep_on_device(module: nn.Module, name: str) -> None:
     """Keeps a new parameter on its device, in a module that is already offloaded."""
     if offloading_hook(module) is None:
         return
@@ -108,7 +108,7 @@ def keep(module: nn.Module, name: str) -> None:
 
 
 def let_go(module: nn.Module, name: str) -> None:
-    """Undoes `keep`."""
+    """Undoes `keep_on_device`."""
     hook = hook_of(module)
     if isinstance(hook, _BesideStreams):
         hook.names.pop(name, None)

@@ -58,7 +58,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_partitioned(p) or (dist.is_available() and isinstance(p, DTensor)) for p in model.parameters())
 
 
-def is_writer() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes files, as in transformers' own `save_pretrained`."""
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
@@ -73,7 +73,7 @@ def gathered_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         first = first_names.setdefault(id(tensor), name)
         value = whole(tensor).detach() if first == name else None
-        if is_writer():
+        if is_main_process():
             state_dict[name] = state_dict[first] if value is None else value.cpu()
     return state_dict
 

@@ -75,17 +75,17 @@ class FoldedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Adds `(C*B, G, S, D)`, and gives all keys and values so."""
-        self.keys = torch.cat([self.keys, fold(key_states, self.copies)], dim=2)
-        self.values = torch.cat([self.values, fold(value_states, self.copies)], dim=2)
-        return unfold(self.keys, self.copies), unfold(self.values, self.copies)
+        self.keys = torch.cat([self.keys, copies_to_heads(key_states, self.copies)], dim=2)
+        self.values = torch.cat([self.values, copies_to_heads(value_states, self.copies)], dim=2)
+        return heads_to_copies(self.keys, self.copies), heads_to_copies(self.values, self.copies)
 
 
-def fold(states: torch.Tensor, copies: int) -> torch.Tensor:
+def copies_to_heads(states: torch.Tensor, copies: int) -> torch.Tensor:
     """`(C*B, G, S, D)`, stream-major, as `(B, C*G, S, D)`."""
     return states.unflatten(0, (copies, -1)).transpose(0, 1).flatten(1, 2)  # (C, B, G, ...) -> (B, C, G, ...)
 
 
-def unfold(states: torch.Tensor, copies: int) -> torch.Tensor:
+def heads_to_copies(states: torch.Tensor, copies: int) -> torch.Tensor:
     """`(B, C*G, K, D)` as `(C*B, G, K, D)`, stream-major."""
     return states.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 1)  # (B, C, G, ...) -> (C, B, G, ...)
 

@@ -26,7 +26,7 @@ from parscale.format.untrusted import brief, parse_json
 from parscale.format.working import working_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-STREAMS_CONFIG, STREAMS = "parscale_config.json", "streams.safetensors"
+STREAMS_CONFIG, STREAMS_FILE = "parscale_config.json", "streams.safetensors"
 BACKBONE, BACKBONE_PATH = "base_model_name_or_path", "backbone_path"  # the second is relative to the folder
 FULL, STREAMS_ONLY, PLAIN = "full", "streams only", "plain backbone"
 FORMAT_VERSION = 1  # of a streams-only folder
@@ -183,11 +183,11 @@ class Checkpoint:
             FileNotFoundError: the file is missing.
             ValueError: it is damaged.
         """
-        path = self.file(STREAMS)
+        path = self.file(STREAMS_FILE)
         if path is None:
             pickles = [] if self.folder is None else _pickles(self.folder)
             given = f" ({', '.join(pickles[:3])} is not read: pickles can run any code)" if pickles else ""
-            raise FileNotFoundError(f"{self} has no {STREAMS}: the streams are missing{given}.{self._cut_off()}")
+            raise FileNotFoundError(f"{self} has no {STREAMS_FILE}: the streams are missing{given}.{self._cut_off()}")
         return read_header(path)
 
     def inside(self, name: str) -> Checkpoint:
@@ -311,7 +311,7 @@ def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | 
     return name, further
 
 
-def backbone_place(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | None:
+def backbone_location(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str | None:
     """The backbone of a streams-only checkpoint: a folder, or a name on the Hub; `None` if the checkpoint names none.
 
     A relative path is resolved from the checkpoint's folder or, if nothing is there, from the working directory. The

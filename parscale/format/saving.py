@@ -19,25 +19,25 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from parscale.compat.transformers import has_adapter
-from parscale.config import FIELDS, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
+from parscale.config import DEFAULT_SET, FIELDS, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
 from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
-from parscale.distributed.parallel import gathered_state_dict, is_sharded, is_writer, together_at_the_end, whole
+from parscale.distributed.parallel import gathered_state_dict, is_main_process, is_sharded, together_at_the_end, whole
 from parscale.format.architectures import class_in_checkpoints
 from parscale.format.folders import (
     BACKBONE,
     BACKBONE_PATH,
     CONFIG,
     FORMAT_VERSION,
-    STREAMS,
     STREAMS_CONFIG,
+    STREAMS_FILE,
     TYPE_SUFFIX,
     Checkpoint,
     read_json,
     set_names,
 )
-from parscale.format.staging import final_place, staged
+from parscale.format.staging import final_path, staged
 from parscale.streams.naming import is_copy
-from parscale.streams.sets import DEFAULT, StreamSet
+from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.version import __version__
 
@@ -90,7 +90,7 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
     if together:
         kwargs["state_dict"] = gathered_state_dict(model)
     with together_at_the_end() if together else nullcontext():
-        if kwargs.get("is_main_process", True) and is_writer():
+        if kwargs.get("is_main_process", True) and is_main_process():
             _write_full(model, save_directory, further, beside, push, without_weights, kwargs)
             return
         # takes part in gathering; only the main process writes
@@ -164,7 +164,7 @@ def save_streams(
     _require_no_full_checkpoint(save_directory)
     with together_at_the_end() if state_dict is None and is_sharded(model) else nullcontext():
         tensors = _tensors(state, streams, state_dict)
-        if is_writer():
+        if is_main_process():
             with staged(save_directory, last=STREAMS_CONFIG) as work:
                 _require_no_full_checkpoint(save_directory)  # again: a save that was cut off is ended only now
                 _write_streams(work, model, streams, tensors, model.config.name_or_path or None)
@@ -222,7 +222,7 @@ def _mark(path: Path, model: Any) -> None:
         config.pop(field, None)
     config |= streams.to_fields()
     name = None if state.active is None else state.active.name
-    if name != DEFAULT:
+    if name != DEFAULT_SET:
         config[SET_NAME] = name
     further = [other for other in state.sets if other != name]
     if further:
@@ -262,7 +262,7 @@ class _StaleFiles:
             sets = set_names(Checkpoint(self._folder), read_json(config))[1] if config.is_file() else []
         except ValueError:  # the older files cannot be identified
             sets = []
-        return {f"{name}/{file}" for name in sets for file in (STREAMS, STREAMS_CONFIG)}
+        return {f"{name}/{file}" for name in sets for file in (STREAMS_FILE, STREAMS_CONFIG)}
 
     def __call__(self, name: str) -> bool:
         return name in self._names or self._pattern.fullmatch(name) is not None
@@ -273,7 +273,7 @@ def _write_streams(
 ) -> None:
     text = model.config.get_text_config()
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / STREAMS, metadata={"format": "pt"})
+    save_file(tensors, folder / STREAMS_FILE, metadata={"format": "pt"})
     config = {
         "backbone_class": type(model).__name__.removeprefix("FSDP"),
         "backbone_hidden_size": getattr(text, "hidden_size", None),
@@ -286,7 +286,7 @@ def _write_streams(
         **streams.config.to_fields(),
     }
     if backbone is not None and os.path.isabs(backbone):
-        config[BACKBONE_PATH] = os.path.relpath(os.path.realpath(backbone), final_place(folder))
+        config[BACKBONE_PATH] = os.path.relpath(os.path.realpath(backbone), final_path(folder))
     _write_json(folder / STREAMS_CONFIG, config)
 
 

@@ -24,10 +24,12 @@ from types import MappingProxyType
 from parscale.format.moving import NEW, flush, move_into, still_to_move
 from parscale.format.working import is_working_folder, working, working_folder
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
 
 # The working folders of the open blocks, and the destinations of their files.
-_PLACES: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar("places", default=MappingProxyType({}))
+_FINAL_PATHS: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar(
+    "final_paths", default=MappingProxyType({})
+)
 
 
 @contextlib.contextmanager
@@ -62,11 +64,11 @@ def staged(
             require_new_folder(target)
         work = folder / NEW
         work.mkdir()
-        known = _PLACES.set({**_PLACES.get(), work: final_place(target)})
+        known = _FINAL_PATHS.set({**_FINAL_PATHS.get(), work: final_path(target)})
         try:
             yield work
         finally:
-            _PLACES.reset(known)
+            _FINAL_PATHS.reset(known)
         if not any(work.iterdir()):
             return
         _flush_all(work)
@@ -84,12 +86,12 @@ def staged(
             flush(target.parent)
 
 
-def final_place(path: str | os.PathLike[str]) -> Path:
+def final_path(path: str | os.PathLike[str]) -> Path:
     """The path of a file after the end of all open `staged` blocks; a path outside of their folders stays the same."""
     path = Path(os.path.abspath(path))
-    places = _PLACES.get()
-    above = next((folder for folder in (path, *path.parents) if folder in places), None)
-    return path if above is None else places[above] / path.relative_to(above)
+    final_paths = _FINAL_PATHS.get()
+    above = next((folder for folder in (path, *path.parents) if folder in final_paths), None)
+    return path if above is None else final_paths[above] / path.relative_to(above)
 
 
 @contextlib.contextmanager
@@ -281,7 +283,7 @@ def _explained(target: Path) -> Iterator[None]:
         code = disk_error(error)
         if code is None or not _is_about(error, target):
             raise
-        remedy = "free some space or give another folder" if code in FULL else "give a folder that can be written"
+        remedy = "free some space or give another folder" if code in DISK_FULL else "give a folder that can be written"
         raise OSError(code, f"Nothing was saved: {os.strerror(code)}; {remedy}", str(target)) from error
 
 

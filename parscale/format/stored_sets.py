@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from parscale.compat.conversion import stored_name
-from parscale.config import FIELDS, ParScaleConfig
+from parscale.config import DEFAULT_SET, FIELDS, ParScaleConfig
 from parscale.format.checks import check_fit, check_streams
 from parscale.format.folders import (
     BACKBONE_PATH,
@@ -26,7 +26,6 @@ from parscale.format.folders import (
 from parscale.format.headers import StoredTensor
 from parscale.format.untrusted import brief
 from parscale.hooks.adding import add, fill
-from parscale.streams.sets import DEFAULT
 from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
 
@@ -56,7 +55,7 @@ def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Stor
 def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors of a set by their released names in the model."""
     state: ParScaleState = model.parscale
-    released = state.names(make_set(state, DEFAULT, config))
+    released = state.names(make_set(state, DEFAULT_SET, config))
     names = {name if name in stored else stored_name(model, name): name for name in released}
     values = {}
     for file in {tensor.file for tensor in stored.values()}:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from parscale.terminal.text import shown
+from parscale.terminal.text import escape_controls
 
 _DEEPEST = 64  # levels; configurations have 4
 _LONGEST_INTEGER = 20  # digits; 2**64 has 20
@@ -39,7 +39,7 @@ def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, A
 
 def brief(value: object) -> str:
     """An untrusted value for an error message: its first 200 characters, with control characters escaped."""
-    text = shown(str(value))
+    text = escape_controls(str(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

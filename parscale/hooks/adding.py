@@ -14,7 +14,7 @@ from parscale.attention.discovery import measure
 from parscale.compat.deepspeed import is_partitioned
 from parscale.compat.torch import take_parameter
 from parscale.config import PREFIX, SET_PATTERN, ParScaleConfig
-from parscale.distributed.offloading import keep, let_go
+from parscale.distributed.offloading import keep_on_device, let_go
 from parscale.distributed.parallel import (
     check_takes_parameters,
     distribute_parameter,
@@ -61,7 +61,7 @@ def add(
     _check_parallel(state, streams)
     if streams.num_streams > 1:
         measure(state)
-        streams.transform.places()  # raises an error if there are none
+        streams.transform.parameter_specs()  # raises an error if there are none
         if tensors is None:
             check_length(state, streams)
     state.sets[name] = streams
@@ -86,9 +86,9 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     """Removes a set and its parameters."""
     if streams.num_streams > 1:
         streams.transform.detach()
-        for place in streams.transform.places():
-            take_parameter(place.module, streams.own_name(place.name))
-            let_go(place.module, streams.own_name(place.name))
+        for spec in streams.transform.parameter_specs():
+            take_parameter(spec.module, streams.own_name(spec.name))
+            let_go(spec.module, streams.own_name(spec.name))
     for part in state.mixed:
         if hasattr(part, streams.aggregator_name):
             delattr(part, streams.aggregator_name)
@@ -119,10 +119,10 @@ def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
     P = streams.num_streams
     if P == 1:
         return
-    for place in streams.transform.places():
-        zeros = torch.zeros(place.shape, dtype=place.dtype, device=place.device)
-        place.module.register_parameter(streams.own_name(place.name), nn.Parameter(zeros))
-        keep(place.module, streams.own_name(place.name))
+    for spec in streams.transform.parameter_specs():
+        zeros = torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
+        spec.module.register_parameter(streams.own_name(spec.name), nn.Parameter(zeros))
+        keep_on_device(spec.module, streams.own_name(spec.name))
     for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
         aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
         aggregator.train(part.training)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from parscale.compat.arguments import ENCODED, INPUTS, PACKED, POSITIONS, UNREAD, WHOLE
+from parscale.compat.arguments import ANY_ROWS, ENCODED, INPUTS, NOT_COPIED, POSITIONS, UNUSED_ARGUMENTS
 from parscale.hooks.encoded import EncodedRows, rows_of_streams
 
 
@@ -35,13 +35,13 @@ def check_plain(part: object, arguments: dict[str, Any]) -> None:
             rows_of_streams(part, name, arguments[name], None, 1, 1)
 
 
-def copy_rows(part: object, arguments: dict[str, Any], streams: str, P: int, B: int) -> dict[str, Any]:
+def copy_rows(part: object, arguments: dict[str, Any], set_name: str, P: int, B: int) -> dict[str, Any]:
     """The arguments of a backbone or its encoder, with every row repeated P times, stream-major.
 
     Args:
         part: the backbone or the encoder, for messages.
         arguments: by name.
-        streams: name of the active set.
+        set_name: name of the active set.
         P: its number of streams.
         B: rows.
 
@@ -49,7 +49,7 @@ def copy_rows(part: object, arguments: dict[str, Any], streams: str, P: int, B: 
         ValueError: a tensor has neither B rows nor one row, or an encoder with other streams made it.
     """
     return {
-        name: value if name in WHOLE else by_part(functools.partial(_copied, part, name, streams, P, B), value)
+        name: value if name in NOT_COPIED else by_part(functools.partial(_copied, part, name, set_name, P, B), value)
         for name, value in arguments.items()
     }
 
@@ -63,13 +63,13 @@ def by_part(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _copied(part: object, name: str, streams: str, P: int, B: int, value: Any) -> Any:
+def _copied(part: object, name: str, set_name: str, P: int, B: int, value: Any) -> Any:
     """An argument that is no container, as in `copy_rows`."""
     if isinstance(value, EncodedRows):
-        return rows_of_streams(part, name, value, streams, P, B)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in UNREAD.get(type(part).__name__, ()):
+        return rows_of_streams(part, name, value, set_name, P, B)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in UNUSED_ARGUMENTS.get(type(part).__name__, ()):
         return value
-    if name in PACKED:
+    if name in ANY_ROWS:
         return torch.cat([value] * P)
     if name == POSITIONS and value.ndim == 1:  # the same positions for all rows
         return value

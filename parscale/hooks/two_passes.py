@@ -24,7 +24,7 @@ from torch import nn
 
 from parscale.attention.flash import document_boundaries
 from parscale.attention.shared import SeenTokens, can_slice
-from parscale.compat.arguments import CACHES, PACKED, POSITIONS, WHOLE, given_cache
+from parscale.compat.arguments import ANY_ROWS, CACHES, NOT_COPIED, POSITIONS, given_cache
 from parscale.compat.transformers import attn_implementation, is_flash
 from parscale.hooks.rows import by_part, copy_rows
 from parscale.streams.backbones import cache_argument
@@ -46,12 +46,12 @@ class TwoPassHooks:
 
     def __init__(self, state: ParScaleState) -> None:
         self.state = state
-        self.writer = state.writers[-1]
-        self.parameters = list(inspect.signature(type(self.writer).forward).parameters)[1:]
+        self.generator = state.generators[-1]
+        self.parameters = list(inspect.signature(type(self.generator).forward).parameters)[1:]
 
     def attach(self) -> list[Any]:
         """Registers the hooks and returns their handles."""
-        model = self.writer
+        model = self.generator
         if self.state.backbone is model:  # a backbone alone has no logits
             return []
         return [
@@ -95,7 +95,7 @@ class TwoPassHooks:
         return None
 
     def _wants_more(self, arguments: dict[str, Any]) -> bool:
-        config = self.writer.config
+        config = self.generator.config
         return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -152,7 +152,7 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 
 def _is_packed(implementation: str, arguments: dict[str, Any], B: int, S: int) -> bool:
     """Whether rows hold image tokens, or documents for flash-attention, so that nothing can be cut off them."""
-    if any(arguments.get(name) is not None for name in PACKED):
+    if any(arguments.get(name) is not None for name in ANY_ROWS):
         return True
     return S > 1 and is_flash(implementation) and document_boundaries(arguments, B, S, S) is not None
 
@@ -268,12 +268,12 @@ def _last_positions(module: nn.Module, passes: TwoPasses) -> dict[str, Any]:
 
 def _piece(passes: TwoPasses, name: str, value: Any) -> Any:
     """An argument of the first pass for the last positions of the chosen rows."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in PACKED:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in ANY_ROWS:
         return value
     B, S, n = passes.rows, passes.length, passes.positions
     if name == POSITIONS or name == "cache_position":
         value = value[..., -n:]
-    elif name in WHOLE:
+    elif name in NOT_COPIED:
         return value
     elif name != "attention_mask" and value.ndim > 1 and value.shape[0] in (1, B) and value.shape[1] == S:
         value = value[:, -n:]

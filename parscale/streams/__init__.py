@@ -2,7 +2,7 @@
 
 - `naming`: recognizes the tensors of streams by name
 - `backbones`: the part of a model whose rows are copied and mixed
-- `places`: where parameters of streams can be added
+- `layer_specs`: the sizes of layers that streams can change, and the parameters that they add
 - `sets`: a set of streams, and the interface of transforms
 - `calls`: which set runs, in this thread and in this forward pass
 - `passes`: calls that run stream 0 first, and the other streams where they are needed

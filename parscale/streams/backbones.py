@@ -25,7 +25,7 @@ from parscale.compat.arguments import AUDIO, CACHES, IMAGES, TEXT
 from parscale.distributed.offloading import execution_device
 from parscale.errors import UnsupportedModelError
 
-TOKENS = 2  # in each row of a brief run
+TRIAL_TOKENS = 2  # in each row of a brief run
 
 
 @dataclasses.dataclass
@@ -56,13 +56,13 @@ def find_parts(model: Any) -> Parts:
             "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."
         )
     decoder, encoder = model.get_decoder(), None  # found by attribute name
-    is_pair = getattr(model.config, "is_encoder_decoder", False)
-    if is_pair and isinstance(model.get_encoder(), nn.Module) and model.get_encoder() is not model:
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    if is_encoder_decoder and isinstance(model.get_encoder(), nn.Module) and model.get_encoder() is not model:
         encoder = model.get_encoder()
     if decoder is not model and has_head(decoder):  # a complete language model with its head (BLIP-2, Llama 4)
         inner = find_parts(decoder)
         return Parts(inner.backbone, encoder or inner.encoder)
-    if is_pair:
+    if is_encoder_decoder:
         if encoder is None or decoder is model or not hasattr(decoder, "main_input_name"):
             raise UnsupportedModelError(
                 f"{type(model).__name__} is an encoder with a decoder, of which get_encoder() and get_decoder() do not "
@@ -128,12 +128,12 @@ def has_head(model: object) -> bool:
     return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
-def writes_text(model: PreTrainedModel) -> bool:
+def generates_text(model: PreTrainedModel) -> bool:
     """Whether the model is a causal language model, which can continue a text."""
     return bool(model.can_generate()) and not model.config.is_encoder_decoder and has_head(model)
 
 
-def find_writers(model: Any, backbone: nn.Module) -> list[Any]:
+def find_generators(model: Any, backbone: nn.Module) -> list[Any]:
     """The model, and the models inside it that can generate text with its backbone, from the outside in.
 
     The `generate` of some models is that of a model inside them (BLIP-2): then the inner model's methods are called.
@@ -143,7 +143,7 @@ def find_writers(model: Any, backbone: nn.Module) -> list[Any]:
     return [model, *(module for module in around if module is not model and module is not backbone)]
 
 
-def input_of(part: nn.Module, rows: int, device: torch.device, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+def input_of(part: nn.Module, rows: int, device: torch.device, tokens: int = TRIAL_TOKENS) -> dict[str, torch.Tensor]:
     """A small input that a backbone or an encoder accepts; of text, some tokens in each row."""
     name = main_input(part)
     config: Any = getattr(part, "config", None)

@@ -17,7 +17,7 @@ from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
 from parscale.kernels.dispatch import Impl
-from parscale.streams.backbones import TOKENS, cuda_devices, input_device, input_of, reads
+from parscale.streams.backbones import TRIAL_TOKENS, cuda_devices, input_device, input_of, reads
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -28,7 +28,7 @@ def run_briefly(
     streams: StreamSet | None = None,
     *,
     gradients: bool = False,
-    tokens: int = TOKENS,
+    tokens: int = TRIAL_TOKENS,
     change: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> list[torch.Tensor]:
     """Runs the backbone and its towers on a few tokens in each row, on an image, or on silence.

@@ -3,14 +3,14 @@
 Several threads, or tasks of an event loop, may call one model at once, each with its own set of streams. Two classes
 keep them apart:
 
-- `Block` is the choice of `with model.use_streams(name):`. A context variable holds the open blocks, so a block applies
-  to the code inside it, also in functions that it awaits, and to no other thread or task. Compiled code cannot read it,
-  and goes by the thread's blocks.
-- `Call` is the record of the current forward pass. Each thread has one, since a pass never leaves its thread. Layers
-  that are recomputed in a backward pass may run in another thread, and carry the parts that they need.
+- `StreamsBlock` is the choice of `with model.use_streams(name):`. A context variable holds the open blocks, so a block
+  applies to the code inside it, also in functions that it awaits, and to no other thread or task. Compiled code cannot
+  read it, and goes by the thread's blocks.
+- `ForwardPass` is the record of the current forward pass. Each thread has one, since a pass never leaves its thread.
+  Layers that are recomputed in a backward pass may run in another thread, and carry the parts that they need.
 
-The context managers of `Calls` change the state for a block of code, `Call.begin` and `Call.enter` for a pass. Hooks
-store in it what other hooks of the same pass need.
+The context managers of `ThreadPasses` change the state for a block of code, `ForwardPass.begin` and
+`ForwardPass.enter` for a pass. Hooks store in it what other hooks of the same pass need.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from parscale.streams.sets import StreamSet
 Recorder = Callable[[nn.Module, torch.Tensor, torch.Tensor], None]  # layer, keys and values (R, G, K, D)
 
 
-class Block:
+class StreamsBlock:
     """A block of code in which one model runs with a chosen set of streams.
 
     Args:
@@ -40,19 +40,19 @@ class Block:
         chosen: the set; `None` is the plain backbone.
     """
 
-    def __init__(self, calls: Calls, chosen: StreamSet | None) -> None:
+    def __init__(self, calls: ThreadPasses, chosen: StreamSet | None) -> None:
         self.calls = calls
         self.chosen = chosen
-        self.around: Block | None = None  # of the blocks that this thread has open, the one that this one is inside of
+        self.enclosing: StreamsBlock | None = None  # the innermost block around it that this thread has open
         self.thread = threading.current_thread()
         self.trains: dict[nn.Parameter, bool] = {}  # whether the set's parameters are trainable; True if not listed
 
 
-_OPEN: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("parscale_blocks", default=())
+_OPEN: contextvars.ContextVar[tuple[StreamsBlock, ...]] = contextvars.ContextVar("parscale_blocks", default=())
 
 
 @dataclasses.dataclass
-class Call:
+class ForwardPass:
     """The current forward pass in this thread, or the last one.
 
     Attributes:
@@ -91,8 +91,8 @@ class Call:
     cache: Any = None
     makes_cache: bool = False
     routers: tuple[int, int] | None = None
-    open: list[Block] = dataclasses.field(default_factory=list)
-    block: Block | None = None
+    open: list[StreamsBlock] = dataclasses.field(default_factory=list)
+    block: StreamsBlock | None = None
     tangled: bool = False
     passes: TwoPasses | None = None
     adaptive: Adaptive | None = None
@@ -108,15 +108,17 @@ class Call:
     def end(self) -> StreamSet | None:
         """Ends the pass: a layer that is called by itself is the plain backbone's. Returns the set that ran.
 
-        Layers that are computed again in the backward pass carry what they need (`remembered`).
+        Layers that are computed again in the backward pass carry what they need (`for_recomputation`).
         """
         streams, self.in_flight = self.in_flight, None
         return streams
 
-    def hold(self, blocks: list[Block]) -> None:
+    def hold(self, blocks: list[StreamsBlock]) -> None:
         """Records the blocks that this thread has open."""
         self.open, self.block = blocks, blocks[-1] if blocks else None
-        self.tangled = any(block.around is not before for before, block in zip([None, *blocks], blocks, strict=False))
+        self.tangled = any(
+            block.enclosing is not before for before, block in zip([None, *blocks], blocks, strict=False)
+        )
 
     def enter(self, part: nn.Module, running: nn.Module) -> None:
         """Records the mixed part that runs, and itself or its replica on another device."""
@@ -129,12 +131,12 @@ class Call:
         name = next(name for name, other in self.part.named_modules() if other is module)
         return self.running.get_submodule(name)
 
-    def remembered(self) -> Call:
+    def for_recomputation(self) -> ForwardPass:
         """A copy of what recomputed layers need to know about this pass."""
-        return Call(in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running)
+        return ForwardPass(in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running)
 
     @contextlib.contextmanager
-    def as_in(self, forward: Call) -> Iterator[None]:
+    def using_streams_of(self, forward: ForwardPass) -> Iterator[None]:
         """In this block layers use the streams of another pass."""
         before = self.in_flight, self.part, self.running
         self.in_flight, self.part, self.running = forward.in_flight, forward.part, forward.running
@@ -145,7 +147,7 @@ class Call:
 
 
 @contextlib.contextmanager
-def _replaced(call: Call, name: str, value: object) -> Iterator[None]:
+def _replaced(call: ForwardPass, name: str, value: object) -> Iterator[None]:
     """In this block an attribute of a call has another value."""
     before = getattr(call, name)
     setattr(call, name, value)
@@ -165,17 +167,17 @@ class _NotCopied:
         return type(self)()
 
 
-class Calls(_NotCopied, threading.local):
-    """A model's calls, one for each thread."""
+class ThreadPasses(_NotCopied, threading.local):
+    """A model's forward passes, one for each thread."""
 
     def __init__(self) -> None:
-        self.call = Call()
+        self.call = ForwardPass()
 
     @contextlib.contextmanager
-    def opened(self, block: Block) -> Iterator[None]:
+    def opened(self, block: StreamsBlock) -> Iterator[None]:
         """Opens a block for the caller's thread or task."""
         call = self.call
-        block.around = next((other for other in reversed(_OPEN.get()) if other in call.open), None)
+        block.enclosing = next((other for other in reversed(_OPEN.get()) if other in call.open), None)
         _OPEN.set((*_OPEN.get(), block))
         call.hold([*call.open, block])
         try:
@@ -187,7 +189,7 @@ class Calls(_NotCopied, threading.local):
     @contextlib.contextmanager
     def choosing(self, streams: StreamSet | None) -> Iterator[None]:
         """Calls in this block run with `streams`. Which parameters are trainable does not change."""
-        with self.opened(Block(self, streams)):
+        with self.opened(StreamsBlock(self, streams)):
             yield
 
     def recording(self, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
@@ -211,7 +213,7 @@ class Calls(_NotCopied, threading.local):
         return _replaced(self.call, "one_batch", True)
 
 
-def innermost_block(calls: Calls) -> Block | None:
+def innermost_block(calls: ThreadPasses) -> StreamsBlock | None:
     """The innermost open block that chose a set for the model of these calls.
 
     Raises:
@@ -227,11 +229,11 @@ def innermost_block(calls: Calls) -> Block | None:
     return next((block for block in reversed(_OPEN.get()) if block.calls is calls), None)
 
 
-class Blocks(_NotCopied):
+class OpenBlocks(_NotCopied):
     """The open blocks of a model that decide which parameters are trainable; see `parscale.streams.trainability`."""
 
     def __init__(self) -> None:
-        self.innermost: list[Block] = []  # one for each thread or task
+        self.innermost: list[StreamsBlock] = []  # one for each thread or task
         self.trained_outside: dict[nn.Parameter, bool] | None = None  # trainable without the open blocks
         self.used_outside = False  # while blocks are open: whether a pass outside of them recorded gradients
         self.trainers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # threads with such passes, now or before

@@ -13,10 +13,10 @@ from typing import Any
 from parscale.compat.transformers import show_on_models
 from parscale.config import FIELDS
 from parscale.distributed.parallel import reshard
-from parscale.streams.calls import Block, innermost_block
+from parscale.streams.calls import StreamsBlock, innermost_block
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
-from parscale.streams.trainability import LOCK, decide_what_trains, parameters_of, train
+from parscale.streams.trainability import LOCK, decide_what_trains, parameters_of, set_trainable
 
 
 def set_streams(model: Any, name: str | None) -> None:
@@ -39,10 +39,10 @@ def set_streams(model: Any, name: str | None) -> None:
         if block is not None:
             block.chosen, block.trains = chosen, {}
         else:
-            if chosen is not state.default:
-                _note(state, state.default, False)
+            if chosen is not state.selected:
+                _note(state, state.selected, False)
                 _note(state, chosen, True)
-            state.default = chosen
+            state.selected = chosen
             _record(state)
         decide_what_trains(state)
 
@@ -69,14 +69,14 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
         ValueError: there is no set of this name.
     """
     state: ParScaleState = model.parscale
-    block, around = Block(state.calls, find_set(state, name)), innermost_block(state.calls)
+    block, enclosing = StreamsBlock(state.calls, find_set(state, name)), innermost_block(state.calls)
     with LOCK:
         reshard(model)
         if state.blocks.trained_outside is None:
             state.blocks.trained_outside = state.trainability()
-        if around is not None:
-            around.trains = {p: p.requires_grad for p in parameters_of(state, around.chosen)}
-        _replace(state.blocks.innermost, around, block)
+        if enclosing is not None:
+            enclosing.trains = {p: p.requires_grad for p in parameters_of(state, enclosing.chosen)}
+        _replace(state.blocks.innermost, enclosing, block)
         decide_what_trains(state)
     try:
         with state.calls.opened(block):
@@ -84,13 +84,13 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
     finally:
         with LOCK:
             reshard(model)
-            _replace(state.blocks.innermost, block, around)
+            _replace(state.blocks.innermost, block, enclosing)
             decide_what_trains(state)
             if not state.blocks.innermost:
                 state.blocks.trained_outside, state.blocks.used_outside = None, False
 
 
-def _replace(blocks: list[Block], old: Block | None, new: Block | None) -> None:
+def _replace(blocks: list[StreamsBlock], old: StreamsBlock | None, new: StreamsBlock | None) -> None:
     """Only the innermost block of each context counts."""
     blocks[:] = [block for block in blocks if block is not old and block is not new]
     if new is not None:
@@ -128,18 +128,18 @@ def _note(state: ParScaleState, streams: StreamSet | None, trains: bool) -> None
     """Makes a set trainable or not, while no block is open."""
     for parameter in parameters_of(state, streams):
         if state.blocks.trained_outside is None:
-            train(parameter, trains)
+            set_trainable(parameter, trains)
         else:
             state.blocks.trained_outside[parameter] = trains
 
 
 def _record(state: ParScaleState) -> None:
     """Writes the model's own set into its configuration."""
-    if state.default is None:
+    if state.selected is None:
         return
     for field in FIELDS:
         state.model.config.__dict__.pop(field, None)
-    for field, value in state.default.config.to_fields().items():
+    for field, value in state.selected.config.to_fields().items():
         setattr(state.model.config, field, value)
 
 

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from parscale.config import DEFAULT_SET, SHARED, ParScaleConfig
+from parscale.streams.layer_specs import ParameterSpec
 from parscale.streams.naming import AGGREGATOR, COPY
-from parscale.streams.places import Place
-
-DEFAULT = DEFAULT_SET
 
 
 class StreamSet:
@@ -41,7 +39,7 @@ class StreamSet:
 
     def own_name(self, released: str) -> str:
         """The set's name for a parameter, or for the aggregator, in the module that holds it."""
-        name = released if self.name == DEFAULT else f"{released}@{self.name}"
+        name = released if self.name == DEFAULT_SET else f"{released}@{self.name}"
         return f"{name}{COPY}{self.copy}" if self.copy else name
 
     @property
@@ -70,8 +68,8 @@ class Transform:
     def __init__(self, streams: StreamSet) -> None:
         self.streams = streams
 
-    def places(self) -> list[Place]:
-        """The places of its parameters.
+    def parameter_specs(self) -> list[ParameterSpec]:
+        """Its parameters, each with where it is registered, its name, shape, dtype and device.
 
         Raises:
             UnsupportedModelError: the model has no place for them.
@@ -110,13 +108,14 @@ class Transform:
             parameter.normal_(0.0, std)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Its parameters by their names in a checkpoint, in the order of `places`."""
+        """Its parameters by their names in a checkpoint, in the order of `parameter_specs`."""
         return {
-            place.released_name: getattr(place.module, self.streams.own_name(place.name)) for place in self.places()
+            spec.released_name: getattr(spec.module, self.streams.own_name(spec.name))
+            for spec in self.parameter_specs()
         }
 
     def parameters(self) -> list[nn.Parameter]:
-        """Its parameters, in the order of `places`."""
+        """Its parameters, in the order of `parameter_specs`."""
         return list(self.tensors().values())
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

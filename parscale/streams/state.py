@@ -16,10 +16,10 @@ from torch import nn
 
 from parscale.kernels.dispatch import Impl
 from parscale.streams.aggregator import TENSORS, Aggregator
-from parscale.streams.backbones import find_parts, find_writers
-from parscale.streams.calls import Blocks, Call, Calls, innermost_block
+from parscale.streams.backbones import find_generators, find_parts
+from parscale.streams.calls import ForwardPass, OpenBlocks, ThreadPasses, innermost_block
+from parscale.streams.layer_specs import AttentionLayer, Hidden, Linear
 from parscale.streams.naming import AGGREGATOR
-from parscale.streams.places import AttentionLayer, Hidden, Linear
 from parscale.streams.sets import Adapters, StreamSet
 
 
@@ -34,7 +34,7 @@ class ParScaleState:
         backbone: the part that runs on all streams and whose output is mixed.
         encoder: of an encoder-decoder model.
         mixed: the backbone and its towers.
-        writers: the model, and the models inside it that can generate text with the backbone, from the outside in.
+        generators: the model, and the models inside it that can generate text with the backbone, from the outside in.
         backbone_name: its name in the model.
         roots: for each of `mixed`, what its tensors' names begin with.
         positional: for each of `parts`, the names of its arguments in their order.
@@ -46,7 +46,8 @@ class ParScaleState:
         hidden: the final hidden states of each of `mixed`.
         measured: dtypes and devices of the weights when `layers` and `hidden` were measured.
         sets: by name.
-        default: the set that is active where no block chose one; `None`: the backbone.
+        selected: the set that `set_streams` chose for the model; an open `use_streams` block takes precedence; `None`:
+            the backbone.
         adapters: the copies of the sets for adapters, while PEFT has some on the model.
         blocks: those that decide which parameters are trainable.
         calls: those of each thread.
@@ -61,7 +62,7 @@ class ParScaleState:
         parts = find_parts(model)
         self.backbone, self.encoder = parts.backbone, parts.encoder
         self.mixed = [parts.backbone, *parts.towers]
-        self.writers = find_writers(model, parts.backbone)
+        self.generators = find_generators(model, parts.backbone)
         names = {module: name for name, module in model.named_modules()}
         self.backbone_name = names[self.backbone]
         self.roots = [f"{names[part]}." if names[part] else "" for part in self.mixed]
@@ -74,16 +75,16 @@ class ParScaleState:
         self.hidden: list[Hidden] = []
         self.measured: list[tuple[torch.dtype, torch.device]] = []
         self.sets: dict[str, StreamSet] = {}
-        self.default: StreamSet | None = None
+        self.selected: StreamSet | None = None
         self.adapters: Adapters | None = None
-        self.blocks = Blocks()
-        self.calls = Calls()
+        self.blocks = OpenBlocks()
+        self.calls = ThreadPasses()
         self.hooks: list[Any] = []
         ALIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts with the set that is active here."""
-        return self.__dict__ | {"default": self.active}
+        return self.__dict__ | {"selected": self.active}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         """Registers a copy in `ALIVE`, like its original."""
@@ -101,10 +102,10 @@ class ParScaleState:
     def active(self) -> StreamSet | None:
         """The set that a call from here runs with: the innermost block's, else the model's; `None`: the backbone."""
         block = innermost_block(self.calls)
-        return self.default if block is None else block.chosen
+        return self.selected if block is None else block.chosen
 
     @property
-    def call(self) -> Call:
+    def call(self) -> ForwardPass:
         """The current forward pass in this thread."""
         return self.calls.call
 
@@ -144,9 +145,9 @@ class ParScaleState:
         streams = self.of_active_adapter(streams)
         if streams.num_streams == 1:
             return
-        for place in streams.transform.places():
-            root = f"{place.path}." if place.path else ""
-            yield place.released_name, root, place.module, streams.own_name(place.name)
+        for spec in streams.transform.parameter_specs():
+            root = f"{spec.module_name}." if spec.module_name else ""
+            yield spec.released_name, root, spec.module, streams.own_name(spec.name)
         for root, part in zip(self.roots, self.mixed, strict=True):
             for name in TENSORS:
                 yield f"{root}{AGGREGATOR}.{name}", root, part, f"{streams.aggregator_name}.{name}"

@@ -40,11 +40,11 @@ def decide_what_trains(state: ParScaleState) -> None:
         for parameter in parameters_of(state, streams):
             if streams in chosen:
                 trains = chosen[streams].trains.get(parameter, True)
-            elif state.blocks.innermost and streams is state.default and not used_outside:
+            elif state.blocks.innermost and streams is state.selected and not used_outside:
                 trains = False
             else:
                 trains = state.blocks.trained_outside.get(parameter, parameter.requires_grad)
-            train(parameter, trains)
+            set_trainable(parameter, trains)
 
 
 def use_outside_of_blocks(state: ParScaleState) -> None:
@@ -59,16 +59,16 @@ def use_outside_of_blocks(state: ParScaleState) -> None:
             decide_what_trains(state)
 
 
-def train(parameter: nn.Parameter, trains: bool) -> None:
+def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
     """Freezes or unfreezes a parameter; a forward pass whose backward has not run yet keeps its gradient.
 
     autograd drops the gradient of a parameter that was frozen in the meantime; a hook delivers it.
     """
-    if parameter.requires_grad is trains:
+    if parameter.requires_grad is trainable:
         return
-    if not trains and not any(getattr(hook, "func", None) is _deliver for hook in tensor_hooks(parameter)):
+    if not trainable and not any(getattr(hook, "func", None) is _deliver for hook in tensor_hooks(parameter)):
         parameter.register_hook(functools.partial(_deliver, weakref.ref(parameter)))
-    parameter.requires_grad_(trains)
+    parameter.requires_grad_(trainable)
 
 
 def _deliver(reference: weakref.ReferenceType[nn.Parameter], gradient: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from parscale.terminal.text import raw_stream, shown
+from parscale.terminal.text import escape_controls, raw_stream
 
 
 class Terminal(Console):
@@ -27,10 +27,10 @@ class Terminal(Console):
         super().__init__(file=stream, stderr=stderr, **plain | options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Renders the text after `parscale.terminal.text.shown`, so that columns have the right width."""
-        return super().render_str(shown(text), **options)
+        """Renders the text after `parscale.terminal.text.escape_controls`, so that columns have the right width."""
+        return super().render_str(escape_controls(text), **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """Renders every piece of text after `parscale.terminal.text.shown`."""
+        """Renders every piece of text after `parscale.terminal.text.escape_controls`."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+            yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)

@@ -1,8 +1,8 @@
 """Untrusted text on a terminal: names in files, errors of libraries, text that a model generates.
 
-Such text can hold control sequences (escape sequences, carriage returns) and marks that reverse its order. `shown`
-escapes them: in the command line every stream is a `ShownStream`, and tables, status lines and progress bars come from
-`parscale.terminal.console.Terminal`.
+Such text can hold control sequences (escape sequences, carriage returns) and marks that reverse its order.
+`escape_controls` escapes them: in the command line every stream is an `EscapingStream`, and tables, status lines and
+progress bars come from `parscale.terminal.console.Terminal`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LINES_APART = re.compile(r"(\n|\x1b\[A)*")  # how a progress bar finds its line
 _LINE_ANEW = re.compile(r"(\r?)([^\r]*)(\r?)")
 
 
-def shown(text: str) -> str:
+def escape_controls(text: str) -> str:
     r"""Text in which each character that a terminal does not display is an escape, such as `\x1b`."""
     return _NOT_SHOWN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
-class ShownStream:
-    """Writes the result of `shown` to a stream; otherwise behaves like the stream.
+class EscapingStream:
+    """Writes the result of `escape_controls` to a stream; otherwise behaves like the stream.
 
     A carriage return at either end of a text stays: the progress bars of libraries restart their line with it.
     """
@@ -46,9 +46,9 @@ class ShownStream:
         if _LINES_APART.fullmatch(text):
             self.raw.write(text)
         elif anew := _LINE_ANEW.fullmatch(text):
-            self.raw.write(anew[1] + shown(anew[2]) + anew[3])
+            self.raw.write(anew[1] + escape_controls(anew[2]) + anew[3])
         else:
-            self.raw.write(shown(text))
+            self.raw.write(escape_controls(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -58,17 +58,17 @@ class ShownStream:
 
 
 def raw_stream(stream: TextIO) -> TextIO:
-    """The stream itself, without `ShownStream`."""
-    return stream.raw if isinstance(stream, ShownStream) else stream
+    """The stream itself, without `EscapingStream`."""
+    return stream.raw if isinstance(stream, EscapingStream) else stream
 
 
 @contextmanager
-def shown_streams() -> Iterator[None]:
+def escaping_streams() -> Iterator[None]:
     """In this block standard output and standard error escape what is written to them."""
     output, errors = sys.stdout, sys.stderr
     if isinstance(output, io.TextIOWrapper):  # as standard error does by itself, where an encoding lacks a character
         output.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = ShownStream(output), ShownStream(errors)
+    sys.stdout, sys.stderr = EscapingStream(output), EscapingStream(errors)
     try:
         yield
     finally:

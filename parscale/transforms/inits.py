@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 from parscale.compat.deepspeed import whole_shape
 from parscale.config import LORA, TEXT_INITS, ParScaleConfig
-from parscale.streams.backbones import cuda_devices, input_device, writes_text
+from parscale.streams.backbones import cuda_devices, generates_text, input_device
 from parscale.streams.brief_runs import backbone_only
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -33,7 +33,7 @@ from parscale.streams.state import ParScaleState
 
 def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
     """The default init: from texts, if the model generates text and streams can start from it."""
-    return "documents" if writes_text(state.model) and config.transform != LORA else "random"
+    return "documents" if generates_text(state.model) and config.transform != LORA else "random"
 
 
 def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
@@ -130,7 +130,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
         ValueError: the calibration has another shape, ids outside the vocabulary, or comes with `init="random"`; or the
             init reads texts, but the model does not generate text.
     """
-    if streams.config.init in TEXT_INITS and not writes_text(state.model):
+    if streams.config.init in TEXT_INITS and not generates_text(state.model):
         raise ValueError(
             f"init={streams.config.init!r} starts streams from texts that a causal language model reads and generates, "
             f"but {type(state.model).__name__} is not one: omit it, or use init='random'."

@@ -22,7 +22,7 @@ from parscale.distributed.offloading import execution_device, parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import inner_modules
 from parscale.streams.brief_runs import is_machine_error, run_briefly
-from parscale.streams.places import Linear, Place
+from parscale.streams.layer_specs import Linear, ParameterSpec
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
@@ -46,11 +46,13 @@ class LoraTransform(ModelTransform):
             self.state.linears = _find_linears(self.state)
         return self.state.linears
 
-    def places(self) -> list[Place]:
+    def parameter_specs(self) -> list[ParameterSpec]:
         """Two on each linear layer."""
         P, r = self.streams.config.num_transformed, self.streams.config.rank
         return [
-            Place(layer.path, layer.module, name, shape, self.state.hidden[0].dtype, execution_device(layer.module))
+            ParameterSpec(
+                layer.module_name, layer.module, name, shape, self.state.hidden[0].dtype, execution_device(layer.module)
+            )
             for layer in self.linears()
             for name, shape in (("stream_down", (P, r, layer.in_size)), ("stream_up", (P, layer.out_size, r)))
         ]
@@ -67,9 +69,9 @@ class LoraTransform(ModelTransform):
 
     def draw(self, std: float) -> None:
         """`down` uniform in +-1/sqrt(in), `up` zero."""
-        for place, parameter in zip(self.places(), self.parameters(), strict=True):
-            if place.name == "stream_down":
-                bound = 1 / math.sqrt(place.shape[-1])
+        for spec, parameter in zip(self.parameter_specs(), self.parameters(), strict=True):
+            if spec.name == "stream_down":
+                bound = 1 / math.sqrt(spec.shape[-1])
                 parameter.uniform_(-bound, bound)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,9 @@ from parscale.attention.positions import RowPositions
 from parscale.attention.rotary import RotaryTable, rotary_tables, rotation_moved, tables_moved
 from parscale.compat.deepspeed import is_partitioned
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import has_learned_positions, writes_text
+from parscale.streams.backbones import generates_text, has_learned_positions
 from parscale.streams.brief_runs import backbone_only
-from parscale.streams.places import Place
+from parscale.streams.layer_specs import ParameterSpec
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
@@ -36,7 +36,7 @@ class PrefixTransform(ModelTransform):
         super().__init__(state, streams)
         self._row_positions = RowPositions(state)
 
-    def places(self) -> list[Place]:
+    def parameter_specs(self) -> list[ParameterSpec]:
         """Two parameters on each attention layer that has its own keys and values."""
         P, T = self.streams.config.num_transformed, self.streams.config.prefix_length
         if not self.state.layers:
@@ -49,7 +49,9 @@ class PrefixTransform(ModelTransform):
                     "streams would not differ: use transform='lora', or wrap the other encoder by itself."
                 )
         return [
-            Place(layer.name, layer.module, name, (P, layer.key_heads, T, size), layer.dtype, layer.device)
+            ParameterSpec(
+                layer.module_name, layer.module, name, (P, layer.key_heads, T, size), layer.dtype, layer.device
+            )
             for layer in self.state.layers
             for name, size in (("prefix_k", layer.key_size), ("prefix_v", layer.value_size))
         ]
@@ -61,7 +63,7 @@ class PrefixTransform(ModelTransform):
 
     def try_out(self) -> None:
         """Tests only models with their own pooling or decoding."""
-        if not writes_text(self.state.model):
+        if not generates_text(self.state.model):
             super().try_out()
 
     def detach(self) -> None:

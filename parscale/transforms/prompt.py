@@ -23,14 +23,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import is_causal_table, leading_zeros
 from parscale.attention.positions import RowPositions
-from parscale.compat.arguments import AS_FIRST, SEES_IMAGES, TOKENS, WHOLE_TEXT, given_cache
+from parscale.compat.arguments import COPIED_FROM_FIRST_TOKEN, IMAGE_MASKS, PER_TOKEN, WHOLE_TEXT, given_cache
 from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import TOKENS as TOKENS_OF_A_RUN
-from parscale.streams.backbones import has_learned_positions, input_device, ordinary_tokens
+from parscale.streams.backbones import TRIAL_TOKENS, has_learned_positions, input_device, ordinary_tokens
 from parscale.streams.brief_runs import run_briefly
-from parscale.streams.places import Place
+from parscale.streams.layer_specs import ParameterSpec
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
@@ -45,7 +44,7 @@ class PromptTransform(ModelTransform):
         super().__init__(state, streams)
         self._row_positions = RowPositions(state)
 
-    def places(self) -> list[Place]:
+    def parameter_specs(self) -> list[ParameterSpec]:
         """One parameter, on the backbone."""
         state, config = self.state, self.streams.config
         embeddings = _embeddings(state.backbone) if state.parts == [state.backbone] else None
@@ -60,7 +59,7 @@ class PromptTransform(ModelTransform):
         width = embeddings.weight.shape[-1]
         shape = (config.num_streams, config.prefix_length, width)
         _, dtype, device = state.hidden[0]
-        return [Place(state.backbone_name, state.backbone, "prompt", shape, dtype, device)]
+        return [ParameterSpec(state.backbone_name, state.backbone, "prompt", shape, dtype, device)]
 
     def attach(self) -> None:
         """Hooks the modules around the backbone, and tests the model."""
@@ -102,7 +101,7 @@ class PromptTransform(ModelTransform):
     def _whole(self, arguments: Mapping[str, Any], positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Arguments of a later pass with the whole text, and T columns before it which the cache has already."""
         T = self.streams.config.prefix_length
-        named = {name: arguments[name] for name in ("input_ids", *TOKENS) if arguments.get(name) is not None}
+        named = {name: arguments[name] for name in ("input_ids", *PER_TOKEN) if arguments.get(name) is not None}
         whole = {name: torch.cat([value[:, :1].repeat_interleave(T, 1), value], 1) for name, value in named.items()}
         whole |= self._lengths(arguments, arguments.get("input_ids"))
         return whole | ({} if positions is None else {"position_ids": self._positions(positions, None)})
@@ -125,7 +124,7 @@ class PromptTransform(ModelTransform):
         backbone, device = self.state.backbone, input_device(self.state.model)
         if device.type == "meta":
             return
-        ids = torch.tensor([ordinary_tokens(self.state.model, TOKENS_OF_A_RUN)], device=device)
+        ids = torch.tensor([ordinary_tokens(self.state.model, TRIAL_TOKENS)], device=device)
 
         def by_embeddings(arguments: dict[str, Any]) -> dict[str, Any]:
             rest = {name: value for name, value in arguments.items() if name != "input_ids"}
@@ -216,11 +215,11 @@ class PromptTransform(ModelTransform):
         columns = torch.arange(S, device=embeds.device).expand(R, -1)
         starts = 0 if padding is None else padding.to(embeds.device)[:, None]  # (R, 1)
         self.state.call.tokens = columns + T * (columns >= starts)
-        for name in TOKENS:
+        for name in PER_TOKEN:
             if arguments.get(name) is not None:
                 value = arguments[name]
                 arguments[name] = _insert(_of_prompt(name, value, T), value, padding)
-        for name in SEES_IMAGES:
+        for name in IMAGE_MASKS:
             if arguments.get(name) is not None:
                 value = arguments[name].transpose(1, 2)  # (R, S, 1, ...)
                 own = value.new_zeros(R, T, *value.shape[2:])
@@ -282,7 +281,7 @@ class PromptTransform(ModelTransform):
         moved.scatter_(1, places.flatten(1), own)
         both = torch.cat([prompt.repeat_interleave(R // P, dim=0), embeds], dim=1)  # (R, T + S, H)
         packed = {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
-        for name in TOKENS:
+        for name in PER_TOKEN:
             if arguments.get(name) is not None:
                 value = arguments[name]
                 both = torch.cat([_of_prompt(name, value, T), value], dim=1)
@@ -336,7 +335,7 @@ class PromptTransform(ModelTransform):
 
 def _of_prompt(name: str, value: torch.Tensor, T: int) -> torch.Tensor:
     """What an input with an entry for each token, `(R, S, ...)`, has for those of the prompt: `(R, T, ...)`."""
-    own = value[:, :1] if name in AS_FIRST else torch.zeros_like(value[:, :1])
+    own = value[:, :1] if name in COPIED_FROM_FIRST_TOKEN else torch.zeros_like(value[:, :1])
     return own.repeat_interleave(T, dim=1)
 
 

@@ -29,9 +29,9 @@ from parscale.attention.shared import SharedLayers, registered_layers
 from parscale.compat.transformers import carries_state
 from parscale.config import PREFIX
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens, reads, writes_text
+from parscale.streams.backbones import cache_argument, generates_text, input_device, ordinary_tokens, reads
 from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
-from parscale.streams.places import Linear
+from parscale.streams.layer_specs import Linear
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
@@ -48,7 +48,7 @@ class SharedTransform(ModelTransform):
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
         self._layers, self._projections = SharedLayers(state, streams), SharedProjections(state, streams)
-        # without layers, `places` says why there is no prefix
+        # without layers, `parameter_specs` says why there is no prefix
         if streams.num_streams > 1 and (state.layers or streams.config.transform != PREFIX):
             check_can_share(state)
 
@@ -90,10 +90,10 @@ class SharedTransform(ModelTransform):
                 state.backbone(input_ids=ids[:, :2], use_cache=True, **cache)
                 last = state.backbone(input_ids=ids[:, 2:], use_cache=True, **cache)[0]
                 difference = _difference(last, whole)
-                writer = state.writers[-1]
-                if writes_text(writer) and reads(writer, "logits_to_keep"):
-                    logits = writer(input_ids=ids, use_cache=False).logits[:, -1:]
-                    by_passes = writer(input_ids=ids, logits_to_keep=1).logits
+                generator = state.generators[-1]
+                if generates_text(generator) and reads(generator, "logits_to_keep"):
+                    logits = generator(input_ids=ids, use_cache=False).logits[:, -1:]
+                    by_passes = generator(input_ids=ids, logits_to_keep=1).logits
                     difference = max(difference, _difference(by_passes, logits))
         except Exception as error:  # whatever the backbone raises for fewer rows of keys than of queries
             if isinstance(error, UnsupportedModelError) or is_machine_error(error):

@@ -19,11 +19,11 @@ from parscale.checkpoints.control_runs import check_controls, controls_of, train
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Chat, Completion, Source
+from parscale.checkpoints.training.model_loading import rank_with_parameters
 from parscale.checkpoints.training.packing import Shuffled, pack_documents
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import card_of
 from parscale.checkpoints.training.train import TrainSettings, train
-from parscale.checkpoints.training.trainable_model import rank_with_parameters
 from parscale.checkpoints.training.upload import _renamed_card
 
 S, BATCH, P, T = 16, 2, 3, 4

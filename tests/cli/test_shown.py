@@ -19,7 +19,7 @@ from parscale.cli import application
 from parscale.cli.application import main, run
 from parscale.cli.output import print_figures, print_json, waiting
 from parscale.terminal.console import Terminal
-from parscale.terminal.text import ShownStream, shown, shown_streams
+from parscale.terminal.text import EscapingStream, escape_controls, escaping_streams
 
 # A colour, a title of the window, an erased screen, a bell, a begun line, what turns the order of letters around, ...
 HOSTILE = ["\x1b[31m", "\x1b]0;title\x07", "\x1b[2J", "\b", "\r", "\x9b31m", "\x7f", "\0", "\u202e", "\u2066", "\u200f"]
@@ -44,7 +44,7 @@ def test_a_letter_that_an_encoding_lacks_is_escaped(monkeypatch):
     """As Python does on standard error; a file on Windows may have such an encoding."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
-    with shown_streams():
+    with escaping_streams():
         print("x = '\u03c0\u00e9'")
         sys.stdout.flush()
     assert written.getvalue() == b"x = '\\u03c0\xe9'\n"
@@ -68,10 +68,10 @@ def text_of(screen):
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
 def test_what_a_terminal_obeys_is_an_escape(hostile):
-    text = shown(f"a{hostile}b")
+    text = escape_controls(f"a{hostile}b")
     assert has_only_text(text)
     assert text.startswith("a\\")
-    assert shown(text) == text
+    assert escape_controls(text) == text
     assert text.encode().decode("unicode_escape") == f"a{hostile}b"
 
 
@@ -89,11 +89,11 @@ def test_what_a_terminal_obeys_is_an_escape(hostile):
     ],
 )
 def test_text_is_left_as_it_is(text):
-    assert shown(text) == text
+    assert escape_controls(text) == text
 
 
 def test_half_a_character_is_an_escape():
-    assert shown("a\udc80\ud800") == "a\\udc80\\ud800"
+    assert escape_controls("a\udc80\ud800") == "a\\udc80\\ud800"
 
 
 # -- the ways to a terminal
@@ -140,7 +140,7 @@ def test_nothing_reaches_a_terminal_that_it_obeys(monkeypatch, way):
     with warnings.catch_warnings(), terminal(monkeypatch) as screen:
         warnings.simplefilter("always")
         for hostile in HOSTILE:
-            with shown_streams():
+            with escaping_streams():
                 warnings.showwarning = application._show_warning
                 way(hostile)
     printed = text_of(screen)
@@ -150,7 +150,7 @@ def test_nothing_reaches_a_terminal_that_it_obeys(monkeypatch, way):
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_names_are_no_markup(monkeypatch, way):
-    with terminal(monkeypatch) as screen, shown_streams(), warnings.catch_warnings():
+    with terminal(monkeypatch) as screen, escaping_streams(), warnings.catch_warnings():
         warnings.showwarning = application._show_warning
         warnings.simplefilter("always")
         way("[red]x[/red]:skull:[/]\\")
@@ -179,7 +179,7 @@ def test_a_traceback_that_was_asked_for(monkeypatch):
 def test_progress_bars_of_libraries_still_work(monkeypatch):
     from tqdm import tqdm
 
-    with terminal(monkeypatch) as screen, shown_streams():
+    with terminal(monkeypatch) as screen, escaping_streams():
         for _ in tqdm(range(2), desc="outer"):
             for _ in tqdm(range(2), desc="inner"):
                 pass
@@ -188,7 +188,7 @@ def test_progress_bars_of_libraries_still_work(monkeypatch):
 
 
 def test_the_stream_is_otherwise_the_one_given():
-    stream = ShownStream(Screen())
+    stream = EscapingStream(Screen())
     assert stream.isatty()
     assert stream.encoding == "utf-8"
     assert stream.write("a\x1b") == 2

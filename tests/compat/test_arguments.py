@@ -31,13 +31,13 @@ BY_ROW = {
     "target_mapping",
 }
 IN_TABLES = {
-    *(*tables.INPUTS, *tables.ENCODED, *tables.WHOLE, *tables.PACKED, *tables.TOKENS, *tables.SEES_IMAGES),
+    *(*tables.INPUTS, *tables.ENCODED, *tables.NOT_COPIED, *tables.ANY_ROWS, *tables.PER_TOKEN, *tables.IMAGE_MASKS),
     *(*tables.LAYER_MASKS, tables.POSITIONS, tables.NOISE),
 }
 # Of tokens, and with a way of their own into a pass with a prompt.
-BY_TOKEN = {*tables.INPUTS, *tables.TOKENS, *tables.LAYER_MASKS, tables.POSITIONS}
+BY_TOKEN = {*tables.INPUTS, *tables.PER_TOKEN, *tables.LAYER_MASKS, tables.POSITIONS}
 # Without one row for each sequence.
-BY_NO_ROW = {*tables.WHOLE, *tables.PACKED, tables.POSITIONS}
+BY_NO_ROW = {*tables.NOT_COPIED, *tables.ANY_ROWS, tables.POSITIONS}
 
 
 tiny_models, tiny_inputs = map(load_script, ("tiny_models", "tiny_inputs"))

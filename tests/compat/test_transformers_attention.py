@@ -61,7 +61,7 @@ def test_a_configuration_that_names_its_implementation_elsewhere_is_refused():
 
 class View(compat.ConfigView):
     def implementation(self):
-        return f"{self.prefix}{self.backbone._attn_implementation}"
+        return f"{self.prefix}{self.original._attn_implementation}"
 
 
 def test_a_view_answers_another_implementation_and_nothing_else(make, ids):

@@ -125,15 +125,15 @@ def test_the_parts_of_a_sequence_fill_the_gpu_once(benchmark, target, processors
         monkeypatch.setitem(targets.TARGETS, target, dataclasses.replace(targets.TARGETS[target], gpu=gpu))
     part = fused("decode_attention")
     config = part.part_config(8, 96, 96, torch.bfloat16, gpu)
-    places = gpu.processors * part.part_programs(config, 8, 96, 96, torch.bfloat16, gpu)
+    resident_programs = gpu.processors * part.part_programs(config, 8, 96, 96, torch.bfloat16, gpu)
     for K in (512, 1000, 4096, 16384, 32768):
         with targets.recorded(target) as launches:
             decode(targets, K)
         rows, splits = launches[0].grid
         blocks = sum(-(-tokens // launches[0].meta["BT"]) for tokens in (48, K))  # of prefix and cache
-        waves = -(-rows * splits // places)
+        waves = -(-rows * splits // resident_programs)
         assert waves == 1 or blocks > 5 * splits  # a second time only where the sequence is long
-        most = min(part.MAX_SPLITS, places // rows)
+        most = min(part.MAX_SPLITS, resident_programs // rows)
         assert waves > 1 or -(-blocks // splits) == -(-blocks // most)  # no program could have fewer blocks
 
 

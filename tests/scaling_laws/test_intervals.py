@@ -34,7 +34,7 @@ def test_intervals_cover():
         result = fit_form("log", *points, bootstrap=100, seed=seed)
         for kind, intervals in (("bootstrap", result.intervals), ("profile", result.profile_intervals())):
             hits[kind].append([low <= getattr(TRUTH, name) <= high for name, (low, high) in intervals.items()])
-        law = ParallelScalingLaw(**result.values, draws=result.draws, freedom=result.optimum.freedom)
+        law = ParallelScalingLaw(**result.values, draws=result.draws, freedom=result.optimum.degrees_of_freedom)
         low, high = law.predict_interval(1e10, 16)  # a model beyond the largest run
         hits["bootstrap"][-1].append(low <= TRUTH.predict(1e10, 16) <= high)
     shares = {kind: np.mean(rows, axis=0) for kind, rows in hits.items()}

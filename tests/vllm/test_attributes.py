@@ -85,7 +85,7 @@ NAMES = {
 
 def path_of(name):
     """Where vLLM has one of compat's names."""
-    module, _, own_name = compat._PLACES[name].partition(":")
+    module, _, own_name = compat._MODULES[name].partition(":")
     return f"{module}.{own_name or name}"
 
 
@@ -93,7 +93,7 @@ def names_of_vllm(tree):
     """The names that a file of the plugin takes from compat."""
     module = "parscale.compat.vllm"
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module]
-    return {alias.name for node in nodes for alias in node.names} & set(compat._PLACES)
+    return {alias.name for node in nodes for alias in node.names} & set(compat._MODULES)
 
 
 TREES = {path.name: ast.parse(path.read_text()) for path in sorted(PLUGIN.glob("*.py"))}
@@ -131,7 +131,7 @@ def sources(request):
 
 
 def test_every_name_is_there(sources):
-    for name in compat._PLACES:
+    for name in compat._MODULES:
         sources.find(path_of(name))
 
 

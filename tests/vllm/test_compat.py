@@ -11,9 +11,9 @@ from parscale.errors import IncompatibleVersionError
 GPU_ONLY = {"flash_attn_varlen_func"}
 
 
-@pytest.mark.parametrize("name", sorted(set(compat._PLACES) - GPU_ONLY))
+@pytest.mark.parametrize("name", sorted(set(compat._MODULES) - GPU_ONLY))
 def test_the_name_is_there(name):
-    module, _, own_name = compat._PLACES[name].partition(":")
+    module, _, own_name = compat._MODULES[name].partition(":")
     assert getattr(compat, name) is getattr(importlib.import_module(module), own_name or name)
     assert name in dir(compat)
 
@@ -62,7 +62,7 @@ def test_models_are_checked_before_their_classes_are_looked_for(monkeypatch):
 
 
 def test_a_missing_name_is_refused_in_a_sentence(monkeypatch):
-    monkeypatch.setitem(compat._PLACES, "Gone", "vllm.logger")
+    monkeypatch.setitem(compat._MODULES, "Gone", "vllm.logger")
     with pytest.raises(
         IncompatibleVersionError, match=r"parscale needs vllm\.logger\.Gone, which the installed vllm 0\."
     ):

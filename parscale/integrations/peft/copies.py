@@ -145,7 +145,7 @@ class AdapterStreams:
         self._trains.pop(adapter, None)
         self.configs.pop(adapter)
 
-    def keep(self, adapter: str | None) -> None:
+    def merge_into_sets(self, adapter: str | None) -> None:
         """Ends the use of adapters: the sets get the values of one adapter's copies, trainable as the active ones."""
         flags = self._flags()
         for name, streams in self._copies[adapter].items():
@@ -191,9 +191,9 @@ class AdapterStreams:
         """A frozen copy of a set or of a copy: parameters if it may be trained later, otherwise buffers."""
         self._count += 1
         made = make_set(self.state, streams.name, streams.config, self._count)
-        for place in streams.transform.places():
-            value: torch.Tensor = getattr(place.module, streams.own_name(place.name))
-            _register(place.module, made.own_name(place.name), value, trains)
+        for spec in streams.transform.parameter_specs():
+            value: torch.Tensor = getattr(spec.module, streams.own_name(spec.name))
+            _register(spec.module, made.own_name(spec.name), value, trains)
         for part in self.state.mixed:
             aggregator = copy.deepcopy(getattr(part, streams.aggregator_name))
             for module in aggregator.modules():
@@ -208,8 +208,8 @@ class AdapterStreams:
         for made in copies.values():
             if made.copy:
                 made.transform.detach()
-                for place in made.transform.places():
-                    delattr(place.module, made.own_name(place.name))
+                for spec in made.transform.parameter_specs():
+                    delattr(spec.module, made.own_name(spec.name))
                 for part in self.state.mixed:
                     delattr(part, made.aggregator_name)
 

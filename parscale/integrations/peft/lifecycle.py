@@ -106,7 +106,7 @@ def unload(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Restores the streams as they were before the first adapter."""
     model, adapters = original(self, *args, **kwargs), adapters_on(find_state(self))
     if adapters is not None:
-        adapters.keep(None)
+        adapters.merge_into_sets(None)
     return model
 
 
@@ -115,7 +115,7 @@ def merge_and_unload(original: Method, self: nn.Module, *args: Any, **kwargs: An
     model, adapters = original(self, *args, **kwargs), adapters_on(find_state(self))
     if adapters is not None:
         names = args[2] if len(args) > 2 else kwargs.get("adapter_names")
-        adapters.keep(names[0] if names else adapters.active)
+        adapters.merge_into_sets(names[0] if names else adapters.active)
     return model
 
 

@@ -34,12 +34,11 @@ from parscale.compat.vllm import (
     maybe_prefix,
     set_weight_attrs,
 )
-from parscale.config import SET_NAME, ParScaleConfig
+from parscale.config import DEFAULT_SET, SET_NAME, ParScaleConfig
 from parscale.integrations.vllm.aggregator import StreamAggregator, stream_outer
 from parscale.integrations.vllm.startup import SLOTS, check_backend, checkpoint_of, further_streams, quantize_attention
 from parscale.integrations.vllm.windows import window_backend
 from parscale.streams.naming import is_further, part_of
-from parscale.streams.sets import DEFAULT
 
 if TYPE_CHECKING:
     from parscale.compat.vllm import AttentionBackend, VllmConfig
@@ -282,11 +281,11 @@ class StreamsForCausalLM(nn.Module, SupportsQuant):
         return chain(backbone, load_file(further).items())
 
     def _check_updatable(self) -> None:
-        name = getattr(self.vllm_config.model_config.hf_config, SET_NAME, DEFAULT)
-        if name != DEFAULT:
+        name = getattr(self.vllm_config.model_config.hf_config, SET_NAME, DEFAULT_SET)
+        if name != DEFAULT_SET:
             raise ValueError(
-                f"New weights are taken for the streams named {DEFAULT!r}, but vLLM serves the set {name!r}: train and "
-                "save a model that has one set."
+                f"New weights are taken for the streams named {DEFAULT_SET!r}, but vLLM serves the set {name!r}: train "
+                "and save a model that has one set."
             )
 
 

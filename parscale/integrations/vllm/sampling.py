@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from parscale.compat.vllm import BatchUpdate, VllmConfig
 
-STREAMS = "parscale_streams"  # in the extra arguments of a request
+STREAMS_ARGUMENT = "parscale_streams"  # in the extra arguments of a request
 
 
 class RequestOptions(NamedTuple):
@@ -39,7 +39,7 @@ class RequestOptions(NamedTuple):
     def of(cls, sampling_params: SamplingParams) -> RequestOptions:
         """What a request's parameters say."""
         prompt = sampling_params.prompt_logprobs is not None or sampling_params.prompt_logprob_token_ids is not None
-        return cls((sampling_params.extra_args or {}).get(STREAMS) is not None, prompt)
+        return cls((sampling_params.extra_args or {}).get(STREAMS_ARGUMENT) is not None, prompt)
 
 
 def check(sampling_params: SamplingParams) -> None:
@@ -48,10 +48,11 @@ def check(sampling_params: SamplingParams) -> None:
     Raises:
         ValueError: it is another than 1.
     """
-    value = (sampling_params.extra_args or {}).get(STREAMS)
+    value = (sampling_params.extra_args or {}).get(STREAMS_ARGUMENT)
     if value is not None and (isinstance(value, bool) or value != 1):
         raise ValueError(
-            f"{STREAMS} is 1, for the plain backbone without streams, and was {value!r}: leave it out for all streams."
+            f"{STREAMS_ARGUMENT} is 1, for the plain backbone without streams, and was {value!r}: leave it out "
+            "for all streams."
         )
 
 
@@ -61,11 +62,11 @@ def check_own_keys(sampling_params: SamplingParams) -> None:
     Raises:
         ValueError: there is one.
     """
-    value = (sampling_params.extra_args or {}).get(STREAMS)
+    value = (sampling_params.extra_args or {}).get(STREAMS_ARGUMENT)
     if value is not None:
         raise ValueError(
-            f"{STREAMS} was {value!r}, but the streams of this folder have keys of their own, and only those of "
-            "kv='shared' answer a single request with one stream: leave it out."
+            f"{STREAMS_ARGUMENT} was {value!r}, but the streams of this folder have keys of their own, and only those "
+            "of kv='shared' answer a single request with one stream: leave it out."
         )
 
 

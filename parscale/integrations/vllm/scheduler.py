@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from parscale.compat.vllm import AsyncScheduler, LogprobsTensors, Scheduler, init_logger, put_in_front
-from parscale.integrations.vllm.sampling import STREAMS, RequestOptions
+from parscale.integrations.vllm.sampling import STREAMS_ARGUMENT, RequestOptions
 from parscale.integrations.vllm.startup import SLOTS
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class _OwnKeysScheduler(Scheduler):
         if request.request_id not in self.requests:
             sampling = request.sampling_params
             if sampling is not None and RequestOptions.of(sampling).single:
-                logger.warning_once("%s of a request is ignored: streams with keys of their own all answer.", STREAMS)
+                logger.warning_once(
+                    "%s of a request is ignored: streams with keys of their own all answer.", STREAMS_ARGUMENT
+                )
             if self.num_slots:
                 _add_slots(request, self.num_slots)
         super().add_request(request)

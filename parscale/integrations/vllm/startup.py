@@ -19,13 +19,22 @@ from parscale.compat.vllm import (
     init_logger,
     is_breakable_cudagraph_enabled,
 )
-from parscale.config import KV, NUM_STREAMS, PREFIX, PREFIX_LENGTH, SET_NAME, SHARED, SMOOTHING, ParScaleConfig
+from parscale.config import (
+    DEFAULT_SET,
+    KV,
+    NUM_STREAMS,
+    PREFIX,
+    PREFIX_LENGTH,
+    SET_NAME,
+    SHARED,
+    SMOOTHING,
+    ParScaleConfig,
+)
 from parscale.format.checks import check_streams
-from parscale.format.folders import CONFIG, INFIX, STREAMS, STREAMS_CONFIG, Checkpoint, set_names, stream_config
+from parscale.format.folders import CONFIG, INFIX, STREAMS_CONFIG, STREAMS_FILE, Checkpoint, set_names, stream_config
 from parscale.format.headers import StoredTensor
 from parscale.streams.choosing import no_such_set
 from parscale.streams.naming import TRANSFORM_PART, part_of
-from parscale.streams.sets import DEFAULT
 
 if TYPE_CHECKING:
     from parscale.compat.vllm import ModelConfig, VllmConfig
@@ -89,7 +98,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     config = model.hf_config
     checkpoint = checkpoint_of(vllm_config)
     _require_none({"--model-impl transformers": model.model_impl == "transformers"})
-    name, fields = getattr(config, SET_NAME, DEFAULT), checkpoint.read_json(CONFIG)
+    name, fields = getattr(config, SET_NAME, DEFAULT_SET), checkpoint.read_json(CONFIG)
     _check_overrides(checkpoint, fields, config)
     streams, further = _chosen_set(checkpoint, fields, name)
     if vllm_config.load_config.load_format != "dummy":
@@ -196,9 +205,9 @@ def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
 
 def further_streams(checkpoint: Checkpoint, config: PreTrainedConfig) -> Path | None:
     """The file with the streams that `config` selects; `None` if they are among the model's tensors."""
-    name = getattr(config, SET_NAME, DEFAULT)
+    name = getattr(config, SET_NAME, DEFAULT_SET)
     active, _ = set_names(checkpoint, checkpoint.read_json(CONFIG))
-    return None if name == active else checkpoint.inside(name).file(STREAMS)
+    return None if name == active else checkpoint.inside(name).file(STREAMS_FILE)
 
 
 def quantize_attention(vllm_config: VllmConfig) -> None:

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager, _index
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints.evaluation.answers import harness_model
+from parscale.checkpoints.evaluation.harness_model import harness_model
 from parscale.checkpoints.evaluation.tasks import RECIPES, evaluate_tasks, scores, stamp
 from parscale.checkpoints.small_model import small_model_path
 

@@ -49,7 +49,7 @@ def learned(tokenizer, example):
     found = []
     for encoded in Encoder(tokenizer)([("row", example)]):
         pieces, inside = [], False
-        for token, is_learned in zip(encoded.ids, encoded.learned, strict=True):
+        for token, is_learned in zip(encoded.ids, encoded.loss_mask, strict=True):
             if is_learned:
                 pieces = [*pieces[:-1], [*pieces[-1], token]] if inside else [*pieces, [token]]
             inside = is_learned
@@ -137,7 +137,10 @@ def of_ours(tokenizer, rows, folder):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     documents = list(Encoder(tokenizer)(open_source(str(path))))
     return [
-        (each.ids, [token if is_learned else IGNORED for token, is_learned in zip(each.ids, each.learned, strict=True)])
+        (
+            each.ids,
+            [token if is_learned else IGNORED for token, is_learned in zip(each.ids, each.loss_mask, strict=True)],
+        )
         for each in documents
     ]
 

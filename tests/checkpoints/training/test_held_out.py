@@ -11,7 +11,7 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from parscale import load, unwrap
-from parscale.checkpoints.evaluation.against import first_documents, format_interval, verdict
+from parscale.checkpoints.evaluation.paired_differences import first_documents, format_interval, verdict
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training import held_out

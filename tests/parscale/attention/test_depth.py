@@ -61,7 +61,7 @@ def test_only_attention_over_tokens_gets_a_prefix(plain):
     with torch.no_grad():
         expected = plain(ids).logits
         model = parscale.wrap(plain, 3, prefix_length=4, init="random")
-        assert [layer.name for layer in model.parscale.layers] == [
+        assert [layer.module_name for layer in model.parscale.layers] == [
             "model.layers.0.self_attn",
             "model.layers.1.self_attn",
         ]

@@ -18,9 +18,9 @@ from parscale import load, wrap
 from parscale.checkpoints.conversion.convert import convert
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import find_tokenizer, load_any, load_plain
-from parscale.checkpoints.training.trainable_model import check_trainable, open_for_training
+from parscale.checkpoints.training.model_loading import check_trainable, open_for_training
 from parscale.config import ParScaleConfig
-from parscale.format.folders import Checkpoint, backbone_place
+from parscale.format.folders import Checkpoint, backbone_location
 from parscale.format.pretrained import read_pretrained
 from parscale.format.values import configuration_of
 
@@ -348,10 +348,10 @@ def test_a_backbone_on_the_hub_gets_no_path(folders):
 def test_a_name_on_the_hub_that_was_put_in_place_of_a_folder_counts(folders):
     fields = json.loads((folders / "streams" / "parscale_config.json").read_text())
     streams = Checkpoint(folders / "streams")
-    assert backbone_place(streams, fields) == str(folders / "backbone")
-    assert backbone_place(streams, fields | {"base_model_name_or_path": "org/model"}) == "org/model"
+    assert backbone_location(streams, fields) == str(folders / "backbone")
+    assert backbone_location(streams, fields | {"base_model_name_or_path": "org/model"}) == "org/model"
     for name in (None, "", 5, ["a"]):
-        assert backbone_place(streams, fields | {"base_model_name_or_path": name}) is None
+        assert backbone_location(streams, fields | {"base_model_name_or_path": name}) is None
 
 
 # -- errors of the machine

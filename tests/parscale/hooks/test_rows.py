@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import parscale
-from parscale.compat.arguments import INPUTS, PACKED, WHOLE
+from parscale.compat.arguments import ANY_ROWS, INPUTS, NOT_COPIED
 from parscale.hooks.rows import copy_rows
 
 P, B, S = 3, 2, 8
@@ -213,7 +213,7 @@ def test_what_is_for_all_rows_stays(shape):
         assert copied(other) == other
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", NOT_COPIED)
 def test_what_is_known_to_be_no_row_stays_whatever_its_shape(name):
     for value in (torch.randn(B, S), [torch.randn(B, S)], torch.randn(B)):
         assert copied(value, name) is value
@@ -224,7 +224,7 @@ def test_what_a_decoder_reads_of_an_encoder_with_streams_stays():
     assert copied(value, "encoder_hidden_states") is value
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", ANY_ROWS)
 def test_what_has_any_number_of_entries_for_a_row_is_copied_whole(name):
     value = torch.randn(5, S)
     assert torch.equal(copied(value, name), torch.cat([value] * P))
@@ -327,7 +327,7 @@ def backbones_of_transformers() -> list[type]:
 @pytest.mark.versions
 def test_every_tensor_that_a_backbone_of_transformers_takes_is_classified():
     """A name that is new in transformers fails here: look at what it holds, and say whether it has one row each."""
-    known = ROWS | AROUND | FLAGS | {*WHOLE, *PACKED}
+    known = ROWS | AROUND | FLAGS | {*NOT_COPIED, *ANY_ROWS}
     classes = backbones_of_transformers()
     assert len(classes) > 500
     unknown = {

@@ -371,7 +371,7 @@ def test_lora_starts_as_the_backbone_and_learns_to_differ(zoo):
 
 def test_lora_leaves_experts_alone_and_takes_what_sees_whole_rows(zoo):
     model = wrapped(zoo.Case(zoo.FAMILIES["deepseek_v3"], "sdpa").plain(), "lora")
-    names = [layer.path for layer in model.parscale.linears]
+    names = [layer.module_name for layer in model.parscale.linears]
     assert not [name for name in names if ".experts." in name]
     assert "model.layers.1.mlp.shared_experts.up_proj" in names
     assert "model.layers.0.self_attn.o_proj" in names

@@ -212,7 +212,9 @@ def test_big_bird_chooses_its_attention_when_it_runs(zoo, kinds):
     sparse = kinds["big_bird"].plain(attention_type="block_sparse", block_size=4).train()
     parscale.wrap(sparse, P, prefix_length=T, init="random")
     full = parscale.wrap(kinds["big_bird"].plain(), P, prefix_length=T, init="random")
-    assert [layer.name for layer in sparse.parscale.layers] == [layer.name for layer in full.parscale.layers]
+    assert [layer.module_name for layer in sparse.parscale.layers] == [
+        layer.module_name for layer in full.parscale.layers
+    ]
     assert all(module.training for module in sparse.modules())
     for model in (sparse.eval(), full):
         zoo.fill_streams(model)

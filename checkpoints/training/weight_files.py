@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.models import load_any
 from parscale.checkpoints.training.new_model import NewModel
-from parscale.format.folders import CONFIG, STREAMS, STREAMS_ONLY, Checkpoint
+from parscale.format.folders import CONFIG, STREAMS_FILE, STREAMS_ONLY, Checkpoint
 from parscale.format.pretrained import ADAPTER, read_adapter
 from parscale.streams.naming import part_of
 
@@ -73,7 +73,7 @@ def load_trained(model: Any, folder: Path) -> None:
         model = model.get_base_model()
         if not has_streams(model):
             return
-    if (folder / STREAMS).exists() and not (folder / CONFIG).exists():
+    if (folder / STREAMS_FILE).exists() and not (folder / CONFIG).exists():
         _load_streams(model, folder)
     else:
         other = load_any(str(folder), dtype=torch.float32)
@@ -110,7 +110,7 @@ def put_together(checkpoint: str | NewModel, trained: Path, output: Path) -> Non
 
 
 def _load_streams(model: Any, folder: Path) -> None:
-    _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS))
+    _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS_FILE))
 
 
 @torch.no_grad()

@@ -14,10 +14,10 @@ from parscale import load
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.models import load_any, require_language_model, require_merged
 from parscale.checkpoints.training.new_model import NewModel
-from parscale.checkpoints.training.settings import EVERYTHING, LORA, STREAMS
-from parscale.checkpoints.training.trained_weights import has_streams
+from parscale.checkpoints.training.settings import EVERYTHING, LORA, ONLY_STREAMS
+from parscale.checkpoints.training.weight_files import has_streams
 from parscale.compat.bitsandbytes import four_bits_with_gradients
-from parscale.format.folders import PLAIN, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_place
+from parscale.format.folders import PLAIN, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, backbone_location
 from parscale.format.models import load_plain_model
 from parscale.format.pretrained import read_pretrained
 from parscale.streams.naming import part_of
@@ -41,12 +41,12 @@ def check_trainable(checkpoint: str | NewModel, trains: str) -> None:
         return
     require_merged(checkpoint)
     kind = Checkpoint(checkpoint).kind()
-    if kind == STREAMS_ONLY and trains != STREAMS:
+    if kind == STREAMS_ONLY and trains != ONLY_STREAMS:
         raise ValueError(
             f"{checkpoint} holds streams only, so its backbone cannot be trained; add --freeze-backbone, or train a "
             "full checkpoint (parscale convert without --streams-only)."
         )
-    if trains == STREAMS and describe(checkpoint)["num_streams"] == 1:
+    if trains == ONLY_STREAMS and describe(checkpoint)["num_streams"] == 1:
         raise ValueError(
             f"{checkpoint} has no streams, so with a frozen backbone there is nothing to train; add streams with "
             "parscale convert, or omit --freeze-backbone."
@@ -169,7 +169,7 @@ def _load_quantized(source: str, options: dict[str, Any]) -> Any:
         return load_plain_model(checkpoint, AutoModelForCausalLM, **options)[0]
     if kind != STREAMS_ONLY:
         return read_pretrained(AutoModelForCausalLM, source, **options)
-    backbone = backbone_place(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
+    backbone = backbone_location(checkpoint, checkpoint.read_json(STREAMS_CONFIG))
     if backbone is None:
         raise ValueError(f"{source} does not name its backbone, so it cannot be quantized.")
     if Checkpoint(backbone).kind() == STREAMS_ONLY:

@@ -23,7 +23,7 @@ MIDDLES = 4
 """Windows of a document's middle, at most."""
 
 
-def paired_entries(
+def single_seed_entries(
     arm: str, baseline: str, text: str, measured: Mapping[str, Places], tokens: int
 ) -> list[dict[str, Any]]:
     """One model against another on one text, by place.
@@ -81,7 +81,7 @@ def table_of(entries: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) ->
     """What one model lost against each of others on one text, one row for each of them and each place.
 
     Args:
-        entries: of one model and one text, as `paired_entries` makes them.
+        entries: of one model and one text, as `single_seed_entries` makes them.
         titles: what the models are called in the table, by their names.
     """
     arm, text = titles[entries[0]["arm"]], entries[0]["text"]

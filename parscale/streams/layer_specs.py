@@ -1,4 +1,4 @@
-"""Places in a model where parameters of streams can be added, and the shapes of the tensors there."""
+"""The sizes of layers that streams can change, and the parameters that they add."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AttentionLayer:
     """An attention layer that can have a prefix, and the shapes of its keys and values.
 
     Attributes:
-        name: its name in the model.
+        module_name: its name in the model.
         module: the layer.
         key_heads: G.
         key_size: D of the keys.
@@ -32,7 +32,7 @@ class AttentionLayer:
         mesh: under tensor parallelism, the `DeviceMesh` over which its key/value heads are split.
     """
 
-    name: str
+    module_name: str
     module: Any
     key_heads: int
     key_size: int
@@ -46,18 +46,18 @@ class AttentionLayer:
 class Linear:
     """A linear layer that runs on whole rows: its name in the model, the layer, and its sizes."""
 
-    path: str
+    module_name: str
     module: nn.Module
     in_size: int
     out_size: int
 
 
 @dataclasses.dataclass
-class Place:
-    """The place of one parameter of a set of streams, and its properties.
+class ParameterSpec:
+    """One parameter of a set of streams: where it is registered, its name, shape, dtype and device.
 
     Attributes:
-        path: the module's name in the model.
+        module_name: the module's name in the model.
         module: the module.
         name: of the parameter in the module, as in a checkpoint; sets other than the default one add their own name.
         shape: P first.
@@ -65,7 +65,7 @@ class Place:
         device: of the parameter.
     """
 
-    path: str
+    module_name: str
     module: nn.Module
     name: str
     shape: tuple[int, ...]
@@ -75,4 +75,4 @@ class Place:
     @property
     def released_name(self) -> str:
         """Its name in a checkpoint."""
-        return f"{self.path}.{self.name}" if self.path else self.name
+        return f"{self.module_name}.{self.name}" if self.module_name else self.name
