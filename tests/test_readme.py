@@ -112,7 +112,7 @@ def test_what_a_second_stream_adds_to_a_vector_is_on_file():
 def test_what_a_rate_of_their_own_gives_is_on_file():
     found = compared("scratch", "0.4M")
     dense, prefix = (found["P = 4", baseline, "middle"] for baseline in ("dense", "prefix"))
-    said = f"four are {shown(dense)} from the dense model and {shown(prefix)} from one prefix of T over"
+    said = f"four streams are {shown(dense)} from the dense model and {shown(prefix)} from one prefix of T over"
     assert is_said(f"{said} {SEEDS[dense['seeds']]}")
     assert dense["seeds"] == prefix["seeds"]
     assert all(entry["low"] < 0 < entry["high"] for entry in (dense, prefix))
@@ -191,8 +191,8 @@ def test_the_laws_k_is_on_file():
     found = law["N"]["all parameters"]
     low, high = found["k_interval"]
     fitted = f"In {law['models']} models of our own at 0.1 to 1.0 million, k = {found['k']:.2f}"
-    assert low < 0 < high
-    assert is_said(f"{fitted}, 90 % interval ({low:.2f}, {high:.2f}): not told apart from zero")
+    assert is_said(f"{fitted}, 90 % interval ({low:.2f}, {high:.2f}): neither zero nor 0.39 is excluded")
+    assert low < 0 < 0.39 < high
     assert law["sizes"] == 5
 
 

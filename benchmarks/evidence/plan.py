@@ -142,10 +142,9 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from of_two_streams("1.0M", 0, rates)
     yield from of_four_streams("1.0M", (1, 2), rates)
     yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
-    for size in ("1.0M", "0.7M"):
-        yield from (
-            replace(run, learning_rate=2 * run.learning_rate) for run in islice(of_four_streams(size, (0,), rates), 4)
-        )
+    yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
+    at_twice = islice(of_four_streams("0.7M", (0,), rates), 4)
+    yield from (replace(run, learning_rate=2 * run.learning_rate) for run in at_twice)
     yield from with_longer_prefixes("0.7M", 0, rates)
     yield from _recycled(rows, RECYCLED_TOKENS, seeds=(0,))
     for size in ("0.2M", "0.4M"):

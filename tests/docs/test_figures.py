@@ -321,6 +321,18 @@ def test_of_four_streams_at_rates_of_their_own():
     prefix = [tuned("prefix-h80-l6-p1", rate) for rate in rates[1:3]]
     assert "one of T tokens loses {} at the rate and {} at twice that".format(*prefix) in text
 
+    def at_both(arm):
+        return [loss(f"{arm}-n25000000-r{rate}-s0", on="tuning") for rate in rates[1:3]]
+
+    arms = ("streams-h128-l6-p4-t8", "streams-h128-l6-p1-t8", "prefix-h128-l6-p1-t8", "prefix-h128-l6-p1-t32")
+    pairs = [at_both(arm) for arm in arms]
+    assert all(at_the_rate < twice for at_the_rate, twice in pairs)
+    four, dense, short, long = (f"{at_the_rate:.3f} and {twice:.3f}" for at_the_rate, twice in pairs)
+    said = (
+        f"{four} with four streams, {dense} without, {short} with one prefix of T and {long} with one of 4 T: twice is"
+    )
+    assert f"{said} too much for all." in text
+
     arms = ("streams-h80-l6-p1-t8-{}-r0.008", "twin-h80-l6-p4-t8-{}-r0.008", "streams-h80-l6-p4-t8-{}-r0.016")
     arms += ("prefix-h80-l6-p1-t8-{}-r0.016", "prefix-h80-l6-p1-t32-{}-r0.016")
     by_seed = [[loss(f"{arm.format('n9700000')}-s{seed}") for seed in range(5)] for arm in arms]
@@ -371,7 +383,7 @@ def test_of_four_streams_at_the_largest_size():
     assert said.format(*four["largest_weights"]) in text
     best = four["best_alone"]
     assert f"the best stream alone loses {min(best):.2f} to {max(best):.2f} nats per byte" in text
-    rows = (ROOT / "benchmarks" / "results" / "evidence" / "scratch").glob("streams-h128-l6-p4-*.json")
+    rows = (ROOT / "benchmarks" / "results" / "evidence" / "scratch").glob("streams-h128-l6-p4-*-r0.008-*.json")
     together = [fmean(json.loads(path.read_text())["tuning"]["middle"]) for path in rows]
     assert {f"{loss:.2f}" for loss in together} == {"0.86"}
     assert "Their token losses correlate by {:.2f}, {:.2f} and {:.2f}".format(*four["correlations"]) in text
