@@ -145,14 +145,8 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         gated=name not in UNGATED,
         tied=_flag(contents, "tie_word_embeddings", name in TIED),
         **_experts(number, contents, layers),
-        biases="all"
-        if name in ALL_BIASED
-        else "qkv"
-        if name in QKV_BIASED or contents.get("attention_bias")
-        else "none",
-        norms_per_layer=4
-        if name.startswith(("gemma2", "gemma3", "gemma4", "glm4", "olmo2")) and name != "glm4_moe"
-        else 2,
+        biases=_biases(contents, name),
+        norms_per_layer=_norms_per_layer(name),
         positions=number.optional("max_position_embeddings", "n_positions") if name in LEARNED_POSITIONS else 0,
         layer_embeddings=layers
         * number.optional("vocab_size_per_layer_input")
@@ -160,6 +154,18 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         other_parts=tuple(dict.fromkeys(others)),
         prefix_length=number.optional("parscale_n_tokens") or PREFIX_LENGTH,
     )
+
+
+def _biases(contents: Mapping[str, Any], name: str) -> str:
+    """Which projections have biases, as `ModelShape.biases` says it."""
+    if name in ALL_BIASED:
+        return "all"
+    return "qkv" if name in QKV_BIASED or contents.get("attention_bias") else "none"
+
+
+def _norms_per_layer(name: str) -> int:
+    has_four = name.startswith(("gemma2", "gemma3", "gemma4", "glm4", "olmo2")) and name != "glm4_moe"
+    return 4 if has_four else 2
 
 
 def _other_parts(contents: Mapping[str, Any]) -> list[str]:

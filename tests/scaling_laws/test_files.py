@@ -176,7 +176,7 @@ def test_numbers_of_no_model_are_refused(tmp_path, capsys, change, said):
     assert said in printed.err
 
 
-def test_an_open_limit_is_none_of_them():
+def test_an_infinite_limit_of_time_steps_is_read():
     """As the state-space models of transformers write it."""
     assert read_shape(MODEL | {"time_step_limit": [0.0, math.inf]}) == read_shape(MODEL)
 

@@ -138,7 +138,7 @@ def test_cost_says_where_streams_lose(config_json, capsys):
         ("shared", 1, "(and at some small batches) and never larger than the model of equal loss; at batch 1, never"),
     ],
 )
-def test_cost_says_that_a_mixture_is_slower_at_small_batches_too(kv, active, said, tmp_path, capsys):
+def test_cost_says_that_a_mixture_of_experts_is_slower_at_small_batches(kv, active, said, tmp_path, capsys):
     """P streams of few tokens load more experts than one; the table has a ratio above 1 beside the sentence."""
     sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "vocab_size": 151936}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
