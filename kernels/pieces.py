@@ -10,9 +10,9 @@ import torch
 PIECE = 2**20
 
 
-def tokens_of_piece(key: torch.Tensor, dtype: torch.dtype) -> int | None:
-    """The number of tokens of keys `(rows, G, K, D)` that are converted to `dtype` at once; `None`: all of them."""
-    if key.dtype == dtype or torch.compiler.is_compiling():
+def tokens_of_piece(key: torch.Tensor) -> int | None:
+    """The number of tokens of keys `(rows, G, K, D)` that are converted at once; `None`: all of them."""
+    if torch.compiler.is_compiling():
         return None
     rows, G, _, D = key.shape
     return max(1, PIECE // (rows * G * D))

@@ -41,7 +41,7 @@ def decode_attention_reference(
     B, n = R // P, heads // G
     scaling = D**-0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
-    piece = tokens_of_piece(key, dtype)
+    piece = None if key.dtype == dtype else tokens_of_piece(key)
     grouped = (query.to(dtype) * scaling).reshape(R * G, n, D)  # the queries of a key/value head as its rows
     of_prefix = torch.bmm(_by_stream(grouped, P, B, G), prefix_k.to(dtype).flatten(0, 1).mT)  # (P*G, B*n, T)
     scores = [_by_row(of_prefix, P, B, G)]

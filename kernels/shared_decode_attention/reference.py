@@ -39,7 +39,7 @@ def shared_decode_reference(
     (R, heads, _, D), (B, G, _, _), (Q, _, T, Dv) = query.shape, key.shape, prefix_v.shape
     P, n = R // B, heads // G
     dtype = torch.promote_types(query.dtype, torch.float32)
-    piece = tokens_of_piece(key, dtype)
+    piece = None if key.dtype == dtype else tokens_of_piece(key)
     scaled = (query.to(dtype) * (D**-0.5 if scaling is None else scaling)).view(P, B, G, n, D)
     by_stream = scaled[P - Q :].transpose(1, 2).reshape(Q * G, B * n, D)
     of_prefix = torch.bmm(by_stream, prefix_k.to(dtype).flatten(0, 1).mT)  # (Q*G, B*n, T)
