@@ -31,17 +31,17 @@ BERTS = {
 }  # fmt: skip
 # Families whose MLP has one matrix up and one down; all others have a gate, with two up and one down.
 UNGATED = BERTS | {
-    "apertus", "arcee", "biogpt", "bloom", "codegen", "cosmos3_edge_text", "ctrl", "falcon", "gpt-sw3", "gpt2",
-    "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat", "nemotron",
-    "opt", "persimmon", "phi", "starcoder2", "xglm",
+    "apertus", "apertus1p5_text", "arcee", "biogpt", "bloom", "codegen", "cosmos3_edge_text", "ctrl", "falcon",
+    "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "jais2", "mpt", "nanochat",
+    "nemotron", "opt", "persimmon", "phi", "starcoder2", "xglm",
 }  # fmt: skip
 # Families that tie the output matrix to the embedding unless the configuration says otherwise.
 TIED = BERTS - {"git"} | {
     "biogpt", "bloom", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl", "ernie4_5", "ernie4_5_moe",
     "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "gpt2",
-    "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "granite_swa", "lfm2", "lfm2_moe", "lfm3", "minicpm3",
-    "modernbert-decoder", "mpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm", "youtu",
-    "zaya",
+    "gpt_bigcode", "gpt_neo", "gpt_neox_japanese", "granite_swa", "lara_mini", "lfm2", "lfm2_moe", "lfm3",
+    "minicpm3", "modernbert-decoder", "mpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm",
+    "youtu", "zaya",
 }  # fmt: skip
 # Families whose projections all have biases, and those where only queries, keys and values do.
 ALL_BIASED = BERTS | {"biogpt", "bloom", "ctrl", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2", "xglm"}

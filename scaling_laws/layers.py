@@ -18,8 +18,8 @@ FULL_ATTENTION_STEP = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4,
 WITHOUT_ATTENTION = {"mamba2", "xlstm"}
 # Families with layers of several kinds that only a list tells apart; the second ones only if they have a window.
 LISTED = {
-    "kimi_linear", "lfm3", "minimax", "modernbert-decoder", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text",
-    "qwen3_next",
+    "kimi_linear", "lara_mini", "lfm3", "minimax", "modernbert-decoder", "olmo_hybrid", "qwen3_5_text",
+    "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 LISTED_WINDOWS = {
     "afmoe", "beam", "cohere_compass_text", "cwm", "diffusion_gemma_text", "dots1", "dots3_note_text",
@@ -34,7 +34,7 @@ COUNTED = {
 }  # fmt: skip
 # Families whose attention multiplies what it returns with a gate.
 GATED = {
-    "afmoe", "beam", "hy_v4", "inkling2_text", "muse_glimmer_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
+    "afmoe", "beam", "hy_v4", "inkling2_text", "muse_glimmer_text", "qwen3_next", "qwen3_5_text",
 }  # fmt: skip
 # Families with DeepSeek-V3.2's indexer, and every how manieth layer has one of its own; the others use its choice.
 INDEXER_STEP = {"axk2": 1, "deepseek_v32": 1, "dots3_note_text": 1, "glm_moe_dsa": 1, "hy_v4": 4}

@@ -20,7 +20,7 @@ UNCOUNTED = {
     "attention with a router that chooses its heads": {"jetmoe"},
     "layers with attention and a state space side by side": {"falcon_h1"},
     "layers that hold attention, a state space or experts alone": {"nemotron_h"},
-    "layers that use the same weights": {"hrm_text", "zamba", "zamba2"},
+    "layers that use the same weights": {"hrm_text", "inkling2_loop_text", "zamba", "zamba2"},
     "adapters of single languages": {"xmod"},
     "adapters of images and sound": {"phi4_multimodal"},
     "experts of images beside those of text": {"ernie4_5_vl_moe", "ernie4_5_vl_moe_text"},

@@ -110,11 +110,11 @@ def copied(step):
 
 
 def calls(step):
-    """How often each Python function is called in one step."""
+    """How often each Python function is called in one step, but for transformers' helpers, which vary by version."""
     counts = Counter()
 
     def note(frame, event, argument):
-        if event == "call":
+        if event == "call" and "transformers/utils/" not in frame.f_code.co_filename:
             counts[frame.f_code] += 1
 
     sys.setprofile(note)
@@ -188,8 +188,8 @@ def test_python_calls_of_a_decoded_token(models):
     deeper_streams = calls(decoding(parscale.wrap(deeper, P, prefix_length=PREFIX, seed=0)))
     added = (streams - plain).total()  # of counters: what is less than zero is left out
     each = (deeper_streams - deeper_plain).total() - added
-    assert each <= 36, f"{each} calls in each layer"
-    assert added - LAYERS * each <= 230, f"{added - LAYERS * each} calls around the layers"
+    assert each <= 35, f"{each} calls in each layer"
+    assert added - LAYERS * each <= 199, f"{added - LAYERS * each} calls around the layers"
 
 
 def test_operators_of_a_prefill(models):

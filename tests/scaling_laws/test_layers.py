@@ -32,7 +32,8 @@ WRAPPED = sorted(SIZES.keys() - {"Dots3NoteForCausalLM", "Inkling2ForCausalLM"})
 # Without other products inside of attention.
 PLAIN = sorted(SIZES.keys() - {"Inkling2ForCausalLM", "InklingForCausalLM"})
 PROJECTION = re.compile(
-    r"\.((q|k|v|o|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|self_attn\.gate_proj|wq_b|wk|weights_proj)\.weight$"
+    r"\.((q|k|v|o|q_a|q_b|kv_b)_proj(\.linear)?|kv_a_proj_with_mqa|(self_attn|o_proj)\.gate_proj|wq_b|wk|weights_proj)"
+    r"\.weight$"
 )
 # Gemma 4 of 2 and of 31 billion parameters, with fewer layers.
 GEMMA_4 = {
