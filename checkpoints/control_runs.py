@@ -233,7 +233,7 @@ def train_with_controls(checkpoint: str, output: Path, settings: TrainSettings, 
     output = Path(output)
     check_controls(checkpoint, settings, Run(output).report())
     report = train(checkpoint, output, settings, **options)
-    return report | _train_controls(checkpoint, output, settings, options.get("console"))
+    return report | _train_controls(checkpoint, output, settings, options.get("console"), data_is_known=True)
 
 
 def train_controls(
@@ -257,10 +257,13 @@ def train_controls(
     """
     output = Path(output)
     check_controls(checkpoint, settings, Run(output).report())
-    return _train_controls(checkpoint, output, settings, console)
+    return _train_controls(checkpoint, output, settings, console, data_is_known=False)
 
 
-def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, console: Console | None) -> dict[str, Any]:
+def _train_controls(
+    checkpoint: str, output: Path, settings: TrainSettings, console: Console | None, *, data_is_known: bool
+) -> dict[str, Any]:
+    """The controls; where `train` has just read the data, it is known to be the run's."""
     run = Run(output).report()
     if run is None:
         raise ValueError(f"{output} holds no finished run, which controls are trained beside; train it first.")
@@ -283,7 +286,7 @@ def _train_controls(checkpoint: str, output: Path, settings: TrainSettings, cons
     if streams.transform != LORA and run["trains"] == ONLY_STREAMS:
         equal_rank = _equal_rank(checkpoint, run, console)
     controls = controls_of(streams, run, largest_rank=_largest_rank(checkpoint), equal_rank=equal_rank)
-    if any(Run(output / FOLDER / control.name).report() is None for control in controls):
+    if not data_is_known and any(Run(output / FOLDER / control.name).report() is None for control in controls):
         _check_data(_settings_of(controls[0], settings, run), tokenizer, run, output)
     (output / FOLDER).mkdir(exist_ok=True)
     for control in controls:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from parscale import ParScaleConfig, wrap
 from parscale.checkpoints.models import find_tokenizer, require_language_model, require_tokenizer
 from parscale.checkpoints.training.model_size import checked_size, configuration, shape_of
-from parscale.format.folders import CONFIG, describes_streams, read_json
+from parscale.format.folders import CONFIG, has_stream_fields, read_json
 from parscale.format.pretrained import read_pretrained
 from parscale.format.values import configuration_of
 
@@ -80,7 +80,7 @@ class NewModel:
         """
         size = self.size
         fields = read_json(Path(self.config)) if size is None else self._fields(size)
-        if describes_streams(fields):
+        if has_stream_fields(fields):
             raise ValueError(f"{self.config} is of a model with streams; give that of its backbone.")
         if fields.get("quantization_config"):
             raise ValueError(f"{self.config} is of a quantized model, which cannot train; leave the quantization out.")

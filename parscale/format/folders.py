@@ -80,7 +80,7 @@ class Checkpoint:
             ValueError: its `config.json` is damaged.
         """
         config = self.file(CONFIG)
-        if config is not None and describes_streams(read_json(config)):
+        if config is not None and has_stream_fields(read_json(config)):
             return FULL
         if self.file(STREAMS_CONFIG) is not None:
             return STREAMS_ONLY
@@ -264,7 +264,7 @@ def require_regular(path: Path) -> None:
         raise ValueError(f"{path} is {what}, which is not opened: a checkpoint holds regular files. Copy it again.")
 
 
-def describes_streams(fields: Mapping[str, Any]) -> bool:
+def has_stream_fields(fields: Mapping[str, Any]) -> bool:
     """Whether the fields of a `config.json` are those of a model with streams."""
     return NUM_STREAMS in fields or str(fields.get("model_type", "")).endswith(TYPE_SUFFIX)
 
