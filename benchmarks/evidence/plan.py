@@ -146,6 +146,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled_with_backbone(rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     for factor in (4, 16):
         yield from _recycled(rows, factor * RECYCLED_TOKENS, seeds=(0,))
+    yield from _recycled_with_backbone(rows, 64 * RECYCLED_TOKENS, seeds=(0,))
     yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
     at_twice = islice(of_four_streams("0.7M", (0,), rates), 4)
     yield from (replace(run, learning_rate=2 * run.learning_rate) for run in at_twice)
@@ -177,7 +178,6 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from arms("0.2M", 2, rates)
     yield from arms("0.7M", 0, rates)
     yield from arms("1.0M", 0, rates)
-    yield from _recycled(rows, 16 * RECYCLED_TOKENS, seeds=(1,))
     yield from arms("0.7M", 1, rates)
     yield from arms("1.0M", 1, rates)
 
