@@ -33,6 +33,7 @@ UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
 TASK_STEPS, TASK_SEEDS, TUNING_SEED = 2000, 6, 100
 RECYCLED_TOKENS = 250_000  # at which its rates are tuned
 WITH_BACKBONE = ("streams-and-backbone", "long-prefix-and-backbone", "prefix-and-backbone", "alone")
+FROZEN = ("frozen", "long-prefix", "prefix")
 Rows = dict[str, dict[str, Any]]
 AnyRun = Run | TaskRun | RecycleRun | EnsembleRun
 R = TypeVar("R", Run, TaskRun)
@@ -143,10 +144,10 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from of_two_streams("1.0M", 0, rates)
     yield from of_four_streams("1.0M", (1, 2), rates)
     yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
-    yield from _recycled_with_backbone(rows, 16 * RECYCLED_TOKENS, seeds=(0,))
-    for factor in (4, 16):
-        yield from _recycled(rows, factor * RECYCLED_TOKENS, seeds=(0,))
-    yield from _recycled_with_backbone(rows, 64 * RECYCLED_TOKENS, seeds=(0,))
+    yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS)
+    yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS)
+    yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS)
+    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS)
     yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
     at_twice = islice(of_four_streams("0.7M", (0,), rates), 4)
     yield from (replace(run, learning_rate=2 * run.learning_rate) for run in at_twice)
@@ -170,6 +171,8 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from arms("0.4M", 0, rates)
     yield shared("0.4M", 0, rates)
     yield from embedded("0.4M", 0, rates)
+    for factor in (4, 16):
+        yield from _recycled(rows, factor * RECYCLED_TOKENS, seeds=(0,))
     yield from variants(1, rates)
     for seed in (3, 4):
         yield from arms("0.1M", seed, rates)
@@ -337,10 +340,10 @@ def _tasks(rows: Rows) -> Iterator[TaskRun]:
         yield from _arms(*(TaskRun(*task, streams, TASK_STEPS, 0, FIRST_RATE) for streams in (1, 4)))
 
 
-def _recycled_with_backbone(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
-    """Of the recycled arms those whose backbone trains, the longest first."""
-    runs = list(_recycled(rows, tokens, seeds))
-    yield from (run for arm in WITH_BACKBONE for run in runs if run.arm == arm)
+def _recycled_arms(names: Iterable[str], rows: Rows, tokens: int) -> Iterator[RecycleRun]:
+    """Those of one budget and seed 0 with these names, in their order."""
+    runs = list(_recycled(rows, tokens, seeds=(0,)))
+    yield from (run for name in names for run in runs if run.arm == name)
 
 
 def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
