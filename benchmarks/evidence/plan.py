@@ -21,6 +21,7 @@ SIZES = {  # by name: width, layers, training tokens
     "0.4M": (80, 6, 9_700_000),
     "0.7M": (96, 7, 16_600_000),
     "1.0M": (128, 6, 25_000_000),
+    "2.7M": (256, 4, 12_000_000),  # the width and depth of the package's small model
     "21M": (512, 8, 100_000_000),  # on a GPU
 }
 FIRST_RATE = 8e-3
@@ -148,6 +149,8 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS)
     yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS)
     yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS)
+    yield from of_four_streams("2.7M", (0,), rates)
+    yield from islice(arms("2.7M", 0, rates), 3)
     yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
     at_twice = islice(of_four_streams("0.7M", (0,), rates), 4)
     yield from (replace(run, learning_rate=2 * run.learning_rate) for run in at_twice)
