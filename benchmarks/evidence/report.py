@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import matplotlib
 from arms import Run
+from fitted_law import law, law_sentence
 from matplotlib.figure import Figure
 from plan import LATER_VARIANTS, PREFIX_LENGTHS, SHARED_VARIANTS, SIZES, Rows, read_rows, tuning_loss
 from recycling import RecycleRun
 from synthetic import TaskRun
 
 from parscale.checkpoints import HELD_AGAINST, Interval, crossed_interval, format_interval
-from parscale.scaling_laws import fit_form
 
 RESULTS = Path(__file__).parents[1] / "results"
 WINDOW = "shared-window=8"
@@ -99,7 +99,6 @@ CHOSEN = {  # arms and sizes that were chosen for the losses of their first seed
     ("P = 4", "0.4M"): range(1, 5),
 }
 AWAITED = {("P = 4", "0.4M"): 5, ("P = 4", "1.0M"): 8}  # seeds without which no gain is called; else two
-DENSE = ("dense", "twin", "twin, lora=4", "twice as wide")  # of P = 1, at each size's tokens
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
 SHOWN = ("scratch", "dense", "middle")  # in the plot
@@ -121,7 +120,7 @@ def main() -> None:
         "tasks": tasks,
         "gains": gains(comparisons) + task_gains(tasks),
         "confirmation": confirmation(rows),
-        "law": law(rows),
+        "law": law(by_size(rows)),
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(markdown(report))
@@ -257,7 +256,8 @@ def mixing(rows: Rows) -> list[dict[str, Any]]:
     Beside them models that were trained apart and are averaged.
 
     Correlations are between the streams' token losses, weights the aggregator's means over tokens, and losses those of
-    the best and the worst stream alone; all by seed, on 32 windows from the middle of tuning documents.
+    the best and the worst stream alone, the best less that of all together where rows tell it; all by seed, on 32
+    windows from the middle of tuning documents.
     """
     entries = []
     for size, arms in by_size(rows).items():
@@ -271,6 +271,10 @@ def mixing(rows: Rows) -> list[dict[str, Any]]:
                     for name, which in (("best", min), ("worst", max))
                 }
                 entry = {"size": size, "arm": arm, "correlations": correlations, "largest_weights": weights}
+                if all("mixed" in streams for streams in found):
+                    entry["best_less_mixed"] = [
+                        round(min(streams["losses"]) - streams["mixed"], 5) for streams in found
+                    ]
                 entries.append(entry | alone)
     return entries
 
@@ -337,52 +341,6 @@ def task_gains(tasks: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
-def law(rows: Rows, draws: int = 200) -> dict[str, Any] | None:
-    """k from the models from scratch, in the middle of documents; None until there are three sizes with streams.
-
-    Larger models read more, so the form has a term in tokens too, and dense models of every width count as P = 1: they
-    say what parameters are worth at equal tokens. Of each size the seeds count that streams were trained with. Fitted
-    twice: N counts all parameters without embeddings, as the rule says, and without those of streams.
-    """
-    sizes = [arms for arms in by_size(rows).values() if "dense" in arms and ("P = 2" in arms or "P = 4" in arms)]
-    if len(sizes) < 3:
-        return None
-    counts: dict[str, list[int]] = {"all parameters": [], "the backbone's parameters": []}
-    streams, tokens, losses = [], [], []
-    for arms in sizes:
-        (backbone,) = {row["params"] for row in arms["dense"].values()}
-        seeds = {*arms.get("P = 2", ()), *arms.get("P = 4", ())}
-        for name in (*DENSE, "P = 2", "P = 4"):
-            for row in (row for seed, row in arms.get(name, {}).items() if seed in seeds):
-                counts["all parameters"].append(row["params"])
-                counts["the backbone's parameters"].append(row["params"] if name in DENSE else backbone)
-                streams.append(1 if name in DENSE else row["run"]["streams"])
-                tokens.append(row["run"]["tokens"])
-                losses.append(fmean(row["test"]["middle"]))
-    fits = {}
-    for counted, params in counts.items():
-        fitted = fit_form("joint", params, streams, losses, tokens, bootstrap=draws)
-        assert fitted.intervals is not None
-        fits[counted] = fitted.values | {"r2": fitted.r2, "k_interval": fitted.intervals["k"], "notes": fitted.notes}
-    return {"models": len(losses), "sizes": len(sizes), "N": fits}
-
-
-def law_sentence(found: dict[str, Any] | None) -> str:
-    """The law's k, with its interval."""
-    if found is None:
-        return "The law: fewer than three sizes are finished."
-    texts = [
-        "k = {k:+.2f} ({:+.2f}, {:+.2f}) where N counts {counted}".format(
-            *fitted["k_interval"], counted=counted, **fitted
-        )
-        for counted, fitted in found["N"].items()
-    ]
-    return (
-        f"The law with a term in tokens, fitted to {found['models']} models of {found['sizes']} sizes, 90 % interval: "
-        f"{'; '.join(texts)}."
-    )
-
-
 def rounded(interval: Interval) -> dict[str, Any]:
     """As a row of the report."""
     values = asdict(interval)
@@ -424,7 +382,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines += _row(*key, *map(format_interval, shown), str(shown[0]["seeds"]))
     about = (
         "By seed: the correlation of the streams' token losses, the mean weight of the largest (of four streams at "
-        "most 0.925, of two 0.95), the losses of the best and the worst stream alone; 32 windows of tuning documents."
+        "most 0.925, of two 0.95), the losses of the best and the worst stream alone, and how much more the best loses "
+        "than all together (where it was measured); 32 windows of tuning documents."
     )
     lines += ["", "## What became of the streams", "", about, ""]
     columns = {
@@ -432,10 +391,14 @@ def markdown(report: dict[str, Any]) -> str:
         "largest mean weight": "largest_weights",
         "best alone": "best_alone",
         "worst alone": "worst_alone",
+        "best alone less all together": "best_less_mixed",
     }
     lines += [*_row("size", "arm", *columns), *_row(*["---"] * (2 + len(columns)))]
     for entry in report["mixing"]:
-        of_seeds = [", ".join(f"{value:.2f}" for value in entry[name]) for name in columns.values()]
+        digits = {"best_less_mixed": 4}
+        of_seeds = [
+            ", ".join(f"{value:.{digits.get(name, 2)}f}" for value in entry.get(name, ())) for name in columns.values()
+        ]
         lines += _row(entry["size"], entry["arm"], *of_seeds)
     lines += ["", "## Tasks", "", "Right answers as a whole, by seed, and how many more streams get.", ""]
     heads = ("task", "width, layers", "arm", "parameters", "right", *(f"{arm} more" for arm in TASK_STREAMS))

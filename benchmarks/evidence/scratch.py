@@ -83,6 +83,7 @@ def _row(run: Run, model: nn.Module, text: Text) -> dict[str, Any]:
             report = model.model.stream_report(ids, labels=ids)
         apart = ~torch.eye(run.streams, dtype=torch.bool)
         row["streams"] = {
+            "mixed": round(float(window_losses(model, text.tuning.ids[-32:]).mean()), ROUNDED),
             "losses": [round(float(loss), ROUNDED) for loss in report.losses],
             "weights": [round(float(weight), 4) for weight in report.weights.float().mean((0, 1))],
             "correlation": round(float(report.correlation[apart].mean()), 4),

@@ -376,8 +376,9 @@ def test_the_laws_k_is_found_again(k: float) -> None:
     from dataclasses import asdict, replace
 
     from arms import Run
+    from fitted_law import law
     from plan import SIZES
-    from report import law
+    from report import by_size
 
     rows: dict[str, Any] = {}
 
@@ -395,14 +396,15 @@ def test_the_laws_k_is_found_again(k: float) -> None:
         add(replace(run, streams=4, arm="twin"), 1)
         add(replace(run, streams=1, hidden=2 * run.hidden), 1)
     add(replace(Run(*SIZES["0.1M"][:2], 1, SIZES["0.1M"][2], 7, 8e-3)), 1)  # of a seed without streams
-    found = law(rows, draws=20)
+    found = law(by_size(rows), draws=20)
     assert found is not None
     assert (found["models"], found["sizes"]) == (3 * 2 * (3 + 2), 3)
     assert found["N"]["all parameters"]["k"] == pytest.approx(k, abs=0.01)
     low, high = found["N"]["all parameters"]["k_interval"]
     assert low - 1e-3 <= k <= high + 1e-3
     assert found["N"]["the backbone's parameters"]["k"] > k + 0.02
-    assert law({name: row for name, row in rows.items() if row["run"]["layers"] < 6}) is None
+    assert found["k_without"] == pytest.approx(dict.fromkeys(("0.1M", "0.2M", "0.4M"), k), abs=0.02)
+    assert law(by_size({name: row for name, row in rows.items() if row["run"]["layers"] < 6})) is None
 
 
 def test_without_tokens_dense_models_called_streams_have_a_k_below_zero() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from scipy.stats import ttest_rel
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -230,6 +231,13 @@ def test_of_our_own_law(name):
     text = " ".join(page(name).split())
     assert "k = {:.2f} ({:.2f}, {:.2f})".format(found["k"], *found["k_interval"]) in text
     assert re.search(rf"\b{law['models']} models", text)
+    assert f"{law['k_without']['0.1M']:.2f}" in text
+
+
+def test_of_the_law_without_one_size():
+    smallest, *others = on_file("evidence.json")["law"]["k_without"].values()
+    said = f"the first k is {smallest:.2f}, without those of any other size {min(others):.2f} to {max(others):.2f}."
+    assert said in " ".join(page("results/controls.md").split())
 
 
 def compared(**wanted):
@@ -341,10 +349,9 @@ def test_of_four_streams_at_rates_of_their_own():
     apart = max(abs(four - prefix) for four, prefix in zip(by_seed[2], by_seed[3], strict=True))
     assert f"Seed by seed, four streams and one prefix of T tokens differ by {apart:.2f} at most." in text
     (mixed,) = (e for e in on_file("evidence.json")["mixing"] if (e["arm"], e["size"]) == ("P = 4", "0.4M"))
-    alone, together = mixed["best_alone"], [loss(f"{arms[2].format('n9700000')}-s{s}", "tuning") for s in range(5)]
     assert f"each seed one stream has a mean weight of {min(mixed['largest_weights']):.2f} or more" in text
-    said = f"the best stream loses {min(alone):.2f} to {max(alone):.2f} on tuning documents, where all together lose"
-    assert f"{said} {min(together):.2f} to {max(together):.2f}." in text
+    more = mixed["best_less_mixed"]
+    assert f"alone it loses {min(more):.4f} to {max(more):.4f} more than all four together." in text
 
 
 def test_of_four_streams_at_the_largest_size():
@@ -379,16 +386,15 @@ def test_of_four_streams_at_the_largest_size():
     assert f"over those two alone the lead over the dense model is {with_interval(fresh)}, which excludes zero" in text
     mixing = {e["arm"]: e for e in on_file("evidence.json")["mixing"] if e["size"] == "1.0M"}
     four, two = mixing["P = 4"], mixing["P = 2"]
-    said = "a largest mean weight of {:.3f}; with the others one stream has {:.3f} and {:.3f}."
+    said = "a largest mean weight of {:.3f}; with the others one stream has {:.3f} and {:.3f}, and **that one is the model**"
     assert said.format(*four["largest_weights"]) in text
-    best = four["best_alone"]
-    assert f"the best stream alone loses {min(best):.2f} to {max(best):.2f} nats per byte" in text
-    rows = (ROOT / "benchmarks" / "results" / "evidence" / "scratch").glob("streams-h128-l6-p4-*-r0.008-*.json")
-    together = [fmean(json.loads(path.read_text())["tuning"]["middle"]) for path in rows]
-    assert {f"{loss:.2f}" for loss in together} == {"0.86"}
+    mixture, *settled = four["best_less_mixed"]
+    assert "alone it loses {:.4f} and {:.4f} nats per byte more than all four together".format(*settled) in text
+    assert f"with the first seed the best loses {mixture:.4f} more" in text
     assert "Their token losses correlate by {:.2f}, {:.2f} and {:.2f}".format(*four["correlations"]) in text
-    settled = f"have settled on one ({two['largest_weights'][0]:.2f} of the weight)"
-    assert f"{settled} and are {against('dense', arm='P = 2')['difference']:+.4f} from the dense model" in text
+    said = "have settled on one ({:.2f} of the weight; alone it loses {:.4f} more) and are {:+.4f} from the dense model"
+    behind = against("dense", arm="P = 2")["difference"]
+    assert said.format(two["largest_weights"][0], two["best_less_mixed"][0], behind) in text
 
 
 def test_of_what_the_aggregator_settled_on():
@@ -436,6 +442,18 @@ def test_of_tasks():
     assert f"four streams are behind the dense model, {figures}" in text
     assert behind["high"] < 0
     assert "the dense model does with three seeds of six, streams with five" in text
+
+
+@pytest.mark.parametrize("prefix_length", [8, 32])
+def test_of_one_prefix_at_the_dense_models_rate(prefix_length):
+    def right(arm, length):
+        name = f"sort-10-{arm}-h32-l1-p1-t{length}-*-r0.008-s[0-5].json"
+        paths = sorted((ROOT / "benchmarks" / "results" / "evidence" / "tasks").glob(name))
+        assert len(paths) == 6
+        return [json.loads(path.read_text())["test"]["exact"] for path in paths]
+
+    interval = ttest_rel(right("prefix", prefix_length), right("streams", 8)).confidence_interval()
+    assert interval.low < 0 < interval.high
 
 
 def test_of_memory_and_kernels_are_taken_from_the_files():
