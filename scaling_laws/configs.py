@@ -1,11 +1,11 @@
 """Reads a model's shape from its `config.json`, under any architecture's field names.
 
 Tested against transformers' own models: for each family of causal and multimodal language models whose default
-configuration builds one that runs, parameters, the cache of a token and the arithmetic of a step are those of the model
-to 5 %, and parameters exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their sparse versions, Gemma,
-OLMo, Cohere, GLM, Granite, Phi, DeepSeek, MiMo, LongCat-Flash, GPT-2, OPT, NeoX and others. Heads, ranks and windows
-may differ by layer. What is not counted is refused by name (`uncounted.py`). A family that transformers does not know
-is counted by its fields, as a decoder with a gated MLP.
+configuration builds one that runs, parameters, the cache of a token, states and the arithmetic of a step are those of
+the model to 5 %, and parameters exact for the families of Llama, Mistral, Mixtral, Qwen2 and 3 and their sparse
+versions, Gemma, OLMo, Cohere, GLM, Granite, Phi, DeepSeek, MiMo, LongCat-Flash, GPT-2, OPT, NeoX and others. Heads,
+ranks and windows may differ by layer. What is not counted is refused by name (`uncounted.py`). A family that
+transformers does not know is counted by its fields, as a decoder with a gated MLP.
 """
 
 from __future__ import annotations

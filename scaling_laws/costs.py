@@ -96,15 +96,16 @@ def cost(
         dtype: one of `DTYPES`.
         overhead: seconds for each layer of each step that are neither arithmetic nor memory traffic, such as kernel
             launches; 0 is the ideal.
-        kv: `"own"`, keys and values for each stream, as published; or `"shared"`, those of stream 0 for all.
+        kv: `"own"`, keys and values for each stream, as published; or `"shared"`, those of stream 0 for all, which a
+            model with states does not support.
 
     Returns:
         Memory in bytes and time in seconds, both split.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: a number is out of range, a name is unknown, the configuration lacks a required size, or the model
-            has parts whose cost is not counted.
+        ValueError: a number is out of range, a name is unknown, the configuration lacks a required size, streams of
+            the model cannot share keys and values, or it has parts whose cost is not counted.
     """
     counts = {"num_streams": num_streams, "batch_size": batch_size, "input_length": input_length}
     for name, value in counts.items():
@@ -119,6 +120,11 @@ def cost(
     shape = config if isinstance(config, ModelShape) else read_shape(config)
     bits, weight_bits = DTYPES[dtype]
     work = Workload(num_streams, batch_size, input_length, output_length, bits, weight_bits, kv)
+    if work.shares and shape.state_elements:
+        raise ValueError(
+            f"layers of {shape.name!r} keep a state, of which each stream needs its own, so that its streams do not "
+            'support kv="shared"; use kv="own"'
+        )
     if method == "paper":
         if work.shares:
             raise ValueError('the paper\'s count supports kv="own" only, not kv="shared"; use method="roofline"')
@@ -158,10 +164,11 @@ def _require_countable_by_paper(shape: ModelShape, dtype: str, overhead: float) 
 
 def _notes(shape: ModelShape) -> tuple[str, ...]:
     notes = []
-    if stateful := sum(kind.layers for kind in shape.attention if kind.keys == "none"):
+    uncounted = (kind for kind in shape.attention if kind.keys == "none" and not kind.state_elements)
+    if layers := sum(kind.layers for kind in uncounted):
         notes.append(
-            f"{stateful} of {shape.layers} layers keep no keys and values: their weights are counted, their states "
-            "and what they read of images are not."
+            f"{layers} of {shape.layers} layers keep no keys and values: their weights are counted; what they read of "
+            "images, and states whose size the configuration does not say, are not."
         )
     if shape.other_parts:
         notes.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 from parscale.scaling_laws.fields import LARGEST_SIZE, NAMES, Reader, brief, is_size, listed_layers
 from parscale.scaling_laws.shapes import Attention
+from parscale.scaling_laws.states import with_state
 
 # Fields that list what each layer is; one of numbers has a 1 for a window.
 KINDS = ("layer_types", "layers_block_type", "hybrid_layer_pattern")
@@ -118,7 +119,7 @@ def attention_of_layers(
     alike: Counter[Attention] = Counter()
     for (kind, borrows, has_indexer, changed), count in layers.items():
         fields = Reader(ChainMap(dict(changed), _of_kind(Reader(contents, name), kind), dict(contents)), name)
-        attention = _state(fields, kind) or _attention(fields, kind, borrows)
+        attention = with_state(fields, kind, _state(fields, kind) or _attention(fields, kind, borrows))
         if has_indexer:
             heads, size = fields.needed("index_n_heads"), fields.needed("index_head_dim")
             attention = dataclasses.replace(attention, indexer_heads=heads, indexer_dim=size)

@@ -5,8 +5,10 @@ achievable bandwidth; operations run one after another. The count follows `parsc
 prefixes are stored once, whatever the batch; the aggregator, the output matrix and the logits are never counted P
 times; the prefill computes logits of the last token only. Streams that share keys and values (`kv="shared"`) have a
 cache of B rows; their prompt runs with B rows, and then its last token with the others, in a pass that reads the
-layers' weights again; attention in a step reads the cache once for all streams. Not counted: kernel launches (see
-`overhead`), fragmentation of the allocator, sampling.
+layers' weights again; attention in a step reads the cache once for all streams. The states of linear attention, state
+spaces and short convolutions are read and written once per row and layer in each pass, with two multiply-adds for each
+element and token, one that updates it and one that reads it (a delta rule reads once more, a convolution only reads).
+Not counted: kernel launches (see `overhead`), fragmentation of the allocator, sampling.
 
 Shapes: n = rows * tokens of a step. `bits` is 16 or 32 for activations and the cache; `weight_bits` may be lower.
 """
@@ -123,6 +125,7 @@ def memory(shape: ModelShape, work: Workload) -> Split:
         "kv_cache": work.cache_rows
         * number
         * sum(kind.layers * kind.cached_per_token * min(length, kind.window or length) for kind in shape.attention),
+        "states": work.rows * _state_bytes(shape, work),
         "activations": number
         * max(tokens * (shape.hidden + max(attention, inner, gathered)), work.cache_rows * expanded)
         + 4 * work.batch * shape.vocab,
@@ -181,6 +184,9 @@ def _step(shape: ModelShape, work: Workload, rows: Pass, tokens: int, contexts: 
         Operation("norms", once * 10 * n * h * shape.layers, once * 10 * n * h * shape.layers * number),
         _embedding_and_head(shape, work, rows, n, once),
     ]
+    if elements := shape.state_elements:
+        moved = 2 * rows.rows * _state_bytes(shape, work)
+        operations.append(Operation("states", once * 4 * n * elements, once * moved))
     if rows.mixed:
         merged = rows.mixed * tokens
         operations.append(
@@ -217,6 +223,11 @@ def _attention(shape: ModelShape, work: Workload, rows: Pass, tokens: int, conte
         indexer = (rows.cache_rows * loaded + rows.rows * tokens * kind.indexer_heads) * kind.indexer_dim
         elements += kind.layers * indexer
     return Operation("attention", flops, work.bits / 8 * elements)
+
+
+def _state_bytes(shape: ModelShape, work: Workload) -> float:
+    """Of the states that one row keeps in all layers."""
+    return sum(kind.layers * (work.bits / 8 * kind.state + 4 * kind.float32_state) for kind in shape.attention)
 
 
 def _embedding_and_head(shape: ModelShape, work: Workload, rows: Pass, n: float, once: Array) -> Operation:

@@ -45,6 +45,12 @@ class Attention:
     """Query heads of an indexer, which scores all keys and chooses some of them; 0 without one."""
     indexer_dim: int = 0
     """The size of a query or a key of an indexer; all its heads have the same key."""
+    state: float = 0
+    """The number of elements of state that a row keeps, however long it is, in the dtype of the cache: what short
+    convolutions see of its last tokens, and the recurrent states of MiniMax and ZAYA."""
+    float32_state: float = 0
+    """The number of elements of state that a row keeps in float32, whatever the dtype, as transformers does: all other
+    recurrent states (delta rules, Mamba, RG-LRU), and the convolutions of Inkling."""
 
     @property
     def query(self) -> float:
@@ -72,6 +78,11 @@ class Attention:
         if self.keys != "own":
             return 0
         return (self.kv_rank + self.rope_dim if self.kv_rank else self.kv_per_token) + self.indexer_dim
+
+    @property
+    def state_elements(self) -> float:
+        """Elements of state that one row keeps in one layer."""
+        return self.state + self.float32_state
 
     @property
     def expansion(self) -> float:
@@ -157,6 +168,11 @@ class ModelShape:
     def attention_layers(self) -> int:
         """Layers that cache keys and values."""
         return sum(kind.layers for kind in self.attention if kind.keys == "own")
+
+    @property
+    def state_elements(self) -> float:
+        """Elements of state that one row keeps in all layers."""
+        return sum(kind.layers * kind.state_elements for kind in self.attention)
 
     @property
     def has_equal_layers(self) -> bool:
@@ -246,6 +262,8 @@ class ModelShape:
     def scaled(self, width: float) -> ModelShape:
         """The same model with another width: hidden, head and MLP sizes change; layers, heads and experts do not.
 
+        States grow in proportion to the width, as keys and values do.
+
         Args:
             width: the factor of the width.
 
@@ -254,7 +272,13 @@ class ModelShape:
         """
         names = ("hidden", "intermediate", "expert_intermediate", "shared_intermediate")
         attention = tuple(
-            dataclasses.replace(kind, head_dim=kind.head_dim * width, value_dim=kind.value_dim * width)
+            dataclasses.replace(
+                kind,
+                head_dim=kind.head_dim * width,
+                value_dim=kind.value_dim * width,
+                state=kind.state * width,
+                float32_state=kind.float32_state * width,
+            )
             for kind in self.attention
         )
         return dataclasses.replace(self, attention=attention, **{name: getattr(self, name) * width for name in names})

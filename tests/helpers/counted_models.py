@@ -27,6 +27,16 @@ def cached_bytes(model):
     return sum(tensor.nbytes for tensor in kept if tensor is not None), len(layers)
 
 
+def kept_states(model, cache):
+    """The tensors of the states of constant size that all layers keep; Recurrent Gemma has them in its modules."""
+    holders = [*getattr(cache, "layers", []), *model.modules()]
+    names = ("conv_states", "recurrent_states", "conv1d_state")
+    found = [getattr(holder, name, None) for holder in holders for name in names]
+    found += getattr(cache, "linear_cache", [])  # MiniMax; empty for layers that keep keys
+    each = [tensor for item in found for tensor in (item.values() if isinstance(item, dict) else [item])]
+    return [tensor for tensor in each if isinstance(tensor, torch.Tensor)]
+
+
 def counted_bytes(fields):
     """Of a cache that keeps one token less than a window has, as transformers' does: it sees the new one beside it."""
     shape = read_shape(fields)

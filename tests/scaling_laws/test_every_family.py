@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from cost_by_hand import FLOPS_ONLY
-from counted_models import fields_of, tiny_models
+from counted_models import fields_of, kept_states, tiny_models
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
@@ -95,12 +95,14 @@ def wrong_step(name):
     expected = []
     for length in LENGTHS:
         one, two = (cost(shape, input_length=length, output_length=n, **work) for n in (1, 2))
-        flops = sum(two.time[part] - one.time[part] for part in one.time if part != "norms")
+        products = one.time.keys() - {"norms", "states"}
+        flops = sum(two.time[part] - one.time[part] for part in products)
         expected.append((one.memory["kv_cache"], flops))
-    (less, before), (more, after) = measured
+    (less, before, states), (more, after, _) = measured
     (counted_less, counted_before), (counted_more, counted_after) = expected
     pairs = {
         "bytes of tokens in the cache": (counted_more - counted_less, more - less),
+        "elements of states": (shape.state_elements, states),
         "operations of a step": (counted_before, before),
         "further operations after a longer prompt": (counted_after - counted_before, after - before),
     }
@@ -108,16 +110,17 @@ def wrong_step(name):
 
 
 def step(model, length):
-    """Bytes of the cache of a prompt, and operations of products in the step after it."""
+    """Bytes of the cache of a prompt, operations of products in the step after it, elements of states."""
     ids = torch.zeros(1, length + 1, dtype=torch.long)
     with torch.no_grad():
         cache = model(ids[:, :length], use_cache=True).past_key_values
         names = ("keys", "values", "indexer_keys")
         kept = [getattr(layer, name, None) for layer in cache.layers for name in names]
         size = sum(tensor.nbytes for tensor in kept if tensor is not None)
+        states = sum(tensor.numel() for tensor in kept_states(model, cache))
         with FlopCounterMode(display=False) as counter:
             model(ids[:, length:], past_key_values=cache, use_cache=True)
-    return size, counter.get_total_flops()
+    return size, counter.get_total_flops(), states
 
 
 @pytest.mark.parametrize("find", [wrong_parameters, wrong_step])
