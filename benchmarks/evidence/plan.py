@@ -145,10 +145,11 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from of_two_streams("1.0M", 0, rates)
     yield from of_four_streams("1.0M", (1, 2), rates)
     yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
-    yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS)
-    yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS)
-    yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS)
-    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS)
+    yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
+    yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(1, 2))
+    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,))
+    yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS, seeds=(0,))
+    yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     yield from of_four_streams("2.7M", (0,), rates)
     yield from islice(arms("2.7M", 0, rates), 3)
     yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
@@ -343,9 +344,9 @@ def _tasks(rows: Rows) -> Iterator[TaskRun]:
         yield from _arms(*(TaskRun(*task, streams, TASK_STEPS, 0, FIRST_RATE) for streams in (1, 4)))
 
 
-def _recycled_arms(names: Iterable[str], rows: Rows, tokens: int) -> Iterator[RecycleRun]:
-    """Those of one budget and seed 0 with these names, in their order."""
-    runs = list(_recycled(rows, tokens, seeds=(0,)))
+def _recycled_arms(names: Iterable[str], rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
+    """Those of one budget with these names, in their order."""
+    runs = list(_recycled(rows, tokens, seeds))
     yield from (run for name in names for run in runs if run.arm == name)
 
 
