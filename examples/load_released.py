@@ -38,8 +38,8 @@ def main() -> None:
         model = load(checkpoint).eval()
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
-    streams = model.parscale.active.config
-    print(f"{type(model).__name__}: P = {streams.num_streams}, T = {streams.prefix_length}, {model.dtype}")
+    T = model.config.parscale_n_tokens
+    print(f"{type(model).__name__}: P = {model.num_streams}, T = {T}, {model.dtype}")
     inputs = tokenizer(args.prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,7 +1,7 @@
 """Serve a model with four parallel streams over HTTP, and ask it with OpenAI's client.
 
-Needs `pip install "transformers[serving]"`, or vLLM for `--engine vllm`. Any full folder goes after `--model`; without
-one, the small model that the package carries gets four streams.
+Needs `pip install "transformers[serving]"`, or vLLM for `--engine vllm`. Any full checkpoint goes after `--model`;
+without one, the small model that the package carries gets four streams.
 
     python examples/serve_and_ask.py --model parallel --engine vllm --prompt "def fibonacci(n):"
 """
@@ -33,7 +33,7 @@ ENGINES = {  # what `transformers serve` and `vllm serve` run
 
 
 def make_folder(folder: str) -> str:
-    """A full folder: the small model with four streams, and its tokenizer."""
+    """A full checkpoint: the small model with four streams, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(small_model_path())
     wrap(model, num_streams=4, seed=0).save_pretrained(folder)
     AutoTokenizer.from_pretrained(small_model_path()).save_pretrained(folder)
@@ -93,7 +93,7 @@ def ask(url: str, model: str, prompt: str, max_tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, default="transformers")
-    parser.add_argument("--model", help="a full folder")
+    parser.add_argument("--model", help="a full checkpoint")
     parser.add_argument("--prompt", default="def read_config(path):\n")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--wait", type=float, default=300, help="for the server to start, in seconds")

@@ -90,10 +90,11 @@ def cost(
         batch_size: B, prompts in a batch.
         input_length: tokens of each prompt.
         output_length: tokens to generate for each.
-        hardware: a name from `data/hardware.csv` or a `Hardware`.
+        hardware: a name in `known_hardware()`, or a `Hardware`.
         method: `"roofline"` counts what this package runs (see `roofline`); `"paper"` counts as arXiv 2505.10475 did,
             with its efficiencies and its omissions (see `paper`), in 16 bits and without `overhead`.
-        dtype: one of `DTYPES`.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`; or `"int8"`, `"fp8"`, `"int4"` of the layers' matrices, with 16
+            bits for all else.
         overhead: seconds for each layer of each step that are neither arithmetic nor memory traffic, such as kernel
             launches; 0 is the ideal.
         kv: `"own"`, keys and values for each stream, as published; or `"shared"`, those of stream 0 for all, which a

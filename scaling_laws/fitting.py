@@ -92,8 +92,9 @@ def fit(
         The law.
 
     Raises:
-        ValueError: impossible points (see `check_points`), fewer than four points, or all with the same P (then k is
-            undetermined), the same size (then alpha is) or the same loss; or `bootstrap` or `seed` is out of range.
+        ValueError: the arguments differ in length, a size or a loss is not a positive number, a P is not a whole number
+            of at least 1, or a run stands there twice; there are fewer than four runs, or all have the same P (then k
+            is undetermined), the same size (then alpha is) or the same loss; or `bootstrap` or `seed` is out of range.
     """
     points = check_points(params, streams, losses)
     result = fit_form("log", *points, bootstrap=bootstrap, seed=seed)
@@ -121,7 +122,7 @@ def fit_form(
     """Fits any form of the law in the same way as `fit`.
 
     Args:
-        form: a name from `FORMS`, or a form.
+        form: `"log"` (that of `fit`), `"rho"`, `"power"`, `"dense"`, or with tokens `"joint"` or `"joint-both"`.
         params: as in `fit`.
         streams: as in `fit`.
         losses: as in `fit`.

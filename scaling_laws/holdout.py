@@ -56,7 +56,7 @@ def leave_one_out(
         streams: as in `fit`.
         losses: as in `fit`.
         by: `"size"` or `"streams"`.
-        form: a name from `FORMS`.
+        form: `"log"`, `"rho"`, `"power"` or `"dense"`, as in `fit_form`.
 
     Returns:
         The held-out groups with their predictions, in order.
@@ -88,7 +88,7 @@ def compare(
         params: as in `fit`.
         streams: as in `fit`.
         losses: as in `fit`.
-        forms: names from `FORMS`.
+        forms: of `"log"`, `"power"`, `"rho"` and `"dense"`, as in `fit_form`.
 
     Returns:
         One row for each form, best at held-out P first. An error is NaN where some of the runs determine no fit.

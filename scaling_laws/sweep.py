@@ -121,7 +121,7 @@ PRESETS: dict[str, Callable[[str], list[Run]]] = {
         source=source,
     ),
 }
-"""`smoke`: 24 runs of 6 to 104 thousand parameters, minutes on two CPU cores; `gpu`: forty of 1 to 25 million."""
+"""`smoke`: 24 runs of 6 to 104 thousand parameters, half an hour on one CPU core; `gpu`: forty of 1 to 25 million."""
 
 
 def sweep(

@@ -134,8 +134,8 @@ def training_memory(
         trains: `"streams"`, `"everything"`, or `"lora"`: streams and adapters on all of the layers' matrices.
         lora_rank: of these adapters.
         dtype: `"bfloat16"` computes under autocast, `"float32"` without.
-        frozen_dtype: dtype of frozen weights, one of `costs.DTYPES`, by default `dtype`; 8 and 4 bits apply to the
-            matrices of the layers, and the rest has 16.
+        frozen_dtype: dtype of frozen weights, as in `cost`, by default `dtype`; 8 and 4 bits apply to the matrices of
+            the layers, and the rest has 16.
         checkpointing: of activations, by layer.
         hardware: for `fits`.
 

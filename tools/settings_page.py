@@ -18,7 +18,7 @@ SECTIONS = (
         ParScaleConfig,
         "A set of streams",
         "Arguments of `wrap` and `add_streams`, fields of `ParScaleConfig`, options of `parscale convert` "
-        "(`--num-streams`, ...).",
+        "(`--num-streams`, which it requires, ...).",
     ),
     (
         TrainSettings,

@@ -385,7 +385,7 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
         path: the file to write, `.png`, `.pdf` or `.svg`.
 
     Raises:
-        ValueError: as in `require_plot_path`.
+        ValueError: the path ends otherwise, is not a file, or its folder does not exist.
         OSError: the file cannot be written.
     """
     require_plot_path(path)

@@ -61,7 +61,7 @@ def evaluate_tasks(
     Args:
         model: a causal language model; it runs on its own device and in its own dtype.
         tokenizer: its tokenizer; lm-eval gives it a padding token if it has none.
-        tasks: names of tasks, groups and tags, patterns such as `"mmlu_*"`, recipes, or files of single tasks.
+        tasks: names of tasks, groups and tags, patterns such as `"mmlu_*"`, or files of single tasks.
         num_fewshot: examples before each question, in place of the tasks' own numbers, except for tasks that set 0.
         limit: maximum number of questions of each task, or, below 1, a share of them; for trial runs only.
         batch_size: questions in a batch.
@@ -73,8 +73,9 @@ def evaluate_tasks(
         adaptive: as in `parscale.checkpoints.evaluation.text_loss.evaluate`.
 
     Returns:
-        lm-eval's results, as it writes them to files, with `"parscale"`: what `stamp` says, and with `adaptive`
-        its `mean_streams`, over all positions of each batch from its first answer on. Can be written as JSON.
+        lm-eval's results, as it writes them to files, with `"parscale"`: `num_streams` (P as the model ran), `streams`
+        (the name of its set, or `"off"`), `versions` of packages, and with `adaptive` that and its `mean_streams`, over
+        all positions of each batch from its first answer on. Can be written as JSON.
 
     Raises:
         ValueError: lm-eval is missing, a number is out of range, a task does not exist or cannot be loaded, or it runs

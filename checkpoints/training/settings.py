@@ -30,13 +30,15 @@ class TrainSettings:
         eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
         text_column: What holds the text in rows of data.
         streaming: Read data while training, not beforehand; needs `tokens`.
-        tokens: Tokens to train on; rounded down to whole steps. Default: the data once.
+        tokens: Tokens to train on; rounded down to whole steps. If more than the data holds, it is read again.
+            Default: the data once.
         sequence_length: Tokens in a sequence. Default: 1024, or fewer if the model takes fewer.
         batch_size: Sequences in an optimizer step; over all devices.
         micro_batch_size: Sequences that a device takes at once. Default: its whole share of the batch.
-        learning_rate: Learning rate at its peak, of all that trains but the streams; with a frozen backbone, of the
-            streams. Default: 3e-5, of an adapter 2e-4, of a new model 1e-3.
-        streams_learning_rate: Learning rate of the streams at its peak. Default: 1e-2, of prompts 1e-3, of low-rank
+        learning_rate: Peak learning rate of all that trains but the streams. With a frozen backbone: of the streams,
+            unless `streams_learning_rate` is given too; then of the control `alone`. Default: 3e-5, of an adapter 2e-4,
+            of a new model 1e-3; with a frozen backbone, see `streams_learning_rate`.
+        streams_learning_rate: Peak learning rate of the streams. Default: 1e-2, of prompts 1e-3, of low-rank
             differences 3e-3, in a new model that of the rest.
         weight_decay: Weight decay of the backbone's matrices: a factor of their learning rate.
         warmup: Share of the steps in which the learning rate rises; then it is constant.

@@ -24,7 +24,7 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tasks of lm-eval, by name, pattern or YAML file; or general, math, code for the paper's benchmarks.",
+            help="Tasks of lm-eval, by name, pattern or YAML file; or our groups general, math, code, hallucination.",
             metavar="NAME...",
         ),
     ] = None,

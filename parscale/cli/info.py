@@ -7,7 +7,10 @@ from parscale.cli.output import print_figures, print_json, quiet_hub
 
 
 def info(checkpoint: Checkpoint, json: Json = False) -> None:
-    """Describe a checkpoint: backbone, streams, sizes, how it was made. Reads no weights."""
+    """Describe a checkpoint: backbone, streams, sizes, how it was made.
+
+    Reads headers, not weights; of a name on the Hub, downloads the files.
+    """
     from parscale.checkpoints.description import describe
 
     quiet_hub()

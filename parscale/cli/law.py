@@ -145,7 +145,8 @@ def plot(
 def sweep(
     output: Annotated[Path, typer.Argument(help="The folder of the sweep; finished runs in it are not repeated.")],
     preset: Annotated[
-        str, typer.Option(help="smoke (minutes on two CPU cores) or gpu (tens of minutes; needs --source packages).")
+        str,
+        typer.Option(help="smoke (about half an hour on one CPU core) or gpu (tens of minutes; --source packages)."),
     ] = "smoke",
     source: Annotated[
         str, typer.Option(help="The text: stdlib, packages (all installed Python source) or the name of a dataset.")

@@ -168,6 +168,19 @@ def test_of_the_versions():
     assert said.format(*versions, *shown) in page("results/index.md").replace("\n", " ")
 
 
+def test_of_low_rank_differences():
+    text = " ".join(page("results/controls.md").split())
+    dense, twin = (
+        compared(arm="P = 4, lora=4", baseline=name, size="0.1M", where="middle") for name in ("dense", "twin, lora=4")
+    )
+    said = (
+        f"are {with_interval(dense)} from the dense model and {with_interval(twin)} from a dense twin of their own size"
+    )
+    assert f"{said} over {SEEDS[dense['seeds']]}: not told apart from either." in text
+    assert dense["seeds"] == twin["seeds"]
+    assert all(entry["low"] < 0 < entry["high"] for entry in (dense, twin))
+
+
 def test_of_shared_keys(table, printed):
     assert table("shared.py", RESULTS / "shared.json").strip() in page("shared.md")
     assert table("adaptive.py", RESULTS / "adaptive.json").strip() in page("shared.md")

@@ -47,13 +47,13 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     training, held_out = standard_library_split()
-    Path("corpus.txt").write_text("\n".join(text for _, text in training[:2])[:20_000])
-    Path("held-out").mkdir()
-    for number, (_, text) in enumerate(held_out[:3]):
-        Path("held-out", f"{number}.txt").write_text(text[:8_000])
-    files = " ".join(map(str, sorted(Path("held-out").iterdir())))
+    changes = {"Qwen/Qwen2.5-0.5B": str(small_model_path()), "1M": "8192"}
+    for folder, documents in (("corpus", training[:4]), ("held-out", held_out[:3])):
+        Path(folder).mkdir()
+        for number, (_, text) in enumerate(documents):
+            Path(folder, f"{number}.txt").write_text(text[:8_000])
+        changes[f"{folder}/*"] = " ".join(map(str, sorted(Path(folder).iterdir())))
     text = "\n".join(blocks(DOCS / "tutorials" / "recycle.md", "sh")).replace("\\\n", " ")
-    changes = {"Qwen/Qwen2.5-0.5B": str(small_model_path()), "20M": "8192", "held-out/*": files}
     for there, here in changes.items():
         text = text.replace(there, here)
     for line in text.splitlines():
