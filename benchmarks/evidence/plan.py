@@ -33,7 +33,7 @@ TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with
 UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
 TASK_STEPS, TASK_SEEDS, TUNING_SEED = 2000, 6, 100
 RECYCLED_TOKENS = 250_000  # at which its rates are tuned
-WITH_BACKBONE = ("streams-and-backbone", "long-prefix-and-backbone", "prefix-and-backbone", "alone")
+WITH_BACKBONE = ("streams-and-backbone", "prefix-and-backbone", "alone", "long-prefix-and-backbone")
 FROZEN = ("frozen", "long-prefix", "prefix")
 Rows = dict[str, dict[str, Any]]
 AnyRun = Run | TaskRun | RecycleRun | EnsembleRun
@@ -345,9 +345,10 @@ def _tasks(rows: Rows) -> Iterator[TaskRun]:
 
 
 def _recycled_arms(names: Iterable[str], rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
-    """Those of one budget with these names, in their order."""
+    """Those of one budget with these names, in their order; two streams come last."""
     runs = list(_recycled(rows, tokens, seeds))
-    yield from (run for name in names for run in runs if run.arm == name)
+    in_order = [run for name in names for run in runs if run.arm == name]
+    yield from sorted(in_order, key=lambda run: run.streams == 2)
 
 
 def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
