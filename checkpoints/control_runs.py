@@ -398,9 +398,7 @@ def _save_start(
     model = load_any(checkpoint)
     if find_state(model) is not None:
         model = unwrap(model)
-    calibration = None
-    if control.arm.prefix:
-        calibration = _beginning(settings, tokenizer, streams, vocabulary_of(model))
+    calibration = _beginning(settings, tokenizer, streams, vocabulary_of(model)) if control.arm.prefix else None
     config = dataclasses.replace(streams, kv=OWN, seed=streams.seed or 0)  # of what is drawn and does not count
     prepare_arm(control.arm, model, config, calibration)
     model.save_pretrained(folder)

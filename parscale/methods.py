@@ -24,6 +24,7 @@ from parscale.format.counting import parameter_sizes
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import IGNORED, stream_losses
+from parscale.hooks.two_passes import ROUTER_LOGITS
 from parscale.streams.backbones import generates_text
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
@@ -47,6 +48,8 @@ def add_streams(
     kv: str = OWN,
 ) -> None:
     """Adds a set of streams on the same backbone, inactive and frozen until `set_streams(name)`.
+
+    To train it, add and choose it before an optimizer, DDP or accelerate's `prepare`, which take what trains then.
 
     Args:
         name: the set's name; letters, digits, `-` and `_`.
@@ -278,6 +281,11 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
             "model.use_streams(None)."
         )
+    if model.num_streams > 1 and model.parscale.active.shares_keys:
+        readers = (model,) if assistant is None else (model, assistant)
+        if all(ROUTER_LOGITS in inspect.signature(type(reader).forward).parameters for reader in readers):
+            # a configuration may ask for them, to train with; generate returns none, and all streams would run
+            kwargs.setdefault(ROUTER_LOGITS, False)
     with _whole_attention_weights(model, config, kwargs):
         return type(model).generate(model, *args, **kwargs)
 

@@ -212,7 +212,11 @@ def confirmation(rows: Rows) -> list[dict[str, Any]]:
 
 
 def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
-    """Every arm of the recycled small model against its controls, by tokens and P; tuning seeds do not count."""
+    """Every arm of the recycled small model against its controls, by tokens and P; tuning seeds do not count.
+
+    Raises:
+        ValueError: an arm has two rows of one seed.
+    """
     found: dict[tuple[int, int], dict[str, BySeed]] = {}
     runs = [(RecycleRun(**row["run"]), row) for row in rows.values() if "backbone_rate" in row["run"]]
     budgets = sorted({run.tokens for run, _ in runs if run.tokens})
@@ -222,7 +226,11 @@ def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
         for tokens in [run.tokens] if run.tokens else budgets:
             for streams in [run.streams] if run.streams > 1 else (2, 4):
                 arm = run.arm if run.kv == "own" else f"{run.arm}, {run.kv}"
-                found.setdefault((tokens, streams), {}).setdefault(arm, {})[run.seed] = row
+                of_arm = found.setdefault((tokens, streams), {}).setdefault(arm, {})
+                if run.seed in of_arm:
+                    names = " and ".join(RecycleRun(**each["run"]).name for each in (of_arm[run.seed], row))
+                    raise ValueError(f"{names} are one arm with one seed: keep that at tuned rates, remove the other.")
+                of_arm[run.seed] = row
     entries = []
     for (tokens, streams), arms in sorted(found.items()):
         pairs = [(arm, baseline) for arm, baselines in HELD_AGAINST.items() for baseline in baselines]

@@ -89,9 +89,10 @@ HELD_AGAINST = {
 def prepare_arm(arm: Arm, model: Any, config: ParScaleConfig, calibration: torch.Tensor | None = None) -> Any:
     """Prepares a plain model for an arm, in place, before training: adds its streams, freezes what it does not train.
 
-    One prefix is built as two streams that start from the same text. They get the same gradients and stay equal, so
-    their mixture equals each of them, whatever the aggregator's weights are. The model is that of one trained prefix,
-    at twice its cost, and all code that trains, saves and loads streams works on it.
+    One prefix is built as two streams that start from the same text and are mixed evenly, whatever `config.smoothing`
+    is. They get the same gradients and stay equal but for rounding, so their mixture equals each of them; the
+    aggregator gets no gradient. The model is that of one trained prefix, at twice its cost, and all code that trains,
+    saves and loads streams works on it.
 
     Args:
         arm: one of `ARMS`; the caller adds the adapter of an adapter arm.
@@ -130,7 +131,8 @@ def _add_one_prefix(arm: Arm, model: Any, config: ParScaleConfig, calibration: t
             f"give calibration of that size (it is {given})."
         )
     transform = PROMPT if config.transform == PROMPT else PREFIX
-    equal = ParScaleConfig(2, T, smoothing=config.smoothing, seed=config.seed, transform=transform)
+    # with other weights than the mean's, rounding alone would train the aggregator, and it would tell the two apart
+    equal = ParScaleConfig(2, T, smoothing=1.0, seed=config.seed, transform=transform)
     if not arm.long:
         wrap(model, equal, calibration=calibration[:1, :T].expand(2, -1))
         return
@@ -192,13 +194,19 @@ def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Int
         The mean and its interval.
 
     Raises:
-        ValueError: `differences` is not a table or has fewer than two documents, or `confidence` is out of range.
+        ValueError: `differences` is not a table, has fewer than two documents or numbers that are not finite, or
+            `confidence` is out of range.
     """
     check_confidence(confidence)
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or not table.shape[0] or table.shape[1] < 2:
         raise ValueError(
             f"An interval needs a table with a row for each seed and at least 2 documents, got the shape {table.shape}."
+        )
+    if wrong := int((~np.isfinite(table)).sum()):
+        raise ValueError(
+            f"{wrong} of {table.size} differences are NaN or infinite, and an interval needs finite ones: a model has "
+            "diverged, or a loss was not measured. Train or measure it again, or leave it out."
         )
     seeds, documents = table.shape
     mean = float(table.mean())

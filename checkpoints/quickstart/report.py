@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parscale.checkpoints.evaluation.controls import HELD_AGAINST
-from parscale.checkpoints.evaluation.paired_differences import format_interval, in_the_middle, verdict
+from parscale.checkpoints.evaluation.paired_differences import format_interval, in_the_middle, no_middle, verdict
 from parscale.checkpoints.evaluation.places import BEGINNING, MIDDLE
 
 Report = Mapping[str, Any]
@@ -87,14 +87,17 @@ def quickstart_sentences(report: Report) -> list[str]:
         report: of the quickstart, as `run_quickstart` returns it and `report.json` holds it.
 
     Returns:
-        One sentence for each model with streams and each text that is long enough to have a middle.
+        One sentence for each model with streams and each text that is long enough to have a middle, and one for each
+        other text.
     """
     result, titles = [], {name: figures["title"] for name, figures in report["models"].items()}
     for arm, controls in QUICKSTART_CONTROLS.items():
         for text, held in in_the_middle(report["comparisons"], arm, controls).items():
             found = "; ".join(f"{titles[entry['baseline']]}: {format_interval(entry)}" for entry in held)
             result.append(f"{titles[arm]}, in the middle of {text}: {verdict(held)}. Difference to {found}.")
-    return result
+    with_middle = {entry["text"] for entry in report["comparisons"] if entry["where"] == MIDDLE}
+    texts = dict.fromkeys(entry["text"] for entry in report["comparisons"])
+    return result + [no_middle(text) for text in texts if text not in with_middle]
 
 
 def plot(report: Report, training_losses: Mapping[str, Sequence[float]], path: Path) -> None:

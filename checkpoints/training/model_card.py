@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from parscale.checkpoints.evaluation.paired_differences import format_interval, in_the_middle, verdict
+from parscale.checkpoints.evaluation.paired_differences import format_interval, in_the_middle, no_middle, verdict
 from parscale.checkpoints.texts.files import printable_path
 from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCHED
 from parscale.checkpoints.training.settings import TrainSettings
@@ -263,7 +263,10 @@ def _by_place(facts: TrainingFacts) -> list[str]:
         if entry["arm"] == TRAINED
     ]
     held = in_the_middle(facts.comparisons, TRAINED, [UNTOUCHED, *facts.controls])
-    verdicts = [f"Streams in the middle of {_code(text)}: {verdict(entries)}." for text, entries in held.items()]
+    verdicts = [
+        f"Streams in the middle of {_code(text)}: {verdict(held[text])}." if text in held else no_middle(_code(text))
+        for text in dict.fromkeys(entry["text"] for entry in facts.comparisons)
+    ]
     if not facts.controls:
         verdicts = [
             "A lower loss than the untouched backbone's is not yet a gain of streams. It was not measured whether the "

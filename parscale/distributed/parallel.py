@@ -1,6 +1,8 @@
 """Streams of a model whose weights are on several devices.
 
-Data parallelism (DDP) needs nothing here, and neither does FSDP2, which shards a model after wrapping.
+Data parallelism needs nothing here: FSDP2 shards a model after wrapping. DDP synchronizes the gradients of what trains
+when it is made, so the set of streams is chosen before. A model does not know of the DDP around it, so nothing here can
+check that.
 
 **Tensor parallelism**: transformers has replaced the backbone's matrices by `DTensor` parameters on a one-dimensional
 mesh, and each device attends with its own G / size key/value heads, or with all heads if the plan gathers them. The

@@ -36,7 +36,7 @@ from parscale.format.folders import (
     set_names,
 )
 from parscale.format.staging import final_path, staged
-from parscale.streams.naming import is_copy
+from parscale.streams.naming import is_copy, is_of_streams
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.version import __version__
@@ -96,6 +96,7 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
         # takes part in gathering; only the main process writes
         with tempfile.TemporaryDirectory() as nowhere, _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, nowhere, **kwargs)
+        _correct_dtype(model)
 
 
 def _write_full(
@@ -127,6 +128,7 @@ def _write_full(
             _require_no_full_checkpoint(save_directory)
         with _under_released_names(state, kwargs.get("state_dict")):
             type(model).save_pretrained(model, work, **kwargs)
+        _correct_dtype(model)
         if (work / CONFIG).exists():
             _mark(work / CONFIG, model)
             shutil.copy(REMOTE_CODE, work)
@@ -213,10 +215,18 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
         hook.remove()
 
 
+def _correct_dtype(model: Any) -> None:
+    """Gives the configuration the backbone's dtype: `save_pretrained` notes that of the first parameter, a prompt."""
+    tensors = (tensor for name, tensor in model.named_parameters() if not is_of_streams(name))
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+    if dtype is not None:
+        model.config.dtype = str(dtype).removeprefix("torch.")
+
+
 def _mark(path: Path, model: Any) -> None:
     """Turns the backbone's `config.json` into that of a full checkpoint."""
     state: ParScaleState = model.parscale
-    config = read_json(path)
+    config = read_json(path) | {"dtype": model.config.dtype}
     streams = state.active.config if state.active is not None else ParScaleConfig(num_streams=1)
     for field in (*FIELDS, SET_NAME, SETS):  # of the set that the model's configuration records, which may be another
         config.pop(field, None)

@@ -10,6 +10,7 @@ input_ids (B, S)
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -21,16 +22,19 @@ from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.arguments import NOISE, PAGES, given_cache
 from parscale.compat.torch import replicate, unwatch_replicas, watch_replicas
 from parscale.compat.transformers import answer_itself
+from parscale.config import DEFAULT_SET
 from parscale.hooks.encoded import mark_output
 from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
 from parscale.hooks.rows import check_plain, copy_rows, first_input
 from parscale.hooks.two_passes import TwoPassHooks, after_pass, of_pass
 from parscale.streams.backbones import masking_noise
+from parscale.streams.naming import is_of_streams
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import use_outside_of_blocks
 from parscale.transforms.prompt import TOKEN_COUNTS
 
+CALLER = 6  # frames from a hook of `load_state_dict` to its caller
 REPLICA = "parscale_replica"  # on a copy of a backbone or an encoder by nn.DataParallel: the original, and the set
 
 
@@ -218,15 +222,24 @@ class BackboneHooks:
         """Before `load_state_dict`: loads the released names of a saved checkpoint into the active set.
 
         In a checkpoint of the Trainer, the set that was active has the released names. A model's own `state_dict()` has
-        every set under its own name and is left as it is.
+        every set under its own name and is left as it is. Of the streams of a model whose backbone is frozen, saved
+        alone, the names do not tell whether they are those of the default set; if the model has one, this warns.
         """
         streams = self.state.active
         names = {} if streams is None else self.state.names(streams)
-        if any(prefix + name in state_dict for name in names.values()):
+        if streams is None or any(prefix + name in state_dict for name in names.values()):
             return
-        for released, name in names.items():
-            if prefix + released in state_dict:
-                state_dict[prefix + name] = state_dict.pop(prefix + released)
+        found = [released for released in names if prefix + released in state_dict]
+        for released in found:
+            state_dict[prefix + names[released]] = state_dict.pop(prefix + released)
+        is_other = streams.name != DEFAULT_SET and DEFAULT_SET in self.state.sets
+        if found and is_other and all(map(is_of_streams, state_dict)):
+            warnings.warn(
+                f"This state dict holds streams alone, under the names of the set {DEFAULT_SET!r}, and is loaded into "
+                f"the active set, {streams.name!r}; {DEFAULT_SET!r} stays as it is. If that is not what you want, call "
+                f"set_streams({DEFAULT_SET!r}) before you load.",
+                stacklevel=CALLER,
+            )
 
 
 def unhook(state: ParScaleState) -> None:

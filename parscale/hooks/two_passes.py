@@ -32,7 +32,8 @@ from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
 
 KEPT = "logits_to_keep"
-INNER = ("output_hidden_states", "output_attentions", "output_router_logits")  # they need all streams in one batch
+ROUTER_LOGITS = "output_router_logits"
+INNER = ("output_hidden_states", "output_attentions", ROUTER_LOGITS)  # they need all streams in one batch
 
 
 class TwoPassHooks:
@@ -90,13 +91,18 @@ class TwoPassHooks:
             return "this one has labels: compute the loss from the logits"
         if call.one_batch or not call.aggregating:
             return "this one needs all streams in one batch"
-        if call.adaptive is not None and self._wants_more(arguments):
-            return "this one asks for hidden states, attentions or router logits"
+        if call.adaptive is not None and (name := self._wants_more(arguments)) is not None:
+            by = f"{name}=True" if arguments.get(name) is not None else f"config.{name} is True"
+            return f"this one asks for hidden states, attentions or router logits ({by}): pass {name}=False"
         return None
 
-    def _wants_more(self, arguments: dict[str, Any]) -> bool:
+    def _wants_more(self, arguments: dict[str, Any]) -> str | None:
+        """Which of `INNER` a call asks for, by itself or by the model's configuration."""
         config = self.generator.config
-        return any(getattr(config, name, False) if arguments.get(name) is None else arguments[name] for name in INNER)
+        wanted = (
+            name for name in INNER if (getattr(config, name, False) if arguments.get(name) is None else arguments[name])
+        )
+        return next(wanted, None)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After the call: if it is adaptive, runs the second pass where stream 0 is uncertain."""

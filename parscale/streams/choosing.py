@@ -26,6 +26,11 @@ def set_streams(model: Any, name: str | None) -> None:
     before still gives its gradients to the set that it ran with. Inside a `use_streams` block the choice lasts to the
     end of the block.
 
+    Choose the set before anything is made that takes note of what trains: an optimizer, a Trainer, DDP or accelerate's
+    `prepare`. An optimizer would not move a set chosen later, and DDP would not synchronize its gradients; neither says
+    so. Also choose it before `load_state_dict`: names of streams without a set's name, as files have them, are loaded
+    into the active set.
+
     Args:
         name: the set's name; `None` for the plain backbone.
 
@@ -58,6 +63,9 @@ def use_streams(model: Any, name: str | None) -> Iterator[Any]:
 
     A compiled model uses the set of the block its *thread* opened last. Inside `asyncio.to_thread`, open a block there.
     Blocks of several tasks that overlap in one thread: call the uncompiled model.
+
+    To train in a block, see `set_streams`: an optimizer made before has to have the set's parameters, and DDP does not
+    synchronize the gradients of another set than the one that trained when it was made.
 
     Args:
         name: the set's name; `None` for the plain backbone.

@@ -220,6 +220,20 @@ def test_a_recycled_run_with_one_cache_has_a_name_of_its_own() -> None:
     assert shared.name == own.name + "-shared"
 
 
+def test_a_recycled_arm_has_one_row_for_a_seed() -> None:
+    from recycling import RecycleRun
+    from report import recycled_comparisons
+
+    def row(rate: float, seed: int = 0) -> tuple[str, dict[str, Any]]:
+        run = RecycleRun("prefix", 1, 1000, seed, streams_rate=rate)
+        return run.name, {"run": asdict(run), "test": {"beginning": [1.0, 2.0], "middle": [1.0, 2.0]}}
+
+    assert recycled_comparisons(dict([row(0.1), row(0.1, seed=1), row(0.2, seed=100)])) == []
+    names = "recycle-prefix-p1-n1000-b0-r0.1-s0 and recycle-prefix-p1-n1000-b0-r0.2-s0"
+    with pytest.raises(ValueError, match=f"{names} are one arm with one seed.*remove the other"):
+        recycled_comparisons(dict([row(0.1), row(0.2)]))
+
+
 def test_one_cache_starts_from_the_texts_of_streams_with_their_own(tmp_path: Path) -> None:
     import recycling
 

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from parscale.attention.shared import registered_layers
 from parscale.compat.deepspeed import is_partitioned
 from parscale.compat.torch import set_parameter
 from parscale.distributed.parallel import reshard, whole
@@ -52,6 +53,7 @@ class AdapterStreams:
         self._copies: dict[str | None, Copies] = {None: {}, first: {}}  # by adapter; None: without any
         self._trains: dict[str | None, dict[str, list[bool]]] = {}  # of inactive copies, for each tensor
         self._trained: dict[str, list[bool]] = {}  # of the copies of the adapter that was active last
+        self.rested: dict[str, list[bool]] | None = None  # of the active copies, before inference mode froze them
         for streams in state.sets.values():
             self.cover(streams)
         self.active = first
@@ -102,7 +104,7 @@ class AdapterStreams:
         if streams.num_streams == 1:
             return
         for peft_config in self.configs.values():
-            check_method(peft_config, [streams.config.transform])
+            check_method(peft_config, [streams.config.transform], modules_with_streams(self.state))
         own = next((name for name in self._copies if name is not None), None)
         for adapter, copies in self._copies.items():
             copies[streams.name] = streams if adapter == own else self._copy(streams, trains=adapter is not None)
@@ -113,16 +115,20 @@ class AdapterStreams:
             return
         self.configs[adapter] = peft_config
         in_use = self._copies[None if self.disabled else self.active]
-        self._trains[adapter] = self._flags()
+        self._trains[adapter] = self._flags_outside_inference()
         self._copies[adapter] = {name: self._copy(streams, trains=True) for name, streams in in_use.items()}
 
     def activate(self, adapter: str | None, *, trains: bool = True) -> None:
-        """Makes an adapter's copies the ones that run, and with `trains` also the trainable ones."""
+        """Makes an adapter's copies the ones that run, and with `trains` also the trainable ones.
+
+        Without it they are frozen (PEFT's inference mode), until the adapter is activated again.
+        """
         if adapter not in self._copies:
             return
         reshard(self.state.model)
-        if adapter != self.active:
-            before = self._trains[self.active] = self._flags()
+        if adapter != self.active or self.rested is not None:
+            before = self._trains[self.active] = self._flags_outside_inference()
+            self.rested = None
             if self.active is not None:
                 self._trained = before
             self._set_flags({name: [False] * len(flags) for name, flags in before.items()})
@@ -133,6 +139,7 @@ class AdapterStreams:
                 trained = self._trained.get(streams.name, before[streams.name])
                 self._set_flags({streams.name: flags if any(flags) else trained})
         if not trains:
+            self.rested = self._flags()
             self._set_flags({name: [False] * len(flags) for name, flags in self._flags().items()})
 
     def remove(self, adapter: str) -> None:
@@ -176,6 +183,14 @@ class AdapterStreams:
         copies = self._copies[self.active]
         return {name: [tensor.requires_grad for tensor in self._tensors(streams)] for name, streams in copies.items()}
 
+    def _flags_outside_inference(self) -> dict[str, list[bool]]:
+        """The same as they were before inference mode, with what was made trainable since."""
+        now, rested = self._flags(), self.rested or {}
+        return {
+            name: [flag or before for flag, before in zip(flags, rested.get(name, flags), strict=True)]
+            for name, flags in now.items()
+        }
+
     def _set_flags(self, flags: Mapping[str, list[bool]]) -> None:
         for name, trains in flags.items():
             for tensor, flag in zip(self._tensors(self._copies[self.active][name]), trains, strict=True):
@@ -212,6 +227,17 @@ class AdapterStreams:
                     delattr(spec.module, made.own_name(spec.name))
                 for part in self.state.mixed:
                     delattr(part, made.aggregator_name)
+
+
+def modules_with_streams(state: ParScaleState) -> list[str]:
+    """Names of the modules with tensors or hooks of streams, or whose attention knows the model that they belong to."""
+    poolers = (getattr(part, "pooler", None) for part in state.mixed)
+    found = {*state.parts, *poolers, *(layer.module for layer in state.layers), *registered_layers(state)}
+    for streams in state.sets.values():
+        if streams.num_streams > 1:
+            found.update(spec.module for spec in streams.transform.parameter_specs())
+            found.update(state.key_projections or {} if streams.shares_keys else {})
+    return [name for name, module in state.model.named_modules(remove_duplicate=False) if module in found]
 
 
 def adapters_on(state: ParScaleState | None) -> AdapterStreams | None:

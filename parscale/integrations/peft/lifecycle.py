@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from parscale.integrations.peft.copies import AdapterStreams, adapters_on
-from parscale.integrations.peft.methods import AdapterConfig, check_method
+from parscale.integrations.peft.copies import AdapterStreams, adapters_on, modules_with_streams
+from parscale.integrations.peft.methods import AdapterConfig, check_copied_modules, check_method
 from parscale.streams.state import ParScaleState, find_state
 
 DEFAULT_ADAPTER = "default"
@@ -19,12 +19,15 @@ Method = Callable[..., Any]
 
 @contextlib.contextmanager
 def _trainable_as_before(state: ParScaleState | None) -> Iterator[None]:
-    trains = {} if state is None else state.trainability()
+    trains, adapters = {} if state is None else state.trainability(), adapters_on(state)
+    rested = None if adapters is None else adapters.rested
     try:
         yield
     finally:
         for parameter, flag in trains.items():
             parameter.requires_grad_(flag)
+        if adapters is not None:
+            adapters.rested = rested
 
 
 def init(
@@ -36,10 +39,10 @@ def init(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """A model's first adapter gets the model's streams."""
+    """A model's first adapter gets the model's streams, frozen in inference mode."""
     state = find_state(model)
     if state is not None:
-        check_method(peft_config, _transforms(state))
+        _check(state, peft_config)
     with _trainable_as_before(state):
         original(self, model, peft_config, adapter_name, *args, **kwargs)
     if state is not None:
@@ -47,10 +50,10 @@ def init(
             self.base_model.forward = state.model.__call__
         adapters = adapters_on(state)
         if adapters is None:
-            state.adapters = AdapterStreams(state, adapter_name, peft_config)
+            state.adapters = adapters = AdapterStreams(state, adapter_name, peft_config)
         else:  # an earlier adapter on the same model
             adapters.add(adapter_name, peft_config)
-            adapters.activate(adapter_name)
+        adapters.activate(adapter_name, trains=not peft_config.inference_mode)
 
 
 def add_adapter(
@@ -59,7 +62,7 @@ def add_adapter(
     """Another adapter starts from the streams in use."""
     state = find_state(self)
     if state is not None:
-        check_method(peft_config, _transforms(state))
+        _check(state, peft_config)
     with _trainable_as_before(state):
         original(self, adapter_name, peft_config, *args, **kwargs)
     adapters = adapters_on(state)
@@ -67,13 +70,16 @@ def add_adapter(
         adapters.add(adapter_name, peft_config)
 
 
-def _transforms(state: ParScaleState) -> set[str]:
-    return {streams.config.transform for streams in state.sets.values() if streams.num_streams > 1}
+def _check(state: ParScaleState, peft_config: AdapterConfig) -> None:
+    transforms = {streams.config.transform for streams in state.sets.values() if streams.num_streams > 1}
+    check_method(peft_config, transforms, modules_with_streams(state))
 
 
 def inject_adapter(original: Method, self: Any, model: object, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Also for layers that transformers' own `add_adapter` and mixtures of adapters insert."""
     state = find_state(model)
+    if state is not None and any(streams.num_streams > 1 for streams in state.sets.values()):
+        check_copied_modules(self.peft_config[adapter_name], modules_with_streams(state))
     with _trainable_as_before(state):
         original(self, model, adapter_name, *args, **kwargs)
     adapters = adapters_on(state)
@@ -99,7 +105,8 @@ def delete_adapter(original: Method, self: Any, adapter_name: Any) -> None:
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             adapters.remove(name)
         names = [name for name in self.active_adapters if name in self.peft_config]
-        adapters.activate(names[0] if names else None)
+        if (active := names[0] if names else None) != adapters.active:
+            adapters.activate(active)
 
 
 def unload(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import accumulate
 from typing import Any, Protocol
 
 from parscale.config import LORA, PROMPT
@@ -15,6 +16,7 @@ class AdapterConfig(Protocol):
     """The part of a PEFT configuration that every method has."""
 
     peft_type: Any
+    inference_mode: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +103,13 @@ def name_of(peft_config: AdapterConfig) -> str:
     return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
 
 
-def check_method(peft_config: AdapterConfig, transforms: Collection[str]) -> None:
+def check_method(peft_config: AdapterConfig, transforms: Collection[str], holders: Iterable[str]) -> None:
     """Checks that an adapter supports the streams of a model.
 
     Args:
         peft_config: the adapter's configuration.
         transforms: of the model's sets with more than one stream.
+        holders: as in `check_copied_modules`.
 
     Raises:
         ValueError: it does not support them.
@@ -123,6 +126,30 @@ def check_method(peft_config: AdapterConfig, transforms: Collection[str]) -> Non
     reason = _reason(name, method_of(peft_config), peft_config, transforms)
     if reason:
         raise ValueError(f"This adapter does not support streams: {reason}")
+    check_copied_modules(peft_config, holders)
+
+
+def check_copied_modules(peft_config: AdapterConfig, holders: Iterable[str]) -> None:
+    """Checks that an adapter copies no module that streams depend on: PEFT runs and trains the copy, without them.
+
+    Args:
+        peft_config: the adapter's configuration.
+        holders: the names of these modules in the model.
+
+    Raises:
+        ValueError: `modules_to_save` names one, or a module around one.
+    """
+    wanted = getattr(peft_config, "modules_to_save", None) or ()
+    for holder in holders:
+        around = list(accumulate(holder.split("."), "{}.{}".format))  # from the outermost module to the holder
+        copied = next(((module, entry) for module in around for entry in wanted if module.endswith(entry)), None)
+        if copied is not None:
+            module, entry = copied
+            raise ValueError(
+                f"This adapter does not support streams: modules_to_save with {entry!r}: PEFT would train a copy of "
+                f"{module} in its place, without the streams that {holder} has. Omit it, or name it in target_modules; "
+                "modules without streams, such as embeddings, head and norms, can be saved."
+            )
 
 
 def _reason(name: str, method: PeftMethod, peft_config: AdapterConfig, transforms: Collection[str]) -> str:

@@ -70,6 +70,12 @@ def test_what_is_no_table_is_refused(table):
         crossed_interval(table)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"^2 of 6 differences are NaN or infinite.*measure it again, or leave it out"):
+        crossed_interval([[1.0, wrong, 2.0], [1.0, -wrong, 2.0]])
+
+
 # -- comparisons
 
 
@@ -144,6 +150,28 @@ def test_one_prefix_stays_one_under_training(plain, name, length):
     report = model.eval().stream_report(IDS)
     loss = model(input_ids=IDS, labels=IDS).loss
     torch.testing.assert_close(report.losses, loss.detach().expand(2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefix-and-backbone", "long-prefix-and-backbone"])
+def test_rounding_tells_no_two_prefixes_apart(name):
+    """At sizes whose rows are not all added up in the same order, and a rate at which a difference would grow."""
+    model = small_llama(hidden_size=72, num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=3)
+    drawn = torch.Generator().manual_seed(1)
+    prepare_arm(BY_NAME[name], model, ParScaleConfig(4, 7, seed=0), torch.randint(0, 64, (4, 7), generator=drawn))
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    of_streams = [parameter for key, parameter in model.named_parameters() if part_of(key) is not None]
+    backbone = [parameter for key, parameter in model.named_parameters() if part_of(key) is None]
+    optimizer = torch.optim.Adam([{"params": of_streams, "lr": 0.16}, {"params": backbone, "lr": 4e-4}])
+    for _ in range(25):
+        ids = torch.randint(0, 64, (3, 37), generator=drawn)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, parameter in model.named_parameters():
+        if part_of(key) == "transform":
+            torch.testing.assert_close(parameter[0], parameter[1], rtol=0, atol=1e-3)
+        elif part_of(key) == "aggregator":
+            assert torch.equal(parameter, before[key])
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from parscale import wrap
 from parscale.checkpoints.control_runs import _rewrite_card
 from parscale.checkpoints.training import upload
+from parscale.checkpoints.training.held_out import TRAINED, UNTOUCHED
 from parscale.checkpoints.training.model_card import TextLosses, TrainingFacts, model_card
 from parscale.checkpoints.training.train import TrainSettings, train
 from parscale.checkpoints.training.upload import push
@@ -118,6 +119,17 @@ def test_what_was_not_gained_is_said():
     gained = dataclasses.replace(FACTS, losses={"code": TextLosses(2.0, 2.1, 1.9)})
     assert "No gain" not in model_card(gained)
     assert "Not measured." in model_card(dataclasses.replace(FACTS, losses={}))
+
+
+def test_a_text_without_a_middle_gets_a_verdict_too():
+    entry = {"arm": TRAINED, "baseline": UNTOUCHED, "where": "beginning", "documents": 2, "loss": 1.0}
+    entry |= {"baseline_loss": 2.0, "difference": -1.0, "low": -1.1, "high": -0.9}
+    entries = [entry | {"text": "notes"}, entry | {"text": "code"}, entry | {"text": "code", "where": "middle"}]
+    facts = dataclasses.replace(FACTS, comparisons=entries, controls={"alone": "backbone alone"})
+    text = model_card(facts)
+    assert "No document of `notes` is long enough for a middle, where a gain has to show." in text
+    assert "Streams in the middle of `code`: ahead of each control" in text
+    assert "No document of" not in model_card(dataclasses.replace(facts, comparisons=entries[1:]))
 
 
 @pytest.mark.parametrize(("trains", "words"), [("everything", "streams and backbone"), ("lora", "a LoRA adapter")])

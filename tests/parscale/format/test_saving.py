@@ -65,6 +65,19 @@ def test_bfloat16_stays(wrapped, tmp_path):
     assert torch.equal(exact_logits_of(loaded), exact_logits_of(model))
 
 
+@pytest.mark.parametrize("transform", ["prompt", "prefix"])
+def test_the_dtype_on_file_is_the_backbones(tiny, transform, tmp_path):
+    model = wrap(tiny().to(torch.bfloat16), 2, transform=transform, prefix_length=3, init="random")
+    model.freeze_backbone()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert model.config.dtype == "bfloat16"
+    assert load(tmp_path).get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("active", ["default", "code", "one", None])
 def test_all_sets_come_back_and_the_active_one_is_active(wrapped, active, tmp_path):
     wrapped.set_streams(active)

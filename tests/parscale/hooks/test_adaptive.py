@@ -184,6 +184,24 @@ def test_pieces_of_a_text(llama, zoo):
             zoo.close(found, expected[:, start:stop], TOLERANCE)
 
 
+def test_a_configuration_that_asks_for_router_logits_costs_no_pass(zoo):
+    """As training with the load-balancing loss leaves it; generate returns none of them."""
+    model, ids, shapes = make(zoo, "mixtral"), zoo.token_ids(), []
+    threshold = between(model, ids)
+    expected = generate(model, ids, adaptive=threshold, attention_mask=None).sequences
+    model.config.output_router_logits = True
+    assert torch.equal(generate(model, ids, adaptive=threshold, attention_mask=None).sequences, expected)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    generate(model, ids, max_new_tokens=1, attention_mask=None, assistant_model=None)
+    assert shapes == [(zoo.B, zoo.S), ((zoo.P - 1) * zoo.B, 1)]
+    with pytest.raises(ValueError, match=r"logits \(output_router_logits=True\): pass output_router_logits=False"):
+        generate(model, ids, adaptive=threshold, output_router_logits=True)
+    with adaptive_streams(model, threshold), torch.no_grad():
+        with pytest.raises(ValueError, match=r"\(config\.output_router_logits is True\): pass output_router"):
+            model(ids)
+        assert model(ids, output_router_logits=False).router_logits is None
+
+
 # -- what is refused
 
 

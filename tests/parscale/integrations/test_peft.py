@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from model_calls import logits_of
 from packaging.version import Version
 from torch import nn
@@ -202,3 +203,94 @@ def test_without_its_adapter_nothing_trains_until_the_next(zoo):
     tuned.add_adapter("next", peft.LoraConfig(**LORA))
     tuned.set_adapter("next")
     assert any(p.requires_grad for name, p in tuned.named_parameters() if is_stream(name))
+
+
+def with_streams(zoo, transform, kv="own"):
+    init = {"rank": 2} if transform == "lora" else {"prefix_length": 3, "init": "random"}
+    model = parscale.wrap(zoo.FAMILIES["llama"].build("sdpa"), 2, transform=transform, kv=kv, seed=0, **init)
+    zoo.fill_streams(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("transform", "kv", "entry"),
+    [
+        ("lora", "own", "down_proj"),
+        ("prefix", "own", "self_attn"),
+        ("prefix", "own", "layers.1"),  # which holds what holds them
+        ("prefix", "shared", "k_proj"),  # sees the rows of stream 0 alone
+        ("prompt", "own", "self_attn"),  # a copy of it would bring one of the model
+    ],
+)
+def test_copies_of_modules_with_streams_are_refused(zoo, transform, kv, entry):
+    model = with_streams(zoo, transform, kv)
+    names = [name for name, _ in model.named_modules()]
+    changes = {"target_modules": ["gate_proj"], "modules_to_save": ["lm_head", entry]}
+    said = rf"modules_to_save with '{entry}': PEFT would train a copy of model\.layers\.\d.* Omit it, or name it in"
+    with pytest.raises(ValueError, match=said):
+        adapted(model, **changes)
+    assert [name for name, _ in model.named_modules()] == names
+    assert model.parscale.adapters is None
+    with pytest.raises(ValueError, match=said):
+        model.add_adapter(peft.LoraConfig(**LORA | changes))
+    tuned = adapted(model, target_modules=["gate_proj"])
+    with pytest.raises(ValueError, match=said):
+        tuned.add_adapter("other", peft.LoraConfig(**LORA | changes))
+
+
+def test_a_copy_of_a_pooler_that_mixes_streams_is_refused():
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = parscale.wrap(transformers.BertForSequenceClassification(config), 2, prefix_length=3, init="random")
+    changes = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    with pytest.raises(ValueError, match=r"a copy of bert\.pooler in its place, without the streams"):
+        adapted(model, **changes, modules_to_save=["pooler"])
+    assert adapted(model, **changes).num_streams == 2  # PEFT saves the classifier
+
+
+def test_low_rank_streams_on_a_copy_are_refused(zoo):
+    tuned = adapted(with_streams(zoo, "prefix"), target_modules=["q_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(ValueError, match="modules_to_save with 'down_proj'"):
+        tuned.add_streams("low", 2, transform="lora", rank=2)
+    assert list(tuned.parscale.sets) == ["default"]
+
+
+@pytest.mark.parametrize("transform", ["prefix", "prompt", "lora"])
+def test_modules_without_streams_can_be_saved(zoo, transform, tmp_path):
+    model, ids = with_streams(zoo, transform), zoo.token_ids()
+    expected = logits_of(model, ids)
+    tuned = adapted(model, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"])
+    zoo.close(logits_of(tuned.eval(), ids), expected, 1e-6)
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parscale.tensors(model.parscale.active).values())
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(with_streams(zoo, transform), tmp_path).eval()
+    zoo.close(logits_of(again, ids), expected, 1e-6)
+
+
+def test_an_adapter_loaded_for_inference_trains_no_streams(zoo, tmp_path):
+    adapted(with_streams(zoo, "prefix"), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    model = with_streams(zoo, "prefix")
+    model.add_streams("more", 2, prefix_length=3, init="random")
+    tuned = peft.PeftModel.from_pretrained(model, tmp_path)
+
+    def trained():
+        return {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+
+    assert not trained()
+    tuned.load_adapter(tmp_path, "other")
+    assert not trained()
+    tuned.set_adapter("default")
+    trains = trained()
+    assert all((is_stream(name) and "@" not in name) or "lora_" in name for name in trains)
+    assert sum(map(is_stream, trains)) == len(model.parscale.tensors(model.parscale.active))
+    tuned.set_adapter("other", inference_mode=True)
+    assert not trained()
+    tuned.delete_adapter("default")
+    assert not trained()
+    model.set_streams("more")
+    tuned.set_adapter("other")
+    streams = model.parscale.tensors(model.parscale.sets["more"]).values()
+    assert all(tensor.requires_grad for tensor in streams)
+    assert sum(map(is_stream, trained())) == len(streams)

@@ -1,6 +1,7 @@
 """Several sets of streams on one backbone, and what the members of a wrapped model report about them."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -364,3 +365,24 @@ def test_saved_streams_of_another_backbone(tiny, tmp_path):
     other.save_streams(tmp_path)
     with pytest.raises(ValueError, match="hidden"):
         parscale.wrap(tiny(), 1).load_streams(tmp_path, "other")
+
+
+def test_streams_alone_under_the_names_of_another_set_warn(wrapped):
+    """Whole state dicts, a backbone's own and those of the active set say nothing."""
+    of_code = wrapped.parscale.tensors(wrapped.parscale.sets["code"])
+    alone = {released: torch.full_like(tensor, 3.0) for released, tensor in of_code.items()}
+    wrapped.set_streams("code")
+    said = r"names of the set 'default', and is loaded into the active set, 'code'.*set_streams\('default'\) before"
+    with pytest.warns(UserWarning, match=said) as found:
+        wrapped.load_state_dict(alone, strict=False)
+    assert found[0].filename == __file__
+    assert all((tensor == 3).all() for tensor in of_code.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped.load_state_dict(wrapped.state_dict())
+        wrapped.load_state_dict(
+            alone | {"lm_head.weight": wrapped.lm_head.weight}, strict=False
+        )  # as the Trainer saves
+        wrapped.load_state_dict(tensors_of(wrapped, "code"), strict=False)
+        wrapped.set_streams("default")
+        wrapped.load_state_dict(tensors_of(wrapped, "default"), strict=False)
