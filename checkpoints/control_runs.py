@@ -173,8 +173,10 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
             f"The streams of {checkpoint} were trained before, and controls would begin without that training; give "
             "--controls to a run that starts from streams as parscale convert makes them."
         )
-    if what["transform"] == LORA and settings.trains == ONLY_STREAMS and importlib.util.find_spec("peft") is None:
-        raise ValueError("Controls of low-rank streams are adapters, which need: pip install 'parscale[peft]'.")
+    adapted = what["transform"] == LORA or settings.quantize
+    if adapted and settings.trains == ONLY_STREAMS and importlib.util.find_spec("peft") is None:
+        of_what = "a quantized backbone" if settings.quantize else "low-rank streams"
+        raise ValueError(f"Controls of {of_what} are adapters, which need: pip install 'parscale[peft]'.")
     backbone = text_config(checkpoint)
     if what["transform"] == PROMPT:
         length = settings.sequence_length if run is None else run["sequence_length"]

@@ -389,6 +389,15 @@ def test_low_rank_streams_need_peft_before_any_work(backbone, tmp_path, monkeypa
         check_controls(str(tmp_path / "low-rank"), SETTINGS)
 
 
+def test_a_quantized_backbone_needs_peft_before_any_work(full, monkeypatch):
+    quantized = dataclasses.replace(SETTINGS, quantize="int8")
+    check_controls(str(full), quantized)
+    monkeypatch.setattr(control_runs.importlib.util, "find_spec", lambda name: None)
+    check_controls(str(full), SETTINGS)
+    with pytest.raises(ValueError, match=r"Controls of a quantized backbone are adapters.*parscale\[peft\]"):
+        check_controls(str(full), quantized)
+
+
 def test_a_prompt_that_leaves_no_positions_for_the_text_is_refused_before_the_run(backbone, tmp_path):
     """The longest takes 3 * 40 of the model's 128."""
     model = AutoModelForCausalLM.from_pretrained(backbone)
