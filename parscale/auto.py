@@ -74,7 +74,8 @@ class ParScaleModel:
         if found and cls.auto not in found:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {backbone.__name__} with streams, which {cls.auto} does not "
-                f"read: use {' or '.join(found)}."
+                f"read: use {' or '.join(found)}. parscale.load(folder).base_model is the model inside it; for another "
+                "head, save_streams, then parscale.load(streams, backbone=model), with a model that has that head."
             )
         return load_full(pretrained_model_name_or_path, config, *model_args, **kwargs)
 

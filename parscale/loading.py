@@ -72,11 +72,13 @@ def load(
 
     The set that was active when it was saved is active; other sets of a full checkpoint are loaded inactive. No code
     from the checkpoint runs, and no pickle is read. An adapter in the folder is not applied, and a warning says so.
+    To quantize the backbone of a full checkpoint, give `quantization_config` to `AutoModelForCausalLM.from_pretrained`.
 
     Args:
         path_or_repo: a folder, or the name of a repository on the Hugging Face Hub.
         backbone: for streams only, in place of the backbone that they name: a folder, a name on the Hub, or a model,
-            which is wrapped in place. Streams in the backbone's folder are ignored.
+            which is wrapped in place; its head may be another one, or none. Streams in the backbone's folder are
+            ignored.
         dtype: a `torch.dtype` or its name; by default the one that `config.json` names, without one that of the saved
             tensors.
         device_map: as in `from_pretrained`.

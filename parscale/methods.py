@@ -244,7 +244,8 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
         adaptive: for streams that share keys and values (`kv="shared"`): the entropy of stream 0's prediction of a
             token, in nats, above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain
             backbone. `model.last_mean_streams` is then the mean number of streams that ran for a token, over all beams
-            and returned sequences.
+            and returned sequences, and all positions whose logits were computed. Some of these yield no token: rejected
+            drafts, and the last position of each but the last chunk of `prefill_chunk_size`.
         **kwargs: passed to the model's own method; `encoder_outputs` have one row for each source.
 
     Returns:
@@ -344,7 +345,8 @@ def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adapt
     if threshold == 0:
         yield adaptive
         return
-    with state.calls.choosing(None if math.isinf(threshold) else streams), state.calls.adapting(adaptive):
+    plain = state.calls.choosing(None) if math.isinf(threshold) else contextlib.nullcontext()
+    with plain, state.calls.adapting(adaptive):
         yield adaptive
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -55,14 +55,26 @@ def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Stor
 def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors of a set by their released names in the model."""
     state: ParScaleState = model.parscale
-    released = state.names(make_set(state, DEFAULT_SET, config))
-    names = {name if name in stored else stored_name(model, name): name for name in released}
+    names = _names_in_model(model, state.names(make_set(state, DEFAULT_SET, config)), stored)
     values = {}
     for file in {tensor.file for tensor in stored.values()}:
         with safe_open(file, "pt") as tensors:
             for name in (name for name, tensor in stored.items() if tensor.file == file):
                 values[names.get(name, name)] = tensors.get_tensor(name)
     return values
+
+
+def _names_in_model(model: Any, released: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """The released names of a set in the model, by their names in the files.
+
+    If they have none in common, the files are those of the model with a head around this one, or of the one inside it.
+    """
+    names = {name if name in stored else stored_name(model, name): name for name in released}
+    if not names.keys().isdisjoint(stored):
+        return names
+    prefix = f"{model.base_model_prefix}."
+    inside = {name.removeprefix(prefix): name for name in released}
+    return {name: inside.get(name.removeprefix(prefix), name) for name in stored}
 
 
 @torch.inference_mode(False)  # loaded tensors can be trained

@@ -178,7 +178,7 @@ def fill(state: ParScaleState, streams: StreamSet, tensors: Mapping[str, torch.T
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
             f"The streams do not fit this {type(state.model).__name__}: {'; '.join(problems[:3])}{more}. "
-            "They belong to a backbone of another size, or the checkpoint is damaged."
+            "They belong to a backbone of another class or size, or the checkpoint is damaged."
         )
     with torch.no_grad():
         for name, parameter in own.items():

@@ -84,13 +84,16 @@ class TwoPassHooks:
         """Why a call must run all streams in one batch; `None` if nothing prevents two passes."""
         call = self.state.call
         if torch.compiler.is_compiling():
-            return "this one is compiled"
+            return (
+                "this one is compiled: call the model that is not compiled, or in place of model.compile() set "
+                "model.forward = torch.compile(model.forward)"
+            )
         if torch.is_grad_enabled():
             return "this one records gradients: call it under torch.no_grad()"
         if arguments.get("labels") is not None:
             return "this one has labels: compute the loss from the logits"
         if call.one_batch or not call.aggregating:
-            return "this one needs all streams in one batch"
+            return "this one needs all streams in one batch: leave out adaptive"
         if call.adaptive is not None and (name := self._wants_more(arguments)) is not None:
             by = f"{name}=True" if arguments.get(name) is not None else f"config.{name} is True"
             return f"this one asks for hidden states, attentions or router logits ({by}): pass {name}=False"

@@ -90,6 +90,21 @@ def test_generate_compiles_its_decoding(name, zoo):
     assert 0 < graphs() <= 2
 
 
+def test_streams_on_chosen_tokens(zoo):
+    """Their two passes can be compiled, but not the hooks around them."""
+    plain, ids = zoo.Case(zoo.FAMILIES["llama"], "sdpa").plain, zoo.token_ids(rows=1, length=4)
+    model, other = (zoo.share(plain(num_hidden_layers=1), 2) for _ in range(2))
+    options = {"adaptive": 1.0, "max_new_tokens": 1, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    assert model.last_mean_streams == 2  # or the second pass would not be compiled
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"compiled: call .* not compiled, .* model.forward = torch.compile"):
+        model.generate(ids, **options)
+    other.forward = torch.compile(other.forward, backend="eager")
+    assert torch.equal(other.generate(ids, **options), expected)
+    assert graphs() > 0
+
+
 @pytest.mark.slow
 @pytest.mark.nightly  # it compiles C++
 def test_by_inductor(zoo):

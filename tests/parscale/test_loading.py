@@ -224,7 +224,9 @@ def test_the_loading_report(folder):
 
 def test_other_tasks_do_not_take_it_for_the_plain_backbone(folder):
     for auto in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM with streams.*use AutoModelForCausalLM"):
+        with pytest.raises(
+            ValueError, match=r"LlamaForCausalLM with streams.*use AutoModelForCausalLM\. parscale\.load.*base_model"
+        ):
             auto.from_pretrained(folder)
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         transformers.AutoModelForMaskedLM.from_pretrained(folder)
@@ -394,6 +396,17 @@ def test_a_backbone_that_is_given_as_a_model_takes_no_options(wrapped, zoo, tmp_
         load(tmp_path, backbone=wrapped)
     with pytest.raises(ValueError, match="got int"):
         load(tmp_path, backbone=3)
+
+
+def test_streams_fit_the_model_inside_and_the_one_around(wrapped, zoo, tmp_path):
+    """As weights do in `from_pretrained`, though the names of one begin with `model.`."""
+    wrapped.save_streams(tmp_path / "around")
+    inside = load(tmp_path / "around", backbone=zoo.FAMILIES["llama"].build("sdpa").model)
+    with torch.no_grad():
+        assert torch.equal(inside(IDS)[0], wrapped.model(IDS)[0])
+    inside.save_streams(tmp_path / "inside")
+    around = load(tmp_path / "inside", backbone=zoo.FAMILIES["llama"].build("sdpa"))
+    assert torch.equal(logits_of(around), logits_of(wrapped))
 
 
 def test_a_full_checkpoint_takes_no_backbone(folder, zoo):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from model_calls import GREEDY, given
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor
 
 from parscale.methods import adaptive_streams
 
@@ -200,6 +200,22 @@ def test_a_configuration_that_asks_for_router_logits_costs_no_pass(zoo):
         with pytest.raises(ValueError, match=r"\(config\.output_router_logits is True\): pass output_router"):
             model(ids)
         assert model(ids, output_router_logits=False).router_logits is None
+
+
+class ChooseWide(LogitsProcessor):
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores):
+        self.model.set_streams("wide")
+        return scores
+
+
+@pytest.mark.parametrize("adaptive", [None, 1.0])
+def test_a_set_that_is_chosen_meanwhile_stays(llama, adaptive, zoo):
+    llama.add_streams("wide", 2, prefix_length=3, init="random", kv="shared")
+    generate(llama, zoo.token_ids(), adaptive=adaptive, max_new_tokens=1, logits_processor=[ChooseWide(llama)])
+    assert llama.parscale.active.name == "wide"
 
 
 # -- what is refused
