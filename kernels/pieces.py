@@ -1,4 +1,4 @@
-"""Half-precision keys and values are converted to single precision piece by piece."""
+"""Half-precision keys and values are converted to single precision piece by piece on a CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ PIECE = 2**20
 
 
 def tokens_of_piece(key: torch.Tensor) -> int | None:
-    """The number of tokens of keys `(rows, G, K, D)` that are converted at once; `None`: all of them."""
-    if torch.compiler.is_compiling():
+    """The number of tokens of keys `(rows, G, K, D)` that a CPU converts at once; `None`: all of them."""
+    if torch.compiler.is_compiling() or not key.is_cpu:
         return None
     rows, G, _, D = key.shape
     return max(1, PIECE // (rows * G * D))

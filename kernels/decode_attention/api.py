@@ -6,10 +6,10 @@ import functools
 
 import torch
 
+from parscale.kernels.decode_attention.checks import check_decode_shapes
 from parscale.kernels.decode_attention.joined import decode_attention_joined
 from parscale.kernels.decode_attention.reference import decode_attention_reference
 from parscale.kernels.dispatch import Impl, runs_fused, wants_gradients
-from parscale.kernels.shapes import shapes_error
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
@@ -39,9 +39,9 @@ def decode_attention(
         value: `(P*B, G, K, Dv)`.
         prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
         prefix_v: `(P, G, T, Dv)`.
-        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or with `K` in
-            place of `T + K`, for the cache alone. Padding and sliding windows are masks. In an additive mask, `-inf`
-            and the lowest value of its dtype hide. Hidden entries are read, and must be finite.
+        mask: `None`, or boolean (True: attend) or additive, `(P*B or 1, heads or 1, 1, T + K)`, or with `K` in place of
+            `T + K`, for the cache alone. Padding and sliding windows are masks. In an additive mask, `-inf` and the
+            lowest value of its dtype hide. Hidden entries are read, and must be finite.
         length: number of real tokens among the K, for a cache that is longer: integers, `(P*B,)` or one, on the device,
             so that a captured graph reads the current value. Entries beyond it may have any value.
         sinks: logits `(heads,)` that take part in the softmax but have no value (GPT-OSS).
@@ -59,8 +59,7 @@ def decode_attention(
         ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (query, key, value, prefix_k, prefix_v)
-    if not is_one_token(tensors) or query.shape[0] % prefix_k.shape[0]:
-        raise decode_shapes_error("decode_attention", "P*B", "P", tensors)
+    check_decode_shapes("decode_attention", tensors, mask, length, sinks, shares_keys=False)
     if runs_fused(impl, query, functools.partial(decode_obstacle, tensors, (mask, length, sinks))):
         from parscale.kernels.decode_attention.fused import decode_op
 
@@ -85,29 +84,23 @@ def visible_lengths(mask: torch.Tensor) -> torch.Tensor:
     return (seen * places).amax(dim=(1, 2, 3))
 
 
-def is_one_token(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether query, key, value and both parts of the prefix have four dimensions, and rows one query token each."""
-    query, key, value, prefix_k, prefix_v = tensors
-    return query.ndim == key.ndim == value.ndim == prefix_k.ndim == prefix_v.ndim == 4 and query.shape[2] == 1
-
-
-def decode_shapes_error(operation: str, rows: str, streams: str, tensors: tuple[torch.Tensor, ...]) -> ValueError:
-    """The error for shapes that an operation of decode attention does not take.
-
-    Args:
-        operation: its name.
-        rows: the number of rows of keys and values, in letters.
-        streams: the number of prefixes, in letters.
-        tensors: query, key, value, prefix_k and prefix_v.
-    """
-    cache = (f"key ({rows}, G, K, D)", f"value ({rows}, G, K, Dv)")
-    prefix = (f"prefix_k ({streams}, G, T, D)", f"prefix_v ({streams}, G, T, Dv)")
-    return shapes_error(operation, ("query (P*B, heads, 1, D)", *cache, *prefix), tensors)
-
-
 def fits_fused(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether the fused implementation supports this number of queries for one key/value head."""
     return query.shape[0] * query.shape[1] <= MOST_QUERIES * key.shape[0] * key.shape[1]
+
+
+def runs_decode_kernel(impl: Impl, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> bool:
+    """Whether decode attention, with keys of the streams' own or shared ones, runs by its kernel.
+
+    Args:
+        impl: as in `parscale.kernels.dispatch.runs_fused`.
+        tensors: query, key, value, prefix_k and prefix_v.
+        mask: as in `decode_attention`.
+
+    Raises:
+        ValueError: `impl` is unknown, or `"fused"` cannot run.
+    """
+    return runs_fused(impl, tensors[0], functools.partial(decode_obstacle, tensors, (mask,)))
 
 
 def decode_obstacle(tensors: tuple[torch.Tensor, ...], options: tuple[torch.Tensor | None, ...]) -> str | None:

@@ -12,7 +12,8 @@ import functools
 import torch
 
 from parscale.kernels.causal_attention.api import HALVES, flash_supports
-from parscale.kernels.decode_attention.api import decode_obstacle, decode_shapes_error, is_one_token
+from parscale.kernels.decode_attention.api import decode_obstacle
+from parscale.kernels.decode_attention.checks import check_decode_shapes
 from parscale.kernels.dispatch import Impl, runs_fused, wants_gradients
 from parscale.kernels.shared_decode_attention.merged import shared_decode_merged
 from parscale.kernels.shared_decode_attention.reference import shared_decode_reference
@@ -42,7 +43,7 @@ def shared_decode_attention(
         value: `(B, G, K, Dv)`.
         prefix_k: `(P - 1, G, T, D)`, of streams 1 to P - 1.
         prefix_v: `(P - 1, G, T, Dv)`.
-        mask: `None`, or over the cache: boolean (True: attend) or additive, broadcasting to `(B, heads, 1, K)`.
+        mask: `None`, or over the cache: boolean (True: attend) or additive, `(B or 1, heads or 1, 1, K)`.
         length: number of real tokens among the K, `(B,)` or one, on the device. Entries beyond it may have any value.
         scaling: factor on the scores; `D ** -0.5` if `None`.
         impl: as in `parscale.kernels.decode_attention`; `"fused"` supports up to 64 queries of all streams for each
@@ -55,8 +56,7 @@ def shared_decode_attention(
         ValueError: shapes do not fit together, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (query, key, value, prefix_k, prefix_v)
-    if not is_one_token(tensors):
-        raise decode_shapes_error("shared_decode_attention", "B", "P - 1", tensors)
+    check_decode_shapes("shared_decode_attention", tensors, mask, length, None, shares_keys=True)
     plain = plain_rows(query, key, prefix_k)
     if runs_fused(impl, query, functools.partial(decode_obstacle, tensors, (mask, length))):
         from parscale.kernels.decode_attention.fused import decode_op

@@ -7,17 +7,38 @@ documents packed into one row, each of which must see the prefix, and a sliding 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from parscale.attention.functions import AttentionFunction, eager_function
+from parscale.attention.masks import Made, once
 from parscale.compat.transformers import attention_functions, attn_implementation, flash_dtype
 from parscale.kernels.prefix import prepend
 
 
+class Documents(NamedTuple):
+    """The documents that are packed into the rows of a stream.
+
+    Attributes:
+        boundaries: where they start and end, counted through the rows, `(documents + 1,)`.
+        edges: the same, on the host.
+        lengths: in tokens, `(documents,)`, int32.
+    """
+
+    boundaries: torch.Tensor
+    edges: list[int]
+    lengths: torch.Tensor
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a document."""
+        return max(end - start for start, end in itertools.pairwise(self.edges))
+
+
 def flash_with_prefix(
+    made: Made,
     plain_attention: AttentionFunction,
     module: Any,
     query: torch.Tensor,
@@ -34,6 +55,7 @@ def flash_with_prefix(
     explicit mask instead: no flash-attention interface can exempt the prefix from the window.
 
     Args:
+        made: what was made of this pass's masks and positions.
         plain_attention: transformers' flash-attention function.
         module: the attention layer, with the backbone's own configuration; `module.layer` is the layer itself.
         query: `(P*B, heads, S, D)`.
@@ -51,28 +73,27 @@ def flash_with_prefix(
     if attention_mask is not None:  # shorter than a static cache, whose remaining keys are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     K, B = key.shape[2], query.shape[0] // P
-    boundaries = None
-    if attention_mask is None:
-        boundaries = document_boundaries(kwargs, B, S, K)
-    if boundaries is not None and B > 1:  # they count through all rows of a stream
+    documents = packed_documents(made, kwargs, B, S, K) if attention_mask is None else None
+    if documents is not None and B > 1:  # they count through all rows of a stream
         query, key, value = (x.unflatten(0, (P, B)).transpose(1, 2).flatten(2, 3) for x in (query, key, value))
-        output, _ = flash_with_prefix(plain_attention, module, query, key, value, prefix_k, prefix_v, None, **kwargs)
+        tensors = (query, key, value, prefix_k, prefix_v)
+        output, _ = flash_with_prefix(made, plain_attention, module, *tensors, None, **kwargs)
         return output.unflatten(1, (B, S)).flatten(0, 1), None
-    longest = K if boundaries is None else int(torch.diff(boundaries).max())
+    longest = K if documents is None else documents.longest
     window = kwargs.get("sliding_window")
     if window is not None and window < T + longest:
-        mask = _windowed_mask(query, K, window, attention_mask, boundaries, kwargs.pop("is_causal", None), module)
+        mask = _windowed_mask(query, K, window, attention_mask, documents, kwargs.pop("is_causal", None), module)
         mask = nn.functional.pad(mask, (T, 0), value=True)  # (P*B or 1, 1, S, T + K)
         return _with_mask(module, query, prepend(prefix_k, key), prepend(prefix_v, value), mask, kwargs)
-    if boundaries is not None:
-        return _packed(plain_attention, module, query, key, value, prefix_k, prefix_v, boundaries, kwargs)
+    if documents is not None:
+        return _packed(plain_attention, module, query, key, value, prefix_k, prefix_v, documents, kwargs)
     if attention_mask is not None:
         attention_mask = nn.functional.pad(attention_mask, (T, 0), value=1)  # (P*B, T + K)
     return plain_attention(module, query, prepend(prefix_k, key), prepend(prefix_v, value), attention_mask, **kwargs)
 
 
-def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch.Tensor | None:
-    """The boundaries of packed documents, counted through a stream's rows, `(documents + 1,)`; `None` for one document.
+def packed_documents(made: Made, kwargs: dict[str, Any], B: int, S: int, K: int) -> Documents | None:
+    """The packed documents of a pass, found once for all its layers, since it waits for the device; `None` for one.
 
     As in transformers' own flash path, they come from `cu_seq_lens_k` if a collator gives it, or, for a batch of one
     row only, from positions that restart.
@@ -80,21 +101,35 @@ def document_boundaries(kwargs: dict[str, Any], B: int, S: int, K: int) -> torch
     Raises:
         ValueError: `cu_seq_lens_k` together with a cache.
     """
-    if kwargs.get("cu_seq_lens_k") is not None:
+    given, positions = kwargs.get("cu_seq_lens_k"), kwargs.get("position_ids")
+    if given is not None:
         if S != K:
             raise ValueError(
                 f"cu_seq_lens_k describes documents of new tokens only, but there are {S} of them and {K} keys: with "
                 "streams, packed documents run without a cache. Pass use_cache=False, or one row for each document."
             )
-        return kwargs["cu_seq_lens_k"]
-    positions = kwargs.get("position_ids")
-    if B != 1 or S != K or positions is None or positions.ndim != 2 or positions.shape[1] != S:
+    elif B != 1 or S != K or positions is None or positions.ndim != 2 or positions.shape[1] != S:
         return None
+    source, find = (positions, _where_positions_restart) if given is None else (given, _between)
+    if torch.compiler.is_compiling():
+        return find(source)
+    found: Documents | None = once(made, "documents", source, lambda: find(source))
+    return found
+
+
+def _where_positions_restart(positions: torch.Tensor) -> Documents | None:
+    """The documents of the first row of `(R, S)`; `None` for one."""
     starts = (positions[0, 1:] - positions[0, :-1] != 1).nonzero().flatten() + 1
     if not len(starts):
         return None
-    ends = starts.new_tensor([S])
-    return torch.cat([starts.new_zeros(1), starts, ends]).to(torch.int32)
+    ends = starts.new_tensor([positions.shape[1]])
+    return _between(torch.cat([starts.new_zeros(1), starts, ends]).to(torch.int32))
+
+
+def _between(boundaries: torch.Tensor) -> Documents | None:
+    """The documents between boundaries `(documents + 1,)`."""
+    lengths = torch.diff(boundaries).to(torch.int32)
+    return Documents(boundaries.detach(), boundaries.tolist(), lengths)  # detached: not what `once` waits to be gone
 
 
 def _packed(
@@ -105,17 +140,15 @@ def _packed(
     value: torch.Tensor,
     prefix_k: torch.Tensor,
     prefix_v: torch.Tensor,
-    boundaries: torch.Tensor,
+    documents: Documents,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Runs each document of each stream as its own sequence, with its own copy of the prefix before its keys."""
     P, S, T = query.shape[0], query.shape[2], prefix_k.shape[2]
-    edges = boundaries.tolist()
-    lengths = torch.diff(boundaries).to(torch.int32)  # (documents,)
 
     def joined(prefix: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         pieces = []
-        for start, end in itertools.pairwise(edges):
+        for start, end in itertools.pairwise(documents.edges):
             pieces += [prefix.to(states.dtype), states[:, :, start:end]]
         rows = torch.cat(pieces, dim=2)  # (P, G, documents * T + S, D)
         return rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # (1, G, P * (documents * T + S), D)
@@ -123,10 +156,10 @@ def _packed(
     def cumulative(lengths: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(lengths.repeat(P).cumsum(0, dtype=torch.int32), (1, 0))
 
-    longest = int(lengths.max())
+    longest = documents.longest
     kwargs = kwargs | {
-        "cu_seq_lens_q": cumulative(lengths),
-        "cu_seq_lens_k": cumulative(lengths + T),
+        "cu_seq_lens_q": cumulative(documents.lengths),
+        "cu_seq_lens_k": cumulative(documents.lengths + T),
         "max_length_q": longest,
         "max_length_k": longest + T,
         "position_ids": None,
@@ -160,7 +193,7 @@ def _windowed_mask(
     K: int,
     window: int,
     padding: torch.Tensor | None,
-    boundaries: torch.Tensor | None,
+    documents: Documents | None,
     is_causal: bool | None,
     module: Any,
 ) -> torch.Tensor:
@@ -173,8 +206,8 @@ def _windowed_mask(
         mask &= distance >= 0
     else:
         mask &= distance > -window
-    if boundaries is not None:
-        document = torch.searchsorted(boundaries[1:].to(device), keys, right=True)
+    if documents is not None:
+        document = torch.searchsorted(documents.boundaries[1:].to(device), keys, right=True)
         mask &= document[-S:, None] == document[None, :]
     mask = mask[None, None]
     return mask if padding is None else mask & padding[:, None, None, :].bool()

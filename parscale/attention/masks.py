@@ -12,6 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 from parscale.compat.torch import mark_static
 from parscale.kernels import visible_lengths
+from parscale.kernels.decode_attention import runs_decode_kernel
+from parscale.kernels.dispatch import Impl
 
 Mask = torch.Tensor | BlockMask | None  # dense, of FlexAttention, or none
 Made = dict[Any, tuple[Any, Any]]  # of a kind and a mask's id: a weak reference to the mask, and what was made of it
@@ -92,8 +94,8 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
     return create_block_mask(function, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
-def _once(made: Made, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[], Any]) -> Any:
-    """What `make` makes of a mask: once for all layers that share it, and kept as long as the mask itself.
+def once(made: Made, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a mask, or of positions: once for all layers that share it, and kept as long as it is there.
 
     A model on several devices copies the mask for each layer of the others.
     """
@@ -125,9 +127,9 @@ def extended_mask(made: Made, mask: Mask, prefix_length: int, num_rows: int) -> 
     if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
         return extend_dense_mask(mask, prefix_length)  # the compiler shares the result
     if isinstance(mask, BlockMask):
-        block_mask: Mask = _once(made, "extended", mask, lambda: extend_block_mask(mask, prefix_length, num_rows))
+        block_mask: Mask = once(made, "extended", mask, lambda: extend_block_mask(mask, prefix_length, num_rows))
         return block_mask
-    extended: Mask = _once(made, "extended", mask, lambda: extend_dense_mask(mask, prefix_length))
+    extended: Mask = once(made, "extended", mask, lambda: extend_dense_mask(mask, prefix_length))
     return extended
 
 
@@ -140,8 +142,22 @@ def visible_lengths_once(made: Made, mask: torch.Tensor) -> torch.Tensor:
     """
     if torch.compiler.is_compiling():
         return visible_lengths(mask)  # the compiler shares the result
-    lengths: torch.Tensor = _once(made, "lengths", mask, lambda: visible_lengths(mask))
+    lengths: torch.Tensor = once(made, "lengths", mask, lambda: visible_lengths(mask))
     return lengths
+
+
+def lengths_for_kernel(
+    made: Made, mask: torch.Tensor, tensors: tuple[torch.Tensor, ...], impl: Impl
+) -> torch.Tensor | None:
+    """The visible lengths where decode attention runs by its kernel, which reads nothing beyond; elsewhere `None`.
+
+    Args:
+        made: as in `extended_mask`.
+        mask: dense; it stands for a cache that is longer than its tokens, or for padding.
+        tensors: query, key, value, prefix_k and prefix_v.
+        impl: the implementation that was asked for.
+    """
+    return visible_lengths_once(made, mask) if runs_decode_kernel(impl, tensors, mask) else None
 
 
 def rows_of_mask(made: Made, mask: Mask, num_rows: int) -> Mask:
@@ -165,7 +181,7 @@ def rows_of_mask(made: Made, mask: Mask, num_rows: int) -> Mask:
         piece.mask_mod = mask.mask_mod  # the first rows keep their indices
         return piece
 
-    rows: Mask = _once(made, "rows", mask, first_rows)
+    rows: Mask = once(made, "rows", mask, first_rows)
     return rows
 
 
@@ -191,5 +207,5 @@ def last_queries_of_mask(
         piece = _alone(mask)[:, :, -positions:] if mask.ndim == 4 else mask
         return piece if rows is None else piece[rows.to(piece.device)]
 
-    queries: Mask = _once(made, "last", mask, last)
+    queries: Mask = once(made, "last", mask, last)
     return queries

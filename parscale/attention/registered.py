@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from parscale.attention.flash import flash_with_prefix
 from parscale.attention.functions import AttentionFunction, backbone_function, record
 from parscale.attention.grouped import GROUPED
-from parscale.attention.masks import extended_mask, keep_sizes_static, visible_lengths_once
+from parscale.attention.masks import extended_mask, keep_sizes_static, lengths_for_kernel
 from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.compat.transformers import (
     ConfigView,
@@ -217,7 +217,8 @@ def _with_prefix(
     if kwargs.get("position_bias") is not None:  # (R or 1, heads, S, K); the prefix has no position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefix_k.shape[2], 0))
     if is_flash(name):
-        return flash_with_prefix(plain_attention.func, plain_attention.args[0], *tensors, attention_mask, **kwargs)
+        flash = functools.partial(flash_with_prefix, state.call.masks, plain_attention.func, plain_attention.args[0])
+        return flash(*tensors, attention_mask, **kwargs)
     if isinstance(attention_mask, BlockMask) or name == "flex_attention":
         keys, values = prepend(prefix_k, key), prepend(prefix_v, value)
         mask = extended_mask(state.call.masks, attention_mask, prefix_k.shape[2], query.shape[0])
@@ -246,8 +247,7 @@ def _by_own_functions(
     S, scaling = query.shape[2], kwargs.get("scaling")
     tensors = (query, key, value, prefix_k, prefix_v)
     if S == 1:
-        # a mask stands for a cache that is longer than its tokens, or for padding: on a GPU the rest is not read
-        length = None if mask is None or not query.is_cuda else visible_lengths_once(state.call.masks, mask)
+        length = None if mask is None else lengths_for_kernel(state.call.masks, mask, tensors, state.kernels)
         return decode_attention(*tensors, mask, length=length, scaling=scaling, impl=state.kernels)
     if mask is None and _is_causal(layer, kwargs):
         key, value = key[:, :, :S], value[:, :, :S]

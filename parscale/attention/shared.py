@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from parscale.attention.masks import Mask, last_queries_of_mask, rows_of_mask, visible_lengths_once
+from parscale.attention.masks import Made, Mask, last_queries_of_mask, lengths_for_kernel, rows_of_mask
 from parscale.kernels import flash_supports, shared_causal_attention, shared_decode_attention
 from parscale.kernels.decode_attention import fits_fused
 from parscale.streams.calls import ForwardPass
@@ -219,16 +219,17 @@ def attend_to_shared(
     mask = rows_of_mask(call.masks, mask, B)
     if by_sdpa and prefix is not None:
         if S == 1 and (state.kernels != "fused" or fits_fused(query, key)):
-            length = None if mask is None or not query.is_cuda else visible_lengths_once(call.masks, mask)
+            tensors = (query, key, value, *prefix)
+            length = None if mask is None else lengths_for_kernel(call.masks, mask, tensors, state.kernels)
             options: Any = {"length": length, "scaling": kwargs.get("scaling"), "impl": state.kernels}
-            output = shared_decode_attention(query, key, value, *prefix, mask, **options)
+            output = shared_decode_attention(*tensors, mask, **options)
             return output.transpose(1, 2), None  # (R, 1, heads, Dv)
         if S > 1 and mask is None and causal and flash_supports(query, key, value, state.kernels):
             output = shared_causal_attention(
                 query, key[:, :, :S], value[:, :, :S], *prefix, scaling=kwargs.get("scaling")
             )
             return output.transpose(1, 2), None  # (R, S, heads, Dv)
-    own = {name: _of_rows(x, R, B) for name, x in kwargs.items()}
+    own = {name: _of_rows(call.masks, x, R, B) for name, x in kwargs.items()}
     outputs: list[torch.Tensor] = []
     weights: list[torch.Tensor | None] = []
     for number, rows in enumerate(query.unflatten(0, (running, -1)).unbind(0), start=int(second)):
@@ -242,9 +243,9 @@ def attend_to_shared(
     return torch.cat(outputs), _joined(weights)
 
 
-def _of_rows(x: object, R: int, B: int) -> object:
-    """An argument of the attention function, cut to the first B rows."""
-    return x[:B] if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
+def _of_rows(made: Made, x: object, R: int, B: int) -> object:
+    """An argument of the attention function, cut to the first B rows; once for all layers that share it."""
+    return rows_of_mask(made, x, B) if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
 
 
 def _joined(weights: list[torch.Tensor | None]) -> torch.Tensor | None:

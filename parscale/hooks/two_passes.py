@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.attention.flash import document_boundaries
+from parscale.attention.flash import packed_documents
 from parscale.attention.shared import SeenTokens, can_slice
 from parscale.compat.arguments import ANY_ROWS, CACHES, NOT_COPIED, POSITIONS, given_cache
 from parscale.compat.transformers import attn_implementation, is_flash
@@ -163,7 +163,7 @@ def _is_packed(implementation: str, arguments: dict[str, Any], B: int, S: int) -
     """Whether rows hold image tokens, or documents for flash-attention, so that nothing can be cut off them."""
     if any(arguments.get(name) is not None for name in ANY_ROWS):
         return True
-    return S > 1 and is_flash(implementation) and document_boundaries(arguments, B, S, S) is not None
+    return S > 1 and is_flash(implementation) and packed_documents({}, arguments, B, S, S) is not None
 
 
 def _is_block_mask(passes: TwoPasses) -> bool:

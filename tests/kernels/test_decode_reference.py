@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from parscale.kernels import decode_attention, pieces, shared_decode_attention
 
@@ -159,6 +160,20 @@ def test_a_token_of_the_cache_with_more_numbers_than_a_piece(function, monkeypat
     whole = function(*inputs, None)
     monkeypatch.setattr(pieces, "PIECE", 1)
     torch.testing.assert_close(function(*inputs, None), whole, rtol=0, atol=2**-7)
+
+
+@pytest.mark.parametrize("function", [decode_attention, shared_decode_attention])
+def test_only_a_cpu_reads_in_pieces(function, monkeypatch):
+    """They are for its caches. On a GPU each would be a launch."""
+    inputs = tensors(Shape(2, 2, 2, 1, 4, 4, 3, 6), torch.bfloat16)
+    if function is shared_decode_attention:
+        inputs = (inputs[0], *(x[:2] for x in inputs[1:3]), *inputs[3:])
+    monkeypatch.setattr(pieces, "PIECE", 1)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        function(*inputs, None, impl="reference")
+    products = {event.key: event.count for event in found.key_averages()}["aten::bmm"]
+    assert products == 4  # keys and values, of prefix and cache
 
 
 def test_tokens_beyond_the_length_may_be_anything():

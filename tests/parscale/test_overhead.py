@@ -4,6 +4,7 @@ Times depend on the machine. These numbers do not, nor on the versions of torch 
 the method needs: an operator or a call of Python that comes back in a layer counts once for each of the layers.
 """
 
+import functools
 import math
 import sys
 from collections import Counter
@@ -162,6 +163,26 @@ def test_bytes_of_a_decoded_token_do_not_grow_with_the_cache_but_for_its_scores(
     many = added(lambda model: longer(model, 200), models)[1]
     scores = 4 * P * SHAPE["num_attention_heads"] * 200  # bytes in float32
     assert many - few <= 3 * LAYERS * scores  # of the cache, joined to the prefix's, and their softmax
+
+
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_a_mask_copies_no_cache_on_a_gpu_that_runs_no_kernel(kv, monkeypatch):
+    """Only the kernel leaves out what a mask hides at the end; the reference would copy the cache for it."""
+    config = transformers.Qwen2Config(**SHAPE, attn_implementation="sdpa")
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    parscale.wrap(model, P, prefix_length=PREFIX, kv=kv, kernels="reference")
+    tokens = 200
+    ids, padding = torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens + 1, dtype=torch.long)
+    padding[0, 0] = 0
+    found = []
+    for is_cuda in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+        with torch.no_grad():
+            cache = model(ids, attention_mask=padding[:, :tokens], use_cache=True).past_key_values
+            step = functools.partial(model, ids[:, :1], attention_mask=padding, past_key_values=cache)
+            found.append(operators(step)[1])
+    one_layer = sum(x.nbytes for x in (cache.layers[0].keys, cache.layers[0].values))
+    assert found[1] - found[0] < one_layer
 
 
 def longer(model, tokens):

@@ -78,7 +78,7 @@ NAMES = {
             "one": ["vllm.v1.engine.EngineCoreOutputs"],
         }
     },
-    "startup.py": {},
+    "startup.py": {"_keep_sums_apart": {"passes": [f"{CONFIG}.PassConfig"]}},
     "../../compat/vllm.py": {"put_in_front": {"request": ["vllm.v1.request.Request"]}},
 }
 

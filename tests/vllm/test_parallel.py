@@ -14,6 +14,25 @@ def test_two_processes(make_folder, serving):
     serving.agree(outputs, folder, 8)
 
 
+@pytest.mark.parametrize(("kv", "fuses"), [("own", False), ("shared", True)])
+def test_sums_are_fused_with_norms_where_they_have_a_row_for_each_token(make_folder, serving, monkeypatch, kv, fuses):
+    """vLLM does so by default on some GPUs, and sizes the buffer by tokens; own keys have P rows for each."""
+    from vllm.config import PassConfig
+    from vllm.config.vllm import OPTIMIZATION_LEVEL_02
+
+    monkeypatch.setattr(PassConfig, "flashinfer_max_size", lambda self, processes: None)  # asks the GPU
+    monkeypatch.setitem(OPTIMIZATION_LEVEL_02["compilation_config"]["pass_config"], "fuse_allreduce_rms", True)
+    folder = make_folder("Qwen2", 4, kv=kv)
+    config = serving.configured(folder, tensor_parallel_size=2, enforce_eager=False)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is fuses
+
+
+def test_sums_fused_with_norms_are_refused_for_own_keys(make_folder, serving):
+    wanted = {"pass_config": {"fuse_allreduce_rms": True}}
+    with pytest.raises(ValueError, match=r"without fuse_allreduce_rms in .* with own keys and values: leave it"):
+        serving.configured(make_folder("Qwen2", 4), tensor_parallel_size=2, compilation_config=wanted)
+
+
 def test_the_aggregators_weights_are_shared_out(monkeypatch):
     """Each process's part, on rows that lie stream by stream, adds up to the logits of the released order."""
     from parscale.integrations.vllm import aggregator as own

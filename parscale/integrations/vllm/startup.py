@@ -123,6 +123,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         _prepare_shared(vllm_config)
         where = "apart from the cache, which all share"
     else:
+        _keep_sums_apart(vllm_config)
         is_refused = _refuse_one_stream(vllm_config)
         num_slots = 0 if _has_window(vllm_config) else streams.prefix_length
         setattr(config, SLOTS, num_slots)
@@ -148,6 +149,14 @@ def _make_room(vllm_config: VllmConfig, num_slots: int) -> None:
     model.max_model_len += num_slots
     if not scheduler.enable_chunked_prefill:
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
+
+
+def _keep_sums_apart(vllm_config: VllmConfig) -> None:
+    """Has vLLM not fuse sums over processes with norms: it takes their rows for tokens, and a token has P of them."""
+    passes = vllm_config.compilation_config.pass_config
+    option = "fuse_allreduce_rms in --compilation-config's pass_config with own keys and values"
+    _require_none({option: bool(passes.fuse_allreduce_rms)})
+    passes.fuse_allreduce_rms = False
 
 
 def _prepare_shared(vllm_config: VllmConfig) -> None:

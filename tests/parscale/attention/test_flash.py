@@ -6,6 +6,7 @@ results can be held against the reference's. Where a kernel runs for real, its r
 """
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -274,6 +275,34 @@ def test_packed_documents(name, given, flash, zoo):
     if "boundaries" in given:
         arguments |= documents([n for row in lengths for n in row])
     zoo.close(logits_of(flash(model), ids, **arguments), alone, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("kv", ["own", "shared"])
+@pytest.mark.parametrize("given", ["positions", "boundaries"])
+def test_packed_documents_are_found_once_for_all_layers(given, kv, name, flash, zoo, monkeypatch):
+    """Each call of these waits for the device."""
+    case = zoo.Case(zoo.FAMILIES[name], "eager")
+    model = flash(case.wrapped() if kv == "own" else zoo.share(case.plain()))
+    assert model.config.num_hidden_layers > 1
+    waits = []
+
+    def watch(method, own):
+        def wait(x, *args):
+            if sys._getframe(1).f_code.co_filename.endswith("attention/flash.py"):
+                waits.append(method)
+            return own(x, *args)
+
+        monkeypatch.setattr(torch.Tensor, method, wait)
+
+    for method in ("tolist", "item", "nonzero", "__int__", "__bool__"):
+        watch(method, getattr(torch.Tensor, method))
+    lengths = [6, 1, 2]
+    arguments = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None], "use_cache": False}
+    if given == "boundaries":
+        arguments |= documents(lengths)
+    logits_of(model, zoo.token_ids(rows=1), **arguments)
+    assert waits == (["tolist"] if given == "boundaries" else ["nonzero", "tolist"])
 
 
 def test_positions_that_restart_in_several_rows_are_no_documents(flash, zoo):
