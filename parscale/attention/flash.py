@@ -110,7 +110,8 @@ def packed_documents(made: Made, kwargs: dict[str, Any], B: int, S: int, K: int)
             )
     elif B != 1 or S != K or positions is None or positions.ndim != 2 or positions.shape[1] != S:
         return None
-    source, find = (positions, _where_positions_restart) if given is None else (given, _between)
+    source: Any = positions if given is None else given
+    find = _where_positions_restart if given is None else _between
     if torch.compiler.is_compiling():
         return find(source)
     found: Documents | None = once(made, "documents", source, lambda: find(source))
