@@ -123,9 +123,18 @@ def test_what_recycled_streams_add_to_one_prefix_is_on_file():
     seeds = SEEDS[entry["seeds"]]
     assert is_said(f"With everything trained: not told apart from one prefix over {seeds}, {shown(entry)}")
     assert entry["low"] < 0 < entry["high"]
+    (more,) = (
+        other
+        for other in on_file("comparisons")
+        if all(other[name] == entry[name] for name in ("study", "size", "arm", "baseline", "where"))
+        and other["tokens"] == 16 * entry["tokens"]
+    )
+    assert is_said(f"nor with 16 times the tokens and one seed, {shown(more)}")
+    assert more["seeds"] == 1
+    assert more["low"] < 0 < more["high"]
     found = compared("recycling", "P = 4")
     short, long = (found["frozen", baseline, "middle"] for baseline in ("prefix", "long-prefix"))
-    assert is_said(f"On a frozen backbone: ahead of one of T tokens, {shown(short)}, but not of one of 4 T")
+    assert is_said(f"On a frozen backbone: ahead of one of T tokens, {shown(short)}, not of one of 4 T")
     assert short["high"] < 0 < long["high"]
 
 

@@ -419,6 +419,20 @@ def test_of_what_the_aggregator_settled_on():
     )
 
 
+def test_of_recycled_tokens():
+    (found,) = re.findall(r"\| everything trained \|.*\n\|---.*\n((?:\|.*\n)+)", page("results/controls.md"))
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()]
+    arms = {"the backbone trained alone": "alone", "one prefix of T tokens": "prefix-and-backbone"}
+    arms["one prefix of 4 T tokens"] = "long-prefix-and-backbone"
+    assert len(rows) == 5
+    for size, against, *cells in rows:
+        for tokens, cell in zip((250_000, 1_000_000, 4_000_000), cells, strict=True):
+            about = {"arm": "streams-and-backbone", "where": "middle", "tokens": tokens, "size": size}
+            entry = compared(baseline=arms[against], **about)
+            assert with_interval(entry) == cell
+            assert entry["seeds"] == (3 if tokens == 250_000 else 1)
+
+
 def test_of_the_recycled_variants_of_one_cache():
     text, of_shared = (" ".join(page(name).split()) for name in ("results/controls.md", "shared.md"))
     about = {"study": "recycling", "size": "P = 4", "where": "middle", "tokens": 250_000}
