@@ -5,6 +5,7 @@ import torch
 import transformers
 from model_calls import logits_of
 from packaging.version import Version
+from peft_versions import peft_for_add_adapter
 from torch import nn
 
 import parscale
@@ -231,11 +232,16 @@ def test_copies_of_modules_with_streams_are_refused(zoo, transform, kv, entry):
         adapted(model, **changes)
     assert [name for name, _ in model.named_modules()] == names
     assert model.parscale.adapters is None
-    with pytest.raises(ValueError, match=said):
-        model.add_adapter(peft.LoraConfig(**LORA | changes))
     tuned = adapted(model, target_modules=["gate_proj"])
     with pytest.raises(ValueError, match=said):
         tuned.add_adapter("other", peft.LoraConfig(**LORA | changes))
+
+
+def test_copies_are_refused_by_the_models_own_method_too(zoo):
+    peft_for_add_adapter(zoo.FAMILIES["llama"].build())
+    model = with_streams(zoo, "prefix", "own")
+    with pytest.raises(ValueError, match="modules_to_save with 'self_attn': PEFT would train a copy of model"):
+        model.add_adapter(peft.LoraConfig(**LORA | {"target_modules": ["gate_proj"], "modules_to_save": ["self_attn"]}))
 
 
 def test_a_copy_of_a_pooler_that_mixes_streams_is_refused():
