@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import numbers
 import os
@@ -25,7 +24,7 @@ from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import IGNORED, stream_losses
 from parscale.hooks.two_passes import ROUTER_LOGITS
-from parscale.streams.backbones import generates_text
+from parscale.streams.backbones import generates_text, reads
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
 from parscale.streams.state import ParScaleState, find_state
@@ -268,7 +267,7 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             "model.use_streams(None)."
         )
     assistant = kwargs.get("assistant_model")
-    reads_keys = assistant is not None and KEYS_OF_TARGET in inspect.signature(type(assistant).forward).parameters
+    reads_keys = assistant is not None and reads(assistant, KEYS_OF_TARGET)
     if model.num_streams > 1 and reads_keys and not model.parscale.active.shares_keys:
         raise ValueError(
             f"{type(assistant).__name__} drafts from the keys and values of {type(model).__name__}, which each of the "
@@ -284,7 +283,7 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
         )
     if model.num_streams > 1 and model.parscale.active.shares_keys:
         readers = (model,) if assistant is None else (model, assistant)
-        if all(ROUTER_LOGITS in inspect.signature(type(reader).forward).parameters for reader in readers):
+        if all(reads(reader, ROUTER_LOGITS) for reader in readers):
             # a configuration may ask for them, to train with; generate returns none, and all streams would run
             kwargs.setdefault(ROUTER_LOGITS, False)
     with _whole_attention_weights(model, config, kwargs):

@@ -29,29 +29,26 @@ def law(arms_by_size: Mapping[str, Mapping[str, BySeed]], draws: int = 200) -> d
     sizes = {size: arms for size, arms in arms_by_size.items() if "dense" in arms and {"P = 2", "P = 4"} & {*arms}}
     if len(sizes) < 3:
         return None
-    columns: dict[str, list[Any]] = {"size": [], "streams": [], "tokens": [], "losses": []}
-    counts: dict[str, list[int]] = {"all parameters": [], "the backbone's parameters": []}
+    models = []  # size, parameters, the backbone's, P, tokens, loss
     for size, arms in sizes.items():
         (backbone,) = {row["params"] for row in arms["dense"].values()}
         seeds = {*arms.get("P = 2", ()), *arms.get("P = 4", ())}
         for name in (*DENSE, "P = 2", "P = 4"):
             for row in (row for seed, row in arms.get(name, {}).items() if seed in seeds):
-                counts["all parameters"].append(row["params"])
-                counts["the backbone's parameters"].append(row["params"] if name in DENSE else backbone)
-                P, loss = 1 if name in DENSE else row["run"]["streams"], fmean(row["test"]["middle"])
-                for values, value in zip(columns.values(), (size, P, row["run"]["tokens"], loss), strict=True):
-                    values.append(value)
-    of_size, streams, tokens, losses = map(np.array, columns.values())
+                of_backbone, P = (row["params"], 1) if name in DENSE else (backbone, row["run"]["streams"])
+                loss = fmean(row["test"]["middle"])
+                models.append((size, row["params"], of_backbone, P, row["run"]["tokens"], loss))
+    of_size, params, of_backbones, streams, tokens, losses = map(np.array, zip(*models, strict=True))
     fits = {}
-    for counted, params in counts.items():
-        fitted = fit_form("joint", params, streams, losses, tokens, bootstrap=draws)
+    for counted, N in (("all parameters", params), ("the backbone's parameters", of_backbones)):
+        fitted = fit_form("joint", N, streams, losses, tokens, bootstrap=draws)
         assert fitted.intervals is not None
         fits[counted] = fitted.values | {"r2": fitted.r2, "k_interval": fitted.intervals["k"], "notes": fitted.notes}
     without = {}
     for size in sizes:
-        kept, params = of_size != size, np.array(counts["all parameters"])
+        kept = of_size != size
         without[size] = fit_form("joint", params[kept], streams[kept], losses[kept], tokens[kept]).values["k"]
-    return {"models": len(losses), "sizes": len(sizes), "N": fits, "k_without": without}
+    return {"models": len(models), "sizes": len(sizes), "N": fits, "k_without": without}
 
 
 def law_sentence(found: dict[str, Any] | None) -> str:

@@ -400,18 +400,17 @@ def markdown(report: dict[str, Any]) -> str:
         "than all together (where it was measured); 32 windows of tuning documents."
     )
     lines += ["", "## What became of the streams", "", about, ""]
-    columns = {
-        "correlation": "correlations",
-        "largest mean weight": "largest_weights",
-        "best alone": "best_alone",
-        "worst alone": "worst_alone",
-        "best alone less all together": "best_less_mixed",
+    columns = {  # with their digits
+        "correlation": ("correlations", 2),
+        "largest mean weight": ("largest_weights", 2),
+        "best alone": ("best_alone", 2),
+        "worst alone": ("worst_alone", 2),
+        "best alone less all together": ("best_less_mixed", 4),
     }
     lines += [*_row("size", "arm", *columns), *_row(*["---"] * (2 + len(columns)))]
     for entry in report["mixing"]:
-        digits = {"best_less_mixed": 4}
         of_seeds = [
-            ", ".join(f"{value:.{digits.get(name, 2)}f}" for value in entry.get(name, ())) for name in columns.values()
+            ", ".join(f"{value:.{digits}f}" for value in entry.get(name, ())) for name, digits in columns.values()
         ]
         lines += _row(entry["size"], entry["arm"], *of_seeds)
     lines += ["", "## Tasks", "", "Right answers as a whole, by seed, and how many more streams get.", ""]
