@@ -167,7 +167,7 @@ def test_what_became_of_streams_is_on_file():
     dense, wide = (smallest["P = 4", baseline, "middle"] for baseline in ("dense", "twice as wide"))
     assert is_said(
         f"their token losses correlate by {min(correlations):.2f} to {max(correlations):.2f}. They gain nothing, "
-        f"{shown(dense)} from the dense model in the middle. One of twice the width, at their cost: "
+        f"{shown(dense)} from the dense model in the middle. Twice the width, at equal cost, is "
         f"{wide['difference']:.2f} ahead."
     )
     assert dense["low"] < 0 < wide["low"]
@@ -177,7 +177,7 @@ def test_what_became_of_streams_is_on_file():
     (four,) = (e["best_less_mixed"] for e in found if (e["arm"], e["size"]) == ("P = 4", "1.0M"))
     settled = sorted(four)[:2]
     assert is_said(
-        f"With two seeds of three, one of the four is the model: alone it loses at most {settled[1]:.4f} more."
+        f"With two seeds of three, one of the four does all the work: alone it loses at most {settled[1]:.4f} more."
     )
 
 
