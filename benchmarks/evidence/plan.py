@@ -147,9 +147,10 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from at_rates_of_its_own("0.4M", ((1, 2), (3, 4)), rows, rates)
     yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     recycled = list(_recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(1, 2)))
-    yield from (run for run in recycled if run.streams != 2)
-    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,))
+    yield from (run for run in recycled if run.streams == 1)
+    yield from islice(_recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,)), 3)
     yield from recycled
+    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,))
     yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     yield from of_four_streams("2.7M", (0,), rates)
@@ -348,7 +349,7 @@ def _tasks(rows: Rows) -> Iterator[TaskRun]:
 
 def _recycled_arms(names: Iterable[str], rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:
     """Those of one budget with these names, in their order; two streams come last."""
-    runs = list(_recycled(rows, tokens, seeds))
+    runs = [run for run in _recycled(rows, tokens, seeds) if run.tokens == tokens]
     in_order = [run for name in names for run in runs if run.arm == name]
     yield from sorted(in_order, key=lambda run: run.streams == 2)
 
