@@ -10,6 +10,7 @@ transformers does not know is counted by its fields, as a decoder with a gated M
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale.scaling_laws.fields import NAMES, Reader, brief, listed_layers
-from parscale.scaling_laws.files import read_json, require_file
+from parscale.scaling_laws.files import read_text
 from parscale.scaling_laws.layers import attention_of_layers, layer_kinds
 from parscale.scaling_laws.shapes import PREFIX_LENGTH, ModelShape
 from parscale.scaling_laws.uncounted import require_counted
@@ -62,7 +63,7 @@ OF_THE_WHOLE = ("tie_word_embeddings", "parscale_n_tokens", "parscale_transform"
 
 
 def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a `config.json`: from its path, from its folder's path, or given directly.
+    """The contents of a `config.json`: from its path, from its folder's path, or given directly, as text or a mapping.
 
     A configuration object of transformers, which has a `to_dict`, is read as its contents. Raises `FileNotFoundError`
     if the path does not exist, and `ValueError` for a file without a JSON object and for an argument of another type.
@@ -73,16 +74,19 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     if not isinstance(config, str | os.PathLike):
         raise ValueError(f"a configuration is the path of a config.json or its contents, got {type(config).__name__}")
-    path = Path(config)
-    path = path / "config.json" if path.is_dir() else path
     wanted = "the path of a model's config.json, or of its folder"
-    require_file(path, wanted)
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        named, text = "this text", config
+    else:
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        named, text = str(path), read_text(path, wanted)
     try:
-        contents = read_json(path, wanted)
-    except ValueError:
+        contents = json.loads(text)
+    except (ValueError, RecursionError):
         contents = None
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} is not a configuration; give {wanted}")
+        raise ValueError(f"{named} is not a configuration; give {wanted}")
     return contents
 
 

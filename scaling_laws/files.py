@@ -25,7 +25,10 @@ _DELIMITERS = (",", ";", "\t")
 
 def require_file(path: str | Path, wanted: str) -> None:
     """Raises `FileNotFoundError` if nothing exists, `ValueError` for a folder, a pipe, a device or a socket."""
-    mode = Path(path).stat().st_mode
+    try:
+        mode = Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} does not exist; give {wanted}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise ValueError(f"{path} is {kind}, not a file; give {wanted}")

@@ -103,7 +103,7 @@ def test_bad_csv_is_refused_by_name(tmp_path, text, message):
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"none.csv does not exist; give a CSV file"):
         read_points(tmp_path / "none.csv")
     binary = tmp_path / "image.csv"
     binary.write_bytes(b"\x89PNG\xff\xfe\x00")

@@ -225,7 +225,7 @@ def test_damaged_json_is_refused(tmp_path, contents):
     path.write_bytes(contents)
     with pytest.raises(ValueError, match=r"a\.json is not a law; give a file that"):
         read_law(str(path))
-    with pytest.raises(ValueError, match=r"a\.json is not a configuration; give the path of"):
+    with pytest.raises(ValueError, match=r"a\.json is not a (configuration|text file); give the path of"):
         read_shape(path)
 
 

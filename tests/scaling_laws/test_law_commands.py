@@ -196,7 +196,7 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["law", "fit", "none.csv"], "none.csv: No such file or directory."),
+        (["law", "fit", "none.csv"], "none.csv does not exist; give "),
         (["law", "fit", "bad.csv"], "bad.csv has no column loss; it has params, streams"),
         (["law", "fit", "one.csv"], "all points have P = 2, so what a stream is worth (k) could be anything"),
         (["law", "fit", "stack", "--form", "cubic"], "no form 'cubic'"),

@@ -157,8 +157,11 @@ def test_paths_and_folders_are_read_and_others_refused(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"list.json is not a configuration; give the path of a model's config.json"):
         read_shape(tmp_path / "list.json")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist; give the path of a model's config.json"):
         read_shape(tmp_path / "none" / "config.json")
+    assert read_shape((tmp_path / "config.json").read_text()) == read_shape(tmp_path)
+    with pytest.raises(ValueError, match="this text is not a configuration"):
+        read_shape('{"hidden_size": ')
     for wrong, kind in ((None, "NoneType"), ([], "list"), (8, "int")):
         with pytest.raises(ValueError, match=f"the path of a config.json or its contents, got {kind}"):
             read_shape(wrong)
