@@ -50,7 +50,7 @@ class ParScaleConfig:
             plain backbone.
         prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs before the keys of each
             attention layer (`prefix`), or learned embeddings before the input (`prompt`). `lora` has none. At most the
-            model's number of positions, unless they start at `random`.
+            model's number of positions if the streams start from texts.
         smoothing: Smoothing of the aggregation weights: epsilon in `w * (1 - epsilon) + epsilon / P`, between 0 and 1.
         init: How the streams start: `documents` (from complete texts), `context` (from texts as they are) or `random`.
             Default: `documents` where the model generates text and streams can start from it, else `random`.
@@ -108,7 +108,7 @@ class ParScaleConfig:
 
     @classmethod
     def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
-        """The arguments of a function that `takes_fields` as a new configuration.
+        """Makes a configuration from the arguments of `wrap` or `add_streams`.
 
         Args:
             num_streams: P, or a configuration to copy.

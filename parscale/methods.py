@@ -24,7 +24,7 @@ from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import IGNORED, stream_losses
 from parscale.hooks.two_passes import ROUTER_LOGITS
-from parscale.streams.backbones import generates_text, reads
+from parscale.streams.backbones import generates_text, takes_argument
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 from parscale.streams.passes import Adaptive
 from parscale.streams.state import ParScaleState, find_state
@@ -57,7 +57,7 @@ def add_streams(
         smoothing: as in `ParScaleConfig`.
         init: as in `ParScaleConfig`.
         seed: as in `ParScaleConfig`.
-        calibration: token ids `(P, T)`, as in `parscale.wrap`.
+        calibration: as in `parscale.wrap`.
         transform: as in `ParScaleConfig`.
         rank: as in `ParScaleConfig`.
         kv: as in `ParScaleConfig`.
@@ -85,7 +85,7 @@ def freeze_backbone(model: Any) -> None:
         ValueError: no streams with parameters are active, so nothing would be trainable.
     """
     state: ParScaleState = model.parscale
-    if state.active is None or state.active.num_streams == 1:
+    if state.num_streams == 1:
         raise ValueError("No streams are active (or P is 1), so nothing would be trainable: set_streams(name) first.")
     reshard(model)
     model.requires_grad_(False)
@@ -152,8 +152,7 @@ def stream_report(
             counted.
     """
     state: ParScaleState = model.parscale
-    streams = state.active
-    if streams is None or streams.num_streams == 1:
+    if state.num_streams == 1:
         raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
     if not generates_text(model):
         raise ValueError(f"stream_report measures next-token losses, which {type(model).__name__} does not have.")
@@ -260,34 +259,51 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
     if kwargs.get("encoder_outputs") is not None:
         kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
     config = _generation_config(model, args, kwargs)
-    if model.num_streams > 1 and kwargs.get("speculation_type", getattr(config, "speculation_type", None)) == "dflash":
+    _check_drafts(model, config, kwargs)
+    if model.num_streams > 1 and model.parscale.active.shares_keys:
+        assistant = kwargs.get("assistant_model")
+        readers = (model,) if assistant is None else (model, assistant)
+        if all(takes_argument(reader, ROUTER_LOGITS) for reader in readers):
+            # a configuration may ask for them, to train with; generate returns none, and all streams would run
+            kwargs.setdefault(ROUTER_LOGITS, False)
+    with _whole_attention_weights(model, config, kwargs):
+        return type(model).generate(model, *args, **kwargs)
+
+
+def _check_drafts(model: Any, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Checks that nothing drafts from states that each stream has for itself.
+
+    Args:
+        model: the wrapped model.
+        config: of this generation.
+        kwargs: of `generate`.
+
+    Raises:
+        ValueError: as `generate` says.
+    """
+    if model.num_streams == 1:
+        return
+    if kwargs.get("speculation_type", getattr(config, "speculation_type", None)) == "dflash":
         raise ValueError(
             "speculation_type='dflash' drafts from the hidden states of inner layers, which each of the "
             f"{model.num_streams} streams has for itself: use an assistant model without speculation_type, or "
             "model.use_streams(None)."
         )
     assistant = kwargs.get("assistant_model")
-    reads_keys = assistant is not None and reads(assistant, KEYS_OF_TARGET)
-    if model.num_streams > 1 and reads_keys and not model.parscale.active.shares_keys:
+    reads_keys = assistant is not None and takes_argument(assistant, KEYS_OF_TARGET)
+    if reads_keys and not model.parscale.active.shares_keys:
         raise ValueError(
             f"{type(assistant).__name__} drafts from the keys and values of {type(model).__name__}, which each of the "
             f"{model.num_streams} streams has for itself: use streams made with kv='shared', another assistant model, "
             "or model.use_streams(None)."
         )
     decodes_alone = assistant is not None and not assistant.config.is_encoder_decoder
-    if model.num_streams > 1 and decodes_alone and model.parscale.encoder is not None:
+    if decodes_alone and model.parscale.encoder is not None:
         raise ValueError(
             f"{type(assistant).__name__} has no encoder and would read that of {type(model).__name__}, whose output "
             f"has {model.num_streams} rows for each source: use an assistant with an encoder, or "
             "model.use_streams(None)."
         )
-    if model.num_streams > 1 and model.parscale.active.shares_keys:
-        readers = (model,) if assistant is None else (model, assistant)
-        if all(reads(reader, ROUTER_LOGITS) for reader in readers):
-            # a configuration may ask for them, to train with; generate returns none, and all streams would run
-            kwargs.setdefault(ROUTER_LOGITS, False)
-    with _whole_attention_weights(model, config, kwargs):
-        return type(model).generate(model, *args, **kwargs)
 
 
 def _generation_config(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationConfig:

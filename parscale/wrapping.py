@@ -79,7 +79,7 @@ def wrap(
             images; two parallel encoders; or an encoder-decoder model. The final hidden states are mixed: before the
             pooling of an encoder, of each of two encoders, or of the decoder. It may be split by tensor parallelism, or
             partitioned by ZeRO-3 when it was loaded; then every process calls this. FSDP shards it afterwards. The
-            model is run on two tokens or on an image, with and without streams.
+            model is run on small inputs, with and without streams.
         num_streams: P, or a `ParScaleConfig`, beside which no other field may be given. 1 adds nothing.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
@@ -189,7 +189,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
     if find_state(model) is not None:
         raise ValueError(
             f"This {type(model).__name__} is wrapped already: add_streams(name, ...) adds another set of streams, "
-            "parscale.unwrap(model) removes them."
+            "load_streams(folder) a saved one, parscale.unwrap(model) removes them."
         )
     check_impl(kernels, "kernels")
     state = ParScaleState(model, kernels)
@@ -203,13 +203,13 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         attach_attention(state)
         model.parscale = state
         for member, function in MEMBERS.items():
-            setattr(model, member, functools.partial(function, model))
+            setattr(model, member, _bound(function, model))
         for generator in state.generators:
             for member, function in GENERATOR_MEMBERS.items():
-                setattr(generator, member, functools.partial(function, model, generator))
+                setattr(generator, member, _bound(function, model, generator))
         choosing.show_num_streams()
         if model.can_generate():
-            model.generate = functools.partial(methods.generate, model)
+            model.generate = _bound(methods.generate, model)
         extend_peft()
         keep_reference()
         keep_texts_whole()
@@ -219,6 +219,13 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         detach(state)
         raise
     return state
+
+
+def _bound(function: Callable[..., Any], *first: Any) -> functools.partial[Any]:
+    """The function with its first arguments and its docstring; unlike a method, it is pickled with its model."""
+    bound = functools.partial(function, *first)
+    bound.__doc__ = function.__doc__
+    return bound
 
 
 def _check_no_other_wrap(state: ParScaleState) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from parscale.streams.backbones import reads
+from parscale.streams.backbones import takes_argument
 from parscale.streams.state import find_state
 
 
@@ -26,7 +26,7 @@ def harness_model(model: Any, **options: Any) -> Any:
 
     state = find_state(model)
     streams = None if state is None else state.active
-    if streams is None or not streams.shares_keys or not reads(model, "logits_to_keep"):
+    if streams is None or not streams.shares_keys or not takes_argument(model, "logits_to_keep"):
         return HFLM(pretrained=model, **options)
 
     class Answers(HFLM):

@@ -15,7 +15,7 @@ from parscale.checkpoints.training.model_card import CARD, is_hub_name
 from parscale.checkpoints.training.run_folder import CONTROLS, Run
 from parscale.checkpoints.training.run_result import card_of
 from parscale.compat.hub import NO_ANSWER
-from parscale.format.folders import CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, set_names
+from parscale.format.folders import BACKBONE, CONFIG, FULL, STREAMS_CONFIG, STREAMS_ONLY, Checkpoint, set_names
 
 # What of a trained folder is not the model: the Trainer's checkpoints and logs, and hidden files.
 NOT_UPLOADED = ("metrics.jsonl", "run.json", ".*", "*/.*")
@@ -48,7 +48,7 @@ def push(folder: str | os.PathLike[str], repo_id: str, *, private: bool = False,
     if not (path / CARD).is_file():
         raise ValueError(f"{path} holds no {CARD}; write its model card first.")
     if kind == STREAMS_ONLY:
-        backbone = checkpoint.read_json(STREAMS_CONFIG).get("base_model_name_or_path")
+        backbone = checkpoint.read_json(STREAMS_CONFIG).get(BACKBONE)
         if not is_hub_name(backbone):
             warnings.warn(
                 f"{path} holds streams only, and its backbone {backbone!r} is not on the Hub: whoever loads it has to "

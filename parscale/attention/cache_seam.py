@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 from parscale.attention.functions import record
 from parscale.attention.masks import extend_dense_mask, extended_mask, is_causal_table
 from parscale.attention.rotary import RotaryTable, rotary_tables
-from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS, LAYER_SOURCES
+from parscale.compat.arguments import LAYER_CACHES, LAYER_MASKS, LAYER_SOURCES, by_name
 from parscale.compat.transformers import alibi_function, attn_implementation, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
@@ -105,7 +105,7 @@ class CachedAttention:
         prefix, recording = self.prefix(module), self.state.call.recorder is not None
         if prefix is None and not recording:
             return None
-        arguments = dict(zip(self.parameters[: len(args)], args, strict=True)) | kwargs
+        arguments = by_name(self.parameters, args, kwargs)
         cache = arguments.get(self.cache_argument)
         if isinstance(cache, PrefixCache):  # passed on by the module around this one, which does not use it
             cache = cache.cache

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention.cache_seam import attach_caches
-from parscale.attention.registered import AttentionConfig
+from parscale.attention.registered import AttentionConfig, registered_layers
 from parscale.compat.transformers import looks_up_attention, use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
@@ -155,15 +155,13 @@ def _count_heads_of_all_devices(state: ParScaleState, mesh: DeviceMesh) -> None:
 def detach_attention(state: ParScaleState) -> None:
     """Restores the plain configuration of the attention layers."""
     for part in state.parts:
-        for module in part.modules():
-            if isinstance(module.__dict__.get("config"), AttentionConfig):
-                module.config = module.config.original
+        for module in registered_layers(part):
+            module.config = module.config.original
 
 
 def number_of_attention_layers(state: ParScaleState) -> int:
     """The number of layers that attend to a prefix, their own or that of another layer."""
-    by_registry = sum(isinstance(module.__dict__.get("config"), AttentionConfig) for module in state.backbone.modules())
-    return by_registry or len(state.layers)
+    return len(registered_layers(state.backbone)) or len(state.layers)
 
 
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:

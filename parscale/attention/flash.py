@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from parscale.attention.functions import AttentionFunction, eager_function
-from parscale.attention.masks import Made, once
+from parscale.attention.masks import Memo, once
 from parscale.compat.transformers import attention_functions, attn_implementation, flash_dtype
 from parscale.kernels.prefix import prepend
 
@@ -38,7 +38,7 @@ class Documents(NamedTuple):
 
 
 def flash_with_prefix(
-    made: Made,
+    memo: Memo,
     plain_attention: AttentionFunction,
     module: Any,
     query: torch.Tensor,
@@ -55,7 +55,7 @@ def flash_with_prefix(
     explicit mask instead: no flash-attention interface can exempt the prefix from the window.
 
     Args:
-        made: what was made of this pass's masks and positions.
+        memo: what was made of this pass's masks and positions.
         plain_attention: transformers' flash-attention function.
         module: the attention layer, with the backbone's own configuration; `module.layer` is the layer itself.
         query: `(P*B, heads, S, D)`.
@@ -73,11 +73,11 @@ def flash_with_prefix(
     if attention_mask is not None:  # shorter than a static cache, whose remaining keys are not filled yet
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     K, B = key.shape[2], query.shape[0] // P
-    documents = packed_documents(made, kwargs, B, S, K) if attention_mask is None else None
+    documents = packed_documents(memo, kwargs, B, S, K) if attention_mask is None else None
     if documents is not None and B > 1:  # they count through all rows of a stream
         query, key, value = (x.unflatten(0, (P, B)).transpose(1, 2).flatten(2, 3) for x in (query, key, value))
         tensors = (query, key, value, prefix_k, prefix_v)
-        output, _ = flash_with_prefix(made, plain_attention, module, *tensors, None, **kwargs)
+        output, _ = flash_with_prefix(memo, plain_attention, module, *tensors, None, **kwargs)
         return output.unflatten(1, (B, S)).flatten(0, 1), None
     longest = K if documents is None else documents.longest
     window = kwargs.get("sliding_window")
@@ -92,7 +92,7 @@ def flash_with_prefix(
     return plain_attention(module, query, prepend(prefix_k, key), prepend(prefix_v, value), attention_mask, **kwargs)
 
 
-def packed_documents(made: Made, kwargs: dict[str, Any], B: int, S: int, K: int) -> Documents | None:
+def packed_documents(memo: Memo, kwargs: dict[str, Any], B: int, S: int, K: int) -> Documents | None:
     """The packed documents of a pass, found once for all its layers, since it waits for the device; `None` for one.
 
     As in transformers' own flash path, they come from `cu_seq_lens_k` if a collator gives it, or, for a batch of one
@@ -114,7 +114,7 @@ def packed_documents(made: Made, kwargs: dict[str, Any], B: int, S: int, K: int)
     find = _where_positions_restart if given is None else _between
     if torch.compiler.is_compiling():
         return find(source)
-    found: Documents | None = once(made, "documents", source, lambda: find(source))
+    found: Documents | None = once(memo, "documents", source, lambda: find(source))
     return found
 
 

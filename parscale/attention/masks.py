@@ -16,7 +16,7 @@ from parscale.kernels.decode_attention import runs_decode_kernel
 from parscale.kernels.dispatch import Impl
 
 Mask = torch.Tensor | BlockMask | None  # dense, of FlexAttention, or none
-Made = dict[Any, tuple[Any, Any]]  # of a kind and a mask's id: a weak reference to the mask, and what was made of it
+Memo = dict[Any, tuple[Any, Any]]  # of a kind and a mask's id: a weak reference to the mask, and what was made of it
 
 
 def extend_dense_mask(mask: torch.Tensor, prefix_length: int) -> torch.Tensor:
@@ -94,17 +94,17 @@ def extend_block_mask(mask: BlockMask, prefix_length: int, num_rows: int) -> Blo
     return create_block_mask(function, *shape, device=device, BLOCK_SIZE=mask.BLOCK_SIZE)
 
 
-def once(made: Made, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[], Any]) -> Any:
+def once(memo: Memo, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[], Any]) -> Any:
     """What `make` makes of a mask, or of positions: once for all layers that share it, and kept as long as it is there.
 
     A model on several devices copies the mask for each layer of the others.
     """
     key = kind, id(mask)
-    entry = made.get(key)
+    entry = memo.get(key)
     if torch.compiler.is_compiling():  # without weak references, which it does not know
-        entry = made[key] = (None, make()) if entry is None else entry
+        entry = memo[key] = (None, make()) if entry is None else entry
     elif entry is None or entry[0]() is not mask:
-        entry = made[key] = (weakref.ref(mask, lambda _: made.pop(key, None)), make())
+        entry = memo[key] = (weakref.ref(mask, lambda _: memo.pop(key, None)), make())
     return entry[1]
 
 
@@ -113,11 +113,11 @@ def _alone(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.requires_grad else mask.detach()
 
 
-def extended_mask(made: Made, mask: Mask, prefix_length: int, num_rows: int) -> Mask:
+def extended_mask(memo: Memo, mask: Mask, prefix_length: int, num_rows: int) -> Mask:
     """The mask with columns for the prefix; made once for all layers that share it.
 
     Args:
-        made: what was made of this pass's masks.
+        memo: what was made of this pass's masks.
         mask: a dense mask or one of FlexAttention.
         prefix_length: T.
         num_rows: P*B.
@@ -127,44 +127,44 @@ def extended_mask(made: Made, mask: Mask, prefix_length: int, num_rows: int) -> 
     if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
         return extend_dense_mask(mask, prefix_length)  # the compiler shares the result
     if isinstance(mask, BlockMask):
-        block_mask: Mask = once(made, "extended", mask, lambda: extend_block_mask(mask, prefix_length, num_rows))
+        block_mask: Mask = once(memo, "extended", mask, lambda: extend_block_mask(mask, prefix_length, num_rows))
         return block_mask
-    extended: Mask = once(made, "extended", mask, lambda: extend_dense_mask(mask, prefix_length))
+    extended: Mask = once(memo, "extended", mask, lambda: extend_dense_mask(mask, prefix_length))
     return extended
 
 
-def visible_lengths_once(made: Made, mask: torch.Tensor) -> torch.Tensor:
+def visible_lengths_once(memo: Memo, mask: torch.Tensor) -> torch.Tensor:
     """The result of `parscale.kernels.visible_lengths`; computed once for all layers that share the mask.
 
     Args:
-        made: as in `extended_mask`.
+        memo: as in `extended_mask`.
         mask: dense.
     """
     if torch.compiler.is_compiling():
         return visible_lengths(mask)  # the compiler shares the result
-    lengths: torch.Tensor = once(made, "lengths", mask, lambda: visible_lengths(mask))
+    lengths: torch.Tensor = once(memo, "lengths", mask, lambda: visible_lengths(mask))
     return lengths
 
 
 def lengths_for_kernel(
-    made: Made, mask: torch.Tensor, tensors: tuple[torch.Tensor, ...], impl: Impl
+    memo: Memo, mask: torch.Tensor, tensors: tuple[torch.Tensor, ...], impl: Impl
 ) -> torch.Tensor | None:
     """The visible lengths where decode attention runs by its kernel, which reads nothing beyond; elsewhere `None`.
 
     Args:
-        made: as in `extended_mask`.
+        memo: as in `extended_mask`.
         mask: dense; it stands for a cache that is longer than its tokens, or for padding.
         tensors: query, key, value, prefix_k and prefix_v.
         impl: the implementation that was asked for.
     """
-    return visible_lengths_once(made, mask) if runs_decode_kernel(impl, tensors, mask) else None
+    return visible_lengths_once(memo, mask) if runs_decode_kernel(impl, tensors, mask) else None
 
 
-def rows_of_mask(made: Made, mask: Mask, num_rows: int) -> Mask:
+def rows_of_mask(memo: Memo, mask: Mask, num_rows: int) -> Mask:
     """The mask of the first rows; made once for all layers that share it.
 
     Args:
-        made: as in `extended_mask`.
+        memo: as in `extended_mask`.
         mask: a dense mask, a padding mask `(R, K)` or one of FlexAttention, for at least that many rows or for one row;
             or `None`.
         num_rows: number of rows.
@@ -181,17 +181,17 @@ def rows_of_mask(made: Made, mask: Mask, num_rows: int) -> Mask:
         piece.mask_mod = mask.mask_mod  # the first rows keep their indices
         return piece
 
-    rows: Mask = once(made, "rows", mask, first_rows)
+    rows: Mask = once(memo, "rows", mask, first_rows)
     return rows
 
 
 def last_queries_of_mask(
-    made: Made, mask: torch.Tensor | BlockMask, positions: int, chosen: torch.Tensor | None
+    memo: Memo, mask: torch.Tensor | BlockMask, positions: int, chosen: torch.Tensor | None
 ) -> Mask:
     """The mask of the last queries of chosen rows; made once for all layers that share it.
 
     Args:
-        made: as in `extended_mask`.
+        memo: as in `extended_mask`.
         mask: `(B or 1, heads or 1, S, K)`; a padding mask `(B, K)`; or one of FlexAttention, which is used for all its
             rows and queries.
         positions: number of queries.
@@ -207,5 +207,5 @@ def last_queries_of_mask(
         piece = _alone(mask)[:, :, -positions:] if mask.ndim == 4 else mask
         return piece if rows is None else piece[rows.to(piece.device)]
 
-    queries: Mask = once(made, "last", mask, last)
+    queries: Mask = once(memo, "last", mask, last)
     return queries

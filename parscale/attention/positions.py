@@ -23,24 +23,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from parscale.attention.masks import leading_zeros
-from parscale.compat.arguments import given_cache
+from parscale.compat.arguments import by_name, given_cache
 from parscale.streams.backbones import has_learned_positions
 from parscale.streams.state import ParScaleState
 
 
 class RowPositions:
-    """Counts each row's positions from its first real token, in the backbone and its encoder.
+    """Counts each row's positions from its first real token, in each part of the model that takes positions.
 
     Multimodal models make masks for the layers, and some make positions, before they call the backbone. So the modules
     around the backbone have hooks that store the mask they were given.
 
     Args:
         state: the streams of the model.
+
+    Attributes:
+        counting: the parts that take positions and have no learned embeddings for them.
     """
 
     def __init__(self, state: ParScaleState) -> None:
-        # whether the backbone (True), or its encoder (False), accepts positions
-        self.counts = {part is state.backbone: _counts_positions(part) for part in state.parts}
+        self.counting = {part for part in state.parts if _counts_positions(part)}
         self.hooks: list[Any] = []
         self.state = state
 
@@ -48,7 +50,7 @@ class RowPositions:
         """Hooks the modules around the backbone."""
         backbone = self.state.backbone
         for module in self.state.model.modules():
-            if module is backbone or not isinstance(module, PreTrainedModel) or not self.counts[True]:
+            if module is backbone or not isinstance(module, PreTrainedModel) or backbone not in self.counting:
                 continue
             parameters = list(inspect.signature(module.forward).parameters)
             if module.get_output_embeddings() is None and any(part is backbone for part in module.modules()):
@@ -63,7 +65,7 @@ class RowPositions:
         self.hooks = []
 
     def _enter(self, parameters: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = dict(zip(parameters[: len(args)], args, strict=True)) | kwargs
+        arguments = by_name(parameters, args, kwargs)
         mask = arguments.get("attention_mask")
         unaware = arguments.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2
         self.state.call.mask_around = mask if unaware else None
@@ -71,18 +73,19 @@ class RowPositions:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.state.call.mask_around = None
 
-    def of_rows(self, is_backbone: bool, arguments: dict[str, Any], num_streams: int) -> dict[str, Any]:
-        """The arguments of the backbone or its encoder, with R rows, and with the positions of each row's tokens.
+    def of_rows(self, part: nn.Module, arguments: dict[str, Any], num_streams: int) -> dict[str, Any]:
+        """The arguments of a part of the model, with R rows, and with the positions of each row's tokens.
 
         Args:
-            is_backbone: the backbone, otherwise its encoder.
+            part: one of `state.parts`.
             arguments: by name.
             num_streams: P.
         """
         rows, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         rows = arguments.get("inputs_embeds") if rows is None else rows
-        positions, outer = arguments.get("position_ids"), self.state.call.mask_around if is_backbone else None
-        if rows is None or not self.counts[is_backbone] or (positions is not None and outer is None):
+        positions = arguments.get("position_ids")
+        outer = self.state.call.mask_around if part is self.state.backbone else None
+        if rows is None or part not in self.counting or (positions is not None and outer is None):
             return arguments
         padding = leading_zeros(mask)
         if padding is None and mask is not None and outer is not None:  # made from the outer module's mask

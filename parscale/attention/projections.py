@@ -1,8 +1,8 @@
 """Keys and values of streams that share those of stream 0: the layers that project them see stream 0's rows alone.
 
 An attention layer projects P*B rows, and only B of them are read. The linear layers that make nothing but keys and
-values are given these, and their results stand in the places of the other rows, which nobody reads. So the layer's own
-code goes on with as many rows as it was given.
+values get stream 0's rows alone. Their results are repeated for the other streams: nobody reads the copies, but the
+layer's own code needs as many rows as before.
 
 Whether a linear layer makes nothing else is found out by names and an experiment: noise on the other rows of its result
 must change nothing, to the last bit. Where queries come out of the same layer (GPT-2, Phi-3), nothing is saved.
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers import Conv1D, DynamicCache
 
-from parscale.attention.shared import SharedLayers, registered_layers
+from parscale.attention.registered import registered_layers
+from parscale.attention.shared import SharedLayers
 from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens
 from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error
 from parscale.streams.sets import StreamSet
@@ -90,7 +91,7 @@ def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module
     whole = all(layer.mesh is None for layer in state.layers)  # heads in pieces on several devices are left alone
     modules: dict[nn.Module, bool] = {
         module: name in NARROWED
-        for layer in registered_layers(state)
+        for layer in registered_layers(state.backbone)
         for name in (*NARROWED, *BEHIND_THE_CACHE)
         if isinstance(module := getattr(layer, name, None), nn.Linear | Conv1D)
     }
@@ -126,7 +127,7 @@ def _narrow_fits(state: ParScaleState, streams: StreamSet, modules: dict[nn.Modu
     assert name is not None
     try:
         narrow.attach(modules)
-        layers.attach(registered_layers(state))
+        layers.attach(registered_layers(state.backbone))
         cache = DynamicCache(config=state.backbone.config)
         for length in (2, 1):
             _read(state, length, use_cache=True, **{name: cache})

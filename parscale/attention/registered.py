@@ -104,6 +104,11 @@ class AttentionConfig(ConfigView):
         return _BothNames(true_name) if self.compared else name
 
 
+def registered_layers(part: nn.Module) -> list[Any]:
+    """The layers of a part of a wrapped model that take their attention from transformers' registry."""
+    return [module for module in part.modules() if isinstance(module.__dict__.get("config"), AttentionConfig)]
+
+
 class _LayerWithOriginalConfig:
     """An attention layer with the backbone's own configuration, for functions that read the name from there."""
 

@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from parscale.attention.masks import Made, Mask, last_queries_of_mask, lengths_for_kernel, rows_of_mask
+from parscale.attention.masks import Mask, Memo, last_queries_of_mask, lengths_for_kernel, rows_of_mask
+from parscale.compat.arguments import by_name
 from parscale.kernels import flash_supports, shared_causal_attention, shared_decode_attention
 from parscale.kernels.decode_attention import fits_fused
-from parscale.streams.calls import ForwardPass
+from parscale.streams.calls import CallState
 from parscale.streams.passes import TwoPasses
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -120,7 +121,7 @@ class SharedLayers:
         if call.in_flight is not self.streams or call.passes is not None:
             return None
         names = self.parameters[type(module)][: len(args)]
-        arguments = dict(zip(names, args, strict=True)) | kwargs
+        arguments = by_name(names, args, kwargs)
         name = next((name for name, value in arguments.items() if isinstance(value, Cache)), None)
         if name is None:
             return None
@@ -137,7 +138,7 @@ def can_slice(implementation: str) -> bool:
 
 
 def keys_of_pass(
-    call: ForwardPass,
+    call: CallState,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -243,9 +244,9 @@ def attend_to_shared(
     return torch.cat(outputs), _joined(weights)
 
 
-def _of_rows(made: Made, x: object, R: int, B: int) -> object:
+def _of_rows(memo: Memo, x: object, R: int, B: int) -> object:
     """An argument of the attention function, cut to the first B rows; once for all layers that share it."""
-    return rows_of_mask(made, x, B) if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
+    return rows_of_mask(memo, x, B) if isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[0] == R else x
 
 
 def _joined(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -255,8 +256,3 @@ def _joined(weights: list[torch.Tensor | None]) -> torch.Tensor | None:
         return None
     widest = max(weight.shape[-1] for weight in found)
     return torch.cat([nn.functional.pad(weight, (widest - weight.shape[-1], 0)) for weight in found])
-
-
-def registered_layers(state: ParScaleState) -> list[nn.Module]:
-    """The backbone's layers that take their attention from transformers' registry."""
-    return [module for module in state.backbone.modules() if hasattr(module.__dict__.get("config"), "lender")]

@@ -11,8 +11,20 @@ that no table lists. Add a new name to the table that describes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name.
+
+    Args:
+        names: of the function's parameters, in their order.
+        args: those given by position.
+        kwargs: those given by name.
+    """
+    return dict(zip(names[: len(args)], args, strict=True)) | kwargs
+
 
 # -- inputs
 

@@ -22,14 +22,6 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     _own(module, "_parameters")[name] = parameter
 
 
-def take_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Removes a parameter from a module and returns it, for `set_parameter`; `None` if there is none.
-
-    `delattr` would also work; this function is the counterpart of `set_parameter`.
-    """
-    return _own(module, "_parameters").pop(name, None)
-
-
 def held_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     """A module's own dictionary of buffers, to be saved and restored.
 

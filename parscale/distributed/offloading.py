@@ -5,7 +5,7 @@ things follow for the parameters of streams, which are parameters of such module
 
 - A model that is offloaded after wrapping offloads them with their module. Code that reads them before or after its
   `forward` (a prompt, a low-rank difference, a prefix that other layers use, saving) fetches them with `parameter_of`.
-- In a module that is already offloaded, new parameters stay on its device and can be trained: `keep`.
+- In a module that is already offloaded, new parameters stay on its device and can be trained: `keep_on_device`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from parscale.compat.accelerate import execution_device_of, hook_of, offloading_hook, put_hook
-from parscale.compat.torch import set_parameter, take_parameter
+from parscale.compat.torch import set_parameter
 from parscale.distributed.parallel import local
 
 
@@ -82,13 +82,14 @@ class _BesideStreams:
 
     @contextlib.contextmanager
     def _hidden(self, module: nn.Module) -> Iterator[None]:
-        own = {name: take_parameter(module, name) for name in self.names}
+        own = {name: held for name in self.names if (held := getattr(module, name, None)) is not None}
+        for name in own:
+            delattr(module, name)
         try:
             yield
         finally:
             for name, parameter in own.items():
-                if parameter is not None:
-                    set_parameter(module, name, parameter)
+                set_parameter(module, name, parameter)
 
     def __getattr__(self, name: str) -> Any:
         if name == "hook":  # during unpickling, before the attributes are set

@@ -18,11 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from parscale.compat.transformers import use_eager
 from parscale.config import NUM_STREAMS, ParScaleConfig
 from parscale.format.architectures import backbone_config
-from parscale.format.folders import CONFIG, TYPE_SUFFIX, Checkpoint
+from parscale.format.folders import BACKBONE, CONFIG, TYPE_SUFFIX, Checkpoint
 from parscale.format.headers import StoredTensor
 from parscale.format.values import configuration_of
 from parscale.streams.naming import PARAMETERS
 
+BACKBONE_FACTS = ("backbone_model_type", "backbone_hidden_size", "backbone_num_layers")
 _REGISTRATIONS = (register_module_module_registration_hook, register_module_parameter_registration_hook)
 
 
@@ -58,6 +59,18 @@ def check_streams(checkpoint: Checkpoint, streams: ParScaleConfig, stored: Mappi
         raise ValueError(f"{name} of {checkpoint} has the shape {shape}, but its configuration says {wanted}.")
 
 
+def backbone_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """What streams saved alone record of their backbone, by `BACKBONE_FACTS`; `None` for what it does not have.
+
+    Args:
+        config: the backbone's.
+    """
+    text = config.get_text_config()
+    model_type = str(config.model_type).removesuffix(TYPE_SUFFIX)
+    sizes = (getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    return dict(zip(BACKBONE_FACTS, (model_type, *sizes), strict=True))
+
+
 def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Checks, by its configuration alone, that a backbone is the one that streams were made for.
 
@@ -69,16 +82,10 @@ def check_fit(checkpoint: Checkpoint, fields: Mapping[str, Any], config: PreTrai
     Raises:
         ValueError: they do not fit; the message names the difference.
     """
-    text = config.get_text_config()
-    has = {
-        "backbone_model_type": str(config.model_type).removesuffix(TYPE_SUFFIX),
-        "backbone_hidden_size": getattr(text, "hidden_size", None),
-        "backbone_num_layers": getattr(text, "num_hidden_layers", None),
-    }
-    for field, value in has.items():
+    for field, value in backbone_facts(config).items():
         wanted = fields.get(field)
         if wanted is not None and value is not None and wanted != value:
-            backbone = fields.get("base_model_name_or_path") or "a backbone without a name"
+            backbone = fields.get(BACKBONE) or "a backbone without a name"
             raise ValueError(
                 f"The backbone does not fit {checkpoint}: its {field.removeprefix('backbone_')} is {value}, but the "
                 f"streams were made for {wanted} ({backbone}): pass that one as backbone=."

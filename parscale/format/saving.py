@@ -23,6 +23,7 @@ from parscale.config import DEFAULT_SET, FIELDS, NUM_STREAMS, SET_NAME, SETS, Pa
 from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
 from parscale.distributed.parallel import gathered_state_dict, is_main_process, is_sharded, together_at_the_end, whole
 from parscale.format.architectures import class_in_checkpoints
+from parscale.format.checks import backbone_facts
 from parscale.format.folders import (
     BACKBONE,
     BACKBONE_PATH,
@@ -46,11 +47,10 @@ _PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "private", "commit_message", "creat
 
 
 def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Writes a full checkpoint: the backbone with the active set of streams, and each other set in a sub-folder.
+    """Writes a full checkpoint, as `parscale.methods.save_pretrained` describes.
 
-    The backbone's own class writes it, with all features of its `save_pretrained`. An existing folder keeps its other
-    files; an older checkpoint in it is replaced. On failure, the folder does not change. Of a model with an adapter
-    from its own `add_adapter`, the class writes the adapter alone; the active set is written as by `save_streams`.
+    The backbone's own class writes the folder, with all features of its `save_pretrained`. An existing folder keeps its
+    other files; an older checkpoint in it is replaced. On failure, the folder does not change.
 
     In a distributed run the first process writes. If the model's tensors are sharded over the processes, all of them
     call this together, and the folder holds full tensors; with an already gathered `state_dict`, the first process may
@@ -61,11 +61,6 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
         save_directory: the folder; created if it does not exist.
         **kwargs: `state_dict`, `max_shard_size`, `is_main_process`, `push_to_hub` and all other arguments of the
             class's own `save_pretrained`, except for `distributed_checkpoint`.
-
-    Raises:
-        ValueError: `distributed_checkpoint=True`, streams on the meta device, or an adapter with streams for a folder
-            that holds a full checkpoint.
-        OSError: the folder is a file, cannot be written, or the disk is full.
     """
     state: ParScaleState = model.parscale
     push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs} | {"token": kwargs.get("token")}
@@ -144,10 +139,7 @@ def _write_full(
 def save_streams(
     model: Any, save_directory: str | os.PathLike[str], *, state_dict: MutableMapping[str, Any] | None = None
 ) -> None:
-    """Writes the active set of streams and the name of the backbone.
-
-    The revision of a backbone on the Hub is not recorded: `load` reads its default branch. For another one, load the
-    backbone by itself and give it to `load` as `backbone=`.
+    """Writes the active set of streams, as `parscale.methods.save_streams` describes.
 
     An existing folder keeps its other files. On failure, the folder does not change. In a distributed run the first
     process writes; if the model is sharded over the processes, all of them call this together.
@@ -156,10 +148,6 @@ def save_streams(
         model: a wrapped model.
         save_directory: the folder; created if it does not exist.
         state_dict: that of the model, already gathered; then the first process may call this alone.
-
-    Raises:
-        ValueError: no streams are active, their tensors are on the meta device, or the folder holds a full checkpoint.
-        OSError: the folder is a file, cannot be written, or the disk is full.
     """
     state: ParScaleState = model.parscale
     streams = _active(state)
@@ -281,14 +269,11 @@ class _StaleFiles:
 def _write_streams(
     folder: Path, model: Any, streams: StreamSet, tensors: dict[str, torch.Tensor], backbone: str | None
 ) -> None:
-    text = model.config.get_text_config()
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / STREAMS_FILE, metadata={"format": "pt"})
     config = {
         "backbone_class": type(model).__name__.removeprefix("FSDP"),
-        "backbone_hidden_size": getattr(text, "hidden_size", None),
-        "backbone_model_type": model.config.model_type,
-        "backbone_num_layers": getattr(text, "num_hidden_layers", None),
+        **backbone_facts(model.config),
         BACKBONE: backbone,
         "format_version": FORMAT_VERSION,
         "name": streams.name,

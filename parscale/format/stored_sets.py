@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -12,9 +11,10 @@ import torch
 from safetensors import safe_open
 
 from parscale.compat.conversion import stored_name
-from parscale.config import DEFAULT_SET, FIELDS, ParScaleConfig
-from parscale.format.checks import check_fit, check_streams
+from parscale.config import DEFAULT_SET, FIELDS, INIT, SEED, ParScaleConfig
+from parscale.format.checks import BACKBONE_FACTS, check_fit, check_streams
 from parscale.format.folders import (
+    BACKBONE,
     BACKBONE_PATH,
     FORMAT_VERSION,
     FULL,
@@ -30,8 +30,7 @@ from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
 
 _STREAMS_FIELDS = {
-    *("backbone_class", "backbone_hidden_size", "backbone_model_type", "backbone_num_layers", BACKBONE_PATH),
-    *("base_model_name_or_path", "format_version", "name", "version"),
+    *("backbone_class", *BACKBONE_FACTS, BACKBONE, BACKBONE_PATH, "format_version", "name", "version"),
     *FIELDS,
 }
 
@@ -79,18 +78,7 @@ def _names_in_model(model: Any, released: Collection[str], stored: Collection[st
 
 @torch.inference_mode(False)  # loaded tensors can be trained
 def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
-    """Adds a set of streams to a wrapped model from a streams-only folder, inactive and frozen until chosen.
-
-    Args:
-        model: wrapped, with the backbone that the streams were made for.
-        path_or_repo: a folder written by `save_streams`, or the name of a repository on the Hugging Face Hub.
-        name: the set's name in this model; by default the name that it was saved with.
-
-    Raises:
-        ValueError: the folder is damaged or not a streams-only checkpoint, its streams do not fit the model, or a set
-            has this name already.
-        OSError: a folder or a file does not exist or cannot be read.
-    """
+    """Adds a saved set of streams, as `parscale.methods.load_streams` describes."""
     checkpoint = Checkpoint(path_or_repo)
     if checkpoint.kind_with_streams() == FULL:
         raise ValueError(f"{checkpoint} has its own backbone: load_streams reads folders written by save_streams.")
@@ -115,10 +103,15 @@ def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
     saved, stored = read_streams(checkpoint)
     check_fit(checkpoint, checkpoint.read_json(STREAMS_CONFIG), model.config)
     streams = state.active
-    ours = None if streams is None else streams.config
-    if streams is None or ours is None or dataclasses.replace(saved, init=ours.init, seed=ours.seed) != ours:
+    if streams is None or _lasting(saved) != _lasting(streams.config):
+        ours = "none active" if streams is None else streams.config
         raise ValueError(
-            f"{checkpoint} holds streams ({saved}) that differ from this model's ({ours or 'none active'}): wrap the "
-            "model with the same configuration, or parscale.load the folder with backbone= and put the adapter on that."
+            f"{checkpoint} holds streams ({saved}) that differ from this model's ({ours}): wrap the model with the "
+            "same configuration, or parscale.load the folder with backbone= and put the adapter on that."
         )
     fill(state, streams, values_in(model, saved, stored))
+
+
+def _lasting(config: ParScaleConfig) -> dict[str, Any]:
+    """What a configuration says of a set that runs, by field; not how the set started."""
+    return {field: value for field, value in config.to_fields().items() if field not in (INIT, SEED)}

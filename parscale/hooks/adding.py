@@ -12,7 +12,6 @@ from torch import nn
 
 from parscale.attention.discovery import measure
 from parscale.compat.deepspeed import is_partitioned
-from parscale.compat.torch import take_parameter
 from parscale.config import PREFIX, SET_PATTERN, ParScaleConfig
 from parscale.distributed.offloading import keep_on_device, let_go
 from parscale.distributed.parallel import (
@@ -27,7 +26,7 @@ from parscale.streams.aggregator import Aggregator
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms import make_set
-from parscale.transforms.inits import check_calibration, check_length, default_init, initialize
+from parscale.transforms.inits import check_calibration, check_texts, default_init, initialize
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,13 +56,13 @@ def add(
     """
     _check_name(state, name)
     streams = make_set(state, name, dataclasses.replace(config, init=config.init or default_init(state, config)))
+    if tensors is None:  # streams of a checkpoint have started already
+        check_texts(state, streams)
     check_calibration(state, streams, calibration)
     _check_parallel(state, streams)
     if streams.num_streams > 1:
         measure(state)
         streams.transform.parameter_specs()  # raises an error if there are none
-        if tensors is None:
-            check_length(state, streams)
     state.sets[name] = streams
     try:
         _make_parameters(state, streams)
@@ -87,8 +86,10 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
     if streams.num_streams > 1:
         streams.transform.detach()
         for spec in streams.transform.parameter_specs():
-            take_parameter(spec.module, streams.own_name(spec.name))
-            let_go(spec.module, streams.own_name(spec.name))
+            name = streams.own_name(spec.name)
+            if hasattr(spec.module, name):
+                delattr(spec.module, name)
+            let_go(spec.module, name)
     for part in state.mixed:
         if hasattr(part, streams.aggregator_name):
             delattr(part, streams.aggregator_name)

@@ -19,19 +19,19 @@ from transformers import Cache
 
 from parscale.attention.caches import fit_rows, is_empty
 from parscale.attention.registered import CONTINUOUS_BATCHING
-from parscale.compat.arguments import NOISE, PAGES, given_cache
+from parscale.compat.arguments import NOISE, PAGES, by_name, given_cache
 from parscale.compat.torch import replicate, unwatch_replicas, watch_replicas
 from parscale.compat.transformers import answer_itself
 from parscale.config import DEFAULT_SET
 from parscale.hooks.encoded import mark_output
 from parscale.hooks.recomputation import recompute_with_own_streams, stop_recomputing
-from parscale.hooks.rows import check_plain, copy_rows, first_input
-from parscale.hooks.two_passes import TwoPassHooks, after_pass, of_pass
+from parscale.hooks.rows import copy_rows, first_input, refuse_encoded_rows
+from parscale.hooks.two_passes import TwoPassHooks, after_pass, arguments_of_pass
 from parscale.streams.backbones import masking_noise
 from parscale.streams.naming import is_of_streams
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
-from parscale.streams.trainability import use_outside_of_blocks
+from parscale.streams.trainability import unfreeze_outside_of_blocks
 from parscale.transforms.prompt import TOKEN_COUNTS
 
 CALLER = 6  # frames from a hook of `load_state_dict` to its caller
@@ -77,25 +77,25 @@ class BackboneHooks:
         """Before the backbone or its encoder: repeats every row P times, stream-major (row `p*B + b`)."""
         state, call = self.state, self.state.call
         part, streams = module.__dict__.get(REPLICA) or (module, state.active)
-        if streams is not None:
-            streams = state.in_use(streams) if streams.num_streams > 1 else None
+        P = 1 if streams is None else streams.num_streams
+        streams = None if streams is None or P == 1 else state.in_use(streams)
         call.begin(streams)
         if part is not state.encoder:
             call.enter(part, module)
         if torch.is_grad_enabled():
             is_compiled = torch.compiler.is_compiling()
             if not is_compiled:
-                use_outside_of_blocks(state)
+                unfreeze_outside_of_blocks(state)
             if module.training or not is_compiled:
                 recompute_with_own_streams(state, module)
-        arguments = dict(zip(state.positional[part][: len(args)], args, strict=True)) | kwargs
+        arguments = by_name(state.positional[part], args, kwargs)
         if streams is not None and PAGES in arguments:  # prepared while the streams were off
             raise ValueError(CONTINUOUS_BATCHING)
         cache = given_cache(arguments)
         _check_cache(cache, streams)
         call.makes_cache = cache is None
         if streams is None:
-            check_plain(module, arguments)
+            refuse_encoded_rows(module, arguments)
             return None
         rows = first_input(module, arguments)
         if rows is None:  # the backbone raises the error for a missing input
@@ -103,14 +103,14 @@ class BackboneHooks:
         if isinstance(arguments.get("state"), list) and rows.shape[1] == 1:
             raise ValueError(
                 f"transformers' {type(module).__name__} continues from its state with one row only, but "
-                f"{streams.num_streams} streams need as many rows: pass use_cache=False."
+                f"{P} streams need as many rows: pass use_cache=False."
             )
         fit_rows(cache, rows.shape[0], streams.cache_copies)
-        if call.passes is not None and (alone := of_pass(state, module, part, arguments, rows)) is not None:
+        if call.passes is not None and (alone := arguments_of_pass(state, module, part, arguments, rows)) is not None:
             return (), alone
         if NOISE in state.positional[part] and arguments.get(NOISE) is None:
             arguments[NOISE] = masking_noise(module, rows)
-        arguments = copy_rows(module, arguments, streams.name, streams.num_streams, rows.shape[0])
+        arguments = copy_rows(module, arguments, streams.name, P, rows.shape[0])
         return (), streams.transform.before(part, arguments)
 
     # -- after the forward
@@ -222,8 +222,8 @@ class BackboneHooks:
         """Before `load_state_dict`: loads the released names of a saved checkpoint into the active set.
 
         In a checkpoint of the Trainer, the set that was active has the released names. A model's own `state_dict()` has
-        every set under its own name and is left as it is. Of the streams of a model whose backbone is frozen, saved
-        alone, the names do not tell whether they are those of the default set; if the model has one, this warns.
+        every set under its own name and is left as it is. A state dict of streams alone does not say whether they are
+        the default set's. If the model has that set and another is active, this warns.
         """
         streams = self.state.active
         names = {} if streams is None else self.state.names(streams)

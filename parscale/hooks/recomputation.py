@@ -1,7 +1,7 @@
 """Gradient checkpointing: layers that are computed again in the backward pass use the streams of their forward pass.
 
-By then another set may be active, or other parameters may be trainable, and on a GPU another thread runs them. So the
-state of the forward pass (`parscale.streams.calls.ForwardPass`) is bound to each function that is recomputed.
+By then another set may be active, or other parameters may be trainable, and on a GPU another thread runs them. So what
+layers need of the state of the call (`parscale.streams.calls.CallState`) is bound to each function that is recomputed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from parscale.compat.transformers import checkpointing_function, set_checkpointing_function
-from parscale.streams.calls import ForwardPass
+from parscale.streams.calls import CallState
 from parscale.streams.state import ParScaleState
 
 
@@ -54,13 +54,13 @@ class _Checkpoint:
             args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)
         return self.function(functools.partial(self._run, forward, function), *args, **kwargs)
 
-    def _run(self, forward: ForwardPass, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, forward: CallState, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.state.call.using_streams_of(forward), _trainable_as_in(forward):
             return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _trainable_as_in(forward: ForwardPass) -> Iterator[None]:
+def _trainable_as_in(forward: CallState) -> Iterator[None]:
     """In this block the parameters require gradients as they did in the pass `forward`."""
     changed = [parameter for parameter, trained in forward.trains if parameter.requires_grad is not trained]
     for parameter in changed:

@@ -24,7 +24,7 @@ def first_input(part: object, arguments: dict[str, Any]) -> torch.Tensor | None:
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
-def check_plain(part: object, arguments: dict[str, Any]) -> None:
+def refuse_encoded_rows(part: object, arguments: dict[str, Any]) -> None:
     """Before a pass of the plain backbone: raises an error for rows that streams encoded.
 
     Raises:

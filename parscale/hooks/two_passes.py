@@ -24,7 +24,7 @@ from torch import nn
 
 from parscale.attention.flash import packed_documents
 from parscale.attention.shared import SeenTokens, can_slice
-from parscale.compat.arguments import ANY_ROWS, CACHES, NOT_COPIED, POSITIONS, given_cache
+from parscale.compat.arguments import ANY_ROWS, CACHES, NOT_COPIED, POSITIONS, by_name, given_cache
 from parscale.compat.transformers import attn_implementation, is_flash
 from parscale.hooks.rows import by_part, copy_rows
 from parscale.streams.backbones import cache_argument
@@ -37,9 +37,9 @@ INNER = ("output_hidden_states", "output_attentions", ROUTER_LOGITS)  # they nee
 
 
 class TwoPassHooks:
-    """The hooks on the innermost model with logits that plan two passes, and run the second of an adaptive call.
+    """Hooks that plan the two passes of a call, and run the second one of an adaptive call.
 
-    That is the whole model, unless a model inside it generates (BLIP-2).
+    They are on the innermost model with logits: the whole model, unless a model inside it generates (BLIP-2).
 
     Args:
         state: the model's state.
@@ -77,8 +77,7 @@ class TwoPassHooks:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
-        named = min(len(self.parameters), len(args))  # torch 2.9 compiles no `zip` of two lengths
-        return dict(zip(self.parameters[:named], args[:named], strict=True)) | kwargs
+        return by_name(self.parameters, args[: len(self.parameters)], kwargs)  # the model itself refuses more
 
     def _obstacle(self, arguments: dict[str, Any]) -> str | None:
         """Why a call must run all streams in one batch; `None` if nothing prevents two passes."""
@@ -175,7 +174,7 @@ def _is_block_mask(passes: TwoPasses) -> bool:
 # -- in the backbone's hooks
 
 
-def of_pass(
+def arguments_of_pass(
     state: ParScaleState, module: nn.Module, part: nn.Module, arguments: dict[str, Any], rows: torch.Tensor
 ) -> dict[str, Any] | None:
     """Before the backbone: its arguments for the current pass; `None` if all streams run in one batch after all.

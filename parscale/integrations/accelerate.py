@@ -33,5 +33,4 @@ def _prepare(original: Callable[..., Any], self: Any, *objects: Any, **kwargs: A
 def _runs_streams(prepared: object) -> bool:
     """Whether it is a model with more than one stream, also inside an adapter."""
     modules = prepared.modules() if isinstance(prepared, nn.Module) else ()
-    active = [state.active for module in modules if (state := find_state(module)) is not None]
-    return any(streams is not None and streams.num_streams > 1 for streams in active)
+    return any((state := find_state(module)) is not None and state.num_streams > 1 for module in modules)

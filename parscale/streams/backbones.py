@@ -76,8 +76,8 @@ def find_parts(model: Any) -> Parts:
     inside = isinstance(backbone, PreTrainedModel) and main_input(backbone) == "hidden_states"  # of DINOv3
     if backbone is model or inside or not isinstance(backbone, PreTrainedModel):  # under another name, or the head's
         children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-        readers = [child for child in children if reads(child, model.main_input_name)]
-        backbone = readers[0] if len(readers) == 1 else owner if reads(owner, model.main_input_name) else model
+        readers = [child for child in children if takes_argument(child, model.main_input_name)]
+        backbone = readers[0] if len(readers) == 1 else owner if takes_argument(owner, model.main_input_name) else model
     if backbone is model and has_head(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no backbone of its own behind its head, and streams are mixed between the "
@@ -105,17 +105,17 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
 def main_input(part: nn.Module) -> str:
     """The name of a part's main input: the one that its class declares, or else its first argument."""
     name: str | None = getattr(part, "main_input_name", None)
-    return name if name is not None and reads(part, name) else _arguments(part)[0]
+    return name if name is not None and takes_argument(part, name) else _arguments(part)[0]
 
 
-def reads(part: nn.Module, name: str) -> bool:
+def takes_argument(part: nn.Module, name: str) -> bool:
     """Whether a part takes an argument of this name."""
     return name in _arguments(part)
 
 
 def cache_argument(part: nn.Module) -> str | None:
     """The name of a part's cache argument; `None` if it takes none."""
-    return next((name for name in CACHES if reads(part, name)), None)
+    return next((name for name in CACHES if takes_argument(part, name)), None)
 
 
 def _arguments(part: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
 from parscale.kernels.dispatch import Impl
-from parscale.streams.backbones import TRIAL_TOKENS, cuda_devices, input_device, input_of, reads
+from parscale.streams.backbones import TRIAL_TOKENS, cuda_devices, input_device, input_of, takes_argument
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -56,7 +56,7 @@ def run_briefly(
             if state.encoder is not None:
                 arguments["encoder_hidden_states"] = state.encoder(**input_of(state.encoder, rows, device, tokens))[0]
             arguments |= input_of(part, rows, device, tokens)
-            if reads(part, "use_cache"):
+            if takes_argument(part, "use_cache"):
                 arguments["use_cache"] = False
             hidden = part(**(arguments if change is None else change(arguments)))[0]
             if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or hidden.shape[0] != rows:
@@ -70,7 +70,7 @@ def run_briefly(
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward hook that leaves the passes of other threads alone, whose results somebody wants."""
+    """Makes a forward hook act in this thread only: the results of other threads must not change."""
     own = threading.get_ident()
     return lambda *args: hook(*args) if threading.get_ident() == own else None
 

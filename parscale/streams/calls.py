@@ -1,4 +1,4 @@
-"""The state of a call of a wrapped model, rather than of the model: which set of streams runs, and results of the pass.
+"""The state of a thread's calls of a wrapped model: which set of streams runs, and results of the current pass.
 
 Several threads, or tasks of an event loop, may call one model at once, each with its own set of streams. Two classes
 keep them apart:
@@ -6,11 +6,12 @@ keep them apart:
 - `StreamsBlock` is the choice of `with model.use_streams(name):`. A context variable holds the open blocks, so a block
   applies to the code inside it, also in functions that it awaits, and to no other thread or task. Compiled code cannot
   read it, and goes by the thread's blocks.
-- `ForwardPass` is the record of the current forward pass. Each thread has one, since a pass never leaves its thread.
-  Layers that are recomputed in a backward pass may run in another thread, and carry the parts that they need.
+- `CallState` is what the hooks know of the current call and of its forward pass. Each thread has one, since a pass
+  never leaves its thread. Layers that are recomputed in a backward pass may run in another thread, and carry the parts
+  that they need.
 
-The context managers of `ThreadPasses` change the state for a block of code, `ForwardPass.begin` and
-`ForwardPass.enter` for a pass. Hooks store in it what other hooks of the same pass need.
+The context managers of `ThreadCalls` change the state for a block of code, `CallState.begin` and `CallState.enter` for
+a pass. Hooks store in it what other hooks of the same pass need.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class StreamsBlock:
         chosen: the set; `None` is the plain backbone.
     """
 
-    def __init__(self, calls: ThreadPasses, chosen: StreamSet | None) -> None:
+    def __init__(self, calls: ThreadCalls, chosen: StreamSet | None) -> None:
         self.calls = calls
         self.chosen = chosen
         self.enclosing: StreamsBlock | None = None  # the innermost block around it that this thread has open
@@ -52,8 +53,8 @@ _OPEN: contextvars.ContextVar[tuple[StreamsBlock, ...]] = contextvars.ContextVar
 
 
 @dataclasses.dataclass
-class ForwardPass:
-    """The current forward pass in this thread, or the last one.
+class CallState:
+    """The state of a thread's current call, or of its last one.
 
     Attributes:
         in_flight: the set that the pass runs with. `None`: the plain backbone, or no pass is running.
@@ -62,17 +63,18 @@ class ForwardPass:
         running: the part itself, or its replica on another device.
         recorder: called with the keys and values of each attention layer.
         aggregating: whether the streams are mixed.
-        masks: masks made for all layers; extended ones by the id of the original mask.
+        masks: what was made once for all layers of the pass from a mask or positions (`parscale.attention.masks.once`).
         pooled: the input of a pooler inside the backbone, and its mixture.
         mask_around: the mask `(B, K)` that the module around the backbone was called with, if it was given no
             positions.
         tokens: for `transform="prompt"`: the positions of the tokens, `(R, S)`; `None`: all positions.
         cache: for `transform="prompt"`: the cache of the pass.
         makes_cache: whether the pass was given none, so that a cache in its output is its own.
-        routers: where router logits go from the backbone to the model by stream: P, and the number of these pieces.
+        routers: P and the number of pieces, if the backbone gave router logits by stream, which the whole model has to
+            join.
         open: the blocks that this thread has open, in any of its tasks; the latest is the last.
         block: the latest of them, for compiled code, which cannot read a context variable.
-        tangled: whether not each of them is inside of the one before.
+        tangled: whether they overlap: one of them is not inside the one opened before it.
         passes: the two passes of the current call of the whole model, if it has two.
         adaptive: where streams run, for calls that do not run them everywhere.
         one_batch: whether all streams always run in one batch.
@@ -131,12 +133,12 @@ class ForwardPass:
         name = next(name for name, other in self.part.named_modules() if other is module)
         return self.running.get_submodule(name)
 
-    def for_recomputation(self) -> ForwardPass:
+    def for_recomputation(self) -> CallState:
         """A copy of what recomputed layers need to know about this pass."""
-        return ForwardPass(in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running)
+        return CallState(in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running)
 
     @contextlib.contextmanager
-    def using_streams_of(self, forward: ForwardPass) -> Iterator[None]:
+    def using_streams_of(self, forward: CallState) -> Iterator[None]:
         """In this block layers use the streams of another pass."""
         before = self.in_flight, self.part, self.running
         self.in_flight, self.part, self.running = forward.in_flight, forward.part, forward.running
@@ -147,7 +149,7 @@ class ForwardPass:
 
 
 @contextlib.contextmanager
-def _replaced(call: ForwardPass, name: str, value: object) -> Iterator[None]:
+def _replaced(call: CallState, name: str, value: object) -> Iterator[None]:
     """In this block an attribute of a call has another value."""
     before = getattr(call, name)
     setattr(call, name, value)
@@ -167,11 +169,11 @@ class _NotCopied:
         return type(self)()
 
 
-class ThreadPasses(_NotCopied, threading.local):
-    """A model's forward passes, one for each thread."""
+class ThreadCalls(_NotCopied, threading.local):
+    """The state of a model's calls, one for each thread."""
 
     def __init__(self) -> None:
-        self.call = ForwardPass()
+        self.call = CallState()
 
     @contextlib.contextmanager
     def opened(self, block: StreamsBlock) -> Iterator[None]:
@@ -213,7 +215,7 @@ class ThreadPasses(_NotCopied, threading.local):
         return _replaced(self.call, "one_batch", True)
 
 
-def innermost_block(calls: ThreadPasses) -> StreamsBlock | None:
+def innermost_block(calls: ThreadCalls) -> StreamsBlock | None:
     """The innermost open block that chose a set for the model of these calls.
 
     Raises:

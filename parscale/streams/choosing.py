@@ -160,7 +160,7 @@ class _NumStreams:
         state = model.__dict__.get("parscale")
         if state is None:
             raise AttributeError(f"{type(model).__name__} has no streams: parscale.wrap(model) gives it some.")
-        return 1 if state.active is None else state.active.num_streams
+        return state.num_streams
 
 
 def show_num_streams() -> None:

@@ -13,10 +13,9 @@ AGGREGATOR = "aggregate_layer"
 COPY = "@@"  # in the names of a copy for an adapter, before its number
 _NAMES = "|".join(name for names in PARAMETERS.values() for name in names)
 _PATTERNS = {
-    TRANSFORM_PART: re.compile(rf"(^|\.)({_NAMES})(@[\w-]+)?(@@\d+)?$"),
-    AGGREGATOR_PART: re.compile(rf"(^|\.){AGGREGATOR}(@[\w-]+)?(@@\d+)?\."),
+    TRANSFORM_PART: re.compile(rf"(^|\.)({_NAMES})(@[\w-]+)?({COPY}\d+)?$"),
+    AGGREGATOR_PART: re.compile(rf"(^|\.){AGGREGATOR}(@[\w-]+)?({COPY}\d+)?\."),
 }
-PATTERNS = [pattern.pattern for pattern in _PATTERNS.values()]
 # The label of each transform's parameters, in counts of parameters.
 LABELS = {PREFIX: "prefixes", PROMPT: "prompts", LORA: "low_rank"}
 

@@ -94,7 +94,7 @@ class Transform:
         """Starts each stream from a text.
 
         Args:
-            texts: token ids `(P, T)`, on the device of the model's input.
+            texts: token ids `(P, T)`, or `(P - 1, T)` with shared keys and values, on the device of the model's input.
         """
         raise NotImplementedError
 

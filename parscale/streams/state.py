@@ -17,7 +17,7 @@ from torch import nn
 from parscale.kernels.dispatch import Impl
 from parscale.streams.aggregator import TENSORS, Aggregator
 from parscale.streams.backbones import find_generators, find_parts
-from parscale.streams.calls import ForwardPass, OpenBlocks, ThreadPasses, innermost_block
+from parscale.streams.calls import CallState, OpenBlocks, ThreadCalls, innermost_block
 from parscale.streams.layer_specs import AttentionLayer, Hidden, Linear
 from parscale.streams.naming import AGGREGATOR
 from parscale.streams.sets import Adapters, StreamSet
@@ -49,8 +49,8 @@ class ParScaleState:
         selected: the set that `set_streams` chose for the model; an open `use_streams` block takes precedence; `None`:
             the backbone.
         adapters: the copies of the sets for adapters, while PEFT has some on the model.
-        blocks: those that decide which parameters are trainable.
-        calls: those of each thread.
+        blocks: the open `use_streams` blocks, which decide what trains.
+        calls: the state of each thread's calls.
         hooks: handles of the hooks that all sets share.
 
     Raises:
@@ -78,7 +78,7 @@ class ParScaleState:
         self.selected: StreamSet | None = None
         self.adapters: Adapters | None = None
         self.blocks = OpenBlocks()
-        self.calls = ThreadPasses()
+        self.calls = ThreadCalls()
         self.hooks: list[Any] = []
         ALIVE.add(self)
 
@@ -105,8 +105,14 @@ class ParScaleState:
         return self.selected if block is None else block.chosen
 
     @property
-    def call(self) -> ForwardPass:
-        """The current forward pass in this thread."""
+    def num_streams(self) -> int:
+        """P of the active set; 1 for the plain backbone."""
+        active = self.active
+        return 1 if active is None else active.num_streams
+
+    @property
+    def call(self) -> CallState:
+        """The state of this thread's current call."""
         return self.calls.call
 
     @property

@@ -47,7 +47,7 @@ def decide_what_trains(state: ParScaleState) -> None:
             set_trainable(parameter, trains)
 
 
-def use_outside_of_blocks(state: ParScaleState) -> None:
+def unfreeze_outside_of_blocks(state: ParScaleState) -> None:
     """Before a pass with gradients: the model's own set is trainable outside of blocks, whatever blocks are open."""
     if innermost_block(state.calls) is not None:
         return

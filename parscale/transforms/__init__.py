@@ -40,6 +40,3 @@ def make_set(state: ParScaleState, name: str, config: ParScaleConfig, copy: int 
     classes = SHARED_CLASSES if streams.shares_keys else CLASSES
     streams.transform = classes[config.transform](state, streams)
     return streams
-
-
-__all__ = ["CLASSES", "make_set"]

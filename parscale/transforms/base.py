@@ -7,6 +7,8 @@ from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.sets import StreamSet, Transform
 from parscale.streams.state import ParScaleState
 
+EXACT, FEW_BITS = 1e-3, 5e-2  # tolerances for equal results: in float32, and in shorter formats
+
 
 class ModelTransform(Transform):
     """A transform of one model.
@@ -19,6 +21,11 @@ class ModelTransform(Transform):
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(streams)
         self.state = state
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative difference of results that are equal but for rounding in the model's dtype."""
+        return FEW_BITS if self.state.hidden[0].dtype.itemsize < 4 else EXACT
 
     def attach(self) -> None:
         """Calls `add_hooks`, and tests that the model runs with the transform.

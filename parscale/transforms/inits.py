@@ -42,7 +42,7 @@ def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tens
     Args:
         state: the wrapped model's state.
         streams: a set whose parameters exist.
-        calibration: token ids `(P, T)`, for `"documents"` and `"context"`; without it the backbone samples them.
+        calibration: as in `parscale.wrap`.
 
     Raises:
         ValueError: an init that reads texts, for a model on the meta device.
@@ -106,16 +106,21 @@ def _vocabulary_size(model: Any) -> int:
     return whole_shape(next(model.get_input_embeddings().parameters()))[0]
 
 
-def check_length(state: ParScaleState, streams: StreamSet) -> None:
-    """Checks that texts of T tokens, where streams start from such, fit the model.
+def check_texts(state: ParScaleState, streams: StreamSet) -> None:
+    """Checks that the model can start streams from texts of T tokens, if their init reads texts.
 
     Raises:
-        ValueError: the model has fewer positions.
+        ValueError: the model does not generate text, or has fewer positions.
     """
     T, init = streams.config.prefix_length, streams.config.init
     if init not in TEXT_INITS:
         return
-    most = streams.transform.longest_text()
+    if not generates_text(state.model):
+        raise ValueError(
+            f"init={init!r} starts streams from texts that a causal language model reads and generates, "
+            f"but {type(state.model).__name__} is not one: omit it, or use init='random'."
+        )
+    most = streams.transform.longest_text() if streams.num_streams > 1 else None
     if most is not None and most < T:
         raise ValueError(
             f"{type(state.model).__name__} has {most:,} positions for a text, so init={init!r} cannot read {T:,} "
@@ -124,17 +129,11 @@ def check_length(state: ParScaleState, streams: StreamSet) -> None:
 
 
 def check_calibration(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
-    """Checks that the set can read a calibration, and that the model can start from texts.
+    """Checks that the set can read a calibration.
 
     Raises:
-        ValueError: the calibration has another shape, ids outside the vocabulary, or comes with `init="random"`; or the
-            init reads texts, but the model does not generate text.
+        ValueError: the calibration has another shape, ids outside the vocabulary, or comes with `init="random"`.
     """
-    if streams.config.init in TEXT_INITS and not generates_text(state.model):
-        raise ValueError(
-            f"init={streams.config.init!r} starts streams from texts that a causal language model reads and generates, "
-            f"but {type(state.model).__name__} is not one: omit it, or use init='random'."
-        )
     if calibration is None:
         return
     P, T = streams.config.num_transformed, streams.config.prefix_length
@@ -143,16 +142,13 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
             f"calibration is read by init={' or '.join(map(repr, TEXT_INITS))} only, got "
             f"init={streams.config.init!r}: omit one of them."
         )
-    given = type(calibration).__name__
-    if isinstance(calibration, torch.Tensor):
-        given = f"{calibration.dtype} of shape {tuple(calibration.shape)}"
-        kind = calibration.dtype
-        integers = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
-    if not isinstance(calibration, torch.Tensor) or not integers or calibration.shape != (P, T):
-        raise ValueError(
-            "calibration must be token ids, a tensor of integers of shape "
-            f"({'num_streams - 1' if streams.shares_keys else 'num_streams'}, prefix_length) = ({P}, {T}), got {given}."
-        )
+    number = "num_streams - 1" if streams.shares_keys else "num_streams"
+    wanted = f"token ids, a tensor of integers of shape ({number}, prefix_length) = ({P}, {T})"
+    if not isinstance(calibration, torch.Tensor):
+        raise ValueError(f"calibration must be {wanted}, got {type(calibration).__name__}.")
+    kind = calibration.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool or calibration.shape != (P, T):
+        raise ValueError(f"calibration must be {wanted}, got {kind} of shape {tuple(calibration.shape)}.")
     vocabulary = _vocabulary_size(state.model)
     if calibration.numel() and not 0 <= int(calibration.min()) <= int(calibration.max()) < vocabulary:
         raise ValueError(f"calibration has token ids outside 0..{vocabulary - 1}.")

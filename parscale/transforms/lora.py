@@ -81,7 +81,7 @@ class LoraTransform(ModelTransform):
         return output + self.difference(module, args[0]).reshape(output.shape).to(output)
 
     def difference(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Of the streams that have one: `(P*B, ..., in)`, stream-major, to `(P, N, out)`."""
+        """The low-rank differences `(P, N, out)` for inputs `(P*B, ..., in)`, stream-major, of the streams with one."""
         down, up = parameter_of(module, self.down_name), parameter_of(module, self.up_name)
         low = torch.bmm(x.to(down).reshape(len(down), -1, x.shape[-1]), down.mT)  # (P, N, in) -> (P, N, r)
         return torch.bmm(low, up.mT)

@@ -25,7 +25,6 @@ from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 
 AFTERWARDS = 8  # tokens on which a stream that starts from a text is compared with the backbone after that text
-EXACT, FEW_BITS = 1e-3, 5e-2  # tolerances for equal results: in float32, and in shorter formats
 USER = 8  # number of frames from a warning here to the caller of wrap or add_streams
 
 
@@ -72,7 +71,7 @@ class PrefixTransform(ModelTransform):
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Adds the positions of each row's tokens, if the caller passes none."""
-        return self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
+        return self._row_positions.of_rows(part, arguments, self.streams.num_streams)
 
     def longest_text(self) -> int | None:
         """The number of positions; a table that rotates keys needs one more, for the first token of the input."""
@@ -141,7 +140,7 @@ class PrefixTransform(ModelTransform):
         error = None if learned else self._error_alone(texts)
         if error is None:
             return reason
-        if error <= (FEW_BITS if self.state.hidden[0].dtype.itemsize < 4 else EXACT):
+        if error <= self.tolerance:
             return ""
         return reason or (
             f"init={init!r} is an approximation for {name}: after the text, the hidden states of a stream differ "

@@ -78,7 +78,7 @@ class PromptTransform(ModelTransform):
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """In the first pass of a cache, puts the prompt before the tokens; shifts positions and masks."""
         T = self.streams.config.prefix_length
-        arguments = self._row_positions.of_rows(part is self.state.backbone, arguments, self.streams.num_streams)
+        arguments = self._row_positions.of_rows(part, arguments, self.streams.num_streams)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         cache = given_cache(arguments)
         self.state.call.tokens, self.state.call.cache = None, cache

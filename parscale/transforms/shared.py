@@ -25,18 +25,19 @@ from transformers import DynamicCache
 
 from parscale.attention.discovery import number_of_attention_layers
 from parscale.attention.projections import SharedProjections, find_projections
-from parscale.attention.shared import SharedLayers, registered_layers
+from parscale.attention.registered import registered_layers
+from parscale.attention.shared import SharedLayers
 from parscale.compat.transformers import carries_state
 from parscale.config import PREFIX
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import cache_argument, generates_text, input_device, ordinary_tokens, reads
+from parscale.streams.backbones import cache_argument, generates_text, input_device, ordinary_tokens, takes_argument
 from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
 from parscale.streams.layer_specs import Linear
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 from parscale.transforms.base import ModelTransform
 from parscale.transforms.lora import LoraTransform
-from parscale.transforms.prefix import EXACT, FEW_BITS, PrefixTransform
+from parscale.transforms.prefix import PrefixTransform
 
 INSTEAD = "Use kv='own'."
 TRIED = 0.1  # size of the differences with which a set is tried out
@@ -55,7 +56,7 @@ class SharedTransform(ModelTransform):
     def add_hooks(self) -> None:
         """Also hooks on each attention layer, and on its projections of keys and values."""
         super().add_hooks()
-        self._layers.attach(registered_layers(self.state))
+        self._layers.attach(registered_layers(self.state.backbone))
         self._projections.attach(self.key_projections())
 
     def detach(self) -> None:
@@ -91,7 +92,7 @@ class SharedTransform(ModelTransform):
                 last = state.backbone(input_ids=ids[:, 2:], use_cache=True, **cache)[0]
                 difference = _difference(last, whole)
                 generator = state.generators[-1]
-                if generates_text(generator) and reads(generator, "logits_to_keep"):
+                if generates_text(generator) and takes_argument(generator, "logits_to_keep"):
                     logits = generator(input_ids=ids, use_cache=False).logits[:, -1:]
                     by_passes = generator(input_ids=ids, logits_to_keep=1).logits
                     difference = max(difference, _difference(by_passes, logits))
@@ -107,7 +108,7 @@ class SharedTransform(ModelTransform):
                 f"The states of {name} are not finite, so whether its streams can share keys cannot be tried: load or "
                 "initialise its weights first."
             )
-        if not difference <= (FEW_BITS if state.hidden[0].dtype.itemsize < 4 else EXACT):
+        if not difference <= self.tolerance:
             raise UnsupportedModelError(
                 f"{name} gives something else with a cache than without ({difference:.0%}) where streams share keys: a "
                 f"layer keeps more than keys and values. {INSTEAD}"
@@ -119,7 +120,7 @@ class SharedPrefixTransform(SharedTransform, PrefixTransform):
 
     def before_alone(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """As `before`, for stream 0 alone: B rows."""
-        return self._row_positions.of_rows(part is self.state.backbone, arguments, 1)
+        return self._row_positions.of_rows(part, arguments, 1)
 
     def _error_alone(self, texts: torch.Tensor) -> float | None:
         """Always `None`: no stream equals the backbone after its text."""
@@ -150,7 +151,7 @@ class SharedLoraTransform(SharedTransform, LoraTransform):
                     up.copy_(values)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """As of streams with keys of their own; stream 0's rows, where it runs too, stay as they are."""
+        """Adds the differences to the rows of streams 1 to P - 1; those of stream 0, if it runs too, stay."""
         call, x = self.state.call, args[0]
         if call.in_flight is not self.streams:
             return output
@@ -171,7 +172,7 @@ def check_can_share(state: ParScaleState) -> None:
         UnsupportedModelError: they cannot; the message gives the reason.
     """
     name, layers = type(state.model).__name__, state.layers
-    registered = set(registered_layers(state))
+    registered = set(registered_layers(state.backbone))
     if state.encoder is not None or len(state.mixed) > 1:
         reason = "it is an encoder with a decoder, or two encoders: streams share the keys of one decoder"
     elif cache_argument(state.backbone) is None:

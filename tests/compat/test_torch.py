@@ -17,9 +17,6 @@ def test_a_parameter_is_set_past_whoever_replaces_its_registration(monkeypatch):
     compat.set_parameter(module, "extra", parameter)
     assert module.extra is parameter
     assert [name for name, _ in module.named_parameters()] == ["weight", "bias", "extra"]
-    assert compat.take_parameter(module, "extra") is parameter
-    assert compat.take_parameter(module, "extra") is None
-    assert not hasattr(module, "extra")
 
 
 def test_buffers_are_put_back_with_those_that_are_none():
@@ -129,7 +126,7 @@ def test_a_module_without_its_dictionaries_is_refused(name):
     module = nn.Linear(1, 1)
     del vars(module)[name]
     with pytest.raises(IncompatibleVersionError, match=f"Linear.{name}, which the installed torch"):
-        compat.held_buffers(module) if name == "_buffers" else compat.take_parameter(module, "weight")
+        compat.held_buffers(module) if name == "_buffers" else compat.set_parameter(module, "weight", nn.Parameter())
 
 
 @pytest.mark.parametrize("name", compat._HOOKS)

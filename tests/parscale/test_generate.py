@@ -309,7 +309,7 @@ def test_beams_of_a_model_whose_backbone_alone_is_wrapped(zoo):
     parscale.wrap(model.model, zoo.P, prefix_length=zoo.T, init="random")
     model.load_state_dict(whole.state_dict())
     assert torch.equal(generate(model, ids), generate(whole, ids))
-    with pytest.raises(ValueError, match=rf"has {3 * zoo.B} rows: {zoo.P} streams of {3 * zoo.B} rows need .*wrap it"):
+    with pytest.raises(ValueError, match=rf"has {3 * zoo.B} rows, but {3 * zoo.B} rows of input need .*wrap it"):
         generate(model, ids, num_beams=3)
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
+import pydoc
 from functools import partial
 
 import pytest
@@ -208,6 +210,16 @@ def test_a_copy_is_a_model_of_its_own(family, zoo, how):
     parscale.unwrap(twin)
     assert torch.equal(logits_of(model, ids), expected)
     assert model.num_streams == zoo.P
+
+
+def test_help_describes_the_methods(tiny):
+    """By the functions' own docstrings and arguments, also in copies."""
+    model = parscale.wrap(tiny(), 1)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert "Adds a set of streams on the same backbone" in pydoc.render_doc(twin.add_streams)
+        assert inspect.getdoc(twin.generate).startswith("Generates as the model's own method does.")
+        assert list(inspect.signature(twin.load_streams).parameters) == ["path_or_repo", "name"]
+        assert twin.add_streams.args == (twin,)
 
 
 # -- the meta device

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from parscale.attention.shared import registered_layers
+from parscale.attention.registered import registered_layers
 from parscale.compat.deepspeed import is_partitioned
 from parscale.compat.torch import set_parameter
 from parscale.distributed.parallel import reshard, whole
@@ -232,7 +232,7 @@ class AdapterStreams:
 def modules_with_streams(state: ParScaleState) -> list[str]:
     """Names of the modules with tensors or hooks of streams, or whose attention knows the model that they belong to."""
     poolers = (getattr(part, "pooler", None) for part in state.mixed)
-    found = {*state.parts, *poolers, *(layer.module for layer in state.layers), *registered_layers(state)}
+    found = {*state.parts, *poolers, *(layer.module for layer in state.layers), *registered_layers(state.backbone)}
     for streams in state.sets.values():
         if streams.num_streams > 1:
             found.update(spec.module for spec in streams.transform.parameter_specs())

@@ -39,7 +39,7 @@ def save_pretrained(
             kwargs["state_dict"] = self.state_dict()
         if kwargs.get("state_dict") is not None:  # bias="all" would include the aggregator's
             kwargs["state_dict"] = {k: v for k, v in kwargs["state_dict"].items() if not is_of_streams(k)}
-        if state.active is not None and state.active.num_streams > 1 and (is_main_process or given is None):
+        if state.num_streams > 1 and (is_main_process or given is None):
             for name in [name for name in adapters.names if selected_adapters is None or name in selected_adapters]:
                 folder = save_directory if name == DEFAULT_ADAPTER else os.path.join(save_directory, name)
                 with adapters.using(name):

@@ -27,7 +27,7 @@ def get_prompt(original: Method, self: Any, batch_size: int, *args: Any, **kwarg
 def with_rows(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Extends PEFT's method: its layers in the backbone get an entry for each of the P*B rows, stream-major."""
     state = find_state(self)
-    P = 1 if state is None or state.active is None else state.active.num_streams
+    P = 1 if state is None else state.num_streams
     given = {name: kwargs[name] for name in OF_ADAPTERS if kwargs.get(name) is not None}
     if state is None or P == 1 or not given:
         with original(self, *args, **kwargs):
@@ -46,11 +46,11 @@ def with_rows(original: Method, self: nn.Module, *args: Any, **kwargs: Any) -> I
 def with_tasks(original: Method, self: nn.Module, task_ids: Any) -> Iterator[None]:
     """Extends Poly's method in the same way for the tasks of the rows, `(B,)`."""
     state = find_state(self)
-    if task_ids is None or state is None or state.active is None:
+    if task_ids is None or state is None or state.num_streams == 1:
         with original(self, task_ids):
             yield
         return
-    repeated = task_ids.repeat(state.active.num_streams)  # (P*B,)
+    repeated = task_ids.repeat(state.num_streams)  # (P*B,)
     with original(self, repeated), _outside_backbone(state, self, {"task_ids": task_ids}), state.calls.in_one_batch():
         yield
 

@@ -134,7 +134,7 @@ def test_a_static_cache_of_other_texts_is_refused(llama, zoo):
     ids, cache = zoo.token_ids(), StaticCache(config=llama.config, max_cache_len=24)
     logits_of(llama, ids, cache=cache)
     for rows in (1, 6):  # 6: as many as the cache has, but not three for each
-        said = rf"static cache has 6 rows and 9 tokens: 3 streams of {rows} rows need {3 * rows} rows"
+        said = rf"static cache has 6 rows and 9 tokens, but {rows} rows of input need {3 * rows} cache rows"
         with pytest.raises(ValueError, match=said):
             logits_of(llama, ids[:1].expand(rows, -1), cache=cache)
     whole = torch.cat([ids, ids[:, :1]], dim=1)

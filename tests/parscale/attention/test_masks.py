@@ -22,28 +22,28 @@ def blocks():
 @pytest.mark.parametrize(
     ("mask", "make"),
     [
-        (dense, lambda made, mask: extended_mask(made, mask, T, P * B)),
-        (blocks, lambda made, mask: extended_mask(made, mask, T, P * B)),
+        (dense, lambda memo, mask: extended_mask(memo, mask, T, P * B)),
+        (blocks, lambda memo, mask: extended_mask(memo, mask, T, P * B)),
         (dense, visible_lengths_once),
-        (dense, lambda made, mask: rows_of_mask(made, mask, B)),
-        (dense, lambda made, mask: last_queries_of_mask(made, mask, 1, torch.tensor([0, 2]))),
+        (dense, lambda memo, mask: rows_of_mask(memo, mask, B)),
+        (dense, lambda memo, mask: last_queries_of_mask(memo, mask, 1, torch.tensor([0, 2]))),
     ],
 )
 def test_layers_share_a_result_while_the_mask_is_there(mask, make):
-    made, one, other = {}, mask(), mask()
-    assert make(made, one) is make(made, one)
-    assert make(made, other) is not make(made, one)
+    memo, one, other = {}, mask(), mask()
+    assert make(memo, one) is make(memo, one)
+    assert make(memo, other) is not make(memo, one)
     del one
-    assert len(made) == 1  # on further devices each layer has a copy of its own
+    assert len(memo) == 1  # on further devices each layer has a copy of its own
     del other
-    assert not made
+    assert not memo
 
 
 def test_another_mask_of_the_same_id_is_another():
-    made, mask, gone = {}, dense(), dense()
-    made["extended", id(mask)] = (weakref.ref(gone), "that of the one before")
+    memo, mask, gone = {}, dense(), dense()
+    memo["extended", id(mask)] = (weakref.ref(gone), "that of the one before")
     del gone
-    assert extended_mask(made, mask, T, P * B).shape == (P * B, 1, S, T + K)
+    assert extended_mask(memo, mask, T, P * B).shape == (P * B, 1, S, T + K)
 
 
 def test_a_mask_that_is_learned_gets_its_gradient():

@@ -90,6 +90,16 @@ def test_a_cache_of_streams_with_keys_of_their_own_is_refused(llama, zoo):
         logits_of(llama, ids[:, :1], cache=cache)
 
 
+@pytest.mark.parametrize("kind", ["", "static "])
+def test_a_cache_of_other_rows_is_refused(kind, llama, zoo):
+    """It needs the backbone's rows: one for each row of the input, whatever the number of streams."""
+    cache = StaticCache(config=llama.config, max_cache_len=24) if kind else DynamicCache(config=llama.config)
+    ids = zoo.token_ids(rows=3)
+    logits_of(llama, ids, cache=cache)
+    with pytest.raises(ValueError, match=rf"This {kind}cache has 3 rows.*, but 2 rows of input need 2\b"):
+        logits_of(llama, ids[:2, :1], cache=cache)
+
+
 # -- what generate does with it
 
 

@@ -195,6 +195,26 @@ def test_adapters_saved_and_loaded_hold_no_streams(zoo, tmp_path):
     assert all(p.requires_grad is (is_adapter(n) or is_stream(n)) for n, p in again.named_parameters())
 
 
+def test_a_rank_that_streams_do_not_have_is_not_compared(tiny, tmp_path):
+    """Only low-rank differences have one, and only their folders hold it."""
+
+    def made(rank):
+        return parscale.wrap(tiny(), 2, prefix_length=3, init="random", seed=0, rank=rank)
+
+    tuned = adapted(made(4)).eval()
+    tuned.save_pretrained(tmp_path)
+    for rank in (4, 2):
+        again = peft.PeftModel.from_pretrained(made(rank), tmp_path).eval()
+        ids = torch.arange(9)[None] + 3
+        assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
+
+
+def test_low_rank_streams_for_those_that_started_from_texts_are_refused(tiny, tmp_path):
+    adapted(parscale.wrap(tiny(), 2, transform="lora")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds streams .*transform='lora'.* that differ from this model's "):
+        peft.PeftModel.from_pretrained(parscale.wrap(tiny(), 2, prefix_length=3), tmp_path)
+
+
 def test_without_its_adapter_nothing_trains_until_the_next(zoo):
     """What runs then are the copies from before the first adapter, which no optimizer sees."""
     model = parscale.wrap(zoo.FAMILIES["llama"].build(), 2, prefix_length=zoo.T, init="random", seed=0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from model_calls import choose_stream, logits_of
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForSequenceClassification, LlamaModel
 
 import parscale
 from parscale.streams.state import find_state
@@ -358,6 +358,27 @@ def test_saved_sets_come_onto_one_model(tiny, tmp_path):
     model.save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match="has its own backbone: load_streams reads folders written by save_streams"):
         model.load_streams(tmp_path / "full")
+
+
+@pytest.mark.parametrize("cls", [LlamaModel, LlamaForSequenceClassification])
+@torch.no_grad()
+def test_saved_streams_that_have_read_texts_go_onto_a_model_that_generates_none(cls, tiny, tmp_path):
+    """Streams do not belong to a head, whatever they started from; only new ones need a model that generates."""
+    ids = torch.arange(9)[None] + 3
+    tiny().save_pretrained(tmp_path / "backbone")
+    model = parscale.wrap(tiny(), 2, prefix_length=3, seed=0).eval()
+    assert model.config.parscale_init == "documents"
+    model.save_streams(tmp_path / "streams")
+    loaded, later = (cls.from_pretrained(tmp_path / "backbone") for _ in range(2))
+    parscale.load(tmp_path / "streams", backbone=loaded)
+    parscale.wrap(later, 1).load_streams(tmp_path / "streams", "texts")
+    later.set_streams("texts")
+    loaded.save_pretrained(tmp_path / "full")
+    for other in (loaded, later, parscale.load(tmp_path / "full")):
+        assert type(other) is cls
+        assert torch.equal(other.base_model(ids)[0], model.base_model(ids)[0])
+    with pytest.raises(ValueError, match=f"{cls.__name__} is not one: omit it, or use init='random'"):
+        later.add_streams("new", 2, prefix_length=3, init="documents")
 
 
 def test_saved_streams_of_another_backbone(tiny, tmp_path):
