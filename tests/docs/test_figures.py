@@ -429,9 +429,8 @@ def test_of_recycled_tokens():
         for tokens, cell in zip((250_000, 1_000_000, 4_000_000), cells, strict=True):
             about = {"arm": "streams-and-backbone", "where": "middle", "tokens": tokens, "size": size}
             entry = compared(baseline=arms[against], **about)
-            has_three = tokens != 1_000_000 and not cell.endswith(", one seed")
             assert with_interval(entry) == cell.removesuffix(", one seed")
-            assert entry["seeds"] == (3 if has_three else 1)
+            assert (entry["seeds"] == 3) is (tokens != 1_000_000 and not cell.endswith(", one seed"))
     text = " ".join(page("results/controls.md").split())
     for against in ("the backbone trained alone", "one prefix of T tokens"):
         by_seed = [recycled("streams-and-backbone-p4", seed) - recycled(arms[against], seed) for seed in range(3)]
