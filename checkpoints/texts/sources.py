@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,11 +22,11 @@ from parscale.checkpoints.texts.files import (
     require_file,
     suffix_of,
 )
+from parscale.checkpoints.texts.order import FILES_AT_ONCE, SHUFFLE_BUFFER, in_turn, shuffled
 from parscale.checkpoints.texts.rows import JSON, SEPARATED, example_of, examples_of_rows, has_rows, texts_of_rows
 
 MAYBE_ROWS = (JSON, *SEPARATED)  # in a folder these may be other files, such as settings
 LOOKED_AT = 8  # number of documents of each source to check before any long work
-SHUFFLE_BUFFER = 10_000  # number of documents, for a streamed dataset
 _DATASET = re.compile(r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _FILE_SUFFIXES = {".txt", ".md", ".py", ".gz", ".bz2", ".xz", ".zst", ".zip"}
 
@@ -49,8 +50,9 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
             `NAME` or `NAME:CONFIGURATION` of a dataset on the Hugging Face Hub, whose split `train` is read.
         text_column: the column that holds the text. In a folder, `.json`, `.csv` and `.tsv` files without it are
             skipped, with a warning; to train on such a file as plain text, rename it to `.txt`.
-        streaming: read datasets when needed, not completely beforehand; their documents are then shuffled
-            within a window of 10,000.
+        streaming: shuffle, as it is read: a folder's files, of which eight are then read at once, in turn, and all
+            documents within a window of 10,000, which are kept in memory. A dataset is read when needed, not completely
+            beforehand.
         seed: of that shuffle.
 
     Returns:
@@ -64,11 +66,12 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
     if not name:  # which as a path would be the current folder
         raise ValueError("A text has an empty name; give a text file, a folder, or the name of a dataset on the Hub.")
     path = Path(name)
+    order = seed if streaming else None
     if path.is_dir():
-        return _folder(path, text_column)
+        return _folder(path, text_column, order)
     if path.exists() or path.is_symlink():
         require_file(path)
-        return Source(printable_path(path), lambda: _file(path, text_column))
+        return Source(printable_path(path), lambda: _files([path], text_column, order))
     match = _DATASET.fullmatch(name)
     if match is None or path.suffix.lower() in _FILE_SUFFIXES or has_rows(path):
         raise ValueError(
@@ -131,8 +134,8 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _folder(folder: Path, text_column: str) -> Source:
-    """Reads every file with text below a folder, sorted by name; warns about skipped files."""
+def _folder(folder: Path, text_column: str, seed: int | None) -> Source:
+    """Reads every file with text below a folder, sorted by name or shuffled; warns about skipped files."""
     found = list_folder(folder)
     readable, other, useless, caches = [], [], [], []
     for path in found.files:
@@ -162,10 +165,7 @@ def _folder(folder: Path, text_column: str) -> Source:
                 f"{printable_path(folder)}: {len(names)} {what}, and are skipped: {'; '.join(names[:3])}{more}.",
                 stacklevel=3,
             )
-    return Source(
-        printable_path(folder),
-        lambda: (document for path in readable for document in _file(path, text_column, may_be_empty=True)),
-    )
+    return Source(printable_path(folder), lambda: _files(readable, text_column, seed, may_be_empty=True))
 
 
 def _problem(path: Path, text_column: str) -> str | None:
@@ -175,6 +175,16 @@ def _problem(path: Path, text_column: str) -> str | None:
     except ValueError as error:
         return str(error).rstrip(".")
     return None
+
+
+def _files(paths: list[Path], text_column: str, seed: int | None, *, may_be_empty: bool = False) -> Iterator[Example]:
+    """Reads one file after another, or with a seed in another order."""
+    if seed is None:
+        return (document for path in paths for document in _file(path, text_column, may_be_empty=may_be_empty))
+    draw = random.Random(seed)
+    order = draw.sample(paths, len(paths))
+    files = (_file(path, text_column, may_be_empty=may_be_empty) for path in order)
+    return shuffled(in_turn(files, FILES_AT_ONCE), draw)
 
 
 def _file(path: Path, text_column: str, *, may_be_empty: bool = False) -> Iterator[Example]:

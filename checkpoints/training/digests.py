@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from parscale.checkpoints.texts.order import FILES_AT_ONCE, SHUFFLE_BUFFER
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
 from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_FILE, STREAMS_ONLY, Checkpoint, backbone_location
@@ -57,13 +58,13 @@ def _existing_files(checkpoint: Checkpoint, *names: str) -> Iterator[Path]:
 
 
 def streamed_digest(beginning: str, sources: Sequence[str]) -> str:
-    """A digest of streamed data: of its beginning, and of the sizes of the local files.
+    """A digest of streamed data: of its beginning, of the sizes of the local files, and of what orders the rest.
 
     Args:
         beginning: a digest of the first rows.
         sources: the names that the user gave to the data.
     """
-    digest = hashlib.sha256(beginning.encode())
+    digest = hashlib.sha256(f"{beginning} in turn {FILES_AT_ONCE} {SHUFFLE_BUFFER}\n".encode())
     for source in map(Path, sources):
         for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if path.is_file():

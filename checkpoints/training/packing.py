@@ -9,6 +9,7 @@ is predicted from the end of another document.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.chat_tokens import MaskedTokens, encode_chat, encode_completion, learned_from
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example, Source
+from parscale.checkpoints.texts.order import in_turn
 from parscale.checkpoints.texts.token_ids import encode, require_known
+from parscale.compat.flash import eager_for_flash, flash_cannot_run
 
 IGNORED = -100  # as a label: nothing is predicted here
 _DOCUMENTS_AT_ONCE = 64
@@ -133,6 +136,8 @@ def _block(ids: list[int], positions: list[int], learned: list[bool]) -> Iterato
 class Blocks(Dataset[Row]):
     """Packed blocks in memory, as rows for the Trainer: `input_ids`, `position_ids` and `labels`, each `(S,)`.
 
+    A token takes 8 bytes, and of chats 9.
+
     Attributes:
         ids: the tokens of all blocks, `(n, S)`.
         positions: of each in its document or piece of one, `(n, S)`.
@@ -140,14 +145,17 @@ class Blocks(Dataset[Row]):
     """
 
     def __init__(self, blocks: Iterable[Block], sequence_length: int) -> None:
-        given = list(blocks)
-        empty = np.zeros((0, sequence_length), dtype=np.int32)
-        self.ids = np.stack([block[0] for block in given]) if given else empty
-        self.positions = np.stack([block[1] for block in given]) if given else empty
+        ids, positions, learned = bytearray(), bytearray(), bytearray()  # which grow without a second copy
+        for number, block in enumerate(blocks):
+            ids += block[0].astype(np.int32, copy=False).tobytes()
+            positions += block[1].astype(np.int32, copy=False).tobytes()
+            if len(block) > 2:
+                learned += b"\1" * (number * sequence_length - len(learned)) + block[2].tobytes()
+        self.ids, self.positions = (np.frombuffer(x, np.int32).reshape(-1, sequence_length) for x in (ids, positions))
         self.learned: np.ndarray | None = None
-        if any(len(block) > 2 for block in given):
-            everything = np.ones(sequence_length, dtype=bool)
-            self.learned = np.stack([block[2] if len(block) > 2 else everything for block in given])
+        if learned:
+            learned += b"\1" * (self.ids.size - len(learned))
+            self.learned = np.frombuffer(learned, bool).reshape(self.ids.shape)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -174,7 +182,8 @@ def pack_documents(
 ) -> Blocks:
     """Documents as rows for the Trainer, each followed by the end-of-text token, as `train` packs them.
 
-    An incomplete last block is dropped.
+    An incomplete last block is dropped. `position_ids` keep the documents of a block apart; flash-attention reads them
+    in a batch of one row only, so use a batch size of 1 with it, or `sdpa`.
 
     Args:
         documents: pairs of a name and a text.
@@ -216,7 +225,7 @@ class Shuffled(Dataset[Row]):
 
 
 class Streamed(IterableDataset[Row]):
-    """`count` rows packed from sources while they are read; after the end of the sources it starts again.
+    """`count` rows packed from sources while they are read, a document of each in turn; at their end it starts again.
 
     Iterating raises `ValueError` if the sources hold less than one block or are damaged.
     """
@@ -228,7 +237,7 @@ class Streamed(IterableDataset[Row]):
         left = self.count
         while left:
             found = False
-            for block in islice(pack(self.encode(documents_of(self.sources)), self.sequence_length), left):
+            for block in islice(pack(self.encode(in_turn(self.sources)), self.sequence_length), left):
                 found, left = True, left - 1
                 yield as_row(block)
             if not found:
@@ -266,21 +275,25 @@ def too_few(sources: Sequence[Source], encode: Encoder, sequence_length: int) ->
 def keeps_documents_apart(model: PreTrainedModel, vocabulary: int, rows: int = 1) -> bool:
     """Whether a model's outputs for a document stay the same if another document comes before it in one block.
 
-    This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions;
-    flash-attention finds documents by their positions in one row only.
+    This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions.
+    Flash-attention finds documents by their positions in one row only. Where it cannot run yet, since the model is on
+    the CPU or in float32, other attention is tried in its place, which finds them in the same way or not at all.
 
     Args:
         model: to try.
         vocabulary: its number of token ids.
         rows: blocks at once.
     """
+    without_flash = flash_cannot_run(model)
+    if without_flash and rows > 1:
+        return False
     weight: Any = model.get_input_embeddings().weight
     ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary).expand(rows, -1)  # (rows, 12)
     positions = torch.arange(6, device=weight.device).repeat(2).expand(rows, -1)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager_for_flash(model) if without_flash else contextlib.nullcontext():
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:].float()
             alone = model(input_ids=ids[:, 6:], position_ids=positions[:, 6:], use_cache=False).logits.float()
     finally:

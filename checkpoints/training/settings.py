@@ -29,7 +29,8 @@ class TrainSettings:
             which the assistant's turns are learned: `messages`, or `prompt` and `completion`.
         eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
         text_column: What holds the text in rows of data.
-        streaming: Read data while training, not beforehand; needs `tokens`.
+        streaming: Read data while training, not beforehand; needs `tokens`. Sources take turns, a document each; the
+            seed shuffles files, and documents within 10,000 of each source.
         tokens: Tokens to train on; rounded down to whole steps. If more than the data holds, it is read again.
             Default: the data once.
         sequence_length: Tokens in a sequence. Default: 1024, or fewer if the model takes fewer.
@@ -52,6 +53,7 @@ class TrainSettings:
         gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
         compile: Run the model through `torch.compile`.
         attn_implementation: Attention implementation, such as sdpa, flash_attention_2 or flex_attention.
+            Flash-attention needs `bf16`, and a `micro_batch_size` of 1 to keep packed documents apart.
         eval_every: Steps between measurements. Default: a tenth of the run.
         eval_tokens: Maximum number of tokens to measure of each text.
         save_every: Steps between checkpoints. Default: a tenth of the run.

@@ -44,12 +44,13 @@ from parscale.checkpoints.training.run_settings import (
     tokenizer_of,
 )
 from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.shared_folder import require_shared
 from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
 from parscale.checkpoints.training.weight_files import is_adapted
 from parscale.checkpoints.versions import versions
-from parscale.compat.transformers import forget_deepspeed
+from parscale.compat.transformers import attn_implementation, forget_deepspeed, is_flash
 from parscale.format.counting import parameter_sizes
 from parscale.streams.state import find_state
 from parscale.terminal.console import Terminal
@@ -92,7 +93,8 @@ def train(
         The report, as in `training.json`; `"finished_before"` is true if the run had already finished.
 
     Raises:
-        ValueError: the data, the checkpoint or the settings do not fit; nothing has been written.
+        ValueError: the data, the checkpoint or the settings do not fit, or the processes have no common output folder;
+            nothing has been written.
         DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays complete.
         OSError: something is missing or cannot be written, or another process is running the run; the last checkpoint
             stays complete.
@@ -119,6 +121,7 @@ def _train_locked(
     if state.is_main_process:
         run.check(resume=resume)
     state.wait_for_everyone()
+    require_shared(run.folder, state)
     if resume and (before := run.report()) is not None:
         run.require_same(settings_known_before_reading(checkpoint, settings, before), partly=True)
         if state.is_main_process:
@@ -334,7 +337,8 @@ def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool, micr
     """The model, ready to train; warns if it mixes documents that are packed together.
 
     Raises:
-        ValueError: it keeps them apart in one row only, and more are trained at once.
+        ValueError: it keeps them apart in one row only, and more are trained at once, or flash-attention would compute
+            in float32.
     """
     model = open_for_training(
         checkpoint,
@@ -346,6 +350,12 @@ def _model(checkpoint: str | NewModel, settings: TrainSettings, bf16: bool, micr
         attn_implementation=settings.attn_implementation,
     )
     require_finite(model, str(checkpoint))
+    attention = attn_implementation(model.config)
+    if is_flash(attention) and not bf16 and os.environ.get(MIXED_PRECISION) != "fp16":
+        raise ValueError(
+            f"{attention} computes in half precision, and this run in float32; give --bf16, or --attn-implementation "
+            "sdpa."
+        )
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         apart = keeps_documents_apart(model, vocabulary_of(model), rows=min(micro, 2))
         in_one_row = not apart and micro > 1 and keeps_documents_apart(model, vocabulary_of(model))

@@ -10,6 +10,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from parscale.checkpoints.texts.documents import Document, Source
+from parscale.checkpoints.texts.order import in_turn
 from parscale.checkpoints.texts.sources import LOOKED_AT, open_sources
 from parscale.checkpoints.training.digests import streamed_digest
 from parscale.checkpoints.training.held_out import texts_to_measure
@@ -100,7 +101,7 @@ def _training_rows(
     if settings.streaming:
         assert settings.tokens is not None
         steps = _steps(settings.tokens, per_step, settings, length)
-        beginning = Blocks(islice(pack(encode(documents_of(sources)), length), settings.batch_size), length)
+        beginning = Blocks(islice(pack(encode(in_turn(sources)), length), settings.batch_size), length)
         if not len(beginning):
             raise too_few(sources, encode, length)
         named = [os.fspath(each) for each in settings.data if not isinstance(each, Source)]

@@ -1,12 +1,15 @@
 """Private names of transformers around attention: registered functions, the chosen implementation, layers' own code."""
 
+import contextlib
 import copy
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 
+from parscale.compat import flash
 from parscale.compat import transformers as compat
 from parscale.errors import IncompatibleVersionError
 
@@ -41,6 +44,53 @@ def test_flash_attention_is_told_by_its_mask():
         assert found == ["flash_attention_3", "org/kernel"]
     finally:
         transformers.AttentionMaskInterface._global_mapping.pop("org/kernel")
+
+
+def implementations(model):
+    parts = (model, model.text_model, model.vision_model, model.text_model.encoder.layers[0].self_attn)
+    return [part.config._attn_implementation for part in parts]
+
+
+def test_flash_attention_is_replaced_for_a_block_in_each_part_that_names_it():
+    """Also where layers see a view of their configuration, and after an error."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 8}, vision_config=sizes | {"image_size": 8, "patch_size": 4}
+    )
+    model = transformers.CLIPModel(config)
+    layer = model.text_model.encoder.layers[0].self_attn
+    layer.config = View(layer.config, prefix="seen as ")
+    model.config._attn_implementation_internal = None
+    model.vision_model.config._attn_implementation = "sdpa"
+    model.text_model.config._attn_implementation = "flash_attention_3"
+    before = implementations(model)
+    assert before == [None, "flash_attention_3", "sdpa", "seen as flash_attention_3"]
+    with contextlib.suppress(ValueError), flash.eager_for_flash(model):
+        assert implementations(model) == [None, "eager", "sdpa", "seen as eager"]
+        raise ValueError
+    assert implementations(model) == before
+
+
+@pytest.mark.parametrize(
+    ("device", "dtypes", "unfit"),
+    [
+        ("cpu", ["bfloat16"], True),
+        ("meta", ["bfloat16"], True),
+        ("cuda", ["float32"], True),
+        ("cuda", ["bfloat16", "float32", "uint8"], True),
+        ("cuda", ["bfloat16", "uint8"], False),
+        ("cuda", ["float16"], False),
+    ],
+)
+def test_flash_attention_runs_on_a_gpu_in_half_precision(device, dtypes, unfit, make, monkeypatch):
+    weights = [Mock(device=torch.device(device), dtype=getattr(torch, dtype)) for dtype in dtypes]
+    for weight in weights:
+        weight.is_floating_point.return_value = weight.dtype.is_floating_point
+    model = make()
+    monkeypatch.setattr(model, "parameters", lambda: iter(weights))
+    assert not flash.flash_cannot_run(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert flash.flash_cannot_run(model) is unfit
 
 
 def test_the_implementation_is_the_one_that_was_set(make):

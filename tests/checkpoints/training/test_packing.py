@@ -1,11 +1,13 @@
 """Packed sequences against their documents one by one, and their order."""
 
 import copy
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from flash_stand_in import StandIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
@@ -20,6 +22,7 @@ from transformers import (
 
 from parscale import wrap
 from parscale.checkpoints.texts.documents import Source
+from parscale.checkpoints.training import packing
 from parscale.checkpoints.training.packing import (
     IGNORED,
     Blocks,
@@ -154,6 +157,34 @@ def test_every_block_once_in_each_round_whatever_is_read_first():
     assert [int(Shuffled(blocks, 25, seed=4)[index]["input_ids"][0]) // 4 for index in range(25)] != order
 
 
+@pytest.mark.parametrize("chats", [(), (1,), (0, 3)])
+def test_blocks_in_memory_are_the_blocks(chats):
+    """Where one of them has parts that are not learned, all of the others are."""
+    pairs = list(pack([list(range(16))], 4))
+    mask = np.array([False, True, True, False])
+    blocks = Blocks(((*pair, mask) if number in chats else pair for number, pair in enumerate(pairs)), 4)
+    assert [row.tolist() for row in blocks.ids] == [ids.tolist() for ids, _ in pairs]
+    assert [row.tolist() for row in blocks.positions] == [[0, 1, 2, 3]] * 4
+    expected = [mask.tolist() if number in chats else [True] * 4 for number in range(4)]
+    assert (blocks.learned is None) is (not chats)
+    assert not chats or blocks.learned.tolist() == expected
+    assert Blocks([], 4).ids.shape == (0, 4)
+
+
+def test_a_token_in_memory_takes_eight_bytes_and_no_copy():
+    """The room that a growing array keeps at its end is at most an eighth."""
+    count, S = 2000, 512
+    block = np.arange(S, dtype=np.int32)
+    tracemalloc.start()
+    try:
+        blocks = Blocks(((block.copy(), block.copy()) for _ in range(count)), S)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert blocks.ids.nbytes + blocks.positions.nbytes == 8 * count * S
+    assert kept <= peak <= 1.15 * 8 * count * S
+
+
 def test_streamed_blocks_are_the_same_and_begin_again(byte_tokenizer):
     documents = [("a", "hello"), ("b", "streams of text")]
     source = Source("text", lambda: iter(documents))
@@ -161,6 +192,9 @@ def test_streamed_blocks_are_the_same_and_begin_again(byte_tokenizer):
     once = [ids.tolist() for ids, _ in pack(encode(documents), 4)]
     streamed = [row["input_ids"].tolist() for row in Streamed([source], encode, 4, 2 * len(once) + 1)]
     assert streamed == [*once, *once, once[0]]
+    other = Source.of("other", [("c", "0123")])
+    mixed = next(iter(Streamed([source, other], encode, 16, 1)))["input_ids"]
+    assert byte_tokenizer.decode(mixed) == "hello<end>0123<end>strea"
     with pytest.raises(ValueError, match="The data holds 22 tokens, fewer than one sequence of 64"):
         next(iter(Streamed([source], encode, 64, 1)))
 
@@ -172,6 +206,23 @@ def test_models_with_masks_keep_documents_apart(name, P):
     model = make(name, P)
     assert keeps_documents_apart(model, 64)
     assert model.training
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_models_with_flash_attention_keep_them_apart_in_one_row(name, rows, monkeypatch):
+    """What is said of a model that cannot run yet is what a run says."""
+    stand_in = StandIn()
+    stand_in.install(monkeypatch)
+    model = make(name, 2).float()
+    model.config._attn_implementation = "flash_attention_2"
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "flash_cannot_run", lambda model: False)
+        expected = keeps_documents_apart(model, 64, rows)
+    assert stand_in.calls
+    stand_in.strict = True
+    assert keeps_documents_apart(model, 64, rows) is expected is (rows == 1)
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_models_with_a_state_do_not():

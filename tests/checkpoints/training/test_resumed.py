@@ -6,11 +6,23 @@ import re
 import pytest
 
 from parscale import load
+from parscale.checkpoints.texts import order
+from parscale.checkpoints.training import digests
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.train import TrainSettings, train
 
 S, BATCH = 16, 2
 OPTIONS = {"sequence_length": S, "batch_size": BATCH, "freeze_backbone": True, "bf16": False}
+
+
+def stopped_after(publish):
+    """Stops a run after its first checkpoint."""
+
+    def stopped(self, written, step, **others):
+        publish(self, written, step, **others)
+        raise KeyboardInterrupt
+
+    return stopped
 
 
 def test_how_often_is_saved_and_measured(streams_only, text_file, tmp_path, monkeypatch):
@@ -19,13 +31,7 @@ def test_how_often_is_saved_and_measured(streams_only, text_file, tmp_path, monk
     options = OPTIONS | {"data": [str(text_file)], "eval_data": {"same": str(text_file)}, "eval_tokens": S}
     options |= {"tokens": 5 * BATCH * S, "keep_checkpoints": 9}
     with monkeypatch.context() as patched:
-        publish = Run.publish
-
-        def stopped(self, written, step, **others):
-            publish(self, written, step, **others)
-            raise KeyboardInterrupt
-
-        patched.setattr(Run, "publish", stopped)
+        patched.setattr(Run, "publish", stopped_after(Run.publish))
         with pytest.raises(KeyboardInterrupt):
             train(str(streams_only), folder, TrainSettings(**options, save_every=2, eval_every=5))
     train(str(streams_only), folder, TrainSettings(**options, save_every=1, eval_every=2), resume=True)
@@ -68,8 +74,9 @@ def test_names_of_the_same_contents(tmp_path, monkeypatch):
             run.require_same(settings | written | {"checkpoint": "other", "checkpoint_digest": "4"})
 
 
-def test_streamed_data_that_cannot_be_read_to_its_end(streams_only, text_file, tmp_path):
+def test_streamed_data_that_cannot_be_read_to_its_end(streams_only, text_file, tmp_path, monkeypatch):
     """The checkpoint that is named can be trained in its place."""
+    monkeypatch.setattr(order, "SHUFFLE_BUFFER", 2)  # of what is read ahead an error is said before training
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "def f(x): return x"}\n' * 69 + '{"text": 3}\n')  # read 64 at a time
     options = OPTIONS | {"tokens": 4000, "sequence_length": 64, "save_every": 4}
@@ -81,6 +88,28 @@ def test_streamed_data_that_cannot_be_read_to_its_end(streams_only, text_file, t
     assert newest == str(Run(tmp_path / "run").newest_checkpoint())
     train(newest, tmp_path / "more", TrainSettings(data=[str(text_file)], **OPTIONS, tokens=BATCH * S))
     assert load(tmp_path / "more").num_streams == 3
+
+
+def test_streamed_files_go_on_where_they_were(streams_only, tmp_path, monkeypatch):
+    """They are read again from the beginning, in the same order; an order of another kind is refused."""
+    for number in range(6):
+        rows = "".join(json.dumps({"text": f"def f{number}(x): return x * {row}"}) + "\n" for row in range(9))
+        (tmp_path / f"{number}.jsonl").write_text(rows)
+    named = [str(tmp_path / f"{number}.jsonl") for number in range(6)]
+    chosen = TrainSettings(data=named, streaming=True, **OPTIONS, tokens=5 * BATCH * S, save_every=2)
+    train(str(streams_only), tmp_path / "whole", chosen)
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "publish", stopped_after(Run.publish))
+        with pytest.raises(KeyboardInterrupt):
+            train(str(streams_only), tmp_path / "run", chosen)
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "SHUFFLE_BUFFER", 20_000)
+        with pytest.raises(ValueError, match="data_digest was"):
+            train(str(streams_only), tmp_path / "run", chosen, resume=True)
+    train(str(streams_only), tmp_path / "run", chosen, resume=True)
+    losses = [[line["loss"] for line in Run(tmp_path / name).metrics()] for name in ("run", "whole")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 5
 
 
 def test_a_file_that_is_gone_by_the_name_that_it_had(tmp_path, monkeypatch):

@@ -106,19 +106,25 @@ def ways(*names, daily):
 
 @pytest.mark.parametrize("way", ways("everything", "streams", "lora", daily="streams"))
 def test_ddp(full, settings, one, tmp_path, launch, way):
-    """And what two processes have begun goes on in one, and the other way round; a batch of three rows is refused."""
+    """And what two processes have begun goes on in one, and the other way round.
+
+    A batch of three rows is refused, and an output folder that is another one for each process.
+    """
     chosen = settings | WAYS[way]
     stopped = stop_after_two_steps(one(way), tmp_path / "from-one")
     refused = request(full, tmp_path / "refused", chosen | {"batch_size": 3})
+    apart = request(full, "out/run", chosen) | {"apart": str(tmp_path / "apart")}
     launch(
         2,
         [
             refused | {"refused": "must be a multiple of the 2 processes"},
+            apart | {"refused": "The output folder out/run is not the same on all nodes; give one on a shared"},
             request(full, tmp_path / "two", chosen),
             request(full, stopped, chosen, resume=True),
         ],
     )
     assert not (tmp_path / "refused").exists()
+    assert sorted(path.name for path in (tmp_path / "apart").rglob("*")) == ["0", "1"]
     assert_same(tmp_path / "two", one(way))
     assert_same(tmp_path / "from-one", one(way))
     stopped = stop_after_two_steps(tmp_path / "two", tmp_path / "from-two")

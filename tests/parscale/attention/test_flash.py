@@ -1,9 +1,4 @@
-"""Flash-attention: transformers' own code around it, run on a stand-in for the two functions of its package.
-
-No flash-attention kernel runs here: it needs a GPU. The stand-in keeps its contract (causality and windows aligned to
-the lower right, sequences joined by `cu_seqlens`, rows that see nothing are zero), but takes float32, so that the
-results can be held against the reference's. Where a kernel runs for real, its rounding to half precision comes on top.
-"""
+"""Flash-attention: transformers' own code around it, run on a stand-in for the two functions of its package."""
 
 import inspect
 import sys
@@ -11,10 +6,10 @@ import sys
 import pytest
 import torch
 import transformers
+from flash_stand_in import StandIn
 from model_calls import logits_of
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,81 +23,6 @@ WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss"]
 HUB_NAME = "someone/flash-kernel"
 
 
-class StandIn:
-    """The functions of `flash-attn`, and what they were called with.
-
-    Args:
-        tuples: whether they return the log-sum-exp beside the output, as flash-attention 3 does.
-    """
-
-    def __init__(self, tuples: bool) -> None:
-        self.tuples = tuples
-        self.calls: list[str] = []
-
-    def one(self, q, k, v, scale, causal, window, softcap, sinks):
-        """A sequence: q `(S, heads, D)`, k and v `(K, G, D)`; gives `(S, heads, D)`."""
-        (S, heads, D), (K, G, _) = q.shape, k.shape
-        assert k.shape == v.shape
-        assert v.shape[-1] == D <= 256
-        k, v = k.repeat_interleave(heads // G, dim=1), v.repeat_interleave(heads // G, dim=1)
-        scores = torch.einsum("shd,khd->hsk", q, k) * (D**-0.5 if scale is None else scale)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        distance = torch.arange(K - S, K)[:, None] - torch.arange(K)  # to the left, (S, K)
-        visible = torch.ones(S, K, dtype=torch.bool)
-        left, right = window
-        if left >= 0:
-            visible &= distance <= left
-        if right >= 0:
-            visible &= -distance <= right
-        if causal:
-            visible &= distance >= 0
-        scores = scores.masked_fill(~visible, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[:, None, None].expand(-1, S, 1)], dim=-1)
-        weights = scores.softmax(-1).nan_to_num()[..., :K]
-        return torch.einsum("hsk,khd->shd", weights, v)
-
-    def flash_attn_func(
-        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, s_aux=None
-    ):
-        self.calls.append("batch")
-        assert q.shape[0] == k.shape[0]
-        rows = [self.one(*row, softmax_scale, causal, window_size, softcap, s_aux) for row in zip(q, k, v, strict=True)]
-        return (torch.stack(rows), None) if self.tuples else torch.stack(rows)
-
-    def flash_attn_varlen_func(
-        self,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-        s_aux=None,
-    ):
-        self.calls.append("joined")
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert cu_seqlens_q[-1] == q.shape[0]
-        assert cu_seqlens_k[-1] == k.shape[0] == v.shape[0]
-        assert max_seqlen_q >= cu_seqlens_q.diff().max()
-        assert max_seqlen_k >= cu_seqlens_k.diff().max()
-        pieces = zip(
-            q.split(cu_seqlens_q.diff().tolist()),
-            k.split(cu_seqlens_k.diff().tolist()),
-            v.split(cu_seqlens_k.diff().tolist()),
-            strict=True,
-        )
-        joined = torch.cat([self.one(*x, softmax_scale, causal, window_size, softcap, s_aux) for x in pieces])
-        return (joined, None) if self.tuples else joined
-
-
 @pytest.fixture(params=["flash_attention_2", "flash_attention_3", HUB_NAME])
 def implementation(request):
     """A name under which flash-attention runs."""
@@ -113,16 +33,7 @@ def implementation(request):
 def flash(monkeypatch):
     """Puts the stand-in where transformers imports flash-attention; call it with a model and the name to run under."""
     stand_in = StandIn(tuples=False)
-    for name in ("_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn"):
-        monkeypatch.setattr(flash_utils, name, None)
-    monkeypatch.setattr(flash_utils, "_process_flash_kwargs_fn", None)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
-
-    def imports(*args, **kwargs):
-        functions = stand_in.flash_attn_func, stand_in.flash_attn_varlen_func, None
-        return *functions, flash_utils._pad_input, flash_utils._unpad_input
-
-    monkeypatch.setattr(flash_utils, "_lazy_imports", imports)
+    stand_in.install(monkeypatch)
     for interface in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
     # what transformers does for a kernel from the Hub
@@ -305,6 +216,20 @@ def test_packed_documents_are_found_once_for_all_layers(given, kv, name, flash, 
     assert waits == (["tolist"] if given == "boundaries" else ["nonzero", "tolist"])
 
 
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_documents_that_a_collator_joins(kv, flash, zoo):
+    """As transformers' own collator does with those of a batch."""
+    case = zoo.Case(zoo.FAMILIES["llama"], "eager")
+    model = case.wrapped() if kv == "own" else zoo.share(case.plain())
+    pieces = zoo.token_ids(rows=1).split([6, 1, 2], dim=1)
+    alone = torch.cat([logits_of(model, piece) for piece in pieces], dim=1)
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collate([{"input_ids": piece[0]} for piece in pieces])
+    del batch["labels"]
+    found = flash(model)(**batch, use_cache=False).logits
+    zoo.close(found, alone, TOLERANCE)
+
+
 def test_positions_that_restart_in_several_rows_are_no_documents(flash, zoo):
     case, model = make(zoo, "llama")
     ids, positions = zoo.token_ids(), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(zoo.B, -1)
@@ -438,6 +363,26 @@ def test_half_precision_weights_after_a_float32_query(flash, zoo):
         layer.module.o_proj.register_forward_hook(lambda module, args, output: output.float())
     for length in (1, 9):  # by flash-attention, and by the mask that leaves the prefix out of the window
         assert logits_of(flash(model), zoo.token_ids(length=length)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:init='documents' is an approximation for GptOss")
+@pytest.mark.parametrize("init", ["documents", "random"])
+@pytest.mark.parametrize(("dtype", "on_gpu"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_model_is_wrapped_before_flash_attention_can_run(name, dtype, on_gpu, init, flash, zoo):
+    """On the CPU it cannot, or in float32; the streams that start from texts are those that they are under `eager`."""
+    flash.stand_in.strict, flash.stand_in.on_gpu = True, on_gpu
+    expected, model = (zoo.FAMILIES[name].build("eager", dtype=dtype) for _ in range(2))
+    for each in (expected, flash(model)):
+        parscale.wrap(each, zoo.P, prefix_length=zoo.T, init=init, seed=0)
+        each.add_streams("other", zoo.P, prefix_length=zoo.T, init=init, seed=1)
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert not flash.stand_in.calls
+    for path, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(path), parameter), path
+    flash.stand_in.strict = False
+    zoo.close(logits_of(model.float(), zoo.token_ids()), logits_of(expected.float(), zoo.token_ids()), TOLERANCE)
+    assert flash.stand_in.calls
 
 
 def test_without_the_package_the_error_is_the_backbones(zoo):
