@@ -47,7 +47,7 @@ class ParScaleConfig:
 
     Attributes:
         num_streams: P, the number of parallel streams: copies of the input that run through the backbone. 1 is the
-            plain backbone.
+            plain backbone, without a prefix.
         prefix_length: T, tokens of each stream's prefix or prompt: learned key/value pairs before the keys of each
             attention layer (`prefix`), or learned embeddings before the input (`prompt`). `lora` has none. At most the
             model's number of positions if the streams start from texts.

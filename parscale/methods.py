@@ -93,6 +93,19 @@ def freeze_backbone(model: Any) -> None:
         set_trainable(parameter, True)
 
 
+def stream_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """The active streams' parameters, for an optimizer that treats them apart from the backbone's.
+
+    Streams take a far higher learning rate than weights, and no weight decay. Under FSDP ask once the model is sharded.
+
+    Returns:
+        What makes the streams differ, and their aggregator, whether or not it trains; nothing while streams are off or
+        P is 1.
+    """
+    state: ParScaleState = model.parscale
+    return parameters_of(state, state.active)
+
+
 def print_trainable_parameters(model: Any) -> None:
     """Prints the number of trainable parameters, of all parameters, their ratio in per cent, and the parts.
 

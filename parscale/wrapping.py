@@ -39,6 +39,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "set_streams": choosing.set_streams,
     "use_streams": choosing.use_streams,
     "freeze_backbone": methods.freeze_backbone,
+    "stream_parameters": methods.stream_parameters,
     "print_trainable_parameters": methods.print_trainable_parameters,
     "stream_report": methods.stream_report,
     "save_pretrained": methods.save_pretrained,

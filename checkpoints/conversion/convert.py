@@ -22,6 +22,8 @@ from parscale.format.folders import CONFIG, FULL, PLAIN, STREAMS_CONFIG, STREAMS
 from parscale.format.staging import require_new_folder, staged
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def convert(
     source: str,
@@ -31,8 +33,9 @@ def convert(
     calibration_files: Sequence[Path] = (),
     text_column: str = "text",
     streams_only: bool = False,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Adds P streams to a saved model and saves it, in the dtype that it was saved in.
+    """Adds P streams to a saved model and saves it, by default in the dtype that it was saved in.
 
     Args:
         source: the backbone's folder, or its name on the Hugging Face Hub.
@@ -43,17 +46,21 @@ def convert(
             samples the texts.
         text_column: the column that holds the text, in JSON, JSON Lines, CSV and tables.
         streams_only: write the streams and the backbone's name instead of a full checkpoint.
+        dtype: of backbone and streams in the full checkpoint: `"float32"`, in which no training step is rounded away,
+            `"bfloat16"` or `"float16"`.
 
     Returns:
         A report that can be written as JSON: what was read and written, how many parameters it has, how many bytes it
         takes on disk, and the seconds it took.
 
     Raises:
-        ValueError: `source` is damaged or already has streams, `output` is not empty, a number is out of range, or
-            there is too little calibration text.
+        ValueError: `source` is damaged or already has streams, `output` is not empty, a number is out of range, there
+            is too little calibration text, or `dtype` is unknown, too narrow for the backbone's values, or given with
+            `streams_only`.
         OSError: the source does not exist, the output cannot be written, or another process is writing it.
     """
     start = time.perf_counter()
+    _check_dtype(dtype, streams_only)
     if calibration_files and config.init not in (None, *TEXT_INITS):
         readers = " or ".join(map(repr, TEXT_INITS))
         raise ValueError(f"Calibration text is for init {readers}, but init is {config.init!r}; omit one of them.")
@@ -72,7 +79,12 @@ def convert(
         raise ValueError(f"{source} already has streams ({kind}); give a plain model, such as its backbone.")
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)
-        model = load_plain(source, any_task=True)
+        model = load_plain(source, any_task=True, dtype=None if dtype is None else DTYPES[dtype])
+        if dtype is not None and (name := first_not_finite(model.named_parameters())) is not None:
+            raise ValueError(
+                f"{name} of {source} has values that are too large for {dtype}, or not finite: give dtype 'bfloat16' "
+                "or 'float32', or leave it out."
+            )
         calibration = None
         if documents:
             calibration = calibration_ids(
@@ -107,6 +119,17 @@ def convert(
         "bytes": size,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _check_dtype(dtype: str | None, streams_only: bool) -> None:
+    """Refuses a dtype that is unknown, or that no file would keep."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, and must be {', '.join(map(repr, DTYPES))}; without it, the source's.")
+    if dtype is not None and streams_only:
+        raise ValueError(
+            f"dtype is {dtype!r}, but streams alone get their backbone's dtype when they are loaded; leave one of "
+            "dtype and streams_only out."
+        )
 
 
 def _parameters_of_streams(model: Any, config: ParScaleConfig) -> dict[str, int]:

@@ -32,6 +32,10 @@ def convert(
     streams_only: Annotated[
         bool, typer.Option("--streams-only", help="Write the streams and the backbone's name, not its weights.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the full checkpoint: float32, bfloat16 or float16. Default: as the source is saved."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Recycle a checkpoint: add P parallel streams to a model and save it."""
@@ -48,5 +52,6 @@ def convert(
             calibration_files=calibration or (),
             text_column=text_column,
             streams_only=streams_only,
+            dtype=dtype,
         )
     (print_json if json else print_figures)(report)

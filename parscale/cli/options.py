@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,8 +18,22 @@ from parscale.descriptions import descriptions, plain
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+def _in_one_process(context: typer.Context, device: str | None) -> str | None:
+    """Refuses several processes, each of which would do all that the command does."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"parscale {context.info_name} runs in one process on one device, and WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}: each of them would do all of it. Start it without torchrun or accelerate "
+            "launch; lm-eval's own command shares its tasks out among processes."
+        )
+    return device
+
+
 Device = Annotated[
-    str | None, typer.Option(help="Where to run, such as cpu or cuda:1. Default: a GPU if there is one.")
+    str | None,
+    typer.Option(help="Where to run, such as cpu or cuda:1. Default: a GPU if there is one.", callback=_in_one_process),
 ]
 Streams = Annotated[
     str | None,

@@ -184,6 +184,7 @@ def _print_comparisons(report: dict[str, Any]) -> None:
     from parscale.checkpoints.description import describe
     from parscale.checkpoints.evaluation.paired_differences import table_of
     from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCHED, sentences
+    from parscale.checkpoints.training.run_folder import Run
 
     trained = [entry for entry in report["comparisons"] if entry["arm"] == TRAINED]
     controls = report.get("controls", {})
@@ -196,10 +197,14 @@ def _print_comparisons(report: dict[str, Any]) -> None:
     for sentence in report.get("sentences", []):
         print(sentence)
     if not controls and describe(report["output"])["num_streams"] > 1:
-        print(
+        beaten = (
             "A lower loss than the untouched backbone's is not yet a gain of streams: the backbone trained alone and "
-            "one trained prefix have to be beaten too, after the same tokens. This trains them and compares:"
+            "one trained prefix have to be beaten too, after the same tokens."
         )
+        if Run(Path(report["checkpoint"])).report() is not None:
+            print(f"{beaten} The streams were trained before, so --controls refuses: train each by hand in both runs.")
+            return
+        print(f"{beaten} This trains them and compares:")
         print(f"  {_with_controls(report['command'] or 'parscale train ...')}")
 
 

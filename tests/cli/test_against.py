@@ -45,6 +45,17 @@ def test_train_says_what_a_gain_has_to_beat_and_trains_it(two_sets, text_file, h
     assert "is not yet a gain" not in printed
 
 
+def test_a_second_training_is_told_of_controls_by_hand(two_sets, text_file, held_out, tmp_path, capsys):
+    """`--controls` would refuse it."""
+    options = ["--data", str(text_file), *SIZES, "--freeze-backbone"]
+    assert run(["train", str(two_sets), *options, "--output", str(tmp_path / "first")]) == 0
+    second = ["train", str(tmp_path / "first"), *options, "--eval-data", f"code={held_out}"]
+    assert run([*second, "--output", str(tmp_path / "second")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "is not yet a gain of streams" in last
+    assert last.endswith("so --controls refuses: train each by hand in both runs.")
+
+
 def test_controls_without_held_out_text(two_sets, text_file, tmp_path, capsys):
     arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
     assert run([*arguments, "--controls"]) == BAD_INPUT

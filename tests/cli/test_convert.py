@@ -65,6 +65,33 @@ def test_streams_only(backbone, tmp_path, capsys):
     assert parscale.load(output).num_streams == 2
 
 
+def test_a_checkpoint_in_another_dtype(backbone, tmp_path, capsys):
+    """The backbone's bfloat16 values are the same in float32, and all that is loaded and written stays in that."""
+    output = tmp_path / "wide"
+    given = ["--num-streams", 2, "--prefix-length", 5, "--dtype", "float32"]
+    assert convert(backbone, output, *given, "--seed", 3, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "float32"
+    assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
+    source, saved = (load_file(folder / "model.safetensors") for folder in (backbone, output))
+    assert {tensor.dtype for tensor in source.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert all(torch.equal(saved[name], tensor.float()) for name, tensor in source.items())
+    prefixes = [tensor for name, tensor in saved.items() if "prefix_" in name]
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in prefixes)
+    assert {parameter.dtype for parameter in parscale.load(output).parameters()} == {torch.float32}
+
+
+def test_values_that_a_dtype_cannot_hold(damaged, tmp_path, capsys):
+    weights = damaged / "model.safetensors"
+    save_file(
+        {name: tensor * (1e6 if "norm" in name else 1) for name, tensor in load_file(weights).items()},
+        weights,
+        metadata={"format": "pt"},
+    )
+    given = [damaged, tmp_path / "output", "--num-streams", 2, "--init", "random", "--dtype"]
+    refused(capsys, tmp_path, *given, "float16", complaint="has values that are too large for float16, or not finite")
+
+
 def test_seed_repeats(backbone, tmp_path):
     for name in ("a", "b"):
         assert convert(backbone, tmp_path / name, "--num-streams", 2, "--init", "random", "--seed", 3) == 0
@@ -138,6 +165,8 @@ def refused(capsys, tmp_path, *arguments: object, complaint: str) -> None:
         (["--num-streams", 2, "--seed", -1], "'--seed'"),
         (["--num-streams", 2, "--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--num-streams", 1, "--calibration", "nowhere.txt"], "one stream is the backbone; omit it"),
+        (["--num-streams", 2, "--dtype", "int8"], "dtype is 'int8', and must be 'float32', 'bfloat16', 'float16'"),
+        (["--num-streams", 2, "--dtype", "float32", "--streams-only"], "leave one of dtype and streams_only out"),
         (["--num-streams", 2, "--rank", 4], "--rank is of --transform lora, and the transform is prefix; omit one"),
     ],
 )

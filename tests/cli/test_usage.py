@@ -91,6 +91,20 @@ def test_wrong_usage_is_one_line(arguments, complaint, capsys):
     assert "--help'" in printed.err
 
 
+@pytest.mark.parametrize(
+    "arguments", [["eval", "a", "--data", "b"], ["diagnose", "a", "--data", "b"], ["generate", "a", "--prompt", "b"]]
+)
+def test_what_runs_on_one_device_is_refused_in_several_processes(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert f"parscale {arguments[0]} runs in one process on one device, and WORLD_SIZE is 8" in printed.err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run(arguments) == 2
+    assert "WORLD_SIZE" not in capsys.readouterr().err
+
+
 def broken(error: BaseException) -> None:
     raise error
 

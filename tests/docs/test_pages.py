@@ -10,6 +10,7 @@ import typer
 import yaml
 from markdown.extensions.toc import slugify, unique
 
+from parscale.checkpoints.control_runs import SAME
 from parscale.cli.application import app, run
 from parscale.cli.options import repeat_list_options
 
@@ -151,6 +152,12 @@ def test_every_command_is_in_the_reference():
 def test_what_a_page_would_fetch_is_found(html, count):
     tool = __import__("runpy").run_path(str(ROOT / "tools" / "documentation.py"))
     assert len(tool["fetched"](html)) == count
+
+
+def test_what_controls_by_hand_have_to_share_is_what_controls_share():
+    section = (DOCS / "training.md").read_text().partition("\n## Controls on several devices\n")[2]
+    listed = re.search(r"must agree in (.*?):", section, flags=re.DOTALL)[1]
+    assert tuple(re.findall(r"`(\w+)`", listed)) == SAME
 
 
 def test_the_examples_are_listed():

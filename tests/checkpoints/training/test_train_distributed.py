@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import ParScaleConfig, load
+from parscale.checkpoints.evaluation.controls import ARMS, prepare_arm
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.run_folder import MANIFEST, Run
 from parscale.checkpoints.training.train import TrainSettings, train
@@ -130,6 +132,24 @@ def test_ddp(full, settings, one, tmp_path, launch, way):
     stopped = stop_after_two_steps(tmp_path / "two", tmp_path / "from-two")
     train(str(full), stopped, TrainSettings(**chosen), resume=True)
     assert_same(stopped, one(way))
+
+
+def test_a_control_of_one_prefix(backbone, settings, tmp_path, launch):
+    """Prepared by hand, it ends in two processes as in one; the two streams that it is made of stay equal."""
+    (arm,) = (arm for arm in ARMS if arm.name == "prefix")
+    model, calibration = AutoModelForCausalLM.from_pretrained(backbone), torch.arange(3, 15).view(3, 4)
+    prepare_arm(arm, model, ParScaleConfig(3, prefix_length=4), calibration).save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path / "start")
+    chosen = settings | WAYS["streams"]
+    train(str(tmp_path / "start"), tmp_path / "one", TrainSettings(**chosen))
+    launch(2, [request(tmp_path / "start", tmp_path / "two", chosen)])
+    assert_same(tmp_path / "two", tmp_path / "one")
+    before = load(tmp_path / "start").state_dict()
+    prefixes = {name: tensor for name, tensor in load(tmp_path / "two").state_dict().items() if "prefix_" in name}
+    assert prefixes
+    for name, tensor in prefixes.items():
+        assert torch.equal(tensor[0], tensor[1])
+        assert not torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("way", ways("everything", "streams", daily="everything"))

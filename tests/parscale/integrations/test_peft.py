@@ -122,6 +122,7 @@ def test_members_are_reached_through_the_adapter(family, zoo, capsys):
         zoo.close(logits_of(tuned, ids), plain, 1e-6)
         assert tuned.num_streams == 1
     assert tuned.stream_report(ids).weights.shape == (zoo.B, zoo.S, zoo.P)
+    assert {*tuned.stream_parameters()} == {tensor for name, tensor in tuned.named_parameters() if is_stream(name)}
     model.print_trainable_parameters()
     line = capsys.readouterr().out
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)

@@ -91,6 +91,22 @@ def test_freeze_backbone_needs_streams_that_train(model):
         assert trained(model) == before
 
 
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_the_streams_parameters_are_those_of_the_active_set(model):
+    """Each once, whether or not they train."""
+    for name in ("two", "one", None, "default"):
+        model.set_streams(name)
+        found = model.stream_parameters()
+        assert len(found) == len(set(found))
+        assert set(found) == ({*tensors_of(model, name).values()} if name in ("default", "two") else set())
+    model.requires_grad_(False)
+    with model.use_streams("two"):
+        assert set(model.stream_parameters()) == {*tensors_of(model, "two").values()}
+    assert set(model.stream_parameters()) == {*tensors_of(model, "default").values()}
+    parscale.unwrap(model)
+    assert not hasattr(model, "stream_parameters")
+
+
 @FEW
 def test_a_block_with_other_streams(model, zoo):
     ids = zoo.token_ids()
