@@ -57,7 +57,7 @@ def add_streams(
         smoothing: as in `ParScaleConfig`.
         init: as in `ParScaleConfig`.
         seed: as in `ParScaleConfig`.
-        calibration: as in `parscale.wrap`.
+        calibration: token ids `(P, T)`, or `(P - 1, T)` with `kv="shared"`, as in `parscale.wrap`.
         transform: as in `ParScaleConfig`.
         rank: as in `ParScaleConfig`.
         kv: as in `ParScaleConfig`.
