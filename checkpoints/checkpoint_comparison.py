@@ -13,7 +13,6 @@ from parscale.checkpoints.description import describe
 from parscale.checkpoints.evaluation.paired_differences import MIDDLES, Places, single_seed_entries
 from parscale.checkpoints.evaluation.places import evaluate_places
 from parscale.checkpoints.models import (
-    STREAMS_OFF,
     find_tokenizer,
     open_checkpoint,
     require_merged,
@@ -22,7 +21,7 @@ from parscale.checkpoints.models import (
 )
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode
-from parscale.config import PROMPT
+from parscale.config import PROMPT, STREAMS_OFF
 from parscale.streams.state import find_state
 
 TEXT = "the text"

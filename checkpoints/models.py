@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale import load
+from parscale.config import STREAMS_OFF
 from parscale.format.architectures import class_named
 from parscale.format.folders import (
     ADAPTER_CONFIG,
@@ -29,7 +30,6 @@ from parscale.streams.backbones import generates_text
 from parscale.streams.brief_runs import is_machine_error
 from parscale.streams.choosing import no_such_set
 
-STREAMS_OFF = "off"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
 # The Hub is asked for one file at a time.
 _ON_THE_HUB = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")

@@ -14,6 +14,8 @@ TEXT_INITS = ("context", "documents")  # inits that read a text for each stream
 INITS = (*TEXT_INITS, "random")
 PREFIX, PROMPT, LORA = "prefix", "prompt", "lora"
 TRANSFORMS = (PREFIX, PROMPT, LORA)
+FROM_TEXTS = (PREFIX, PROMPT)  # transforms whose streams can start from texts
+SHARING = (PREFIX, LORA)  # transforms whose streams can share keys and values
 OWN, SHARED = "own", "shared"
 KVS = (OWN, SHARED)
 LARGEST_COUNT = 10**15  # of any number of things; torch counts bytes with 64 bits
@@ -29,6 +31,7 @@ FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK, KV
 SET_NAME, SETS = "parscale_name", "parscale_sets"
 DEFAULT_SET = "default"
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+STREAMS_OFF = "off"  # in place of a set's name, on the command line: the plain backbone
 RELEASED_SMOOTHING = 0.01
 RELEASED_PREFIX_LENGTH = 48
 
@@ -87,15 +90,15 @@ class ParScaleConfig:
         self.rank = _integer("rank", self.rank, minimum=1, maximum=LARGEST_COUNT)
         if self.kv not in KVS:
             raise ValueError(f"kv must be one of {', '.join(map(repr, KVS))}, got {self.kv!r}.")
-        if self.kv == SHARED and self.transform == PROMPT:
-            raise ValueError(
-                f"kv={SHARED!r} takes transform={PREFIX!r} or {LORA!r}, got {self.transform!r}: a prompt stands among "
-                "the keys that streams share. Leave one out."
-            )
+        if self.kv == SHARED and self.transform not in SHARING:
+            allowed = " or ".join(map(repr, SHARING))
+            raise ValueError(f"kv={SHARED!r} takes transform={allowed}, got {self.transform!r}: leave one out.")
         if self.init is not None and self.init not in INITS:
             raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.")
-        if self.init in TEXT_INITS and self.transform == LORA:
-            raise ValueError(f"init={self.init!r} starts from texts, which transform='lora' cannot do: omit it.")
+        if self.init in TEXT_INITS and self.transform not in FROM_TEXTS:
+            raise ValueError(
+                f"init={self.init!r} starts from texts, which transform={self.transform!r} cannot do: omit it."
+            )
         if self.seed is not None:
             self.seed = _integer("seed", self.seed, minimum=0)
             if self.seed >= 2**64:

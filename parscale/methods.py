@@ -22,7 +22,7 @@ from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
-from parscale.hooks.stream_losses import IGNORED, stream_losses
+from parscale.hooks.stream_losses import IGNORED, StreamLosses, measure_streams
 from parscale.hooks.two_passes import ROUTER_LOGITS
 from parscale.streams.backbones import generates_text, takes_argument
 from parscale.streams.naming import LABELS, TRANSFORM_PART, part_of
@@ -48,10 +48,11 @@ def add_streams(
 ) -> None:
     """Adds a set of streams on the same backbone, inactive and frozen until `set_streams(name)`.
 
-    To train it, add and choose it before an optimizer, DDP or accelerate's `prepare`, which take what trains then.
+    To train it, add and choose it before an optimizer, DDP or accelerate's `prepare`, which take what trains then. The
+    arguments are those of `wrap` but `kernels`, which `wrap` is given for all sets of the model.
 
     Args:
-        name: the set's name; letters, digits, `-` and `_`.
+        name: the set's name; letters, digits, `-` and `_`, but not `"off"`.
         num_streams: P, or a `ParScaleConfig`, beside which no other field may be given.
         prefix_length: as in `ParScaleConfig`.
         smoothing: as in `ParScaleConfig`.
@@ -88,8 +89,9 @@ def freeze_backbone(model: Any) -> None:
     if state.num_streams == 1:
         raise ValueError("No streams are active (or P is 1), so nothing would be trainable: set_streams(name) first.")
     reshard(model)
+    trained = parameters_of(state, state.active)
     model.requires_grad_(False)
-    for parameter in parameters_of(state, state.active):
+    for parameter in trained:
         set_trainable(parameter, True)
 
 
@@ -137,7 +139,7 @@ class StreamReport:
         losses: mean next-token loss of each stream alone, in nats, `(P,)`.
         weights: aggregation weights, `(B, S, P)`.
         entropy: of the weights at each token, in nats, `(B, S)`; `log(P)` for equal weights.
-        correlation: of the token losses of each pair of streams, `(P, P)`.
+        correlation: of the token losses of each pair of streams, `(P, P)`; NaN if only one is counted.
     """
 
     losses: torch.Tensor
@@ -152,6 +154,9 @@ def stream_report(
 ) -> StreamReport:
     """Measures each stream's loss, the aggregation weights, and the correlation of the streams' losses.
 
+    The model runs as it is: call `model.eval()` first, or dropout is on. The weights are those of the aggregator's own
+    layers, also where a forward hook on the aggregator mixes otherwise.
+
     Args:
         input_ids: `(B, S)`.
         labels: `(B, S)`, -100 where no loss is counted, such as at padding; `input_ids` if `None`.
@@ -164,30 +169,59 @@ def stream_report(
         ValueError: no streams are active, the model is not a causal language model, shapes do not fit, or no loss is
             counted.
     """
-    state: ParScaleState = model.parscale
-    if state.num_streams == 1:
-        raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
-    if not generates_text(model):
-        raise ValueError(f"stream_report measures next-token losses, which {type(model).__name__} does not have.")
-    labels = input_ids if labels is None else labels
-    if input_ids.ndim != 2 or labels.shape != input_ids.shape:
-        raise ValueError(
-            "stream_report takes input_ids (B, S) and labels (B, S), got "
-            f"{tuple(input_ids.shape)} and {tuple(labels.shape)}."
-        )
-    if not (labels[:, 1:] != IGNORED).any():
-        raise ValueError(
-            f"stream_report found no loss to measure in labels {tuple(labels.shape)}: give at least two tokens, of "
-            f"which one after the first is not {IGNORED}."
-        )
     measured = stream_losses(model, input_ids, labels, **kwargs)
     losses, weights = measured.losses[:, measured.counted], measured.weights  # (P, tokens), (B, S, P)
+    P, tokens = losses.shape
     return StreamReport(
         losses=losses.mean(dim=1),
         weights=weights,
         entropy=-torch.special.xlogy(weights, weights).sum(-1),
-        correlation=torch.corrcoef(losses),
+        correlation=torch.corrcoef(losses) if tokens > 1 else losses.new_full((P, P), math.nan),
     )
+
+
+def stream_losses(
+    model: Any,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    mixture: bool = False,
+    **kwargs: Any,
+) -> StreamLosses:
+    """Measures each stream's loss at each token, with gradients where they are recorded, for a loss of your own.
+
+    One pass of the model as it is: call `model.eval()` first, or dropout is on. The head computes logits for every
+    stream at once.
+
+    Args:
+        input_ids: `(B, S)`.
+        labels: `(B, S)`, -100 where no loss is counted, such as at padding; `input_ids` if `None`.
+        mixture: also measure what the streams are mixed to, in a last row of the losses: the model's own loss.
+        **kwargs: passed to the model (`attention_mask`, ...).
+
+    Returns:
+        Losses `(P, B, S - 1)`, or `(P + 1, B, S - 1)` with the mixture, and what else was measured.
+
+    Raises:
+        ValueError: no streams are active, the model is not a causal language model, shapes do not fit, or no loss is
+            counted.
+    """
+    if model.num_streams == 1:
+        raise ValueError("No streams are active (or P is 1): set_streams(name) first.")
+    if not generates_text(model):
+        raise ValueError(f"Streams are measured by next-token losses, which {type(model).__name__} does not have.")
+    labels = input_ids if labels is None else labels
+    if input_ids.ndim != 2 or labels.shape != input_ids.shape:
+        raise ValueError(
+            "Measuring streams takes input_ids (B, S) and labels (B, S), got "
+            f"{tuple(input_ids.shape)} and {tuple(labels.shape)}."
+        )
+    if not (labels[:, 1:] != IGNORED).any():
+        raise ValueError(
+            f"There is no loss to measure in labels {tuple(labels.shape)}: give at least two tokens, of which one "
+            f"after the first is not {IGNORED}."
+        )
+    return measure_streams(model, input_ids, labels, mixture=mixture, **kwargs)
 
 
 def save_pretrained(
@@ -256,7 +290,8 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             token, in nats, above which streams 1 to P - 1 run for it. 0: always; infinity: never, which is the plain
             backbone. `model.last_mean_streams` is then the mean number of streams that ran for a token, over all beams
             and returned sequences, and all positions whose logits were computed. Some of these yield no token: rejected
-            drafts, and the last position of each but the last chunk of `prefill_chunk_size`.
+            drafts, and the last position of each but the last chunk of `prefill_chunk_size`. It stays until the next
+            call with `adaptive`.
         **kwargs: passed to the model's own method; `encoder_outputs` have one row for each source.
 
     Returns:

@@ -42,6 +42,7 @@ MEMBERS: dict[str, Callable[..., Any]] = {
     "stream_parameters": methods.stream_parameters,
     "print_trainable_parameters": methods.print_trainable_parameters,
     "stream_report": methods.stream_report,
+    "stream_losses": methods.stream_losses,
     "save_pretrained": methods.save_pretrained,
     "save_streams": methods.save_streams,
     "load_streams": methods.load_streams,
@@ -92,7 +93,8 @@ def wrap(
         rank: as in `ParScaleConfig`.
         kv: as in `ParScaleConfig`.
         kernels: how the operations that streams add run: `"auto"` with Triton kernels on CUDA and ROCm devices,
-            `"reference"` with plain torch everywhere, `"fused"` with the kernels or an error. Not saved.
+            `"reference"` with plain torch everywhere, `"fused"` with the kernels or an error at the first call. Not
+            saved.
 
     Returns:
         The same object.
@@ -149,6 +151,8 @@ def _restored_on_failure(model: object) -> Iterator[None]:
 
 def unwrap(model: M) -> M:
     """Removes all streams from a wrapped model, in place; its logits are the backbone's to the last bit.
+
+    Parameters that `freeze_backbone` froze stay frozen: `model.requires_grad_(True)` trains them again.
 
     Args:
         model: a wrapped model.

@@ -23,6 +23,7 @@ from parscale.scaling_laws.plan import Plan
 GIB = 2**30
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*"
+ENDINGS = (".png", ".pdf", ".svg")
 
 
 def measured_and_predicted(law: ParallelScalingLaw, points: Points) -> Figure:
@@ -179,10 +180,13 @@ def save(figure: Figure, path: str | Path) -> None:
     """Writes the figure; the suffix (`.png`, `.pdf`, `.svg`) sets the format.
 
     An error leaves no incomplete file.
+
+    Raises:
+        ValueError: another suffix, or none.
     """
     path = Path(path)
-    if not path.suffix:
-        raise ValueError(f"{path} has no suffix that sets a format; give .png, .pdf or .svg")
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{path} must end in one of {', '.join(ENDINGS)}, which set the format.")
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=200)

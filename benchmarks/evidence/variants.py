@@ -69,6 +69,8 @@ def add_vectors(model: Any, streams: int, first: int = 0) -> nn.Parameter:
     of_stream = nn.Parameter(vectors * model.config.initializer_range)
 
     def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if getattr(model, "num_streams", 1) != streams:  # they are off
+            return output
         by_stream = output.unflatten(0, (streams, -1))  # (P, B, S, H)
         changed = by_stream[first:] + of_stream[:, None, None]
         return torch.cat([by_stream[:first], changed]).flatten(0, 1)  # (P*B, S, H)
@@ -147,7 +149,9 @@ class Probabilities(Streams):
         self.states = args[0]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """`(B, S)` to logarithms of the mixed probabilities `(B, S, V)`."""
+        """`(B, S)` to logarithms of the mixed probabilities `(B, S, V)`; without streams to logits."""
+        if self.model.num_streams == 1:
+            return super().forward(ids)
         self.model.get_decoder()(input_ids=ids, use_cache=False)
         weights = self.model.get_decoder().aggregate_layer.weights(self.states)  # (B, S, P)
         logits = self.model.lm_head(self.states).unflatten(0, (self.streams, -1))  # (P, B, S, V)
@@ -185,6 +189,8 @@ class SharedVariant(Streams):
         self, index: int, layer: Any, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """In place of the layer's forward: `(P*B, S, H)` to the same."""
+        if self.model.num_streams == 1:
+            return type(layer).forward(layer, hidden_states, position_embeddings, **kwargs)
         # not called: the package gives the projections of keys and values stream 0's rows alone
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)
         projected = [linear(hidden_states, project.weight, project.bias) for project in projections]

@@ -27,8 +27,8 @@ from parscale.checkpoints.evaluation.text_loss import (
 )
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import vocabulary_of
-from parscale.format.staging import require_writable, staged_file
-from parscale.hooks.stream_losses import stream_losses
+from parscale.format.staging import require_plot_path, staged_file
+from parscale.hooks.stream_losses import measure_streams
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import find_state
 
@@ -37,7 +37,6 @@ from parscale.streams.state import find_state
 HARDLY, LITTLE = 0.99, 0.97
 # Shares of the tokens, those where stream 0 is least certain, that get all streams; the other tokens get stream 0.
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ def diagnose(
     with evaluating(model), torch.inference_mode():
         for batch in with_progress_bar(batches, progress):
             input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
-            measured = stream_losses(model, input_ids, input_ids, mixture=True)
+            measured = measure_streams(model, input_ids, input_ids, mixture=True)
             for row, window in enumerate(batch):
                 predicted = len(window.ids) - 1
                 sums.add(
@@ -426,18 +425,6 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> None:
     last.set(title="All streams on the least certain tokens", xlabel="streams for a token on average", ylabel="loss")
     with staged_file(path) as beside:
         figure.savefig(beside, dpi=150)
-
-
-def require_plot_path(path: str | Path) -> None:
-    """Checks the path of a plot before the measurement starts.
-
-    Raises:
-        ValueError: the suffix is not one of `PLOT_ENDINGS`, the path is not a file, or its folder does not exist.
-        OSError: the path cannot be written.
-    """
-    if Path(path).suffix not in PLOT_ENDINGS:
-        raise ValueError(f"{path} must end in one of {', '.join(PLOT_ENDINGS)}, which set the format.")
-    require_writable(path)
 
 
 def _mean_of_pairs(matrix: np.ndarray) -> float:

@@ -31,8 +31,8 @@ from parscale.checkpoints.evaluation.text_loss import (
     shown_threshold,
     text_positions,
 )
-from parscale.checkpoints.models import STREAMS_OFF
 from parscale.checkpoints.texts.token_ids import only_known_ids
+from parscale.config import STREAMS_OFF
 from parscale.streams.state import find_state
 
 RECIPES = Path(__file__).with_name("recipes")

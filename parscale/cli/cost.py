@@ -13,7 +13,7 @@ from parscale.cli.law import LAW_HELP, print_rows, read_law
 from parscale.cli.options import Json
 from parscale.cli.output import print_json, quiet_hub
 from parscale.config import KV
-from parscale.format.staging import require_writable, staged_file
+from parscale.format.staging import require_plot_path, staged_file
 
 if TYPE_CHECKING:
     from parscale.scaling_laws import ParallelScalingLaw
@@ -62,7 +62,7 @@ def cost(
     from parscale.scaling_laws.configs import read_config
 
     if plot is not None:
-        require_writable(plot)
+        require_plot_path(plot)
     devices = read_hardware(hardware_file) if hardware_file is not None else {}
     config, of_streams = _config_file(config_or_checkpoint)
     contents = read_config(config) | of_streams

@@ -9,6 +9,7 @@ import typer
 
 from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
+from parscale.format.staging import require_plot_path
 
 
 def diagnose(
@@ -38,7 +39,7 @@ def diagnose(
 ) -> None:
     """Tell whether the streams differ: the loss of each alone, the correlation of their losses, their weights."""
     from parscale.checkpoints.evaluation.diagnosis import diagnose as diagnose_documents
-    from parscale.checkpoints.evaluation.diagnosis import plot_diagnosis, require_plot_path, sentences
+    from parscale.checkpoints.evaluation.diagnosis import plot_diagnosis, sentences
     from parscale.checkpoints.models import open_checkpoint, require_tokenizer
     from parscale.checkpoints.texts.sources import read_documents
 

@@ -11,7 +11,7 @@ import typer
 
 from parscale.cli.options import Json, ListOptionCommand, size
 from parscale.cli.output import for_tables, print_figures, print_json
-from parscale.format.staging import require_writable, require_writable_folder, staged_file
+from parscale.format.staging import require_plot_path, require_writable_folder, staged_file
 
 if TYPE_CHECKING:
     from parscale.scaling_laws import ParallelScalingLaw, Points
@@ -56,7 +56,7 @@ def fit(
     if plot is not None and form != "log":
         raise ValueError(f"--plot draws the form log, not {form}; omit one of the two")
     if plot is not None:
-        require_writable(plot)
+        require_plot_path(plot)
     fitted = fit_form(form, *points, tokens, bootstrap=bootstrap, seed=seed)
     figures: dict[str, Any] = {"runs": file, "points": len(points.losses), "form": form, **fitted.values}
     figures |= {"r2": fitted.r2, "huber": fitted.huber, "intervals": fitted.intervals, "notes": list(fitted.notes)}
@@ -123,7 +123,7 @@ def plot(
 
     if kind not in ("contours", "measured", "isoloss"):
         raise ValueError(f"--kind is {kind!r}; give contours, measured or isoloss")
-    require_writable(output)
+    require_plot_path(output)
     points = None if law.lower().endswith(".json") else _runs(law)[0]
     fitted = read_law(law, bootstrap=bootstrap if kind == "isoloss" else 0, seed=seed)
     if kind == "isoloss":

@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from parscale.config import DEFAULT_SET, NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, ParScaleConfig
+from parscale.config import DEFAULT_SET, NUM_STREAMS, SET_NAME, SET_PATTERN, SETS, STREAMS_OFF, ParScaleConfig
 from parscale.format.headers import StoredTensor, read_header
 from parscale.format.moving import cut_off
 from parscale.format.untrusted import brief, parse_json
@@ -39,6 +39,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
 _OF_VARIANT = re.compile(r"model\.(.+)(?<!-of-\d{5})\.safetensors|model\.safetensors\.index\.(.+)\.json")
+_ALLOWED = f"(letters, digits, '-' and '_', but not {STREAMS_OFF!r})"  # as their names
 _LARGEST_JSON, _LARGEST_INDEX = 16 * 2**20, 64 * 2**20
 
 
@@ -289,7 +290,9 @@ def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
     """
     name = fields.get("name", DEFAULT_SET)
     if not _is_set_name(name):
-        raise ValueError(f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams, but has {brief(repr(name))}.")
+        raise ValueError(
+            f"{STREAMS_CONFIG} of {checkpoint} should name a set of streams {_ALLOWED}, but has {brief(repr(name))}."
+        )
     return name
 
 
@@ -303,7 +306,7 @@ def set_names(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> tuple[str | 
     names = further if name is None else [name, *further] if isinstance(further, list) else None
     if not isinstance(names, list) or not all(map(_is_set_name, names)):
         raise ValueError(
-            f"{CONFIG} of {checkpoint} should name sets of streams, but has {brief(repr(name))} and "
+            f"{CONFIG} of {checkpoint} should name sets of streams {_ALLOWED}, but has {brief(repr(name))} and "
             f"{brief(repr(further))}."
         )
     if len(set(names)) < len(names):
@@ -332,7 +335,7 @@ def backbone_location(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str 
 
 
 def _is_set_name(name: object) -> bool:
-    return isinstance(name, str) and re.fullmatch(SET_PATTERN, name) is not None
+    return isinstance(name, str) and name != STREAMS_OFF and re.fullmatch(SET_PATTERN, name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from parscale.format.moving import NEW, flush, move_into, still_to_move
 from parscale.format.working import is_working_folder, working, working_folder
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
 # The working folders of the open blocks, and the destinations of their files.
 _FINAL_PATHS: contextvars.ContextVar[Mapping[Path, Path]] = contextvars.ContextVar(
@@ -211,6 +212,18 @@ def require_writable(path: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
+
+
+def require_plot_path(path: str | os.PathLike[str]) -> None:
+    """Tests whether a plot can be written, in a format that its suffix sets, and leaves nothing behind.
+
+    Raises:
+        ValueError: the suffix is not one of `PLOT_ENDINGS`, or as in `require_writable`.
+        OSError: as in `require_writable`.
+    """
+    if Path(path).suffix.lower() not in PLOT_ENDINGS:
+        raise ValueError(f"{path} must end in one of {', '.join(PLOT_ENDINGS)}, which set the format.")
+    require_writable(path)
 
 
 # -- moving

@@ -12,7 +12,7 @@ from torch import nn
 
 from parscale.attention.discovery import measure
 from parscale.compat.deepspeed import is_partitioned
-from parscale.config import PREFIX, SET_PATTERN, ParScaleConfig
+from parscale.config import PREFIX, SET_PATTERN, STREAMS_OFF, ParScaleConfig
 from parscale.distributed.offloading import keep_on_device, let_go
 from parscale.distributed.parallel import (
     check_takes_parameters,
@@ -45,7 +45,7 @@ def add(
 
     Args:
         state: of the model, from `parscale.wrapping`.
-        name: the set's name; letters, digits, `-` and `_`.
+        name: the set's name; letters, digits, `-` and `_`, but not `"off"`.
         config: the configuration of the set.
         calibration: as in `parscale.wrap`.
         tensors: its values from a checkpoint, by their released names in the model (as `ParScaleState.tensors` gives
@@ -99,6 +99,11 @@ def remove(state: ParScaleState, streams: StreamSet) -> None:
 def _check_name(state: ParScaleState, name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(SET_PATTERN, name):
         raise ValueError(f"A set of streams takes a name of letters, digits, '-' and '_', got {name!r}.")
+    if name == STREAMS_OFF:
+        raise ValueError(
+            f"A set of streams cannot be called {name!r}, by which the command line means the plain backbone: choose "
+            "another name."
+        )
     if name in state.sets:
         raise ValueError(f"A set of streams {name!r} exists already: choose another name, or unwrap the model.")
 

@@ -1,4 +1,4 @@
-"""The measurement behind `stream_report` and `parscale diagnose`: every stream's losses and weights in one pass.
+"""The measurement behind `stream_losses`, `stream_report` and `parscale diagnose`: every stream in one pass.
 
 P streams, B rows, S tokens, H hidden size, V vocabulary.
 """
@@ -17,19 +17,19 @@ IGNORED = -100  # as a label: no loss is counted here
 
 
 class StreamLosses(NamedTuple):
-    """The losses and aggregation weights of the streams on a text."""
+    """What the streams of a model do at each token of a text; losses and weights keep their gradients."""
 
     losses: torch.Tensor
     """Next-token losses in nats, `(P, B, S - 1)`, or `(P + 1, B, S - 1)` with the mixture last; 0 where ignored."""
     counted: torch.Tensor
     """Where a loss is counted, `(B, S - 1)`."""
     weights: torch.Tensor
-    """Aggregation weights, `(B, S, P)`."""
+    """Aggregation weights of the aggregator's own layers, `(B, S, P)`."""
     uncertainty: torch.Tensor
-    """Entropy of stream 0's prediction in nats, `(B, S - 1)`."""
+    """Entropy of stream 0's prediction in nats, `(B, S - 1)`, without gradients."""
 
 
-def stream_losses(
+def measure_streams(
     model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, *, mixture: bool = False, **kwargs: Any
 ) -> StreamLosses:
     """Measures every active stream alone, in one pass.
@@ -44,12 +44,12 @@ def stream_losses(
     with _streams_apart(model, mixture) as captured:
         logits = model(input_ids=input_ids, use_cache=False, **kwargs).logits  # (P*B or (P + 1)*B, S, V)
     by_stream = logits.unflatten(0, (-1, len(input_ids)))  # (P or P + 1, B, S, V)
-    targets = labels[:, 1:].to(logits.device)  # (B, S - 1)
+    targets = labels[:, 1:].to(logits.device, torch.long)  # (B, S - 1)
     rows, uncertainty = [], []
     for row, target in enumerate(targets):  # one at a time: a float32 copy of all logits may be large
         predicted = by_stream[:, row, :-1].transpose(1, 2)  # (P or P + 1, V, S - 1)
         predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
-        first = predicted[0].softmax(0)  # (V, S - 1)
+        first = predicted[0].detach().softmax(0)  # (V, S - 1)
         uncertainty.append(torch.special.entr(first).sum(0))
         repeated = target.expand(len(predicted), -1)
         rows.append(cross_entropy(predicted, repeated, reduction="none", ignore_index=IGNORED))

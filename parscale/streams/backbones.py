@@ -50,7 +50,7 @@ def find_parts(model: Any) -> Parts:
         UnsupportedModelError: it is not a Hugging Face model, or the parts were not found.
     """
     if not isinstance(model, PreTrainedModel):
-        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise UnsupportedModelError(
             f"wrap takes a loaded Hugging Face model (a transformers.PreTrainedModel), got {given}: "
             "load one with AutoModelForCausalLM.from_pretrained(...) first; with PEFT, wrap before get_peft_model."

@@ -137,6 +137,8 @@ class ParScaleState:
     def holders(self, streams: StreamSet) -> dict[str, tuple[nn.Module, str]]:
         """The module and the attribute name of each of the set's parameters, by released name."""
         holders = {}
+        if streams.num_streams > 1:
+            self._aggregators(self.of_active_adapter(streams))  # raises an error if one was replaced
         for released, _, module, name in self._walk(streams):
             path, _, attribute = name.rpartition(".")
             holders[released] = (module.get_submodule(path), attribute)
@@ -160,12 +162,26 @@ class ParScaleState:
 
     def aggregators(self, streams: StreamSet) -> list[Aggregator]:
         """The aggregators of the set, one for each mixed part."""
-        name = self.in_use(streams).aggregator_name
-        return [getattr(part, name) for part in self.mixed]
+        return self._aggregators(self.in_use(streams))
 
     def aggregator(self, streams: StreamSet) -> Aggregator:
         """The aggregator of the backbone."""
         return self.aggregators(streams)[0]
+
+    def _aggregators(self, streams: StreamSet) -> list[Aggregator]:
+        """The aggregators of exactly this set or copy.
+
+        Raises:
+            ValueError: one was replaced by another module.
+        """
+        found = [getattr(part, streams.aggregator_name) for part in self.mixed]
+        for root, module in zip(self.roots, found, strict=True):
+            if not isinstance(module, Aggregator):
+                raise ValueError(
+                    f"{root}{streams.aggregator_name} is a {type(module).__name__} in place of the aggregator, whose "
+                    "tensors are trained and saved: put the aggregator back, and mix otherwise by a forward hook on it."
+                )
+        return found
 
     def trainability(self) -> dict[nn.Parameter, bool]:
         """Whether each parameter of each set is trainable."""

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from parscale.compat.deepspeed import whole_shape
-from parscale.config import LORA, TEXT_INITS, ParScaleConfig
+from parscale.config import FROM_TEXTS, TEXT_INITS, ParScaleConfig
 from parscale.streams.backbones import cuda_devices, generates_text, input_device
 from parscale.streams.brief_runs import backbone_only
 from parscale.streams.sets import StreamSet
@@ -33,7 +33,7 @@ from parscale.streams.state import ParScaleState
 
 def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
     """The default init: from texts, if the model generates text and streams can start from it."""
-    return "documents" if generates_text(state.model) and config.transform != LORA else "random"
+    return "documents" if generates_text(state.model) and config.transform in FROM_TEXTS else "random"
 
 
 def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:

@@ -68,6 +68,20 @@ def _shared(variant: str, layers: int = 2, streams: int = 3) -> Any:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("variant", ["embedding", "probabilities", "shared-own"])
+def test_without_streams_a_variant_is_the_backbone(variant: str) -> None:
+    from arms import backbone
+
+    ids = torch.randint(1, 256, (3, 9))  # as many rows as streams
+    torch.manual_seed(0)
+    expected = backbone(48, 1, 128).double().eval()(ids).logits
+    model = _shared(variant, layers=1)
+    assert (model(ids) - expected).abs().max() > 1e-3
+    with model.model.use_streams(None):
+        assert torch.equal(model(ids), expected)
+
+
+@torch.no_grad()
 def test_with_a_closed_gate_the_window_of_own_keys_is_none() -> None:
     ids = torch.randint(1, 256, (2, 20), generator=torch.Generator().manual_seed(1))
     model, expected = _shared("shared-window=8"), _shared("shared")(ids)

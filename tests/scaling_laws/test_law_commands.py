@@ -202,7 +202,8 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
         (["law", "fit", "stack", "--form", "cubic"], "no form 'cubic'"),
         (["law", "fit", "stack", "--form", "joint"], "a joint form needs several numbers of tokens"),
         (["law", "fit", "stack", "--form", "rho", "--plot", "x.png"], "--plot draws the form log, not rho"),
-        (["law", "fit", "stack", "--bootstrap", "0", "--plot", "x"], "x has no suffix that sets a format"),
+        (["law", "fit", "stack", "--plot", "x"], "x must end in one of .png, .pdf, .svg"),
+        (["law", "plot", "stack", "x.xyz"], "x.xyz must end in one of .png, .pdf, .svg"),
         (
             ["law", "predict", "stack", "--params", "big", "--streams", "1"],
             "'big' is not a size; give a number such as 1.6e9",
@@ -222,6 +223,10 @@ def test_sweep_trains_and_fits(tmp_path, monkeypatch, capsys):
         (["cost", "config.json", "--num-streams", "0", "--batch-size", "1"], "'--num-streams'"),
         (["cost", "config.json", "--num-streams", "1", "--batch-size", "1", "--hardware", "x"], "no hardware 'x'"),
         (["cost", "bad.csv", "--num-streams", "1", "--batch-size", "1"], "bad.csv is not a configuration"),
+        (
+            ["cost", "config.json", "--num-streams", "1", "--batch-size", "1", "--plot", "x.xyz"],
+            "x.xyz must end in one of .png, .pdf, .svg",
+        ),
         (["cost", "config.json", "--num-streams", "1"], "Missing option '--batch-size'"),
     ],
 )

@@ -265,7 +265,9 @@ def test_what_is_no_file_is_not_opened(copied, kind, name, special_kind):
 # -- names of sets
 
 
-@pytest.mark.parametrize("names", [["../elsewhere"], ["code", "code"], [None], [5], [["code"]], "code", None, {}, [""]])
+@pytest.mark.parametrize(
+    "names", [["../elsewhere"], ["code", "code"], [None], [5], [["code"]], "code", None, {}, [""], ["off"]]
+)
 def test_info_and_saving_take_names_of_sets_as_load_does(copied, tmp_path, names):
     folder = copied("full")
     edit(folder / "config.json", parscale_sets=names)
@@ -277,7 +279,7 @@ def test_info_and_saving_take_names_of_sets_as_load_does(copied, tmp_path, names
     assert (tmp_path / "elsewhere" / "streams.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", [None, 5, "", "../a", "a\x1b[31m", ["default"]])
+@pytest.mark.parametrize("name", [None, 5, "", "../a", "a\x1b[31m", ["default"], "off"])
 def test_info_takes_the_name_of_streams_as_load_does(copied, name):
     folder = copied("streams")
     edit(folder / "parscale_config.json", name=name)

@@ -158,3 +158,22 @@ def test_hooks_on_its_layers_run(monkeypatch):
     monkeypatch.setattr(aggregator, "aggregate", lambda *args, impl: aggregate(*args))
     module[2].register_forward_hook(lambda layer, args, output: output + torch.tensor([0.0, 1e4, 0.0]))
     assert torch.equal(module(hidden, impl="fused"), hidden.unflatten(0, (P, B))[1])
+
+
+def test_what_needs_the_tensors_of_a_replaced_aggregator_says_so(tiny, tmp_path):
+    model = parscale.wrap(tiny(), 2, prefix_length=3, init="random")
+    decoder, trained = model.get_decoder(), [parameter.requires_grad for parameter in model.parameters()]
+    own, decoder.aggregate_layer = decoder.aggregate_layer, nn.Linear(2, 2)
+    for ask in (
+        model.freeze_backbone,
+        model.print_trainable_parameters,
+        lambda: model.stream_report(torch.ones(1, 4, dtype=torch.long)),
+        lambda: model.save_pretrained(tmp_path / "full"),
+        lambda: model.save_streams(tmp_path / "streams"),
+    ):
+        with pytest.raises(ValueError, match=r"model\.aggregate_layer is a Linear in place of .* a forward hook on it"):
+            ask()
+    assert list(tmp_path.iterdir()) == []
+    decoder.aggregate_layer = own
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    model.save_streams(tmp_path / "streams")

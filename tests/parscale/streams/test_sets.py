@@ -163,6 +163,14 @@ def test_names_that_are_none(model, name):
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_no_set_has_the_name_of_the_plain_backbone(model):
+    """`--streams off` would run that in its place."""
+    with pytest.raises(ValueError, match=r"cannot be called 'off'.*plain backbone: choose another name"):
+        model.add_streams("off", 2, init="random")
+    assert list(model.parscale.sets) == ["default", "two", "one"]
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_a_name_that_is_taken(model, zoo):
     expected, before = logits_of(model, zoo.token_ids()), [name for name, _ in model.named_parameters()]
     for name in ("default", "two", "one"):
@@ -288,6 +296,45 @@ def test_stream_report(family, zoo):
     unlabelled = model.stream_report(ids)
     assert unlabelled.losses.shape == (zoo.P,)
     zoo.close(unlabelled.weights, report.weights, 0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"], indirect=True)
+def test_stream_losses(family, zoo):
+    """Losses and gradients at each token against runs forced to one stream, the mixture's against the model's."""
+    model, forced, ids = family.wrapped(), family.wrapped(smoothing=0.0), zoo.token_ids()
+    labels = ids.clone()
+    labels[0, :3] = labels[1, 7:] = -100
+    measured = model.stream_losses(ids, labels, mixture=True)
+    assert measured.losses.shape == (zoo.P + 1, zoo.B, zoo.S - 1)
+    assert torch.equal(measured.counted, labels[:, 1:] != -100)
+    assert torch.equal(model.stream_losses(ids, labels).losses, measured.losses[:-1])
+    zoo.close(model.stream_losses(ids).losses[:, measured.counted], measured.losses[:-1, measured.counted], 1e-6)
+
+    losses = measured.losses[:, measured.counted]
+    zoo.close(losses[-1], token_losses(model(input_ids=ids).logits, labels), 1e-5)
+    losses[:-1].sum().backward()
+    for p in range(zoo.P):
+        choose_stream(forced, p)
+        expected = token_losses(forced(input_ids=ids).logits, labels)
+        zoo.close(losses[p], expected, 1e-5)
+        expected.sum().backward()
+    found, expected = ({n: p.grad for n, p in each.named_parameters() if "prefix_" in n} for each in (model, forced))
+    for name, gradient in found.items():
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 1e-3
+        zoo.close(gradient, expected[name], 1e-4)
+    assert not hasattr(parscale.unwrap(model), "stream_losses")
+
+
+def test_stream_report_of_one_token(wrapped):
+    """One token's losses correlate with nothing; ids of 32 bits are labels too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = wrapped.stream_report(torch.tensor([[3, 4]], dtype=torch.int32))
+    P = wrapped.num_streams
+    assert report.losses.isfinite().all()
+    assert report.correlation.shape == (P, P)
+    assert report.correlation.isnan().all()
 
 
 @torch.no_grad()

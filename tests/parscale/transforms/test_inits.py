@@ -4,7 +4,12 @@ import pytest
 import torch
 
 import parscale
-from parscale.config import INITS
+from parscale import ParScaleConfig
+from parscale.checkpoints.training.settings import STREAMS_RATES
+from parscale.config import FROM_TEXTS, INITS, SHARING, TRANSFORMS
+from parscale.streams.naming import LABELS, PARAMETERS
+from parscale.transforms import CLASSES, SHARED_CLASSES
+from parscale.transforms.inits import default_init
 
 TOLERANCE = 2e-4  # as for "context": logits in float32 beside the backbone's own
 END, T = 2, 12  # the small models' eos_token_id
@@ -33,6 +38,24 @@ def options(family):
 
 def test_init_is_one_of_three():
     assert INITS == ("context", "documents", "random")
+
+
+def test_every_transform_is_in_every_table():
+    for table in (CLASSES, LABELS, PARAMETERS, STREAMS_RATES):
+        assert table.keys() == set(TRANSFORMS)
+    assert SHARED_CLASSES.keys() == set(SHARING) < set(TRANSFORMS)
+    assert set(FROM_TEXTS) < set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_transform_that_reads_no_texts_and_shares_no_keys_need_not_say_so(family, monkeypatch):
+    monkeypatch.setattr("parscale.config.TRANSFORMS", (*TRANSFORMS, "another"))
+    model = parscale.wrap(family.plain(), 1)
+    assert default_init(model.parscale, ParScaleConfig(2, transform="another")) == "random"
+    with pytest.raises(ValueError, match="starts from texts, which transform='another' cannot do"):
+        ParScaleConfig(2, transform="another", init="context")
+    with pytest.raises(ValueError, match="kv='shared' takes transform='prefix' or 'lora', got 'another'"):
+        ParScaleConfig(2, transform="another", kv="shared")
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
