@@ -18,14 +18,13 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from machine import processor
+from machine import device_name, is_gpu, seconds
 
 from parscale import wrap
 from parscale.scaling_laws import Cost, Hardware, cost, dense_equivalent, fit, published, published_models, read_shape
@@ -84,16 +83,6 @@ def generation(model: Any, ids: torch.Tensor, tokens: int) -> Callable[[], Any]:
     return step
 
 
-def seconds(step: Callable[[], Any], device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def weigh(model: Any, cache: Any) -> dict[str, int]:
     """Bytes of what `cost` splits memory into, counted on the tensors themselves."""
     parts = {"weights": 0, "prefixes": 0, "aggregator": 0}
@@ -106,11 +95,11 @@ def weigh(model: Any, cache: Any) -> dict[str, int]:
 
 def peak(step: Callable[[], Any], device: str) -> int | None:
     """Peak bytes of one call; None where torch does not count them."""
-    if not device.startswith("cuda"):
+    if not is_gpu(device):
         return None
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(device)
     step()
-    return int(torch.cuda.max_memory_allocated())
+    return int(torch.cuda.max_memory_allocated(device))
 
 
 def hardware_of(device: str, dtype: torch.dtype) -> Hardware:
@@ -167,7 +156,7 @@ def measure(config: Config, streams: int, batch: int, options: argparse.Namespac
 
 def machine(device: str) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),

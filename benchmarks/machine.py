@@ -1,9 +1,15 @@
-"""Where a figure was measured."""
+"""Where a figure was measured, and the clock.
+
+torch is imported where it is used: the scaling law's benchmark needs none.
+"""
 
 from __future__ import annotations
 
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def processor() -> str:
@@ -12,3 +18,31 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a device, such as `cuda:1`, is one of CUDA's."""
+    import torch
+
+    return torch.device(device).type == "cuda"
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if is_gpu(device) else processor()
+
+
+def seconds(step: Callable[[], Any], device: str) -> float:
+    """Wall time of one step, with all that it launches on the device."""
+    import torch
+
+    on_gpu = is_gpu(device)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from scipy.stats import t as student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
@@ -28,7 +29,7 @@ from parscale.export.onnx import export_onnx
 
 DTYPES = ("float32", "int8", "int4")
 KINDS = ((1, "own"), (4, "own"), (4, "shared"), (2, "own"), (2, "shared"))
-CONFIDENCE = 1.96  # standard errors to each side
+CONFIDENCE = 0.95
 
 
 def texts(documents: int, tokens: int) -> list[list[int]]:
@@ -79,8 +80,8 @@ def added(row: dict[str, Any], dtype: str) -> list[float]:
 
 
 def interval(values: list[float]) -> str:
-    """The mean over documents, and its 95 % interval."""
-    half = CONFIDENCE * statistics.stdev(values) / len(values) ** 0.5
+    """The mean over documents, and its interval by Student's t."""
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean(values):+.4f} ({mean(values) - half:+.4f}, {mean(values) + half:+.4f})"
 
 

@@ -25,7 +25,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import quantiles
@@ -33,7 +32,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import processor
+from machine import device_name, is_gpu, seconds
 from released import released_model
 
 # As wide beside its width and its vocabulary as models are; streams still add five times the share of a real model's
@@ -165,17 +164,6 @@ STEPS = {"prefill": prefill, "decode": decode, "train": train}
 MEMORY = "train memory"
 
 
-def seconds(step: Step, device: str) -> float:
-    """Wall time of one step."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def ratio(one: Step, plain: Step, repeats: int, device: str) -> dict[str, float]:
     """Ratio of the fastest steps, whose turns alternate, and both in seconds."""
     for step in (one, plain):
@@ -261,8 +249,8 @@ def peak_bytes(kind: str, P: int, S: int, args: argparse.Namespace) -> int:
     steps(shape | few)
     before = _peak_resident()
     steps(shape)
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if is_gpu(args.device):
+        return torch.cuda.max_memory_allocated(args.device)
     return _peak_resident() - before
 
 
@@ -311,7 +299,7 @@ def _measured(kind: str, args: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def _peaks_are_known(device: str) -> bool:
-    return device == "cuda" or Path("/proc/self/status").exists()
+    return is_gpu(device) or Path("/proc/self/status").exists()
 
 
 def _peak_in_process(kind: str, name: str, P: int, S: int, args: argparse.Namespace) -> int:
@@ -408,7 +396,7 @@ def main() -> None:
         beside = f"  floor {row['floor']:.3f}" if "floor" in row else ""
         print(*_key(row)[:-1], f"ratio {row['ratio']:.3f}{beside}", file=sys.stderr)
     result = {
-        "processor": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "processor": device_name(args.device),
         "threads": args.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import transformers
-from machine import processor
-from overhead import SHAPE, seconds, share
+from machine import device_name, seconds
+from overhead import SHAPE, share
 from transformers import DynamicCache
 
 from parscale import wrap
@@ -219,7 +219,7 @@ def main() -> None:
         ratios = {name: value for name, value in rows[-1].items() if name.endswith("_ratio")}
         print(f"P={P} S={S:5} {ratios}", file=sys.stderr)
     result = {
-        "processor": processor() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "processor": device_name(args.device),
         "threads": args.threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -42,7 +42,6 @@ class Subject:
         choices: values for each of its entries; `MAX_SPLITS` is the module's number. Every combination is tried.
         call: the operation, given `impl`.
         fits: which combinations make sense.
-        captured: as a CUDA graph; a backward pass is launched from Python.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Subject:
     choices: dict[str, list[int]]
     call: Callable[[str], Any]
     fits: Callable[[Options], bool] = lambda options: True
-    captured: bool = True
 
     def candidates(self) -> Iterator[Options]:
         for values in itertools.product(*self.choices.values()):
@@ -96,7 +94,7 @@ def subjects(bench: Bench) -> Iterator[Subject]:
         f"aggregate, N={N}", "aggregate", "forward_config", tiles, mix, lambda o: 1024 <= o["BN"] * o["BH"] <= 4096
     )
     tiles = {"BH": [128, 256, 512, 1024], "num_warps": [2, 4, 8]}
-    yield Subject(f"aggregate, both ways, N={N}", "aggregate", "backward_config", tiles, mix_back, captured=False)
+    yield Subject(f"aggregate, both ways, N={N}", "aggregate", "backward_config", tiles, mix_back)
     for rows in (bench.size(64, 33), N):
         tensors = [many[0][:, :rows], *many[1:]]
 
@@ -169,7 +167,7 @@ def tune(bench: Bench, subject: Subject) -> dict[str, Any]:
         with subject.using(options) as row:
             try:
                 wrong = error(call(), expected)
-                seconds = bench.seconds(bench.graphed(call) if subject.captured else call)
+                seconds = bench.seconds(bench.graphed(call))
                 found = {"seconds": seconds, "error": wrong, "right": wrong < 0.02}
             except Exception as failure:  # of resources: the device says which
                 found = {"failed": f"{type(failure).__name__}: {failure}"[:200], "right": False}
