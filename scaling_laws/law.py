@@ -56,10 +56,18 @@ class ParallelScalingLaw:
             Nats per token; a float for two scalars.
 
         Raises:
-            ValueError: a number is out of range or, with k below 0, there are too many streams for the law.
+            ValueError: a number is out of range, with k below 0 there are too many streams for the law, or a loss is
+                too large for a float.
         """
         size, count = _checked(params, streams)
-        return self.E + (self.A / (size * self._gain(count))) ** self.alpha
+        with np.errstate(over="ignore", divide="ignore"):
+            loss = self.E + (self.A / (size * self._gain(count))) ** self.alpha
+        if not np.isfinite(loss).all():
+            raise ValueError(
+                f"with A = {self.A:g} and alpha = {self.alpha:g} the loss of {float(np.min(size)):g} parameters is too "
+                "large for a float; correct the law, or ask for more parameters"
+            )
+        return loss
 
     def equivalent_params(self, params: ArrayLike, streams: ArrayLike) -> Any:
         """The parameters of the plain model with the same predicted loss.
@@ -146,12 +154,15 @@ class ParallelScalingLaw:
             The law, without bootstrap draws.
 
         Raises:
-            ValueError: E, A, alpha or k is missing or not a finite number, or `contents` is not from `to_dict`.
+            ValueError: E, A, alpha or k is missing, not a finite number or out of range, or `contents` is not from
+                `to_dict`.
         """
         values: dict[str, Any] = {name: contents.get(name) for name in ("E", "A", "alpha", "k")}
         for name, value in values.items():
             if not _is_number(value):
                 raise ValueError(f"a law has numbers for E, A, alpha and k; {name} is {value!r}")
+        if values["E"] < 0:
+            raise ValueError(f"E of a law, a loss, is at least 0, got {values['E']:g}")
         if not (values["A"] > 0 and values["alpha"] > 0):
             raise ValueError(f"A and alpha of a law are above 0, got {values['A']:g} and {values['alpha']:g}")
         for name in ("r2", "huber"):

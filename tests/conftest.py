@@ -213,14 +213,9 @@ def brief_lm_eval() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Any:
     """One token for each byte, and the end of text as number 256."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from byte_tokenizers import tokenizer_of_bytes
 
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet | {"<end>": len(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return tokenizer_of_bytes()
 
 
 @pytest.fixture(scope="session")

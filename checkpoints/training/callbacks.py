@@ -98,7 +98,7 @@ class RunMonitor(TrainerCallback):
             "loss": logs["loss"],
             "grad_norm": norm if (norm := logs.get("grad_norm")) is not None and math.isfinite(norm) else None,
             "learning_rates": self._rates,
-            "tokens_per_second": round(self.tokens_per_step / self._last, 1) if self._last else None,
+            "tokens_per_second": round(self.tokens_per_step / self._last, 1),
         }
         self.run.add_metrics(line)
         text = f"loss {line['loss']:.4f}  {line['tokens']:,} tokens  {line['tokens_per_second']:,.0f}/s"

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch.nn import Linear
 from torch.nn.functional import cross_entropy
+from training_runs import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parscale import ParScaleConfig, load, wrap
@@ -55,11 +56,6 @@ def finished(full, tmp_path_factory):
     """A run and its controls: the run's folder and the report."""
     folder = trained(full, tmp_path_factory.mktemp("controls") / "run")
     return folder, train_controls(str(full), folder, SETTINGS)
-
-
-def losses_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_the_backbone_alone_sees_the_batches_of_the_run(finished, full, backbone):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from training_runs import stopped_after
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import parscale
-from parscale.checkpoints.training.callbacks import Interruption
 from parscale.cli.application import BAD_INPUT, INTERRUPTED, run
 
 SIZES = ["--tokens", "0.192K", "--sequence-length", "16", "--batch-size", "4"]
@@ -45,17 +45,10 @@ def test_convert_and_info(backbone, text_file, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(shared, text_file, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(shared, text_file, tmp_path):
     common = ["train", str(shared), "--data", str(text_file), *SIZES, "--freeze-backbone", "--seed", "3"]
     assert run([*common, "--output", str(tmp_path / "whole")]) == 0
-    step_end = Interruption.on_step_end
-
-    def asked(self, *args, **kwargs):
-        self.asked = True
-        step_end(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "on_step_end", asked)
+    with stopped_after(1):
         assert run([*common, "--output", str(tmp_path / "parts")]) == INTERRUPTED
     assert run([*common, "--output", str(tmp_path / "parts"), "--resume"]) == 0
     whole, parts, before = (

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from training_runs import stopped_after
 
 from parscale import load
 from parscale.cli.application import BAD_INPUT, INTERRUPTED, run
@@ -69,20 +70,11 @@ def test_what_is_wrong_is_said_in_one_line(two_sets, tmp_path, monkeypatch, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, monkeypatch, capsys):
-    from parscale.checkpoints.training.callbacks import Interruption
-
-    step_end = Interruption.on_step_end
-
-    def asked(self, *args, **kwargs):
-        self.asked = True
-        step_end(self, *args, **kwargs)
-
-    monkeypatch.setattr(Interruption, "on_step_end", asked)
+def test_an_interruption_says_how_to_go_on(two_sets, text_file, tmp_path, capsys):
     arguments = ["train", str(two_sets), "--data", str(text_file), "--output", str(tmp_path / "run"), *SIZES]
-    assert run(arguments) == INTERRUPTED
+    with stopped_after(1):
+        assert run(arguments) == INTERRUPTED
     assert "checkpoint-1; --resume continues from there" in capsys.readouterr().err
-    monkeypatch.undo()
     assert run([*arguments, "--resume"]) == 0
 
 

@@ -152,7 +152,10 @@ LAW = fit(*published("stack")).to_dict()
 
 @ANYTHING
 @given(st.dictionaries(st.sampled_from([*LAW]), VALUE))
+@example({"E": -1})
+@example({"A": 1e299, "alpha": 2})
 def test_any_law(scratch, change):
     law = outcome(lambda path: read_law(str(path)), scratch, "law.json", json.dumps(LAW | change).encode())
     if law is not None:
-        outcome(lambda path: law.predict(1e9, 4), scratch, "law.json", b"")
+        predicted = outcome(lambda path: law.predict(1e9, 4), scratch, "law.json", b"")
+        assert predicted is None or 0 <= predicted < math.inf

@@ -79,14 +79,22 @@ def test_a_table_is_read_as_it_was_meant(tmp_path, text, encoding):
         ("params streams loss\n1e6 1 2", "has no column params, streams, loss; it has params streams loss"),
         ("p\0arams,streams,loss\n1,1,1", "is not a text file; give a CSV file with the columns params, streams, loss"),
         (f"params,streams,loss\n{'9' * 200_000},1,1", "line 2 cannot be read: field larger than field limit"),
+        ("", "is empty; it needs a header with the columns params, streams, loss"),
+        ("N,P,loss\n1,1,1\n", "has no column params, streams; it has N, P, loss; name its columns params"),
+        ("params,streams,loss\n1e6,1,2.0\n1e6,2,nan\n", "line 3: loss is 'nan'; give a finite number"),
+        ("params,streams,loss\n1e6,one,2\n", "line 2: streams is 'one'"),
+        ("params,streams,loss\n1e6,1,0\n", "losses of point 1 is 0; every one must be finite and above 0"),
+        ("params,streams,loss\n1e6,1,2\n-5,1,2\n", "params of point 2 is -5; every one must be finite and above 0"),
+        ("params,streams,loss\n1e6,0.5,2\n", "streams of point 1 is 0.5; P is a whole number of streams"),
+        ("params,streams,loss\n1,1,2\n2,1,2\n1,1,2\n", "points 1 and 3 are the same in every digit (1, 1, 2)"),
     ],
 )
-def test_a_table_that_can_be_read_in_two_ways_is_refused_by_line(tmp_path, capsys, lines, said):
+def test_a_table_that_is_none_or_can_be_read_in_two_ways_is_refused(tmp_path, capsys, lines, said):
     path = tmp_path / "runs.csv"
     path.write_text(lines)
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         read_points(path)
-    assert str(path) in str(caught.value)
+    assert "point" in said or str(path) in str(caught.value)  # points are counted, also where they are no file's
     assert run(["law", "fit", str(path)]) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1
@@ -203,6 +211,7 @@ LAW = fit(*POINTS).to_dict()
     [
         ({"E": math.nan}, "a law has numbers for E, A, alpha and k; E is nan"),
         ({"k": 10**400}, "a law has numbers for E, A, alpha and k; k is 1"),
+        ({"E": -0.5}, "E of a law, a loss, is at least 0, got -0.5"),
         ({"A": -1}, "A and alpha of a law are above 0, got -1 and 0.189"),
         ({"alpha": 0}, "A and alpha of a law are above 0, got 1.1"),
         ({"r2": "good"}, "r2 of a law is a number or null, got 'good'"),

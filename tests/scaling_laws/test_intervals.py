@@ -71,6 +71,13 @@ def test_profile_agrees_with_least_squares():
     assert (low, high) == pytest.approx(expected, abs=0.02 * (high - low))
 
 
+def test_noise_of_the_bootstrap_has_the_size_of_the_fits():
+    """24 points and 4 parameters: the sum of the squared residuals over 20."""
+    optimum = fit_form("log", *published("stack")).optimum
+    noise = bootstrap(optimum, 500, 0).log_losses - optimum.fitted
+    assert noise.std() == pytest.approx(np.sqrt((optimum.residuals**2).sum() / 20), rel=0.02)
+
+
 def test_limits_of_the_bootstrap_are_the_f_distributions_where_the_law_is_straight():
     """With noise so small that the law is straight over all draws, the ratio follows F with 1 and 20 degrees of
     freedom; a quantile of 2000 draws has a standard error of 3 %, and the resampled residuals are not quite normal.

@@ -61,6 +61,8 @@ def test_memory_by_hand():
     assert result.memory["prefixes"] == 4 * 3 * 3 * 5 * 8
     assert result.memory["aggregator"] == 4 * (3 * 64 + 8 + 24 + 3)
     assert result.memory["kv_cache"] == 4 * 12 * 7 * 3 * 8  # of the eighth token nothing is kept
+    # in the pass over the prompt the residual stream and the MLP's two inner tensors; logits of one token a row
+    assert result.memory["activations"] == 4 * 12 * 6 * (8 + 2 * 16) + 4 * 4 * 10
     assert sum(result.memory.values()) == result.memory_bytes
 
 
@@ -142,7 +144,12 @@ def test_overhead_is_added_for_each_layer_and_step():
     assert real.prefill_seconds - ideal.prefill_seconds == pytest.approx(36 * 1e-4)
 
 
-def test_whether_it_fits_is_said():
+@pytest.mark.parametrize("spare", [0.97, 1.0])
+def test_whether_it_fits_is_said(spare):
+    """A device's GB are powers of ten: 7 % less than those of two."""
+    used = cost(MODEL, **WORK).memory_bytes
+    device = dataclasses.replace(known_hardware()["a100-80gb"], memory_gb=spare * used / 1e9)
+    assert cost(MODEL, **WORK, hardware=device).fits is (spare == 1.0)
     assert cost(MODEL, **WORK).fits
     assert not cost(MODEL, **{**WORK, "batch_size": 10_000}).fits
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
+from small_models import small_llama
+from torch.nn.functional import cross_entropy
 
 from parscale import wrap
 from parscale.scaling_laws import corpus as corpora
@@ -72,6 +75,34 @@ def test_training_is_repeatable_and_learns(small_corpus):
     other = sweep.train(dataclasses.replace(run, seed=1), longer, wrap)
     assert first.loss == again.loss != other.loss
     assert first.loss < 0.5 * np.log(256)
+
+
+def test_the_rate_rises_and_falls_along_a_cosine(small_corpus, monkeypatch):
+    """Of models wider than 64 it is lower: here half of 1e-2, and half of that in the first step of two and halfway."""
+    rates, take_step = [], torch.optim.AdamW.step
+
+    def noting_step(self, *args, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return take_step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting_step)
+    sweep.train(Run(128, 1, 1, 40 * 2 * 16, 0, 16, 2, learning_rate=1e-2), small_corpus, wrap)
+    assert len(rates) == 40
+    assert (rates[0], rates[20]) == pytest.approx((0.0025, 0.0025))
+    assert max(rates) == rates[1] == pytest.approx(5e-3, rel=0.01)
+    assert rates[-1] < 1e-4
+
+
+def test_the_held_out_loss_is_that_of_all_its_blocks(small_corpus):
+    """Also where the last batch is smaller."""
+    run = Run(16, 1, 1, 64, 0, 16, batch_size=1)
+    model = small_llama(vocab_size=256, initializer_range=0.5)
+    text = np.random.default_rng(0).integers(256, size=3 * 16 + 5, dtype=np.uint8)
+    ids = torch.from_numpy(text[: 3 * 16].astype(np.int64)).view(3, 16)
+    with torch.no_grad():
+        expected = cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    found = sweep.evaluate(model, Corpus(small_corpus.train, text), run, "cpu")
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Counted training memory against what real models hold: parameters, gradients, states, kept tensors, the peak."""
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from parscale import wrap
-from parscale.scaling_laws import known_backbones, read_shape, training_memory
+from parscale.scaling_laws import known_backbones, known_hardware, read_shape, training_memory
 
 TRAINS = ("streams", "everything", "lora")
 T, RANK, H, INNER = 4, 3, 64, 160
@@ -238,6 +239,13 @@ def test_all_of_an_8b_model_takes_16_bytes_a_parameter():
     assert sum(found.memory.values()) == found.memory_bytes
     assert not found.fits
     assert training_memory(LLAMA, **WORK, checkpointing=True).fits
+
+
+@pytest.mark.parametrize("spare", [0.97, 1.0])
+def test_what_fits_is_counted_in_powers_of_ten(spare):
+    used = training_memory(LLAMA, **WORK).memory_bytes
+    device = dataclasses.replace(known_hardware()["a100-80gb"], memory_gb=spare * used / 1e9)
+    assert training_memory(LLAMA, **WORK, hardware=device).fits is (spare == 1.0)
 
 
 def test_fsdp_divides_what_lies_and_not_what_runs():

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 from small_models import small_llama
 
@@ -45,6 +46,14 @@ def test_both_factors_by_hand():
     steps = np.arange(-5.0, 6.0)
     interval = crossed_interval(steps[:, None] + steps)
     assert (interval.low, interval.high) == pytest.approx((-2.085963 * 2**0.5, 2.085963 * 2**0.5))
+
+
+def test_both_factors_and_a_rest_by_hand():
+    """MS of 121, 121 and 30.25 with 10, 10 and 100 degrees of freedom."""
+    steps = np.arange(-5.0, 6.0)
+    interval = crossed_interval(steps[:, None] + steps + steps[:, None] * steps / 2)
+    free = 211.75**2 / (2 * 121**2 / 10 + 30.25**2 / 100)
+    assert interval.high == pytest.approx(student.ppf(0.975, free) * 1.75**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4])

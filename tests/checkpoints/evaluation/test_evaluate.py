@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
+from byte_tokenizers import tokenizer_of_bytes
 from small_models import small_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from parscale import wrap
 from parscale.checkpoints.evaluation.text_loss import evaluate, perplexity_of
 
-VOCABULARY = 64
+LETTERS, WITH_BEGINNING = tokenizer_of_bytes(), tokenizer_of_bytes(begins=True)
+VOCABULARY = len(WITH_BEGINNING)
 DOCUMENTS = [
     ("short", "ab"),
     ("empty", ""),
@@ -21,24 +23,14 @@ DOCUMENTS = [
 ]
 
 
-class Letters:
-    """A tokenizer with an id for each letter and, if wanted, a beginning-of-text token."""
-
-    def __init__(self, begin: int | None = None) -> None:
-        self.begin = [] if begin is None else [begin]
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [self.begin + [ord(letter) % VOCABULARY for letter in text] for text in texts]}
-
-
 @pytest.fixture(scope="module")
 def model():
     return small_llama(vocab_size=VOCABULARY, max_position_embeddings=128, initializer_range=0.5).double()
 
 
-def losses_one_by_one(model, tokenizer, text, sequence_length):
+def losses_one_by_one(model, text, sequence_length):
     """Each token's loss from what stands before it in its window, one forward pass for each prediction."""
-    ids = tokenizer([text])["input_ids"][0]
+    ids = LETTERS(text)["input_ids"]
     losses = []
     for position in range(1, len(ids)):
         start = (position - 1) // (sequence_length - 1) * (sequence_length - 1)
@@ -51,10 +43,9 @@ def losses_one_by_one(model, tokenizer, text, sequence_length):
 @pytest.mark.parametrize("sequence_length", [2, 3, 16, 100, 128, None])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_losses_are_those_of_single_predictions(model, sequence_length, batch_size):
-    tokenizer = Letters()
-    result = evaluate(model, tokenizer, DOCUMENTS, sequence_length=sequence_length, batch_size=batch_size)
+    result = evaluate(model, LETTERS, DOCUMENTS, sequence_length=sequence_length, batch_size=batch_size)
     with torch.no_grad():
-        direct = {name: losses_one_by_one(model, tokenizer, text, sequence_length or 128) for name, text in DOCUMENTS}
+        direct = {name: losses_one_by_one(model, text, sequence_length or 128) for name, text in DOCUMENTS}
     counted = {name: losses for name, losses in direct.items() if losses}
     assert [document.name for document in result.documents] == list(counted) == ["short", "long", "middle"]
     for document in result.documents:
@@ -74,51 +65,51 @@ def test_a_perplexity_that_is_too_large_for_a_float_is_infinite():
 
 
 def test_tokens_do_not_depend_on_the_windows(model):
-    counts = {evaluate(model, Letters(), DOCUMENTS, sequence_length=length).tokens for length in (2, 7, 128)}
+    counts = {evaluate(model, LETTERS, DOCUMENTS, sequence_length=length).tokens for length in (2, 7, 128)}
     assert counts == {sum(max(len(text) - 1, 0) for _, text in DOCUMENTS)}
 
 
 def test_special_tokens_of_the_tokenizer_are_context(model):
     """With a token in front, a document's first letter is predicted too."""
-    result = evaluate(model, Letters(begin=1), [("a", "abc")], sequence_length=128)
+    result = evaluate(model, WITH_BEGINNING, [("a", "abc")], sequence_length=128)
     assert result.tokens == 3
 
 
 def test_equals_the_loss_of_the_model(model):
-    ids = torch.tensor(Letters()([DOCUMENTS[3][1]])["input_ids"])
+    ids = torch.tensor(LETTERS([DOCUMENTS[3][1]])["input_ids"])
     with torch.no_grad():
         expected = model(ids, labels=ids).loss.item()
-    assert evaluate(model, Letters(), DOCUMENTS[3:4]).loss == pytest.approx(expected, rel=1e-6)
+    assert evaluate(model, LETTERS, DOCUMENTS[3:4]).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_low_precision_logits_are_summed_in_full(model):
     """Of bfloat16 logits, the loss is right to float32's precision."""
     low = copy.deepcopy(model).bfloat16()
-    ids = torch.tensor(Letters()([DOCUMENTS[3][1]])["input_ids"])
+    ids = torch.tensor(LETTERS([DOCUMENTS[3][1]])["input_ids"])
     with torch.no_grad():
         logits = low(ids).logits[0, :-1].double()
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
-    assert evaluate(low, Letters(), DOCUMENTS[3:4]).loss == pytest.approx(expected, rel=1e-6)
+    assert evaluate(low, LETTERS, DOCUMENTS[3:4]).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_mode_is_put_back(model):
     model.train()
-    evaluate(model, Letters(), DOCUMENTS)
+    evaluate(model, LETTERS, DOCUMENTS)
     assert model.training
     model.eval()
-    evaluate(model, Letters(), DOCUMENTS)
+    evaluate(model, LETTERS, DOCUMENTS)
     assert not model.training
 
 
 def test_progress_goes_to_standard_error(model, capsys):
-    evaluate(model, Letters(), DOCUMENTS, progress=True)
+    evaluate(model, LETTERS, DOCUMENTS, progress=True)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("length", [1, 0, -5, 129])
 def test_sequence_length_out_of_range(model, length):
     with pytest.raises(ValueError, match=rf"sequence_length is {length}, and must be between 2 and .* 128"):
-        evaluate(model, Letters(), DOCUMENTS, sequence_length=length)
+        evaluate(model, LETTERS, DOCUMENTS, sequence_length=length)
 
 
 @pytest.mark.parametrize(("transform", "positions"), [("prefix", 64), ("prompt", 56)])
@@ -126,11 +117,11 @@ def test_prompts_take_positions_and_prefixes_none(transform, positions):
     """Learned positions end where their table does."""
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     model = wrap(GPT2LMHeadModel(config), 2, prefix_length=8, transform=transform, init="random", seed=0)
-    assert evaluate(model, Letters(), DOCUMENTS).sequence_length == positions
+    assert evaluate(model, LETTERS, DOCUMENTS).sequence_length == positions
     with pytest.raises(ValueError, match=rf"sequence_length is {positions + 1}, .* 2 and the model's {positions} "):
-        evaluate(model, Letters(), DOCUMENTS, sequence_length=positions + 1)
+        evaluate(model, LETTERS, DOCUMENTS, sequence_length=positions + 1)
     with model.use_streams(None):
-        assert evaluate(model, Letters(), DOCUMENTS).sequence_length == 64
+        assert evaluate(model, LETTERS, DOCUMENTS).sequence_length == 64
 
 
 @pytest.mark.parametrize(("tokens", "left"), [(63, 1), (64, 0), (70, 0)])
@@ -138,15 +129,15 @@ def test_prompts_that_leave_no_positions(tokens, left):
     model = small_llama(vocab_size=VOCABULARY, max_position_embeddings=64)
     wrap(model, 2, prefix_length=tokens, transform="prompt", init="random", seed=0)
     with pytest.raises(ValueError, match=f"prompts of {tokens} tokens leave {left} of the model's 64 positions"):
-        evaluate(model, Letters(), DOCUMENTS)
+        evaluate(model, LETTERS, DOCUMENTS)
 
 
 def test_batch_size_out_of_range(model):
     with pytest.raises(ValueError, match="batch_size is 0, and must be at least 1"):
-        evaluate(model, Letters(), DOCUMENTS, batch_size=0)
+        evaluate(model, LETTERS, DOCUMENTS, batch_size=0)
 
 
 @pytest.mark.parametrize("documents", [[], [("empty", "")], [("one", "a"), ("another", "b")]])
 def test_nothing_to_predict(model, documents):
     with pytest.raises(ValueError, match="No document has two tokens"):
-        evaluate(model, Letters(), documents)
+        evaluate(model, LETTERS, documents)

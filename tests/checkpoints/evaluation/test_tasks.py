@@ -158,6 +158,7 @@ def test_contexts_run_with_one_row_where_streams_share_keys(tokenizer, batch_siz
     """As lm-eval's own class has it; only what it reads of answers runs with all streams."""
     model = build(3, torch.float64, kv="shared").eval()
     pairs = [("def f(x):\n    return", following) for following in (" x", " x + 1", " None")]
+    pairs += [("def f(x):\n    return x", " + 1")]  # a row of the same tokens, with a shorter answer
     pairs += [("import os\nimport sys\n\n\ndef main():", "\n    print(os.getcwd())")]
     options = {"tokenizer": tokenizer, "backend": "causal", "batch_size": batch_size, "max_length": WINDOW}
     theirs, ours = HFLM(pretrained=model, **options), harness_model(model, **options)

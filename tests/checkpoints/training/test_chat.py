@@ -8,13 +8,14 @@ from importlib import resources
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from training_runs import stopped_after
 from transformers import AutoTokenizer
 
 from parscale import load
 from parscale.checkpoints.texts.documents import Chat, Completion
 from parscale.checkpoints.training.packing import IGNORED, Blocks, Encoder, pack
 from parscale.checkpoints.training.run_folder import Run
-from parscale.checkpoints.training.train import TrainSettings, train
+from parscale.checkpoints.training.train import Interrupted, TrainSettings, train
 
 MARKED = """\
 {%- for message in messages %}{{- message.role + ': ' }}
@@ -254,23 +255,12 @@ def test_the_loss_is_that_of_the_assistants_tokens(chat_model, chats, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_a_run_that_was_stopped_goes_on_to_the_last_bit(chat_model, chats, tmp_path, monkeypatch, streaming):
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(chat_model, chats, tmp_path, streaming):
     chosen = settings(chats, streaming=streaming)
     train(str(chat_model), tmp_path / "whole", chosen)
 
-    from parscale.checkpoints.training.callbacks import Interruption
-    from parscale.checkpoints.training.train import Interrupted
-
-    step_end = Interruption.on_step_end
-
-    def stop(self, args, state, control, **more):
-        self.asked = state.global_step == 2
-        step_end(self, args, state, control, **more)
-
-    monkeypatch.setattr(Interruption, "on_step_end", stop)
-    with pytest.raises(Interrupted):
+    with stopped_after(2), pytest.raises(Interrupted):
         train(str(chat_model), tmp_path / "run", chosen)
-    monkeypatch.undo()
     train(str(chat_model), tmp_path / "run", chosen, resume=True)
     lines = [[line | {"tokens_per_second": 0} for line in Run(tmp_path / name).metrics()] for name in ("whole", "run")]
     assert lines[0] == lines[1]

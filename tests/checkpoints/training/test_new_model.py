@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from training_runs import stopped_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import ParScaleConfig, load, wrap
@@ -46,25 +47,14 @@ def settings(text_file, **options):
     return TrainSettings([str(text_file)], **given | {"eval_tokens": 64, "save_every": 1} | options)
 
 
-def test_a_new_model_is_trained_as_one_that_was_saved_untrained(
-    config, backbone, text_file, tmp_path, capsys, monkeypatch
-):
+def test_a_new_model_is_trained_as_one_that_was_saved_untrained(config, backbone, text_file, tmp_path, capsys):
     """To the last bit, also resumed after an interruption; its folder says what it began as."""
     arguments = ["train", "--from-config", str(config), "--tokenizer", str(backbone), "--num-streams", "3"]
     arguments += ["--prefix-length", "4", "--kv", "shared", "--output", str(tmp_path / "run"), "--seed", "3"]
     arguments += [*SIZES, "--eval-tokens", "64", "--save-every", "1", "--eval-data", f"code={text_file}", "--json"]
     arguments += ["--data", str(text_file)]
 
-    from parscale.checkpoints.training.callbacks import Interruption
-
-    step_end = Interruption.on_step_end
-
-    def stop(self, args, state, control, **more):
-        self.asked = state.global_step == 2
-        step_end(self, args, state, control, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "on_step_end", stop)
+    with stopped_after(2):
         assert run(arguments) == 130
     capsys.readouterr()
     assert run([*arguments, "--resume"]) == 0

@@ -8,12 +8,12 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training_runs import stopped_after
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from parscale import ParScaleConfig, load
 from parscale.checkpoints.conversion.convert import convert
-from parscale.checkpoints.training.callbacks import Interruption
-from parscale.checkpoints.training.digests import checkpoint_digest
+from parscale.checkpoints.training.digests import checkpoint_digest, streamed_digest
 from parscale.checkpoints.training.run_folder import MANIFEST, Run
 from parscale.checkpoints.training.train import Interrupted, TrainSettings, train
 from parscale.checkpoints.training.trainer import OneDeviceArguments
@@ -74,10 +74,10 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(
     train(str(full), tmp_path / "run", settings(text_file))
     assert ("another process is writing there" if resume else "is not empty") in others[0]
     train(str(full), tmp_path / "alone", settings(text_file))
-    for name in ("model.safetensors", "checkpoint-4/optimizer.pt"):
-        if name.endswith("safetensors"):
-            found, expected = (load_file(tmp_path / run / name) for run in ("run", "alone"))
-            assert all(torch.equal(found[key], expected[key]) for key in expected)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "alone"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    found, expected = (torch.load(tmp_path / name / "checkpoint-4" / "optimizer.pt") for name in ("run", "alone"))
+    torch.testing.assert_close(found["state"], expected["state"], rtol=0, atol=0)
     assert Run(tmp_path / "run").newest_checkpoint() == tmp_path / "run" / "checkpoint-4"
 
 
@@ -175,14 +175,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_other_contents_are_refused(own, monkeypatch, what):
+def test_other_contents_are_refused(own, what):
     which, path, change, said = CHANGES[what]
     options = {"eval_data": {"code": str(own / "measured.py")}, "streaming": what == "streamed text"}
     chosen = settings(own / "text.py", **options)
-    with monkeypatch.context() as patched:
-        patched.setattr(Interruption, "on_step_end", stop_after(2, Interruption.on_step_end))
-        with pytest.raises(Interrupted):
-            train(str(own / which), own / "run", chosen)
+    with stopped_after(2), pytest.raises(Interrupted):
+        train(str(own / which), own / "run", chosen)
     kept = (own / path).read_bytes()
     change(own / path)
     before = sorted(entry.name for entry in (own / "run").iterdir())
@@ -192,14 +190,6 @@ def test_other_contents_are_refused(own, monkeypatch, what):
     if what == "the text to measure on":  # as an example of all
         (own / path).write_bytes(kept)
         assert train(str(own / which), own / "run", chosen, resume=True)["steps"] == STEPS
-
-
-def stop_after(steps, on_step_end):
-    def stopping(self, args, state, control, **kwargs):
-        self.asked = self.asked or state.global_step == steps
-        on_step_end(self, args, state, control, **kwargs)
-
-    return stopping
 
 
 def test_a_checkpoint_that_changes_while_the_run_lasts(own, monkeypatch):
@@ -224,13 +214,11 @@ def change_after(publish, change):
     return publishing
 
 
-def test_a_run_of_an_older_version_goes_on(own, monkeypatch):
+def test_a_run_of_an_older_version_goes_on(own):
     """It has not written down the contents of all that it read."""
     chosen = settings(own / "text.py")
-    with monkeypatch.context() as patched:
-        patched.setattr(Interruption, "on_step_end", stop_after(2, Interruption.on_step_end))
-        with pytest.raises(Interrupted):
-            train(str(own / "streams"), own / "run", chosen)
+    with stopped_after(2), pytest.raises(Interrupted):
+        train(str(own / "streams"), own / "run", chosen)
     written = json.loads((own / "run" / "run.json").read_text())
     del written["checkpoint_digest"], written["eval_digests"]
     (own / "run" / "run.json").write_text(json.dumps(written))
@@ -256,6 +244,19 @@ def test_a_digest_is_of_contents_and_not_of_places(own, tmp_path):
     second = checkpoint_digest(str(own / "two"))
     change_weights(sorted((own / "two").glob("model-*.safetensors"))[-1])
     assert checkpoint_digest(str(own / "two")) != second
+
+
+def test_a_digest_of_streamed_data_is_of_its_beginning_and_its_files_sizes(tmp_path):
+    """What is read later is not read beforehand."""
+    file = tmp_path / "texts" / "a.txt"
+    file.parent.mkdir()
+    file.write_text("text")
+    for name in (file, file.parent):
+        file.write_text("text")
+        first = streamed_digest("beginning", [str(name)])
+        assert streamed_digest("other", [str(name)]) != first
+        file.write_text("texts")
+        assert streamed_digest("beginning", [str(name)]) != first
 
 
 # -- more devices than processes

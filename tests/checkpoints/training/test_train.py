@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
+from training_runs import BATCH, S, is_of_streams, losses_of, run_by_hand
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,10 +24,8 @@ from parscale import load, wrap
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.texts.documents import Source
 from parscale.checkpoints.training import train as training
-from parscale.checkpoints.training.packing import Blocks, Encoder, Shuffled, pack
+from parscale.checkpoints.training.packing import Blocks, Encoder, pack
 from parscale.checkpoints.training.train import TrainSettings, train
-
-S, BATCH = 16, 4
 
 
 def settings(text_file, **options):
@@ -48,46 +47,12 @@ def settings(text_file, **options):
     )
 
 
-def losses_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def is_of_streams(name):
-    return "prefix_" in name or "aggregate_layer" in name
-
-
-def by_hand(checkpoint, text_file, *, frozen, steps=5):
-    """Losses, and the parameters at the end, of the same run written out."""
-    model = load(checkpoint, dtype=torch.float32).train()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    encoded = Encoder(tokenizer, 257)([("text", text_file.read_text())])
-    rows = Shuffled(Blocks(pack(encoded, S), S), steps * BATCH, seed=0)
-    named = {name: p for name, p in model.named_parameters() if is_of_streams(name) or not frozen}
-    groups = [{"params": [p for name, p in named.items() if is_of_streams(name)], "lr": 3e-2}]
-    if not frozen:
-        groups.append({"params": [p for name, p in named.items() if not is_of_streams(name)], "lr": 1e-2})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    losses = []
-    for step, factor in enumerate((0.0, 1.0, 1.0, 1.0, 0.5)):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        batch = [rows[step * BATCH + row] for row in range(BATCH)]
-        inputs = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
-        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
-        optimizer.step()
-        model.zero_grad()
-        losses.append(loss.item())
-    return losses, dict(model.named_parameters())
+by_hand = functools.partial(run_by_hand, factors=(0.0, 1.0, 1.0, 1.0, 0.5), streams_rate=3e-2)
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "everything"])
 def test_takes_the_steps_of_a_loop_by_hand(full, text_file, tmp_path, frozen):
-    report = train(str(full), tmp_path / "run", settings(text_file, freeze_backbone=frozen, streams_learning_rate=3e-2))
+    report = train(str(full), tmp_path / "run", settings(text_file, freeze_backbone=frozen))
     losses, parameters = by_hand(full, text_file, frozen=frozen)
     assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-5)
     assert report["tokens"] == 5 * BATCH * S
@@ -114,13 +79,7 @@ def test_takes_the_steps_of_a_loop_by_hand(full, text_file, tmp_path, frozen):
 def test_a_batch_in_parts_and_checkpointed_activations(full, text_file, tmp_path, frozen, options):
     """Documents of different lengths, so that the parts predict different numbers of tokens."""
     for name, more in (("plain", {}), ("other", options)):
-        train(
-            str(full),
-            tmp_path / name,
-            settings(text_file, freeze_backbone=frozen)
-            if not more
-            else settings(text_file, freeze_backbone=frozen, **more),
-        )
+        train(str(full), tmp_path / name, settings(text_file, freeze_backbone=frozen, **more))
     assert losses_of(tmp_path / "other") == pytest.approx(losses_of(tmp_path / "plain"), abs=1e-5)
 
 
@@ -358,6 +317,22 @@ def test_rates_are_those_of_each_part(full, text_file, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rates"] for line in lines if "loss" in line]
     assert rates == [{"streams": 0.0, "backbone": 1e-2}] * 5
+
+
+def test_only_matrices_of_the_backbone_decay(full, text_file, tmp_path):
+    train(str(full), tmp_path / "run", settings(text_file, weight_decay=0.5))
+    groups = torch.load(tmp_path / "run" / "checkpoint-5" / "optimizer.pt")["param_groups"]
+    found = {(group["of_streams"], group["weight_decay"]): len(group["params"]) for group in groups}
+    named = dict(load(full).named_parameters())
+    backbone = [p for name, p in named.items() if not is_of_streams(name)]
+    matrices = sum(p.ndim == 2 for p in backbone)
+    expected = {(True, 0.0): len(named) - len(backbone), (False, 0.5): matrices, (False, 0.0): len(backbone) - matrices}
+    assert found == expected
+
+
+def test_a_tenth_of_the_steps_is_the_default():
+    arguments = training._arguments(TrainSettings(data=["x"], tokens=100), 40)
+    assert (arguments["save_steps"], arguments["eval_steps"]) == (4, 4)
 
 
 @pytest.mark.gpu

@@ -1,19 +1,17 @@
 """`train` where prompts or low-rank differences make the streams differ."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from training_runs import BATCH, S, is_of_streams, losses_of, run_by_hand
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from parscale import load, wrap
 from parscale.checkpoints.description import describe
-from parscale.checkpoints.training.packing import Blocks, Encoder, Shuffled, pack
 from parscale.checkpoints.training.train import TrainSettings, train
 
-S, BATCH, STEPS = 16, 4, 4
+STEPS = 4
 
 
 @pytest.fixture(scope="module", params=["prompt", "lora"])
@@ -36,44 +34,18 @@ def settings(text_file, **options):
     return TrainSettings(data=[str(text_file)], **common | options)
 
 
-def losses_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def is_of_streams(name):
-    return any(part in name for part in ("prompt", "stream_", "aggregate_layer"))
-
-
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", ["full", "streams"])
 def test_takes_the_steps_of_a_loop_by_hand(checkpoint, kind, text_file, tmp_path):
     """Documents packed into rows too; with a frozen backbone."""
     source = checkpoint / kind
     report = train(str(source), tmp_path / "run", settings(text_file, freeze_backbone=True))
-    model = load(source, dtype=torch.float32).train()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    encoded = Encoder(tokenizer, 257)([("text", text_file.read_text())])
-    rows = Shuffled(Blocks(pack(encoded, S), S), STEPS * BATCH, seed=0)
-    model.freeze_backbone()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = []
-    for step in range(STEPS):
-        batch = [rows[step * BATCH + row] for row in range(BATCH)]
-        inputs = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
-        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        model.zero_grad()
-        losses.append(loss.item())
+    losses, parameters = run_by_hand(source, text_file, frozen=True, factors=[1.0] * STEPS, streams_rate=1e-2)
     assert losses_of(tmp_path / "run") == pytest.approx(losses, abs=2e-5)
     assert report["streams_learning_rate"] == 1e-2
     before, after = load(source), load(tmp_path / "run")
     for name, parameter in after.named_parameters():
-        torch.testing.assert_close(parameter.float(), model.get_parameter(name), atol=5e-4, rtol=1e-2)
+        torch.testing.assert_close(parameter.float(), parameters[name], atol=5e-4, rtol=1e-2)
         assert torch.equal(parameter, before.get_parameter(name)) is not is_of_streams(name), name
     for key in ("kind", "transform", "num_streams", "parameters"):
         assert describe(str(tmp_path / "run"))[key] == describe(str(source))[key]

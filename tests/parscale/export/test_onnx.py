@@ -1,5 +1,6 @@
 """ONNX Runtime, and ONNX Runtime GenAI by its configuration file, write what `generate` writes."""
 
+import dataclasses
 import itertools
 import json
 
@@ -7,10 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from small_models import small_llama
 
 from parscale.errors import UnsupportedModelError
 from parscale.export.comparison import check_graph, sample
-from parscale.export.decoder import cache_shape
+from parscale.export.decoder import CacheShape, cache_shape
+from parscale.export.genai import genai_config
 
 STEPS = 8
 LENGTHS = (1, 2, 17, 500)
@@ -100,11 +103,21 @@ def test_the_folder_is_whole(exported):
     assert (config["vocab_size"], config["context_length"]) == (96, 1024)
 
 
+def test_tokens_that_a_model_has_not():
+    """It begins with an id that the tokenizer never gives, and pads with the end of text."""
+    model = small_llama(eos_token_id=5, bos_token_id=None, pad_token_id=None)
+    found = genai_config(model, CacheShape(2, 2, 2, 8, "past_key_values"), "model.onnx", 64)["model"]
+    assert (found["bos_token_id"], found["pad_token_id"], found["eos_token_id"]) == (64, 5, [5])
+
+
 def test_a_graph_that_says_something_else_is_refused(exported, saved):
     """The comparison that every export ends with finds a graph of other weights."""
-    shape, (other, _) = cache_shape(saved("llama", 2)[0]), saved("llama", 1)
-    with pytest.raises(UnsupportedModelError, match="differs from the model"):
-        check_graph(exported("llama", 2)[1] / "model.onnx", shape, sample(other))
+    (model, _), (other, _) = saved("llama", 2), saved("llama", 1)
+    graph, shape, known = exported("llama", 2)[1] / "model.onnx", cache_shape(model), sample(model)
+    check_graph(graph, shape, known)
+    for wrong in (sample(other), dataclasses.replace(known, logits=known.logits * np.nan)):
+        with pytest.raises(UnsupportedModelError, match="differs from the model"):
+            check_graph(graph, shape, wrong)
 
 
 @pytest.mark.nightly

@@ -98,6 +98,8 @@ def test_no_text_is_longer_than_the_model_reads(family):
     for T in (most + 1, 10**12):  # the latter is refused before memory for it is
         with pytest.raises(ValueError, match=f"has {most:,} positions for a text.*cannot read {T:,} tokens"):
             parscale.wrap(family.plain(), 2, prefix_length=T)
+    read = parscale.wrap(family.plain(), 2, prefix_length=most)
+    assert all(prefix.shape[2] == most for prefix in prefixes(read).values())
     drawn = parscale.wrap(family.plain(), 2, prefix_length=most + 1, init="random")
     assert all(prefix.shape[2] == most + 1 for prefix in prefixes(drawn).values())
 
@@ -114,6 +116,15 @@ def test_sampled_texts_end_with_the_end_of_text_token(family, zoo):
     first = next(name for name in prefixes(model) if name.endswith("prefix_v"))  # before any attention
     zoo.close(prefixes(model)[first][:, :, -1:], prefixes(alone)[first], 1e-5)
     assert len({tuple(row.tolist()) for row in prefixes(model)[first].flatten(1)}) == 3
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_texts_are_sampled(family):
+    """Those of streams 0 and V go on from the same token, and differ."""
+    V = family.plain().config.vocab_size
+    model = parscale.wrap(family.plain(), V + 1, prefix_length=6, init="context", seed=4)
+    for prefix in prefixes(model).values():
+        assert not torch.allclose(prefix[0], prefix[V])
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
