@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.config import LORA, OWN, ParScaleConfig
+from parscale.config import LORA, MADE_FROM, OWN, VERSION, ParScaleConfig
 from parscale.format.folders import (
     ADAPTER_CONFIG,
     BACKBONE,
@@ -18,6 +18,7 @@ from parscale.format.folders import (
     STREAMS_CONFIG,
     TYPE_SUFFIX,
     Checkpoint,
+    hub_name,
     set_name,
     set_names,
     stream_config,
@@ -36,9 +37,10 @@ def describe(path_or_repo: str) -> dict[str, Any]:
         path_or_repo: a folder, or a name on the Hugging Face Hub, whose weights are then downloaded.
 
     Returns:
-        `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `backbone` (its class, type and name), the
-        configuration of the active streams, `dtype`, `parameters` by part, and `further_streams` by name. An adapter in
-        the same folder adds `adapter`, its type.
+        `kind` (`"full"`, `"streams only"` or `"plain backbone"`), `written_by` (of streams: the version of parscale,
+        None if unknown), `backbone` (its class, type and name, and `made_from`: what the one in a full checkpoint was
+        on the Hub, if it is recorded), the configuration of the active streams, `dtype`, `parameters` by part, and
+        `further_streams` by name. An adapter in the same folder adds `adapter`, its type.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -59,6 +61,7 @@ def describe(path_or_repo: str) -> dict[str, Any]:
     return {
         "checkpoint": path_or_repo,
         "kind": kind,
+        **({} if kind == PLAIN else {"written_by": _version(fields.get(VERSION if kind == FULL else "version"))}),
         "backbone": _backbone(fields, kind),
         "active_streams": name,
         **describe_streams(streams),
@@ -84,7 +87,17 @@ def _backbone(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
     saved = architectures[0] if isinstance(architectures, list) and architectures else None
     if isinstance(saved, str) and not saved.endswith(CAUSAL_LM):
         name = saved.replace(INFIX, "", 1)
-    return {"class": name, "model_type": model_type, "name": "in this folder"}
+    made_from = hub_name(fields.get(MADE_FROM))
+    return {
+        "class": name,
+        "model_type": model_type,
+        "name": "in this folder",
+        **({} if made_from is None else {"made_from": made_from}),
+    }
+
+
+def _version(version: object) -> str | None:
+    return f"parscale {version}" if isinstance(version, str) else None
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, str]:

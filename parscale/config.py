@@ -29,6 +29,8 @@ KV = "parscale_kv"  # without it, "own"
 FIELDS = (NUM_STREAMS, PREFIX_LENGTH, SMOOTHING, INIT, SEED, TRANSFORM, RANK, KV)
 # In full checkpoints only: the active set's name, if not "default" (null: no set is active), and the other sets.
 SET_NAME, SETS = "parscale_name", "parscale_sets"
+# Likewise: the version of parscale that wrote it, and the name on the Hub of the backbone that it was made from.
+VERSION, MADE_FROM = "parscale_version", "parscale_backbone"
 DEFAULT_SET = "default"
 SET_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 STREAMS_OFF = "off"  # in place of a set's name, on the command line: the plain backbone
@@ -160,7 +162,7 @@ class ParScaleConfig:
         """
         if NUM_STREAMS not in fields:
             raise ValueError(f"The config has no {NUM_STREAMS!r}: it does not describe a ParScale model.")
-        known = {*FIELDS, SET_NAME, SETS}
+        known = {*FIELDS, SET_NAME, SETS, VERSION, MADE_FROM}
         unknown = sorted(key for key in fields if key.startswith("parscale_") and key not in known)
         if unknown:
             warnings.warn(

@@ -4,7 +4,8 @@ A full checkpoint is a folder in the backbone's own format, with the active set 
 it has the format of the released `ParScale/*` checkpoints:
 
 - `config.json`: the backbone's, with `model_type: <backbone>_parscale`, `parscale_n` (P), `parscale_n_tokens` (T),
-  `parscale_attn_smooth` (without it, 0.01), and, with more than one set, `parscale_name` and `parscale_sets`;
+  `parscale_attn_smooth` (without it, 0.01), `parscale_version` (of this package), `parscale_backbone` (the backbone's
+  name, if it came from the Hub), and, with more than one set, `parscale_name` and `parscale_sets`;
 - `model.safetensors` or shards: the backbone's tensors, `<attention>.prefix_k` and `.prefix_v` of `(P, G, T, D)` (or
   the tensors of another transform, which `parscale_transform` then names), and
   `<backbone>.aggregate_layer.{0,2}.{weight,bias}`;
@@ -29,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.transformers import tensor_parallel
-from parscale.config import NUM_STREAMS
+from parscale.config import MADE_FROM, NUM_STREAMS
 from parscale.format.architectures import class_named, config_class, register_backbone
 from parscale.format.checks import check_fit, check_streams
 from parscale.format.folders import (
@@ -40,6 +41,7 @@ from parscale.format.folders import (
     TYPE_SUFFIX,
     Checkpoint,
     backbone_location,
+    hub_name,
     set_name,
     set_names,
     stream_config,
@@ -64,6 +66,7 @@ def load(
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     kernels: Impl = "auto",
     tp_plan: str | Mapping[str, str] | None = None,
     distributed_config: Any = None,
@@ -84,6 +87,8 @@ def load(
         device_map: as in `from_pretrained`.
         attn_implementation: as in `from_pretrained`.
         revision: of the repository: a branch, a tag or a commit.
+        token: for private repositories on the Hub, also that of a backbone which streams name; by default the one of
+            `hf auth login` or `HF_TOKEN`.
         kernels: as in `parscale.wrap`.
         tp_plan: splits each layer over all processes that `torchrun` started: `"auto"` for the plan of transformers for
             the backbone, or a plan in that form. With one process, nothing is split.
@@ -97,7 +102,7 @@ def load(
         OSError: a folder or a file does not exist (`FileNotFoundError`) or cannot be read.
     """
     check_impl(kernels, "kernels")
-    checkpoint = Checkpoint(path_or_repo, revision=revision)
+    checkpoint = Checkpoint(path_or_repo, revision=revision, token=token)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     if isinstance(device_map, Mapping) and not device_map:
         raise ValueError('device_map names no module, got {}: leave it out, or give a device for all, as {"": "cpu"}.')
@@ -165,6 +170,7 @@ def _load_full(checkpoint: Checkpoint, config: PreTrainedConfig, *model_args: An
     model, info = load_backbone(checkpoint, config, tensors, *model_args, **kwargs)
     with configuration_of(checkpoint, (*FAULTS, TypeError)):
         state = attach(model)
+    state.made_from = hub_name(vars(config).get(MADE_FROM))
     if name is not None:
         add(state, name, streams, tensors=values_in(model, streams, stored))
     for other, (other_config, other_tensors) in sets.items():
@@ -205,7 +211,7 @@ def _named_backbone(
     if not name:
         raise ValueError(f"{checkpoint} does not name its backbone: pass backbone=, a folder or a model.")
     try:
-        base = Checkpoint(name)
+        base = Checkpoint(name, token=checkpoint.hub.get("token"))
         config = read_config(base, base.read_json(CONFIG), base.weights())
     except ValueError as error:
         raise ValueError(f"The backbone {name} of {checkpoint} cannot be read: {error}") from error

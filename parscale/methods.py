@@ -20,6 +20,7 @@ from parscale.config import LORA, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
+from parscale.format.folders import Checkpoint
 from parscale.hooks.adding import add
 from parscale.hooks.encoded import by_source
 from parscale.hooks.stream_losses import IGNORED, StreamLosses, measure_streams
@@ -266,19 +267,28 @@ def save_streams(model: PreTrainedModel, save_directory: str | os.PathLike[str])
     saving.save_streams(model, save_directory)
 
 
-def load_streams(model: PreTrainedModel, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+def load_streams(
+    model: PreTrainedModel,
+    path_or_repo: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> None:
     """Adds a saved set of streams, inactive until `set_streams(name)`.
 
     Args:
         path_or_repo: a folder, or a name on the Hugging Face Hub.
         name: the set's name in this model; by default the name that it was saved with.
+        revision: as in `parscale.load`.
+        token: likewise.
 
     Raises:
         ValueError: the folder is damaged or not a streams-only checkpoint, its streams do not fit the model, or a set
             has this name already.
         OSError: a folder or a file does not exist (`FileNotFoundError`) or cannot be read.
     """
-    stored_sets.add_saved_streams(model, path_or_repo, name)
+    stored_sets.add_saved_streams(model, Checkpoint(path_or_repo, revision=revision, token=token), name)
 
 
 def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: Any) -> Any:

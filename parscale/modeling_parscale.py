@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "This checkpoint has parallel streams (ParScale), which the Python package parscale reads. "
-        "Install it, or a newer version of it: pip install --upgrade parscale"
+        "Install it, or a newer version of it, from a clone of its repository: pip install ."
     ) from error
 
 __all__ = ["ParScaleForCausalLM", "ParScaleModel", "ParScaleModelConfig"]

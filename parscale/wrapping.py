@@ -21,6 +21,7 @@ from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKE
 from parscale.config import DEFAULT_SET, FIELDS, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
+from parscale.format.folders import hub_name
 from parscale.hooks.adding import add, remove
 from parscale.hooks.backbone import BackboneHooks, unhook
 from parscale.hooks.surroundings import undisturbed
@@ -203,6 +204,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         BackboneHooks(state).attach()
         _own_config(model)
         _anchor_name(model)
+        state.made_from = hub_name(model.config.name_or_path)
         check_takes_parameters(model)
         _decompress(model)
         attach_attention(state)

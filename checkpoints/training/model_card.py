@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from parscale.checkpoints.training.held_out import NOT_TRAINED, TRAINED, UNTOUCH
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.config import OWN, SHARED, ParScaleConfig
 from parscale.descriptions import labels
+from parscale.format.folders import hub_name
 
 CARD = "README.md"
 TRAINED_PARTS = {
@@ -122,7 +122,7 @@ def model_card(facts: TrainingFacts) -> str:
     only if they are on the Hub, which rejects other names there.
     """
     data = ModelCardData(
-        base_model=facts.backbone if is_hub_name(facts.backbone) else None,
+        base_model=hub_name(facts.backbone),
         datasets=list(facts.datasets) or None,
         library_name="parscale" if facts.streams_only else "transformers",
         pipeline_tag="text-generation",
@@ -179,7 +179,7 @@ def _cache(facts: TrainingFacts) -> str:
 def _use(facts: TrainingFacts) -> str:
     name = json.dumps(facts.checkpoint, ensure_ascii=False)
     call = f"load({name})"
-    if facts.streams_only and not is_hub_name(facts.backbone):
+    if facts.streams_only and hub_name(facts.backbone) is None:
         call = f'load({name}, backbone="...")  # the backbone\'s folder: these are the streams alone'
     return _fenced(
         "from transformers import AutoTokenizer\n\n"
@@ -299,10 +299,3 @@ def _plain(text: str) -> str:
 def _fenced(text: str, language: str = "") -> str:
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join((f"{ticks}{language}", *text.splitlines(), ticks))
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Whether a name can be one on the Hugging Face Hub, and is no path here."""
-    if not name or os.path.exists(name):
-        return False
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None

@@ -155,9 +155,10 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
 
 
 def _backbone_of(checkpoint: str) -> str | None:
-    """What a checkpoint calls its backbone; None where it is in the checkpoint itself."""
-    name: str | None = describe(checkpoint)["backbone"]["name"]
-    return None if name == "in this folder" else name
+    """What a checkpoint calls its backbone, which may be in the checkpoint itself; None if unknown."""
+    what = describe(checkpoint)
+    name: str | None = what["backbone"].get("name" if what["kind"] == STREAMS_ONLY else "made_from")
+    return name
 
 
 def losses_by_text(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

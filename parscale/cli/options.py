@@ -31,6 +31,14 @@ def _in_one_process(context: typer.Context, device: str | None) -> str | None:
     return device
 
 
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--no-private",
+        help="Whether a repository that is made is private. Default: what its owner's settings on the Hub say. With "
+        "--private, one that exists has to be private.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="Where to run, such as cpu or cuda:1. Default: a GPU if there is one.", callback=_in_one_process),

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from parscale.cli.options import Json
+from parscale.cli.options import Json, Private
 from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
 
 
 def push(
     folder: Annotated[Path, typer.Argument(help="A trained checkpoint's folder, with its model card.")],
     repository: Annotated[str, typer.Argument(help="The repository's name on the Hub; made if there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    private: Private = None,
     json: Json = False,
 ) -> None:
     """Upload a trained checkpoint with its card to the Hugging Face Hub."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from parscale.checkpoints.training.settings import TrainSettings
-from parscale.cli.options import Json, Special, count, takes_settings
+from parscale.cli.options import Json, Private, Special, count, takes_settings
 from parscale.cli.output import for_tables, print_figures, print_json, quiet_libraries
 from parscale.cli.recipes import Recipe
 from parscale.config import ParScaleConfig
@@ -80,6 +80,7 @@ def train(
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository on the Hugging Face Hub.", metavar="NAME")
     ] = None,
+    private: Private = None,
     json: Json = False,
 ) -> None:
     """Train a checkpoint, or a new model, on text and chats; also under torchrun or accelerate launch."""
@@ -91,6 +92,8 @@ def train(
     start = _start(checkpoint, from_config, tokenizer, of_new, settings)
     if controls and checkpoint is None:
         raise ValueError("--controls trains the untouched backbone, and a new model has none; leave it out.")
+    if private is not None and push_to_hub is None:
+        raise ValueError(f"--{'' if private else 'no-'}private is of --push-to-hub: give both, or leave it out.")
     quiet_libraries()
     if push_to_hub is not None:
         from parscale.checkpoints.training.upload import check_repository, push
@@ -110,7 +113,7 @@ def train(
     if not PartialState().is_main_process:
         return
     if push_to_hub is not None:
-        report = report | {"uploaded_to": push(output, push_to_hub)}
+        report = report | {"uploaded_to": push(output, push_to_hub, private=private)}
     if json:
         print_json(report)
     else:

@@ -14,6 +14,7 @@
 - `working`: working folders, locked by the process that writes in them
 - `moving`: moves files into a folder so that a kill loses none
 - `staging`: folders and files that change completely or not at all
+- `repository`: repositories on the Hub that checkpoints are uploaded to
 - `saving`: saves full checkpoints and streams
 
 `parscale.load` itself is in `parscale.loading`, above `parscale.wrapping`.

@@ -282,6 +282,13 @@ def stream_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> ParScale
         raise ValueError(f"The configuration of {checkpoint} is damaged: {error}") from error
 
 
+def hub_name(name: object) -> str | None:
+    """A name that can be one on the Hugging Face Hub, and is no path here; `None` in place of anything else."""
+    if not isinstance(name, str) or os.path.exists(name):
+        return None
+    return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) else None
+
+
 def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
     """The name of the set in a streams-only checkpoint, from its `parscale_config.json`.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from parscale.format.untrusted import brief
 
 NEW, LEAVING, OLD, LAST = "new", ".leaving", ".old", ".last"
+_WINDOWS = os.name == "nt"
 
 
 def move_into(target: Path, folder: Path, last: Sequence[str], replaced: Iterable[str]) -> None:
@@ -106,8 +107,13 @@ def end_moves(target: Path, folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flushes the buffers of a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes the buffers of a file, or the names in a folder, to disk.
+
+    Windows flushes files that are open for writing alone, and opens no folders: names are not flushed there.
+    """
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -19,7 +19,16 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from parscale.compat.transformers import has_adapter
-from parscale.config import DEFAULT_SET, FIELDS, NUM_STREAMS, SET_NAME, SETS, ParScaleConfig
+from parscale.config import (
+    DEFAULT_SET,
+    FIELDS,
+    MADE_FROM,
+    NUM_STREAMS,
+    SET_NAME,
+    SETS,
+    VERSION,
+    ParScaleConfig,
+)
 from parscale.distributed.offloading import fetched, fetched_state_dict, is_offloaded
 from parscale.distributed.parallel import gathered_state_dict, is_main_process, is_sharded, together_at_the_end, whole
 from parscale.format.architectures import class_in_checkpoints
@@ -36,6 +45,7 @@ from parscale.format.folders import (
     read_json,
     set_names,
 )
+from parscale.format.repository import make_repository
 from parscale.format.staging import final_path, staged
 from parscale.streams.naming import is_copy, is_of_streams
 from parscale.streams.sets import StreamSet
@@ -218,7 +228,9 @@ def _mark(path: Path, model: Any) -> None:
     streams = state.active.config if state.active is not None else ParScaleConfig(num_streams=1)
     for field in (*FIELDS, SET_NAME, SETS):  # of the set that the model's configuration records, which may be another
         config.pop(field, None)
-    config |= streams.to_fields()
+    config |= streams.to_fields() | {VERSION: __version__}
+    if state.made_from is not None:
+        config[MADE_FROM] = state.made_from
     name = None if state.active is None else state.active.name
     if name != DEFAULT_SET:
         config[SET_NAME] = name
@@ -327,7 +339,7 @@ def _push(folder: Path, files: list[str], arguments: dict[str, Any]) -> None:
     """Uploads the files of a folder to the Hub, by the arguments of `save_pretrained`."""
     api = HfApi(token=arguments.get("token"))
     name = arguments.get("repo_id") or folder.resolve().name
-    repo = api.create_repo(name, exist_ok=True, private=arguments.get("private")).repo_id
+    repo = make_repository(api, name, arguments.get("private"))
     api.upload_folder(
         repo_id=repo,
         folder_path=folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -77,9 +76,8 @@ def _names_in_model(model: Any, released: Collection[str], stored: Collection[st
 
 
 @torch.inference_mode(False)  # loaded tensors can be trained
-def add_saved_streams(model: Any, path_or_repo: str | os.PathLike[str], name: str | None = None) -> None:
+def add_saved_streams(model: Any, checkpoint: Checkpoint, name: str | None = None) -> None:
     """Adds a saved set of streams, as `parscale.methods.load_streams` describes."""
-    checkpoint = Checkpoint(path_or_repo)
     if checkpoint.kind_with_streams() == FULL:
         raise ValueError(f"{checkpoint} has its own backbone: load_streams reads folders written by save_streams.")
     fields = checkpoint.read_json(STREAMS_CONFIG)

@@ -54,10 +54,9 @@ def working(place: Path, name: str = "") -> Iterator[Path]:
         clear(folder)
         yield folder
     finally:
-        with contextlib.suppress(OSError):
+        with _closing(marker), contextlib.suppress(OSError):
             if cut_off(folder) is None:
                 _remove(folder)
-        os.close(marker)
 
 
 def working_folder(place: Path, name: str = "") -> Path:
@@ -101,12 +100,8 @@ def remove_leftovers(folder: Path) -> None:
     """Removes the working folders in `folder` whose processes have ended."""
     for entry in folder.iterdir():
         if is_working_folder(entry):
-            with contextlib.suppress(BlockingIOError):
-                marker = _claim(entry)
-                try:
-                    _remove(entry)
-                finally:
-                    os.close(marker)
+            with contextlib.suppress(BlockingIOError), _closing(_claim(entry)):
+                _remove(entry)
 
 
 def clear(folder: Path) -> None:
@@ -123,6 +118,21 @@ def _remove(folder: Path) -> None:
     clear(folder)
     (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()
+
+
+@contextlib.contextmanager
+def _closing(marker: int) -> Iterator[None]:
+    """Closes the marker of a folder that is removed in the block: after it, so that the folder stays locked.
+
+    Where nothing is locked it is closed before the block: Windows removes no file that is open.
+    """
+    if fcntl is None:
+        os.close(marker)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            os.close(marker)
 
 
 def _claim(folder: Path) -> int:

@@ -52,6 +52,7 @@ class ParScaleState:
         blocks: the open `use_streams` blocks, which decide what trains.
         calls: the state of each thread's calls.
         hooks: handles of the hooks that all sets share.
+        made_from: the name of the untrained backbone on the Hub; `None` if unknown.
 
     Raises:
         UnsupportedModelError: it has no backbone that supports streams.
@@ -80,6 +81,7 @@ class ParScaleState:
         self.blocks = OpenBlocks()
         self.calls = ThreadCalls()
         self.hooks: list[Any] = []
+        self.made_from: str | None = None
         ALIVE.add(self)
 
     def __getstate__(self) -> dict[str, Any]:

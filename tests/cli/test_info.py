@@ -1,12 +1,14 @@
 """`parscale info`: what it says of each kind of folder."""
 
 import json
+import shutil
 
 import pytest
 from transformers import LlamaForCausalLM
 
 import parscale
 from parscale.cli.application import run
+from parscale.version import __version__
 
 
 def info(capsys, checkpoint) -> dict:
@@ -21,8 +23,8 @@ def test_full_checkpoint_with_a_further_set(two_sets, capsys):
         name: sum(tensor.numel() for tensor in model.parscale.tensors(streams).values())
         for name, streams in model.parscale.sets.items()
     }
-    assert said["kind"] == "full"
-    assert said["backbone"]["class"] == "LlamaForCausalLM"
+    assert (said["kind"], said["written_by"]) == ("full", f"parscale {__version__}")
+    assert said["backbone"] == {"class": "LlamaForCausalLM", "model_type": "llama", "name": "in this folder"}
     assert said["active_streams"] == "default"
     assert (said["num_streams"], said["prefix_length"], said["smoothing"]) == (3, 5, 0.1)
     assert (said["init"], said["seed"], said["dtype"]) == ("random", 1, "float32")
@@ -35,11 +37,23 @@ def test_full_checkpoint_with_a_further_set(two_sets, capsys):
     assert other["parameters"]["backbone"] == 0
 
 
+def test_what_a_full_checkpoint_was_made_from(two_sets, tmp_path, capsys):
+    """Also of one that does not say who wrote it, as the released ones."""
+    folder = shutil.copytree(two_sets, tmp_path / "made")
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["parscale_version"]
+    (folder / "config.json").write_text(json.dumps(fields | {"parscale_backbone": "org/backbone"}))
+    said = info(capsys, folder)
+    assert (said["written_by"], said["backbone"]["made_from"]) == (None, "org/backbone")
+    (folder / "config.json").write_text(json.dumps(fields | {"parscale_backbone": ["org/backbone"]}))
+    assert "made_from" not in info(capsys, folder)["backbone"]
+
+
 def test_streams_only(backbone, tmp_path, capsys):
     model = LlamaForCausalLM.from_pretrained(backbone)
     parscale.wrap(model, 2, init="random").save_streams(tmp_path / "streams")
     said = info(capsys, tmp_path / "streams")
-    assert said["kind"] == "streams only"
+    assert (said["kind"], said["written_by"]) == ("streams only", f"parscale {__version__}")
     assert said["backbone"] == {"class": "LlamaForCausalLM", "model_type": "llama", "name": str(backbone)}
     assert said["num_streams"] == 2
     assert said["parameters"]["backbone"] == 0
@@ -48,6 +62,7 @@ def test_streams_only(backbone, tmp_path, capsys):
 def test_plain_backbone(backbone, capsys):
     said = info(capsys, backbone)
     assert said["kind"] == "plain backbone"
+    assert "written_by" not in said
     assert said["num_streams"] == 1
     assert said["active_streams"] is None
     assert said["dtype"] == "bfloat16"

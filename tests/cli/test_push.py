@@ -35,15 +35,45 @@ def trained(two_sets, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_uploads_the_folder(hub, trained, capsys, private):
-    assert run(["push", str(trained), "mine", "--json", *["--private"] * private]) == 0
+@pytest.mark.parametrize(("option", "private"), [([], None), (["--private"], True), (["--no-private"], False)])
+def test_uploads_the_folder(hub, trained, capsys, option, private):
+    assert run(["push", str(trained), "mine", "--json", *option]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"folder": str(trained), "uploaded_to": "https://the.hub/me/mine/commit/0"}
     assert hub.create_repo.call_args.args == ("mine",)
     assert hub.create_repo.call_args.kwargs["private"] is private
     assert hub.upload_folder.call_args.kwargs["repo_id"] == "me/mine"
     assert hub.upload_folder.call_args.kwargs["folder_path"] == trained
+
+
+def test_a_public_repository_gets_nothing_private(hub, trained, capsys):
+    hub.model_info.return_value = SimpleNamespace(private=False)
+    assert run(["push", str(trained), "mine", "--private"]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert "me/mine exists and is public" in said
+    assert "make it private in its settings on the Hub, or give another name" in said
+    assert hub.model_info.call_args.args == ("me/mine",)
+    assert not hub.upload_folder.called
+    assert run(["push", str(trained), "mine"]) == 0
+
+
+@pytest.mark.parametrize("option", [None, "--private", "--no-private"])
+def test_a_result_is_uploaded_as_privately_as_said(monkeypatch, tmp_path, option):
+    said = {"num_streams": 2, "backbone": {}, "finished_before": False, "losses": {}}
+    monkeypatch.setattr("parscale.checkpoints.training.train.train", lambda *args, **options: said)
+    monkeypatch.setattr("parscale.checkpoints.description.describe", lambda name: said)
+    pushed = create_autospec(upload.push, return_value="https://the.hub")
+    monkeypatch.setattr(upload, "push", pushed)
+    arguments = ["train", "start", "--data", "a.txt", "--output", str(tmp_path), "--push-to-hub", "me/mine", "--json"]
+    assert run([*arguments, *([] if option is None else [option])]) == 0
+    wanted = {None: None, "--private": True, "--no-private": False}[option]
+    pushed.assert_called_once_with(tmp_path, "me/mine", private=wanted)
+
+
+@pytest.mark.parametrize("option", ["--private", "--no-private"])
+def test_privacy_of_no_upload(tmp_path, capsys, option):
+    assert run(["train", "start", "--data", "a.txt", "--output", str(tmp_path / "run"), option]) == BAD_INPUT
+    assert f"{option} is of --push-to-hub: give both, or leave it out" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_card(hub, trained, capsys):

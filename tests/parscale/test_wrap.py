@@ -218,7 +218,7 @@ def test_help_describes_the_methods(tiny):
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert "Adds a set of streams on the same backbone" in pydoc.render_doc(twin.add_streams)
         assert inspect.getdoc(twin.generate).startswith("Generates as the model's own method does.")
-        assert list(inspect.signature(twin.load_streams).parameters) == ["path_or_repo", "name"]
+        assert list(inspect.signature(twin.load_streams).parameters) == ["path_or_repo", "name", "revision", "token"]
         assert twin.add_streams.args == (twin,)
 
 

@@ -197,6 +197,9 @@ class StandIn:
         StandIn.calls.append(("create_repo", repo_id, self.token, options))
         return SimpleNamespace(repo_id=f"me/{repo_id}")
 
+    def model_info(self, repo_id):
+        return SimpleNamespace(private=True)
+
     def upload_folder(self, **options):
         StandIn.calls.append(("upload_folder", options))
         return SimpleNamespace(commit_url="https://the.hub/me/commit")
@@ -243,7 +246,7 @@ def uploaded(folder, patterns):
     return set(filter_repo_objects(files, ignore_patterns=patterns))
 
 
-@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("private", [None, False, True])
 def test_push(api, trained, private):
     assert push(trained, "mine", private=private, token="secret") == "https://the.hub/me/commit"
     (first, name, token, options), (second, files_of) = api.calls
@@ -293,7 +296,7 @@ def test_nothing_is_uploaded_of_what_is_no_trained_checkpoint(api, trained, prep
 
 
 def test_the_card_of_a_run_says_the_name_of_the_repository(api, full, text_file, tmp_path):
-    """Also with controls in it, and where what the run began with is gone; a changed card stays."""
+    """Also with controls in it, with a header that was changed, and where what the run began with is gone."""
     start, folder = shutil.copytree(full, tmp_path / "start"), tmp_path / "local-name"
     sizes = {"tokens": 32, "sequence_length": 16, "batch_size": 2, "freeze_backbone": True, "bf16": False}
     report = train(str(start), folder, TrainSettings([str(text_file)], **sizes))
@@ -314,8 +317,14 @@ def test_the_card_of_a_run_says_the_name_of_the_repository(api, full, text_file,
         assert "local-name" not in card
         assert ("backbone alone" in card) is (controls is not None)
         assert "local-name" in (folder / "README.md").read_text()
-    with (folder / "README.md").open("a") as file:
-        file.write("My own words.")
+    written = (folder / "README.md").read_text()
+    header = "---\nlicense: apache-2.0  # mine\nbase_model: Qwen/Qwen2.5-0.5B\n---\n"
+    (folder / "README.md").write_text(header + written.split("\n---\n", 1)[1])
     push(folder, "mine")
+    changed = api.calls[-1][1]["path_or_fileobj"].decode()
+    assert changed == header + card.split("\n---\n", 1)[1]
+    (folder / "README.md").write_text(written + "My own words.")
+    with pytest.warns(UserWarning, match=r'was changed, so .* still says load\("local-name"\), .* name, me/mine\.'):
+        push(folder, "mine")
     assert "README.md" in uploaded(folder, api.calls[-1][1]["ignore_patterns"])
     assert len(api.calls) == 2

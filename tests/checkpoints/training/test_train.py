@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
@@ -384,9 +385,23 @@ def test_the_card_states_the_run(full, text_file, tmp_path):
         str(full), tmp_path / "run", settings(text_file, freeze_backbone=True, eval_data={"code": str(text_file)}),
         command="parscale train here",
     )  # fmt: skip
+    assert report["backbone"] is None
     card = (tmp_path / "run" / "README.md").read_text()
+    assert "base_model" not in card
     for fact in ("LlamaForCausalLM", "parscale train here", "320", f"{report['losses']['code']['after']:.4f}"):
         assert fact in card
+
+
+def test_the_card_of_a_full_checkpoint_names_its_backbone(full, text_file, tmp_path):
+    start = shutil.copytree(full, tmp_path / "start")
+    fields = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(fields | {"parscale_backbone": "org/backbone"}))
+    report = train(str(start), tmp_path / "run", settings(text_file, freeze_backbone=True))
+    assert report["backbone"] == "org/backbone"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["parscale_backbone"] == "org/backbone"
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ModelCard(card).data.base_model == "org/backbone"
+    assert "`org/backbone` (LlamaForCausalLM) with" in card
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ def test_saved_again_has_the_released_configuration(case, tmp_path):
         saved.pop(own)
         released.pop(own)
     assert {key: saved[key] for key in released} == released
-    added = {"dtype", "eos_token_id", "layer_types", "rope_parameters", "parscale_init", "parscale_seed"}
+    own = {"parscale_init", "parscale_seed", "parscale_version"}
+    added = {"dtype", "eos_token_id", "layer_types", "rope_parameters"} | own
     assert saved.keys() - released.keys() == added
 
 

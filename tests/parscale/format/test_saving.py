@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from parscale import load, unwrap, wrap
+from parscale.version import __version__
 
 
 def names_in(folder):
@@ -234,8 +235,26 @@ def test_a_full_folder(wrapped, tmp_path):
         "parscale_init": "random",
         "parscale_seed": None,
         "parscale_sets": ["code", "one"],
+        "parscale_version": __version__,
     }
     assert load(tmp_path / "saved").generation_config.max_new_tokens == 7
+
+
+def test_the_backbone_s_name_on_the_hub_goes_from_save_to_save(wrapped, tiny, tmp_path, recwarn):
+    """One that the model got from its folder does not; nor does the plain model keep anything."""
+    plain = tiny()
+    plain.config.name_or_path = "org/backbone"
+    wrap(plain, 2, prefix_length=3, init="random").save_pretrained(tmp_path / "first")
+    model = load(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    for name in ("first", "second"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["parscale_backbone"] == "org/backbone"
+    assert not [key for key in unwrap(model).config.to_dict() if key in ("parscale_backbone", "parscale_version")]
+    unwrap(plain).save_pretrained(tmp_path / "folder")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    wrap(read, 2, prefix_length=3, init="random").save_pretrained(tmp_path / "third")
+    assert "parscale_backbone" not in json.loads((tmp_path / "third" / "config.json").read_text())
+    assert not [str(warning.message) for warning in recwarn if "unknown fields" in str(warning.message)]
 
 
 def test_the_streams_configuration(wrapped, tmp_path):
@@ -370,6 +389,11 @@ def test_what_is_said_of_the_repository_reaches_the_hub(wrapped, tmp_path, monke
     assert hub.create_repo.call_args.args == ("org/name",)
     assert hub.create_repo.call_args.kwargs["private"] is True
     assert upload.items() <= hub.upload_folder.call_args.kwargs.items()
+    hub.upload_folder.reset_mock()
+    hub.model_info.return_value = SimpleNamespace(private=False)
+    with pytest.raises(ValueError, match="org/name exists and is public, so nothing was uploaded"):
+        wrapped.save_pretrained(tmp_path / "model", push_to_hub=True, private=True, **upload)
+    assert not hub.upload_folder.called
 
 
 # -- what cannot be saved

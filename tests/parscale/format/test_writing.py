@@ -2,7 +2,11 @@
 
 import copy
 import errno
+import fcntl
+import os
 import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from model_calls import exact_logits_of
 from peft_versions import peft_for_add_adapter
 
 from parscale import load, unwrap, wrap
+from parscale.format import moving, working
 from parscale.format.folders import Checkpoint
 from parscale.format.staging import require_writable_folder
 
@@ -45,6 +50,50 @@ def test_a_relative_path(wrapped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrapped.save_pretrained("saved")
     assert torch.equal(exact_logits_of(load("saved")), exact_logits_of(wrapped))
+
+
+@pytest.fixture
+def like_windows(monkeypatch):
+    """Calls of the operating system as Windows answers them."""
+
+    def open_file(path, flags, *args, real=os.open, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "a folder is not opened", os.fspath(path))
+        return real(path, flags, *args, **options)
+
+    def fsync(descriptor, real=os.fsync):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+        real(descriptor)
+
+    def unlink(path, *args, real=os.unlink, **options):
+        if os.path.realpath(path) in [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]:
+            raise PermissionError(errno.EACCES, "the file is open", os.fspath(path))
+        real(path, *args, **options)
+
+    for name, call in (("open", open_file), ("fsync", fsync), ("unlink", unlink)):
+        monkeypatch.setattr(os, name, call)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # rmtree opens folders with them
+    monkeypatch.setattr(working, "fcntl", None)
+    monkeypatch.setattr(moving, "_WINDOWS", True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the stand-in needs the open files")
+@pytest.mark.parametrize("method", ["save_pretrained", "save_streams"])
+def test_windows_saves_too(wrapped, tiny, tmp_path, like_windows, method):
+    for model in (wrapped, wrap(tiny(), 2, prefix_length=3, init="random")):  # the second time over the first
+        getattr(model, method)(tmp_path / "output")
+        assert [path.name for path in tmp_path.iterdir()] == ["output"]
+        assert not any(path.name.startswith(".") for path in (tmp_path / "output").iterdir())
+    assert load(tmp_path / "output", backbone=tiny() if method == "save_streams" else None).num_streams == 2
+
+
+def test_windows_removes_leftovers(tmp_path, like_windows):
+    leftover = working.working_folder(tmp_path, "old")
+    leftover.mkdir()
+    (leftover / working.MARKER).touch()
+    working.remove_leftovers(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def contents(folder):
