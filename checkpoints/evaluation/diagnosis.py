@@ -346,15 +346,18 @@ def sentences(diagnosis: Diagnosis) -> list[str]:
         f"{_mean_of_pairs(diagnosis.rms_difference):.4f} nats (root mean square): {_verdict(diagnosis)}.",
         f"Their weights are {weights.min():.3f} to {weights.max():.3f} on average, and the entropy of the weights is "
         f"{100 * share:.1f} % of that of equal weights.",
-        *([] if diagnosis.proposal is None else [_proposal_in_words(diagnosis.proposal)]),
+        *([] if diagnosis.proposal is None else [_proposal_in_words(diagnosis.proposal, diagnosis)]),
     ]
 
 
-def _proposal_in_words(proposal: Proposal) -> str:
+def _proposal_in_words(proposal: Proposal, diagnosis: Diagnosis) -> str:
+    worse = proposal.loss - float(diagnosis.losses[0])
+    helps = "choose another share" if diagnosis.gains.max() > 0 else "no share in the table is better"
+    warned = f"; that is {worse:.4f} worse than stream 0 alone, at more cost: {helps}"
     return (
         f"For all streams on {100 * proposal.wanted:.3g} % of the tokens, take adaptive = {proposal.threshold:.4g} "
         f"nats: here {100 * proposal.share:.1f} % lie above it, {proposal.mean_streams:.2f} streams run for a token on "
-        f"average, and the loss is {proposal.loss:.4f}."
+        f"average, and the loss is {proposal.loss:.4f}{warned if proposal.share and worse >= 0 else ''}."
     )
 
 

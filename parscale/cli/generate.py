@@ -55,7 +55,7 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt has no tokens; give --prompt some text.")
     require_known(inputs["input_ids"][0].tolist(), vocabulary_of(model))
-    _require_positions(model, inputs["input_ids"].shape[1], max_new_tokens)
+    _check_positions(model, inputs["input_ids"].shape[1], max_new_tokens)
 
     from transformers import set_seed
 
@@ -78,18 +78,27 @@ def generate(
         typer.echo(f"Streams for a token on average: {model.last_mean_streams:.2f} of {model.num_streams}.", err=True)
 
 
-def _require_positions(model: PreTrainedModel, length: int, max_new_tokens: int) -> None:
-    """Checks that learned positions suffice for a prompt of `length` tokens and the new ones, but for the last.
+def _check_positions(model: PreTrainedModel, length: int, max_new_tokens: int) -> None:
+    """Checks that positions suffice for a prompt of `length` tokens and the new ones, but for the last.
+
+    Too few are an error where they are learned, and otherwise a line on standard error.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the model has learned too few.
     """
     from parscale.checkpoints.evaluation.text_loss import text_positions
     from parscale.streams.backbones import has_learned_positions
 
     positions, _ = text_positions(model)
     most = positions - length + 1  # the last new token is not read
-    if max_new_tokens <= most or not has_learned_positions(model):
+    if max_new_tokens <= most:
+        return
+    if not has_learned_positions(model):
+        typer.echo(
+            f"The prompt's {length} tokens and {max_new_tokens} new ones are more than the {positions} positions of "
+            "the model (max_position_embeddings): beyond them its text may make no sense.",
+            err=True,
+        )
         return
     given = f"The prompt has {length} tokens, and the model positions for {positions}"
     if most < 1:

@@ -9,14 +9,22 @@ from parscale.export.decoder import CacheShape
 from parscale.export.graph import INPUTS, LOGITS, PAST, PRESENT
 
 GENAI_CONFIG = "genai_config.json"
+SEARCH = ("temperature", "top_p", "top_k", "repetition_penalty")  # the runtime's names are those of transformers
 
 
 def longest_text(config: Any) -> int:
     """The length of context that the runtime is told, in tokens: the model's, under the names that families give it.
 
+    With LongRoPE it is the original length. Keys of a longer text are rotated by other factors, and those in the cache
+    would have to be computed anew.
+
     Raises:
         UnsupportedModelError: the configuration states none.
     """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):  # for all layers, or for each kind of layer
+        if isinstance(each, dict) and each.get("rope_type") == "longrope":
+            return int(each["original_max_position_embeddings"])
     for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
         if (length := getattr(config, name, None)) is not None:
             return int(length)
@@ -53,6 +61,9 @@ def genai_config(model: Any, shape: CacheShape, filename: str, length: int) -> d
         "eos_token_id": ends,
         "pad_token_id": padding,
     }
+    search = {name: value for name in SEARCH if (value := getattr(generation, name)) is not None}
+    if search.get("top_k") == 0:  # all tokens to transformers, and the likeliest one to the runtime
+        search["top_k"] = config.vocab_size
     return {
         "model": {
             "type": "decoder",
@@ -79,5 +90,10 @@ def genai_config(model: Any, shape: CacheShape, filename: str, length: int) -> d
                 },
             },
         },
-        "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": False},
+        "search": {
+            "do_sample": bool(generation.do_sample),
+            **search,
+            "max_length": length,
+            "past_present_share_buffer": False,
+        },
     }

@@ -224,6 +224,14 @@ def has_learned_positions(backbone: nn.Module) -> bool:
     )
 
 
+def has_position_table(backbone: Any) -> bool:
+    """Whether added positions are read from a table with `max_position_embeddings` rows, so that others have none."""
+    if getattr(backbone.config, "max_position_embeddings", None) is None:
+        return False
+    names = {name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, nn.Embedding)}
+    return hasattr(backbone, "pos_encoding") or any("position" in name or name == "wpe" for name in names)
+
+
 def inner_modules(part: nn.Module) -> Iterator[Any]:
     """The modules of a part, except for those of another model inside it that has its own head.
 

@@ -27,7 +27,13 @@ from parscale.compat.arguments import COPIED_FROM_FIRST_TOKEN, IMAGE_MASKS, PER_
 from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import TRIAL_TOKENS, has_learned_positions, input_device, ordinary_tokens
+from parscale.streams.backbones import (
+    TRIAL_TOKENS,
+    has_learned_positions,
+    has_position_table,
+    input_device,
+    ordinary_tokens,
+)
 from parscale.streams.brief_runs import run_briefly
 from parscale.streams.layer_specs import ParameterSpec
 from parscale.streams.sets import StreamSet
@@ -84,6 +90,8 @@ class PromptTransform(ModelTransform):
         self.state.call.tokens, self.state.call.cache = None, cache
         begins = is_empty(cache)
         self._check_cache(cache, mask, begins)
+        if self._most_positions is not None and not torch.compiler.is_compiling():
+            self._check_positions(self._most_positions, arguments, mask, begins)
         padding = None if begins else leading_zeros(mask)
         if mask is not None and padding is not None:  # the first pass contains the prompt, even if it was padding alone
             first = getattr(cache, FIRST_LENGTH, mask.shape[-1])
@@ -181,6 +189,41 @@ class PromptTransform(ModelTransform):
             "recurrent states or positions by column) its distance from them counts. Read all of the padding in the "
             f"first pass, {remedy}or use transform='prefix' or 'lora'."
         )
+
+    def _check_positions(self, most: int, arguments: dict[str, Any], mask: Any, begins: bool) -> None:
+        """Checks that the model's table has a position for each token of prompt and text.
+
+        Only where there are more columns than positions are the positions themselves read, which waits for the device.
+
+        Args:
+            most: rows of the table.
+            arguments: of the pass.
+            mask: of its tokens and those in the cache, without the prompt.
+            begins: whether the cache is empty.
+        """
+        T, cache, positions = self.streams.config.prefix_length, given_cache(arguments), arguments.get("position_ids")
+        rows = arguments.get("input_ids")
+        needed = T + (arguments["inputs_embeds"] if rows is None else rows).shape[1]
+        if not begins and isinstance(cache, Cache) and type(self.state.backbone).__name__ not in WHOLE_TEXT:
+            needed += cache.get_seq_length()  # without the prompt
+        if needed <= most:
+            return
+        if positions is not None:
+            needed = T + 1 + int(positions.max())
+        elif isinstance(mask, torch.Tensor) and mask.ndim == 2:  # padding may have no position of its own
+            needed = T + int(mask.sum(-1).max())
+        if needed > most:
+            raise ValueError(
+                f"A prompt of {T} tokens and a text of {needed - T} need {needed} positions, and "
+                f"{type(self.state.model).__name__} has {most}: give at most {max(0, most - T)} tokens, or use "
+                "a shorter prompt (prefix_length), or transform='prefix' or 'lora', which take no positions."
+            )
+
+    @functools.cached_property
+    def _most_positions(self) -> int | None:
+        """How many positions the backbone has a table for; `None` if they are computed."""
+        backbone = self.state.backbone
+        return backbone.config.max_position_embeddings if has_position_table(backbone) else None
 
     @functools.cached_property
     def _place_counts(self) -> bool:

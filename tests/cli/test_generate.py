@@ -107,7 +107,15 @@ def test_learned_positions_end_somewhere(gpt2, capsys):
 
 
 def test_rotary_positions_do_not_end(backbone, capsys):
-    assert len(generate(capsys, backbone, "--prompt", PROMPT * 14, "--max-new-tokens", 8)) > len(PROMPT * 14)
+    """A line says that there are too few; the last new token is not read."""
+    given = ["generate", str(backbone), "--device", "cpu", "--prompt", PROMPT * 14, "--max-new-tokens"]
+    assert run([*given, "8"]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out) > len(PROMPT * 14)
+    assert printed.err.startswith("The prompt's 126 tokens and 8 new ones are more than the 128 positions of the model")
+    assert printed.err.count("\n") == 1
+    assert run([*given, "3"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_adaptive_needs_streams(backbone, capsys):

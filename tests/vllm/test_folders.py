@@ -228,3 +228,11 @@ def test_a_folder_of_streams_alone(serving, make_folder, tmp_path):
 )
 def test_settings_that_do_not_go_with_streams(serving, make_folder, arguments, match):
     refused(serving, make_folder("Qwen2", 4), match, **arguments)
+
+
+def test_a_draft_model_with_streams(serving, tiny, make_folder, tmp_path):
+    """Beside a plain model, of which the plugin hears nothing."""
+    tiny("Qwen2").save_pretrained(tmp_path / "plain")
+    draft = {"model": str(make_folder("Qwen2", 4)), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="has parallel streams, and a model with streams cannot draft"):
+        serving.configured(tmp_path / "plain", speculative_config=draft)

@@ -42,8 +42,8 @@ def register() -> None:
         )
         register_refused(architecture, reason or other)
     if served:
-        from parscale.integrations.vllm.startup import refuse_terratorch, serve
+        from parscale.integrations.vllm.startup import refuse_unprepared, serve
 
         for architecture in served:
             serve(architecture)
-        refuse_terratorch(known)
+        refuse_unprepared(known)

@@ -61,12 +61,18 @@ def serve(architecture: str) -> None:
     TRANSFORMERS_BACKEND_MODELS[architecture] = (__name__, architecture)
 
 
-def refuse_terratorch(architectures: Collection[str]) -> None:
-    """Makes vLLM refuse `--model-impl terratorch` for these architectures, whose own functions it would not ask."""
+def refuse_unprepared(architectures: Collection[str]) -> None:
+    """Makes vLLM refuse these architectures where it would not call `prepare`: with terratorch, and as draft models."""
 
     def check(names: list[str], model_config: ModelConfig) -> None:
-        is_ours = not set(names).isdisjoint(architectures)
-        _require_none({"--model-impl terratorch": is_ours and model_config.model_impl == "terratorch"})
+        if set(names).isdisjoint(architectures):
+            return
+        _require_none({"--model-impl terratorch": model_config.model_impl == "terratorch"})
+        if model_config.runner == "draft":
+            raise ValueError(
+                f"The model of --speculative-config, {model_config.model}, has parallel streams, and a model with "
+                "streams cannot draft in vLLM: give a plain model."
+            )
 
     before_inspection(check)
 

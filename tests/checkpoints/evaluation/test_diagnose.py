@@ -159,6 +159,25 @@ def test_a_proposed_threshold_gives_what_it_promises(shared, share):
     assert any("take adaptive =" in sentence for sentence in sentences(found))
 
 
+@pytest.mark.parametrize(
+    ("gain", "best", "said"),
+    [
+        (0.01, 0.02, "is 1.9900."),
+        (-0.0042, 0.02, "is 2.0042; that is 0.0042 worse than stream 0 alone, at more cost: choose another share."),
+        (
+            -0.0042,
+            -0.001,
+            "is 2.0042; that is 0.0042 worse than stream 0 alone, at more cost: no share in the table is",
+        ),
+    ],
+)
+def test_a_threshold_that_gains_nothing_says_so(shared, gain, best, said):
+    found = diagnose(shared, LETTERS, DOCUMENTS, sequence_length=LENGTH, batch_size=3, share=0.3)
+    proposal, gains = dataclasses.replace(found.proposal, loss=2.0 - gain), np.full(len(SHARES), best)
+    found = dataclasses.replace(found, losses=np.full(P, 2.0), proposal=proposal, gains=gains)
+    assert f"and the loss {said}" in sentences(found)[-1]
+
+
 def test_losses_by_mean_streams_are_those_of_an_evaluation(shared):
     found = diagnose(shared, LETTERS, DOCUMENTS, sequence_length=LENGTH, batch_size=3)
     for (streams, loss), threshold in zip(found.by_mean_streams, found.thresholds, strict=True):

@@ -3,17 +3,19 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from small_models import small_llama
+from transformers import Gemma3TextConfig, GenerationConfig, LlamaConfig
 
 from parscale.errors import UnsupportedModelError
 from parscale.export.comparison import check_graph, sample
 from parscale.export.decoder import CacheShape, cache_shape
-from parscale.export.genai import genai_config
+from parscale.export.genai import genai_config, longest_text
 
 STEPS = 8
 LENGTHS = (1, 2, 17, 500)
@@ -36,6 +38,19 @@ def padded(zoo, length):
     return ids.masked_fill(mask == 0, 0), mask
 
 
+def by_genai(folder, ids):
+    """`STEPS` tokens after one row, by the loop that the documentation shows."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    runner = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(runner)
+    parameters.set_search_options(max_length=ids.shape[1] + STEPS)
+    generator = genai.Generator(runner, parameters)
+    generator.append_tokens(ids[0].numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return generator.get_sequence(0).tolist()
+
+
 @pytest.mark.parametrize(("family", "P", "kv"), GRID)
 def test_greedy_tokens_are_those_of_generate(family, P, kv, exported, runtime, zoo):
     model, folder = exported(family, P, kv)
@@ -50,21 +65,46 @@ def test_greedy_tokens_are_those_of_generate(family, P, kv, exported, runtime, z
 
 @pytest.mark.parametrize(("family", "P", "kv"), GRID)
 def test_genai_runs_the_folder_by_its_configuration(family, P, kv, exported, zoo):
-    genai = pytest.importorskip("onnxruntime_genai")
     model, folder = exported(family, P, kv)
-    runner = genai.Model(str(folder))
     for length in LENGTHS:
         ids = zoo.token_ids(1, length, seed=length)
-        parameters = genai.GeneratorParams(runner)
-        parameters.set_search_options(max_length=length + STEPS)
-        generator = genai.Generator(runner, parameters)
-        generator.append_tokens(ids[0].numpy().astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
         expected = model.generate(ids, max_new_tokens=STEPS, do_sample=False)[0].tolist()
-        found = generator.get_sequence(0).tolist()
+        found = by_genai(folder, ids)
         assert found == expected[: len(found)], length
         assert len(found) == len(expected) or expected[len(found)] == model.generation_config.eos_token_id
+
+
+def test_genai_obeys_the_generation_settings(exported, zoo, tmp_path, monkeypatch):
+    """A penalty so large that no token comes twice."""
+    model, folder = exported("llama", 2, "own")
+    folder, ids = shutil.copytree(folder, tmp_path / "copy"), zoo.token_ids(1, 17, seed=17)
+    plain = model.generate(ids, max_new_tokens=STEPS)[0].tolist()
+    settings = GenerationConfig(**model.generation_config.to_dict() | {"repetition_penalty": 1e3})
+    monkeypatch.setattr(model, "generation_config", settings)
+    config = genai_config(model, cache_shape(model), "model.onnx", 1024)
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    expected = model.generate(ids, max_new_tokens=STEPS)[0].tolist()
+    found = by_genai(folder, ids)
+    assert found == expected[: len(found)]
+    assert found != plain[: len(found)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "search"),
+    [
+        ({}, {"do_sample": False}),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.3},
+            {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.3},
+        ),
+        ({"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 64}),  # of any token, of which there are 64
+    ],
+)
+def test_generation_settings(settings, search):
+    model = small_llama()
+    model.generation_config = GenerationConfig(**settings)
+    found = genai_config(model, CacheShape(2, 2, 2, 8, "past_key_values"), "model.onnx", 64)["search"]
+    assert found == search | {"max_length": 64, "past_present_share_buffer": False}
 
 
 @pytest.mark.parametrize(("family", "P", "kv", "heads"), [("llama", 2, "own", 2 * 2), ("llama", 4, "shared", 2)])
@@ -108,6 +148,16 @@ def test_tokens_that_a_model_has_not():
     model = small_llama(eos_token_id=5, bos_token_id=None, pad_token_id=None)
     found = genai_config(model, CacheShape(2, 2, 2, 8, "past_key_values"), "model.onnx", 64)["model"]
     assert (found["bos_token_id"], found["pad_token_id"], found["eos_token_id"]) == (64, 5, [5])
+
+
+def test_longrope_is_told_its_original_length():
+    """After it `generate` computes the cache anew, and a runtime cannot."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    assert longest_text(LlamaConfig(max_position_embeddings=128, rope_parameters=rope)) == 16
+    by_kind = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert longest_text(Gemma3TextConfig(max_position_embeddings=128, rope_parameters=by_kind)) == 16
+    assert longest_text(Gemma3TextConfig(max_position_embeddings=128)) == 128
 
 
 def test_a_graph_that_says_something_else_is_refused(exported, saved):

@@ -201,6 +201,24 @@ def test_learned_positions_end_somewhere(family):
     parscale.wrap(model, 2, prefix_length=65, init="random")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"], indirect=True)
+def test_a_prompt_takes_learned_positions(family, zoo):
+    """64 positions: 4 of the prompt and 60 of the text, in one pass and in several."""
+    model = parscale.wrap(family.plain(), 2, prefix_length=4, init="random", transform="prompt")
+    match = r"prompt of 4 tokens and a text of 61 need 65 positions.*has 64: give at most 60 tokens, or.*'prefix'"
+    logits_of(model, zoo.token_ids(2, 60))
+    with pytest.raises(ValueError, match=match):
+        logits_of(model, zoo.token_ids(2, 61))
+    options = {"do_sample": False, "eos_token_id": 10**6, "pad_token_id": 0}
+    ids = zoo.token_ids(1, 58)
+    assert model.generate(ids, max_new_tokens=3, **options).shape == (1, 61)  # the last one is not read
+    with pytest.raises(ValueError, match=match):
+        model.generate(ids, max_new_tokens=4, **options)
+    padding = torch.cat([ids.new_zeros(1, 6), torch.ones_like(ids)], dim=1)
+    padded = torch.cat([ids.new_zeros(1, 6), ids], dim=1)
+    assert model.generate(padded, attention_mask=padding, max_new_tokens=3, **options).shape == (1, 67)
+
+
 BAD_TEXTS = {
     "another P": torch.ones(2, 12, dtype=torch.long),
     "another T": torch.ones(3, 11, dtype=torch.long),
