@@ -1,6 +1,7 @@
 """`parscale convert`: what it writes, and what it refuses."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -281,6 +282,17 @@ def test_source_that_lacks_a_tensor(damaged, tmp_path, capsys):
     save_file(tensors, weights, metadata={"format": "pt"})
     complaint = "lacks model.layers.1.mlp.up_proj.weight"
     refused(capsys, tmp_path, damaged, tmp_path / "output", "--num-streams", 2, complaint=complaint)
+
+
+def test_source_whose_streams_would_not_be_numbers(damaged, tmp_path, text_file, capsys):
+    weights, output = damaged / "model.safetensors", tmp_path / "output"
+    tensors = load_file(weights)
+    tensors["model.layers.1.self_attn.v_proj.weight"][0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert convert(damaged, output, "--num-streams", 2, "--prefix-length", 4, "--calibration", text_file) == 2
+    said = capsys.readouterr().err.splitlines()[-1]  # after a warning that such a start is not exact
+    assert "prefix_v would start with values that are not finite" in said
+    assert not output.exists()
 
 
 def test_source_of_another_shape_than_its_config_says(damaged, tmp_path, capsys):

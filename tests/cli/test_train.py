@@ -42,6 +42,7 @@ def test_trains_and_reports(two_sets, text_file, tmp_path, capsys):
         (["--data", "columns.jsonl"], "has no column 'text'; it has: 'body'"),
         (["--data", "short.txt"], "The data holds 6 tokens, fewer than one sequence of 16"),
         (["--data", "short.txt", "--eval-data", "a.txt", "b/a.txt"], "Two evaluation texts are called 'a'"),
+        (["--data", "short.txt", "--eval-data", "a=b.txt", "a=b.txt"], "Two evaluation texts are called 'a-b'"),
         (["--data", "short.txt", "--quantize", "int8"], "A quantized backbone cannot train"),
         (["--data", "short.txt", "--eval-data", "=short.txt"], "eval_data calls 'short.txt' ''; give a text by a name"),
         (["--data", "short.txt", "--eval-data", "code="], "A text has an empty name"),
@@ -59,6 +60,7 @@ def test_what_is_wrong_is_said_in_one_line(two_sets, tmp_path, monkeypatch, caps
         "lines.jsonl": b'{"text": "a"}\nnot JSON\n',
         "columns.jsonl": b'{"body": "a"}\n',
         "short.txt": b"short",
+        "a=b.txt": b"a file of this name, not a name for another",
     }.items():
         (tmp_path / name).write_bytes(contents)
     sizes = ["--sequence-length", "16", "--batch-size", "4"]

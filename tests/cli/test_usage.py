@@ -1,8 +1,12 @@
 """What every command has in common: help, one line for a mistake, exit codes."""
 
+import json
+import math
+import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from safetensors import SafetensorError
 from parscale.cli import application
 from parscale.cli.application import run
 from parscale.cli.options import repeat_list_options
+from parscale.cli.output import print_json
 
 COMMANDS = {"quickstart", "convert", "info", "generate", "eval"}
 
@@ -110,16 +115,22 @@ def broken(error: BaseException) -> None:
 
 
 @pytest.fixture
-def failing(monkeypatch):
-    """A command line whose only command raises what it is given."""
+def command(monkeypatch):
+    """A command line whose only command is the function that it is given."""
 
-    def install(error: BaseException) -> None:
-        failing_app = typer.Typer()
-        failing_app.callback()(application.common)
-        failing_app.command("fail")(lambda: broken(error))
-        monkeypatch.setattr(application, "app", failing_app)
+    def install(name: str, function: Callable[[], None]) -> None:
+        own_app = typer.Typer()
+        own_app.callback()(application.common)
+        own_app.command(name)(function)
+        monkeypatch.setattr(application, "app", own_app)
 
     return install
+
+
+@pytest.fixture
+def failing(command):
+    """A command line whose only command raises what it is given."""
+    return lambda error: command("fail", lambda: broken(error))
 
 
 @pytest.mark.parametrize(
@@ -156,11 +167,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(failing):
         run(["fail"])
 
 
-def test_a_warning_is_one_line(capsys, monkeypatch):
-    failing_app = typer.Typer()
-    failing_app.callback()(application.common)
-    failing_app.command("warn")(lambda: warnings.warn("mind\n the gap", stacklevel=1))
-    monkeypatch.setattr(application, "app", failing_app)
+def test_a_warning_is_one_line(capsys, command):
+    command("warn", lambda: warnings.warn("mind\n the gap", stacklevel=1))
     assert run(["warn"]) == 0
     assert capsys.readouterr().err == "parscale: warning: mind the gap\n"
 
@@ -169,6 +177,52 @@ def test_interrupted(failing, capsys):
     failing(KeyboardInterrupt())
     assert run(["fail"]) == 130
     assert capsys.readouterr().err == "parscale: interrupted.\n"
+
+
+@pytest.fixture
+def handlers():
+    """Signals are handled after the test as before it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_signals_are_handled_as_before_once_a_command_has_ended(command):
+    command("work", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(["work"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_is_ignored_ends_nothing(command):
+    """As under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    command("work", lambda: signal.raise_signal(signal.SIGHUP))
+    assert run(["work"]) == 0
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_signal_interrupts_no_cleaning_up(command):
+    cleaned = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            cleaned.append(True)
+
+    command("work", work)
+    assert run(["work"]) == 130
+    assert cleaned
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    print_json({"losses": [math.inf, -math.inf, math.nan, 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"losses": [None, None, None, 1.0]}
 
 
 def test_a_reader_that_has_gone_is_no_error(tmp_path):
@@ -219,6 +273,7 @@ PARAMETERS = [
         ("C --json b", "C --json b"),
         ("C --data a -- b", "C --data a -- b"),
         ("C --data -", "C --data -"),
+        ("C --data a -", "C --data a --data -"),
         ("C --unknown x", "C --unknown x"),
         ("C --data", "C --data"),
     ],

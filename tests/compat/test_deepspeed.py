@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from parscale.compat import deepspeed as compat
-from parscale.distributed.parallel import check_takes_parameters, whole
+from parscale.distributed.parallel import check_takes_parameters, each_module_gathered, whole
 from parscale.errors import IncompatibleVersionError
 
 
@@ -56,6 +56,22 @@ def test_a_parameter_in_pieces(partitioned, deepspeed):
     assert compat.whole_shape(partitioned) == (2, 3)
     assert torch.equal(whole(partitioned), torch.full((2, 3), 7.0))
     assert partitioned.numel() == 0
+
+
+def test_a_module_that_fails_lets_its_parameters_go(partitioned, deepspeed):
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = partitioned
+
+        def forward(self):
+            assert torch.equal(self.weight, torch.full((2, 3), 7.0))
+            raise RuntimeError("half-way")
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="half-way"), each_module_gathered(model):
+        model()
+    assert model.weight.numel() == 0
 
 
 def test_a_version_without_gathering(partitioned, deepspeed):

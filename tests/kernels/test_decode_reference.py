@@ -275,6 +275,14 @@ def test_a_query_that_is_a_view():
     )
 
 
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"length": torch.tensor([3])}], ids=["softcap", "length"])
+def test_nothing_in_sight_gives_nothing(options):
+    """As the kernel gives, where the mask hides the prefix too."""
+    shape = SHAPES[1]
+    mask = torch.zeros(shape.P * shape.B, 1, 1, shape.T + shape.K, dtype=torch.bool)
+    assert not decode_attention(*tensors(shape), mask, **options).any()
+
+
 def test_rows_that_are_no_multiple_of_the_streams():
     query, key, value, *prefix = tensors(Shape(2, 3, 2, 1, 4, 4, 3, 6))
     with pytest.raises(ValueError, match=r"query \(P\*B, heads, 1, D\).*got \(5, 2, 1, 4\)"):

@@ -112,6 +112,7 @@ def test_a_row_without_a_text_holds_a_chat_also_where_all_rows_have_both_columns
         ({"messages": [USER, "Yes."]}, r"messages\[1\] is a str; write \{'role'"),
         ({"messages": [{"from": "human", "value": "a"}]}, r"messages\[0\] has no role; it has 'from', 'value'"),
         ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\] holds nothing as its content"),
+        ({"messages": [USER | {"content": []}, ANSWER]}, r"messages\[0\] holds a list as its content; write a text"),
         ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\] holds a int as its content; write a text"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, r"messages\[0\]: character 1 is .*half of a character"),
         ({"prompt": "a", "completion": [ANSWER]}, "prompt is a str and completion a list; make both texts"),

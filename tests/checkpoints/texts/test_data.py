@@ -286,6 +286,12 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, contents, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bad_row_behind_good_ones_is_named_before_any_work(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: column 'text' is not text but a int"):
+        open_sources([path])
+
+
 def test_a_binary_file_is_neither_measured_nor_started_from(tmp_path):
     with pytest.raises(ValueError, match=r"a\.bin is a binary file \(it holds zero bytes\); give a file with text"):
         read_documents([Path(write(tmp_path / "a.bin", b"abc\0def"))])

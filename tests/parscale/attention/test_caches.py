@@ -141,6 +141,15 @@ def test_a_static_cache_of_other_texts_is_refused(llama, zoo):
     zoo.close(logits_of(llama, ids[:, :1], cache=cache), logits_of(llama, whole)[:, -1:], TOLERANCE)
 
 
+def test_an_empty_static_cache_of_other_rows_is_refused(llama, zoo):
+    """It was given its size before the first text."""
+    cache, config = StaticCache(config=llama.config, max_cache_len=16), llama.config
+    heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    cache.early_initialization(4, heads, size, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="4 rows and 0 tokens, but 2 rows of input need 6"):
+        logits_of(llama, zoo.token_ids(), cache=cache)
+
+
 # -- quantized caches
 
 

@@ -46,6 +46,13 @@ def test_another_mask_of_the_same_id_is_another():
     assert extended_mask(memo, mask, T, P * B).shape == (P * B, 1, S, T + K)
 
 
+def test_different_results_of_one_mask_are_kept_apart():
+    memo, mask = {}, torch.ones(P * B, 1, 1, K, dtype=torch.bool)
+    assert extended_mask(memo, mask, T, P * B).shape == (P * B, 1, 1, T + K)
+    assert visible_lengths_once(memo, mask).tolist() == [K] * (P * B)
+    assert rows_of_mask(memo, mask, B).shape == (B, 1, 1, K)
+
+
 def test_a_mask_that_is_learned_gets_its_gradient():
     mask = torch.zeros(6, 1, S, K, requires_grad=True)
     rows_of_mask({}, mask, 2).sum().backward()

@@ -246,6 +246,25 @@ def test_positions_that_are_given_stay(case, zoo):
     assert (logits[:, FRONT:] - logits_of(model, ids)).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_a_pass_that_failed_counts_in_no_later_one(zoo):
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**zoo.COMMON)).eval()
+    parscale.wrap(model, 3, prefix_length=4, init="random")
+    zoo.fill_streams(model)
+    whole, mask = padded(zoo.token_ids())
+    arguments = {"attention_mask": mask, "position_ids": torch.arange(whole.shape[1]).expand(zoo.B, -1)}
+    expected = model.model(whole, **arguments)[0]
+
+    def fail(*_):
+        raise RuntimeError("half-way")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        model(whole, attention_mask=mask)
+    hook.remove()
+    assert torch.equal(model.model(whole, **arguments)[0], expected)
+
+
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.nightly)], indirect=True)
 def test_compiled(family, zoo):
     model, ids = family.wrapped(), zoo.token_ids()

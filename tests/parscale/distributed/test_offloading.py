@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
 import parscale
+from parscale.compat.accelerate import hook_of
 
 TRANSFORMS = ["prefix", "prompt", "lora"]
 CPU = torch.device("cpu")
@@ -136,3 +137,10 @@ def test_loaded_by_a_map(transform, tiny, zoo, tmp_path):
     options = {"device_map": places(tiny()), "offload_folder": tmp_path / "weights"}
     model = with_streams(AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options), transform)
     zoo.close(logits_of(model, zoo), logits_of(with_streams(tiny(), transform), zoo), 0.0)
+
+
+def test_unwrapping_gives_each_module_its_own_hook_back(zoo):
+    model = cpu_offload(zoo.Case(zoo.FAMILIES["gpt_oss"]).plain(), execution_device=CPU)
+    before = {name: hook_of(module) for name, module in model.named_modules()}
+    parscale.unwrap(parscale.wrap(model, 3, prefix_length=4, init="random"))
+    assert {name: hook_of(module) for name, module in model.named_modules()} == before

@@ -5,12 +5,15 @@ import os
 import shutil
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from small_models import tiny_llama
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from parscale import load, wrap
@@ -137,6 +140,18 @@ def test_a_configuration_of_many_megabytes(copied):
     refused(lambda: load(folder), "at most 16777216 are read")
 
 
+def test_an_index_may_be_longer_than_a_configuration(copied):
+    """Of hundreds of thousands of tensors."""
+    folder = copied("plain")
+    model = load_plain(str(folder))
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text() + " " * 17 * 2**20)
+    found = load_plain(str(folder)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
 # -- numbers
 
 
@@ -227,6 +242,35 @@ def test_a_model_of_far_more_modules_than_the_files_hold(tmp_path, name, changes
         header(folder / "model.safetensors", {"a": ENTRY})
     edit(folder / "config.json", **changes)
     refused(lambda: load_plain(str(folder), any_task=True), "describes? (more than|a model of)")
+
+
+def test_a_model_of_far_more_numbers_than_the_files_hold(copied):
+    """Of as many modules as the files hold, and refused before memory for them is asked for."""
+    folder = copied("plain")
+    edit(folder / "config.json", intermediate_size=2**20)
+    refused(lambda: load_plain(str(folder)), "describes a model of [0-9]+ numbers, but its files hold")
+
+
+def test_what_another_thread_builds_meanwhile_is_not_counted(copied, at_once, monkeypatch):
+    """While the model that a configuration describes is built, to be counted."""
+    folder, begun, built = copied("plain"), threading.Event(), threading.Event()
+    init = LlamaForCausalLM.__init__
+
+    def slow(self, *args, **kwargs):
+        begun.set()
+        assert built.wait(60)
+        init(self, *args, **kwargs)
+
+    def build():
+        assert begun.wait(60)
+        try:
+            nn.ModuleList(nn.Identity() for _ in range(10_000))
+        finally:
+            built.set()
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", slow)
+    model, _ = at_once(lambda: load_plain(str(folder)), build)
+    assert isinstance(model, LlamaForCausalLM)
 
 
 # -- what is no file

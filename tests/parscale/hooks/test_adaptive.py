@@ -221,6 +221,22 @@ def test_a_set_that_is_chosen_meanwhile_stays(llama, adaptive, zoo):
 # -- what is refused
 
 
+@torch.no_grad()
+def test_a_pass_that_failed_leaves_the_backbone_as_it_was(llama, zoo):
+    """The first of two, of the last token alone."""
+    ids = zoo.token_ids()
+    expected = llama.model(ids)[0]
+
+    def fail(*_):
+        raise RuntimeError("half-way")
+
+    hook = llama.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="half-way"):
+        llama(ids, logits_to_keep=1)
+    hook.remove()
+    assert torch.equal(llama.model(ids)[0], expected)
+
+
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, "1", True])
 def test_what_is_no_entropy_is_refused(threshold, llama, zoo):
     with pytest.raises(ValueError, match=r"adaptive must be an entropy in nats, 0 .* to infinity"):

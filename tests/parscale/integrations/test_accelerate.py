@@ -30,3 +30,9 @@ def test_texts_are_not_cut(sizes, tiny, prepare):
 def test_without_that_it_is_prepared(tiny, prepare):
     model = parscale.wrap(tiny(), 2, prefix_length=4, init="random")
     assert prepare(model) is model
+
+
+def test_without_streams_in_use_texts_may_be_cut(tiny, prepare):
+    model = parscale.wrap(tiny(), 2, prefix_length=4, init="random")
+    model.set_streams(None)
+    assert prepare(model, sp_size=2) is model

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from lora_adapters import train
 from model_calls import logits_of
 from packaging.version import Version
 from peft_versions import peft_for_add_adapter
@@ -150,6 +151,19 @@ def test_merging_and_removing_the_adapter(family, zoo):
     zoo.close(logits_of(merged, ids), expected, 5e-5)  # weights of size 1 are rounded once more
 
 
+@pytest.mark.parametrize("by_place", [False, True])
+def test_merging_one_adapter_of_several_keeps_its_streams(zoo, by_place):
+    tuned, ids = adapted(with_streams(zoo, "prefix")).eval(), zoo.token_ids()
+    tuned.add_adapter("other", peft.LoraConfig(**LORA))
+    tuned.set_adapter("other")
+    train(tuned, by=0.01)
+    expected = logits_of(tuned, ids)
+    tuned.set_adapter("default")
+    assert (logits_of(tuned, ids) - expected).abs().max() > 1e-2
+    arguments = ([False, False, ["other"]], {}) if by_place else ([], {"adapter_names": ["other"]})
+    zoo.close(logits_of(tuned.merge_and_unload(*arguments[0], **arguments[1]), ids), expected, 1e-4)
+
+
 def test_models_that_are_not_wrapped_are_as_before(zoo):
     parscale.wrap(zoo.FAMILIES["llama"].build(), 2, prefix_length=3, init="random")  # the hook into PEFT is in place
     tuned = adapted(zoo.FAMILIES["llama"].build())
@@ -194,6 +208,27 @@ def test_adapters_saved_and_loaded_hold_no_streams(zoo, tmp_path):
     again = peft.PeftModel.from_pretrained(case.wrapped(), tmp_path / "adapter", is_trainable=True).eval()
     zoo.close(logits_of(again, ids), logits_of(tuned, ids), 1e-6)
     assert all(p.requires_grad is (is_adapter(n) or is_stream(n)) for n, p in again.named_parameters())
+
+
+def test_an_adapter_in_a_subfolder_brings_its_streams(zoo, tmp_path):
+    tuned, ids = adapted(with_streams(zoo, "prefix")).eval(), zoo.token_ids()
+    train(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(with_streams(zoo, "prefix"), tmp_path, subfolder="adapter").eval()
+    assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
+
+
+@pytest.mark.parametrize("changes", [{"init": "documents"}, {"seed": 1}])
+def test_how_streams_began_is_not_compared(changes, tiny, zoo, tmp_path):
+    """The folder has their values."""
+
+    def made(**changes):
+        return parscale.wrap(tiny(), 2, **{"prefix_length": 3, "init": "random", "seed": 0} | changes)
+
+    tuned, ids = adapted(made()).eval(), zoo.token_ids()
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(made(**changes), tmp_path).eval()
+    assert torch.equal(logits_of(again, ids), logits_of(tuned, ids))
 
 
 def test_a_rank_that_streams_do_not_have_is_not_compared(tiny, tmp_path):
@@ -321,3 +356,13 @@ def test_an_adapter_loaded_for_inference_trains_no_streams(zoo, tmp_path):
     streams = model.parscale.tensors(model.parscale.sets["more"]).values()
     assert all(tensor.requires_grad for tensor in streams)
     assert sum(map(is_stream, trained())) == len(streams)
+
+
+def test_a_further_adapter_beside_one_for_inference_trains_no_streams(zoo, tmp_path):
+    """As long as it is not the one in use."""
+    adapted(with_streams(zoo, "prefix"), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    tuned = peft.PeftModel.from_pretrained(with_streams(zoo, "prefix"), tmp_path)
+    tuned.add_adapter("further", peft.LoraConfig(**LORA | {"target_modules": ["q_proj"]}))
+    assert not any(parameter.requires_grad for name, parameter in tuned.named_parameters() if is_stream(name))
+    tuned.set_adapter("further")
+    assert any(parameter.requires_grad for name, parameter in tuned.named_parameters() if is_stream(name))

@@ -217,6 +217,9 @@ def test_streams_train_and_are_switched_off_with_an_adapter(wrapped, zoo, kind):
     with tuned.disable_adapter():
         assert torch.equal(logits_of(tuned, ids), before)
     assert torch.equal(logits_of(tuned, ids, kind), on)
+    with pytest.raises(RuntimeError, match="inside"), tuned.disable_adapter():
+        raise RuntimeError("inside")
+    assert torch.equal(logits_of(tuned, ids, kind), on)
 
 
 @each

@@ -34,10 +34,11 @@ def test_a_batch_of_several_adapters(make, zoo, options):
         zoo.close(mixed[row], alone[name][row], 2e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["q_proj", "lm_head"]}])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_writing_with_several_adapters(make, zoo, beams):
-    tuned, ids = adapted(make(), init_lora_weights=False), zoo.token_ids()
-    tuned.add_adapter("other", lora(init_lora_weights=False))
+def test_writing_with_several_adapters(make, zoo, beams, options):
+    tuned, ids = adapted(make(), init_lora_weights=False, **options), zoo.token_ids()
+    tuned.add_adapter("other", lora(init_lora_weights=False, **options))
     how = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "attention_mask": torch.ones_like(ids)}
     mixed = tuned.generate(input_ids=ids, adapter_names=["other", "default"], **how)
     for row, name in enumerate(["other", "default"]):
@@ -83,3 +84,16 @@ def test_prefix_tuning_writes_what_it_reads(make, zoo):
     written = tuned.generate(**how)
     logits = logits_of(tuned, written[:, :-1], attention_mask=torch.ones_like(written[:, :-1]))
     assert torch.equal(logits[:, -4:].argmax(-1), written[:, -4:])
+
+
+def test_prefix_tuning_of_streams_that_share_keys(zoo):
+    """Streams that differ by nothing yet: what the plain backbone gives with the same prefix."""
+
+    def logits(model):
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+        return logits_of(tuned, zoo.token_ids(), attention_mask=torch.ones(zoo.B, zoo.S, dtype=torch.long))
+
+    build = zoo.FAMILIES["llama"].build
+    model = parscale.wrap(build("sdpa"), 3, transform="lora", rank=2, kv="shared", seed=0)
+    zoo.close(logits(model), logits(build("sdpa")), 2e-5)

@@ -42,6 +42,22 @@ def test_a_pass_that_ran_before_a_switch_adds_to_the_gradients(two, zoo):
         assert torch.equal(found.grad, expected.grad), name
 
 
+def test_switching_to_and_fro_before_a_pass_changes_no_gradient(two, zoo):
+    def gradients(switches):
+        model, ids = two(), zoo.token_ids()
+        for _ in range(switches):
+            model.set_streams("two")
+            model.set_streams("default")
+        loss = model(ids, labels=ids, use_cache=False).loss
+        model.set_streams("two")
+        loss.backward()
+        return {name: tensor.grad for name, tensor in tensors(model, "default").items()}
+
+    expected = gradients(0)
+    for name, found in gradients(2).items():
+        assert torch.equal(found, expected[name]), name
+
+
 def test_a_choice_while_another_thread_has_a_block_open_lasts(two, at_once):
     model, barrier = two(), threading.Barrier(2, timeout=60)
 
@@ -69,6 +85,18 @@ def test_what_is_frozen_in_a_block_stays_frozen_after_an_inner_one(two):
             pass
         assert not frozen.requires_grad
         assert all(parameter.requires_grad for parameter in others)
+
+
+def test_a_set_that_is_chosen_anew_in_a_block_trains(two):
+    """What was frozen there before the choice too, as outside of blocks."""
+    model = two()
+    with model.use_streams("default"):
+        next(iter(tensors(model, "default").values())).requires_grad_(False)
+        with model.use_streams("two"):
+            pass
+        model.set_streams("two")
+        model.set_streams("default")
+        assert all(trains(model, "default"))
 
 
 def test_a_later_block_freezes_the_models_own_set_again(two, zoo, at_once):

@@ -181,6 +181,14 @@ def test_random_prefixes(family):
     assert len(numbers.unique()) > 0.99 * len(numbers)
 
 
+@pytest.mark.parametrize("family", ["opt"], indirect=True)
+def test_random_prefixes_have_the_size_of_the_backbones_start(family):
+    """Which OPT calls `init_std`."""
+    model = parscale.wrap(family.plain(init_std=0.5), 2, prefix_length=64, init="random", seed=0)
+    numbers = torch.cat([prefix.flatten() for prefix in prefixes(model).values()])
+    assert numbers.std().item() == pytest.approx(0.5, rel=4 * (2 * len(numbers)) ** -0.5)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3_next"], indirect=True)
 def test_a_context_start_that_is_an_approximation_warns(family, zoo):
     model, ids = family.plain(), zoo.token_ids()

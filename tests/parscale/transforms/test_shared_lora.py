@@ -81,6 +81,27 @@ def test_stream_0_and_projections_of_keys_have_none(zoo):
     assert all(p.shape[:2] == (3, 3) for p in downs.values())
 
 
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_how_far_from_zero_low_rank_streams_begin(kv, zoo):
+    """Up to one over the root of the number of inputs, as a layer of so many begins."""
+    model = parscale.wrap(plain(zoo, "llama"), 2, transform="lora", kv=kv, rank=4, seed=0)
+    for name, down in model.named_parameters():
+        if name.endswith("stream_down"):
+            bound = down.shape[-1] ** -0.5
+            assert 0.8 * bound < down.abs().max() <= bound, name
+
+
+def test_low_rank_streams_of_a_higher_precision_than_the_backbone(zoo):
+    model, ids = share(zoo, plain(zoo, "llama").bfloat16()), zoo.token_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        for tensor in model.stream_parameters():
+            tensor.data = tensor.data.float()
+        logits = model(ids).logits
+    assert logits.dtype == torch.bfloat16
+    zoo.close(logits, expected, 2**-4 * expected.abs().max().item())
+
+
 @torch.no_grad()
 def test_shared_low_rank_streams_start_as_the_backbone_with_its_cache(zoo):
     backbone, ids = plain(zoo, "llama"), zoo.token_ids()
