@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -60,6 +59,7 @@ from parscale.checkpoints.training.settings import BACKBONE_RATE, LORA_RATE, ONL
 from parscale.checkpoints.training.train import train
 from parscale.checkpoints.training.training_data import Sources
 from parscale.config import LORA, OWN, PROMPT
+from parscale.distributed.processes import number_of_processes
 from parscale.format.folders import FULL, Checkpoint
 from parscale.format.staging import staged_file
 from parscale.format.working import working
@@ -186,7 +186,7 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
             f"The backbone of {checkpoint} trains with dropout ({', '.join(dropout)}), under which one prefix, trained "
             "as two streams that stay equal, would become two: set it to 0 in config.json, for all arms alike."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if number_of_processes() > 1:
         raise ValueError(
             "Controls train in one process. Train without --controls first, then give the same command with --resume "
             "--controls and without torchrun."

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.transformers import tensor_parallel
 from parscale.config import MADE_FROM, NUM_STREAMS
+from parscale.distributed.processes import number_of_processes
 from parscale.format.architectures import class_named, config_class, register_backbone
 from parscale.format.checks import check_fit, check_streams
 from parscale.format.folders import (
@@ -124,7 +125,7 @@ def _tensor_parallel(tp_plan: str | Mapping[str, str]) -> Any:
     if not isinstance(tp_plan, Mapping) and tp_plan != "auto":
         raise ValueError(f"tp_plan must be 'auto' or a dictionary of names and styles, got {tp_plan!r}.")
     plan = dict(tp_plan) if isinstance(tp_plan, Mapping) else None
-    return tensor_parallel(int(os.environ.get("WORLD_SIZE", "1")), plan)
+    return tensor_parallel(number_of_processes(), plan)
 
 
 @torch.inference_mode(False)  # loaded tensors can be trained

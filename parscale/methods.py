@@ -194,6 +194,9 @@ def stream_losses(
     One pass of the model as it is: call `model.eval()` first, or dropout is on. The head computes logits for every
     stream at once.
 
+    `DistributedDataParallel` reduces gradients of its own forward pass only. To train by this loss on several devices,
+    give it a module that holds the model and whose `forward` calls this method.
+
     Args:
         input_ids: `(B, S)`.
         labels: `(B, S)`, -100 where no loss is counted, such as at padding; `input_ids` if `None`.

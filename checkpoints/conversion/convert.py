@@ -80,11 +80,13 @@ def convert(
     with staged(output, last=STREAMS_CONFIG if streams_only else CONFIG, new=True) as folder:
         tokenizer = find_tokenizer(source)
         model = load_plain(source, any_task=True, dtype=None if dtype is None else DTYPES[dtype])
-        if dtype is not None and (name := first_not_finite(model.named_parameters())) is not None:
-            raise ValueError(
-                f"{name} of {source} has values that are too large for {dtype}, or not finite: give dtype 'bfloat16' "
-                "or 'float32', or leave it out."
-            )
+        if (name := first_not_finite(model.named_parameters())) is not None:
+            if dtype == "float16":
+                raise ValueError(
+                    f"{name} of {source} has values that are too large for float16, or not finite: give dtype "
+                    "'bfloat16' or 'float32', or leave it out."
+                )
+            raise ValueError(f"{name} of {source} holds values that are not finite: {source} is damaged.")
         calibration = None
         if documents:
             calibration = calibration_ids(

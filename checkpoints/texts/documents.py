@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 Document = tuple[str, str]
@@ -53,14 +54,21 @@ class Source:
         name: for error messages and model cards.
         read: starts reading from the beginning.
         dataset: its name on the Hugging Face Hub; None for files and for text in memory.
+        begin: reads the first so many of each of its parts, in the order in which they lie there; None if `read` does
+            not read far ahead.
     """
 
     name: str
     read: Callable[[], Iterator[Example]]
     dataset: str | None = None
+    begin: Callable[[int], Iterator[Example]] | None = None
 
     def __iter__(self) -> Iterator[Example]:
         return self.read()
+
+    def beginning(self, count: int) -> Iterator[Example]:
+        """The first `count` documents or chats of each of its parts, for checks before any long work."""
+        return islice(self.read(), count) if self.begin is None else self.begin(count)
 
     @classmethod
     def of(cls, name: str, documents: Iterable[Example]) -> Source:

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from parscale.checkpoints.texts.documents import Example
+from parscale.checkpoints.texts.documents import Completion, Example
 
-FILES_AT_ONCE = 8  # of a folder, open together
+FILES_AT_ONCE = 8  # of a source, open together
 SHUFFLE_BUFFER = 10_000  # documents of a source in memory
+SHUFFLE_CHARACTERS = 2**28  # of them, unless one alone has more
 
 
 def in_turn(sources: Iterable[Iterable[Example]], at_once: int | None = None) -> Iterator[Example]:
@@ -30,19 +31,34 @@ def in_turn(sources: Iterable[Iterable[Example]], at_once: int | None = None) ->
 
 
 def shuffled(documents: Iterable[Example], draw: random.Random) -> Iterator[Example]:
-    """All documents, each drawn from `SHUFFLE_BUFFER` of them that are read ahead.
+    """All documents, each drawn from a window of them that are read ahead.
+
+    The window holds up to `SHUFFLE_BUFFER` documents and `SHUFFLE_CHARACTERS` characters.
 
     Args:
         documents: in their order.
         draw: random numbers.
     """
     held: list[Example] = []
+    size = 0
     for document in documents:
-        if len(held) < SHUFFLE_BUFFER:
-            held.append(document)
-            continue
-        place = draw.randrange(len(held))
-        yield held[place]
-        held[place] = document
+        more = _characters(document)
+        while held and (len(held) >= SHUFFLE_BUFFER or size + more > SHUFFLE_CHARACTERS):
+            place = draw.randrange(len(held))
+            held[place], held[-1] = held[-1], held[place]
+            size -= _characters(held[-1])
+            yield held.pop()
+        held.append(document)
+        size += more
     draw.shuffle(held)
     yield from held
+
+
+def _characters(document: Example) -> int:
+    """The characters of a document or chat, about."""
+    contents = document[1]
+    if isinstance(contents, str):
+        return len(contents)
+    if isinstance(contents, Completion):
+        return len(contents.prompt) + len(contents.completion)
+    return sum(len(str(message)) for message in contents.messages)

@@ -7,7 +7,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
         text_column: the column that holds the text. In a folder, `.json`, `.csv` and `.tsv` files without it are
             skipped, with a warning; to train on such a file as plain text, rename it to `.txt`.
         streaming: shuffle, as it is read: a folder's files, of which eight are then read at once, in turn, and all
-            documents within a window of 10,000, which are kept in memory. A dataset is read when needed, not completely
-            beforehand.
+            documents within a window of 10,000 and of 2^28 characters, which are kept in memory. A dataset is read when
+            needed, not completely beforehand.
         seed: of that shuffle.
 
     Returns:
@@ -71,7 +71,7 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
         return _folder(path, text_column, order)
     if path.exists() or path.is_symlink():
         require_file(path)
-        return Source(printable_path(path), lambda: _files([path], text_column, order))
+        return _of_files(printable_path(path), [path], text_column, order)
     match = _DATASET.fullmatch(name)
     if match is None or path.suffix.lower() in _FILE_SUFFIXES or has_rows(path):
         raise ValueError(
@@ -79,9 +79,15 @@ def open_source(name: str, *, text_column: str = "text", streaming: bool = False
             "dataset on the Hub."
         )
     rows = _dataset(name, match["name"], match["config"], streaming)
+    in_order = rows
     if streaming:
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return Source(name, lambda: _rows(name, rows, text_column), match["name"])
+    return Source(
+        name,
+        lambda: _rows(name, rows, text_column),
+        match["name"],
+        lambda count: islice(_rows(name, in_order, text_column), count),
+    )
 
 
 def read_documents(files: Sequence[Path], *, text_column: str = "text") -> list[Document]:
@@ -165,7 +171,18 @@ def _folder(folder: Path, text_column: str, seed: int | None) -> Source:
                 f"{printable_path(folder)}: {len(names)} {what}, and are skipped: {'; '.join(names[:3])}{more}.",
                 stacklevel=3,
             )
-    return Source(printable_path(folder), lambda: _files(readable, text_column, seed, may_be_empty=True))
+    return _of_files(printable_path(folder), readable, text_column, seed, may_be_empty=True)
+
+
+def _of_files(
+    name: str, paths: list[Path], text_column: str, seed: int | None, *, may_be_empty: bool = False
+) -> Source:
+    """One source of files, which are mixed and shuffled if there is a seed."""
+
+    def read(order: int | None) -> Iterator[Example]:
+        return _files(paths, text_column, order, may_be_empty=may_be_empty)
+
+    return Source(name, lambda: read(seed), begin=lambda count: islice(read(None), count))
 
 
 def _problem(path: Path, text_column: str) -> str | None:
@@ -245,6 +262,9 @@ def open_sources(
 ) -> list[Source]:
     """Opens several sources and checks the beginning of each, so that errors are reported before any long work.
 
+    With `streaming` files that are given by name become one source, in the place of the first: so a bounded number is
+    open, and one window holds documents of all.
+
     Args:
         data: names as in `open_source`, and sources, which are used unchanged.
         text_column: as in `open_source`.
@@ -261,6 +281,23 @@ def open_sources(
         for each in data
     ]
     for source in sources:
-        if not list(islice(source, LOOKED_AT)):
+        if not list(source.beginning(LOOKED_AT)):
             raise ValueError(f"{source.name} has no text.")
-    return sources
+    return _with_files_joined(data, sources, text_column, seed) if streaming else sources
+
+
+def _with_files_joined(data: Sequence[Named], sources: list[Source], text_column: str, seed: int) -> list[Source]:
+    """The sources, with those that are files shuffled as one, in the place of the first."""
+    files = {
+        place: Path(each) for place, each in enumerate(data) if not isinstance(each, Source) and os.path.isfile(each)
+    }
+    if len(files) < 2:
+        return sources
+    parts = [sources[place] for place in files]
+    joined = Source(
+        f"{len(files)} files",
+        lambda: _files([*files.values()], text_column, seed),
+        begin=lambda count: chain.from_iterable(part.beginning(count) for part in parts),
+    )
+    first, *others = files
+    return [joined if place == first else source for place, source in enumerate(sources) if place not in others]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from parscale.checkpoints.texts.order import FILES_AT_ONCE, SHUFFLE_BUFFER
+from parscale.checkpoints.texts.order import FILES_AT_ONCE, SHUFFLE_BUFFER, SHUFFLE_CHARACTERS
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.config import SETS
 from parscale.format.folders import CONFIG, STREAMS_CONFIG, STREAMS_FILE, STREAMS_ONLY, Checkpoint, backbone_location
@@ -64,7 +64,8 @@ def streamed_digest(beginning: str, sources: Sequence[str]) -> str:
         beginning: a digest of the first rows.
         sources: the names that the user gave to the data.
     """
-    digest = hashlib.sha256(f"{beginning} in turn {FILES_AT_ONCE} {SHUFFLE_BUFFER}\n".encode())
+    order = f"{FILES_AT_ONCE} {SHUFFLE_BUFFER} {SHUFFLE_CHARACTERS}"
+    digest = hashlib.sha256(f"{beginning} in turn {order}\n".encode())
     for source in map(Path, sources):
         for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if path.is_file():

@@ -24,7 +24,7 @@ from parscale.checkpoints.texts.chat_tokens import MaskedTokens, encode_chat, en
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example, Source
 from parscale.checkpoints.texts.order import in_turn
 from parscale.checkpoints.texts.token_ids import encode, require_known
-from parscale.compat.flash import eager_for_flash, flash_cannot_run
+from parscale.compat.flash import flash_cannot_run, flash_in_torch
 
 IGNORED = -100  # as a label: nothing is predicted here
 _DOCUMENTS_AT_ONCE = 64
@@ -142,11 +142,23 @@ class Blocks(Dataset[Row]):
         ids: the tokens of all blocks, `(n, S)`.
         positions: of each in its document or piece of one, `(n, S)`.
         learned: whether each is learned, `(n, S)`; None if all are.
+
+    Args:
+        blocks: of one length.
+        sequence_length: that length, S.
+
+    Raises:
+        ValueError: a block has another length.
     """
 
     def __init__(self, blocks: Iterable[Block], sequence_length: int) -> None:
         ids, positions, learned = bytearray(), bytearray(), bytearray()  # which grow without a second copy
         for number, block in enumerate(blocks):
+            if len(block[0]) != sequence_length:
+                raise ValueError(
+                    f"A block holds {len(block[0])} tokens, and sequence_length is {sequence_length}; give the length "
+                    "that the blocks were packed to."
+                )
             ids += block[0].astype(np.int32, copy=False).tobytes()
             positions += block[1].astype(np.int32, copy=False).tobytes()
             if len(block) > 2:
@@ -166,10 +178,10 @@ class Blocks(Dataset[Row]):
 
     def fingerprint(self) -> str:
         """A digest of tokens, document boundaries and what is learned."""
-        digest = hashlib.sha256(self.ids.tobytes())
-        digest.update(self.positions.tobytes())
+        digest = hashlib.sha256(self.ids.data)
+        digest.update(self.positions.data)
         if self.learned is not None:
-            digest.update(self.learned.tobytes())
+            digest.update(self.learned.data)
         return digest.hexdigest()
 
 
@@ -276,24 +288,24 @@ def keeps_documents_apart(model: PreTrainedModel, vocabulary: int, rows: int = 1
     """Whether a model's outputs for a document stay the same if another document comes before it in one block.
 
     This fails for models with layers that carry a state along (such as Mamba), or that make no mask from positions.
-    Flash-attention finds documents by their positions in one row only. Where it cannot run yet, since the model is on
-    the CPU or in float32, other attention is tried in its place, which finds them in the same way or not at all.
+    Flash-attention finds documents by the positions that reach its function, which some models do not pass to it, and
+    in one row only. Where it cannot run yet, since the model is on the CPU or in float32, the same is tried in plain
+    torch.
 
     Args:
         model: to try.
         vocabulary: its number of token ids.
         rows: blocks at once.
     """
-    without_flash = flash_cannot_run(model)
-    if without_flash and rows > 1:
-        return False
     weight: Any = model.get_input_embeddings().weight
     ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary).expand(rows, -1)  # (rows, 12)
     positions = torch.arange(6, device=weight.device).repeat(2).expand(rows, -1)
+    where = model, weight.device
+    attention: Any = flash_in_torch(*where) if flash_cannot_run(*where) else contextlib.nullcontext()
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), eager_for_flash(model) if without_flash else contextlib.nullcontext():
+        with torch.no_grad(), attention:
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:].float()
             alone = model(input_ids=ids[:, 6:], position_ids=positions[:, 6:], use_cache=False).logits.float()
     finally:

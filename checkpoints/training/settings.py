@@ -29,8 +29,8 @@ class TrainSettings:
             which the assistant's turns are learned: `messages`, or `prompt` and `completion`.
         eval_data: Texts to measure on, each by a name of its own, under which the metrics have it.
         text_column: What holds the text in rows of data.
-        streaming: Read data while training, not beforehand; needs `tokens`. Sources take turns, a document each; the
-            seed shuffles files, and documents within 10,000 of each source.
+        streaming: Read data while training, not beforehand; needs `tokens`. Sources take turns, a document each; files
+            that are given by name are one source. The seed shuffles files, and documents within 10,000 of each source.
         tokens: Tokens to train on; rounded down to whole steps. If more than the data holds, it is read again.
             Default: the data once.
         sequence_length: Tokens in a sequence. Default: 1024, or fewer if the model takes fewer.

@@ -73,7 +73,7 @@ class Sources:
         """
         encode = Encoder(tokenizer)
         for source in (*self.data, *self.eval_data.values()):
-            chats = [example for example in islice(source, LOOKED_AT) if not isinstance(example[1], str)]
+            chats = [example for example in source.beginning(LOOKED_AT) if not isinstance(example[1], str)]
             for _ in encode(chats):
                 pass
 

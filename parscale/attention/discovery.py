@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from parscale.attention.cache_seam import attach_caches
 from parscale.attention.registered import AttentionConfig, registered_layers
+from parscale.compat.flash import flash_cannot_run
 from parscale.compat.transformers import looks_up_attention, use_eager
 from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import TRIAL_TOKENS, inner_modules
+from parscale.streams.backbones import TRIAL_TOKENS, inner_modules, input_device
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.layer_specs import AttentionLayer, Hidden
 from parscale.streams.naming import is_of_streams
@@ -105,10 +106,17 @@ def _as_unsupported(state: ParScaleState, error: Exception) -> UnsupportedModelE
     """
     if is_machine_error(error):
         raise error
+    remedy = "use another class of this architecture, if there is one."
+    if flash_cannot_run(state.model, input_device(state.model)):  # an attention class that was chosen when it was built
+        remedy = (
+            "its layers are made for flash-attention, which runs on a GPU and in half precision only. Load it with "
+            'attn_implementation="sdpa", or "eager" where transformers has no "sdpa" for it (GPT-J, GPT-Neo), or wrap '
+            "it on the GPU, in half precision."
+        )
     return UnsupportedModelError(
         f"The backbone of {type(state.model).__name__}, {type(state.backbone).__name__}, does not run by itself on two "
         f"tokens, an image of its size or silence, as streams need it to ({type(error).__name__}: {one_line(error)}): "
-        "use another class of this architecture, if there is one."
+        + remedy
     )
 
 

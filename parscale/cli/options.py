@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -15,6 +14,7 @@ from typer.core import TyperCommand
 from parscale.checkpoints.training.model_size import read_size
 from parscale.checkpoints.training.settings import TrainSettings
 from parscale.descriptions import descriptions, plain
+from parscale.distributed.processes import number_of_processes
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the Hugging Face Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
@@ -22,11 +22,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 def _in_one_process(context: typer.Context, device: str | None) -> str | None:
     """Refuses several processes, each of which would do all that the command does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (count := number_of_processes()) > 1:
+        shared = "; lm-eval's own command shares its tasks out among processes" if context.info_name == "eval" else ""
         raise ValueError(
-            f"parscale {context.info_name} runs in one process on one device, and WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']}: each of them would do all of it. Start it without torchrun or accelerate "
-            "launch; lm-eval's own command shares its tasks out among processes."
+            f"parscale {context.info_name} runs in one process on one device, and WORLD_SIZE is {count}: each of them "
+            f"would do all of it. Start it without torchrun or accelerate launch{shared}."
         )
     return device
 

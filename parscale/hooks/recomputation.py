@@ -48,7 +48,7 @@ class _Checkpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self.state.call
-        forward = call.for_recomputation()
+        forward = call.for_recomputation(self.state.num_streams)
         if any(trains for _, trains in forward.trains) and not any(getattr(x, "requires_grad", False) for x in args):
             # without a differentiable input, a reentrant checkpoint would lose the prefix's gradient
             args = tuple(x.detach().requires_grad_() if _is_differentiable(x) else x for x in args)

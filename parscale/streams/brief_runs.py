@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from parscale.compat.bitsandbytes import four_bits_unpacked
-from parscale.compat.flash import eager_for_flash, flash_cannot_run
+from parscale.compat.flash import flash_cannot_run, flash_in_torch
 from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
@@ -81,8 +81,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
     """In this block the plain backbone runs, in eval mode, without gradients; random state and buffers are restored.
 
     Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds. Where streams
-    run, `kernels="fused"` is as `"auto"`: it may be meant for a device that comes later. For the same reason the
-    backbone's attention is `"eager"` where flash-attention does not take the weights as they are.
+    run, `kernels="fused"` is as `"auto"`: it may be meant for a device that comes later. For the same reason
+    flash-attention runs in plain torch where it does not take the weights as they are.
     """
     training = {module: module.training for module in state.model.modules()}
     experts: Any = contextlib.nullcontext()
@@ -94,7 +94,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         uncompiled = torch.compiler.set_stance("force_eager")
         pieces, buffers = each_module_gathered(state.model), _restored_buffers(state.model)
         plain, weights = state.calls.choosing(None), four_bits_unpacked(state.model)
-        attention: Any = eager_for_flash(state.model) if flash_cannot_run(state.model) else contextlib.nullcontext()
+        where = state.model, input_device(state.model)
+        attention: Any = flash_in_torch(*where) if flash_cannot_run(*where) else contextlib.nullcontext()
         with (
             plain,
             running_kernels(state, "auto" if state.kernels == "fused" else state.kernels),

@@ -78,6 +78,7 @@ class CallState:
         passes: the two passes of the current call of the whole model, if it has two.
         adaptive: where streams run, for calls that do not run them everywhere.
         one_batch: whether all streams always run in one batch.
+        num_streams: of the active set when the pass ran whose layers are computed again; `None` elsewhere.
     """
 
     in_flight: StreamSet | None = None
@@ -99,6 +100,7 @@ class CallState:
     passes: TwoPasses | None = None
     adaptive: Adaptive | None = None
     one_batch: bool = False
+    num_streams: int | None = None
 
     def begin(self, streams: StreamSet | None) -> None:
         """Starts a pass of the backbone, or of its encoder, with this set."""
@@ -133,19 +135,28 @@ class CallState:
         name = next(name for name, other in self.part.named_modules() if other is module)
         return self.running.get_submodule(name)
 
-    def for_recomputation(self) -> CallState:
-        """A copy of what recomputed layers need to know about this pass."""
-        return CallState(in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running)
+    def for_recomputation(self, num_streams: int) -> CallState:
+        """A copy of what recomputed layers need to know about this pass.
+
+        Args:
+            num_streams: of the active set.
+        """
+        return CallState(
+            in_flight=self.in_flight, trains=self.trains, part=self.part, running=self.running, num_streams=num_streams
+        )
 
     @contextlib.contextmanager
     def using_streams_of(self, forward: CallState) -> Iterator[None]:
         """In this block layers use the streams of another pass."""
-        before = self.in_flight, self.part, self.running
-        self.in_flight, self.part, self.running = forward.in_flight, forward.part, forward.running
+        names = ("in_flight", "part", "running", "num_streams")
+        before = {name: getattr(self, name) for name in names}
+        for name in names:
+            setattr(self, name, getattr(forward, name))
         try:
             yield
         finally:
-            self.in_flight, self.part, self.running = before
+            for name, value in before.items():
+                setattr(self, name, value)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,9 @@ class ParScaleState:
 
     @property
     def num_streams(self) -> int:
-        """P of the active set; 1 for the plain backbone."""
+        """P of the active set; 1 for the plain backbone. In layers that are computed again, as in their pass."""
+        if (recorded := self.call.num_streams) is not None:
+            return recorded
         active = self.active
         return 1 if active is None else active.num_streams
 

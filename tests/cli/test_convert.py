@@ -93,6 +93,17 @@ def test_values_that_a_dtype_cannot_hold(damaged, tmp_path, capsys):
     refused(capsys, tmp_path, *given, "float16", complaint="has values that are too large for float16, or not finite")
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_a_source_that_no_dtype_mends(damaged, tmp_path, capsys, dtype):
+    weights = damaged / "model.safetensors"
+    tensors = load_file(weights)
+    next(tensor for name, tensor in tensors.items() if "norm" in name)[0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    given = [damaged, tmp_path / "output", "--num-streams", 2, "--init", "random"]
+    given += [] if dtype is None else ["--dtype", dtype]
+    refused(capsys, tmp_path, *given, complaint=f"holds values that are not finite: {damaged} is damaged")
+
+
 def test_seed_repeats(backbone, tmp_path):
     for name in ("a", "b"):
         assert convert(backbone, tmp_path / name, "--num-streams", 2, "--init", "random", "--seed", 3) == 0

@@ -105,9 +105,13 @@ def test_what_runs_on_one_device_is_refused_in_several_processes(arguments, caps
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1
     assert f"parscale {arguments[0]} runs in one process on one device, and WORLD_SIZE is 8" in printed.err
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert run(arguments) == 2
-    assert "WORLD_SIZE" not in capsys.readouterr().err
+    assert ("lm-eval" in printed.err) is (arguments[0] == "eval")
+    for one in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", one)
+        assert run(arguments) == 2
+        said = capsys.readouterr().err
+        assert "WORLD_SIZE" not in said
+        assert "int()" not in said
 
 
 def broken(error: BaseException) -> None:

@@ -65,10 +65,12 @@ def test_flash_attention_is_replaced_for_a_block_in_each_part_that_names_it():
     model.text_model.config._attn_implementation = "flash_attention_3"
     before = implementations(model)
     assert before == [None, "flash_attention_3", "sdpa", "seen as flash_attention_3"]
-    with contextlib.suppress(ValueError), flash.eager_for_flash(model):
-        assert implementations(model) == [None, "eager", "sdpa", "seen as eager"]
-        raise ValueError
-    assert implementations(model) == before
+    for device, name in (("cpu", "flash_attention_in_torch"), ("meta", "eager")):
+        with contextlib.suppress(ValueError), flash.flash_in_torch(model, torch.device(device)):
+            assert implementations(model) == [None, name, "sdpa", f"seen as {name}"]
+            raise ValueError
+        assert implementations(model) == before
+    assert compat.is_flash("flash_attention_in_torch")
 
 
 @pytest.mark.parametrize(
@@ -77,20 +79,19 @@ def test_flash_attention_is_replaced_for_a_block_in_each_part_that_names_it():
         ("cpu", ["bfloat16"], True),
         ("meta", ["bfloat16"], True),
         ("cuda", ["float32"], True),
-        ("cuda", ["bfloat16", "float32", "uint8"], True),
-        ("cuda", ["bfloat16", "uint8"], False),
+        ("cuda", ["float32", "float32"], True),
+        ("cuda", ["bfloat16", "float32"], False),  # streams, routers and norms may be in float32
+        ("cuda", ["float32", "uint8"], False),  # quantized, as it is made ready for training
         ("cuda", ["float16"], False),
     ],
 )
 def test_flash_attention_runs_on_a_gpu_in_half_precision(device, dtypes, unfit, make, monkeypatch):
-    weights = [Mock(device=torch.device(device), dtype=getattr(torch, dtype)) for dtype in dtypes]
-    for weight in weights:
-        weight.is_floating_point.return_value = weight.dtype.is_floating_point
+    weights, place = [Mock(dtype=getattr(torch, dtype)) for dtype in dtypes], torch.device(device)
     model = make()
     monkeypatch.setattr(model, "parameters", lambda: iter(weights))
-    assert not flash.flash_cannot_run(model)
+    assert not flash.flash_cannot_run(model, place)
     model.config._attn_implementation = "flash_attention_2"
-    assert flash.flash_cannot_run(model) is unfit
+    assert flash.flash_cannot_run(model, place) is unfit
 
 
 def test_the_implementation_is_the_one_that_was_set(make):

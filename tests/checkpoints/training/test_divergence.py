@@ -180,12 +180,22 @@ def test_a_checkpoint_that_is_not_finite_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_streams_do_not_start_from_a_backbone_that_is_not_finite(backbone, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (math.nan, r"k_proj\.weight of .* holds values that are not finite: .*damaged is damaged"),
+        (
+            3e38,
+            "prefix_k would start with values that are not finite: .*damaged is damaged",
+        ),  # finite itself
+    ],
+)
+def test_streams_do_not_start_from_a_backbone_that_is_not_finite(backbone, tmp_path, value, said):
     model = LlamaForCausalLM.from_pretrained(backbone)
     with torch.no_grad():
-        model.model.layers[0].self_attn.k_proj.weight[0, 0] = math.nan
+        model.model.layers[0].self_attn.k_proj.weight[0] = value
     model.save_pretrained(tmp_path / "damaged")
-    with pytest.raises(ValueError, match=r"prefix_k would start with values that are not finite: .*damaged is damaged"):
+    with pytest.raises(ValueError, match=said):
         convert(str(tmp_path / "damaged"), tmp_path / "model", ParScaleConfig(2, 4, init="context", seed=0))
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 

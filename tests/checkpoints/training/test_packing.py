@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GPTBigCodeConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
 )
 
@@ -52,9 +54,24 @@ CONFIGS = {
 }
 
 
+OTHERS = {
+    "opt": OPTConfig(
+        hidden_size=32,
+        ffn_dim=48,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        max_position_embeddings=64,
+        init_std=0.3,
+    ),
+    "gpt_bigcode": GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64),
+}
+
+
 def make(name, P):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).double()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | OTHERS)[name])).double()
     return wrap(model, P, prefix_length=3, init="random", seed=0) if P > 1 else model
 
 
@@ -178,11 +195,19 @@ def test_a_token_in_memory_takes_eight_bytes_and_no_copy():
     tracemalloc.start()
     try:
         blocks = Blocks(((block.copy(), block.copy()) for _ in range(count)), S)
-        kept, peak = tracemalloc.get_traced_memory()
+        kept, _ = tracemalloc.get_traced_memory()
+        blocks.fingerprint()
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert blocks.ids.nbytes + blocks.positions.nbytes == 8 * count * S
     assert kept <= peak <= 1.15 * 8 * count * S
+
+
+def test_blocks_of_another_length_are_refused():
+    """Eight of four tokens would else be read as four of eight."""
+    with pytest.raises(ValueError, match="A block holds 4 tokens, and sequence_length is 8; give the length"):
+        Blocks(pack([list(range(32))], 4), 8)
 
 
 def test_streamed_blocks_are_the_same_and_begin_again(byte_tokenizer):
@@ -209,19 +234,23 @@ def test_models_with_masks_keep_documents_apart(name, P):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_models_with_flash_attention_keep_them_apart_in_one_row(name, rows, monkeypatch):
-    """What is said of a model that cannot run yet is what a run says."""
+@pytest.mark.parametrize("P", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt", "gpt_bigcode"])
+def test_models_with_flash_attention_keep_them_apart_in_one_row(name, P, rows, monkeypatch):
+    """What is said of a model that cannot run yet is what a run says; GPT-BigCode passes no positions on."""
     stand_in = StandIn()
     stand_in.install(monkeypatch)
-    model = make(name, 2).float()
+    model = make(name, P).float()
+    if name == "gpt_bigcode":  # which starts close to zero
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
     model.config._attn_implementation = "flash_attention_2"
     with monkeypatch.context() as patched:
-        patched.setattr(packing, "flash_cannot_run", lambda model: False)
+        patched.setattr(packing, "flash_cannot_run", lambda *where: False)
         expected = keeps_documents_apart(model, 64, rows)
     assert stand_in.calls
     stand_in.strict = True
-    assert keeps_documents_apart(model, 64, rows) is expected is (rows == 1)
+    assert keeps_documents_apart(model, 64, rows) is expected is (rows == 1 and name != "gpt_bigcode")
     assert model.config._attn_implementation == "flash_attention_2"
 
 

@@ -102,10 +102,11 @@ def test_streamed_files_go_on_where_they_were(streams_only, tmp_path, monkeypatc
         patched.setattr(Run, "publish", stopped_after(Run.publish))
         with pytest.raises(KeyboardInterrupt):
             train(str(streams_only), tmp_path / "run", chosen)
-    with monkeypatch.context() as patched:
-        patched.setattr(digests, "SHUFFLE_BUFFER", 20_000)
-        with pytest.raises(ValueError, match="data_digest was"):
-            train(str(streams_only), tmp_path / "run", chosen, resume=True)
+    for name in ("SHUFFLE_BUFFER", "SHUFFLE_CHARACTERS"):
+        with monkeypatch.context() as patched:
+            patched.setattr(digests, name, 20_000)
+            with pytest.raises(ValueError, match="data_digest was"):
+                train(str(streams_only), tmp_path / "run", chosen, resume=True)
     train(str(streams_only), tmp_path / "run", chosen, resume=True)
     losses = [[line["loss"] for line in Run(tmp_path / name).metrics()] for name in ("run", "whole")]
     assert losses[0] == losses[1]

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import threading
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import transformers
 from flash_stand_in import StandIn
 from model_calls import logits_of
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import parscale
+from parscale.compat.flash import flash_in_torch
 from parscale.methods import adaptive_streams
 
 TOLERANCE = 5e-5  # float32 rounding of logits of size 1 to 5 through two to four layers; measured: 2.2e-5 at most
@@ -370,7 +372,7 @@ def test_half_precision_weights_after_a_float32_query(flash, zoo):
 @pytest.mark.parametrize(("dtype", "on_gpu"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)])
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_a_model_is_wrapped_before_flash_attention_can_run(name, dtype, on_gpu, init, flash, zoo):
-    """On the CPU it cannot, or in float32; the streams that start from texts are those that they are under `eager`."""
+    """On the CPU it cannot, or in float32; streams that start from texts are those of `eager`, but for rounding."""
     flash.stand_in.strict, flash.stand_in.on_gpu = True, on_gpu
     expected, model = (zoo.FAMILIES[name].build("eager", dtype=dtype) for _ in range(2))
     for each in (expected, flash(model)):
@@ -378,11 +380,73 @@ def test_a_model_is_wrapped_before_flash_attention_can_run(name, dtype, on_gpu, 
         each.add_streams("other", zoo.P, prefix_length=zoo.T, init=init, seed=1)
     assert model.config._attn_implementation == "flash_attention_2"
     assert not flash.stand_in.calls
+    tolerance = {torch.float32: TOLERANCE, torch.bfloat16: 0.05}[dtype]
     for path, parameter in expected.named_parameters():
-        assert torch.equal(model.get_parameter(path), parameter), path
+        torch.testing.assert_close(model.get_parameter(path), parameter, atol=tolerance, rtol=0)
     flash.stand_in.strict = False
-    zoo.close(logits_of(model.float(), zoo.token_ids()), logits_of(expected.float(), zoo.token_ids()), TOLERANCE)
+    zoo.close(logits_of(model.float(), zoo.token_ids()), logits_of(expected.float(), zoo.token_ids()), tolerance)
     assert flash.stand_in.calls
+
+
+@pytest.mark.parametrize("what", ["plain", "padding", "positions", "boundaries", "rows"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "gpt_oss"])
+def test_flash_attention_in_plain_torch_gives_the_same(name, what, flash, zoo):
+    """Windows, caps, sinks, values of another size; padding and documents."""
+    model = flash(zoo.FAMILIES[name].build("eager"))
+    ids, given = zoo.token_ids(length=9), {"use_cache": False}
+    if what == "padding":
+        given["attention_mask"] = (torch.arange(9) >= torch.tensor([[2], [0]])).long()
+    elif what in ("positions", "boundaries"):
+        ids, given["position_ids"] = ids[:1], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+        if what == "boundaries":
+            cut = torch.tensor([0, 4, 7, 9], dtype=torch.int32)
+            given |= {"cu_seq_lens_q": cut, "cu_seq_lens_k": cut, "max_length_q": 4, "max_length_k": 4}
+    real = given.get("attention_mask", torch.ones_like(ids)).bool()
+    expected = logits_of(model, ids, **given)
+    flash.stand_in.calls.clear()
+    with flash_in_torch(model, torch.device("cpu")):
+        found = logits_of(model, ids, **given)
+    assert not flash.stand_in.calls
+    zoo.close(found[real], expected[real], TOLERANCE)
+
+
+def test_a_pass_in_another_thread_is_the_same_while_a_set_is_tried(flash, zoo):
+    """It meets other attention in the middle, which sees as little of the future."""
+    _, model = make(zoo, "llama")
+    flash(model)
+    ids, results = zoo.token_ids(), []
+    expected = logits_of(model, ids)
+    entered, swapped = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        entered.set()
+        assert swapped.wait(60)
+
+    hook = model.model.layers[1].register_forward_pre_hook(wait)
+    serving = threading.Thread(target=lambda: results.append(logits_of(model, ids)))
+    serving.start()
+    assert entered.wait(60)
+    with flash_in_torch(model, torch.device("cpu")):
+        swapped.set()
+        serving.join()
+    hook.remove()
+    zoo.close(results[0], expected, TOLERANCE)
+
+
+def test_an_attention_class_that_was_chosen_when_the_model_was_built(flash, monkeypatch):
+    """It runs flash-attention whatever its configuration says later, so it is wrapped where that runs."""
+    # as where the package is installed
+    monkeypatch.setattr(transformers.PreTrainedModel, "_flash_attn_can_dispatch", lambda self, *args, **options: True)
+    forward = transformers.modeling_flash_attention_utils._flash_attention_forward
+    monkeypatch.setattr(transformers.models.gptj.modeling_gptj, "_flash_attention_forward", forward, raising=False)
+    config = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, rotary_dim=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_attention_2", dtype=torch.bfloat16)
+    flash.stand_in.strict = True
+    said = r'made for flash-attention, which runs on a GPU and in half precision only.*"eager" where .*\(GPT-J'
+    with pytest.raises(parscale.UnsupportedModelError, match=said):
+        parscale.wrap(model, 2, prefix_length=3, init="random", seed=0)
+    flash.stand_in.on_gpu = True
+    assert parscale.wrap(model, 2, prefix_length=3, init="random", seed=0).num_streams == 2
 
 
 def test_without_the_package_the_error_is_the_backbones(zoo):

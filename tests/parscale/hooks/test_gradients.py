@@ -220,6 +220,24 @@ def test_switching_between_forward_and_backward(family, zoo, reentrant, switch):
     assert not any(tensor.requires_grad for name in ("default", "two") for tensor in new_tensors(model, name).values())
 
 
+@pytest.mark.parametrize("reentrant", [True, False, None], ids=["reentrant", "not reentrant", "no checkpointing"])
+@pytest.mark.parametrize("name", ["default", None])
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_hook_that_asks_for_the_streams_sees_those_of_the_forward_pass(family, zoo, name, reentrant):
+    """The backward pass runs after the block, where the other set is active."""
+    ids, model, seen = zoo.token_ids(), family.wrapped().train(), []
+    model.set_streams(None if name else "default")
+    if reentrant is not None:
+        checkpointed(model, reentrant)
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *args: seen.append(model.num_streams))
+    with model.use_streams(name):
+        P = model.num_streams
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert seen == [P] * (1 if reentrant is None else 2)
+    assert model.num_streams != P
+
+
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_a_frozen_set_stays_without_gradients(family, zoo):
     model, ids = family.wrapped().train(), zoo.token_ids()
