@@ -54,8 +54,8 @@ class Source:
         name: for error messages and model cards.
         read: starts reading from the beginning.
         dataset: its name on the Hugging Face Hub; None for files and for text in memory.
-        begin: reads the first so many of each of its parts, in the order in which they lie there; None if `read` does
-            not read far ahead.
+        begin: reads that many documents or chats from the beginning of each of its files, in the files' order; None if
+            `read` reads few ahead.
     """
 
     name: str
@@ -67,7 +67,14 @@ class Source:
         return self.read()
 
     def beginning(self, count: int) -> Iterator[Example]:
-        """The first `count` documents or chats of each of its parts, for checks before any long work."""
+        """Documents or chats from the beginning of each of its files, for checks before any long work.
+
+        Args:
+            count: documents or chats of each file; of a source without files, of all.
+
+        Yields:
+            The first ones.
+        """
         return islice(self.read(), count) if self.begin is None else self.begin(count)
 
     @classmethod

@@ -70,7 +70,7 @@ def test_a_static_cache_that_does_not_fit_is_named(tiny, zoo):
         plain(ids, **{cache_argument(plain): read})
         model = parscale.wrap(plain, 3, prefix_length=4, init="random")
         for cache, found in ((read, "2 rows and 9 tokens"), (early(model, 5), "5 rows and 0 tokens")):
-            with pytest.raises(ValueError, match=f"{found}.*need 6 rows.*batch_size=6"):
+            with pytest.raises(ValueError, match=f"{found}.*need 6 cache rows.*batch_size=6"):
                 model(ids, **{cache_argument(model): cache})
         read.reset()
         zoo.close(along(model, ids, read), model(ids).logits, ROUNDING)
