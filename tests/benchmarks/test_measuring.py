@@ -1,12 +1,16 @@
 """What the benchmarks' clocks, peaks and intervals measure."""
 
+import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from scipy.stats import ttest_1samp
 from scripts import load_script
+
+ROOT = Path(__file__).parents[2]
 
 machine, law = map(load_script, ("machine", "law"))
 
@@ -70,3 +74,24 @@ def test_an_interval_over_documents_is_students():
     values = [0.1, 0.2, 0.4, 0.3]
     low, high = ttest_1samp(values, 0.0).confidence_interval()
     assert load_script("onnx_losses").interval(values) == f"+0.2500 ({low:+.4f}, {high:+.4f})"
+
+
+def test_what_the_page_says_of_onnx_runtimes_speed():
+    found = json.loads((ROOT / "benchmarks" / "results" / "onnx_runtime.json").read_text(encoding="utf-8"))
+    by_torch = {dtype: [] for dtype in ("float32", "int8", "int4")}
+    by_streams = {1: [], 2: [], 4: []}
+    plain = found["rows"][0]["tokens_per_second"]
+    for row in found["rows"]:
+        rates = row["tokens_per_second"]
+        for dtype, ratios in by_torch.items():
+            ratios.append(rates[f"onnx {dtype}"] / rates["torch float32"])
+            by_streams[row["num_streams"]].append(plain[f"onnx {dtype}"] / rates[f"onnx {dtype}"])
+    text = " ".join((ROOT / "docs" / "edge.md").read_text(encoding="utf-8").split())
+    assert f"In float32, ONNX Runtime is {span(by_torch['float32'])} times as fast as `generate` in PyTorch" in text
+    assert f"; in int4 {span(by_torch['int4'])} times." in text
+    assert f"two streams take {span(by_streams[2])} times as long as the plain model" in text
+    assert f"and four {span(by_streams[4])} times." in text
+
+
+def span(ratios):
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
