@@ -438,8 +438,11 @@ def test_an_attention_class_that_was_chosen_when_the_model_was_built(flash, monk
     # as where the package is installed
     monkeypatch.setattr(transformers.PreTrainedModel, "_flash_attn_can_dispatch", lambda self, *args, **options: True)
     forward = transformers.modeling_flash_attention_utils._flash_attention_forward
-    monkeypatch.setattr(transformers.models.gptj.modeling_gptj, "_flash_attention_forward", forward, raising=False)
-    config = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, rotary_dim=8)
+    monkeypatch.setattr(
+        transformers.models.gpt_neo.modeling_gpt_neo, "_flash_attention_forward", forward, raising=False
+    )
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64}
+    config = transformers.GPTNeoConfig(**sizes, attention_types=[[["global"], 2]])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_attention_2", dtype=torch.bfloat16)
     flash.stand_in.strict = True
     said = r'made for flash-attention, which runs on a GPU and in half precision only.*"eager" where .*\(GPT-J'
