@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import device_name, is_gpu, seconds
+from machine import device_name, is_gpu, load_average, seconds
 
 from parscale import wrap
 from parscale.scaling_laws import Cost, Hardware, cost, dense_equivalent, fit, published, published_models, read_shape
@@ -158,7 +157,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import scipy
-from machine import processor
+from machine import load_average, processor
 
 from parscale.scaling_laws import ParallelScalingLaw, compare, fit, fit_form, published
 
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "scipy": scipy.__version__,

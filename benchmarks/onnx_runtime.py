@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from machine import processor
+from machine import load_average, processor
 from overhead import SHAPE
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -126,7 +125,7 @@ def main() -> None:
     ids = torch.randint(SHAPE["vocab_size"], (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
     kinds = [(P, kv) for P in args.streams for kv in (args.kv if P > 1 else args.kv[:1])]
     where = {"processor": processor(), "threads": torch.get_num_threads()}
-    where |= {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+    where |= {"load_average": load_average()}
     where |= {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "shape": SHAPE}
     rows = []
     for P, kv in kinds:

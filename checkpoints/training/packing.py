@@ -9,7 +9,6 @@ is predicted from the end of another document.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -24,7 +23,7 @@ from parscale.checkpoints.texts.chat_tokens import MaskedTokens, encode_chat, en
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example, Source
 from parscale.checkpoints.texts.order import in_turn
 from parscale.checkpoints.texts.token_ids import encode, require_known
-from parscale.compat.flash import flash_cannot_run, flash_in_torch
+from parscale.compat.flash import flash_in_torch
 
 IGNORED = -100  # as a label: nothing is predicted here
 _DOCUMENTS_AT_ONCE = 64
@@ -300,12 +299,10 @@ def keeps_documents_apart(model: PreTrainedModel, vocabulary: int, rows: int = 1
     weight: Any = model.get_input_embeddings().weight
     ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary).expand(rows, -1)  # (rows, 12)
     positions = torch.arange(6, device=weight.device).repeat(2).expand(rows, -1)
-    where = model, weight.device
-    attention: Any = flash_in_torch(*where) if flash_cannot_run(*where) else contextlib.nullcontext()
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), attention:
+        with torch.no_grad(), flash_in_torch(model, weight.device):
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:].float()
             alone = model(input_ids=ids[:, 6:], position_ids=positions[:, 6:], use_cache=False).logits.float()
     finally:

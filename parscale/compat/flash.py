@@ -34,7 +34,7 @@ def flash_cannot_run(model: nn.Module, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def flash_in_torch(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """In this block the parts of a model that name flash-attention run it in plain torch, which computes anywhere.
+    """In this block flash-attention runs in plain torch, which computes anywhere, if it cannot run where the model is.
 
     It takes the same masks and finds documents in the same way, so a pass in another thread gives the same meanwhile.
     On the meta device, where there are no positions to read, it is `"eager"`. `set_attn_implementation` gives one name
@@ -46,7 +46,7 @@ def flash_in_torch(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     AttentionInterface.register(_IN_TORCH, _attention_in_torch)
     AttentionMaskInterface.register(_IN_TORCH, mask_functions()["flash_attention_2"])
-    named = _named_flash(model)
+    named = _named_flash(model) if flash_cannot_run(model, device) else []
     try:
         for config, _ in named:
             needed(config, _NAME)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from parscale.compat.bitsandbytes import four_bits_unpacked
-from parscale.compat.flash import flash_cannot_run, flash_in_torch
+from parscale.compat.flash import flash_in_torch
 from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
@@ -94,9 +94,8 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         uncompiled = torch.compiler.set_stance("force_eager")
         pieces, buffers = each_module_gathered(state.model), _restored_buffers(state.model)
         plain, weights = state.calls.choosing(None), four_bits_unpacked(state.model)
-        where = state.model, input_device(state.model)
-        attention: Any = flash_in_torch(*where) if flash_cannot_run(*where) else contextlib.nullcontext()
         with (
+            flash_in_torch(state.model, input_device(state.model)),
             plain,
             running_kernels(state, "auto" if state.kernels == "fused" else state.kernels),
             torch.no_grad(),
@@ -106,7 +105,6 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             pieces,
             buffers,
             weights,
-            attention,
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")

@@ -24,7 +24,6 @@ from transformers import (
 
 from parscale import wrap
 from parscale.checkpoints.texts.documents import Source
-from parscale.checkpoints.training import packing
 from parscale.checkpoints.training.packing import (
     IGNORED,
     Blocks,
@@ -35,6 +34,7 @@ from parscale.checkpoints.training.packing import (
     keeps_documents_apart,
     pack,
 )
+from parscale.compat import flash
 
 SIZES = {
     "hidden_size": 32,
@@ -246,7 +246,7 @@ def test_models_with_flash_attention_keep_them_apart_in_one_row(name, P, rows, m
             parameter.data.normal_(0, 0.3)
     model.config._attn_implementation = "flash_attention_2"
     with monkeypatch.context() as patched:
-        patched.setattr(packing, "flash_cannot_run", lambda *where: False)
+        patched.setattr(flash, "flash_cannot_run", lambda *where: False)
         expected = keeps_documents_apart(model, 64, rows)
     assert stand_in.calls
     stand_in.strict = True
