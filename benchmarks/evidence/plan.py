@@ -149,10 +149,10 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     recycled = list(_recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(1, 2)))
     yield from (run for run in recycled if run.streams == 1)
     yield from islice(_recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,)), 3)
-    yield from recycled
-    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,))
     yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
+    yield from recycled
+    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,))
     yield from of_four_streams("2.7M", (0,), rates)
     yield from islice(arms("2.7M", 0, rates), 3)
     yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
