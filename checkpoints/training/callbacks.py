@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -148,7 +149,8 @@ class Interruption(TrainerCallback):
     """Stops a run on a signal: the first one after the current step, with a checkpoint; a second one immediately.
 
     A terminal that closes sends SIGHUP, often twice and with other signals, so SIGHUP never counts as a second signal.
-    If it is ignored, as under `nohup`, it stays ignored.
+    If it is ignored, as under `nohup`, it stays ignored. With several processes no signal counts as a second one:
+    a scheduler and the launcher both signal each process, and the launcher kills those that take too long.
     """
 
     def __init__(self) -> None:
@@ -159,8 +161,8 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Requests a checkpoint and the end, on all processes after the same step."""
-        accelerator = self.trainer.accelerator if self.trainer is not None else None
-        if accelerator is not None and accelerator.num_processes > 1:
+        accelerator = self._accelerator_of_several()
+        if accelerator is not None:
             if self.asked:
                 accelerator.set_trigger()
             self.asked = accelerator.check_trigger()
@@ -176,7 +178,7 @@ class Interruption(TrainerCallback):
         hangup = getattr(signal, "SIGHUP", None)  # not on Windows
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked and number != hangup:
+            if self.asked and number != hangup and self._accelerator_of_several() is None:
                 raise KeyboardInterrupt
             self.asked = True
 
@@ -189,3 +191,9 @@ class Interruption(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _accelerator_of_several(self) -> Accelerator | None:
+        """The trainer's accelerator, if several processes train."""
+        if self.trainer is None or self.trainer.accelerator.num_processes == 1:
+            return None
+        return self.trainer.accelerator

@@ -4,12 +4,15 @@ import io
 import signal
 import time
 import types
+from unittest import mock
 
 import pytest
+from accelerate import Accelerator
 from rich.console import Console
 
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.trainer import StreamsTrainer
 
 
 @pytest.fixture
@@ -34,6 +37,22 @@ def test_a_terminal_that_closes_twice_asks_once(hangup):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("processes", "stops"), [(1, True), (2, False)])
+def test_a_second_signal_stops_a_process_that_trains_alone(processes, stops):
+    """With several, a scheduler and the launcher may both send one to each."""
+    heard = Interruption()
+    heard.trainer = mock.Mock(spec=StreamsTrainer, accelerator=mock.Mock(spec=Accelerator, num_processes=processes))
+    stopped = False
+    with heard.listening():
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # it would end pytest
+            stopped = True
+    assert heard.asked
+    assert stopped == stops
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(hangup):
