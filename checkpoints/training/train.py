@@ -34,6 +34,7 @@ from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.divergence import DivergedError, StopWhenDiverged
 from parscale.checkpoints.training.model_loading import check_trainable, open_for_training
 from parscale.checkpoints.training.new_model import NewModel
+from parscale.checkpoints.training.nodes import require_same_data, require_shared_folder
 from parscale.checkpoints.training.packing import Encoder, Streamed, keeps_documents_apart
 from parscale.checkpoints.training.run_folder import Run
 from parscale.checkpoints.training.run_result import finish, losses_by_text
@@ -44,7 +45,6 @@ from parscale.checkpoints.training.run_settings import (
     tokenizer_of,
 )
 from parscale.checkpoints.training.settings import TrainSettings
-from parscale.checkpoints.training.shared_folder import require_shared
 from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
@@ -121,7 +121,7 @@ def _train_locked(
     if state.is_main_process:
         run.check(resume=resume)
     state.wait_for_everyone()
-    require_shared(run.folder, state)
+    require_shared_folder(run.folder, state)
     if resume and (before := run.report()) is not None:
         run.require_same(settings_known_before_reading(checkpoint, settings, before), partly=True)
         if state.is_main_process:
@@ -251,6 +251,10 @@ def _prepare(
     length = checked_length(model, settings.sequence_length)
     with console.status("Reading the data"):
         data = sources.packed(Encoder(tokenizer, vocabulary_of(model)), length)
+    measured = {name: blocks.fingerprint() for name, blocks in data.measured.items()}
+    require_same_data(
+        {"training data": data.digest} | {f"eval data {name}": measured[name] for name in measured}, state
+    )
     if torch.cuda.device_count() > 1 and state.num_processes == 1:
         warnings.warn(_one_gpu_warning(torch.cuda.device_count()), stacklevel=4)
 
@@ -261,7 +265,7 @@ def _prepare(
     run_settings = reported_settings(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
         "data_digest": data.digest,
-        "eval_digests": {name: blocks.fingerprint() for name, blocks in data.measured.items()},
+        "eval_digests": measured,
         **({} if new is None else {"new_model": new.described()}),
     }
     return _Prepared(model, tokenizer, data, length, micro, rates, bf16, run_settings)

@@ -30,7 +30,7 @@ def trained(given):
 def own_folder(parent):
     """Changes the working folder for a block, to one that only this process has."""
     folder = Path(parent, os.environ["RANK"])
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return contextlib.chdir(folder)
 
 

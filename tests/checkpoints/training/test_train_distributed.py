@@ -110,23 +110,31 @@ def ways(*names, daily):
 def test_ddp(full, settings, one, tmp_path, launch, way):
     """And what two processes have begun goes on in one, and the other way round.
 
-    A batch of three rows is refused, and an output folder that is another one for each process.
+    A batch of three rows is refused, and an output folder or data that are others for each process.
     """
     chosen = settings | WAYS[way]
     stopped = stop_after_two_steps(one(way), tmp_path / "from-one")
     refused = request(full, tmp_path / "refused", chosen | {"batch_size": 3})
     apart = request(full, "out/run", chosen) | {"apart": str(tmp_path / "apart")}
+    for process in range(2):
+        (tmp_path / "apart" / str(process)).mkdir(parents=True)
+        (tmp_path / "apart" / str(process) / "text.txt").write_text(f"Words of process {process}. " * 100)
+    others = request(full, tmp_path / "others", chosen | {"data": ["text.txt"]}) | {"apart": str(tmp_path / "apart")}
+    measured = chosen | {"eval_data": {"held out": "text.txt"}}
     launch(
         2,
         [
             refused | {"refused": "must be a multiple of the 2 processes"},
             apart | {"refused": "The output folder out/run is not the same on all nodes; give one on a shared"},
+            others | {"refused": "The training data of process 1 is not that of process 0; give files of the same"},
+            others | {"settings": measured, "refused": "The eval data held out of process 1 is not that of process 0"},
             request(full, tmp_path / "two", chosen),
             request(full, stopped, chosen, resume=True),
         ],
     )
     assert not (tmp_path / "refused").exists()
-    assert sorted(path.name for path in (tmp_path / "apart").rglob("*")) == ["0", "1"]
+    assert not (tmp_path / "others").exists()
+    assert sorted(path.name for path in (tmp_path / "apart").rglob("*")) == ["0", "1", *["text.txt"] * 2]
     assert_same(tmp_path / "two", one(way))
     assert_same(tmp_path / "from-one", one(way))
     stopped = stop_after_two_steps(tmp_path / "two", tmp_path / "from-two")

@@ -1,10 +1,10 @@
-"""The output folder of several processes, which all of them write to: on several nodes it has to be shared."""
+"""What several nodes have to have in common: the output folder, which all of them write to, and the data."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from parscale.checkpoints.texts.files import printable_path
 
 
-def require_shared(folder: Path, state: PartialState) -> None:
+def require_shared_folder(folder: Path, state: PartialState) -> None:
     """Checks that every process finds what the main process writes; all of them call this together.
 
     Args:
@@ -35,6 +35,28 @@ def require_shared(folder: Path, state: PartialState) -> None:
             f"The output folder {printable_path(folder)} is not the same on all nodes; give one on a shared file "
             "system, by a path that leads to it on each of them."
         )
+
+
+def require_same_data(digests: Mapping[str, str | None], state: PartialState) -> None:
+    """Checks that every process has read the same; all of them call this together.
+
+    Args:
+        digests: of each text, by the name that an error gives it.
+        state: of the processes.
+
+    Raises:
+        ValueError: a process has read another text.
+    """
+    if state.num_processes == 1:
+        return
+    read: list[dict[str, str | None]] = gather_object([dict(digests)])
+    for name, digest in read[0].items():
+        others = [str(process) for process, texts in enumerate(read) if texts[name] != digest]
+        if others:
+            raise ValueError(
+                f"The {name} of process {', '.join(others)} is not that of process 0; give files of the same contents "
+                "on all nodes, under the same names."
+            )
 
 
 @contextlib.contextmanager
