@@ -261,7 +261,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Which model classes take streams",
         "",
-        f"Made by `python benchmarks/classes.py` with {by_version}.",
+        f"Made by `make support` with {by_version}.",
         "",
         "Every class of every `AutoModelFor...` of transformers, built tiny, wrapped with prefixes and called as its",
         "users call it. *Takes streams*: it returns the plain model's shapes, has a loss where the plain one has one,",

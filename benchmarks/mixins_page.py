@@ -13,7 +13,7 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results")
 HEAD = """# The tests of transformers and PEFT
 
-Made by `python benchmarks/mixins_page.py`.
+Made by `python benchmarks/mixins_page.py --output docs/results/mixins.md`.
 
 A test that the authors of transformers or PEFT wrote for a plain model should pass on the same model with streams.
 Each test runs on a small random model, and, if it passes there, on one that is wrapped as soon as it is made or

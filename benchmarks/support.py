@@ -81,7 +81,7 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Which architectures take streams",
         "",
-        f"Made by `python benchmarks/support.py` with {by_version}.",
+        f"Made by `make support` with {by_version}.",
         "",
         "Every causal language model class of transformers (`AutoModelForCausalLM`) is built with about two layers",
         "and random weights, wrapped, and held to what wrapping promises: P = 1 and `unwrap` give the backbone's",

@@ -1,7 +1,7 @@
 """Streams beyond language models: an encoder that classifies, one that sees, and an encoder with a decoder.
 
-The models are small and new, so that it runs offline: with real ones only `from_pretrained` takes the place of the
-configurations. Each is wrapped, run, saved and loaded again.
+The models are small and untrained, so that this runs offline; for real ones call `from_pretrained` in place of making
+them from a configuration. Each is wrapped, run, saved and loaded again.
 
     python examples/classify_and_translate.py
 """

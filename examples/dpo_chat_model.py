@@ -1,7 +1,7 @@
 """Teach the streams of a frozen chat model which of two answers is better, with TRL's DPOTrainer.
 
-The reference is the plain backbone, which lies below the streams already: its probabilities are computed once, with the
-streams off, and no second model is loaded. Needs TRL (`pip install trl`).
+The reference is the plain backbone below the streams. Its probabilities are computed once, with the streams off, and no
+second model is loaded. Needs TRL (`pip install trl`).
 
     python examples/dpo_chat_model.py --model Qwen/Qwen2.5-0.5B-Instruct --steps 200 --output preferring
     python examples/dpo_chat_model.py --model Qwen/Qwen2.5-0.5B-Instruct --steps 200 --output preferring --resume

@@ -1,7 +1,7 @@
 """Export a model with streams to ONNX, and let ONNX Runtime continue a text without torch and parscale.
 
-The loop at the end is the one for any decoder: nothing in it knows of streams. ONNX Runtime GenAI has it built in and
-runs the same folder by its `genai_config.json`.
+Needs `parscale[onnx]`. The loop, `continued`, works for any decoder: nothing in it knows of streams. ONNX Runtime GenAI
+has such a loop built in, and runs the same folder by its `genai_config.json`.
 
     python examples/export_onnx.py --output exported --dtype int4
 """

@@ -1,11 +1,11 @@
 """Let a model with streams solve programming problems, and write its solutions as EvalPlus reads them.
 
 Takes a checkpoint (a folder, or a name on the Hugging Face Hub) and a file of problems, JSON lines with `task_id` and
-`prompt`. Without them, four streams on the small model that the package carries and three problems from below: it runs
-offline, and what it writes is no solution. `docs/evaluation.md` says how to score the file, which runs the solutions:
-do that in a sandbox.
+`prompt`. Without these it runs offline, with four streams on the small model that the package carries and the three
+problems below; what that model writes solves none of them. `docs/evaluation.md` says how to score the file. Scoring
+runs the solutions, so do it in a sandbox.
 
-    python examples/generate_code_samples.py parallel --problems HumanEvalPlus.jsonl --output samples.jsonl
+    python examples/generate_code_samples.py trained --problems HumanEvalPlus.jsonl --output samples.jsonl
 """
 
 from __future__ import annotations

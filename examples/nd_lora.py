@@ -6,7 +6,7 @@ feature. Its scale is found in the first steps. Low-rank matrices stand on the q
 
     python examples/nd_lora.py --steps 100 --output apart
 
-The paper's run, but for the prefix of 48 tokens that each stream has there besides, and without its Pile:
+The paper's run, without the prefix of 48 tokens that each stream has there too, and on other text than the Pile:
 
     python examples/nd_lora.py --model Qwen/Qwen2.5-0.5B --first-layer 12 --last-layer 20 --sequence-length 976 \\
         --batch-size 4 --accumulation 16 --steps 320 --learning-rate 3e-4 --output nd-lora

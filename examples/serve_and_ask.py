@@ -1,9 +1,9 @@
 """Serve a model with four parallel streams over HTTP, and ask it with OpenAI's client.
 
-Needs `pip install "transformers[serving]"`, or vLLM for `--engine vllm`. Any full checkpoint goes after `--model`;
-without one, the small model that the package carries gets four streams.
+Needs `parscale[serve]`, or `parscale[vllm]` for `--engine vllm`. Any full checkpoint goes after `--model`; without one,
+the small model that the package carries gets four streams.
 
-    python examples/serve_and_ask.py --model parallel --engine vllm --prompt "def fibonacci(n):"
+    python examples/serve_and_ask.py --model trained --engine vllm --prompt "def fibonacci(n):"
 """
 
 from __future__ import annotations

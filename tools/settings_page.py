@@ -17,21 +17,30 @@ SECTIONS = (
     (
         ParScaleConfig,
         "A set of streams",
-        "Arguments of `wrap` and `add_streams`, fields of `ParScaleConfig`, options of `parscale convert` "
-        "(`--num-streams`, which it requires, ...).",
+        "Arguments of `wrap` and `add_streams`, fields of `ParScaleConfig`, and options of\n"
+        "[`parscale convert`](reference/commands.md#parscale-convert), there as `--num-streams` (required) and so on.\n"
+        "`wrap` and `add_streams` also take `calibration`, and `wrap` takes `kernels`:\n"
+        "[`wrap`](reference/parscale.md).",
     ),
     (
         TrainSettings,
         "Training",
-        "Fields of `parscale.checkpoints.TrainSettings`, options of `parscale train` (`--batch-size`, ...). Documents "
-        "in memory are given as a `parscale.checkpoints.Source`.",
+        "Fields of `parscale.checkpoints.TrainSettings`, and options of\n"
+        "[`parscale train`](reference/commands.md#parscale-train), there as `--batch-size` and so on. In Python,\n"
+        "documents in memory are given as a `parscale.checkpoints.Source`. Options of the command alone, such as\n"
+        "`--resume`, `--controls`, `--recipe` and `--from-config`, are [in its\n"
+        "reference](reference/commands.md#parscale-train).",
     ),
 )
 
 
 def page() -> str:
     """The page as Markdown."""
-    parts = ["# Settings", "Written by `tools/settings_page.py` from the classes that are named below."]
+    parts = [
+        "# Settings",
+        'Each name with its default; "-": none, or one that the description gives. Written by\n'
+        "`tools/settings_page.py` from the docstrings of the classes that are named below.",
+    ]
     for cls, title, text in SECTIONS:
         said = descriptions(cls)
         rows = [f"| `{field.name}` | {_default(field)} | {said[field.name]} |" for field in dataclasses.fields(cls)]
