@@ -11,16 +11,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.jit import JITFunction
-
-
-@triton.jit
-def _probe():
-    pass
-
 
 # Triton's interpreter runs kernels on CPU tensors, for tests. Its bfloat16 products are wrong, so tiles are cast first.
-INTERPRETED = not isinstance(_probe, JITFunction)
+INTERPRETED = triton.knobs.runtime.interpret
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,

@@ -58,7 +58,7 @@ def aggregate(
 
 def _obstacle(x: torch.Tensor, logits: torch.Tensor) -> str | None:
     """Why the kernels cannot process these tensors; `None` if they can."""
-    if not 1 <= x.shape[0] <= MAX_FUSED_STREAMS:
+    if x.shape[0] > MAX_FUSED_STREAMS:
         return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {x.shape[0]}"
     if x.dtype not in FLOATS or logits.dtype not in FLOATS:
         return f"it takes float16, bfloat16, float32 or float64, got {x.dtype} and {logits.dtype}"

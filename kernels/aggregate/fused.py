@@ -162,29 +162,18 @@ def backward(
     return dx, dlogits
 
 
-@torch.library.custom_op("parscale::aggregate", mutates_args=())
-def aggregate_op(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """`forward` as a torch operator: supports torch.compile, CUDA graphs, autograd (once) and vmap."""
-    return forward(x, logits, smoothing)
+# As torch operators: torch.compile, CUDA graphs, autograd (once) and vmap; the second is not differentiable again.
+aggregate_op = torch.library.custom_op("parscale::aggregate", mutates_args=())(forward)
+aggregate_backward_op = torch.library.custom_op("parscale::aggregate_backward", mutates_args=())(backward)
 
 
 @aggregate_op.register_fake
-def _(x: torch.Tensor, logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[1:])
 
 
-@torch.library.custom_op("parscale::aggregate_backward", mutates_args=())
-def aggregate_backward_op(
-    gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`backward` as a torch operator; not differentiable again."""
-    return backward(gradient, x, logits, smoothing)
-
-
 @aggregate_backward_op.register_fake
-def _(
-    gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(gradient: torch.Tensor, x: torch.Tensor, logits: torch.Tensor, _: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), logits.new_empty(logits.shape)
 
 

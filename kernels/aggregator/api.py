@@ -46,7 +46,7 @@ def aggregator(
         `(B, S, H)` in the dtype of `hidden`.
 
     Raises:
-        ValueError: shapes do not fit, `impl` is unknown, or `"fused"` cannot run.
+        ValueError: shapes do not fit, there are no streams, `impl` is unknown, or `"fused"` cannot run.
     """
     tensors = (hidden, weight1, bias1, weight2, bias2)
     P, H = weight2.shape[0], hidden.shape[-1]
@@ -54,6 +54,8 @@ def aggregator(
     if hidden.ndim != 3 or any(x.shape != shape for x, shape in zip(tensors[1:], expected, strict=True)):
         layouts = ("hidden (P*B, S, H)", "weight1 (H, H*P)", "bias1 (H,)", "weight2 (P, H)", "bias2 (P,)")
         raise shapes_error("aggregator", layouts, tensors)
+    if P == 0:
+        raise ValueError("aggregator mixes at least one stream, got P = 0.")
     if hidden.shape[0] % P:
         raise ValueError(f"hidden has {hidden.shape[0]} rows, which is not a multiple of the {P} streams.")
     weights = list(tensors[1:])
@@ -71,7 +73,7 @@ def aggregator(
 def _obstacle(hidden: torch.Tensor, weights: list[torch.Tensor], is_cast: bool) -> str | None:
     """Why the kernels cannot process these tensors; `None` if they can."""
     P = weights[-1].shape[0]
-    if not 1 <= P <= MAX_FUSED_STREAMS:
+    if P > MAX_FUSED_STREAMS:
         return f"it takes 1 to {MAX_FUSED_STREAMS} streams, got {P}"
     dtypes = {x.dtype for x in weights} | (set() if is_cast else {hidden.dtype})
     if len(dtypes) > 1 or not {*dtypes, hidden.dtype} <= set(FLOATS):

@@ -200,59 +200,23 @@ def backward(
     return dx, dweight1, dbias1.to(dtype), dweight2.to(dtype), dbias2.to(dtype)
 
 
-@torch.library.custom_op("parscale::aggregator", mutates_args=())
-def aggregator_op(
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    smoothing: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward` as a torch operator: supports torch.compile, CUDA graphs, autograd (once) and vmap."""
-    return forward(x, weight1, bias1, weight2, bias2, smoothing, save)
+# As torch operators: torch.compile, CUDA graphs, autograd (once) and vmap; the second is not differentiable again.
+aggregator_op = torch.library.custom_op("parscale::aggregator", mutates_args=())(forward)
+aggregator_backward_op = torch.library.custom_op("parscale::aggregator_backward", mutates_args=())(backward)
 
 
 @aggregator_op.register_fake
-def _(
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    bias1: torch.Tensor,
-    weight2: torch.Tensor,
-    bias2: torch.Tensor,
-    smoothing: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, weight1: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     P, N, H = x.shape
+    save = rest[-1]
     return x.new_empty(N, H), weight1.new_empty(N if save else 0, H), x.new_empty(N, P, dtype=torch.float32)
-
-
-@torch.library.custom_op("parscale::aggregator_backward", mutates_args=())
-def aggregator_backward_op(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    weight2: torch.Tensor,
-    inner: torch.Tensor,
-    logits: torch.Tensor,
-    smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`backward` as a torch operator; not differentiable again."""
-    return backward(gradient, x, weight1, weight2, inner, logits, smoothing)
 
 
 @aggregator_backward_op.register_fake
 def _(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight1: torch.Tensor,
-    weight2: torch.Tensor,
-    inner: torch.Tensor,
-    logits: torch.Tensor,
-    smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    P, _, H = x.shape
+    gradient: torch.Tensor, x: torch.Tensor, weight1: torch.Tensor, weight2: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, ...]:
+    P, H = x.shape[0], x.shape[2]
     weights = (weight1.new_empty(H, H * P), weight1.new_empty(H), weight2.new_empty(P, H), weight2.new_empty(P))
     return x.new_empty(x.shape), *weights
 

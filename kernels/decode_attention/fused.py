@@ -175,18 +175,7 @@ torch.library.define(
 torch.library.impl(_NAME, "default")(decode)
 
 
-def _without_data(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix_k: torch.Tensor,
-    prefix_v: torch.Tensor,
-    mask: torch.Tensor | None,
-    length: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
+def _without_data(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], 1, value.shape[3])
 
 

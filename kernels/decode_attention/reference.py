@@ -19,23 +19,10 @@ def decode_attention_reference(
     *,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of one token per row over `[prefix of stream p | cache]`.
+    """`parscale.kernels.decode_attention` without `length`, `sinks` and `softcap`.
 
     Half-precision tensors are multiplied in float32: scores rounded to half precision, such as those of keys with a
     large bias, would give errors of some percent after the softmax.
-
-    Args:
-        query: `(P*B, heads, 1, D)`, stream-major rows.
-        key: `(P*B, G, K, D)`; `heads` is a multiple of G (grouped queries).
-        value: `(P*B, G, K, Dv)`.
-        prefix_k: `(P, G, T, D)`, shared by the B rows of each stream.
-        prefix_v: `(P, G, T, Dv)`.
-        mask: `None`, or boolean (True: attend) or additive, broadcasting to `(P*B, heads, 1, T + K)`, or with `K` in
-            place of `T + K`, for the cache alone.
-        scaling: factor on the scores; `D ** -0.5` if `None`.
-
-    Returns:
-        `(P*B, heads, 1, Dv)` in the dtype of `query`.
     """
     (R, heads, _, D), (P, G, T, _), K = query.shape, prefix_k.shape, key.shape[2]
     B, n = R // P, heads // G

@@ -15,8 +15,6 @@ def shared_attention_reference(
     prefix_k: torch.Tensor,
     prefix_v: torch.Tensor,
     mask: torch.Tensor | None = None,
-    *,
-    scaling: float | None = None,
 ) -> torch.Tensor:
     """Each query attends to its stream's whole prefix and to the keys that the mask shows it.
 
@@ -28,7 +26,6 @@ def shared_attention_reference(
         prefix_v: `(P - 1, G, T, Dv)`.
         mask: boolean (True: attend), broadcasting to `(B, heads, S, K)`; `None`: each token sees those up to and
             including itself, aligned to the last of the K keys.
-        scaling: factor on the scores; `D ** -0.5` if `None`.
 
     Returns:
         `(P*B, heads, S, Dv)`.
@@ -45,7 +42,7 @@ def shared_attention_reference(
             visible = nn.functional.pad(mask, (T, 0), value=True)
         outputs.append(
             nn.functional.scaled_dot_product_attention(
-                rows, keys, values, attn_mask=visible, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+                rows, keys, values, attn_mask=visible, enable_gqa=query.shape[1] != key.shape[1]
             )
         )
     return torch.cat(outputs)

@@ -21,21 +21,7 @@ def shared_decode_reference(
     plain: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """See `parscale.kernels.shared_decode_attention`, without `length`.
-
-    Args:
-        query: `(P*B, heads, 1, D)`, stream-major rows, of all streams or of those with a prefix.
-        key: `(B, G, K, D)`.
-        value: `(B, G, K, Dv)`.
-        prefix_k: `(P - 1, G, T, D)`.
-        prefix_v: `(P - 1, G, T, Dv)`.
-        mask: `None`, or over the cache, boolean or additive.
-        plain: the number of leading rows without a prefix, from `parscale.kernels.shared_rows.plain_rows`.
-        scaling: factor on the scores; `D ** -0.5` if `None`.
-
-    Returns:
-        `(P*B, heads, 1, Dv)` in the dtype of `query`.
-    """
+    """`parscale.kernels.shared_decode_attention` without `length`; `plain` is from `plain_rows`."""
     (R, heads, _, D), (B, G, _, _), (Q, _, T, Dv) = query.shape, key.shape, prefix_v.shape
     P, n = R // B, heads // G
     dtype = torch.promote_types(query.dtype, torch.float32)

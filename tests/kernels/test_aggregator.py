@@ -178,6 +178,7 @@ def test_reference_is_the_models_own():
         ({}, "fast", "impl must be 'auto', 'fused' or 'reference', got 'fast'"),
         ({1: (16, 47)}, "auto", r"weight1 \(H, H\*P\).*got \(6, 5, 16\), \(16, 47\)"),
         ({0: (5, 5, 16)}, "auto", "hidden has 5 rows, which is not a multiple of the 3 streams"),
+        ({1: (16, 0), 3: (0, 16), 4: (0,)}, "auto", "at least one stream, got P = 0"),
     ],
 )
 def test_what_does_not_fit_is_named(change, impl, message):

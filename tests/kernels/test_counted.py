@@ -185,9 +185,9 @@ def test_the_sweep_finds_a_cliff(benchmark, monkeypatch):
     """A product of one block for each 128 rows, as few rows once had it, falls below."""
     roofline = benchmark("roofline")
 
-    def one_block(M, N, K, rates=roofline.RATES, processors=132):
-        blocks = -(-M // 128) * -(-N // 128)
-        return 2.0 * 128 * 128 * K * processors / rates.operations_per_second * -(-blocks // processors)
+    def one_block(M, N, K):
+        processors, blocks = roofline.PROCESSORS, -(-M // 128) * -(-N // 128)
+        return 2.0 * 128 * 128 * K * processors / roofline.OPERATIONS_PER_SECOND * -(-blocks // processors)
 
     monkeypatch.setattr(roofline, "product_seconds", one_block)
     assert roofline.aggregator(8, 64, 1536)["of_floor"] < 0.5
