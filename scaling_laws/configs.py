@@ -17,13 +17,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parscale.scaling_laws.fields import NAMES, Reader, brief, listed_layers
+from parscale.scaling_laws.fields import NAMES, Reader, brief, listed_layers, require_one_each
 from parscale.scaling_laws.files import read_text
 from parscale.scaling_laws.layers import attention_of_layers, layer_kinds
 from parscale.scaling_laws.shapes import PREFIX_LENGTH, ModelShape
 from parscale.scaling_laws.uncounted import require_counted
 
 MOST_LAYERS = 100_000
+
+Config = str | Path | Mapping[str, Any] | ModelShape
 
 # Encoders that can be decoders: their MLP has one matrix up and one down, and every projection a bias.
 BERTS = {
@@ -90,11 +92,11 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return contents
 
 
-def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
+def read_shape(config: Config) -> ModelShape:
     """The shape in a `config.json` of any architecture with attention.
 
     Args:
-        config: its path, its folder's path, or its contents.
+        config: its path, its folder's path, or its contents; a `ModelShape` is returned as it is.
 
     Returns:
         The shape.
@@ -104,6 +106,8 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         ValueError: it is not a configuration, a required size is missing or impossible, it has parts whose cost is not
             counted, or streams that differ by something other than prefixes.
     """
+    if isinstance(config, ModelShape):
+        return config
     contents = read_config(config)
     _require_finite(contents)
     outer, others = contents, _other_parts(contents)
@@ -139,6 +143,7 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
             f"no layer of {name!r} keeps keys and values, and the streams' prefixes are keys and values; give a "
             "model with attention"
         )
+    tied = contents.get("tie_word_embeddings")
     return ModelShape(
         name=name,
         layers=layers,
@@ -147,7 +152,7 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> ModelShape:
         intermediate=wider * _intermediate(number, hidden),
         vocab=vocab,
         gated=name not in UNGATED,
-        tied=_flag(contents, "tie_word_embeddings", name in TIED),
+        tied=name in TIED if tied is None else bool(tied),
         **_experts(number, contents, layers),
         biases=_biases(contents, name),
         norms_per_layer=_norms_per_layer(name),
@@ -216,10 +221,7 @@ def _experts(number: Reader, contents: Mapping[str, Any], layers: int) -> dict[s
         sparse = sorted(listed_layers(contents, "moe_layers") & set(range(layers)))
     for field in ("mlp_layer_types", "moe_layer_freq"):
         if isinstance(kinds := contents.get(field), list):
-            if len(kinds) != layers:
-                raise ValueError(
-                    f"the configuration has {layers} layers and {len(kinds)} {field}; it must name one for each"
-                )
+            require_one_each(kinds, layers, field)
             sparse = [i for i, kind in enumerate(kinds) if kind not in ("dense", 0)]
     return {
         "experts": experts,
@@ -231,14 +233,9 @@ def _experts(number: Reader, contents: Mapping[str, Any], layers: int) -> dict[s
     }
 
 
-def _flag(contents: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = contents.get(name)
-    return default if value is None else bool(value)
-
-
-def _require_finite(contents: object, name: str = "") -> None:
+def _require_finite(contents: object) -> None:
     """Raises `ValueError` for NaN, and for infinity unless it is an open limit, such as that of time steps."""
-    waiting = [(name, contents)]
+    waiting = [("", contents)]
     while waiting:
         name, value = waiting.pop()
         if isinstance(value, Mapping):

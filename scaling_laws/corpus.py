@@ -32,7 +32,7 @@ class Corpus(NamedTuple):
     held_out: NDArray[np.uint8]
 
 
-def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corpus:
+def read_corpus(source: str = "stdlib") -> Corpus:
     """Text to train on and text to evaluate on; a document is on the same side in every sweep.
 
     Of equal documents only the first is kept.
@@ -41,7 +41,6 @@ def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corp
         source: `"stdlib"`, the source of Python's standard library (some 10 MB); `"packages"`, the same and the source
             of every installed package (hundreds of MB with PyTorch); any other name is a dataset of the `datasets`
             package, whose column `text` or `content` is read.
-        max_bytes: stop after this number of bytes.
 
     Raises:
         ValueError: a dataset cannot be read, or has no such column.
@@ -49,16 +48,12 @@ def read_corpus(source: str = "stdlib", *, max_bytes: int | None = None) -> Corp
     documents = python_files(source) if source in SOURCES else _data_set(source)
     sides: dict[bool, list[bytes]] = {False: [], True: []}
     seen: set[bytes] = set()
-    total = 0
     for name, text in documents:
         digest = hashlib.sha256(text).digest()
         if digest in seen or not text.strip():
             continue
         seen.add(digest)
         sides[_is_held_out(name)].append(text + bytes([END_OF_TEXT]))
-        total += len(text) + 1
-        if max_bytes is not None and total >= max_bytes:
-            break
     train, held_out = (np.frombuffer(b"".join(sides[side]), dtype=np.uint8) for side in (False, True))
     if not train.size or not held_out.size:
         raise ValueError(f"{source} has too little text to hold some of it out; give a larger source")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from parscale.scaling_laws import paper, roofline
 from parscale.scaling_laws.arguments import require_count, require_known
-from parscale.scaling_laws.configs import read_shape
+from parscale.scaling_laws.configs import Config, read_shape
 from parscale.scaling_laws.hardware import Hardware, find_hardware
 from parscale.scaling_laws.roofline import Workload
 from parscale.scaling_laws.shapes import ModelShape
@@ -32,8 +30,6 @@ MOST = 10**9
 """The upper limit of streams, prompts and prompt tokens."""
 MOST_STEPS = 1 << 20
 """The upper limit of tokens to generate, whose steps are counted one by one."""
-
-Config = str | Path | Mapping[str, Any] | ModelShape
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def cost(
     if not 0 <= overhead < float("inf"):
         raise ValueError(f"overhead is {overhead!r}; it must be at least 0 seconds")
     device = find_hardware(hardware)
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    shape = read_shape(config)
     bits, weight_bits = DTYPES[dtype]
     work = Workload(num_streams, batch_size, input_length, output_length, bits, weight_bits, kv)
     if work.shares and shape.state_elements:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,12 @@ def listed_layers(contents: Mapping[str, Any], name: str) -> set[int]:
     if not isinstance(listed, list) or not all(is_size(index) for index in listed):
         raise ValueError(f"{name} is {brief(listed)}; it must be a list of layers, counted from 0")
     return set(listed)
+
+
+def require_one_each(kinds: Sized, layers: int, field: str) -> None:
+    """Raises `ValueError` unless a field lists as many kinds as there are layers."""
+    if len(kinds) != layers:
+        raise ValueError(f"the configuration has {layers} layers and {len(kinds)} {field}; it must name one for each")
 
 
 def is_size(value: object) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from parscale.scaling_laws.arguments import require_known
@@ -16,8 +14,8 @@ LENGTHS = (64, 128, 256, 512)
 """Input lengths, equal to the output lengths, over which the paper averages."""
 
 
-def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = LENGTHS) -> tuple[float, float]:
-    """Memory in bytes and seconds of a published model, as the mean over `lengths`: an entry of the paper's figure."""
+def average(size: str, streams: int, batch_size: int) -> tuple[float, float]:
+    """Memory in bytes and seconds of a published model, as the mean over `LENGTHS`: an entry of the paper's figure."""
     models = published_models()
     require_known("published model", size, models)
     shape = read_shape(models[size])
@@ -25,7 +23,7 @@ def average(size: str, streams: int, batch_size: int, lengths: Sequence[int] = L
         cost(
             shape, num_streams=streams, batch_size=batch_size, input_length=length, output_length=length, method="paper"
         )
-        for length in lengths
+        for length in LENGTHS
     ]
     return float(np.mean([item.memory_bytes for item in costs])), float(np.mean([item.seconds for item in costs]))
 
@@ -55,12 +53,12 @@ def dense_of_equal_loss(streams: int = 8, size: str = "1.6B", *, batch_size: int
     return float(memory_bytes), float(duration)
 
 
-def increase_ratios(batch_size: int = 1, streams: int = 8, size: str = "1.6B") -> tuple[float, float]:
-    """The memory and the time that a plain model adds, divided by what streams add for the same loss.
+def increase_ratios(batch_size: int = 1) -> tuple[float, float]:
+    """The memory and the time that a plain model adds to "1.6B", divided by what 8 streams add for the same loss.
 
     The paper reports "22x" and "6x".
     """
-    base, wide = np.array(average(size, 1, batch_size)), np.array(average(size, streams, batch_size))
-    dense = np.array(dense_of_equal_loss(streams, size, batch_size=batch_size))
+    base, wide = (np.array(average("1.6B", streams, batch_size)) for streams in (1, 8))
+    dense = np.array(dense_of_equal_loss(8, "1.6B", batch_size=batch_size))
     ratios = (dense - base) / (wide - base)
     return float(ratios[0]), float(ratios[1])

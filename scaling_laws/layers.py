@@ -7,7 +7,7 @@ from collections import ChainMap, Counter
 from collections.abc import Mapping
 from typing import Any
 
-from parscale.scaling_laws.fields import LARGEST_SIZE, NAMES, Reader, brief, is_size, listed_layers
+from parscale.scaling_laws.fields import LARGEST_SIZE, NAMES, Reader, brief, is_size, listed_layers, require_one_each
 from parscale.scaling_laws.shapes import Attention
 from parscale.scaling_laws.states import with_state
 
@@ -57,10 +57,7 @@ def layer_kinds(contents: Mapping[str, Any], name: str, layers: int) -> list[str
     for field in KINDS:
         kinds = contents.get(field)
         if isinstance(kinds, list | str) and kinds:
-            if len(kinds) != layers:
-                raise ValueError(
-                    f"the configuration has {layers} layers and {len(kinds)} {field}; it must name one for each"
-                )
+            require_one_each(kinds, layers, field)
             named = [{"0": full, "1": "sliding_attention"}.get(str(kind), str(kind)) for kind in kinds]
             if unknown := sorted(set(named) - COUNTED):
                 raise ValueError(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from parscale.scaling_laws.configs import read_shape
-from parscale.scaling_laws.costs import Config, cost
+from parscale.scaling_laws.configs import Config, read_shape
+from parscale.scaling_laws.costs import cost
 from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.shapes import ModelShape
 
@@ -37,16 +37,6 @@ class Plan:
 def training_flops(params: float, streams: float, tokens: float) -> float:
     """Operations of training: `6 * N * P * D`, six for each parameter, stream and token, without attention scores."""
     return 6 * params * streams * tokens
-
-
-def optimal_streams_for_compute(k: float) -> float:
-    """The optimal P for fixed `N * P`, whatever the rest of the law: 1 for k up to 1, else `exp(1 - 1/k)`.
-
-    With C = N*P the law's effective size is `C * (k*ln P + 1) / P`, whose derivative with respect to P is 0 at
-    `k = k*ln P + 1`. Both published k are below 1/2: for a given training compute a larger plain model is better, and
-    streams save memory and latency.
-    """
-    return 1.0 if k <= 1 else math.exp(1 - 1 / k)
 
 
 def optimal(
@@ -139,7 +129,7 @@ def frontier(
     for name, value in (budgets | {"tokens": tokens}).items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}; it must be above 0 and finite")
-    base = config if isinstance(config, ModelShape) else read_shape(config)
+    base = read_shape(config)
     work = {"batch_size": 1, "input_length": 256, "output_length": 256} | workload
     plans = []
     for count in streams:

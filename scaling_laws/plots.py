@@ -15,7 +15,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from parscale.scaling_laws.costs import Config, Cost, cost
+from parscale.scaling_laws.configs import Config
+from parscale.scaling_laws.costs import Cost, cost
 from parscale.scaling_laws.data import Points
 from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.plan import Plan
@@ -55,11 +56,11 @@ def measured_and_predicted(law: ParallelScalingLaw, points: Points) -> Figure:
     return figure
 
 
-def contours(law: ParallelScalingLaw, points: Points | None = None, *, streams: float = 16) -> Figure:
+def contours(law: ParallelScalingLaw, points: Points | None = None) -> Figure:
     """Contours of the loss over (N, P), with the runs if given; N covers their range, or 0.3B to 10B."""
     figure, (axes,) = _figure(1)
     low, high = (float(points.params.min()) / 1.3, float(points.params.max()) * 1.3) if points else (3e8, 1e10)
-    top = _most_streams(law, max(streams, float(points.streams.max()) if points else 1.0))
+    top = _most_streams(law, max(16.0, float(points.streams.max()) if points else 1.0))
     size, count = np.meshgrid(np.geomspace(low, high, 120), np.geomspace(1, top, 120))
     loss = law.predict(size, count)
     drawn = axes.contourf(size, count, loss, levels=20, cmap="viridis_r")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import huber
 
 from parscale.scaling_laws.data import Array
 from parscale.scaling_laws.forms import Form
@@ -35,19 +36,12 @@ class Problem:
     losses: Array
 
 
-def huber(residuals: Array, delta: float = DELTA) -> Array:
-    """The Huber loss of each residual: quadratic below `delta`, linear above."""
-    size = np.abs(residuals)
-    return np.where(size <= delta, 0.5 * residuals**2, delta * (size - 0.5 * delta))
-
-
 def solve(
     problem: Problem,
     starts: Array,
     *,
     log_losses: Array | None = None,
     free: NDArray[np.bool_] | None = None,
-    delta: float = DELTA,
     robust_steps: int = 40,
     newton_steps: int = 60,
     tolerance: float = 1e-14,
@@ -59,7 +53,6 @@ def solve(
         starts: `(S, p)`.
         log_losses: `(S, n)`, a separate dataset for each problem (a bootstrap).
         free: `(S, p)` bool, parameters that are fitted (a profile).
-        delta: of the Huber loss.
         robust_steps: at most, with the first Hessian.
         newton_steps: at most, with the second.
         tolerance: a problem ends with a step that lowers its loss by less than this share of it.
@@ -75,7 +68,7 @@ def solve(
     thetas, values = [], []
     with np.errstate(all="ignore"):  # a step may overflow; its loss is then infinite, and the step is rejected
         for rows in np.array_split(np.arange(starts.shape[0]), parts):
-            batch = _Batch(problem, observed[rows], movable[rows], delta)
+            batch = _Batch(problem, observed[rows], movable[rows])
             theta, _ = batch.descend(starts[rows], robust_steps, exact=False, tolerance=1e-5)
             theta, value = batch.descend(theta, newton_steps, exact=True, tolerance=tolerance)
             thetas.append(theta)
@@ -90,7 +83,6 @@ class _Batch:
     problem: Problem
     observed: Array
     movable: NDArray[np.bool_]
-    delta: float
 
     def descend(self, starts: Array, steps: int, *, exact: bool, tolerance: float) -> tuple[Array, Array]:
         """Levenberg's damping: a step that does not lower the loss is rejected and tried again with more damping.
@@ -127,7 +119,7 @@ class _Batch:
         problem = self.problem
         values, _ = problem.form.log_terms(theta, problem.sizes, problem.streams)
         log_loss, _ = _log_sum_exp(values)
-        total = huber(log_loss - self.observed[rows], self.delta).sum(axis=1)
+        total = huber(DELTA, log_loss - self.observed[rows]).sum(axis=1)
         return np.where(problem.form.feasible(theta, problem.streams) & np.isfinite(total), total, np.inf)
 
     def derivatives(self, theta: Array, rows: NDArray[np.int64], *, exact: bool) -> tuple[Array, Array, Array]:
@@ -141,14 +133,14 @@ class _Batch:
         log_loss, share = _log_sum_exp(values)
         gradient = (share[:, :, None, :] @ slopes)[:, :, 0]
         residual = log_loss - self.observed[rows]
-        outer = self.delta / np.maximum(np.abs(residual), self.delta)  # Huber's weights
+        outer = DELTA / np.maximum(np.abs(residual), DELTA)  # Huber's weights
         force = residual * outer
         weighted = gradient * outer[:, :, None]
         scale = (weighted * gradient).sum(axis=1)
         total = (force[:, None] @ gradient)[:, 0]
         if not exact:
             return total, weighted.transpose(0, 2, 1) @ gradient, scale
-        inner = (np.abs(residual) <= self.delta) - force  # from Huber's second derivative, and from -g g' above
+        inner = (np.abs(residual) <= DELTA) - force  # from Huber's second derivative, and from -g g' above
         hessian = (gradient * inner[:, :, None]).transpose(0, 2, 1) @ gradient
         pull = force[:, :, None] * share
         flat = slopes.reshape(theta.shape[0], -1, theta.shape[1])

@@ -35,6 +35,7 @@ from parscale.scaling_laws.files import read_table
 Wrap = Callable[..., Any]
 Report = Callable[["Run", float], None]
 RUNS = "runs.csv"
+MEASURED_BYTES = 200_000
 
 
 @dataclass(frozen=True)
@@ -341,12 +342,12 @@ def train(run: Run, corpus: Corpus, wrap: Wrap, device: str = "cpu", report: Rep
     return Row(params=params, loss=held_out, seconds=round(time.perf_counter() - started, 2), device=device, **kept)
 
 
-def evaluate(model: Any, corpus: Corpus, run: Run, device: str, *, limit: int = 200_000) -> float:
-    """Mean loss in nats per byte, on the first `limit` bytes of held-out text, the same for every run."""
+def evaluate(model: Any, corpus: Corpus, run: Run, device: str) -> float:
+    """Mean loss in nats per byte, on the first `MEASURED_BYTES` of held-out text, the same for every run."""
     import torch
 
     model.eval()
-    text = blocks(corpus.held_out[:limit], run.sequence_length)
+    text = blocks(corpus.held_out[:MEASURED_BYTES], run.sequence_length)
     if not len(text):
         raise ValueError(
             f"the held-out text has {corpus.held_out.size:,} bytes, fewer than a sequence of {run.sequence_length}: "

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from parscale.scaling_laws.arguments import require_count, require_known
-from parscale.scaling_laws.configs import read_shape
-from parscale.scaling_laws.costs import DTYPES, Config
+from parscale.scaling_laws.configs import Config, read_shape
+from parscale.scaling_laws.costs import DTYPES
 from parscale.scaling_laws.data import data_rows
 from parscale.scaling_laws.hardware import Hardware, find_hardware
 from parscale.scaling_laws.shapes import ModelShape
@@ -187,7 +187,7 @@ def training_memory(
 
 def _countable_shape(config: Config, prefix_length: int | None) -> ModelShape:
     """The shape of a model whose training is counted, with another prefix length if given."""
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    shape = read_shape(config)
     if shape.experts or not shape.gated or not shape.has_equal_layers:
         raise ValueError(
             "training is counted for decoders with a gated MLP in every layer and the same grouped-query attention in "

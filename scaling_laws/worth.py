@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from parscale.scaling_laws.configs import read_shape
-from parscale.scaling_laws.costs import Config, Cost, cost
+from parscale.scaling_laws.configs import Config, read_shape
+from parscale.scaling_laws.costs import Cost, cost
 from parscale.scaling_laws.hardware import Hardware
 from parscale.scaling_laws.law import ParallelScalingLaw
 from parscale.scaling_laws.shapes import ModelShape
@@ -33,11 +33,6 @@ class Comparison:
         """Cost with streams divided by the cost of the dense model; above 1 the streams lose."""
         return float(getattr(self.streams, quantity) / getattr(self.dense, quantity))
 
-    def increase_ratio(self, quantity: str) -> float:
-        """What the dense model adds divided by what the streams add: the form of the paper's headline."""
-        base = getattr(self.plain, quantity)
-        return float((getattr(self.dense, quantity) - base) / (getattr(self.streams, quantity) - base))
-
 
 def dense_equivalent(law: ParallelScalingLaw, config: Config, num_streams: int, *, kv: str = "own") -> ModelShape:
     """The plain model, of equal depth but wider, with the predicted loss of a model with streams.
@@ -51,7 +46,7 @@ def dense_equivalent(law: ParallelScalingLaw, config: Config, num_streams: int, 
     Returns:
         The wider model's shape.
     """
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    shape = read_shape(config)
     return shape.scaled_to(law.equivalent_params(shape.params(num_streams, kv), num_streams))
 
 
@@ -85,7 +80,7 @@ def versus(
         FileNotFoundError: as in `cost`.
         ValueError: as in `cost`.
     """
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    shape = read_shape(config)
     work: dict[str, Any] = {"batch_size": batch_size, "input_length": input_length, "output_length": output_length}
     work |= {"hardware": hardware, **options}
     with_streams = cost(shape, num_streams=num_streams, **work)  # raises an error for a P below 1
@@ -161,5 +156,5 @@ def _loses(
     law: ParallelScalingLaw, config: Config, *, num_streams: int, quantity: str, along: str, **workload: Any
 ) -> Callable[[int], bool]:
     """Whether streams cost more at a value of `along`, as a function of it."""
-    shape = config if isinstance(config, ModelShape) else read_shape(config)
+    shape = read_shape(config)
     return lambda value: versus(law, shape, num_streams=num_streams, **workload | {along: value}).ratio(quantity) > 1

@@ -104,9 +104,7 @@ def test_derivatives_are_those_of_finite_differences(name):
     streams = np.tile([1.0, 2.0, 8.0], 4)
     theta = np.array(THETAS[name])
     losses = form.predict(theta[None], sizes, streams)[0] * np.exp(generator.normal(0, 2 * DELTA, 12))
-    batch = _Batch(
-        Problem(form, sizes, streams, losses), np.log(losses)[None], np.ones((1, theta.size), dtype=bool), DELTA
-    )
+    batch = _Batch(Problem(form, sizes, streams, losses), np.log(losses)[None], np.ones((1, theta.size), dtype=bool))
     rows = np.zeros(1, dtype=np.int64)
     gradient, hessian, _ = batch.derivatives(theta[None], rows, exact=True)
 

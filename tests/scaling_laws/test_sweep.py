@@ -258,10 +258,10 @@ def test_the_committed_rows_are_those_of_the_preset():
 
 
 def test_the_standard_library_is_read_once_and_split():
-    text = read_corpus("stdlib", max_bytes=2_000_000)
-    assert 1_900_000 < text.train.size + text.held_out.size < 3_100_000
+    text = read_corpus("stdlib")
+    assert 5_000_000 < text.train.size + text.held_out.size < 20_000_000
     assert 0.01 < text.held_out.size / text.train.size < 0.15
-    again = read_corpus("stdlib", max_bytes=2_000_000)
+    again = read_corpus("stdlib")
     assert (again.train == text.train).all()
 
 
