@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from machine import processor
+from machine import processor, software
 from rich.console import Console
 from standard_texts import standard_texts
 
@@ -37,6 +36,7 @@ from parscale.checkpoints import (
     diagnose,
     evaluate,
     faster_in_bf16,
+    format_interval,
     open_checkpoint,
     require_tokenizer,
     small_model_path,
@@ -96,7 +96,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [f"{row['share']:.0%}", "infinite" if row["threshold"] is None else f"{row['threshold']:.2f}"]
         cells += [f"{row['mean_streams']:.2f}", f"{row['loss']:.4f}"]
-        cells.append("{difference:+.4f} ({low:+.4f}, {high:+.4f})".format(**row["against_stream_0"]))
+        cells.append(format_interval(row["against_stream_0"]))
         lines.append(f"| {' | '.join(cells if row['share'] else [*cells[:-1], ''])} |")
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def main() -> None:
     settings = ("streams", "tokens", "characters", "backbone_rate", "streams_rate", "seed")
     result = {
         "processor": processor(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": software(),
         **{name: getattr(args, name) for name in settings},
         "documents": len(held_out[1::2]),
         "rows": measure(model, tokenizer, held_out[::2], held_out[1::2]),

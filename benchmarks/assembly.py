@@ -16,14 +16,19 @@ PRODUCTS = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "OMMA")
 LOCAL = ("LDL", "STL")
 
 
-def disassemble(cubin: bytes) -> list[tuple[int, str, str]]:
-    """Address, name and operands of each instruction, in order."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the program of this name, which comes with Triton, prints of compiled code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-sass", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [(int(address, 16), name, operands) for address, name, operands in INSTRUCTION.findall(text)]
+        command = [str(triton.knobs.nvidia.cuobjdump.path), option, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def disassemble(cubin: bytes) -> list[tuple[int, str, str]]:
+    """Address, name and operands of each instruction, in order."""
+    found = INSTRUCTION.findall(cuobjdump(cubin, "--dump-sass"))
+    return [(int(address, 16), name, operands) for address, name, operands in found]
 
 
 def loops(code: list[tuple[int, str, str]]) -> list[list[tuple[str, str]]]:

@@ -48,7 +48,7 @@ QWEN_05B = {
 def models() -> dict[str, ModelShape]:
     """The models to choose from, by the name that the page shows."""
     configs = {"Qwen2.5-0.5B": QWEN_05B, "1.6B, the paper's": published_models()["1.6B"], **known_backbones()}
-    return {name: config if isinstance(config, ModelShape) else read_shape(config) for name, config in configs.items()}
+    return {name: read_shape(config) for name, config in configs.items()}
 
 
 def rounded(value: float) -> float:

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import triton
-from assembly import blocking_loads, read_sass
+from assembly import blocking_loads, cuobjdump, read_sass
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -215,11 +215,7 @@ def resources(launch: Launch, target: Target) -> dict[str, Any]:
         spills = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
         found |= {"registers": number("vgpr_count"), "spilled_bytes": spills}
         return found | {"programs": programs(found, target)}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        command = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     spills = 0
     if usage["STACK"] + usage["LOCAL"]:  # a stack frame need not be for spills: the assembler tells them apart

@@ -96,7 +96,7 @@ def mixing_cases(bench: Bench) -> Iterator[Case]:
         yield Case("aggregator", floor, call, {"N": N, "H": H})
         if bench.size(4096, 40) <= N:
             floor = bench.floor(2 * (P * N * H + N * H + N * P))
-            call = functools.partial(_summed, tensors[0], randn(bench, N, P))
+            call = functools.partial(_summed, [tensors[0], randn(bench, N, P)])
             yield Case("aggregate", floor, call, {"N": N, "H": H})
 
 
@@ -104,8 +104,8 @@ def _mixed(tensors: list[torch.Tensor], impl: Any) -> torch.Tensor:
     return aggregator(*tensors, 0.1, impl=impl)
 
 
-def _summed(x: torch.Tensor, logits: torch.Tensor, impl: Any) -> torch.Tensor:
-    return aggregate(x, logits, 0.1, impl=impl)
+def _summed(tensors: list[torch.Tensor], impl: Any) -> torch.Tensor:
+    return aggregate(*tensors, 0.1, impl=impl)
 
 
 def prefill_cases(bench: Bench) -> Iterator[Case]:
@@ -193,7 +193,7 @@ def backward(bench: Bench) -> None:
     logits, gradient = randn(bench, N, P).requires_grad_(), randn(bench, N, H)
 
     def sum_both(impl: Any) -> Any:
-        return torch.autograd.grad(_summed(tensors[0], logits, impl), (tensors[0], logits), gradient)
+        return torch.autograd.grad(_summed([tensors[0], logits], impl), (tensors[0], logits), gradient)
 
     def mix_both(impl: Any) -> Any:
         return torch.autograd.grad(_mixed(tensors, impl)[0], tensors, gradient)
@@ -241,7 +241,7 @@ def exactness(bench: Bench) -> None:
             **_masked_cases(bench, dtype),
             "aggregator, 8 rows": (_mix_all, [x[:, :8], *weights], gradient[:8]),
             "aggregator": (_mix_all, [x, *weights], gradient),
-            "aggregate": (_sum_all, [x, logits], gradient),
+            "aggregate": (_summed, [x, logits], gradient),
         }
         if dtype != torch.float32:  # which torch's flash attention does not take on a GPU
             cases["prefill attention"] = (_read, prompt, randn(bench, *prompt[0].shape, dtype=dtype))
@@ -265,28 +265,19 @@ def _masked_cases(bench: Bench, dtype: torch.dtype) -> dict[str, tuple[Any, list
     }
 
 
-def _attend(*tensors: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
-    *tensors, impl = tensors
+def _attend(tensors: list[torch.Tensor], impl: Any, mask: torch.Tensor | None = None) -> torch.Tensor:
     return decode_attention(*tensors, mask, impl=impl)
 
 
-def _attend_shared(*tensors: Any, mask: torch.Tensor) -> torch.Tensor:
-    *tensors, impl = tensors
+def _attend_shared(tensors: list[torch.Tensor], impl: Any, mask: torch.Tensor) -> torch.Tensor:
     return shared_decode_attention(*tensors, mask, impl=impl)
 
 
-def _mix_all(*tensors: Any) -> torch.Tensor:
-    *tensors, impl = tensors
+def _mix_all(tensors: list[torch.Tensor], impl: Any) -> torch.Tensor:
     return _mixed(tensors, impl)[0]
 
 
-def _sum_all(*tensors: Any) -> torch.Tensor:
-    *tensors, impl = tensors
-    return _summed(*tensors, impl)
-
-
-def _read(*tensors: Any) -> torch.Tensor:
-    *tensors, impl = tensors
+def _read(tensors: list[torch.Tensor], impl: Any) -> torch.Tensor:
     if impl != "reference":
         return causal_attention(*tensors)
     return (causal_attention_reference if tensors[0].dtype == torch.float64 else square_attention)(*tensors)
@@ -299,7 +290,7 @@ def _errors(
     results = []
     for impl, to in ((bench.impl, dtype), ("reference", dtype), ("reference", torch.float64)):
         own = [t.detach().to(to).requires_grad_(gradient is not None) for t in tensors]
-        out = function(*own, impl)
+        out = function(own, impl)
         found = () if gradient is None else torch.autograd.grad(out, own, gradient.to(to))
         results.append([out.detach(), *found])
     errors: dict[str, list[float]] = {"fused": [], "torch": []}

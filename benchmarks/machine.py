@@ -40,6 +40,20 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if is_gpu(device) else processor()
 
 
+def software() -> dict[str, str]:
+    """The versions of what computes."""
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def surroundings(device: str, threads: int) -> dict[str, Any]:
+    """What a figure depends on besides what is measured."""
+    where = {"processor": device_name(device), "threads": threads, "python": platform.python_version()}
+    return where | software()
+
+
 def seconds(step: Callable[[], Any], device: str) -> float:
     """Wall time of one step, with all that it launches on the device."""
     import torch

@@ -126,24 +126,12 @@ def run_tests(source: Path, names: list[str], streams: dict[str, Any], only: str
             return model.requires_grad_(False) if streams else model
 
         chosen = " or ".join(name.split("/")[-1] for name in names)
-        options = [
-            "-q",
-            "--no-header",
-            "--tb=no",
-            "--import-mode=importlib",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "-o",
-            "addopts=",
-        ]
-        options += ["-W", "ignore", "-k", f"({chosen}) and ({only})" if only else chosen]
+        options = ["-q", "--no-header", "--tb=no", "--import-mode=importlib", "-p", "no:cacheprovider"]
+        options += ["-p", "no:xdist", "-o", "addopts=", "-W", "ignore"]
+        options += ["-k", f"({chosen}) and ({only})" if only else chosen, "--rootdir", str(source)]
+        tests = str(source / "tests" / "test_decoder_models.py")
         with mock.patch.object(AutoModelForCausalLM, "from_pretrained", load):
-            code = pytest.main(
-                [*options, "--rootdir", str(source), str(source / "tests" / "test_decoder_models.py")],
-                plugins=[recorder],
-            )
+            code = pytest.main([*options, tests], plugins=[recorder])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with {code!r}")
     return recorder.outcomes

@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from scipy.stats import t as student
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale import wrap
-from parscale.checkpoints import small_model_path, standard_library_split
+from parscale.checkpoints import crossed_interval, format_interval, small_model_path, standard_library_split
 from parscale.export.onnx import export_onnx
 
 DTYPES = ("float32", "int8", "int4")
 KINDS = ((1, "own"), (4, "own"), (4, "shared"), (2, "own"), (2, "shared"))
-CONFIDENCE = 0.95
 
 
 def texts(documents: int, tokens: int) -> list[list[int]]:
@@ -65,13 +64,8 @@ def measure(P: int, kv: str, documents: list[list[int]]) -> dict[str, Any]:
             folder = Path(temporary, dtype)
             export_onnx(str(Path(temporary, "source")), folder, dtype=dtype)
             found[dtype] = losses(folder, documents)
-            print(f"P = {P}, {kv}, {dtype}: {mean(found[dtype]):.4f}", flush=True)
+            print(f"P = {P}, {kv}, {dtype}: {fmean(found[dtype]):.4f}", flush=True)
     return {"num_streams": P, "kv": kv, "losses": found}
-
-
-def mean(values: list[float]) -> float:
-    """Of documents of the same length."""
-    return statistics.fmean(values)
 
 
 def added(row: dict[str, Any], dtype: str) -> list[float]:
@@ -81,8 +75,7 @@ def added(row: dict[str, Any], dtype: str) -> list[float]:
 
 def interval(values: list[float]) -> str:
     """The mean over documents, and its interval by Student's t."""
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean(values):+.4f} ({mean(values) - half:+.4f}, {mean(values) + half:+.4f})"
+    return format_interval(asdict(crossed_interval([values])))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -95,11 +88,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [
             str(row["num_streams"]),
             row["kv"] if row is not plain else "",
-            f"{mean(row['losses']['float32']):.4f}",
+            f"{fmean(row['losses']['float32']):.4f}",
         ]
         for dtype in lower:
             more = [x - y for x, y in zip(added(row, dtype), added(plain, dtype), strict=True)]
-            cells += [f"{mean(added(row, dtype)):+.4f}", interval(more) if row is not plain else ""]
+            cells += [f"{fmean(added(row, dtype)):+.4f}", interval(more) if row is not plain else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

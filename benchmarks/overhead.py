@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import device_name, is_gpu, seconds
+from machine import is_gpu, seconds, surroundings
 from released import released_model
 
 # As wide beside its width and its vocabulary as models are; streams still add five times the share of a real model's
@@ -78,10 +77,18 @@ DECODED_TOKENS = 24
 Step = Callable[[], Any]
 
 
-def build(
-    kind: str, P: int, released: Path | None, device: str, shape: dict[str, Any] = SHAPE, family: str = "Qwen2"
-) -> Any:
-    """A model of `shape`: `"plain"`, `"parscale"`, `"shared"` (streams that share keys and values) or `"released"`."""
+def build(kind: str, P: int, released: Path | None, device: str, name: str, **changed: int) -> Any:
+    """A model: `"plain"`, `"parscale"`, `"shared"` (streams that share keys and values) or `"released"`.
+
+    Args:
+        kind: which of these.
+        P: streams.
+        released: folder of the released code.
+        device: where it runs.
+        name: of the shape.
+        **changed: sizes other than that has.
+    """
+    shape, family = SHAPES[name] | changed, "Llama" if name == "llama" else "Qwen2"
     torch.manual_seed(0)
     if kind == "released":
         assert released is not None
@@ -236,19 +243,18 @@ def memory_floor(kind: str, shape: dict[str, Any], P: int, plain_bytes: int) -> 
 def peak_bytes(kind: str, P: int, S: int, args: argparse.Namespace) -> int:
     """Peak memory above what the interpreter and its libraries take, of one training step after another."""
     name, B = args.shapes[0], args.batch_size
-    shape = SHAPES[name]
     small = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     few = small | {"num_attention_heads": 4, "num_key_value_heads": 2}
 
-    def steps(shape: dict[str, Any]) -> None:
-        model = build(kind, P, args.released, args.device, shape, family(name))
+    def steps(**changed: int) -> None:
+        model = build(kind, P, args.released, args.device, name, **changed)
         step = train(kind, model, torch.randint(256, (B, S)).to(args.device), P)
         for _ in range(2):
             step()
 
-    steps(shape | few)
+    steps(**few)
     before = _peak_resident()
-    steps(shape)
+    steps()
     if is_gpu(args.device):
         return torch.cuda.max_memory_allocated(args.device)
     return _peak_resident() - before
@@ -260,19 +266,14 @@ def _peak_resident() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def family(name: str) -> str:
-    """The architecture of a shape."""
-    return "Llama" if name == "llama" else "Qwen2"
-
-
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each shape, P, S and what is measured."""
     kinds = ["parscale", "shared"] if args.released is None else ["parscale", "shared", "released"]
     for name in args.shapes:
         for P in args.streams:
-            plain = build("plain", P, None, args.device, SHAPES[name], family(name))
+            plain = build("plain", P, None, args.device, name)
             for kind in kinds:
-                model = build(kind, P, args.released, args.device, SHAPES[name], family(name))
+                model = build(kind, P, args.released, args.device, name)
                 share(model, plain)
                 for what, S in _measured(kind, args):
                     ids = torch.randint(SHAPES[name]["vocab_size"], (args.batch_size, S), device=args.device)
@@ -396,11 +397,7 @@ def main() -> None:
         beside = f"  floor {row['floor']:.3f}" if "floor" in row else ""
         print(*_key(row)[:-1], f"ratio {row['ratio']:.3f}{beside}", file=sys.stderr)
     result = {
-        "processor": device_name(args.device),
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **surroundings(args.device, args.threads),
         "shapes": shapes,
         "rows": list(rows.values()),
     }

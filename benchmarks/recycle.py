@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from machine import processor
+from machine import processor, software
 from rich.console import Console
 from standard_texts import PROSE, standard_texts
 
@@ -114,7 +113,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
     results |= {
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": software(),
         "documents": {"training": len(training), **{name: len(documents) for name, documents in measured.items()}},
     }
 

@@ -64,9 +64,6 @@ def load_released(folder: Path) -> tuple[Any, Any]:
     package.__path__ = [str(folder)]
     sys.modules["released"] = package
     configuration = importlib.import_module("released.configuration_qwen2_parscale")
-    if hasattr(transformers.utils, "LossKwargs"):  # transformers 4
-        modeling = importlib.import_module("released.modeling_qwen2_parscale")
-        return configuration.Qwen2ParScaleConfig, modeling.Qwen2ParScaleForCausalLM
     configuration.Qwen2ParScaleConfig.pad_token_id = None  # what was the default
     transformers.utils.LossKwargs = LossKwargs
     own, cache_utils.DynamicCache = cache_utils.DynamicCache, ListCache

@@ -10,7 +10,6 @@ of these figures is a measurement.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 from typing import Any
@@ -19,17 +18,11 @@ from unittest import mock
 import torch
 from compile_targets import Launch, empty, recorded
 
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What a GPU's memory and matrix units reach, and what a kernel in a captured graph takes at least."""
-
-    bytes_per_second: float = 3.0e12  # an H100's, of a copy
-    operations_per_second: float = 8.0e14  # in bfloat16, dense
-    launch_seconds: float = 1.5e-6
-
-
-RATES = Rates()
+# What an H100's memory and matrix units reach, and what a kernel in a captured graph takes at least.
+BYTES_PER_SECOND = 3.0e12  # of a copy
+OPERATIONS_PER_SECOND = 8.0e14  # in bfloat16, dense
+LAUNCH_SECONDS = 1.5e-6
+PROCESSORS = 132
 TILES = [(rows, columns) for rows in (64, 128, 256) for columns in (64, 128, 256) if rows * columns <= 128 * 256]
 
 
@@ -39,44 +32,44 @@ def moved(launch: Launch) -> int:
     return sum(x.numel() * x.itemsize for x in tensors.values())
 
 
-def launch_seconds(launch: Launch, rates: Rates = RATES, processors: int = 132) -> float:
+def launch_seconds(launch: Launch) -> float:
     """Of a kernel that is bound by memory."""
     programs = 1
     for size in launch.grid:
         programs *= size
-    share = min(1.0, programs / processors)
-    return max(rates.launch_seconds, moved(launch) / rates.bytes_per_second / share)
+    share = min(1.0, programs / PROCESSORS)
+    return max(LAUNCH_SECONDS, moved(launch) / BYTES_PER_SECOND / share)
 
 
-def product_seconds(M: int, N: int, K: int, rates: Rates = RATES, processors: int = 132) -> float:
+def product_seconds(M: int, N: int, K: int) -> float:
     """`(M, K) @ (K, N)` in half precision with float32 results."""
     best = float("inf")
     for rows, columns in TILES:
         tiles = -(-M // rows) * -(-N // columns)
         for splits in (1, 2, 4, 8, 16):
-            waves = -(-tiles * splits // processors)
-            operations = 2.0 * rows * columns * K / splits * waves * processors / rates.operations_per_second
-            share = min(1.0, tiles * splits / processors)
+            waves = -(-tiles * splits // PROCESSORS)
+            operations = 2.0 * rows * columns * K / splits * waves * PROCESSORS / OPERATIONS_PER_SECOND
+            share = min(1.0, tiles * splits / PROCESSORS)
             traffic = 2.0 * (M * K + N * K) + 4.0 * M * N * (2 * splits - 1)
-            best = min(best, max(operations, traffic / rates.bytes_per_second / share))
-    return max(rates.launch_seconds, best)
+            best = min(best, max(operations, traffic / BYTES_PER_SECOND / share))
+    return max(LAUNCH_SECONDS, best)
 
 
-def aggregator(P: int, N: int, H: int, rates: Rates = RATES) -> dict[str, Any]:
+def aggregator(P: int, N: int, H: int) -> dict[str, Any]:
     """Launches of the aggregator's forward pass in bfloat16 on an H100, their time, and the floor of any way."""
     fused = importlib.import_module("parscale.kernels.aggregator.fused")
     tensors = [empty(*size) for size in ((P, N, H), (H, H * P), (H,), (P, H), (P,))]
     products: list[float] = []
 
     def multiply(joined: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        products.append(product_seconds(joined.shape[0], weight.shape[0], weight.shape[1], rates))
+        products.append(product_seconds(joined.shape[0], weight.shape[0], weight.shape[1]))
         return empty(joined.shape[0], weight.shape[0], dtype=torch.float32)
 
     with recorded("sm_90") as launches, mock.patch.object(fused, "_multiply", multiply):
         fused.forward(*tensors, 0.1, False)
-    seconds = sum(launch_seconds(launch, rates) for launch in launches) + sum(products)
-    least = 2.0 * (P * N * H + N * H + P * H * H) / rates.bytes_per_second
-    floor = max(least, 2.0 * N * P * H * H / rates.operations_per_second)
+    seconds = sum(map(launch_seconds, launches)) + sum(products)
+    least = 2.0 * (P * N * H + N * H + P * H * H) / BYTES_PER_SECOND
+    floor = max(least, 2.0 * N * P * H * H / OPERATIONS_PER_SECOND)
     return {"launches": len(launches) + len(products), "seconds": seconds, "floor": floor, "of_floor": floor / seconds}
 
 
@@ -90,7 +83,7 @@ def decode(P: int, B: int, K: int, *, shared: bool = False) -> dict[str, Any]:
     with recorded("sm_90") as launches:
         fused.decode(*tensors, None, None, None, D**-0.5, None)
     seconds = sum(map(launch_seconds, launches))
-    floor = sum(x.numel() * x.itemsize for x in (*tensors, tensors[0])) / RATES.bytes_per_second
+    floor = sum(x.numel() * x.itemsize for x in (*tensors, tensors[0])) / BYTES_PER_SECOND
     found = {"launches": len(launches), "moved": sum(map(moved, launches)), "splits": launches[0].grid[1]}
     return found | {"seconds": seconds, "floor": floor, "of_floor": floor / seconds}
 

@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from machine import processor
+from machine import surroundings
 from overhead import SHAPE
 
 PLAIN = "plain"  # the backbone, as vLLM's own class serves it
@@ -308,11 +307,7 @@ def main() -> None:
     import vllm
 
     result = {
-        "processor": processor(),
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **surroundings("cpu", args.threads),
         "vllm": vllm.__version__,
         "shape": SHAPE,
         **{name: getattr(args, name) for name in ("dtype", "block_size", "new_tokens", "turns")},

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from machine import device_name, seconds
+from machine import seconds, surroundings
 from overhead import SHAPE, share
 from transformers import DynamicCache
 
@@ -219,11 +218,7 @@ def main() -> None:
         ratios = {name: value for name, value in rows[-1].items() if name.endswith("_ratio")}
         print(f"P={P} S={S:5} {ratios}", file=sys.stderr)
     result = {
-        "processor": device_name(args.device),
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **surroundings(args.device, args.threads),
         "shape": SHAPE,
         "rows": rows,
     }

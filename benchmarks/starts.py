@@ -55,7 +55,7 @@ def endings(lab: Lab, seed: int) -> torch.Tensor:
     return torch.stack([stream[end - T + 1 : end + 1] for end in chosen])
 
 
-def continuations(lab: Lab, seed: int, count: int = P, natural: bool = True) -> torch.Tensor:
+def continuations(lab: Lab, seed: int, natural: bool = True) -> torch.Tensor:
     """What the backbone itself writes.
 
     Args:
@@ -64,9 +64,9 @@ def continuations(lab: Lab, seed: int, count: int = P, natural: bool = True) -> 
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        start = torch.randperm(len(lab.tokenizer))[:count, None]
+        start = torch.randperm(len(lab.tokenizer))[:P, None]
         if natural:
-            start = torch.full((count, 1), lab.tokenizer.eos_token_id)
+            start = torch.full((P, 1), lab.tokenizer.eos_token_id)
         written = lab.backbone.generate(
             start,
             attention_mask=torch.ones_like(start),
@@ -207,12 +207,6 @@ def selected_pieces(lab: Lab, seed: int) -> Any:
     return lab.wrapped(seed, texts=selected(lab, seed, candidates, scored))
 
 
-def selected_continuations(lab: Lab, seed: int) -> Any:
-    """Without any data: the candidates and what they are scored on are the backbone's own."""
-    written = continuations(lab, seed, CANDIDATES + 2 * SCORED_BLOCKS)
-    return lab.wrapped(seed, texts=selected(lab, seed, written[:CANDIDATES], written[CANDIDATES:]))
-
-
 STARTS: dict[str, Callable[[Lab, int], Any]] = {
     "random": lambda lab, seed: drawn(lab, seed, 0.02),
     "random 0.002": lambda lab, seed: drawn(lab, seed, 0.002),
@@ -223,7 +217,6 @@ STARTS: dict[str, Callable[[Lab, int], Any]] = {
     "written": lambda lab, seed: lab.wrapped(seed, texts=continuations(lab, seed)),
     "sampled, ended": lambda lab, seed: lab.wrapped(seed, texts=ended(lab, continuations(lab, seed, natural=False))),
     "written, ended": lambda lab, seed: lab.wrapped(seed, texts=ended(lab, continuations(lab, seed))),
-    "written, selected": selected_continuations,
     "text": lambda lab, seed: lab.wrapped(seed, texts=pieces(lab, seed)),
     "text, cut and ended": lambda lab, seed: lab.wrapped(seed, texts=ended(lab, pieces(lab, seed))),
     "text, ended": lambda lab, seed: lab.wrapped(seed, texts=endings(lab, seed)),

@@ -28,8 +28,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
-from machine import processor
+from machine import processor, software
 from overhead import STEPS, ratio, share
 from standard_texts import PROSE, standard_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -188,7 +187,7 @@ def main() -> None:
     parser.add_argument("--trains", choices=["streams", "everything"], default="streams")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--speed", action="store_true", help="measure speed, on a machine that does nothing else")
-    parser.add_argument("--table", action="store_true", help="print the table of the README")
+    parser.add_argument("--table", action="store_true", help="print the results file as markdown, and measure nothing")
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
     if args.table:
@@ -198,7 +197,7 @@ def main() -> None:
     results |= {
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": software(),
         "streams": {"P": P, "T": T, "rank": RANK},
         "parameters": sizes(lab),
     }

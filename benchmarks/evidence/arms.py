@@ -6,7 +6,7 @@ B rows, S tokens, V vocabulary, H hidden size, P streams, T prefix tokens, G key
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class Plain(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
-class OnePrefix(nn.Module):
+class OnePrefix(Plain):
     """A model with one trained prefix: keys and values that every token attends to, without positions.
 
     What one stream of `parscale.wrap` has, at the cost of the plain model: the prefix lies in the cache, real tokens
@@ -68,10 +68,7 @@ class OnePrefix(nn.Module):
     """
 
     def __init__(self, model: Any, prefix_length: int, seed: int, vector: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        if vector:
-            self.of_stream = add_vectors(model, 1)
+        super().__init__(model, vector)
         config = model.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (2, 1, config.num_key_value_heads, prefix_length, head)
@@ -90,27 +87,8 @@ class OnePrefix(nn.Module):
         return self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
 
 
-class Described(Protocol):
-    """What a model is built from; a `Run`, or a task's."""
-
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def streams(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def arm(self) -> str: ...
-    @property
-    def prefix_length(self) -> int: ...
-    @property
-    def variant(self) -> str: ...
-
-
-def build(run: Described, vocabulary: int = VOCABULARY) -> nn.Module:
-    """The model of a run, with the weights it starts from."""
+def build(run: Any, vocabulary: int = VOCABULARY) -> nn.Module:
+    """The model of a run, a `Run` or a task's, with the weights it starts from."""
     intermediate = 8 * round(run.hidden / 3)
     if run.arm == "twin":
         intermediate += round(_added_parameters(run) / (3 * run.hidden * run.layers))
@@ -146,7 +124,7 @@ def backbone(hidden: int, layers: int, intermediate: int, vocabulary: int = VOCA
     return Qwen2ForCausalLM(config)
 
 
-def _added_parameters(run: Described) -> int:
+def _added_parameters(run: Any) -> int:
     """What P streams add to the dense model."""
     torch.manual_seed(run.seed)
     model: Any = backbone(run.hidden, run.layers, 8 * round(run.hidden / 3))

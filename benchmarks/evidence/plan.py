@@ -130,11 +130,11 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
         yield from embedded("0.1M", seed, rates)
         yield from low_rank("0.1M", seed, rates)
     for seed in range(8):
-        yield from with_vector("0.1M", seed, rates)
+        yield from of_one_stream("0.1M", seed, rates, "embedding")
     two = replace(_run("0.1M", 0, rates, 4), streams=2, variant="embedding")
     yield from (replace(two, learning_rate=factor * two.learning_rate) for factor in (0.5, 2))
     for seed in range(3):
-        yield from with_window("0.1M", seed, rates)
+        yield from of_one_stream("0.1M", seed, rates, "shared-window=8")
     one_cache = [replace(_run("0.1M", seed, rates, 4), variant=name) for name in SHARED_VARIANTS for seed in range(3)]
     yield from one_cache[:3]
     yield from _averages(rows, rates)
@@ -168,7 +168,7 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _tasks(rows)
     for seed in range(3):
         yield from decisive("0.2M", seed, rates)
-        yield from islice(with_vector("0.2M", seed, rates), 1)
+        yield from islice(of_one_stream("0.2M", seed, rates, "embedding"), 1)
     yield from arms("0.2M", 0, rates)
     yield shared("0.2M", 0, rates)
     yield from embedded("0.2M", 0, rates)
@@ -260,18 +260,10 @@ def with_longer_prefixes(size: str, seed: int, rates: dict[int, float]) -> Itera
     yield replace(_run(size, seed, rates, 1), arm="prefix", prefix_length=64)
 
 
-def with_vector(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What one stream with a vector has: one prefix and one vector; and the dense model with a vector."""
-    dense = replace(_run(size, seed, rates, 1), variant="embedding")
-    yield replace(dense, arm="prefix")
-    yield dense
-
-
-def with_window(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:
-    """What one stream with a gated window of own keys has: one prefix and the window; and the dense model with it."""
-    dense = replace(_run(size, seed, rates, 1), variant="shared-window=8")
-    yield replace(dense, arm="prefix")
-    yield dense
+def of_one_stream(size: str, seed: int, rates: dict[int, float], variant: str) -> Iterator[Run]:
+    """What one stream of a variant has: one prefix, and the vector or the window; and the dense model with that."""
+    dense = replace(_run(size, seed, rates, 1), variant=variant)
+    yield from (replace(dense, arm="prefix"), dense)
 
 
 def embedded(size: str, seed: int, rates: dict[int, float]) -> Iterator[Run]:

@@ -1,4 +1,4 @@
-"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json`, `.md`, `.svg`.
+"""What the finished rows say: comparisons with intervals, accuracies, the law's k, into `evidence.json` and `.md`.
 
     .venv/bin/python -P benchmarks/evidence/report.py
 
@@ -18,10 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import matplotlib
 from arms import Run
 from fitted_law import law, law_sentence
-from matplotlib.figure import Figure
 from plan import LATER_VARIANTS, PREFIX_LENGTHS, SHARED_VARIANTS, SIZES, Rows, read_rows, tuning_loss
 from recycling import RecycleRun
 from synthetic import TaskRun
@@ -103,7 +101,6 @@ AWAITED = {("P = 4", "0.4M"): 5, ("P = 4", "1.0M"): 8}  # seeds without which no
 AWAITED |= {("streams-and-backbone", f"P = {streams}"): 3 for streams in (2, 4)}
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
-SHOWN = ("scratch", "dense", "middle")  # in the plot
 BySeed = dict[int, dict[str, Any]]
 
 
@@ -126,7 +123,6 @@ def main() -> None:
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(markdown(report))
-    plot(report, args.output.with_suffix(".svg"))
     print(markdown(report))
 
 
@@ -423,39 +419,6 @@ def markdown(report: dict[str, Any]) -> str:
         shape = f"{entry['hidden']}, {entry['layers']}"
         lines += _row(f"{entry['task']} {entry['level']}", shape, entry["arm"], f"{entry['params']:,}", exact, *more)
     return "\n".join(lines) + "\n"
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Differences from the dense model in the middle of documents, by arm and size, with their intervals.
-
-    An arm has the same row at every size. Hollow are those of one seed, whose intervals are over documents alone.
-    """
-    entries = [e for e in report["comparisons"] if (e["study"], e["baseline"], e["where"]) == SHOWN]
-    sizes = [size for size in SIZES if any(entry["size"] == size for entry in entries)]
-    if not sizes:
-        return
-    arms = list(dict.fromkeys(entry["arm"] for entry in entries))
-    figure = Figure(figsize=(2.1 * len(sizes) + 1.6, 0.2 * len(arms) + 1.2), layout="constrained")
-    shown = {"color": "black", "capsize": 2, "markersize": 4, "linewidth": 1}
-    panels = figure.subplots(1, len(sizes), squeeze=False, sharex=True, sharey=True)[0]
-    for axes, size in zip(panels, sizes, strict=True):
-        for entry in (entry for entry in entries if entry["size"] == size):
-            place, face = arms.index(entry["arm"]), "black" if entry["seeds"] > 1 else "white"
-            between = [[entry["difference"] - entry["low"]], [entry["high"] - entry["difference"]]]
-            drawn = axes.errorbar(entry["difference"], place, xerr=between, fmt="o", markerfacecolor=face, **shown)
-            drawn.lines[0].set_gid(f"difference-{size}-{place}")
-            drawn.lines[2][0].set_gid(f"interval-{size}-{place}")
-        axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set(title=size, xlabel="nats for each byte")
-    axes.set_yticks(range(len(arms)), arms)
-    axes.set_ylim(len(arms) - 0.5, -0.5)
-    for face, text in (("white", "one seed: interval over documents"), ("black", "several: over documents and seeds")):
-        axes.plot([], [], "o", color="black", markersize=4, markerfacecolor=face, label=text)
-    figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "parscale"}), path.open("w") as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _row(*cells: str) -> list[str]:

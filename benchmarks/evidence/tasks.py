@@ -5,7 +5,6 @@
 - `hops`: a permutation of ten symbols, written out, and one of them; then where N steps of it lead
 - `sort`: N numbers below 32; then the same in order
 - `parity`: 24 bits; then eight bits, each the parity of N of them, always of the same places
-- `modulo`: N numbers below 23; then their sum modulo 23
 
 Every eighth example, by a hash of its prompt, is held out: no model trains on it. All examples of a task are of one
 length. Only the answer's tokens are learned and scored.
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 VOCABULARY = 48
 PLUS, TIMES, EQUALS, START = 40, 41, 42, 43
-_PARITY_BITS, _PARITIES, _SYMBOLS, _NUMBERS, _MODULUS = 24, 8, 10, 32, 23
+_PARITY_BITS, _PARITIES, _SYMBOLS, _NUMBERS = 24, 8, 10, 32
 
 
 class Examples(NamedTuple):
@@ -91,16 +90,10 @@ def _parity(rng: np.random.Generator, count: int, level: int) -> Examples:
     return Examples(_joined(START, bits, EQUALS, bits[:, places].sum(2) % 2), _PARITIES)
 
 
-def _modulo(rng: np.random.Generator, count: int, level: int) -> Examples:
-    numbers = rng.integers(0, _MODULUS, (count, level))
-    return Examples(_joined(START, numbers, EQUALS, numbers.sum(1, keepdims=True) % _MODULUS), 1)
-
-
 TASKS: dict[str, Callable[[np.random.Generator, int, int], Examples]] = {
     "add": _add,
     "multiply": _multiply,
     "hops": _hops,
     "sort": _sort,
     "parity": _parity,
-    "modulo": _modulo,
 }

@@ -30,7 +30,6 @@ _LARGEST_FILE = 1 << 18  # larger ones are tables that a program wrote
 class Windows(NamedTuple):
     """What is measured of some documents."""
 
-    names: tuple[str, ...]
     ids: NDArray[np.uint8]
     """Beginnings first, then middles; (W, 256)."""
     document: NDArray[np.int64]
@@ -128,7 +127,6 @@ def _windows(documents: list[Document], most: int) -> Windows:
             middles.append(ids[start : start + WINDOW])
             owners.append(index)
     return Windows(
-        tuple(document.name for document in documents),
         np.stack(beginnings + middles).astype(np.uint8),
         np.concatenate((np.arange(len(documents)), owners)).astype(np.int64),
         np.arange(len(beginnings) + len(middles)) >= len(beginnings),

@@ -232,34 +232,6 @@ def test_answers_of_tasks_are_those_of_the_rows(theme):
         assert np.abs(slope * np.array(data) + start - pixels).max() < PIXELS
 
 
-def test_the_report_draws_its_comparisons():
-    """`results/evidence.svg`: every arm in its row at every size, hollow where there is one seed."""
-    comparisons = json.loads((RESULTS / "evidence.json").read_text())["comparisons"]
-    wanted = {"study": "scratch", "where": "middle", "baseline": "dense"}
-    entries = [entry for entry in comparisons if wanted.items() <= entry.items()]
-    svg = ElementTree.parse(RESULTS / "evidence.svg")
-    arms = list(dict.fromkeys(entry["arm"] for entry in entries))
-    assert [text.text for text in svg.iter(f"{SVG}text") if text.text in arms] == arms
-    panels: dict[str, list] = {}
-    rows: dict[str, set] = {}
-    for entry in entries:
-        size, arm = entry["size"], entry["arm"]
-        name = f"{size}-{arms.index(arm)}"
-        centre, interval = points_in(svg, f"difference-{name}"), points_in(svg, f"interval-{name}")
-        figures = [entry[name] for name in ("difference", "low", "high")]
-        panels.setdefault(size, []).append((figures, [*centre[:, 0], *interval[:, 0]]))
-        rows.setdefault(arm, set()).add(round(float(centre[0, 1]), 1))
-        (marker,) = [node for node in svg.iter(f"{SVG}g") if node.get("id") == f"difference-{name}"]
-        (use,) = marker.iter("{http://www.w3.org/2000/svg}use")
-        assert ("fill: #ffffff" in use.get("style", "")) == (entry["seeds"] == 1), name
-    assert all(len(places) == 1 for places in rows.values())
-    for pairs in panels.values():
-        data, pixels = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        slope, start = np.polyfit(data, pixels, 1)
-        assert slope > 1
-        assert np.abs(slope * data + start - pixels).max() < PIXELS
-
-
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*.svg")), ids=lambda path: path.name)
 def test_a_picture_is_whole_and_fetches_nothing(path):
     text = path.read_text(encoding="utf-8")
