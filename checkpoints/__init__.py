@@ -117,97 +117,38 @@ __all__ = [
 ]
 
 _HOMES = {  # of the public names, below this package
-    "control_runs": ("train_controls",),
-    "conversion.convert": (
-        "calibration_ids",
-        "convert",
-    ),
-    "description": ("describe",),
-    "evaluation.paired_differences": ("format_interval",),
-    "evaluation.comparison": (
-        "Comparison",
-        "compare",
-    ),
-    "evaluation.controls": (
-        "ADAPTER",
-        "ARMS",
-        "BACKBONE",
-        "BOTH",
-        "HELD_AGAINST",
-        "NOTHING",
-        "STREAMS",
-        "Arm",
-        "Interval",
-        "crossed_interval",
-        "hold_against",
-        "prepare_arm",
-    ),
-    "evaluation.diagnosis": (
-        "Diagnosis",
-        "diagnose",
-        "plot_diagnosis",
-    ),
-    "evaluation.places": ("evaluate_places",),
-    "evaluation.tasks": (
-        "RECIPES",
-        "evaluate_tasks",
-    ),
-    "evaluation.text_loss": (
-        "DocumentLoss",
-        "Evaluation",
-        "evaluate",
-    ),
-    "models": (
-        "open_checkpoint",
-        "require_tokenizer",
-    ),
-    "quickstart.report": (
-        "QUICKSTART_CONTROLS",
-        "quickstart_sentences",
-    ),
-    "quickstart.run": (
-        "CODE",
-        "QuickstartSettings",
-        "QuickstartTexts",
-        "quickstart_texts",
-        "run_quickstart",
-    ),
-    "small_model": ("small_model_path",),
-    "texts.documents": (
-        "Chat",
-        "Completion",
-        "Document",
-        "Source",
-    ),
-    "texts.python_source": (
-        "package_source_split",
-        "standard_library_split",
-    ),
-    "texts.sources": (
-        "open_source",
-        "read_documents",
-    ),
-    "training.divergence": ("DivergedError",),
-    "training.new_model": ("NewModel",),
-    "training.packing": (
-        "Blocks",
-        "pack",
-        "pack_documents",
-    ),
-    "training.settings": ("TrainSettings",),
-    "training.speed": ("faster_in_bf16",),
-    "training.train": (
-        "Interrupted",
-        "train",
-    ),
-    "training.model_loading": ("rank_with_parameters",),
-    "training.upload": ("push",),
+    "control_runs": "train_controls",
+    "conversion.convert": "calibration_ids convert",
+    "description": "describe",
+    "evaluation.comparison": "Comparison compare",
+    "evaluation.controls": "ADAPTER ARMS BACKBONE BOTH HELD_AGAINST NOTHING STREAMS Arm Interval crossed_interval "
+    "hold_against prepare_arm",
+    "evaluation.diagnosis": "Diagnosis diagnose plot_diagnosis",
+    "evaluation.paired_differences": "format_interval",
+    "evaluation.places": "evaluate_places",
+    "evaluation.tasks": "RECIPES evaluate_tasks",
+    "evaluation.text_loss": "DocumentLoss Evaluation evaluate",
+    "models": "open_checkpoint require_tokenizer",
+    "quickstart.report": "QUICKSTART_CONTROLS quickstart_sentences",
+    "quickstart.run": "CODE QuickstartSettings QuickstartTexts quickstart_texts run_quickstart",
+    "small_model": "small_model_path",
+    "texts.documents": "Chat Completion Document Source",
+    "texts.python_source": "package_source_split standard_library_split",
+    "texts.sources": "open_source read_documents",
+    "training.divergence": "DivergedError",
+    "training.model_loading": "rank_with_parameters",
+    "training.new_model": "NewModel",
+    "training.packing": "Blocks pack pack_documents",
+    "training.settings": "TrainSettings",
+    "training.speed": "faster_in_bf16",
+    "training.train": "Interrupted train",
+    "training.upload": "push",
 }
 
 
 def __getattr__(name: str) -> object:
     for home, names in _HOMES.items():
-        if name in names:
+        if name in names.split():
             value = getattr(import_module(f"{__name__}.{home}"), name)
             globals()[name] = value
             return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from parscale.checkpoints.description import describe
 from parscale.checkpoints.evaluation.paired_differences import MIDDLES, Places, single_seed_entries
 from parscale.checkpoints.evaluation.places import evaluate_places
+from parscale.checkpoints.evaluation.text_loss import positions_of
 from parscale.checkpoints.models import (
     find_tokenizer,
     open_checkpoint,
@@ -104,8 +104,7 @@ def _positions(checkpoint: str) -> float:
     """How many tokens of text a checkpoint has positions for, infinity if it states none; no weight is read."""
     what = describe(checkpoint)
     taken: int = what["prefix_length"] if what["transform"] == PROMPT else 0
-    positions: float = getattr(text_config(checkpoint), "max_position_embeddings", None) or math.inf
-    return positions - taken
+    return positions_of(text_config(checkpoint)) - taken
 
 
 def _place(checkpoint: str) -> str:

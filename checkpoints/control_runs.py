@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -28,12 +27,11 @@ from parscale.checkpoints.evaluation.controls import BACKBONE, BOTH, STREAMS, Ar
 from parscale.checkpoints.evaluation.paired_differences import (
     Places,
     format_interval,
-    in_the_middle,
-    no_middle,
+    middle_sentences,
     single_seed_entries,
     verdict,
 )
-from parscale.checkpoints.evaluation.text_loss import DEFAULT_SEQUENCE_LENGTH
+from parscale.checkpoints.evaluation.text_loss import DEFAULT_SEQUENCE_LENGTH, positions_of
 from parscale.checkpoints.models import find_tokenizer, load_any, require_tokenizer, text_config
 from parscale.checkpoints.texts.chat_tokens import as_text
 from parscale.checkpoints.texts.documents import Document, Source, text_documents
@@ -195,7 +193,7 @@ def check_controls(checkpoint: str, settings: TrainSettings, run: Mapping[str, A
 
 def _check_long_prompt(backbone: Any, P: int, T: int, sequence_length: int | None) -> None:
     """Refuses a prompt of P * T tokens that takes more positions than the run's sequences leave."""
-    positions = getattr(backbone, "max_position_embeddings", None) or math.inf
+    positions = positions_of(backbone)
     length = min(DEFAULT_SEQUENCE_LENGTH, positions - T) if sequence_length is None else sequence_length
     left = positions - P * T
     if length > left:
@@ -475,15 +473,12 @@ def verdicts(comparisons: list[dict[str, Any]], titles: Mapping[str, str]) -> li
     And of the untouched backbone: on text of another kind, every training may do harm, and the least is no gain.
     """
     titles = {UNTOUCHED: NOT_TRAINED[UNTOUCHED], **titles}
-    held = in_the_middle(comparisons, TRAINED, list(titles))
-    result = []
-    for text in dict.fromkeys(entry["text"] for entry in comparisons):
-        if text not in held:
-            result.append(no_middle(text))
-            continue
-        found = "; ".join(f"{titles[entry['baseline']]}: {format_interval(entry)}" for entry in held[text])
-        result.append(f"Streams in the middle of {text}: {verdict(held[text])}. Difference to {found}.")
-    return result
+
+    def say(text: str, held: list[Any]) -> str:
+        found = "; ".join(f"{titles[entry['baseline']]}: {format_interval(entry)}" for entry in held)
+        return f"Streams in the middle of {text}: {verdict(held)}. Difference to {found}."
+
+    return middle_sentences(comparisons, TRAINED, list(titles), say)
 
 
 def _rewrite_card(

@@ -168,11 +168,6 @@ class Interval:
     seeds: int
     documents: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
 
 def crossed_interval(differences: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """The interval of the mean of paired differences, with seeds and documents both as samples.

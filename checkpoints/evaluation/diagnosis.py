@@ -18,19 +18,19 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parscale.checkpoints.evaluation.text_loss import (
+    batches_of,
     checked_length,
     evaluating,
     padded,
     shown_threshold,
     windows_of,
-    with_progress_bar,
 )
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import vocabulary_of
 from parscale.format.staging import require_plot_path, staged_file
 from parscale.hooks.stream_losses import measure_streams
 from parscale.streams.sets import StreamSet
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 
 # Thresholds of the mean correlation of token losses, above which streams are said to differ hardly, or little. Models
 # that are trained apart correlate by 0.94 (`benchmarks/results/evidence.md`, "average of 2"): the same tokens are hard.
@@ -209,8 +209,8 @@ def diagnose(
         ValueError: no streams are active, a number is out of range, a share is wanted of streams that do not share
             keys, or no document has three tokens.
     """
-    state = find_state(model)
-    if state is None or state.active is None or state.active.num_streams == 1:
+    streams = active_streams(model)
+    if streams is None or streams.num_streams == 1:
         raise ValueError(
             "No streams are active (or P is 1), so there is nothing to compare; choose a set of two or more."
         )
@@ -218,15 +218,14 @@ def diagnose(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1.")
     if share is not None:
-        _check_share(share, state.active)
+        _check_share(share, streams)
     windows = windows_of(documents, tokenizer, length, vocabulary_of(model))
     if sum(len(window.ids) - 1 for window in windows) < 2:
         raise ValueError("No document has three tokens, and a correlation needs two predictions; give more text.")
 
-    sums = _Sums(state.active.num_streams, len(windows[0].ids) - 1)
-    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
+    sums = _Sums(streams.num_streams, len(windows[0].ids) - 1)
     with evaluating(model), torch.inference_mode():
-        for batch in with_progress_bar(batches, progress):
+        for batch in batches_of(windows, batch_size, progress):
             input_ids = padded([window.ids for window in batch], model.device)  # (B, S)
             measured = measure_streams(model, input_ids, input_ids, mixture=True)
             for row, window in enumerate(batch):
@@ -236,7 +235,7 @@ def diagnose(
                     measured.weights[row, :predicted],
                     measured.uncertainty[row, :predicted],
                 )
-    return sums.result(state.active.name, length, share)
+    return sums.result(streams.name, length, share)
 
 
 def _check_share(share: float, streams: StreamSet) -> None:

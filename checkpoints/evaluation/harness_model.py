@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from parscale.streams.backbones import takes_argument
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 
 
 def harness_model(model: Any, **options: Any) -> Any:
@@ -24,8 +25,7 @@ def harness_model(model: Any, **options: Any) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    state = find_state(model)
-    streams = None if state is None else state.active
+    streams = active_streams(model)
     if streams is None or not streams.shares_keys or not takes_argument(model, "logits_to_keep"):
         return HFLM(pretrained=model, **options)
 
@@ -51,7 +51,4 @@ def harness_model(model: Any, **options: Any) -> Any:
 
 def _without_padding(ids: Sequence[int]) -> tuple[int, ...]:
     """A row without the zeros at its end, with which lm-eval pads it."""
-    length = len(ids)
-    while length and ids[length - 1] == 0:
-        length -= 1
-    return tuple(ids[:length])
+    return tuple(np.trim_zeros(ids, "b"))

@@ -5,7 +5,7 @@ All models read the same windows, with the same token in front (`parscale.checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -146,3 +146,12 @@ def in_the_middle(entries: Iterable[Mapping[str, Any]], arm: str, baselines: Seq
         if (entry["arm"], entry["where"]) == (arm, MIDDLE) and entry["baseline"] in baselines:
             found.setdefault(entry["text"], []).append(entry)
     return found
+
+
+def middle_sentences(
+    entries: Sequence[Mapping[str, Any]], arm: str, baselines: Sequence[str], say: Callable[[str, list[Any]], str]
+) -> list[str]:
+    """For each text a sentence: what `say` makes of it and its entries in the middle, or that it has no middle."""
+    held = in_the_middle(entries, arm, baselines)
+    texts = dict.fromkeys(entry["text"] for entry in entries)
+    return [say(text, held[text]) if text in held else no_middle(text) for text in texts]

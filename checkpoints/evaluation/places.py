@@ -25,11 +25,11 @@ from parscale.checkpoints.evaluation.text_loss import (
     DocumentLoss,
     Evaluation,
     Window,
+    batches_of,
     checked_length,
     evaluating,
     perplexity_of,
     summed_losses,
-    with_progress_bar,
 )
 from parscale.checkpoints.texts.documents import Document
 from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
@@ -85,9 +85,8 @@ def evaluate_places(
         raise ValueError("No document has a token to score: give documents of two tokens or more.")
     sums: dict[tuple[str, int], list[float]] = {}
     counts: dict[tuple[str, int], int] = {}
-    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     with evaluating(model), torch.inference_mode():
-        for batch in with_progress_bar(batches, progress):
+        for batch in batches_of(windows, batch_size, progress):
             losses = summed_losses(model, [(window.ids, window.first) for window in batch])
             for window, loss in zip(batch, losses, strict=True):
                 key = (window.place, window.document)

@@ -33,7 +33,7 @@ from parscale.checkpoints.evaluation.text_loss import (
 )
 from parscale.checkpoints.texts.token_ids import only_known_ids
 from parscale.config import STREAMS_OFF
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 
 RECIPES = Path(__file__).with_name("recipes")
 """The folder of this package's task files for lm-eval, for its own command's `--include_path`."""
@@ -138,8 +138,7 @@ def stamp(model: object, **versions: str) -> dict[str, Any]:
         `num_streams` is P; `streams` is the active set's name, or `"off"` for the plain backbone; `versions` holds
         those of parscale, torch and transformers, and the given ones.
     """
-    state = find_state(model)
-    active = None if state is None else state.active
+    active = active_streams(model)
     return {
         "num_streams": 1 if active is None else active.num_streams,
         "streams": STREAMS_OFF if active is None else active.name,

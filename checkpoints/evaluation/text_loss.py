@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,7 +22,7 @@ from parscale.checkpoints.texts.token_ids import encode, vocabulary_of
 from parscale.config import PROMPT
 from parscale.methods import adaptive_streams
 from parscale.streams.passes import Adaptive
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 
 DEFAULT_SEQUENCE_LENGTH = 1024
 W = TypeVar("W")
@@ -111,10 +111,9 @@ def evaluate(
 
     sums = [0.0] * len(documents)
     counts = [0] * len(documents)
-    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     ran = 0
     with evaluating(model), torch.inference_mode(), adapting(model, adaptive) as chooser:
-        for batch in with_progress_bar(batches, progress):
+        for batch in batches_of(windows, batch_size, progress):
             losses = summed_losses(model, [(window.ids, 1) for window in batch])
             for window, loss in zip(batch, losses, strict=True):
                 sums[window.document] += loss
@@ -164,14 +163,19 @@ def checked_length(model: PreTrainedModel, sequence_length: int | None) -> int:
     return sequence_length
 
 
+def positions_of(text_config: Any) -> float:
+    """How many positions a language model's configuration states; infinity if it states none, or 0."""
+    positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
+    return positions
+
+
 def text_positions(model: PreTrainedModel) -> tuple[float, int]:
     """How many tokens of text the model has positions for, infinity if it states none, and how many its prompts take.
 
     Prompts are embeddings in front of the text, and take positions as that does; prefixes lie before the first one.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    state = find_state(model)
-    streams = None if state is None else state.active
+    positions = positions_of(model.config.get_text_config())
+    streams = active_streams(model)
     taken = streams.config.prefix_length if streams is not None and streams.config.transform == PROMPT else 0
     return positions - taken, taken
 
@@ -235,8 +239,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def with_progress_bar(batches: list[list[W]], shown: bool) -> Iterator[list[W]]:
-    """The batches, with a progress bar on standard error if it is wanted."""
+def batches_of(windows: Sequence[W], batch_size: int, shown: bool) -> Iterator[Sequence[W]]:
+    """The windows in batches, with a progress bar on standard error if it is wanted."""
+    batches = [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)]
     if not shown:
         yield from batches
         return

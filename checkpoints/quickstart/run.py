@@ -56,9 +56,9 @@ PROMPT = "def read_config(path):\n"
 CODE = "held-out code"
 """The quickstart's name for its held-out code."""
 PACKAGES = ("numpy", "scipy", "matplotlib")  # what this package needs itself, so that they are there
-UNTOUCHED, FROZEN, BOTH = "untouched", "frozen", "streams-and-backbone"
-SAVED = (FROZEN, BOTH)  # the two arms with trained streams
-WRITERS = (UNTOUCHED, *SAVED)  # the models that continue `PROMPT`
+UNTOUCHED_ARM, FROZEN_ARM, TRAINED_ARM = "untouched", "frozen", "streams-and-backbone"
+SAVED = (FROZEN_ARM, TRAINED_ARM)  # the two with trained streams
+WRITERS = (UNTOUCHED_ARM, *SAVED)  # the models that continue `PROMPT`
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ def _rows(
     config = ParScaleConfig(P, T, seed=seed)
     arms = _arms(console)
     starts = {arm.name: prepare_arm(arm, copy.deepcopy(backbone), config, calibration) for arm in arms}
-    tokens = _affordable_tokens(starts[BOTH], tokenizer, texts, settings, bf16)
-    rank = rank_with_parameters(backbone, sum(p.numel() for p in starts[FROZEN].parameters() if p.requires_grad))
+    tokens = _affordable_tokens(starts[TRAINED_ARM], tokenizer, texts, settings, bf16)
+    rank = rank_with_parameters(backbone, sum(p.numel() for p in starts[FROZEN_ARM].parameters() if p.requires_grad))
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -6,6 +6,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import importlib
 import io
 import lzma
 import os
@@ -35,13 +36,8 @@ _NO_FILES: tuple[tuple[Callable[[int], bool], str], ...] = (
 
 
 def _zstandard(path: Path, mode: str) -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ValueError(
-            f"Reading {printable_path(path)} needs the package pyarrow: pip install 'parscale[train]'."
-        ) from error
-    return io.BufferedReader(_Raw(pyarrow.input_stream(path.open(mode), compression="zstd")))
+    stream = import_pyarrow(path).input_stream(path.open(mode), compression="zstd")
+    return io.BufferedReader(_Raw(stream))
 
 
 class _Raw(io.RawIOBase):
@@ -82,6 +78,20 @@ def printable_path(path: str | os.PathLike[str]) -> str:
 def first_line(error: Exception) -> str:
     """The message of a library's error, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def import_pyarrow(path: Path, name: str = "pyarrow") -> Any:
+    """The module of pyarrow with which a file is read.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {printable_path(path)} needs the package pyarrow: pip install 'parscale[train]'."
+        ) from error
 
 
 def suffix_of(path: Path) -> str:
@@ -166,10 +176,10 @@ def encoding_of(start: bytes) -> str:
     return next((encoding for mark, encoding in _ENCODINGS if start.startswith(mark)), "utf-8")
 
 
-def is_text(path: Path, size: int = 8192) -> bool:
-    """Whether the first `size` bytes of a file are text; errors as in `open_bytes`."""
+def is_text(path: Path) -> bool:
+    """Whether the first 8192 bytes of a file are text; errors as in `open_bytes`."""
     with open_bytes(path) as file:
-        start = file.read(size)
+        start = file.read(8192)
     decoder = codecs.getincrementaldecoder(encoding_of(start))()
     try:
         return "\0" not in decoder.decode(start)  # a character that is cut off at the end is no error

@@ -16,7 +16,15 @@ from typing import Any, BinaryIO, TypeGuard
 
 from parscale.checkpoints.texts.chats import COLUMNS, chat_of, holds_chat, is_chat, without_nulls
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example
-from parscale.checkpoints.texts.files import first_line, open_bytes, open_text, printable_path, read_text, suffix_of
+from parscale.checkpoints.texts.files import (
+    first_line,
+    import_pyarrow,
+    open_bytes,
+    open_text,
+    printable_path,
+    read_text,
+    suffix_of,
+)
 from parscale.checkpoints.texts.token_ids import require_text
 
 Row = tuple[str, str, dict[str, Any]]  # its place, for error messages; the name of its document; its columns
@@ -223,16 +231,10 @@ def _batches(path: Path, file: BinaryIO, column: str) -> Iterator[list[dict[str,
 
     If the table has none of these columns, all values of its rows are `None`.
     """
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ValueError(
-            f"Reading {printable_path(path)} needs the package pyarrow: pip install 'parscale[train]'."
-        ) from error
+    pyarrow, parquet = (import_pyarrow(path, name) for name in ("pyarrow", "pyarrow.parquet"))
     try:
         if suffix_of(path) == ".parquet":
-            table = ParquetFile(file)
+            table = parquet.ParquetFile(file)
             names = table.schema_arrow.names
             batches = table.iter_batches(columns=_read(names, column) or names[:1])
         else:

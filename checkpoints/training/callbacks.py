@@ -131,14 +131,8 @@ class RunMonitor(TrainerCallback):
         """The mean over the steps of this process; None before the first step."""
         return round(self.steps * self.tokens_per_step / self.seconds, 1) if self.seconds else None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Closes the progress bar."""
-        self.close()
-
     def close(self) -> None:
-        """Closes the progress bar, also after an error."""
+        """Closes the progress bar, whatever ended the run."""
         if self._bar is not None:
             with contextlib.suppress(OSError):  # the terminal may be closed
                 self._bar.stop()

@@ -14,8 +14,7 @@ from parscale.checkpoints.evaluation.paired_differences import (
     direction,
     first_documents,
     format_interval,
-    in_the_middle,
-    no_middle,
+    middle_sentences,
     single_seed_entries,
 )
 from parscale.checkpoints.evaluation.places import evaluate_places, holds_tokens_to_score
@@ -109,14 +108,9 @@ def against_untouched(
 
 def sentences(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The trained model against the untouched backbone in words, in the middle of each text."""
-    held = in_the_middle(entries, TRAINED, [UNTOUCHED])
-    result = []
-    for text in dict.fromkeys(entry["text"] for entry in entries):
-        if text not in held:
-            result.append(no_middle(text))
-            continue
-        entry = held[text][0]
-        result.append(
-            f"In the middle of {text}, against the untouched backbone: {direction(entry)}, {format_interval(entry)}."
-        )
-    return result
+
+    def say(text: str, held: list[Any]) -> str:
+        entry = held[0]
+        return f"In the middle of {text}, against the untouched backbone: {direction(entry)}, {format_interval(entry)}."
+
+    return middle_sentences(entries, TRAINED, [UNTOUCHED], say)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from parscale.checkpoints.evaluation.text_loss import evaluating
 from parscale.checkpoints.texts.chat_tokens import MaskedTokens, encode_chat, encode_completion, learned_from
 from parscale.checkpoints.texts.documents import Chat, Completion, Document, Example, Source
 from parscale.checkpoints.texts.order import in_turn
@@ -299,13 +300,8 @@ def keeps_documents_apart(model: PreTrainedModel, vocabulary: int, rows: int = 1
     weight: Any = model.get_input_embeddings().weight
     ids = torch.arange(2, 14, device=weight.device).remainder(vocabulary).expand(rows, -1)  # (rows, 12)
     positions = torch.arange(6, device=weight.device).repeat(2).expand(rows, -1)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), flash_in_torch(model, weight.device):
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:].float()
-            alone = model(input_ids=ids[:, 6:], position_ids=positions[:, 6:], use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), flash_in_torch(model, weight.device):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:].float()
+        alone = model(input_ids=ids[:, 6:], position_ids=positions[:, 6:], use_cache=False).logits.float()
     scale = max(1.0, float(alone.abs().max()))
     return bool((packed - alone).abs().max() < 0.02 * scale)

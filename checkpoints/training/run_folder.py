@@ -121,7 +121,6 @@ class Run:
             if not _is_same(settings.get(key), before.get(key))
             and not _has_same_contents(key, settings, before)
             and not (key in CONTENTS and None in (settings.get(key), before.get(key)))
-            and not (key in READ_BY.values() and key not in before)  # of a run before these were recorded
         ]
         changed = [
             _change(key, before.get(key), settings.get(key)) for key in differs if READ_BY.get(key) not in differs

@@ -114,13 +114,10 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]
     new = report.get("new_model")
-    source = None
-    if not new:  # reports of runs before these were recorded lack the backbone
-        source = report["backbone"] if "backbone" in report else _backbone_of(report["checkpoint"])
     facts = TrainingFacts(
         checkpoint=report["name"],
         backbone_class=str(backbone["class"]),
-        backbone=source,
+        backbone=report["backbone"],
         num_streams=what["num_streams"],
         prefix_length=what.get("prefix_length"),
         smoothing=what["smoothing"],

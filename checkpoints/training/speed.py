@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
+import timeit
 
 import torch
 from torch.utils.data import default_collate
@@ -21,16 +21,12 @@ def faster_in_bf16(device: torch.device) -> bool:
     Returns:
         Whether bfloat16 is worth it.
     """
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def seconds(dtype: torch.dtype) -> float:
         x, weight = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2048, 256), (256, 576)))
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            (x @ weight).sum().item()
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+        return min(timeit.repeat(lambda: (x @ weight).sum().item(), number=1, repeat=10))
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 def seconds_of_step(model: PreTrainedModel, blocks: Blocks, batch_size: int, *, bf16: bool) -> float:
@@ -45,12 +41,11 @@ def seconds_of_step(model: PreTrainedModel, blocks: Blocks, batch_size: int, *, 
     model = copy.deepcopy(model).train()
     rows = [blocks[index % len(blocks)] for index in range(batch_size)]
     batch = {name: values.to(model.device) for name, values in default_collate(rows).items()}
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def step() -> None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
         loss.item()  # waits for a GPU
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+    return min(timeit.repeat(step, number=1, repeat=2))

@@ -52,13 +52,11 @@ from parscale.checkpoints.training.weight_files import is_adapted
 from parscale.checkpoints.versions import versions
 from parscale.compat.transformers import attn_implementation, forget_deepspeed, is_flash
 from parscale.format.counting import parameter_sizes
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 from parscale.terminal.console import Terminal
 
 MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # how a launcher says it
 REMEDY = "start again in another folder with a smaller --learning-rate or --streams-learning-rate, or a longer --warmup"
-
-__all__ = ["Interrupted", "TrainSettings", "train"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -255,12 +253,16 @@ def _prepare(
     require_same_data(
         {"training data": data.digest} | {f"eval data {name}": measured[name] for name in measured}, state
     )
-    if torch.cuda.device_count() > 1 and state.num_processes == 1:
-        warnings.warn(_one_gpu_warning(torch.cuda.device_count()), stacklevel=4)
+    devices = torch.cuda.device_count()
+    if devices > 1 and state.num_processes == 1:
+        warnings.warn(
+            f"{devices} GPUs are available, but only one is used; to use all of them, run "
+            f"torchrun --nproc-per-node {devices} -m parscale train ...",
+            stacklevel=4,
+        )
 
     new = checkpoint if isinstance(checkpoint, NewModel) else None
-    streams = find_state(model)
-    active = None if streams is None else streams.active
+    active = active_streams(model)
     rates = settings.rates("prefix" if active is None else active.config.transform, new=new is not None)
     run_settings = reported_settings(str(checkpoint), settings, rates, bf16, length, data.steps) | {
         "checkpoint_digest": checkpoint_digest(checkpoint) if state.is_main_process else None,
@@ -320,13 +322,6 @@ def _require_unchanged(checkpoint: str | NewModel, figures: Mapping[str, Any]) -
             f"{checkpoint} has changed during the run, so the result would mix two checkpoints; restore the old one, "
             "and continue with --resume."
         )
-
-
-def _one_gpu_warning(devices: int) -> str:
-    return (
-        f"{devices} GPUs are available, but only one is used; to use all of them, run "
-        f"torchrun --nproc-per-node {devices} -m parscale train ..."
-    )
 
 
 def _bf16(settings: TrainSettings) -> bool:

@@ -74,7 +74,7 @@ def load_trained(model: Any, folder: Path) -> None:
         if not has_streams(model):
             return
     if (folder / STREAMS_FILE).exists() and not (folder / CONFIG).exists():
-        _load_streams(model, folder)
+        _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS_FILE))
     else:
         other = load_any(str(folder), dtype=torch.float32)
         _copy(dict(model.named_parameters()), dict(other.named_parameters()))
@@ -107,10 +107,6 @@ def put_together(checkpoint: str | NewModel, trained: Path, output: Path) -> Non
         model.save_streams(output)
     else:
         model.save_pretrained(output)
-
-
-def _load_streams(model: Any, folder: Path) -> None:
-    _copy(model.parscale.tensors(model.parscale.active), load_file(folder / STREAMS_FILE))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from parscale.config import PROMPT
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument
 from parscale.streams.brief_runs import is_machine_error, one_line
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -138,8 +138,7 @@ def cache_shape(model: Any) -> CacheShape:
         UnsupportedModelError: a layer keeps more than keys and values, or they have another shape than other layers'.
     """
     name = type(model).__name__
-    state = find_state(model)
-    streams = None if state is None else state.active
+    streams = active_streams(model)
     if streams is not None and streams.config.transform == PROMPT:
         raise UnsupportedModelError(
             "Streams with transform='prompt' cannot be exported: the first step puts the prompt into the cache, and "

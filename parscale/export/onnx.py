@@ -20,7 +20,7 @@ from parscale.export.genai import GENAI_CONFIG, genai_config, longest_text
 from parscale.export.graph import write_graph
 from parscale.export.quantization import quantize
 from parscale.format.staging import require_new_folder, staged
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams
 
 Dtype = Literal["float32", "float16", "int8", "int4"]
 GRAPH = "model.onnx"
@@ -97,8 +97,7 @@ def _write(model: Any, path: Path, dtype: Dtype, made_of: dict[str, Any]) -> Cac
 
 def _described(model: Any, checkpoint: str, dtype: Dtype) -> dict[str, Any]:
     """What the graph is made of."""
-    state = find_state(model)
-    active = None if state is None else state.active
+    active = active_streams(model)
     described: dict[str, Any] = {"checkpoint": checkpoint, "backbone": type(model).__name__, "dtype": dtype}
     if active is None or active.num_streams == 1:
         return described | {"num_streams": 1}

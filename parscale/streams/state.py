@@ -201,6 +201,12 @@ def find_state(model: object) -> ParScaleState | None:
     return state if isinstance(state, ParScaleState) else None
 
 
+def active_streams(model: object) -> StreamSet | None:
+    """The set that runs in a wrapped model, also through adapters around it; `None` where none does."""
+    state = find_state(model)
+    return None if state is None else state.active
+
+
 def tensors_of(module: nn.Module, *, recurse: bool = True) -> dict[str, Any]:
     """A module's parameters by name, and its buffers, which a copy that is never trained has instead."""
     return dict(module.named_parameters(recurse=recurse)) | dict(module.named_buffers(recurse=recurse))

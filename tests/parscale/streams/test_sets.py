@@ -10,7 +10,7 @@ from model_calls import choose_stream, logits_of
 from transformers import DynamicCache, LlamaForSequenceClassification, LlamaModel
 
 import parscale
-from parscale.streams.state import find_state
+from parscale.streams.state import active_streams, find_state
 
 TOLERANCE = 2e-5  # as in test_families.py
 FEW = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "deepseek_v3", "qwen3_next"], indirect=True)
@@ -41,8 +41,12 @@ def test_the_state_is_found_in_a_wrapped_model_alone(family):
     model = family.wrapped()
     assert find_state(model) is model.parscale
     assert model.parscale.model is model
+    assert active_streams(model) is model.parscale.sets["default"]
+    with model.use_streams(None):
+        assert active_streams(model) is None
     for other in (family.plain(), SimpleNamespace(parscale="a name of its own"), None):
         assert find_state(other) is None
+        assert active_streams(other) is None
 
 
 @FEW
