@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from parscale.compat.names import missing, needed_module
+from parscale.compat.names import needed, needed_module
+from parscale.compat.patching import replaced
 
 _HAS_BFLOAT16, _PACK = "has_avx512bf16", "_convert_weight_packed_for_cpu"
 _PACKS = "support_avx512bf16_for_cpu"  # of a layer: whether it will
@@ -30,14 +31,9 @@ def four_bits_with_gradients() -> Iterator[None]:
     if not hasattr(modules, _PACK):
         yield
         return
-    own = getattr(modules, _HAS_BFLOAT16, None)
-    if own is None:
-        raise missing(modules, _HAS_BFLOAT16)
-    setattr(modules, _HAS_BFLOAT16, lambda: False)
-    try:
+    needed(modules, _HAS_BFLOAT16)
+    with replaced(modules, _HAS_BFLOAT16, lambda: False):
         yield
-    finally:
-        setattr(modules, _HAS_BFLOAT16, own)
 
 
 @contextlib.contextmanager

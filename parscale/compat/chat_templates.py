@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from transformers.utils import chat_template_utils
 
 from parscale.compat.names import needed
+from parscale.compat.patching import replaced
 
 _CLOCK = "datetime"
 
 
-@contextmanager
-def dated(day: datetime.date) -> Iterator[None]:
+def dated(day: datetime.date) -> AbstractContextManager[None]:
     """In this block chat templates that write the date of today (`strftime_now`) write this day.
 
     transformers gives templates no other clock, and writes a function that is passed to a template as a text.
 
     Args:
         day: what they write; its time is midnight.
+
+    Raises:
+        IncompatibleVersionError: this version reads another clock.
     """
-    before = needed(chat_template_utils, _CLOCK)
-    setattr(chat_template_utils, _CLOCK, _clock(day))
-    try:
-        yield
-    finally:
-        setattr(chat_template_utils, _CLOCK, before)
+    needed(chat_template_utils, _CLOCK)
+    return replaced(chat_template_utils, _CLOCK, _clock(day))
 
 
 @functools.cache  # for each turn of each chat

@@ -39,7 +39,6 @@ def spare_from_conversion(spared: Callable[[str], bool]) -> None:
     module, but not documented.
     """
     converter = needed(needed_module("transformers.core_model_loading"), "WeightConverter")
-    needed(converter, "rename_source_key")
     extend(converter, "rename_source_key", functools.partial(_without_spared, spared))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from parscale.compat.names import needed
-from parscale.compat.transformers import ConfigView, attn_implementation, is_flash, mask_functions
+from parscale.compat.transformers import MASK_FUNCTIONS, ConfigView, attn_implementation, is_flash
 
 _FULL = (torch.float32, torch.float64)
 _NAME = "_attn_implementation_internal"  # of one configuration; `_attn_implementation` also sets those inside it
@@ -45,7 +45,7 @@ def flash_in_torch(model: nn.Module, device: torch.device) -> Iterator[None]:
         device: where it computes.
     """
     AttentionInterface.register(_IN_TORCH, _attention_in_torch)
-    AttentionMaskInterface.register(_IN_TORCH, mask_functions()["flash_attention_2"])
+    AttentionMaskInterface.register(_IN_TORCH, MASK_FUNCTIONS["flash_attention_2"])
     named = _named_flash(model) if flash_cannot_run(model, device) else []
     try:
         for config, _ in named:

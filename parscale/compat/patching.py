@@ -1,21 +1,28 @@
-"""Extends functions of libraries that offer no hooks."""
+"""Extends functions of libraries that offer no hooks, and replaces attributes for a block of code."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
+
+from parscale.compat.names import needed
 
 Extension = Callable[..., Any]  # takes the original function, then its arguments
 
 
 def extend(owner: object, name: str, extension: Extension) -> None:
-    """Replaces a class's method or a module's function by `extension(original, *its_arguments)`, once."""
-    function = getattr(owner, name)
+    """Replaces a class's method or a module's function by `extension(original, *its_arguments)`, once.
+
+    Raises:
+        IncompatibleVersionError: the installed version has no such name.
+    """
+    function = needed(owner, name)
     if not _is_extended(function):
         setattr(owner, name, _extended(function, extension))
 
@@ -28,8 +35,11 @@ def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_
         name: name of the function.
         extension: takes the original function, then its arguments.
         apart_from: names of modules that keep the original function.
+
+    Raises:
+        IncompatibleVersionError: the installed version has no such name.
     """
-    function = getattr(owner, name)
+    function = needed(owner, name)
     if _is_extended(function):
         return
     extended = _extended(function, extension)
@@ -37,6 +47,17 @@ def extend_everywhere(owner: ModuleType, name: str, extension: Extension, apart_
         names = [key for key, value in list(getattr(module, "__dict__", {}).items()) if value is function]
         for key in names:
             setattr(module, key, extended)
+
+
+@contextlib.contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """In this block an attribute of an object or a module has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:

@@ -90,8 +90,6 @@ def _refuse_adapters(error: IncompatibleVersionError, is_wrapped: Callable[[Any]
 
     for name, method in ((MODEL, "__init__"), (MIXED_MODEL, "__init__"), (TUNER, "inject_adapter")):
         try:
-            owner = _class_named(name)
-            needed(owner, method)
+            extend(_class_named(name), method, refuse)
         except IncompatibleVersionError:  # this version has no such way
             continue
-        extend(owner, method, refuse)

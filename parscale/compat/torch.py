@@ -34,7 +34,7 @@ def held_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def _own(module: nn.Module, name: str) -> Any:
     held = vars(module).get(name)
     if held is None:
-        raise missing(module, name)
+        raise missing(nn.Module, name)
     return held
 
 
@@ -50,8 +50,7 @@ def require_hooks(module: nn.Module) -> None:
         IncompatibleVersionError: one is missing.
     """
     for name in _HOOKS:
-        if vars(module).get(name) is None:
-            raise missing(nn.Module, name)
+        _own(module, name)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -110,8 +109,7 @@ def version_of(tensor: torch.Tensor) -> int:
     The notes on autograd describe this counter ("in-place correctness checks"), but no documented name returns it.
     Without it, all values would have to be compared to see whether a forward pass wrote to a buffer.
     """
-    version: int = needed(tensor, "_version")
-    return version
+    return needed(tensor, "_version")
 
 
 def fake_tensors() -> Any:

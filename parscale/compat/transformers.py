@@ -27,25 +27,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 
 from parscale.compat.names import missing, needed, needed_module
-from parscale.compat.patching import extend, extend_everywhere
+from parscale.compat.patching import extend, extend_everywhere, replaced
 
 # -- attention
 
-
-def attention_functions() -> AttentionInterface:
-    """The attention functions of all models, by implementation name, without `"eager"`.
-
-    Every instance of the documented class is a view of the same table.
-    """
-    return _ATTENTION
-
-
-def mask_functions() -> AttentionMaskInterface:
-    """The functions that make the masks for `attention_functions`, by the same names."""
-    return _MASKS
-
-
-_ATTENTION, _MASKS = AttentionInterface(), AttentionMaskInterface()
+# The attention functions of all models and the functions that make their masks, by implementation name, without
+# "eager". Every instance of the documented classes is a view of the same table.
+ATTENTION_FUNCTIONS, MASK_FUNCTIONS = AttentionInterface(), AttentionMaskInterface()
 
 
 def is_flash(implementation: str) -> bool:
@@ -54,7 +42,7 @@ def is_flash(implementation: str) -> bool:
     The name does not tell, since a kernel from the Hub is called by its repository. The function that makes its mask is
     that of flash-attention.
     """
-    return implementation in _MASKS and _MASKS[implementation] is _MASKS["flash_attention_2"]
+    return implementation in MASK_FUNCTIONS and MASK_FUNCTIONS[implementation] is MASK_FUNCTIONS["flash_attention_2"]
 
 
 def attn_implementation(config: Any) -> str:
@@ -188,21 +176,14 @@ def flash_dtype(query: torch.Tensor, layer: nn.Module) -> torch.dtype:
 # -- parts of a model
 
 
-@contextlib.contextmanager
-def experts_without_data_dependence(config: PreTrainedConfig) -> Iterator[None]:
+def experts_without_data_dependence(config: PreTrainedConfig) -> contextlib.AbstractContextManager[None]:
     """In this block a mixture of experts runs in the form whose shapes do not depend on the routing.
 
     Nothing is routed on the meta device. The documented way is an argument at the making of a model; this one exists.
     """
-    previous = getattr(config, "_experts_implementation", None)
-    if previous is None:  # no experts
-        yield
-        return
-    config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation = previous
+    if getattr(config, "_experts_implementation", None) is None:  # no experts
+        return contextlib.nullcontext()
+    return replaced(config, "_experts_implementation", "batched_mm")
 
 
 def checkpointing_function(layer: nn.Module) -> Callable[..., Any] | None:
@@ -319,9 +300,7 @@ def without_adapter() -> dict[str, str]:
     sub-folder is named, so the function that looks is extended: it finds nothing in this sub-folder.
     """
     if Version(transformers.__version__) < Version("5.23"):
-        module, name = needed_module("transformers.utils.peft_utils"), "find_adapter_config_file"
-        needed(module, name)
-        extend_everywhere(module, name, _find_adapter)
+        extend_everywhere(needed_module("transformers.utils.peft_utils"), "find_adapter_config_file", _find_adapter)
     return {"subfolder": _NO_ADAPTER}
 
 
@@ -373,11 +352,6 @@ STATIC_CACHE_SHAPE = "_get_static_cache_init_shape"  # of a static cache before 
 TOKEN_TIMES = "_extract_token_timestamps"  # reads the times of tokens off the columns of cross-attention (Whisper)
 
 
-def own_reorder_cache(cls: type) -> Callable[..., Any] | None:
-    """The function of a model's class that reorders a cache's rows with the beams; few classes have one."""
-    return getattr(cls, REORDER_CACHE, None)
-
-
 @contextlib.contextmanager
 def keeping_columns(count: int) -> Iterator[None]:
     """In this block, assisted decoding keeps the columns of attention weights that stand before those of the tokens.
@@ -388,9 +362,7 @@ def keeping_columns(count: int) -> Iterator[None]:
     Args:
         count: columns before those of the tokens, those of a prefix.
     """
-    module, name = needed_module("transformers.generation.utils"), "_split_model_outputs"
-    needed(module, name)
-    extend(module, name, _split_behind_columns)
+    extend(needed_module("transformers.generation.utils"), "_split_model_outputs", _split_behind_columns)
     before = _COLUMNS.set(count)
     try:
         yield
@@ -432,19 +404,13 @@ def has_adapter(model: object) -> bool:
     return bool(getattr(model, _HAS_ADAPTER, False))
 
 
-@contextlib.contextmanager
-def counted_as_adapted(model: object) -> Iterator[None]:
+def counted_as_adapted(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     """In this block a model is marked as one with an adapter.
 
     The Trainer refuses a quantized model without a trainable adapter, and checks only this mark (5.23). Streams train
     on it in the same way, and there is no other way to tell the Trainer.
     """
-    before = has_adapter(model)
-    setattr(model, _HAS_ADAPTER, True)
-    try:
-        yield
-    finally:
-        setattr(model, _HAS_ADAPTER, before)
+    return replaced(model, _HAS_ADAPTER, True)
 
 
 # Methods of the Trainer that a subclass overrides: the sampler, a checkpoint's folder, how it is saved and read.
@@ -472,8 +438,7 @@ def reporting_callbacks(names: Iterable[str]) -> list[type]:
         ValueError: there is no such tracker.
     """
     module = needed_module("transformers.integrations.integration_utils")
-    found: list[type] = needed(module, "get_reporting_integration_callbacks")(list(names))
-    return found
+    return needed(module, "get_reporting_integration_callbacks")(list(names))
 
 
 def forget_deepspeed() -> None:

@@ -36,8 +36,7 @@ def fetched(module: nn.Module, name: str) -> torch.Tensor:
     hook = offloading_hook(module)
     if hook is None:
         return parameter
-    values: torch.Tensor = hook.weights_map[name]
-    return values.to(hook.execution_device)
+    return hook.weights_map[name].to(hook.execution_device)
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -33,31 +33,29 @@ if TYPE_CHECKING:
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    DISTRIBUTED: tuple[type, ...] = (DTensor,)
+    DISTRIBUTED: tuple[Any, ...] = (DTensor,)
 else:
     DISTRIBUTED = ()  # asked for at each layer of each token
 
 HEADS = 1  # the dimension of G in a prefix (P, G, T, D) and in keys (R, G, K, D)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: Any) -> torch.Tensor:
     """This device's part of a parameter; the parameter itself where nothing is distributed."""
-    parameter: Any = tensor
-    part: torch.Tensor = parameter.to_local() if isinstance(tensor, DISTRIBUTED) else parameter
-    return part
+    return tensor.to_local() if isinstance(tensor, DISTRIBUTED) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """The full parameter, on every device. If it is distributed, every process has to call this."""
     if is_partitioned(tensor):
         with gathered([tensor]):
             return tensor.detach().clone()
-    return tensor.full_tensor() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DISTRIBUTED) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether no process holds all of the model's parameters."""
-    return any(is_partitioned(p) or (dist.is_available() and isinstance(p, DTensor)) for p in model.parameters())
+    return any(is_partitioned(p) or isinstance(p, DISTRIBUTED) for p in model.parameters())
 
 
 def is_main_process() -> bool:
@@ -138,11 +136,10 @@ def reshard(model: nn.Module) -> None:
 # -- tensor parallelism
 
 
-def tensor_parallel_mesh(model: nn.Module) -> Any:
+def tensor_parallel_mesh(model: Any) -> Any:
     """The `DeviceMesh` over which the model's layers are split; `None` if they are not."""
-    if not dist.is_available():
-        return None
-    return next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1), None)
+    meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DISTRIBUTED))
+    return next((mesh for mesh in meshes if mesh.ndim == 1), None)
 
 
 def gather_heads(states: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -193,12 +190,9 @@ def each_module_gathered(model: nn.Module) -> Iterator[None]:
     def let_go(module: nn.Module, args: object, output: object) -> None:
         inside.pop(module).__exit__(None, None, None)
 
-    hooks: list[Any] = []
-    for module in model.modules():
-        if any(is_partitioned(parameter) for parameter in module.parameters(recurse=False)):
-            hooks += [module.register_forward_pre_hook(bring), module.register_forward_hook(let_go, always_call=True)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if any(is_partitioned(parameter) for parameter in module.parameters(recurse=False)):
+                hooks.enter_context(module.register_forward_pre_hook(bring))
+                hooks.enter_context(module.register_forward_hook(let_go, always_call=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from parscale.compat import accelerate as compat
+from parscale.errors import IncompatibleVersionError
 
 
 class Passive(ModelHook):
@@ -31,6 +32,12 @@ def test_one_hook_and_several():
     add_hook_to_module(module, other, append=True)
     assert isinstance(compat.hook_of(module), SequentialHook)
     assert compat.hooks_of(module) == [hook, other]
+
+
+def test_a_version_without_prepare_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.delattr(Accelerator, "prepare")
+    with pytest.raises(IncompatibleVersionError, match=r"Accelerator\.prepare, which the installed accelerate"):
+        compat.extend_prepare(lambda original, *args: original(*args))
 
 
 def test_an_offloaded_module_says_where_it_runs_and_what_it_holds():

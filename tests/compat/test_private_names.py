@@ -29,7 +29,7 @@ CALLED_ON_OURS = {"_from_config"}
 # Our own words that begin with an underscore: endings and joints of names.
 WORDS = {
     *("_at_smaller_", "_config", "_features", "_float16", "_from_", "_limit", "_loss", "_nats_per_token", "_parscale"),
-    *("_recipe", "_stderr"),
+    "_stderr",
 }
 
 

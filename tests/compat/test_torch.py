@@ -125,7 +125,7 @@ def test_a_missing_name_is_refused_in_a_sentence(owner, name, call, monkeypatch)
 def test_a_module_without_its_dictionaries_is_refused(name):
     module = nn.Linear(1, 1)
     del vars(module)[name]
-    with pytest.raises(IncompatibleVersionError, match=f"Linear.{name}, which the installed torch"):
+    with pytest.raises(IncompatibleVersionError, match=rf"Module\.{name}, which the installed torch"):
         compat.held_buffers(module) if name == "_buffers" else compat.set_parameter(module, "weight", nn.Parameter())
 
 

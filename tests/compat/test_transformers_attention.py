@@ -28,9 +28,9 @@ def test_functions_that_anybody_registers_are_seen():
     transformers.AttentionInterface.register(name, ours)
     transformers.AttentionMaskInterface.register(name, ours)
     try:
-        assert compat.attention_functions()[name] is ours
-        assert compat.mask_functions()[name] is ours
-        assert "eager" not in compat.attention_functions()
+        assert compat.ATTENTION_FUNCTIONS[name] is ours
+        assert compat.MASK_FUNCTIONS[name] is ours
+        assert "eager" not in compat.ATTENTION_FUNCTIONS
     finally:
         for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
             interface._global_mapping.pop(name)

@@ -25,6 +25,7 @@ from torch import nn
 
 from parscale.attention.registered import registered_layers
 from parscale.compat.deepspeed import is_partitioned
+from parscale.compat.patching import replaced
 from parscale.compat.torch import set_parameter
 from parscale.distributed.parallel import reshard, whole
 from parscale.integrations.peft.methods import AdapterConfig, check_method
@@ -79,21 +80,8 @@ class AdapterStreams:
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """In this block the copies in use are those of one adapter. Which parameters are trainable does not change."""
-        before = self.active, self.disabled
-        self.active, self.disabled = adapter, False
-        try:
+        with replaced(self, "active", adapter), replaced(self, "disabled", False):
             yield
-        finally:
-            self.active, self.disabled = before
-
-    @contextlib.contextmanager
-    def as_before(self) -> Iterator[None]:
-        """In this block the copies in use are those made before the first adapter."""
-        before, self.disabled = self.disabled, True
-        try:
-            yield
-        finally:
-            self.disabled = before
 
     def cover(self, streams: StreamSet) -> None:
         """Makes copies of a set for all adapters; the first adapter has the set itself.

@@ -9,15 +9,13 @@ from typing import Any
 from torch import nn
 
 from parscale.distributed.parallel import is_sharded
-from parscale.format.folders import STREAMS_CONFIG, Checkpoint
+from parscale.format.folders import HUB_ARGUMENTS, STREAMS_CONFIG, Checkpoint
 from parscale.format.saving import save_streams
 from parscale.format.stored_sets import load_into_active
 from parscale.integrations.peft.copies import adapters_on
 from parscale.integrations.peft.lifecycle import DEFAULT_ADAPTER, Method
 from parscale.streams.naming import is_of_streams
 from parscale.streams.state import find_state
-
-HUB = ("subfolder", "revision", "token", "cache_dir")
 
 
 def save_pretrained(
@@ -31,9 +29,9 @@ def save_pretrained(
     **kwargs: Any,
 ) -> None:
     """Extends PEFT's method: also writes the active set of each adapter, as `save_streams` does."""
-    state = find_state(self)
-    adapters = adapters_on(state)
-    if state is not None and adapters is not None:
+    adapters = adapters_on(find_state(self))
+    if adapters is not None:
+        state = adapters.state
         given = kwargs.get("state_dict")
         if given is None and not is_sharded(self):
             kwargs["state_dict"] = self.state_dict()
@@ -80,9 +78,8 @@ def hotswap_adapter(original: Method, model: object, path: str, adapter_name: st
 
 def _load_streams(model: object, path: str | os.PathLike[str], adapter_name: str, options: dict[str, Any]) -> None:
     """Loads the streams that were saved with an adapter, if there are any, into the adapter's copies."""
-    state = find_state(model)
-    adapters = adapters_on(state)
-    if state is None or adapters is None:
+    adapters = adapters_on(find_state(model))
+    if adapters is None:
         if os.path.exists(os.path.join(path, options.get("subfolder") or "", STREAMS_CONFIG)):
             warnings.warn(
                 f"{path} holds streams for its adapter, which this model without streams ignores: pass "
@@ -90,10 +87,10 @@ def _load_streams(model: object, path: str | os.PathLike[str], adapter_name: str
                 stacklevel=4,
             )
         return
-    checkpoint = Checkpoint(path, **{key: options.get(key) for key in HUB})
+    checkpoint = Checkpoint(path, **{key: options.get(key) for key in HUB_ARGUMENTS})
     if checkpoint.file(STREAMS_CONFIG) is not None:
         with adapters.using(adapter_name):
-            load_into_active(state.model, checkpoint)
+            load_into_active(adapters.state.model, checkpoint)
 
 
 def get_state_dict(
@@ -139,12 +136,11 @@ def _stream_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
     They are found by the tensors themselves, since some adapters wrap the modules that hold them.
     """
-    state = find_state(model)
-    adapters = adapters_on(state)
-    if state is None or adapters is None or state.active is None:
+    adapters = adapters_on(find_state(model))
+    if adapters is None or adapters.state.active is None:
         return {}
     with adapters.using(adapter_name):
-        tensors = state.tensors(state.active)
+        tensors = adapters.state.tensors(adapters.state.active)
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     return {released: names[id(tensor)] for released, tensor in tensors.items()}
 

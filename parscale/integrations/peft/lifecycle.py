@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from parscale.compat.patching import replaced
 from parscale.integrations.peft.copies import AdapterStreams, adapters_on, modules_with_streams
 from parscale.integrations.peft.methods import AdapterConfig, check_copied_modules, check_method
 from parscale.streams.state import ParScaleState, find_state
@@ -136,7 +137,8 @@ def prepare_for_kbit_training(original: Method, model: object, *args: Any, **kwa
 def disable_adapter(original: Method, self: Any) -> Iterator[None]:
     """In this block the streams are those before the first adapter."""
     adapters = adapters_on(find_state(self))
-    with contextlib.nullcontext() if adapters is None else adapters.as_before(), original(self):
+    before = contextlib.nullcontext() if adapters is None else replaced(adapters, "disabled", True)
+    with before, original(self):
         if adapters is not None and "forward" in self.__dict__:  # the model's forward, without its hooks
             self.forward = self.base_model.__call__
         yield

@@ -25,7 +25,6 @@ class PeftMethod:
 
     Attributes:
         refused: the reason why it does not.
-        merges: PEFT can merge it into the backbone; the streams that it was trained with stay.
         keeps_outputs: it only adds to the output of a linear layer, so that the low-rank differences of
             `transform="lora"` stay valid, even after a merge. Other methods use the weights of the layer, or scale its
             output.
@@ -33,25 +32,23 @@ class PeftMethod:
     """
 
     refused: str = ""
-    merges: bool = True
     keeps_outputs: bool = True
     fills_cache: bool = False
 
 
 _ADDS = PeftMethod()
-_NOT_MERGED = PeftMethod(merges=False)
 _CHANGES_LAYERS = PeftMethod(keeps_outputs=False)
-_FILLS_CACHE = PeftMethod(merges=False, fills_cache=True)
+_FILLS_CACHE = PeftMethod(fills_cache=True)
 
 METHODS: dict[str, PeftMethod] = {
     "ADALORA": _ADDS,
     "ADAMSS": _ADDS,
-    "ADAPTION_PROMPT": _NOT_MERGED,
+    "ADAPTION_PROMPT": _ADDS,
     "BEFT": _ADDS,
     "BOFT": _CHANGES_LAYERS,
     "C3A": _ADDS,
     "CARTRIDGE": _FILLS_CACHE,
-    "CPT": _NOT_MERGED,
+    "CPT": _ADDS,
     "DEFT": _CHANGES_LAYERS,
     "DELORA": _ADDS,
     "FOURIERFT": _ADDS,
@@ -61,22 +58,22 @@ METHODS: dict[str, PeftMethod] = {
     "HIRA": _ADDS,
     "HRA": _CHANGES_LAYERS,
     "IA3": _CHANGES_LAYERS,
-    "LILY": _NOT_MERGED,
+    "LILY": _ADDS,
     "LN_TUNING": _ADDS,
     "LOHA": _ADDS,
     "LOKR": _ADDS,
     "LORA": _ADDS,
     "MISS": _ADDS,
-    "MULTITASK_PROMPT_TUNING": _NOT_MERGED,
+    "MULTITASK_PROMPT_TUNING": _ADDS,
     "OFT": _CHANGES_LAYERS,
     "OSF": _CHANGES_LAYERS,
     "PEANUT": _ADDS,
-    "POLY": _NOT_MERGED,
+    "POLY": _ADDS,
     "PREFIX_TUNING": _FILLS_CACHE,
-    "PROMPT_TUNING": _NOT_MERGED,
+    "PROMPT_TUNING": _ADDS,
     "PSOFT": _ADDS,
     "PVERA": _ADDS,
-    "P_TUNING": _NOT_MERGED,
+    "P_TUNING": _ADDS,
     "RANDLORA": _ADDS,
     "ROAD": _CHANGES_LAYERS,
     "SHADOW": PeftMethod(refused="its second, smaller model reads B rows, but the layers of P streams have P*B"),

@@ -85,9 +85,7 @@ def _outside_backbone(state: ParScaleState, model: nn.Module, given: dict[str, A
         return args, kwargs | {name: rows for name, rows in given.items() if name in kwargs}
 
     outside = [module for module in model.modules() if hasattr(module, "base_layer") and module not in inside]
-    hooks = [module.register_forward_pre_hook(as_given, with_kwargs=True) for module in outside]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in outside:
+            hooks.enter_context(module.register_forward_pre_hook(as_given, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -212,10 +212,8 @@ def _add_processor(vllm_config: VllmConfig, name: str) -> None:
 def checkpoint_of(vllm_config: VllmConfig) -> Checkpoint:
     """The folder or repository that vLLM was started on."""
     model = vllm_config.model_config
-    token = model.hf_token
-    return Checkpoint(
-        model.model, revision=model.revision, cache_dir=vllm_config.load_config.download_dir, token=token or None
-    )
+    folder, token = vllm_config.load_config.download_dir, model.hf_token or None
+    return Checkpoint(model.model, revision=model.revision, cache_dir=folder, token=token)
 
 
 def further_streams(checkpoint: Checkpoint, config: PreTrainedConfig) -> Path | None:
