@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
@@ -85,7 +84,7 @@ class ParScaleConfig:
         if isinstance(self.smoothing, bool) or not isinstance(self.smoothing, numbers.Real):
             raise ValueError(f"smoothing must be a number between 0 and 1, got {self.smoothing!r}.")
         self.smoothing = float(self.smoothing)
-        if not (math.isfinite(self.smoothing) and 0.0 <= self.smoothing <= 1.0):
+        if not 0.0 <= self.smoothing <= 1.0:  # also true for NaN
             raise ValueError(f"smoothing must be between 0 and 1, got {self.smoothing}; the paper uses 0.1.")
         if self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(map(repr, TRANSFORMS))}, got {self.transform!r}.")
@@ -110,24 +109,6 @@ class ParScaleConfig:
     def num_transformed(self) -> int:
         """The number of streams with a prefix (or what else the transform adds): all, or all but stream 0."""
         return self.num_streams - 1 if self.kv == SHARED else self.num_streams
-
-    @classmethod
-    def from_arguments(cls, num_streams: int | ParScaleConfig, **others: Any) -> ParScaleConfig:
-        """Makes a configuration from the arguments of `wrap` or `add_streams`.
-
-        Args:
-            num_streams: P, or a configuration to copy.
-            **others: the other fields; a configuration has its own.
-
-        Returns:
-            A new configuration.
-
-        Raises:
-            ValueError: a field has the wrong type or is out of range.
-        """
-        if isinstance(num_streams, ParScaleConfig):
-            return dataclasses.replace(num_streams)
-        return cls(num_streams, **others)
 
     def to_fields(self) -> dict[str, Any]:
         """The fields to write into a `config.json`, under the released names."""

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.arguments import KEYS_OF_TARGET
-from parscale.compat.transformers import TOKEN_TIMES, keeping_columns, own_reorder_cache
+from parscale.compat.transformers import REORDER_CACHE, TOKEN_TIMES, keeping_columns
 from parscale.config import LORA, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
@@ -67,15 +67,10 @@ def add_streams(
     Raises:
         ValueError: as in `parscale.wrap`, or the name is taken or invalid.
     """
-    config = ParScaleConfig.from_arguments(
-        num_streams,
-        prefix_length=prefix_length,
-        smoothing=smoothing,
-        init=init,
-        seed=seed,
-        transform=transform,
-        rank=rank,
-        kv=kv,
+    config = (
+        num_streams
+        if isinstance(num_streams, ParScaleConfig)
+        else ParScaleConfig(num_streams, prefix_length, smoothing, init, seed, transform, rank, kv)
     )
     add(model.parscale, name, config, calibration=calibration)
 
@@ -316,7 +311,10 @@ def generate(model: Any, *args: Any, adaptive: float | None = None, **kwargs: An
             the keys and values of streams that do not share them (Gemma 4's assistant).
     """
     if adaptive is not None:
-        return _generate_adaptively(model, adaptive, *args, **kwargs)
+        with adaptive_streams(model, adaptive) as counted:
+            output = generate(model, *args, **kwargs | {"disable_compile": True})
+        model.last_mean_streams = counted.mean_streams
+        return output
     if kwargs.get("encoder_outputs") is not None:
         kwargs["encoder_outputs"] = by_source(kwargs["encoder_outputs"])
     config = _generation_config(model, args, kwargs)
@@ -384,14 +382,6 @@ def _whole_attention_weights(
     return keeping_columns(streams.config.prefix_length)
 
 
-def _generate_adaptively(model: Any, threshold: float, *args: Any, **kwargs: Any) -> Any:
-    """Calls `generate`, with streams where the entropy is above `threshold`."""
-    with adaptive_streams(model, threshold) as adaptive:
-        output = generate(model, *args, **kwargs | {"disable_compile": True})
-    model.last_mean_streams = adaptive.mean_streams
-    return output
-
-
 @contextlib.contextmanager
 def adaptive_streams(model: PreTrainedModel, threshold: float) -> Iterator[Adaptive]:
     """In this block, streams 1 to P - 1 run only where the entropy of stream 0's prediction is above a threshold.
@@ -437,7 +427,7 @@ def reorder_cache(model: Any, generator: Any, past_key_values: Any, beam_idx: to
     active, B = model.parscale.active, beam_idx.shape[0]
     P = 1 if active is None else active.cache_copies
     rows = torch.cat([beam_idx + p * B for p in range(P)])  # (P*B,)
-    own = own_reorder_cache(type(generator))
+    own = getattr(type(generator), REORDER_CACHE, None)
     if own is not None:
         return own(past_key_values, rows)
     past_key_values.reorder_cache(rows)
@@ -467,8 +457,7 @@ def token_times(model: Any, generator: Any, outputs: Any, *args: Any, **kwargs: 
         T = streams.config.prefix_length
         heard = tuple(tuple(layer[..., T:] for layer in step) for step in outputs.cross_attentions)
         outputs = dataclasses.replace(outputs, cross_attentions=heard)
-    times: torch.Tensor = getattr(type(generator), TOKEN_TIMES)(generator, outputs, *args, **kwargs)
-    return times
+    return getattr(type(generator), TOKEN_TIMES)(generator, outputs, *args, **kwargs)
 
 
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:

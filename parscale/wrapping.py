@@ -17,7 +17,7 @@ from parscale import methods
 from parscale.attention.discovery import attach_attention, detach_attention
 from parscale.compat.conversion import spare_from_conversion
 from parscale.compat.torch import is_watched
-from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES
+from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES, show_on_models
 from parscale.config import DEFAULT_SET, FIELDS, OWN, PREFIX, ParScaleConfig, takes_fields
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
@@ -36,18 +36,21 @@ from parscale.streams.state import ParScaleState, find_state
 M = TypeVar("M")  # the caller's class of model, which does not change
 
 MEMBERS: dict[str, Callable[..., Any]] = {
-    "add_streams": methods.add_streams,
-    "set_streams": choosing.set_streams,
-    "use_streams": choosing.use_streams,
-    "freeze_backbone": methods.freeze_backbone,
-    "stream_parameters": methods.stream_parameters,
-    "print_trainable_parameters": methods.print_trainable_parameters,
-    "stream_report": methods.stream_report,
-    "stream_losses": methods.stream_losses,
-    "save_pretrained": methods.save_pretrained,
-    "save_streams": methods.save_streams,
-    "load_streams": methods.load_streams,
-    "init_continuous_batching": methods.init_continuous_batching,
+    function.__name__: function
+    for function in (
+        methods.add_streams,
+        choosing.set_streams,
+        choosing.use_streams,
+        methods.freeze_backbone,
+        methods.stream_parameters,
+        methods.print_trainable_parameters,
+        methods.stream_report,
+        methods.stream_losses,
+        methods.save_pretrained,
+        methods.save_streams,
+        methods.load_streams,
+        methods.init_continuous_batching,
+    )
 }
 GENERATOR_MEMBERS: dict[str, Callable[..., Any]] = {  # also of the models inside that generate
     REORDER_CACHE: methods.reorder_cache,
@@ -107,15 +110,10 @@ def wrap(
             without attention; or the whole model does not return the right outputs with streams. The model is then
             unchanged.
     """
-    config = ParScaleConfig.from_arguments(
-        num_streams,
-        prefix_length=prefix_length,
-        smoothing=smoothing,
-        init=init,
-        seed=seed,
-        transform=transform,
-        rank=rank,
-        kv=kv,
+    config = (
+        num_streams
+        if isinstance(num_streams, ParScaleConfig)
+        else ParScaleConfig(num_streams, prefix_length, smoothing, init, seed, transform, rank, kv)
     )
     with _restored_on_failure(model):
         state = attach(model, kernels)
@@ -214,7 +212,7 @@ def attach(model: Any, kernels: Impl = "auto") -> ParScaleState:
         for generator in state.generators:
             for member, function in GENERATOR_MEMBERS.items():
                 setattr(generator, member, _bound(function, model, generator))
-        choosing.show_num_streams()
+        show_on_models("num_streams", choosing.NumStreams())
         if model.can_generate():
             model.generate = _bound(methods.generate, model)
         extend_peft()

@@ -4,10 +4,10 @@
 - `cache_seam`: layers without that lookup: their cache adds the prefix
 - `flash`: the prefix with flash-attention
 - `shared`: streams that share the keys and values of stream 0
-- `projections`: these projected for stream 0 alone
+- `projections`: these projected and cached for stream 0 alone
 - `grouped`: attention without repeated keys and values, for exported graphs
 - `functions`: the common parts of these
-- `masks`: room for the prefix in masks
+- `masks`: room for the prefix in masks, and the parts of them that streams need
 - `positions`: positions of left-padded texts
 - `rotary`: tables of sines and cosines
 - `caches`: the caches that callers pass to a backbone

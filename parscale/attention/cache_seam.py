@@ -17,7 +17,6 @@ T prefix tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from parscale.compat.transformers import alibi_function, attn_implementation, ca
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
+from parscale.streams.backbones import argument_names, takes_argument
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
 from parscale.streams.layer_specs import AttentionLayer
 from parscale.streams.state import ParScaleState
@@ -77,7 +77,7 @@ class PrefixCache:
 
 
 class CachedAttention:
-    """The hooks on one attention layer.
+    """The hook on one attention layer, and its causal tables.
 
     Args:
         state: the streams of the model that the layer belongs to.
@@ -89,12 +89,12 @@ class CachedAttention:
         self.state = state
         self.part = part
         self.module = module
-        self.parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.parameters = argument_names(module)
         self.cache_argument = next(name for name in LAYER_CACHES if name in self.parameters)
         self.trial: Prefix | None = None  # a prefix of no set, to test whether the layer accepts one
         self.tables = [name for name, buffer in module.named_buffers(recurse=False) if is_causal_table(buffer)]
         self.rotation: RotaryTable | None = None  # the table of RoFormer's sines and cosines
-        self.hooks: list[Any] = [module.register_forward_pre_hook(self.before, with_kwargs=True)]
+        self.hook = module.register_forward_pre_hook(self.before, with_kwargs=True)
         for name in self.tables:
             vars(module)[name] = _CausalTable(self, module, name)  # found before the buffer, which stays
 
@@ -118,9 +118,8 @@ class CachedAttention:
         return tuple(arguments.pop(name) for name in names), arguments
 
     def remove(self) -> None:
-        """Removes the hooks and the tables."""
-        for hook in self.hooks:
-            hook.remove()
+        """Removes the hook and the tables."""
+        self.hook.remove()
         for name in self.tables:
             vars(self.module).pop(name, None)
 
@@ -361,7 +360,7 @@ def attach_caches(state: ParScaleState, parts: list[Any]) -> list[AttentionLayer
     finally:
         for attention, _ in hooked:
             attention.trial = None
-    state.hooks += [hook for attention, _ in hooked for hook in attention.hooks]
+    state.hooks += [attention for attention, _ in hooked]
     return [layer for _, layer in hooked]
 
 
@@ -376,9 +375,7 @@ def _record_layers(state: ParScaleState, parts: list[Any]) -> list[tuple[CachedA
 
     def find(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         if id(module) in candidates:  # else in another part
-            found[id(module)] = AttentionLayer(
-                names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
-            )
+            found[id(module)] = AttentionLayer.of(names[id(module)], module, key, value)
 
     if candidates:
         try:
@@ -397,4 +394,4 @@ def _record_layers(state: ParScaleState, parts: list[Any]) -> list[tuple[CachedA
 def _takes_cache(module: nn.Module) -> bool:
     if isinstance(module, (PreTrainedModel, nn.ModuleList)):
         return False
-    return any(name in inspect.signature(type(module).forward).parameters for name in LAYER_CACHES)
+    return any(takes_argument(module, name) for name in LAYER_CACHES)

@@ -18,6 +18,7 @@ from parscale.distributed.parallel import tensor_parallel_mesh
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import TRIAL_TOKENS, inner_modules, input_device
 from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
+from parscale.streams.calls import Recorder
 from parscale.streams.layer_specs import AttentionLayer, Hidden
 from parscale.streams.naming import is_of_streams
 from parscale.streams.state import ParScaleState
@@ -50,20 +51,16 @@ def attach_attention(state: ParScaleState) -> None:
             module.config.borrow(lender)
             return
         seen.append((module, key))
-        found[id(module)] = AttentionLayer(
-            names[id(module)], module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device
-        )
+        found[id(module)] = AttentionLayer.of(names[id(module)], module, key, value)
 
     try:
-        with state.calls.recording(record):
-            state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
+        _run_recorded(state, record)
         for module in _over_depth(state, found.values()):
             del found[id(module)]
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise _as_unsupported(state, error) from error
-    state.measured = _weights(state)
     for module in candidates:
         if id(module) not in found and module.config.lender is None:
             module.config = module.config.original
@@ -125,8 +122,7 @@ def measure(state: ParScaleState) -> None:
 
     A model can be moved, cast, offloaded or given its memory (`to_empty`) after its layers were found.
     """
-    weights = _weights(state)
-    if weights == state.measured:
+    if _weights(state) == state.measured:
         return
     layers = {id(layer.module): layer for layer in state.layers}
 
@@ -135,9 +131,14 @@ def measure(state: ParScaleState) -> None:
         if layer is not None:  # a layer that uses another's keys is not recorded
             layer.dtype, layer.device = key.dtype, key.device
 
+    _run_recorded(state, record)
+
+
+def _run_recorded(state: ParScaleState, record: Recorder) -> None:
+    """Records the keys of a brief run by `record`, and in the state its hidden states and the weights it ran with."""
     with state.calls.recording(record):
         state.hidden = [Hidden(x.shape[-1], x.dtype, x.device) for x in run_briefly(state)]
-    state.measured = weights
+    state.measured = _weights(state)
 
 
 def _weights(state: ParScaleState) -> list[tuple[torch.dtype, torch.device]]:
@@ -167,9 +168,10 @@ def detach_attention(state: ParScaleState) -> None:
             module.config = module.config.original
 
 
-def number_of_attention_layers(state: ParScaleState) -> int:
-    """The number of layers that attend to a prefix, their own or that of another layer."""
-    return len(registered_layers(state.backbone)) or len(state.layers)
+def has_layers_without_keys(state: ParScaleState) -> bool:
+    """Whether some layers of the backbone attend to no prefix, neither their own nor that of another layer."""
+    number = len(registered_layers(state.backbone)) or len(state.layers)
+    return number < state.model.config.get_text_config().num_hidden_layers
 
 
 def _same_keys(keys: torch.Tensor, other: torch.Tensor) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from parscale.attention.functions import AttentionFunction, eager_function
+from parscale.attention.functions import AttentionFunction, Result, eager_function
 from parscale.attention.masks import Memo, once
-from parscale.compat.transformers import attention_functions, attn_implementation, flash_dtype
+from parscale.compat.transformers import ATTENTION_FUNCTIONS, attn_implementation, flash_dtype
 from parscale.kernels.prefix import prepend
 
 
@@ -48,7 +48,7 @@ def flash_with_prefix(
     prefix_v: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """Calls `plain_attention` with the prefix `(P, G, T, D)` before the keys and values.
 
     A layer whose sliding window is shorter than T + K runs through `sdpa` (or `eager`, for caps or sinks) with an
@@ -112,10 +112,7 @@ def packed_documents(memo: Memo, kwargs: dict[str, Any], B: int, S: int, K: int)
         return None
     source: Any = positions if given is None else given
     find = _where_positions_restart if given is None else _between
-    if torch.compiler.is_compiling():
-        return find(source)
-    found: Documents | None = once(memo, "documents", source, lambda: find(source))
-    return found
+    return once(memo, "documents", source, lambda: find(source))
 
 
 def _where_positions_restart(positions: torch.Tensor) -> Documents | None:
@@ -143,7 +140,7 @@ def _packed(
     prefix_v: torch.Tensor,
     documents: Documents,
     kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """Runs each document of each stream as its own sequence, with its own copy of the prefix before its keys."""
     P, S, T = query.shape[0], query.shape[2], prefix_k.shape[2]
 
@@ -181,7 +178,7 @@ def _with_mask(
     """Runs `sdpa`, or the layer's eager function for caps and sinks, which `sdpa` does not support."""
     dtype = flash_dtype(query, module)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
-    function = attention_functions()["sdpa"]
+    function = ATTENTION_FUNCTIONS["sdpa"]
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         function = eager_function(module.layer, attn_implementation(module.config))
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from parscale.compat.transformers import attention_functions, eager_attention
+from parscale.compat.transformers import ATTENTION_FUNCTIONS, eager_attention
 from parscale.distributed.parallel import gather_heads
 from parscale.streams.state import ParScaleState
 
-AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Result = tuple[torch.Tensor, torch.Tensor | None]  # the output, and the weights if the implementation has them
+AttentionFunction = Callable[..., Result]
 
 
 def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -29,10 +30,7 @@ def record(state: ParScaleState, module: nn.Module, key: torch.Tensor, value: to
 
 def backbone_function(module: nn.Module, name: str) -> AttentionFunction:
     """The function that the layer would call without streams."""
-    functions = attention_functions()
-    if name in functions:
-        return functions[name]
-    return eager_function(module, name)
+    return ATTENTION_FUNCTIONS[name] if name in ATTENTION_FUNCTIONS else eager_function(module, name)
 
 
 def eager_function(module: nn.Module, name: str) -> AttentionFunction:

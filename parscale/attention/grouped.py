@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from parscale.compat.transformers import mask_functions
+from parscale.compat.transformers import MASK_FUNCTIONS
 
 GROUPED = "grouped"  # the implementation's name
 
@@ -19,8 +19,7 @@ GROUPED = "grouped"  # the implementation's name
 def register_grouped() -> None:
     """Lets `set_attn_implementation(GROUPED)` choose `grouped_attention`, with the masks of `"sdpa"`."""
     AttentionInterface.register(GROUPED, grouped_attention)
-    masks = mask_functions()
-    masks.register(GROUPED, masks["sdpa"])
+    MASK_FUNCTIONS.register(GROUPED, MASK_FUNCTIONS["sdpa"])
 
 
 def grouped_attention(

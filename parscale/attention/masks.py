@@ -1,4 +1,4 @@
-"""Adds T leading columns for the prefix, visible to every query, to attention masks."""
+"""Masks for streams: room for the prefix, the rows of stream 0, the last queries; each made once for all layers."""
 
 from __future__ import annotations
 
@@ -99,9 +99,12 @@ def once(memo: Memo, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[
 
     A model on several devices copies the mask for each layer of the others.
     """
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(mask, torch.Tensor):
+        return make()  # the compiler shares the result
     key = kind, id(mask)
     entry = memo.get(key)
-    if torch.compiler.is_compiling():  # without weak references, which it does not know
+    if compiling:  # without weak references, which it does not know
         entry = memo[key] = (None, make()) if entry is None else entry
     elif entry is None or entry[0]() is not mask:
         entry = memo[key] = (weakref.ref(mask, lambda _: memo.pop(key, None)), make())
@@ -124,13 +127,13 @@ def extended_mask(memo: Memo, mask: Mask, prefix_length: int, num_rows: int) -> 
     """
     if mask is None:
         return None
-    if isinstance(mask, torch.Tensor) and torch.compiler.is_compiling():
-        return extend_dense_mask(mask, prefix_length)  # the compiler shares the result
-    if isinstance(mask, BlockMask):
-        block_mask: Mask = once(memo, "extended", mask, lambda: extend_block_mask(mask, prefix_length, num_rows))
-        return block_mask
-    extended: Mask = once(memo, "extended", mask, lambda: extend_dense_mask(mask, prefix_length))
-    return extended
+
+    def extend() -> Mask:
+        if isinstance(mask, torch.Tensor):
+            return extend_dense_mask(mask, prefix_length)
+        return extend_block_mask(mask, prefix_length, num_rows)
+
+    return once(memo, "extended", mask, extend)
 
 
 def visible_lengths_once(memo: Memo, mask: torch.Tensor) -> torch.Tensor:
@@ -140,10 +143,7 @@ def visible_lengths_once(memo: Memo, mask: torch.Tensor) -> torch.Tensor:
         memo: as in `extended_mask`.
         mask: dense.
     """
-    if torch.compiler.is_compiling():
-        return visible_lengths(mask)  # the compiler shares the result
-    lengths: torch.Tensor = once(memo, "lengths", mask, lambda: visible_lengths(mask))
-    return lengths
+    return once(memo, "lengths", mask, lambda: visible_lengths(mask))
 
 
 def lengths_for_kernel(
@@ -171,8 +171,6 @@ def rows_of_mask(memo: Memo, mask: Mask, num_rows: int) -> Mask:
     """
     if mask is None or mask.shape[0] in (1, num_rows):
         return mask
-    if torch.compiler.is_compiling():
-        return mask[:num_rows]
 
     def first_rows() -> Mask:
         if isinstance(mask, torch.Tensor):
@@ -181,8 +179,7 @@ def rows_of_mask(memo: Memo, mask: Mask, num_rows: int) -> Mask:
         piece.mask_mod = mask.mask_mod  # the first rows keep their indices
         return piece
 
-    rows: Mask = once(memo, "rows", mask, first_rows)
-    return rows
+    return once(memo, "rows", mask, first_rows)
 
 
 def last_queries_of_mask(
@@ -207,5 +204,4 @@ def last_queries_of_mask(
         piece = _alone(mask)[:, :, -positions:] if mask.ndim == 4 else mask
         return piece if rows is None else piece[rows.to(piece.device)]
 
-    queries: Mask = once(memo, "last", mask, last)
-    return queries
+    return once(memo, "last", mask, last)

@@ -15,7 +15,6 @@ Shapes: R = P*B rows, stream-major; S query tokens.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 
 from parscale.attention.masks import leading_zeros
 from parscale.compat.arguments import by_name, given_cache
-from parscale.streams.backbones import has_learned_positions
+from parscale.streams.backbones import argument_names, has_learned_positions, takes_argument
 from parscale.streams.state import ParScaleState
 
 
@@ -49,12 +48,13 @@ class RowPositions:
     def attach(self) -> None:
         """Hooks the modules around the backbone."""
         backbone = self.state.backbone
+        if backbone not in self.counting:
+            return
         for module in self.state.model.modules():
-            if module is backbone or not isinstance(module, PreTrainedModel) or backbone not in self.counting:
+            if module is backbone or not isinstance(module, PreTrainedModel):
                 continue
-            parameters = list(inspect.signature(module.forward).parameters)
             if module.get_output_embeddings() is None and any(part is backbone for part in module.modules()):
-                enter = functools.partial(self._enter, parameters)
+                enter = functools.partial(self._enter, argument_names(module))
                 self.hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
@@ -118,4 +118,4 @@ def _hidden_columns(mask: object) -> torch.Tensor | None:
 
 def _counts_positions(part: nn.Module) -> bool:
     """Whether a backbone or its encoder takes positions, and has no learned embeddings for them."""
-    return "position_ids" in inspect.signature(part.forward).parameters and not has_learned_positions(part)
+    return takes_argument(part, "position_ids") and not has_learned_positions(part)

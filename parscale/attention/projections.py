@@ -2,7 +2,7 @@
 
 An attention layer projects P*B rows, and only B of them are read. The linear layers that make nothing but keys and
 values get stream 0's rows alone. Their results are repeated for the other streams: nobody reads the copies, but the
-layer's own code needs as many rows as before.
+layer's own code needs as many rows as before. The layer's cache gets stream 0's rows alone too.
 
 Whether a linear layer makes nothing else is found out by names and an experiment: noise on the other rows of its result
 must change nothing, to the last bit. Where queries come out of the same layer (GPT-2, Phi-3), nothing is saved.
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Conv1D, DynamicCache
+from transformers import Cache, Conv1D, DynamicCache, EncoderDecoderCache
 
 from parscale.attention.registered import registered_layers
-from parscale.attention.shared import SharedLayers
-from parscale.streams.backbones import cache_argument, input_device, ordinary_tokens
-from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error
+from parscale.attention.shared import SharedCache
+from parscale.compat.arguments import by_name
+from parscale.streams.backbones import argument_names, cache_argument, input_device, ordinary_tokens
+from parscale.streams.brief_runs import examining, in_this_thread, is_machine_error
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -33,8 +34,8 @@ NOISE = 10.0
 ROWS = 2  # of the input of the experiment
 
 
-class SharedProjections:
-    """The hooks on linear layers that project keys and values, by which they see the rows of stream 0 alone.
+class SharedHooks:
+    """The hooks by which a set's caches keep the rows of stream 0 alone, and projections of keys and values see them.
 
     Args:
         state: of the model.
@@ -45,10 +46,18 @@ class SharedProjections:
         self.state = state
         self.streams = streams
         self.hooks: list[Any] = []
+        self.parameters: dict[type, list[str]] = {}  # for each class of layers, the parameter names of its forward
 
-    def attach(self, modules: dict[nn.Module, bool]) -> None:
-        """Hooks those of the projections that `find_projections` found which can be given fewer rows."""
-        for module in (module for module, narrowed in modules.items() if narrowed):
+    def attach(self, projections: dict[nn.Module, bool]) -> None:
+        """Hooks the attention layers, and those of the projections that can be given fewer rows.
+
+        Args:
+            projections: as `find_projections` found them.
+        """
+        for layer in registered_layers(self.state.backbone):
+            self.parameters[type(layer)] = argument_names(layer)
+            self.hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+        for module in (module for module, narrowed in projections.items() if narrowed):
             self.hooks += [module.register_forward_pre_hook(self._narrow), module.register_forward_hook(self._repeat)]
 
     def detach(self) -> None:
@@ -56,6 +65,24 @@ class SharedProjections:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before an attention layer: its cache keeps the rows of stream 0."""
+        call = self.state.call
+        if call.in_flight is not self.streams or call.passes is not None:
+            return None
+        names = self.parameters[type(module)][: len(args)]
+        arguments = by_name(names, args, kwargs)
+        name = next((name for name, value in arguments.items() if isinstance(value, Cache)), None)
+        if name is None:
+            return None
+        cache = arguments[name]
+        if isinstance(cache, EncoderDecoderCache):  # of a decoder that also has cross-attention
+            cache = cache.self_attention_cache
+        arguments[name] = SharedCache(cache, self.streams.num_streams)
+        return tuple(arguments.pop(name) for name in names), arguments
 
     def _running(self, states: torch.Tensor) -> int:
         """How many streams the pass runs; 1 where it is none of this set, and where narrowing costs more than it saves.
@@ -97,13 +124,16 @@ def find_projections(state: ParScaleState, streams: StreamSet) -> dict[nn.Module
     }
     if not whole or not modules or input_device(state.model).type == "meta":
         return {}
-    with backbone_only(state), state.calls.choosing(streams), state.calls.unmixed():
+    with examining(state), state.calls.choosing(streams), state.calls.unmixed():
         try:
-            return modules if _are_not_read(state, streams, modules) and _narrow_fits(state, streams, modules) else {}
+            if not _are_not_read(state, streams, modules):
+                return {}
+            _try_narrow(state, streams, modules)
         except Exception as error:  # whatever the backbone does with noise, or with keys of fewer rows
             if is_machine_error(error):
                 raise
             return {}
+    return modules
 
 
 def _are_not_read(state: ParScaleState, streams: StreamSet, modules: Iterable[nn.Module]) -> bool:
@@ -116,29 +146,24 @@ def _are_not_read(state: ParScaleState, streams: StreamSet, modules: Iterable[nn
     expected = _read(state, 3)
     with contextlib.ExitStack() as disturbed:
         for module in modules:
-            disturbed.callback(module.register_forward_hook(in_this_thread(disturb)).remove)
+            disturbed.enter_context(module.register_forward_hook(in_this_thread(disturb)))
         return torch.equal(_read(state, 3), expected)
 
 
-def _narrow_fits(state: ParScaleState, streams: StreamSet, modules: dict[nn.Module, bool]) -> bool:
-    """Whether the backbone runs with a cache while the layers see fewer rows; unknown errors are raised."""
-    narrow, layers = SharedProjections(state, streams), SharedLayers(state, streams)
-    name = cache_argument(state.backbone)
+def _try_narrow(state: ParScaleState, streams: StreamSet, modules: dict[nn.Module, bool]) -> None:
+    """Runs the backbone with a cache while the layers see fewer rows; what it raises is passed on."""
+    hooks, name = SharedHooks(state, streams), cache_argument(state.backbone)
     assert name is not None
     try:
-        narrow.attach(modules)
-        layers.attach(registered_layers(state.backbone))
+        hooks.attach(modules)
         cache = DynamicCache(config=state.backbone.config)
         for length in (2, 1):
             _read(state, length, use_cache=True, **{name: cache})
     finally:
-        narrow.detach()
-        layers.detach()
-    return True
+        hooks.detach()
 
 
 def _read(state: ParScaleState, length: int, **arguments: Any) -> torch.Tensor:
     words = ordinary_tokens(state.model, ROWS * length)
     ids = torch.tensor(words, device=input_device(state.model)).view(ROWS, length)
-    hidden: torch.Tensor = state.backbone(input_ids=ids, **({"use_cache": False} | arguments))[0]
-    return hidden
+    return state.backbone(input_ids=ids, **({"use_cache": False} | arguments))[0]

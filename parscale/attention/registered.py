@@ -23,17 +23,17 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedConfig
 
 from parscale.attention.flash import flash_with_prefix
-from parscale.attention.functions import AttentionFunction, backbone_function, record
+from parscale.attention.functions import AttentionFunction, Result, backbone_function, record
 from parscale.attention.grouped import GROUPED
 from parscale.attention.masks import extended_mask, keep_sizes_static, lengths_for_kernel
 from parscale.attention.shared import attend_to_shared, keys_of_pass
 from parscale.compat.transformers import (
+    ATTENTION_FUNCTIONS,
+    MASK_FUNCTIONS,
     ConfigView,
-    attention_functions,
     attn_implementation,
     compares_implementation,
     is_flash,
-    mask_functions,
 )
 from parscale.distributed.offloading import parameter_of
 from parscale.kernels import causal_attention, decode_attention, flash_supports
@@ -99,7 +99,7 @@ class AttentionConfig(ConfigView):
         if call.in_flight is None and call.recorder is None and call.passes is None:
             return true_name
         name = NAME_PREFIX + true_name
-        if name not in attention_functions():
+        if name not in ATTENTION_FUNCTIONS:
             AttentionInterface.register(name, functools.partial(prefix_attention, true_name))
         return _BothNames(true_name) if self.compared else name
 
@@ -134,7 +134,7 @@ def prefix_attention(
     value: torch.Tensor,
     attention_mask: Any,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """Attention over `[prefix of stream p | cache | new tokens]`, computed by the backbone's own implementation.
 
     Args:
@@ -192,7 +192,7 @@ def prefix_attention(
     return _with_prefix(state, name, layer, query, key, value, *prefix, attention_mask, **kwargs)
 
 
-def _plain_attention(name: str, layer: Any) -> functools.partial[tuple[torch.Tensor, torch.Tensor | None]]:
+def _plain_attention(name: str, layer: Any) -> functools.partial[Result]:
     """The backbone's own attention of a layer: `(query, key, value, mask, **kwargs)`."""
     module = layer.layer if isinstance(layer, _UngroupedView) else layer
     # a flash-attention function reads the implementation's name from the layer's configuration
@@ -211,7 +211,7 @@ def _with_prefix(
     prefix_v: torch.Tensor,
     attention_mask: Any,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """Attention of P*B rows with keys of their own, and P prefixes `(P, G, T, D)`."""
     tensors = (query, key, value, prefix_k, prefix_v)
     if name == "sdpa" and not _is_special(kwargs):
@@ -278,11 +278,11 @@ def _dense_attention(
     prefix_v: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """For `eager`, `sdpa` and functions with their interface: a mask over `(S, K)`, or none."""
     T, S = prefix_k.shape[2], query.shape[2]
     if attention_mask is None and causal and S > 1:
-        if name in mask_functions():  # others are never given a mask
+        if name in MASK_FUNCTIONS:  # others are never given a mask
             # The mask that was left out stands for the causal one over the first S keys (a static cache is longer).
             key, value = key[:, :, :S], value[:, :, :S]
         # A mask that leaves room for the prefix would lose the causal fast path; T zero queries in front keep it.

@@ -69,9 +69,7 @@ def rotation_moved(backbone: nn.Module, by: int) -> Iterator[None]:
         return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
 
     rotary = [module for module in backbone.modules() if "Rotary" in type(module).__name__]
-    hooks = [module.register_forward_pre_hook(moved, with_kwargs=True) for module in rotary]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in rotary:
+            hooks.enter_context(module.register_forward_pre_hook(moved, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

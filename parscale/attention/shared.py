@@ -13,26 +13,21 @@ heads; D head size; T prefix tokens.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache
 
+from parscale.attention.functions import AttentionFunction, Result
 from parscale.attention.masks import Mask, Memo, last_queries_of_mask, lengths_for_kernel, rows_of_mask
-from parscale.compat.arguments import by_name
 from parscale.kernels import flash_supports, shared_causal_attention, shared_decode_attention
 from parscale.kernels.decode_attention import fits_fused
 from parscale.streams.calls import CallState
 from parscale.streams.passes import TwoPasses
-from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
 SLICED = ("eager", "sdpa")  # implementations, beside flash attention, whose masks have a row for each query
-
-Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class SharedCache:
@@ -88,50 +83,6 @@ class SeenTokens(DynamicCache):
         return key_states, value_states
 
 
-class SharedLayers:
-    """Hooks on attention layers that keep only the rows of stream 0 in the caches of a set.
-
-    Args:
-        state: the model's state.
-        streams: the set.
-    """
-
-    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
-        self.state = state
-        self.streams = streams
-        self.hooks: list[Any] = []
-        self.parameters: dict[type, list[str]] = {}  # for each class of layers, the parameter names of its forward
-
-    def attach(self, modules: list[nn.Module]) -> None:
-        """Adds hooks to the attention layers that take a cache."""
-        for module in modules:
-            self.parameters[type(module)] = list(inspect.signature(type(module).forward).parameters)[1:]
-            self.hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-
-    def detach(self) -> None:
-        """Removes the hooks."""
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
-
-    def _before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = self.state.call
-        if call.in_flight is not self.streams or call.passes is not None:
-            return None
-        names = self.parameters[type(module)][: len(args)]
-        arguments = by_name(names, args, kwargs)
-        name = next((name for name, value in arguments.items() if isinstance(value, Cache)), None)
-        if name is None:
-            return None
-        cache = arguments[name]
-        if isinstance(cache, EncoderDecoderCache):  # of a decoder that also has cross-attention
-            cache = cache.self_attention_cache
-        arguments[name] = SharedCache(cache, self.streams.num_streams)
-        return tuple(arguments.pop(name) for name in names), arguments
-
-
 def can_slice(implementation: str) -> bool:
     """Whether the masks of an attention implementation can be cut to the last queries."""
     return implementation in SLICED or "flash" in implementation
@@ -178,8 +129,8 @@ def keys_of_pass(
 
 def attend_to_shared(
     state: ParScaleState,
-    attend_with_prefix: Callable[..., Result],
-    plain_attention: Callable[..., Result],
+    attend_with_prefix: AttentionFunction,
+    plain_attention: AttentionFunction,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -65,12 +65,15 @@ def add(
         streams.transform.parameter_specs()  # raises an error if there are none
     state.sets[name] = streams
     try:
-        _make_parameters(state, streams)
-        _give_values(state, streams, calibration, tensors)
         if streams.num_streams > 1:
-            streams.transform.attach()
+            _make_parameters(state, streams)
+            _give_values(state, streams, calibration, tensors)
+            streams.transform.add_hooks()
+            streams.transform.try_out()
             if tensors is None:  # streams of a checkpoint were tried when they were made
                 try_whole_model(state, streams)
+        elif tensors is not None:
+            fill(state, streams, tensors)  # one stream has no tensors
         if state.adapters is not None:
             state.adapters.cover(streams)
     except BaseException:
@@ -122,15 +125,12 @@ def _check_parallel(state: ParScaleState, streams: StreamSet) -> None:
 
 def _make_parameters(state: ParScaleState, streams: StreamSet) -> None:
     """Adds the set's parameters, filled with zeros, and an aggregator for each part whose streams are mixed."""
-    P = streams.num_streams
-    if P == 1:
-        return
     for spec in streams.transform.parameter_specs():
         zeros = torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
         spec.module.register_parameter(streams.own_name(spec.name), nn.Parameter(zeros))
         keep_on_device(spec.module, streams.own_name(spec.name))
     for part, (size, dtype, device) in zip(state.mixed, state.hidden, strict=True):
-        aggregator = Aggregator(P, size, streams.config.smoothing, dtype=dtype, device=device)
+        aggregator = Aggregator(streams.num_streams, size, streams.config.smoothing, dtype=dtype, device=device)
         aggregator.train(part.training)
         part.add_module(streams.aggregator_name, aggregator)
 
@@ -155,8 +155,6 @@ def _give_values(
 
 def _distribute(state: ParScaleState, streams: StreamSet, mesh: DeviceMesh) -> None:
     """Replicates a new set's parameters, in place, on every process of a tensor-parallel model."""
-    if streams.num_streams == 1:
-        return
     for layer in state.layers:
         for name in (streams.key_name, streams.value_name):
             distribute_parameter(layer.module, name, mesh, by_heads=layer.mesh is not None)

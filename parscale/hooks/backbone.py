@@ -34,7 +34,7 @@ from parscale.streams.state import ParScaleState
 from parscale.streams.trainability import unfreeze_outside_of_blocks
 from parscale.transforms.prompt import TOKEN_COUNTS
 
-CALLER = 6  # frames from a hook of `load_state_dict` to its caller
+STACKLEVEL = 6  # frames from a hook of `load_state_dict` to its caller
 REPLICA = "parscale_replica"  # on a copy of a backbone or an encoder by nn.DataParallel: the original, and the set
 
 
@@ -51,20 +51,19 @@ class BackboneHooks:
     def attach(self) -> None:
         """Registers the hooks and stores their handles in `state.hooks`."""
         state = self.state
+        hooks: list[Any] = []
         for part in state.parts:
             watch_replicas(part, functools.partial(self._replicate, part))
-        hooks: list[Any] = []
+            hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
         if state.model is not state.backbone:
             hooks.append(state.model.register_forward_hook(self._join_router_logits))
         hooks.append(state.model.register_load_state_dict_pre_hook(self._load_into_active))
         for part in state.mixed:
-            hooks.append(part.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
             hooks.append(part.register_forward_hook(self._mix_streams))
             pooler = getattr(part, "pooler", None)
             if isinstance(pooler, nn.Module):
                 hooks.append(pooler.register_forward_pre_hook(self._mix_before_pooling))
         if state.encoder is not None:
-            hooks.append(state.encoder.register_forward_pre_hook(self._copy_to_streams, with_kwargs=True))
             hooks.append(state.encoder.register_forward_hook(self._mark_encoded))
         hooks += TwoPassHooks(state).attach()
         state.hooks += hooks
@@ -81,7 +80,7 @@ class BackboneHooks:
         streams = None if streams is None or P == 1 else state.in_use(streams)
         call.begin(streams)
         if part is not state.encoder:
-            call.enter(part, module)
+            call.part, call.running = part, module
         if torch.is_grad_enabled():
             is_compiled = torch.compiler.is_compiling()
             if not is_compiled:
@@ -238,7 +237,7 @@ class BackboneHooks:
                 f"This state dict holds streams alone, under the names of the set {DEFAULT_SET!r}, and is loaded into "
                 f"the active set, {streams.name!r}; {DEFAULT_SET!r} stays as it is. If that is not what you want, call "
                 f"set_streams({DEFAULT_SET!r}) before you load.",
-                stacklevel=CALLER,
+                stacklevel=STACKLEVEL,
             )
 
 

@@ -48,7 +48,7 @@ def measure_streams(
     rows, uncertainty = [], []
     for row, target in enumerate(targets):  # one at a time: a float32 copy of all logits may be large
         predicted = by_stream[:, row, :-1].transpose(1, 2)  # (P or P + 1, V, S - 1)
-        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         first = predicted[0].detach().softmax(0)  # (V, S - 1)
         uncertainty.append(torch.special.entr(first).sum(0))
         repeated = target.expand(len(predicted), -1)
@@ -74,9 +74,5 @@ def _streams_apart(model: Any, mixture: bool) -> Iterator[list[torch.Tensor]]:
         if mixture:
             output.last_hidden_state = torch.cat([hidden, aggregator(hidden, impl=state.kernels)])
 
-    hook = state.backbone.register_forward_hook(weigh)  # runs after the streams' own
-    try:
-        with state.calls.unmixed():
-            yield captured
-    finally:
-        hook.remove()
+    with state.backbone.register_forward_hook(weigh), state.calls.unmixed():  # the hook runs after the streams' own
+        yield captured

@@ -7,7 +7,6 @@ backbone was given, a second encoder may have no streams, a loss may be computed
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from parscale.compat.arguments import TEXT
+from parscale.compat.patching import replaced
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import input_device, input_of, main_input, ordinary_tokens
-from parscale.streams.brief_runs import backbone_only, in_this_thread, is_machine_error, one_line, running_kernels
+from parscale.streams.backbones import argument_names, input_device, input_of, main_input, ordinary_tokens
+from parscale.streams.brief_runs import examining, in_this_thread, is_machine_error, unsupported
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -47,7 +47,7 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
     model, name = state.model, type(state.model).__name__
     if input_device(model).type == "meta":
         return
-    with backbone_only(state):
+    with examining(state):
         runs = ((arguments, _output(model, arguments)) for arguments in _inputs(model))
         arguments, plain = next((run for run in runs if isinstance(run[1], ModelOutput)), ({}, None))
         if plain is None:
@@ -55,18 +55,13 @@ def try_whole_model(state: ParScaleState, streams: StreamSet) -> None:
         labels = _labels(model, plain)
         if labels and _output(model, arguments | labels) is None:
             labels = {}
-        try:
-            # so that no kernel is compiled for a text this short
-            with state.calls.choosing(streams), running_kernels(state, "reference"):
-                mixed = _disturbed(state, arguments | labels)
-        except Exception as error:  # whatever the model raises for its backbone's new output
-            if is_machine_error(error):
-                raise
-            raise UnsupportedModelError(
-                f"{name} as a whole does not run with streams, which are mixed in {type(state.backbone).__name__} "
-                f"({type(error).__name__}: {one_line(error)}): use another class of this architecture, such as its "
-                "base model (AutoModel)."
-            ) from error
+        refused = unsupported(
+            f"{name} as a whole does not run with streams, which are mixed in {type(state.backbone).__name__} ({{}}): "
+            "use another class of this architecture, such as its base model (AutoModel)."
+        )
+        # so that no kernel is compiled for a text this short
+        with refused, state.calls.choosing(streams), replaced(state, "kernels", "reference"):
+            mixed = _disturbed(state, arguments | labels)
     expected, found = _tensors(plain), _tensors(mixed)
     for key, tensor in expected.items():
         if key in found and found[key].shape != tensor.shape:
@@ -106,13 +101,13 @@ def _disturbed(state: ParScaleState, arguments: dict[str, Any]) -> Any:
 
     with contextlib.ExitStack() as hooks:
         for part in state.mixed:
-            hooks.callback(part.register_forward_hook(in_this_thread(disturb)).remove)
+            hooks.enter_context(part.register_forward_hook(in_this_thread(disturb)))
         return state.model(**arguments)
 
 
 def _inputs(model: Any) -> Iterator[dict[str, Any]]:
     """Small inputs of the kinds that the model's signature names, smallest first."""
-    device, names = input_device(model), {model.main_input_name, *inspect.signature(model.forward).parameters}
+    device, names = input_device(model), {model.main_input_name, *argument_names(model)}
     options = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in names}
     pieces: dict[str, torch.Tensor] = {}
     for part in model.modules():
@@ -148,7 +143,7 @@ def _ids(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _labels(model: Any, plain: Any) -> dict[str, torch.Tensor]:
     """Labels for the logits of the plain model, by their names in its signature."""
-    names, logits = inspect.signature(model.forward).parameters, plain.get("logits")
+    names, logits = argument_names(model), plain.get("logits")
     if "start_positions" in names and "start_logits" in plain:
         zeros = torch.zeros(plain["start_logits"].shape[0], dtype=torch.long, device=plain["start_logits"].device)
         return {"start_positions": zeros, "end_positions": zeros}

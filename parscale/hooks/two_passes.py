@@ -16,7 +16,6 @@ all streams in one batch.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from parscale.attention.shared import SeenTokens, can_slice
 from parscale.compat.arguments import ANY_ROWS, CACHES, NOT_COPIED, POSITIONS, by_name, given_cache
 from parscale.compat.transformers import attn_implementation, is_flash
 from parscale.hooks.rows import by_part, copy_rows
-from parscale.streams.backbones import cache_argument
+from parscale.streams.backbones import argument_names, cache_argument
 from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.state import ParScaleState
 
@@ -48,7 +47,7 @@ class TwoPassHooks:
     def __init__(self, state: ParScaleState) -> None:
         self.state = state
         self.generator = state.generators[-1]
-        self.parameters = list(inspect.signature(type(self.generator).forward).parameters)[1:]
+        self.parameters = argument_names(self.generator)
 
     def attach(self) -> list[Any]:
         """Registers the hooks and returns their handles."""

@@ -88,7 +88,7 @@ def find_parts(model: Any) -> Parts:
 
 def _side_by_side(model: Any, owner: Any) -> Parts:
     """The parts of a model with parallel encoders, held by `owner`; the backbone is the encoder of text."""
-    inputs = inspect.signature(owner.forward).parameters
+    inputs = argument_names(owner)
     children = [child for child in owner.children() if isinstance(child, PreTrainedModel)]
     towers = [child for child in children if main_input(child) in inputs]
     names = {main_input(child) for child in towers}
@@ -105,12 +105,12 @@ def _side_by_side(model: Any, owner: Any) -> Parts:
 def main_input(part: nn.Module) -> str:
     """The name of a part's main input: the one that its class declares, or else its first argument."""
     name: str | None = getattr(part, "main_input_name", None)
-    return name if name is not None and takes_argument(part, name) else _arguments(part)[0]
+    return name if name is not None and takes_argument(part, name) else argument_names(part)[0]
 
 
 def takes_argument(part: nn.Module, name: str) -> bool:
     """Whether a part takes an argument of this name."""
-    return name in _arguments(part)
+    return name in argument_names(part)
 
 
 def cache_argument(part: nn.Module) -> str | None:
@@ -118,7 +118,7 @@ def cache_argument(part: nn.Module) -> str | None:
     return next((name for name in CACHES if takes_argument(part, name)), None)
 
 
-def _arguments(part: nn.Module) -> list[str]:
+def argument_names(part: nn.Module) -> list[str]:
     """The arguments of its class's forward: another library may have replaced the object's own `forward`."""
     return list(inspect.signature(type(part).forward).parameters)[1:]
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from parscale.compat.bitsandbytes import four_bits_unpacked
 from parscale.compat.flash import flash_in_torch
+from parscale.compat.patching import replaced
 from parscale.compat.torch import fake_tensors, held_buffers, version_of
 from parscale.compat.transformers import experts_without_data_dependence
 from parscale.distributed.parallel import each_module_gathered
 from parscale.errors import IncompatibleVersionError, UnsupportedModelError
-from parscale.kernels.dispatch import Impl
 from parscale.streams.backbones import TRIAL_TOKENS, cuda_devices, input_device, input_of, takes_argument
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
@@ -51,7 +51,7 @@ def run_briefly(
     device = input_device(state.model)
     fake: Any = fake_tensors() if device.type == "meta" else contextlib.nullcontext()
     results = []
-    with backbone_only(state), fake, torch.set_grad_enabled(gradients), state.calls.choosing(streams):
+    with examining(state), fake, torch.set_grad_enabled(gradients), state.calls.choosing(streams):
         for part in state.mixed:
             arguments: dict[str, Any] = {}
             if state.encoder is not None:
@@ -77,12 +77,13 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def backbone_only(state: ParScaleState) -> Iterator[None]:
-    """In this block the plain backbone runs, in eval mode, without gradients; random state and buffers are restored.
+def examining(state: ParScaleState) -> Iterator[None]:
+    """In this block a model is examined: in eval mode, without gradients, without streams but those of `choosing`.
 
-    Nothing is compiled: compiling FlexAttention, which transformers does for each length, takes seconds. Where streams
-    run, `kernels="fused"` is as `"auto"`: it may be meant for a device that comes later. For the same reason
-    flash-attention runs in plain torch where it does not take the weights as they are.
+    Random state and buffers are restored afterwards. Nothing is compiled: compiling FlexAttention, which transformers
+    does for each length, takes seconds. Where streams run, `kernels="fused"` is as `"auto"`: it may be meant for a
+    device that comes later. For the same reason flash-attention runs in plain torch where it does not take the weights
+    as they are.
     """
     training = {module: module.training for module in state.model.modules()}
     experts: Any = contextlib.nullcontext()
@@ -97,7 +98,7 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
         with (
             flash_in_torch(state.model, input_device(state.model)),
             plain,
-            running_kernels(state, "auto" if state.kernels == "fused" else state.kernels),
+            replaced(state, "kernels", "auto" if state.kernels == "fused" else state.kernels),
             torch.no_grad(),
             own_draws,
             experts,
@@ -115,21 +116,26 @@ def backbone_only(state: ParScaleState) -> Iterator[None]:
             module.training = training.get(module, training[state.backbone])
 
 
-@contextlib.contextmanager
-def running_kernels(state: ParScaleState, impl: Impl) -> Iterator[None]:
-    """In this block the model's operations run with this `impl`, in all threads."""
-    kernels, state.kernels = state.kernels, impl
-    try:
-        yield
-    finally:
-        state.kernels = kernels
-
-
 def is_machine_error(error: BaseException) -> bool:
     """Whether an error comes from a device, its memory or a library, not from the model."""
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | IncompatibleVersionError):
         return True
     return isinstance(error, RuntimeError) and "memory" in str(error)  # the CPU's memory error has no class of its own
+
+
+@contextlib.contextmanager
+def unsupported(sentence: str) -> Iterator[None]:
+    """In this block an error that a model raises becomes an `UnsupportedModelError`.
+
+    Args:
+        sentence: its message, with `{}` in the place of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UnsupportedModelError) or is_machine_error(error):
+            raise
+        raise UnsupportedModelError(sentence.format(f"{type(error).__name__}: {one_line(error)}")) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -10,8 +10,8 @@ keep them apart:
   never leaves its thread. Layers that are recomputed in a backward pass may run in another thread, and carry the parts
   that they need.
 
-The context managers of `ThreadCalls` change the state for a block of code, `CallState.begin` and `CallState.enter` for
-a pass. Hooks store in it what other hooks of the same pass need.
+The context managers of `ThreadCalls` change the state for a block of code, `CallState.begin` for a pass. Hooks store in
+it what other hooks of the same pass need.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from parscale.compat.patching import replaced
 from parscale.streams.passes import Adaptive, TwoPasses
 from parscale.streams.sets import StreamSet
 
@@ -124,10 +125,6 @@ class CallState:
             block.enclosing is not before for before, block in zip([None, *blocks], blocks, strict=False)
         )
 
-    def enter(self, part: nn.Module, running: nn.Module) -> None:
-        """Records the mixed part that runs, and itself or its replica on another device."""
-        self.part, self.running = part, running
-
     def in_running_part(self, module: Any) -> Any:
         """The module's counterpart in the replica that this thread runs; the module itself without a replica."""
         if self.running is self.part:
@@ -157,17 +154,6 @@ class CallState:
         finally:
             for name, value in before.items():
                 setattr(self, name, value)
-
-
-@contextlib.contextmanager
-def _replaced(call: CallState, name: str, value: object) -> Iterator[None]:
-    """In this block an attribute of a call has another value."""
-    before = getattr(call, name)
-    setattr(call, name, value)
-    try:
-        yield
-    finally:
-        setattr(call, name, before)
 
 
 class _NotCopied:
@@ -207,11 +193,11 @@ class ThreadCalls(_NotCopied, threading.local):
 
     def recording(self, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
         """Calls in this block pass the keys and values of each attention layer to `recorder`."""
-        return _replaced(self.call, "recorder", recorder)
+        return replaced(self.call, "recorder", recorder)
 
     def unmixed(self) -> contextlib.AbstractContextManager[None]:
         """Calls in this block return the final hidden states of all streams, `(P*B, S, H)`."""
-        return _replaced(self.call, "aggregating", False)
+        return replaced(self.call, "aggregating", False)
 
     def adapting(self, adaptive: Adaptive) -> contextlib.AbstractContextManager[None]:
         """Calls in this block run streams 1 to P - 1 where the entropy of stream 0's prediction is above a threshold.
@@ -219,11 +205,11 @@ class ThreadCalls(_NotCopied, threading.local):
         Args:
             adaptive: holds the threshold, and counts.
         """
-        return _replaced(self.call, "adaptive", adaptive)
+        return replaced(self.call, "adaptive", adaptive)
 
     def in_one_batch(self) -> contextlib.AbstractContextManager[None]:
         """Calls in this block run all streams in one batch of P*B rows."""
-        return _replaced(self.call, "one_batch", True)
+        return replaced(self.call, "one_batch", True)
 
 
 def innermost_block(calls: ThreadCalls) -> StreamsBlock | None:

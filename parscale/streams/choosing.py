@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from parscale.compat.transformers import show_on_models
 from parscale.config import FIELDS
 from parscale.distributed.parallel import reshard
 from parscale.streams.calls import StreamsBlock, innermost_block
@@ -151,8 +150,11 @@ def _record(state: ParScaleState) -> None:
         setattr(state.model.config, field, value)
 
 
-class _NumStreams:
-    """`model.num_streams`: P of the active streams; 1 when they are off. Only wrapped models have it."""
+class NumStreams:
+    """`model.num_streams`: P of the active streams; 1 when they are off. Only wrapped models have it.
+
+    The active set depends on the calling thread, so it cannot be a plain attribute of the model.
+    """
 
     def __get__(self, model: Any, owner: type | None = None) -> Any:
         if model is None:
@@ -161,11 +163,3 @@ class _NumStreams:
         if state is None:
             raise AttributeError(f"{type(model).__name__} has no streams: parscale.wrap(model) gives it some.")
         return state.num_streams
-
-
-def show_num_streams() -> None:
-    """Adds `_NumStreams` to wrapped models.
-
-    The active set depends on the calling thread, so it cannot be a plain attribute of the model.
-    """
-    show_on_models("num_streams", _NumStreams())

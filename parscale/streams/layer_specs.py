@@ -41,6 +41,11 @@ class AttentionLayer:
     device: torch.device
     mesh: Any = None
 
+    @classmethod
+    def of(cls, name: str, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> AttentionLayer:
+        """The layer with the sizes of its keys `(R, G, K, D)` and values `(R, G, K, Dv)` in a pass."""
+        return cls(name, module, key.shape[1], key.shape[-1], value.shape[-1], key.dtype, key.device)
+
 
 @dataclasses.dataclass
 class Linear:

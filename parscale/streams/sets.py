@@ -79,12 +79,16 @@ class Transform:
     def add_hooks(self) -> None:
         """Adds the hooks of the transform to the model, once its parameters exist."""
 
-    def attach(self) -> None:
-        """Calls `add_hooks`."""
-        self.add_hooks()
-
     def detach(self) -> None:
         """Undoes `add_hooks`."""
+
+    def try_out(self) -> None:
+        """Tests whether the model runs with the transform, once its hooks are there.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+        raise NotImplementedError
 
     def longest_text(self) -> int | None:
         """The maximum number of tokens in a text that streams start from; `None`: any number."""

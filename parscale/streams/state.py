@@ -6,7 +6,6 @@ It is data only: making a `ParScaleState` changes nothing in the model. The hook
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from parscale.kernels.dispatch import Impl
 from parscale.streams.aggregator import TENSORS, Aggregator
-from parscale.streams.backbones import find_generators, find_parts
+from parscale.streams.backbones import argument_names, find_generators, find_parts
 from parscale.streams.calls import CallState, OpenBlocks, ThreadCalls, innermost_block
 from parscale.streams.layer_specs import AttentionLayer, Hidden, Linear
 from parscale.streams.naming import AGGREGATOR
@@ -67,7 +66,7 @@ class ParScaleState:
         names = {module: name for name, module in model.named_modules()}
         self.backbone_name = names[self.backbone]
         self.roots = [f"{names[part]}." if names[part] else "" for part in self.mixed]
-        self.positional = {part: list(inspect.signature(part.forward).parameters) for part in self.parts}
+        self.positional = {part: argument_names(part) for part in self.parts}
         self.kernels = kernels
         self.layers: list[AttentionLayer] = []
         self.without_layers = ""

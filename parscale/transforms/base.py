@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from parscale.errors import UnsupportedModelError
-from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
+import torch
+
+from parscale.attention.positions import RowPositions
+from parscale.streams.brief_runs import run_briefly, unsupported
 from parscale.streams.sets import StreamSet, Transform
 from parscale.streams.state import ParScaleState
 
 EXACT, FEW_BITS = 1e-3, 5e-2  # tolerances for equal results: in float32, and in shorter formats
+
+
+def difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest value of the second."""
+    return float((x - y).abs().max()) / max(float(y.abs().max()), 1e-30)
 
 
 class ModelTransform(Transform):
@@ -24,17 +31,8 @@ class ModelTransform(Transform):
 
     @property
     def tolerance(self) -> float:
-        """The largest relative difference of results that are equal but for rounding in the model's dtype."""
+        """The largest `difference` of results that are equal but for rounding in the model's dtype."""
         return FEW_BITS if self.state.hidden[0].dtype.itemsize < 4 else EXACT
-
-    def attach(self) -> None:
-        """Calls `add_hooks`, and tests that the model runs with the transform.
-
-        Raises:
-            UnsupportedModelError: it does not.
-        """
-        super().attach()
-        self.try_out()
 
     def try_out(self) -> None:
         """Tests whether the backbone runs with the streams.
@@ -42,18 +40,30 @@ class ModelTransform(Transform):
         Raises:
             UnsupportedModelError: it does not.
         """
-        try:
+        name, transform = type(self.state.model).__name__, self.streams.config.transform
+        with unsupported(f"{name} does not run with transform={transform!r} ({{}}): use another one."):
             run_briefly(self.state, streams=self.streams)
-        except Exception as error:  # whatever the backbone raises for unexpected input
-            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
-                raise
-            raise UnsupportedModelError(
-                f"{type(self.state.model).__name__} does not run with transform={self.streams.config.transform!r} "
-                f"({type(error).__name__}: {one_line(error)}): use another one."
-            ) from error
 
     def longest_text(self) -> int | None:
         """The number of positions that the configuration names; `None`, any number, if it names none."""
         config = self.state.model.config.get_text_config()
         names = ("max_position_embeddings", "max_target_positions")  # the latter: Whisper
         return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
+class CountingTransform(ModelTransform):
+    """A transform that counts each row's positions from its first real token."""
+
+    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
+        super().__init__(state, streams)
+        self._row_positions = RowPositions(state)
+
+    def add_hooks(self) -> None:
+        """Hooks the modules around the backbone."""
+        super().add_hooks()
+        self._row_positions.attach()
+
+    def detach(self) -> None:
+        """Removes the hooks."""
+        super().detach()
+        self._row_positions.detach()

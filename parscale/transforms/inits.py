@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from parscale.compat.deepspeed import whole_shape
 from parscale.config import FROM_TEXTS, TEXT_INITS, ParScaleConfig
 from parscale.streams.backbones import cuda_devices, generates_text, input_device
-from parscale.streams.brief_runs import backbone_only
+from parscale.streams.brief_runs import examining
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
 
@@ -36,19 +36,17 @@ def default_init(state: ParScaleState, config: ParScaleConfig) -> str:
     return "documents" if generates_text(state.model) and config.transform in FROM_TEXTS else "random"
 
 
-def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None = None) -> None:
+def initialize(state: ParScaleState, streams: StreamSet, calibration: torch.Tensor | None) -> None:
     """Fills the tensors of a new set of streams, by its `config.init` and `config.seed`.
 
     Args:
         state: the wrapped model's state.
-        streams: a set whose parameters exist.
+        streams: a set of several streams, whose parameters exist.
         calibration: as in `parscale.wrap`.
 
     Raises:
         ValueError: an init that reads texts, for a model on the meta device.
     """
-    if streams.num_streams == 1:
-        return
     config = state.model.config.get_text_config()
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # init_std: OPT
     with torch.no_grad(), _seeded(streams.config.seed, state.model):
@@ -87,7 +85,7 @@ def _sample_texts(state: ParScaleState, streams: StreamSet) -> torch.Tensor:
     )
     sampler = copy.copy(model)  # the model's own settings are for users' texts, and other threads generate by them
     sampler.generation_config = plain
-    with backbone_only(state):
+    with examining(state):
         return type(model).generate(sampler, start, attention_mask=torch.ones_like(start))[:, -T:]
 
 
@@ -157,9 +155,7 @@ def check_calibration(state: ParScaleState, streams: StreamSet, calibration: tor
 @contextlib.contextmanager
 def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
     """Random numbers in this block come from `seed`, and the random state is restored afterwards; `None`: no change."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=cuda_devices(model)):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=cuda_devices(model), enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         yield

@@ -116,13 +116,10 @@ def _find_linears(state: ParScaleState) -> list[Linear]:
         for i, module in modules.items()
         if isinstance(module, nn.Linear | Conv1D) and i not in apart and not _WITHOUT.search(paths[i])
     ]
-    hooks = [module.register_forward_hook(record) for module in linears]
-    try:
-        with _without_inference_tensors(state):
-            results = run_briefly(state, rows=ROWS, gradients=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, _without_inference_tensors(state):
+        for module in linears:
+            hooks.enter_context(module.register_forward_hook(record))
+        results = run_briefly(state, rows=ROWS, gradients=True)
     if not found:
         raise UnsupportedModelError(
             f"No linear layer was found in {type(state.model).__name__} that runs on whole rows, so transform='lora' "

@@ -12,28 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale.attention.discovery import number_of_attention_layers
-from parscale.attention.positions import RowPositions
+from parscale.attention.discovery import has_layers_without_keys
 from parscale.attention.rotary import RotaryTable, rotary_tables, rotation_moved, tables_moved
 from parscale.compat.deepspeed import is_partitioned
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import generates_text, has_learned_positions
-from parscale.streams.brief_runs import backbone_only
+from parscale.streams.brief_runs import examining
 from parscale.streams.layer_specs import ParameterSpec
-from parscale.streams.sets import StreamSet
-from parscale.streams.state import ParScaleState
-from parscale.transforms.base import ModelTransform
+from parscale.transforms.base import CountingTransform, difference
 
 AFTERWARDS = 8  # tokens on which a stream that starts from a text is compared with the backbone after that text
-USER = 8  # number of frames from a warning here to the caller of wrap or add_streams
+STACKLEVEL = 8  # number of frames from a warning here to the caller of wrap or add_streams
 
 
-class PrefixTransform(ModelTransform):
+class PrefixTransform(CountingTransform):
     """`prefix_k` and `prefix_v` `(P, G, T, D)` on each attention layer."""
-
-    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
-        super().__init__(state, streams)
-        self._row_positions = RowPositions(state)
 
     def parameter_specs(self) -> list[ParameterSpec]:
         """Two parameters on each attention layer that has its own keys and values."""
@@ -55,19 +48,10 @@ class PrefixTransform(ModelTransform):
             for name, size in (("prefix_k", layer.key_size), ("prefix_v", layer.value_size))
         ]
 
-    def attach(self) -> None:
-        """Hooks the modules around the backbone, and tests the model."""
-        self._row_positions.attach()
-        super().attach()
-
     def try_out(self) -> None:
         """Tests only models with their own pooling or decoding."""
         if not generates_text(self.state.model):
             super().try_out()
-
-    def detach(self) -> None:
-        """Removes the hooks."""
-        self._row_positions.detach()
 
     def before(self, part: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """Adds the positions of each row's tokens, if the caller passes none."""
@@ -92,7 +76,7 @@ class PrefixTransform(ModelTransform):
                 layers = self._keep_keys_and_values(texts, positions + T, tables)
         reason = self._why_approximate(texts, layers, learned)
         if reason:
-            warnings.warn(reason, stacklevel=USER)
+            warnings.warn(reason, stacklevel=STACKLEVEL)
 
     def _keep_keys_and_values(
         self, texts: torch.Tensor, positions: torch.Tensor, tables: list[RotaryTable]
@@ -123,7 +107,7 @@ class PrefixTransform(ModelTransform):
                     prefix.copy_(states[..., : prefix.shape[-1]])  # (P, G, T, D)
 
         rows = positions.to(texts.device).expand_as(texts)  # some models look up the row's positions (Qwen4, XLM)
-        with backbone_only(state), tables_moved(tables, T), state.calls.recording(keep):
+        with examining(state), tables_moved(tables, T), state.calls.recording(keep):
             state.backbone(input_ids=texts, position_ids=rows, use_cache=False)
         return layers
 
@@ -161,7 +145,7 @@ class PrefixTransform(ModelTransform):
                 f"{name} has learned positions, so init={init!r} is an approximation: the texts are read at positions "
                 f"0..{T - 1}, where the input's own tokens stand too."
             )
-        if number_of_attention_layers(self.state) < self.state.model.config.get_text_config().num_hidden_layers:
+        if has_layers_without_keys(self.state):
             return (
                 f"{name} has layers without keys and values, which forget the texts: init={init!r} is an approximation."
             )
@@ -179,11 +163,11 @@ class PrefixTransform(ModelTransform):
             return None
         P, T = texts.shape
         tokens = texts.roll(1, dims=0)[:, :AFTERWARDS]  # (P, S)
-        with backbone_only(state):
+        with examining(state):
             both = torch.cat([texts, tokens], dim=1)
             read = state.backbone(input_ids=both, use_cache=False)[0][:, T:]  # (P, S, H)
             with state.calls.choosing(self.streams), state.calls.unmixed():
                 alone = state.backbone(input_ids=tokens, use_cache=False)[0]  # (P*P, S, H)
         each = torch.arange(P, device=alone.device)
         alone = alone.unflatten(0, (P, P))[each, each]  # stream p on row p
-        return float((alone - read).abs().max() / read.abs().max())
+        return difference(alone, read)

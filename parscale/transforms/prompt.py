@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,33 +22,26 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from parscale.attention.caches import is_empty
 from parscale.attention.masks import is_causal_table, leading_zeros
-from parscale.attention.positions import RowPositions
 from parscale.compat.arguments import COPIED_FROM_FIRST_TOKEN, IMAGE_MASKS, PER_TOKEN, WHOLE_TEXT, given_cache
 from parscale.compat.transformers import answer_by, answer_itself, carries_state
 from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import (
     TRIAL_TOKENS,
-    has_learned_positions,
     has_position_table,
     input_device,
     ordinary_tokens,
+    takes_argument,
 )
 from parscale.streams.brief_runs import run_briefly
 from parscale.streams.layer_specs import ParameterSpec
-from parscale.streams.sets import StreamSet
-from parscale.streams.state import ParScaleState
-from parscale.transforms.base import ModelTransform
+from parscale.transforms.base import EXACT, CountingTransform, difference
 
 FIRST_LENGTH = "parscale_first_length"  # an attribute of a cache: the number of tokens in its first pass
 
 
-class PromptTransform(ModelTransform):
+class PromptTransform(CountingTransform):
     """`prompt` `(P, T, H)` on the backbone."""
-
-    def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
-        super().__init__(state, streams)
-        self._row_positions = RowPositions(state)
 
     def parameter_specs(self) -> list[ParameterSpec]:
         """One parameter, on the backbone."""
@@ -67,15 +60,10 @@ class PromptTransform(ModelTransform):
         _, dtype, device = state.hidden[0]
         return [ParameterSpec(state.backbone_name, state.backbone, "prompt", shape, dtype, device)]
 
-    def attach(self) -> None:
-        """Hooks the modules around the backbone, and tests the model."""
-        self._row_positions.attach()
-        super().attach()
+    def try_out(self) -> None:
+        """Also tests whether the backbone reads ids as it reads their embeddings."""
+        super().try_out()
         self._check_embeddings()
-
-    def detach(self) -> None:
-        """Removes the hooks."""
-        self._row_positions.detach()
 
     def read(self, texts: torch.Tensor) -> None:
         """Stores the embeddings of the texts."""
@@ -102,21 +90,21 @@ class PromptTransform(ModelTransform):
         if begins:
             return self._begin(arguments, mask, positions)
         moved = {} if mask is None else {"attention_mask": _extended(mask, T, begins, padding)}
-        if type(self.state.backbone).__name__ in WHOLE_TEXT:
+        if self._reads_whole_text:
             return arguments | moved | self._whole(arguments, positions)
         return arguments | moved | ({} if positions is None else {"position_ids": positions + T})
 
     def _whole(self, arguments: Mapping[str, Any], positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Arguments of a later pass with the whole text, and T columns before it which the cache has already."""
         T = self.streams.config.prefix_length
-        named = {name: arguments[name] for name in ("input_ids", *PER_TOKEN) if arguments.get(name) is not None}
+        named = _given(arguments, ("input_ids", *PER_TOKEN))
         whole = {name: torch.cat([value[:, :1].repeat_interleave(T, 1), value], 1) for name, value in named.items()}
         whole |= self._lengths(arguments, arguments.get("input_ids"))
         return whole | ({} if positions is None else {"position_ids": self._positions(positions, None)})
 
     def _lengths(self, arguments: Mapping[str, Any], ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The tokens in each row before its padding, `(R,)`, with the prompt's, for backbones that would count ids."""
-        if type(self.state.backbone).__name__ not in WHOLE_TEXT:
+        if not self._reads_whole_text:
             return {}
         lengths = arguments.get("lengths")
         if lengths is None and ids is not None:
@@ -142,15 +130,16 @@ class PromptTransform(ModelTransform):
             run_briefly(self.state, change=change)
             for change in (lambda arguments: arguments | {"input_ids": ids}, by_embeddings)
         )
-        if ((found - expected).abs() > 1e-3 * expected.abs().max()).any():
+        if difference(found, expected) > EXACT:
             raise UnsupportedModelError(
                 f"{type(backbone).__name__} of {type(self.state.model).__name__} does more with token ids than to look "
                 "up their embeddings, of which transform='prompt' knows nothing: use transform='prefix' or 'lora'."
             )
 
-    def _prompt(self) -> torch.Tensor:
-        """The prompt `(P, T, H)` of the running backbone."""
-        return parameter_of(self.state.call.running, self.streams.own_name("prompt"))
+    def _prompt(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The prompt of the running backbone before embeddings `(R, S, H)`: `(R, T, H)`, stream-major."""
+        prompt = parameter_of(self.state.call.running, self.streams.own_name("prompt")).to(embeds)  # (P, T, H)
+        return prompt.repeat_interleave(embeds.shape[0] // self.streams.num_streams, dim=0)
 
     def _check_cache(self, cache: Any, mask: Any, begins: bool) -> None:
         if isinstance(cache, StaticCache):
@@ -178,10 +167,12 @@ class PromptTransform(ModelTransform):
         columns = arguments["inputs_embeds"].shape[1] if ids is None else ids.shape[1]
         if torch.compiler.is_compiling() or read != columns:
             return
-        counts = self._place_counts or (arguments.get("position_ids") is None and self._by_column)
+        counts = self._place_counts or (
+            arguments.get("position_ids") is None and self.state.backbone not in self._row_positions.counting
+        )
         if not counts or not (padding > first).any():
             return
-        takes_positions = "position_ids" in inspect.signature(type(self.state.model).forward).parameters
+        takes_positions = takes_argument(self.state.model, "position_ids")
         remedy = "pass position_ids, " if takes_positions and not self._place_counts else ""
         raise ValueError(
             f"A row has {int(padding.max())} padding tokens in front, but the first pass of its cache read {first} "
@@ -204,7 +195,7 @@ class PromptTransform(ModelTransform):
         T, cache, positions = self.streams.config.prefix_length, given_cache(arguments), arguments.get("position_ids")
         rows = arguments.get("input_ids")
         needed = T + (arguments["inputs_embeds"] if rows is None else rows).shape[1]
-        if not begins and isinstance(cache, Cache) and type(self.state.backbone).__name__ not in WHOLE_TEXT:
+        if not begins and isinstance(cache, Cache) and not self._reads_whole_text:
             needed += cache.get_seq_length()  # without the prompt
         if needed <= most:
             return
@@ -235,14 +226,13 @@ class PromptTransform(ModelTransform):
         return any(getattr(layer, "is_sliding", False) or carries_state(layer) for layer in layers)
 
     @functools.cached_property
-    def _by_column(self) -> bool:
-        """Whether positions that nobody passes are those of the columns."""
-        backbone = self.state.backbone
-        return "position_ids" not in self.state.positional[backbone] or has_learned_positions(backbone)
+    def _reads_whole_text(self) -> bool:
+        """Whether the backbone's input is always the whole text."""
+        return type(self.state.backbone).__name__ in WHOLE_TEXT
 
     def _begin(self, arguments: dict[str, Any], mask: Any, positions: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of a first pass: embeddings of prompt and tokens in place of ids."""
-        T, P = self.streams.config.prefix_length, self.streams.config.num_streams
+        T = self.streams.config.prefix_length
         arguments = dict(arguments)
         ids, embeds = arguments.pop("input_ids", None), arguments.get("inputs_embeds")
         if embeds is None:
@@ -252,21 +242,16 @@ class PromptTransform(ModelTransform):
         if mask is None and given_cache(arguments) is None and positions is not None and _restarts(positions):
             return arguments | self._packed(arguments, embeds, positions)
         padding, (R, S) = leading_zeros(mask), embeds.shape[:2]
-        prompt = self._prompt().to(embeds.dtype).to(embeds.device)  # (P, T, H)
-        prompt = prompt.repeat_interleave(R // P, dim=0)  # (R, T, H), stream-major
-        arguments["inputs_embeds"] = _insert(prompt, embeds, padding)
+        arguments["inputs_embeds"] = _insert(self._prompt(embeds), embeds, padding)
         columns = torch.arange(S, device=embeds.device).expand(R, -1)
         starts = 0 if padding is None else padding.to(embeds.device)[:, None]  # (R, 1)
         self.state.call.tokens = columns + T * (columns >= starts)
-        for name in PER_TOKEN:
-            if arguments.get(name) is not None:
-                value = arguments[name]
-                arguments[name] = _insert(_of_prompt(name, value, T), value, padding)
-        for name in IMAGE_MASKS:
-            if arguments.get(name) is not None:
-                value = arguments[name].transpose(1, 2)  # (R, S, 1, ...)
-                own = value.new_zeros(R, T, *value.shape[2:])
-                arguments[name] = _insert(own, value, padding).transpose(1, 2)
+        for name, value in _given(arguments, PER_TOKEN).items():
+            arguments[name] = _insert(_of_prompt(name, value, T), value, padding)
+        for name, value in _given(arguments, IMAGE_MASKS).items():
+            rows = value.transpose(1, 2)  # (R, S, 1, ...)
+            own = rows.new_zeros(R, T, *rows.shape[2:])
+            arguments[name] = _insert(own, rows, padding).transpose(1, 2)
         if mask is not None:
             arguments["attention_mask"] = _extended(mask, T, True, padding)
         if positions is not None:
@@ -302,8 +287,7 @@ class PromptTransform(ModelTransform):
 
         All rows get the length of the one with the most documents; the padding at the end is not visible to any token.
         """
-        T, prompt = self.streams.config.prefix_length, self._prompt().to(embeds.dtype).to(embeds.device)
-        (R, S), P = embeds.shape[:2], prompt.shape[0]
+        T, (R, S) = self.streams.config.prefix_length, embeds.shape[:2]
         positions = positions.expand(R, -1)
         first = torch.ones_like(positions[:, :1], dtype=torch.bool)
         starts = torch.cat([first, positions.diff(dim=-1) != 1], dim=-1)  # (R, S)
@@ -322,13 +306,11 @@ class PromptTransform(ModelTransform):
         own = torch.arange(T, device=embeds.device).expand(R, S, -1).flatten(1)
         source.scatter_(1, places.flatten(1), own)
         moved.scatter_(1, places.flatten(1), own)
-        both = torch.cat([prompt.repeat_interleave(R // P, dim=0), embeds], dim=1)  # (R, T + S, H)
+        both = torch.cat([self._prompt(embeds), embeds], dim=1)  # (R, T + S, H)
         packed = {"inputs_embeds": _gather(both, source[:, :-1]), "position_ids": moved[:, :-1]}
-        for name in PER_TOKEN:
-            if arguments.get(name) is not None:
-                value = arguments[name]
-                both = torch.cat([_of_prompt(name, value, T), value], dim=1)
-                packed[name] = _gather(both, source[:, :-1])
+        for name, value in _given(arguments, PER_TOKEN).items():
+            both = torch.cat([_of_prompt(name, value, T), value], dim=1)
+            packed[name] = _gather(both, source[:, :-1])
         return packed
 
     def _positions(self, positions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
@@ -374,6 +356,11 @@ class PromptTransform(ModelTransform):
             if output.get(name) is not None:
                 output[name] = _of_tokens(output[name], index, whole)
         return output
+
+
+def _given(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the named arguments that are not `None`."""
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
 def _of_prompt(name: str, value: torch.Tensor, T: int) -> torch.Tensor:

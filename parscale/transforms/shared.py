@@ -23,19 +23,18 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from parscale.attention.discovery import number_of_attention_layers
-from parscale.attention.projections import SharedProjections, find_projections
+from parscale.attention.discovery import has_layers_without_keys
+from parscale.attention.projections import SharedHooks, find_projections
 from parscale.attention.registered import registered_layers
-from parscale.attention.shared import SharedLayers
 from parscale.compat.transformers import carries_state
 from parscale.config import PREFIX
 from parscale.errors import UnsupportedModelError
 from parscale.streams.backbones import cache_argument, generates_text, input_device, ordinary_tokens, takes_argument
-from parscale.streams.brief_runs import backbone_only, is_machine_error, one_line
+from parscale.streams.brief_runs import examining, unsupported
 from parscale.streams.layer_specs import Linear
 from parscale.streams.sets import StreamSet
 from parscale.streams.state import ParScaleState
-from parscale.transforms.base import ModelTransform
+from parscale.transforms.base import ModelTransform, difference
 from parscale.transforms.lora import LoraTransform
 from parscale.transforms.prefix import PrefixTransform
 
@@ -48,7 +47,7 @@ class SharedTransform(ModelTransform):
 
     def __init__(self, state: ParScaleState, streams: StreamSet) -> None:
         super().__init__(state, streams)
-        self._layers, self._projections = SharedLayers(state, streams), SharedProjections(state, streams)
+        self._shared = SharedHooks(state, streams)
         # without layers, `parameter_specs` says why there is no prefix
         if streams.num_streams > 1 and (state.layers or streams.config.transform != PREFIX):
             check_can_share(state)
@@ -56,14 +55,12 @@ class SharedTransform(ModelTransform):
     def add_hooks(self) -> None:
         """Also hooks on each attention layer, and on its projections of keys and values."""
         super().add_hooks()
-        self._layers.attach(registered_layers(self.state.backbone))
-        self._projections.attach(self.key_projections())
+        self._shared.attach(self.key_projections())
 
     def detach(self) -> None:
         """Removes the hooks."""
         super().detach()
-        self._layers.detach()
-        self._projections.detach()
+        self._shared.detach()
 
     def key_projections(self) -> dict[nn.Module, bool]:
         """The linear layers of which only stream 0's rows are read, as `find_projections` finds them."""
@@ -84,33 +81,28 @@ class SharedTransform(ModelTransform):
         ids = torch.tensor(ordinary_tokens(state.model, 6), device=device).view(2, 3)
         cache_name = cache_argument(state.backbone)
         assert cache_name is not None
-        try:
-            with backbone_only(state), state.calls.choosing(self.streams):
-                whole = state.backbone(input_ids=ids, use_cache=False)[0][:, -1:]
-                cache = {cache_name: DynamicCache(config=state.backbone.config)}
-                state.backbone(input_ids=ids[:, :2], use_cache=True, **cache)
-                last = state.backbone(input_ids=ids[:, 2:], use_cache=True, **cache)[0]
-                difference = _difference(last, whole)
-                generator = state.generators[-1]
-                if generates_text(generator) and takes_argument(generator, "logits_to_keep"):
-                    logits = generator(input_ids=ids, use_cache=False).logits[:, -1:]
-                    by_passes = generator(input_ids=ids, logits_to_keep=1).logits
-                    difference = max(difference, _difference(by_passes, logits))
-        except Exception as error:  # whatever the backbone raises for fewer rows of keys than of queries
-            if isinstance(error, UnsupportedModelError) or is_machine_error(error):
-                raise
-            raise UnsupportedModelError(
-                f"{name} does not run where keys have fewer rows than queries, as with kv='shared' "
-                f"({type(error).__name__}: {one_line(error)}). {INSTEAD}"
-            ) from error
+        refused = unsupported(
+            f"{name} does not run where keys have fewer rows than queries, as with kv='shared' ({{}}). {INSTEAD}"
+        )
+        with refused, examining(state), state.calls.choosing(self.streams):
+            whole = state.backbone(input_ids=ids, use_cache=False)[0][:, -1:]
+            cache = {cache_name: DynamicCache(config=state.backbone.config)}
+            state.backbone(input_ids=ids[:, :2], use_cache=True, **cache)
+            last = state.backbone(input_ids=ids[:, 2:], use_cache=True, **cache)[0]
+            error = difference(last, whole)
+            generator = state.generators[-1]
+            if generates_text(generator) and takes_argument(generator, "logits_to_keep"):
+                logits = generator(input_ids=ids, use_cache=False).logits[:, -1:]
+                by_passes = generator(input_ids=ids, logits_to_keep=1).logits
+                error = max(error, difference(by_passes, logits))
         if not whole.isfinite().all():
             raise UnsupportedModelError(
                 f"The states of {name} are not finite, so whether its streams can share keys cannot be tried: load or "
                 "initialise its weights first."
             )
-        if not difference <= self.tolerance:
+        if not error <= self.tolerance:
             raise UnsupportedModelError(
-                f"{name} gives something else with a cache than without ({difference:.0%}) where streams share keys: a "
+                f"{name} gives something else with a cache than without ({error:.0%}) where streams share keys: a "
                 f"layer keeps more than keys and values. {INSTEAD}"
             )
 
@@ -160,11 +152,6 @@ class SharedLoraTransform(SharedTransform, LoraTransform):
         return torch.cat([output[:first], output[first:] + difference.to(output.dtype)])
 
 
-def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return float((x - y).abs().max()) / max(float(y.abs().max()), 1e-30)
-
-
 def check_can_share(state: ParScaleState) -> None:
     """Checks that streams of a model can share keys and values.
 
@@ -181,16 +168,15 @@ def check_can_share(state: ParScaleState) -> None:
         reason = "it has attention layers that are not causal (is_causal), as an encoder has"
     elif not all(layer.module in registered for layer in layers):
         reason = "its attention does not come from transformers' registry (ALL_ATTENTION_FUNCTIONS)"
-    elif number_of_attention_layers(state) < state.model.config.get_text_config().num_hidden_layers or _carries(state):
+    elif has_layers_without_keys(state) or any(map(carries_state, _cache_layers(state))):
         reason = "it has layers without keys of the text, which carry a state that each stream would need for itself"
-    elif any(hasattr(layer, "update_indexer") for layer in DynamicCache(config=state.backbone.config).layers):
+    elif any(hasattr(layer, "update_indexer") for layer in _cache_layers(state)):
         reason = "its cache holds an index of keys, by which each stream would choose others"
     else:
         return
     raise UnsupportedModelError(f"kv='shared' is not for {name}: {reason}. {INSTEAD}")
 
 
-def _carries(state: ParScaleState) -> bool:
-    """Whether the cache that transformers makes for the backbone holds recurrent states."""
-    cache = DynamicCache(config=state.backbone.config)
-    return any(map(carries_state, cache.layers))
+def _cache_layers(state: ParScaleState) -> list[Any]:
+    """The layers of the cache that transformers makes for the backbone."""
+    return [*DynamicCache(config=state.backbone.config).layers]
