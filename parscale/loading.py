@@ -38,7 +38,6 @@ from parscale.format.folders import (
     CONFIG,
     FULL,
     HUB_ARGUMENTS,
-    STREAMS_CONFIG,
     TYPE_SUFFIX,
     Checkpoint,
     backbone_location,
@@ -174,15 +173,14 @@ def _load_full(checkpoint: Checkpoint, config: PreTrainedConfig, *model_args: An
     state.made_from = hub_name(vars(config).get(MADE_FROM))
     if name is not None:
         add(state, name, streams, tensors=values_in(model, streams, stored))
-    for other, (other_config, other_tensors) in sets.items():
+    for other, (_, other_config, other_tensors) in sets.items():
         add(state, other, other_config, tensors=values_in(model, other_config, other_tensors))
     set_streams(model, name)
     return (model, info) if with_info else model
 
 
 def _load_streams(checkpoint: Checkpoint, backbone: object, options: dict[str, Any]) -> Any:
-    fields = checkpoint.read_json(STREAMS_CONFIG)
-    streams, stored = read_streams(checkpoint)
+    fields, streams, stored = read_streams(checkpoint)
     name = set_name(checkpoint, fields)
     warn_of_adapter(checkpoint)
     if isinstance(backbone, PreTrainedModel):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parscale.cli.law import LAW_HELP, print_rows, read_law
-from parscale.cli.options import Json
+from parscale.cli.options import Json, Plot
 from parscale.cli.output import print_json, quiet_hub
 from parscale.config import KV
 from parscale.format.staging import require_plot_path, staged_file
@@ -51,9 +50,7 @@ def cost(
         float, typer.Option(min=0, help="Seconds that kernel launches take, for each layer and step.")
     ] = 0.0,
     law: Annotated[str, typer.Option(help="What streams are worth: " + LAW_HELP)] = "stack",
-    plot: Annotated[
-        Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")
-    ] = None,
+    plot: Plot = None,
     json: Json = False,
 ) -> None:
     """Estimate memory and time of generation, and compare with the plain model of equal loss."""
@@ -180,7 +177,7 @@ def _config_file(source: str) -> tuple[Path, dict[str, Any]]:
 
     if Path(source).exists() and not Path(source).is_dir():
         return Path(source), {}
-    if re.search(r"\.json$", source):
+    if source.endswith(".json"):
         raise FileNotFoundError(
             f"There is no file {source}; give a config.json, a checkpoint's folder or its name on the Hub."
         )

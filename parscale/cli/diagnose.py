@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from parscale.cli.options import Checkpoint, Device, Files, Json, Streams, TextColumn
-from parscale.cli.output import print_figures, print_json, quiet_libraries, waiting
+from parscale.cli.options import DATA, Checkpoint, Device, Files, Json, Plot, Streams, TextColumn
+from parscale.cli.output import opened, print_figures, print_json, quiet_libraries
 from parscale.format.staging import require_plot_path
 
 
 def diagnose(
     checkpoint: Checkpoint,
-    data: Annotated[
-        Files, typer.Option(help="Text files, each one document, or files of rows of text.", metavar="FILE...")
-    ],
+    data: Annotated[Files, DATA],
     text_column: TextColumn = "text",
     streams: Streams = None,
     sequence_length: Annotated[
@@ -31,25 +28,20 @@ def diagnose(
             metavar="S",
         ),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")
-    ] = None,
+    plot: Plot = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Tell whether the streams differ: the loss of each alone, the correlation of their losses, their weights."""
     from parscale.checkpoints.evaluation.diagnosis import diagnose as diagnose_documents
     from parscale.checkpoints.evaluation.diagnosis import plot_diagnosis, sentences
-    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
     from parscale.checkpoints.texts.sources import read_documents
 
     quiet_libraries()
     if plot is not None:
         require_plot_path(plot)
     documents = read_documents(data, text_column=text_column)
-    with waiting(f"Loading {checkpoint}"):
-        model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
-    tokenizer = require_tokenizer(tokenizer, checkpoint)
+    model, tokenizer = opened(checkpoint, streams, device)
     result = diagnose_documents(
         model, tokenizer, documents, sequence_length=sequence_length, batch_size=batch_size, share=share, progress=True
     )

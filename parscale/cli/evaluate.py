@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parscale.cli.options import Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
-from parscale.cli.output import for_tables, print_figures, print_json, quiet_libraries, waiting, write_json
+from parscale.cli.options import DATA, Adaptive, Checkpoint, Device, Files, Json, Streams, TextColumn
+from parscale.cli.output import for_tables, opened, print_figures, print_json, quiet_libraries, write_json
 from parscale.format.staging import require_writable
 
 if TYPE_CHECKING:
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[
-        Files | None,
-        typer.Option(help="Text files, each one document, or files of rows of text.", metavar="FILE..."),
-    ] = None,
+    data: Annotated[Files | None, DATA] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,7 +65,6 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure loss (nats per token) and perplexity on text, or run lm-eval's tasks."""
-    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
     from parscale.checkpoints.texts.sources import read_documents
 
     quiet_libraries()
@@ -82,9 +78,7 @@ def evaluate(
     if output is not None:
         require_writable(output)
     documents = read_documents(data or [], text_column=text_column)
-    with waiting(f"Loading {checkpoint}"):
-        model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
-    tokenizer = require_tokenizer(tokenizer, checkpoint)
+    model, tokenizer = opened(checkpoint, streams, device)
 
     if tasks:
         from parscale.checkpoints.evaluation.tasks import evaluate_tasks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parscale.cli.options import Adaptive, Checkpoint, Device, Seed, Streams
-from parscale.cli.output import quiet_libraries, waiting
+from parscale.cli.output import opened, quiet_libraries
 from parscale.terminal.text import raw_stream
 
 if TYPE_CHECKING:
@@ -43,14 +43,11 @@ def generate(
     A file or a pipe gets the text as it is; a terminal is shown control characters as escapes. With --adaptive the last
     line on standard error says how many streams ran for a token on average.
     """
-    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
     from parscale.checkpoints.texts.token_ids import require_known, require_text, vocabulary_of
 
     quiet_libraries()
     prompt = require_text("The prompt", prompt).removeprefix("\ufeff")  # a byte-order mark, from a file
-    with waiting(f"Loading {checkpoint}"):
-        model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
-    tokenizer = require_tokenizer(tokenizer, checkpoint)
+    model, tokenizer = opened(checkpoint, streams, device)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt has no tokens; give --prompt some text.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parscale.cli.options import Json, ListOptionCommand, size
+from parscale.cli.options import Json, ListOptionCommand, Plot, size
 from parscale.cli.output import for_tables, print_figures, print_json
 from parscale.format.staging import require_plot_path, require_writable_folder, staged_file
 
@@ -29,7 +29,6 @@ Runs = Annotated[
         metavar="FILE.csv",
     ),
 ]
-Plot = Annotated[Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")]
 Bootstrap = Annotated[int, typer.Option(min=0, help="Resampled datasets for the intervals; 0 for no intervals.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the resampling.")]
 

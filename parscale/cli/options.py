@@ -57,6 +57,8 @@ Adaptive = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes what is random repeatable.")]
 Files = list[Path]
+DATA = typer.Option(help="Text files, each one document, or files of rows of text.", metavar="FILE...")
+Plot = Annotated[Path | None, typer.Option(help="Also plot it to this file: .png, .pdf or .svg.", metavar="FILE.png")]
 TextColumn = Annotated[str, typer.Option(help=descriptions(TrainSettings).get("text_column"))]
 
 

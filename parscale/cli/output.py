@@ -1,4 +1,4 @@
-"""How commands print: figures as a table or as JSON, and libraries kept quiet."""
+"""How commands print: figures as a table or as JSON, that a checkpoint is loading, and libraries kept quiet."""
 
 from __future__ import annotations
 
@@ -78,6 +78,19 @@ def waiting(what: str) -> Iterator[None]:
 
     with Terminal(stderr=True).status(Text(what)):
         yield
+
+
+def opened(checkpoint: str, streams: str | None, device: str | None) -> tuple[Any, Any]:
+    """A checkpoint's model and its tokenizer; a terminal's standard error shows that they are loaded.
+
+    Raises:
+        ValueError: it has no tokenizer, or as in `open_checkpoint`.
+    """
+    from parscale.checkpoints.models import open_checkpoint, require_tokenizer
+
+    with waiting(f"Loading {checkpoint}"):
+        model, tokenizer = open_checkpoint(checkpoint, streams=streams, device=device)
+    return model, require_tokenizer(tokenizer, checkpoint)
 
 
 def quiet_libraries() -> None:

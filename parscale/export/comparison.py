@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from parscale.errors import UnsupportedModelError
-from parscale.export.decoder import CacheShape, takes_positions
+from parscale.export.decoder import CacheShape
 from parscale.export.graph import INPUTS, LOGITS, PAST, PRESENT, cache_names
+from parscale.streams.backbones import takes_argument
 
 FIRST, TOKENS, PADDING = 5, 8, 2  # tokens of the first step, in all, and of padding in front of one row
 # The largest difference, as a share of the largest logit. Rounding alone is a hundredth of it.
@@ -42,7 +43,7 @@ def sample(model: Any) -> Sample:
     ids = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    options = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions(model) else {}
+    options = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes_argument(model, "position_ids") else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return Sample(ids.numpy(), mask.numpy(), logits.float().numpy(), model.dtype)
 

@@ -11,7 +11,6 @@ K tokens in the cache; G key/value heads; D head size.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from parscale.compat.transformers import carries_state
 from parscale.config import PROMPT
 from parscale.errors import UnsupportedModelError
-from parscale.streams.backbones import cache_argument
-from parscale.streams.brief_runs import is_machine_error, one_line
+from parscale.streams.backbones import cache_argument, takes_argument
+from parscale.streams.brief_runs import unsupported
 from parscale.streams.state import active_streams
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -102,7 +101,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.shape = shape
-        self.takes_positions = takes_positions(model)
+        self.takes_positions = takes_argument(model, "position_ids")
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past: list[Pair]
@@ -123,11 +122,6 @@ class Decoder(nn.Module):
         options = {self.shape.argument: cache} | ({"position_ids": positions} if self.takes_positions else {})
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options)
         return output.logits, [(layer.keys, layer.values) for layer in layers]
-
-
-def takes_positions(model: Any) -> bool:
-    """Whether a model is told where its tokens stand; others count them by the mask."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 @torch.no_grad()
@@ -152,17 +146,12 @@ def cache_shape(model: Any) -> CacheShape:
     cache, argument = DynamicCache(), cache_argument(model)
     if argument is None:
         raise UnsupportedModelError(f"{name} cannot be exported: it takes no cache.")
-    try:
+    with unsupported(
+        f"{name} cannot be exported: it does not run with a cache of keys and values for each layer ({{}})."
+    ):
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), **{argument: cache}, use_cache=True)
         layers: list[Any] = cache.layers
         shapes = {(*layer.keys.shape, layer.values.shape[-1]) for layer in layers}
-    except Exception as error:  # whatever a model does with a cache that is not its own kind
-        if is_machine_error(error):
-            raise
-        raise UnsupportedModelError(
-            f"{name} cannot be exported: it does not run with a cache of keys and values for each layer "
-            f"({type(error).__name__}: {one_line(error)})."
-        ) from error
     if len(shapes) != 1 or (shape := shapes.pop())[3] != shape[4]:
         raise UnsupportedModelError(
             f"{name} cannot be exported: its layers keep keys and values of different shapes, and a runtime's "

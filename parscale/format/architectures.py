@@ -1,8 +1,8 @@
 """The architecture names of full checkpoints, and the configuration classes by which transformers reads them.
 
 A full checkpoint of a Llama has `model_type: llama_parscale`. For this name, and the one of every other model in
-transformers, a `Recipe` is registered. It stands for a configuration class, a subclass of the backbone's, which is made
-when the first such checkpoint is read. `parscale.auto` registers the classes that make models from it.
+transformers, a `LazyConfig` is registered. It stands for a configuration class, a subclass of the backbone's, which is
+made when the first such checkpoint is read. `parscale.auto` registers the classes that make models from it.
 
 `architectures` names the model's class: `BertForMaskedLM` with streams is `BertParScaleForMaskedLM`. All causal
 language models end in `ParScaleForCausalLM`, as the released ones do, and transformers chooses the class.
@@ -51,7 +51,7 @@ def _backbone_of(made: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return made.__mro__[1]
 
 
-class Recipe:
+class LazyConfig:
     """A placeholder for the configuration class of one backbone's full checkpoints, which is made when needed.
 
     `register_backbone` makes its subclasses.
@@ -82,7 +82,7 @@ def register_backbone(model_type: str) -> None:
     name = model_type + TYPE_SUFFIX
     if name in CONFIG_MAPPING:
         return
-    CONFIG_MAPPING.register(name, type(f"{model_type}_recipe", (Recipe,), {"backbone_type": model_type}))
+    CONFIG_MAPPING.register(name, type(f"{name}_config", (LazyConfig,), {"backbone_type": model_type}))
     share_conversion(model_type, name)  # the backbone's own class reads the backbone of such a checkpoint too
 
 

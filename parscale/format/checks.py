@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -154,9 +154,7 @@ def _few_modules(most: int) -> Iterator[None]:
         if count > most:
             raise ValueError(f"it describes more than {most} modules and parameters")
 
-    hooks = [register(counted) for register in _REGISTRATIONS]
-    try:
+    with ExitStack() as hooks:
+        for register in _REGISTRATIONS:
+            hooks.enter_context(register(counted))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

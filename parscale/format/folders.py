@@ -36,6 +36,7 @@ CAUSAL_LM = f"{INFIX}ForCausalLM"  # the end of the class name of a causal langu
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside streams or a model
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # a name there
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TRAINER_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
 _OF_VARIANT = re.compile(r"model\.(.+)(?<!-of-\d{5})\.safetensors|model\.safetensors\.index\.(.+)\.json")
@@ -67,7 +68,7 @@ class Checkpoint:
             self.folder = Path(self.name, self.hub.get("subfolder", ""))
         elif os.path.exists(self.name):
             raise NotADirectoryError(f"{self.name} is a file: give the checkpoint's folder.")
-        elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", self.name):
+        elif not _ON_THE_HUB.fullmatch(self.name):
             raise FileNotFoundError(f"There is no folder {self.name}, and a name on the Hub looks like org/model.")
 
     def __str__(self) -> str:
@@ -167,10 +168,10 @@ class Checkpoint:
         path = self.file(index)
         if path is not None:
             return self._sharded_weights(path)
-        pickles = [] if self.folder is None else _pickles(self.folder)
+        pickles = self._pickles()
         if pickles:
             raise ValueError(
-                f"{self} has {', '.join(pickles[:3])} in place of {WEIGHTS}: parscale reads safetensors only, since "
+                f"{self} has {pickles} in place of {WEIGHTS}: parscale reads safetensors only, since "
                 "unpickling a file can run any code. Save the model again with save_pretrained."
             )
         raise FileNotFoundError(
@@ -186,8 +187,8 @@ class Checkpoint:
         """
         path = self.file(STREAMS_FILE)
         if path is None:
-            pickles = [] if self.folder is None else _pickles(self.folder)
-            given = f" ({', '.join(pickles[:3])} is not read: pickles can run any code)" if pickles else ""
+            pickles = self._pickles()
+            given = f" ({pickles} is not read: pickles can run any code)" if pickles else ""
             raise FileNotFoundError(f"{self} has no {STREAMS_FILE}: the streams are missing{given}.{self._cut_off()}")
         return read_header(path)
 
@@ -203,6 +204,12 @@ class Checkpoint:
             return Checkpoint(self.folder / name)
         above = self.hub.get("subfolder")
         return Checkpoint(self.name, **self.hub | {"subfolder": f"{above}/{name}" if above else name})
+
+    def _pickles(self) -> str:
+        """The names of up to three pickles in a folder, for an error; empty if there are none."""
+        paths = [] if self.folder is None else sorted(self.folder.iterdir())
+        found = [path.name for path in paths if path.suffix in _PICKLES and not _TRAINER_STATE.fullmatch(path.name)]
+        return ", ".join(found[:3])
 
     def _variant(self) -> str:
         """How to read a folder whose weights are those of a variant, for the end of an error; otherwise empty."""
@@ -286,7 +293,7 @@ def hub_name(name: object) -> str | None:
     """A name that can be one on the Hugging Face Hub, and is no path here; `None` in place of anything else."""
     if not isinstance(name, str) or os.path.exists(name):
         return None
-    return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) else None
+    return name if _ON_THE_HUB.fullmatch(name) else None
 
 
 def set_name(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> str:
@@ -365,9 +372,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
-
-
-def _pickles(folder: Path) -> list[str]:
-    return sorted(
-        path.name for path in folder.iterdir() if path.suffix in _PICKLES and not _TRAINER_STATE.fullmatch(path.name)
-    )

@@ -88,7 +88,8 @@ def save_full(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any)
         for released, holder in state.holders(state.active).items():
             _check_values(released, fetched(*holder))
     without_weights = kwargs.get("state_dict") == {}  # DeepSpeed writes them itself
-    further = {} if without_weights else _further_sets(state, kwargs.get("state_dict"))
+    others = [] if without_weights else [streams for streams in state.sets.values() if streams is not state.active]
+    further = {streams.name: _tensors(state, streams, kwargs.get("state_dict")) for streams in others}
     beside = None
     if has_adapter(model) and state.active is not None:
         beside = _tensors(state, state.active, kwargs.get("state_dict"))
@@ -204,13 +205,10 @@ def _under_released_names(state: ParScaleState, state_dict: MutableMapping[str, 
                         value = fetched(*holders[released]).detach()
                     state_dict[released] = value
 
-    hook = state.model.register_state_dict_post_hook(rename)
-    try:
+    with state.model.register_state_dict_post_hook(rename):
         if state_dict is not None:
             rename(state.model, state_dict)
         yield
-    finally:
-        hook.remove()
 
 
 def _correct_dtype(model: Any) -> None:
@@ -307,15 +305,8 @@ def _active(state: ParScaleState) -> StreamSet:
     return state.active
 
 
-def _further_sets(
-    state: ParScaleState, state_dict: MutableMapping[str, Any] | None
-) -> dict[str, dict[str, torch.Tensor]]:
-    sets = [streams for streams in state.sets.values() if streams is not state.active]
-    return {streams.name: _tensors(state, streams, state_dict) for streams in sets}
-
-
 def _tensors(
-    state: ParScaleState, streams: StreamSet, state_dict: MutableMapping[str, Any] | None = None
+    state: ParScaleState, streams: StreamSet, state_dict: MutableMapping[str, Any] | None
 ) -> dict[str, torch.Tensor]:
     """A set's values by their released names, on the CPU; from `state_dict` if it has them."""
     names = state.names(streams)

@@ -104,16 +104,11 @@ def staged_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it cannot be written, or another process is writing it.
     """
     target = file_to_write(path)
-    try:
-        with working(target.parent, target.name) as folder:
-            yield folder / target.name
-            flush(folder / target.name)
-            os.replace(folder / target.name, target)
-            flush(target.parent)
-    except OSError as error:
-        if error.errno is None or not _is_about(error, target):
-            raise
-        raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
+    with _working_beside(target, path) as folder:
+        yield folder / target.name
+        flush(folder / target.name)
+        os.replace(folder / target.name, target)
+        flush(target.parent)
 
 
 # -- checks before any work
@@ -207,11 +202,8 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     target = file_to_write(path)
     if not target.parent.is_dir():
         raise ValueError(f"There is no folder {Path(path).parent} to put {target.name} in; make it first.")
-    try:
-        with working(target.parent, target.name):
-            pass
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
+    with _working_beside(target, path):
+        pass
 
 
 def require_plot_path(path: str | os.PathLike[str]) -> None:
@@ -257,6 +249,18 @@ def _folders_above(target: Path) -> Iterator[None]:
 def _working_at(target: Path) -> contextlib.AbstractContextManager[Path]:
     """The working folder of an output: inside the output if it exists, since it may be on another disk."""
     return working(target) if target.is_dir() else working(target.parent, target.name)
+
+
+@contextlib.contextmanager
+def _working_beside(target: Path, path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The working folder of a file; an error about it names the path that was given."""
+    try:
+        with working(target.parent, target.name) as folder:
+            yield folder
+    except OSError as error:
+        if error.errno is None or not _is_about(error, target):
+            raise
+        raise type(error)(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
 
 
 def _files_nearby(folder: Path) -> list[str]:

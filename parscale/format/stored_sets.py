@@ -34,8 +34,8 @@ _STREAMS_FIELDS = {
 }
 
 
-def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, StoredTensor]]:
-    """The configuration and tensors of a streams-only checkpoint."""
+def read_streams(checkpoint: Checkpoint) -> tuple[dict[str, Any], ParScaleConfig, dict[str, StoredTensor]]:
+    """The fields of a streams-only checkpoint's JSON file, the configuration in them, and the tensors."""
     fields = checkpoint.read_json(STREAMS_CONFIG)
     unknown = sorted(fields.keys() - _STREAMS_FIELDS)
     if unknown or fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
@@ -47,7 +47,7 @@ def read_streams(checkpoint: Checkpoint) -> tuple[ParScaleConfig, dict[str, Stor
     streams = stream_config(checkpoint, {key: fields[key] for key in fields.keys() & _STREAMS_FIELDS})
     stored = checkpoint.streams()
     check_streams(checkpoint, streams, stored)
-    return streams, stored
+    return fields, streams, stored
 
 
 def values_in(model: Any, config: ParScaleConfig, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
@@ -80,8 +80,7 @@ def add_saved_streams(model: Any, checkpoint: Checkpoint, name: str | None = Non
     """Adds a saved set of streams, as `parscale.methods.load_streams` describes."""
     if checkpoint.kind_with_streams() == FULL:
         raise ValueError(f"{checkpoint} has its own backbone: load_streams reads folders written by save_streams.")
-    fields = checkpoint.read_json(STREAMS_CONFIG)
-    streams, stored = read_streams(checkpoint)
+    fields, streams, stored = read_streams(checkpoint)
     check_fit(checkpoint, fields, model.config)
     add(model.parscale, name or set_name(checkpoint, fields), streams, tensors=values_in(model, streams, stored))
 
@@ -98,8 +97,8 @@ def load_into_active(model: Any, checkpoint: Checkpoint) -> None:
         OSError: a file cannot be read.
     """
     state: ParScaleState = model.parscale
-    saved, stored = read_streams(checkpoint)
-    check_fit(checkpoint, checkpoint.read_json(STREAMS_CONFIG), model.config)
+    fields, saved, stored = read_streams(checkpoint)
+    check_fit(checkpoint, fields, model.config)
     streams = state.active
     if streams is None or _lasting(saved) != _lasting(streams.config):
         ours = "none active" if streams is None else streams.config

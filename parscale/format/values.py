@@ -45,8 +45,8 @@ def check_values(checkpoint: object, fields: Mapping[str, Any], tensors: Mapping
     Raises:
         ValueError: a number is impossible; the message names the field.
     """
-    held = 0 if tensors is None else sum(tensor.numel for tensor in tensors.values())
-    parts = 0 if tensors is None else len(tensors)
+    tensors = tensors or {}
+    held, parts = sum(tensor.numel for tensor in tensors.values()), len(tensors)
     for key, value in _numbers(fields):
         problem = _problem(key, value, held, parts)
         if problem:

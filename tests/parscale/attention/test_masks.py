@@ -53,6 +53,16 @@ def test_different_results_of_one_mask_are_kept_apart():
     assert rows_of_mask(memo, mask, B).shape == (B, 1, 1, K)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_first_rows_of_a_block_mask_are_asked_by_its_own_function(compiling, monkeypatch):
+    mask = blocks()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    rows = rows_of_mask({}, mask, B)
+    assert rows.shape == (B, 1, S, K)
+    queries, keys = torch.meshgrid(torch.arange(S), torch.arange(K), indexing="ij")
+    assert torch.equal(rows.mask_mod(0, 0, queries, keys), torch.ones(S, K, dtype=torch.bool).tril())
+
+
 def test_a_mask_that_is_learned_gets_its_gradient():
     mask = torch.zeros(6, 1, S, K, requires_grad=True)
     rows_of_mask({}, mask, 2).sum().backward()

@@ -24,7 +24,9 @@ def operations(model, ids, **arguments):
 
 def widen(model):
     """Projects all rows, as a layer does by itself."""
-    model.parscale.active.transform._projections.detach()
+    hooks = model.parscale.active.transform._shared
+    hooks.detach()
+    hooks.attach({})
 
 
 @pytest.mark.parametrize("name", NARROWED)

@@ -92,6 +92,7 @@ def test_without_streams_nothing_is_in_the_way(kind, zoo, wrapped):
     assert torch.equal(logits_of(model, ids), expected)
     assert set(dict(model.named_parameters())) == names
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert [set(vars(module)) for module in model.modules()] == [set(vars(module)) for module in plain.modules()]
     one = parscale.wrap(model, 1)
     assert torch.equal(logits_of(one, ids), expected)
     assert set(dict(one.named_parameters())) == names
