@@ -118,11 +118,8 @@ def selected(lab: Lab, seed: int, candidates: torch.Tensor, scored: torch.Tensor
 def streams_of(model: Any) -> Iterator[list[torch.Tensor]]:
     """Collects the streams' final hidden states `(P*B, S, H)` of each forward pass, before they are mixed."""
     captured: list[torch.Tensor] = []
-    hook = model.get_decoder().register_forward_hook(lambda m, args, output: captured.append(output[0]), prepend=True)
-    try:
+    with model.get_decoder().register_forward_hook(lambda m, args, output: captured.append(output[0]), prepend=True):
         yield captured
-    finally:
-        hook.remove()
 
 
 # -- starts

@@ -98,8 +98,5 @@ def only_known_ids(model: PreTrainedModel) -> Iterator[None]:
             require_known([int(ids.max())], vocabulary)
 
     vocabulary = vocabulary_of(model)
-    hook = model.get_input_embeddings().register_forward_pre_hook(check)
-    try:
+    with model.get_input_embeddings().register_forward_pre_hook(check):
         yield
-    finally:
-        hook.remove()

@@ -155,12 +155,12 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Requests a checkpoint and the end, on all processes after the same step."""
-        accelerator = self._accelerator_of_several()
+        stop, accelerator = self.asked, self._accelerator_of_several()
         if accelerator is not None:
-            if self.asked:
+            if stop:
                 accelerator.set_trigger()
-            self.asked = accelerator.check_trigger()
-        if self.asked and state.global_step < state.max_steps:
+            stop = accelerator.check_trigger()  # a signal during this is heard after the next step
+        if stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     @contextlib.contextmanager

@@ -37,7 +37,7 @@ def require_shared_folder(folder: Path, state: PartialState) -> None:
         )
 
 
-def require_same_data(digests: Mapping[str, str | None], state: PartialState) -> None:
+def require_same_data(digests: Mapping[str, str], state: PartialState) -> None:
     """Checks that every process has read the same; all of them call this together.
 
     Args:
@@ -45,13 +45,13 @@ def require_same_data(digests: Mapping[str, str | None], state: PartialState) ->
         state: of the processes.
 
     Raises:
-        ValueError: a process has read another text.
+        ValueError: a process has read another text, or has it under another name.
     """
     if state.num_processes == 1:
         return
-    read: list[dict[str, str | None]] = gather_object([dict(digests)])
-    for name, digest in read[0].items():
-        others = [str(process) for process, texts in enumerate(read) if texts[name] != digest]
+    read: list[dict[str, str]] = gather_object([dict(digests)])
+    for name in dict.fromkeys(name for texts in read for name in texts):
+        others = [str(process) for process, texts in enumerate(read) if texts.get(name) != read[0].get(name)]
         if others:
             raise ValueError(
                 f"The {name} of process {', '.join(others)} is not that of process 0; give files of the same contents "

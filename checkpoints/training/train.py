@@ -91,8 +91,8 @@ def train(
         The report, as in `training.json`; `"finished_before"` is true if the run had already finished.
 
     Raises:
-        ValueError: the data, the checkpoint or the settings do not fit, or the processes have no common output folder;
-            nothing has been written.
+        ValueError: the data, the checkpoint or the settings do not fit, or the processes have no common output folder
+            or data; nothing has been written.
         DivergedError: a loss, a gradient or a weight is not finite; the last checkpoint stays complete.
         OSError: something is missing or cannot be written, or another process is running the run; the last checkpoint
             stays complete.
@@ -250,9 +250,8 @@ def _prepare(
     with console.status("Reading the data"):
         data = sources.packed(Encoder(tokenizer, vocabulary_of(model)), length)
     measured = {name: blocks.fingerprint() for name, blocks in data.measured.items()}
-    require_same_data(
-        {"training data": data.digest} | {f"eval data {name}": measured[name] for name in measured}, state
-    )
+    texts = {"training data": data.digest} | {f"eval data {name}": digest for name, digest in measured.items()}
+    require_same_data(texts, state)
     devices = torch.cuda.device_count()
     if devices > 1 and state.num_processes == 1:
         warnings.warn(

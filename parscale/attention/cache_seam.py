@@ -33,7 +33,7 @@ from parscale.distributed.offloading import parameter_of
 from parscale.errors import UnsupportedModelError
 from parscale.kernels.prefix import prepend
 from parscale.streams.backbones import argument_names, takes_argument
-from parscale.streams.brief_runs import is_machine_error, one_line, run_briefly
+from parscale.streams.brief_runs import run_briefly, unsupported
 from parscale.streams.layer_specs import AttentionLayer
 from parscale.streams.state import ParScaleState
 
@@ -339,24 +339,23 @@ def attach_caches(state: ParScaleState, parts: list[Any]) -> list[AttentionLayer
         )
     if not hooked:
         return []
+    sentence = (
+        f"{name} has no place for a prefix: its attention ({type(hooked[0][0].module).__name__}) takes more keys than "
+        "there are tokens from its cache, but then fails, since something else in it has one entry for each token: {}"
+    )
     try:
-        for attention, layer in hooked:
-            keys, values = (
-                torch.zeros(1, layer.key_heads, 1, size, dtype=layer.dtype, device=layer.device)
-                for size in (layer.key_size, layer.value_size)
-            )
-            attention.trial = keys, values
-        run_briefly(state)
-    except Exception as error:
+        with unsupported(sentence):
+            for attention, layer in hooked:
+                keys, values = (
+                    torch.zeros(1, layer.key_heads, 1, size, dtype=layer.dtype, device=layer.device)
+                    for size in (layer.key_size, layer.value_size)
+                )
+                attention.trial = keys, values
+            run_briefly(state)
+    except BaseException:
         for attention, _ in hooked:
             attention.remove()
-        if is_machine_error(error):
-            raise
-        raise UnsupportedModelError(
-            f"{name} has no place for a prefix: its attention ({type(hooked[0][0].module).__name__}) takes more keys "
-            "than there are tokens from its cache, but then fails, since something else in it has one entry for each "
-            f"token: {one_line(error)}"
-        ) from error
+        raise
     finally:
         for attention, _ in hooked:
             attention.trial = None
@@ -381,7 +380,7 @@ def _record_layers(state: ParScaleState, parts: list[Any]) -> list[tuple[CachedA
         try:
             with state.calls.recording(find):
                 run_briefly(state)
-        except Exception:
+        except BaseException:
             found.clear()
             raise
         finally:

@@ -102,7 +102,7 @@ def once(memo: Memo, kind: str, mask: torch.Tensor | BlockMask, make: Callable[[
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(mask, torch.Tensor):
         return make()  # the compiler shares the result
-    key = kind, id(mask)
+    key = kind, compiling, id(mask)
     entry = memo.get(key)
     if compiling:  # without weak references, which it does not know
         entry = memo[key] = (None, make()) if entry is None else entry

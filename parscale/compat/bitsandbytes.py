@@ -42,11 +42,8 @@ def four_bits_unpacked(model: nn.Module) -> Iterator[None]:
 
     `wrap` runs the model in eval mode, where the caller may go on to train it.
     """
-    layers = [module for module in model.modules() if getattr(module, _PACKS, False)]
-    for layer in layers:
-        setattr(layer, _PACKS, False)
-    try:
+    with contextlib.ExitStack() as unpacked:
+        for layer in model.modules():
+            if getattr(layer, _PACKS, False):
+                unpacked.enter_context(replaced(layer, _PACKS, False))
         yield
-    finally:
-        for layer in layers:
-            setattr(layer, _PACKS, True)

@@ -50,7 +50,7 @@ class ParScaleState:
         adapters: the copies of the sets for adapters, while PEFT has some on the model.
         blocks: the open `use_streams` blocks, which decide what trains.
         calls: the state of each thread's calls.
-        hooks: handles of the hooks that all sets share.
+        hooks: what removes the hooks that all sets share.
         made_from: the name of the untrained backbone on the Hub; `None` if unknown.
 
     Raises:

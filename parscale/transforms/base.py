@@ -59,9 +59,10 @@ class CountingTransform(ModelTransform):
         self._row_positions = RowPositions(state)
 
     def add_hooks(self) -> None:
-        """Hooks the modules around the backbone."""
+        """Hooks the modules around the backbone; those of a set serve its copies too."""
         super().add_hooks()
-        self._row_positions.attach()
+        if not self.streams.copy:
+            self._row_positions.attach()
 
     def detach(self) -> None:
         """Removes the hooks."""

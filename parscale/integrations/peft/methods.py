@@ -25,7 +25,7 @@ class PeftMethod:
 
     Attributes:
         refused: the reason why it does not.
-        keeps_outputs: it only adds to the output of a linear layer, so that the low-rank differences of
+        keeps_outputs: it leaves the outputs of linear layers, or only adds to them, so that the low-rank differences of
             `transform="lora"` stay valid, even after a merge. Other methods use the weights of the layer, or scale its
             output.
         fills_cache: it passes a filled cache to the model.
@@ -36,58 +36,58 @@ class PeftMethod:
     fills_cache: bool = False
 
 
-_ADDS = PeftMethod()
+_KEEPS_OUTPUTS = PeftMethod()
 _CHANGES_LAYERS = PeftMethod(keeps_outputs=False)
 _FILLS_CACHE = PeftMethod(fills_cache=True)
 
 METHODS: dict[str, PeftMethod] = {
-    "ADALORA": _ADDS,
-    "ADAMSS": _ADDS,
-    "ADAPTION_PROMPT": _ADDS,
-    "BEFT": _ADDS,
+    "ADALORA": _KEEPS_OUTPUTS,
+    "ADAMSS": _KEEPS_OUTPUTS,
+    "ADAPTION_PROMPT": _KEEPS_OUTPUTS,
+    "BEFT": _KEEPS_OUTPUTS,
     "BOFT": _CHANGES_LAYERS,
-    "C3A": _ADDS,
+    "C3A": _KEEPS_OUTPUTS,
     "CARTRIDGE": _FILLS_CACHE,
-    "CPT": _ADDS,
+    "CPT": _KEEPS_OUTPUTS,
     "DEFT": _CHANGES_LAYERS,
-    "DELORA": _ADDS,
-    "FOURIERFT": _ADDS,
+    "DELORA": _KEEPS_OUTPUTS,
+    "FOURIERFT": _KEEPS_OUTPUTS,
     "FROD": _CHANGES_LAYERS,
     "GLORA": _CHANGES_LAYERS,
-    "GRALORA": _ADDS,
-    "HIRA": _ADDS,
+    "GRALORA": _KEEPS_OUTPUTS,
+    "HIRA": _KEEPS_OUTPUTS,
     "HRA": _CHANGES_LAYERS,
     "IA3": _CHANGES_LAYERS,
-    "LILY": _ADDS,
-    "LN_TUNING": _ADDS,
-    "LOHA": _ADDS,
-    "LOKR": _ADDS,
-    "LORA": _ADDS,
-    "MISS": _ADDS,
-    "MULTITASK_PROMPT_TUNING": _ADDS,
+    "LILY": _KEEPS_OUTPUTS,
+    "LN_TUNING": _KEEPS_OUTPUTS,
+    "LOHA": _KEEPS_OUTPUTS,
+    "LOKR": _KEEPS_OUTPUTS,
+    "LORA": _KEEPS_OUTPUTS,
+    "MISS": _KEEPS_OUTPUTS,
+    "MULTITASK_PROMPT_TUNING": _KEEPS_OUTPUTS,
     "OFT": _CHANGES_LAYERS,
     "OSF": _CHANGES_LAYERS,
-    "PEANUT": _ADDS,
-    "POLY": _ADDS,
+    "PEANUT": _KEEPS_OUTPUTS,
+    "POLY": _KEEPS_OUTPUTS,
     "PREFIX_TUNING": _FILLS_CACHE,
-    "PROMPT_TUNING": _ADDS,
-    "PSOFT": _ADDS,
-    "PVERA": _ADDS,
-    "P_TUNING": _ADDS,
-    "RANDLORA": _ADDS,
+    "PROMPT_TUNING": _KEEPS_OUTPUTS,
+    "PSOFT": _KEEPS_OUTPUTS,
+    "PVERA": _KEEPS_OUTPUTS,
+    "P_TUNING": _KEEPS_OUTPUTS,
+    "RANDLORA": _KEEPS_OUTPUTS,
     "ROAD": _CHANGES_LAYERS,
     "SHADOW": PeftMethod(refused="its second, smaller model reads B rows, but the layers of P streams have P*B"),
     "SHIRA": _CHANGES_LAYERS,
     "SUPERTUNING": _CHANGES_LAYERS,
-    "TINYLORA": _ADDS,
-    "TRAINABLE_TOKENS": _ADDS,
-    "UNILORA": _ADDS,
-    "VBLORA": _ADDS,
-    "VERA": _ADDS,
-    "WAVEFT": _ADDS,
+    "TINYLORA": _KEEPS_OUTPUTS,
+    "TRAINABLE_TOKENS": _KEEPS_OUTPUTS,
+    "UNILORA": _KEEPS_OUTPUTS,
+    "VBLORA": _KEEPS_OUTPUTS,
+    "VERA": _KEEPS_OUTPUTS,
+    "WAVEFT": _KEEPS_OUTPUTS,
     "XLORA": PeftMethod(refused="it weights adapters for each of B rows, but the layers of P streams have P*B"),
 }
-UNKNOWN = _ADDS  # for a method in a newer PEFT, after a warning
+UNKNOWN = _KEEPS_OUTPUTS  # for a method in a newer PEFT, after a warning
 
 
 def method_of(peft_config: AdapterConfig) -> PeftMethod:

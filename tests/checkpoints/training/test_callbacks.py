@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 from accelerate import Accelerator
 from rich.console import Console
+from transformers import TrainerControl, TrainerState
 
 from parscale.checkpoints.training.callbacks import Interruption, RunMonitor
 from parscale.checkpoints.training.run_folder import Run
@@ -53,6 +54,27 @@ def test_a_second_signal_stops_a_process_that_trains_alone(processes, stops):
             stopped = True
     assert heard.asked
     assert stopped == stops
+
+
+def test_a_signal_while_processes_ask_each_other_is_heard_after_the_next_step():
+    heard, told = Interruption(), []
+    accelerator = mock.Mock(spec=Accelerator, num_processes=2)
+    heard.trainer = mock.Mock(spec=StreamsTrainer, accelerator=accelerator)
+    accelerator.set_trigger.side_effect = lambda: told.append(True)
+
+    def check():
+        if not told:
+            signal.raise_signal(signal.SIGTERM)
+        return bool(told)
+
+    accelerator.check_trigger.side_effect = check
+    control, state = TrainerControl(), TrainerState(global_step=1, max_steps=9)
+    with heard.listening():
+        heard.on_step_end(None, state, control)
+        assert not control.should_training_stop
+        heard.on_step_end(None, state, control)
+    assert control.should_training_stop
+    assert control.should_save
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(hangup):

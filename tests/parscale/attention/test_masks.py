@@ -53,14 +53,26 @@ def test_different_results_of_one_mask_are_kept_apart():
     assert rows_of_mask(memo, mask, B).shape == (B, 1, 1, K)
 
 
-@pytest.mark.parametrize("compiling", [False, True])
-def test_the_first_rows_of_a_block_mask_are_asked_by_its_own_function(compiling, monkeypatch):
-    mask = blocks()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    rows = rows_of_mask({}, mask, B)
-    assert rows.shape == (B, 1, S, K)
+def test_the_first_rows_of_a_block_mask_are_asked_by_its_own_function(monkeypatch):
+    """In eager layers, in compiled ones, and in eager ones behind them."""
+    memo, mask = {}, blocks()
     queries, keys = torch.meshgrid(torch.arange(S), torch.arange(K), indexing="ij")
-    assert torch.equal(rows.mask_mod(0, 0, queries, keys), torch.ones(S, K, dtype=torch.bool).tril())
+    for compiling in (False, True, False):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        rows = rows_of_mask(memo, mask, B)
+        assert rows.shape == (B, 1, S, K)
+        assert torch.equal(rows.mask_mod(0, 0, queries, keys), torch.ones(S, K, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda memo, mask: rows_of_mask(memo, mask, B), lambda memo, mask: extended_mask(memo, mask, T, P * B)]
+)
+def test_an_eager_layer_behind_a_compiled_one_makes_a_block_mask_of_its_own(make, monkeypatch):
+    memo, mask = {}, blocks()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    compiled = make(memo, mask)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    assert make(memo, mask).shape == compiled.shape
 
 
 def test_a_mask_that_is_learned_gets_its_gradient():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from lora_adapters import adapted, lora, train
 from model_calls import logits_of
 from packaging.version import Version
@@ -70,6 +71,24 @@ def test_invocation_tokens(make, zoo):
         zoo.close(logits_of(tuned, ids[row : row + 1])[0], together[row], 2e-5)
         zoo.close(together[row, :begins], off[row, :begins], 2e-5)
     assert (together[0, 3:] - off[0, 3:]).abs().max() > 1e-3
+
+
+def test_more_adapters_hook_the_model_around_the_backbone_no_more(zoo):
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**zoo.COMMON), vision_config=vision)
+    model = parscale.wrap(transformers.LlavaForConditionalGeneration(config), 2, prefix_length=3, init="random", seed=0)
+    around = [module for module in model.modules() if model.parscale.backbone in module.children()]
+
+    def hooks():
+        return [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in around]
+
+    before = hooks()
+    tuned = peft.get_peft_model(model, lora(target_modules=["q_proj"]))
+    tuned.add_adapter("other", lora(target_modules=["q_proj"]))
+    assert hooks() == before
+    assert sum(before) > 0
 
 
 def test_prefix_tuning_writes_what_it_reads(make, zoo):

@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import parscale
 from parscale import UnsupportedModelError
+from parscale.streams.brief_runs import run_briefly
 
 TOLERANCE = 2e-5
 P, T = 3, 6
@@ -96,6 +97,23 @@ def test_without_streams_nothing_is_in_the_way(kind, zoo, wrapped):
     one = parscale.wrap(model, 1)
     assert torch.equal(logits_of(one, ids), expected)
     assert set(dict(one.named_parameters())) == names
+
+
+@pytest.mark.parametrize("run", [1, 2], ids=["that finds the layers", "with a prefix on trial"])
+def test_an_interrupted_wrap_leaves_nothing(run, kinds, monkeypatch):
+    plain, model, runs = kinds["gpt_neo"].plain(), kinds["gpt_neo"].plain(), []
+
+    def interrupted(state):
+        runs.append(run_briefly(state))
+        if len(runs) == run:
+            raise KeyboardInterrupt
+        return runs[-1]
+
+    monkeypatch.setattr("parscale.attention.cache_seam.run_briefly", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parscale.wrap(model, 2, prefix_length=3, seed=0)
+    assert [set(vars(module)) for module in model.modules()] == [set(vars(module)) for module in plain.modules()]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_saving_and_loading(kind, zoo, wrapped, tmp_path):
