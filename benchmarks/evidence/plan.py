@@ -148,7 +148,9 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     recycled = list(_recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(1, 2)))
     yield from (run for run in recycled if run.streams == 1)
-    yield from islice(_recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,)), 3)
+    for seeds in ((0,), (1, 2)):
+        recycled_longest = _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds)
+        yield from islice(recycled_longest, 4 * len(seeds))  # all but two streams
     yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     yield from recycled

@@ -96,7 +96,7 @@ CHOSEN = {  # arms and sizes that were chosen for the losses of their first seed
     ("P = 4", "1.0M"): range(1, 8),
     ("P = 4", "0.4M"): range(1, 5),
 }
-CHOSEN_RECYCLED = (4_000_000, (1, 2))  # likewise of the recycled models whose backbone trains
+CHOSEN_RECYCLED = ((4_000_000, 16_000_000), (1, 2))  # likewise of the recycled models whose backbone trains
 AWAITED = {("P = 4", "0.4M"): 5, ("P = 4", "1.0M"): 8}  # seeds without which no gain is called; else two
 AWAITED |= {("streams-and-backbone", f"P = {streams}"): 3 for streams in (2, 4)}
 TASK_STREAMS = ("P = 4", "P = 2")
@@ -200,9 +200,9 @@ def confirmation(rows: Rows) -> list[dict[str, Any]]:
         for baseline in SCRATCH_PAIRS[chosen]:
             if fresh.get(chosen) and fresh.get(baseline):
                 entries += held_against(chosen, baseline, fresh[chosen], fresh[baseline], about)
-    tokens, seeds = CHOSEN_RECYCLED
+    budgets, seeds = CHOSEN_RECYCLED
     recycled = {
-        name: row for name, row in rows.items() if row["run"].get("tokens") == tokens and row["run"]["seed"] in seeds
+        name: row for name, row in rows.items() if row["run"].get("tokens") in budgets and row["run"]["seed"] in seeds
     }
     return entries + [e for e in recycled_comparisons(recycled) if e["arm"] == "streams-and-backbone"]
 
