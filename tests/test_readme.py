@@ -100,18 +100,19 @@ def in_a_cell(entry):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    ("tokens", "seeds", "ahead", "said"),
     [
-        (250_000, "four streams are not told apart from one prefix after 250 thousand tokens, {}"),
-        (4_000_000, "nor after 4 million, {}"),
+        (250_000, 3, False, "four streams are not told apart from one prefix after 250 thousand tokens, {}"),
+        (4_000_000, 3, False, "nor after 4 million, {}"),
+        (16_000_000, 1, True, "After 16 million, with one seed, they are ahead, {} over documents alone."),
     ],
 )
-def test_what_recycled_streams_add_to_one_prefix_is_on_file(tokens, said):
+def test_what_recycled_streams_add_to_one_prefix_is_on_file(tokens, seeds, ahead, said):
     about = {"size": "P = 4", "arm": "streams-and-backbone", "baseline": "prefix-and-backbone", "where": "middle"}
     (entry,) = (e for e in on_file("comparisons") if (about | {"tokens": tokens}).items() <= e.items())
     assert is_said(said.format(shown(entry)))
-    assert entry["low"] < 0 < entry["high"]
-    assert entry["seeds"] == 3
+    assert (entry["seeds"], entry["high"] < 0) == (seeds, ahead)
+    assert entry["low"] < 0
 
 
 def test_what_streams_add_in_sorting_is_on_file():

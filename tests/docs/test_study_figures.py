@@ -230,21 +230,34 @@ def test_of_what_the_aggregator_settled_on():
 
 
 def test_of_recycled_tokens():
-    (found,) = re.findall(r"\| everything trained \|.*\n\|---.*\n((?:\|.*\n)+)", page("results/controls.md"))
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()]
+    text = page("results/controls.md")
+    head, rows = re.search(r"\| everything trained \| against \|(.*)\|\n\|---.*\n((?:\|.*\n)+)", text).groups()
+    budgets = [cell.strip().replace(" tokens", "").split(", ") for cell in head.split("|")]
+    found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    tokens = {"250 thousand": 250_000, "1 million": 1_000_000, "4 million": 4_000_000, "16 million": 16_000_000}
     arms = {"the backbone trained alone": "alone", "one prefix of T tokens": "prefix-and-backbone"}
     arms["one prefix of 4 T tokens"] = "long-prefix-and-backbone"
-    assert len(rows) == 5
-    for size, against, *cells in rows:
-        for tokens, cell in zip((250_000, 1_000_000, 4_000_000), cells, strict=True):
-            about = {"arm": "streams-and-backbone", "where": "middle", "tokens": tokens, "size": size}
-            entry = compared(baseline=arms[against], **about)
-            assert with_interval(entry) == cell.removesuffix(", one seed")
-            assert (entry["seeds"] == 3) is (tokens != 1_000_000 and not cell.endswith(", one seed"))
+    assert len(found) == 5
+    for size, against, *cells in found:
+        about = {"arm": "streams-and-backbone", "where": "middle", "size": size, "baseline": arms[against]}
+        for (amount, seeds), cell in zip(budgets, cells, strict=True):
+            wanted = (about | {"tokens": tokens[amount]}).items()
+            entries = [entry for entry in on_file("evidence.json")["comparisons"] if wanted <= entry.items()]
+            assert [with_interval(entry) for entry in entries] == [cell.removesuffix(", one seed")] * (cell != "")
+            few = cell.endswith(", one seed") or seeds == "one seed"
+            assert all(entry["seeds"] == (1 if few else 3) for entry in entries)
+
+
+def test_of_recycled_tokens_by_seed():
     text = " ".join(page("results/controls.md").split())
-    for against in ("the backbone trained alone", "one prefix of T tokens"):
-        by_seed = [recycled("streams-and-backbone-p4", seed) - recycled(arms[against], seed) for seed in range(3)]
+    arms = {"the backbone trained alone": "alone", "one prefix of T tokens": "prefix-and-backbone"}
+    for against, arm in arms.items():
+        by_seed = [recycled("streams-and-backbone-p4", seed) - recycled(arm, seed) for seed in range(3)]
         assert "{:+.4f}, {:+.4f} and {:+.4f} from ".format(*by_seed) + against in text
+    about = {"arm": "streams-and-backbone", "size": "P = 4", "tokens": 16_000_000, "baseline": "prefix-and-backbone"}
+    begun = compared(**about, where="beginning")
+    assert f"at beginnings too, there by {with_interval(begun)} of one prefix." in text
+    assert begun["high"] < 0
 
 
 def recycled(arm, seed):
