@@ -403,9 +403,10 @@ def test_the_best_model_at_the_end_has_its_streams(make, tmp_path):
 
 
 def test_preparing_for_training_in_few_bits_leaves_streams_trainable(make):
-    from peft.utils.other import prepare_model_for_kbit_training
+    wrapped = make()
+    from peft.utils.other import prepare_model_for_kbit_training  # extended by the first wrap of a process
 
-    assert prepare_model_for_kbit_training(make()).model.aggregate_layer[0].weight.requires_grad
+    assert prepare_model_for_kbit_training(wrapped).model.aggregate_layer[0].weight.requires_grad
     model = peft.prepare_model_for_kbit_training(make())
     assert all(p.requires_grad is is_stream(name) for name, p in model.named_parameters())
     tuned = adapted(model)
