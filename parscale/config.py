@@ -163,6 +163,11 @@ class ParScaleConfig:
         )
 
 
+def as_config(num_streams: int | ParScaleConfig, *others: Any) -> ParScaleConfig:
+    """The configuration that was given in place of P, or one with P and the other fields, in their order."""
+    return num_streams if isinstance(num_streams, ParScaleConfig) else ParScaleConfig(num_streams, *others)
+
+
 def takes_fields(function: Callable[A, R]) -> Callable[A, R]:
     """Makes a function refuse fields that are given beside a `ParScaleConfig`, whatever their values.
 

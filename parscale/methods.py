@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from parscale.attention.registered import CONTINUOUS_BATCHING
 from parscale.compat.arguments import KEYS_OF_TARGET
 from parscale.compat.transformers import REORDER_CACHE, TOKEN_TIMES, keeping_columns
-from parscale.config import LORA, OWN, PREFIX, ParScaleConfig, takes_fields
+from parscale.config import LORA, OWN, PREFIX, ParScaleConfig, as_config, takes_fields
 from parscale.distributed.parallel import reshard
 from parscale.format import saving, stored_sets
 from parscale.format.counting import parameter_sizes
@@ -67,11 +67,7 @@ def add_streams(
     Raises:
         ValueError: as in `parscale.wrap`, or the name is taken or invalid.
     """
-    config = (
-        num_streams
-        if isinstance(num_streams, ParScaleConfig)
-        else ParScaleConfig(num_streams, prefix_length, smoothing, init, seed, transform, rank, kv)
-    )
+    config = as_config(num_streams, prefix_length, smoothing, init, seed, transform, rank, kv)
     add(model.parscale, name, config, calibration=calibration)
 
 

@@ -18,7 +18,7 @@ from parscale.attention.discovery import attach_attention, detach_attention
 from parscale.compat.conversion import spare_from_conversion
 from parscale.compat.torch import is_watched
 from parscale.compat.transformers import REORDER_CACHE, STATIC_CACHE_SHAPE, TOKEN_TIMES, show_on_models
-from parscale.config import DEFAULT_SET, FIELDS, OWN, PREFIX, ParScaleConfig, takes_fields
+from parscale.config import DEFAULT_SET, FIELDS, OWN, PREFIX, ParScaleConfig, as_config, takes_fields
 from parscale.distributed.parallel import check_takes_parameters
 from parscale.format.architectures import register_backbone
 from parscale.format.folders import hub_name
@@ -110,11 +110,7 @@ def wrap(
             without attention; or the whole model does not return the right outputs with streams. The model is then
             unchanged.
     """
-    config = (
-        num_streams
-        if isinstance(num_streams, ParScaleConfig)
-        else ParScaleConfig(num_streams, prefix_length, smoothing, init, seed, transform, rank, kv)
-    )
+    config = as_config(num_streams, prefix_length, smoothing, init, seed, transform, rank, kv)
     with _restored_on_failure(model):
         state = attach(model, kernels)
         try:

@@ -1,12 +1,10 @@
 """The README's Python runs as it stands, in one namespace and an empty folder; its figures are those on file."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
+from figures_on_file import ROOT, on_file, with_interval
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 SEEDS = {2: "two seeds", 3: "three seeds", 5: "five seeds"}
@@ -14,24 +12,19 @@ LARGEST = (("P = 2", "0.7M"), ("P = 4", "1.0M"))  # the largest sizes of several
 FOLDERS = ("parscale", "kernels", "checkpoints", "scaling_laws", "examples", "benchmarks", "docs", "tests")
 
 
-def on_file(part):
+def evidence(part):
     """A part of the evidence, such as its comparisons."""
-    return json.loads((ROOT / "benchmarks" / "results" / "evidence.json").read_text())[part]
+    return on_file("evidence.json")[part]
 
 
 def compared(study, size):
     """Its comparisons by arm, baseline and place, recycled with 250 thousand tokens."""
     entries = [
         entry
-        for entry in on_file("comparisons")
+        for entry in evidence("comparisons")
         if (entry["study"], entry["size"]) == (study, size) and (study == "scratch" or entry["tokens"] == 250_000)
     ]
     return {(entry["arm"], entry["baseline"], entry["where"]): entry for entry in entries}
-
-
-def shown(entry):
-    """A difference with its interval, as pages write it."""
-    return f"{entry['difference']:+.4f} ({entry['low']:+.4f}, {entry['high']:+.4f})"
 
 
 def is_said(sentence):
@@ -96,7 +89,7 @@ def in_a_cell(entry):
     """Of one seed there is no interval over seeds; of others than three their number is said."""
     if entry["seeds"] == 1:
         return f"{entry['difference']:+.4f} (one seed)"
-    return shown(entry) if entry["seeds"] == 3 else f"{shown(entry)}, {SEEDS[entry['seeds']]}"
+    return with_interval(entry) if entry["seeds"] == 3 else f"{with_interval(entry)}, {SEEDS[entry['seeds']]}"
 
 
 @pytest.mark.parametrize(
@@ -109,14 +102,14 @@ def in_a_cell(entry):
 )
 def test_what_recycled_streams_add_to_one_prefix_is_on_file(tokens, seeds, ahead, said):
     about = {"size": "P = 4", "arm": "streams-and-backbone", "baseline": "prefix-and-backbone", "where": "middle"}
-    (entry,) = (e for e in on_file("comparisons") if (about | {"tokens": tokens}).items() <= e.items())
-    assert is_said(said.format(shown(entry)))
+    (entry,) = (e for e in evidence("comparisons") if (about | {"tokens": tokens}).items() <= e.items())
+    assert is_said(said.format(with_interval(entry)))
     assert (entry["seeds"], entry["high"] < 0) == (seeds, ahead)
     assert entry["low"] < 0
 
 
 def test_what_streams_add_in_sorting_is_on_file():
-    by_arm = {entry["arm"]: entry for entry in on_file("tasks") if entry["task"] == "sort"}
+    by_arm = {entry["arm"]: entry for entry in evidence("tasks") if entry["task"] == "sort"}
     dense, prefix, longer = (by_arm[arm]["gain of P = 4"] for arm in ("dense", "prefix", "long prefix"))
     more = "{difference:+.3f} ({low:+.3f}, {high:+.3f})".format(**dense)
     assert is_said(f"In sorting ten numbers, four streams get {more} of the answers more than the dense model")
@@ -128,15 +121,15 @@ def test_what_streams_add_in_sorting_is_on_file():
 
 def test_what_one_cache_costs_is_on_file():
     entry = compared("scratch", "0.1M")["P = 4, shared", "P = 4", "middle"]
-    assert is_said(f"costs nothing that {SEEDS[entry['seeds']]} could show from scratch, {shown(entry)}")
+    assert is_said(f"costs nothing that {SEEDS[entry['seeds']]} could show from scratch, {with_interval(entry)}")
     frozen = compared("recycling", "P = 4")["frozen, shared", "frozen", "middle"]
-    assert is_said(f"recycled on a frozen backbone it costs {shown(frozen)}.")
+    assert is_said(f"recycled on a frozen backbone it costs {with_interval(frozen)}.")
     assert frozen["seeds"] == entry["seeds"]
     assert entry["low"] < 0 < frozen["low"]
 
 
 def test_what_became_of_streams_is_on_file():
-    found = on_file("mixing")
+    found = evidence("mixing")
     published = [entry for entry in found if entry["arm"] == "P = 4"]
     correlations = [value for entry in published if entry["size"] == "0.1M" for value in entry["correlations"]]
     assert is_said(f"their token losses correlate by {min(correlations):.2f} to {max(correlations):.2f}.")
@@ -153,10 +146,10 @@ def test_what_became_of_streams_is_on_file():
 def test_the_table_less_the_seeds_that_chose_it_is_on_file():
     (two,) = (
         entry
-        for entry in on_file("confirmation")
+        for entry in evidence("confirmation")
         if (entry["arm"], entry["size"], entry["baseline"], entry["where"]) == (*LARGEST[0], "dense", "middle")
     )
-    assert is_said(f"over the other two seeds, two streams are {shown(two)} from the dense model.")
+    assert is_said(f"over the other two seeds, two streams are {with_interval(two)} from the dense model.")
     assert two["low"] < 0 < two["high"]
 
 
@@ -176,7 +169,7 @@ def test_larger_streams_are_ahead_of_the_dense_model_and_of_no_prefix(arm, size)
 
 
 def test_the_laws_k_is_on_file():
-    law = on_file("law")
+    law = evidence("law")
     found = law["N"]["all parameters"]
     low, high = found["k_interval"]
     fitted = f"In {law['models']} models of our own at 0.1 to 1.0 million, k = {found['k']:.2f}"
@@ -200,6 +193,6 @@ def test_what_is_better_where_memory_allows_it(baseline):
 
 
 def test_no_gain_is_claimed_that_the_rule_does_not_give():
-    gains = on_file("gains")
+    gains = evidence("gains")
     assert gains == []
     assert "**Nowhere yet that we could measure.**" in README

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from parscale.compat.names import needed
+from parscale.compat.patching import replaced
 from parscale.compat.transformers import MASK_FUNCTIONS, ConfigView, attn_implementation, is_flash
 
 _FULL = (torch.float32, torch.float64)
@@ -47,18 +48,15 @@ def flash_in_torch(model: nn.Module, device: torch.device) -> Iterator[None]:
     AttentionInterface.register(_IN_TORCH, _attention_in_torch)
     AttentionMaskInterface.register(_IN_TORCH, MASK_FUNCTIONS["flash_attention_2"])
     named = _named_flash(model) if flash_cannot_run(model, device) else []
-    try:
-        for config, _ in named:
+    with contextlib.ExitStack() as renamed:
+        for config in named:
             needed(config, _NAME)
-            setattr(config, _NAME, "eager" if device.type == "meta" else _IN_TORCH)
+            renamed.enter_context(replaced(config, _NAME, "eager" if device.type == "meta" else _IN_TORCH))
         yield
-    finally:
-        for config, name in named:
-            setattr(config, _NAME, name)
 
 
-def _named_flash(model: nn.Module) -> list[tuple[Any, str]]:
-    """The configurations of a model and its parts that name flash-attention, with that name."""
+def _named_flash(model: nn.Module) -> list[Any]:
+    """The configurations of a model and its parts that name flash-attention."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [vars(module).get("config") for module in model.modules()]
     while waiting:
@@ -68,7 +66,7 @@ def _named_flash(model: nn.Module) -> list[tuple[Any, str]]:
         if isinstance(config, PreTrainedConfig) and id(config) not in found:
             found[id(config)] = config
             waiting += vars(config).values()
-    return [(config, name) for config in found.values() if is_flash(name := attn_implementation(config))]
+    return [config for config in found.values() if is_flash(attn_implementation(config))]
 
 
 def _attention_in_torch(

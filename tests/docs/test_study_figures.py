@@ -238,11 +238,12 @@ def test_of_recycled_tokens():
     arms = {"the backbone trained alone": "alone", "one prefix of T tokens": "prefix-and-backbone"}
     arms["one prefix of 4 T tokens"] = "long-prefix-and-backbone"
     assert len(found) == 5
+    comparisons = on_file("evidence.json")["comparisons"]
     for size, against, *cells in found:
         about = {"arm": "streams-and-backbone", "where": "middle", "size": size, "baseline": arms[against]}
         for (amount, seeds), cell in zip(budgets, cells, strict=True):
             wanted = (about | {"tokens": tokens[amount]}).items()
-            entries = [entry for entry in on_file("evidence.json")["comparisons"] if wanted <= entry.items()]
+            entries = [entry for entry in comparisons if wanted <= entry.items()]
             assert [with_interval(entry) for entry in entries] == [cell.removesuffix(", one seed")] * (cell != "")
             few = cell.endswith(", one seed") or seeds == "one seed"
             assert all(entry["seeds"] == (1 if few else 3) for entry in entries)
