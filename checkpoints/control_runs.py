@@ -381,6 +381,7 @@ def _settings_of(control: Control, settings: TrainSettings, run: Mapping[str, An
         lora_rank=None if control.arm.trains == STREAMS else control.lora_rank,
         quantize=run["quantize"],
         streams_learning_rate=run["streams_learning_rate"] if control.arm.prefix else None,
+        aggregator_learning_rate=None,
         learning_rate=control.learning_rate,
         keep_checkpoints=1,
     )

@@ -1,7 +1,7 @@
 """Train the streams of a frozen backbone with the Hugging Face Trainer, and save them.
 
 The text is the source of numpy, which the small model has not seen. Prefixes want a far higher learning rate than
-weights do.
+weights do, and the aggregator's are weights.
 
     python examples/train_with_trainer.py --steps 200 --output trained
 """
@@ -30,22 +30,25 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     blocks = pack_documents(package_source_split(["numpy"])[0][: args.files], tokenizer, args.sequence_length)
     model = wrap(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), num_streams=4, seed=0)
-    model.freeze_backbone()  # leave this line out to train everything
+    model.freeze_backbone()  # to train everything, leave this line out, and give the backbone a rate below
     model.print_trainable_parameters()
+    aggregator = [parameter for name, parameter in model.named_parameters() if "aggregate_layer" in name]
+    prefixes = [parameter for parameter in model.stream_parameters() if parameter not in set(aggregator)]
+    rates = [{"params": prefixes, "lr": 3e-2}, {"params": aggregator, "lr": 1e-3}]
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
             max_steps=args.steps,
             per_device_train_batch_size=4,  # with flash-attention 1: in more rows, packed documents see each other
-            learning_rate=3e-2,
             warmup_steps=2,
             logging_steps=5,
             save_strategy="no",
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        Trainer(model, settings, train_dataset=blocks).train()
+        optimizer = torch.optim.AdamW(rates, weight_decay=0.0)
+        Trainer(model, settings, train_dataset=blocks, optimizers=(optimizer, None)).train()
 
     if args.output:
         model.save_pretrained(args.output)

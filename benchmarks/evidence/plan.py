@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ TASKS = (("add", 5, 32, 1), ("sort", 10, 32, 1), ("multiply", 2, 48, 2))  # with
 UNLEARNED = (("hops", 2, 48, 2), ("parity", 2, 48, 2))  # at chance with P = 1
 TASK_STEPS, TASK_SEEDS, TUNING_SEED = 2000, 6, 100
 RECYCLED_TOKENS = 250_000  # at which its rates are tuned
+FIRST_AGGREGATOR_RATE = 1e-3
 WITH_BACKBONE = ("streams-and-backbone", "prefix-and-backbone", "alone", "long-prefix-and-backbone")
 FROZEN = ("frozen", "long-prefix", "prefix")
 Rows = dict[str, dict[str, Any]]
@@ -64,11 +65,11 @@ def gpu_plan(rows: Rows) -> list[AnyRun]:
         RecycleRun("prefix", 1, tokens, 0, streams_rate=rate),
         RecycleRun("long-prefix", 4, tokens, 0, streams_rate=rate),
         RecycleRun("lora", 4, tokens, 0, 2e-3),
-        RecycleRun("frozen", 4, tokens, 0, streams_rate=rate),
+        RecycleRun("frozen", 4, tokens, 0, streams_rate=rate, aggregator_rate=FIRST_AGGREGATOR_RATE),
         RecycleRun("prefix-and-backbone", 1, tokens, 0, **both),
         RecycleRun("long-prefix-and-backbone", 4, tokens, 0, **both),
-        RecycleRun("streams-and-backbone", 4, tokens, 0, **both),
-        RecycleRun("streams-and-backbone", 2, tokens, 0, **both),
+        RecycleRun("streams-and-backbone", 4, tokens, 0, **both, aggregator_rate=FIRST_AGGREGATOR_RATE),
+        RecycleRun("streams-and-backbone", 2, tokens, 0, **both, aggregator_rate=FIRST_AGGREGATOR_RATE),
     ]
     return runs
 
@@ -148,13 +149,13 @@ def _study(rows: Rows, rates: dict[int, float]) -> Iterator[AnyRun]:
     yield from _recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     recycled = list(_recycled_arms(WITH_BACKBONE, rows, 16 * RECYCLED_TOKENS, seeds=(1, 2)))
     yield from (run for run in recycled if run.streams == 1)
-    for seeds in ((0,), (1, 2)):
-        recycled_longest = _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds)
-        yield from islice(recycled_longest, 4 * len(seeds))  # all but two streams
+    recycled_longest = list(_recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,)))
+    yield from recycled_longest[:4]  # all but two streams
+    yield from _with_aggregators_rate(rows, recycled)
     yield from _recycled_arms(FROZEN, rows, 4 * RECYCLED_TOKENS, seeds=(0,))
     yield from _recycled_arms(FROZEN, rows, 16 * RECYCLED_TOKENS, seeds=(0,))
     yield from recycled
-    yield from _recycled_arms(WITH_BACKBONE, rows, 64 * RECYCLED_TOKENS, seeds=(0,))
+    yield from recycled_longest
     yield from of_four_streams("2.7M", (0,), rates)
     yield from islice(arms("2.7M", 0, rates), 3)
     yield from at_rates_of_its_own("1.0M", ((1, 2), (3, 4), (5, 6), (7,)), rows, rates)
@@ -346,6 +347,32 @@ def _recycled_arms(names: Iterable[str], rows: Rows, tokens: int, seeds: Iterabl
     runs = [run for run in _recycled(rows, tokens, seeds) if run.tokens == tokens]
     in_order = [run for name in names for run in runs if run.arm == name]
     yield from sorted(in_order, key=lambda run: run.streams == 2)
+
+
+def _with_aggregators_rate(rows: Rows, controls: Iterable[RecycleRun]) -> Iterator[RecycleRun]:
+    """P = 4 with a learning rate of the aggregator's own, tuned at the smallest budget; then the longer budgets.
+
+    Args:
+        rows: those that are finished.
+        controls: of four million tokens with seeds 1 and 2, of which one prefix of P * T tokens is needed.
+    """
+    best: dict[str, RecycleRun | None] = {}
+    for name in ("streams-and-backbone", "frozen"):
+        for run in _recycled_arms((name,), rows, RECYCLED_TOKENS, seeds=(0,)):
+            if run.seed == 0 and run.streams == 4 and run.kv == "own":
+                first = replace(run, seed=TUNING_SEED, aggregator_rate=FIRST_AGGREGATOR_RATE)
+                needed, best[name] = tuned(rows, first, tuning_loss, "aggregator_rate")
+                yield from needed
+    found = [run for run in best.values() if run is not None]
+    for seed, run in product(range(3), found):
+        yield replace(run, seed=seed)
+    for run in found[:1] if best and best["streams-and-backbone"] is not None else ():
+        yield from (replace(run, tokens=16 * RECYCLED_TOKENS, seed=seed) for seed in range(3))
+        yield replace(run, tokens=4 * RECYCLED_TOKENS, seed=0)
+        yield from (control for control in controls if control.arm == "long-prefix-and-backbone")
+        yield replace(run, tokens=64 * RECYCLED_TOKENS, seed=0)
+    for seed, run in product(range(3), found):
+        yield replace(run, seed=seed, aggregator_rate=0.0)
 
 
 def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:

@@ -59,7 +59,9 @@ class RecycleRun:
     backbone_rate: float = 0.0
     """Of the backbone or the adapter, where one trains."""
     streams_rate: float = 0.0
-    """Of prefixes and aggregator, where they train."""
+    """Of prefixes, where they train."""
+    aggregator_rate: float | None = None
+    """Of the aggregator of streams; None for that of the prefixes, and where none trains."""
     kv: str = "own"
     """Of the streams, as in `parscale.wrap`; or a variant of one cache, by its name in `variants.py`."""
 
@@ -67,6 +69,7 @@ class RecycleRun:
     def name(self) -> str:
         """Of its row and its folder; it tells every field."""
         rates = f"b{self.backbone_rate:g}-r{self.streams_rate:g}"
+        rates += "" if self.aggregator_rate is None else f"-a{self.aggregator_rate:g}"
         name = f"recycle-{self.arm}-p{self.streams}-n{self.tokens}-{rates}-s{self.seed}"
         return name if self.kv == "own" else f"{name}-{self.kv.replace('=', '')}"
 
@@ -164,6 +167,7 @@ def _settings(run: RecycleRun, folder: Path) -> TrainSettings:
         batch_size=BATCH_SIZE,
         learning_rate=None if trains == STREAMS else run.backbone_rate,
         streams_learning_rate=run.streams_rate if trains in (STREAMS, BOTH) else None,
+        aggregator_learning_rate=run.streams_rate if run.aggregator_rate is None else run.aggregator_rate,
         freeze_backbone=trains == STREAMS,
         lora_rank=adapter_rank(run.streams) if trains == ADAPTER else None,
         bf16=PRECISION == "bfloat16",

@@ -72,7 +72,7 @@ class RunMonitor(TrainerCallback):
     ) -> None:
         """Notes the step's learning rates, and starts the clock."""
         groups = [] if optimizer is None else optimizer.param_groups
-        self._rates = {"streams" if group["of_streams"] else "backbone": float(group["lr"]) for group in groups}
+        self._rates = {group["part"]: float(group["lr"]) for group in groups}
         self._started = time.perf_counter()
 
     def on_step_end(

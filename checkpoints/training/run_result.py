@@ -109,7 +109,7 @@ def card_of(folder: Path, report: Mapping[str, Any]) -> str | None:
     what = describe(str(folder))
     if what["num_streams"] == 1:
         return None
-    rates = {"streams": report["streams_learning_rate"]}
+    rates = {"streams": report["streams_learning_rate"], "aggregator": report["aggregator_learning_rate"]}
     if report["trains"] != ONLY_STREAMS:
         rates["adapter" if report["trains"] == LORA else "backbone"] = report["learning_rate"]
     backbone = what["backbone"]

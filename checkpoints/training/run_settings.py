@@ -15,7 +15,7 @@ from parscale.checkpoints.texts.files import printable_path
 from parscale.checkpoints.training.digests import checkpoint_digest
 from parscale.checkpoints.training.new_model import NewModel
 from parscale.checkpoints.training.packing import Encoder
-from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.settings import LearningRates, TrainSettings
 from parscale.checkpoints.training.training_data import Sources
 from parscale.config import PREFIX
 
@@ -23,13 +23,12 @@ from parscale.config import PREFIX
 def reported_settings(
     checkpoint: str,
     settings: TrainSettings,
-    rates: tuple[float, float],
+    rates: LearningRates,
     bf16: bool,
     length: int,
     steps: int,
 ) -> dict[str, Any]:
     """The settings that the result of a run depends on, without digests of the contents that it reads."""
-    of_streams, rest = rates
     return {
         "checkpoint": checkpoint,
         "trains": settings.trains,
@@ -42,8 +41,7 @@ def reported_settings(
         "steps": steps,
         "sequence_length": length,
         "batch_size": settings.batch_size,
-        "streams_learning_rate": of_streams,
-        "learning_rate": rest,
+        **rates.reported(),
         "weight_decay": settings.weight_decay,
         "warmup": settings.warmup,
         "decay": settings.decay,
@@ -60,8 +58,9 @@ def settings_known_before_reading(
     """What is known of a run's settings before anything is read, of those that its weights depend on."""
     length = settings.sequence_length or before["sequence_length"]
     steps = (settings.tokens or before["tokens"]) // (settings.batch_size * length)
-    optional = {name: getattr(settings, name) for name in ("streams_learning_rate", "learning_rate", "bf16")}
-    known = reported_settings(str(checkpoint), settings, (0.0, 0.0), False, length, steps)
+    unknown = LearningRates(0.0, 0.0, 0.0)
+    optional = {name: getattr(settings, name) for name in (*unknown.reported(), "bf16")}
+    known = reported_settings(str(checkpoint), settings, unknown, False, length, steps)
     known = {key: value for key, value in known.items() if key not in (*optional, "eval_data", "eval_tokens")}
     return known | {key: value for key, value in optional.items() if value is not None}
 
@@ -77,15 +76,14 @@ def settings_known_after_reading(
     """
     new = checkpoint if isinstance(checkpoint, NewModel) else None
     transform = describe(str(checkpoint))["transform"] if new is None else new.streams.transform
-    of_streams, rest = settings.rates(transform or PREFIX, new=new is not None)
+    rates = settings.rates(transform or PREFIX, new=new is not None)
     encode = Encoder(tokenizer_of(checkpoint))
     data = Sources(replace(settings, eval_data={})).packed(encode, before["sequence_length"])
     return {
         "checkpoint_digest": checkpoint_digest(checkpoint),
         "data_digest": data.digest,
         "steps": data.steps,
-        "streams_learning_rate": of_streams,
-        "learning_rate": rest,
+        **rates.reported(),
     }
 
 

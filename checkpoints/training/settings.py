@@ -7,14 +7,32 @@ import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from parscale.checkpoints.texts.documents import Named, Source
 
 ONLY_STREAMS, LORA, EVERYTHING = "streams", "lora", "everything"  # what is trained
 
 STREAMS_RATES = {"prefix": 1e-2, "prompt": 1e-3, "lora": 3e-3}  # by what makes streams differ
+AGGREGATOR_RATE = 1e-3  # at most: at the rate of prefixes it settles on one stream within a hundred steps
 BACKBONE_RATE, LORA_RATE, NEW_RATE = 3e-5, 2e-4, 1e-3
 LARGEST_SEED = 2**32 - 1  # that NumPy takes
+
+
+class LearningRates(NamedTuple):
+    """The peak learning rates of a run."""
+
+    streams: float
+    aggregator: float
+    backbone: float  # or of the adapter in its place
+
+    def reported(self) -> dict[str, float]:
+        """By the names of the settings."""
+        return {
+            "streams_learning_rate": self.streams,
+            "aggregator_learning_rate": self.aggregator,
+            "learning_rate": self.backbone,
+        }
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class TrainSettings:
             of a new model 1e-3; with a frozen backbone, see `streams_learning_rate`.
         streams_learning_rate: Peak learning rate of the streams. Default: 1e-2, of prompts 1e-3, of low-rank
             differences 3e-3, in a new model that of the rest.
+        aggregator_learning_rate: Peak learning rate of the aggregator. Default: that of the streams, but at most 1e-3;
+            in a new model that of the rest.
         weight_decay: Weight decay of the backbone's matrices: a factor of their learning rate.
         warmup: Share of the steps in which the learning rate rises; then it is constant.
         decay: Share of the steps at the end in which the learning rate falls to zero.
@@ -75,6 +95,7 @@ class TrainSettings:
     micro_batch_size: int | None = None
     learning_rate: float | None = None
     streams_learning_rate: float | None = None
+    aggregator_learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.02
     decay: float = 0.2
@@ -104,7 +125,7 @@ class TrainSettings:
         _check_whole("seed", self.seed, 0)
         if self.seed > LARGEST_SEED:
             raise ValueError(f"seed is {self.seed}, and must be at most {LARGEST_SEED}.")
-        for name in ("learning_rate", "streams_learning_rate"):
+        for name in ("learning_rate", "streams_learning_rate", "aggregator_learning_rate"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name))
         for name in ("weight_decay", "warmup", "decay"):
@@ -149,26 +170,26 @@ class TrainSettings:
         """`"streams"`, `"lora"` or `"everything"`."""
         return ONLY_STREAMS if self.freeze_backbone else LORA if self.lora_rank is not None else EVERYTHING
 
-    def rates(self, transform: str, *, new: bool = False) -> tuple[float, float]:
-        """The peak learning rates of the streams' parameters and of all others.
+    def rates(self, transform: str, *, new: bool = False) -> LearningRates:
+        """The peak learning rates.
 
         Args:
             transform: what makes the streams differ.
             new: whether the model begins with random weights.
-
-        Returns:
-            The rate of the streams and the rate of the others.
         """
-        of_streams, rest = self.streams_learning_rate, self.learning_rate
+        of_streams, of_aggregator, rest = self.streams_learning_rate, self.aggregator_learning_rate, self.learning_rate
         if new:
             rest = NEW_RATE if rest is None else rest
-            return rest if of_streams is None else of_streams, rest
+            of_streams = rest if of_streams is None else of_streams
+            return LearningRates(of_streams, rest if of_aggregator is None else of_aggregator, rest)
         if of_streams is None:
             given = self.learning_rate if self.trains == ONLY_STREAMS else None
             of_streams = STREAMS_RATES[transform] if given is None else given
         if rest is None:
             rest = LORA_RATE if self.trains == LORA else BACKBONE_RATE
-        return of_streams, rest
+        if of_aggregator is None:
+            of_aggregator = min(of_streams, AGGREGATOR_RATE)
+        return LearningRates(of_streams, of_aggregator, rest)
 
 
 def _check_whole(name: str, value: object, minimum: int) -> None:

@@ -44,7 +44,7 @@ from parscale.checkpoints.training.run_settings import (
     settings_known_before_reading,
     tokenizer_of,
 )
-from parscale.checkpoints.training.settings import TrainSettings
+from parscale.checkpoints.training.settings import LearningRates, TrainSettings
 from parscale.checkpoints.training.trackers import check_trackers
 from parscale.checkpoints.training.trainer import OneDeviceArguments, StreamsTrainer
 from parscale.checkpoints.training.training_data import Sources, TrainingData
@@ -228,7 +228,7 @@ class _Prepared:
     data: TrainingData
     length: int  # of a sequence, in tokens
     micro: int  # sequences on a device at once
-    rates: tuple[float, float]
+    rates: LearningRates
     bf16: bool
     run_settings: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The Trainer for models with streams: two learning rates, complete checkpoints, losses by text."""
+"""The Trainer for models with streams: learning rates by part, complete checkpoints, losses by text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from parscale.checkpoints.finite_values import first_not_finite
 from parscale.checkpoints.training.divergence import MEASURED, DivergedError
 from parscale.checkpoints.training.packing import IGNORED
 from parscale.checkpoints.training.run_folder import Run
+from parscale.checkpoints.training.settings import LearningRates
 from parscale.checkpoints.training.weight_files import has_streams, load_trained, save_trained, trains_streams_only
 from parscale.compat.transformers import counted_as_adapted, require_trainer_methods
 from parscale.format.staging import DISK_FULL, disk_error
-from parscale.streams.naming import part_of
+from parscale.streams.naming import AGGREGATOR_PART, TRANSFORM_PART, part_of
 
 BETAS = (0.9, 0.95)
+RATE_OF = {TRANSFORM_PART: "streams", AGGREGATOR_PART: "aggregator", None: "backbone"}  # by the part of a parameter
 BACKBONE, TEXT = "backbone", "eval"  # prefixes of measured losses: without streams, and with them
 
 
@@ -56,7 +58,7 @@ class StreamsTrainer(Trainer):
         args: of the Trainer; the data has a fixed order, so seeds for it have no effect.
         run: the run that the checkpoints belong to.
         tokenizer: saved in each checkpoint.
-        rates: the peak learning rates of the streams' parameters and of all other parameters.
+        rates: the peak learning rates.
         weight_decay: of the matrices among the other parameters.
         keep: number of checkpoints to keep.
         texts: texts to measure on, by name.
@@ -70,7 +72,7 @@ class StreamsTrainer(Trainer):
         *,
         run: Run,
         tokenizer: PreTrainedTokenizerBase,
-        rates: tuple[float, float],
+        rates: LearningRates,
         weight_decay: float,
         keep: int,
         texts: Mapping[str, Dataset[Any]],
@@ -99,7 +101,7 @@ class StreamsTrainer(Trainer):
         return SequentialSampler(data) if hasattr(data, "__len__") else None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one learning rate for the streams and one for the rest; only the rest's matrices decay."""
+        """AdamW with learning rates for streams, aggregator and the rest; only the rest's matrices decay."""
         if self.optimizer is not None:
             return self.optimizer
         trained: Any = self.model if model is None else model
@@ -108,15 +110,15 @@ class StreamsTrainer(Trainer):
         for name, parameter in trained.named_parameters():
             if not parameter.requires_grad:
                 continue
-            of_streams = part_of(name) is not None
-            decays = not of_streams and name in decaying
+            part = RATE_OF[part_of(name)]
+            decays = part == "backbone" and name in decaying
             mesh = getattr(parameter, "device_mesh", None)  # one kernel call supports one device mesh only
             settings = {
-                "lr": self.rates[0 if of_streams else 1],
+                "lr": getattr(self.rates, part),
                 "weight_decay": self.weight_decay if decays else 0.0,
-                "of_streams": of_streams,
+                "part": part,
             }
-            group = groups.setdefault((not of_streams, decays, mesh), settings | {"params": []})
+            group = groups.setdefault((LearningRates._fields.index(part), decays, mesh), settings | {"params": []})
             group["params"].append(parameter)
         ordered = [groups[key] for key in sorted(groups, key=lambda key: key[:2])]
         self.optimizer = torch.optim.AdamW(ordered, betas=BETAS)

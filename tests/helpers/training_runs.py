@@ -26,7 +26,7 @@ def is_of_streams(name):
     return any(part in name for part in ("prefix_", "prompt", "stream_", "aggregate_layer"))
 
 
-def run_by_hand(checkpoint, text_file, *, frozen, factors, streams_rate, rate=1e-2):
+def run_by_hand(checkpoint, text_file, *, frozen, factors, streams_rate, aggregator_rate=1e-3, rate=1e-2):
     """Losses, and the parameters at the end, of a run written out.
 
     It has a step for each of the factors of its learning rates, on `BATCH` sequences of `S` tokens.
@@ -36,9 +36,9 @@ def run_by_hand(checkpoint, text_file, *, frozen, factors, streams_rate, rate=1e
     encoded = Encoder(tokenizer, 257)([("text", text_file.read_text())])
     rows = Shuffled(Blocks(pack(encoded, S), S), len(factors) * BATCH, seed=0)
     named = {name: p for name, p in model.named_parameters() if is_of_streams(name) or not frozen}
-    groups = [{"params": [p for name, p in named.items() if is_of_streams(name)], "lr": streams_rate}]
-    if not frozen:
-        groups.append({"params": [p for name, p in named.items() if not is_of_streams(name)], "lr": rate})
+    rates = {name: aggregator_rate if "aggregate_layer" in name else streams_rate for name in named}
+    rates |= {name: rate for name in named if not is_of_streams(name)}
+    groups = [{"params": [p], "lr": rates[name]} for name, p in named.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses = []

@@ -313,21 +313,52 @@ def test_experts_that_are_balanced_are_measured(backbone, text_file, tmp_path):
 
 
 def test_rates_are_those_of_each_part(full, text_file, tmp_path):
-    """Also where that of the streams is zero."""
-    train(str(full), tmp_path / "run", settings(text_file, streams_learning_rate=0.0, warmup=0.0, decay=0.0))
+    """Also where those of streams and aggregator are zero; what has no rate does not move."""
+    unmoved = {"streams_learning_rate": 0.0, "aggregator_learning_rate": 0.0}
+    train(str(full), tmp_path / "run", settings(text_file, **unmoved, warmup=0.0, decay=0.0))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rates"] for line in lines if "loss" in line]
-    assert rates == [{"streams": 0.0, "backbone": 1e-2}] * 5
+    assert rates == [{"streams": 0.0, "aggregator": 0.0, "backbone": 1e-2}] * 5
+    before, after = (dict(load(folder).named_parameters()) for folder in (full, tmp_path / "run"))
+    assert {name for name in before if torch.equal(before[name], after[name])} == set(filter(is_of_streams, before))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (1e-2, 1e-3, 3e-5)),
+        ({"streams_learning_rate": 3e-4}, (3e-4, 3e-4, 3e-5)),
+        ({"streams_learning_rate": 1e-1, "aggregator_learning_rate": 1e-2}, (1e-1, 1e-2, 3e-5)),
+        ({"learning_rate": 5e-2, "freeze_backbone": True}, (5e-2, 1e-3, 3e-5)),
+    ],
+)
+def test_the_aggregator_has_a_rate_of_its_own(given, expected):
+    """At the rate that prefixes need, it settles on one stream within a hundred steps."""
+    rates = TrainSettings(data=["x"], **given).rates("prefix")
+    assert (rates.streams, rates.aggregator) == expected[:2]
+    assert given.get("freeze_backbone") or rates.backbone == expected[2]
+
+
+@pytest.mark.parametrize("given", [{}, {"aggregator_learning_rate": 1e-2}], ids=["default", "given"])
+def test_in_a_new_model_the_aggregator_learns_as_the_rest_does(given):
+    chosen = TrainSettings(data=["x"], learning_rate=4e-3, streams_learning_rate=8e-3, **given)
+    rates = chosen.rates("prefix", new=True)
+    assert rates == (8e-3, given.get("aggregator_learning_rate", 4e-3), 4e-3)
 
 
 def test_only_matrices_of_the_backbone_decay(full, text_file, tmp_path):
     train(str(full), tmp_path / "run", settings(text_file, weight_decay=0.5))
     groups = torch.load(tmp_path / "run" / "checkpoint-5" / "optimizer.pt")["param_groups"]
-    found = {(group["of_streams"], group["weight_decay"]): len(group["params"]) for group in groups}
+    found = {(group["part"], group["weight_decay"]): len(group["params"]) for group in groups}
     named = dict(load(full).named_parameters())
     backbone = [p for name, p in named.items() if not is_of_streams(name)]
     matrices = sum(p.ndim == 2 for p in backbone)
-    expected = {(True, 0.0): len(named) - len(backbone), (False, 0.5): matrices, (False, 0.0): len(backbone) - matrices}
+    expected = {
+        ("streams", 0.0): len(named) - len(backbone) - 4,
+        ("aggregator", 0.0): 4,
+        ("backbone", 0.5): matrices,
+        ("backbone", 0.0): len(backbone) - matrices,
+    }
     assert found == expected
 
 
