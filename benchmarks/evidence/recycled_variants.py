@@ -60,10 +60,10 @@ def fit(variant: Streams, tokenizer: Any, documents: Sequence[Document], setting
     assert steps * size <= len(blocks), "the documents are read once"
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.seed * 1_000_003)).tolist()
     names = [(name, parameter) for name, parameter in variant.named_parameters() if parameter.requires_grad]
-    of_streams = [parameter for name, parameter in names if is_of_streams(name)]
-    others = [parameter for name, parameter in names if not is_of_streams(name)]
-    rates = settings.rates("prefix")
-    groups = [{"params": part, "lr": rate} for part, rate in zip((of_streams, others), rates, strict=True) if part]
+    rates, groups = settings.rates("prefix"), []
+    for name, parameter in names:
+        of_streams = rates.aggregator if "aggregate_layer" in name else rates.streams
+        groups.append({"params": [parameter], "lr": of_streams if is_of_streams(name) else rates.backbone})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_wsd_schedule(
         optimizer,

@@ -99,7 +99,7 @@ def test_the_steps_are_those_of_parscale_train(small: Any, arm: str, tmp_path: P
     from variants import Streams
 
     run, _ = _opened(small, "shared-prefix", tmp_path, arm)
-    run = replace(run, kv="shared", streams_rate=0.01)
+    run = replace(run, kv="shared", streams_rate=0.01, aggregator_rate=0.003)
     settings = replace(small._settings(run, tmp_path), warmup=0.3, decay=0.4)
     start = tmp_path / "start"
     train_checkpoint(str(start), tmp_path / "trained", settings, console=Console(quiet=True))
