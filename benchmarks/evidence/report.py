@@ -84,11 +84,13 @@ def needed_controls(arm: str) -> tuple[str, ...]:
 
 CONTROLS = {arm: needed_controls(arm) for arm in SCRATCH_PAIRS if arm.startswith("P")}
 ONE_CACHE = ("shared", *SHARED_VARIANTS)
-CACHES = ("", *(f", {kv}" for kv in ONE_CACHE))  # as the names of recycled arms end
-CONTROLS |= {f"frozen{kv}": ("untouched", "alone", "prefix", "long-prefix") for kv in CACHES}
+OF_AGGREGATOR, EVEN = "aggregator's rate", "even mixing"  # its own rate, and zero
+RECYCLED_VARIANTS = (*ONE_CACHE, OF_AGGREGATOR, EVEN)
+ENDINGS = ("", *(f", {variant}" for variant in RECYCLED_VARIANTS))  # of the names of recycled arms
+CONTROLS |= {f"frozen{ending}": ("untouched", "alone", "prefix", "long-prefix") for ending in ENDINGS}
 CONTROLS |= {
-    f"streams-and-backbone{kv}": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone")
-    for kv in CACHES
+    f"streams-and-backbone{ending}": ("untouched", "alone", "prefix-and-backbone", "long-prefix-and-backbone")
+    for ending in ENDINGS
 }
 CHOSEN = {  # arms and sizes that were chosen for the losses of their first seeds, and the seeds trained after that
     ("P = 2, embedding", "0.1M"): range(3, 8),
@@ -98,7 +100,9 @@ CHOSEN = {  # arms and sizes that were chosen for the losses of their first seed
 }
 CHOSEN_RECYCLED = ((4_000_000, 16_000_000), (1, 2))  # likewise of the recycled models whose backbone trains
 AWAITED = {("P = 4", "0.4M"): 5, ("P = 4", "1.0M"): 8}  # seeds without which no gain is called; else two
-AWAITED |= {("streams-and-backbone", f"P = {streams}"): 3 for streams in (2, 4)}
+AWAITED |= {(f"streams-and-backbone{ending}", f"P = {streams}"): 3 for ending in ENDINGS for streams in (2, 4)}
+UNCHECKED = tuple(f"streams-and-backbone, {variant}" for variant in (OF_AGGREGATOR, EVEN))  # against controls at other
+# rates, without which no gain is called
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
 BySeed = dict[int, dict[str, Any]]
@@ -201,10 +205,9 @@ def confirmation(rows: Rows) -> list[dict[str, Any]]:
             if fresh.get(chosen) and fresh.get(baseline):
                 entries += held_against(chosen, baseline, fresh[chosen], fresh[baseline], about)
     budgets, seeds = CHOSEN_RECYCLED
-    recycled = {
-        name: row for name, row in rows.items() if row["run"].get("tokens") in budgets and row["run"]["seed"] in seeds
-    }
-    return entries + [e for e in recycled_comparisons(recycled) if e["arm"] == "streams-and-backbone"]
+    recycled = recycled_comparisons({name: row for name, row in rows.items() if row["run"]["seed"] in seeds})
+    entries += [e for e in recycled if e["arm"] == "streams-and-backbone" and e["tokens"] in budgets]
+    return entries + [e for e in recycled if e["arm"] == f"streams-and-backbone, {OF_AGGREGATOR}"]
 
 
 def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
@@ -221,7 +224,7 @@ def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
             continue
         for tokens in [run.tokens] if run.tokens else budgets:
             for streams in [run.streams] if run.streams > 1 else (2, 4):
-                arm = run.arm if run.kv == "own" else f"{run.arm}, {run.kv}"
+                arm = ", ".join(filter(None, (run.arm, variant(run))))
                 of_arm = found.setdefault((tokens, streams), {}).setdefault(arm, {})
                 if run.seed in of_arm:
                     names = " and ".join(RecycleRun(**each["run"]).name for each in (of_arm[run.seed], row))
@@ -230,14 +233,22 @@ def recycled_comparisons(rows: Rows) -> list[dict[str, Any]]:
     entries = []
     for (tokens, streams), arms in sorted(found.items()):
         pairs = [(arm, baseline) for arm, baselines in HELD_AGAINST.items() for baseline in baselines]
-        pairs += [(f"{arm}, {kv}", baseline) for kv in ONE_CACHE for arm, baseline in pairs]
-        pairs += [(f"{arm}, {kv}", arm) for kv in ONE_CACHE for arm in HELD_AGAINST]
+        pairs += [(f"{arm}, {changed}", baseline) for changed in RECYCLED_VARIANTS for arm, baseline in pairs]
+        pairs += [(f"{arm}, {changed}", arm) for changed in RECYCLED_VARIANTS for arm in HELD_AGAINST]
+        pairs += [(f"{arm}, {OF_AGGREGATOR}", f"{arm}, {EVEN}") for arm in HELD_AGAINST]
         pairs += [(f"{arm}, {kv}", f"{arm}, shared") for kv in SHARED_VARIANTS for arm in HELD_AGAINST]
         for arm, baseline in pairs:
             if arm in arms and baseline in arms:
                 about = {"study": "recycling", "size": f"P = {streams}", "text": "code", "tokens": tokens}
                 entries += held_against(arm, baseline, arms[arm], arms[baseline], about)
     return entries
+
+
+def variant(run: RecycleRun) -> str | None:
+    """How the name of a recycled arm ends; None where streams have caches of their own and one rate."""
+    if run.kv != "own":
+        return run.kv
+    return None if run.aggregator_rate is None else OF_AGGREGATOR if run.aggregator_rate else EVEN
 
 
 def held_against(
@@ -332,7 +343,7 @@ def gains(comparisons: Iterable[dict[str, Any]]) -> list[str]:
     found = []
     for (study, size, tokens, arm), beaten in against.items():
         needed = [*CONTROLS.get(arm, ()), *(control for variant, control in OF_ONE_STREAM.items() if variant in arm)]
-        if arm in CONTROLS and all(beaten.get(control, False) for control in needed):
+        if arm in CONTROLS and arm not in UNCHECKED and all(beaten.get(control, False) for control in needed):
             found.append(f"{study}, {size}, {tokens:,} tokens: {arm}")
     return found
 

@@ -257,13 +257,43 @@ def test_of_recycled_tokens_by_seed():
         assert "{:+.4f}, {:+.4f} and {:+.4f} from ".format(*by_seed) + against in text
     about = {"arm": "streams-and-backbone", "size": "P = 4", "tokens": 16_000_000, "baseline": "prefix-and-backbone"}
     begun = compared(**about, where="beginning")
-    assert f"at beginnings too, there by {with_interval(begun)} of one prefix." in text
+    assert f"at beginnings too, there by {with_interval(begun)} of one prefix of T tokens." in text
     assert begun["high"] < 0
 
 
+def test_of_recycled_streams_at_a_rate_of_the_aggregators_own():
+    text = page("results/controls.md")
+    (table,) = re.findall(r"\| P = 4 \| against \| beginning \| middle \|\n\|[-|]+\|\n((?:\|.*\n)+)", text)
+    trained = {"everything trained": "streams-and-backbone", "backbone frozen": "frozen"}
+    beside = {"everything trained": "-and-backbone", "backbone frozen": ""}
+    behind, rows = set(), [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    for what, against, *cells in rows:
+        arm = trained[what]
+        baseline = {
+            "the backbone trained alone": "alone",
+            "a low-rank adapter of as many parameters": "lora",
+            "one prefix of T tokens": f"prefix{beside[what]}",
+            "one prefix of 4 T tokens": f"long-prefix{beside[what]}",
+            "four streams at one rate": arm,
+        }[against]
+        about = {"arm": f"{arm}, aggregator's rate", "baseline": baseline, "size": "P = 4", "tokens": 250_000}
+        for where, cell in zip(("beginning", "middle"), cells, strict=True):
+            entry = compared(**about, where=where)
+            assert cell == with_interval(entry)
+            assert entry["seeds"] == 3
+            if entry["high"] > 0:
+                behind.add((what, baseline, where))
+    assert len(rows) == 9
+    assert behind == {
+        ("everything trained", "long-prefix-and-backbone", "beginning"),
+        *product(("backbone frozen",), ("alone", "lora"), ("beginning", "middle")),
+    }
+
+
 def recycled(arm, seed):
-    """The loss in the middle of test documents after four million recycled tokens."""
-    (path,) = (RESULTS / "evidence" / "recycling").glob(f"recycle-{arm}-*n4000000-b0.0004-*s{seed}.json")
+    """The loss in the middle of test documents after four million recycled tokens, at one rate."""
+    found = (RESULTS / "evidence" / "recycling").glob(f"recycle-{arm}-*n4000000-b0.0004-*s{seed}.json")
+    (path,) = (path for path in found if "-a0." not in path.name)
     return fmean(json.loads(path.read_text())["test"]["middle"])
 
 
