@@ -59,6 +59,7 @@ def trained(args: argparse.Namespace, documents: Sequence[Document], folder: Pat
         batch_size=BATCH,
         learning_rate=args.backbone_rate,
         streams_learning_rate=args.streams_rate,
+        aggregator_learning_rate=args.streams_rate,  # as in the rows on file
         bf16=faster_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         seed=args.seed,
     )

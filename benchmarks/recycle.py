@@ -97,6 +97,7 @@ def settings(args: argparse.Namespace, kind: str, training: list[Document]) -> T
         batch_size=BATCH,
         learning_rate=None if kind == FROZEN else args.backbone_rate,
         streams_learning_rate=args.streams_rate,
+        aggregator_learning_rate=args.streams_rate,  # as in the rows on file
         freeze_backbone=kind == FROZEN,
         bf16=faster_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         seed=args.seed,

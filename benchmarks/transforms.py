@@ -94,6 +94,7 @@ def train(lab: Lab, untouched: dict[str, Any], key: dict[str, Any]) -> dict[str,
         sequence_length=SEQUENCE_LENGTH,
         batch_size=BATCH_SIZE,
         streams_learning_rate=key["rate"],
+        aggregator_learning_rate=key["rate"],  # as in the rows on file
         learning_rate=BACKBONE_RATE,
         freeze_backbone=key["trains"] == "streams",
         bf16=faster_in_bf16(torch.device("cpu")),

@@ -76,8 +76,8 @@ class QuickstartSettings:
         sequence_length: tokens in a training block.
         batch_size: blocks in a step.
         window: tokens in a window of the evaluation; the small model was pretrained at this length.
-        streams_learning_rate: of prefixes and aggregator: the best power of two times 0.01 for streams on a frozen
-            backbone and so many tokens, measured on the source of other packages.
+        streams_learning_rate: of prefixes: the best power of two times 0.01 for streams on a frozen backbone and so
+            many tokens, measured on the source of other packages. The aggregator has the default of `parscale train`.
         backbone_learning_rate: of all other parameters. This rate and the next are the best that the study of controls
             found for the small model and 250 thousand tokens of such text.
         adapter_learning_rate: of the adapter.
