@@ -283,6 +283,14 @@ def test_of_recycled_streams_at_a_rate_of_the_aggregators_own():
             assert entry["seeds"] == 3
             if entry["high"] > 0:
                 behind.add((what, baseline, where))
+    said = " ".join(text.split())
+    for against, baseline in (
+        ("the backbone trained alone", "alone"),
+        ("one prefix of T tokens", "prefix-and-backbone"),
+    ):
+        streams = [recycled("streams-and-backbone-p4", seed, "-a0.0005") for seed in range(2)]
+        by_seed = [loss - recycled(baseline, seed) for seed, loss in enumerate(streams)]
+        assert "{:+.4f} and {:+.4f} from ".format(*by_seed) + against in said
     assert len(rows) == 9
     assert behind == {
         ("everything trained", "long-prefix-and-backbone", "beginning"),
@@ -290,10 +298,10 @@ def test_of_recycled_streams_at_a_rate_of_the_aggregators_own():
     }
 
 
-def recycled(arm, seed):
-    """The loss in the middle of test documents after four million recycled tokens, at one rate."""
-    found = (RESULTS / "evidence" / "recycling").glob(f"recycle-{arm}-*n4000000-b0.0004-*s{seed}.json")
-    (path,) = (path for path in found if "-a0." not in path.name)
+def recycled(arm, seed, aggregator=""):
+    """The loss in the middle of test documents after four million recycled tokens."""
+    found = (RESULTS / "evidence" / "recycling").glob(f"recycle-{arm}-*n4000000-b0.0004-r*{aggregator}-s{seed}.json")
+    (path,) = (path for path in found if aggregator or "-a0." not in path.name)
     return fmean(json.loads(path.read_text())["test"]["middle"])
 
 
