@@ -176,6 +176,9 @@ class TrainSettings:
         Args:
             transform: what makes the streams differ.
             new: whether the model begins with random weights.
+
+        Returns:
+            Those of the streams, of their aggregator, and of all other parameters.
         """
         of_streams, of_aggregator, rest = self.streams_learning_rate, self.aggregator_learning_rate, self.learning_rate
         if new:
