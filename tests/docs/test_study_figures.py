@@ -291,6 +291,10 @@ def test_of_recycled_streams_at_a_rate_of_the_aggregators_own():
         streams = [recycled("streams-and-backbone-p4", seed, "-a0.0005") for seed in range(2)]
         by_seed = [loss - recycled(baseline, seed) for seed, loss in enumerate(streams)]
         assert "{:+.4f} and {:+.4f} from ".format(*by_seed) + against in said
+    name = "recycle-prefix-and-backbone-p1-n250000-b0.0004-r{}-s100.json"
+    paths = [RESULTS / "evidence" / "recycling" / name.format(rate) for rate in (0.16, 0.08)]
+    whole, half = (fmean(json.loads(path.read_text())["tuning"]["middle"]) for path in paths)
+    assert f"one prefix of T tokens is {whole - half:.4f} lower at half the rate" in said
     assert len(rows) == 9
     assert behind == {
         ("everything trained", "long-prefix-and-backbone", "beginning"),
