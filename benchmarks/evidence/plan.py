@@ -367,28 +367,23 @@ def _with_aggregators_rate(rows: Rows, controls: Iterable[RecycleRun]) -> Iterat
     for seed, run in product(range(3), found):
         yield replace(run, seed=seed)
     both = best.get("streams-and-backbone")
-    for run in [] if both is None else [both]:
-        yield from _at_other_rates(run)
-        yield from (replace(run, tokens=16 * RECYCLED_TOKENS, seed=seed) for seed in range(3))
-        yield replace(run, tokens=4 * RECYCLED_TOKENS, seed=0)
+    if both is not None:
+        yield from _at_other_rates(rows, both)
+        yield replace(both, tokens=4 * RECYCLED_TOKENS, seed=0)
+        yield from (replace(both, tokens=16 * RECYCLED_TOKENS, seed=seed) for seed in range(3))
         yield from (control for control in controls if control.arm == "long-prefix-and-backbone")
-        yield replace(run, tokens=64 * RECYCLED_TOKENS, seed=0)
+        yield replace(both, tokens=64 * RECYCLED_TOKENS, seed=0)
     for seed, run in product(range(3), found):
         yield replace(run, seed=seed, aggregator_rate=0.0)
 
 
-def _at_other_rates(streams: RecycleRun) -> Iterator[RecycleRun]:
-    """Streams and one prefix at half and at twice of both rates: whether each stands at its best."""
-    plain = replace(streams, aggregator_rate=None)
-    prefix, longer = (
-        replace(plain, arm="prefix-and-backbone", streams=1),
-        replace(plain, arm="long-prefix-and-backbone"),
-    )
-    for run in (prefix, longer, streams):
-        yield run
-        for factor in (0.5, 2):
-            yield replace(run, backbone_rate=factor * run.backbone_rate)
-            yield replace(run, streams_rate=factor * run.streams_rate)
+def _at_other_rates(rows: Rows, streams: RecycleRun) -> Iterator[RecycleRun]:
+    """One prefix of T and of P * T tokens, and streams, tuned in each of both rates with the backbone."""
+    longer = replace(streams, arm="long-prefix-and-backbone", aggregator_rate=None)
+    prefix = replace(longer, arm="prefix-and-backbone", streams=1)
+    for run, rate in product((prefix, longer, streams), ("backbone_rate", "streams_rate")):
+        needed, _ = tuned(rows, run, tuning_loss, rate)
+        yield from needed
 
 
 def _recycled(rows: Rows, tokens: int, seeds: Iterable[int]) -> Iterator[RecycleRun]:

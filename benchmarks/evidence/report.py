@@ -101,8 +101,8 @@ CHOSEN = {  # arms and sizes that were chosen for the losses of their first seed
 CHOSEN_RECYCLED = ((4_000_000, 16_000_000), (1, 2))  # likewise of the recycled models whose backbone trains
 AWAITED = {("P = 4", "0.4M"): 5, ("P = 4", "1.0M"): 8}  # seeds without which no gain is called; else two
 AWAITED |= {(f"streams-and-backbone{ending}", f"P = {streams}"): 3 for ending in ENDINGS for streams in (2, 4)}
-UNCHECKED = tuple(f"streams-and-backbone, {variant}" for variant in (OF_AGGREGATOR, EVEN))  # against controls at other
-# rates, without which no gain is called
+# Before these are held against controls at their best rates, none of them is called a gain.
+UNCHECKED = tuple(f"streams-and-backbone, {variant}" for variant in (OF_AGGREGATOR, EVEN))
 TASK_STREAMS = ("P = 4", "P = 2")
 TASK_ARMS = ("dense", "P = 2", "P = 4", "prefix", "long prefix", "twin", "twice as wide")  # in the order of the table
 BySeed = dict[int, dict[str, Any]]
